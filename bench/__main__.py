@@ -1,0 +1,35 @@
+"""`python -m bench NAME [options]` runs a benchmark; without a name all are listed, and a quick set runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+BENCHES = ("pool", "http", "expiry", "soak")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what is asked for. Exit status 1 if a target was missed, 2 for a name that there isn't."""
+    if arguments and arguments[0] in BENCHES:
+        return run(arguments[0], arguments[1:])
+    print("python -m bench NAME [--help]\n")
+    for name in BENCHES:
+        print(f"  {name:8}{(import_module(f'bench.{name}').__doc__ or '').partition(chr(10))[0]}")
+    if arguments:
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    failed = 0
+    for name in BENCHES:
+        print(f"\n== {name}, quick\n")
+        failed |= run(name, import_module(f"bench.{name}").QUICK)
+    return failed
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """One benchmark; its exit status."""
+    status: int = import_module(f"bench.{name}").main(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Who calls, and whether a browser may be speaking for somebody else.
+
+Tokens are compared by their SHA-256 digest: a random token needs no slow hash, and a lookup by digest tells
+no timing. With no token configured the server is open, to loopback names only, so that no web page can reach
+it by rebinding its own name to this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from urllib.parse import urlsplit
+
+from keypool.errors import CrossSite, Unauthorized, WrongHost
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Role(StrEnum):
+    """What a caller may do: `client` uses keys, `viewer` reads, `admin` does everything."""
+
+    CLIENT = "client"
+    VIEWER = "viewer"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A role, and for the audit log which token showed it: the first 8 hex digits of its digest."""
+
+    role: Role
+    token: str
+
+
+ANYONE = Caller(Role.ADMIN, "open")
+"""Whoever calls an open server."""
+
+
+class Access:
+    """The tokens in force. No token configured: open."""
+
+    def __init__(
+        self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
+    ) -> None:
+        self._callers: dict[bytes, Caller] = {}
+        for role, tokens in ((Role.CLIENT, client), (Role.VIEWER, viewer), (Role.ADMIN, admin)):
+            for token in tokens:
+                digest = hashlib.sha256(token.encode()).digest()
+                self._callers[digest] = Caller(role, digest.hex()[:8])
+        self.open = not self._callers
+
+    def identify(self, authorization: str | None) -> Caller:
+        """The caller of a request with this Authorization header. About 1 µs. Raises Unauthorized."""
+        if self.open:
+            return ANYONE
+        if authorization is None:
+            raise Unauthorized("this server wants a token: send Authorization: Bearer TOKEN")
+        scheme, _, token = authorization.strip().partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthorized("the Authorization header must be of the form: Bearer TOKEN")
+        caller = self._callers.get(hashlib.sha256(token.strip().encode()).digest())
+        if caller is None:
+            raise Unauthorized("this token is not known to the server")
+        return caller
+
+    def check_site(self, headers: Mapping[str, str], changes: bool) -> None:
+        """Refuse what comes under a foreign name or from a foreign page. Raises WrongHost, CrossSite.
+
+        `changes` is whether the call changes something: such a one is refused by Sec-Fetch-Site alone.
+        """
+        host = headers.get("Host", "")
+        if self.open and not is_loopback(split_host(host)[0]):
+            raise WrongHost(
+                "without tokens this server answers only a Host of localhost, in 127.0.0.0/8 or [::1]"
+            )
+        origin = headers.get("Origin")
+        if origin is not None and not same_site(origin, host):
+            raise CrossSite(
+                "this request's Origin is not this server: a page of another site may not call it"
+            )
+        if changes and headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
+            raise CrossSite("a browser sent this on behalf of another site, which may change nothing here")
+
+
+def split_host(host: str) -> tuple[str, int | None]:
+    """Name (lower case, no brackets) and port of a Host header; an empty name if it is none."""
+    try:
+        parts = urlsplit("//" + host)
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        return "", None
+    if name is None or parts.netloc != host or "@" in host:
+        return "", None
+    return name, port
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, without brackets or port, is this machine: `localhost`, 127.0.0.0/8 or ::1. No look-up.
+
+    An IPv4 address in the clothes of IPv6 (`::ffff:127.0.0.1`) is not: versions of Python disagree about it.
+    """
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return str(address) == "::1" or (address.version == 4 and address.is_loopback)
+
+
+def same_site(origin: str, host: str) -> bool:
+    """Whether host and port of an Origin are a Host's. Schemes aren't compared: a proxy may end TLS."""
+    try:
+        parts = urlsplit(origin)
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        return False
+    default = _DEFAULT_PORTS.get(parts.scheme)
+    if name is None or default is None:
+        return False
+    own_name, own_port = split_host(host)
+    return (name, port or default) == (own_name, own_port or default)

@@ -1,0 +1,104 @@
+"""The engine: what holds the pool and keeps its promises. One protocol, however the keys are kept.
+
+The calls are those of the contract, single and batch, and answer with its shapes (answers.py). All are
+coroutines, since an engine answers only when what it says is kept; an engine that has nothing to wait for
+never suspends, and the caller gets its answer in the same turn of the loop. A call may await futures and
+nothing else: whoever drives it need not be a task.
+
+Keys are named by `Ref`: the text, or the public id as an int. Batches take their items in order, one by one
+as the single calls would, and answer item by item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from keypool.answers import (
+    GeneratedKey,
+    Identity,
+    KeptAlive,
+    Lease,
+    Page,
+    Ref,
+    Revealed,
+    Row,
+    Stats,
+    Unblocked,
+)
+from keypool.cursor import ListQuery
+
+
+class Engine(Protocol):
+    """See the module. Every call may raise StorageUnavailable; n is the number of keys, k of items."""
+
+    name: str
+
+    async def generate(self, count: int) -> list[GeneratedKey]:
+        """Make `count` keys, all or none. O(k log n). Raises PoolFull."""
+        ...
+
+    async def acquire(self, owner: str | None, wait: float) -> Lease:
+        """Serve a uniformly random available key, or the next one within `wait` seconds. O(log n).
+
+        Waiters are served first come first served. A caller who gives up closes the coroutine: it leaves the
+        queue, and a key that it was being given is available again. Raises NoKeyAvailable, TooManyWaiters,
+        Draining.
+        """
+        ...
+
+    async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
+        """Serve up to `count` keys, at least one. O(k log n). Raises NoKeyAvailable."""
+        ...
+
+    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
+        """O(log n). Raises UnknownKey, StaleLease."""
+        ...
+
+    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
+        """ "done", "unknown" or "stale" for each item. O(k log n)."""
+        ...
+
+    async def keepalive(self, ref: Ref) -> KeptAlive:
+        """O(log n). Raises UnknownKey."""
+        ...
+
+    async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
+        """For each item, whether the key was known. O(k log n)."""
+        ...
+
+    async def delete(self, ref: Ref) -> Identity:
+        """Purge for ever. O(log n). Raises UnknownKey."""
+        ...
+
+    async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
+        """For each item, what was purged, or None if it was unknown. O(k log n)."""
+        ...
+
+    async def get(self, ref: Ref) -> Row:
+        """O(1). Raises UnknownKey."""
+        ...
+
+    async def reveal(self, ref: Ref) -> Revealed:
+        """The text of a key. O(1). Raises UnknownKey."""
+        ...
+
+    async def page(self, query: ListQuery) -> Page:
+        """O(log n + page). Raises BadRequest for a cursor that isn't one."""
+        ...
+
+    async def stats(self) -> Stats:
+        """O(1)."""
+        ...
+
+    def ready(self) -> None:
+        """Raise Unavailable, with the reason, unless calls are served."""
+        ...
+
+    def drain(self) -> None:
+        """The server is stopping: all waiters are told Draining, and none is taken any more."""
+        ...
+
+    async def close(self) -> None:
+        """Keep what isn't kept yet, and stop. No call may follow."""
+        ...

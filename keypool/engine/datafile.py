@@ -1,0 +1,176 @@
+"""The data file: its schema, its rules, and how it is opened, checked and read.
+
+Rule of the format: `PRAGMA user_version` is the version of the schema below. A change of the schema adds a
+step to `MIGRATIONS` that takes a file of the version before to the next one; a released step is never
+changed. A file of a newer version, or not ours by its application id, is refused and left as it was.
+
+Moments are whole milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes.
+Rows are written by id with their whole new state, so that writing one twice is the same as once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from keypool.errors import StartError
+from keypool.keys import Key
+
+APPLICATION_ID = 0x6B706F6C  # "kpol"
+
+MIGRATIONS = (
+    """
+    CREATE TABLE keys (
+        id INTEGER PRIMARY KEY,  -- never used again
+        text TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL,
+        release_at INTEGER,      -- null unless blocked
+        lease INTEGER NOT NULL,  -- of the latest acquire, 0 if never served
+        owner TEXT               -- null unless blocked and named
+    ) STRICT;
+    CREATE TABLE pool (          -- last id and lease, counters, the last moment that the pool lived
+        name TEXT PRIMARY KEY,
+        value INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+)
+VERSION = len(MIGRATIONS)
+
+Row = tuple[int, str, int, int, int | None, int, str | None]
+"""A key as it stands in the file, columns in the order of the schema."""
+
+UPSERT = """
+    INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET
+        expires_at = excluded.expires_at, release_at = excluded.release_at,
+        lease = excluded.lease, owner = excluded.owner
+"""
+PURGE = "DELETE FROM keys WHERE id = ?"
+SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
+
+_MAGIC = b"SQLite format 3\0"
+_LOCK_SECONDS = 5.0
+_LOCK_INTERVAL = 0.05
+
+
+def hold(path: Path) -> int:
+    """Take the file for this server, made if there is none (mode 0600); a descriptor that holds the lock.
+
+    The lock is the open file's, not the process's: whoever inherits the descriptor holds it on, so the file
+    is free when server and writer are both gone. Waits 5 s for a dying predecessor. Raises StartError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartError(f"can't open the data file {path}: {error.strerror}") from None
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise StartError(f"the data file {path} is held by another server") from None
+            time.sleep(_LOCK_INTERVAL)
+        else:
+            return descriptor
+
+
+def inspect(path: Path) -> dict[str, int]:
+    """The pool's numbers by name, none for a new file; changes nothing. O(size of the file).
+
+    Raises StartError unless the file is ours, whole, and of a version that we know.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_MAGIC))
+    if start not in (b"", _MAGIC):  # SQLite itself takes a file of one byte for an empty one
+        raise StartError(f"the data file {path} is damaged, or no SQLite file")
+    try:
+        with _reading(path) as database:
+            application = database.execute("PRAGMA application_id").fetchone()[0]
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            empty = not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if not empty and application != APPLICATION_ID:
+                raise StartError(f"the data file {path} is an SQLite file of another program")
+            if version > VERSION:
+                raise StartError(
+                    f"the data file {path} is of the newer version {version}; this server knows {VERSION}"
+                )
+            verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
+    except sqlite3.Error as error:
+        raise StartError(f"the data file {path} is damaged or can't be read: {error}") from None
+    if verdict != "ok":
+        raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
+    return numbers
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection that writes, to a file brought up to this version. Raises sqlite3.Error."""
+    database = sqlite3.connect(path, isolation_level=None)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        for number, step in enumerate(MIGRATIONS[version:], version + 1):
+            database.executescript(
+                f"BEGIN IMMEDIATE; {step} PRAGMA application_id = {APPLICATION_ID};"
+                f" PRAGMA user_version = {number}; COMMIT;"
+            )
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
+    """The keys in order of id, so many at a time. O(1) memory beside the keys."""
+    with _reading(path) as database:
+        rows = database.execute(
+            "SELECT id, text, created_at, expires_at, release_at, lease, owner FROM keys ORDER BY id"
+        )
+        while some := rows.fetchmany(slice_size):
+            yield [_key(row) for row in some]
+
+
+class _reading:  # noqa: N801 - used as a function
+    """A connection that can't write, not even by closing: SQLite's own `with` doesn't close."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+
+    def __enter__(self) -> sqlite3.Connection:
+        return self._database
+
+    def __exit__(self, *error: object) -> None:
+        self._database.close()
+
+
+def _key(row: Row) -> Key:
+    id, text, created_at, expires_at, release_at, lease, owner = row
+    key = Key(id, text, created_at / 1000, expires_at / 1000)
+    key.release_deadline = None if release_at is None else release_at / 1000
+    key.lease = lease
+    key.owner = owner
+    return key
+
+
+def row_of(key: Key) -> Row:
+    """The row that keeps a key."""
+    release = key.release_deadline
+    return (
+        key.id,
+        key.text,
+        round(key.created_at * 1000),
+        round(key.expires_deadline * 1000),
+        None if release is None else round(release * 1000),
+        key.lease,
+        key.owner,
+    )

@@ -1,0 +1,94 @@
+"""Opening the embedded engine on its data file: hold, inspect, start the writer, read, settle, arm.
+
+Nothing is answered before it is all done. The loop goes on meanwhile, in slices, so that /healthz and /readyz
+can tell how it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+from keypool.engine import datafile
+from keypool.engine.clock import Clock
+from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.journal import Journal
+from keypool.errors import StartError
+from keypool.keys import Key
+
+_SLICE = 2000  # keys read, or checked, or armed in one turn of the loop
+_log = logging.getLogger("keypool.journal")
+
+
+async def open_durable(path: Path, restart_grace: float, **settings: Any) -> EmbeddedEngine:
+    """The engine over a data file, which is made if there is none. O(n). Raises StartError.
+
+    `settings` are EmbeddedEngine's. With a `restart_grace`, keys that would be dead by then live until that
+    many seconds after the start.
+    """
+    started = time.monotonic()
+    loop = asyncio.get_running_loop()
+    lock = await loop.run_in_executor(None, datafile.hold, path)
+    numbers = await loop.run_in_executor(None, datafile.inspect, path)
+    clock = Clock(not_before=numbers.get("moment", 0) / 1000)
+    engine = EmbeddedEngine(clock=clock, **settings)
+    journal = Journal(path, lock, lambda: _numbers(engine), engine.storage_is_back)
+    await journal.start(clock() + restart_grace if restart_grace else None)
+    _restore_numbers(engine, numbers)
+    try:
+        keys = await _restore_keys(engine, path)
+    except (ValueError, KeyError) as error:
+        raise StartError(f"the data file {path} contradicts itself: {error}") from None
+    except sqlite3.Error:  # whose words may quote a key
+        raise StartError(f"the data file {path} contradicts itself: a row of it can't be read") from None
+    engine.journal = journal
+    await _settle(engine)
+    for start in range(0, len(keys), _SLICE):
+        engine.arm(keys[start : start + _SLICE])
+        await asyncio.sleep(0)
+    _log.info("%d keys restored from %s in %.1f s", engine.pool.total, path, time.monotonic() - started)
+    return engine
+
+
+async def _restore_keys(engine: EmbeddedEngine, path: Path) -> list[Key]:
+    """All keys into the pool, which is proved to hold together. No timer is armed yet, so nothing moves."""
+    keys: list[Key] = []
+    for some in datafile.read_keys(path, _SLICE):
+        for key in some:
+            engine.pool.restore(key)
+        keys += some
+        await asyncio.sleep(0)
+    for _ in engine.pool.check_in_slices(_SLICE):
+        await asyncio.sleep(0)
+    return keys
+
+
+async def _settle(engine: EmbeddedEngine) -> None:
+    """Purge and release what passed its deadline while no server ran."""
+    now = engine.now()
+    while engine.pool.overdue(now) or engine.pool.next_release(now) == 0:
+        engine.pool.settle(now)
+        await asyncio.sleep(0)
+
+
+def _numbers(engine: EmbeddedEngine) -> dict[str, int]:
+    pool = engine.pool
+    return {
+        "last_id": pool.last_id,
+        "last_lease": pool.last_lease,
+        "moment": round(engine.now() * 1000),
+        **dataclasses.asdict(pool.counters),
+    }
+
+
+def _restore_numbers(engine: EmbeddedEngine, numbers: dict[str, int]) -> None:
+    pool = engine.pool
+    pool.last_id = numbers.get("last_id", 0)
+    pool.last_lease = numbers.get("last_lease", 0)
+    for field in dataclasses.fields(pool.counters):
+        setattr(pool.counters, field.name, numbers.get(field.name, 0))

@@ -1,0 +1,525 @@
+"""The pool in this process: pool.py's rules, one timer a deadline, and the queue of those who wait.
+
+Every change goes through `_changed`, which the pool calls: it hands the key to the journal, if there is one,
+arms and cancels its timers and publishes the event. No call tells anything before the journal has kept it.
+The waiters' rule is that while somebody waits no key is available: a call that makes one available serves the
+first waiter before it returns, and whatever makes one available at all has them served in the next turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+
+from tornado.ioloop import IOLoop
+
+from keypool import __version__
+from keypool.answers import (
+    GeneratedKey,
+    Identity,
+    KeptAlive,
+    Lease,
+    Page,
+    Ref,
+    Revealed,
+    Row,
+    Stats,
+    Unblocked,
+)
+from keypool.cursor import ListQuery, encode, page_query
+from keypool.engine.clock import Clock
+from keypool.engine.journal import Commit, Journal
+from keypool.engine.timers import Timers
+from keypool.errors import Draining, NoKeyAvailable, StaleLease, TooManyWaiters, UnknownKey
+from keypool.events import Change, Happened
+from keypool.keys import DEAD, Key, State, moment, random_text
+from keypool.pool import Pool
+
+RECENT_EVENTS = 50
+
+_TOO_FEW_TO_TELL = 0.005  # seconds: as early as a release may be
+
+
+class Waiter:
+    """Somebody who waits for a key. `served` is answered with the key, or with None when time is up."""
+
+    __slots__ = ("owner", "served", "timer")
+
+    def __init__(self, owner: str | None, served: asyncio.Future[Lease | None]) -> None:
+        self.owner = owner
+        self.served = served
+        self.timer: object = None
+
+
+class EmbeddedEngine:
+    """See the module, and the Engine protocol for the calls. Lives on one IOLoop, and on its thread only."""
+
+    name = "embedded"
+
+    def __init__(
+        self,
+        *,
+        block_seconds: float = 60.0,
+        keepalive_seconds: float = 300.0,
+        key_length: int = 20,
+        max_keys: int = 1_000_000,
+        max_waiters: int = 10_000,
+        loop: IOLoop | None = None,
+        clock: Callable[[], float] | None = None,
+        new_text: Callable[[], str] | None = None,
+    ) -> None:
+        self.now = clock or Clock()
+        self.pool = Pool(
+            block_seconds=block_seconds,
+            keepalive_seconds=keepalive_seconds,
+            max_keys=max_keys,
+            new_text=new_text or (lambda: random_text(key_length)),
+            random=random.Random().random,  # noqa: S311 - which free key is served is no secret
+            on_change=self._changed,
+        )
+        self.timers = Timers(loop or IOLoop.current(), self.now, self._release_due, self._expiry_due)
+        self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
+        self.journal: Journal | None = None
+        self._loop = asyncio.get_running_loop()
+        self._max_waiters = max_waiters
+        self._waiters: OrderedDict[Waiter, None] = OrderedDict()
+        self._started_at = self.now()
+        self._draining = False
+        self._serving_soon = False
+
+    # -- the calls
+
+    async def generate(self, count: int) -> list[GeneratedKey]:
+        """Make keys, all or none. O(count · log n)."""
+        self._require_storage()
+        now = self.now()
+        while self.pool.total + count > self.pool.max_keys and self.pool.overdue(now):
+            self.pool.settle(now)
+            if self.pool.overdue(now):
+                await self._next_turn()  # a crowd of them
+                now = self.now()
+        try:
+            self.pool.require_room(count, now)
+            made = [self._generate(now) for _ in range(count)]
+        finally:
+            self._serve_waiters(now)
+            late = await self._kept_all()
+        for answer in made if late else ():
+            answer.expires_in = _less(answer.expires_in, late)
+        return made
+
+    async def acquire(self, owner: str | None, wait: float) -> Lease:
+        """Serve a key, now or within `wait` seconds. O(log n)."""
+        self._require_storage()
+        lease = await self._take(owner)
+        if lease is None and wait > 0:
+            lease = await self._wait_for_key(owner, wait)
+        if lease is None:
+            self.pool.counters.refused += 1
+            await self._kept_all()
+            raise NoKeyAvailable(self._retry_after())
+        try:
+            late = await self._kept(lease.id)
+        except (GeneratorExit, asyncio.CancelledError):  # hung up before anybody was told
+            self._take_back(lease)
+            raise
+        if late:
+            _age(lease, late)
+        return lease
+
+    async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
+        """Serve up to `count` keys. O(count · log n)."""
+        leases = [await self.acquire(owner, 0)]
+        while len(leases) < count and (lease := await self._take(owner)) is not None:
+            leases.append(lease)
+        late = await self._kept_all()
+        for lease in leases if late else ():
+            _age(lease, late)
+        return leases
+
+    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
+        """Free a key. O(log n)."""
+        self._require_storage()
+        key = await self._known(ref)
+        try:
+            changed = self._unblock(key, lease)
+        finally:
+            await self._kept(key.id)
+        return Unblocked(key.id, State.AVAILABLE, changed)
+
+    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
+        """Free keys one by one. O(items · log n)."""
+        self._require_storage()
+        outcomes = []
+        for ref, lease in items:
+            try:
+                self._unblock(self._find(ref), lease)
+                outcomes.append("done")
+            except UnknownKey:
+                outcomes.append("unknown")
+            except StaleLease:
+                outcomes.append("stale")
+        await self._kept_all()
+        return outcomes
+
+    async def keepalive(self, ref: Ref) -> KeptAlive:
+        """Put off a key's expiry. O(log n)."""
+        self._require_storage()
+        key = await self._known(ref)
+        now = self.now()
+        self.pool.keepalive(key, now)
+        answer = KeptAlive(key.id, _seconds(key.expires_deadline - now))
+        self._serve_waiters(now)
+        answer.expires_in = _less(answer.expires_in, await self._kept(key.id))
+        return answer
+
+    async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
+        """Put off expiries one by one. O(items · log n)."""
+        self._require_storage()
+        now = self.now()
+        known = []
+        for ref in refs:
+            try:
+                self.pool.keepalive(self._find(ref), now)
+                known.append(True)
+            except UnknownKey:
+                known.append(False)
+        self._serve_waiters(now)
+        await self._kept_all()
+        return known
+
+    async def delete(self, ref: Ref) -> Identity:
+        """Purge a key. O(log n)."""
+        self._require_storage()
+        key = await self._known(ref)
+        self.pool.delete(key)
+        await self._kept(key.id)
+        return Identity(key.id, key.hint)
+
+    async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
+        """Purge keys one by one. O(items · log n)."""
+        self._require_storage()
+        gone: list[Identity | None] = []
+        for ref in refs:
+            try:
+                key = self._find(ref)
+                self.pool.delete(key)
+                gone.append(Identity(key.id, key.hint))
+            except UnknownKey:
+                gone.append(None)
+        await self._kept_all()
+        return gone
+
+    async def get(self, ref: Ref) -> Row:
+        """How a key stands. O(1)."""
+        key, now = await self._known(ref), self.now()
+        row = _row(key, now)
+        self._serve_waiters(now)
+        late = await self._kept(row.id)
+        if late:
+            _age(row, late)
+        return row
+
+    async def reveal(self, ref: Ref) -> Revealed:
+        """A key's text, told as an event. O(1)."""
+        key = await self._known(ref)
+        revealed = Revealed(key.id, key.text)
+        self.events.append((Change.REVEALED, key, key.owner, key.lease, self.now()))
+        self._serve_waiters(self.now())
+        await self._kept(key.id)
+        return revealed
+
+    async def page(self, query: ListQuery) -> Page:
+        """A page of rows. O(log n + page). May lead the disk by the commit under way."""
+        now = self.now()
+        asked = page_query(query)
+        found = self.pool.page(asked, now)
+        cursor = None if found.next is None else encode(asked, found.next)
+        page = Page([_row(key, now) for key in found.keys], cursor)
+        self._serve_waiters(now)  # by what was found overdue
+        return page
+
+    async def stats(self) -> Stats:
+        """All counts. O(1). May lead the disk by the commit under way."""
+        pool, counters = self.pool, self.pool.counters
+        return Stats(
+            pool.total,
+            pool.available,
+            pool.blocked,
+            len(self._waiters),
+            counters.generated,
+            counters.acquired,
+            counters.unblocked,
+            counters.released,
+            counters.deleted,
+            counters.expired,
+            counters.kept_alive,
+            counters.refused,
+            _seconds(self.now() - self._started_at),
+            self.name,
+            __version__,
+        )
+
+    def ready(self) -> None:
+        """Raise Draining once the server stops, StorageUnavailable while the journal can't write."""
+        if self._draining:
+            raise Draining
+        self._require_storage()
+
+    def drain(self) -> None:
+        """Tell all waiters that the server stops, and take no more. O(waiters)."""
+        self._draining = True
+        while self._waiters:
+            waiter = self._pop_waiter()
+            waiter.served.set_exception(Draining())
+
+    async def close(self) -> None:
+        """Drop the timers, and keep what isn't kept yet."""
+        self.timers.close()
+        if self.journal is not None:
+            await self.journal.close()
+
+    # -- steps of the calls
+
+    def _generate(self, now: float) -> GeneratedKey:
+        key = self.pool.generate(now)
+        made = GeneratedKey(key.id, key.text, State.AVAILABLE, _seconds(key.expires_deadline - now))
+        self._serve_waiters(now)
+        return made
+
+    async def _take(self, owner: str | None) -> Lease | None:
+        """Block an available key, if there is one for a newcomer: who waits already comes first."""
+        while True:
+            now = self.now()
+            if self._waiters:  # a block may have run out whose timer is late
+                self.pool.settle(now)
+                self._serve_waiters(now)
+            key = None if self._waiters else self.pool.acquire(now, owner)
+            if key is not None:
+                return self._lease(key, now)
+            if not self.pool.may_have_more(now):
+                return None
+            await self._next_turn()  # a crowd of overdue keys stands in the way
+            self._require_storage()
+
+    def _unblock(self, key: Key, lease: int | None) -> bool:
+        changed = self.pool.unblock(key, lease)
+        self._serve_waiters(self.now())
+        return changed
+
+    def _find(self, ref: Ref) -> Key:
+        """The live key. If its block is found overdue, it is available now: serve waiters after the call."""
+        now = self.now()
+        return self.pool.find_id(ref, now) if isinstance(ref, int) else self.pool.find(ref, now)
+
+    async def _known(self, ref: Ref) -> Key:
+        """The live key; that there is none is told when it is on disk."""
+        try:
+            return self._find(ref)
+        except UnknownKey:
+            journal = self.journal
+            if journal is not None:
+                commit = journal.commit_of(ref) if isinstance(ref, int) else journal.commit_of_text(ref)
+                if commit is not None:
+                    await commit
+            raise
+
+    # -- durability: nothing is told before it is on disk
+
+    def _require_storage(self) -> None:
+        if self.journal is not None:
+            self.journal.require()
+
+    async def _kept(self, id: int) -> float:
+        """Wait until all that happened to this key is on disk. Raises StorageUnavailable.
+
+        Returns the seconds by which that makes the answer late, 0 if they are too few to tell: lengths of time
+        are told as of the answer, or a holder would believe in its key for longer than it has it.
+        """
+        if self.journal is None or (commit := self.journal.commit_of(id)) is None:
+            return 0.0
+        return await self._lateness_of(commit)
+
+    async def _kept_all(self) -> float:
+        """The same for all that has happened."""
+        if self.journal is None or (commit := self.journal.commit_of_all()) is None:
+            return 0.0
+        return await self._lateness_of(commit)
+
+    async def _lateness_of(self, commit: Commit) -> float:
+        started = self.now()
+        await commit
+        waited = self.now() - started
+        return waited if waited > _TOO_FEW_TO_TELL else 0.0
+
+    def storage_is_back(self) -> None:
+        """The journal can write again: who waited meanwhile is served."""
+        self._go_on_serving()
+
+    def arm(self, keys: Sequence[Key]) -> None:
+        """Set the timers of restored keys, but for those that are gone again. O(keys · log n)."""
+        for key in keys:
+            if key.expires_deadline != DEAD:
+                self.timers.arm_expiry(key)
+            if key.release_deadline is not None:
+                self.timers.arm_release(key)
+
+    def _lease(self, key: Key, now: float) -> Lease:
+        assert key.release_deadline is not None
+        release_in = _seconds(key.release_deadline - now)
+        return Lease(key.id, key.text, key.lease, release_in, _seconds(key.expires_deadline - now))
+
+    def _retry_after(self) -> float | None:
+        seconds = self.pool.next_release(self.now())
+        return None if seconds is None else _seconds(seconds)
+
+    async def _next_turn(self) -> None:
+        """Let the loop do its other work once. A future, so that whoever drives this need not be a task."""
+        turn = self._loop.create_future()
+        self._loop.call_soon(_done, turn)
+        await turn
+
+    # -- waiting
+
+    async def _wait_for_key(self, owner: str | None, wait: float) -> Lease | None:
+        if self._draining:
+            raise Draining
+        if len(self._waiters) >= self._max_waiters:
+            raise TooManyWaiters(self._max_waiters)
+        waiter = Waiter(owner, self._loop.create_future())
+        waiter.timer = self.timers.after(wait, self._give_up, waiter)
+        self._waiters[waiter] = None
+        try:
+            return await waiter.served
+        except (GeneratorExit, asyncio.CancelledError):  # hung up: whoever drove this coroutine has closed it
+            self._forget(waiter)
+            raise
+
+    def _forget(self, waiter: Waiter) -> None:
+        """A waiter hung up. If it was just being served, nobody will hear of that lease: take it back."""
+        if waiter in self._waiters:
+            del self._waiters[waiter]
+            self.timers.cancel(waiter.timer)
+            return
+        if waiter.served.done() and not waiter.served.cancelled() and waiter.served.exception() is None:
+            lease = waiter.served.result()
+            if lease is not None:
+                self._take_back(lease)
+
+    def _take_back(self, lease: Lease) -> None:
+        try:
+            self._unblock(self._find(lease.id), lease.lease)
+        except (UnknownKey, StaleLease):
+            return  # deleted, or released and served again meanwhile: not ours any more
+
+    def _give_up(self, waiter: Waiter) -> None:
+        waiter.timer = None  # fired; it holds the waiter, which mustn't hold it
+        now = self.now()
+        self.pool.settle(now)  # a block may have run out whose timer is late
+        self._serve_waiters(now)
+        if waiter in self._waiters and self._may_serve() and self.pool.may_have_more(now):
+            self._loop.call_soon(self._give_up, waiter)  # a crowd stands before a key that may be free
+        elif waiter in self._waiters:
+            del self._waiters[waiter]
+            waiter.served.set_result(None)
+
+    def _pop_waiter(self) -> Waiter:
+        waiter, _ = self._waiters.popitem(last=False)
+        self.timers.cancel(waiter.timer)
+        return waiter
+
+    def _serve_waiters(self, now: float) -> None:
+        """Serve who waits, first come first served, as long as there are keys. O(log n) each."""
+        if not self._may_serve():
+            return  # `storage_is_back` comes here again
+        while self._waiters and self.pool.available:
+            owner = next(iter(self._waiters)).owner
+            key = self.pool.acquire(now, owner)
+            if key is None:
+                self._serve_soon()  # a crowd of expired keys
+                return
+            self._pop_waiter().served.set_result(self._lease(key, now))
+
+    def _may_serve(self) -> bool:
+        """Whether anything may change: not while the journal can't keep it."""
+        return self.journal is None or self.journal.failing is None
+
+    def _serve_soon(self) -> None:
+        """Serve who waits in the next turn of the loop, if nobody does it before."""
+        if not self._serving_soon:
+            self._serving_soon = True
+            self._loop.call_soon(self._go_on_serving)
+
+    def _go_on_serving(self) -> None:
+        self._serving_soon = False
+        self._serve_waiters(self.now())
+
+    # -- what the pool and the timers tell
+
+    def _changed(self, change: Change, key: Key, owner: str | None) -> None:
+        """The pool has changed a key. The most frequent first; no branch is more than O(log n)."""
+        timers = self.timers
+        if self.journal is not None:
+            self.journal.touch(key)
+        if change is Change.KEPT_ALIVE:
+            timers.cancel_expiry(key)
+            timers.arm_expiry(key)
+            return
+        if change is Change.ACQUIRED:
+            timers.arm_release(key)
+        elif change is Change.UNBLOCKED or change is Change.RELEASED:
+            timers.cancel_release(key)
+            if self._waiters:
+                self._serve_soon()
+        elif change is Change.GENERATED:
+            timers.arm_expiry(key)
+            if self._waiters:
+                self._serve_soon()
+        else:  # deleted or expired, from either state
+            timers.cancel_release(key)
+            timers.cancel_expiry(key)
+        self.events.append((change, key, owner, key.lease, self.now()))
+
+    def _release_due(self, key: Key, lease: int) -> None:
+        self.pool.release(key, lease)
+        if self._waiters:
+            self._serve_waiters(self.now())
+
+    def _expiry_due(self, key: Key, deadline: float) -> None:
+        self.pool.expire(key, deadline)
+
+
+def _age(answer: Lease | Row, late: float) -> None:
+    answer.expires_in = _less(answer.expires_in, late)
+    if answer.release_in is not None:
+        answer.release_in = _less(answer.release_in, late)
+
+
+def _less(length: float, late: float) -> float:
+    return max(0.0, _seconds(length - late)) if late else length
+
+
+def _seconds(length: float) -> float:
+    return round(length, 3)
+
+
+def _row(key: Key, now: float) -> Row:
+    release_in = None if key.release_deadline is None else _seconds(key.release_deadline - now)
+    state = State.AVAILABLE if release_in is None else State.BLOCKED
+    return Row(
+        key.id,
+        key.hint,
+        state,
+        key.owner,
+        key.lease or None,
+        moment(key.created_at),
+        _seconds(key.expires_deadline - now),
+        release_in,
+    )
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,246 @@
+"""The server's side of durability: what has changed, when it is on disk, and what to do while it can't be.
+
+    touch(key) -> open batch -> sent to the writer process -> committed: whoever waits is answered
+                      ^                     |
+                      +----- not committed -+   whoever waits gets StorageUnavailable; the batch is repeated
+
+One batch is on its way at a time; what changes meanwhile makes the next one. So a commit's cost is shared by
+all calls of one turn of the loop and by those that come while the commit before runs (group commit). A batch
+names keys, and is written down when it is sent: a key that changed twice is one row.
+
+While batches fail, the pool in memory is ahead of the disk, calls that would change it are refused, and the
+batch is tried again until it gets through. Nothing that was answered is lost by that: it was on disk before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from keypool.engine import datafile
+from keypool.engine.link import WriterLink
+from keypool.engine.writer import Batch, Verdict
+from keypool.errors import StartError, StorageUnavailable
+from keypool.keys import DEAD, Key
+
+Commit = asyncio.Future[None]
+
+_RETRY_FIRST = 0.05  # seconds; doubled up to the longest
+_RETRY_LONGEST = 1.0
+_log = logging.getLogger("keypool.journal")
+
+
+class Journal:
+    """The journal of one pool in one data file. Lives on the loop's thread.
+
+    `numbers` is asked at each batch for the pool's numbers (last id and lease, counters), which go with it.
+    `back` is called when batches get through again after they failed.
+    """
+
+    def __init__(
+        self, path: Path, lock: int, numbers: Callable[[], dict[str, int]], back: Callable[[], None]
+    ) -> None:
+        self._back = back
+        self._path = path
+        self._lock = lock
+        self._numbers = numbers
+        self._loop = asyncio.get_running_loop()
+        self._writer: WriterLink | None = None
+        self._dirty: dict[int, Key] = {}  # changed since the last batch was sent
+        self._sent: dict[int, Key] = {}  # in the batch that is on its way
+        self._purged: dict[str, int] = {}  # texts of keys whose purge isn't on disk yet, with their ids
+        self._next: Commit | None = None  # of what is dirty
+        self._current: Commit | None = None  # of what was sent
+        self._scheduled = False
+        self._started = False
+        self._closing = False
+        self._retry = _RETRY_FIRST
+        self._retrying: asyncio.TimerHandle | None = None
+        self._sent_at = 0.0
+        self._encode = msgspec.msgpack.Encoder().encode
+        self.failing: str | None = None
+        """Why the last batch could not be written; None while all is well."""
+        self.commits = 0
+        self.last_commit_seconds = 0.0
+        self.last_batch_rows = 0
+
+    # -- what the engine tells and asks
+
+    def touch(self, key: Key) -> None:
+        """This key has changed, or is gone: it goes with the next batch. O(1)."""
+        self._dirty[key.id] = key
+        if key.expires_deadline == DEAD:
+            self._purged[key.text] = key.id
+        if not self._scheduled and self._current is None and self.failing is None:
+            self._scheduled = True
+            self._loop.call_soon(self._send)
+
+    def commit_of(self, id: int) -> Commit | None:
+        """What to await before telling of this key; None if all that happened to it is on disk. O(1)."""
+        if id in self._dirty:
+            return self._commit_of_dirty()
+        if id in self._sent:
+            return self._current or self._commit_of_dirty()
+        return None
+
+    def commit_of_text(self, text: str) -> Commit | None:
+        """The same for a text that nobody has (any more). O(1)."""
+        id = self._purged.get(text)
+        return None if id is None else self.commit_of(id)
+
+    def commit_of_all(self) -> Commit | None:
+        """What to await before telling of the pool as a whole. O(1)."""
+        if self._dirty:
+            return self._commit_of_dirty()
+        return self._current
+
+    def commit_under_way(self) -> Commit | None:
+        """Of the batch that the writer has, if it has one."""
+        return self._current
+
+    def require(self) -> None:
+        """Raise StorageUnavailable while batches fail: nothing may change then."""
+        if self.failing is not None:
+            raise self._unavailable()
+
+    def _commit_of_dirty(self) -> Commit:
+        if self._next is None:
+            self._next = self._loop.create_future()
+            if self.failing is not None:
+                _fail(self._next, self._unavailable())
+        return self._next
+
+    def _unavailable(self) -> StorageUnavailable:
+        return StorageUnavailable(
+            f"the data file can't be written ({self.failing}); calls that change nothing go on"
+        )
+
+    # -- batches
+
+    async def start(self, grace_until: float | None) -> None:
+        """Start the writer and have it open the file, grant the grace, and say that it can write."""
+        self._writer = await WriterLink.start(self._path, self._lock, self._answered, self._lost)
+        self._current = self._loop.create_future()
+        until = None if grace_until is None else round(grace_until * 1000)
+        self._writer.send(self._encode(Batch(grace_until=until)))
+        try:
+            await self._current
+        except StorageUnavailable:
+            self._closing = True
+            raise StartError(f"the data file {self._path} can't be written: {self.failing}") from None
+        self._started = True
+
+    def _send(self) -> None:
+        self._scheduled = False
+        if self._writer is None or self._current is not None or not self._anything_to_send():
+            return
+        self._sent, self._dirty = self._dirty, {}
+        self._current, self._next = self._next or self._loop.create_future(), None
+        rows, purged = [], []
+        for id, key in self._sent.items():
+            if key.expires_deadline == DEAD:
+                purged.append(id)
+            else:
+                rows.append(datafile.row_of(key))
+        self._sent_at = time.monotonic()
+        self._writer.send(self._encode(Batch(rows, purged, self._numbers())))
+
+    def _anything_to_send(self) -> bool:
+        # While batches fail even an empty one goes, to see whether they still do.
+        return bool(self._dirty) or self._closing or self.failing is not None
+
+    def _answered(self, verdict: Verdict) -> None:
+        if verdict.error is not None:
+            self._failed(verdict.error)
+            return
+        commit, self._current = self._current, None
+        sent, self._sent = self._sent, {}
+        if self._purged:
+            for id, key in sent.items():
+                if key.expires_deadline == DEAD and id not in self._dirty:
+                    self._purged.pop(key.text, None)
+        self.commits += 1
+        self.last_commit_seconds = time.monotonic() - self._sent_at
+        self.last_batch_rows = len(sent)
+        if self.failing is not None:
+            _log.warning("the data file can be written again")
+            self.failing, self._retry = None, _RETRY_FIRST
+            self._next = None  # it was failed; what is dirty now waits for a new one
+            self._loop.call_soon(self._back)
+        if commit is not None and not commit.done():
+            commit.set_result(None)
+        if self._dirty:
+            self._send()
+
+    def _failed(self, reason: str) -> None:
+        """The batch on its way is not known to be kept: it is dirty again, and tried again later."""
+        if self.failing is None and self._started:
+            _log.error("the data file can't be written: %s; calls that change something get 503", reason)
+        self.failing = reason
+        self._dirty = {**self._sent, **self._dirty}
+        self._sent = {}
+        for commit in (self._current, self._next):
+            if commit is not None:
+                _fail(commit, self._unavailable())
+        self._current = None
+        if not self._closing and self._retrying is None:
+            self._retrying = self._loop.call_later(self._retry, self._try_again)
+            self._retry = min(2 * self._retry, _RETRY_LONGEST)
+
+    def _try_again(self) -> None:
+        self._retrying = None
+        if self._writer is None or self._closing:
+            return
+        if self._writer.dead:
+            task = self._loop.create_task(self._restart())
+            task.add_done_callback(_heard)
+            return
+        self._next = None
+        self._send()
+
+    async def _restart(self) -> None:
+        assert self._writer is not None
+        try:
+            await self._writer.reap()
+            self._writer = await WriterLink.start(self._path, self._lock, self._answered, self._lost)
+        except OSError as error:
+            self._failed(f"no writer process: {error}")
+            return
+        self._next = None
+        self._send()
+
+    def _lost(self) -> None:
+        if not self._closing:
+            self._failed("the writer process died and is started again")
+
+    async def close(self) -> None:
+        """Write what isn't written yet, have the file closed cleanly, and let the writer go."""
+        if self._writer is None:
+            return
+        while (commit := self.commit_under_way()) is not None:
+            await asyncio.wait([commit])
+        self._closing = True
+        if not self._writer.dead:
+            self._send()
+            if (commit := self.commit_under_way()) is not None:
+                await asyncio.wait([commit])
+            await self._writer.end()
+        await self._writer.reap()
+        os.close(self._lock)
+
+
+def _fail(commit: Commit, error: StorageUnavailable) -> None:
+    if not commit.done():
+        commit.set_exception(error)
+        commit.exception()  # heard, in case nobody waits
+
+
+def _heard(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _log.error("the writer could not be started again", exc_info=task.exception())

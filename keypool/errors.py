@@ -1,0 +1,228 @@
+"""Every way in which keypool says no.
+
+    KeypoolError                     500 internal if nothing below fits
+    ├── PoolError                    what the pool's rules refuse
+    │   ├── UnknownKey               never generated, deleted or expired
+    │   ├── NoKeyAvailable           carries `retry_after`, a hint in seconds
+    │   ├── StaleLease               the key was served again since, or never with this number
+    │   └── PoolFull                 `--max-keys` reached
+    ├── Unavailable                  not now; the same call may succeed later
+    │   ├── StorageUnavailable       the outcome is not known: it may yet reach the disk
+    │   ├── Draining                 the server is stopping
+    │   └── TooManyWaiters           `--max-waiters` reached
+    └── RequestRefused               the request itself is wrong, or not this caller's
+        ├── BadRequest               malformed JSON, a wrong field or parameter, out of range
+        ├── Unauthorized  Forbidden  CrossSite  WrongHost
+        ├── NotFound                 no such path
+        ├── MethodNotAllowed         carries `allow`, the methods that the path has
+        └── PayloadTooLarge  UriTooLong  HeadersTooLarge  UnsupportedMediaType
+    StartError                       the server can't start: one line, exit status 1
+    └── SettingsError                a wrong flag, variable or TOML key: exit status 2
+
+Each class names its `code`, which programs compare, and its `title`, which people read; the instance's
+`detail` says what was wrong and what would be right. There is no HTTP here: which status belongs to which
+class stands once, in handlers/problems.py.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KeypoolError(Exception):
+    """The root of what a call can be answered with instead of its result."""
+
+    code: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class PoolError(KeypoolError):
+    """The pool's rules refuse the call; nothing has changed."""
+
+
+class UnknownKey(PoolError):
+    """No live key has this text or id."""
+
+    code = "unknown-key"
+    title = "Unknown key"
+
+    def __init__(
+        self, detail: str = "no such key: it was never generated here, was deleted, or expired"
+    ) -> None:
+        super().__init__(detail)
+
+
+class NoKeyAvailable(PoolError):
+    """Every key is blocked, or there is none. `retry_after` is seconds to the earliest release, if any."""
+
+    code = "no-key-available"
+    title = "No key available"
+
+    def __init__(self, retry_after: float | None = None) -> None:
+        if retry_after is None:
+            detail = "no key is available and none is blocked: generate keys first"
+        else:
+            detail = f"every key is blocked; the earliest release is due in {retry_after:.3f} s"
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class StaleLease(PoolError):
+    """The lease number given isn't the key's latest."""
+
+    code = "stale-lease"
+    title = "Stale lease"
+
+    def __init__(self, given: int, latest: int | None) -> None:
+        if latest is None:
+            detail = f"lease {given} was never given for this key: it has not been served yet"
+        elif given < latest:
+            detail = f"lease {given} is over: the key was served again since, under a later lease"
+        else:
+            detail = f"lease {given} was never given for this key: its latest lease has a smaller number"
+        super().__init__(detail)
+
+
+class PoolFull(PoolError):
+    """The pool holds `--max-keys` keys, or the batch would take it beyond."""
+
+    code = "pool-full"
+    title = "Pool full"
+
+    def __init__(self, total: int, asked: int, max_keys: int) -> None:
+        super().__init__(
+            f"{asked} more would exceed --max-keys={max_keys}: the pool holds {total}; delete keys first"
+        )
+
+
+class Unavailable(KeypoolError):
+    """Not now. The same call may succeed later."""
+
+
+class StorageUnavailable(Unavailable):
+    """The journal can't be written. Whether this call's change is kept is not known."""
+
+    code = "storage-unavailable"
+    title = "Storage unavailable"
+
+
+class Draining(Unavailable):
+    """The server is stopping; ask again after its restart, or ask another one."""
+
+    code = "draining"
+    title = "Server is draining"
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping and serves no waiter any more; try again after its restart")
+
+
+class TooManyWaiters(Unavailable):
+    """`--max-waiters` calls wait for a key already."""
+
+    code = "too-many-waiters"
+    title = "Too many waiters"
+
+    def __init__(self, max_waiters: int) -> None:
+        super().__init__(
+            f"{max_waiters} calls (--max-waiters) are waiting for a key already; try again later"
+        )
+
+
+class RequestRefused(KeypoolError):
+    """The request itself is wrong, or isn't this caller's to make; nothing has changed."""
+
+
+class BadRequest(RequestRefused):
+    """A wrong body or query: `detail` names the field and what it takes."""
+
+    code = "bad-request"
+    title = "Bad request"
+
+
+class Unauthorized(RequestRefused):
+    """No token, or one that isn't known."""
+
+    code = "unauthorized"
+    title = "Unauthorized"
+
+
+class Forbidden(RequestRefused):
+    """A known caller whose role doesn't have this call."""
+
+    code = "forbidden"
+    title = "Forbidden"
+
+
+class CrossSite(RequestRefused):
+    """A browser sent this on behalf of another site."""
+
+    code = "cross-site"
+    title = "Cross-site request"
+
+
+class WrongHost(RequestRefused):
+    """An open server answers only to loopback names."""
+
+    code = "wrong-host"
+    title = "Wrong host"
+
+
+class NotFound(RequestRefused):
+    """No such path."""
+
+    code = "not-found"
+    title = "Not found"
+
+    def __init__(self) -> None:
+        super().__init__("there is nothing at this path; the API is under /api/v1/, see docs/api.md")
+
+
+class MethodNotAllowed(RequestRefused):
+    """The path exists, but not with this method."""
+
+    code = "method-not-allowed"
+    title = "Method not allowed"
+
+    def __init__(self, allow: str) -> None:
+        super().__init__(f"this path takes {allow}")
+        self.allow = allow
+
+
+class PayloadTooLarge(RequestRefused):
+    """The body is larger than the server reads."""
+
+    code = "payload-too-large"
+    title = "Payload too large"
+
+
+class UriTooLong(RequestRefused):
+    """The request target is longer than the server reads."""
+
+    code = "uri-too-long"
+    title = "URI too long"
+
+
+class HeadersTooLarge(RequestRefused):
+    """The header block is larger than the server reads."""
+
+    code = "headers-too-large"
+    title = "Headers too large"
+
+
+class UnsupportedMediaType(RequestRefused):
+    """The body isn't JSON by its own account."""
+
+    code = "unsupported-media-type"
+    title = "Unsupported media type"
+
+
+class StartError(Exception):
+    """The server can't start. The text is one line for the person who started it."""
+
+
+class SettingsError(StartError):
+    """A wrong flag, environment variable or TOML key: the text names it and the values it takes."""

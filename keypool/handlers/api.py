@@ -1,0 +1,180 @@
+"""The API behind Tornado's interfaces for messages, past RequestHandler.
+
+Every call of the API is answered here, on whichever HTTP server drives the application: one path, so one
+behaviour. RequestHandler is for pages (handlers/pages.py); what it does for them (templates, cookies, ETags)
+costs a JSON call twice what the call itself does.
+
+A request that is refused by its head is answered when its body has been read and thrown away, so that the
+connection can go on; one whose body is larger than `DISCARDED`, or that asks before it sends, is answered at
+once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from email.utils import formatdate
+from functools import lru_cache
+from http.client import responses as REASONS  # noqa: N812 - a table
+from typing import Any, cast
+
+from tornado import httputil
+from tornado.http1connection import HTTP1Connection
+from tornado.iostream import StreamClosedError
+from tornado.routing import Router
+
+from keypool.handlers.dispatch import MAX_BODY, Begun, Dispatcher, Reply, too_large
+from keypool.handlers.inflight import InFlight
+from keypool.handlers.steps import Steps
+
+DISCARDED = 4 * 1024 * 1024
+"""Bytes of a refused body that are read for the sake of the connection."""
+
+_access = logging.getLogger("keypool.access")
+
+
+class ApiRouter(Router):
+    """Makes the delegate of each request."""
+
+    def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
+        self._dispatcher = dispatcher
+        self._in_flight = in_flight
+
+    def find_handler(self, request: httputil.HTTPServerRequest, **kwargs: Any) -> ApiDelegate:
+        """The delegate of a request."""
+        return ApiDelegate(self._dispatcher, self._in_flight, request)
+
+
+class ApiDelegate(httputil.HTTPMessageDelegate):
+    """One request of the API, from its head to its reply."""
+
+    __slots__ = (
+        "_begun",
+        "_body",
+        "_connection",
+        "_dispatcher",
+        "_ended",
+        "_in_flight",
+        "_request",
+        "_size",
+        "_steps",
+    )
+
+    def __init__(
+        self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest
+    ) -> None:
+        assert request.connection is not None
+        self._dispatcher = dispatcher
+        self._in_flight = in_flight
+        self._request = request
+        # Tornado names the base class; what it hands over is the class that knows when it closes.
+        self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
+        self._body: list[bytes] = []
+        self._size = 0
+        self._steps: Steps | None = None
+        self._ended = False
+        self._begun: Begun
+
+    def headers_received(
+        self,
+        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
+        headers: httputil.HTTPHeaders,
+    ) -> None:
+        """Check the head; answer at once what can't wait for the body."""
+        self._in_flight.enter()
+        self._begun = self._dispatcher.begin(self._request)
+        length = _declared_length(headers)
+        if length > MAX_BODY and self._begun.error is None:
+            self._begun.error = too_large()
+        if self._begun.error is not None and (length > DISCARDED or "Expect" in headers):
+            self._write(self._dispatcher.refusal(self._begun, self._begun.error))
+
+    def data_received(self, chunk: bytes) -> None:
+        """Keep a part of the body, or throw it away if the request is refused."""
+        self._size += len(chunk)
+        if self._begun.error is None:
+            if self._size > MAX_BODY:
+                self._begun.error = too_large()
+                self._body.clear()
+            else:
+                self._body.append(chunk)
+        elif self._size > DISCARDED and self._connection is not None:
+            self._write(self._dispatcher.refusal(self._begun, self._begun.error))
+
+    def finish(self) -> None:
+        """The request is whole: run its call."""
+        if self._connection is None:
+            return
+        call = self._dispatcher.run(self._begun, self._request, b"".join(self._body))
+        self._steps = Steps(call, self._done)
+        self._steps.step()
+        if self._connection is not None:  # it waits: if the caller hangs up, nobody wants the answer
+            self._connection.set_close_callback(self.on_connection_close)
+
+    def on_connection_close(self) -> None:
+        """The caller is gone: whatever the call waits for, it stops."""
+        self._connection = None
+        self._end()
+
+    def _done(self, reply: Reply | None, error: Exception | None) -> None:
+        if error is not None:  # `run` answers every error itself
+            raise error
+        assert reply is not None
+        self._write(reply)
+
+    def _write(self, reply: Reply) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            write_reply(connection, self._begun.head, reply)
+            if _access.isEnabledFor(logging.DEBUG):
+                self._log(reply)
+        self._end()
+
+    def _log(self, reply: Reply) -> None:
+        name = self._begun.operation.name if self._begun.operation else "-"
+        milliseconds = self._request.request_time() * 1000
+        _access.debug("%s %s %d %.1f ms", self._begun.request_id, name, reply.status, milliseconds)
+
+    def _end(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        if not self._ended:  # answered early, and then cut while the rest of the body came
+            self._ended = True
+            self._in_flight.leave()
+
+
+def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply) -> None:
+    """Write a whole reply and finish. A connection that closed meanwhile is nobody's error."""
+    headers = httputil.HTTPHeaders()
+    for name, value in reply.headers:
+        headers.add(name, value)
+    headers.add("Date", http_date())
+    if reply.status != 204:
+        headers.add("Content-Length", str(len(reply.body)))
+    start_line = httputil.ResponseStartLine("", reply.status, REASONS.get(reply.status, "Unknown"))
+    try:
+        future = connection.write_headers(start_line, headers, b"" if head else reply.body)
+        future.add_done_callback(_heard)
+        connection.finish()
+    except StreamClosedError:
+        return
+
+
+def _heard(future: Any) -> None:
+    future.exception()
+
+
+def _declared_length(headers: httputil.HTTPHeaders) -> int:
+    given = headers.get("Content-Length", "0")
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 19 else 0
+
+
+def http_date() -> str:
+    """The Date header. Made once a second."""
+    return _date_of(int(time.time()))
+
+
+@lru_cache(maxsize=1)
+def _date_of(second: int) -> str:
+    return formatdate(second, usegmt=True)

@@ -1,0 +1,143 @@
+"""What is served beside the API: health for anyone, and a clear error for every other path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from tornado.web import RequestHandler
+
+from keypool.auth import Access
+from keypool.errors import KeypoolError, MethodNotAllowed, NotFound, UriTooLong
+from keypool.handlers.api import http_date
+from keypool.handlers.dispatch import MAX_TARGET, Dispatcher, unexpected
+from keypool.handlers.inflight import InFlight
+from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
+
+
+class _AnyMethod(tuple[str, ...]):
+    """All methods reach `prepare`, which refuses those that the path doesn't have."""
+
+    def __contains__(self, method: object) -> bool:
+        return True
+
+
+class PageHandler(RequestHandler):
+    """The root of what isn't the API: the same checks of host and site, the same problems."""
+
+    SUPPORTED_METHODS = _AnyMethod()
+    allowed = ("GET", "HEAD", "OPTIONS")
+
+    def initialize(self, access: Access, dispatcher: Dispatcher, in_flight: InFlight) -> None:
+        """Count the request, and name it."""
+        self.dispatcher = dispatcher
+        self.access = access
+        self.request_id = dispatcher.request_id(self.request.headers)
+        self._in_flight = in_flight
+        self._counted = True
+        in_flight.enter()
+
+    def set_default_headers(self) -> None:
+        """No Server header, and a Date made once a second."""
+        self.clear_header("Server")
+        self.set_header("Date", http_date())
+
+    def prepare(self) -> None:
+        """Refuse what the checks refuse, before any method."""
+        try:
+            self.check()
+        except KeypoolError as error:
+            self.refuse(error)
+
+    def check(self) -> None:
+        """Raise what refuses this request, in the order of the contract."""
+        if len(self.request.uri or "") > MAX_TARGET:
+            raise UriTooLong(f"{MAX_TARGET} bytes of a request target are read")
+        method = self.request.method or ""
+        self.access.check_site(self.request.headers, method not in ("GET", "HEAD", "OPTIONS"))
+        if method not in self.allowed:
+            raise MethodNotAllowed(", ".join(self.allowed))
+
+    def refuse(self, error: KeypoolError) -> None:
+        """Answer with the problem that this error is."""
+        self.set_status(int(status_of(type(error))))
+        for name, value in problem_headers(error):
+            self.set_header(name, value)
+        self._answer(problem_body(error, self.request_id), CONTENT_TYPE)
+
+    def answer(self, body: object) -> None:
+        """Answer with JSON."""
+        self._answer(msgspec.json.encode(body), "application/json")
+
+    def _answer(self, body: bytes, content_type: str) -> None:
+        self.set_header("Content-Type", content_type)
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("X-Request-Id", self.request_id)
+        self.finish(body)
+
+    def options(self, *args: str) -> None:
+        """The methods of the path."""
+        self.set_status(204)
+        self.set_header("Allow", ", ".join(self.allowed))
+        self.set_header("X-Request-Id", self.request_id)
+        self.finish()
+
+    def head(self, *args: str) -> Any:
+        """As GET; Tornado leaves the body out."""
+        return self.get(*args)
+
+    def compute_etag(self) -> None:
+        """None: these answers are not for caches."""
+        return
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """An exception nobody expected: 500, and no trace to the caller."""
+        self.refuse(unexpected())
+
+    def log_exception(self, *args: Any) -> None:
+        """Log it under the request id."""
+        # Tornado's own line shows the request, and so its target.
+        self.application.settings["log"].error("page failed, request %s", self.request_id, exc_info=args)
+
+    def on_finish(self) -> None:
+        """Answered."""
+        self._leave()
+
+    def on_connection_close(self) -> None:
+        """The caller is gone."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._counted:
+            self._counted = False
+            self._in_flight.leave()
+
+
+class Health(PageHandler):
+    """/healthz: 200 while the loop turns."""
+
+    def get(self, *args: str) -> None:
+        """See the class."""
+        self.answer({"status": "ok"})
+
+
+class Ready(PageHandler):
+    """/readyz: 200 when calls are served, else 503 with the reason."""
+
+    def get(self, *args: str) -> None:
+        """See the class."""
+        try:
+            self.dispatcher.engine.ready()
+        except KeypoolError as error:
+            self.refuse(error)
+        else:
+            self.answer({"status": "ready"})
+
+
+class Nothing(PageHandler):
+    """Every other path."""
+
+    def check(self) -> None:
+        """No path, no method: not found."""
+        self.access.check_site(self.request.headers, self.request.method not in ("GET", "HEAD", "OPTIONS"))
+        raise NotFound

@@ -1,0 +1,126 @@
+"""Reading bodies and queries, and saying what was wrong with them and what would be right.
+
+msgspec decodes and validates in one pass and says where it stopped; what the field takes is added from the
+description that the field has in operations.py, so that an error tells as much as the documentation.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from typing import Any
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from keypool.errors import BadRequest
+from keypool.operations import Call, NoBody, Operation
+
+_FIELD = re.compile(r"`\$\.(\w+)")
+_WHOLE = re.compile(r"-?[0-9]{1,18}", re.ASCII)
+_LONGEST = 300  # characters of a message, which may quote what was sent
+
+
+class Reader:
+    """Reads the query and the body of one operation into its types."""
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+        self._decoder = msgspec.json.Decoder(NoBody if operation.body is None else operation.body)
+        self._body_fields = _fields(operation.body)
+        self._query_fields = _fields(operation.query)
+        hints = {} if operation.query is None else typing.get_type_hints(operation.query)
+        self._numbers = {name for name, kind in hints.items() if kind is int}
+
+    def read(self, call: Call, query: str, body: bytes) -> None:
+        """Fill `call.query` and `call.body`. Raises BadRequest, whose detail names what was wrong."""
+        if query or self._operation.query is not None:
+            call.query = self._read_query(query)
+        if body:
+            call.body = self._read_body(body)
+        elif self._operation.body_required:
+            raise BadRequest(f"a JSON body is wanted: {_takes(self._body_fields)}")
+
+    def _read_query(self, query: str) -> Any:
+        pairs = query_pairs(query)
+        if self._operation.query is None:
+            if pairs:
+                raise BadRequest(f"unknown query parameter {_named(next(iter(pairs)))}: this call takes none")
+            return None
+        for name in pairs:
+            if name not in self._query_fields:
+                raise BadRequest(f"unknown query parameter {_named(name)}: {_takes(self._query_fields)}")
+        # Only what stands for a number is made one: msgspec would take the text null for none.
+        values: dict[str, str | int] = {
+            name: int(text) if name in self._numbers and _WHOLE.fullmatch(text) else text
+            for name, text in pairs.items()
+        }
+        try:
+            return msgspec.convert(values, self._operation.query)
+        except msgspec.ValidationError as error:
+            raise _bad("query parameter", str(error), self._query_fields) from None
+
+    def _read_body(self, body: bytes) -> Any:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise _bad("body", str(error), self._body_fields) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadRequest(
+                f"the body is not JSON: {str(error)[:_LONGEST]}; {_takes(self._body_fields)}"
+            ) from None
+
+
+def _bad(where: str, message: str, fields: dict[str, str]) -> BadRequest:
+    found = _FIELD.search(message)
+    description = fields.get(found.group(1), "") if found else ""
+    takes = f"{found.group(1)} takes {description}" if found and description else _takes(fields)
+    return BadRequest(f"wrong {where}: {message[:_LONGEST]}; {takes}")
+
+
+def _takes(fields: dict[str, str]) -> str:
+    if not fields:
+        return "this call takes no body: send none, or {}"
+    return "this call takes " + ", ".join(fields)
+
+
+def _named(name: str) -> str:
+    return repr(name[:40])
+
+
+def _fields(model: Any) -> dict[str, str]:
+    """The fields of a Struct, or of all those in a union, with their descriptions."""
+    if model is None:
+        return {}
+    if typing.get_origin(model) in (types.UnionType, typing.Union):
+        ops = [member.__struct_config__.tag for member in typing.get_args(model)]
+        merged = {"op": "one of " + ", ".join(ops)}
+        for member in typing.get_args(model):
+            merged |= _fields(member)
+        return merged
+    return {
+        name: _description(kind) for name, kind in typing.get_type_hints(model, include_extras=True).items()
+    }
+
+
+def _description(kind: Any) -> str:
+    """The first description in an annotation, however deep."""
+    for meta in getattr(kind, "__metadata__", ()):
+        if meta.description:
+            return str(meta.description)
+    return next(filter(None, map(_description, typing.get_args(kind))), "")
+
+
+def query_pairs(query: str) -> dict[str, str]:
+    """The parameters of a query string. Raises BadRequest for one that is given twice or isn't UTF-8."""
+    if not query:
+        return {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=32, errors="strict")
+    except ValueError:
+        raise BadRequest("the query must be percent-encoded UTF-8, with 32 parameters at most") from None
+    parameters = dict(pairs)
+    if len(parameters) != len(pairs):
+        raise BadRequest("a query parameter was given twice; give each once")
+    return parameters

@@ -1,0 +1,107 @@
+"""A key: what is kept of it, and how its text is made.
+
+The durable fields are what a journal writes and restores; the in-memory ones are places in the pool's
+structures and are made anew from the durable ones. A change of the durable fields is a change of the
+journal's schema.
+
+Moments and deadlines are seconds on the pool's clock, a float: near the Unix epoch in value, monotonic while
+the server runs (engine/clock.py). No key text is ever logged: `hint` is what people see.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from keypool.index import DeadlineBucket
+
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+# A byte of randomness chooses a character by its remainder; the bytes at the top that would favour the first
+# characters of the alphabet are dropped, so that each character is equally likely.
+_UNBIASED = 256 - 256 % len(ALPHABET)
+_CHARACTER_OF = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256))
+_DROPPED = bytes(range(_UNBIASED, 256))
+
+DEAD = float("-inf")
+"""The `expires_deadline` of a purged key: past at every moment, so that nobody who still holds the object
+can take it for a live one."""
+
+
+class State(StrEnum):
+    """Where a live key stands. The only other place is nowhere: purged."""
+
+    AVAILABLE = "available"
+    BLOCKED = "blocked"
+
+
+class Key:
+    """One key of the pool. About 140 bytes, with its text 210; changed by pool.py and nobody else."""
+
+    __slots__ = (
+        # durable
+        "id",  # int, from 1, never used again
+        "text",  # str, the secret itself
+        "created_at",  # moment of generate
+        "expires_deadline",  # purged when it passes; moved by keepalive; DEAD once purged
+        "release_deadline",  # available again when it passes; None unless blocked
+        "lease",  # int, number of the latest acquire; 0 if it was never served
+        "owner",  # str, who holds it; None unless blocked and named
+        # in memory
+        "slot",  # int, index in the pool's list of available keys; -1 unless available
+        "expiry_bucket",  # place in the order by expires_deadline
+        "release_bucket",  # place in the order by release_deadline; None unless blocked
+        "expiry_timer",  # handle of the loop's timer, of engine/timers.py alone
+        "release_timer",  # likewise; None unless blocked
+    )
+
+    def __init__(self, id: int, text: str, created_at: float, expires_deadline: float) -> None:
+        self.id = id
+        self.text = text
+        self.created_at = created_at
+        self.expires_deadline = expires_deadline
+        self.release_deadline: float | None = None
+        self.lease = 0
+        self.owner: str | None = None
+        self.slot = -1
+        self.expiry_bucket: DeadlineBucket | None = None
+        self.release_bucket: DeadlineBucket | None = None
+        self.expiry_timer: object = None
+        self.release_timer: object = None
+
+    @property
+    def hint(self) -> str:
+        """What may be shown of the key: first four characters, an ellipsis, last four."""
+        return hint(self.text)
+
+    def __repr__(self) -> str:
+        return f"<Key id:{self.id} {self.hint}>"
+
+
+def hint(text: str) -> str:
+    """What may be shown of a key's text, which is 16 characters at least."""
+    return f"{text[:4]}…{text[-4:]}"
+
+
+def random_text(length: int) -> str:
+    """A new key text of `length` characters of A-Z a-z 0-9 from the operating system's randomness.
+
+    5.95 bits a character: 119 bits at the default length of 20. About 1 µs.
+    """
+    text = b""
+    while len(text) < length:
+        text += os.urandom(2 * length).translate(_CHARACTER_OF, _DROPPED)
+    return text[:length].decode("ascii")
+
+
+def moment(at: float) -> str:
+    """A moment as people and programs read it: RFC 3339, UTC, milliseconds. About 1 µs."""
+    # Rounded as a journal rounds it, so that a moment reads the same after a restart.
+    return (
+        datetime.fromtimestamp(round(at * 1000) / 1000, UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )

@@ -1,0 +1,456 @@
+"""Every call of the API, once.
+
+Handlers, role checks, `Allow` headers, documentation and OpenAPI derive from this table; a new call is a row
+here and nothing elsewhere. An Operation's `run` gets the engine and the Call and returns an answer of its
+type, or raises an error of errors.py; it knows no HTTP beyond the row that it stands in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from keypool.answers import (
+    Done,
+    DoneUnlessStale,
+    GeneratedKey,
+    GeneratedKeys,
+    Identity,
+    KeptAlive,
+    Lease,
+    Leases,
+    Page,
+    Ref,
+    Revealed,
+    Row,
+    Stats,
+    Unblocked,
+)
+from keypool.auth import Caller, Role
+from keypool.cursor import ListQuery
+from keypool.engine import Engine
+from keypool.errors import (
+    BadRequest,
+    Draining,
+    Forbidden,
+    KeypoolError,
+    NoKeyAvailable,
+    PoolFull,
+    StaleLease,
+    TooManyWaiters,
+    UnknownKey,
+)
+from keypool.keys import hint
+
+CLIENT = frozenset({Role.CLIENT, Role.ADMIN})
+VIEWER = frozenset({Role.VIEWER, Role.ADMIN})
+ADMIN = frozenset({Role.ADMIN})
+CLIENT_OR_VIEWER = CLIENT | VIEWER
+
+_audit = logging.getLogger("keypool.audit")
+
+MAX_BATCH = 1000
+MAX_WAIT = 60
+
+
+# -- bodies
+
+_Owner = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)",  # Python has $ before a last newline, too
+        description="who will hold the key, for lists: 1 to 200 characters, no control characters",
+    ),
+]
+_LeaseNumber = Annotated[int, Meta(ge=1, le=2**63 - 1, description="the lease number that acquire gave")]
+_Count = Annotated[int, Meta(ge=1, le=MAX_BATCH)]
+_KeyText = Annotated[str, Meta(description="the key, or id:N for admins")]
+_Keys = Annotated[list[_KeyText], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """The root of all bodies."""
+
+
+class NoBody(Body):
+    """What a call that takes no body takes all the same: an empty object."""
+
+
+class AcquireBody(Body):
+    """Both may be left out, as may the body."""
+
+    owner: _Owner | None = None
+    wait: Annotated[float, Meta(ge=0, le=MAX_WAIT, description="seconds to wait for a key")] | None = None
+
+
+class UnblockBody(Body):
+    """Without a lease number, whoever holds the key loses it."""
+
+    lease: _LeaseNumber | None = None
+
+
+class LeasedKey(Body):
+    """A key of a batch with the lease number it was acquired under."""
+
+    key: _KeyText
+    lease: _LeaseNumber | None = None
+
+
+class BatchBody(Body, tag_field="op"):
+    """One of five, told apart by `op`."""
+
+
+class GenerateBatch(BatchBody, tag="generate"):
+    """Make keys, all or none."""
+
+    count: _Count
+
+
+class AcquireBatch(BatchBody, tag="acquire"):
+    """Serve up to `count` keys."""
+
+    count: _Count
+    owner: _Owner | None = None
+
+
+class KeepaliveBatch(BatchBody, tag="keepalive"):
+    """Put off the expiry of keys."""
+
+    keys: _Keys
+
+
+class UnblockBatch(BatchBody, tag="unblock"):
+    """Free keys, with or without lease numbers."""
+
+    keys: Annotated[list[_KeyText | LeasedKey], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class DeleteBatch(BatchBody, tag="delete"):
+    """Purge keys."""
+
+    keys: _Keys
+
+
+AnyBatch = GenerateBatch | AcquireBatch | KeepaliveBatch | UnblockBatch | DeleteBatch
+
+
+# -- the shape of a row
+
+
+@dataclass(slots=True)
+class Call:
+    """One call on its way: by whom, from where, with what."""
+
+    caller: Caller
+    address: str
+    request_id: str
+    key: str = ""
+    query: Any = None
+    body: Any = None
+
+
+Run = Callable[[Engine, Call], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call of the API. `path` is below /api/v1; `{key}` in it is one segment."""
+
+    name: str
+    method: str
+    path: str
+    roles: frozenset[Role]
+    summary: str
+    run: Run
+    answer: Any
+    status: int = 200
+    body: Any = None
+    body_required: bool = False
+    query: Any = None
+    errors: tuple[type[KeypoolError], ...] = ()
+    created: tuple[type, ...] = ()  # answers that say 201 rather than `status`
+    location: Callable[[Any], str] | None = None
+    legacy: bool = False
+    head: Run | None = None  # what HEAD does, where doing as GET does would change something
+    changes: bool = field(default=True)  # whether it changes anything, feed and counters apart
+
+
+# -- the calls
+
+
+_ID = "id:"
+
+
+def require_may_name(text: str, caller: Caller) -> None:
+    """Raise Forbidden for a client who names a key by its id."""
+    if caller.role is Role.CLIENT and text.startswith(_ID):
+        raise Forbidden("clients name a key by its whole text: an id is for viewers and admins")
+
+
+def key_ref(text: str, caller: Caller) -> Ref:
+    """What a caller means by a text or `id:N`. Raises Forbidden for a client's `id:N`, UnknownKey."""
+    if not text.startswith(_ID):
+        return text
+    require_may_name(text, caller)
+    number = text[len(_ID) :]
+    if not (number.isascii() and number.isdigit() and len(number) < 19):
+        raise UnknownKey("an id is written id:N, with N a whole number as generate and the lists give it")
+    return int(number)
+
+
+def audit(call: Call, act: str, named: Sequence[Identity]) -> None:
+    """Write who did what to which keys to the logger keypool.audit."""
+    keys = [f"id:{key.id} {key.hint}" for key in named]
+    fields = {
+        "act": act,
+        "role": call.caller.role.value,
+        "token": call.caller.token,
+        "address": call.address,
+        "request_id": call.request_id,
+        "keys": keys,
+    }
+    _audit.info(
+        "%s by %s (token %s) from %s, request %s: %s",
+        act,
+        call.caller.role.value,
+        call.caller.token,
+        call.address,
+        call.request_id,
+        ", ".join(keys) or "none",
+        extra={"audit": fields},
+    )
+
+
+async def _generate(engine: Engine, call: Call) -> GeneratedKey:
+    return (await _generate_audited(engine, call, 1))[0]
+
+
+async def _generate_audited(engine: Engine, call: Call, count: int) -> list[GeneratedKey]:
+    made = await engine.generate(count)
+    audit(call, "generate", [Identity(key.id, hint(key.key)) for key in made])
+    return made
+
+
+async def _acquire(engine: Engine, call: Call) -> Lease:
+    body: AcquireBody | None = call.body
+    if body is None:
+        return await engine.acquire(None, 0)
+    return await engine.acquire(body.owner, body.wait or 0)
+
+
+async def _unblock(engine: Engine, call: Call) -> Unblocked:
+    body: UnblockBody | None = call.body
+    return await engine.unblock(key_ref(call.key, call.caller), None if body is None else body.lease)
+
+
+async def _keepalive(engine: Engine, call: Call) -> KeptAlive:
+    return await engine.keepalive(key_ref(call.key, call.caller))
+
+
+async def _delete(engine: Engine, call: Call) -> None:
+    audit(call, "delete", [await engine.delete(key_ref(call.key, call.caller))])
+
+
+async def _get(engine: Engine, call: Call) -> Row:
+    return await engine.get(key_ref(call.key, call.caller))
+
+
+async def _reveal(engine: Engine, call: Call) -> Revealed:
+    revealed = await engine.reveal(key_ref(call.key, call.caller))
+    audit(call, "reveal", [Identity(revealed.id, hint(revealed.key))])
+    return revealed
+
+
+async def _list(engine: Engine, call: Call) -> Page:
+    return await engine.page(call.query)
+
+
+async def _stats(engine: Engine, call: Call) -> Stats:
+    return await engine.stats()
+
+
+# -- batches
+
+
+def _refs(texts: Sequence[str], call: Call) -> list[Ref]:
+    """What each text means; one that can't be an id is a text that nobody has. Raises Forbidden."""
+    refs: list[Ref] = []
+    for text in texts:
+        try:
+            refs.append(key_ref(text, call.caller))
+        except UnknownKey:
+            refs.append(text)
+    return refs
+
+
+async def _batch(engine: Engine, call: Call) -> Any:
+    body: AnyBatch = call.body
+    roles, run = _BATCHES[type(body)]
+    if call.caller.role not in roles:
+        op = type(body).__struct_config__.tag
+        raise Forbidden(f"op {op!r} needs the role admin; this token is a {call.caller.role.value}'s")
+    return await run(engine, call, body)
+
+
+async def _generate_batch(engine: Engine, call: Call, body: GenerateBatch) -> GeneratedKeys:
+    return GeneratedKeys(await _generate_audited(engine, call, body.count))
+
+
+async def _acquire_batch(engine: Engine, call: Call, body: AcquireBatch) -> Leases:
+    return Leases(await engine.acquire_many(body.owner, body.count))
+
+
+async def _keepalive_batch(engine: Engine, call: Call, body: KeepaliveBatch) -> Done:
+    known = await engine.keepalive_many(_refs(body.keys, call))
+    return Done(sum(known), [text for text, hit in zip(body.keys, known, strict=True) if not hit])
+
+
+async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> DoneUnlessStale:
+    pairs = [(item, None) if isinstance(item, str) else (item.key, item.lease) for item in body.keys]
+    texts = [text for text, _ in pairs]
+    refs = _refs(texts, call)
+    outcomes = await engine.unblock_many([(ref, lease) for ref, (_, lease) in zip(refs, pairs, strict=True)])
+    sorted_out: dict[str, list[str]] = {"done": [], "unknown": [], "stale": []}
+    for text, outcome in zip(texts, outcomes, strict=True):
+        sorted_out[outcome].append(text)
+    return DoneUnlessStale(len(sorted_out["done"]), sorted_out["unknown"], sorted_out["stale"])
+
+
+async def _delete_batch(engine: Engine, call: Call, body: DeleteBatch) -> Done:
+    gone = await engine.delete_many(_refs(body.keys, call))
+    purged = [identity for identity in gone if identity is not None]
+    audit(call, "delete", purged)
+    return Done(
+        len(purged), [text for text, identity in zip(body.keys, gone, strict=True) if identity is None]
+    )
+
+
+_BATCHES: dict[type, tuple[frozenset[Role], Callable[[Engine, Call, Any], Awaitable[Any]]]] = {
+    GenerateBatch: (ADMIN, _generate_batch),
+    AcquireBatch: (CLIENT, _acquire_batch),
+    KeepaliveBatch: (CLIENT, _keepalive_batch),
+    UnblockBatch: (CLIENT, _unblock_batch),
+    DeleteBatch: (ADMIN, _delete_batch),
+}
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        "generate",
+        "POST",
+        "/keys",
+        ADMIN,
+        "Make a key, available at once.",
+        _generate,
+        GeneratedKey,
+        created=(GeneratedKey,),
+        errors=(PoolFull,),
+        location=lambda made: f"/api/v1/keys/id:{made.id}",
+    ),
+    Operation(
+        "acquire",
+        "POST",
+        "/keys/acquire",
+        CLIENT,
+        "Get a random available key, blocked for everybody else; wait for one if you like.",
+        _acquire,
+        Lease,
+        body=AcquireBody,
+        errors=(NoKeyAvailable, TooManyWaiters, Draining),
+    ),
+    Operation(
+        "unblock",
+        "POST",
+        "/keys/{key}/unblock",
+        CLIENT,
+        "Give a key back; with the lease number, only if it is still yours.",
+        _unblock,
+        Unblocked,
+        body=UnblockBody,
+        errors=(UnknownKey, StaleLease),
+    ),
+    Operation(
+        "keepalive",
+        "POST",
+        "/keys/{key}/keepalive",
+        CLIENT,
+        "Put off a key's expiry. Never lengthens a block.",
+        _keepalive,
+        KeptAlive,
+        errors=(UnknownKey,),
+    ),
+    Operation(
+        "delete",
+        "DELETE",
+        "/keys/{key}",
+        ADMIN,
+        "Purge a key for ever.",
+        _delete,
+        None,
+        status=204,
+        errors=(UnknownKey,),
+    ),
+    Operation(
+        "get",
+        "GET",
+        "/keys/{key}",
+        CLIENT_OR_VIEWER,
+        "How a key stands, without its text.",
+        _get,
+        Row,
+        errors=(UnknownKey,),
+        changes=False,
+    ),
+    Operation(
+        "reveal",
+        "POST",
+        "/keys/{key}/reveal",
+        ADMIN,
+        "The text of a key. Written to the audit log.",
+        _reveal,
+        Revealed,
+        errors=(UnknownKey,),
+    ),
+    Operation(
+        "list",
+        "GET",
+        "/keys",
+        VIEWER,
+        "Keys in an order, a page at a time.",
+        _list,
+        Page,
+        query=ListQuery,
+        errors=(BadRequest,),
+        changes=False,
+    ),
+    Operation(
+        "batch",
+        "POST",
+        "/batch",
+        CLIENT,
+        "Up to 1000 of the single calls in one.",
+        _batch,
+        GeneratedKeys | Leases | Done | DoneUnlessStale,
+        body=AnyBatch,
+        body_required=True,
+        created=(GeneratedKeys,),
+        errors=(NoKeyAvailable, PoolFull),
+    ),
+    Operation(
+        "stats",
+        "GET",
+        "/stats",
+        VIEWER,
+        "Counts of now and since the pool began.",
+        _stats,
+        Stats,
+        changes=False,
+    ),
+)

@@ -1,0 +1,215 @@
+"""Servers for the tests: one place says with which flags, and every test gets an empty pool.
+
+`VARIANTS` is the list of ways to run the server that must keep the same promises: a later data file, engine
+or HTTP server is one more line there, and the whole suite runs on it.
+
+A server is shared by the tests of a worker process that want the same flags (`lend`), and purged before each
+of them; what disturbs others (signals, counting from zero) takes a server of its own (`start_server`). Both
+ways the test fails if the server logged an error, a traceback, a key or a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from support import (
+    ADMIN_TOKEN,
+    CLIENT_TOKEN,
+    OTHER_CLIENT_TOKEN,
+    SHORT_BLOCK,
+    SHORT_LIFE,
+    TOKENS,
+    VIEWER_TOKEN,
+    Client,
+    ServerProcess,
+)
+
+# --------------------------------------------------------------------------------------------- ways to run it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the server; `flags` makes the flags,
+    given a new directory for what this one server keeps.
+    """
+
+    name: str
+    flags: Callable[[Path], list[str]]
+
+
+VARIANTS = [
+    Variant("memory", lambda directory: ["--data=:memory:"]),
+]
+
+
+@pytest.fixture(scope="session", params=VARIANTS, ids=lambda variant: variant.name)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """The way in which this test's servers run."""
+    chosen: Variant = request.param
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------- server's log
+
+_servers_of_test: pytest.StashKey[list[tuple[ServerProcess, int]]] = pytest.StashKey()
+
+
+def _show_log_on_failure(item: pytest.Item, server: ServerProcess) -> None:
+    item.stash.setdefault(_servers_of_test, []).append((server, len(server.log_since(0))))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the test's servers logged meanwhile beside its failure."""
+    report = yield
+    if report.failed:
+        for server, since in item.stash.get(_servers_of_test, []):
+            lines = server.log_since(since)[-200:]
+            report.sections.append((f"log of server.py {' '.join(server.flags)}", "\n".join(lines)))
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------- servers
+
+
+class Start(Protocol):
+    """Starts a server with these flags beside those of the variant."""
+
+    def __call__(
+        self, *flags: str, env: Mapping[str, str] | None = None, admin_token: str | None = None
+    ) -> ServerProcess: ...
+
+
+@pytest.fixture(scope="session")
+def _start(variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    def start(
+        *flags: str, env: Mapping[str, str] | None = None, admin_token: str | None = None
+    ) -> ServerProcess:
+        cwd = tmp_path_factory.mktemp("server")
+        return ServerProcess(
+            [*variant.flags(cwd), "--port=0", *flags], cwd=cwd, env=env, admin_token=admin_token
+        )
+
+    return start
+
+
+@pytest.fixture
+def start_server(_start: Start, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """Starts servers for this test alone; each is ended, and must end in peace, when the test ends."""
+    started: list[ServerProcess] = []
+
+    def start(
+        *flags: str, env: Mapping[str, str] | None = None, admin_token: str | None = None
+    ) -> ServerProcess:
+        server = _start(*flags, env=env, admin_token=admin_token)
+        started.append(server)
+        _show_log_on_failure(request.node, server)
+        return server
+
+    try:
+        yield start
+        for server in started:
+            server.finish()
+    finally:
+        for server in started:
+            server.close()
+
+
+class _Shelf:
+    """The shared servers of this process, by what they were started with."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._servers: dict[object, ServerProcess] = {}
+
+    def take(self, flags: tuple[str, ...], env: Mapping[str, str], admin_token: str | None) -> ServerProcess:
+        """A server with an empty pool; a new one if the one there was left in no state to go on."""
+        kind = (flags, tuple(sorted(env.items())))
+        server = self._servers.get(kind)
+        if server is not None:
+            try:
+                server.purge()
+                return server
+            except (AssertionError, OSError):
+                server.close()
+        server = self._servers[kind] = self._start(*flags, env=env, admin_token=admin_token)
+        return server
+
+    def finish(self) -> None:
+        """End all of them; the first that doesn't end in peace fails."""
+        servers, self._servers = list(self._servers.values()), {}
+        try:
+            for server in servers:
+                if server.running:
+                    server.finish()
+        finally:
+            for server in servers:
+                server.close()
+
+
+@pytest.fixture(scope="session")
+def _shelf(_start: Start) -> Iterator[_Shelf]:
+    shelf = _Shelf(_start)
+    try:
+        yield shelf
+    finally:
+        shelf.finish()
+
+
+@pytest.fixture
+def lend(_shelf: _Shelf, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """Lends shared servers with an empty pool; each must live, and have a clean log, when it comes back."""
+    lent: list[ServerProcess] = []
+
+    def take(
+        *flags: str, env: Mapping[str, str] | None = None, admin_token: str | None = None
+    ) -> ServerProcess:
+        server = _shelf.take(flags, env or {}, admin_token)
+        lent.append(server)
+        _show_log_on_failure(request.node, server)
+        return server
+
+    yield take
+    for server in lent:
+        server.hang_up()
+        assert server.running, f"the server died:\n{server.log}"
+        server.check()
+
+
+@pytest.fixture
+def server(lend: Start) -> ServerProcess:
+    """An open server with the default deadlines and an empty pool."""
+    return lend()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Client:
+    """A client of the open server."""
+    return server.client()
+
+
+@pytest.fixture
+def short_server(lend: Start) -> ServerProcess:
+    """An open server whose blocks (0.4 s) and keys (1.5 s) end soon."""
+    return lend(f"--block-seconds={SHORT_BLOCK}", f"--keepalive-seconds={SHORT_LIFE}")
+
+
+@pytest.fixture
+def guarded_server(lend: Start) -> ServerProcess:
+    """A server that knows tokens: two for clients, one for viewers, one for admins."""
+    server = lend(
+        env={
+            "KEYPOOL_CLIENT_TOKEN": f"{CLIENT_TOKEN},{OTHER_CLIENT_TOKEN}",
+            "KEYPOOL_VIEWER_TOKEN": VIEWER_TOKEN,
+            "KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN,
+        },
+        admin_token=ADMIN_TOKEN,
+    )
+    server.secrets.update(TOKENS.values(), [OTHER_CLIENT_TOKEN])
+    return server

@@ -1,0 +1,247 @@
+"""What the tests of pool and engine share: time that a test moves, timers that a test fires, calls that a test
+drives by hand.
+
+Nothing here sleeps. `Moment` is a clock that goes when it is told to; `HeldTimers` stands where the loop would
+and keeps every timer until the test fires it, so that a timer can be late, early or never; `Call` drives one
+call of the engine as a connection would, and can hang up between two steps; `SkewedLoop` is the stock loop
+with a clock that can be put forward, so that its real timers fire at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
+
+from tornado.ioloop import IOLoop
+
+from keypool.engine.embedded import EmbeddedEngine
+from keypool.pool import Listener, Pool
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+BLOCK: Final = 60.0
+KEEPALIVE: Final = 300.0
+START: Final = 1_700_000_000.0
+"""Where the tests' clocks start: a moment of the size that the server's has, for the sake of the floats."""
+
+
+class Moment:
+    """A clock that stands until a test moves it."""
+
+    def __init__(self, at: float = START) -> None:
+        self.at = at
+
+    def __call__(self) -> float:
+        return self.at
+
+    def to(self, moment: float) -> None:
+        """Put the clock forward to this moment; it never goes back."""
+        assert moment >= self.at, f"the clock would go back from {self.at} to {moment}"
+        self.at = moment
+
+    def on(self, seconds: float) -> None:
+        """Put the clock forward."""
+        self.to(self.at + seconds)
+
+
+def serial_texts(length: int = 20) -> Callable[[], str]:
+    """A maker of key texts that are all different, and in order."""
+    numbers = itertools.count(1)
+    return lambda: f"{next(numbers):0{length}d}"
+
+
+def make_pool(
+    *,
+    block_seconds: float = BLOCK,
+    keepalive_seconds: float = KEEPALIVE,
+    max_keys: int = 1_000_000,
+    new_text: Callable[[], str] | None = None,
+    random: Callable[[], float] = lambda: 0.0,
+    on_change: Listener = lambda change, key, owner: None,
+) -> Pool:
+    """A pool with the contract's deadlines; it serves the first key of its list unless `random` says else."""
+    return Pool(
+        block_seconds=block_seconds,
+        keepalive_seconds=keepalive_seconds,
+        max_keys=max_keys,
+        new_text=new_text or serial_texts(),
+        random=random,
+        on_change=on_change,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- timers
+
+
+class HeldTimer:
+    """A timer that was armed: it fires when the test says so, or never."""
+
+    def __init__(self, seconds: float, fire: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self.fire = fire
+
+
+class HeldTimers:
+    """Stands where the IOLoop would: timers are kept and fire only by `fire`, callbacks run in `turn`."""
+
+    def __init__(self) -> None:
+        self.timers: dict[HeldTimer, None] = {}
+        self.callbacks: deque[Callable[[], None]] = deque()
+
+    def call_later(self, seconds: float, callback: Callable[..., None], *args: object) -> HeldTimer:
+        """Keep a timer; `seconds` says when it would be due."""
+        timer = HeldTimer(seconds, functools.partial(callback, *args))
+        self.timers[timer] = None
+        return timer
+
+    def remove_timeout(self, timer: HeldTimer) -> None:
+        """Cancel, as the loop does: nothing for a timer that has fired."""
+        self.timers.pop(timer, None)
+
+    def add_callback(self, callback: Callable[[], None]) -> None:
+        """Keep for the next turn."""
+        self.callbacks.append(callback)
+
+    def fire(self, *timers: HeldTimer) -> None:
+        """Fire these, in this order, all those that are armed if none is named, and the turns that follow."""
+        for timer in timers or tuple(self.timers):
+            if self.timers.pop(timer, timer) is None:
+                timer.fire()
+        self.turns()
+
+    def turns(self) -> None:
+        """Run callbacks until there are none."""
+        while self.callbacks:
+            self.callbacks.popleft()()
+
+    @property
+    def as_loop(self) -> IOLoop:
+        """This, for what takes an IOLoop."""
+        return cast("IOLoop", self)
+
+
+class SkewedLoop(asyncio.SelectorEventLoop):
+    """The stock loop, whose clock can be put forward: its timers fire as if the time had passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skew = 0.0
+
+    def time(self) -> float:
+        """The clock that timers go by."""
+        return super().time() + self.skew
+
+
+# ------------------------------------------------------------------------------------------------------ calls
+
+
+class Call(Generic[T]):
+    """One call of an engine on its way, without a task: it runs until it waits, and goes on when what it waits
+    for is done and the loop turns.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, None, T]) -> None:
+        self._coroutine = coroutine
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self.waited_for: list[asyncio.Future[Any]] = []
+        self.over = False
+        self._step()
+
+    def _step(self, future: object = None) -> None:
+        if self.over:
+            return
+        try:
+            awaited: Any = self._coroutine.send(None)
+        except StopIteration as stop:
+            self.over, self._result = True, stop.value
+        except Exception as error:
+            self.over, self._error = True, error
+        else:
+            awaited._asyncio_future_blocking = False
+            self.waited_for.append(awaited)
+            awaited.add_done_callback(self._step)
+
+    def hang_up(self) -> None:
+        """Close it where it waits, as a connection that closes does."""
+        self.over = True
+        self._coroutine.close()
+
+    @property
+    def answer(self) -> T:
+        """Its result, or what it raised; fails if it still waits."""
+        assert self.over, "the call still waits"
+        if self._error is not None:
+            raise self._error
+        return cast("T", self._result)
+
+
+async def turns(count: int = 10) -> None:
+    """Let the loop turn so many times: enough for whatever is ready to run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def turns_until(condition: Callable[[], object], what: str, most: int = 100_000) -> int:
+    """How many turns of the loop it took until the condition held; fails after `most` of them, saying what."""
+    for turn in range(most):
+        if condition():
+            return turn
+        await asyncio.sleep(0)
+    raise AssertionError(f"after {most} turns of the loop never came true: {what}")
+
+
+def make_engine(
+    clock: Callable[[], float], timers: HeldTimers | None = None, **settings: Any
+) -> EmbeddedEngine:
+    """An engine with this clock, on held timers if there are some, with texts that are in order."""
+    settings.setdefault("new_text", serial_texts())
+    if timers is not None:
+        settings["loop"] = timers.as_loop
+    return EmbeddedEngine(clock=clock, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+class _Errors(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(logging.Formatter().format(record))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Fails if an error was logged meanwhile: an exception in a callback is only logged by the loop."""
+    errors = _Errors()
+    root = logging.getLogger()
+    root.addHandler(errors)
+    try:
+        yield
+    finally:
+        root.removeHandler(errors)
+    assert not errors.lines, "logged: " + "\n".join(errors.lines)
+
+
+def on_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Runs an async test to its end on a loop of its own, and fails if an error was logged."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        async def main() -> None:
+            await test(*args, **kwargs)
+
+        with quiet():
+            asyncio.run(main())
+
+    return run

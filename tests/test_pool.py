@@ -1,0 +1,1013 @@
+"""The pool's rules one by one, each at its edge.
+
+test_pool_machine.py has them in every order; here stands what a search would seldom meet: crowds of overdue
+keys, keys restored out of order, planted corruption, and chance, whose laws are tested with a seed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields
+
+import pytest
+from engine_support import BLOCK, KEEPALIVE, START, make_pool, serial_texts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from keypool import index
+from keypool.cursor import ListQuery, decode, encode, page_query
+from keypool.errors import BadRequest, PoolFull, StaleLease, UnknownKey
+from keypool.events import Change, tell
+from keypool.keys import ALPHABET, DEAD, Key, State, hint, random_text
+from keypool.pool import EXAMINED, SETTLED_AT_ONCE, KeyPage, PageQuery, Pool, state_of
+
+NOW = START
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CROWD = 3 * SETTLED_AT_ONCE + 7
+
+
+def before(moment: float) -> float:
+    """The last moment before this one."""
+    return math.nextafter(moment, -math.inf)
+
+
+def served(pool: Pool, now: float, owner: str | None = None) -> Key:
+    """A key acquired; fails if none is available."""
+    key = pool.acquire(now, owner)
+    assert key is not None, f"no key was served of {pool.available} available"
+    return key
+
+
+def pool_of(count: int, now: float = NOW, **rules: object) -> tuple[Pool, list[Key]]:
+    """A pool and its keys."""
+    pool = make_pool(**rules)  # type: ignore[arg-type]
+    return pool, [pool.generate(now) for _ in range(count)]
+
+
+def texts_of(page: KeyPage) -> list[str]:
+    """What a page shows."""
+    return [key.text for key in page.keys]
+
+
+# ----------------------------------------------------------------------------------------------------- leases
+
+
+def test_a_late_holder_is_fenced_off_by_its_lease() -> None:
+    """Once the key is served again, the former lease frees nothing."""
+    pool, (key,) = pool_of(1)
+    first = served(pool, NOW, "ann").lease
+    assert pool.find(key.text, NOW + BLOCK) is key
+    second = served(pool, NOW + BLOCK, "bob").lease
+    assert second > first
+    with pytest.raises(StaleLease, match=f"lease {first} is over: the key was served again since"):
+        pool.unblock(key, first)
+    assert (key.owner, key.release_deadline, key.lease) == ("bob", NOW + 2 * BLOCK, second)
+
+
+def test_a_holder_late_but_not_too_late_is_told_that_nothing_changed() -> None:
+    """The latest lease of a key that is free already is no error."""
+    pool, (key,) = pool_of(1)
+    lease = served(pool, NOW).lease
+    pool.find(key.text, NOW + BLOCK)
+    assert pool.unblock(key, lease) is False
+    assert pool.counters.unblocked == 0
+    assert pool.counters.released == 1
+
+
+@pytest.mark.parametrize(
+    ("lease", "words"),
+    [(1, "has not been served yet"), (10**18, "has not been served yet")],
+)
+def test_no_lease_number_fits_a_key_that_was_never_served(lease: int, words: str) -> None:
+    """And the error says why."""
+    pool, (key,) = pool_of(1)
+    with pytest.raises(StaleLease, match=words):
+        pool.unblock(key, lease)
+
+
+def test_a_lease_number_from_the_future_is_refused() -> None:
+    """Nobody was given it."""
+    pool, (key,) = pool_of(1)
+    lease = served(pool, NOW).lease
+    with pytest.raises(StaleLease, match="its latest lease has a smaller number"):
+        pool.unblock(key, lease + 1)
+    assert state_of(key, NOW) is State.BLOCKED
+
+
+def test_another_keys_lease_number_does_not_fit() -> None:
+    """The number is the pool's, but it fits one key only."""
+    pool, _ = pool_of(2)
+    one, other = served(pool, NOW), served(pool, NOW)
+    with pytest.raises(StaleLease):
+        pool.unblock(one, other.lease)
+
+
+def test_lease_numbers_grow_with_every_acquire_of_the_pool() -> None:
+    """Whatever key is served."""
+    pool, _ = pool_of(3)
+    leases = []
+    for _ in range(20):
+        key = served(pool, NOW)
+        leases.append(key.lease)
+        pool.unblock(key, key.lease)
+    assert leases == list(range(1, 21))
+
+
+def test_unblocking_without_a_lease_frees_whoever_holds_it() -> None:
+    """As the exercise has it; the second time there is nothing to change."""
+    pool, (key,) = pool_of(1)
+    served(pool, NOW, "ann")
+    assert pool.unblock(key, None) is True
+    assert pool.unblock(key, None) is False
+    assert (pool.available, pool.counters.unblocked) == (1, 1)
+
+
+def test_a_key_stands_among_the_available_once_only() -> None:
+    """However often it is freed."""
+    pool, (key,) = pool_of(1)
+    lease = served(pool, NOW).lease
+    for _ in range(3):
+        pool.unblock(key, None)
+        pool.release(key, lease)
+        pool.find(key.text, NOW + BLOCK)
+    assert pool.available == 1
+    assert pool.acquire(NOW, None) is key
+    assert pool.acquire(NOW, None) is None
+
+
+# -------------------------------------------------------------------------------------------------- deadlines
+
+
+def test_a_block_ends_at_its_deadline_and_not_before() -> None:
+    """To the last float."""
+    pool, (key,) = pool_of(1)
+    served(pool, NOW)
+    assert pool.acquire(before(NOW + BLOCK), None) is None
+    assert state_of(pool.find(key.text, before(NOW + BLOCK)), before(NOW + BLOCK)) is State.BLOCKED
+    assert pool.acquire(NOW + BLOCK, None) is key
+
+
+def test_a_key_is_known_until_its_deadline_and_not_at_it() -> None:
+    """By its text as by its id."""
+    pool, (key,) = pool_of(1)
+    assert pool.find(key.text, before(NOW + KEEPALIVE)) is key
+    assert pool.find_id(key.id, before(NOW + KEEPALIVE)) is key
+    with pytest.raises(UnknownKey):
+        pool.find(key.text, NOW + KEEPALIVE)
+    with pytest.raises(UnknownKey):
+        pool.find_id(key.id, NOW + KEEPALIVE)
+
+
+def test_keepalive_never_moves_the_release() -> None:
+    """A key kept alive each second is free again at the moment that acquire set."""
+    pool, (key,) = pool_of(1)
+    served(pool, NOW, "ann")
+    for second in range(1, 60):
+        pool.keepalive(pool.find(key.text, NOW + second), NOW + second)
+        assert key.release_deadline == NOW + BLOCK
+        assert key.owner == "ann"
+    assert pool.acquire(before(NOW + BLOCK), None) is None
+    assert pool.acquire(NOW + BLOCK, None) is key
+
+
+def test_keepalive_moves_the_expiry_in_either_state() -> None:
+    """Again 300 s from now, blocked or not."""
+    pool, (free, held) = pool_of(2)
+    pool.acquire(NOW, None)
+    blocked = next(key for key in (free, held) if key.release_deadline is not None)
+    for key in (free, held):
+        pool.keepalive(key, NOW + 10)
+        assert key.expires_deadline == NOW + 10 + KEEPALIVE
+    assert blocked.release_deadline == NOW + BLOCK
+
+
+def test_being_served_and_freed_is_no_keepalive() -> None:
+    """Only keepalive is."""
+    pool, (key,) = pool_of(1)
+    for second in range(0, 290, 10):
+        pool.unblock(served(pool, NOW + second), None)
+    assert key.expires_deadline == NOW + KEEPALIVE
+
+
+def test_a_blocked_key_that_expires_is_purged() -> None:
+    """It is not available after that, though its block would have ended then."""
+    pool, (key,) = pool_of(1)
+    served(pool, NOW + KEEPALIVE - 1, "ann")
+    assert pool.acquire(NOW + KEEPALIVE, None) is None
+    with pytest.raises(UnknownKey):
+        pool.find(key.text, NOW + KEEPALIVE)
+    assert (pool.total, pool.blocked, pool.counters.expired, pool.counters.released) == (0, 0, 1, 0)
+    pool.check()
+
+
+@pytest.mark.parametrize("late", [0.0, 1e-6, 0.02, 100.0])
+def test_nothing_revives_an_expired_key(late: float) -> None:
+    """No call finds it, no timer frees it, nobody is served it."""
+    pool, (key,) = pool_of(1)
+    lease = served(pool, NOW + KEEPALIVE - 1).lease
+    deadline, text = key.expires_deadline, key.text
+    now = deadline + late
+    with pytest.raises(UnknownKey):
+        pool.find(text, now)
+    pool.release(key, lease)
+    pool.expire(key, deadline)
+    pool.settle(now)
+    assert pool.acquire(now, None) is None
+    assert pool.page(PageQuery(), now).keys == []
+    assert key.expires_deadline == DEAD
+    assert (pool.total, pool.available, pool.blocked, pool.counters.expired) == (0, 0, 0, 1)
+
+
+def test_a_purged_key_is_dead_to_whoever_still_holds_it() -> None:
+    """Its deadline is past at every moment, so that it is never taken for a live one."""
+    pool, (key,) = pool_of(1)
+    pool.delete(key)
+    assert key.expires_deadline == DEAD < -1e300
+    assert key.slot == -1
+
+
+def test_ids_are_never_used_again() -> None:
+    """Not even of a key that was deleted at once."""
+    pool = make_pool()
+    ids = []
+    for _ in range(5):
+        key = pool.generate(NOW)
+        ids.append(key.id)
+        pool.delete(key)
+    assert ids == [1, 2, 3, 4, 5]
+
+
+# ----------------------------------------------------------------------------------------------------- timers
+
+
+def test_a_release_timer_that_fires_early_counts() -> None:
+    """The loop may be a millisecond early, and fires once only."""
+    pool, (key,) = pool_of(1)
+    lease = served(pool, NOW).lease
+    pool.release(key, lease)
+    assert key.release_deadline is None
+    assert (pool.available, pool.counters.released, pool.counters.unblocked) == (1, 1, 0)
+
+
+def test_an_expiry_timer_that_fires_early_counts() -> None:
+    """Likewise."""
+    pool, (key,) = pool_of(1)
+    pool.expire(key, key.expires_deadline)
+    assert (pool.total, pool.counters.expired) == (0, 1)
+
+
+def test_a_release_timer_of_a_former_lease_does_nothing() -> None:
+    """The key was freed and served again meanwhile: it is somebody else's."""
+    pool, (key,) = pool_of(1)
+    former = served(pool, NOW, "ann").lease
+    pool.unblock(key, former)
+    served(pool, NOW + 1, "bob")
+    pool.release(key, former)
+    assert (key.owner, key.release_deadline) == ("bob", NOW + 1 + BLOCK)
+    assert pool.counters.released == 0
+
+
+def test_an_expiry_timer_of_a_former_deadline_does_nothing() -> None:
+    """The key was kept alive meanwhile."""
+    pool, (key,) = pool_of(1)
+    former = key.expires_deadline
+    pool.keepalive(key, NOW + 1)
+    pool.expire(key, former)
+    assert pool.find(key.text, NOW + 1) is key
+    assert pool.counters.expired == 0
+
+
+def test_timers_of_a_purged_key_do_nothing() -> None:
+    """Nothing is counted or told twice."""
+    told: list[Change] = []
+    pool, (key,) = pool_of(1, on_change=lambda change, key, owner: told.append(change))
+    lease, deadline = served(pool, NOW).lease, key.expires_deadline
+    pool.delete(key)
+    pool.release(key, lease)
+    pool.expire(key, deadline)
+    assert told == [Change.GENERATED, Change.ACQUIRED, Change.DELETED]
+
+
+# ------------------------------------------------------------------------------------------------- a full pool
+
+
+def test_a_full_pool_refuses_and_changes_nothing() -> None:
+    """One more than `max_keys`."""
+    pool, _ = pool_of(3, max_keys=3)
+    with pytest.raises(PoolFull, match=r"1 more would exceed --max-keys=3: the pool holds 3"):
+        pool.generate(NOW)
+    assert (pool.total, pool.last_id, pool.counters.generated) == (3, 3, 3)
+
+
+def test_room_is_asked_for_as_a_whole() -> None:
+    """For a batch that would fit in part there is none."""
+    pool, _ = pool_of(3, max_keys=5)
+    pool.require_room(2, NOW)
+    with pytest.raises(PoolFull):
+        pool.require_room(3, NOW)
+
+
+def test_deleting_makes_room() -> None:
+    """At once."""
+    pool, made = pool_of(3, max_keys=3)
+    pool.delete(made[1])
+    assert pool.generate(NOW).id == 4
+
+
+def test_an_expired_key_takes_no_room() -> None:
+    """Even if no timer has said so."""
+    pool, _ = pool_of(3, max_keys=3)
+    pool.require_room(3, NOW + KEEPALIVE)
+    assert pool.generate(NOW + KEEPALIVE).id == 4
+
+
+def test_a_crowd_of_expired_keys_makes_room_a_bounded_number_at_a_time() -> None:
+    """`SETTLED_AT_ONCE` a call: whoever asks again while some are overdue gets on."""
+    pool, _ = pool_of(CROWD, max_keys=CROWD)
+    now = NOW + KEEPALIVE
+    pool.require_room(SETTLED_AT_ONCE, now)
+    assert pool.total == CROWD - SETTLED_AT_ONCE
+    with pytest.raises(PoolFull):
+        pool.require_room(3 * SETTLED_AT_ONCE, now)
+    while pool.overdue(now):
+        pool.settle(now)
+    pool.require_room(CROWD, now)
+    pool.check()
+
+
+# ---------------------------------------------------------------------------------------------------- a crowd
+
+
+def test_a_crowd_of_expired_keys_never_hides_an_available_one() -> None:
+    """acquire purges those it meets, and goes on as long as the pool says that some are left."""
+    pool, made = pool_of(CROWD)
+    alive = made[CROWD // 2]
+    pool.keepalive(alive, NOW + 1)
+    now = NOW + KEEPALIVE
+    asked = 1
+    key = pool.acquire(now, None)
+    while key is None and pool.may_have_more(now):
+        key, asked = pool.acquire(now, None), asked + 1
+    assert key is alive, f"asked {asked} times and got {key!r}"
+    assert asked <= CROWD // SETTLED_AT_ONCE + 1
+    pool.check()
+
+
+def test_a_crowd_of_held_keys_that_expired_never_hides_one_whose_block_ran_out() -> None:
+    """Both deadlines of the many have passed, and only the release of the one."""
+    pool, _ = pool_of(SETTLED_AT_ONCE + 1, block_seconds=10.0, keepalive_seconds=20.0)
+    now = NOW + 15
+    for _ in range(SETTLED_AT_ONCE + 1):
+        last = served(pool, now)
+    pool.keepalive(last, now)
+    now = NOW + 25  # the releases of all have passed, and the expiries of all but one
+    key = pool.acquire(now, None)
+    while key is None and pool.may_have_more(now):
+        key = pool.acquire(now, None)
+    assert key is last, f"{key!r} was served, though {last!r} is available and lives"
+
+
+def test_a_crowd_is_dealt_with_a_bounded_number_at_a_time() -> None:
+    """No call does more of what time has brought than `SETTLED_AT_ONCE` of each kind."""
+    told: list[Change] = []
+    pool, _ = pool_of(4 * CROWD, on_change=lambda change, key, owner: told.append(change))
+    for _ in range(2 * CROWD):
+        served(pool, NOW)
+    calls: list[Callable[[float], object]] = [
+        pool.settle,
+        lambda now: pool.acquire(now, None),
+        lambda now: pool.page(PageQuery(limit=500), now),
+        lambda now: pool.require_room(1, now),
+        lambda now: pool.find_id(4 * CROWD, now) if now < NOW + KEEPALIVE else None,
+    ]
+    for now in (NOW + BLOCK, NOW + KEEPALIVE):
+        for number, call in enumerate(calls):
+            told.clear()
+            call(now)
+            counts = Counter(told)
+            shown = 500 if number == 2 else 0  # a page brings what it shows up to date
+            assert counts[Change.EXPIRED] <= 2 * SETTLED_AT_ONCE, f"call {number} at {now}: {counts}"
+            assert counts[Change.RELEASED] <= 2 * SETTLED_AT_ONCE + shown, f"call {number} at {now}: {counts}"
+
+
+def test_a_page_among_a_crowd_of_expired_keys_shows_none_of_them_and_goes_on() -> None:
+    """It examines a bounded number, so it may be empty and still have a next."""
+    count = 2 * EXAMINED + SETTLED_AT_ONCE
+    pool, made = pool_of(count)
+    pool.keepalive(made[-1], NOW + 1)
+    now = NOW + KEEPALIVE
+    shown, pages, query = [], 0, PageQuery(limit=50)
+    while True:
+        page = pool.page(query, now)
+        shown += page.keys
+        pages += 1
+        if page.next is None:
+            break
+        query.after = page.next
+    assert shown == [made[-1]]
+    assert 2 <= pages <= 3, f"{count} keys in {pages} pages of {EXAMINED} examined"
+
+
+@pytest.mark.parametrize("order", ["id", "release"])
+def test_a_page_among_a_crowd_of_ended_blocks_shows_them_as_available(order: str) -> None:
+    """Though only some are released on the way: in order of release, where only held keys stand, none is."""
+    pool, made = pool_of(CROWD)
+    for _ in made:
+        served(pool, NOW)
+    state = State.BLOCKED if order == "release" else State.AVAILABLE
+    page = pool.page(PageQuery(state, None, order, 500), NOW + BLOCK)
+    assert len(page.keys) == (0 if order == "release" else CROWD)
+    assert all(key.release_deadline is None for key in page.keys)
+
+
+# ---------------------------------------------------------------------------------------------- restored keys
+
+
+def restored(*rows: tuple[float, float | None], last_lease: int = 999) -> tuple[Pool, list[Key]]:
+    """A pool of keys with these expiries and releases, in order of id, as a journal puts them back."""
+    pool = make_pool()
+    made = []
+    for number, (expires, release) in enumerate(rows, 1):
+        key = Key(number, f"{number:020}", NOW - 1, expires)
+        if release is not None:
+            key.release_deadline, key.lease, key.owner = release, number, "ann"
+        made.append(key)
+        pool.last_id = number
+        pool.restore(key)
+    pool.last_lease = last_lease
+    return pool, made
+
+
+def test_restored_keys_are_as_they_were_and_nobody_is_told() -> None:
+    """No counter moves."""
+    pool, (free, held) = restored((NOW + 100, None), (NOW + 200, NOW + 30))
+    pool.check()
+    assert (pool.total, pool.available, pool.blocked) == (2, 1, 1)
+    assert set(vars_of_counters(pool).values()) == {0}
+    assert pool.find(free.text, NOW) is free
+    assert pool.acquire(NOW, None) is free
+    assert free.lease == 1000
+    assert pool.acquire(before(NOW + 30), None) is None
+    assert pool.acquire(NOW + 30, None) is held
+
+
+def vars_of_counters(pool: Pool) -> dict[str, int]:
+    """The counters by name."""
+    return {each.name: getattr(pool.counters, each.name) for each in fields(pool.counters)}
+
+
+QUANTUM_START = math.ceil(NOW * 64) / 64 + 10
+
+
+def test_a_restored_key_whose_block_ran_out_is_available_whatever_its_neighbours_are() -> None:
+    """Served at the moment of its deadline, though a key with a smaller id is released 10 ms later."""
+    pool, (_, key) = restored((NOW + 100, QUANTUM_START + 0.012), (NOW + 100, QUANTUM_START + 0.002))
+    assert pool.acquire(QUANTUM_START + 0.005, None) is key
+
+
+def test_a_restored_key_that_expired_takes_no_room_whatever_its_neighbours_do() -> None:
+    """Room at the moment of its deadline, though a key with a smaller id expires 10 ms later."""
+    pool, _ = restored((QUANTUM_START + 0.012, None), (QUANTUM_START + 0.002, None))
+    pool.max_keys = 2
+    pool.require_room(1, QUANTUM_START + 0.005)
+
+
+def test_the_hint_of_the_earliest_release_is_the_earliest_of_restored_keys() -> None:
+    """Not the one with the smallest id."""
+    pool, _ = restored((NOW + 100, QUANTUM_START + 0.012), (NOW + 100, QUANTUM_START + 0.002))
+    assert pool.next_release(QUANTUM_START) == pytest.approx(0.002, abs=1e-6)
+
+
+def test_a_restored_crowd_past_its_deadlines_settles_to_what_is_true() -> None:
+    """As a start after a long stop does."""
+    rows = [(NOW + number % 3, NOW + number % 2 if number % 5 else None) for number in range(CROWD)]
+    pool, made = restored(*rows)
+    now = NOW + 1
+    while pool.overdue(now) or pool.next_release(now) == 0:
+        pool.settle(now)
+    pool.check()
+    assert {key.id for key in pool.page(PageQuery(limit=500), now).keys} == {
+        key.id for key, (expires, _) in zip(made, rows, strict=True) if expires > now
+    }
+    assert pool.blocked == 0
+
+
+# ----------------------------------------------------------------------------------------------------- proof
+
+
+def _held(pool: Pool) -> Key:
+    return next(key for key in pool._by_id.walk(None) if key.release_deadline is not None)
+
+
+def _free(pool: Pool) -> Key:
+    return next(key for key in pool._by_id.walk(None) if key.release_deadline is None)
+
+
+def _swap_slots(pool: Pool) -> None:
+    one, other = pool._available[:2]
+    one.slot, other.slot = other.slot, one.slot
+
+
+def _free_twice(pool: Pool) -> None:
+    pool._available.append(_free(pool))
+
+
+def _free_a_held_one(pool: Pool) -> None:
+    pool._give_slot(_held(pool))
+
+
+def _lose_a_free_one(pool: Pool) -> None:
+    pool._take_slot(_free(pool))
+
+
+def _name_an_owner(pool: Pool) -> None:
+    _free(pool).owner = "ann"
+
+
+def _forget_a_release(pool: Pool) -> None:
+    _held(pool).release_deadline = None
+
+
+def _invent_a_release(pool: Pool) -> None:
+    _free(pool).release_deadline = NOW + 1
+
+
+def _lose_from_the_order_of_releases(pool: Pool) -> None:
+    key = _held(pool)
+    assert key.release_bucket is not None
+    pool._by_release.discard(key, key.release_bucket)
+
+
+def _leave_in_the_order_of_releases(pool: Pool) -> None:
+    pool._by_release.add(_free(pool), NOW + BLOCK)
+
+
+def _lose_from_the_order_of_expiries(pool: Pool) -> None:
+    key = _free(pool)
+    assert key.expiry_bucket is not None
+    pool._by_expiry.discard(key, key.expiry_bucket)
+
+
+def _forget_the_place_in_the_order_of_expiries(pool: Pool) -> None:
+    _free(pool).expiry_bucket = None
+
+
+def _forget_the_place_in_the_order_of_releases(pool: Pool) -> None:
+    _held(pool).release_bucket = None
+
+
+def _misplace_in_the_order_of_expiries(pool: Pool) -> None:
+    _free(pool).expiry_bucket = index.DeadlineBucket(5)
+
+
+def _move_an_expiry_alone(pool: Pool) -> None:
+    _free(pool).expires_deadline += 100
+
+
+def _move_a_release_alone(pool: Pool) -> None:
+    _held(pool).release_deadline = NOW + 1000
+
+
+def _renumber_a_bucket(pool: Pool) -> None:
+    pool._by_expiry._buckets.peekitem(0)[1].number += 1
+
+
+def _leave_an_empty_bucket(pool: Pool) -> None:
+    pool._by_expiry._buckets[1] = index.DeadlineBucket(1)
+
+
+def _lose_from_the_texts(pool: Pool) -> None:
+    pool._by_text.discard(_free(pool))
+
+
+def _leave_among_the_texts(pool: Pool) -> None:
+    pool._by_text.add(Key(77, "Z" * 20, NOW, NOW + 1))
+
+
+def _change_a_text(pool: Pool) -> None:
+    _free(pool).text = "Q" * 20
+
+
+def _share_a_text(pool: Pool) -> None:
+    _free(pool).text = _held(pool).text
+
+
+def _lose_from_the_ids(pool: Pool) -> None:
+    pool._by_id.discard(_free(pool))
+
+
+def _change_an_id(pool: Pool) -> None:
+    _free(pool).id = 3
+
+
+def _run_ahead_of_the_last_id(pool: Pool) -> None:
+    pool.last_id = 1
+
+
+def _run_ahead_of_the_last_lease(pool: Pool) -> None:
+    _held(pool).lease = 1000
+
+
+def _hold_without_a_lease(pool: Pool) -> None:
+    _held(pool).lease = 0
+
+
+def _keep_a_dead_one(pool: Pool) -> None:
+    _free(pool).expires_deadline = DEAD
+
+
+def _miscount(pool: Pool) -> None:
+    pool._total += 1
+
+
+CAUGHT = [
+    (_swap_slots, r"<Key id:\d+ 0000….*> is available but not in its slot \d"),
+    (_free_twice, r"there are .* keys; the counts say"),
+    (_free_a_held_one, r"<Key id:\d+ .*> is blocked but has slot \d+ and lease \d+"),
+    (_lose_a_free_one, r"<Key id:\d+ .*> is available but not in its slot -1"),
+    (_name_an_owner, r"<Key id:\d+ .*> is available but has an owner"),
+    (_forget_a_release, r"<Key id:\d+ .*> is available but"),
+    (_invent_a_release, r"<Key id:\d+ .*> is blocked but has slot \d"),
+    (_lose_from_the_order_of_releases, r"id:\d+ is not in the bucket of deadlines that it believes to be in"),
+    (_leave_in_the_order_of_releases, r"id:\d+ is not in the bucket of deadlines that it believes to be in"),
+    (_lose_from_the_order_of_expiries, r"id:\d+ is not in the bucket of deadlines that it believes to be in"),
+    (_forget_the_place_in_the_order_of_expiries, r"<Key id:\d+ .*> has no place in an order"),
+    (_forget_the_place_in_the_order_of_releases, r"<Key id:\d+ .*> has no place in an order"),
+    (_renumber_a_bucket, r"bucket \d+ is empty or numbered \d+"),
+    (_leave_an_empty_bucket, r"bucket 1 is empty or numbered 1"),
+    (_lose_from_the_texts, r"<Key id:\d+ .*> is not found by its text"),
+    (_leave_among_the_texts, r"there are \(\d+, \d+, \d+\) keys; the counts say"),
+    (_change_a_text, r"<Key id:\d+ .*> is not found by its text"),
+    (_share_a_text, r"<Key id:\d+ .*> is not found by its text"),
+    (_lose_from_the_ids, r"there are .* keys; the counts say"),
+    (_change_an_id, r"the walk by id is out of order or meets a key twice"),
+    (_run_ahead_of_the_last_id, r"<Key id:\d+ .*>: id or lease \d+ is beyond the last given"),
+    (_run_ahead_of_the_last_lease, r"<Key id:\d+ .*>: id or lease 1000 is beyond the last given"),
+    (_hold_without_a_lease, r"<Key id:\d+ .*> is blocked but has slot -1 and lease 0"),
+    (_keep_a_dead_one, r"<Key id:\d+ .*> was purged but is still found by id"),
+    (_miscount, r"there are .* keys; the counts say"),
+    (
+        _misplace_in_the_order_of_expiries,
+        r"id:\d+ is not in the bucket of deadlines that it believes to be in",
+    ),
+    (_move_an_expiry_alone, r"<Key id:\d+ .*> has a deadline outside the stretch of its bucket"),
+    (_move_a_release_alone, r"<Key id:\d+ .*> has a deadline outside the stretch of its bucket"),
+]
+
+
+def corruptible() -> Pool:
+    """A pool with free and held keys that passes its check."""
+    pool, made = pool_of(6)
+    for key in made[:2]:
+        pool.unblock(served(pool, NOW + 1, "bob"), None)
+        pool.keepalive(key, NOW + 1)
+    served(pool, NOW + 1, "bob")
+    served(pool, NOW + 2)
+    pool.check()
+    return pool
+
+
+@pytest.mark.parametrize(("corrupt", "story"), CAUGHT, ids=[corrupt.__name__ for corrupt, _ in CAUGHT])
+def test_check_finds_each_kind_of_corruption_and_tells_its_story(
+    corrupt: Callable[[Pool], None], story: str
+) -> None:
+    """By the key that is wrong, where one is, and never by its whole text."""
+    pool = corruptible()
+    corrupt(pool)
+    with pytest.raises(ValueError, match=story) as caught:
+        pool.check()
+    assert not re.search(r"0{9}|Q{9}|Z{9}", str(caught.value)), f"the story shows a key: {caught.value}"
+
+
+def test_check_goes_in_slices_when_asked_to() -> None:
+    """A pause after each so many keys, for the loop's other work."""
+    pool, _ = pool_of(10)
+    assert len(list(pool.check_in_slices(3))) == 3
+    assert len(list(pool.check_in_slices(100))) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- chance
+
+
+def chi_square(counts: list[int]) -> float:
+    """How far counts are from being equal, in standard deviations of what chance gives."""
+    expected = sum(counts) / len(counts)
+    squares = sum((count - expected) ** 2 / expected for count in counts)
+    return (squares - (len(counts) - 1)) / math.sqrt(2 * (len(counts) - 1))
+
+
+def test_acquire_serves_each_available_key_equally_likely() -> None:
+    """However the list was shuffled by keys that came and went."""
+    source = random.Random(20)
+    pool, made = pool_of(50, random=source.random)
+    for key in made[:10]:
+        pool.delete(key)
+    alive = made[10:]
+    counts = Counter[int]()
+    for _ in range(20_000):
+        key = served(pool, NOW)
+        counts[key.id] += 1
+        pool.unblock(key, key.lease)
+    assert counts.keys() == {key.id for key in alive}
+    assert abs(chi_square(list(counts.values()))) < 4, f"not uniform: {sorted(counts.values())}"
+
+
+def test_acquire_of_two_serves_each_ordered_pair_equally_likely() -> None:
+    """The second choice does not depend on the first."""
+    source = random.Random(21)
+    pool, _ = pool_of(6, random=source.random)
+    pairs = Counter[tuple[int, int]]()
+    for _ in range(15_000):
+        one, other = served(pool, NOW), served(pool, NOW)
+        pairs[one.id, other.id] += 1
+        pool.unblock(one, None)
+        pool.unblock(other, None)
+    assert len(pairs) == 6 * 5
+    assert abs(chi_square(list(pairs.values()))) < 4, f"not uniform: {pairs}"
+
+
+def test_the_greatest_number_that_chance_gives_chooses_the_last_key() -> None:
+    """Never one beyond."""
+    pool, made = pool_of(3, random=lambda: math.nextafter(1.0, 0.0))
+    assert pool.acquire(NOW, None) is made[-1]
+
+
+@pytest.mark.parametrize("length", [16, 20, 21, 64])
+def test_a_random_text_has_the_length_asked_for(length: int) -> None:
+    """And characters of A-Z a-z 0-9 only."""
+    for _ in range(200):
+        text = random_text(length)
+        assert re.fullmatch(rf"[A-Za-z0-9]{{{length}}}", text), f"{len(text)} characters: {text}"
+
+
+def test_a_random_text_has_each_character_equally_likely_at_each_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Given bytes that are; here they are seeded."""
+    source = random.Random(22)
+    monkeypatch.setattr("os.urandom", source.randbytes)
+    texts = [random_text(16) for _ in range(4000)]
+    counts = Counter("".join(texts))
+    assert len(counts) == len(ALPHABET) == 62
+    assert abs(chi_square(list(counts.values()))) < 4, f"not uniform: {counts}"
+    for place in (0, 15):
+        at_place = Counter(text[place] for text in texts)
+        assert abs(chi_square([at_place[character] for character in ALPHABET])) < 4, f"at {place}: {at_place}"
+
+
+def test_a_random_text_does_without_the_bytes_that_would_favour_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of bytes that are all dropped only asks for more."""
+    answers = iter([bytes(range(248, 256)) * 5, bytes([0] * 40)])
+    monkeypatch.setattr("os.urandom", lambda count: next(answers))
+    assert random_text(20) == "0" * 20
+
+
+def test_random_texts_differ() -> None:
+    """119 bits: two alike would be a broken source."""
+    assert len({random_text(20) for _ in range(10_000)}) == 10_000
+
+
+# ------------------------------------------------------------------------------------------- what may be shown
+
+
+def test_a_hint_shows_four_characters_at_each_end() -> None:
+    """And an ellipsis between."""
+    assert hint("5TRxabcdefghijklVN9w") == "5TRx…VN9w"
+    assert Key(42, "5TRxabcdefghijklVN9w", NOW, NOW).hint == "5TRx…VN9w"
+
+
+def test_what_can_be_printed_of_a_key_is_its_hint() -> None:
+    """In a log, a trace or an event."""
+    key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
+    event = tell((Change.ACQUIRED, key, "ann", 7, NOW))
+    for shown in (repr(key), str(key), f"{key}", f"{key!r}", repr(event)):
+        assert "5TRx…VN9w" in shown, shown
+        assert "abcd" not in shown, shown
+
+
+def test_an_event_tells_no_lease_of_a_key_that_was_never_served() -> None:
+    """Null, not 0."""
+    key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
+    assert tell((Change.GENERATED, key, None, 0, NOW)).lease is None
+
+
+# ---------------------------------------------------------------------------------------------------- cursors
+
+QUERIES = [
+    ListQuery(limit=2),
+    ListQuery(order="id", limit=2),
+    ListQuery(order="expiry", limit=2),
+    ListQuery(order="release", limit=2),
+    ListQuery(prefix="0", limit=2),
+    ListQuery(prefix="0000", state="available", limit=2),
+    ListQuery(state="blocked", limit=2),
+]
+
+
+def secret_texts() -> Callable[[], str]:
+    """Texts that share their first four characters, as a hint shows them, and whose rest is a secret."""
+    source = random.Random(23)
+    return lambda: "0000" + "".join(source.choices(ALPHABET, k=16))
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=repr)
+def test_a_cursor_leads_on_to_the_page_after(query: ListQuery) -> None:
+    """Through the text that the caller sees, to the end, meeting every key once."""
+    pool, _ = pool_of(9, new_text=secret_texts())
+    for _ in range(5):
+        served(pool, NOW)
+    wanted = len(pool.page(page_query(ListQuery(query.state, query.prefix, query.order, 500)), NOW).keys)
+    seen: list[str] = []
+    after: str | None = None
+    while True:
+        asked = page_query(ListQuery(query.state, query.prefix, query.order, 2, after))
+        page = pool.page(asked, NOW)
+        seen += texts_of(page)
+        if page.next is None:
+            break
+        after = encode(asked, page.next)
+        order = "prefix" if query.prefix else query.order or "id"
+        assert decode(after, order) == page.next, "a cursor does not come back as it went"
+        assert re.fullmatch(r"[A-Za-z0-9_-]{1,200}", after), f"not fit for a URL: {after}"
+    assert len(seen) == len(set(seen)) == wanted > 2
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=repr)
+def test_a_cursor_holds_no_more_of_a_key_than_its_hint(query: ListQuery) -> None:
+    """Nothing of it tells two keys apart that share a hint's beginning, but for their ids and deadlines."""
+    pool, _ = pool_of(9, new_text=secret_texts())
+    twin, _ = pool_of(9, new_text=serial_texts())
+    for each in (pool, twin):
+        for _ in range(5):
+            served(each, NOW)
+    asked = page_query(query)
+    one, other = pool.page(asked, NOW).next, twin.page(asked, NOW).next
+    assert one is not None
+    assert other is not None
+    payload = encode(asked, one)
+    decoded = json.loads(base64.urlsafe_b64decode(payload + "=="))
+    assert all(isinstance(number, (int, float)) for number in decoded[1:]), decoded
+    if query.prefix is None:
+        assert one == other, "the secret part of the texts shows in the cursor"
+    else:
+        assert one[0] == other[0], "more than the first four characters shows in the cursor"
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=repr)
+def test_a_cursor_of_another_order_is_refused(query: ListQuery) -> None:
+    """And of a list with a prefix where there is none, and the other way round."""
+    pool, _ = pool_of(9)
+    for _ in range(5):
+        served(pool, NOW)
+    asked = page_query(query)
+    position = pool.page(asked, NOW).next
+    assert position is not None
+    text = encode(asked, position)
+    own = "prefix" if query.prefix else query.order or "id"
+    for order in {"prefix", "id", "release", "expiry"} - {own}:
+        with pytest.raises(BadRequest, match="after must be the next of the page before"):
+            decode(text, order)
+
+
+def cursor_of(payload: object) -> str:
+    """A made-up cursor."""
+    return base64.urlsafe_b64encode(json.dumps(payload).encode()).decode().rstrip("=")
+
+
+GARBAGE = {
+    "no base64": "!!!!",
+    "not ASCII": "ж" * 4,
+    "white space": "WyJp IiwxXQ",
+    "a line break": "WyJpIiwxXQ\n",
+    "no JSON": base64.urlsafe_b64encode(b"\xff\xfe").decode(),
+    "cut": cursor_of(["i", 1])[:-2],
+    "no list": cursor_of({"i": 1}),
+    "an empty list": cursor_of([]),
+    "no number": cursor_of(["i"]),
+    "too many numbers": cursor_of(["i", 1, 2]),
+    "a text for a number": cursor_of(["i", "1"]),
+    "a null": cursor_of(["i", None]),
+    "a bool": cursor_of(["i", True]),
+    "a list in it": cursor_of(["i", [1]]),
+    "a negative number": cursor_of(["i", -1]),
+    "a number too large": cursor_of(["i", 2**63]),
+    "a float too large": cursor_of(["i", 1e300]),
+    "a number for a letter": cursor_of([1, 1]),
+    "an unknown letter": cursor_of(["x", 1]),
+    "NaN": base64.urlsafe_b64encode(b'["i",NaN]').decode().rstrip("="),
+    "infinity": base64.urlsafe_b64encode(b'["i",1e999]').decode().rstrip("="),
+    "a deep list": base64.urlsafe_b64encode(b"[" * 140).decode().rstrip("="),
+}
+
+
+@pytest.mark.parametrize("text", GARBAGE.values(), ids=GARBAGE.keys())
+def test_a_cursor_that_is_none_is_refused(text: str) -> None:
+    """As a bad request, whatever it is."""
+    with pytest.raises(BadRequest, match="after must be the next of the page before"):
+        decode(text, "id")
+
+
+@SETTINGS
+@given(text=st.text(min_size=1, max_size=200), order=st.sampled_from(["prefix", "id", "release", "expiry"]))
+def test_any_text_is_a_cursor_or_a_bad_request(text: str, order: str) -> None:
+    """Never another error."""
+    try:
+        position = decode(text, order)
+    except BadRequest:
+        return
+    assert all(0 <= number < 2**63 for number in position)
+
+
+NUMBERS = st.one_of(
+    st.integers(0, 2**63 - 1), st.integers(0, 20), st.floats(0, 1e18), st.floats(NOW - 1, NOW + 400)
+)
+
+
+@SETTINGS
+@given(
+    query=st.sampled_from(QUERIES),
+    position=st.tuples(NUMBERS, NUMBERS, NUMBERS),
+)
+def test_a_made_up_cursor_leads_somewhere_in_the_same_list(
+    query: ListQuery, position: tuple[int | float, int | float, int | float]
+) -> None:
+    """It shows only what the list shows anyway, in order, and no error but a bad request."""
+    pool, _ = pool_of(9, new_text=secret_texts())
+    for _ in range(5):
+        served(pool, NOW)
+    order = "prefix" if query.prefix else query.order or "id"
+    count = {"prefix": 2, "id": 1}.get(order, 3)
+    letter = {"prefix": "p", "id": "i", "release": "r", "expiry": "e"}[order]
+    text = cursor_of([letter, *position[:count]])
+    whole = texts_of(pool.page(page_query(ListQuery(query.state, query.prefix, query.order, 500)), NOW))
+    page = pool.page(page_query(ListQuery(query.state, query.prefix, query.order, 500, text)), NOW)
+    assert texts_of(page) == whole[len(whole) - len(page.keys) :], "not the rest of the same list"
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        (ListQuery(prefix="A", order="id"), "prefix goes with no order"),
+        (ListQuery(prefix="A", order="expiry"), "prefix goes with no order"),
+        (ListQuery(order="release", state="available"), "order=release lists blocked keys only"),
+    ],
+    ids=repr,
+)
+def test_lists_without_sense_are_refused(query: ListQuery, words: str) -> None:
+    """And the error says what would be right."""
+    with pytest.raises(BadRequest, match=words):
+        page_query(query)
+
+
+def test_a_walk_goes_on_behind_a_key_that_is_gone() -> None:
+    """The cursor names a place, not a key."""
+    pool, made = pool_of(6)
+    first = pool.page(PageQuery(limit=3), NOW)
+    assert first.keys == made[:3]
+    for key in made[1:4]:
+        pool.delete(key)
+    assert pool.page(PageQuery(limit=3, after=first.next), NOW).keys == made[4:]
+
+
+def test_a_walk_by_prefix_meets_again_rather_than_misses() -> None:
+    """Those that share four characters with a key that is gone, which the cursor can't tell apart."""
+    pool, made = pool_of(6)
+    query = PageQuery(prefix="0000", limit=3)
+    first = pool.page(query, NOW)
+    assert first.keys == made[:3]
+    pool.delete(made[2])
+    query.after = first.next
+    query.limit = 10
+    assert pool.page(query, NOW).keys == [*made[:2], *made[3:]]
+
+
+def test_a_page_that_ends_the_list_has_no_next() -> None:
+    """Not even if it is full."""
+    pool, made = pool_of(4)
+    assert pool.page(PageQuery(limit=4), NOW).next is None
+    page = pool.page(PageQuery(limit=3), NOW)
+    assert page.next is not None
+    last = pool.page(PageQuery(limit=3, after=page.next), NOW)
+    assert (last.keys, last.next) == (made[3:], None)
+
+
+def test_the_order_by_release_is_soonest_first() -> None:
+    """Held keys only."""
+    pool, _ = pool_of(5, random=random.Random(24).random)
+    order = [served(pool, NOW + second) for second in range(4)]
+    assert pool.page(PageQuery(State.BLOCKED, None, "release"), NOW + 4).keys == order
+
+
+def test_the_order_by_expiry_is_soonest_first() -> None:
+    """As keepalives have moved it."""
+    pool, made = pool_of(4)
+    for second, number in enumerate((2, 0, 3), 1):
+        pool.keepalive(made[number], NOW + second)
+    page = pool.page(PageQuery(order="expiry"), NOW + 4)
+    assert page.keys == [made[1], made[2], made[0], made[3]]

@@ -1,0 +1,314 @@
+"""The server as a process: its start, its exit statuses, and how it stops."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Start, Variant
+from support import ACQUIRE, API, Client, ServerProcess, Wire, encode_request, eventually, run_server
+
+READY = re.compile(r"ready on http://127\.0\.0\.1:(\d+)/$")
+STOPS = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+
+
+def expect_one_line(output: str, *words: str) -> None:
+    """Fails unless the output is one line that holds these words; dashes may stand as underscores."""
+    lines = output.strip().splitlines()
+    assert len(lines) == 1, f"not one line: {output!r}"
+    plain = lines[0].lower().replace("-", "_")
+    for word in words:
+        assert word.lower().replace("-", "_") in plain, f"{word} is not named: {output!r}"
+
+
+# ------------------------------------------------------------------------------------------------------ start
+
+
+def test_the_line_that_it_is_ready_ends_with_its_address(start_server: Start) -> None:
+    """One such line, with the port that the system chose for 0, on which it answers at once."""
+    server = start_server()
+    client = server.client()
+    assert client.get("/readyz").status == 200
+    assert client.get("/healthz").status == 200
+    lines = [line for line in server.log.splitlines() if "ready on http://" in line]
+    assert len(lines) == 1, lines
+    match = READY.search(lines[0])
+    assert match, lines[0]
+    assert int(match[1]) == server.port, lines[0]
+
+
+def test_two_servers_with_port_0_get_ports_of_their_own(start_server: Start) -> None:
+    """And pools of their own."""
+    one, other = start_server(), start_server()
+    assert one.port != other.port
+    key = one.client().make()["key"]
+    other.client().get(f"{API}/keys/{key}").expect_problem(404, "unknown-key")
+
+
+def test_it_serves_on_the_port_that_it_is_given(start_server: Start) -> None:
+    """--port says which."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    server = start_server(f"--port={port}")
+    assert server.port == port
+    assert server.client().get("/readyz").status == 200
+
+
+def test_a_pool_in_memory_keeps_nothing(tmp_path: Path) -> None:
+    """With --data=:memory: no file appears where it runs."""
+    with ServerProcess(["--data=:memory:", "--port=0"], cwd=tmp_path) as server:
+        server.client().make()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_variables_of_its_name_are_left_alone(start_server: Start) -> None:
+    """KEYPOOL_SOMETHING may be somebody else's."""
+    server = start_server(env={"KEYPOOL_SOMETHING": "x", "KEYPOOL_": "y", "KEYPOOL_DATABASE_PASSWORD": "z"})
+    assert server.client().get("/readyz").status == 200
+
+
+# --------------------------------------------------------------------------------------------- wrong settings
+
+WRONG_FLAGS = [
+    ("--nope", ["nope"]),
+    ("--nope=1", ["nope"]),
+    ("nope", ["nope"]),
+    ("--port", ["port"]),
+    ("--port=abc", ["port"]),
+    ("--port=-1", ["port"]),
+    ("--port=65536", ["port"]),
+    ("--port=1.5", ["port"]),
+    ("--port=", ["port"]),
+    ("--block-seconds=soon", ["block-seconds"]),
+    ("--block-seconds=-1", ["block-seconds"]),
+    ("--block-seconds=nan", ["block-seconds"]),
+    ("--keepalive-seconds=x", ["keepalive-seconds"]),
+    ("--keepalive-seconds=-0.5", ["keepalive-seconds"]),
+    ("--keepalive-seconds=nan", ["keepalive-seconds"]),
+    ("--key-length=15", ["key-length", "16", "64"]),
+    ("--key-length=65", ["key-length", "16", "64"]),
+    ("--key-length=x", ["key-length", "16", "64"]),
+    ("--key-length=20.5", ["key-length", "16", "64"]),
+    ("--max-keys=-1", ["max-keys"]),
+    ("--max-keys=many", ["max-keys"]),
+    ("--max-waiters=-1", ["max-waiters"]),
+    ("--max-waiters=x", ["max-waiters"]),
+    ("--max-viewers=-1", ["max-viewers"]),
+    ("--max-viewers=x", ["max-viewers"]),
+    ("--restart-grace=-1", ["restart-grace"]),
+    ("--restart-grace=x", ["restart-grace"]),
+    ("--drain-seconds=-1", ["drain-seconds"]),
+    ("--drain-seconds=x", ["drain-seconds"]),
+    ("--http=apache", ["http"]),
+    ("--log-level=loud", ["log-level", "info"]),
+    ("--log-format=xml", ["log-format", "text", "json"]),
+    ("--engine=abacus", ["engine", "embedded"]),
+]
+
+
+@pytest.mark.parametrize(("flag", "words"), WRONG_FLAGS, ids=[flag for flag, _ in WRONG_FLAGS])
+def test_a_wrong_flag_is_one_line_and_status_2(
+    variant: Variant, tmp_path: Path, flag: str, words: list[str]
+) -> None:
+    """All that is printed is one line that names the flag and the values that it takes."""
+    flags = variant.flags(tmp_path)
+    port = [] if flag.startswith("--port") else ["--port=0"]
+    status, output = run_server([*flags, *port, flag])
+    assert status == 2, f"exit status {status}: {output}"
+    expect_one_line(output, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KEYPOOL_PORT", "abc"),
+        ("KEYPOOL_BLOCK_SECONDS", "soon"),
+        ("KEYPOOL_LOG_FORMAT", "xml"),
+        ("KEYPOOL_KEY_LENGTH", "5"),
+    ],
+)
+def test_a_wrong_variable_is_one_line_and_status_2(
+    variant: Variant, tmp_path: Path, name: str, value: str
+) -> None:
+    """As a wrong flag."""
+    status, output = run_server(variant.flags(tmp_path), {"KEYPOOL_PORT": "0", name: value})
+    assert status == 2, f"exit status {status}: {output}"
+    expect_one_line(output, name.removeprefix("KEYPOOL_"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nope = 1\n", ["nope"]),
+        ('port = "abc"\n', ["port"]),
+        ("block_seconds = true\n", ["block_seconds"]),
+        ('log_format = "xml"\n', ["log_format", "json"]),
+        ("port = \n", ["config.toml"]),
+        ("[port\n", ["config.toml"]),
+        ("\xff", ["config.toml"]),
+        (None, ["config.toml"]),
+    ],
+    ids=[
+        "unknown key",
+        "wrong value",
+        "wrong type",
+        "wrong choice",
+        "no value",
+        "no TOML",
+        "no UTF-8",
+        "missing",
+    ],
+)
+def test_a_wrong_config_file_is_one_line_and_status_2(
+    variant: Variant, tmp_path: Path, text: str | None, words: list[str]
+) -> None:
+    """A wrong key or value by its name, a broken or missing file by the file's."""
+    path = tmp_path / "config.toml"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    port = [] if text and "port" in text else ["--port=0"]
+    status, output = run_server([*variant.flags(tmp_path), *port, f"--config={path}"])
+    assert status == 2, f"exit status {status}: {output}"
+    expect_one_line(output, *words)
+
+
+def test_a_port_in_use_is_one_line_and_status_1(
+    server: ServerProcess, variant: Variant, tmp_path: Path
+) -> None:
+    """No traceback, and who has the port is not disturbed."""
+    status, output = run_server([*variant.flags(tmp_path), f"--port={server.port}"])
+    assert status == 1, f"exit status {status}: {output}"
+    expect_one_line(output)
+    assert server.client().get("/readyz").status == 200
+
+
+# ------------------------------------------------------------------------------------------------------- stop
+
+
+@STOPS
+def test_an_idle_server_stops_with_status_0(start_server: Start, signum: signal.Signals) -> None:
+    """At once, though idle connections are open, and nobody is served after."""
+    server = start_server()
+    client = server.client()
+    client.make()
+    wire = server.wire()  # never asks anything
+    began = time.monotonic()
+    server.signal(signum)
+    assert server.wait() == 0, server.log
+    assert time.monotonic() - began < 9, "took nearly all of --drain-seconds with nothing in flight"
+    assert wire.rest() == b""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+
+
+@STOPS
+def test_waiters_are_told_of_the_stop_at_once(start_server: Start, signum: signal.Signals) -> None:
+    """Each gets 503 draining, long before its wait is over, and the server exits with 0."""
+    server = start_server()
+    client = server.client()
+    waiters = []
+    for _ in range(20):
+        waiter = server.wire()
+        waiter.ask("POST", ACQUIRE, json={"wait": 60})
+        waiters.append(waiter)
+    client.expect_waiting(20)
+    server.signal(signum)
+    for waiter in waiters:
+        waiter.answer().expect_problem(503, "draining")
+    assert server.wait(30) == 0, server.log
+
+
+def hold_drain(server: ServerProcess, client: Client) -> list[Wire]:
+    """Work in flight that cannot end by itself: half a request, and answers that nobody reads."""
+    client.make_many(500)
+    half = server.wire()
+    half.send(encode_request("POST", API + "/keys", server.host, body=b"{}")[:-1])
+    deaf = server.wire()
+    deaf.send(encode_request("GET", API + "/keys?limit=500", server.host) * 300)
+    client.get(API + "/stats").expect(200)  # which comes after both in the server's loop
+    return [half, deaf]
+
+
+def test_what_is_left_unanswered_is_cut_when_the_drain_is_over(start_server: Start) -> None:
+    """Within --drain-seconds, whatever is stuck, with status 0."""
+    server = start_server("--drain-seconds=1")
+    client = server.client()
+    hold_drain(server, client)
+    began = time.monotonic()
+    server.signal(signal.SIGTERM)
+    assert server.wait(30) == 0, server.log
+    assert time.monotonic() - began < 9, "--drain-seconds=1 did not end the drain"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_stops_the_drain_with_status_1(start_server: Start, second: signal.Signals) -> None:
+    """Now, not after --drain-seconds, and without a traceback."""
+    server = start_server("--drain-seconds=60")
+    client = server.client()
+    waiter = server.wire()
+    hold_drain(server, client)
+    client.batch(op="acquire", count=1000).expect(200)
+    waiter.ask("POST", ACQUIRE, json={"wait": 60})
+    client.expect_waiting(1)
+    server.signal(signal.SIGTERM)
+    waiter.answer().expect_problem(503, "draining")  # the drain has begun
+    began = time.monotonic()
+    server.signal(second)
+    assert server.wait(50) == 1, server.log
+    assert time.monotonic() - began < 20
+
+
+def test_a_draining_server_takes_no_new_connections(start_server: Start) -> None:
+    """It stops accepting first; /readyz, where it is still answered, is 503."""
+    server = start_server("--drain-seconds=20")
+    client = server.client()
+    waiter = server.wire()
+    hold_drain(server, client)
+    client.batch(op="acquire", count=1000).expect(200)
+    waiter.ask("POST", ACQUIRE, json={"wait": 60})
+    client.expect_waiting(1)
+    server.signal(signal.SIGTERM)
+    waiter.answer().expect_problem(503, "draining")
+
+    def refused() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+        except OSError:
+            return True
+        return False
+
+    eventually(refused, "new connections refused")
+    try:
+        answer = client.get("/readyz")
+    except (OSError, http.client.HTTPException):
+        pass  # idle connections may be closed
+    else:
+        assert answer.status == 503, str(answer)
+    server.hang_up()
+    assert server.wait(40) == 0, server.log
+
+
+def test_a_request_in_flight_is_answered_before_the_stop(start_server: Start) -> None:
+    """One whose last byte comes after the signal is answered, or refused as draining, not just cut."""
+    server = start_server()
+    client = server.client()
+    wire = server.wire()
+    data = encode_request("POST", API + "/keys", server.host, body=b"{}")
+    wire.expect_answer_to("POST", API + "/keys")
+    wire.send(data[:-1])
+    client.get("/healthz")
+    waiter = server.wire()
+    waiter.ask("POST", ACQUIRE, json={"wait": 60})
+    client.expect_waiting(1)
+    server.signal(signal.SIGTERM)
+    waiter.answer().expect_problem(503, "draining")
+    wire.send(data[-1:])
+    answer = wire.answer()
+    assert answer.status == 201 or answer.json["code"] == "draining", str(answer)
+    assert server.wait(30) == 0, server.log

@@ -1,0 +1,131 @@
+"""The application under Tornado's own tools: its test fixtures (pytest-tornado) and its HTTP client.
+
+The rest of the suite speaks to a server process over plain sockets; this says that whoever tests a Tornado
+application in the framework's way can test this one, in process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from engine_support import quiet, turns_until
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
+from tornado.ioloop import IOLoop
+from tornado.web import Application
+
+from keypool.app import make_app
+from keypool.auth import Access
+from keypool.engine.embedded import EmbeddedEngine
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+JSON = {"Content-Type": "application/json"}  # Tornado's client says that a body is a form, unless it is told
+
+
+@pytest.fixture
+def io_loop() -> Iterator[IOLoop]:
+    """A loop of this test's own; pytest-tornado's asks for what newer Tornados warn of."""
+    raw = asyncio.new_event_loop()
+    asyncio.set_event_loop(raw)
+    loop = IOLoop(asyncio_loop=raw, make_current=False)
+    with quiet():
+        yield loop
+    asyncio.set_event_loop(None)
+    loop.close(all_fds=True)
+
+
+@pytest.fixture
+def app(io_loop: IOLoop) -> Application:
+    """The application over an engine in memory, which is made on the loop that it lives on."""
+
+    async def make() -> Application:
+        return make_app(EmbeddedEngine(), Access())
+
+    made: Application = io_loop.run_sync(make)
+    return made
+
+
+@pytest.fixture
+def base_url(http_port: int) -> str:
+    """An open server answers only to loopback names."""
+    return f"http://127.0.0.1:{http_port}"
+
+
+async def call(client: AsyncHTTPClient, url: str, method: str = "GET", body: Any = None) -> HTTPResponse:
+    """A call with a JSON body, whatever its status."""
+    content = json.dumps(body or {}) if method == "POST" else None
+    return await client.fetch(url, method=method, body=content, headers=JSON, raise_error=False)
+
+
+async def test_a_key_goes_round(http_client: AsyncHTTPClient, base_url: str) -> None:
+    """Made, served, kept alive, given back, deleted."""
+    keys = base_url + "/api/v1/keys"
+    made = await call(http_client, keys, "POST")
+    assert (made.code, made.headers["Cache-Control"]) == (201, "no-store")
+    lease = json.loads((await call(http_client, keys + "/acquire", "POST", {"owner": "ann"})).body)
+    assert lease["key"] == json.loads(made.body)["key"]
+    row = json.loads((await call(http_client, base_url + made.headers["Location"])).body)
+    assert (row["state"], row["owner"]) == ("blocked", "ann")
+    kept = await call(http_client, f"{keys}/{lease['key']}/keepalive", "POST")
+    assert json.loads(kept.body) == {"id": lease["id"], "expires_in": 300.0}
+    freed = await call(http_client, f"{keys}/{lease['key']}/unblock", "POST", {"lease": lease["lease"]})
+    assert json.loads(freed.body)["changed"] is True
+    assert (await call(http_client, f"{keys}/{lease['key']}", "DELETE")).code == 204
+
+
+async def test_an_error_is_a_problem(http_client: AsyncHTTPClient, base_url: str) -> None:
+    """The client raises it by its status."""
+    with pytest.raises(HTTPClientError) as error:
+        await http_client.fetch(base_url + "/api/v1/keys/nobody")
+    response = error.value.response
+    assert response is not None
+    assert (error.value.code, response.headers["Content-Type"]) == (404, "application/problem+json")
+    assert json.loads(response.body)["code"] == "unknown-key"
+
+
+async def test_the_client_may_wait_for_a_key(http_client: AsyncHTTPClient, base_url: str) -> None:
+    """Two calls at once on one loop: the one that waits gets what the other makes."""
+    keys = base_url + "/api/v1/keys"
+    waiting = asyncio.ensure_future(call(http_client, keys + "/acquire", "POST", {"wait": 30}))
+    while json.loads((await call(http_client, base_url + "/api/v1/stats")).body)["waiting"] == 0:
+        assert not waiting.done(), f"answered at once: {waiting.result().body!r}"
+    made = json.loads((await call(http_client, keys, "POST")).body)
+    assert json.loads((await waiting).body)["id"] == made["id"]
+
+
+async def test_a_client_that_gives_up_is_leased_nothing(
+    http_client: AsyncHTTPClient, base_url: str, app: Application
+) -> None:
+    """Tornado's client closes the connection when its own time is up, and leaves the queue by that."""
+    keys = base_url + "/api/v1/keys"
+    with contextlib.suppress(HTTPClientError):
+        await http_client.fetch(
+            keys + "/acquire", method="POST", body='{"wait": 30}', headers=JSON, request_timeout=0.2
+        )
+    engine: EmbeddedEngine = app.settings["dispatcher"].engine
+    assert engine.pool.counters.refused == 0, "answered, instead of left to wait"
+    await turns_until(lambda: not engine._waiters, "nobody waits any more")
+    await call(http_client, keys, "POST")
+    assert (engine.pool.available, engine.pool.blocked) == (1, 0)
+    assert app.settings["in_flight"].count == 0
+
+
+async def test_pages_beside_the_api_are_served(http_client: AsyncHTTPClient, base_url: str) -> None:
+    """By RequestHandlers, where the API goes past them."""
+    assert (await call(http_client, base_url + "/healthz")).code == 200
+    assert (await call(http_client, base_url + "/readyz")).code == 200
+    assert (await call(http_client, base_url + "/nothing")).code == 404
+
+
+async def test_the_framework_names_what_the_api_answers(http_client: AsyncHTTPClient, base_url: str) -> None:
+    """HEAD and OPTIONS too."""
+    head = await call(http_client, base_url + "/api/v1/stats", "HEAD")
+    assert (head.code, head.body) == (200, b"")
+    assert int(head.headers["Content-Length"]) > 100
+    options = await call(http_client, base_url + "/api/v1/keys", "OPTIONS")
+    assert (options.code, options.headers["Allow"]) == (204, "GET, HEAD, OPTIONS, POST")
