@@ -1,0 +1,43 @@
+// The API as the page calls it: the session's own proof in a header, problems as errors.
+//
+// What this module does not do: say anything to the reader (ui.js), or try again: whoever clicked decides.
+
+const proof = document.querySelector('meta[name="xsrf"]')?.content ?? "";
+let onSignedOut = () => {};
+
+/** An answer that is none: the problem that the server told, or that it couldn't be reached. */
+export class Problem extends Error {
+  constructor(status, body) {
+    super(body.detail || body.title || "The server can't be reached.");
+    this.status = status;
+    this.code = body.code || "";
+    this.title = body.title || "No answer";
+  }
+}
+
+/** Call `then` when the server says that the session has ended. */
+export function whenSignedOut(then) {
+  onSignedOut = then;
+}
+
+/** One request; the JSON of its answer, null if it has none. Throws Problem. */
+export async function request(method, path, body) {
+  const headers = { Accept: "application/json", "X-Keypool-Xsrf": proof };
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+  } catch {
+    throw new Problem(0, { title: "No connection", detail: "The server can't be reached; nothing is known of what was asked." });
+  }
+  if (response.status === 401) onSignedOut();
+  const text = await response.text();
+  const answer = text && response.headers.get("Content-Type")?.includes("json") ? JSON.parse(text) : null;
+  if (!response.ok) throw new Problem(response.status, answer ?? { title: response.statusText });
+  return answer;
+}
+
+/** A call of the API: `path` is below /api/v1. */
+export function call(method, path, body) {
+  return request(method, `/api/v1${path}`, body);
+}

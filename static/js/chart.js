@@ -1,0 +1,130 @@
+// The charts, drawn over and over into the paths that the server has drawn first (keypool/charts.py): what is changed
+// here is changed there. Once a second, and only what is in sight.
+//
+// Pointing at a chart, or the arrow keys when it has the focus, tells the numbers of a moment in its legend. What
+// this module does not do: know where numbers come from.
+
+import { number } from "./ui.js";
+
+const WIDTH = 300;
+const HEIGHT = 100;
+const MEAN_OF = 5;
+const SIZES = { seconds: 900, minutes: 1440 };
+const LABELS = {
+  seconds: ["15 min ago", "10", "5", "now"],
+  minutes: ["24 h ago", "16", "8", "now"],
+};
+
+/** One figure of the overview. `layers` are its series in drawing order; `stack` draws areas upon each other. */
+export class Chart {
+  constructor(figure, layers, stack) {
+    this.figure = figure;
+    this.layers = layers;
+    this.stack = stack;
+    this.plot = figure.querySelector(".plot");
+    this.when = figure.querySelector(".when");
+    this.at = null; // the place pointed at, from the right
+    this.plot.addEventListener("pointermove", (event) => this.point(event));
+    this.plot.addEventListener("pointerleave", () => this.leave());
+    this.plot.addEventListener("blur", () => this.leave());
+    this.plot.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  /** Draw a series of the history: `span` is seconds or minutes. */
+  draw(series, span) {
+    this.span = span;
+    this.series = series;
+    this.values = Object.fromEntries(
+      this.layers.map((name) => [name, means(series, series[name], this.stack ? 1 : series.step)]),
+    );
+    const count = this.values[this.layers[0]].length;
+    const columns = this.stack ? [this.layers.map((name) => this.values[name]).reduce(add, Array(count).fill(0))] : Object.values(this.values);
+    const top = nice(Math.max(0, ...columns.flat()));
+    this.figure.querySelector(".axis.top").textContent = number(top);
+    this.figure.querySelector(".axis.middle").textContent = number(top / 2);
+    this.plot.querySelectorAll(".times span").forEach((element, i) => {
+      element.textContent = LABELS[span][i];
+    });
+    const places = SIZES[span] / MEAN_OF;
+    let below = Array(count).fill(0);
+    for (const name of this.stack ? this.layers.slice().reverse() : this.layers) {
+      const values = this.values[name];
+      const above = this.stack ? add(below, values) : values;
+      const line = points(above, top, places);
+      const d = count < 2 ? "" : this.stack ? `M${line.concat(points(below, top, places).reverse()).join("L")}Z` : `M${line.join("L")}`;
+      this.plot.querySelector(`[data-tone="${name}"]`).setAttribute("d", d);
+      if (this.stack) below = above;
+    }
+    this.tell();
+  }
+
+  point(event) {
+    const box = this.plot.querySelector("svg").getBoundingClientRect();
+    const places = SIZES[this.span ?? "seconds"] / MEAN_OF;
+    this.at = Math.round((1 - (event.clientX - box.left) / box.width) * (places - 1));
+    this.tell();
+  }
+
+  key(event) {
+    const step = { ArrowLeft: 1, ArrowRight: -1 }[event.key];
+    if (step === undefined) return;
+    event.preventDefault();
+    this.at = Math.max(0, (this.at ?? 0) + step);
+    this.tell();
+  }
+
+  leave() {
+    this.at = null;
+    this.tell();
+  }
+
+  /** The numbers of the moment pointed at, or the latest. */
+  tell() {
+    if (!this.values) return;
+    const count = this.values[this.layers[0]].length;
+    const at = this.at === null ? 0 : Math.min(Math.max(0, this.at), Math.max(0, count - 1));
+    for (const name of this.layers) {
+      const value = this.values[name][count - 1 - at] ?? 0;
+      this.figure.querySelector(`[data-value="${name}"]`).textContent = number(this.stack ? Math.round(value) : Math.round(value * 10) / 10);
+    }
+    const places = SIZES[this.span] / MEAN_OF;
+    const x = WIDTH - (WIDTH / (places - 1)) * at;
+    this.plot.querySelector(".cross").setAttribute("d", this.at === null ? "" : `M${x} 0V${HEIGHT}`);
+    this.when.hidden = this.at === null;
+    if (this.at !== null) {
+      const moment = new Date((this.series.end - at * MEAN_OF * this.series.step) * 1000);
+      this.when.textContent = moment.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: this.span === "seconds" ? "2-digit" : undefined });
+    }
+  }
+}
+
+function add(a, b) {
+  return a.map((value, i) => value + b[i]);
+}
+
+/** The mean of every five samples; the groups are aligned to the clock, so that only the last one moves. */
+function means(series, values, per) {
+  const grouped = [];
+  const first = Math.floor(series.end / series.step) - values.length + 1;
+  for (let start = 0; start < values.length; ) {
+    const stop = Math.min(values.length, start + MEAN_OF - ((first + start) % MEAN_OF));
+    let sum = 0;
+    for (let i = start; i < stop; i += 1) sum += values[i];
+    grouped.push(sum / (stop - start) / per);
+    start = stop;
+  }
+  return grouped;
+}
+
+function nice(largest) {
+  if (largest <= 4) return 4;
+  const power = 10 ** (String(Math.floor(largest)).length - 1);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= largest);
+}
+
+function points(values, top, places) {
+  const step = WIDTH / (places - 1);
+  const shown = values.slice(-places - 1);
+  const start = WIDTH - step * (shown.length - 1);
+  return shown.map((value, i) => `${(start + step * i).toFixed(1)} ${(HEIGHT - (HEIGHT * value) / top).toFixed(1)}`);
+}

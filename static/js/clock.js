@@ -1,0 +1,73 @@
+// Server time in the browser, and every countdown on the page.
+//
+// The browser's own clock may be wrong or be put right meanwhile, so it is never asked: moments are the server's,
+// carried on by the monotonic clock. Each frame says what time it is there; the one that was under way the
+// shortest says it best, so the largest difference of the last minute counts.
+//
+// What this module does not do: decide what has become of a key. A countdown at zero waits for the server's word.
+
+const samples = [];
+let offset = Date.parse(document.body.dataset.now || "") - monotonic() || 0;
+
+function monotonic() {
+  return performance.now();
+}
+
+/** The server's moment, in milliseconds since the epoch. */
+export function now() {
+  return monotonic() + offset;
+}
+
+/** Take note of a moment that the server has just told. */
+export function hear(moment) {
+  const at = monotonic();
+  samples.push({ at, difference: Date.parse(moment) - at });
+  while (samples.length > 240 || samples[0].at < at - 60_000) samples.shift();
+  offset = Math.max(...samples.map((sample) => sample.difference));
+}
+
+/** A length of time as a countdown shows it: 4:07. The same as length() in keypool/dashboard.py. */
+export function spell(seconds) {
+  const whole = Math.max(0, Math.ceil(seconds));
+  const two = (part) => String(part).padStart(2, "0");
+  if (whole >= 3600) return `${Math.floor(whole / 3600)}:${two(Math.floor((whole % 3600) / 60))}:${two(whole % 60)}`;
+  return `${Math.floor(whole / 60)}:${two(whole % 60)}`;
+}
+
+/** Give a countdown its deadline: seconds left as of now, or null for none. */
+export function setLeft(element, left, asOf = now()) {
+  if (!element) return;
+  element.deadline = left === null ? null : asOf + left * 1000;
+  element.toggleAttribute("data-blank", left === null);
+  if (left === null) element.dataset.left = "";
+  else if (element.dataset.left === "") element.dataset.left = "set";
+  draw(element);
+}
+
+/** Take up the countdowns that the server has drawn, which were right at the moment `asOf`. */
+export function adopt(root, asOf) {
+  for (const element of root.querySelectorAll(".countdown")) {
+    const left = element.dataset.left;
+    setLeft(element, left === "" ? null : Number(left), asOf);
+  }
+}
+
+function draw(element) {
+  if (element.deadline === null || element.deadline === undefined) return;
+  const left = Math.max(0, (element.deadline - now()) / 1000);
+  const text = spell(left);
+  if (element.shown === text) return; // nothing to see: most of the time
+  element.shown = text;
+  element.querySelector(".time").textContent = text;
+  element.querySelector(".gauge-left").setAttribute("width", Math.min(100, (100 * left) / element.dataset.whole).toFixed(1));
+  element.classList.toggle("soon", left < Math.min(60, element.dataset.whole / 4));
+}
+
+function tick() {
+  if (document.hidden) return;
+  for (const element of document.querySelectorAll(".countdown")) draw(element);
+}
+
+adopt(document, Date.parse(document.body.dataset.now || ""));
+setInterval(tick, 500);
+document.addEventListener("visibilitychange", tick);

@@ -1,0 +1,196 @@
+// The connection to the feed: opened, watched, mended.
+//
+//   connecting --hello--> live --silence, close, gap--> lost --back-off--> connecting
+//                                  \--1001--> draining --/
+//   polling: the server has no room for another viewer.   signed-out: the session has ended.   paused: nobody looks.
+//
+// A line can be dead without being closed, so the page itself listens for the heart: the server is never quiet
+// for longer than 5 s. A tab that is hidden holds no connection; one that comes back, or whose network does,
+// asks at once. What this module does not do: draw (pages), or keep numbers (model.js).
+
+import { Problem, request, whenSignedOut } from "./api.js";
+import { hear } from "./clock.js";
+
+const SILENCE = 12_000;
+const LONGEST_WAIT = 20_000;
+const HIDDEN_FOR = 5_000;
+const POLL = 5_000;
+const RETRY_WHILE_POLLING = 30_000;
+
+const listeners = { state: [], hello: [], delta: [], figures: [] };
+let socket = null;
+let seq = 0;
+let heardAt = performance.now();
+let attempt = 0;
+let retryTimer = 0;
+let hiddenTimer = 0;
+let figuresTimer = 0;
+let triedAt = 0;
+
+/** How the connection stands, in a word. */
+export let state = "connecting";
+
+/** Call `then` at each `state`, `hello`, `delta` or `figures`. */
+export function on(type, then) {
+  listeners[type].push(then);
+}
+
+/** Seconds since the server was last heard. */
+export function age() {
+  return (performance.now() - heardAt) / 1000;
+}
+
+/** Try at once, whatever the back-off says. */
+export function retryNow() {
+  attempt = 0;
+  connect();
+}
+
+/** Begin. Called once, when all who listen do. */
+export function start() {
+  whenSignedOut(signedOut);
+  document.addEventListener("visibilitychange", seen);
+  addEventListener("online", retryNow);
+  addEventListener("offline", () => dropped("lost"));
+  addEventListener("pagehide", () => close());
+  setInterval(listen, 1000);
+  connect();
+  poll();
+}
+
+function tell(type, value) {
+  for (const then of listeners[type]) then(value);
+}
+
+function become(next) {
+  if (state === next) return;
+  state = next;
+  tell("state", next);
+}
+
+function connect() {
+  clearTimeout(retryTimer);
+  close();
+  if (document.hidden || state === "signed-out") return;
+  triedAt = performance.now();
+  if (state !== "polling" && state !== "lost" && state !== "draining") become("connecting");
+  const scheme = location.protocol === "https:" ? "wss:" : "ws:";
+  const opened = new WebSocket(`${scheme}//${location.host}/api/v1/feed`);
+  let heard = false;
+  socket = opened;
+  opened.onmessage = ({ data }) => {
+    if (socket !== opened) return;
+    heard = true;
+    take(JSON.parse(data));
+  };
+  opened.onclose = ({ code }) => {
+    if (socket !== opened) return;
+    socket = null;
+    if (code === 4401) signedOut();
+    else if (heard) dropped(code === 1001 ? "draining" : "lost");
+    else whyNot();
+  };
+}
+
+function close() {
+  const old = socket;
+  socket = null;
+  old?.close();
+}
+
+function take(frame) {
+  heardAt = performance.now();
+  hear(frame.now);
+  const expected = seq + 1;
+  seq = frame.seq;
+  if (frame.type === "hello") {
+    attempt = 0;
+    become("live");
+    tell("hello", frame);
+    poll();
+  } else if (frame.seq !== expected) {
+    retryNow(); // something was lost on the way: begin again with a hello
+  } else if (frame.type === "delta") {
+    tell("delta", frame);
+  }
+}
+
+/** The heart: a line that is silent for too long is dead, whether it was alive before or never. */
+function listen() {
+  if (socket && performance.now() - Math.max(heardAt, triedAt) > SILENCE) dropped("lost");
+}
+
+function dropped(next) {
+  if (state === "signed-out" || document.hidden) return;
+  close();
+  become(next);
+  again();
+}
+
+function again() {
+  clearTimeout(retryTimer);
+  const wait = Math.min(LONGEST_WAIT, 500 * 2 ** attempt) * (0.5 + Math.random() / 2);
+  attempt = Math.min(attempt + 1, 10);
+  retryTimer = setTimeout(connect, wait);
+}
+
+/** A browser doesn't tell why a websocket was refused; the figures do. */
+async function whyNot() {
+  try {
+    const figures = await request("GET", "/figures?state");
+    if (figures.viewers < figures.max_viewers) again();
+    else pollInstead(figures);
+  } catch (problem) {
+    if (problem instanceof Problem && problem.status === 401) return;
+    dropped(state === "draining" ? "draining" : "lost");
+  }
+}
+
+function pollInstead(figures) {
+  become("polling");
+  told(figures);
+}
+
+function told(figures) {
+  if (figures.state) {
+    heardAt = performance.now();
+    hear(figures.state.now);
+    tell("delta", { ...figures.state, dropped: 0, whole: true });
+  }
+  tell("figures", figures);
+}
+
+/** What the feed doesn't tell, every few seconds; and all of it, when there is no feed to be had. */
+async function poll() {
+  clearTimeout(figuresTimer);
+  figuresTimer = setTimeout(poll, POLL);
+  if (document.hidden || (state !== "live" && state !== "polling")) return;
+  if (state === "polling" && performance.now() - triedAt > RETRY_WHILE_POLLING) {
+    connect();
+    return;
+  }
+  try {
+    told(await request("GET", state === "polling" ? "/figures?state" : "/figures"));
+  } catch (problem) {
+    if (state === "polling" && problem.status !== 401) dropped("lost");
+  }
+}
+
+function signedOut() {
+  close();
+  clearTimeout(retryTimer);
+  become("signed-out");
+}
+
+function seen() {
+  clearTimeout(hiddenTimer);
+  if (document.hidden) {
+    hiddenTimer = setTimeout(() => {
+      close();
+      clearTimeout(retryTimer);
+      if (state !== "signed-out") become("paused");
+    }, HIDDEN_FOR);
+  } else if (!socket) {
+    retryNow();
+  }
+}

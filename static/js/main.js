@@ -1,0 +1,23 @@
+// Every page starts here: what all have in common, then the page's own module, then the connection.
+
+import "./clock.js";
+import "./keyboard.js";
+import "./panel.js";
+import "./status.js";
+import * as feed from "./feed.js";
+import { begin, go } from "./model.js";
+
+feed.on("hello", begin);
+feed.on("delta", go);
+
+const theme = document.getElementById("theme");
+theme.addEventListener("change", () => {
+  // A cookie, so that the server draws the page in it from the first moment on.
+  document.cookie = `keypool_theme=${theme.value}; path=/; samesite=strict; max-age=${theme.value ? 31536000 : 0}`;
+  if (theme.value) document.documentElement.dataset.theme = theme.value;
+  else delete document.documentElement.dataset.theme;
+});
+
+const page = document.body.dataset.page;
+if (["overview", "keys", "events", "system"].includes(page)) await import(`./pages/${page}.js`);
+feed.start();

@@ -1,0 +1,209 @@
+// The table of keys, kept live. What an event says of a row is drawn at once; the whole page is asked for again
+// every two seconds while anything happens, since keepalives and other rows' comings are not told one by one.
+//
+// While somebody points at the table or has rows selected, no row moves or goes: it changes in place, and one
+// that is gone is struck through. What this module does not do: change keys (actions.js).
+
+import * as actions from "../actions.js";
+import { call } from "../api.js";
+import { now, setLeft } from "../clock.js";
+import * as feed from "../feed.js";
+import { model } from "../model.js";
+import { fillKey, readKey } from "../rows.js";
+import { show } from "../panel.js";
+import { made, number, setText } from "../ui.js";
+
+const EVERY = 2000;
+const POINTED_FOR = 10_000; // a pointer that was left lying on the table holds nothing
+const card = document.getElementById("keys");
+const table = card.querySelector("table");
+const body = table.tBodies[0];
+const bulk = document.getElementById("bulk");
+const all = document.getElementById("pick-all");
+const held = document.getElementById("held");
+const { tab, search, after } = card.dataset;
+const chosen = new Set();
+const block = Number(document.body.dataset.block);
+let pointedAt = -Infinity;
+let loadedAt = performance.now();
+let timer = 0;
+
+const rowOf = (id) => body.querySelector(`[data-id="${id}"]`);
+const holding = () => performance.now() - pointedAt < POINTED_FOR || chosen.size > 0;
+
+function query() {
+  const asked = new URLSearchParams({ limit: "50" });
+  if (search) asked.set("prefix", search);
+  else if (tab === "blocked") asked.set("order", "release");
+  else if (tab === "expiring") asked.set("order", "expiry");
+  if (tab === "available" || (search && tab === "blocked")) asked.set("state", tab);
+  if (after) asked.set("after", after);
+  return asked;
+}
+
+/** Ask for the page again, soon: at most every two seconds. */
+function reload() {
+  if (timer || document.hidden) return;
+  timer = setTimeout(load, Math.max(0, loadedAt + EVERY - performance.now()));
+}
+
+async function load() {
+  timer = 0;
+  try {
+    const page = await call("GET", `/keys?${query()}`);
+    const asOf = now();
+    loadedAt = performance.now();
+    held.hidden = !holding();
+    if (holding()) patch(page.keys, asOf);
+    else replace(page, asOf);
+  } catch {
+    loadedAt = performance.now(); // the pill says it already
+  }
+}
+
+function patch(keys, asOf) {
+  for (const key of keys) {
+    const row = rowOf(key.id);
+    if (row && !row.classList.contains("gone")) fillKey(row, key, asOf);
+  }
+}
+
+function replace({ keys, next }, asOf) {
+  const wanted = new Set(keys.map((key) => String(key.id)));
+  for (const row of [...body.rows]) if (!wanted.has(row.dataset.id)) row.remove();
+  keys.forEach((key, i) => {
+    const row = rowOf(key.id) ?? made("row-template");
+    fillKey(row, key, asOf);
+    if (body.rows[i] !== row) body.insertBefore(row, body.rows[i] ?? null);
+  });
+  const more = document.getElementById("next");
+  more.hidden = !next;
+  if (next) {
+    const url = new URLSearchParams(location.search);
+    url.set("after", next);
+    more.href = `/keys?${url}`;
+  }
+  table.hidden = keys.length === 0;
+  states(keys.length);
+}
+
+function states(count) {
+  document.getElementById("no-rows").hidden = count > 0;
+  const empty = (model.stats?.total ?? 1) === 0;
+  const which = empty ? "empty" : search ? "search" : tab === "blocked" || tab === "available" ? tab : "page";
+  for (const element of document.querySelectorAll("#no-rows [data-when]")) element.hidden = element.dataset.when !== which;
+}
+
+/** What an event says of a row that is shown. */
+function apply(event) {
+  const row = rowOf(event.id);
+  if (!row || row.classList.contains("gone")) return;
+  if (event.event === "deleted" || event.event === "expired") {
+    row.classList.add("gone");
+    setText(row.querySelector(".state"), event.event);
+    row.querySelector(".state").dataset.state = "gone";
+    setLeft(row.querySelector('[data-kind="release"]'), null);
+    setLeft(row.querySelector('[data-kind="expires"]'), null);
+    choose(event.id, false);
+  } else if (event.event === "acquired") {
+    const left = Math.max(0, block - (now() - Date.parse(event.at)) / 1000);
+    change(row, "blocked", event.owner, event.lease, left);
+  } else if (event.event === "unblocked" || event.event === "released") {
+    change(row, "available", null, event.lease, null);
+  }
+}
+
+function change(row, state, owner, lease, left) {
+  row.dataset.state = state;
+  row.dataset.lease = lease ?? "";
+  row.querySelector(".state").dataset.state = state;
+  setText(row.querySelector(".state"), state);
+  setText(row.querySelector('[data-f="owner"]'), owner ?? "");
+  setText(row.querySelector('[data-f="lease"]'), String(lease ?? ""));
+  setLeft(row.querySelector('[data-kind="release"]'), left);
+}
+
+// -- selection
+
+function choose(id, on) {
+  if (on) chosen.add(id);
+  else chosen.delete(id);
+  const row = rowOf(id);
+  row?.classList.toggle("chosen", on);
+  const box = row?.querySelector(".picked");
+  if (box) box.checked = on;
+  count();
+}
+
+function count() {
+  if (!bulk) return;
+  bulk.hidden = chosen.size === 0;
+  setText(document.getElementById("bulk-count"), number(chosen.size));
+  const rows = body.querySelectorAll(".key-row:not(.gone)").length;
+  all.checked = chosen.size > 0 && chosen.size === rows;
+  all.indeterminate = chosen.size > 0 && chosen.size < rows;
+  held.hidden = !holding();
+}
+
+function clear() {
+  for (const id of [...chosen]) choose(id, false);
+}
+
+const ACTS = { unblock: actions.unblock, keepalive: actions.keepalive, delete: actions.remove };
+const BULK = { unblock: actions.unblockMany, keepalive: actions.keepaliveMany, delete: actions.removeMany };
+
+body.addEventListener("change", (event) => {
+  const row = event.target.closest(".key-row");
+  if (row && event.target.matches(".picked")) choose(Number(row.dataset.id), event.target.checked);
+});
+body.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-act]");
+  const row = event.target.closest(".key-row");
+  if (button && (await ACTS[button.dataset.act](readKey(row)))) load();
+  else if (!button && row && !event.target.closest("a, input, label") && !getSelection().toString()) show(Number(row.dataset.id));
+});
+all?.addEventListener("change", () => {
+  const on = all.checked;
+  for (const row of body.querySelectorAll(".key-row:not(.gone)")) choose(Number(row.dataset.id), on);
+});
+bulk?.addEventListener("click", async (event) => {
+  const act = event.target.closest("[data-bulk]")?.dataset.bulk;
+  if (!act) return;
+  if (act === "clear") {
+    clear();
+    return;
+  }
+  const keys = [...chosen].map(rowOf).filter(Boolean).map(readKey);
+  if (await BULK[act](keys)) {
+    clear();
+    load();
+  }
+});
+document.addEventListener("escape", clear);
+table.addEventListener("pointermove", (event) => {
+  if (event.pointerType !== "mouse") return;
+  pointedAt = performance.now();
+  held.hidden = false;
+});
+table.addEventListener("pointerleave", () => {
+  pointedAt = -Infinity;
+  held.hidden = !holding();
+  reload();
+});
+
+feed.on("hello", () => {
+  counts();
+  reload();
+});
+feed.on("delta", (delta) => {
+  counts();
+  delta.events.forEach(apply);
+  reload();
+});
+
+function counts() {
+  const { stats } = model;
+  for (const [name, value] of [["all", stats.total], ["available", stats.available], ["blocked", stats.blocked]]) {
+    setText(document.querySelector(`[data-count="${name}"]`), number(value));
+  }
+}

@@ -1,0 +1,102 @@
+// The overview, kept live: tiles from each frame, charts once a second, what is released next every two seconds.
+
+import { call } from "../api.js";
+import { Chart } from "../chart.js";
+import { now, spell } from "../clock.js";
+import * as feed from "../feed.js";
+import { countSecond, model } from "../model.js";
+import { addEvents, eventRow, fillKey } from "../rows.js";
+import { made, number, setText } from "../ui.js";
+
+const REFUSED_FOR = 300;
+const SOONEST_EVERY = 2000;
+const SHOWN = 10;
+const charts = [
+  new Chart(document.getElementById("chart-composition"), ["available", "blocked"], true),
+  new Chart(document.getElementById("chart-rates"), ["kept_alive", "unblocked", "acquired", "refused"], false),
+];
+const latest = document.getElementById("latest");
+const soonest = document.getElementById("soonest");
+let span = "seconds";
+let soonestAt = 0;
+let nextRelease = null;
+
+function tile(name, value, note) {
+  const element = document.getElementById(`tile-${name}`);
+  setText(element.querySelector(".figure"), number(value));
+  if (note) setText(element.querySelector(".note"), note);
+  return element;
+}
+
+function tiles() {
+  const { stats } = model;
+  tile("available", stats.available, `of ${number(stats.total)} keys`);
+  tile("blocked", stats.blocked);
+  tile("waiting", stats.waiting);
+  document.getElementById("empty").hidden = stats.total > 0;
+  document.getElementById("exhausted").hidden = stats.available > 0 || stats.total === 0;
+}
+
+function drawCharts() {
+  if (!model.history || document.hidden) return;
+  for (const chart of charts) chart.draw(model.history[span], span);
+}
+
+function second() {
+  if (feed.state !== "live" && feed.state !== "polling") return;
+  countSecond();
+  drawCharts();
+  if (model.history) {
+    const refused = model.history.seconds.refused.slice(-REFUSED_FOR).reduce((a, b) => a + b, 0);
+    tile("refused", refused).classList.toggle("warn", refused > 0);
+  }
+}
+
+async function loadSoonest() {
+  if (document.hidden || performance.now() - soonestAt < SOONEST_EVERY) return;
+  soonestAt = performance.now();
+  try {
+    const { keys } = await call("GET", `/keys?order=release&limit=${SHOWN}`);
+    const asOf = now();
+    while (soonest.children.length > keys.length) soonest.lastElementChild.remove();
+    while (soonest.children.length < keys.length) soonest.append(made("soon-template"));
+    keys.forEach((key, i) => fillKey(soonest.children[i], key, asOf));
+    document.getElementById("soonest-none").hidden = keys.length > 0;
+    nextRelease = keys.length ? asOf + keys[0].release_in * 1000 : null;
+  } catch {
+    // The pill says it already.
+  }
+}
+
+function events() {
+  document.getElementById("latest-none").hidden = latest.children.length > 0;
+}
+
+feed.on("hello", (hello) => {
+  tiles();
+  latest.replaceChildren(...hello.events.slice(-SHOWN).reverse().map(eventRow));
+  events();
+  drawCharts();
+  soonestAt = 0;
+  loadSoonest();
+});
+feed.on("delta", (delta) => {
+  tiles();
+  if (delta.whole) latest.replaceChildren(...model.events.slice(0, SHOWN).map(eventRow));
+  else addEvents(latest, delta.events.slice().reverse(), SHOWN);
+  events();
+  loadSoonest();
+});
+feed.on("figures", (figures) => {
+  tile("expiring", figures.expiring);
+  if (!model.history) tile("refused", figures.refused);
+});
+document.getElementById("span").addEventListener("change", (event) => {
+  span = event.target.value;
+  drawCharts();
+});
+setInterval(() => {
+  second();
+  if (nextRelease !== null) setText(document.getElementById("next-release"), spell((nextRelease - now()) / 1000));
+  if (feed.state === "live" && performance.now() - soonestAt > 5000) loadSoonest();
+}, 1000);

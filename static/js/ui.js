@@ -1,0 +1,96 @@
+// Small things that pages share: numbers, toasts, copying, the confirm dialog, filling a template.
+//
+// Text is always set as text, never as HTML. What this module does not do: know keys or calls.
+
+const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 1 });
+
+/** A count as people read it: thousands apart. The same as number() in keypool/dashboard.py. */
+export function number(value) {
+  return grouped.format(value);
+}
+
+/** Set an element's text, if it isn't that already: what doesn't change is not drawn again. */
+export function setText(element, text) {
+  if (element && element.textContent !== text) element.textContent = text;
+}
+
+/** Say something that goes away by itself; `tone` danger stays a little longer. */
+export function toast(text, tone = "") {
+  const element = document.createElement("div");
+  element.className = "toast";
+  element.dataset.tone = tone;
+  element.textContent = text;
+  document.getElementById("toasts").append(element);
+  setTimeout(() => element.remove(), tone === "danger" ? 9000 : 4500);
+}
+
+/** Copy, and say so. */
+export async function copy(text, what) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast(`Copied: ${what}`);
+  } catch {
+    toast("The browser didn't let this page copy: select the text instead.", "danger");
+  }
+}
+
+/** A new element from a template of the page. */
+export function made(id) {
+  return document.getElementById(id).content.firstElementChild.cloneNode(true);
+}
+
+/** Show a dialog; true if it was left by its button `go`. */
+export function ask(dialog) {
+  return new Promise((resolve) => {
+    dialog.returnValue = "cancel";
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "go"), { once: true });
+    dialog.showModal();
+  });
+}
+
+/**
+ * Ask before something is done. `word` has to be typed; `list` are pairs of what is concerned and whose it is.
+ */
+export function confirm({ title, text, list = [], word = "", go, danger = false }) {
+  const dialog = document.getElementById("confirm");
+  const button = dialog.querySelector("#confirm-go");
+  const typed = dialog.querySelector("#confirm-typed");
+  const input = typed.querySelector("input");
+  dialog.querySelector("#confirm-title").textContent = title;
+  dialog.querySelector("#confirm-text").textContent = text;
+  const items = dialog.querySelector("#confirm-list");
+  items.hidden = list.length === 0;
+  items.replaceChildren(
+    ...list.map(([what, whose]) => {
+      const item = document.createElement("li");
+      const left = document.createElement("span");
+      const right = document.createElement("span");
+      left.textContent = what;
+      right.textContent = whose;
+      right.className = "muted";
+      item.append(left, right);
+      return item;
+    }),
+  );
+  typed.hidden = !word;
+  dialog.querySelector("#confirm-word").textContent = word;
+  input.value = "";
+  button.textContent = go;
+  button.className = danger ? "danger" : "";
+  button.disabled = Boolean(word);
+  input.oninput = () => {
+    button.disabled = input.value.trim() !== word;
+  };
+  // Enter in the field would press the first button, which is Cancel.
+  input.onkeydown = (event) => {
+    if (event.key !== "Enter") return;
+    event.preventDefault();
+    if (!button.disabled) button.click();
+  };
+  return ask(dialog);
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (button) copy(button.parentElement.querySelector("code").textContent, button.getAttribute("aria-label").replace("Copy: ", ""));
+});

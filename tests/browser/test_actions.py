@@ -1,0 +1,261 @@
+"""Each thing that an admin can do, from the button to the pool."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+from conftest import Start
+from support import ADMIN_TOKEN, API, Client, ServerProcess, eventually
+
+from browser.conftest import Tabs, figure
+
+
+def confirm(page: Any, *words: str) -> None:
+    """The dialog asks, and says these words; go on."""
+    dialog = page.locator("#confirm[open]")
+    dialog.wait_for()
+    text = dialog.inner_text()
+    for word in words:
+        assert word in text, text
+    dialog.locator("#confirm-go").click()
+
+
+def row(page: Any, key_id: int) -> Any:
+    """A row of the table."""
+    return page.locator(f".key-row[data-id='{key_id}']")
+
+
+def test_generate_from_an_empty_pool(start_server: Start, tabs: Tabs) -> None:
+    """The way out of the first state there is."""
+    page = tabs.live(start_server())
+    page.locator("#empty [data-generate]").click()
+    page.get_by_label("How many").fill("25")
+    page.locator("#generate").get_by_role("button", name="Generate").click()
+    page.get_by_text("25 keys generated.").wait_for()
+    figure(page, "available", "25")
+    assert not page.locator("#empty").is_visible()
+
+
+def test_cancel_generates_nothing(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Nor does Escape."""
+    page = tabs.live(server, "/keys")
+    cancel = page.locator("#generate").get_by_role("button", name="Cancel")
+    for leave in (cancel.click, partial(page.keyboard.press, "Escape")):
+        page.locator(".toolbar [data-generate]").click()
+        leave()
+    page.wait_for_timeout(300)
+    assert client.stats()["total"] == 0
+
+
+def test_unblock_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Says from whom it takes the key, and does it under the lease that was shown."""
+    client.make()
+    lease = client.acquire(owner="worker-7")
+    page = tabs.live(server, "/keys?tab=blocked")
+    row(page, lease["id"]).locator("[data-act=unblock]").click()
+    confirm(page, "worker-7", f"lease {lease['lease']}", "Unblock")
+    page.get_by_text(f"Key {lease['id']} is available.").wait_for()
+    assert client.row(lease["key"])["state"] == "available"
+
+
+def test_an_unblock_that_comes_late_takes_it_from_nobody(
+    server: ServerProcess, client: Client, tabs: Tabs
+) -> None:
+    """The key was served to somebody else while the dialog was open."""
+    client.make()
+    lease = client.acquire(owner="first")
+    page = tabs.live(server, "/keys?tab=blocked")
+    row(page, lease["id"]).locator("[data-act=unblock]").click()
+    page.locator("#confirm[open]").wait_for()
+    client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
+    client.acquire(owner="second")
+    tabs.allow("409")
+    confirm(page, "first")
+    page.get_by_text("Stale lease").wait_for()
+    assert client.row(lease["key"])["owner"] == "second"
+
+
+def test_keep_alive_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """At once: there is nothing to ask."""
+    key = client.make()
+    page = tabs.live(server, "/keys")
+    row(page, key["id"]).locator("[data-act=keepalive]").click()
+    page.get_by_text("lives another 300 s").wait_for()
+    assert client.stats()["kept_alive"] >= 1
+
+
+def test_delete_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Asks, then the row goes."""
+    kept, gone = client.make(), client.make()
+    page = tabs.live(server, "/keys")
+    row(page, gone["id"]).locator("[data-act=delete]").click()
+    page.locator("#confirm").get_by_role("button", name="Cancel").click()
+    assert client.stats()["total"] == 2
+    row(page, gone["id"]).locator("[data-act=delete]").click()
+    confirm(page, str(gone["id"]), "for ever")
+    client.get(f"{API}/keys/{kept['key']}").expect(200)
+    eventually(lambda: client.stats()["total"] == 1, "one key")
+    page.mouse.move(0, 0)
+    row(page, gone["id"]).wait_for(state="detached")
+
+
+def test_deleting_several_has_to_be_typed(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Only those that were chosen, each by its id, and only after the words."""
+    made = client.make_many(6)
+    lease = client.acquire(owner="worker-7")
+    page = tabs.live(server, "/keys")
+    chosen = [lease["id"], *[key["id"] for key in made if key["id"] != lease["id"]][:2]]
+    for key_id in chosen:
+        row(page, key_id).locator(".picked").check()
+    assert page.locator("#bulk-count").inner_text() == "3"
+    asked: list[Any] = []
+    page.on(
+        "request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None
+    )
+    page.locator("[data-bulk=delete]").click()
+    dialog = page.locator("#confirm[open]")
+    dialog.wait_for()
+    assert "held by worker-7" in dialog.inner_text()
+    button = dialog.locator("#confirm-go")
+    assert button.is_disabled()
+    field = dialog.get_by_role("textbox")
+    field.fill("delete 2")
+    assert button.is_disabled()
+    field.press("Enter")
+    assert dialog.is_visible()
+    field.fill("delete 3")
+    button.click()
+    page.get_by_text("3 deleted.").wait_for()
+    assert asked == [{"op": "delete", "keys": [f"id:{key_id}" for key_id in chosen]}]
+    assert client.stats()["total"] == 3
+
+
+def test_several_at_once(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Unblock those that are held, keep all alive; the whole page by one click, Escape lets go."""
+    client.make_many(5)
+    client.batch(op="acquire", count=2, owner="a")
+    page = tabs.live(server, "/keys")
+    page.get_by_label("Select all rows shown").check()
+    assert page.locator("#bulk-count").inner_text() == "5"
+    page.locator("[data-bulk=keepalive]").click()
+    page.get_by_text("5 kept alive.").wait_for()
+    page.locator("#bulk").wait_for(state="hidden")
+    page.get_by_label("Select all rows shown").check()
+    page.locator("[data-bulk=unblock]").click()
+    confirm(page, "Unblock 2 keys")
+    page.get_by_text("2 unblocked.").wait_for()
+    page.locator("#bulk").wait_for(state="hidden")
+    assert client.stats()["blocked"] == 0
+    page.get_by_label("Select all rows shown").check()
+    page.keyboard.press("Escape")
+    assert not page.locator("#bulk").is_visible()
+
+
+def test_the_panel_of_a_key(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """State, holder, deadlines, events, lines for a shell; and it follows what happens."""
+    client.make()
+    lease = client.acquire(owner="worker-7")
+    page = tabs.live(server, "/keys")
+    row(page, lease["id"]).locator(".key-link").click()
+    panel = page.locator("#panel[open] .key-panel")
+    panel.wait_for()
+    text = panel.inner_text()
+    assert "worker-7" in text
+    assert "acquired" in text
+    assert f"/api/v1/keys/id:{lease['id']}/unblock" in text
+    client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
+    panel.get_by_text("nobody").wait_for()
+    page.keyboard.press("Escape")
+    assert not page.locator("#panel").is_visible()
+
+
+def test_act_from_the_panel(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Delete, and the panel says that the key is gone."""
+    key = client.make()
+    page = tabs.live(server, "/keys")
+    row(page, key["id"]).locator(".key-link").click()
+    tabs.allow("404")
+    page.locator("#panel [data-act=delete]").click()
+    confirm(page, "for ever")
+    page.get_by_text("No live key has this id").wait_for()
+
+
+def test_reveal_is_audited_and_hidden_again(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """After 30 s, on demand, and when the panel closes; copied without being shown elsewhere."""
+    key = client.make()
+    page = tabs.open(server, "about:blank")
+    page.clock.install()
+    page.goto(f"http://{server.host}/keys")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#pill[data-state=live]").wait_for()
+    row(page, key["id"]).locator(".key-link").click()
+    panel = page.locator("#panel[open] .key-panel")
+    panel.locator("[data-reveal]").click()
+    page.wait_for_function("key => document.querySelector('.secret').textContent === key", arg=key["key"])
+    assert re.search(rf"reveal by admin .* id:{key['id']} ", server.log)
+    panel.locator("[data-copy-secret]").click()
+    assert page.evaluate("navigator.clipboard.readText()") == key["key"]
+    page.clock.fast_forward(15_000)
+    assert panel.locator(".secret").inner_text() == key["key"]
+    page.clock.fast_forward(16_000)
+    page.wait_for_function("() => document.querySelector('.secret').textContent === ''")
+    panel.locator("[data-reveal]").click()
+    page.wait_for_function("key => document.querySelector('.secret').textContent === key", arg=key["key"])
+    panel.get_by_role("button", name="Hide now").click()
+    assert key["key"] not in page.content()
+    panel.locator("[data-reveal]").click()
+    page.wait_for_function("key => document.querySelector('.secret').textContent === key", arg=key["key"])
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => document.querySelector('.secret') === null")
+    assert key["key"] not in page.content()
+
+
+def test_rows_hold_still_under_the_pointer(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """One that is gone is struck through, and leaves when the pointer does."""
+    one, other = client.make(), client.make()
+    page = tabs.live(server, "/keys")
+    row(page, other["id"]).hover()
+    client.delete(f"{API}/keys/{one['key']}")
+    page.wait_for_selector(f".key-row.gone[data-id='{one['id']}']")
+    page.mouse.move(1, 1)
+    row(page, one["id"]).wait_for(state="detached")
+    assert row(page, other["id"]).is_visible()
+
+
+def test_the_stream_pauses_and_is_filtered(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """What came meanwhile is counted, and there when it goes on."""
+    page = tabs.live(server, "/events")
+    key = client.make()
+    page.wait_for_selector(f"#stream .event[data-id='{key['id']}']")
+    page.get_by_role("button", name="Pause").click()
+    client.acquire(owner="a-holder-like-no-other")
+    page.get_by_text("1 came since you paused.").wait_for()
+    acquired = page.locator(f"#stream .event[data-kind=acquired][data-id='{key['id']}']")
+    assert acquired.count() == 0
+    page.get_by_role("button", name="Go on").click()
+    acquired.wait_for()
+    page.locator("#search").fill("A-HOLDER-LIKE-NO-OTHER")
+    assert page.locator("#stream .event:visible").count() == 1
+    page.locator("#search").fill("nothing like it")
+    assert page.get_by_text("No such event").is_visible()
+    page.get_by_role("link", name="generated").click()
+    assert page.url.endswith("/events?kind=generated")
+    assert set(page.locator("#stream .event").evaluate_all("rows => rows.map(row => row.dataset.kind)")) == {
+        "generated"
+    }
+
+
+def test_a_viewer_can_look_and_not_touch(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
+    """Nothing to press that would be refused."""
+    key = tokened.client(ADMIN_TOKEN).make()
+    page = tabs.open(tokened)
+    sign_in(page, "viewer-token-77a1c5d2")
+    page.locator("#pill[data-state=live]").wait_for()
+    page.goto("/keys")
+    row(page, key["id"]).locator(".key-link").click()
+    page.locator("#panel[open] .key-panel").wait_for()
+    for offered in ("[data-act]", "[data-reveal]", "[data-bulk]"):
+        assert page.locator(offered).count() == 0
+    assert page.locator(".role").inner_text() == "viewer"

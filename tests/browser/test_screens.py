@@ -1,0 +1,216 @@
+"""Each screen, in both themes, on a phone, and without scripts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from support import Client, ServerProcess
+
+from browser.conftest import Tabs, figure
+
+SCREENS = ("/", "/keys", "/keys?tab=blocked", "/events", "/system", "/calls")
+
+
+def fill(client: Client, keys: int = 120) -> dict[str, Any]:
+    """A pool in which there is something to see; returns the lease of one key."""
+    client.make_many(keys)
+    client.batch(op="acquire", count=keys // 4, owner="worker-7")
+    return client.acquire(owner="crawler-eu-3-with-a-very-long-name-that-must-not-break-the-page")
+
+
+def axe(page: Any) -> list[str]:
+    """What axe finds against WCAG 2.2 AA, a line each."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}}).response
+    return [
+        f"{violation['id']}: {node['target']} {node['failureSummary']}"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessible(server: ServerProcess, client: Client, tabs: Tabs, theme: str) -> None:
+    """axe finds nothing on any screen, with the key's panel and each dialog open as well."""
+    lease = fill(client, 12)
+    page = tabs.live(server, color_scheme=theme, reduced_motion="reduce")
+    for screen in (*SCREENS, f"/keys/{lease['id']}", "/nothing", "/logout"):
+        page.goto(screen)
+        page.wait_for_timeout(150)
+        assert axe(page) == [], screen
+    tabs.allow("404")
+    page.goto("/keys?tab=blocked")
+    page.locator(".key-link").first.click()
+    page.wait_for_selector("#panel[open] .key-panel")
+    assert axe(page) == []
+    page.keyboard.press("Escape")
+    page.get_by_label("Select all rows shown").click()
+    page.locator("[data-bulk=delete]").click()
+    assert axe(page) == []
+    page.keyboard.press("Escape")
+    page.keyboard.press("?")
+    page.wait_for_selector("#help[open]")
+    assert axe(page) == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: str) -> None:
+    """With the error that a wrong token gets, too."""
+    tabs.allow("401")
+    page = tabs.open(tokened, "/login", color_scheme=theme)
+    assert axe(page) == []
+    page.get_by_label("Token").fill("not-a-token-at-all")
+    page.get_by_role("button", name="Sign in").click()
+    page.wait_for_selector("#wrong")
+    assert axe(page) == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 770])
+def test_a_phone_scrolls_one_way_only(server: ServerProcess, client: Client, tabs: Tabs, width: int) -> None:
+    """Nor does a small tablet, empty or full, and what can be pressed is large enough."""
+    tabs.allow("404")
+    phone = width < 700
+    page = tabs.live(server, viewport={"width": width, "height": 700}, has_touch=phone, is_mobile=phone)
+    lease: dict[str, Any] = {}
+    for filled in (False, True):
+        if filled:
+            lease = fill(client)
+        for screen in (*SCREENS, f"/keys/{lease.get('id', 1)}"):
+            page.goto(screen)
+            page.wait_for_timeout(100)
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, f"{screen} is {wide} wide"
+    page.goto("/keys")
+    page.locator(".key-link").first.click()
+    page.wait_for_selector("#panel[open] .key-panel")
+    panel = page.locator("#panel")
+    assert panel.evaluate("element => element.scrollWidth <= element.clientWidth")
+    box = page.locator(".key-panel [data-act=delete]").bounding_box()
+    assert box["width"] >= 24
+    assert box["height"] >= 24
+
+
+def test_everything_can_be_read_without_scripts(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Numbers, rows, pages, one key; nothing is offered that would need a script."""
+    lease = fill(client)
+    page = tabs.open(server, script=False)
+    assert page.locator("#tile-blocked .figure").inner_text() == "31"
+    assert page.locator("noscript .banner").is_visible()
+    assert not page.get_by_role("button", name=re.compile("Generate")).first.is_visible()
+    page.get_by_role("link", name="Keys", exact=True).click()
+    assert page.locator(".key-row").count() == 50
+    assert not page.locator("[data-act]").first.is_visible()
+    page.get_by_role("link", name="Next page").click()
+    assert page.locator(".key-row").count() == 50
+    page.goto("/keys?tab=blocked")
+    assert page.locator(".key-row").count() == 31
+    page.goto(f"/keys/{lease['id']}")
+    assert page.get_by_text("crawler-eu-3-with").first.is_visible()
+    page.goto("/events")
+    assert page.locator(".event").count() > 50
+
+
+def test_the_first_paint_has_a_past(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """The server has drawn the charts already."""
+    client.make_many(10)
+    page = tabs.open(server, script=False)
+    page.wait_for_timeout(2500)
+    page.reload()
+    drawn = page.locator("#chart-composition path[data-tone=available]").get_attribute("d")
+    assert drawn.startswith("M") or len(drawn) == 0  # a server that has just started has a second or two
+    assert page.locator("#chart-rates svg").is_visible()
+
+
+def test_the_overview_is_live(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Tiles, events, what is released next, and the charts follow what others do."""
+    page = tabs.live(server)
+    figure(page, "available", "0")
+    client.make_many(30)
+    figure(page, "available", "30")
+    lease = client.acquire(owner="worker-7")
+    figure(page, "blocked", "1")
+    page.wait_for_selector(f"#soonest li[data-id='{lease['id']}']")
+    assert "worker-7" in page.locator("#soonest li").first.inner_text()
+    page.wait_for_selector("#latest .event[data-kind=acquired]")
+    client.batch(op="acquire", count=100)
+    client.post("/api/v1/keys/acquire").expect_problem(404, "no-key-available")
+    figure(page, "refused", "1")
+    page.wait_for_function(
+        "() => document.querySelector('#chart-rates path[data-tone=acquired]').getAttribute('d').length > 20"
+    )
+    figure(page, "expiring", "0")
+
+
+def test_twenty_four_hours_instead(server: ServerProcess, tabs: Tabs) -> None:
+    """The switch redraws both charts; pointing at one tells a moment's numbers."""
+    page = tabs.live(server)
+    page.get_by_text("24 h", exact=True).click()
+    assert page.locator("#chart-rates .times").inner_text().startswith("24 h ago")
+    page.locator("#chart-composition .plot").hover()
+    assert page.locator("#chart-composition .when").is_visible()
+    page.locator("#chart-rates .plot").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#chart-rates .when").is_visible()
+
+
+def test_countdowns_run_on_server_time(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """However wrong the browser's clock is; and they count down."""
+    client.make()
+    client.acquire()
+    page = tabs.open(server, "about:blank")
+    page.clock.set_system_time("2031-05-05T05:05:05Z")
+    page.goto("/keys?tab=blocked")
+    time = page.locator(".key-row [data-kind=release] .time")
+    first = time.inner_text()
+    assert re.fullmatch(r"0:5\d|1:00", first)
+    page.wait_for_function(
+        "first => document.querySelector('.key-row [data-kind=release] .time').textContent < first",
+        arg="0:58",
+    )
+    assert re.fullmatch(r"0:5\d", time.inner_text())
+    assert re.fullmatch(r"4:5\d", page.locator(".key-row [data-kind=expires] .time").inner_text())
+
+
+def test_the_theme_is_remembered(server: ServerProcess, tabs: Tabs) -> None:
+    """System, light and dark; and it is there at the next visit before any script runs."""
+    page = tabs.live(server, color_scheme="light")
+
+    def background() -> str:
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light = background()
+    page.get_by_label("Theme").select_option("dark")
+    assert background() != light
+    page.reload()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    page.get_by_label("Theme").select_option("")
+    assert background() == light
+
+
+def test_no_key_stands_in_a_page_a_title_or_an_address(
+    server: ServerProcess, client: Client, tabs: Tabs
+) -> None:
+    """Hints only, in what the server sends and in what the scripts make of it."""
+    keys = client.make_many(20)
+    page = tabs.live(server)
+    for screen in ("/", "/keys", "/events", f"/keys/{keys[0]['id']}"):
+        page.goto(screen)
+        page.wait_for_timeout(400)
+        shown = page.content() + page.title() + page.url
+        assert not any(key["key"] in shown for key in keys)
+
+
+def test_system_and_calls(server: ServerProcess, tabs: Tabs) -> None:
+    """Settings with their origins, live figures, and lines that can be copied."""
+    page = tabs.live(server, "/system")
+    page.wait_for_function("() => document.getElementById('viewers').textContent === '1'")
+    assert page.get_by_role("row", name=re.compile("--port")).get_by_text("flag").is_visible()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto("/calls")
+    page.get_by_role("button", name="Copy: acquire").click()
+    page.get_by_text("Copied: acquire").wait_for()
+    assert "/api/v1/keys/acquire" in page.evaluate("navigator.clipboard.readText()")

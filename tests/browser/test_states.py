@@ -1,0 +1,254 @@
+"""Every state that the pool, the server or the session can be in, and the way on from it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from conftest import Start
+from support import ADMIN_TOKEN, VIEWER_TOKEN, Client, ServerProcess, eventually
+from viewing import Viewer
+
+from browser.conftest import Tabs, figure, state
+
+HIDE = """hidden => {
+    Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
+    document.dispatchEvent(new Event('visibilitychange'));
+}"""
+
+
+def test_exhausted(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Says when the next block ends, and who holds the keys; goes when one is free."""
+    client.make_many(3)
+    page = tabs.live(server)
+    client.batch(op="acquire", count=3, owner="greedy")
+    card = page.locator("#exhausted")
+    card.wait_for(state="visible")
+    page.wait_for_function("() => /^0:\\d\\d$/.test(document.getElementById('next-release').textContent)")
+    card.get_by_role("link", name="See who holds them").click()
+    page.locator(".key-row").first.wait_for()
+    assert page.locator(".key-row").count() == 3
+    page.goto("/keys?tab=available")
+    page.get_by_role("heading", name="Every key is held").wait_for()
+    page.goto("/")
+    client.batch(op="unblock", keys=[f"id:{row['id']}" for row in client.get("/api/v1/keys").json["keys"]])
+    card.wait_for(state="hidden")
+
+
+def test_a_filter_without_a_hit(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Says what was looked for, and clears it."""
+    client.make()
+    page = tabs.live(server, "/keys")
+    page.locator("#search").fill("zzzz")
+    page.locator("#search").press("Enter")
+    page.get_by_role("heading", name="No key starts with zzzz").wait_for()
+    page.get_by_role("link", name="Clear the search").click()
+    page.locator(".key-row").wait_for()
+    page.goto("/keys?tab=blocked")
+    page.get_by_role("heading", name="No key is blocked").wait_for()
+
+
+def test_a_page_that_empties_and_fills_while_open(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """The table gives way to the empty state and comes back."""
+    page = tabs.live(server, "/keys")
+    assert page.get_by_role("heading", name="The pool is empty").is_visible()
+    key = client.make()
+    page.locator(f".key-row[data-id='{key['id']}']").wait_for()
+    client.delete(f"/api/v1/keys/{key['key']}")
+    page.get_by_role("heading", name="The pool is empty").wait_for()
+
+
+def test_the_server_is_killed_and_comes_back(tmp_path: Path, tabs: Tabs) -> None:
+    """What was seen stays, greyed, with its age; the page connects again by itself."""
+    tabs.allow("ERR_CONNECTION|WebSocket")
+    flags = ["--data=:memory:"]
+    first = ServerProcess([*flags, "--port=0"], cwd=tmp_path)
+    try:
+        first.client().make_many(7)
+        page = tabs.live(first)
+        figure(page, "available", "7")
+        first.signal(signal.SIGKILL)
+        first.wait()
+        state(page, "lost")
+        assert "The server can't be reached" in page.locator("#banner").inner_text()
+        page.wait_for_function(
+            "() => /No connection · [1-9]/.test(document.getElementById('pill-text').textContent)"
+        )
+        assert page.locator("#tile-available .figure").inner_text() == "7"
+        assert page.evaluate("getComputedStyle(document.querySelector('.figure')).opacity") == "0.5"
+        with ServerProcess([*flags, f"--port={first.port}"], cwd=tmp_path):
+            page.get_by_role("button", name="Try now").click()
+            state(page, "live")
+            figure(page, "available", "0")
+            assert not page.locator("#banner").is_visible()
+            page.context.close()
+    finally:
+        first.close()
+
+
+def test_draining(start_server: Start, tabs: Tabs) -> None:
+    """A server that stops in order says so, and so does the page."""
+    tabs.allow("ERR_CONNECTION|WebSocket")
+    server = start_server()
+    page = tabs.live(server)
+    server.signal(signal.SIGTERM)
+    page.get_by_text("The server is stopping").wait_for()
+    state(page, "draining")
+    server.wait()
+
+
+def test_storage_is_down(server: ServerProcess, tabs: Tabs) -> None:
+    """The figures say it every few seconds; reading goes on."""
+    page = tabs.open(server, "about:blank")
+
+    def figures(route: Any) -> None:
+        body = route.fetch().json()
+        body["ready"] = {
+            "code": "storage-unavailable",
+            "title": "Storage unavailable",
+            "detail": "the disk is full",
+        }
+        route.fulfill(json=body)
+
+    page.route("**/figures", figures)
+    page.goto(f"http://{server.host}/")
+    banner = page.locator("#banner")
+    banner.get_by_text("The disk is full").wait_for()
+    assert "Reading goes on" in banner.inner_text()
+    state(page, "live")
+
+
+def test_no_room_for_another_viewer(lend: Start, tabs: Tabs) -> None:
+    """The page asks every few seconds instead, and says so."""
+    tabs.allow("WebSocket|429")
+    server = lend("--max-viewers=1")
+    with Viewer(server) as viewer:
+        viewer.frame()
+        page = tabs.open(server)
+        state(page, "polling")
+        assert "As many watch as may" in page.locator("#banner").inner_text()
+        server.client().make_many(4)
+        figure(page, "available", "4")
+        assert page.locator("#latest .event").count() >= 4
+
+
+def test_signed_out_while_the_page_is_open(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
+    """In another tab: the page says so, keeps what it shows, and comes back to the same place."""
+    tabs.allow("401|WebSocket")
+    page = tabs.open(tokened, "/keys?tab=blocked")
+    sign_in(page, VIEWER_TOKEN)
+    state(page, "live")
+    other = page.context.new_page()
+    other.goto(f"http://{tokened.host}/")
+    other.get_by_role("button", name="Sign out").click()
+    state(page, "signed-out")
+    page.locator("#banner").get_by_role("button", name="Sign in").click()
+    sign_in(page, VIEWER_TOKEN)
+    state(page, "live")
+    assert page.url.endswith("/keys?tab=blocked")
+
+
+def test_an_action_after_the_session_has_ended(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
+    """Is refused, and says what to do."""
+    tabs.allow("401|WebSocket")
+    tokened.client(ADMIN_TOKEN).make()
+    page = tabs.open(tokened, "/keys")
+    sign_in(page, ADMIN_TOKEN)
+    state(page, "live")
+    page.context.clear_cookies()
+    page.locator("[data-act=keepalive]").first.click()
+    state(page, "signed-out")
+    assert page.locator(".key-row").count() == 1
+
+
+def test_the_sign_in_says_what_is_wrong(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
+    """And a right token leads on."""
+    tabs.allow("401")
+    page = tabs.open(tokened, "/system")
+    sign_in(page, "wrong-token-000000")
+    page.get_by_text("not known to the server").wait_for()
+    sign_in(page, VIEWER_TOKEN)
+    page.wait_for_url("**/system")
+    assert VIEWER_TOKEN not in page.content()
+
+
+def test_a_gap_in_the_numbers_begins_anew(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """A frame is lost on the way: the page asks for a whole state, and shows the truth."""
+    page = tabs.open(server, "about:blank")
+    hellos: list[str] = []
+
+    def between(ws: Any) -> None:
+        real = ws.connect_to_server()
+
+        def pass_on(message: str) -> None:
+            frame = json.loads(message)
+            if frame["type"] == "hello":
+                hellos.append(message)
+            if frame["seq"] == 2 and len(hellos) == 1:
+                return  # lost
+            ws.send(message)
+
+        real.on_message(pass_on)
+
+    page.route_web_socket("**/api/v1/feed", between)
+    page.goto(f"http://{server.host}/")
+    state(page, "live")
+    client.make_many(3)
+    page.wait_for_timeout(600)
+    client.make_many(2)
+    figure(page, "available", "5")
+    eventually(lambda: page.wait_for_timeout(50) or len(hellos) >= 2, "a second hello")
+
+
+def test_a_dead_line_is_noticed_without_being_closed(server: ServerProcess, tabs: Tabs) -> None:
+    """No beat for too long: the page doesn't wait for onclose."""
+    page = tabs.open(server, "about:blank")
+    dead = False
+
+    def between(ws: Any) -> None:
+        real = ws.connect_to_server()
+        real.on_message(lambda message: None if dead else ws.send(message))
+
+    page.route_web_socket("**/api/v1/feed", between)
+    page.clock.install()
+    page.goto(f"http://{server.host}/")
+    state(page, "live")
+    dead = True
+    page.clock.run_for(14_000)
+    page.wait_for_function("() => document.getElementById('pill').dataset.state !== 'live'")
+    dead = False
+    page.clock.run_for(14_000)  # a line that was dead from the start is noticed as well
+    state(page, "live")
+
+
+def test_a_hidden_tab_holds_no_connection(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """And asks at once when it is looked at again."""
+    page = tabs.open(server, "about:blank")
+    page.clock.install()
+    page.goto(f"http://{server.host}/")
+    state(page, "live")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.evaluate(HIDE, True)
+    page.clock.run_for(6_000)
+    state(page, "paused")
+    eventually(lambda: client.get("/figures").json["viewers"] == 0, "no viewer")
+    asked.clear()
+    page.clock.run_for(60_000)
+    assert asked == []
+    client.make_many(2)
+    page.evaluate(HIDE, False)
+    state(page, "live")
+    figure(page, "available", "2")
+
+
+def test_the_network_comes_back(server: ServerProcess, tabs: Tabs) -> None:
+    """The browser says so, and the page doesn't wait for its back-off."""
+    tabs.allow("ERR_INTERNET|WebSocket")
+    page = tabs.live(server)
+    page.context.set_offline(True)
+    state(page, "lost")
+    page.context.set_offline(False)
+    state(page, "live", within=5)

@@ -1,0 +1,342 @@
+"""The feed: real websockets to a real server."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import Start
+from support import (
+    ADMIN_TOKEN,
+    API,
+    CLIENT_TOKEN,
+    VIEWER_TOKEN,
+    Client,
+    ServerProcess,
+    encode_request,
+    eventually,
+)
+from viewing import FEED, Closed, Viewer
+
+
+@contextmanager
+def traffic(server: ServerProcess) -> Iterator[None]:
+    """Keys are acquired and unblocked as fast as one client can."""
+    stop = threading.Event()
+
+    def work() -> None:
+        with Client(server) as client:
+            client.make_many(20)
+            while not stop.is_set():
+                client.batch(op="acquire", count=20, owner="busy").expect(200)
+                for _ in range(3):
+                    client.batch(op="unblock", keys=[f"id:{number}" for number in range(1, 60)]).expect(200)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)
+
+
+# --------------------------------------------------------------------------------------------------- frames
+
+
+def test_the_first_frame_tells_the_whole_state(start_server: Start) -> None:
+    """A hello: numbers, the charts' history, the latest events, the oldest first, and no key."""
+    server = start_server()
+    client = server.client()
+    made = client.make_many(60)
+    with Viewer(server) as viewer:
+        hello = viewer.frame()
+    assert hello["type"] == "hello"
+    assert hello["stats"]["total"] == 60
+    assert [event["id"] for event in hello["events"]] == [key["id"] for key in made[10:]]
+    assert hello["history"].keys() == {"seconds", "minutes"}
+    for series, step in (("seconds", 1), ("minutes", 60)):
+        assert hello["history"][series]["step"] == step
+        lengths = {len(column) for column in hello["history"][series].values() if isinstance(column, list)}
+        assert len(lengths) == 1
+    text = str(hello)
+    assert not any(key["key"] in text for key in made)
+
+
+def test_history_goes_on_while_nobody_watches(start_server: Start) -> None:
+    """What happened before the first viewer came is in the charts."""
+    server = start_server()
+    server.client().make_many(7)
+
+    def generated() -> bool:
+        with Viewer(server) as viewer:
+            seconds = viewer.frame()["history"]["seconds"]
+            return bool(sum(seconds["generated"]) == 7 and seconds["available"][-1] == 7)
+
+    eventually(generated, "a second with seven generated keys", within=5)
+
+
+def test_a_change_is_told_within_half_a_second(server: ServerProcess, client: Client) -> None:
+    """Each thing that happens to a key is an event, in order, with the numbers after it."""
+    with Viewer(server) as viewer:
+        viewer.frame()
+        key = client.make()
+        asked = time.monotonic()
+        frame = viewer.until("delta")
+        assert time.monotonic() - asked < 0.5
+        assert [event["event"] for event in frame["events"]] == ["generated"]
+        lease = client.acquire(owner="worker-7")
+        client.post(f"{API}/keys/{key['key']}/unblock").expect(200)
+        client.post(f"{API}/keys/id:{key['id']}/reveal").expect(200)
+        client.delete(f"{API}/keys/id:{key['id']}")
+        told: list[dict[str, object]] = []
+        while len(told) < 4:
+            frame = viewer.until("delta")
+            told += frame["events"]
+        assert [event["event"] for event in told] == ["acquired", "unblocked", "revealed", "deleted"]
+        assert {event["id"] for event in told} == {key["id"]}
+        assert told[0]["owner"] == "worker-7"
+        assert told[0]["lease"] == lease["lease"]
+        assert frame["stats"]["total"] == 0
+        assert frame["dropped"] == 0
+
+
+def test_a_number_that_changes_without_an_event_is_told(server: ServerProcess, client: Client) -> None:
+    """A keepalive and a refusal are no events, but numbers."""
+    key = client.make()
+    with Viewer(server) as viewer:
+        before = viewer.frame()["stats"]["kept_alive"]
+        client.post(f"{API}/keys/{key['key']}/keepalive").expect(200)
+        delta = viewer.until("delta")
+    assert delta["stats"]["kept_alive"] == before + 1
+    assert delta["events"] == []
+
+
+def test_deadlines_are_events(short_server: ServerProcess) -> None:
+    """Released and expired, without anybody asking."""
+    client = short_server.client()
+    with Viewer(short_server) as viewer:
+        viewer.frame()
+        client.make()
+        client.acquire(owner="late")
+        told: list[str] = []
+        while "expired" not in told:
+            told += [event["event"] for event in viewer.until("delta")["events"]]
+    assert told == ["generated", "acquired", "released", "expired"]
+
+
+def test_a_thousand_changes_are_one_frame(server: ServerProcess, client: Client) -> None:
+    """Fifty events and the count of the rest."""
+    with Viewer(server) as viewer:
+        viewer.frame()
+        client.make_many(1000)
+        told = viewer.until("delta")
+        dropped, shown = told["dropped"], len(told["events"])
+        while dropped + shown < 1000:
+            told = viewer.until("delta")
+            dropped, shown = dropped + told["dropped"], shown + len(told["events"])
+    assert dropped + shown == 1000
+    assert told["stats"]["total"] == 1000
+
+
+def test_under_load_four_frames_a_second_and_no_more(start_server: Start) -> None:
+    """However much happens."""
+    server = start_server()
+    with traffic(server), Viewer(server) as viewer:
+        viewer.frame()
+        frames = [(at, frame) for at, frame in viewer.collect(3) if frame["type"] == "delta"]
+    assert 8 <= len(frames) <= 13, len(frames)
+    assert all(b[0] - a[0] > 0.1 for a, b in itertools.pairwise(frames))
+
+
+def test_a_quiet_pool_beats(server: ServerProcess) -> None:
+    """After five seconds without news, and with nothing else in between."""
+    with Viewer(server) as viewer:
+        viewer.frame()
+        started = time.monotonic()
+        assert viewer.frame()["type"] == "beat"
+        assert 4.5 < time.monotonic() - started < 6.5
+
+
+# --------------------------------------------------------------------------------------------- slow viewers
+
+
+def resident(server: ServerProcess) -> int:
+    """Bytes of the server's memory that are in use."""
+    return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * 4096
+
+
+def test_one_who_never_reads_costs_little_and_holds_up_nobody(start_server: Start) -> None:
+    """The others have their four frames; the server's memory grows by less than a megabyte for each."""
+    server = start_server()
+    with traffic(server):
+        time.sleep(1)
+        with Viewer(server) as warm:
+            warm.collect(1)
+        before = resident(server)
+        sleepers = [Viewer(server, buffer=4096) for _ in range(10)]
+        with Viewer(server) as reader:
+            reader.frame()
+            frames = reader.collect(6)
+        assert len(frames) >= 16
+        grown = (resident(server) - before) / len(sleepers)
+        for sleeper in sleepers:
+            sleeper.close()
+    assert grown < 1_000_000, f"{grown:.0f} bytes each"
+
+
+def test_a_slow_viewer_gets_the_present_and_the_count_of_what_it_missed(start_server: Start) -> None:
+    """Between two frames that it reads late, nothing is lost from the counts."""
+    server = start_server()
+    client = server.client()
+    with Viewer(server, buffer=2048) as viewer:
+        hello = viewer.frame()
+        for _ in range(4):
+            client.make_many(1000)
+            time.sleep(0.3)
+        known = hello["stats"]["generated"]
+        while known < 4000:
+            delta = viewer.until("delta")
+            assert delta["stats"]["generated"] == known + len(delta["events"]) + delta["dropped"]
+            known = delta["stats"]["generated"]
+
+
+# -------------------------------------------------------------------------------------------- who may watch
+
+
+def test_a_plain_get_is_told_to_upgrade(server: ServerProcess, client: Client) -> None:
+    """426, with the header that says to what; HEAD and OPTIONS as everywhere."""
+    answer = client.get(FEED)
+    answer.expect_problem(426, "upgrade-required")
+    assert answer.headers["Upgrade"] == "websocket"
+    assert client.head(FEED).status == 426
+    assert client.options(FEED).allowed() == {"GET", "HEAD", "OPTIONS"}
+    assert client.post(FEED).expect_problem(405, "method-not-allowed")
+
+
+@pytest.mark.parametrize("missing", ["Connection", "Sec-WebSocket-Key"])
+def test_half_a_handshake_is_a_bad_request(server: ServerProcess, missing: str) -> None:
+    """With a problem, as everything."""
+    with Viewer(server, headers={missing: ""}) as viewer:
+        assert viewer.status == 400
+        assert viewer.problem()["code"] == "bad-request"
+
+
+def test_another_version_of_websocket_is_told_which(server: ServerProcess) -> None:
+    """426 names version 13."""
+    with Viewer(server, headers={"Sec-WebSocket-Version": "8"}) as viewer:
+        assert viewer.status == 426
+        assert "Sec-Websocket-Version: 13" in viewer.head or "Sec-WebSocket-Version: 13" in viewer.head
+
+
+def test_viewers_and_admins_may_watch(guarded_server: ServerProcess) -> None:
+    """By bearer token."""
+    for token in (VIEWER_TOKEN, ADMIN_TOKEN):
+        with Viewer(guarded_server, token) as viewer:
+            assert viewer.frame()["type"] == "hello"
+
+
+def test_clients_and_strangers_may_not(guarded_server: ServerProcess) -> None:
+    """403 and 401, before any upgrade."""
+    with Viewer(guarded_server, CLIENT_TOKEN) as viewer:
+        assert (viewer.status, viewer.problem()["code"]) == (403, "forbidden")
+    with Viewer(guarded_server) as viewer:
+        assert (viewer.status, viewer.problem()["code"]) == (401, "unauthorized")
+    guarded_server.client().get(FEED).expect_problem(401, "unauthorized")
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+def test_a_page_of_another_site_may_not_watch(server: ServerProcess, origin: str) -> None:
+    """Browsers let any page open a websocket to anywhere: the Origin tells."""
+    with Viewer(server, headers={"Origin": origin}) as viewer:
+        assert (viewer.status, viewer.problem()["code"]) == (403, "cross-site")
+
+
+def test_this_servers_own_page_may(server: ServerProcess) -> None:
+    """Its Origin is the Host."""
+    with Viewer(server, headers={"Origin": f"http://{server.host}"}) as viewer:
+        assert viewer.frame()["type"] == "hello"
+
+
+def test_one_viewer_too_many_is_told_so(lend: Start) -> None:
+    """429 with when to ask again; a place that is given up can be taken."""
+    server = lend("--max-viewers=2")
+    with Viewer(server) as first, Viewer(server) as second:
+        first.frame()
+        second.frame()
+        with Viewer(server) as third:
+            assert third.status == 429
+            assert third.problem()["code"] == "too-many-viewers"
+            assert re.search(r"(?i)retry-after: \d", third.head)
+        first.close()
+
+        def room() -> bool:
+            with Viewer(server) as again:
+                return again.status == 101
+
+        eventually(room, "room for another viewer")
+
+
+def test_no_viewer_at_all_may_be_wanted(lend: Start) -> None:
+    """--max-viewers=0 closes the feed."""
+    with Viewer(lend("--max-viewers=0")) as viewer:
+        assert viewer.status == 429
+
+
+# -------------------------------------------------------------------------------------------- the end of it
+
+
+def test_a_stop_closes_with_1001(start_server: Start) -> None:
+    """And doesn't wait for those who watch."""
+    server = start_server()
+    viewers = [Viewer(server) for _ in range(3)]
+    for viewer in viewers:
+        viewer.frame()
+    server.signal(signal.SIGTERM)
+    for viewer in viewers:
+        with pytest.raises(Closed) as closed:
+            viewer.until("never")
+        assert closed.value.code == 1001
+        viewer.close()
+    started = time.monotonic()
+    assert server.wait() == 0
+    assert time.monotonic() - started < 5
+
+
+def test_what_a_viewer_says_is_not_heard(server: ServerProcess) -> None:
+    """A message, then a frame as ever."""
+    with Viewer(server) as viewer:
+        viewer.frame()
+        viewer.socket.sendall(b"\x81\x85\x00\x00\x00\x00hello")
+        server.client().make()
+        assert viewer.until("delta")["stats"]["total"] == 1
+
+
+def test_viewers_who_go_without_a_word_leave_nothing(server: ServerProcess) -> None:
+    """A reset is no error, and the server goes on."""
+    for _ in range(5):
+        viewer = Viewer(server)
+        viewer.frame()
+        viewer.socket.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER 0: a reset
+        viewer.close()
+    with Viewer(server) as last:
+        last.frame()
+        server.client().make()
+        last.until("delta")
+
+
+def test_a_pipelined_request_behind_a_refused_handshake_is_answered(server: ServerProcess) -> None:
+    """The connection of a refused handshake goes on."""
+    with server.wire() as wire:
+        wire.ask("GET", FEED)
+        wire.ask("GET", API + "/stats")
+        assert wire.answer().status == 426
+        assert wire.answer().status == 200
+    assert encode_request("GET", FEED, server.host)

@@ -1,0 +1,197 @@
+"""What the dashboard counts with: history, throttle, charts, keys that expire soon. No server, no clock."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from keypool.answers import Stats
+from keypool.charts import HEIGHT, area, composition, means, nice, path
+from keypool.errors import TooManySignIns
+from keypool.history import MINUTES, SECONDS, History, Series
+from keypool.pool import Pool
+from keypool.throttle import ADDRESSES, TRIES, TRIES_OF_ALL, Throttle
+
+NOON = 1_800_000_000.0  # a whole minute
+
+
+def stats(acquired: int = 0, available: int = 0) -> Stats:
+    """Numbers of which two matter."""
+    return Stats(available, available, 0, 0, 0, acquired, 0, 0, 0, 0, 0, 0, 1.0, "test", "0")
+
+
+def column(history: History, name: str) -> list[int]:
+    """One series, by the second."""
+    return history.seconds.columns()[name]
+
+
+def test_each_second_has_what_happened_in_it() -> None:
+    """The first one only says where counting starts."""
+    history = History()
+    for second, acquired in enumerate([100, 103, 103, 110]):
+        history.add(NOON + second + 0.01, stats(acquired, available=second))
+    assert column(history, "acquired") == [3, 0, 7]
+    assert column(history, "available") == [1, 2, 3]
+
+
+def test_a_second_that_was_missed_gets_its_share() -> None:
+    """Nothing is lost from the sum, and the axis stays right."""
+    history = History()
+    history.add(NOON, stats(0))
+    history.add(NOON + 4.3, stats(10))
+    assert column(history, "acquired") == [2, 2, 3, 3]
+    assert history.seconds.end == NOON + 4
+
+
+def test_a_second_that_is_asked_twice_is_taken_once() -> None:
+    """What happened in between belongs to the next."""
+    history = History()
+    history.add(NOON, stats(0))
+    history.add(NOON + 1.1, stats(1))
+    history.add(NOON + 1.9, stats(5))
+    history.add(NOON + 2.1, stats(6))
+    assert column(history, "acquired") == [1, 5]
+
+
+def test_minutes_are_sums_of_seconds() -> None:
+    """They begin and end on the clock's own minutes."""
+    history = History()
+    for second in range(200):
+        history.add(NOON + second, stats(acquired=2 * second, available=second))
+    minutes = history.minutes.columns()
+    assert minutes["acquired"] == [120, 120, 120]
+    assert minutes["available"] == [60, 120, 180]
+    assert history.minutes.end % 60 == 0
+
+
+def test_memory_is_bounded_and_a_long_sleep_is_cheap() -> None:
+    """A laptop that slept for a week."""
+    history = History()
+    history.add(NOON, stats(0))
+    history.add(NOON + 7 * 86_400, stats(9_000))
+    assert len(history.seconds.samples) == SECONDS
+    assert sum(column(history, "acquired")) == 9_000
+    assert history.minutes.samples.maxlen == MINUTES
+
+
+def test_counters_that_fall_count_nothing() -> None:
+    """Another pool behind the same dashboard is no negative number of calls."""
+    history = History()
+    for second, acquired in enumerate([50, 10, 12]):
+        history.add(NOON + second, stats(acquired))
+    assert column(history, "acquired") == [0, 2]
+
+
+def test_the_last_minutes_of_one_number() -> None:
+    """As the tile of refused acquires has it."""
+    history = History()
+    for second in range(400):
+        history.add(NOON + second, stats(acquired=second))
+    assert history.within(300, "acquired") == 300
+
+
+def test_it_is_told_as_json_made_once_a_second() -> None:
+    """Columns of the same length, and the moment of the latest sample."""
+    history = History()
+    history.add(NOON, stats(0))
+    history.add(NOON + 1, stats(2))
+    told = json.loads(bytes(history.encoded()))
+    assert told["seconds"]["end"] == "2027-01-15T08:00:01.000Z"
+    assert told["seconds"]["acquired"] == [2]
+    assert told["seconds"]["counted"]["acquired"] == 2
+    assert told["minutes"]["acquired"] == []
+    assert bytes(history.encoded()) == bytes(history.encoded())
+
+
+# --------------------------------------------------------------------------------------------------- charts
+
+
+@pytest.mark.parametrize(
+    ("largest", "top"), [(0, 4), (3.2, 4), (5, 5), (7, 8), (99, 100), (258, 300), (1001, 1500)]
+)
+def test_scales_end_on_round_numbers(largest: float, top: float) -> None:
+    """Never below what is shown."""
+    assert nice(largest) == top
+
+
+def test_points_are_means_of_five_by_the_clock() -> None:
+    """So that a new second moves only the last of them."""
+    series = Series(1, 100)
+    series.end = 12
+    assert means(series, [1, 2, 3, 4, 5, 6, 7, 8]) == [sum(range(1, 6)) / 5, 7.0]
+    assert means(series, []) == []
+
+
+def test_a_line_ends_at_the_right_edge() -> None:
+    """And one point is no line."""
+    assert path([0, 10], 10, 10).endswith("300.0 0.0")
+    assert path([0, 10], 10, 10).startswith(f"M0.0 {HEIGHT}")
+    assert path([1], 10, 10) == ""
+    assert area([1], [0], 10, 10) == ""
+
+
+def test_an_empty_history_draws_nothing() -> None:
+    """Not even an error."""
+    assert set(composition(History()).paths.values()) == {""}
+
+
+# ------------------------------------------------------------------------------------------------- throttle
+
+
+def test_a_few_wrong_tokens_then_one_every_twelve_seconds() -> None:
+    """And all of them again after a minute."""
+    throttle = Throttle()
+    for _ in range(TRIES):
+        throttle.check("192.0.2.1", 100)
+        throttle.wrong("192.0.2.1", 100)
+    with pytest.raises(TooManySignIns) as refused:
+        throttle.check("192.0.2.1", 100)
+    assert refused.value.retry_after == pytest.approx(12)
+    throttle.check("192.0.2.1", 112.1)
+    throttle.check("192.0.2.2", 100)
+
+
+def test_one_network_of_ipv6_is_one_address() -> None:
+    """Whoever has one has 2**64."""
+    throttle = Throttle()
+    for number in range(TRIES):
+        throttle.wrong(f"2001:db8::{number:x}", 0)
+    with pytest.raises(TooManySignIns):
+        throttle.check("2001:db8::ffff", 0)
+    throttle.check("2001:db8:0:1::1", 0)
+
+
+def test_a_botnet_is_slowed_down_and_costs_little() -> None:
+    """Many addresses share a rate, and a bounded memory."""
+    throttle = Throttle()
+    for number in range(TRIES_OF_ALL):
+        throttle.check(f"host-{number}", 0)
+        throttle.wrong(f"host-{number}", 0)
+    with pytest.raises(TooManySignIns):
+        throttle.check("another-host", 0)
+    for number in range(ADDRESSES + 10):
+        throttle.wrong(f"host-{number}", 0)
+    assert len(throttle._clear_at) <= ADDRESSES
+
+
+# -------------------------------------------------------------------------------------------- expiring soon
+
+
+def test_keys_that_expire_soon_are_counted() -> None:
+    """By their deadline, to a 64th of a second; a keepalive takes one out."""
+    texts = iter(f"key-text-number-{n:05}" for n in range(100))
+    pool = Pool(
+        block_seconds=60,
+        keepalive_seconds=300,
+        max_keys=100,
+        new_text=lambda: next(texts),
+        random=lambda: 0.0,
+    )
+    first = pool.generate(1000.0)
+    pool.generate(1100.0)
+    assert pool.expiring(1299.9) == 0
+    assert pool.expiring(1300.1) == 1
+    assert pool.expiring(2000.0) == 2
+    pool.keepalive(first, 1200.0)
+    assert pool.expiring(1450.0) == 1

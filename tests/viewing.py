@@ -1,0 +1,164 @@
+"""A viewer of the feed for the tests: a websocket by hand, so that a test can read late, or never.
+
+Frames are checked as they are read for what the contract promises of all of them: `seq` grows by one, `now`
+is a moment, and no more members than there should be.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+from support import API, MOMENT, ServerProcess, expect_object
+
+FEED: Final = API + "/feed"
+STATS: Final = (
+    "total", "available", "blocked", "waiting",
+    "generated", "acquired", "unblocked", "released", "deleted", "expired",
+    "kept_alive", "refused", "uptime", "engine", "version",
+)  # fmt: skip
+EVENTS: Final = ("generated", "acquired", "unblocked", "released", "deleted", "expired", "revealed")
+HINT: Final = re.compile(r"[A-Za-z0-9]{4}…[A-Za-z0-9]{4}")
+CLOSE: Final = 0x8
+
+
+class Closed(Exception):
+    """The server has closed; `code` is why."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"closed: {code} {reason}")
+        self.code = code
+        self.reason = reason
+
+
+class Viewer:
+    """One open feed. `status` and `head` are what the handshake was answered; `problem` if it was refused."""
+
+    def __init__(
+        self,
+        server: ServerProcess,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        buffer: int = 0,
+    ) -> None:
+        self.server = server
+        self.socket = socket.socket()
+        if buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self.socket.settimeout(20)
+        self.socket.connect((server.address, server.port))
+        self._buffer = b""
+        self.seq = 0
+        sent = {
+            "Host": server.host, "Upgrade": "websocket", "Connection": "Upgrade",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": base64.b64encode(os.urandom(16)).decode(),
+        }  # fmt: skip
+        if token:
+            sent["Authorization"] = f"Bearer {token}"
+        sent.update(headers or {})
+        lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items() if value)
+        self.socket.sendall(f"GET {FEED} HTTP/1.1\r\n{lines}\r\n".encode())
+        while b"\r\n\r\n" not in self._buffer:
+            self._more()
+        head, self._buffer = self._buffer.split(b"\r\n\r\n", 1)
+        self.head = head.decode("latin-1")
+        self.status = int(self.head.split()[1])
+
+    def problem(self) -> dict[str, Any]:
+        """What a refused handshake was answered."""
+        length = re.search(r"(?i)content-length: (\d+)", self.head)
+        assert length, self.head
+        while len(self._buffer) < int(length[1]):
+            self._more()
+        answer: dict[str, Any] = json.loads(self._buffer)
+        return answer
+
+    def frame(self, within: float = 20) -> dict[str, Any]:
+        """The next frame, checked. Raises Closed."""
+        self.socket.settimeout(within)
+        opcode, payload = self._read()
+        if opcode == CLOSE:
+            code = struct.unpack("!H", payload[:2])[0] if payload else 1005
+            raise Closed(code, payload[2:].decode())
+        if opcode != 0x1:  # a ping: nobody promised an answer
+            return self.frame(within)
+        frame: dict[str, Any] = json.loads(payload)
+        self.seq += 1
+        assert frame["seq"] == self.seq, f"frame {self.seq} is numbered {frame['seq']}"
+        return check(frame)
+
+    def until(self, wanted: str) -> dict[str, Any]:
+        """The next frame of this type, whatever comes before it."""
+        while (frame := self.frame())["type"] != wanted:
+            pass
+        return frame
+
+    def collect(self, seconds: float) -> list[tuple[float, dict[str, Any]]]:
+        """All frames of this time, each with its moment of `time.monotonic`."""
+        frames, until = [], time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            try:
+                frames.append((time.monotonic(), self.frame(left)))
+                frames[-1] = (time.monotonic(), frames[-1][1])
+            except TimeoutError:
+                break
+        return frames
+
+    def _read(self) -> tuple[int, bytes]:
+        first, length = self._take(2)
+        length &= 0x7F
+        if length == 126:
+            length = struct.unpack("!H", self._take(2))[0]
+        elif length == 127:
+            length = struct.unpack("!Q", self._take(8))[0]
+        return first & 0x0F, self._take(length)
+
+    def _take(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            self._more()
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        return taken
+
+    def _more(self) -> None:
+        received = self.socket.recv(65536)
+        if not received:
+            raise Closed(1006, "the connection ended without a close frame")
+        self._buffer += received
+
+    def close(self) -> None:
+        """Hang up."""
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check(frame: dict[str, Any]) -> dict[str, Any]:
+    """The frame, if it has exactly the members of its type."""
+    common: dict[str, object] = {"type": ("hello", "delta", "beat"), "seq": int, "now": MOMENT}
+    extra: dict[str, dict[str, object]] = {
+        "hello": {"stats": dict, "history": dict, "events": list},
+        "delta": {"stats": dict, "events": list, "dropped": int},
+        "beat": {},
+    }
+    expect_object(frame, **(common | extra[frame["type"]]))
+    if "stats" in frame:
+        assert tuple(frame["stats"]) == STATS
+        assert len(frame["events"]) <= 50
+    for event in frame.get("events", []):
+        expect_object(event, event=EVENTS, id=int, hint=HINT, owner=(str, None), lease=(int, None), at=MOMENT)
+    return frame
