@@ -1,0 +1,125 @@
+"""How much a stranger may take: every number that bounds a connection, on whichever HTTP server.
+
+A connection costs memory and a file descriptor before anybody knows whose it is, so all that can be had without
+a token is bounded here: bytes of a head and of a body, seconds for each, connections an address and in all.
+What a known caller may take is a setting (`--max-waiters`, `--max-keys`); these are not, because no user has a
+reason to turn them that a proxy in front doesn't serve better.
+
+What has come of requests that aren't whole yet, of all connections together, is `unfinished_bytes` at most (and what
+a sweep's time brings on top): beyond it, those that hold most are cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address, ip_network
+
+MAX_BODY = 256 * 1024
+"""Bytes of a body that are read: more is 413."""
+
+MAX_TARGET = 8 * 1024
+"""Bytes of a request target: more is 414."""
+
+MAX_HEADERS = 32 * 1024
+"""Bytes of all headers: more is 431."""
+
+MAX_HEAD = 256 * 1024
+"""Bytes of a head that are taken in, so that one that is too large is answered; beyond it, hung up on."""
+
+DISCARDED = 4 * 1024 * 1024
+"""Bytes of a refused body that are read, and thrown away, for the sake of the connection."""
+
+_SPARE_FILES = 64  # the data file, the log, the writer, and what accepts and refuses
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one server's connections. Lengths of time are seconds; tests make their own."""
+
+    head_seconds: float = 10.0
+    """From the first byte of a request (the first of a connection: from its opening) to the end of its head."""
+
+    body_seconds: float = 20.0
+    """From the end of the head to the end of the body."""
+
+    idle_seconds: float = 75.0
+    """Between two requests of a connection. Longer than the minute for which proxies keep theirs."""
+
+    write_seconds: float = 60.0
+    """For a caller to take in an answer."""
+
+    connections: int = 16_384
+    """In all; fewer where the system allows fewer open files."""
+
+    connections_per_address: int = 4096
+    """For each address; an IPv6 network of 64 bits is one. None for loopback, where a proxy is."""
+
+    unfinished_bytes: int = 64 * 1024 * 1024
+    """Of heads and bodies that aren't whole yet, in all."""
+
+    sweep_seconds: float = 1.0
+    """How often connections are looked at: so much later than said a limit may strike."""
+
+
+def allowed_connections(limits: Limits) -> int:
+    """How many connections the system has files for, `limits.connections` at most.
+
+    Raises the process's own limit as far as it may.
+    """
+    try:
+        import resource  # noqa: PLC0415 - not on Windows
+    except ImportError:
+        return limits.connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + _SPARE_FILES
+    if 0 <= soft < wanted:  # below 0 it is infinite
+        soft = wanted if hard < 0 else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return limits.connections if soft < 0 else max(1, min(limits.connections, soft - _SPARE_FILES))
+
+
+class Doorman:
+    """Who is in, by address: lets a connection in or not."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._most = allowed_connections(limits)
+        self._inside: dict[str, int] = {}
+        self.count = 0
+        """Connections that are in."""
+        self.refused = 0
+        """Connections that were not let in, since the start."""
+
+    def enter(self, address: str) -> bool:
+        """Whether one more connection from this address is let in. O(1)."""
+        place = _place(address)
+        inside = self._inside.get(place, 0)
+        if self.count >= self._most or (place and inside >= self._limits.connections_per_address):
+            self.refused += 1
+            return False
+        self._inside[place] = inside + 1
+        self.count += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        """One that was let in is gone. O(1)."""
+        place = _place(address)
+        self.count -= 1
+        self._inside[place] -= 1
+        if not self._inside[place]:
+            del self._inside[place]
+
+
+def _place(address: str) -> str:
+    """What counts as one address; empty for what isn't counted: loopback and what is no IP address."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return ""
+    if ip.is_loopback:
+        return ""
+    if isinstance(ip, IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return _place(str(ip.ipv4_mapped))
+        return str(ip_network((ip, 64), strict=False).network_address)
+    return str(ip)

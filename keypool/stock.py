@@ -1,0 +1,307 @@
+"""Tornado's own HTTP server, with limits to what a stranger may take.
+
+Tornado bounds sizes, and waits an hour for a head. This subclass counts connections by address, looks at each
+once a second and ends those that take too long, with 408 where a request had begun. It works by Tornado's
+interface for messages: every message's delegate is wrapped in one that knows how far the message has come.
+
+It isn't the place for limits of the API: what is wrong with a request as such, dispatch.py says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from enum import Enum
+from functools import partial
+from http.client import responses as REASONS  # noqa: N812 - a table
+from itertools import islice
+from typing import Any
+
+from tornado import httputil
+from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
+from tornado.web import Application
+
+from keypool.errors import RequestTimeout
+from keypool.handlers.api import http_date
+from keypool.handlers.dispatch import Begun, Dispatcher, Reply
+from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, Doorman, Limits
+
+_SLICE = 200  # connections looked at in one turn of the loop
+_WARN_EVERY = 60.0  # seconds between two lines about connections that were refused
+_QUEUED = 4096  # connections taken from the system's queue before it is closed
+_log = logging.getLogger("keypool.connections")
+
+
+class _Phase(Enum):
+    HEAD = 1  # nothing, or a part of a head, has come
+    BODY = 2
+    ANSWER = 3  # the request is whole: it waits for its answer, or the caller for taking it in
+
+
+class _Message(httputil.HTTPMessageDelegate):
+    """One message of a connection, on its way to the delegate that answers it."""
+
+    __slots__ = (
+        "_answerer",
+        "_begun",
+        "_inner",
+        "_phase",
+        "_request",
+        "_server",
+        "_since",
+        "_stream",
+        "address",
+        "is_first",
+    )
+
+    def __init__(
+        self,
+        server: StockServer,
+        connection: HTTP1Connection,
+        answerer: Callable[[], httputil.HTTPMessageDelegate],
+        address: str,
+        is_first: bool,
+    ) -> None:
+        self.address = address
+        self.is_first = is_first
+        self._server = server
+        self._stream = connection.stream
+        # Asked when the head has come: by then another application may serve than when the one before ended.
+        self._answerer = answerer
+        self._inner: httputil.HTTPMessageDelegate | None = None
+        self._request: tuple[Any, httputil.HTTPHeaders] | None = None
+        self._phase = _Phase.HEAD
+        self._body = 0  # bytes of it that have come
+        self._begun = False  # whether some of the head was seen, on a connection that was idle
+        self._since: float | None = server.now
+
+    # -- what Tornado tells
+
+    def headers_received(
+        self,
+        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
+        headers: httputil.HTTPHeaders,
+    ) -> Awaitable[None] | None:
+        """The head is whole."""
+        self._phase, self._since = _Phase.BODY, self._server.now
+        self._request = start_line, headers
+        self._server.began += 1
+        self._inner = self._answerer()
+        return self._inner.headers_received(start_line, headers)
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        """A part of the body."""
+        self._body += len(chunk)
+        return None if self._inner is None else self._inner.data_received(chunk)
+
+    def finish(self) -> None:
+        """The request is whole."""
+        self._phase, self._since, self._request = _Phase.ANSWER, None, None
+        self._body = 0
+        if self._inner is not None:
+            self._inner.finish()
+
+    def on_connection_close(self) -> None:
+        """The caller is gone."""
+        inner, self._inner = self._inner, None
+        if inner is not None:
+            inner.on_connection_close()
+
+    # -- what the server asks
+
+    def look(self, now: float, limits: Limits) -> None:
+        """End the connection if this message takes too long."""
+        if self._stream.closed():
+            return
+        if self._phase is _Phase.ANSWER:
+            self._look_at_writing(now, limits.write_seconds)
+        elif self._phase is _Phase.BODY:
+            if self._over(now, limits.body_seconds):
+                self._time_out(f"the body did not come within {limits.body_seconds:g} s")
+        elif self._buffered():
+            if not (self.is_first or self._begun):
+                self._begun, self._since = True, now
+            if self._over(now, limits.head_seconds):
+                self._time_out(f"the headers did not come within {limits.head_seconds:g} s")
+        elif self._over(now, limits.head_seconds if self.is_first else limits.idle_seconds):
+            self._stream.close()
+
+    def _over(self, now: float, seconds: float) -> bool:
+        return self._since is not None and now - self._since > seconds
+
+    def held(self) -> int:
+        """Bytes that this message holds while it isn't whole."""
+        return 0 if self._phase is _Phase.ANSWER else self._buffered() + min(self._body, MAX_BODY)
+
+    def writing(self) -> bool:
+        """Whether an answer, or a part of it, is still to be taken in."""
+        return not self._stream.closed() and self._stream.writing()
+
+    def cut(self) -> None:
+        """Close its connection."""
+        self._stream.close()
+
+    def _buffered(self) -> int:
+        # Tornado has no public way to ask; a test sees to it that this one is right.
+        return self._stream._read_buffer_size  # noqa: SLF001
+
+    def _look_at_writing(self, now: float, seconds: float) -> None:
+        if not self._stream.writing():
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif self._over(now, seconds):
+            self._stream.close()
+
+    def _time_out(self, detail: str) -> None:
+        """Answer 408, unless an answer is on its way, and close."""
+        self.on_connection_close()
+        if self._stream.writing():
+            self._stream.close()
+            return
+        written = self._stream.write(self._server.timed_out(self._request, detail))
+        written.add_done_callback(self._written)
+
+    def _written(self, done: asyncio.Future[None]) -> None:
+        done.exception()  # heard: that the caller is gone is nobody's error
+        self._stream.close()
+
+
+class StockServer(HTTPServer):
+    """See the module. `began` counts requests whose head has come; `now` is the moment of the last look."""
+
+    def initialize(self, app: Application, limits: Limits | None = None) -> None:  # type: ignore[override]
+        """What `StockServer(app, limits)` does, Tornado's way. Needs a running loop."""
+        super().initialize(app, max_header_size=MAX_HEAD, max_body_size=DISCARDED)
+        self.limits = limits or Limits()
+        self.doorman = Doorman(self.limits)
+        self.now = time.monotonic()
+        self.began = 0
+        self.serve_app(app)
+        self._messages: dict[object, _Message] = {}
+        self._warned_at = -_WARN_EVERY
+        self._sweeper = asyncio.ensure_future(self._sweep())
+
+    def serve_app(self, app: Application) -> None:
+        """Hand requests to this application from now on."""
+        self.request_callback = app
+        self._dispatcher: Dispatcher = app.settings["dispatcher"]
+
+    def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
+        """Let a connection in, or close it."""
+        if self.doorman.enter(_address(address)):
+            super().handle_stream(stream, address)
+        else:
+            stream.close()
+            self._warn(_address(address))
+
+    def start_request(
+        self, server_conn: object, request_conn: httputil.HTTPConnection
+    ) -> httputil.HTTPMessageDelegate:
+        """The delegate of a connection's next message."""
+        assert isinstance(server_conn, HTTP1ServerConnection)
+        assert isinstance(request_conn, HTTP1Connection)
+        answerer = partial(super().start_request, server_conn, request_conn)
+        before = self._messages.get(server_conn)
+        address = _address(getattr(server_conn.context, "address", None))
+        message = _Message(self, request_conn, answerer, address, before is None)
+        self._messages[server_conn] = message
+        return message
+
+    def on_close(self, server_conn: object) -> None:
+        """A connection is gone."""
+        super().on_close(server_conn)
+        message = self._messages.pop(server_conn, None)
+        if message is not None:
+            self.doorman.leave(message.address)
+
+    def timed_out(self, request: tuple[Any, httputil.HTTPHeaders] | None, detail: str) -> bytes:
+        """The whole answer to a request that took too long; the head is there if it had come."""
+        if request is None:
+            begun = Begun(self._dispatcher.request_id({}), False)
+        else:
+            head = httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
+            begun = self._dispatcher.begin(head)
+        # What the head is refused for comes before what is wrong with the body.
+        reply = self._dispatcher.refusal(begun, begun.error or RequestTimeout(detail))
+        self._dispatcher.answered(begun, reply, self.limits.body_seconds)
+        return _wire(reply)
+
+    # -- stopping
+
+    def take_queue(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept what the system has accepted for us already; closing the sockets would reset it."""
+        for listening in sockets:
+            for _ in range(_QUEUED):
+                try:
+                    connection, address = listening.accept()
+                except OSError:
+                    break
+                self._handle_connection(connection, address)
+
+    def keep_none_alive(self) -> None:
+        """Have each connection closed with the answer to its next request, which says so."""
+        self.conn_params.no_keep_alive = True
+
+    def writing(self) -> bool:
+        """Whether some answer isn't taken in yet. O(connections)."""
+        return any(message.writing() for message in self._messages.values())
+
+    def cut_all(self) -> None:
+        """Close all connections in this turn of the loop: nothing that they send any more is read."""
+        for message in list(self._messages.values()):
+            message.cut()
+
+    async def close_all_connections(self) -> None:
+        """Cut what is left, and look no more."""
+        self._sweeper.cancel()
+        await super().close_all_connections()
+
+    # -- looking
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self.limits.sweep_seconds)
+            self.now = time.monotonic()
+            messages = iter(list(self._messages.values()))
+            while some := list(islice(messages, _SLICE)):
+                for message in some:
+                    message.look(self.now, self.limits)
+                await asyncio.sleep(0)
+            self._cut_greedy()
+
+    def _cut_greedy(self) -> None:
+        """If requests that aren't whole take too much memory, cut those that take most."""
+        held = [(message.held(), message) for message in self._messages.values()]
+        over = sum(size for size, _ in held) - self.limits.unfinished_bytes
+        if over <= 0:
+            return
+        _log.warning("unfinished requests take %d bytes too much: the largest are cut", over)
+        for size, message in sorted(held, key=lambda pair: -pair[0]):
+            if over <= 0:
+                break
+            message.cut()
+            over -= size
+
+    def _warn(self, address: str) -> None:
+        now = time.monotonic()
+        if now - self._warned_at >= _WARN_EVERY:
+            self._warned_at = now
+            refused, inside = self.doorman.refused, self.doorman.count
+            _log.warning("a connection from %s was refused, %d by now; %d are open", address, refused, inside)
+
+
+def _address(address: Any) -> str:
+    return str(address[0]) if isinstance(address, tuple) and address else ""
+
+
+def _wire(reply: Reply) -> bytes:
+    headers = [*reply.headers, ("Date", http_date()), ("Connection", "close")]
+    headers.append(("Content-Length", str(len(reply.body))))
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {reply.status} {REASONS[reply.status]}\r\n{lines}\r\n".encode("latin-1") + reply.body

@@ -1,0 +1,126 @@
+"""The files under deploy/: each is checked by its own tool where that is installed, and read here as far as it goes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from keypool.limits import MAX_BODY, Limits
+from keypool.operations import MAX_WAIT
+from keypool.settings import OPTIONS
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+UNIT = DEPLOY / "systemd" / "keypool.service"
+NGINX = DEPLOY / "nginx" / "keypool.conf"
+CADDY = DEPLOY / "caddy" / "Caddyfile"
+DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
+COMPOSE = DEPLOY / "docker" / "compose.yaml"
+
+
+def tool(name: str) -> str:
+    """The path of a program, /usr/sbin included; skips where there is none."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*command: str) -> str:
+    """What a command prints; fails unless it succeeds."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    """Without a word of complaint, and as well protected as it is said to be."""
+    unit = tmp_path / "keypool.service"
+    text = re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text())
+    unit.write_text(re.sub(r"\nDocumentation=.*", "", text))
+    assert "keypool.service" not in run(tool("systemd-analyze"), "verify", str(unit))
+    done = run(tool("systemd-analyze"), "security", "--offline=true", "--threshold=20", str(unit))
+    assert "overall exposure level" in done.lower()
+
+
+def test_the_unit_waits_as_long_as_the_server_takes() -> None:
+    """To stop, longer than --drain-seconds; it isn't started again for a wrong setting."""
+    settings = dict(re.findall(r"^(\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
+    drain = next(option.default for option in OPTIONS if option.name == "drain_seconds")
+    assert isinstance(drain, float)
+    assert settings["Type"] == "notify"
+    assert int(settings["TimeoutStopSec"]) > drain
+    assert settings["RestartPreventExitStatus"] == "2"
+    assert int(settings["LimitNOFILE"]) > Limits().connections
+    stop_grace = re.search(r"stop_grace_period: (\d+)s", COMPOSE.read_text())
+    assert stop_grace is not None
+    assert int(stop_grace[1]) > drain
+
+
+def test_nginx_takes_the_configuration(tmp_path: Path) -> None:
+    """With a certificate made for it."""
+    nginx, openssl = tool("nginx"), tool("openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    run(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=keys.example.com",
+        "-keyout", str(key), "-out", str(certificate))  # fmt: skip
+    text = NGINX.read_text().replace("/var/log/nginx", str(tmp_path))
+    text = text.replace("/etc/ssl/keypool/fullchain.pem", str(certificate))
+    (tmp_path / "keypool.conf").write_text(text.replace("/etc/ssl/keypool/privkey.pem", str(key)))
+    main = tmp_path / "nginx.conf"
+    main.write_text(
+        f"pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}} http {{ include {tmp_path}/keypool.conf; }}"
+    )
+    assert "successful" in run(nginx, "-t", "-c", str(main))
+
+
+def test_caddy_takes_the_configuration() -> None:
+    """Where there is a caddy."""
+    run(tool("caddy"), "validate", "--adapter", "caddyfile", "--config", str(CADDY))
+
+
+def test_promtool_takes_the_rules() -> None:
+    """Where there is a promtool."""
+    run(tool("promtool"), "check", "rules", str(DEPLOY / "prometheus" / "alerts.yml"))
+
+
+def test_proxies_wait_longer_than_an_acquire_and_keep_connections_shorter_than_the_server() -> None:
+    """Else they cut long polls, or send a request on a connection that is just being closed."""
+    nginx, caddy = NGINX.read_text(), CADDY.read_text()
+    for pattern, text in ((r"proxy_read_timeout (\d+)s", nginx), (r"response_header_timeout (\d+)s", caddy)):
+        assert int(re.findall(pattern, text)[0]) > MAX_WAIT, pattern
+    kept = r"upstream keypool \{[^}]*keepalive_timeout (\d+)s", r"keepalive (\d+)s"
+    for pattern, text in zip(kept, (nginx, caddy), strict=True):
+        assert int(re.findall(pattern, text, re.DOTALL)[0]) < Limits().idle_seconds, pattern
+    assert f"client_max_body_size {MAX_BODY // 1024}k" in nginx
+    assert "$http_upgrade" in nginx
+
+
+def test_proxies_log_no_target() -> None:
+    """A key may stand in a path."""
+    assert not re.search(
+        r"\$(request|request_uri|uri|args)\b", re.findall(r"log_format[^;]*;", NGINX.read_text())[0]
+    )
+    assert re.search(r"error_log \S+ crit;", NGINX.read_text())
+    assert not re.search(r"^\s*log\b", CADDY.read_text(), re.MULTILINE)
+
+
+def test_the_image_is_slim_and_runs_as_nobody_in_particular() -> None:
+    """Two stages, no root, a health check without a shell, and only files that there are."""
+    text = DOCKERFILE.read_text()
+    assert len(re.findall(r"^FROM python:[\d.]+-slim", text, re.MULTILINE)) == 2
+    assert re.search(r"^USER \d+$", text, re.MULTILINE)
+    assert re.search(r'HEALTHCHECK(?s:.)*?CMD \["python"', text)
+    for source in re.findall(r"^COPY (\w[\w.]*) ", text, re.MULTILINE):
+        assert (DEPLOY.parent / source).exists(), source
+    variables = {option.variable for option in OPTIONS}
+    named = set(re.findall(r"KEYPOOL_\w+(?==)", text))
+    assert named <= variables, named - variables
+
+
+def test_compose_mounts_files_that_there_are() -> None:
+    """Every path of the repository that it names, but the secrets, which the user makes."""
+    for path in re.findall(r"\.\./[\w./-]+", COMPOSE.read_text()):
+        assert (COMPOSE.parent / path).exists(), path

@@ -1,0 +1,189 @@
+"""The OpenAPI document: valid by its standard, complete, and kept by a real server whatever schemathesis sends.
+
+Every operation is driven with data that fits the document and with data that doesn't, open and with tokens, on a
+pool that has keys to offer. Seeds are fixed: derandomized, so that a failure comes again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from hypothesis import HealthCheck, Phase, given, settings
+from openapi_spec_validator import validate
+from support import ADMIN_TOKEN, API, ROUTES, Client, ServerProcess
+
+from keypool.handlers.legacy import LEGACY
+from keypool.openapi import describing, document
+from keypool.operations import OPERATIONS
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what its own dependencies deprecate is no concern of ours
+    import schemathesis
+    from schemathesis.checks import CHECKS, load_all_checks
+    from schemathesis.generation.case import Case
+
+    load_all_checks()
+
+EXAMPLES = 15  # of each operation, in each of the two modes, on each of the two servers
+MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
+LONGEST_WAIT = 0.02
+
+NOT_FOR: dict[str, set[str]] = {
+    # Parameters that fit alone may make no sense together (prefix with order), and `after` fits by its length but is
+    # a cursor only if the server made it: 400, and the document has no way to say so.
+    "list": {"positive_data_acceptance"},
+    # The first version's 400 for an unknown key, which its clients compare: any key that is made up is unknown.
+    "legacy-unblock": {"positive_data_acceptance"},
+    "legacy-delete": {"positive_data_acceptance"},
+}
+# The pages and the document take no notice of a query or a body that they don't have: nothing there can be refused.
+TAKES_ANYTHING = {"health", "ready", "metrics"}
+# A websocket: a later test asks it what a plain GET is answered; the rest is the feed's own tests'.
+NOT_DRIVEN = {"feed"}
+
+
+def operations(doc: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Path, method and name of each operation."""
+    for path, methods in doc["paths"].items():
+        for method, described in methods.items():
+            yield path, method.upper(), described["operationId"]
+
+
+CALLS = (*OPERATIONS, *LEGACY)
+DOCUMENT = document((*CALLS, describing(CALLS, open=False)), open=False)
+NAMES = [name for _, _, name in operations(DOCUMENT) if name not in NOT_DRIVEN]
+
+
+# -------------------------------------------------------------------------------------------------- the document
+
+
+def test_it_is_valid_by_the_standard_open_and_with_tokens(
+    client: Client, guarded_server: ServerProcess
+) -> None:
+    """For anyone, with no token shown; security is there only where tokens are."""
+    for asked in (client, guarded_server.client()):
+        doc = asked.get(API + "/openapi.json").expect(200)
+        validate(doc)
+        assert doc["openapi"].startswith("3.1")
+        secured = [
+            name for path in doc["paths"].values() for name, each in path.items() if "security" in each
+        ]
+        assert bool(secured) is (asked is not client)
+
+
+def test_it_has_every_path_and_method_and_no_other(client: Client) -> None:
+    """Those that the contract has; the first version's paths stand there once, with the slash."""
+    doc = client.get(API + "/openapi.json").expect(200)
+    described: dict[str, set[str]] = {}
+    for path, method, _ in operations(doc):
+        described.setdefault(path, set()).add(method)
+    wanted = {path: methods - {"HEAD"} for path, methods in ROUTES.items()}
+    for path in [path for path in wanted if path + "/" in wanted]:
+        del wanted[path]
+    assert described == wanted | {API + "/feed": {"GET"}}
+
+
+def test_every_call_names_the_errors_of_its_own() -> None:
+    """What operations.py says that a call is refused with stands among its answers."""
+    by_name = {each["operationId"]: each for path in DOCUMENT["paths"].values() for each in path.values()}
+    for operation in CALLS:
+        described = " ".join(each["description"] for each in by_name[operation.name]["responses"].values())
+        for error in operation.errors:
+            assert error.code in described, f"{operation.name} does not name {error.code}"
+
+
+# ----------------------------------------------------------------------------------------------------- driven
+
+
+@pytest.fixture(params=["open", "tokens"])
+def driven(
+    request: pytest.FixtureRequest, server: ServerProcess, guarded_server: ServerProcess
+) -> Iterator[tuple[ServerProcess, requests.Session]]:
+    """A server with a few keys, and a session that may do everything there."""
+    guarded = request.param == "tokens"
+    server = guarded_server if guarded else server
+    session = requests.Session()
+    session.trust_env = False
+    if guarded:
+        session.headers["Authorization"] = f"Bearer {ADMIN_TOKEN}"
+    with server.client(ADMIN_TOKEN if guarded else None) as client:
+        client.make_many(5)
+    yield server, session
+    session.close()
+    purge_all(server, ADMIN_TOKEN if guarded else None)
+
+
+def purge_all(server: ServerProcess, token: str | None) -> None:
+    """Delete what was made by calls that no client of ours has seen the answers of."""
+    with server.client(token) as client:
+        while rows := client.get(API + "/keys?limit=500").expect(200)["keys"]:
+            client.batch(op="delete", keys=[f"id:{row['id']}" for row in rows]).expect(200)
+
+
+def hurry(case: Case[Any]) -> None:
+    """Waits that are allowed are made short: what they are answered doesn't change by it."""
+    body: Any = case.body
+    if isinstance(body, dict) and type(body.get("wait")) in (int, float) and 0 < body["wait"] <= 60:
+        body["wait"] = min(body["wait"], LONGEST_WAIT)
+    if isinstance(body, dict) and body.get("op") == "generate" and type(body.get("count")) is int:
+        body["count"] = min(body["count"], 3) if body["count"] > 0 else body["count"]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["fitting", "not fitting"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_keeps_to_its_document(
+    driven: tuple[ServerProcess, requests.Session], name: str, mode: schemathesis.GenerationMode
+) -> None:
+    """No finding: statuses, headers, types and schemas are as described, what fits is taken, what doesn't isn't."""
+    server, session = driven
+    url = f"http://{server.host}"
+    doc = session.get(f"{url}{API}/openapi.json", timeout=30).json()
+    schema = schemathesis.openapi.from_dict(doc)
+    operation = schema.find_operation_by_id(name)
+    if mode is MODES[1] and (name in TAKES_ANYTHING or not has_inputs(operation)):
+        pytest.skip("it takes no input that could be wrong")
+    checks: Any = [check for check in CHECKS.get_all() if check.__name__ not in NOT_FOR.get(name, set())]
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def drive(case: Case[Any]) -> None:
+        hurry(case)
+        case.call_and_validate(base_url=url, session=session, checks=checks, timeout=30)
+
+    drive()
+
+
+def has_inputs(operation: Any) -> bool:
+    """Whether there is anything to generate."""
+    return bool(operation.path_parameters or operation.query or operation.body)
+
+
+def test_pages_answer_what_the_document_says(server: ServerProcess) -> None:
+    """The type of each, and HEAD as GET."""
+    for path in ("/healthz", "/readyz", "/metrics"):
+        for method in ("GET", "HEAD"):
+            answer = requests.request(method, f"http://{server.host}{path}", timeout=30)
+            assert answer.status_code == 200, answer.text
+            described = DOCUMENT["paths"][path]["get"]["responses"]["200"]["content"]
+            assert list(described) == [answer.headers["Content-Type"].partition(";")[0]]
+
+
+def test_a_whole_number_may_be_written_with_a_point(client: Client) -> None:
+    """JSON Schema, and JavaScript, make no difference between 2 and 2.0; what is no whole number is refused."""
+    assert len(client.batch(op="generate", count=2.0).expect(201)["keys"]) == 2
+    lease = client.acquire(wait=1.0)
+    path = f"{API}/keys/{lease['key']}/unblock"
+    client.post(path, json={"lease": lease["lease"] + 0.5}).expect_problem(400, "bad-request")
+    assert client.post(path, json={"lease": float(lease["lease"])}).expect(200)["changed"] is True
+    client.batch(op="generate", count=1e30).expect_problem(400, "bad-request")

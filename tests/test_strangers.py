@@ -1,0 +1,357 @@
+"""What a stranger may take of Tornado's server: time for a head, a body and an answer, connections, memory.
+
+The server is the real application with limits short enough to wait for. Nothing is timed but by them: a test waits
+for what must come, and a limit that must not strike is too long to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+from tornado.netutil import bind_sockets
+
+from keypool import limits
+from keypool.app import make_app
+from keypool.auth import Access
+from keypool.engine.embedded import EmbeddedEngine
+from keypool.limits import Doorman, Limits
+from keypool.stock import StockServer
+
+SOON, NEVER = 0.1, 3600.0
+HEAD = b"POST /api/v1/keys HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def lasting(**changed: float) -> Limits:
+    """Limits of time that never strike, but for those that are given."""
+    times = dict.fromkeys(("head_seconds", "body_seconds", "idle_seconds", "write_seconds"), NEVER)
+    return Limits(**(times | {"sweep_seconds": 0.02} | changed))  # type: ignore[arg-type] # some are whole
+
+
+@dataclass
+class Served:
+    """A server of one test."""
+
+    port: int
+    server: StockServer
+    engine: EmbeddedEngine
+    wires: list[Wire] = field(default_factory=list)
+
+    async def call(self) -> Wire:
+        """A new connection, closed at the latest when the test ends."""
+        wire = Wire(*await asyncio.open_connection("127.0.0.1", self.port))
+        self.wires.append(wire)
+        return wire
+
+    async def until_inside(self, count: int) -> None:
+        """Wait until so many connections are in."""
+        async with asyncio.timeout(30):
+            while self.server.doorman.count != count:  # noqa: ASYNC110 - the server has no reason to tell
+                await asyncio.sleep(0.01)
+
+
+@dataclass
+class Wire:
+    """A client's end."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def send(self, data: bytes) -> None:
+        """Write."""
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def rest(self) -> bytes:
+        """All that comes until the server hangs up."""
+        try:
+            return await asyncio.wait_for(self.reader.read(-1), 30)
+        except ConnectionError:
+            return b""
+
+    async def answer(self) -> tuple[int, bytes]:
+        """Status and body of one answer."""
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 30)
+        length = next(
+            int(line.partition(b":")[2])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
+        )
+        return int(head.split()[1]), await self.reader.readexactly(length)
+
+    async def close(self) -> None:
+        """Hang up."""
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+@asynccontextmanager
+async def serving(limits: Limits, access: Access | None = None) -> AsyncIterator[Served]:
+    """The application on Tornado's server."""
+    engine = EmbeddedEngine()
+    app = make_app(engine, access or Access())
+    server = StockServer(app, limits)
+    sockets = bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
+    try:
+        served = Served(sockets[0].getsockname()[1], server, engine)
+        yield served
+        for wire in served.wires:
+            await wire.close()
+        await served.until_inside(0)
+        assert app.settings["in_flight"].count == 0, "a request was counted in or out twice"
+    finally:
+        server.stop()
+        await server.close_all_connections()
+        await engine.close()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a test's coroutine on a loop of its own."""
+    asyncio.run(test())
+
+
+def expect_timeout(answer: bytes) -> None:
+    """Fails unless the answer is the problem request-timeout, whole, on a connection that ends with it."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 "), answer
+    assert b"Connection: close" in head, answer
+    problem = msgspec.json.decode(body)
+    assert problem["code"] == "request-timeout", answer
+    assert problem["status"] == 408, answer
+    assert f"X-Request-Id: {problem['request_id']}".encode() in head, answer
+
+
+# ------------------------------------------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize(
+    "sent", [b"G", HEAD, HEAD + b"X-Slow: yes\r"], ids=["a letter", "a line", "nearly all"]
+)
+def test_a_head_that_does_not_come_is_408(sent: bytes) -> None:
+    """Whatever part of it has come."""
+
+    async def test() -> None:
+        async with serving(lasting(head_seconds=SOON)) as served:
+            wire = await served.call()
+            await wire.send(sent)
+            expect_timeout(await wire.rest())
+
+    run(test)
+
+
+def test_a_head_that_drips_is_408_all_the_same() -> None:
+    """A byte now and then buys no time."""
+
+    async def test() -> None:
+        async with serving(lasting(head_seconds=SOON)) as served:
+            wire = await served.call()
+            await wire.send(HEAD)
+
+            async def drip() -> None:
+                while True:
+                    await wire.send(b"X: y\r\n")
+                    await asyncio.sleep(0.01)
+
+            dripping = asyncio.ensure_future(drip())
+            assert b" 408 " in (await wire.rest() or b" 408 ")  # a byte under way may turn it into a reset
+            dripping.cancel()
+            await asyncio.gather(dripping, return_exceptions=True)
+            assert served.server.doorman.count == 0
+
+    run(test)
+
+
+def test_a_connection_that_asks_nothing_is_closed_without_a_word() -> None:
+    """At once when it is new, after the idle time when it has asked before; the other limit doesn't strike."""
+
+    async def test() -> None:
+        async with serving(lasting(head_seconds=SOON)) as served:
+            assert await (await served.call()).rest() == b""
+        async with serving(lasting(idle_seconds=SOON)) as served:
+            fresh, wire = await served.call(), await served.call()
+            await wire.send(HEAD + b"\r\n")
+            assert (await wire.answer())[0] == 201
+            assert await wire.rest() == b""
+            await fresh.send(HEAD + b"\r\n")
+            assert (await fresh.answer())[0] == 201
+
+    run(test)
+
+
+def test_the_next_head_of_a_connection_has_its_own_time() -> None:
+    """It begins with its first byte, however long the connection was idle."""
+
+    async def test() -> None:
+        async with serving(lasting(head_seconds=SOON)) as served:
+            wire = await served.call()
+            await wire.send(HEAD + b"\r\n")
+            assert (await wire.answer())[0] == 201
+            await wire.send(HEAD)
+            expect_timeout(await wire.rest())
+
+    run(test)
+
+
+@pytest.mark.parametrize("form", ["length", "chunked"])
+def test_a_body_that_does_not_come_is_408(form: str) -> None:
+    """The first version's paths have `message` there as everywhere."""
+
+    async def test() -> None:
+        async with serving(lasting(body_seconds=SOON)) as served:
+            framing = (
+                b"Content-Length: 9\r\n\r\n{"
+                if form == "length"
+                else b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"
+            )
+            wire = await served.call()
+            await wire.send(HEAD + b"X-Request-Id: mine\r\n" + framing)
+            answer = await wire.rest()
+            expect_timeout(answer)
+            assert b'"request_id":"mine"' in answer
+            legacy = await served.call()
+            await legacy.send(HEAD.replace(b"keys", b"random_api_key/") + framing)
+            answer = await legacy.rest()
+            expect_timeout(answer)
+            assert b'"message"' in answer
+            assert served.engine.pool.total == 0
+
+    run(test)
+
+
+def test_what_the_head_is_refused_for_comes_before_the_slow_body() -> None:
+    """A stranger isn't told to hurry."""
+
+    async def test() -> None:
+        async with serving(lasting(body_seconds=SOON), Access(admin=["a" * 16])) as served:
+            wire = await served.call()
+            await wire.send(HEAD + b"Content-Length: 9\r\n\r\n{")
+            assert b" 401 " in (await wire.rest()).partition(b"\r\n")[0]
+
+    run(test)
+
+
+def test_a_refusal_sent_before_the_body_is_the_only_answer() -> None:
+    """Who asks first whether to send (Expect) is refused at once, once, and counted once."""
+
+    async def test() -> None:
+        async with serving(lasting(body_seconds=SOON), Access(admin=["a" * 16])) as served:
+            wire = await served.call()
+            await wire.send(HEAD + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+            assert (await wire.rest()).count(b"HTTP/1.1") == 1
+
+    run(test)
+
+
+def test_a_pipelined_caller_that_reads_nothing_is_cut() -> None:
+    """Answers that nobody takes in don't stay."""
+
+    async def test() -> None:
+        async with serving(lasting(write_seconds=SOON)) as served:
+            await served.engine.generate(500)
+            raw = socket.create_connection(("127.0.0.1", served.port))
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.setblocking(False)
+            raw.send(b"GET /api/v1/keys?limit=500 HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)
+            await served.until_inside(1)
+            await served.until_inside(0)
+            raw.close()
+
+    run(test)
+
+
+def test_who_waits_for_a_key_is_not_slow() -> None:
+    """A waiter has asked all that it will: no limit of these is for it."""
+
+    async def test() -> None:
+        short = lasting(head_seconds=SOON, body_seconds=SOON, idle_seconds=SOON, write_seconds=SOON)
+        async with serving(short) as served:
+            wire = await served.call()
+            body = b'{"wait":0.5}'
+            head = HEAD.replace(b"keys", b"keys/acquire") + b"Content-Length: %d\r\n\r\n" % len(body)
+            await wire.send(head + body)
+            status, told = await wire.answer()
+            assert status == 404, told
+
+    run(test)
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def test_unfinished_requests_are_bounded_together() -> None:
+    """Beyond it the largest are cut, and the others live."""
+
+    async def test() -> None:
+        async with serving(lasting(unfinished_bytes=300_000)) as served:
+            small = await served.call()
+            await small.send(HEAD)
+            large = [await served.call() for _ in range(4)]
+            for wire in large[:2]:
+                await wire.send(HEAD + b"X: " + b"y" * 120_000)
+            for wire in large[2:]:
+                await wire.send(HEAD + b"Content-Length: 200000\r\n\r\n" + b" " * 150_000)
+            await served.until_inside(3)
+            await small.send(b"\r\n")
+            assert (await small.answer())[0] == 201
+
+    run(test)
+
+
+# ------------------------------------------------------------------------------------------------ connections
+
+
+def test_more_connections_than_there_may_be_are_closed_at_once() -> None:
+    """And there is room again when one leaves."""
+
+    async def test() -> None:
+        async with serving(lasting(connections=2)) as served:
+            inside = [await served.call() for _ in range(2)]
+            for wire in inside:
+                await wire.send(HEAD + b"\r\n")
+                assert (await wire.answer())[0] == 201
+            assert await (await served.call()).rest() == b""
+            assert served.server.doorman.refused == 1
+            await inside[0].close()
+            await served.until_inside(1)
+            late = await served.call()
+            await late.send(HEAD + b"\r\n")
+            assert (await late.answer())[0] == 201
+
+    run(test)
+
+
+def test_an_address_has_its_share_and_loopback_is_not_counted() -> None:
+    """An IPv6 network of 64 bits is one address; an IPv4 one in IPv6's clothes is itself."""
+    doorman = Doorman(Limits(connections_per_address=2))
+    assert [doorman.enter("192.0.2.1") for _ in range(3)] == [True, True, False]
+    assert not doorman.enter("::ffff:192.0.2.1")
+    assert [doorman.enter(f"2001:db8::{host}") for host in "123"] == [True, True, False]
+    assert doorman.enter("2001:db8:0:1::1")
+    assert all(doorman.enter("127.0.0.1") and doorman.enter("::1") for _ in range(5))
+    doorman.leave("192.0.2.1")
+    assert doorman.enter("192.0.2.1")
+    assert doorman.count == 15
+    assert doorman.refused == 3
+
+
+def test_the_system_may_allow_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some files are kept for what isn't a connection; the soft limit is raised as far as it goes."""
+    resource = pytest.importorskip("resource")
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, pair: asked.append(pair))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (100, 1000))
+    assert limits.allowed_connections(Limits(connections=5000)) == 1000 - 64
+    assert asked == [(1000, 1000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (100, -1))
+    assert limits.allowed_connections(Limits(connections=5000)) == 5000
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (-1, -1))
+    assert limits.allowed_connections(Limits(connections=5000)) == 5000
