@@ -1,0 +1,203 @@
+"""Many worker processes share few keys through the client, while the server is killed and started again.
+
+    python -m bench.workers [--workers 50] [--keys 10] [--seconds 30] [--kills 2] [--data FILE]
+
+What it shows: no key is ever used by two at once, every worker makes progress, and nothing is left blocked at
+the end. Whether two use one key at once is asked of the operating system, not of keypool: a worker that holds a
+key locks a file that stands for it, and finds it locked if anybody else is in there.
+
+Without --data the server keeps nothing, and isn't killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import random
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from keypool.client import KeyPool, KeyPoolError, LeaseLost, Retry
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK_SECONDS = 5.0
+QUICK = ["--workers", "10", "--keys", "3", "--seconds", "2"]
+_READY = re.compile(r"ready on http://\S+:(\d+)/")
+
+
+def work(url: str, locks: Path, number: int) -> dict[str, int]:
+    """Lease, use and give back until standard input ends; what came of it. Uses stay well within a lease.
+
+    Each line of standard input asks for a sign of life: it is answered by a line after the next use of a key.
+    """
+    counts = {"used": 0, "clashes": 0, "errors": 0, "lost": 0}
+    rng = random.Random(number)
+    asked = False
+    with KeyPool(url, retry=Retry(seconds=20, most=0.5)) as pool:
+        while True:
+            if select.select([sys.stdin], [], [], 0)[0]:
+                if not sys.stdin.readline():
+                    return counts
+                asked = True
+            try:
+                with pool.lease(owner=f"worker-{number}", wait=5) as key:
+                    _use(locks / hashlib.sha256(str(key).encode()).hexdigest(), counts, rng.uniform(0, 0.02))
+                if asked:
+                    print("used", flush=True)
+                    asked = False
+            except LeaseLost:
+                counts["lost"] += 1
+            except KeyPoolError:
+                counts["errors"] += 1
+
+
+def _use(lock: Path, counts: dict[str, int], seconds: float) -> None:
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            counts["clashes"] += 1
+            return
+        time.sleep(seconds)
+        counts["used"] += 1
+
+
+class Server:
+    """A server that is killed and comes back on the same port."""
+
+    def __init__(self, data: str, keepalive_seconds: float = 300.0) -> None:
+        self._flags = [
+            f"--data={data}",
+            f"--block-seconds={BLOCK_SECONDS}",
+            f"--keepalive-seconds={keepalive_seconds}",
+        ]
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Returns when it is ready."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith("KEYPOOL_")}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "server.py"), f"--port={self.port}", *self._flags],
+            stderr=subprocess.PIPE, text=True, env=env,
+        )  # fmt: skip
+        assert self._process.stderr is not None
+        log = []
+        for line in self._process.stderr:
+            log.append(line)
+            found = _READY.search(line)
+            if found:
+                self.port = int(found[1])
+                return
+        raise SystemExit(f"the server did not start:\n{''.join(log)}")
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.end(signal.SIGKILL)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """And wait for it."""
+        self._process.send_signal(number)
+        self._process.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+@contextlib.contextmanager
+def running(data: str) -> Iterator[Server]:
+    """A server that is gone at the end."""
+    server = Server(data)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def trial(workers: int, keys: int, seconds: float, kills: int, data: str) -> dict[str, object]:
+    """One run; what it has shown. Raises AssertionError if a promise was broken.
+
+    Between two kills each worker has to use a key at least once, however long that takes; `seconds` is how long
+    the whole goes on beyond that.
+    """
+    with tempfile.TemporaryDirectory(prefix="keypool-workers-") as folder, running(data) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        with KeyPool(url) as pool:
+            pool.generate_many(keys)
+        processes = [_spawn(url, Path(folder), number) for number in range(workers)]
+        for phase in range(kills + 1):
+            if phase:
+                server.kill()
+                server.start()
+            _signs_of_life(processes)
+            time.sleep(seconds / (kills + 1))
+        results = [json.loads(process.communicate()[0]) for process in processes]
+        assert all(process.returncode == 0 for process in processes)
+        with KeyPool(url) as pool:
+            _wait_until_free(pool)
+            stats = pool.stats()
+    summary: dict[str, object] = {name: sum(each[name] for each in results) for name in results[0]}
+    summary |= {"least": min(each["used"] for each in results), "acquired": stats.acquired}
+    assert summary["clashes"] == 0, f"a key was used by two at once: {summary}"
+    assert stats.total == keys, f"keys were lost: {stats}"
+    return summary
+
+
+def _spawn(url: str, folder: Path, number: int) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "bench.workers", "--work", url, str(folder), str(number)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+
+
+def _signs_of_life(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("still there?\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "used\n"
+
+
+def _wait_until_free(pool: KeyPool) -> None:
+    """Acquires whose answers a kill has swallowed are left to the deadline; nothing may be blocked after it."""
+    deadline = time.monotonic() + BLOCK_SECONDS + 10
+    while pool.stats().blocked:
+        assert time.monotonic() < deadline, f"left blocked: {list(pool.rows(state='blocked'))}"
+        time.sleep(0.05)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See the module. Raises AssertionError if a promise was broken."""
+    if arguments[:1] == ["--work"]:
+        url, folder, number = arguments[1:]
+        print(json.dumps(work(url, Path(folder), int(number))))
+        return 0
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=50)
+    parser.add_argument("--keys", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--data", default=":memory:")
+    args = parser.parse_args(arguments)
+    kills = 0 if args.data == ":memory:" else args.kills
+    summary = trial(args.workers, args.keys, args.seconds, kills, args.data)
+    print(f"{args.workers} workers, {args.keys} keys, {args.seconds:g} s, {kills} kills")
+    print("\n".join(f"{name:>10} {value}" for name, value in summary.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""A bar for batches that take more than one call, on standard error and only if that is a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import TracebackType
+from typing import Self
+
+from keypool.client.calls import MOST_ITEMS
+
+
+class Progress:
+    """`with Progress("generating", 5000) as bar: …progress=bar`. Gone without a trace at the end."""
+
+    def __init__(self, doing: str, total: int) -> None:
+        self._doing = doing
+        self._total = total
+        self._shown = total > MOST_ITEMS and sys.stderr.isatty()
+
+    def __call__(self, done: int) -> None:
+        """So many items are done."""
+        if not self._shown:
+            return
+        share = min(1.0, done / self._total)
+        width = max(10, min(40, shutil.get_terminal_size().columns - 40))
+        bar = "#" * round(share * width)
+        sys.stderr.write(f"\r{self._doing} [{bar:<{width}}] {done}/{self._total} {share:4.0%}")
+        sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        self(0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

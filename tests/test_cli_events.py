@@ -1,0 +1,184 @@
+"""`keypool events`, against a small real websocket server that speaks the feed of the contract; and against the real
+one, as soon as it has a feed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from client_support import clean, keypool, started, unused_port, url_of
+from support import API, ServerProcess, eventually
+from tornado.httpserver import HTTPServer
+from tornado.web import Application
+from tornado.websocket import WebSocketHandler
+
+from keypool.cli.status import Status
+from keypool.client import GeneratedKey, KeyPool
+
+TOKEN = "viewer-token-0123456789"
+
+
+def happened(number: int, event: str = "acquired", **more: Any) -> dict[str, Any]:
+    """An event of the contract."""
+    at = f"2026-01-31T12:00:{number % 60:02}.000Z"
+    return {
+        "event": event,
+        "id": number,
+        "hint": "abcd…wxyz",
+        "owner": "me",
+        "lease": number,
+        "at": at,
+    } | more
+
+
+class Feed:
+    """A feed that sends each new viewer the next script of frames, and then hangs up, or waits if it is the last."""
+
+    def __init__(self, *scripts: list[dict[str, Any]], status: int = 0) -> None:
+        self.scripts = list(scripts)
+        self.viewers = 0
+        self.status = status
+        self.tokens: list[str | None] = []
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
+        assert self._ready.wait(20)
+
+    async def _serve(self) -> None:
+        feed, self._stop, self._loop = self, asyncio.Event(), asyncio.get_running_loop()
+
+        class Handler(WebSocketHandler):
+            async def get(self, *args: Any) -> None:
+                feed.tokens.append(self.request.headers.get("Authorization"))
+                if feed.status:
+                    self.set_status(feed.status)
+                    self.finish()
+                    return
+                await super().get(*args)
+
+            async def open(self, *args: str) -> None:
+                feed.viewers += 1
+                for frame in feed.scripts.pop(0):
+                    await self.write_message(json.dumps(frame))
+                if feed.scripts:
+                    self.close(1001)
+
+        server = HTTPServer(Application([(f"{API}/feed", Handler)]))
+        port = unused_port()
+        server.listen(port, "127.0.0.1")
+        self.url = f"http://127.0.0.1:{port}"
+        self._ready.set()
+        await self._stop.wait()
+        server.stop()
+        await server.close_all_connections()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+
+
+def hello(*events: dict[str, Any]) -> dict[str, Any]:
+    """The first frame."""
+    return {"type": "hello", "seq": 1, "now": "…", "stats": {}, "history": [], "events": list(events)}
+
+
+def delta(*events: dict[str, Any], dropped: int = 0) -> dict[str, Any]:
+    """A frame of news."""
+    return {"type": "delta", "seq": 2, "now": "…", "stats": {}, "events": list(events), "dropped": dropped}
+
+
+def test_a_line_an_event() -> None:
+    beat = {"type": "beat", "seq": 3, "now": "…"}
+    with Feed(
+        [hello(happened(1), happened(2)), beat, delta(happened(3), dropped=4), {"type": "new"}]
+    ) as feed:
+        ran = keypool(None, "--url", feed.url, "events", "--past", "1", "--count", "2", KEYPOOL_TOKEN=TOKEN)
+    assert ran.returncode == 0
+    assert ran.stdout.splitlines() == [
+        "2026-01-31T12:00:02.000Z\tacquired\t2\tabcd…wxyz\tme\t2",
+        "2026-01-31T12:00:03.000Z\tacquired\t3\tabcd…wxyz\tme\t3",
+    ]
+    assert feed.tokens == [f"Bearer {TOKEN}"]
+
+
+def test_json_and_what_was_left_out() -> None:
+    with Feed([hello(), delta(happened(1), dropped=7), delta(happened(2))]) as feed:
+        ran = keypool(None, "--url", feed.url, "events", "--json", "--count", "2")
+    assert [json.loads(line) for line in ran.stdout.splitlines()] == [happened(1), happened(2)]
+    assert "7 events were left out" in ran.stderr
+
+
+def test_it_goes_on_after_a_restart_and_shows_nothing_twice() -> None:
+    first = [hello(happened(1)), delta(happened(2))]
+    second = [hello(happened(1), happened(2), happened(3)), delta(happened(4))]
+    with Feed(first, second, []) as feed:
+        ran = keypool(None, "--url", feed.url, "events", "--count", "4")
+    assert [line.split("\t")[2] for line in ran.stdout.splitlines()] == ["1", "2", "3", "4"]
+    assert "trying on" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "ends"),
+    [(401, Status.DENIED), (403, Status.DENIED), (404, Status.FAILED), (429, Status.FAILED)],
+)
+def test_a_refusal_ends_it(status: int, ends: Status) -> None:
+    with Feed(status=status) as feed:
+        ran = keypool(None, "--url", feed.url, "events")
+    assert ran.returncode == ends
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_nobody_there() -> None:
+    ran = keypool(None, "--url", f"http://127.0.0.1:{unused_port()}", "--retry", "0", "events")
+    assert ran.returncode == Status.UNREACHABLE
+
+
+def test_garbage() -> None:
+    with Feed([{"no": "type"}]) as feed:
+        ran = keypool(None, "--url", feed.url, "events")
+    assert ran.returncode == Status.FAILED
+    assert "can't be read" in ran.stderr
+
+
+@pytest.fixture
+def feeding(server: ServerProcess) -> Iterator[ServerProcess]:
+    if server.client().get(f"{API}/feed").status != 426:
+        pytest.skip("this server has no feed yet")
+    yield server
+    clean(server)
+
+
+def test_the_real_feed(feeding: ServerProcess) -> None:
+    with (
+        KeyPool(url_of(feeding)) as pool,
+        started(feeding, ["-m", "keypool", "events", "--json", "--past", "0", "--count", "4"]) as process,
+    ):
+        assert process.stdout is not None
+        made: list[GeneratedKey] = []
+
+        def seen_one() -> bool:
+            made.append(pool.generate())
+            return _readable(process.stdout)
+
+        eventually(seen_one, "a first event")
+        seen = [json.loads(process.stdout.readline())]
+        with pool.lease(owner="me"):
+            pass
+        pool.delete_many(made)
+        seen += [json.loads(line) for line in process.stdout]
+        assert process.wait(30) == 0
+    assert {event["event"] for event in seen} <= {"generated", "acquired", "unblocked", "deleted"}
+    assert all(set(event) == {"event", "id", "hint", "owner", "lease", "at"} for event in seen)
+
+
+def _readable(stream: Any) -> bool:
+    import select
+
+    return bool(select.select([stream], [], [], 0.3)[0])

@@ -1,0 +1,187 @@
+"""The wheel: what is in it, and that it works in a fresh environment, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from client_support import environment
+from support import ROOT
+
+from keypool import resources
+
+pytest.importorskip("setuptools")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this tree, with one more file in templates/ and in static/, as the dashboard's come to be there."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    kept = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
+    source.mkdir()
+    for name in ("keypool", "templates", "static"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=kept)
+    for path in ROOT.iterdir():
+        if path.is_file() and path.suffix in (".py", ".toml", ".txt", ".in", ".md"):
+            shutil.copy(path, source)
+    for name in ("templates/probe/page.html", "static/probe/style.css"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    ran = subprocess.run(
+        [*pip, "--disable-pip-version-check", "-w", str(folder), str(source)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "No module named pip" in ran.stderr:
+        pytest.skip("there is no pip in this environment")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the programs of an environment with that wheel, and with nothing else: no dependency."""
+    folder = tmp_path_factory.mktemp("fresh") / "env"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
+    subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True)
+    return python.parent
+
+
+def _environment() -> dict[str, str]:
+    kept = environment()
+    del kept["PYTHONPATH"]
+    return kept
+
+
+def test_what_is_in_the_wheel(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "keypool/py.typed",
+        "keypool/__main__.py",
+        "keypool/client/pool.py",
+        "keypool/cli/main.py",
+    } <= names
+    for path in (ROOT / "keypool").rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in names
+    assert {"keypool/_web/templates/probe/page.html", "keypool/_web/static/probe/style.css"} <= names
+    for folder in resources.FOLDERS:
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file():
+                assert f"keypool/_web/{path.relative_to(ROOT).as_posix()}" in names
+    assert all(name.startswith(("keypool/", "keypool-")) for name in names), names
+
+
+def test_its_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    [metadata] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
+    [entries] = [
+        archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")
+    ]
+    assert "keypool = keypool.cli.main:main" in entries
+    assert "Requires-Dist: tornado" in metadata
+    assert "Provides-Extra: aiohttp" in metadata
+
+
+def test_client_and_command_need_nothing_else(fresh: Path, tmp_path: Path) -> None:
+    code = "import keypool.client; print(keypool.client.KeyPool())"
+    ran = subprocess.run([fresh / "python", "-W", "error", "-c", code], capture_output=True, text=True,
+                         cwd=tmp_path, env=_environment(), check=True)  # fmt: skip
+    assert ran.stdout == "KeyPool('http://127.0.0.1:8888')\n"
+    helped = subprocess.run(
+        [fresh / "keypool", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=_environment(),
+        check=True,
+    )
+    assert "serve" in helped.stdout
+    wanting = subprocess.run(
+        [fresh / "keypool", "serve"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=_environment(),
+        check=False,
+    )
+    assert wanting.returncode == 1
+    assert "pip install" in wanting.stderr
+    assert len(wanting.stderr.splitlines()) == 1
+
+
+def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
+    """The dependencies are this environment's, made visible by path: nothing is downloaded for the test."""
+    site = next(fresh.parent.glob("lib/python*/site-packages"))
+    link = site / "dependencies.pth"
+    link.write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    process = subprocess.Popen(
+        [fresh / "keypool", "serve", "--port=0", "--data=:memory:"],
+        stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=_environment(),
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        line = next((line for line in process.stderr if "ready on" in line), "")
+        url = line.split("ready on ")[1].strip()
+        for words in (["generate"], ["acquire"], ["stats"]):
+            ran = subprocess.run(
+                [fresh / "keypool", "--url", url, "--json", *words], capture_output=True, text=True, cwd=tmp_path,
+                env=_environment(), check=True,
+            )  # fmt: skip
+            assert json.loads(ran.stdout)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+        link.unlink()
+    code = "from keypool import resources; print(resources.folder('templates')); print(resources.folder('static'))"
+    ran = subprocess.run(
+        [fresh / "python", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=_environment(),
+        check=True,
+    )
+    templates, static = map(Path, ran.stdout.splitlines())
+    assert (templates / "probe" / "page.html").read_text() == "templates/probe/page.html"
+    assert (static / "probe" / "style.css").read_text() == "static/probe/style.css"
+
+
+def test_resources_of_a_checkout_come_first(tmp_path: Path) -> None:
+    package = tmp_path / "keypool"
+    packed, top = package / "_web" / "static", tmp_path / "static"
+    assert resources.folder("static", package) == packed
+    top.mkdir()
+    assert (
+        resources.folder("static", package) == packed
+    )  # some folder of that name beside an installed package
+    (tmp_path / "server.py").write_text("")
+    assert resources.folder("static", package) == top
+    with pytest.raises(ValueError, match="templates"):
+        resources.folder("secrets")
