@@ -6,7 +6,19 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-BENCHES = ("pool", "http", "expiry", "soak")
+BENCHES = (
+    "pool",
+    "http",
+    "expiry",
+    "soak",
+    "attack",
+    "endure",
+    "crash",
+    "durable",
+    "restore",
+    "viewers",
+    "workers",
+)
 
 
 def main(arguments: Sequence[str]) -> int:

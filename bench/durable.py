@@ -36,7 +36,7 @@ from keypool.engine.embedded import EmbeddedEngine
 
 QUICK = ["--keys=20000", "--rounds=3", "--seconds=1"]
 SHARE, STALL, BYTES = 0.7, 0.025, 150
-FSYNCS, BESIDE = 2.0, 0.002
+FSYNCS, BESIDE = 1.5, 0.001
 """A single call may take so many times a bare fdatasync, and so many seconds beside: SQLite syncs once, and
 writes twice."""
 
@@ -162,8 +162,10 @@ async def _main(pipe: Connection, path: Path | None, keys: int) -> int:
             stopped.set()
             return
         journal = engine.journal
-        before, commits = commits, 0 if journal is None else journal.commits
-        pipe.send(Told(probe.take(), commits - before, 0 if journal is None else journal.last_batch_rows))
+        before, commits = commits, 0 if journal is None else journal.commit_rows.count
+        pipe.send(
+            Told(probe.take(), commits - before, 0 if journal is None else int(journal.commit_rows.last))
+        )
 
     asyncio.get_running_loop().add_reader(pipe.fileno(), asked)
     await stopped.wait()

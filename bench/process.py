@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from keypool import runtime
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -78,8 +80,13 @@ def on_loop(main: Coroutine[Any, Any, T]) -> T:
     try:
         import uvloop  # noqa: PLC0415 - where there is one
     except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
+        return asyncio.run(_as_the_server_does(main))
+    return uvloop.run(_as_the_server_does(main))
+
+
+async def _as_the_server_does(main: Coroutine[Any, Any, T]) -> T:
+    runtime.collect_the_young(asyncio.get_running_loop())
+    return await main
 
 
 def pipe() -> tuple[Connection, Connection]:

@@ -28,7 +28,7 @@ from keypool import logs, runtime
 from keypool.app import make_app
 from keypool.auth import Access
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.handlers.api import DISCARDED
+from keypool.limits import DISCARDED
 
 CONSTANT = b'{"id":421337,"key":"5TRxAbCdEfGhIjKlMnOp","lease":171717,"release_in":60.0,"expires_in":281.4}'
 _MAX_HEADER_SIZE = 64 * 1024

@@ -8,33 +8,80 @@ from tornado.routing import PathMatches, Rule
 from tornado.web import Application
 
 from keypool.auth import Access
+from keypool.dashboard import Dashboard
 from keypool.engine import Engine
+from keypool.engine.loading import Loading
 from keypool.handlers.api import ApiRouter
+from keypool.handlers.dashboard import Calls, Events, Figures, KeyPanel, Keys, Overview, System
 from keypool.handlers.dispatch import Dispatcher
+from keypool.handlers.feed import FeedHandler
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.legacy import LEGACY
 from keypool.handlers.pages import Health, Nothing, Ready
+from keypool.handlers.scrape import Metrics, Scraped
+from keypool.handlers.signin import SignIn, SignOut
+from keypool.handlers.static import Static
+from keypool.openapi import describing
 from keypool.operations import OPERATIONS
+from keypool.settings import Settings
 
 
-def make_app(engine: Engine, access: Access) -> Application:
-    """The Tornado application over an engine.
+def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> Application:
+    """The Tornado application over an engine. Needs a running loop.
 
-    Of its settings, `in_flight` counts the requests being answered, and `dispatcher` has the engine, which
-    may be put in place later (engine/loading.py).
+    Of its settings, `in_flight` counts the requests being answered, `dispatcher` has the calls, `dashboard` is
+    to be drained at a stop, and `scraped` is what /metrics shows beside the engine's.
     """
     in_flight = InFlight()
-    dispatcher = Dispatcher(engine, access, OPERATIONS + LEGACY)
-    shared = {"access": access, "dispatcher": dispatcher, "in_flight": in_flight}
+    calls = OPERATIONS + LEGACY
+    dispatcher = Dispatcher(engine, access, (*calls, describing(calls, access.open)))
+    shared = {"engine": engine, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
+    dashboard = Dashboard(engine, access, settings or Settings())
+    scraped = Scraped({"loop_stall_seconds": dashboard.stall.tally}, lambda: dashboard.feed.viewers)
     return Application(
         [
+            (r"/api/v1/feed", FeedHandler, shared),
             Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight)),
             (r"/healthz", Health, shared),
             (r"/readyz", Ready, shared),
+            (r"/metrics", Metrics, shared),
+            (r"/", Overview, shared),
+            (r"/keys", Keys, shared),
+            (r"/keys/([0-9]+)", KeyPanel, shared),
+            (r"/events", Events, shared),
+            (r"/system", System, shared),
+            (r"/calls", Calls, shared),
+            (r"/figures", Figures, shared),
+            (r"/login", SignIn, shared),
+            (r"/logout", SignOut, shared),
+            (r"/static/([0-9a-f]+)/(.+)", Static, shared),
             (r".*", Nothing, shared),
         ],
         in_flight=in_flight,
         dispatcher=dispatcher,
+        dashboard=dashboard,
+        scraped=scraped,
+        cross_origin_protection=True,
+        websocket_ping_interval=60,  # a viewer that isn't there any more leaves within two minutes
+        websocket_max_message_size=4096,  # viewers have nothing to say
         log=logging.getLogger("keypool.pages"),
         log_function=lambda handler: None,  # its line would hold the target, and so perhaps a key
+    )
+
+
+def make_loading_app(access: Access) -> Application:
+    """What stands in for the application while the keys are read: /healthz, /readyz, and 503 for the rest."""
+    in_flight = InFlight()
+    dispatcher = Dispatcher(Loading(), access, OPERATIONS + LEGACY)
+    shared = {"engine": Loading(), "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
+    return Application(
+        [
+            Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight)),
+            (r"/healthz", Health, shared),
+            (r".*", Ready, shared),
+        ],
+        in_flight=in_flight,
+        dispatcher=dispatcher,
+        log=logging.getLogger("keypool.pages"),
+        log_function=lambda handler: None,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
@@ -35,8 +35,18 @@ class Caller:
     token: str
 
 
+NOBODY = Caller(Role.CLIENT, "none")
+"""The caller of a call that asks for no token."""
+
 ANYONE = Caller(Role.ADMIN, "open")
 """Whoever calls an open server."""
+
+XSRF_HEADER = "X-Keypool-Xsrf"
+"""What the dashboard's own scripts send beside the session cookie, and no other site's page can."""
+
+
+def _no_session(headers: Mapping[str, str]) -> Caller:
+    raise Unauthorized("this server keeps no sessions: send Authorization: Bearer TOKEN")
 
 
 class Access:
@@ -51,6 +61,22 @@ class Access:
                 digest = hashlib.sha256(token.encode()).digest()
                 self._callers[digest] = Caller(role, digest.hex()[:8])
         self.open = not self._callers
+        self.by_session: Callable[[Mapping[str, str]], Caller] = _no_session
+        """Who a session cookie stands for; session.py sets it. Raises Unauthorized."""
+
+    def caller(self, headers: Mapping[str, str]) -> Caller:
+        """The caller of an API call: by its token, or by session if it is the dashboard's own script.
+
+        A cookie alone is nobody's word, since the browser adds it by itself. Raises Unauthorized.
+        """
+        authorization = headers.get("Authorization")
+        if authorization is None and not self.open and XSRF_HEADER in headers:
+            return self.by_session(headers)
+        return self.identify(authorization)
+
+    def callers(self) -> dict[bytes, Caller]:
+        """Everybody whom a token stands for, by the token's digest."""
+        return dict(self._callers)
 
     def identify(self, authorization: str | None) -> Caller:
         """The caller of a request with this Authorization header. About 1 µs. Raises Unauthorized."""

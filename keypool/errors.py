@@ -8,13 +8,19 @@
     │   └── PoolFull                 `--max-keys` reached
     ├── Unavailable                  not now; the same call may succeed later
     │   ├── StorageUnavailable       the outcome is not known: it may yet reach the disk
+    │   ├── Loading                  the server is reading its keys; the call was not made
     │   ├── Draining                 the server is stopping
-    │   └── TooManyWaiters           `--max-waiters` reached
+    │   ├── TooManyWaiters           `--max-waiters` reached
+    │   └── TooMany                  carries `retry_after`, in seconds
+    │       ├── TooManyViewers       `--max-viewers` reached
+    │       └── TooManySignIns       too many wrong tokens from one address
     └── RequestRefused               the request itself is wrong, or not this caller's
         ├── BadRequest               malformed JSON, a wrong field or parameter, out of range
         ├── Unauthorized  Forbidden  CrossSite  WrongHost
         ├── NotFound                 no such path
         ├── MethodNotAllowed         carries `allow`, the methods that the path has
+        ├── UpgradeRequired          the feed, asked without a websocket
+        ├── RequestTimeout           its head or body took longer than the server waits
         └── PayloadTooLarge  UriTooLong  HeadersTooLarge  UnsupportedMediaType
     StartError                       the server can't start: one line, exit status 1
     └── SettingsError                a wrong flag, variable or TOML key: exit status 2
@@ -110,6 +116,16 @@ class StorageUnavailable(Unavailable):
     title = "Storage unavailable"
 
 
+class Loading(Unavailable):
+    """The server is still reading its keys. The call was not made; ask again in a moment."""
+
+    code = "loading"
+    title = "Server is loading"
+
+    def __init__(self) -> None:
+        super().__init__("the server is loading its keys; ask again in a moment")
+
+
 class Draining(Unavailable):
     """The server is stopping; ask again after its restart, or ask another one."""
 
@@ -130,6 +146,36 @@ class TooManyWaiters(Unavailable):
         super().__init__(
             f"{max_waiters} calls (--max-waiters) are waiting for a key already; try again later"
         )
+
+
+class TooMany(Unavailable):
+    """More than the server takes at a time. `retry_after` is when to ask again, in seconds."""
+
+    def __init__(self, detail: str, retry_after: float) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class TooManyViewers(TooMany):
+    """`--max-viewers` websockets are open already."""
+
+    code = "too-many-viewers"
+    title = "Too many viewers"
+
+    def __init__(self, max_viewers: int) -> None:
+        super().__init__(
+            f"{max_viewers} viewers (--max-viewers) have the feed open already; ask GET /stats instead", 5
+        )
+
+
+class TooManySignIns(TooMany):
+    """Wrong tokens came too often from this address."""
+
+    code = "too-many-sign-ins"
+    title = "Too many sign-ins"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("too many wrong tokens from this address; wait, then try again", retry_after)
 
 
 class RequestRefused(KeypoolError):
@@ -190,6 +236,23 @@ class MethodNotAllowed(RequestRefused):
     def __init__(self, allow: str) -> None:
         super().__init__(f"this path takes {allow}")
         self.allow = allow
+
+
+class UpgradeRequired(RequestRefused):
+    """The feed is a websocket."""
+
+    code = "upgrade-required"
+    title = "Upgrade required"
+
+    def __init__(self) -> None:
+        super().__init__("the feed is a websocket: send Upgrade: websocket, Sec-WebSocket-Version: 13")
+
+
+class RequestTimeout(RequestRefused):
+    """The request didn't come whole in the time that the server waits for one."""
+
+    code = "request-timeout"
+    title = "Request timeout"
 
 
 class PayloadTooLarge(RequestRefused):

@@ -6,7 +6,9 @@ The engine journals it, arms timers and publishes an Event to whoever watches. A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import islice
 
 import msgspec
 
@@ -45,3 +47,9 @@ def tell(happened: Happened) -> Event:
     """What may be told of it. Made only for the few that somebody looks at: a microsecond each."""
     change, key, owner, lease, at = happened
     return Event(change, key.id, key.hint, owner, lease or None, moment(at))
+
+
+def latest(events: Sequence[Happened], count: int, key_id: int | None = None) -> list[Event]:
+    """The last `count` of these, oldest first, as they are told; with `key_id`, of that key only."""
+    backwards = (happened for happened in reversed(events) if key_id is None or happened[1].id == key_id)
+    return [tell(happened) for happened in islice(backwards, count)][::-1]

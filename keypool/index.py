@@ -21,7 +21,7 @@ _IDS_PER_BUCKET = 1024
 _TEXT_BUCKET = 2  # characters: 3,844 buckets
 _SHOWN = 4  # characters of a text that a hint shows, and so a position may hold
 _QUANTUM = 64  # buckets a second
-_FULL = 4096  # keys in a deadline bucket, after which the next one of the same quantum is opened
+_FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
 _SPARE_NUMBERS = 1 << 20  # numbers a quantum has for its buckets
 
 Position = tuple[int | float, ...]
@@ -39,14 +39,27 @@ class Bucket(dict[int, Key]):
 
 
 class DeadlineBucket(Bucket):
-    """Keys that share a stretch of deadlines. `latest` is the largest ever added, for `ordered`."""
+    """Keys that share a stretch of deadlines, which `ends` at a moment.
 
-    __slots__ = ("latest", "ordered")
+    `latest` is the largest deadline ever added, for `ordered`. `timer` is engine/timers.py's alone.
+    """
+
+    __slots__ = ("latest", "ordered", "timer")
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.latest = 0.0
         self.ordered = True
+        self.timer: object = None
+
+    @property
+    def ends(self) -> float:
+        """The moment by which all deadlines in it have passed."""
+        return (self.number // _SPARE_NUMBERS + 1) / _QUANTUM
+
+
+BucketListener = Callable[[DeadlineBucket], None]
+"""Is told of a bucket that was opened with a first key, or closed with its last."""
 
 
 class IdIndex:
@@ -164,11 +177,16 @@ class DeadlineIndex:
     A bucket is 1/64 s of deadlines (a quantum), or a part of one that is crowded. Within it keys stand in order
     of insertion, which is the order of their deadlines as long as each deadline is the same length of time
     after a clock that never goes back. Keys restored under other settings may break that: then the bucket knows
-    (`ordered`), and is put in order when it is read.
+    (`ordered`), and is put in order when it is read. `opened` and `closed` are told of buckets that come and
+    go: a timer for each is a timer for every deadline, at no cost a key.
     """
 
-    def __init__(self, deadline: Callable[[Key], float]) -> None:
+    def __init__(
+        self, deadline: Callable[[Key], float], opened: BucketListener, closed: BucketListener
+    ) -> None:
         self._deadline = deadline
+        self._opened = opened
+        self._closed = closed
         self._buckets: SortedDict[int, DeadlineBucket] = SortedDict()
         self._crowded: dict[
             int, int
@@ -202,6 +220,7 @@ class DeadlineIndex:
             bucket = None
         if bucket is None:
             bucket = self._buckets[number] = DeadlineBucket(number)
+            self._opened(bucket)
         self._open, self._open_quantum = bucket, quantum
         return bucket
 
@@ -211,11 +230,16 @@ class DeadlineIndex:
         if bucket:
             return
         del self._buckets[bucket.number]
+        self._closed(bucket)
         if bucket is self._open:
             self._open = None
         quantum = bucket.number // _SPARE_NUMBERS
         if self._crowded and not self._of_quantum(quantum):
             self._crowded.pop(quantum, None)
+
+    def buckets(self) -> Iterator[DeadlineBucket]:
+        """All that are open, in order of their deadlines."""
+        return iter(self._buckets.values())
 
     def first(self) -> Key | None:
         """The key whose deadline comes first, or None. O(1), in a crowded quantum O(its buckets)."""
@@ -244,6 +268,11 @@ class DeadlineIndex:
                 if len(found) == limit:
                     return found
         return found
+
+    def count_until(self, moment: float) -> int:
+        """How many deadlines come before a moment, to 1/64 s. O(buckets before it): 64 a second."""
+        last = int(moment * _QUANTUM) * _SPARE_NUMBERS
+        return sum(len(self._buckets[number]) for number in self._buckets.irange(None, last))
 
     def _of_quantum(self, quantum: int) -> list[DeadlineBucket]:
         numbers = self._buckets.irange(

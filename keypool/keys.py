@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import msgspec
+
 if TYPE_CHECKING:
     from keypool.index import DeadlineBucket
 
@@ -38,39 +40,34 @@ class State(StrEnum):
     BLOCKED = "blocked"
 
 
-class Key:
-    """One key of the pool. About 140 bytes, with its text 210; changed by pool.py and nobody else."""
+class Key(msgspec.Struct, gc=False, eq=False):
+    """One key of the pool, changed by pool.py and nobody else. About 130 bytes, with its text 200.
 
-    __slots__ = (
-        # durable
-        "id",  # int, from 1, never used again
-        "text",  # str, the secret itself
-        "created_at",  # moment of generate
-        "expires_deadline",  # purged when it passes; moved by keepalive; DEAD once purged
-        "release_deadline",  # available again when it passes; None unless blocked
-        "lease",  # int, number of the latest acquire; 0 if it was never served
-        "owner",  # str, who holds it; None unless blocked and named
-        # in memory
-        "slot",  # int, index in the pool's list of available keys; -1 unless available
-        "expiry_bucket",  # place in the order by expires_deadline
-        "release_bucket",  # place in the order by release_deadline; None unless blocked
-        "expiry_timer",  # handle of the loop's timer, of engine/timers.py alone
-        "release_timer",  # likewise; None unless blocked
-    )
+    A Struct without `gc`: the garbage collector doesn't know of keys, so it can't walk them.
+    """
 
-    def __init__(self, id: int, text: str, created_at: float, expires_deadline: float) -> None:
-        self.id = id
-        self.text = text
-        self.created_at = created_at
-        self.expires_deadline = expires_deadline
-        self.release_deadline: float | None = None
-        self.lease = 0
-        self.owner: str | None = None
-        self.slot = -1
-        self.expiry_bucket: DeadlineBucket | None = None
-        self.release_bucket: DeadlineBucket | None = None
-        self.expiry_timer: object = None
-        self.release_timer: object = None
+    # durable
+    id: int
+    """From 1, never used again."""
+    text: str
+    """The secret itself."""
+    created_at: float
+    """The moment of generate."""
+    expires_deadline: float
+    """Purged when it passes; moved by keepalive; DEAD once purged."""
+    release_deadline: float | None = None
+    """Available again when it passes; None unless blocked."""
+    lease: int = 0
+    """The number of the latest acquire; 0 if it was never served."""
+    owner: str | None = None
+    """Who holds it; None unless blocked and named."""
+    # in memory
+    slot: int = -1
+    """Index in the pool's list of available keys; -1 unless available."""
+    expiry_bucket: DeadlineBucket | None = None
+    """Place in the order by expires_deadline."""
+    release_bucket: DeadlineBucket | None = None
+    """Place in the order by release_deadline; None unless blocked."""
 
     @property
     def hint(self) -> str:

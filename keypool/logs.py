@@ -7,14 +7,26 @@ are left out, since they quote what was sent.
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from typing import Any
 
 import msgspec
 
-from keypool.keys import moment
+from keypool.keys import hint, moment
+
+_LONG = re.compile(r"[A-Za-z0-9]{16,}")  # as keys are
 
 
-class TextFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """The trace, in which what may be a key is a hint: a KeyError, say, quotes what was looked for."""
+        lines = super().formatException(ei).split("\n")
+        # Frames, which are indented, hold our own words.
+        return "\n".join(line if line[:1] == " " else _LONG.sub(_hinted, line) for line in lines)
+
+
+class TextFormatter(_Formatter):
     """`2026-01-31T12:00:00.000Z INFO keypool: what happened`."""
 
     def __init__(self) -> None:
@@ -25,8 +37,8 @@ class TextFormatter(logging.Formatter):
         return _moment(record)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line. What a record has as `extra={"audit": …}` stands beside the message."""
+class JsonFormatter(_Formatter):
+    """One JSON object a line. What a record has as `extra={"audit": …}` or "fields" stands beside the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of JSON."""
@@ -36,9 +48,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        audit = getattr(record, "audit", None)
-        if audit is not None:
-            line |= audit
+        for name in ("audit", "fields"):
+            line |= getattr(record, name, {})
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line).decode()
@@ -52,6 +63,10 @@ def configure(level: str, format: str) -> None:
     logging.getLogger("tornado.general").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+def _hinted(found: re.Match[str]) -> str:
+    return hint(found.group())
 
 
 def _moment(record: logging.LogRecord) -> str:

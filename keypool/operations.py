@@ -47,6 +47,7 @@ from keypool.errors import (
 )
 from keypool.keys import hint
 
+ANYONE: frozenset[Role] = frozenset()  # no token is asked for
 CLIENT = frozenset({Role.CLIENT, Role.ADMIN})
 VIEWER = frozenset({Role.VIEWER, Role.ADMIN})
 ADMIN = frozenset({Role.ADMIN})

@@ -26,7 +26,7 @@ from operator import attrgetter
 
 from keypool.errors import PoolFull, StaleLease, UnknownKey
 from keypool.events import Change
-from keypool.index import DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
+from keypool.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
 from keypool.keys import DEAD, Key, State
 
 SETTLED_AT_ONCE = 64
@@ -50,6 +50,11 @@ class Counters:
     expired: int = 0
     kept_alive: int = 0
     refused: int = 0
+
+    @property
+    def changes(self) -> int:
+        """How often a key was made, went from one state to the other, or was purged."""
+        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
 
 
 @dataclass(slots=True)
@@ -87,6 +92,8 @@ class Pool:
         new_text: Callable[[], str],
         random: Callable[[], float],
         on_change: Listener = lambda change, key, owner: None,
+        on_opened: BucketListener = lambda bucket: None,
+        on_closed: BucketListener = lambda bucket: None,
     ) -> None:
         self.block_seconds = block_seconds
         self.keepalive_seconds = keepalive_seconds
@@ -101,8 +108,8 @@ class Pool:
         self._total = 0
         self._by_id = IdIndex()
         self._by_text = TextIndex()
-        self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"))
-        self._by_release = DeadlineIndex(attrgetter("release_deadline"))
+        self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
+        self._by_release = DeadlineIndex(attrgetter("release_deadline"), on_opened, on_closed)
 
     # -- counts, each O(1)
 
@@ -217,19 +224,6 @@ class Pool:
 
     # -- deadlines
 
-    def release(self, key: Key, lease: int) -> None:
-        """The timer of this lease has fired: free the key, unless it isn't blocked under it any more. O(1).
-
-        Does not look at a clock: a loop may fire its timer a millisecond early.
-        """
-        if key.release_deadline is not None and key.lease == lease:
-            self._free(key, Change.RELEASED)
-
-    def expire(self, key: Key, deadline: float) -> None:
-        """The timer of this deadline has fired: purge the key, unless its deadline was moved. O(log n)."""
-        if key.expires_deadline == deadline:
-            self._purge(key, Change.EXPIRED)
-
     def settle(self, now: float) -> None:
         """Release and purge what is overdue, `SETTLED_AT_ONCE` of each at most. O(1) if nothing is."""
         for key in self._by_expiry.due(now, SETTLED_AT_ONCE):
@@ -242,15 +236,32 @@ class Pool:
 
     def overdue(self, now: float) -> bool:
         """Whether some key has passed its `expires_deadline` and isn't purged yet. O(1)."""
+        next_expiry = self.next_expiry()
+        return next_expiry is not None and next_expiry <= now
+
+    def next_expiry(self) -> float | None:
+        """The earliest `expires_deadline`; None if there is no key. O(1)."""
         first = self._by_expiry.first()
-        return first is not None and first.expires_deadline <= now
+        return None if first is None else first.expires_deadline
+
+    def next_release_deadline(self) -> float | None:
+        """The earliest `release_deadline`; None if none is blocked. O(1)."""
+        first = self._by_release.first()
+        return None if first is None else first.release_deadline
+
+    def deadline_buckets(self) -> Iterator[DeadlineBucket]:
+        """All stretches of time in which some key has a deadline. O(their number)."""
+        yield from self._by_expiry.buckets()
+        yield from self._by_release.buckets()
+
+    def expiring(self, until: float) -> int:
+        """Keys whose `expires_deadline` comes before `until`. O(seconds until then), not O(keys)."""
+        return self._by_expiry.count_until(until)
 
     def next_release(self, now: float) -> float | None:
         """Seconds until the earliest release of a blocked key, at least 0; None if none is blocked. O(1)."""
-        first = self._by_release.first()
-        if first is None or first.release_deadline is None:
-            return None
-        return max(0.0, first.release_deadline - now)
+        deadline = self.next_release_deadline()
+        return None if deadline is None else max(0.0, deadline - now)
 
     # -- pages
 

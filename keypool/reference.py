@@ -12,6 +12,7 @@ from pathlib import Path
 from keypool.errors import KeypoolError
 from keypool.handlers.legacy import LEGACY
 from keypool.handlers.problems import status_of
+from keypool.metrics import METRICS
 from keypool.operations import OPERATIONS, Operation
 from keypool.settings import settings_table
 
@@ -34,9 +35,17 @@ def errors_table() -> str:
     return _table(rows)
 
 
+def metrics_table() -> str:
+    """Every metric that /metrics has."""
+    rows: list[tuple[str, ...]] = [("metric", "kind", "labels", "what it is"), ("---",) * 4]
+    rows += [(f"`{each.name}`", each.kind, each.labels or "none", each.about) for each in METRICS]
+    return _table(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calls": calls_table,
     "errors": errors_table,
+    "metrics": metrics_table,
     "settings": settings_table,
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -17,6 +18,8 @@ from collections.abc import Coroutine
 from typing import Any, NoReturn
 
 _NEVER = 1 << 30
+_COLLECT_SECONDS = 0.05
+_MIDDLE_EVERY = 20
 _log = logging.getLogger("keypool")
 
 
@@ -28,11 +31,26 @@ def spare_the_old_generation() -> None:
     gc.set_threshold(max(young, 2000), middle, _NEVER)
 
 
+def collect_the_young(loop: asyncio.AbstractEventLoop) -> None:
+    """Collect the young generations 20 times a second, for as long as the loop runs. 0.1 ms a time, or less.
+
+    Left alone, the interpreter does it when allocations exceed frees by a number; where as many objects go as
+    come, survivors pile up by the hundred thousand before it does, and then it visits them all at once.
+    """
+    times = itertools.count(1)
+
+    def collect() -> None:
+        gc.collect(1 if next(times) % _MIDDLE_EVERY == 0 else 0)
+        loop.call_later(_COLLECT_SECONDS, collect)
+
+    collect()
+
+
 def run(main: Coroutine[Any, Any, int]) -> NoReturn:
     """Run the coroutine on uvloop, or where there is none, slower, on the stock loop; exit with its result.
 
-    Raises what it raises. Its result ends the process on the spot: to free a million keys and their timers
-    one by one would take seconds that a stop doesn't have.
+    Raises what it raises. Its result ends the process on the spot: to free a million keys one by one
+    would take seconds that a stop doesn't have.
     """
     try:
         import uvloop  # noqa: PLC0415 - where there is one
@@ -45,6 +63,7 @@ def run(main: Coroutine[Any, Any, int]) -> NoReturn:
 
 
 async def _to_the_end(main: Coroutine[Any, Any, int]) -> NoReturn:
+    collect_the_young(asyncio.get_running_loop())
     status = await main
     logging.shutdown()
     sys.stdout.flush()

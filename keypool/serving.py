@@ -19,22 +19,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application
 
-from keypool.app import make_app
+from keypool.app import make_app, make_loading_app
 from keypool.auth import Access
 from keypool.engine import Engine
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.loading import Loading
 from keypool.errors import StartError
-from keypool.handlers.api import DISCARDED
-from keypool.handlers.dispatch import Dispatcher
+from keypool.handlers.inflight import InFlight
+from keypool.handlers.scrape import Scraped
+from keypool.notify import Notifier
 from keypool.settings import Settings
+from keypool.stock import StockServer
 
-_MAX_HEADER_SIZE = 256 * 1024  # more than dispatch reads: what is too long is answered, not cut
+_QUIET_TURNS = 3  # turns of the loop without a new request, after which what had come has been read
+_LINGER = 0.02  # seconds a turn: a caller who was just answered may ask once more, and is told of the end
 _CLOSING_SECONDS = 1.0  # of --drain-seconds, left for the last commit
 _log = logging.getLogger("keypool")
 
@@ -44,21 +45,26 @@ async def serve(settings: Settings) -> int:
     asked_to_stop = _Signals().asked
     sockets = _bind(settings)
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
-    app = make_app(Loading(), access)
-    server = HTTPServer(app, max_header_size=_MAX_HEADER_SIZE, max_body_size=DISCARDED)
+    server = StockServer(make_loading_app(access))
     server.add_sockets(sockets)
-    dispatcher: Dispatcher = app.settings["dispatcher"]
+    notifier = Notifier(os.environ)
+    notifier.status("loading")
     stop = asyncio.ensure_future(asked_to_stop.wait())
     loading = asyncio.ensure_future(open_engine(settings))
     await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
         return 0
-    dispatcher.engine = await loading
+    engine = await loading
+    app = make_app(engine, access, settings)
+    server.serve_app(app)
+    _measure(server, app.settings["scraped"])
     _log.info("ready on %s", _url(settings, sockets))
+    notifier.ready(f"serving on {_url(settings, sockets)}")
     await stop
     _log.info("draining")
-    await _drain(server, app, dispatcher.engine, settings.drain_seconds)
+    notifier.stopping("draining")
+    await _drain(server, sockets, app, engine, settings.drain_seconds)
     _log.info("stopped")
     return 0
 
@@ -91,19 +97,50 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
     return f"http://{host}:{sockets[0].getsockname()[1]}/"
 
 
-async def _drain(server: HTTPServer, app: Application, engine: Engine, seconds: float) -> None:
+def _measure(server: StockServer, scraped: Scraped) -> None:
+    """Let /metrics show how many connections there are."""
+    scraped.connections = lambda: server.doorman.count
+    scraped.refused_connections = lambda: server.doorman.refused
+
+
+async def _drain(
+    server: StockServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
+) -> None:
     """Stop within `seconds`: whoever was accepted is answered, as far as that goes."""
     deadline = time.monotonic() + seconds
+    server.take_queue(sockets)
     server.stop()
+    server.keep_none_alive()
     engine.drain()
-    if not await app.settings["in_flight"].wait_idle(seconds - min(_CLOSING_SECONDS, seconds / 4)):
-        _log.warning(
-            "%d requests were cut: not answered within --drain-seconds", app.settings["in_flight"].count
-        )
+    app.settings["dashboard"].drain()
+    in_flight: InFlight = app.settings["in_flight"]
+    if not await _wait_idle(server, in_flight, deadline - min(_CLOSING_SECONDS, seconds / 4)):
+        _log.warning("%d requests were cut: not answered within --drain-seconds", in_flight.count)
+    # In this turn, before anybody asks again: what would be done now could not be answered any more.
+    server.cut_all()
     closing = [asyncio.ensure_future(each) for each in (server.close_all_connections(), engine.close())]
     done, _ = await asyncio.wait(closing, timeout=max(0.1, deadline - time.monotonic()))
     for step in done:
         step.result()
+
+
+async def _wait_idle(server: StockServer, in_flight: InFlight, deadline: float) -> bool:
+    """Wait until all that had come is answered; whether it was by the deadline.
+
+    A request that had come may not be read yet: only when no new one has begun for some turns of the loop have
+    all been.
+    """
+    quiet = 0
+    while quiet < _QUIET_TURNS:
+        began = server.began
+        # It may say no because others came just when it was idle: only the deadline is the end.
+        await in_flight.wait_idle(deadline - time.monotonic())
+        await asyncio.sleep(_LINGER)
+        if time.monotonic() > deadline:
+            return not in_flight.count
+        idle = server.began == began and not in_flight.count and not server.writing()
+        quiet = quiet + 1 if idle else 0
+    return True
 
 
 class _Signals:

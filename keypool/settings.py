@@ -68,6 +68,7 @@ class Settings:
     restart_grace: float = _setting(
         0.0, Seconds(low=0.0), "keys that would be dead by then live until so long after the start"
     )
+    max_viewers: int = _setting(200, Whole(0, 100_000), "websockets of the feed open at a time at most")
     drain_seconds: float = _setting(10.0, Seconds(), "how long a stop may take")
     log_level: str = _setting("info", Choice("debug", "info", "warning", "error"), "the least that is logged")
     log_format: str = _setting("text", Choice("text", "json"), "how the log is written")
@@ -169,7 +170,8 @@ def _no_flag(word: str) -> str:
     # What stands behind "=" doesn't get here: it may be a token, from one who takes tokens for flags.
     wrong = "there is no flag" if word.startswith("-") else "every setting is a flag, and none takes the word"
     return (
-        f"{wrong} {shown(word)}; the flags are {', '.join(each.flag for each in OPTIONS)}, --help, --version"
+        f"{wrong} {shown(word)}; the flags are {', '.join(each.flag for each in OPTIONS)}, "
+        "--print-config, --help, --version"
     )
 
 
@@ -242,5 +244,7 @@ KEYPOOL_BLOCK_SECONDS) and a key of the TOML file (block_seconds); a flag beats 
 variable beats the file. Tokens come from KEYPOOL_CLIENT_TOKEN, KEYPOOL_VIEWER_TOKEN and
 KEYPOOL_ADMIN_TOKEN, or from files that the same names with _FILE tell.
 
+  --print-config
+      print the settings in force and where each comes from, tokens counted and not shown, and exit
   --help, --version
       print this, or the version, and exit"""

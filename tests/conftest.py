@@ -43,6 +43,7 @@ class Variant:
 
 VARIANTS = [
     Variant("memory", lambda directory: ["--data=:memory:"]),
+    Variant("file", lambda directory: [f"--data={directory / 'keypool.db'}"]),
 ]
 
 
@@ -213,3 +214,22 @@ def guarded_server(lend: Start) -> ServerProcess:
     )
     server.secrets.update(TOKENS.values(), [OTHER_CLIENT_TOKEN])
     return server
+
+
+# Whose promises are the API's: these run in every way. The others would only take longer.
+_EVERY_WAY = ("test_api_", "test_fuzz", "test_process", "test_feed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the further ways to run the server where they show nothing new."""
+    first = VARIANTS[0].name
+
+    def needed(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        way = callspec.params.get("variant") if callspec is not None else None
+        return way is None or way.name == first or item.path.name.startswith(_EVERY_WAY)
+
+    left_out = [item for item in items if not needed(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if needed(item)]

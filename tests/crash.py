@@ -1034,6 +1034,9 @@ class Crasher:
             for _ in range(writer_kills):
                 self._wait_for(answers, workers, server)
                 kill(writer_of(server))
+                if self._random.random() < 0.5:  # or the next one is killed while it starts
+                    _wait_for_storage(server)
+            _wait_for_storage(server)
             self._wait_for(answers, workers, server)
             if both:
                 kill(writer_of(server))
@@ -1047,7 +1050,9 @@ class Crasher:
             worker.thread.join(30)
             assert not worker.thread.is_alive(), f"{worker.name} still waits for a dead server"
             if worker.failure is not None:
-                raise AssertionError(f"{worker.name} failed; the log:\n{server.log}") from worker.failure
+                raise AssertionError(
+                    f"{worker.failure!r} of {worker.name}; the log:\n{server.log}"
+                ) from worker.failure
             assert worker.cut_at > killed_at, "a connection was cut by a living server"
         self._count(self.ledger.answers - before, workers, writer_kills + both)
 
@@ -1074,6 +1079,12 @@ class Crasher:
         self.tally.answers += answers
         self.tally.refused += refused
         self.tally.most_refused = max(self.tally.most_refused, refused // max(1, writer_kills))
+
+
+def _wait_for_storage(server: ServerProcess) -> None:
+    """Until the server says that it can write."""
+    with Client(server) as client:
+        eventually(lambda: client.get("/readyz").status == 200, "a server that can write again")
 
 
 def kill(pid: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 from tornado.ioloop import IOLoop
 
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.index import BucketListener
 from keypool.pool import Listener, Pool
 
 T = TypeVar("T")
@@ -30,6 +31,8 @@ BLOCK: Final = 60.0
 KEEPALIVE: Final = 300.0
 START: Final = 1_700_000_000.0
 """Where the tests' clocks start: a moment of the size that the server's has, for the sake of the floats."""
+LATE: Final = 0.02
+"""Seconds after a deadline by which its timer is due: the end of its 1/64 s, and a margin."""
 
 
 class Moment:
@@ -65,6 +68,8 @@ def make_pool(
     new_text: Callable[[], str] | None = None,
     random: Callable[[], float] = lambda: 0.0,
     on_change: Listener = lambda change, key, owner: None,
+    on_opened: BucketListener = lambda bucket: None,
+    on_closed: BucketListener = lambda bucket: None,
 ) -> Pool:
     """A pool with the contract's deadlines; it serves the first key of its list unless `random` says else."""
     return Pool(
@@ -74,6 +79,8 @@ def make_pool(
         new_text=new_text or serial_texts(),
         random=random,
         on_change=on_change,
+        on_opened=on_opened,
+        on_closed=on_closed,
     )
 
 
@@ -108,6 +115,10 @@ class HeldTimers:
     def add_callback(self, callback: Callable[[], None]) -> None:
         """Keep for the next turn."""
         self.callbacks.append(callback)
+
+    def for_deadline(self, seconds: float) -> list[HeldTimer]:
+        """Those that were armed for a deadline so many seconds ahead: due behind it, by `LATE` at most."""
+        return [timer for timer in self.timers if seconds < timer.seconds <= seconds + LATE]
 
     def fire(self, *timers: HeldTimer) -> None:
         """Fire these, in this order, all those that are armed if none is named, and the turns that follow."""

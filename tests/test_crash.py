@@ -615,5 +615,12 @@ def test_broken_code_is_found_by_the_crash_test(tmp_path: Path, broken: str) -> 
     planted.mkdir()
     (planted / "sitecustomize.py").write_text(textwrap.dedent(BROKEN[broken]))
     crasher = Crasher(tmp_path / "keypool.db", 5, env={"PYTHONPATH": f"{planted}{os.pathsep}{ROOT}"})
-    found = any(crasher.round(both=True) for _ in range(20))
-    assert found, f"nobody noticed in {crasher.tally}"
+    assert any(noticed(crasher) for _ in range(20)), f"nobody noticed in {crasher.tally}"
+
+
+def noticed(crasher: Crasher) -> bool:
+    """Whether one more round showed that something is wrong: to the judge, or to a client at once."""
+    try:
+        return bool(crasher.round(both=True))
+    except AssertionError:
+        return True

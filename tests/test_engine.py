@@ -19,6 +19,7 @@ import pytest
 from engine_support import (
     BLOCK,
     KEEPALIVE,
+    LATE,
     START,
     Call,
     HeldTimers,
@@ -34,7 +35,7 @@ from keypool.answers import Identity, Lease, Row, Stats
 from keypool.auth import Caller, Role
 from keypool.cursor import ListQuery
 from keypool.engine import Engine
-from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.embedded import RECENT_EVENTS, EmbeddedEngine
 from keypool.errors import (
     BadRequest,
     Draining,
@@ -148,9 +149,12 @@ async def test_stats_count_what_happened() -> None:
     await now(engine.acquire_many(None, 9))
     with pytest.raises(NoKeyAvailable):
         await now(engine.acquire(None, 0))
-    held.clock.on(BLOCK)
-    held.timers.fire(*[timer for timer in held.timers.timers if timer.seconds == BLOCK][:2])
-    held.timers.fire(next(timer for timer in held.timers.timers if timer.seconds == KEEPALIVE))
+    held.clock.on(BLOCK + LATE)
+    held.timers.fire(*held.timers.for_deadline(BLOCK))
+    for key in list(held.pool._by_id.walk(None))[:2]:
+        await now(engine.keepalive(key.id))
+    held.clock.to(START + KEEPALIVE + LATE)
+    held.timers.fire(*held.timers.for_deadline(KEEPALIVE))
     stats: Stats = await now(engine.stats())
     counts = (
         stats.generated,
@@ -160,9 +164,9 @@ async def test_stats_count_what_happened() -> None:
         stats.kept_alive,
         stats.refused,
     )
-    assert counts == (4, 4, 1, 1, 1, 1)
-    assert (stats.released, stats.expired, stats.total, stats.waiting) == (2, 1, 2, 0)
-    assert (stats.uptime, stats.engine) == (BLOCK, "embedded")
+    assert counts == (4, 4, 1, 1, 3, 1)
+    assert (stats.released, stats.expired, stats.total, stats.waiting) == (3, 1, 2, 0)
+    assert (stats.uptime, stats.engine) == (KEEPALIVE + LATE, "embedded")
 
 
 @on_loop
@@ -188,7 +192,7 @@ async def test_unblock_comes_before_the_release_timer() -> None:
     await now(held.engine.unblock(lease.key, lease.lease))
     assert release not in held.timers.timers, "the timer of a block that ended is still armed"
     newer = await now(held.engine.acquire("bob", 0))
-    held.clock.on(0.001)
+    held.clock.on(LATE)
     release.fire()
     held.timers.turns()
     assert (key.owner, key.lease) == ("bob", newer.lease)
@@ -200,8 +204,9 @@ async def test_unblock_comes_before_the_release_timer() -> None:
 async def test_unblock_comes_after_the_release_timer() -> None:
     """The latest lease finds the key free; one served since fences it off."""
     held, (lease,) = await held_with("ann")
-    held.clock.on(BLOCK)
-    held.timers.fire(list(held.timers.timers)[1])
+    held.clock.on(BLOCK + LATE)
+    held.timers.fire(*held.timers.for_deadline(BLOCK))
+    assert held.pool.counters.released == 1
     assert (await now(held.engine.unblock(lease.key, lease.lease))).changed is False
     await now(held.engine.acquire("bob", 0))
     with pytest.raises(StaleLease):
@@ -248,10 +253,10 @@ async def test_keepalive_comes_before_the_expiry() -> None:
     held.clock.on(KEEPALIVE - 0.001)
     assert (await now(held.engine.keepalive(1))).expires_in == KEEPALIVE
     assert expiry not in held.timers.timers
-    held.clock.on(0.001)
+    held.clock.on(LATE)
     expiry.fire()
     held.timers.turns()
-    assert (await now(held.engine.get(1))).expires_in == KEEPALIVE - 0.001
+    assert (await now(held.engine.get(1))).expires_in == KEEPALIVE - LATE
 
 
 @on_loop
@@ -267,14 +272,15 @@ async def test_keepalive_at_the_expiry_comes_too_late_though_the_timer_is_later(
 
 @on_loop
 async def test_a_keepalive_behind_a_timer_that_has_fired_keeps_the_key() -> None:
-    """uvloop may fire a millisecond early: the timer's step is queued when the keepalive comes."""
+    """A loop that fires early finds nothing due, and sets the timer again; keepalive moves it all the same."""
     held, _ = await held_with(keys=1)
     (expiry,) = held.timers.timers
     held.clock.on(KEEPALIVE - 0.001)
-    expiry.fire()
+    held.timers.fire(expiry)
+    assert held.engine.timers.armed == len(held.timers.timers) == 1, "an early timer was the only one"
     await now(held.engine.keepalive(1))
     held.timers.turns()
-    assert held.pool.total == 1
+    assert held.pool.total == len(held.timers.timers) == 1
     assert held.engine.timers.armed == 1
 
 
@@ -442,17 +448,16 @@ async def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
         assert served[-len(names) :] == list(names), f"served {served}, wanted {names} next"
         await held.check()
 
-    second, third = [timer for timer in held.timers.timers if timer.seconds == BLOCK][1:]
+    releases = held.timers.for_deadline(BLOCK)
     held.clock.on(BLOCK - 1)
     await now(held.engine.unblock(leases[0].id, leases[0].lease))
     await expect("a")
     await now(held.engine.generate(1))
     await expect("b")
-    held.clock.on(0.9995)  # both timers are early, as uvloop's may be
-    held.timers.fire(third)
-    await expect("c")
-    held.timers.fire(second)
-    await expect("d")
+    held.clock.on(1 + LATE)
+    held.timers.fire(*releases)  # of two blocks
+    await expect("c", "d")
+    assert calls["c"].answer.lease < calls["d"].answer.lease
     await now(held.engine.unblock_many([(calls["a"].answer.id, None), (calls["b"].answer.id, None)]))
     await expect("e", "f")
     await now(held.engine.generate(5))
@@ -698,9 +703,10 @@ async def test_after_closing_timers_do_nothing() -> None:
     """They may fire until the loop ends."""
     held, _ = await held_with("ann", keys=3)
     await now(held.engine.close())
-    held.clock.on(KEEPALIVE)
+    held.clock.on(KEEPALIVE + LATE)
     held.timers.fire()
     assert held.pool.total == 3
+    assert not held.timers.timers
 
 
 # ----------------------------------------------------------------------------------------------------- batches
@@ -1183,7 +1189,7 @@ async def test_a_cursor_is_carried_from_page_to_page() -> None:
 
 @on_loop
 async def test_the_latest_events_are_kept_and_hold_no_more_than_happened() -> None:
-    """Fifty of them, keepalives aside, with the owner that there was."""
+    """Keepalives aside, with the owner that there was, and no more than so many."""
     held, (lease,) = await held_with("ann")
     await now(held.engine.keepalive(lease.id))
     await now(held.engine.reveal(lease.id))
@@ -1197,23 +1203,33 @@ async def test_the_latest_events_are_kept_and_hold_no_more_than_happened() -> No
         ("unblocked", 1, "ann", 1),
         ("deleted", 1, None, 1),
     ]
-    await now(held.engine.generate(100))
-    assert len(held.engine.events) == 50
+    for _ in range(2):
+        await now(held.engine.generate(1000))
+    assert len(held.engine.events) == RECENT_EVENTS
+    latest = held.engine.recent(50)
+    assert [event.id for event in latest] == list(range(held.pool.last_id - 49, held.pool.last_id + 1))
+    assert held.engine.recent(50, lease.id) == [], "its events are no more among the latest"
 
 
 @on_loop
 async def test_restored_keys_have_their_timers() -> None:
-    """One for each deadline, with what was left of it, and none if they are gone again."""
-    held = Held()
+    """From `start` on: for each deadline, with what was left of it, and none if they are gone again."""
+    held = Held(held=True)
     keys = [Key(id, f"{id:020}", START - 50, START + 250) for id in (1, 2, 3)]
     keys[1].release_deadline, keys[1].lease, keys[1].owner = START + 10, 7, "ann"
     held.pool.last_id, held.pool.last_lease = 3, 7
     for key in keys:
         held.pool.restore(key)
     held.pool.delete(keys[2])  # as one that expired while no server ran
-    held.engine.arm(keys)
-    assert sorted(timer.seconds for timer in held.timers.timers) == [10, 250, 250]
-    assert held.engine.timers.armed == 3
+    assert not held.timers.timers, "a pool that is being restored must not move"
+    held.engine.start()
+    releases, expiries = held.timers.for_deadline(10), held.timers.for_deadline(250)
+    assert (len(releases), len(expiries)) == (1, 1)
+    assert held.engine.timers.armed == len(held.timers.timers) == 2
     held.pool.check()
-    held.timers.fire()
+    held.clock.on(10 + LATE)
+    held.timers.fire(*releases)
+    assert (held.pool.total, held.pool.blocked) == (2, 0)
+    held.clock.on(240)
+    held.timers.fire(*expiries)
     assert held.pool.total == 0

@@ -18,7 +18,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "keypool",  # the version
-    "keypool.errors",
+    # The client, which knows nothing of the server
+    "keypool.client.clock keypool.client.errors",
+    "keypool.client.wire keypool.client.shapes",
+    "keypool.client.blocking keypool.client.calls keypool.client.held keypool.client.signals",
+    "keypool.client.by_aiohttp keypool.client.by_tornado keypool.client.retry",
+    "keypool.client.gather keypool.client.loop_signals",
+    "keypool.client.rounds keypool.client.sending keypool.client.caller",
+    "keypool.client.async_caller keypool.client.keeper keypool.client.lease",
+    "keypool.client.async_keeper keypool.client.async_lease keypool.client.pool",
+    "keypool.client.async_pool",
+    "keypool.client",
+    "keypool.cli keypool.cli.forwarding",
+    "keypool.cli.status keypool.cli.output keypool.cli.progress",
+    "keypool.cli.connect keypool.cli.words",
+    "keypool.cli.keys keypool.cli.running keypool.cli.completing",
+    "keypool.cli.following keypool.cli.watching",
+    # The server
+    "keypool.resources",
+    "keypool.errors keypool.tally keypool.limits keypool.notify",
     "keypool.keys",
     "keypool.index keypool.events keypool.answers keypool.logs",
     "keypool.pool",
@@ -30,22 +48,35 @@ LAYERS = (
     "keypool.engine.journal",
     "keypool.engine.embedded",
     "keypool.engine.durable",
+    "keypool.assets keypool.history keypool.throttle keypool.vitals",
+    "keypool.charts keypool.feed",
     "keypool.auth keypool.kinds",
-    "keypool.tokens keypool.operations",
+    "keypool.session keypool.tokens keypool.operations",
+    "keypool.curl",
     "keypool.settings",
+    "keypool.in_force",
+    "keypool.dashboard",
     "keypool.handlers",
+    "keypool.handlers.access keypool.handlers.calls",
+    "keypool.metrics",
     "keypool.handlers.inflight keypool.handlers.problems keypool.handlers.steps keypool.handlers.wording",
+    "keypool.beside",
+    "keypool.openapi",
     "keypool.handlers.dispatch keypool.handlers.legacy",
     "keypool.handlers.api",
-    "keypool.handlers.pages",
+    "keypool.handlers.pages keypool.stock",
+    "keypool.handlers.dashboard keypool.handlers.feed keypool.handlers.scrape keypool.handlers.static",
+    "keypool.handlers.signin",
     "keypool.app keypool.reference",
     "keypool.runtime keypool.serving",
-    "server",
+    "keypool.launch",
+    "server keypool.cli.main",
+    "keypool.__main__",
 )
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row.split()}
 
 FOR_TYPES = {("keypool.keys", "keypool.index")}
-"""Arrows up that no program follows: a key's slots hold its places in the orders, and name their type."""
+"""Arrows up that no program follows: a key's fields hold its places in the orders, and name their type."""
 
 OUTSIDE = ("tornado", "asyncio", "sqlite3", "time", "threading", "socket")
 """What the rules and all below them know nothing of."""
@@ -190,17 +221,25 @@ def test_nothing_below_the_rules_knows_of_the_world_outside(name: str) -> None:
 def test_settings_reach_nobody_but_those_who_start_the_server_and_document_it() -> None:
     """Whoever else needs a setting is given its value."""
     readers = {module.name for module in modules().values() if "keypool.settings" in module.imports}
-    assert readers <= {"keypool.serving", "keypool.reference", "server"}
+    # The dashboard shows the settings themselves.
+    assert readers <= {
+        "keypool.app",
+        "keypool.dashboard",
+        "keypool.in_force",
+        "keypool.launch",
+        "keypool.reference",
+        "keypool.serving",
+    }
 
 
 def test_only_the_timers_and_their_engine_name_tornados_loop() -> None:
-    """One place arms timers and cancels them."""
+    """One place sets the timers of deadlines and cancels them; the service manager's watchdog has one of its own."""
     users = {
         module.name
         for module in modules().values()
         if any(names(target, "tornado.ioloop") for target in module.imports)
     }
-    assert users <= {"keypool.engine.timers", "keypool.engine.embedded"}
+    assert users <= {"keypool.engine.timers", "keypool.engine.embedded", "keypool.notify"}
 
 
 def test_only_the_data_file_and_its_writer_speak_to_sqlite() -> None:

@@ -197,6 +197,22 @@ async def pages(session: Session) -> None:
     await session.expect(204, "OPTIONS", "/readyz")
 
 
+async def dashboard(session: Session) -> None:
+    for path in ("/", "/keys", "/keys/1", "/events", "/system", "/calls", "/login"):
+        await _look_at(session, path)
+
+
+async def figures(session: Session) -> None:
+    for path in ("/metrics", "/figures", API + "/openapi.json"):
+        await _look_at(session, path)
+
+
+async def _look_at(session: Session, path: str) -> None:
+    await session.wire.send(request("GET", path))
+    status, _ = await session.wire.answer()
+    assert status in (200, 303), f"GET {path}: {status}"
+
+
 async def pages_refused(session: Session) -> None:
     await session.expect(404, "GET", "/nothing")
     await session.expect(405, "POST", "/healthz")
@@ -386,6 +402,7 @@ KINDS = [
     Kind(first_version),
     Kind(pages),
     Kind(pages_refused),
+    Kind(figures),
     Kind(options),
     Kind(unknown_key, durable=True),
     Kind(stale_lease, durable=True),
@@ -532,6 +549,14 @@ def expect_nothing_of(left: Left, times: int) -> None:
     assert left.counts.total() < times // 10, left.story(times)
 
 
+RENDERED = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="Jinja makes cycles: its Context holds its own bound method resolve_or_missing, and the macros of a page"
+    " hold each other: some 50 objects and 6 KB a page, young enough to be collected but for 2 objects a page",
+)
+
+
 def _named(kinds: list[Kind]) -> list[Any]:
     return [pytest.param(kind, id=kind.act.__name__) for kind in kinds]
 
@@ -545,7 +570,9 @@ def _no_audit() -> Iterator[None]:
     audit.disabled = False
 
 
-@pytest.mark.parametrize("kind", _named(KINDS))
+@pytest.mark.parametrize(
+    "kind", [*_named(KINDS), pytest.param(Kind(dashboard), id="dashboard", marks=RENDERED)]
+)
 def test_a_request_leaves_nothing_to_the_collector(kind: Kind) -> None:
     """On uvloop, with keys in memory: as many objects after a hundred requests as after none."""
 

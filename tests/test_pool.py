@@ -131,10 +131,10 @@ def test_unblocking_without_a_lease_frees_whoever_holds_it() -> None:
 def test_a_key_stands_among_the_available_once_only() -> None:
     """However often it is freed."""
     pool, (key,) = pool_of(1)
-    lease = served(pool, NOW).lease
+    served(pool, NOW)
     for _ in range(3):
         pool.unblock(key, None)
-        pool.release(key, lease)
+        pool.settle(NOW + BLOCK)
         pool.find(key.text, NOW + BLOCK)
     assert pool.available == 1
     assert pool.acquire(NOW, None) is key
@@ -210,13 +210,11 @@ def test_a_blocked_key_that_expires_is_purged() -> None:
 def test_nothing_revives_an_expired_key(late: float) -> None:
     """No call finds it, no timer frees it, nobody is served it."""
     pool, (key,) = pool_of(1)
-    lease = served(pool, NOW + KEEPALIVE - 1).lease
-    deadline, text = key.expires_deadline, key.text
-    now = deadline + late
+    served(pool, NOW + KEEPALIVE - 1)
+    text = key.text
+    now = key.expires_deadline + late
     with pytest.raises(UnknownKey):
         pool.find(text, now)
-    pool.release(key, lease)
-    pool.expire(key, deadline)
     pool.settle(now)
     assert pool.acquire(now, None) is None
     assert pool.page(PageQuery(), now).keys == []
@@ -243,54 +241,64 @@ def test_ids_are_never_used_again() -> None:
     assert ids == [1, 2, 3, 4, 5]
 
 
-# ----------------------------------------------------------------------------------------------------- timers
+# --------------------------------------------------------------------------------------------------- settling
 
 
-def test_a_release_timer_that_fires_early_counts() -> None:
-    """The loop may be a millisecond early, and fires once only."""
+def test_settling_releases_at_the_deadline_and_not_before() -> None:
+    """Whenever a timer has it called."""
     pool, (key,) = pool_of(1)
-    lease = served(pool, NOW).lease
-    pool.release(key, lease)
+    deadline = served(pool, NOW).release_deadline
+    assert deadline is not None
+    pool.settle(math.nextafter(deadline, -math.inf))
+    assert (key.release_deadline, pool.counters.released) == (deadline, 0)
+    pool.settle(deadline)
     assert key.release_deadline is None
     assert (pool.available, pool.counters.released, pool.counters.unblocked) == (1, 1, 0)
+    pool.settle(deadline)
+    assert (pool.available, pool.counters.released) == (1, 1)
 
 
-def test_an_expiry_timer_that_fires_early_counts() -> None:
+def test_settling_purges_at_the_deadline_and_not_before() -> None:
     """Likewise."""
     pool, (key,) = pool_of(1)
-    pool.expire(key, key.expires_deadline)
+    deadline = key.expires_deadline
+    pool.settle(math.nextafter(deadline, -math.inf))
+    assert (pool.total, pool.counters.expired) == (1, 0)
+    pool.settle(deadline)
+    assert (pool.total, pool.counters.expired) == (0, 1)
+    pool.settle(deadline)
     assert (pool.total, pool.counters.expired) == (0, 1)
 
 
-def test_a_release_timer_of_a_former_lease_does_nothing() -> None:
+def test_the_deadline_of_a_former_lease_frees_nothing() -> None:
     """The key was freed and served again meanwhile: it is somebody else's."""
     pool, (key,) = pool_of(1)
     former = served(pool, NOW, "ann").lease
     pool.unblock(key, former)
     served(pool, NOW + 1, "bob")
-    pool.release(key, former)
+    pool.settle(NOW + BLOCK)
     assert (key.owner, key.release_deadline) == ("bob", NOW + 1 + BLOCK)
     assert pool.counters.released == 0
 
 
-def test_an_expiry_timer_of_a_former_deadline_does_nothing() -> None:
+def test_a_former_expiry_deadline_purges_nothing() -> None:
     """The key was kept alive meanwhile."""
     pool, (key,) = pool_of(1)
     former = key.expires_deadline
     pool.keepalive(key, NOW + 1)
-    pool.expire(key, former)
-    assert pool.find(key.text, NOW + 1) is key
+    pool.settle(former)
+    assert pool.find(key.text, former) is key
     assert pool.counters.expired == 0
 
 
-def test_timers_of_a_purged_key_do_nothing() -> None:
+def test_the_deadlines_of_a_purged_key_do_nothing() -> None:
     """Nothing is counted or told twice."""
     told: list[Change] = []
     pool, (key,) = pool_of(1, on_change=lambda change, key, owner: told.append(change))
-    lease, deadline = served(pool, NOW).lease, key.expires_deadline
+    served(pool, NOW)
     pool.delete(key)
-    pool.release(key, lease)
-    pool.expire(key, deadline)
+    pool.settle(NOW + BLOCK)
+    pool.settle(NOW + KEEPALIVE)
     assert told == [Change.GENERATED, Change.ACQUIRED, Change.DELETED]
 
 

@@ -4,9 +4,8 @@ Two naive tables stand beside the pool. `truth` goes by deadlines alone: a key i
 now, whoever noticed. `told` holds what the change events replay to, and no more. After each step the pool must
 pass its own `check()`, hold exactly what it told, and show no key on the wrong side of a deadline.
 
-Time moves by any step, onto deadlines and just before them. Timers fire late, early, twice, never and with
-what they were armed for long ago, as `release` and `expire` are called with every lease and deadline that ever
-was.
+Time moves by any step, onto deadlines and just before them. Timers fire late, twice or never, which is to say
+that `settle` is called at any moment; and the buckets that the pool has told open are those that hold a key.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from hypothesis.stateful import (
 from keypool import pool as pool_module
 from keypool.errors import PoolFull, StaleLease, UnknownKey
 from keypool.events import Change
+from keypool.index import DeadlineBucket
 from keypool.keys import DEAD, Key, State
 from keypool.pool import PageQuery, state_of
 
@@ -91,13 +91,17 @@ class PoolMachine(RuleBasedStateMachine):
         self.told: dict[int, Fact] = {}
         self.counts: Counter[Change] = Counter()
         self.heard: list[Change] = []
-        self.firing: tuple[Change, int] | None = None
         self.keys: list[Key] = []  # all that there ever were
-        self.leases: list[tuple[Key, int]] = []  # all releases that a timer was armed for
-        self.deadlines: list[tuple[Key, float]] = []  # and all expiries
+        self.last_lease = 0
+        self.open: dict[int, DeadlineBucket] = {}  # as told, by id()
         self.walks: list[Walk] = []
         self.pool = make_pool(
-            max_keys=MAX_KEYS, new_text=self._new_text, random=lambda: self.chance, on_change=self._told
+            max_keys=MAX_KEYS,
+            new_text=self._new_text,
+            random=lambda: self.chance,
+            on_change=self._told,
+            on_opened=self._opened,
+            on_closed=self._closed,
         )
 
     def teardown(self) -> None:
@@ -107,6 +111,14 @@ class PoolMachine(RuleBasedStateMachine):
         return f"{self.prefix}{len(self.keys):016d}"
 
     # -- what the pool tells
+
+    def _opened(self, bucket: DeadlineBucket) -> None:
+        assert id(bucket) not in self.open, f"bucket {bucket.number} is told open twice"
+        self.open[id(bucket)] = bucket
+
+    def _closed(self, bucket: DeadlineBucket) -> None:
+        assert not bucket, f"bucket {bucket.number} is told closed with {len(bucket)} keys in it"
+        assert self.open.pop(id(bucket), None) is bucket, f"bucket {bucket.number} was not open"
 
     def _told(self, change: Change, key: Key, owner: str | None) -> None:
         """Replay a change from what an event holds, as a reader of the feed would."""
@@ -119,7 +131,6 @@ class PoolMachine(RuleBasedStateMachine):
             return
         fact = self.told.get(key.id)
         assert fact is not None, f"{story}: nobody was told of such a key, or it was told to be gone"
-        by_timer = self.firing == (change, key.id)
         if change is Change.KEPT_ALIVE:
             fact.expires = self.now + KEEPALIVE
         elif change is Change.ACQUIRED:
@@ -130,12 +141,12 @@ class PoolMachine(RuleBasedStateMachine):
         elif change in (Change.UNBLOCKED, Change.RELEASED):
             assert fact.release is not None, f"{story}: it is available"
             assert owner == fact.owner, f"{story}: told as {owner!r}'s, but {fact.owner!r} held it"
-            due = change is Change.UNBLOCKED or by_timer or fact.release <= self.now
+            due = change is Change.UNBLOCKED or fact.release <= self.now
             assert due, f"{story}: its block runs until {fact.release}"
             fact.free()
         else:
             assert owner == fact.owner, f"{story}: told as {owner!r}'s, but {fact.owner!r} held it"
-            due = change is Change.DELETED or by_timer or not fact.lives(self.now)
+            due = change is Change.DELETED or not fact.lives(self.now)
             assert due, f"{story}: it lives until {fact.expires}"
             assert key.expires_deadline == DEAD, f"{story}: whoever holds it could take it for a live key"
             del self.told[key.id]
@@ -198,7 +209,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert key.id == len(self.keys) + 1, f"id {key.id} after {len(self.keys)} keys"
         self.keys.append(key)
         self.truth[key.id] = Fact(key.text, self.now, self.now + KEEPALIVE)
-        self.deadlines.append((key, key.expires_deadline))
         self._expect(Change.GENERATED)
 
     @rule(count=st.integers(1, MAX_KEYS + 1))
@@ -234,12 +244,11 @@ class PoolMachine(RuleBasedStateMachine):
             self._expect()
             return
         assert key.id in wanted, f"served {key!r}, but only ids {sorted(wanted)} are available at {self.now}"
-        latest = max((lease for _, lease in self.leases), default=0)
-        assert key.lease > latest, f"lease {key.lease} after {latest}"
+        assert key.lease > self.last_lease, f"lease {key.lease} after {self.last_lease}"
         assert key.release_deadline is not None, f"{key!r} was served but not blocked"
         fact = self.truth[key.id]
         fact.lease, fact.owner, fact.release = key.lease, owner, self.now + BLOCK
-        self.leases.append((key, key.lease))
+        self.last_lease = key.lease
         self._expect(Change.ACQUIRED)
 
     @precondition(lambda self: self.keys)
@@ -287,7 +296,6 @@ class PoolMachine(RuleBasedStateMachine):
         before = replace(self.told[key.id])
         self.pool.keepalive(key, self.now)
         self.truth[key.id].expires = self.now + KEEPALIVE
-        self.deadlines.append((key, key.expires_deadline))
         assert self.told[key.id] == replace(before, expires=self.now + KEEPALIVE), "keepalive moved more"
         assert key.release_deadline == before.release, "keepalive moved the release"
         self._expect(Change.KEPT_ALIVE)
@@ -337,34 +345,15 @@ class PoolMachine(RuleBasedStateMachine):
             deadline = to_come[which % len(to_come)]
             self.now = deadline if side == "onto" else max(self.now, math.nextafter(deadline, -math.inf))
 
-    @precondition(lambda self: self.leases)
-    @rule(which=st.integers(-99, 99))
-    def release_timer_fires(self, which: int) -> None:
-        """Of any lease that there ever was, at any moment, any number of times."""
-        key, lease = self.leases[which % len(self.leases)]
-        fact = self.told.get(key.id)
-        hits = fact is not None and fact.release is not None and fact.lease == lease
-        self.firing = (Change.RELEASED, key.id)
-        self.pool.release(key, lease)
-        self.firing = None
-        assert self.heard == [Change.RELEASED] * hits, f"told {self.heard} when the timer of {lease} fired"
-        self.heard.clear()
-        if hits and key.id in self.truth:
-            self.truth[key.id].free()
-
-    @precondition(lambda self: self.deadlines)
-    @rule(which=st.integers(-99, 99))
-    def expiry_timer_fires(self, which: int) -> None:
-        """Of any deadline that any key ever had."""
-        key, deadline = self.deadlines[which % len(self.deadlines)]
-        hits = key.id in self.told and self.told[key.id].expires == deadline
-        self.firing = (Change.EXPIRED, key.id)
-        self.pool.expire(key, deadline)
-        self.firing = None
-        assert self.heard == [Change.EXPIRED] * hits, f"told {self.heard} when the timer of {deadline} fired"
-        self.heard.clear()
-        if hits:
-            self.truth.pop(key.id, None)
+    @precondition(lambda self: self.open)
+    @rule(which=st.integers(0, 99), late=st.sampled_from([0.0, 0.002, 1.0]))
+    def a_timer_fires(self, which: int, late: float) -> None:
+        """When the stretch of any deadline is over: all that was due is dealt with, in slices."""
+        ends = sorted(bucket.ends for bucket in self.open.values())
+        self.now = max(self.now, ends[which % len(ends)] + late)
+        while self.pool.overdue(self.now) or self.pool.next_release(self.now) == 0:
+            self.settle()
+        assert all(bucket.ends > self.now for bucket in self.open.values()), "overdue after its timer"
 
     @rule()
     def settle(self) -> None:
@@ -479,6 +468,22 @@ class PoolMachine(RuleBasedStateMachine):
         assert counts == (len(self.told), len(self.told) - blocked, blocked)
 
     @invariant()
+    def every_deadline_has_a_bucket_that_is_told_open(self) -> None:
+        """And no bucket is open without one: a timer for each leaves no deadline without, and no timer over."""
+        buckets = list(self.pool.deadline_buckets())
+        assert {id(bucket) for bucket in buckets} == self.open.keys()
+        assert all(buckets), "an open bucket is empty"
+        for key in self.pool._by_id.walk(None):
+            for deadline, bucket in (
+                (key.expires_deadline, key.expiry_bucket),
+                (key.release_deadline, key.release_bucket),
+            ):
+                assert (deadline is None) == (bucket is None)
+                if deadline is not None and bucket is not None:
+                    assert id(bucket) in self.open, f"{key!r} is in a bucket that was told closed"
+                    assert 0 < bucket.ends - deadline <= 1 / 64, f"{key!r} is in a bucket of another time"
+
+    @invariant()
     def what_it_told_is_true(self) -> None:
         """No key is on the wrong side of a deadline: what differs is past it, and only waits to be told."""
         live = self._live()
@@ -521,7 +526,7 @@ SETTINGS = settings(
 
 
 def test_the_pool_agrees_with_the_plain_model_whatever_happens_in_whatever_order() -> None:
-    """Every call, stale and fresh, and every timer, on time, late, early or never."""
+    """Every call, stale and fresh, and every timer, on time, late or never."""
     run_state_machine_as_test(PoolMachine, settings=SETTINGS)
 
 

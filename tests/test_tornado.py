@@ -40,14 +40,19 @@ def io_loop() -> Iterator[IOLoop]:
 
 
 @pytest.fixture
-def app(io_loop: IOLoop) -> Application:
+def app(io_loop: IOLoop) -> Iterator[Application]:
     """The application over an engine in memory, which is made on the loop that it lives on."""
 
     async def make() -> Application:
         return make_app(EmbeddedEngine(), Access())
 
+    async def stop() -> None:
+        made.settings["dashboard"].drain()
+        await asyncio.sleep(0)  # for its task to hear of it
+
     made: Application = io_loop.run_sync(make)
-    return made
+    yield made
+    io_loop.run_sync(stop)
 
 
 @pytest.fixture

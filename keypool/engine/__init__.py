@@ -27,6 +27,8 @@ from keypool.answers import (
     Unblocked,
 )
 from keypool.cursor import ListQuery
+from keypool.events import Event
+from keypool.tally import Tally
 
 
 class Engine(Protocol):
@@ -91,8 +93,32 @@ class Engine(Protocol):
         """O(1)."""
         ...
 
+    async def expiring(self, seconds: float) -> int:
+        """How many keys expire within `seconds`, if nobody keeps them alive. O(seconds)."""
+        ...
+
+    @property
+    def told(self) -> int:
+        """How many events there have been. Only grows; what it starts from means nothing. O(1)."""
+        ...
+
+    def recent(self, count: int, key_id: int | None = None) -> list[Event]:
+        """The latest `count` events that are still known, oldest first; of one key, if `key_id` names it.
+
+        O(count), O(RECENT_EVENTS) for one key.
+        """
+        ...
+
     def ready(self) -> None:
         """Raise Unavailable, with the reason, unless calls are served."""
+        ...
+
+    def storage_up(self) -> bool:
+        """Whether what changes can be kept."""
+        ...
+
+    def tallies(self) -> dict[str, Tally]:
+        """What was measured, by the name of its metric (metrics.py)."""
         ...
 
     def drain(self) -> None:

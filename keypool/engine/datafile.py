@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,12 @@ def hold(path: Path) -> int:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Not blocking: a pipe by that name would wait for its other end.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise StartError(f"the data file {path} is no regular file")
+        os.fchmod(descriptor, 0o600)  # it holds the keys, whoever made it
     except OSError as error:
         raise StartError(f"can't open the data file {path}: {error.strerror}") from None
     deadline = time.monotonic() + _LOCK_SECONDS
@@ -131,13 +137,16 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
-    """The keys in order of id, so many at a time. O(1) memory beside the keys."""
+    """The keys in order of id, so many at a time. O(1) memory beside the keys. Raises ValueError."""
     with _reading(path) as database:
         rows = database.execute(
             "SELECT id, text, created_at, expires_at, release_at, lease, owner FROM keys ORDER BY id"
         )
-        while some := rows.fetchmany(slice_size):
-            yield [_key(row) for row in some]
+        try:
+            while some := rows.fetchmany(slice_size):
+                yield [_key(row) for row in some]
+        except sqlite3.Error:  # whose words may quote a key
+            raise ValueError("a row of it can't be read") from None
 
 
 class _reading:  # noqa: N801 - used as a function

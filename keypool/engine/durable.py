@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from keypool.engine.clock import Clock
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Journal
 from keypool.errors import StartError
-from keypool.keys import Key
 
 _SLICE = 2000  # keys read, or checked, or armed in one turn of the loop
 _log = logging.getLogger("keypool.journal")
@@ -36,36 +34,29 @@ async def open_durable(path: Path, restart_grace: float, **settings: Any) -> Emb
     lock = await loop.run_in_executor(None, datafile.hold, path)
     numbers = await loop.run_in_executor(None, datafile.inspect, path)
     clock = Clock(not_before=numbers.get("moment", 0) / 1000)
-    engine = EmbeddedEngine(clock=clock, **settings)
+    engine = EmbeddedEngine(clock=clock, held=True, **settings)
     journal = Journal(path, lock, lambda: _numbers(engine), engine.storage_is_back)
     await journal.start(clock() + restart_grace if restart_grace else None)
     _restore_numbers(engine, numbers)
     try:
-        keys = await _restore_keys(engine, path)
+        await _restore_keys(engine, path)
     except (ValueError, KeyError) as error:
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
-    except sqlite3.Error:  # whose words may quote a key
-        raise StartError(f"the data file {path} contradicts itself: a row of it can't be read") from None
     engine.journal = journal
     await _settle(engine)
-    for start in range(0, len(keys), _SLICE):
-        engine.arm(keys[start : start + _SLICE])
-        await asyncio.sleep(0)
+    engine.start()
     _log.info("%d keys restored from %s in %.1f s", engine.pool.total, path, time.monotonic() - started)
     return engine
 
 
-async def _restore_keys(engine: EmbeddedEngine, path: Path) -> list[Key]:
-    """All keys into the pool, which is proved to hold together. No timer is armed yet, so nothing moves."""
-    keys: list[Key] = []
+async def _restore_keys(engine: EmbeddedEngine, path: Path) -> None:
+    """All keys into the pool, which is proved to hold together. No timer is set yet, so nothing moves."""
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
             engine.pool.restore(key)
-        keys += some
         await asyncio.sleep(0)
     for _ in engine.pool.check_in_slices(_SLICE):
         await asyncio.sleep(0)
-    return keys
 
 
 async def _settle(engine: EmbeddedEngine) -> None:

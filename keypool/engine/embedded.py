@@ -1,7 +1,7 @@
-"""The pool in this process: pool.py's rules, one timer a deadline, and the queue of those who wait.
+"""The pool in this process: pool.py's rules, their timers, and the queue of those who wait.
 
-Every change goes through `_changed`, which the pool calls: it hands the key to the journal, if there is one,
-arms and cancels its timers and publishes the event. No call tells anything before the journal has kept it.
+Every change goes through `_changed`, which the pool calls: it hands the key to the journal, if there is one, and
+publishes the event. No call tells anything before the journal has kept it.
 The waiters' rule is that while somebody waits no key is available: a call that makes one available serves the
 first waiter before it returns, and whatever makes one available at all has them served in the next turn.
 """
@@ -12,6 +12,7 @@ import asyncio
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from tornado.ioloop import IOLoop
 
@@ -33,11 +34,13 @@ from keypool.engine.clock import Clock
 from keypool.engine.journal import Commit, Journal
 from keypool.engine.timers import Timers
 from keypool.errors import Draining, NoKeyAvailable, StaleLease, TooManyWaiters, UnknownKey
-from keypool.events import Change, Happened
-from keypool.keys import DEAD, Key, State, moment, random_text
+from keypool.events import Change, Event, Happened, latest
+from keypool.keys import Key, State, moment, random_text
 from keypool.pool import Pool
+from keypool.tally import SECONDS, SECONDS_OF_WAIT, Tally
 
-RECENT_EVENTS = 50
+RECENT_EVENTS = 1000
+_MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
 
 _TOO_FEW_TO_TELL = 0.005  # seconds: as early as a release may be
 
@@ -66,11 +69,13 @@ class EmbeddedEngine:
         key_length: int = 20,
         max_keys: int = 1_000_000,
         max_waiters: int = 10_000,
+        held: bool = False,
         loop: IOLoop | None = None,
         clock: Callable[[], float] | None = None,
         new_text: Callable[[], str] | None = None,
     ) -> None:
         self.now = clock or Clock()
+        self.timers = Timers(loop or IOLoop.current(), self.now, self._settle_due)
         self.pool = Pool(
             block_seconds=block_seconds,
             keepalive_seconds=keepalive_seconds,
@@ -78,16 +83,23 @@ class EmbeddedEngine:
             new_text=new_text or (lambda: random_text(key_length)),
             random=random.Random().random,  # noqa: S311 - which free key is served is no secret
             on_change=self._changed,
+            on_opened=self.timers.opened,
+            on_closed=self.timers.closed,
         )
-        self.timers = Timers(loop or IOLoop.current(), self.now, self._release_due, self._expiry_due)
+        self.release_lateness = Tally(SECONDS)
+        self.expiry_lateness = Tally(SECONDS)
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
         self.journal: Journal | None = None
         self._loop = asyncio.get_running_loop()
         self._max_waiters = max_waiters
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
         self._started_at = self.now()
+        self.wait_seconds = Tally(SECONDS_OF_WAIT)
         self._draining = False
         self._serving_soon = False
+        if not held:
+            self.start()
+        self._revealed = 0
 
     # -- the calls
 
@@ -117,26 +129,19 @@ class EmbeddedEngine:
         if lease is None and wait > 0:
             lease = await self._wait_for_key(owner, wait)
         if lease is None:
-            self.pool.counters.refused += 1
-            await self._kept_all()
-            raise NoKeyAvailable(self._retry_after())
-        try:
-            late = await self._kept(lease.id)
-        except (GeneratorExit, asyncio.CancelledError):  # hung up before anybody was told
-            self._take_back(lease)
-            raise
-        if late:
-            _age(lease, late)
+            await self._refuse()
+        await self._kept_leases([lease])
         return lease
 
     async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
         """Serve up to `count` keys. O(count · log n)."""
-        leases = [await self.acquire(owner, 0)]
+        self._require_storage()
+        leases: list[Lease] = []
         while len(leases) < count and (lease := await self._take(owner)) is not None:
             leases.append(lease)
-        late = await self._kept_all()
-        for lease in leases if late else ():
-            _age(lease, late)
+        if not leases:
+            await self._refuse()
+        await self._kept_leases(leases)
         return leases
 
     async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
@@ -227,6 +232,7 @@ class EmbeddedEngine:
         key = await self._known(ref)
         revealed = Revealed(key.id, key.text)
         self.events.append((Change.REVEALED, key, key.owner, key.lease, self.now()))
+        self._revealed += 1
         self._serve_waiters(self.now())
         await self._kept(key.id)
         return revealed
@@ -262,11 +268,47 @@ class EmbeddedEngine:
             __version__,
         )
 
+    async def expiring(self, seconds: float) -> int:
+        """Keys that expire within `seconds`. O(seconds)."""
+        return self.pool.expiring(self.now() + seconds)
+
+    @property
+    def told(self) -> int:
+        """How many events there have been: the counters know, so that no change pays for it. O(1)."""
+        return self.pool.counters.changes + self._revealed
+
+    def recent(self, count: int, key_id: int | None = None) -> list[Event]:
+        """The latest `count` events, oldest first. O(count), O(RECENT_EVENTS) for one key."""
+        return latest(self.events, count, key_id)
+
     def ready(self) -> None:
         """Raise Draining once the server stops, StorageUnavailable while the journal can't write."""
         if self._draining:
             raise Draining
         self._require_storage()
+
+    def storage_up(self) -> bool:
+        """Whether the journal can write, or there is none. O(1)."""
+        return self.journal is None or self.journal.failing is None
+
+    def tallies(self) -> dict[str, Tally]:
+        """What was measured, by the name of its metric. O(1)."""
+        found = {
+            "acquire_wait_seconds": self.wait_seconds,
+            "release_lateness_seconds": self.release_lateness,
+            "expiry_lateness_seconds": self.expiry_lateness,
+        }
+        if self.journal is not None:
+            found["commit_seconds"] = self.journal.commit_seconds
+            found["commit_rows"] = self.journal.commit_rows
+        return found
+
+    def figures(self) -> dict[str, float]:
+        """The journal's last commit and how many there were, for the dashboard. O(1)."""
+        if self.journal is None:
+            return {}
+        seconds, rows = self.journal.commit_seconds, self.journal.commit_rows
+        return {"commits": seconds.count, "commit_seconds": round(seconds.last, 6), "commit_rows": rows.last}
 
     def drain(self) -> None:
         """Tell all waiters that the server stops, and take no more. O(waiters)."""
@@ -348,6 +390,23 @@ class EmbeddedEngine:
             return 0.0
         return await self._lateness_of(commit)
 
+    async def _kept_leases(self, leases: Sequence[Lease]) -> None:
+        """The same for keys just served: if the caller hangs up meanwhile, nobody was told, and they go back."""
+        try:
+            late = await (self._kept(leases[0].id) if len(leases) == 1 else self._kept_all())
+        except (GeneratorExit, asyncio.CancelledError):
+            for lease in leases:
+                self._take_back(lease)
+            raise
+        for lease in leases if late else ():
+            _age(lease, late)
+
+    async def _refuse(self) -> NoReturn:
+        """Say that no key is available, when that is on disk. Raises NoKeyAvailable."""
+        self.pool.counters.refused += 1
+        await self._kept_all()
+        raise NoKeyAvailable(self._retry_after())
+
     async def _lateness_of(self, commit: Commit) -> float:
         started = self.now()
         await commit
@@ -358,13 +417,9 @@ class EmbeddedEngine:
         """The journal can write again: who waited meanwhile is served."""
         self._go_on_serving()
 
-    def arm(self, keys: Sequence[Key]) -> None:
-        """Set the timers of restored keys, but for those that are gone again. O(keys · log n)."""
-        for key in keys:
-            if key.expires_deadline != DEAD:
-                self.timers.arm_expiry(key)
-            if key.release_deadline is not None:
-                self.timers.arm_release(key)
+    def start(self) -> None:
+        """Let deadlines have their timers. O(1/64 s in which some key has a deadline)."""
+        self.timers.start(self.pool.deadline_buckets())
 
     def _lease(self, key: Key, now: float) -> Lease:
         assert key.release_deadline is not None
@@ -391,11 +446,14 @@ class EmbeddedEngine:
         waiter = Waiter(owner, self._loop.create_future())
         waiter.timer = self.timers.after(wait, self._give_up, waiter)
         self._waiters[waiter] = None
+        started = self.now()
         try:
             return await waiter.served
         except (GeneratorExit, asyncio.CancelledError):  # hung up: whoever drove this coroutine has closed it
             self._forget(waiter)
             raise
+        finally:
+            self.wait_seconds.add(self.now() - started)
 
     def _forget(self, waiter: Waiter) -> None:
         """A waiter hung up. If it was just being served, nobody will hear of that lease: take it back."""
@@ -459,36 +517,27 @@ class EmbeddedEngine:
     # -- what the pool and the timers tell
 
     def _changed(self, change: Change, key: Key, owner: str | None) -> None:
-        """The pool has changed a key. The most frequent first; no branch is more than O(log n)."""
-        timers = self.timers
+        """The pool has changed a key. O(1)."""
         if self.journal is not None:
             self.journal.touch(key)
         if change is Change.KEPT_ALIVE:
-            timers.cancel_expiry(key)
-            timers.arm_expiry(key)
             return
-        if change is Change.ACQUIRED:
-            timers.arm_release(key)
-        elif change is Change.UNBLOCKED or change is Change.RELEASED:
-            timers.cancel_release(key)
-            if self._waiters:
-                self._serve_soon()
-        elif change is Change.GENERATED:
-            timers.arm_expiry(key)
-            if self._waiters:
-                self._serve_soon()
-        else:  # deleted or expired, from either state
-            timers.cancel_release(key)
-            timers.cancel_expiry(key)
         self.events.append((change, key, owner, key.lease, self.now()))
+        if self._waiters and change in _MAKES_AVAILABLE:
+            self._serve_soon()
 
-    def _release_due(self, key: Key, lease: int) -> None:
-        self.pool.release(key, lease)
-        if self._waiters:
-            self._serve_waiters(self.now())
-
-    def _expiry_due(self, key: Key, deadline: float) -> None:
-        self.pool.expire(key, deadline)
+    def _settle_due(self) -> bool:
+        """Deal with some of what is overdue; whether there is more. O(SETTLED_AT_ONCE)."""
+        now = self.now()
+        for deadline, lateness in (
+            (self.pool.next_release_deadline(), self.release_lateness),
+            (self.pool.next_expiry(), self.expiry_lateness),
+        ):
+            if deadline is not None and deadline <= now:
+                lateness.add(now - deadline)
+        self.pool.settle(now)
+        self._serve_waiters(now)
+        return self.pool.overdue(now) or self.pool.next_release(now) == 0
 
 
 def _age(answer: Lease | Row, late: float) -> None:

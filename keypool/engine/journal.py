@@ -28,6 +28,7 @@ from keypool.engine.link import WriterLink
 from keypool.engine.writer import Batch, Verdict
 from keypool.errors import StartError, StorageUnavailable
 from keypool.keys import DEAD, Key
+from keypool.tally import ROWS, SECONDS, Tally
 
 Commit = asyncio.Future[None]
 
@@ -66,9 +67,8 @@ class Journal:
         self._encode = msgspec.msgpack.Encoder().encode
         self.failing: str | None = None
         """Why the last batch could not be written; None while all is well."""
-        self.commits = 0
-        self.last_commit_seconds = 0.0
-        self.last_batch_rows = 0
+        self.commit_seconds = Tally(SECONDS)
+        self.commit_rows = Tally(ROWS)
 
     # -- what the engine tells and asks
 
@@ -138,7 +138,12 @@ class Journal:
 
     def _send(self) -> None:
         self._scheduled = False
-        if self._writer is None or self._current is not None or not self._anything_to_send():
+        if (
+            self._writer is None
+            or self._writer.dead
+            or self._current is not None
+            or not self._anything_to_send()
+        ):
             return
         self._sent, self._dirty = self._dirty, {}
         self._current, self._next = self._next or self._loop.create_future(), None
@@ -165,9 +170,8 @@ class Journal:
             for id, key in sent.items():
                 if key.expires_deadline == DEAD and id not in self._dirty:
                     self._purged.pop(key.text, None)
-        self.commits += 1
-        self.last_commit_seconds = time.monotonic() - self._sent_at
-        self.last_batch_rows = len(sent)
+        self.commit_seconds.add(time.monotonic() - self._sent_at)
+        self.commit_rows.add(len(sent))
         if self.failing is not None:
             _log.warning("the data file can be written again")
             self.failing, self._retry = None, _RETRY_FIRST

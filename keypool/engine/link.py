@@ -40,7 +40,7 @@ class WriterLink(asyncio.Protocol):
         ours.setblocking(False)
         try:
             process = subprocess.Popen(  # noqa: ASYNC220, S603 - our own program; a fork takes a millisecond
-                [sys.executable, "-m", "keypool.engine.writer", str(theirs.fileno()), str(path)],
+                [sys.executable, "-P", "-m", "keypool.engine.writer", str(theirs.fileno()), str(path)],
                 pass_fds=(theirs.fileno(), lock),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from keypool.errors import StorageUnavailable
+from keypool import errors
+from keypool.tally import Tally
 
 
 class Loading:
@@ -13,8 +14,16 @@ class Loading:
     name = "loading"
 
     def ready(self) -> None:
-        """Raise StorageUnavailable."""
-        raise _not_yet()
+        """Raise Loading."""
+        raise errors.Loading
+
+    def storage_up(self) -> bool:
+        """Not yet."""
+        return False
+
+    def tallies(self) -> dict[str, Tally]:
+        """Nothing yet."""
+        return {}
 
     def drain(self) -> None:
         """Nobody waits yet."""
@@ -27,8 +36,4 @@ class Loading:
 
 
 async def _refuse(*args: Any) -> NoReturn:
-    raise _not_yet()
-
-
-def _not_yet() -> StorageUnavailable:
-    return StorageUnavailable("the server is loading its keys; ask again in a moment")
+    raise errors.Loading

@@ -1,99 +1,62 @@
-"""One `IOLoop.call_later` per key and deadline: armed and cancelled here and nowhere else.
+"""The loop's timers: one `IOLoop.call_later` for each 1/64 s in which some key has a deadline.
 
-A timer only wakes the server up; the deadline is the truth. So a timer carries what it was armed for (the
-lease number, the deadline) and the pool compares that, rather than a clock: uvloop may fire up to 1.3 ms
-early. And a fired timer only queues its key. The queue is drained in slices, so that a hundred thousand
-deadlines in the same second don't keep the loop from its other work.
+A timer only wakes the server up; the deadline is the truth. So keys whose deadlines lie within the same 1/64 s
+(a bucket of index.py) share one timer, which fires when that stretch is over; it is set when the bucket gets
+its first key, and cancelled when unblock, keepalive or delete takes its last. Arming and cancelling cost a key
+nothing.
 
-On uvloop a cancel removes the timer. On the stock asyncio loop a cancelled timer stays in a heap that is
-rebuilt once half of it is cancelled: at a million keys that is a stall of half a second, which is why keypool
-runs on uvloop where there is one.
+One timer a key, which is how this began, walks the set behind one's back: uvloop keeps its handles in a set
+that is rehashed whole as they come and go (100 ms at a million), and each handle is one more object for the
+garbage collector to visit. docs/architecture.md has what was measured.
+
+What is overdue when a timer fires is dealt with in slices, so that a hundred thousand deadlines in the same
+second don't keep the loop from its other work.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tornado.ioloop import IOLoop
 
-from keypool.keys import Key
+from keypool.index import DeadlineBucket
 
-SLICE = 100
-"""Deadlines dealt with in one turn of the loop: under a millisecond's work."""
-
-CROWD = 64
-"""Timers armed for the same millisecond before the next ones go to the millisecond after."""
-
-
-class _Spread:
-    """Spreads timers that are armed one after the other for the same millisecond.
-
-    A batch of a thousand keys has one deadline, and a restored pool may have a million alike: the loop would
-    fire them all in one turn. Spread, they come 16 ms later per thousand, which no call can tell, since calls
-    go by the deadline.
-    """
-
-    __slots__ = ("_armed", "_millisecond")
-
-    def __init__(self) -> None:
-        self._millisecond = 0
-        self._armed = 0
-
-    def later(self, deadline: float) -> float:
-        """Seconds to add to a timer for this deadline."""
-        millisecond = int(deadline * 1000)
-        if millisecond != self._millisecond:
-            self._millisecond, self._armed = millisecond, 0
-        self._armed += 1
-        return self._armed // CROWD * 0.001
+MARGIN = 0.002
+"""Seconds after the end of a bucket at which its timer fires: uvloop may be 1.3 ms early."""
 
 
 class Timers:
-    """The timers of one pool. `release(key, lease)` and `expire(key, deadline)` are called when they are due.
+    """The timers of one pool. `settle` deals with some of what is overdue, and says whether there is more.
 
-    Arming and cancelling are O(1) on uvloop, O(log n) on the stock loop.
+    Nothing fires before `start`: a pool that is being restored must not move.
     """
 
-    def __init__(
-        self,
-        loop: IOLoop,
-        now: Callable[[], float],
-        release: Callable[[Key, int], None],
-        expire: Callable[[Key, float], None],
-    ) -> None:
+    def __init__(self, loop: IOLoop, now: Callable[[], float], settle: Callable[[], bool]) -> None:
         self._loop = loop
         self._now = now
-        self._release = release
-        self._expire = expire
-        self._due: deque[Callable[[], None]] = deque()
-        self._draining = False
-        self._closed = False
-        self._releases = _Spread()
-        self._expiries = _Spread()
+        self._settle = settle
+        self._running = False
+        self._settling = False
         self.armed = 0
-        """Timers that are set and have neither fired nor been cancelled."""
+        """Timers of buckets that are set and have neither fired nor been cancelled."""
 
-    def arm_release(self, key: Key) -> None:
-        """Set the timer of a key's block."""
-        assert key.release_deadline is not None
-        key.release_timer = self._arm(key.release_deadline, self._releases, self._release_due, key, key.lease)
+    def start(self, buckets: Iterable[DeadlineBucket]) -> None:
+        """Set the timers of all buckets that are open. O(buckets), at most 64 a second of deadlines."""
+        self._running = True
+        for bucket in buckets:
+            self._arm(bucket)
 
-    def arm_expiry(self, key: Key) -> None:
-        """Set the timer of a key's `expires_deadline`; the one set before must have been cancelled."""
-        key.expiry_timer = self._arm(
-            key.expires_deadline, self._expiries, self._expiry_due, key, key.expires_deadline
-        )
+    def opened(self, bucket: DeadlineBucket) -> None:
+        """A bucket has got its first key: set its timer. O(log timers)."""
+        if self._running:
+            self._arm(bucket)
 
-    def cancel_release(self, key: Key) -> None:
-        """Undo `arm_release`; nothing if the timer has fired."""
-        timer, key.release_timer = key.release_timer, None
-        self._cancel(timer)
-
-    def cancel_expiry(self, key: Key) -> None:
-        """Undo `arm_expiry`; nothing if the timer has fired."""
-        timer, key.expiry_timer = key.expiry_timer, None
-        self._cancel(timer)
+    def closed(self, bucket: DeadlineBucket) -> None:
+        """A bucket has lost its last key: cancel its timer. O(log timers)."""
+        timer, bucket.timer = bucket.timer, None
+        if timer is not None:
+            self.armed -= 1
+            self._loop.remove_timeout(timer)
 
     def after(self, seconds: float, callback: Callable[..., None], *args: object) -> object:
         """A timer that has nothing to do with a key. Returns the handle that `cancel` takes."""
@@ -105,39 +68,26 @@ class Timers:
             self._loop.remove_timeout(timer)
 
     def close(self) -> None:
-        """Forget what is queued. Timers that are still armed find nothing to do when they fire."""
-        self._closed = True
-        self._due.clear()
+        """Do nothing any more. Timers that are still set find nothing to do when they fire."""
+        self._running = False
 
-    def _arm(self, deadline: float, spread: _Spread, callback: Callable[..., None], *args: object) -> object:
+    def _arm(self, bucket: DeadlineBucket) -> None:
         self.armed += 1
-        return self._loop.call_later(deadline - self._now() + spread.later(deadline), callback, *args)
+        bucket.timer = self._loop.call_later(bucket.ends + MARGIN - self._now(), self._due, bucket)
 
-    def _cancel(self, timer: object) -> None:
-        if timer is not None:
-            self.armed -= 1
-            self._loop.remove_timeout(timer)
-
-    def _release_due(self, key: Key, lease: int) -> None:
-        key.release_timer = None
-        self._queue(lambda: self._release(key, lease))
-
-    def _expiry_due(self, key: Key, deadline: float) -> None:
-        key.expiry_timer = None
-        self._queue(lambda: self._expire(key, deadline))
-
-    def _queue(self, step: Callable[[], None]) -> None:
+    def _due(self, bucket: DeadlineBucket) -> None:
+        bucket.timer = None
         self.armed -= 1
-        if self._closed:
+        if not self._running:
             return
-        self._due.append(step)
-        if not self._draining:
-            self._draining = True
-            self._loop.add_callback(self._drain)
+        if self._now() < bucket.ends:
+            self._arm(bucket)  # earlier than any loop should be, but a deadline is the truth
+        elif not self._settling:
+            self._settling = True
+            self._go_on()
 
-    def _drain(self) -> None:
-        for _ in range(min(SLICE, len(self._due))):
-            self._due.popleft()()
-        self._draining = bool(self._due)
-        if self._draining:
-            self._loop.add_callback(self._drain)
+    def _go_on(self) -> None:
+        self._settling = False  # first, so that an exception costs this round and no other
+        if self._running and self._settle():
+            self._settling = True
+            self._loop.add_callback(self._go_on)

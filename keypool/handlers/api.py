@@ -11,7 +11,6 @@ once.
 
 from __future__ import annotations
 
-import logging
 import time
 from email.utils import formatdate
 from functools import lru_cache
@@ -23,14 +22,10 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 from tornado.routing import Router
 
-from keypool.handlers.dispatch import MAX_BODY, Begun, Dispatcher, Reply, too_large
+from keypool.handlers.dispatch import Begun, Dispatcher, Reply, too_large
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.steps import Steps
-
-DISCARDED = 4 * 1024 * 1024
-"""Bytes of a refused body that are read for the sake of the connection."""
-
-_access = logging.getLogger("keypool.access")
+from keypool.limits import DISCARDED, MAX_BODY
 
 
 class ApiRouter(Router):
@@ -57,6 +52,7 @@ class ApiDelegate(httputil.HTTPMessageDelegate):
         "_in_flight",
         "_request",
         "_size",
+        "_started",
         "_steps",
     )
 
@@ -81,6 +77,7 @@ class ApiDelegate(httputil.HTTPMessageDelegate):
         headers: httputil.HTTPHeaders,
     ) -> None:
         """Check the head; answer at once what can't wait for the body."""
+        self._started = time.monotonic()
         self._in_flight.enter()
         self._begun = self._dispatcher.begin(self._request)
         length = _declared_length(headers)
@@ -105,6 +102,11 @@ class ApiDelegate(httputil.HTTPMessageDelegate):
         """The request is whole: run its call."""
         if self._connection is None:
             return
+        if (
+            self._connection.stream.closed()
+        ):  # it hung up behind its last byte: nobody is there to be answered
+            self.on_connection_close()
+            return
         call = self._dispatcher.run(self._begun, self._request, b"".join(self._body))
         self._steps = Steps(call, self._done)
         self._steps.step()
@@ -126,22 +128,17 @@ class ApiDelegate(httputil.HTTPMessageDelegate):
         connection, self._connection = self._connection, None
         if connection is not None:
             write_reply(connection, self._begun.head, reply)
-            if _access.isEnabledFor(logging.DEBUG):
-                self._log(reply)
+            self._dispatcher.answered(self._begun, reply, time.monotonic() - self._started)
         self._end()
 
-    def _log(self, reply: Reply) -> None:
-        name = self._begun.operation.name if self._begun.operation else "-"
-        milliseconds = self._request.request_time() * 1000
-        _access.debug("%s %s %d %.1f ms", self._begun.request_id, name, reply.status, milliseconds)
-
     def _end(self) -> None:
+        if self._ended:
+            return  # answered before its body had come, and then hung up on: one request, counted once
+        self._ended = True
         if self._steps is not None:
             self._steps.close()
             self._steps = None
-        if not self._ended:  # answered early, and then cut while the rest of the body came
-            self._ended = True
-            self._in_flight.leave()
+        self._in_flight.leave()
 
 
 def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply) -> None:

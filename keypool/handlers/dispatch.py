@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from keypool.auth import Access, Role
+from keypool.auth import NOBODY, Access, Role
 from keypool.engine import Engine
 from keypool.errors import (
     Forbidden,
@@ -29,14 +29,14 @@ from keypool.errors import (
     UnsupportedMediaType,
     UriTooLong,
 )
+from keypool.handlers.access import access_line
+from keypool.handlers.calls import NO_OPERATION, CallTallies
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.handlers.wording import Reader
+from keypool.limits import MAX_BODY, MAX_HEADERS, MAX_TARGET
 from keypool.operations import Call, Operation, require_may_name
 
 BASE = "/api/v1"
-MAX_BODY = 256 * 1024
-MAX_TARGET = 8 * 1024
-MAX_HEADERS = 32 * 1024
 
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = logging.getLogger("keypool.api")
@@ -67,6 +67,7 @@ class Reply:
     status: int
     headers: list[tuple[str, str]]
     body: bytes = b""
+    outcome: str = "ok"  # or the code of the error
 
 
 @dataclass(slots=True)
@@ -95,6 +96,7 @@ class Dispatcher:
             for path in paths:
                 self._routes.setdefault(BASE + path, {})[operation.method] = operation
             self._readers[operation.name] = Reader(operation)
+        self.calls = CallTallies(self._readers)
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(5)
 
@@ -139,9 +141,11 @@ class Dispatcher:
                 begun.allow = allow
                 return
             raise MethodNotAllowed(allow)
-        caller = self._access.identify(request.headers.get("Authorization"))
-        if caller.role not in operation.roles:
-            raise Forbidden(_needs(operation, caller.role))
+        caller = NOBODY
+        if operation.roles:
+            caller = self._access.caller(request.headers)
+            if caller.role not in operation.roles:
+                raise Forbidden(_needs(operation, caller.role))
         require_may_name(key, caller)
         begun.operation = operation
         begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
@@ -158,6 +162,12 @@ class Dispatcher:
         if not segment:
             return None, ""
         return self._routes.get(f"{start}{{key}}{slash}{rest}"), _decoded(segment)
+
+    def answered(self, begun: Begun, reply: Reply, seconds: float) -> None:
+        """A request was answered so, after so long: count it, and write its line of the access log."""
+        name = NO_OPERATION if begun.operation is None else begun.operation.name
+        self.calls.add(name, reply.outcome, seconds)
+        access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
 
     # -- the body
 
@@ -197,7 +207,7 @@ class Dispatcher:
             message = getattr(error, "message", error.detail)
         headers = [("Content-Type", CONTENT_TYPE), *problem_headers(error)]
         body = problem_body(error, begun.request_id, message)
-        return Reply(status_of(type(error)), self._headers(begun, headers), body)
+        return Reply(status_of(type(error)), self._headers(begun, headers), body, error.code)
 
     def _headers(self, begun: Begun, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         headers.append(("Cache-Control", "no-store"))

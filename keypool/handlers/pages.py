@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from tornado.web import RequestHandler
+from tornado.web import HTTPError, RequestHandler
 
-from keypool.auth import Access
-from keypool.errors import KeypoolError, MethodNotAllowed, NotFound, UriTooLong
+from keypool.auth import Access, Role
+from keypool.dashboard import HTML, PAGE_HEADERS, Dashboard
+from keypool.engine import Engine
+from keypool.errors import (
+    BadRequest,
+    CrossSite,
+    Forbidden,
+    KeypoolError,
+    MethodNotAllowed,
+    NotFound,
+    UriTooLong,
+)
+from keypool.handlers.access import access_line
 from keypool.handlers.api import http_date
-from keypool.handlers.dispatch import MAX_TARGET, Dispatcher, unexpected
+from keypool.handlers.dispatch import Dispatcher, unexpected
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
+from keypool.limits import MAX_TARGET
 
 
 class _AnyMethod(tuple[str, ...]):
@@ -26,15 +38,19 @@ class PageHandler(RequestHandler):
     """The root of what isn't the API: the same checks of host and site, the same problems."""
 
     SUPPORTED_METHODS = _AnyMethod()
-    allowed = ("GET", "HEAD", "OPTIONS")
+    allowed: tuple[str, ...] = ("GET", "HEAD", "OPTIONS")
+    name = "none"
+    roles: frozenset[Role] = frozenset()  # none: for anyone
 
-    def initialize(self, access: Access, dispatcher: Dispatcher, in_flight: InFlight) -> None:
+    def initialize(self, engine: Engine, access: Access, dispatcher: Dispatcher, in_flight: InFlight) -> None:
         """Count the request, and name it."""
+        self.engine = engine
         self.dispatcher = dispatcher
         self.access = access
         self.request_id = dispatcher.request_id(self.request.headers)
         self._in_flight = in_flight
         self._counted = True
+        self._outcome = "ok"
         in_flight.enter()
 
     def set_default_headers(self) -> None:
@@ -57,13 +73,37 @@ class PageHandler(RequestHandler):
         self.access.check_site(self.request.headers, method not in ("GET", "HEAD", "OPTIONS"))
         if method not in self.allowed:
             raise MethodNotAllowed(", ".join(self.allowed))
+        if self.roles and method != "OPTIONS":
+            self.require_role()
+
+    def require_role(self) -> None:
+        """Raise Unauthorized or Forbidden unless the caller has one of the page's roles."""
+        caller = self.access.identify(self.request.headers.get("Authorization"))
+        if caller.role not in self.roles:
+            wanted = " or ".join(sorted(self.roles))
+            raise Forbidden(f"{self.name} needs the role {wanted}; this token is a {caller.role.value}'s")
 
     def refuse(self, error: KeypoolError) -> None:
         """Answer with the problem that this error is."""
+        self._outcome = error.code
         self.set_status(int(status_of(type(error))))
         for name, value in problem_headers(error):
             self.set_header(name, value)
-        self._answer(problem_body(error, self.request_id), CONTENT_TYPE)
+        page = self.error_page(error)
+        if page is None:
+            self._answer(problem_body(error, self.request_id), CONTENT_TYPE)
+        else:
+            self._answer(page, HTML)
+
+    def error_page(self, error: KeypoolError) -> bytes | None:
+        """The page that a browser gets for an error; None for everybody else, and under /api/."""
+        dashboard: Dashboard | None = self.application.settings.get("dashboard")  # none while loading
+        wants_page = "text/html" in self.request.headers.get("Accept", "")
+        if dashboard is None or not wants_page or self.request.path.startswith("/api/"):
+            return None
+        for name, value in PAGE_HEADERS:
+            self.set_header(name, value)
+        return dashboard.error_page(error, self.get_status(), self.request_id)
 
     def answer(self, body: object) -> None:
         """Answer with JSON."""
@@ -79,6 +119,7 @@ class PageHandler(RequestHandler):
         """The methods of the path."""
         self.set_status(204)
         self.set_header("Allow", ", ".join(self.allowed))
+        self.set_header("Cache-Control", "no-store")
         self.set_header("X-Request-Id", self.request_id)
         self.finish()
 
@@ -91,16 +132,29 @@ class PageHandler(RequestHandler):
         return
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """An exception nobody expected: 500, and no trace to the caller."""
-        self.refuse(unexpected())
+        """What Tornado refuses, or else what nobody expected: 500, and no trace to the caller."""
+        if status_code >= 500:
+            self.refuse(unexpected())
+            return
+        # Tornado reads a form before it asks `prepare`, whose checks come first all the same.
+        try:
+            self.check()
+            if status_code == 403:
+                raise CrossSite("another site sent this form, or one that is out of date: load the page anew")
+            raise BadRequest("the body is not what its Content-Type says")
+        except KeypoolError as error:
+            self.refuse(error)
 
     def log_exception(self, *args: Any) -> None:
-        """Log it under the request id."""
+        """Log it under the request id, unless it is the caller's."""
+        if isinstance(args[1], HTTPError) and args[1].status_code < 500:
+            return
         # Tornado's own line shows the request, and so its target.
         self.application.settings["log"].error("page failed, request %s", self.request_id, exc_info=args)
 
     def on_finish(self) -> None:
         """Answered."""
+        access_line(self.request_id, self.name, self.get_status(), self._outcome, self.request.request_time())
         self._leave()
 
     def on_connection_close(self) -> None:
@@ -116,6 +170,8 @@ class PageHandler(RequestHandler):
 class Health(PageHandler):
     """/healthz: 200 while the loop turns."""
 
+    name = "health"
+
     def get(self, *args: str) -> None:
         """See the class."""
         self.answer({"status": "ok"})
@@ -124,10 +180,12 @@ class Health(PageHandler):
 class Ready(PageHandler):
     """/readyz: 200 when calls are served, else 503 with the reason."""
 
+    name = "ready"
+
     def get(self, *args: str) -> None:
         """See the class."""
         try:
-            self.dispatcher.engine.ready()
+            self.engine.ready()
         except KeypoolError as error:
             self.refuse(error)
         else:

@@ -26,6 +26,7 @@ STATUSES: dict[type[KeypoolError], HTTPStatus] = {
     errors.UnknownKey: HTTPStatus.NOT_FOUND,
     errors.NoKeyAvailable: HTTPStatus.NOT_FOUND,
     errors.MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
+    errors.RequestTimeout: HTTPStatus.REQUEST_TIMEOUT,
     errors.PayloadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UriTooLong: HTTPStatus.REQUEST_URI_TOO_LONG,
     errors.UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -34,6 +35,8 @@ STATUSES: dict[type[KeypoolError], HTTPStatus] = {
     errors.StaleLease: HTTPStatus.CONFLICT,
     errors.PoolFull: HTTPStatus.CONFLICT,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.TooMany: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.UpgradeRequired: HTTPStatus.UPGRADE_REQUIRED,
     KeypoolError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
@@ -47,6 +50,10 @@ def problem_headers(error: KeypoolError) -> list[tuple[str, str]]:
     """What the error says in headers, beside its body."""
     if isinstance(error, errors.NoKeyAvailable) and error.retry_after is not None:
         return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
+    if isinstance(error, errors.TooMany):
+        return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
+    if isinstance(error, errors.UpgradeRequired):
+        return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")]
     if isinstance(error, errors.MethodNotAllowed):
         return [("Allow", error.allow)]
     if isinstance(error, errors.Unauthorized):

@@ -65,11 +65,29 @@ class Reader:
         try:
             return self._decoder.decode(body)
         except msgspec.ValidationError as error:
-            raise _bad("body", str(error), self._body_fields) from None
+            return self._read_whole_floats(body, error)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(
                 f"the body is not JSON: {str(error)[:_LONGEST]}; {_takes(self._body_fields)}"
             ) from None
+
+    def _read_whole_floats(self, body: bytes, error: msgspec.ValidationError) -> Any:
+        """Read 17.0 as 17: to JSON it is the same number, and some clients can't write it otherwise."""
+        if ", got `float`" in str(error):
+            try:
+                return msgspec.convert(_with_whole_numbers(msgspec.json.decode(body)), self._decoder.type)
+            except msgspec.ValidationError:
+                pass  # the first error tells of what was sent
+        raise _bad("body", str(error), self._body_fields) from None
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_whole_numbers(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_numbers(member) for member in value]
+    # Beyond 2**53 a float may not be the number that was written.
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def _bad(where: str, message: str, fields: dict[str, str]) -> BadRequest:
