@@ -19,7 +19,7 @@ from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Journal
 from keypool.errors import StartError
 
-_SLICE = 2000  # keys read, or checked, or armed in one turn of the loop
+_SLICE = 2000  # keys read, or checked, in one turn of the loop
 _log = logging.getLogger("keypool.journal")
 
 

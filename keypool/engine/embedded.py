@@ -477,7 +477,7 @@ class EmbeddedEngine:
         now = self.now()
         self.pool.settle(now)  # a block may have run out whose timer is late
         self._serve_waiters(now)
-        if waiter in self._waiters and self._may_serve() and self.pool.may_have_more(now):
+        if waiter in self._waiters and self.storage_up() and self.pool.may_have_more(now):
             self._loop.call_soon(self._give_up, waiter)  # a crowd stands before a key that may be free
         elif waiter in self._waiters:
             del self._waiters[waiter]
@@ -490,7 +490,7 @@ class EmbeddedEngine:
 
     def _serve_waiters(self, now: float) -> None:
         """Serve who waits, first come first served, as long as there are keys. O(log n) each."""
-        if not self._may_serve():
+        if not self.storage_up():
             return  # `storage_is_back` comes here again
         while self._waiters and self.pool.available:
             owner = next(iter(self._waiters)).owner
@@ -499,10 +499,6 @@ class EmbeddedEngine:
                 self._serve_soon()  # a crowd of expired keys
                 return
             self._pop_waiter().served.set_result(self._lease(key, now))
-
-    def _may_serve(self) -> bool:
-        """Whether anything may change: not while the journal can't keep it."""
-        return self.journal is None or self.journal.failing is None
 
     def _serve_soon(self) -> None:
         """Serve who waits in the next turn of the loop, if nobody does it before."""
