@@ -6,7 +6,7 @@ import asyncio
 
 
 class InFlight:
-    """A count, and somebody who may wait for it to be none."""
+    """A count, and somebody who may wait for it to be none. A request that comes adds one to `count`."""
 
     def __init__(self) -> None:
         self.count = 0

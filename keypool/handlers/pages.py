@@ -47,7 +47,7 @@ class PageHandler(RequestHandler):
         self.engine = engine
         self.dispatcher = dispatcher
         self.access = access
-        self.request_id = dispatcher.request_id(self.request.headers)
+        self.request_id = dispatcher.request_id(self.request.headers.get("X-Request-Id"))
         self._in_flight = in_flight
         self._counted = True
         self._outcome = "ok"

@@ -24,6 +24,23 @@ class Steps:
         self._coroutine: Coroutine[Any, None, Any] | None = coroutine
         self._done = done
 
+    @classmethod
+    def begin(
+        cls, coroutine: Coroutine[Any, None, Any], done: Callable[[Any, Exception | None], None]
+    ) -> Steps | None:
+        """Run a coroutine as far as it gets; None if that was the end, so that no object is made for it."""
+        try:
+            awaited = coroutine.send(None)
+        except StopIteration as stop:
+            done(stop.value, None)
+        except Exception as error:  # whatever it is, the caller is answered
+            done(None, error)
+        else:
+            steps = cls(coroutine, done)
+            steps._wait_for(awaited)
+            return steps
+        return None
+
     def step(self, future: asyncio.Future[Any] | None = None) -> None:
         """Run as far as it gets: to the end, or to the next future that isn't done."""
         if self._coroutine is None:
@@ -35,8 +52,11 @@ class Steps:
         except Exception as error:  # whatever it is, the caller is answered
             self._finish(None, error)
         else:
-            awaited._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to say that it has heard
-            awaited.add_done_callback(self.step)
+            self._wait_for(awaited)
+
+    def _wait_for(self, awaited: Any) -> None:
+        awaited._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to say that it has heard
+        awaited.add_done_callback(self.step)
 
     def close(self) -> None:
         """Nobody wants the answer any more: the coroutine ends where it waits, by GeneratorExit."""

@@ -70,6 +70,7 @@ class Connection(Intake):
             self._leave()
             self.server.forget(self)
         self.undrainable()
+        self._corked = []
         del self.transport
 
     def drained(self) -> None:

@@ -84,8 +84,6 @@ class Intake(RequestReader):
             self._held = data[consumed:]
             self._work()
         self.busy = False
-        if self._corked:
-            self.flush()
         self._settle()
 
     def _received_more(self, data: bytes) -> None:
@@ -112,7 +110,6 @@ class Intake(RequestReader):
             self.busy = True
             self._work()
             self.busy = False
-            self.flush()
             self._settle()
 
     def _work(self) -> None:
