@@ -52,8 +52,15 @@ class ApiCall(Begun):
 
     def run(self, request: Request, body: bytes) -> bool:
         """Do what the request asks for; whether it waits for something."""
-        self._steps = Steps.begin(self._dispatcher.run(self, request, body), self._done)
-        return self._steps is not None
+        call = self._dispatcher.run(self, request, body)
+        try:
+            awaited = call.send(None)
+        except StopIteration as answered:
+            self.answer(answered.value)
+            return False
+        self._steps = Steps(call, self._done)
+        self._steps.wait_for(awaited)
+        return True
 
     def refuse(self) -> None:
         """Answer with the error that the request has met."""
@@ -74,7 +81,10 @@ class ApiCall(Begun):
         if self._steps is not None:
             self._steps.close()
             self._steps = None
-        self._in_flight.leave()
+        in_flight = self._in_flight
+        in_flight.count -= 1
+        if not in_flight.count:
+            in_flight.tell_idle()
 
     def _done(self, reply: Reply | None, error: Exception | None) -> None:
         if error is not None:  # `run` answers every error itself

@@ -29,7 +29,7 @@ from keypool.errors import (
     UnsupportedMediaType,
     UriTooLong,
 )
-from keypool.handlers.access import access_line
+from keypool.handlers.access import access_line, access_log
 from keypool.handlers.calls import NO_OPERATION, CallTallies
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.handlers.wording import Reader
@@ -146,7 +146,9 @@ class Dispatcher:
         """
         begun.known = known
         given = request.headers.get("X-Request-Id") if known is None else known.request_id
-        begun.request_id = self.request_id(given)
+        begun.request_id = (
+            f"{self._id_prefix}-{next(self._ids):x}" if given is None else self.request_id(given)
+        )
         try:
             self._check_head(request, begun)
         except KeypoolError as error:
@@ -198,7 +200,8 @@ class Dispatcher:
             caller = self._access.caller(request.headers) if known is None else known.caller
             if caller.role not in operation.roles:
                 raise Forbidden(_needs(operation, caller.role))
-        require_may_name(key, caller)
+        if key:
+            require_may_name(key, caller)
         begun.operation = operation
         begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
 
@@ -220,13 +223,16 @@ class Dispatcher:
         segment, slash, rest = text[len(_KEYS) :].partition("/")
         if not segment:
             return _NOWHERE, ""
-        return self._paths.get(f"{_KEYS}{{key}}{slash}{rest}", _NOWHERE), _decoded(segment)
+        return self._paths.get(f"{_KEYS}{{key}}{slash}{rest}", _NOWHERE), _decoded(
+            segment
+        ) if "%" in segment else segment
 
     def answered(self, begun: Begun, reply: Reply, seconds: float) -> None:
         """A request was answered so, after so long: count it, and write its line of the access log."""
         name = NO_OPERATION if begun.operation is None else begun.operation.name
         self.calls.add(name, reply.outcome, seconds)
-        access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
+        if access_log.isEnabledFor(logging.DEBUG):
+            access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
 
     def refused(self, request: Request | None, error: KeypoolError) -> Reply:
         """What the server refuses in the application's place; `request` is None if its head had not come.
@@ -308,7 +314,7 @@ def _needs(operation: Operation, role: Role) -> str:
 
 
 def _decoded(segment: str) -> str:
-    return unquote(segment, errors="replace") if "%" in segment else segment
+    return unquote(segment, errors="replace")
 
 
 def _check_header_size(headers: Mapping[str, str]) -> None:

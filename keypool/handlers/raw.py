@@ -65,7 +65,11 @@ class RawApi:
         target = request.target
         if not target.startswith(_API) or target.startswith(_FEED) or target[4:5] not in _ENDS:
             return None
-        return RawCall(self, request).started()
+        call = RawCall(self, request)
+        if call.error is None:
+            return call
+        call.refuse()
+        return ANSWERED
 
     def known(self, head: RawHead, headers: Headers) -> Known | None:
         """What is known of a request's headers. O(headers)."""
@@ -93,13 +97,6 @@ class RawCall(ApiCall, RawDelegate):
         address = None if peer is None else peer.remote_ip
         self._head = RawHead(request.method, request.target, request.headers, address)
         self.begin(self._head, api.known(self._head, request.headers))
-
-    def started(self) -> RawDelegate:
-        """Who takes the body: nobody if the request is refused."""
-        if self.error is None:
-            return self
-        self.refuse()
-        return ANSWERED
 
     def body(self, body: bytes) -> None:
         """The request is whole: run its call."""

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Steps:
-    """One coroutine on its way. `done(result, error)` is called once, unless `close` comes first."""
+    """One coroutine that waits. `done(result, error)` is called once, unless `close` comes first."""
 
     __slots__ = ("_coroutine", "_done")
 
@@ -23,23 +23,6 @@ class Steps:
     ) -> None:
         self._coroutine: Coroutine[Any, None, Any] | None = coroutine
         self._done = done
-
-    @classmethod
-    def begin(
-        cls, coroutine: Coroutine[Any, None, Any], done: Callable[[Any, Exception | None], None]
-    ) -> Steps | None:
-        """Run a coroutine as far as it gets; None if that was the end, so that no object is made for it."""
-        try:
-            awaited = coroutine.send(None)
-        except StopIteration as stop:
-            done(stop.value, None)
-        except Exception as error:  # whatever it is, the caller is answered
-            done(None, error)
-        else:
-            steps = cls(coroutine, done)
-            steps._wait_for(awaited)
-            return steps
-        return None
 
     def step(self, future: asyncio.Future[Any] | None = None) -> None:
         """Run as far as it gets: to the end, or to the next future that isn't done."""
@@ -52,9 +35,10 @@ class Steps:
         except Exception as error:  # whatever it is, the caller is answered
             self._finish(None, error)
         else:
-            self._wait_for(awaited)
+            self.wait_for(awaited)
 
-    def _wait_for(self, awaited: Any) -> None:
+    def wait_for(self, awaited: Any) -> None:
+        """Go on when this future is done, which the coroutine has just yielded."""
         awaited._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to say that it has heard
         awaited.add_done_callback(self.step)
 

@@ -167,7 +167,8 @@ class Connection(Intake):
 
     def peer_of(self, request: Request) -> Peer:
         """Return the peer as seen by this request."""
-        return self.server.peer_of(self.context, request.headers)
+        trusted = self.server.trusted
+        return self.context if trusted is None else self.context.forwarded(request.headers, trusted)
 
     def stream_view(self) -> StreamView:
         """Return a view of the socket."""

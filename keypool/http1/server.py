@@ -32,9 +32,8 @@ from tornado.netutil import bind_sockets
 
 from keypool.http1.connection import Connection
 from keypool.http1.link import Link
-from keypool.http1.peer import Peer
 from keypool.http1.request import RawApplication
-from keypool.http1.responses import Headers, OnRefused
+from keypool.http1.responses import OnRefused
 from keypool.limits import Doorman, Limits, greedy
 
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
@@ -72,7 +71,8 @@ class Server:
         self.resolved: asyncio.Future[None]  # the future of every write that need not wait
         self.clock = 0.0  # the loop's time as of the last sweep, one sweep ahead
         self._ssl_context = ssl_context
-        self._trusted = frozenset(trusted_downstream) if xheaders else None
+        self.trusted = frozenset(trusted_downstream) if xheaders else None
+        """Proxies whose headers are believed, beside the one that connects; None: no header is."""
         self._connections: set[Connection] = set()
         self._accepting: set[asyncio.Task[object]] = set()
         self._listeners: list[asyncio.Task[asyncio.Server]] = []
@@ -274,10 +274,6 @@ class Server:
         if isinstance(application, httputil.HTTPServerConnectionDelegate):
             return application.start_request(connection, exchange)
         return _CallableDelegate(application, exchange)
-
-    def peer_of(self, peer: Peer, headers: Headers) -> Peer:
-        """Return ``peer`` as a request's headers name it, if they are to be believed."""
-        return peer if self._trusted is None else peer.forwarded(headers, self._trusted)
 
 
 class _CallableDelegate(httputil.HTTPMessageDelegate):
