@@ -59,7 +59,10 @@ class HttpServer(Protocol):
     async def close_all_connections(self) -> None: ...  # noqa: D102
 
 
-SERVERS: dict[str, Callable[[Application, Limits | None], HttpServer]] = {"fast": FastServer, "tornado": StockServer}
+SERVERS: dict[str, Callable[[Application, Limits | None], HttpServer]] = {
+    "fast": FastServer,
+    "tornado": StockServer,
+}
 """Each server by the value of --http."""
 
 

@@ -44,7 +44,15 @@ class Variant:
 
 
 _API = ("test_api_", "test_fuzz", "test_process", "test_feed")
-_ALL_OVER_HTTP = (*_API, "test_cli", "test_client", "test_dashboard", "browser/", "test_hostile", "test_metrics")
+_ALL_OVER_HTTP = (
+    *_API,
+    "test_cli",
+    "test_client",
+    "test_dashboard",
+    "browser/",
+    "test_hostile",
+    "test_metrics",
+)
 
 VARIANTS = [
     Variant("memory", lambda directory: ["--data=:memory:"]),

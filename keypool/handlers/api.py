@@ -108,7 +108,7 @@ class ApiRouter(Router):
 class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
     """One request of the API on Tornado's server."""
 
-    __slots__ = ("_body", "_connection", "_request", "_size")
+    __slots__ = ("_body", "_connection", "_request", "_size", "_whole")
 
     def __init__(
         self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest
@@ -120,6 +120,7 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
         self._body: list[bytes] = []
         self._size = 0
+        self._whole = False
 
     def headers_received(
         self,
@@ -148,6 +149,7 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
 
     def finish(self) -> None:
         """The request is whole: run its call."""
+        self._whole = True
         if self._connection is None:
             return
         if (
@@ -168,18 +170,23 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         """Write the reply by Tornado's connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            write_reply(connection, self.head, reply)
+            write_reply(connection, self.head, reply, closes=not self._whole)
         return connection is not None
 
 
-def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply) -> None:
-    """Write a whole reply and finish. A connection that closed meanwhile is nobody's error."""
+def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply, *, closes: bool) -> None:
+    """Write a whole reply and finish. A connection that closed meanwhile is nobody's error.
+
+    `closes` is whether Tornado ends the connection with it because the body hasn't come; it doesn't say so.
+    """
     headers = httputil.HTTPHeaders()
     for name, value in reply.headers():
         headers.add(name, value)
     headers.add("Date", http_date())
     if reply.status != 204:
         headers.add("Content-Length", str(len(reply.body)))
+    if closes:
+        headers.add("Connection", "close")
     start_line = httputil.ResponseStartLine("", reply.status, REASONS.get(reply.status, "Unknown"))
     try:
         future = connection.write_headers(start_line, headers, b"" if head else reply.body)

@@ -351,6 +351,6 @@ class Connection(Intake):
 def _dress(request: Request, response: bytes) -> bytes:
     if request.method == b"HEAD":
         response = without_body(response)
-    if not request.keep_alive:
-        return with_connection(response, b"close")
-    return with_connection(response, b"Keep-Alive") if request.http10 else response
+    if request.http10:  # closes unless it is told
+        return with_connection(response, b"Keep-Alive") if request.keep_alive else response
+    return response if request.keep_alive else with_connection(response, b"close")
