@@ -304,15 +304,21 @@ class DeadlineIndex:
         """Where a walk that ends at this key goes on. O(1)."""
         return (bucket.number, self._deadline(key), key.id)
 
-    def check(self, keys: dict[int, DeadlineBucket]) -> None:
-        """Raise unless exactly `keys` (by id, each with its own bucket) are here, each in its place. O(n)."""
-        found = {id: bucket for bucket in self._buckets.values() for id in bucket}
-        for id in found.keys() | keys.keys():
-            if found.get(id) is not keys.get(id):
-                raise ValueError(f"id:{id} is not in the bucket of deadlines that it believes to be in")
-        for number, bucket in self._buckets.items():
+    def check_key(self, key: Key, bucket: DeadlineBucket | None) -> None:
+        """Raise unless the key stands in this bucket, at its place in the order. O(1)."""
+        if bucket is None or bucket.get(key.id) is not key or self._buckets.get(bucket.number) is not bucket:
+            raise ValueError(f"{key!r} is not in the bucket of deadlines that it believes to be in")
+        if int(self._deadline(key) * _QUANTUM) != bucket.number // _SPARE_NUMBERS:
+            raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {bucket.number}")
+
+    def check_in_slices(self, keys: int, size: int) -> Iterator[None]:
+        """Raise unless so many keys are here and no bucket is empty, with a pause after each `size` buckets."""
+        found = 0
+        for count, (number, bucket) in enumerate(self._buckets.items(), 1):
             if number != bucket.number or not bucket:
                 raise ValueError(f"bucket {number} is empty or numbered {bucket.number}")
-            for key in bucket.values():
-                if int(self._deadline(key) * _QUANTUM) != number // _SPARE_NUMBERS:
-                    raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {number}")
+            found += len(bucket)
+            if count % size == 0:
+                yield
+        if found != keys:
+            raise ValueError(f"{found} keys stand in an order of deadlines that should hold {keys}")
