@@ -18,12 +18,23 @@ from keypool.handlers.feed import FeedHandler
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.legacy import LEGACY
 from keypool.handlers.pages import Health, Nothing, Ready
+from keypool.handlers.raw import RawApi
 from keypool.handlers.scrape import Metrics, Scraped
 from keypool.handlers.signin import SignIn, SignOut
 from keypool.handlers.static import Static
+from keypool.http1 import RawDelegate, Request
 from keypool.openapi import describing
 from keypool.operations import OPERATIONS
 from keypool.settings import Settings
+
+
+class KeypoolApplication(Application):
+    """Tornado's, which takes the calls of the API as bytes from a server that hands them over so (http1)."""
+
+    def start_raw_request(self, request: Request) -> RawDelegate | None:
+        """See `http1.RawApplication`."""
+        raw: RawApi = self.settings["raw_api"]
+        return raw.start(request)
 
 
 def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> Application:
@@ -38,7 +49,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     shared = {"engine": engine, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
     dashboard = Dashboard(engine, access, settings or Settings())
     scraped = Scraped({"loop_stall_seconds": dashboard.stall.tally}, lambda: dashboard.feed.viewers)
-    return Application(
+    return KeypoolApplication(
         [
             (r"/api/v1/feed", FeedHandler, shared),
             Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight)),
@@ -59,6 +70,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
         ],
         in_flight=in_flight,
         dispatcher=dispatcher,
+        raw_api=RawApi(dispatcher, in_flight),
         dashboard=dashboard,
         scraped=scraped,
         cross_origin_protection=True,
@@ -74,7 +86,7 @@ def make_loading_app(access: Access) -> Application:
     in_flight = InFlight()
     dispatcher = Dispatcher(Loading(), access, OPERATIONS + LEGACY)
     shared = {"engine": Loading(), "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
-    return Application(
+    return KeypoolApplication(
         [
             Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight)),
             (r"/healthz", Health, shared),
@@ -82,6 +94,7 @@ def make_loading_app(access: Access) -> Application:
         ],
         in_flight=in_flight,
         dispatcher=dispatcher,
+        raw_api=RawApi(dispatcher, in_flight),
         log=logging.getLogger("keypool.pages"),
         log_function=lambda handler: None,
     )

@@ -11,8 +11,12 @@ a sweep's time brings on top): beyond it, those that hold most are cut.
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
+from typing import TypeVar
 
 MAX_BODY = 256 * 1024
 """Bytes of a body that are read: more is 413."""
@@ -30,6 +34,10 @@ DISCARDED = 4 * 1024 * 1024
 """Bytes of a refused body that are read, and thrown away, for the sake of the connection."""
 
 _SPARE_FILES = 64  # the data file, the log, the writer, and what accepts and refuses
+_WARN_EVERY = 60.0  # seconds between two lines about connections that were refused
+_log = logging.getLogger("keypool.connections")
+
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,26 @@ class Limits:
     sweep_seconds: float = 1.0
     """How often connections are looked at: so much later than said a limit may strike."""
 
+    # Of the fast server only: Tornado's counts no headers, and closes where this one lingers.
+
+    head_bytes: int = MAX_HEAD
+    """Of a head that is taken in."""
+
+    header_count: int = 100
+    """Header lines of a request; more is 431."""
+
+    body_bytes: int = MAX_BODY
+    """Of a body, unless the application says otherwise for its request."""
+
+    discarded_bytes: int = DISCARDED
+    """Of a body whose request was answered before it came, read so that the connection may go on."""
+
+    linger_bytes: int = 16 * 1024 * 1024
+    """Read and thrown away behind the last answer of a connection, so that the caller gets to read it."""
+
+    linger_seconds: float = 5.0
+    """The time for that."""
+
 
 def allowed_connections(limits: Limits) -> int:
     """How many connections the system has files for, `limits.connections` at most.
@@ -85,6 +113,7 @@ class Doorman:
         self._limits = limits
         self._most = allowed_connections(limits)
         self._inside: dict[str, int] = {}
+        self._warned_at = -_WARN_EVERY
         self.count = 0
         """Connections that are in."""
         self.refused = 0
@@ -96,6 +125,7 @@ class Doorman:
         inside = self._inside.get(place, 0)
         if self.count >= self._most or (place and inside >= self._limits.connections_per_address):
             self.refused += 1
+            self._warn(address)
             return False
         self._inside[place] = inside + 1
         self.count += 1
@@ -108,6 +138,33 @@ class Doorman:
         self._inside[place] -= 1
         if not self._inside[place]:
             del self._inside[place]
+
+    def _warn(self, address: str) -> None:
+        now = time.monotonic()
+        if now - self._warned_at >= _WARN_EVERY:
+            self._warned_at = now
+            _log.warning(
+                "a connection from %s was refused, %d by now; %d are open", address, self.refused, self.count
+            )
+
+
+def greedy(held: Iterable[tuple[int, Held]], limits: Limits) -> list[Held]:
+    """Who is to be cut, because all together hold more than `unfinished_bytes`: those that hold most.
+
+    `held` are bytes of unfinished requests and whose they are. O(held), O(held · log held) if it is too much.
+    """
+    sizes = [(size, holder) for size, holder in held if size]
+    over = sum(size for size, _ in sizes) - limits.unfinished_bytes
+    if over <= 0:
+        return []
+    _log.warning("unfinished requests take %d bytes too much: the largest are cut", over)
+    cut = []
+    for size, holder in sorted(sizes, key=lambda pair: -pair[0]):
+        if over <= 0:
+            break
+        cut.append(holder)
+        over -= size
+    return cut
 
 
 def _place(address: str) -> str:

@@ -16,8 +16,9 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tornado.netutil import bind_sockets
 from tornado.web import Application
@@ -28,8 +29,10 @@ from keypool.engine import Engine
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.errors import StartError
+from keypool.fast import FastServer
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.scrape import Scraped
+from keypool.limits import Doorman
 from keypool.notify import Notifier
 from keypool.settings import Settings
 from keypool.stock import StockServer
@@ -40,12 +43,32 @@ _CLOSING_SECONDS = 1.0  # of --drain-seconds, left for the last commit
 _log = logging.getLogger("keypool")
 
 
+class HttpServer(Protocol):
+    """What a server is asked for here: to listen, and to stop step by step."""
+
+    doorman: Doorman
+    began: int
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None: ...  # noqa: D102
+    def serve_app(self, app: Application) -> None: ...  # noqa: D102
+    def take_queue(self, sockets: Iterable[socket.socket]) -> None: ...  # noqa: D102
+    def stop(self) -> None: ...  # noqa: D102
+    def keep_none_alive(self) -> None: ...  # noqa: D102
+    def writing(self) -> bool: ...  # noqa: D102
+    def cut_all(self) -> None: ...  # noqa: D102
+    async def close_all_connections(self) -> None: ...  # noqa: D102
+
+
+SERVERS: dict[str, Callable[[Application], HttpServer]] = {"fast": FastServer, "tornado": StockServer}
+"""Each server by the value of --http."""
+
+
 async def serve(settings: Settings) -> int:
     """Serve until told to stop; the exit status. Raises StartError."""
     asked_to_stop = _Signals().asked
     sockets = _bind(settings)
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
-    server = StockServer(make_loading_app(access))
+    server = SERVERS[settings.http](make_loading_app(access))
     server.add_sockets(sockets)
     notifier = Notifier(os.environ)
     notifier.status("loading")
@@ -97,14 +120,14 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
     return f"http://{host}:{sockets[0].getsockname()[1]}/"
 
 
-def _measure(server: StockServer, scraped: Scraped) -> None:
+def _measure(server: HttpServer, scraped: Scraped) -> None:
     """Let /metrics show how many connections there are."""
     scraped.connections = lambda: server.doorman.count
     scraped.refused_connections = lambda: server.doorman.refused
 
 
 async def _drain(
-    server: StockServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
+    server: HttpServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
 ) -> None:
     """Stop within `seconds`: whoever was accepted is answered, as far as that goes."""
     deadline = time.monotonic() + seconds
@@ -124,7 +147,7 @@ async def _drain(
         step.result()
 
 
-async def _wait_idle(server: StockServer, in_flight: InFlight, deadline: float) -> bool:
+async def _wait_idle(server: HttpServer, in_flight: InFlight, deadline: float) -> bool:
     """Wait until all that had come is answered; whether it was by the deadline.
 
     A request that had come may not be read yet: only when no new one has begun for some turns of the loop have

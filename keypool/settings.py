@@ -60,6 +60,11 @@ class Settings:
         "where keys are kept; `:memory:` keeps nothing",
     )
     engine: str = _setting("embedded", Choice("embedded"), "what holds the pool")
+    http: str = _setting(
+        "fast",
+        Choice("fast", "tornado"),
+        "which HTTP server: keypool's own, or Tornado's, slower, with the same answers",
+    )
     block_seconds: float = _setting(60.0, Seconds(), "how long an acquired key stays blocked")
     keepalive_seconds: float = _setting(300.0, Seconds(), "how long a key lives without a keepalive")
     key_length: int = _setting(20, Whole(16, 64), "characters in a new key")

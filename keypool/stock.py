@@ -10,13 +10,11 @@ It isn't the place for limits of the API: what is wrong with a request as such, 
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from functools import partial
-from http.client import responses as REASONS  # noqa: N812 - a table
 from itertools import islice
 from typing import Any
 
@@ -27,14 +25,13 @@ from tornado.iostream import IOStream
 from tornado.web import Application
 
 from keypool.errors import RequestTimeout
-from keypool.handlers.api import http_date
-from keypool.handlers.dispatch import Begun, Dispatcher, Reply
-from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, Doorman, Limits
+from keypool.handlers.dispatch import Dispatcher
+from keypool.handlers.raw import wire
+from keypool.http1.responses import with_connection
+from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, Doorman, Limits, greedy
 
 _SLICE = 200  # connections looked at in one turn of the loop
-_WARN_EVERY = 60.0  # seconds between two lines about connections that were refused
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
-_log = logging.getLogger("keypool.connections")
 
 
 class _Phase(Enum):
@@ -184,7 +181,6 @@ class StockServer(HTTPServer):
         self.began = 0
         self.serve_app(app)
         self._messages: dict[object, _Message] = {}
-        self._warned_at = -_WARN_EVERY
         self._sweeper = asyncio.ensure_future(self._sweep())
 
     def serve_app(self, app: Application) -> None:
@@ -198,7 +194,6 @@ class StockServer(HTTPServer):
             super().handle_stream(stream, address)
         else:
             stream.close()
-            self._warn(_address(address))
 
     def start_request(
         self, server_conn: object, request_conn: httputil.HTTPConnection
@@ -222,15 +217,9 @@ class StockServer(HTTPServer):
 
     def timed_out(self, request: tuple[Any, httputil.HTTPHeaders] | None, detail: str) -> bytes:
         """The whole answer to a request that took too long; the head is there if it had come."""
-        if request is None:
-            begun = Begun(self._dispatcher.request_id({}), False)
-        else:
-            head = httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
-            begun = self._dispatcher.begin(head)
-        # What the head is refused for comes before what is wrong with the body.
-        reply = self._dispatcher.refusal(begun, begun.error or RequestTimeout(detail))
-        self._dispatcher.answered(begun, reply, self.limits.body_seconds)
-        return _wire(reply)
+        head = request and httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
+        reply = self._dispatcher.refused(head, RequestTimeout(detail))
+        return with_connection(wire(reply), b"close")
 
     # -- stopping
 
@@ -273,35 +262,9 @@ class StockServer(HTTPServer):
                 for message in some:
                     message.look(self.now, self.limits)
                 await asyncio.sleep(0)
-            self._cut_greedy()
-
-    def _cut_greedy(self) -> None:
-        """If requests that aren't whole take too much memory, cut those that take most."""
-        held = [(message.held(), message) for message in self._messages.values()]
-        over = sum(size for size, _ in held) - self.limits.unfinished_bytes
-        if over <= 0:
-            return
-        _log.warning("unfinished requests take %d bytes too much: the largest are cut", over)
-        for size, message in sorted(held, key=lambda pair: -pair[0]):
-            if over <= 0:
-                break
-            message.cut()
-            over -= size
-
-    def _warn(self, address: str) -> None:
-        now = time.monotonic()
-        if now - self._warned_at >= _WARN_EVERY:
-            self._warned_at = now
-            refused, inside = self.doorman.refused, self.doorman.count
-            _log.warning("a connection from %s was refused, %d by now; %d are open", address, refused, inside)
+            for message in greedy(((each.held(), each) for each in self._messages.values()), self.limits):
+                message.cut()
 
 
 def _address(address: Any) -> str:
     return str(address[0]) if isinstance(address, tuple) and address else ""
-
-
-def _wire(reply: Reply) -> bytes:
-    headers = [*reply.headers, ("Date", http_date()), ("Connection", "close")]
-    headers.append(("Content-Length", str(len(reply.body))))
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    return f"HTTP/1.1 {reply.status} {REASONS[reply.status]}\r\n{lines}\r\n".encode("latin-1") + reply.body

@@ -37,6 +37,15 @@ LAYERS = (
     # The server
     "keypool.resources",
     "keypool.errors keypool.tally keypool.limits keypool.notify",
+    "keypool.http1.responses",
+    "keypool.http1.peer keypool.http1.stream",
+    "keypool.http1.request",
+    "keypool.http1.link keypool.http1.rules",
+    "keypool.http1.exchange keypool.http1.reader",
+    "keypool.http1.intake",
+    "keypool.http1.connection",
+    "keypool.http1.server",
+    "keypool.http1",
     "keypool.keys",
     "keypool.index keypool.events keypool.answers keypool.logs",
     "keypool.pool",
@@ -64,7 +73,8 @@ LAYERS = (
     "keypool.openapi",
     "keypool.handlers.dispatch keypool.handlers.legacy",
     "keypool.handlers.api",
-    "keypool.handlers.pages keypool.stock",
+    "keypool.handlers.pages keypool.handlers.raw",
+    "keypool.fast keypool.stock",
     "keypool.handlers.dashboard keypool.handlers.feed keypool.handlers.scrape keypool.handlers.static",
     "keypool.handlers.signin",
     "keypool.app keypool.reference",
@@ -75,8 +85,18 @@ LAYERS = (
 )
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row.split()}
 
-FOR_TYPES = {("keypool.keys", "keypool.index")}
-"""Arrows up that no program follows: a key's fields hold its places in the orders, and name their type."""
+FOR_TYPES = {
+    ("keypool.keys", "keypool.index"),
+    ("keypool.http1.request", "keypool.http1.exchange"),
+    ("keypool.http1.request", "keypool.http1.reader"),
+    ("keypool.http1.exchange", "keypool.http1.connection"),
+    *(
+        (f"keypool.http1.{part}", "keypool.http1.server")
+        for part in ("link", "reader", "intake", "connection")
+    ),
+}
+"""Arrows up that no program follows: a key's fields hold its places in the orders, and name their type; what
+a connection is made of names the connection and the server that it is part of."""
 
 OUTSIDE = ("tornado", "asyncio", "sqlite3", "time", "threading", "socket")
 """What the rules and all below them know nothing of."""

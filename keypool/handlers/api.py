@@ -1,8 +1,9 @@
 """The API behind Tornado's interfaces for messages, past RequestHandler.
 
-Every call of the API is answered here, on whichever HTTP server drives the application: one path, so one
-behaviour. RequestHandler is for pages (handlers/pages.py); what it does for them (templates, cookies, ETags)
-costs a JSON call twice what the call itself does.
+Every call of the API is answered by an `ApiCall`, on whichever HTTP server drives the application: here as a
+delegate of Tornado's, in raw.py as bytes. One path, so one behaviour. RequestHandler is for pages
+(handlers/pages.py); what it does for them (templates, cookies, ETags) costs a JSON call twice what the call
+itself does.
 
 A request that is refused by its head is answered when its body has been read and thrown away, so that the
 connection can go on; one whose body is larger than `DISCARDED`, or that asks before it sends, is answered at
@@ -12,8 +13,6 @@ once.
 from __future__ import annotations
 
 import time
-from email.utils import formatdate
-from functools import lru_cache
 from http.client import responses as REASONS  # noqa: N812 - a table
 from typing import Any, cast
 
@@ -22,10 +21,67 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 from tornado.routing import Router
 
-from keypool.handlers.dispatch import Begun, Dispatcher, Reply, too_large
+from keypool.handlers.dispatch import Begun, Dispatcher, Reply, Request, too_large
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.steps import Steps
+from keypool.http1.responses import http_date
 from keypool.limits import DISCARDED, MAX_BODY
+
+
+class ApiCall:
+    """One request of the API, from its head to its reply. A subclass knows the way that the reply goes."""
+
+    __slots__ = ("_begun", "_dispatcher", "_ended", "_in_flight", "_started", "_steps")
+
+    def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
+        self._dispatcher = dispatcher
+        self._in_flight = in_flight
+        self._steps: Steps | None = None
+        self._ended = False
+        self._begun: Begun
+
+    def send(self, reply: Reply) -> bool:
+        """Write the reply; whether there is still somebody to write to."""
+        raise NotImplementedError
+
+    def begin(self, request: Request) -> None:
+        """Check the head."""
+        self._started = time.monotonic()
+        self._in_flight.enter()
+        self._begun = self._dispatcher.begin(request)
+
+    def run(self, request: Request, body: bytes) -> bool:
+        """Do what the request asks for; whether it waits for something."""
+        self._steps = Steps(self._dispatcher.run(self._begun, request, body), self._done)
+        self._steps.step()
+        return not self._ended
+
+    def refuse(self) -> None:
+        """Answer with the error that the request has met."""
+        assert self._begun.error is not None
+        self.answer(self._dispatcher.refusal(self._begun, self._begun.error))
+
+    def answer(self, reply: Reply) -> None:
+        """Send the reply, and count it if it could be sent."""
+        if self.send(reply):
+            self._dispatcher.answered(self._begun, reply, time.monotonic() - self._started)
+        self.end()
+
+    def end(self) -> None:
+        """Answered, or the caller is gone: whatever the call waits for, it stops."""
+        if self._ended:
+            return  # answered before its body had come, and then hung up on: one request, counted once
+        self._ended = True
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        self._in_flight.leave()
+
+    def _done(self, reply: Reply | None, error: Exception | None) -> None:
+        if error is not None:  # `run` answers every error itself
+            raise error
+        assert reply is not None
+        self.answer(reply)
 
 
 class ApiRouter(Router):
@@ -40,36 +96,21 @@ class ApiRouter(Router):
         return ApiDelegate(self._dispatcher, self._in_flight, request)
 
 
-class ApiDelegate(httputil.HTTPMessageDelegate):
-    """One request of the API, from its head to its reply."""
+class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
+    """One request of the API on Tornado's server."""
 
-    __slots__ = (
-        "_begun",
-        "_body",
-        "_connection",
-        "_dispatcher",
-        "_ended",
-        "_in_flight",
-        "_request",
-        "_size",
-        "_started",
-        "_steps",
-    )
+    __slots__ = ("_body", "_connection", "_request", "_size")
 
     def __init__(
         self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest
     ) -> None:
+        super().__init__(dispatcher, in_flight)
         assert request.connection is not None
-        self._dispatcher = dispatcher
-        self._in_flight = in_flight
         self._request = request
         # Tornado names the base class; what it hands over is the class that knows when it closes.
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
         self._body: list[bytes] = []
         self._size = 0
-        self._steps: Steps | None = None
-        self._ended = False
-        self._begun: Begun
 
     def headers_received(
         self,
@@ -77,14 +118,12 @@ class ApiDelegate(httputil.HTTPMessageDelegate):
         headers: httputil.HTTPHeaders,
     ) -> None:
         """Check the head; answer at once what can't wait for the body."""
-        self._started = time.monotonic()
-        self._in_flight.enter()
-        self._begun = self._dispatcher.begin(self._request)
+        self.begin(self._request)
         length = _declared_length(headers)
         if length > MAX_BODY and self._begun.error is None:
             self._begun.error = too_large()
         if self._begun.error is not None and (length > DISCARDED or "Expect" in headers):
-            self._write(self._dispatcher.refusal(self._begun, self._begun.error))
+            self.refuse()
 
     def data_received(self, chunk: bytes) -> None:
         """Keep a part of the body, or throw it away if the request is refused."""
@@ -96,7 +135,7 @@ class ApiDelegate(httputil.HTTPMessageDelegate):
             else:
                 self._body.append(chunk)
         elif self._size > DISCARDED and self._connection is not None:
-            self._write(self._dispatcher.refusal(self._begun, self._begun.error))
+            self.refuse()
 
     def finish(self) -> None:
         """The request is whole: run its call."""
@@ -107,38 +146,21 @@ class ApiDelegate(httputil.HTTPMessageDelegate):
         ):  # it hung up behind its last byte: nobody is there to be answered
             self.on_connection_close()
             return
-        call = self._dispatcher.run(self._begun, self._request, b"".join(self._body))
-        self._steps = Steps(call, self._done)
-        self._steps.step()
-        if self._connection is not None:  # it waits: if the caller hangs up, nobody wants the answer
+        if self.run(self._request, b"".join(self._body)) and self._connection is not None:
+            # If the caller hangs up, nobody wants the answer.
             self._connection.set_close_callback(self.on_connection_close)
 
     def on_connection_close(self) -> None:
-        """The caller is gone: whatever the call waits for, it stops."""
+        """The caller is gone."""
         self._connection = None
-        self._end()
+        self.end()
 
-    def _done(self, reply: Reply | None, error: Exception | None) -> None:
-        if error is not None:  # `run` answers every error itself
-            raise error
-        assert reply is not None
-        self._write(reply)
-
-    def _write(self, reply: Reply) -> None:
+    def send(self, reply: Reply) -> bool:
+        """Write the reply by Tornado's connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
             write_reply(connection, self._begun.head, reply)
-            self._dispatcher.answered(self._begun, reply, time.monotonic() - self._started)
-        self._end()
-
-    def _end(self) -> None:
-        if self._ended:
-            return  # answered before its body had come, and then hung up on: one request, counted once
-        self._ended = True
-        if self._steps is not None:
-            self._steps.close()
-            self._steps = None
-        self._in_flight.leave()
+        return connection is not None
 
 
 def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply) -> None:
@@ -165,13 +187,3 @@ def _heard(future: Any) -> None:
 def _declared_length(headers: httputil.HTTPHeaders) -> int:
     given = headers.get("Content-Length", "0")
     return int(given) if given.isascii() and given.isdigit() and len(given) < 19 else 0
-
-
-def http_date() -> str:
-    """The Date header. Made once a second."""
-    return _date_of(int(time.time()))
-
-
-@lru_cache(maxsize=1)
-def _date_of(second: int) -> str:
-    return formatdate(second, usegmt=True)

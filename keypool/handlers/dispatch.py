@@ -169,6 +169,22 @@ class Dispatcher:
         self.calls.add(name, reply.outcome, seconds)
         access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
 
+    def refused(self, request: Request | None, error: KeypoolError) -> Reply:
+        """What the server refuses in the application's place; `request` is None if its head had not come.
+
+        What the head is refused for comes before what is wrong with the body. Counted, and in the log, as all.
+        """
+        begun = Begun(self.request_id({}), False)
+        if request is not None:
+            begun = self.begin(request)
+            if not request.path.startswith(
+                BASE
+            ):  # a page's: not for the dispatcher to say that there is none
+                begun.error = None
+        reply = self.refusal(begun, begun.error or error)
+        self.answered(begun, reply, 0.0)
+        return reply
+
     # -- the body
 
     async def run(self, begun: Begun, request: Request, body: bytes) -> Reply:

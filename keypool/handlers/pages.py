@@ -20,10 +20,10 @@ from keypool.errors import (
     UriTooLong,
 )
 from keypool.handlers.access import access_line
-from keypool.handlers.api import http_date
 from keypool.handlers.dispatch import Dispatcher, unexpected
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
+from keypool.http1.responses import http_date
 from keypool.limits import MAX_TARGET
 
 

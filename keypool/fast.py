@@ -1,0 +1,44 @@
+"""The fast HTTP server: http1's, with this application's answers to what the server itself refuses."""
+
+from __future__ import annotations
+
+from tornado.web import Application
+
+from keypool.errors import HeadersTooLarge, KeypoolError, RequestTimeout, UriTooLong
+from keypool.handlers.dispatch import Dispatcher, too_large, unexpected
+from keypool.handlers.raw import RawHead, wire
+from keypool.http1 import Refusal, Server
+from keypool.limits import Limits
+
+
+class FastServer(Server):
+    """See the module."""
+
+    def __init__(self, app: Application, limits: Limits | None = None) -> None:
+        super().__init__(app, limits=limits, on_refused=self._refused)
+
+    def _refused(self, refusal: Refusal) -> bytes | None:
+        """The whole answer to a refused request; None, a bare one, for what is no HTTP."""
+        error = _error(refusal)
+        if error is None:
+            return None
+        assert isinstance(self.application, Application)
+        dispatcher: Dispatcher = self.application.settings["dispatcher"]
+        head = RawHead(refusal.method, refusal.target, refusal.headers, None) if refusal.complete else None
+        return wire(dispatcher.refused(head, error))
+
+
+def _error(refusal: Refusal) -> KeypoolError | None:
+    match refusal.status:
+        case 400:
+            return None
+        case 408:
+            return RequestTimeout(refusal.detail)
+        case 413:
+            return too_large()
+        case 414:
+            return UriTooLong(refusal.detail)
+        case 431:
+            return HeadersTooLarge(refusal.detail)
+        case _:
+            return unexpected()

@@ -1,0 +1,219 @@
+"""Which bytes are parsed, and which requests started, when.
+
+Requests of a connection are answered one after the other, in order: the next is started
+when the answer before it is complete and the peer keeps up with reading. That is less
+than HTTP allows (they could be worked on at once), but it is what Tornado does, it
+orders the effects as well as the answers, and it bounds the memory: a connection parses
+ahead only a little, holds at most one read of bytes unparsed, and then stops reading. A
+peer that pipelines many requests gets them served in turns with other peers.
+
+`Intake` also knows which deadline belongs to which state; what is done when it has
+passed is the business of `Connection`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from math import inf
+from typing import TYPE_CHECKING
+
+from keypool.http1.link import DEAF, LINGERING, READING
+from keypool.http1.reader import RequestReader
+from keypool.http1.request import Request
+from keypool.http1.responses import Refusal
+from keypool.http1.stream import is_tls
+
+if TYPE_CHECKING:
+    from keypool.http1.server import Server
+
+_DEPTH = 16  # requests parsed ahead before reading stops
+_HIGH = 64 * 1024  # bytes of bodies held before reading stops
+_TURN = 64  # requests served before other connections get a turn
+
+
+class Intake(RequestReader):
+    """The reading side of a connection that has a queue of requests."""
+
+    __slots__ = (
+        "_held",
+        "_queue",
+        "_read_paused",
+        "_refusal",
+        "_scheduled",
+        "current",
+    )
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(server, loop)
+        self.current: Request | None = None  # the one that may be answered
+        self._queue: deque[Request] = deque()  # those behind it
+        self._refusal: Refusal | None = None  # to be answered behind the queue
+        self._held: bytes | memoryview = b""  # read, not yet parsed
+        self._read_paused = False
+        self._scheduled = False
+
+    # For the subclass.
+
+    def start(self, request: Request) -> None:
+        """Ask the application to take a request, which is ``current`` from now on."""
+        raise NotImplementedError
+
+    def deliver(self, request: Request) -> None:
+        """Hand over what has come of the current request's body, and its end."""
+        raise NotImplementedError
+
+    def done(self, request: Request) -> None:
+        """Go on behind a request that is both received and answered."""
+        raise NotImplementedError
+
+    def answer_refusal(self, refusal: Refusal) -> None:
+        """Answer by the server itself, and end."""
+        raise NotImplementedError
+
+    # Bytes.
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and answer what can be answered at once."""
+        if self.mode or self._held or self._queue or len(data) > self.piece:
+            self._received_more(data)
+            return
+        self.busy = True
+        consumed = self.feed(data)
+        if self._queue or consumed != len(data) or self._refusal is not None:
+            self._held = data[consumed:]
+            self._work()
+        self.busy = False
+        if self._corked:
+            self.flush()
+        self._settle()
+
+    def _received_more(self, data: bytes) -> None:
+        if self.mode >= LINGERING:
+            if self.mode == LINGERING:
+                self.drop(len(data))
+        elif self.mode == DEAF:
+            self.lingered += len(data)  # that there was any speaks for lingering, see _done
+        else:
+            self._held = bytes(self._held) + data if self._held else data
+            if self.mode == READING and not self._scheduled:
+                self._run()
+            else:
+                self._settle()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        if self.mode < LINGERING:
+            self.busy = True
+            self._work()
+            self.busy = False
+            self.flush()
+            self._settle()
+
+    def _work(self) -> None:
+        """Start what is queued and parse what is held, as far as may be now."""
+        served = self._count
+        self._run_queue()
+        while self._held and self.mode == READING and not self._congested():
+            if self._count - served >= _TURN:
+                self._schedule()
+                break
+            held = memoryview(self._held)
+            consumed = self.feed(held[: self.piece])
+            if self._held:  # else nothing more is wanted
+                self._held = held[consumed:] or b""
+            self._run_queue()
+
+    def deafen(self) -> None:
+        """Parse no more, and drop what is held."""
+        super().deafen()
+        self._held = b""
+
+    # Requests.
+
+    def request_started(self, request: Request) -> None:
+        """Start a request if it is its turn; an upgrade waits until all before it is sent."""
+        self.server.began += 1
+        if self.current is None and not self.write_paused and not self._queue and not request.upgrade:
+            self.start(request)
+        else:
+            self._queue.append(request)
+
+    def request_received(self, request: Request) -> None:
+        """Hand over the end of the body, or be done with a request answered early."""
+        if request is self.current:
+            if request.answered:
+                self.done(request)
+            else:
+                self.deliver(request)
+
+    def _run_queue(self) -> None:
+        """Start requests while none is under way, and answer a refusal behind the last."""
+        queue = self._queue
+        while queue and self.current is None and not self.write_paused and self.mode < LINGERING:
+            if queue[0].upgrade and not self._sent_all():
+                return
+            request = queue.popleft()
+            self.start(request)
+            if self._is_under_way(request) and not request.waits():
+                self.request_received(request) if request.received else self.deliver(request)
+        if self._refusal is not None and not queue and self.current is None:
+            self.answer_refusal(self._refusal)
+
+    def _is_under_way(self, request: Request) -> bool:
+        return request is self.current
+
+    def _sent_all(self) -> bool:
+        self.flush()
+        if is_tls(self.transport) or not self.transport.get_write_buffer_size():
+            return True
+        self.transport.set_write_buffer_limits(high=0)  # so that `drained` is called at zero
+        return False
+
+    # Flow.
+
+    def unfinished(self) -> int:
+        """Bytes held of requests that aren't answered yet, about. O(requests held)."""
+        held = len(self._held) + self._carry
+        if self.incoming is not None:
+            held += self.incoming.held_bytes()
+        return held + sum(request.held_bytes() for request in self._queue)
+
+    def _must_pause(self) -> bool:
+        return bool(self._held) or self._congested()
+
+    def _congested(self) -> bool:
+        if len(self._queue) >= _DEPTH:
+            return True
+        incoming = self.incoming
+        if incoming is None or incoming.held_bytes() <= _HIGH:
+            return sum(request.held_bytes() for request in self._queue) > _HIGH
+        return incoming.waits()
+
+    def _settle(self) -> None:
+        """Set the deadline of the state arrived at, and stop or resume reading."""
+        if self.mode >= LINGERING:
+            return
+        current = self.current
+        if current is not None:
+            if not self.write_paused:
+                body = current.body
+                self.deadline = inf if body is None or current.received else body.deadline
+        elif self._target and not self._in_head:
+            self._in_head = True
+            self.deadline = self.server.clock + self.limits.head_seconds
+        if self.mode == READING:
+            pause = bool(self._held or self.incoming or self._queue) and self._must_pause()
+        else:
+            pause = len(self._held) > _HIGH
+        if pause != self._read_paused:
+            self._read_paused = pause
+            if pause:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()

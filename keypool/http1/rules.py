@@ -1,0 +1,79 @@
+"""What this server refuses although llhttp lets it through.
+
+llhttp does the grammar, strictly. Left to do are the rules that need the whole head:
+exactly one Host, the versions spoken here, the form of the target, sizes, and what
+the framing headers say together. Every doubt is a refusal: a request that two servers
+understand differently is how one request is smuggled inside another.
+
+These functions run only for requests with something unusual about them, or a body.
+"""
+
+from __future__ import annotations
+
+import re
+
+from keypool.http1.request import Body, Request
+from keypool.http1.responses import Refused
+from keypool.limits import Limits
+
+FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
+SLASH = ord("/")
+
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def check_head(request: Request, hosts: int, version: str, limits: Limits) -> None:
+    """Check a head that has ``hosts`` Host lines, and normalise its target. O(1).
+
+    :raises Refused: with 400 or 431.
+    """
+    if version not in ("1.1", "1.0"):
+        raise Refused(400, "bad-request", "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    request.http10 = version == "1.0"
+    if hosts > 1 or (hosts == 0 and not request.http10):
+        raise Refused(400, "bad-request", "exactly one Host header is needed")
+    if len(request.headers) > limits.header_count:
+        raise Refused(431, "headers-too-large", "the headers are too many")
+    if request.target[0] != SLASH or b"#" in request.target:
+        request.target = _origin_form(request)
+
+
+def check_size(request: Request, limits: Limits) -> None:
+    """Check the size of a head. O(headers), so only for one that came in several pieces.
+
+    :raises Refused: with 431.
+    """
+    size = len(request.target) + sum(len(n) + len(v) + 4 for n, v in request.headers)
+    if size > limits.head_bytes:
+        raise Refused(431, "headers-too-large", "the headers are too large")
+
+
+def _origin_form(request: Request) -> bytes:
+    """Return the target as ``/path?query``. An absolute form must name the Host."""
+    target = request.target
+    if b"#" in target:
+        raise Refused(400, "bad-request", "a request target has no fragment")
+    if target == b"*" and request.method == b"OPTIONS":
+        return target
+    if request.method == b"CONNECT":
+        return target
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None or absolute[1].lower() != (request.header(b"host") or b"").lower():
+        raise Refused(400, "bad-request", "the request target must be a path on this host")
+    path = absolute[2]
+    return path if path.startswith(b"/") else b"/" + path
+
+
+def body_of(request: Request, framing: dict[bytes, bytes], limits: Limits) -> Body | None:
+    """Return the body that ``framing`` announces, None if there is none to come. O(1).
+
+    :raises Refused: with 400, if the coding is other than chunked, or not alone.
+    """
+    coding = framing.get(b"transfer-encoding")
+    length = framing.get(b"content-length")
+    if coding is not None and (coding.lower() != b"chunked" or request.http10 or length):
+        raise Refused(400, "bad-request", "the transfer coding must be chunked, and HTTP/1.1")
+    if coding is None and (length is None or int(length) == 0):
+        return None
+    expects = framing.get(b"expect", b"").lower() == b"100-continue" and not request.http10
+    return Body(None if length is None else int(length), expects, limits)

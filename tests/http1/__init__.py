@@ -1,0 +1,1 @@
+"""The HTTP server alone, with applications of its own."""

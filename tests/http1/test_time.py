@@ -1,0 +1,237 @@
+"""Peers that are slow, idle, or too many are dealt with; others are not disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+
+import pytest
+from tornado import web
+
+from http1.harness import chunked, request, serve, until
+from keypool.http1 import ANSWERED, RawDelegate, Refusal, Request
+from keypool.limits import Limits
+
+QUICK = Limits(
+    idle_seconds=0.3,
+    head_seconds=0.3,
+    body_seconds=0.3,
+    write_seconds=0.3,
+    linger_seconds=0.3,
+    sweep_seconds=0.075,
+)
+SWEEPS = 0.15 + 0.5  # two sweeps, and a slow machine
+
+
+class Hello(web.RequestHandler):
+    async def get(self) -> None:
+        await asyncio.sleep(float(self.get_argument("sleep", "0")))
+        self.write("hello")
+
+    def post(self) -> None:
+        self.write(hashlib.sha256(self.request.body).hexdigest())
+
+
+@web.stream_request_body
+class Upload(web.RequestHandler):
+    def prepare(self) -> None:
+        self.size = 0
+        assert self.request.connection is not None
+        self.request.connection.set_body_timeout(float(self.get_argument("timeout")))  # type: ignore[attr-defined]
+
+    def data_received(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+
+    def post(self) -> None:
+        self.write(str(self.size))
+
+    def on_connection_close(self) -> None:
+        closed.append(self.size)
+        super().on_connection_close()
+
+
+closed: list[int] = []
+
+
+class Application(web.Application):
+    def __init__(self) -> None:
+        super().__init__([("/", Hello), ("/upload", Upload)], log_function=lambda handler: None)
+
+    def start_raw_request(self, request: Request) -> RawDelegate | None:
+        if request.target == b"/big":
+            body = b"x" * 8_000_000
+            request.respond(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            return ANSWERED
+        return None
+
+
+async def test_an_idle_connection_is_closed() -> None:
+    """Not before its time, and soon after; with nothing sent."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect()
+        for used in (False, True):
+            if used:
+                client = await served.connect()
+                await client.get("/")
+            start = time.monotonic()
+            assert await client.closed()
+            assert 0.29 < time.monotonic() - start < 0.3 + SWEEPS
+
+
+async def test_a_used_connection_is_not_idle() -> None:
+    """Each request starts the time anew; an answer in the making has no limit."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect()
+        assert (await client.get("/?sleep=1")).status == 200
+        for _ in range(4):
+            await asyncio.sleep(0.2)
+            assert (await client.get("/")).status == 200
+
+
+@pytest.mark.parametrize("junk", [b"\r\n", b"\n", b""])
+async def test_junk_does_not_keep_a_connection(junk: bytes) -> None:
+    """Line ends between requests are no requests."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect()
+        end = asyncio.ensure_future(client.closed())
+        start = time.monotonic()
+        while not end.done():
+            client.writer.write(junk)
+            await asyncio.sleep(0.02)
+        assert time.monotonic() - start < 0.3 + SWEEPS
+
+
+async def test_a_dripping_head_is_answered_408() -> None:
+    """However steadily it drips, by the application's own answer."""
+    refusals: list[Refusal] = []
+    async with serve("http1", Application(), limits=QUICK, on_refused=refusals.append) as served:
+        client = await served.connect()
+        answer = asyncio.ensure_future(client.response())
+        start = time.monotonic()
+        client.writer.write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n")
+        while not answer.done():
+            client.writer.write(b"A: b\r\n")
+            await asyncio.sleep(0.02)
+        assert (await answer).status == 408
+        assert 0.29 < time.monotonic() - start < 0.3 + SWEEPS
+        assert (refusals[0].status, refusals[0].target) == (408, b"/slow")
+        assert refusals[0].headers[0] == (b"host", b"localhost")
+        assert await client.closed()
+
+
+async def test_heads_that_end_in_time_are_served() -> None:
+    """The limit is per request: pipelined heads cut anywhere don't add up."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect()
+        data = request("/") * 40
+        step = 37
+        for start in range(0, len(data), step):
+            client.writer.write(data[start : start + step])
+            await asyncio.sleep(0.02)
+        for _ in range(40):
+            assert (await client.response()).status == 200
+
+
+async def test_a_slow_body_is_answered_408() -> None:
+    """A body that drips is given up, whatever it is for."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect()
+        answer = asyncio.ensure_future(client.response())
+        await client.send(request("/", "Transfer-Encoding: chunked", method="POST"))
+        while not answer.done():
+            client.writer.write(b"1\r\nx\r\n")
+            await asyncio.sleep(0.02)
+        assert (await answer).status == 408
+        assert await client.closed()
+
+
+async def test_a_handler_may_give_a_body_more_or_less_time() -> None:
+    """`set_body_timeout` holds for its request, either way."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect()
+        await client.send(request("/upload?timeout=5", "Content-Length: 20", method="POST"))
+        for _ in range(20):
+            client.writer.write(b"x")
+            await asyncio.sleep(0.05)
+        assert (await client.response()).body == b"20"
+        closed.clear()
+        await client.send(request("/upload?timeout=0.05", "Content-Length: 20", method="POST") + b"x")
+        assert (await client.response()).status == 408
+        assert closed == [1]
+
+
+async def test_a_peer_that_does_not_read_is_cut() -> None:
+    """No progress of the answer for the time set ends the connection."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect(limit=1024)
+        await client.send(request("/big") * 2)
+        await until(lambda: served.server.open_connections == 1)
+        start = time.monotonic()
+        await until(lambda: served.server.open_connections == 0)
+        assert 0.2 < time.monotonic() - start < 0.9 + 2 * SWEEPS
+
+
+async def test_a_peer_that_reads_slowly_is_served() -> None:
+    """Slow progress is progress, for longer than the time set."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect(limit=256 * 1024)
+        await client.send(request("/big", "Connection: close"))
+        await client.head()
+        size = 0
+        start = time.monotonic()
+        while size < 8_000_000:
+            size += len(await client.reader.read(500_000))
+            await asyncio.sleep(0.05)
+        assert time.monotonic() - start > 0.6
+
+
+async def test_lingering_is_bounded_in_time() -> None:
+    """After a refusal a peer that keeps its end open is cut."""
+    async with serve("http1", Application(), limits=QUICK) as served:
+        client = await served.connect()
+        await client.send(b"BROKEN\0")
+        assert (await client.response()).status == 400
+        assert await client.reader.read() == b""  # the sending side is shut at once
+        await until(lambda: served.server.open_connections == 0)
+
+
+async def test_lingering_is_bounded_in_bytes() -> None:
+    """After a refusal a peer that sends without end is cut."""
+    limits = Limits(linger_bytes=100_000)
+    async with serve("http1", Application(), limits=limits) as served:
+        client = await served.connect()
+        await client.send(b"BROKEN\0")
+        assert (await client.response()).status == 400
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            while True:
+                await client.send(b"x" * 65536)
+
+
+@pytest.mark.parametrize("size", [300_000, 5_000_000, 15_000_000])
+async def test_a_client_that_sends_everything_first_reads_its_413(size: int) -> None:
+    """It sends the whole body, and only then looks for the answer."""
+    async with serve("http1", Application()) as served:
+        for message in (
+            request("/", method="POST", body=b"x" * size),
+            chunked("/", *[b"x" * 50_000] * (size // 50_000)),
+        ):
+            client = await served.connect()
+            await client.send(message)
+            answer = await client.response()
+            assert (answer.status, answer["connection"]) == (413, "close")
+            assert await client.closed()
+
+
+async def test_connections_are_bounded() -> None:
+    """One too many is closed at once; when another ends there is room again."""
+    for limits in (Limits(connections=3), Limits(connections_per_address=3)):
+        async with serve("http1", Application(), limits=limits) as served:
+            clients = [await served.connect() for _ in range(3)]
+            for client in clients:
+                assert (await client.get("/")).status == 200
+            assert await (await served.connect()).closed()
+            assert served.server.open_connections == 3
+            await clients[0].close()
+            await until(lambda: served.server.open_connections == 2)
+            assert (await (await served.connect()).get("/")).status == 200
