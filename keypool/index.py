@@ -140,7 +140,7 @@ class TextIndex:
         """
         least, last = prefix, ""
         if after is not None:
-            least = max(prefix, _shown_of(int(after[0])))
+            least = max(prefix, shown_of(int(after[0])))
             passed = by_id.get(int(after[1]))
             if passed is not None and passed.text.startswith(least):
                 last = passed.text
@@ -157,13 +157,19 @@ class TextIndex:
     @staticmethod
     def position(key: Key) -> Position:
         """The number that its first four characters make, and the id. The hint tells as much."""
-        rank = 0
-        for character in key.text[:_SHOWN]:
-            rank = rank * len(ALPHABET) + ALPHABET.index(character)
-        return (rank, key.id)
+        return (rank_of(key.text), key.id)
 
 
-def _shown_of(rank: int) -> str:
+def rank_of(text: str) -> int:
+    """The number that the first four characters of a text make: no more than a hint shows."""
+    rank = 0
+    for character in text[:_SHOWN]:
+        rank = rank * len(ALPHABET) + ALPHABET.index(character)
+    return rank
+
+
+def shown_of(rank: int) -> str:
+    """The characters again."""
     characters = []
     for _ in range(_SHOWN):
         rank, digit = divmod(rank, len(ALPHABET))

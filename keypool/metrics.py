@@ -67,6 +67,8 @@ METRICS = (
     _histogram("expiry_lateness_seconds", "how late keys that expired were purged"),
     _histogram("commit_seconds", "from sending a batch to the writer until it was on disk"),
     _histogram("commit_rows", "keys in a batch"),
+    _histogram("pipeline_seconds", "from sending commands to Valkey until all were answered"),
+    _histogram("pipeline_commands", "commands to Valkey sent in one go"),
     _histogram("loop_stall_seconds", "how late the loop came to a callback that was due"),
     Described("process_resident_memory_bytes", "gauge", "memory of the server, its writer not counted"),
     Described("process_virtual_memory_bytes", "gauge", "address space of the server"),

@@ -10,8 +10,11 @@ ways the test fails if the server logged an error, a traceback, a key or a token
 
 from __future__ import annotations
 
+import atexit
+import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +30,7 @@ from support import (
     Client,
     ServerProcess,
 )
+from valkeys import Cluster, Valkey, with_pool
 
 # --------------------------------------------------------------------------------------------- ways to run it
 
@@ -41,9 +45,29 @@ class Variant:
     flags: Callable[[Path], list[str]]
 
 
+_pools = itertools.count()
+
+
+@cache
+def _shared_valkey() -> Valkey:
+    """One for all servers of this process; each has a pool of its own there."""
+    valkey = Valkey()
+    atexit.register(valkey.close)
+    return valkey
+
+
+@cache
+def _shared_cluster() -> Cluster:
+    cluster = Cluster()
+    atexit.register(cluster.close)
+    return cluster
+
+
 VARIANTS = [
     Variant("memory", lambda directory: ["--data=:memory:"]),
     Variant("file", lambda directory: [f"--data={directory / 'keypool.db'}"]),
+    Variant("valkey", lambda directory: [f"--engine={with_pool(_shared_valkey().url, next(_pools))}"]),
+    Variant("cluster", lambda directory: [f"--engine={with_pool(_shared_cluster().url, next(_pools))}"]),
 ]
 
 
