@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from bench.load import Address, Connections, GoOn, Script, request
-from bench.process import Child, last_core, on_loop
+from bench.process import Child, ChildFailed, last_core, on_loop
 from bench.real import RealServer
 from bench.report import Table, Targets, machine, median, megabytes, percentile, span
 from bench.scripts import ACQUIRE, unblock
@@ -87,13 +87,19 @@ def _round(server: RealServer, found: Found, seconds: float, connections: int) -
 
 def _wait_for(server: RealServer, connections: int) -> None:
     """Until nearly all attackers are in, and what they asked for is answered."""
-    inside = 0.0
-    while inside < 0.95 * connections:
+    give_up = time.monotonic() + _HEAD_START
+    while _inside(server) < 0.95 * connections:
+        if time.monotonic() > give_up:
+            raise ChildFailed(f"only {_inside(server):,} of {connections:,} attackers came in")
         time.sleep(0.5)
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.address.port}/metrics") as page:
-            found = re.search(r"^keypool_connections (\S+)", page.read().decode(), re.MULTILINE)
-        inside = float(found[1]) if found else 0.0
     time.sleep(1)
+
+
+def _inside(server: RealServer) -> int:
+    # A viewer's socket is handed over to the websocket: it is a viewer from then on, and no connection.
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.address.port}/metrics") as page:
+        counts = re.findall(r"^keypool_(?:connections|viewers) (\S+)", page.read().decode(), re.MULTILINE)
+    return int(sum(map(float, counts)))
 
 
 async def _fill(server: Address) -> None:

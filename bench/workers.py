@@ -5,8 +5,6 @@
 What it shows: no key is ever used by two at once, every worker makes progress, and nothing is left blocked at
 the end. Whether two use one key at once is asked of the operating system, not of keypool: a worker that holds a
 key locks a file that stands for it, and finds it locked if anybody else is in there.
-
-Without --data the server keeps nothing, and isn't killed.
 """
 
 from __future__ import annotations
@@ -124,13 +122,17 @@ def running(data: str) -> Iterator[Server]:
         server.end()
 
 
-def trial(workers: int, keys: int, seconds: float, kills: int, data: str) -> dict[str, object]:
+def trial(workers: int, keys: int, seconds: float, kills: int, data: str | None = None) -> dict[str, object]:
     """One run; what it has shown. Raises AssertionError if a promise was broken.
 
+    The data file is the run's own unless one is named.
     Between two kills each worker has to use a key at least once, however long that takes; `seconds` is how long
     the whole goes on beyond that.
     """
-    with tempfile.TemporaryDirectory(prefix="keypool-workers-") as folder, running(data) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="keypool-workers-") as folder,
+        running(data or f"{folder}/keypool.db") as server,
+    ):
         url = f"http://127.0.0.1:{server.port}"
         with KeyPool(url) as pool:
             pool.generate_many(keys)
@@ -190,11 +192,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--keys", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--data", default=":memory:")
+    parser.add_argument("--data", help="a file, in place of one in a temporary folder")
     args = parser.parse_args(arguments)
-    kills = 0 if args.data == ":memory:" else args.kills
-    summary = trial(args.workers, args.keys, args.seconds, kills, args.data)
-    print(f"{args.workers} workers, {args.keys} keys, {args.seconds:g} s, {kills} kills")
+    summary = trial(args.workers, args.keys, args.seconds, args.kills, args.data)
+    print(f"{args.workers} workers, {args.keys} keys, {args.seconds:g} s, {args.kills} kills")
     print("\n".join(f"{name:>10} {value}" for name, value in summary.items()))
     return 0
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import time
 from typing import Any
 
@@ -24,6 +23,7 @@ from keypool import __version__
 from keypool.assets import Assets
 from keypool.auth import Access
 from keypool.engine import Engine
+from keypool.engine.valkey_url import without_password
 from keypool.errors import KeypoolError
 from keypool.feed import Feed
 from keypool.history import History
@@ -79,6 +79,8 @@ class Dashboard:
         )
         self._templates.filters.update(number=number, length_of=length)
         self._templates.globals.update(asset=self.assets.url, version=__version__, settings=settings)
+        self.counting = asyncio.Event()
+        """Set once the first sample is taken, which the later ones are counted from."""
         self._task = asyncio.create_task(self._count_seconds())
 
     def drain(self) -> None:
@@ -124,6 +126,7 @@ class Dashboard:
                 _log.debug("a second without numbers: %s", error.detail)
             except Exception:
                 _log.exception("a second could not be counted")
+            self.counting.set()
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
 
 
@@ -132,7 +135,7 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
     rows = [
         {
             "flag": option.flag,
-            "value": _masked(_spelled(getattr(settings, option.name))),
+            "value": without_password(_spelled(getattr(settings, option.name))),
             "origin": settings.origins.get(option.name, "default"),
             "about": option.about,
         }
@@ -153,11 +156,6 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
 
 def _spelled(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _masked(value: str) -> str:
-    """Without the password that an engine's URL may hold."""
-    return re.sub(r"(?<=://)[^@/]*@", "•••@", value)
 
 
 def number(value: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from keypool.engine.valkey_url import without_password
 from keypool.settings import OPTIONS, Option, Settings
 from keypool.tokens import ROLES, token_variables
 
@@ -32,6 +33,8 @@ def in_force(settings: Settings) -> str:
 
 def _assignment(option: Option, settings: Settings) -> str:
     value = getattr(settings, option.name)
+    if option.name == "engine":
+        value = without_password(value)
     # JSON's strings and numbers are TOML's too.
     assignment = f"{option.name} = {json.dumps(value, ensure_ascii=False)}"
     return (

@@ -140,7 +140,7 @@ class TextIndex:
         """
         least, last = prefix, ""
         if after is not None:
-            least = max(prefix, _shown_of(int(after[0])))
+            least = max(prefix, shown_of(int(after[0])))
             passed = by_id.get(int(after[1]))
             if passed is not None and passed.text.startswith(least):
                 last = passed.text
@@ -157,13 +157,19 @@ class TextIndex:
     @staticmethod
     def position(key: Key) -> Position:
         """The number that its first four characters make, and the id. The hint tells as much."""
-        rank = 0
-        for character in key.text[:_SHOWN]:
-            rank = rank * len(ALPHABET) + ALPHABET.index(character)
-        return (rank, key.id)
+        return (rank_of(key.text), key.id)
 
 
-def _shown_of(rank: int) -> str:
+def rank_of(text: str) -> int:
+    """The number that the first four characters of a text make: no more than a hint shows."""
+    rank = 0
+    for character in text[:_SHOWN]:
+        rank = rank * len(ALPHABET) + ALPHABET.index(character)
+    return rank
+
+
+def shown_of(rank: int) -> str:
+    """The characters again."""
     characters = []
     for _ in range(_SHOWN):
         rank, digit = divmod(rank, len(ALPHABET))
@@ -304,15 +310,21 @@ class DeadlineIndex:
         """Where a walk that ends at this key goes on. O(1)."""
         return (bucket.number, self._deadline(key), key.id)
 
-    def check(self, keys: dict[int, DeadlineBucket]) -> None:
-        """Raise unless exactly `keys` (by id, each with its own bucket) are here, each in its place. O(n)."""
-        found = {id: bucket for bucket in self._buckets.values() for id in bucket}
-        for id in found.keys() | keys.keys():
-            if found.get(id) is not keys.get(id):
-                raise ValueError(f"id:{id} is not in the bucket of deadlines that it believes to be in")
-        for number, bucket in self._buckets.items():
+    def check_key(self, key: Key, bucket: DeadlineBucket | None) -> None:
+        """Raise unless the key stands in this bucket, at its place in the order. O(1)."""
+        if bucket is None or bucket.get(key.id) is not key or self._buckets.get(bucket.number) is not bucket:
+            raise ValueError(f"{key!r} is not in the bucket of deadlines that it believes to be in")
+        if int(self._deadline(key) * _QUANTUM) != bucket.number // _SPARE_NUMBERS:
+            raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {bucket.number}")
+
+    def check_in_slices(self, keys: int, size: int) -> Iterator[None]:
+        """Raise unless so many keys are here and no bucket is empty, with a pause after each `size` buckets."""
+        found = 0
+        for count, (number, bucket) in enumerate(self._buckets.items(), 1):
             if number != bucket.number or not bucket:
                 raise ValueError(f"bucket {number} is empty or numbered {bucket.number}")
-            for key in bucket.values():
-                if int(self._deadline(key) * _QUANTUM) != number // _SPARE_NUMBERS:
-                    raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {number}")
+            found += len(bucket)
+            if count % size == 0:
+                yield
+        if found != keys:
+            raise ValueError(f"{found} keys stand in an order of deadlines that should hold {keys}")

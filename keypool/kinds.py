@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from keypool.engine.valkey_url import TAKES, parse, without_password
 from keypool.errors import SettingsError
 
 Given = TypeVar("Given")
@@ -72,6 +73,26 @@ class DataFile(Text):
         if isinstance(value, str) and value and value.isprintable():
             return value
         raise ValueError(value)
+
+
+class EngineName(Text):
+    """The embedded engine, or the URL of a Valkey. What is refused is shown without its password."""
+
+    def __init__(self) -> None:
+        super().__init__(TAKES)
+
+    def _taken(self, read: Callable[[Given], object], source: str, given: Given) -> object:
+        try:
+            return read(given)
+        except ValueError:
+            seen = shown(without_password(given) if isinstance(given, str) else given)
+            raise SettingsError(f"{source} takes {self.takes}, not {seen}") from None
+
+    def _check(self, value: object) -> object:
+        text = super()._check(value)
+        if text != "embedded":
+            parse(str(text))
+        return text
 
 
 class Whole(Text):

@@ -383,20 +383,22 @@ class Pool:
 
     def check_in_slices(self, size: int) -> Iterator[None]:
         """The same, with a pause after each `size` keys, in which the pool may not change."""
-        keys = list(self._by_id.walk(None))
-        if [key.id for key in keys] != sorted({key.id for key in keys}):
-            raise ValueError("the walk by id is out of order or meets a key twice")
-        for number, key in enumerate(keys, 1):
+        total = blocked = last = 0
+        for key in self._by_id.walk(None):
+            if key.id <= last:
+                raise ValueError("the walk by id is out of order or meets a key twice")
+            last = key.id
             self._check_key(key)
-            if number % size == 0:
+            total += 1
+            blocked += key.release_deadline is not None
+            if total % size == 0:
                 yield
-        blocked = [key for key in keys if key.release_deadline is not None]
-        counts = (len(keys), len(self._by_text), len(keys) - len(blocked))
+        counts = (total, len(self._by_text), total - blocked)
         if counts != (self._total, self._total, len(self._available)):
             believed = (self._total, self._total, len(self._available))
             raise ValueError(f"by id, by text, available there are {counts} keys; the counts say {believed}")
-        self._by_expiry.check({key.id: _bucket(key.expiry_bucket, key) for key in keys})
-        self._by_release.check({key.id: _bucket(key.release_bucket, key) for key in blocked})
+        yield from self._by_expiry.check_in_slices(total, size)
+        yield from self._by_release.check_in_slices(blocked, size)
 
     def _check_key(self, key: Key) -> None:
         if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
@@ -406,6 +408,7 @@ class Pool:
             raise ValueError(f"{key!r} is not found by its text")
         if key.expires_deadline == DEAD:
             raise ValueError(f"{key!r} was purged but is still found by id")
+        self._by_expiry.check_key(key, key.expiry_bucket)
         if key.release_deadline is None:
             if not 0 <= key.slot < len(self._available) or self._available[key.slot] is not key:
                 raise ValueError(f"{key!r} is available but not in its slot {key.slot}")
@@ -413,6 +416,8 @@ class Pool:
                 raise ValueError(f"{key!r} is available but has an owner or a place in the order by release")
         elif key.slot != -1 or key.lease == 0:
             raise ValueError(f"{key!r} is blocked but has slot {key.slot} and lease {key.lease}")
+        else:
+            self._by_release.check_key(key, key.release_bucket)
 
 
 def state_of(key: Key, now: float) -> State:
@@ -420,9 +425,3 @@ def state_of(key: Key, now: float) -> State:
     if key.release_deadline is None or key.release_deadline <= now:
         return State.AVAILABLE
     return State.BLOCKED
-
-
-def _bucket(bucket: DeadlineBucket | None, key: Key) -> DeadlineBucket:
-    if bucket is None:
-        raise ValueError(f"{key!r} has no place in an order that it should stand in")
-    return bucket

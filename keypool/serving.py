@@ -28,6 +28,7 @@ from keypool.auth import Access
 from keypool.engine import Engine
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.valkey_url import parse, without_password
 from keypool.errors import StartError
 from keypool.fast import FastServer
 from keypool.handlers.inflight import InFlight
@@ -83,6 +84,7 @@ async def serve(settings: Settings) -> int:
         return 0
     engine = await loading
     app = make_app(engine, access, settings)
+    await app.settings["dashboard"].counting.wait()  # or what happens first would be in no chart
     server.serve_app(app)
     _measure(server, app.settings["scraped"])
     _log.info("ready on %s", _url(settings, sockets))
@@ -104,10 +106,22 @@ async def open_engine(settings: Settings) -> Engine:
         "max_keys": settings.max_keys,
         "max_waiters": settings.max_waiters,
     }
+    if settings.engine != "embedded":
+        return await _open_valkey(settings, rules)
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
         return EmbeddedEngine(**rules)
     return await open_durable(Path(settings.data), settings.restart_grace, **rules)
+
+
+async def _open_valkey(settings: Settings, rules: dict[str, Any]) -> Engine:
+    try:
+        from keypool.engine.valkey_open import open_valkey  # noqa: PLC0415 - only who uses it needs hiredis
+    except ImportError:
+        raise StartError(
+            f"--engine={without_password(settings.engine)} needs hiredis: pip install 'keypool[valkey]'"
+        ) from None
+    return await open_valkey(parse(settings.engine), settings.partitions, settings.restart_grace, **rules)
 
 
 def _bind(settings: Settings) -> list[socket.socket]:

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from keypool import __version__
 from keypool.auth import is_loopback
 from keypool.errors import SettingsError
-from keypool.kinds import Address, Choice, DataFile, File, Seconds, Text, Whole, shown, shown_path
+from keypool.kinds import Address, Choice, DataFile, EngineName, File, Seconds, Text, Whole, shown, shown_path
 from keypool.tokens import ROLES, TOKENS_TAKE, read_tokens, token_variables
 
 Origin = Literal["default", "toml", "environment", "flag"]
@@ -59,7 +59,10 @@ class Settings:
         DataFile("the path of an SQLite file, or :memory:"),
         "where keys are kept; `:memory:` keeps nothing",
     )
-    engine: str = _setting("embedded", Choice("embedded"), "what holds the pool")
+    engine: str = _setting("embedded", EngineName(), "what holds the pool")
+    partitions: int = _setting(
+        16, Whole(1, 1024), "parts of a pool in Valkey, for its whole life; the embedded engine has none"
+    )
     http: str = _setting(
         "fast",
         Choice("fast", "tornado"),

@@ -10,8 +10,11 @@ ways the test fails if the server logged an error, a traceback, a key or a token
 
 from __future__ import annotations
 
+import atexit
+import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +30,7 @@ from support import (
     Client,
     ServerProcess,
 )
+from valkeys import Cluster, Valkey, with_pool
 
 # --------------------------------------------------------------------------------------------- ways to run it
 
@@ -44,20 +48,34 @@ class Variant:
 
 
 _API = ("test_api_", "test_fuzz", "test_process", "test_feed")
-_ALL_OVER_HTTP = (
-    *_API,
-    "test_cli",
-    "test_client",
-    "test_dashboard",
-    "browser/",
-    "test_hostile",
-    "test_metrics",
-)
+_OVER_HTTP = (*_API, "test_cli", "test_client", "test_dashboard", "browser/", "test_hostile", "test_metrics")
+
+_pools = itertools.count()
+
+
+@cache
+def _shared_valkey() -> Valkey:
+    """One for all servers of this process; each has a pool of its own there."""
+    valkey = Valkey()
+    atexit.register(valkey.close)
+    return valkey
+
+
+@cache
+def _shared_cluster() -> Cluster:
+    cluster = Cluster()
+    atexit.register(cluster.close)
+    return cluster
+
 
 VARIANTS = [
     Variant("memory", lambda directory: ["--data=:memory:"]),
     Variant("file", lambda directory: [f"--data={directory / 'keypool.db'}"], _API),
-    Variant("tornado", lambda directory: ["--data=:memory:", "--http=tornado"], _ALL_OVER_HTTP),
+    Variant("valkey", lambda directory: [f"--engine={with_pool(_shared_valkey().url, next(_pools))}"], _API),
+    Variant(
+        "cluster", lambda directory: [f"--engine={with_pool(_shared_cluster().url, next(_pools))}"], _API
+    ),
+    Variant("tornado", lambda directory: ["--data=:memory:", "--http=tornado"], _OVER_HTTP),
 ]
 
 

@@ -55,7 +55,7 @@ def test_the_first_frame_tells_the_whole_state(start_server: Start) -> None:
     """A hello: numbers, the charts' history, the latest events, the oldest first, and no key."""
     server = start_server()
     client = server.client()
-    made = client.make_many(60)
+    made = [client.make() for _ in range(60)]
     with Viewer(server) as viewer:
         hello = viewer.frame()
     assert hello["type"] == "hello"

@@ -191,7 +191,11 @@ class Plain:
 
     def check(self) -> None:
         """Whole, in order of quantum, and each bucket in the stretch of its own."""
-        self.index.check(self.places)
+        for key in self.keys.values():
+            self.index.check_key(key, self.places[key.id])
+        assert list(self.index.check_in_slices(len(self.keys), 1)) == [None] * len(
+            set(map(id, self.places.values()))
+        )
         walked = list(self.index.walk(None))
         assert sorted(key.id for key in walked) == sorted(self.keys), "a walk that misses, or meets twice"
         buckets = list(self.index.buckets())

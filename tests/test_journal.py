@@ -34,11 +34,11 @@ from typing import Any, Final, TypeVar
 import msgspec
 import pytest
 from crash import children_of, command_of, kill, lives, writer_of
-from engine_support import Call, HeldTimers, Moment, make_engine, on_loop, turns
+from engine_support import Call, HeldTimers, Moment, make_engine, on_loop, turns, turns_until
 from support import ACQUIRE, API, LATE, ROOT, Answer, Client, ServerProcess, eventually, run_server
 
 from keypool.cursor import ListQuery
-from keypool.engine import datafile, durable
+from keypool.engine import datafile, durable, journal
 from keypool.engine.clock import Clock
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
@@ -77,6 +77,12 @@ class HeldWriter:
         batch = self.unanswered.get_nowait()
         self._answered(Verdict(error))
         return batch
+
+    def answer_all(self) -> None:
+        """Say of a batch of several parts that it is committed."""
+        while self.unanswered.get_nowait().more:
+            pass
+        self._answered(Verdict())
 
     async def batch(self) -> Batch:
         """The next batch that waits for its verdict, when there is one."""
@@ -294,6 +300,36 @@ async def test_a_key_that_is_gone_again_is_a_purge(writers: list[HeldWriter]) ->
     await turns()
     assert made.over
     assert deleted.over
+
+
+@on_loop
+async def test_a_large_batch_is_written_down_in_parts_and_committed_whole(
+    writers: list[HeldWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn of the loop each; what changes meanwhile is told with the next one, and no number is behind a row."""
+    monkeypatch.setattr(journal, "_PART", 2)
+    held = await Held(writers).open()
+    made = Call(held.engine.generate(5))
+    await turns_until(lambda: held.writer.batches, "the first part")
+    deleted = Call(held.engine.delete(1))
+    leased = Call(held.engine.acquire("me", 0))
+    await turns()
+    parts = held.writer.batches
+    assert [(len(part.rows) + len(part.purged), part.more) for part in parts] == [
+        (2, True),
+        (2, True),
+        (1, False),
+    ]
+    assert parts[0].rows[0][0] == 1, "the part had left before the delete"
+    assert parts[-1].pool["last_id"] == 5
+    assert parts[-1].pool["last_lease"] == 1, "a part may hold the lease that was given meanwhile"
+    held.writer.answer_all()
+    await turns()
+    assert [call.over for call in (made, deleted, leased)] == [True, False, False]
+    assert [part.purged for part in held.writer.batches[3:]] == [[1]]
+    held.writer.answer()
+    await turns()
+    assert [call.over for call in (made, deleted, leased)] == [True, True, True]
 
 
 @on_loop
@@ -708,6 +744,32 @@ def test_a_writer_that_dies_is_started_again_and_the_batch_repeated(
     run(test)
 
 
+def test_a_writer_that_dies_between_two_parts_gets_the_batch_again(
+    writers: list[HeldWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its beginning: the new one knows nothing of the parts before."""
+
+    async def test() -> None:
+        monkeypatch.setattr(journal, "_PART", 2)
+        held = await Held(writers).open()
+        made = Call(held.engine.generate(5))
+        await turns_until(lambda: held.writer.batches, "the first part")
+        held.writer.die()
+        await turns()
+        with pytest.raises(StorageUnavailable):
+            _ = made.answer
+        [dead] = writers
+        await started(writers, 2)
+        await turns_until(lambda: len(held.writer.batches) == 3, "three parts")
+        assert [id for part in held.writer.batches for id in ids(part)] == [1, 2, 3, 4, 5]
+        assert len(dead.batches) == 1
+        held.writer.answer_all()
+        await turns()
+        held.engine.ready()
+
+    run(test)
+
+
 def test_a_writer_that_dies_before_the_batch_leaves_is_replaced(writers: list[HeldWriter]) -> None:
     """In the one turn of the loop between a change and its batch: with the next writer all is well again."""
 
@@ -964,9 +1026,12 @@ class WriterProcess:
         self._stream.write(data)
         self._stream.flush()
 
-    def ask(self, batch: Batch) -> Verdict:
+    def part(self, batch: Batch) -> None:
         frame = msgspec.msgpack.encode(batch)
         self.send(HEADER.pack(len(frame)) + frame)
+
+    def ask(self, batch: Batch) -> Verdict:
+        self.part(batch)
         (length,) = HEADER.unpack(self._stream.read(HEADER.size))
         return msgspec.msgpack.decode(self._stream.read(length), type=Verdict)
 
@@ -983,6 +1048,19 @@ class WriterProcess:
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.hang_up()
+
+
+def test_the_writer_commits_a_batch_of_several_parts_whole(tmp_path: Path) -> None:
+    """With the last of them, which alone is answered; a part whose rest never comes is not written."""
+    path = tmp_path / "keypool.db"
+    with WriterProcess(path) as writer:
+        writer.part(Batch([row(1), row(2)], more=True))
+        writer.part(Batch([row(3)], [2], more=True))
+        assert writer.ask(Batch([row(4)], [], {"last_id": 4})) == Verdict()
+        assert writer.ask(Batch([row(5)])) == Verdict()
+        writer.part(Batch([row(6)], more=True))
+        writer.hang_up()
+    assert [each[0] for each in rows_in(path)] == [1, 3, 4, 5]
 
 
 @pytest.mark.parametrize("rest", [b"", b"\0", HEADER.pack(100), HEADER.pack(100) + b"x"])

@@ -30,12 +30,16 @@ HEADER = struct.Struct("!I")
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name."""
+    """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
+
+    One that says `more` is a part of the batch that the next frame goes on with.
+    """
 
     rows: list[datafile.Row] = []
     purged: list[int] = []
     pool: dict[str, int] = {}
     grace_until: int | None = None
+    more: bool = False
 
 
 class Verdict(msgspec.Struct, array_like=True):
@@ -84,6 +88,7 @@ class Writer:
 def serve(stream: BinaryIO, writer: Writer) -> None:
     """Answer batches until the socket closes; a frame of length 0 asks for a clean end."""
     decoder, encoder = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Encoder()
+    parts = Batch()
     while len(header := stream.read(HEADER.size)) == HEADER.size:
         (length,) = HEADER.unpack(header)
         if length == 0:
@@ -92,7 +97,13 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
         body = stream.read(length)
         if len(body) < length:
             return
-        answer = encoder.encode(writer.commit(decoder.decode(body)))
+        batch = decoder.decode(body)
+        parts.rows += batch.rows
+        parts.purged += batch.purged
+        if batch.more:
+            continue
+        batch.rows, batch.purged, parts = parts.rows, parts.purged, Batch()
+        answer = encoder.encode(writer.commit(batch))
         stream.write(HEADER.pack(len(answer)) + answer)
         stream.flush()
 

@@ -50,6 +50,8 @@ def problem_headers(error: KeypoolError) -> list[tuple[str, str]]:
     """What the error says in headers, beside its body. Names as Tornado writes them, whichever server does."""
     if isinstance(error, errors.NoKeyAvailable) and error.retry_after is not None:
         return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
+    if isinstance(error, errors.StorageUnavailable):
+        return [("Retry-After", "1")]
     if isinstance(error, errors.TooMany):
         return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
     if isinstance(error, errors.UpgradeRequired):

@@ -56,7 +56,9 @@ class Tabs:
         self._browser = browser
         self._contexts: list[Any] = []
         self.said: list[str] = []
-        self._allowed: list[str] = []
+        # What a browser says of a line that a page gave up while it was still being opened: in whichever test the
+        # machine is slow enough.
+        self._allowed: list[str] = ["closed before the connection is established"]
 
     def open(self, server: ServerProcess, path: str = "/", *, script: bool = True, **options: Any) -> Page:
         """A new page at this path of the server."""

@@ -1,0 +1,104 @@
+-- Stands before every script: what is overdue is dealt with first, in the partition that the call is about.
+--
+-- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
+--   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, and the counters of stats
+--   2 records hash: text -> {id, created, lease (0: never served), owner (only while blocked and named)}
+--   3 states  sorted set: text by 0 while available, by its release deadline while blocked
+--   4 expiry  sorted set: text by its expiry deadline
+--   5 ids     sorted set: text by id
+--   6 texts   sorted set: text by 0, so that it is in order of text
+--   7 events  list: the latest changes, oldest first
+--   8 waiters hash: server -> "how many wait there, until when this counts"; gone when nobody waits.
+--             Its name is also the channel on which a freed key is told.
+-- Moments are microseconds since the epoch by this Valkey's clock; records and events are msgpack.
+--
+-- The rules are those of pool.py, once more, and the contract suite holds both to them.
+-- A script that is refused for want of memory, or of a disk, is refused at its first write, so it has
+-- done nothing; Valkey refuses none after that.
+
+if redis.replicate_commands then redis.replicate_commands() end  -- before Redis 7, to write after TIME
+
+local META, RECORDS, STATES, EXPIRY, IDS, TEXTS, EVENTS, WAITERS = unpack(KEYS)
+local KEPT_EVENTS = 64  -- what a look tells at most; some more are kept, so that most changes trim nothing
+local SETTLED = 32      -- overdue keys that a call deals with on its way, of each kind
+local call = redis.call
+local clock = call('TIME')
+local NOW = clock[1] * 1000000 + clock[2]
+local freed = 0
+
+local function tell(change, record, text, owner)
+  local event = {change, record[1], text:sub(1, 4), text:sub(-4), owner or false, record[3], NOW}
+  if call('RPUSH', EVENTS, cmsgpack.pack(event)) > 4 * KEPT_EVENTS then
+    call('LTRIM', EVENTS, -KEPT_EVENTS, -1)
+  end
+end
+
+local function record_of(text)
+  return cmsgpack.unpack(call('HGET', RECORDS, text))
+end
+
+-- From either state to nowhere. Its first write is one that Valkey does without memory to spare.
+local function purge(text, change)
+  local record = record_of(text)
+  call('HDEL', RECORDS, text)
+  call('ZREM', STATES, text)
+  call('ZREM', EXPIRY, text)
+  call('ZREM', IDS, text)
+  call('ZREM', TEXTS, text)
+  call('HINCRBY', META, change, 1)
+  tell(change, record, text, record[4])
+  return record
+end
+
+-- From blocked to available.
+local function free(text, record, change)
+  local owner = record[4]
+  if owner then
+    record[4] = nil
+    call('HSET', RECORDS, text, cmsgpack.pack(record))
+  end
+  call('ZADD', STATES, 0, text)
+  call('HINCRBY', META, change, 1)
+  tell(change, record, text, owner)
+  freed = freed + 1
+end
+
+-- Purge and release what is overdue, `limit` of each at most.
+local function settle(limit)
+  for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
+    purge(text, 'expired')
+  end
+  for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
+    free(text, record_of(text), 'released')
+  end
+end
+
+-- The expiry deadline of a live key, brought up to this moment; nil if there is no such key.
+local function live(text)
+  local expires = call('ZSCORE', EXPIRY, text)
+  if not expires then return nil end
+  expires = tonumber(expires)
+  if expires <= NOW then
+    purge(text, 'expired')
+    return nil
+  end
+  local release = tonumber(call('ZSCORE', STATES, text))
+  if release ~= 0 and release <= NOW then
+    free(text, record_of(text), 'released')
+    release = 0
+  end
+  return expires, release
+end
+
+local function available()
+  return call('ZCOUNT', STATES, 0, 0)
+end
+
+-- What every script answers: how many keys are available here, and then what it has to say.
+local function answer(said)
+  if freed > 0 and call('EXISTS', WAITERS) == 1 then
+    call('PUBLISH', WAITERS, freed)
+  end
+  table.insert(said, 1, available())
+  return said
+end

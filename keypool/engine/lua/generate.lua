@@ -1,0 +1,31 @@
+-- Make keys, available at once.
+-- ARGV    1 microseconds that a key lives, 2 partitions, 3 this partition, 4, 5… for each key: the least number
+--         that its id may be made of, and its text
+-- answer  available; for each key its id
+-- cost    O(keys * log n)
+--
+-- An id is number * partitions + partition + 1, so it is one of this partition's. The number grows here with
+-- every key, and the caller asks for one beyond all that it knows of, so ids grow with each of a server's calls.
+settle(SETTLED)
+local life, partitions, partition = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local count = (#ARGV - 3) / 2
+local number = tonumber(call('HGET', META, 'id') or -1)
+local said = {}
+for i = 1, count do
+  local text = ARGV[3 + 2 * i]
+  number = math.max(number + 1, tonumber(ARGV[2 + 2 * i]))
+  local id = number * partitions + partition + 1
+  local record = {id, NOW, 0}
+  call('HSET', RECORDS, text, cmsgpack.pack(record))
+  call('ZADD', STATES, 0, text)
+  -- A microsecond apart, so that the order by expiry has no ties.
+  call('ZADD', EXPIRY, NOW + life + i - 1, text)
+  call('ZADD', IDS, id, text)
+  call('ZADD', TEXTS, 0, text)
+  tell('generated', record, text)
+  said[i] = id
+end
+call('HSET', META, 'id', number)
+call('HINCRBY', META, 'generated', count)
+freed = freed + count
+return answer(said)

@@ -1,0 +1,79 @@
+"""Where a Valkey is: the URL that `--engine` takes, read and written without its password.
+
+    valkey://[USER[:PASSWORD]@]HOST[:PORT][/DB][?pool=NAME]             one Valkey
+    valkey+cluster://[USER[:PASSWORD]@]HOST[:PORT],HOST[:PORT]…[?pool=NAME]   a cluster, by some of its nodes
+    valkeys://…, valkeys+cluster://…                                    the same over TLS
+
+User and password are percent-encoded where they hold one of `:@/?,`. A pool's name (default `keypool`) starts
+the names of all that it keeps, so several pools can share a Valkey.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from urllib.parse import unquote
+
+TAKES = "embedded, valkey://HOST:PORT/DB or valkey+cluster://HOST:PORT,HOST:PORT"
+DEFAULT_PORT = 6379
+
+Address = tuple[str, int]
+
+_URL = re.compile(
+    r"(?P<scheme>valkeys?(?P<cluster>\+cluster)?)://(?:(?P<user>[^@/?]*)@)?(?P<hosts>[^@/?]+)"
+    r"(?:/(?P<db>[0-9]{0,4}))?(?:\?pool=(?P<pool>[A-Za-z0-9_.-]{1,64}))?"
+)
+_HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ValkeyUrl:
+    """What a URL says. `nodes` is one address unless it is a cluster. No repr shows the password."""
+
+    nodes: tuple[Address, ...]
+    cluster: bool = False
+    tls: bool = False
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    db: int = 0
+    pool: str = "keypool"
+
+
+def parse(url: str) -> ValkeyUrl:
+    """Read a URL. Raises ValueError, which doesn't show it."""
+    found = _URL.fullmatch(url)
+    if found is None or not url.isprintable():
+        raise ValueError("no URL of a Valkey")
+    cluster = found["cluster"] is not None
+    nodes = tuple(_address(text) for text in found["hosts"].split(","))
+    db = int(found["db"] or 0)
+    if not cluster and len(nodes) != 1:
+        raise ValueError("one Valkey has one address")
+    if cluster and db:
+        raise ValueError("a cluster has one database")
+    user, colon, password = (found["user"] or "").partition(":")
+    return ValkeyUrl(
+        nodes,
+        cluster,
+        found["scheme"].startswith("valkeys"),
+        unquote(user) or None,
+        unquote(password) if colon else None,
+        db,
+        found["pool"] or "keypool",
+    )
+
+
+def without_password(url: str) -> str:
+    """The URL, or what was meant to be one, for people to read: what stands before an @ is left out."""
+    scheme, found, rest = url.partition("://")
+    if not found or "@" not in rest:
+        return url
+    return f"{scheme}://•••@{rest.rpartition('@')[2]}"
+
+
+def _address(text: str) -> Address:
+    found = _HOST.fullmatch(text)
+    port = DEFAULT_PORT if found is None or found["port"] is None else int(found["port"])
+    if found is None or not 0 < port < 65536:
+        raise ValueError("no address")
+    return found["host"].strip("[]"), port

@@ -1,0 +1,63 @@
+"""Hearing of freed keys: the channels that common.lua tells them on, one a partition.
+
+What is lost while the connection is down is lost; whoever waits looks by itself now and then. Ordinary
+publishing, which every node of a cluster passes on to all others: it happens only while somebody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+from keypool.engine.valkey_link import Link, Lost, ReplyError
+from keypool.engine.valkey_nodes import Nodes
+from keypool.engine.valkey_scripts import keys_of
+
+_SUBSCRIBED = 100  # channels a command
+
+
+class Wake:
+    """See the module. `on_freed` is called with a partition in which keys were freed."""
+
+    def __init__(self, nodes: Nodes, pool: str, partitions: int, on_freed: Callable[[int], None]) -> None:
+        self._nodes = nodes
+        self._on_freed = on_freed
+        names = [keys_of(pool, partition)[-1] for partition in range(partitions)]
+        self._partition_of = {name.encode(): partition for partition, name in enumerate(names)}
+        self._link: Link | None = None
+        self._lost = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._task.cancel()
+        if self._link is not None:
+            self._link.close()
+
+    async def _run(self) -> None:
+        pause = 0.1
+        while True:
+            self._lost.clear()
+            try:
+                self._link = await self._nodes.connection(self._nodes.any_node(), self._link_lost)
+                self._subscribe(self._link)
+                pause = 0.1
+                await self._lost.wait()
+            except (OSError, ReplyError, Lost):
+                pause = min(2 * pause, 2.0)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+
+    def _subscribe(self, link: Link) -> None:
+        link.on_message = self._heard
+        channels = list(self._partition_of)
+        for at in range(0, len(channels), _SUBSCRIBED):
+            link.send_only("SUBSCRIBE", *channels[at : at + _SUBSCRIBED])
+
+    def _heard(self, message: Any) -> None:
+        if isinstance(message, list) and message[0] == b"message":
+            self._on_freed(self._partition_of[message[1]])
+
+    def _link_lost(self, link: Link, why: str) -> None:
+        self._lost.set()
