@@ -369,7 +369,9 @@ async def test_a_wrong_content_length_ends_the_connection(kind: str, lie: int) -
         client = await served.connect()
         await client.send(request(f"/measured/{lie}") + request("/echo"))
         try:
-            sent = await client.ended()  # perhaps nothing: what isn't sent yet when the lie is found is dropped
+            sent = (
+                await client.ended()
+            )  # perhaps nothing: what isn't sent yet when the lie is found is dropped
         except ConnectionError:
             sent = b""
         head, _, rest = sent.partition(b"\r\n\r\n")
