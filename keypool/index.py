@@ -12,6 +12,7 @@ insertion, near enough that sorting costs one pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import inf
 
 from sortedcontainers import SortedDict
 
@@ -201,6 +202,7 @@ class DeadlineIndex:
             None  # where the key before went: the next one mostly goes there too
         )
         self._open_quantum = -1
+        self._quiet_until = inf  # no deadline comes before: so that asking what is due costs nothing mostly
 
     def add(self, key: Key, deadline: float) -> DeadlineBucket:
         """Add a key that isn't in the index; the bucket returned is what `discard` wants. O(1) mostly."""
@@ -208,6 +210,8 @@ class DeadlineIndex:
         bucket = self._open
         if bucket is None or quantum != self._open_quantum or len(bucket) >= _FULL:
             bucket = self._bucket_of(quantum)
+        if deadline < self._quiet_until:  # noqa: PLR1730 - min() costs more than all of this
+            self._quiet_until = deadline
         if deadline < bucket.latest:
             bucket.ordered = False
         else:
@@ -259,8 +263,11 @@ class DeadlineIndex:
 
     def due(self, now: float, limit: int) -> list[Key]:
         """Keys whose deadline has passed, soonest first but for crowds, at most `limit`. O(limit)."""
+        if now < self._quiet_until:
+            return []
         first = self.first()
-        if first is None or self._deadline(first) > now:
+        self._quiet_until = inf if first is None else self._deadline(first)
+        if first is None or now < self._quiet_until:
             return []
         found: list[Key] = []
         last_quantum = int(now * _QUANTUM)
@@ -316,6 +323,8 @@ class DeadlineIndex:
             raise ValueError(f"{key!r} is not in the bucket of deadlines that it believes to be in")
         if int(self._deadline(key) * _QUANTUM) != bucket.number // _SPARE_NUMBERS:
             raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {bucket.number}")
+        if self._deadline(key) < self._quiet_until:
+            raise ValueError(f"{key!r} has a deadline before the time until which there should be none")
 
     def check_in_slices(self, keys: int, size: int) -> Iterator[None]:
         """Raise unless so many keys are here and no bucket is empty, with a pause after each `size` buckets."""

@@ -34,7 +34,7 @@ class ApiCall(Begun):
     __slots__ = ("_dispatcher", "_ended", "_in_flight", "_started", "_steps")
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-        super().__init__()
+        Begun.__init__(self)
         self._dispatcher = dispatcher
         self._in_flight = in_flight
         self._steps: Steps | None = None

@@ -91,7 +91,7 @@ class RawCall(ApiCall, RawDelegate):
     __slots__ = ("_head", "_request")
 
     def __init__(self, api: RawApi, request: Request) -> None:
-        super().__init__(api.dispatcher, api.in_flight)
+        ApiCall.__init__(self, api.dispatcher, api.in_flight)
         self._request = request
         peer = request.peer
         address = None if peer is None else peer.remote_ip
@@ -113,11 +113,7 @@ class RawCall(ApiCall, RawDelegate):
 
     def send(self, reply: Reply) -> bool:
         """Write the reply."""
-        request = self._request
-        if request.closed:
-            return False
-        request.respond(wire(reply))
-        return True
+        return self._request.respond(wire(reply))
 
 
 def wire(reply: Reply) -> bytes:

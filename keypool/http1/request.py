@@ -146,12 +146,12 @@ class Request:
 
     # What applications use.
 
-    def respond(self, response: bytes, *, close: bool = False) -> None:
-        """Send the whole answer: status line, headers, ``Content-Length``, body.
+    def respond(self, response: bytes, *, close: bool = False) -> bool:
+        """Send the whole answer: status line, headers, ``Content-Length``, body. False if the peer is gone.
 
         The response must carry no ``Connection`` header: the server puts one in where it
         is due, and cuts off the body if the method is HEAD. If ``close``, the connection
-        ends with this answer. Once the peer is gone this does nothing. O(size).
+        ends with this answer. Once the peer is gone nothing is sent. O(size).
 
         The next pipelined request is never started from inside this call, unless it
         is made inside a call of the server.
@@ -162,9 +162,10 @@ class Request:
             raise RuntimeError("this request has been answered")
         connection = self._connection
         if connection is None:
-            return
+            return False
         self.answered = True
         connection.answer(self, response, close)
+        return True
 
     @property
     def closed(self) -> bool:
