@@ -1,7 +1,7 @@
-"""How much of a bare server's rate the API keeps on Tornado's server, at a thousand keys and at a million.
+"""How much of a bare server's rate the API keeps, at a thousand keys and at a million, watched or not.
 
-The real application over the embedded engine (--http=tornado), in a process with the real server's settings, and
-in another process, with the same settings and server, a RequestHandler that writes a constant.
+The real application over the embedded engine, in a process with the real server's settings, and in another process
+a RequestHandler that writes a constant on Tornado's server, which the application has too, unless --http=fast.
 A third process loads them in turn, so that what else the machine does falls on both: each call is compared
 with the constant measured just before it, asked for with the same method, headers and body. What is judged is
 the processor time of a request, which is what bounds the rate of a server that has a core for itself, and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from bench.load import Address, Connections, Round, request
@@ -19,9 +20,11 @@ from bench.process import Child, last_core, on_loop
 from bench.report import Table, Targets, machine, median, percentile, size, span
 from bench.scripts import bursts, generates, keepalives, mixed, pairs, same, some_texts
 from bench.server import Pool, Report, Server
+from bench.viewers import viewers
 
 QUICK = ["--sizes=1000", "--rounds=2", "--seconds=0.5"]
 SHARE = 0.8
+STALL = 0.025
 JUDGED = ("acquire", "unblock", "unblock with lease", "keepalive")
 
 CONSTANT = request("/constant")
@@ -56,7 +59,11 @@ def main(arguments: Sequence[str]) -> int:
     print(machine())
     targets = Targets()
     for keys in options.sizes:
-        with Server() as constant, Server(Pool(keys), http="tornado") as server:
+        with (
+            Server() as constant,
+            Server(Pool(keys), http=options.http) as server,
+            _watched(server, options.viewers),
+        ):
             server.report()
             load = Child(
                 last_core(),
@@ -68,7 +75,9 @@ def main(arguments: Sequence[str]) -> int:
                 options.seconds,
             )
             found = load.wait(60 + options.rounds * options.seconds * 30)
-            _show(keys, found, server.report(), constant.report())
+            report = server.report()
+            _show(keys, found, report, constant.report())
+        targets.at_most(f"the longest stall at {size(keys)}, its own", report.stall.own, STALL)
         _judge(targets, keys, found)
     return targets.status
 
@@ -77,9 +86,15 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench share", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=_sizes, default=[1000, 100_000, 1_000_000], metavar="N,N")
     parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--http", choices=("fast", "tornado"), default="tornado", help="of the application")
+    parser.add_argument("--viewers", type=int, default=0, help="of the dashboard, meanwhile")
     parser.add_argument("--rounds", type=int, default=5, help="the median counts")
     parser.add_argument("--seconds", type=float, default=1.0, help="of load, of each call, a round")
     return parser.parse_args(arguments)
+
+
+def _watched(server: Server, count: int) -> AbstractContextManager[None]:
+    return viewers(server.addresses[0].port, count) if count else nullcontext()
 
 
 def _sizes(text: str) -> list[int]:
