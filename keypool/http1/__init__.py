@@ -5,7 +5,7 @@ It parses with httptools (llhttp, strict) on asyncio or uvloop transports, and d
 public interfaces: handlers, streamed bodies, websockets work unchanged. Beside that it
 has a cheap path for applications that answer in bytes; see `http1.request`.
 
-In reading order: `limits` (what a peer may cost), `responses`, `peer`, `request` (the raw
+In reading order: `keypool.limits` (what a peer may cost), `responses`, `peer`, `request` (the raw
 path), `exchange` (Tornado's path), `link` (writing and ending), `rules` and `reader`
 (parsing), `intake` (how much at a time), `connection` (one after the other), `stream`
 (handing the socket over), `server`.

@@ -1,7 +1,7 @@
 """One request under way: who takes it, how it is answered, and how it may end.
 
-The application is asked first by ``start_raw_request``, if it has that, then the Tornado
-way. From there to the end of the answer the request is ``current``; what can happen to
+The application is asked first by `start_raw_request`, if it has that, then the Tornado
+way. From there to the end of the answer the request is `current`; what can happen to
 it meanwhile (the peer leaves, its body is broken, too large or too slow, the application
 fails, the server shuts down) is here.
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Connection(Intake):
-    """One peer and its requests, of which ``current`` may be answered."""
+    """One peer and its requests, of which `current` may be answered."""
 
     __slots__ = ("context",)
 
@@ -83,7 +83,7 @@ class Connection(Intake):
     # Called by the sweep and by shutdown.
 
     def expire(self) -> None:
-        """Do what is due when ``deadline`` has passed."""
+        """Do what is due when `deadline` has passed."""
         if self.mode >= LINGERING or self.write_paused:
             self.cut()
         elif self.current is not None or self._target or self._in_method:

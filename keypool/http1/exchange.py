@@ -1,7 +1,7 @@
 """A request answered through Tornado's interfaces.
 
 `Exchange` is the `httputil.HTTPConnection` that a `RequestHandler` knows as
-``request.connection``. One is made for each request that does not go the raw way. It
+`request.connection`. One is made for each request that does not go the raw way. It
 feeds the `HTTPMessageDelegate` (holding the body back while a future it returned is
 pending) and frames the answer (Content-Length, chunks, 204, 304, HEAD, HTTP/1.0).
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Exchange(httputil.HTTPConnection):
     """One request and its answer, as Tornado's `HTTPConnection`.
 
-    ``context`` is the `Peer`; ``stream`` is enough of a stream for
+    `context` is the `Peer`; `stream` is enough of a stream for
     `HTTPServerRequest.get_ssl_certificate`.
     """
 
@@ -129,7 +129,7 @@ class Exchange(httputil.HTTPConnection):
 
     @property
     def stream(self) -> StreamView:
-        """A view of the socket: ``.socket``, with TLS also ``.socket.getpeercert()``.
+        """A view of the socket: `.socket`, with TLS also `.socket.getpeercert()`.
 
         :raises StreamClosedError: if the exchange is over.
         """
@@ -138,11 +138,11 @@ class Exchange(httputil.HTTPConnection):
         return self._connection.stream_view()
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
-        """Have ``callback`` run if the peer leaves between its request and the answer's end."""
+        """Have `callback` run if the peer leaves between its request and the answer's end."""
         self._close_callback = callback
 
     def set_max_body_size(self, max_body_size: int) -> None:
-        """Set this request's body limit. In ``headers_received`` or `prepare`."""
+        """Set this request's body limit. In `headers_received` or `prepare`."""
         if self._request is not None:
             self._request.set_max_body_size(max_body_size)
 
@@ -159,10 +159,10 @@ class Exchange(httputil.HTTPConnection):
     ) -> Future[None]:
         """Send the status line, the headers and a first piece of the body.
 
-        ``Date``, and where due ``Connection`` and ``Transfer-Encoding``, are added. O(size).
+        `Date`, and where due `Connection` and `Transfer-Encoding`, are added. O(size).
 
         :raises ValueError: on a line break in a header.
-        :raises HTTPOutputError: if ``chunk`` is longer than ``Content-Length`` allows.
+        :raises HTTPOutputError: if `chunk` is longer than `Content-Length` allows.
         """
         assert isinstance(start_line, httputil.ResponseStartLine)
         request, connection = self._request, self._connection
@@ -188,7 +188,7 @@ class Exchange(httputil.HTTPConnection):
     def write(self, chunk: bytes) -> Future[None]:
         """Send a piece of the body; the future resolves when more may follow. O(size).
 
-        :raises HTTPOutputError: if it is more than ``Content-Length`` allows.
+        :raises HTTPOutputError: if it is more than `Content-Length` allows.
         """
         if self._connection is None:
             return closed_future()
@@ -201,7 +201,7 @@ class Exchange(httputil.HTTPConnection):
     def finish(self) -> None:
         """End the answer.
 
-        :raises HTTPOutputError: if it is shorter than its ``Content-Length``.
+        :raises HTTPOutputError: if it is shorter than its `Content-Length`.
         """
         connection, request = self._connection, self._request
         if connection is None or request is None or self._switching is not None:
@@ -223,7 +223,7 @@ class Exchange(httputil.HTTPConnection):
         """Take the socket over; no more HTTP on it. Bytes read already come first.
 
         :raises RuntimeError: if bytes behind this request were parsed as HTTP already:
-            only a request with ``Connection: Upgrade``, CONNECT, or the last one is safe.
+            only a request with `Connection: Upgrade`, CONNECT, or the last one is safe.
         :raises OSError: if there is no descriptor left; the connection is cut.
         """
         connection = self._connection

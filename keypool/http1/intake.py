@@ -56,7 +56,7 @@ class Intake(RequestReader):
     # For the subclass.
 
     def start(self, request: Request) -> None:
-        """Ask the application to take a request, which is ``current`` from now on."""
+        """Ask the application to take a request, which is `current` from now on."""
         raise NotImplementedError
 
     def deliver(self, request: Request) -> None:

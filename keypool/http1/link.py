@@ -6,11 +6,11 @@ Whoever writes gets a future that resolves when the transport's buffer is below 
 high-water mark; mostly that is the one resolved future of the server.
 
 A connection ends in one of three ways. *Close* sends what is written, then closes; a
-peer that has not taken it in after ``write_seconds`` is cut. *Linger* shuts the sending side and
+peer that has not taken it in after `write_seconds` is cut. *Linger* shuts the sending side and
 drops what still comes, within bounds: a plain close would reset the connection, and a
 peer that is still sending would never see the answer. *Cut* is at once.
 
-There are no timers here: ``deadline`` is looked at by the server's sweep.
+There are no timers here: `deadline` is looked at by the server's sweep.
 """
 
 from __future__ import annotations

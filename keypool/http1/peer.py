@@ -1,12 +1,12 @@
 """Who is at the other end: address, protocol, and what a proxy says about them.
 
-Tornado hands ``connection.context`` to every `HTTPServerRequest`, which takes
-``remote_ip`` and ``protocol`` from it. The rules are those of
+Tornado hands `connection.context` to every `HTTPServerRequest`, which takes
+`remote_ip` and `protocol` from it. The rules are those of
 `tornado.httpserver`, but where Tornado rewrites one object before each request
 and restores it afterwards, a forwarded request gets an object of its own here: a
 late reader can never see another request's address.
 
-It does not decide whether a proxy is to be believed: that is ``xheaders``.
+It does not decide whether a proxy is to be believed: that is `xheaders`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from keypool.http1.responses import Headers
 class Peer:
     """The other end of a connection, or of one forwarded request.
 
-    ``address`` is the socket address as the operating system gives it, ``remote_ip``
-    an IP address as text (``0.0.0.0`` for a Unix socket), ``protocol`` http or https.
+    `address` is the socket address as the operating system gives it, `remote_ip`
+    an IP address as text (`0.0.0.0` for a Unix socket), `protocol` http or https.
     """
 
     __slots__ = ("address", "address_family", "protocol", "remote_ip")
@@ -46,8 +46,8 @@ class Peer:
     def forwarded(self, headers: Headers, trusted: Collection[str]) -> Peer:
         """Return the peer as a proxy's headers name it. O(headers).
 
-        ``X-Real-Ip``, else the last address of ``X-Forwarded-For`` that is not
-        ``trusted``; ``X-Scheme``, else ``X-Forwarded-Proto``. Values that are no
+        `X-Real-Ip`, else the last address of `X-Forwarded-For` that is not
+        `trusted`; `X-Scheme`, else `X-Forwarded-Proto`. Values that are no
         address or scheme change nothing.
         """
         peer = Peer(self.address, self.address_family, self.protocol)

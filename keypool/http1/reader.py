@@ -12,7 +12,7 @@ httptools has three traits that shape this module:
   8 KiB, and one read of many pipelined requests is not parsed further than is wanted.
 - It puts split header lines together without a bound. So the bytes of a head are
   counted as they go in, not only as headers come out.
-- After a request with ``Connection: Upgrade`` it stops even if a body follows. Such a
+- After a request with `Connection: Upgrade` it stops even if a body follows. Such a
   body is read by a new parser that is told its framing; were the rest taken for the
   next request, a body could smuggle one.
 
@@ -32,7 +32,7 @@ from keypool.http1.link import DEAF, HOLDING, READING, Link
 from keypool.http1.peer import Peer
 from keypool.http1.request import Request
 from keypool.http1.responses import Refusal, Refused
-from keypool.http1.rules import FRAMING, SLASH, body_of, check_head, check_size
+from keypool.http1.rules import FRAMING, SLASH, body_of, check_head, check_size, is_host
 
 if TYPE_CHECKING:
     from keypool.http1.server import Server
@@ -47,7 +47,7 @@ class Stop(Exception):
 
 
 class RequestReader(Link):
-    """Parses one connection's bytes; calls ``request_*`` and ``refuse`` as it goes."""
+    """Parses one connection's bytes; calls `request_*` and `refuse` as it goes."""
 
     __slots__ = (
         "_alias",
@@ -226,6 +226,8 @@ class RequestReader(Link):
         self._headers.append((name, value.rstrip(b" \t")))
         if name == b"host":
             self._hosts += 1
+            if not is_host(value):
+                raise Refused(400, "bad-request", "the Host header is no host")
         elif name in FRAMING:
             if name in self._framing:
                 raise Refused(400, "bad-request", f"more than one {name.decode()} header")

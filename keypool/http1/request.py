@@ -12,7 +12,7 @@ that wants no more than bytes may take it as it is, past every Tornado object::
 
 The method is asked first, once for each request, when the headers are in and all
 earlier requests of the connection are answered. It returns None to leave the
-request to ``start_request``, or a `RawDelegate`, which gets the whole body in one
+request to `start_request`, or a `RawDelegate`, which gets the whole body in one
 piece, and is told if the peer leaves before the answer.
 
 No future, task or `HTTPHeaders` is made for a raw request, and it is freed by
@@ -43,7 +43,7 @@ class RawDelegate:
     __slots__ = ()
 
     def body(self, body: bytes) -> None:
-        """Take the whole body, ``b""`` if there is none. Called once, in order."""
+        """Take the whole body, `b""` if there is none. Called once, in order."""
 
     def too_large(self) -> None:
         """Learn that the body is larger than its limit; respond, or the server does and ends the connection."""
@@ -67,7 +67,7 @@ class RawApplication(Protocol):
 
 
 ANSWERED = RawDelegate()
-"""For ``start_raw_request`` to return after it has responded."""
+"""For `start_raw_request` to return after it has responded."""
 
 
 class Body:
@@ -103,8 +103,8 @@ class Body:
 class Request:
     """A request whose headers are complete.
 
-    ``method`` and ``target`` are as sent (the target in origin form, ``*``, or the
-    authority for CONNECT); ``headers`` in order, names in lower case, values
+    `method` and `target` are as sent (the target in origin form, `*`, or the
+    authority for CONNECT); `headers` in order, names in lower case, values
     without the white space around them.
     """
 
@@ -147,10 +147,10 @@ class Request:
     # What applications use.
 
     def respond(self, response: bytes, *, close: bool = False) -> bool:
-        """Send the whole answer: status line, headers, ``Content-Length``, body. False if the peer is gone.
+        """Send the whole answer: status line, headers, `Content-Length`, body. False if the peer is gone.
 
-        The response must carry no ``Connection`` header: the server puts one in where it
-        is due, and cuts off the body if the method is HEAD. If ``close``, the connection
+        The response must carry no `Connection` header: the server puts one in where it
+        is due, and cuts off the body if the method is HEAD. If `close`, the connection
         ends with this answer. Once the peer is gone nothing is sent. O(size).
 
         The next pipelined request is never started from inside this call, unless it
@@ -174,7 +174,7 @@ class Request:
 
     @property
     def peer(self) -> Peer | None:
-        """The other end, forwarded headers applied under ``xheaders``; None when closed."""
+        """The other end, forwarded headers applied under `xheaders`; None when closed."""
         return None if self._connection is None else self._connection.peer_of(self)
 
     @property
@@ -183,14 +183,14 @@ class Request:
         return 0 if self.body is None else self.body.length
 
     def header(self, name: bytes) -> bytes | None:
-        """Return the first value of a header, ``name`` in lower case. O(headers)."""
+        """Return the first value of a header, `name` in lower case. O(headers)."""
         for key, value in self.headers:
             if key == name:
                 return value
         return None
 
     def set_max_body_size(self, size: int) -> None:
-        """Let this request's body be of up to ``size`` bytes. Before the body comes."""
+        """Let this request's body be of up to `size` bytes. Before the body comes."""
         if self.body is not None:
             self.body.limit = size
 

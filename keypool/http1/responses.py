@@ -2,7 +2,7 @@
 
 A refusal is an answer that the server gives because the request never reached the
 application, or must not. How it looks is the application's business: `Server` takes a
-hook ``on_refused`` that turns a `Refusal` into the bytes of a response. Without one, or
+hook `on_refused` that turns a `Refusal` into the bytes of a response. Without one, or
 for bytes that are no HTTP request, the answer is a status line without a body.
 
 This module knows nothing of sockets, parsers or Tornado's objects.
@@ -26,7 +26,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 class Refusal:
     """Why the server itself answers a request, and what is known of the request.
 
-    ``method``, ``target`` and ``headers`` hold what had been read. Names are in lower case.
+    `method`, `target` and `headers` hold what had been read. Names are in lower case.
     """
 
     status: int
@@ -72,7 +72,7 @@ def _bare(status: int) -> bytes:
 
 
 def with_connection(response: bytes, value: bytes) -> bytes:
-    """Return a serialised response with a ``Connection`` line put in. Copies it: O(size)."""
+    """Return a serialised response with a `Connection` line put in. Copies it: O(size)."""
     head, _, body = response.partition(b"\r\n\r\n")
     return b"%b\r\nConnection: %b\r\n\r\n%b" % (head, value, body)
 
@@ -84,12 +84,12 @@ def without_body(response: bytes) -> bytes:
 
 
 def http_date() -> str:
-    """The value of ``Date``, made once a second. O(1), about 0.2 µs."""
+    """The value of `Date`, made once a second. O(1), about 0.2 µs."""
     return _date(int(time.time()))[1]
 
 
 def date_line() -> bytes:
-    """Return ``Date: …`` with its line end, made once a second. O(1), about 0.2 µs."""
+    """Return `Date: …` with its line end, made once a second. O(1), about 0.2 µs."""
     return _date(int(time.time()))[0]
 
 

@@ -9,13 +9,13 @@
     await server.close_all_connections(timeout=10)
 
 What it is given may be anything Tornado's server takes. If it also has
-``start_raw_request`` (see `http1.request`), it is asked for each request first.
+`start_raw_request` (see `http1.request`), it is asked for each request first.
 
 Deadlines are attributes of connections, looked at by one timer for all of them, once in
 `Limits.sweep_seconds`: O(connections) a sweep, 0.2 us each, and nothing per request. In
 return they are coarse: never cut short, and run over by up to two sweeps.
 
-Not here: ``bind``/``start`` with forking, gzipped request bodies, HTTP/2.
+Not here: `bind`/`start` with forking, gzipped request bodies, HTTP/2.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Application = httputil.HTTPServerConnectionDelegate | Callable[[httputil.HTTPSer
 class Server:
     """An HTTP/1.1 server for one Tornado application.
 
-    ``xheaders``, ``trusted_downstream``, ``protocol`` and ``no_keep_alive`` mean what they
-    mean to `tornado.httpserver.HTTPServer`. ``on_refused`` makes the answer to a request
+    `xheaders`, `trusted_downstream`, `protocol` and `no_keep_alive` mean what they
+    mean to `tornado.httpserver.HTTPServer`. `on_refused` makes the answer to a request
     that the server itself refuses (see `Refusal`).
     """
 
@@ -98,7 +98,7 @@ class Server:
         backlog: int = 1024,
         reuse_port: bool = False,
     ) -> list[socket]:
-        """Bind and accept; return the sockets, which tell the port if ``port`` was 0.
+        """Bind and accept; return the sockets, which tell the port if `port` was 0.
 
         :raises OSError: if the address can't be bound.
         """
@@ -157,7 +157,7 @@ class Server:
     async def close_all_connections(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """Close idle connections now and the others behind their answers; wait for all.
 
-        After ``timeout`` seconds what is left is cut. Call `stop` before. O(connections).
+        After `timeout` seconds what is left is cut. Call `stop` before. O(connections).
         """
         if self._accepting:
             await asyncio.wait(self._accepting, timeout=timeout)

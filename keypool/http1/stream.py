@@ -24,9 +24,9 @@ _CHUNK = 64 * 1024
 
 
 class StreamView:
-    """What is left of ``connection.stream`` without an IOStream behind it.
+    """What is left of `connection.stream` without an IOStream behind it.
 
-    ``socket`` is the TLS object if there is one, so that ``socket.getpeercert()`` works.
+    `socket` is the TLS object if there is one, so that `socket.getpeercert()` works.
     """
 
     __slots__ = ("_transport", "socket")
@@ -51,7 +51,7 @@ class HandedOverStream(IOStream):
         super().__init__(sock)
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
-        """Read into ``buf``: of the bytes that came before, then of the socket's."""
+        """Read into `buf`: of the bytes that came before, then of the socket's."""
         if not self._head:
             return super().read_from_fd(buf)
         size = min(len(buf), len(self._head))
@@ -61,7 +61,7 @@ class HandedOverStream(IOStream):
 
 
 def hand_over(transport: asyncio.Transport, head: bytes, loop: asyncio.AbstractEventLoop) -> IOStream:
-    """Take the socket from ``transport`` and return it as a stream that begins with ``head``.
+    """Take the socket from `transport` and return it as a stream that begins with `head`.
 
     The transport must have nothing left to send, and is closed.
 
