@@ -18,8 +18,10 @@ from keypool.engine.clock import Clock
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Journal
 from keypool.errors import StartError
+from keypool.pool import Counters
 
 _SLICE = 2000  # keys read, or checked, in one turn of the loop
+_COUNTERS = tuple(field.name for field in dataclasses.fields(Counters))  # asdict() copies deeply, for each batch
 _log = logging.getLogger("keypool.journal")
 
 
@@ -73,7 +75,7 @@ def _numbers(engine: EmbeddedEngine) -> dict[str, int]:
         "last_id": pool.last_id,
         "last_lease": pool.last_lease,
         "moment": round(engine.now() * 1000),
-        **dataclasses.asdict(pool.counters),
+        **{name: getattr(pool.counters, name) for name in _COUNTERS},
     }
 
 
@@ -81,5 +83,5 @@ def _restore_numbers(engine: EmbeddedEngine, numbers: dict[str, int]) -> None:
     pool = engine.pool
     pool.last_id = numbers.get("last_id", 0)
     pool.last_lease = numbers.get("last_lease", 0)
-    for field in dataclasses.fields(pool.counters):
-        setattr(pool.counters, field.name, numbers.get(field.name, 0))
+    for name in _COUNTERS:
+        setattr(pool.counters, name, numbers.get(name, 0))
