@@ -1,4 +1,6 @@
-"""Runs each ``async def`` test on both loops, within a time limit, and in quiet.
+"""Runs each `async def` test on both loops, within a time limit, and in quiet.
+
+What is about parsing alone runs on uvloop only: transports make no difference to it.
 
 A test fails if anything was logged as an error that it did not ask for with the marker
 ``logs_errors``: an exception in a callback is otherwise only logged.
@@ -30,7 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if inspect.iscoroutinefunction(metafunc.function):
         metafunc.fixturenames.append("loop_kind")
-        metafunc.parametrize("loop_kind", list(_LOOPS))
+        parsing = metafunc.module.__name__.rpartition(".")[2] in ("test_hostile", "test_split")
+        metafunc.parametrize("loop_kind", ["uvloop"] if parsing else list(_LOOPS))
     if "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", ["http1", "tornado"])
 
