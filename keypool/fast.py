@@ -25,7 +25,8 @@ class FastServer(Server):
         assert isinstance(self.application, Application)
         dispatcher: Dispatcher = self.application.settings["dispatcher"]
         head = RawHead(refusal.method, refusal.target, refusal.headers, None) if refusal.complete else None
-        return wire(dispatcher.refused(head, error))
+        seconds = self.limits.body_seconds if isinstance(error, RequestTimeout) else 0.0
+        return wire(dispatcher.refused(head, error, seconds))
 
 
 def _error(refusal: Refusal) -> KeypoolError | None:

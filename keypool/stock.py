@@ -218,7 +218,7 @@ class StockServer(HTTPServer):
     def timed_out(self, request: tuple[Any, httputil.HTTPHeaders] | None, detail: str) -> bytes:
         """The whole answer to a request that took too long; the head is there if it had come."""
         head = request and httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
-        reply = self._dispatcher.refused(head, RequestTimeout(detail))
+        reply = self._dispatcher.refused(head, RequestTimeout(detail), self.limits.body_seconds)
         return with_connection(wire(reply), b"close")
 
     # -- stopping

@@ -21,7 +21,9 @@ from keypool.errors import StartError
 from keypool.pool import Counters
 
 _SLICE = 2000  # keys read, or checked, in one turn of the loop
-_COUNTERS = tuple(field.name for field in dataclasses.fields(Counters))  # asdict() copies deeply, for each batch
+_COUNTERS = tuple(
+    field.name for field in dataclasses.fields(Counters)
+)  # asdict() copies deeply, for each batch
 _log = logging.getLogger("keypool.journal")
 
 

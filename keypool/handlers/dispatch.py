@@ -234,10 +234,11 @@ class Dispatcher:
         if access_log.isEnabledFor(logging.DEBUG):
             access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
 
-    def refused(self, request: Request | None, error: KeypoolError) -> Reply:
+    def refused(self, request: Request | None, error: KeypoolError, seconds: float) -> Reply:
         """What the server refuses in the application's place; `request` is None if its head had not come.
 
-        What the head is refused for comes before what is wrong with the body. Counted, and in the log, as all.
+        What the head is refused for comes before what is wrong with the body. Counted, and in the log, as all:
+        `seconds` is how long it took.
         """
         begun = Begun()
         if request is None:
@@ -249,7 +250,7 @@ class Dispatcher:
             ):  # a page's: not for the dispatcher to say that there is none
                 begun.error = None
         reply = self.refusal(begun, begun.error or error)
-        self.answered(begun, reply, 0.0)
+        self.answered(begun, reply, seconds)
         return reply
 
     # -- the body

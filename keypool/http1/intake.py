@@ -177,6 +177,8 @@ class Intake(RequestReader):
     def unfinished(self) -> int:
         """Bytes held of requests that aren't answered yet, about. O(requests held)."""
         held = len(self._held) + self._carry
+        if not (held or self.incoming or self._queue):
+            return 0
         if self.incoming is not None:
             held += self.incoming.held_bytes()
         return held + sum(request.held_bytes() for request in self._queue)
