@@ -123,10 +123,7 @@ class Dispatcher:
         return f"{self._id_prefix}-{next(self._ids):x}"
 
     def _check_head(self, request: Request, begun: Begun) -> None:
-        method, target = request.method or "", request.uri or ""
-        if len(target) > MAX_TARGET:
-            raise UriTooLong(f"the request target is {len(target)} bytes long; {MAX_TARGET} are read")
-        _check_header_size(request.headers)
+        method = request.method or ""
         routes, key = self._find(request.path)
         begun.legacy = routes is not None and any(operation.legacy for operation in routes.values())
         begun.head = method == "HEAD"
@@ -147,6 +144,7 @@ class Dispatcher:
             if caller.role not in operation.roles:
                 raise Forbidden(_needs(operation, caller.role))
         require_may_name(key, caller)
+        check_size_of_head(request)
         begun.operation = operation
         begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
 
@@ -257,8 +255,12 @@ def _decoded(segment: str) -> str:
     return unquote(segment, errors="replace") if "%" in segment else segment
 
 
-def _check_header_size(headers: Mapping[str, str]) -> None:
-    size = sum(len(name) + len(value) for name, value in headers.items())
+def check_size_of_head(request: Request) -> None:
+    """Raise UriTooLong or HeadersTooLarge for a head over the limits."""
+    target = request.uri or ""
+    if len(target) > MAX_TARGET:
+        raise UriTooLong(f"the request target is {len(target)} bytes long; {MAX_TARGET} are read")
+    size = sum(len(name) + len(value) for name, value in request.headers.items())
     if size > MAX_HEADERS:
         raise HeadersTooLarge(f"the headers are {size} bytes long; {MAX_HEADERS} are read")
 
