@@ -9,6 +9,7 @@ from importlib import import_module
 BENCHES = (
     "pool",
     "http",
+    "share",
     "expiry",
     "soak",
     "attack",

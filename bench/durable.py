@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from bench.load import Address, Connections, Round
@@ -33,6 +32,7 @@ from keypool.app import make_app
 from keypool.auth import Access
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.fast import FastServer
 
 QUICK = ["--keys=20000", "--rounds=3", "--seconds=1"]
 SHARE, STALL, BYTES = 0.7, 0.025, 150
@@ -148,7 +148,7 @@ async def _main(pipe: Connection, path: Path | None, keys: int) -> int:
     engine = EmbeddedEngine(**rules) if path is None else await open_durable(path, 0.0, **rules)
     await Mix(engine, keys, sample=0).fill()
     sockets = bind_sockets(0, "127.0.0.1", backlog=1024)
-    HTTPServer(make_app(engine, Access())).add_sockets(sockets)
+    FastServer(make_app(engine, Access())).add_sockets(sockets)
     pipe.send(sockets[0].getsockname()[1])
     probe, stopped, commits = StallProbe().start(), asyncio.Event(), 0
 

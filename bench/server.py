@@ -1,4 +1,4 @@
-"""The real application on Tornado's HTTPServer, in a process of its own with the settings of the real server.
+"""The real application on either HTTP server, in a process of its own with the settings of the real server.
 
 The process is asked for reports and told to stop through a pipe. What it serves is chosen by name: the
 application over an engine full of keys, or a constant to compare it with.
@@ -28,10 +28,10 @@ from keypool import logs, runtime
 from keypool.app import make_app
 from keypool.auth import Access
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.limits import DISCARDED
+from keypool.limits import MAX_HEAD
+from keypool.serving import SERVERS, HttpServer
 
 CONSTANT = b'{"id":421337,"key":"5TRxAbCdEfGhIjKlMnOp","lease":171717,"release_in":60.0,"expires_in":281.4}'
-_MAX_HEADER_SIZE = 64 * 1024
 _READY_SECONDS = 120
 
 
@@ -59,9 +59,9 @@ class Report:
 class Server:
     """A process that serves pools, each on a port of its own, or the constant if there are none."""
 
-    def __init__(self, *pools: Pool) -> None:
+    def __init__(self, *pools: Pool, http: str = "fast") -> None:
         self._pipe, theirs = pipe()
-        self._child = Child(first_core(), _serve, theirs, pools)
+        self._child = Child(first_core(), _serve, theirs, pools, http)
         theirs.close()
         self.pid = self._child.pid
         self.addresses = [Address(port, self.pid) for port in self._hear(_READY_SECONDS)]
@@ -128,15 +128,15 @@ class _Bare(httputil.HTTPMessageDelegate):
         self._connection.finish()
 
 
-def _serve(pipe: Connection, pools: tuple[Pool, ...]) -> None:
+def _serve(pipe: Connection, pools: tuple[Pool, ...], http: str) -> None:
     # As server.py does it. What it logs is written, the audit of each generated key among it, but not kept.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     logs.configure("info", "text")
     runtime.spare_the_old_generation()
-    runtime.run(_main(pipe, pools))
+    runtime.run(_main(pipe, pools, http))
 
 
-async def _main(pipe: Connection, pools: tuple[Pool, ...]) -> int:
+async def _main(pipe: Connection, pools: tuple[Pool, ...], http: str) -> int:
     engines = []
     ports = []
     for pool in pools:
@@ -147,9 +147,9 @@ async def _main(pipe: Connection, pools: tuple[Pool, ...]) -> int:
         )
         await Mix(engine, pool.keys, sample=0).fill()
         engines.append(engine)
-        ports.append(_listen(make_app(engine, Access())))
+        ports.append(_listen(SERVERS[http](make_app(engine, Access()), None)))
     if not pools:
-        ports.append(_listen(_constant_app()))
+        ports.append(_listen(HTTPServer(_constant_app(), max_header_size=MAX_HEAD)))
     pipe.send(ports)
     await _obey(pipe, engines)
     return 0
@@ -161,9 +161,8 @@ def _constant_app() -> Application:
     )
 
 
-def _listen(app: Application) -> int:
+def _listen(server: HttpServer | HTTPServer) -> int:
     sockets = bind_sockets(0, "127.0.0.1", backlog=1024)
-    server = HTTPServer(app, max_header_size=_MAX_HEADER_SIZE, max_body_size=DISCARDED)
     server.add_sockets(sockets)
     port: int = sockets[0].getsockname()[1]
     return port

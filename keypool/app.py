@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from tornado.routing import PathMatches, Rule
 from tornado.web import Application
@@ -22,7 +23,6 @@ from keypool.handlers.raw import RawApi
 from keypool.handlers.scrape import Metrics, Scraped
 from keypool.handlers.signin import SignIn, SignOut
 from keypool.handlers.static import Static
-from keypool.http1 import RawDelegate, Request
 from keypool.openapi import describing
 from keypool.operations import OPERATIONS
 from keypool.settings import Settings
@@ -31,10 +31,11 @@ from keypool.settings import Settings
 class KeypoolApplication(Application):
     """Tornado's, which takes the calls of the API as bytes from a server that hands them over so (http1)."""
 
-    def start_raw_request(self, request: Request) -> RawDelegate | None:
-        """See `http1.RawApplication`."""
-        raw: RawApi = self.settings["raw_api"]
-        return raw.start(request)
+    def __init__(
+        self, rules: list[Any], dispatcher: Dispatcher, in_flight: InFlight, **settings: Any
+    ) -> None:
+        super().__init__(rules, dispatcher=dispatcher, in_flight=in_flight, **settings)
+        self.start_raw_request = RawApi(dispatcher, in_flight).start
 
 
 def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> Application:
@@ -70,7 +71,6 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
         ],
         in_flight=in_flight,
         dispatcher=dispatcher,
-        raw_api=RawApi(dispatcher, in_flight),
         dashboard=dashboard,
         scraped=scraped,
         cross_origin_protection=True,
@@ -94,7 +94,6 @@ def make_loading_app(access: Access) -> Application:
         ],
         in_flight=in_flight,
         dispatcher=dispatcher,
-        raw_api=RawApi(dispatcher, in_flight),
         log=logging.getLogger("keypool.pages"),
         log_function=lambda handler: None,
     )

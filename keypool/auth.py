@@ -12,6 +12,7 @@ import ipaddress
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from keypool.errors import CrossSite, Unauthorized, WrongHost
@@ -25,6 +26,8 @@ class Role(StrEnum):
     CLIENT = "client"
     VIEWER = "viewer"
     ADMIN = "admin"
+
+    __hash__ = str.__hash__  # Enum's own is Python code, and roles are looked up for each call
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class Access:
         `changes` is whether the call changes something: such a one is refused by Sec-Fetch-Site alone.
         """
         host = headers.get("Host", "")
-        if self.open and not is_loopback(split_host(host)[0]):
+        if self.open and not _names_this_machine(host):
             raise WrongHost(
                 "without tokens this server answers only a Host of localhost, in 127.0.0.0/8 or [::1]"
             )
@@ -135,6 +138,12 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
     return str(address) == "::1" or (address.version == 4 and address.is_loopback)
+
+
+@lru_cache(maxsize=256)
+def _names_this_machine(host: str) -> bool:
+    """Whether a Host header is a loopback name; remembered, as callers have one or two, and parsing takes 5 µs."""
+    return is_loopback(split_host(host)[0])
 
 
 def same_site(origin: str, host: str) -> bool:

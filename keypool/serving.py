@@ -33,7 +33,7 @@ from keypool.errors import StartError
 from keypool.fast import FastServer
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.scrape import Scraped
-from keypool.limits import Doorman
+from keypool.limits import Doorman, Limits
 from keypool.notify import Notifier
 from keypool.settings import Settings
 from keypool.stock import StockServer
@@ -60,7 +60,10 @@ class HttpServer(Protocol):
     async def close_all_connections(self) -> None: ...  # noqa: D102
 
 
-SERVERS: dict[str, Callable[[Application], HttpServer]] = {"fast": FastServer, "tornado": StockServer}
+SERVERS: dict[str, Callable[[Application, Limits | None], HttpServer]] = {
+    "fast": FastServer,
+    "tornado": StockServer,
+}
 """Each server by the value of --http."""
 
 
@@ -69,7 +72,7 @@ async def serve(settings: Settings) -> int:
     asked_to_stop = _Signals().asked
     sockets = _bind(settings)
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
-    server = SERVERS[settings.http](make_loading_app(access))
+    server = SERVERS[settings.http](make_loading_app(access), None)
     server.add_sockets(sockets)
     notifier = Notifier(os.environ)
     notifier.status("loading")

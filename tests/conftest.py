@@ -43,7 +43,12 @@ class Variant:
 
     name: str
     flags: Callable[[Path], list[str]]
+    runs: tuple[str, ...] = ("",)
+    """What else than the first variant runs, by the beginning of its path below tests/."""
 
+
+_API = ("test_api_", "test_fuzz", "test_process", "test_feed")
+_OVER_HTTP = (*_API, "test_cli", "test_client", "test_dashboard", "browser/", "test_hostile", "test_metrics")
 
 _pools = itertools.count()
 
@@ -65,9 +70,12 @@ def _shared_cluster() -> Cluster:
 
 VARIANTS = [
     Variant("memory", lambda directory: ["--data=:memory:"]),
-    Variant("file", lambda directory: [f"--data={directory / 'keypool.db'}"]),
-    Variant("valkey", lambda directory: [f"--engine={with_pool(_shared_valkey().url, next(_pools))}"]),
-    Variant("cluster", lambda directory: [f"--engine={with_pool(_shared_cluster().url, next(_pools))}"]),
+    Variant("file", lambda directory: [f"--data={directory / 'keypool.db'}"], _API),
+    Variant("valkey", lambda directory: [f"--engine={with_pool(_shared_valkey().url, next(_pools))}"], _API),
+    Variant(
+        "cluster", lambda directory: [f"--engine={with_pool(_shared_cluster().url, next(_pools))}"], _API
+    ),
+    Variant("tornado", lambda directory: ["--data=:memory:", "--http=tornado"], _OVER_HTTP),
 ]
 
 
@@ -240,18 +248,14 @@ def guarded_server(lend: Start) -> ServerProcess:
     return server
 
 
-# Whose promises are the API's: these run in every way. The others would only take longer.
-_EVERY_WAY = ("test_api_", "test_fuzz", "test_process", "test_feed")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the further ways to run the server where they show nothing new."""
-    first = VARIANTS[0].name
+    here = Path(__file__).parent
 
     def needed(item: pytest.Item) -> bool:
         callspec = getattr(item, "callspec", None)
         way = callspec.params.get("variant") if callspec is not None else None
-        return way is None or way.name == first or item.path.name.startswith(_EVERY_WAY)
+        return way is None or item.path.relative_to(here).as_posix().startswith(way.runs)
 
     left_out = [item for item in items if not needed(item)]
     if left_out:

@@ -69,6 +69,7 @@ class Checkout:
         (self.root / "server.py").write_text(SERVER)
         (self.root / "requirements.txt").write_text("# none\n")
         (self.root / "requirements-dev.txt").write_text("-r requirements.txt\n")
+        (self.root / "requirements-bench.txt").write_text("-r requirements.txt\n")
         for tool in TOOLS:
             where = shutil.which(tool)
             assert where, f"this machine has no {tool}"

@@ -1,4 +1,4 @@
-"""What a stranger may take of Tornado's server: time for a head, a body and an answer, connections, memory.
+"""What a stranger may take of either HTTP server: time for a head, a body and an answer, connections, memory.
 
 The server is the real application with limits short enough to wait for. Nothing is timed but by them: a test waits
 for what must come, and a limit that must not strike is too long to.
@@ -23,16 +23,24 @@ from keypool.app import make_app
 from keypool.auth import Access
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.limits import Doorman, Limits
-from keypool.stock import StockServer
+from keypool.serving import SERVERS, HttpServer
 
 SOON, NEVER = 0.1, 3600.0
+make_server = SERVERS["fast"]
+
+
+@pytest.fixture(autouse=True, params=list(SERVERS))
+def _on_each_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "make_server", SERVERS[request.param])
+
+
 HEAD = b"POST /api/v1/keys HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def lasting(**changed: float) -> Limits:
     """Limits of time that never strike, but for those that are given."""
     times = dict.fromkeys(("head_seconds", "body_seconds", "idle_seconds", "write_seconds"), NEVER)
-    return Limits(**(times | {"sweep_seconds": 0.02} | changed))  # type: ignore[arg-type] # some are whole
+    return Limits(**(times | {"sweep_seconds": 0.02, "linger_seconds": SOON} | changed))  # type: ignore[arg-type] # some are whole
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Served:
     """A server of one test."""
 
     port: int
-    server: StockServer
+    server: HttpServer
     engine: EmbeddedEngine
     wires: list[Wire] = field(default_factory=list)
 
@@ -95,10 +103,10 @@ class Wire:
 
 @asynccontextmanager
 async def serving(limits: Limits, access: Access | None = None) -> AsyncIterator[Served]:
-    """The application on Tornado's server."""
+    """The application on the server that the test is run with."""
     engine = EmbeddedEngine()
     app = make_app(engine, access or Access())
-    server = StockServer(app, limits)
+    server = make_server(app, limits)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
     try:
@@ -165,7 +173,7 @@ def test_a_head_that_drips_is_408_all_the_same() -> None:
             assert b" 408 " in (await wire.rest() or b" 408 ")  # a byte under way may turn it into a reset
             dripping.cancel()
             await asyncio.gather(dripping, return_exceptions=True)
-            assert served.server.doorman.count == 0
+            await served.until_inside(0)
 
     run(test)
 

@@ -130,7 +130,8 @@ class EmbeddedEngine:
             lease = await self._wait_for_key(owner, wait)
         if lease is None:
             await self._refuse()
-        await self._kept_leases([lease])
+        if self.journal is not None:
+            await self._kept_leases([lease])
         return lease
 
     async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
@@ -151,7 +152,8 @@ class EmbeddedEngine:
         try:
             changed = self._unblock(key, lease)
         finally:
-            await self._kept(key.id)
+            if self.journal is not None:
+                await self._kept(key.id)
         return Unblocked(key.id, State.AVAILABLE, changed)
 
     async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
@@ -177,7 +179,8 @@ class EmbeddedEngine:
         self.pool.keepalive(key, now)
         answer = KeptAlive(key.id, _seconds(key.expires_deadline - now))
         self._serve_waiters(now)
-        answer.expires_in = _less(answer.expires_in, await self._kept(key.id))
+        if self.journal is not None:
+            answer.expires_in = _less(answer.expires_in, await self._kept(key.id))
         return answer
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
@@ -490,9 +493,9 @@ class EmbeddedEngine:
 
     def _serve_waiters(self, now: float) -> None:
         """Serve who waits, first come first served, as long as there are keys. O(log n) each."""
-        if not self.storage_up():
-            return  # `storage_is_back` comes here again
         while self._waiters and self.pool.available:
+            if not self.storage_up():
+                return  # `storage_is_back` comes here again
             owner = next(iter(self._waiters)).owner
             key = self.pool.acquire(now, owner)
             if key is None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 
-_log = logging.getLogger("keypool.access")
+access_log = logging.getLogger("keypool.access")
 
 
 def access_line(request_id: str, operation: str, status: int, outcome: str, seconds: float) -> None:
     """Write the line of a request that was answered, if such lines are wanted. 0.1 µs if not."""
-    if not _log.isEnabledFor(logging.DEBUG):
+    if not access_log.isEnabledFor(logging.DEBUG):
         return
     milliseconds = round(seconds * 1000, 1)
     fields = {
@@ -22,7 +22,7 @@ def access_line(request_id: str, operation: str, status: int, outcome: str, seco
         "outcome": outcome,
         "milliseconds": milliseconds,
     }
-    _log.debug(
+    access_log.debug(
         "%s %s %d %s %.1f ms",
         request_id,
         operation,

@@ -21,50 +21,56 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 from tornado.routing import Router
 
-from keypool.handlers.dispatch import Begun, Dispatcher, Reply, Request, too_large
+from keypool.handlers.dispatch import Begun, Dispatcher, Known, Reply, Request, too_large
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.steps import Steps
 from keypool.http1.responses import http_date
 from keypool.limits import DISCARDED, MAX_BODY
 
 
-class ApiCall:
+class ApiCall(Begun):
     """One request of the API, from its head to its reply. A subclass knows the way that the reply goes."""
 
-    __slots__ = ("_begun", "_dispatcher", "_ended", "_in_flight", "_started", "_steps")
+    __slots__ = ("_dispatcher", "_ended", "_in_flight", "_started", "_steps")
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
+        super().__init__()
         self._dispatcher = dispatcher
         self._in_flight = in_flight
         self._steps: Steps | None = None
         self._ended = False
-        self._begun: Begun
 
     def send(self, reply: Reply) -> bool:
         """Write the reply; whether there is still somebody to write to."""
         raise NotImplementedError
 
-    def begin(self, request: Request) -> None:
+    def begin(self, request: Request, known: Known | None = None) -> None:
         """Check the head."""
         self._started = time.monotonic()
-        self._in_flight.enter()
-        self._begun = self._dispatcher.begin(request)
+        self._in_flight.count += 1
+        self._dispatcher.begin(self, request, known)
 
     def run(self, request: Request, body: bytes) -> bool:
         """Do what the request asks for; whether it waits for something."""
-        self._steps = Steps(self._dispatcher.run(self._begun, request, body), self._done)
-        self._steps.step()
-        return not self._ended
+        call = self._dispatcher.run(self, request, body)
+        try:
+            awaited = call.send(None)
+        except StopIteration as answered:
+            self.answer(answered.value)
+            return False
+        self._steps = Steps(call, self._done)
+        self._steps.wait_for(awaited)
+        return True
 
     def refuse(self) -> None:
         """Answer with the error that the request has met."""
-        assert self._begun.error is not None
-        self.answer(self._dispatcher.refusal(self._begun, self._begun.error))
+        assert self.error is not None
+        self.answer(self._dispatcher.refusal(self, self.error))
 
     def answer(self, reply: Reply) -> None:
         """Send the reply, and count it if it could be sent."""
         if self.send(reply):
-            self._dispatcher.answered(self._begun, reply, time.monotonic() - self._started)
+            self._dispatcher.answered(self, reply, time.monotonic() - self._started)
         self.end()
 
     def end(self) -> None:
@@ -75,7 +81,10 @@ class ApiCall:
         if self._steps is not None:
             self._steps.close()
             self._steps = None
-        self._in_flight.leave()
+        in_flight = self._in_flight
+        in_flight.count -= 1
+        if not in_flight.count:
+            in_flight.tell_idle()
 
     def _done(self, reply: Reply | None, error: Exception | None) -> None:
         if error is not None:  # `run` answers every error itself
@@ -99,7 +108,7 @@ class ApiRouter(Router):
 class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
     """One request of the API on Tornado's server."""
 
-    __slots__ = ("_body", "_connection", "_request", "_size")
+    __slots__ = ("_body", "_connection", "_request", "_size", "_whole")
 
     def __init__(
         self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest
@@ -111,6 +120,7 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
         self._body: list[bytes] = []
         self._size = 0
+        self._whole = False
 
     def headers_received(
         self,
@@ -120,17 +130,17 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         """Check the head; answer at once what can't wait for the body."""
         self.begin(self._request)
         length = _declared_length(headers)
-        if length > MAX_BODY and self._begun.error is None:
-            self._begun.error = too_large()
-        if self._begun.error is not None and (length > DISCARDED or "Expect" in headers):
+        if length > MAX_BODY and self.error is None:
+            self.error = too_large()
+        if self.error is not None and (length > DISCARDED or "Expect" in headers):
             self.refuse()
 
     def data_received(self, chunk: bytes) -> None:
         """Keep a part of the body, or throw it away if the request is refused."""
         self._size += len(chunk)
-        if self._begun.error is None:
+        if self.error is None:
             if self._size > MAX_BODY:
-                self._begun.error = too_large()
+                self.error = too_large()
                 self._body.clear()
             else:
                 self._body.append(chunk)
@@ -139,6 +149,7 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
 
     def finish(self) -> None:
         """The request is whole: run its call."""
+        self._whole = True
         if self._connection is None:
             return
         if (
@@ -159,18 +170,23 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         """Write the reply by Tornado's connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            write_reply(connection, self._begun.head, reply)
+            write_reply(connection, self.head, reply, closes=not self._whole)
         return connection is not None
 
 
-def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply) -> None:
-    """Write a whole reply and finish. A connection that closed meanwhile is nobody's error."""
+def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply, *, closes: bool) -> None:
+    """Write a whole reply and finish. A connection that closed meanwhile is nobody's error.
+
+    `closes` is whether Tornado ends the connection with it because the body hasn't come; it doesn't say so.
+    """
     headers = httputil.HTTPHeaders()
-    for name, value in reply.headers:
+    for name, value in reply.headers():
         headers.add(name, value)
     headers.add("Date", http_date())
     if reply.status != 204:
         headers.add("Content-Length", str(len(reply.body)))
+    if closes:
+        headers.add("Connection", "close")
     start_line = httputil.ResponseStartLine("", reply.status, REASONS.get(reply.status, "Unknown"))
     try:
         future = connection.write_headers(start_line, headers, b"" if head else reply.body)

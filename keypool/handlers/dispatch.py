@@ -10,14 +10,14 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import unquote
 
 import msgspec
 
-from keypool.auth import NOBODY, Access, Role
+from keypool.auth import NOBODY, Access, Caller, Role
 from keypool.engine import Engine
 from keypool.errors import (
     Forbidden,
@@ -29,7 +29,7 @@ from keypool.errors import (
     UnsupportedMediaType,
     UriTooLong,
 )
-from keypool.handlers.access import access_line
+from keypool.handlers.access import access_line, access_log
 from keypool.handlers.calls import NO_OPERATION, CallTallies
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.handlers.wording import Reader
@@ -65,22 +65,57 @@ class Reply:
     """A whole answer. A reply to HEAD carries the body that GET would have had, for its length."""
 
     status: int
-    headers: list[tuple[str, str]]
+    request_id: str
+    content_type: str = ""  # none: there is no body
     body: bytes = b""
+    own_headers: Sequence[tuple[str, str]] = ()
     outcome: str = "ok"  # or the code of the error
 
+    def headers(self) -> list[tuple[str, str]]:
+        """All that is not the server's to say (Date, length, connection), in order."""
+        kind = [("Content-Type", self.content_type)] if self.content_type else []
+        return [*kind, *self.own_headers, NO_STORE, ("X-Request-Id", self.request_id)]
 
-@dataclass(slots=True)
+
+NO_STORE = ("Cache-Control", "no-store")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What headers say that pass every check of their own, whatever they come with."""
+
+    caller: Caller
+    request_id: str | None
+
+
 class Begun:
     """A request that passed the checks of its head, or the error that it met there."""
 
-    request_id: str
-    legacy: bool
-    operation: Operation | None = None
-    call: Call | None = None
-    error: KeypoolError | None = None
-    allow: str = ""
-    head: bool = False
+    __slots__ = ("allow", "call", "error", "head", "known", "legacy", "operation", "request_id")
+
+    def __init__(self) -> None:
+        self.error: KeypoolError | None = None
+        self.operation: Operation | None = None
+        self.call: Call | None = None
+        self.known: Known | None = None
+        self.legacy = False
+        self.head = False
+        self.allow = ""
+        self.request_id = ""
+
+
+class _Path:
+    """A path and the operations that it has, by method."""
+
+    __slots__ = ("legacy", "methods")
+
+    def __init__(self, legacy: bool) -> None:
+        self.legacy = legacy
+        self.methods: dict[str, Operation] = {}
+
+
+_NOWHERE = _Path(False)
+_KEYS = BASE + "/keys/"
 
 
 class Dispatcher:
@@ -90,11 +125,13 @@ class Dispatcher:
         self.engine = engine
         self._access = access
         self._readers: dict[str, Reader] = {}
-        self._routes: dict[str, dict[str, Operation]] = {}
+        self._paths: dict[str, _Path] = {}
         for operation in operations:
             paths = [operation.path, operation.path + "/"] if operation.legacy else [operation.path]
             for path in paths:
-                self._routes.setdefault(BASE + path, {})[operation.method] = operation
+                self._paths.setdefault(BASE + path, _Path(operation.legacy)).methods[operation.method] = (
+                    operation
+                )
             self._readers[operation.name] = Reader(operation)
         self.calls = CallTallies(self._readers)
         self._ids = itertools.count(1)
@@ -102,9 +139,16 @@ class Dispatcher:
 
     # -- the head
 
-    def begin(self, request: Request) -> Begun:
-        """Check the head of a request. Never raises: what is wrong is in the answer's `error`."""
-        begun = Begun(self.request_id(request.headers), False)
+    def begin(self, begun: Begun, request: Request, known: Known | None = None) -> None:
+        """Check the head of a request. Never raises: what is wrong is in `begun.error`.
+
+        `known` is what `learn` said of the same headers before, if it was asked.
+        """
+        begun.known = known
+        given = request.headers.get("X-Request-Id") if known is None else known.request_id
+        begun.request_id = (
+            f"{self._id_prefix}-{next(self._ids):x}" if given is None else self.request_id(given)
+        )
         try:
             self._check_head(request, begun)
         except KeypoolError as error:
@@ -113,71 +157,93 @@ class Dispatcher:
         except Exception:
             _log.exception("request %s failed before its call was known", begun.request_id)
             begun.error = unexpected()
-        return begun
 
-    def request_id(self, headers: Mapping[str, str]) -> str:
+    def learn(self, headers: Mapping[str, str]) -> Known | None:
+        """What may be remembered of headers, so that the next request with the very same is spared the checks.
+
+        None if one of them doesn't pass, or if it may pass differently the next time, as a session ends.
+        """
+        if not self._access.open and "Authorization" not in headers:
+            return None
+        try:
+            check_size_of_headers(headers)
+            _check_content_type(headers)
+            self._access.check_site(headers, True)
+            return Known(self._access.caller(headers), headers.get("X-Request-Id"))
+        except KeypoolError:
+            return None
+
+    def request_id(self, given: str | None) -> str:
         """The caller's, if it is fit to be shown, else a new one."""
-        given = headers.get("X-Request-Id")
         if given is not None and _CALLERS_ID.fullmatch(given):
             return given
         return f"{self._id_prefix}-{next(self._ids):x}"
 
     def _check_head(self, request: Request, begun: Begun) -> None:
-        method = request.method or ""
-        routes, key = self._find(request.path)
-        begun.legacy = routes is not None and any(operation.legacy for operation in routes.values())
+        method, known = request.method or "", begun.known
+        path, key = self._find(request.path)
+        begun.legacy = path.legacy
         begun.head = method == "HEAD"
-        operation = None if routes is None else routes.get("GET" if begun.head else method)
-        changes = method not in ("GET", "HEAD", "OPTIONS") or (operation is not None and operation.changes)
-        self._access.check_site(request.headers, changes)
-        if routes is None:
-            raise NotFound
+        operation = path.methods.get("GET" if begun.head else method)
+        if known is None:
+            changes = method not in ("GET", "HEAD", "OPTIONS")
+            self._access.check_site(request.headers, changes or (operation is not None and operation.changes))
         if operation is None:
-            allow = ", ".join(_methods(routes))
-            if method == "OPTIONS":
-                begun.allow = allow
-                return
-            raise MethodNotAllowed(allow)
+            self._no_operation(path, method, begun)
+            return
         caller = NOBODY
         if operation.roles:
-            caller = self._access.caller(request.headers)
+            caller = self._access.caller(request.headers) if known is None else known.caller
             if caller.role not in operation.roles:
                 raise Forbidden(_needs(operation, caller.role))
-        require_may_name(key, caller)
-        check_size_of_head(request)
+        if key:
+            require_may_name(key, caller)
+        check_target(request)
+        if known is None:
+            check_size_of_headers(request.headers)
         begun.operation = operation
         begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
 
-    def _find(self, path: str) -> tuple[dict[str, Operation] | None, str]:
-        """The methods of a path, and the key in it."""
-        routes = self._routes.get(path)
-        if routes is not None:
-            return routes, ""
-        start = BASE + "/keys/"
-        if not path.startswith(start):
-            return None, ""
-        segment, slash, rest = path[len(start) :].partition("/")
+    @staticmethod
+    def _no_operation(path: _Path, method: str, begun: Begun) -> None:
+        if path is _NOWHERE:
+            raise NotFound
+        begun.allow = ", ".join(_methods(path.methods))
+        if method != "OPTIONS":
+            raise MethodNotAllowed(begun.allow)
+
+    def _find(self, text: str) -> tuple[_Path, str]:
+        """What is known of a path, and the key in it."""
+        path = self._paths.get(text)
+        if path is not None:
+            return path, ""
+        if not text.startswith(_KEYS):
+            return _NOWHERE, ""
+        segment, slash, rest = text[len(_KEYS) :].partition("/")
         if not segment:
-            return None, ""
-        return self._routes.get(f"{start}{{key}}{slash}{rest}"), _decoded(segment)
+            return _NOWHERE, ""
+        return self._paths.get(f"{_KEYS}{{key}}{slash}{rest}", _NOWHERE), _decoded(
+            segment
+        ) if "%" in segment else segment
 
     def answered(self, begun: Begun, reply: Reply, seconds: float) -> None:
         """A request was answered so, after so long: count it, and write its line of the access log."""
         name = NO_OPERATION if begun.operation is None else begun.operation.name
         self.calls.add(name, reply.outcome, seconds)
-        access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
+        if access_log.isEnabledFor(logging.DEBUG):
+            access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
 
     def refused(self, request: Request | None, error: KeypoolError) -> Reply:
         """What the server refuses in the application's place; `request` is None if its head had not come.
 
         What the head is refused for comes before what is wrong with the body. Counted, and in the log, as all.
         """
-        begun = Begun(self.request_id({}), False)
-        if request is not None:
-            begun = self.begin(request)
-            if not request.path.startswith(
-                BASE
-            ):  # a page's: not for the dispatcher to say that there is none
+        begun = Begun()
+        if request is None:
+            begun.request_id = self.request_id(None)
+        else:
+            self.begin(begun, request)
+            if isinstance(begun.error, NotFound):  # a page's, perhaps: not for the dispatcher to say
                 begun.error = None
         reply = self.refusal(begun, begun.error or error)
         self.answered(begun, reply, 0.0)
@@ -189,44 +255,37 @@ class Dispatcher:
         """Do what a begun request asks for. Raises nothing but GeneratorExit, when it is closed."""
         if begun.error is not None:
             return self.refusal(begun, begun.error)
+        operation, call = begun.operation, begun.call
+        if operation is None or call is None:
+            return Reply(204, begun.request_id, own_headers=[("Allow", begun.allow)])
         try:
-            if begun.operation is None or begun.call is None:
-                return Reply(204, self._headers(begun, [("Allow", begun.allow)]))
-            operation, call = begun.operation, begun.call
-            if body:
+            if body and begun.known is None:
                 _check_content_type(request.headers)
             self._readers[operation.name].read(call, request.query, body)
             step = operation.head if begun.head and operation.head is not None else operation.run
-            return self._reply(begun, operation, await step(self.engine, call))
+            return _reply(begun, operation, await step(self.engine, call))
         except KeypoolError as error:
             return self.refusal(begun, error)
         except Exception:
-            name = begun.operation.name if begun.operation else "?"
-            _log.exception("call %s, request %s failed", name, begun.request_id)
+            _log.exception("call %s, request %s failed", operation.name, begun.request_id)
             return self.refusal(begun, unexpected())
-
-    def _reply(self, begun: Begun, operation: Operation, answer: Any) -> Reply:
-        if answer is None:
-            return Reply(operation.status, self._headers(begun, []))
-        headers = [("Content-Type", "application/json")]
-        if operation.location is not None:
-            headers.append(("Location", operation.location(answer)))
-        status = 201 if isinstance(answer, operation.created) else operation.status
-        return Reply(status, self._headers(begun, headers), _encode(answer))
 
     def refusal(self, begun: Begun, error: KeypoolError) -> Reply:
         """The problem that an error is told as."""
-        message = None
-        if begun.legacy:
-            message = getattr(error, "message", error.detail)
-        headers = [("Content-Type", CONTENT_TYPE), *problem_headers(error)]
+        message = getattr(error, "message", error.detail) if begun.legacy else None
         body = problem_body(error, begun.request_id, message)
-        return Reply(status_of(type(error)), self._headers(begun, headers), body, error.code)
+        status, headers = status_of(type(error)), problem_headers(error)
+        return Reply(status, begun.request_id, CONTENT_TYPE, body, headers, error.code)
 
-    def _headers(self, begun: Begun, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        headers.append(("Cache-Control", "no-store"))
-        headers.append(("X-Request-Id", begun.request_id))
-        return headers
+
+def _reply(begun: Begun, operation: Operation, answer: Any) -> Reply:
+    if answer is None:
+        return Reply(operation.status, begun.request_id)
+    status = 201 if isinstance(answer, operation.created) else operation.status
+    reply = Reply(status, begun.request_id, "application/json", _encode(answer))
+    if operation.location is not None:
+        reply.own_headers = [("Location", operation.location(answer))]
+    return reply
 
 
 def too_large() -> PayloadTooLarge:
@@ -252,15 +311,19 @@ def _needs(operation: Operation, role: Role) -> str:
 
 
 def _decoded(segment: str) -> str:
-    return unquote(segment, errors="replace") if "%" in segment else segment
+    return unquote(segment, errors="replace")
 
 
-def check_size_of_head(request: Request) -> None:
-    """Raise UriTooLong or HeadersTooLarge for a head over the limits."""
+def check_target(request: Request) -> None:
+    """Raise UriTooLong for a target over the limit."""
     target = request.uri or ""
     if len(target) > MAX_TARGET:
         raise UriTooLong(f"the request target is {len(target)} bytes long; {MAX_TARGET} are read")
-    size = sum(len(name) + len(value) for name, value in request.headers.items())
+
+
+def check_size_of_headers(headers: Mapping[str, str]) -> None:
+    """Raise HeadersTooLarge for headers over the limit."""
+    size = sum(map(len, headers)) + sum(map(len, headers.values()))
     if size > MAX_HEADERS:
         raise HeadersTooLarge(f"the headers are {size} bytes long; {MAX_HEADERS} are read")
 

@@ -6,7 +6,7 @@ import asyncio
 
 
 class InFlight:
-    """A count, and somebody who may wait for it to be none."""
+    """A count, and somebody who may wait for it to be none. Hot paths count by themselves."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -19,7 +19,12 @@ class InFlight:
     def leave(self) -> None:
         """It was answered, or its caller is gone."""
         self.count -= 1
-        if self.count == 0 and self._idle is not None and not self._idle.done():
+        if self.count == 0:
+            self.tell_idle()
+
+    def tell_idle(self) -> None:
+        """There is none any more."""
+        if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
     async def wait_idle(self, seconds: float) -> bool:

@@ -19,7 +19,7 @@ from keypool.errors import (
     NotFound,
 )
 from keypool.handlers.access import access_line
-from keypool.handlers.dispatch import Dispatcher, check_size_of_head, too_large, unexpected
+from keypool.handlers.dispatch import Dispatcher, check_size_of_headers, check_target, too_large, unexpected
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.http1.responses import http_date
@@ -46,7 +46,7 @@ class PageHandler(RequestHandler):
         self.engine = engine
         self.dispatcher = dispatcher
         self.access = access
-        self.request_id = dispatcher.request_id(self.request.headers)
+        self.request_id = dispatcher.request_id(self.request.headers.get("X-Request-Id"))
         self._in_flight = in_flight
         self._counted = True
         self._outcome = "ok"
@@ -72,7 +72,8 @@ class PageHandler(RequestHandler):
             raise MethodNotAllowed(", ".join(self.allowed))
         if self.roles and method != "OPTIONS":
             self.require_role()
-        check_size_of_head(self.request)
+        check_target(self.request)
+        check_size_of_headers(self.request.headers)
         if len(self.request.body) > MAX_BODY:
             raise too_large()
 

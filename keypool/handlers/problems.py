@@ -47,7 +47,7 @@ def status_of(error: type[KeypoolError]) -> HTTPStatus:
 
 
 def problem_headers(error: KeypoolError) -> list[tuple[str, str]]:
-    """What the error says in headers, beside its body."""
+    """What the error says in headers, beside its body. Names as Tornado writes them, whichever server does."""
     if isinstance(error, errors.NoKeyAvailable) and error.retry_after is not None:
         return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
     if isinstance(error, errors.StorageUnavailable):
@@ -59,7 +59,7 @@ def problem_headers(error: KeypoolError) -> list[tuple[str, str]]:
     if isinstance(error, errors.MethodNotAllowed):
         return [("Allow", error.allow)]
     if isinstance(error, errors.Unauthorized):
-        return [("WWW-Authenticate", 'Bearer realm="keypool"')]
+        return [("Www-Authenticate", 'Bearer realm="keypool"')]
     return []
 
 

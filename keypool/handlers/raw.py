@@ -10,47 +10,79 @@ from functools import lru_cache
 from http import HTTPStatus
 
 from keypool.handlers.api import ApiCall
-from keypool.handlers.dispatch import Dispatcher, Reply, too_large
+from keypool.handlers.dispatch import Dispatcher, Known, Reply, too_large
 from keypool.handlers.inflight import InFlight
-from keypool.http1 import ANSWERED, RawDelegate, Request, date_line
-from keypool.http1.responses import Headers
+from keypool.http1 import ANSWERED, RawDelegate, Request
+from keypool.http1.responses import Headers, http_date
 
 _API = b"/api"
 _FEED = b"/api/v1/feed"
+_ENDS = (b"", b"/", b"?")
+
+
+_REMEMBERED = 512  # sets of headers
+_REMEMBERED_BYTES = 1024  # of each, at most
+
+_Raw = tuple[tuple[bytes, bytes], ...]
 
 
 class RawHead:
-    """A request's head as the dispatcher reads it. Built in about 2 µs."""
+    """A request's head as the dispatcher reads it."""
 
-    __slots__ = ("headers", "method", "path", "query", "remote_ip", "uri")
+    __slots__ = ("_raw", "method", "path", "query", "remote_ip", "uri")
 
     def __init__(self, method: bytes, target: bytes, headers: Headers, remote_ip: str | None) -> None:
+        self._raw = headers
         self.method = method.decode("latin-1")
         self.uri = target.decode("latin-1")
         self.path, _, self.query = self.uri.partition("?")
         self.remote_ip = remote_ip
-        self.headers: dict[str, str] = {}
-        for raw, value in headers:
-            name = _name(raw)
-            if name in self.headers:  # as Tornado joins what is repeated
-                self.headers[name] += "," + value.decode("latin-1")
-            else:
-                self.headers[name] = value.decode("latin-1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """By name, as Tornado writes names and joins what is repeated. O(headers): made each time."""
+        made: dict[str, str] = {}
+        for raw, value in self._raw:
+            name, text = _name(raw), value.decode("latin-1")
+            made[name] = f"{made[name]},{text}" if name in made else text
+        return made
 
 
 class RawApi:
-    """Takes the requests of the API, and leaves all others to Tornado."""
+    """Takes the requests of the API, and leaves all others to Tornado.
+
+    Clients send the same headers with each request, but for the length of the body. So what the dispatcher
+    knows of them is remembered by the bytes of all of them, for a few hundred clients.
+    """
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-        self._dispatcher = dispatcher
-        self._in_flight = in_flight
+        self.dispatcher = dispatcher
+        self.in_flight = in_flight
+        self._known: dict[_Raw, Known | None] = {}
 
     def start(self, request: Request) -> RawDelegate | None:
         """See `http1.RawApplication`."""
-        path, _, _ = request.target.partition(b"?")
-        if not path.startswith(_API) or path == _FEED or path[len(_API) : len(_API) + 1] not in (b"", b"/"):
+        target = request.target
+        if not target.startswith(_API) or target.startswith(_FEED) or target[4:5] not in _ENDS:
             return None
-        return RawCall(self._dispatcher, self._in_flight, request).started()
+        call = RawCall(self, request)
+        if call.error is None:
+            return call
+        call.refuse()
+        return ANSWERED
+
+    def known(self, head: RawHead, headers: Headers) -> Known | None:
+        """What is known of a request's headers. O(headers)."""
+        raw = tuple(headers)
+        try:
+            return self._known[raw]
+        except KeyError:
+            known = self.dispatcher.learn(head.headers)
+        if sum(len(name) + len(value) for name, value in raw) <= _REMEMBERED_BYTES:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[raw] = known
+        return known
 
 
 class RawCall(ApiCall, RawDelegate):
@@ -58,20 +90,13 @@ class RawCall(ApiCall, RawDelegate):
 
     __slots__ = ("_head", "_request")
 
-    def __init__(self, dispatcher: Dispatcher, in_flight: InFlight, request: Request) -> None:
-        super().__init__(dispatcher, in_flight)
+    def __init__(self, api: RawApi, request: Request) -> None:
+        super().__init__(api.dispatcher, api.in_flight)
         self._request = request
         peer = request.peer
         address = None if peer is None else peer.remote_ip
         self._head = RawHead(request.method, request.target, request.headers, address)
-
-    def started(self) -> RawDelegate:
-        """Check the head. Returns who takes the body: nobody if the request is refused."""
-        self.begin(self._head)
-        if self._begun.error is None:
-            return self
-        self.refuse()
-        return ANSWERED
+        self.begin(self._head, api.known(self._head, request.headers))
 
     def body(self, body: bytes) -> None:
         """The request is whole: run its call."""
@@ -79,7 +104,7 @@ class RawCall(ApiCall, RawDelegate):
 
     def too_large(self) -> None:
         """Its body is more than is read."""
-        self._begun.error = too_large()
+        self.error = too_large()
         self.refuse()
 
     def closed(self) -> None:
@@ -88,23 +113,28 @@ class RawCall(ApiCall, RawDelegate):
 
     def send(self, reply: Reply) -> bool:
         """Write the reply."""
-        if self._request.closed:
+        request = self._request
+        if request.closed:
             return False
-        self._request.respond(wire(reply))
+        request.respond(wire(reply))
         return True
 
 
 def wire(reply: Reply) -> bytes:
     """A whole reply as bytes, without what the server says about the connection."""
-    lines = [_status_line(reply.status)]
-    lines += [f"{name}: {value}\r\n" for name, value in reply.headers]
-    length = b"\r\n" if reply.status == 204 else b"Content-Length: %d\r\n\r\n" % len(reply.body)
-    return b"".join(("".join(lines).encode("latin-1"), date_line(), length, reply.body))
+    own = "".join([f"{name}: {value}\r\n" for name, value in reply.own_headers]) if reply.own_headers else ""
+    length = "" if reply.status == 204 else f"Content-Length: {len(reply.body)}\r\n"
+    head = (
+        f"{_start(reply.status, reply.content_type)}{own}Cache-Control: no-store\r\n"
+        f"X-Request-Id: {reply.request_id}\r\nDate: {http_date()}\r\n{length}\r\n"
+    )
+    return head.encode("latin-1") + reply.body
 
 
 @lru_cache(maxsize=64)
-def _status_line(status: int) -> str:
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+def _start(status: int, content_type: str) -> str:
+    kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{kind}"
 
 
 @lru_cache(maxsize=1024)

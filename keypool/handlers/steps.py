@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Steps:
-    """One coroutine on its way. `done(result, error)` is called once, unless `close` comes first."""
+    """One coroutine that waits. `done(result, error)` is called once, unless `close` comes first."""
 
     __slots__ = ("_coroutine", "_done")
 
@@ -35,8 +35,12 @@ class Steps:
         except Exception as error:  # whatever it is, the caller is answered
             self._finish(None, error)
         else:
-            awaited._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to say that it has heard
-            awaited.add_done_callback(self.step)
+            self.wait_for(awaited)
+
+    def wait_for(self, awaited: Any) -> None:
+        """Go on when this future is done, which the coroutine has just yielded."""
+        awaited._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to say that it has heard
+        awaited.add_done_callback(self.step)
 
     def close(self) -> None:
         """Nobody wants the answer any more: the coroutine ends where it waits, by GeneratorExit."""

@@ -70,18 +70,21 @@ class Connection(Intake):
             self._leave()
             self.server.forget(self)
         self.undrainable()
+        self._corked = []
         del self.transport
 
     def drained(self) -> None:
         """Start what had to wait for the peer to read."""
         if self.mode < LINGERING:
+            self._in_head = False  # whatever has come of a head meanwhile: its time begins now
+            self.deadline = self.server.clock + self.limits.idle_seconds
             self._schedule()
 
     # Called by the sweep and by shutdown.
 
     def expire(self) -> None:
         """Do what is due when ``deadline`` has passed."""
-        if self.mode >= LINGERING or (self.write_paused and self.current is not None):
+        if self.mode >= LINGERING or self.write_paused:
             self.cut()
         elif self.current is not None or self._target or self._in_method:
             self.refuse(self.refusal(408, "request-timeout", "the request took too long to arrive"))
@@ -166,7 +169,8 @@ class Connection(Intake):
 
     def peer_of(self, request: Request) -> Peer:
         """Return the peer as seen by this request."""
-        return self.server.peer_of(self.context, request.headers)
+        trusted = self.server.trusted
+        return self.context if trusted is None else self.context.forwarded(request.headers, trusted)
 
     def stream_view(self) -> StreamView:
         """Return a view of the socket."""
@@ -258,6 +262,8 @@ class Connection(Intake):
         body = request.body
         assert body is not None
         body.held = b""
+        if body.deadline == inf:  # nobody has asked for it, and it is to end all the same
+            body.deadline = self.server.clock + body.seconds
         spare = self.limits.discarded_bytes
         if body.expects or (body.length is not None and body.length - body.size > spare):
             request.keep_alive = False  # it is cheaper to end than to read it all
@@ -280,7 +286,8 @@ class Connection(Intake):
             self.mode = READING  # it stayed HTTP
             self.transport.set_write_buffer_limits()  # as they were before `_sent_all`
         self._in_head = False
-        self.deadline = self.server.clock + self.limits.idle_seconds
+        if not self.write_paused:
+            self.deadline = self.server.clock + self.limits.idle_seconds
         if not self.busy:
             # The next request must not start inside the call that answered this one.
             if self._queue or self._held or self._read_paused or self._refusal is not None:
@@ -344,6 +351,6 @@ class Connection(Intake):
 def _dress(request: Request, response: bytes) -> bytes:
     if request.method == b"HEAD":
         response = without_body(response)
-    if not request.keep_alive:
-        return with_connection(response, b"close")
-    return with_connection(response, b"Keep-Alive") if request.http10 else response
+    if request.http10:  # closes unless it is told
+        return with_connection(response, b"Keep-Alive") if request.keep_alive else response
+    return response if request.keep_alive else with_connection(response, b"close")

@@ -253,10 +253,11 @@ class Exchange(httputil.HTTPConnection):
     def _announce(request: Request, headers: httputil.HTTPHeaders) -> None:
         if headers.get("Connection", "").lower() == "close":
             request.keep_alive = False
+        elif request.http10:
+            if request.keep_alive:
+                headers["Connection"] = "Keep-Alive"
         elif not request.keep_alive:
             headers["Connection"] = "close"
-        elif request.http10:
-            headers["Connection"] = "Keep-Alive"
 
     def _format(self, chunk: bytes) -> bytes:
         if self._remaining is not None:

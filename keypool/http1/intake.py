@@ -84,8 +84,6 @@ class Intake(RequestReader):
             self._held = data[consumed:]
             self._work()
         self.busy = False
-        if self._corked:
-            self.flush()
         self._settle()
 
     def _received_more(self, data: bytes) -> None:
@@ -112,7 +110,6 @@ class Intake(RequestReader):
             self.busy = True
             self._work()
             self.busy = False
-            self.flush()
             self._settle()
 
     def _work(self) -> None:
@@ -200,10 +197,11 @@ class Intake(RequestReader):
         if self.mode >= LINGERING:
             return
         current = self.current
-        if current is not None:
-            if not self.write_paused:
-                body = current.body
-                self.deadline = inf if body is None or current.received else body.deadline
+        if self.write_paused:
+            pass  # the deadline is that of writing
+        elif current is not None:
+            body = current.body
+            self.deadline = inf if body is None or current.received else body.deadline
         elif self._target and not self._in_head:
             self._in_head = True
             self.deadline = self.server.clock + self.limits.head_seconds

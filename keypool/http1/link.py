@@ -68,17 +68,16 @@ class Link(asyncio.Protocol):
         self._drained: asyncio.Future[None] | None = None
 
     def send(self, data: bytes) -> asyncio.Future[None]:
-        """Write, or cork. The future resolves when more may follow. O(len(data))."""
+        """Write. The future resolves when more may follow. O(1)."""
         if self.mode >= LINGERING:
             return closed_future()
         self.put(data)
         return self.written()
 
     def put(self, data: bytes) -> None:
-        """Write, or cork, on an open connection. O(len(data))."""
-        if not self.busy:
-            self.transport.write(data)
-            return
+        """Write on an open connection, at the end of this turn of the loop. O(1)."""
+        if not self._corked:
+            self.server.flush_soon(self)
         self._corked.append(data)
         self._corked_bytes += len(data)
         if self._corked_bytes > CORK:
@@ -102,6 +101,10 @@ class Link(asyncio.Protocol):
             self._corked = []
             self._corked_bytes = 0
             self.transport.write(data)
+
+    def writing(self) -> bool:
+        """Whether some of what was written is not sent yet."""
+        return bool(self._corked) or self.transport.get_write_buffer_size() > 0
 
     def pause_writing(self) -> None:
         """Learn from the transport that its buffer is over the high-water mark."""

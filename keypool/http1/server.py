@@ -31,9 +31,9 @@ from tornado.log import app_log
 from tornado.netutil import bind_sockets
 
 from keypool.http1.connection import Connection
-from keypool.http1.peer import Peer
+from keypool.http1.link import Link
 from keypool.http1.request import RawApplication
-from keypool.http1.responses import Headers, OnRefused
+from keypool.http1.responses import OnRefused
 from keypool.limits import Doorman, Limits, greedy
 
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
@@ -71,10 +71,12 @@ class Server:
         self.resolved: asyncio.Future[None]  # the future of every write that need not wait
         self.clock = 0.0  # the loop's time as of the last sweep, one sweep ahead
         self._ssl_context = ssl_context
-        self._trusted = frozenset(trusted_downstream) if xheaders else None
+        self.trusted = frozenset(trusted_downstream) if xheaders else None
+        """Proxies whose headers are believed, beside the one that connects; None: no header is."""
         self._connections: set[Connection] = set()
         self._accepting: set[asyncio.Task[object]] = set()
         self._listeners: list[asyncio.Task[asyncio.Server]] = []
+        self._unsent: list[Link] = []
         self._sweeper: asyncio.TimerHandle | None = None
         self._emptied: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -173,6 +175,17 @@ class Server:
         finally:
             self._emptied = None
 
+    def flush_soon(self, link: Link) -> None:
+        """Have what a connection has to say written when all that has come in this turn is read. O(1)."""
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(link)
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for link in unsent:
+            link.flush()
+
     # The steps of a stop, for those who take them one by one.
 
     def take_queue(self, sockets: Iterable[socket]) -> None:
@@ -204,7 +217,7 @@ class Server:
 
     def writing(self) -> bool:
         """Whether some answer isn't taken in yet. O(connections)."""
-        return any(connection.transport.get_write_buffer_size() for connection in self._connections)
+        return any(connection.writing() for connection in self._connections)
 
     def cut_all(self) -> None:
         """Close all connections in this turn of the loop: nothing that they send any more is read."""
@@ -261,10 +274,6 @@ class Server:
         if isinstance(application, httputil.HTTPServerConnectionDelegate):
             return application.start_request(connection, exchange)
         return _CallableDelegate(application, exchange)
-
-    def peer_of(self, peer: Peer, headers: Headers) -> Peer:
-        """Return ``peer`` as a request's headers name it, if they are to be believed."""
-        return peer if self._trusted is None else peer.forwarded(headers, self._trusted)
 
 
 class _CallableDelegate(httputil.HTTPMessageDelegate):

@@ -368,14 +368,16 @@ async def test_a_wrong_content_length_ends_the_connection(kind: str, lie: int) -
     async with serve(kind, State().application) as served:
         client = await served.connect()
         await client.send(request(f"/measured/{lie}") + request("/echo"))
-        _, headers = await client.head()
-        assert headers["content-length"] == "10"
         try:
-            rest = await client.ended()
+            sent = (
+                await client.ended()
+            )  # perhaps nothing: what isn't sent yet when the lie is found is dropped
         except ConnectionError:
-            rest = b""
+            sent = b""
+        head, _, rest = sent.partition(b"\r\n\r\n")
         assert b"HTTP/1.1" not in rest
         assert len(rest) < 10
+        assert not head or b"Content-Length: 10" in head
 
 
 class Bare(httputil.HTTPServerConnectionDelegate):
