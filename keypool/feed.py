@@ -25,7 +25,7 @@ import msgspec
 
 from keypool.answers import Stats
 from keypool.engine import Engine
-from keypool.errors import KeypoolError, TooManyViewers
+from keypool.errors import Draining, KeypoolError, TooManyViewers
 from keypool.history import History
 from keypool.keys import moment
 
@@ -90,16 +90,18 @@ class Feed:
         return len(self._seats)
 
     def require_room(self) -> None:
-        """Raise TooManyViewers if nobody more may watch."""
+        """Raise Draining or TooManyViewers if nobody more may watch."""
+        if self._closed:
+            raise Draining
         if len(self._seats) >= self._max_viewers:
             raise TooManyViewers(self._max_viewers)
 
     async def join(self, viewer: Viewer) -> None:
         """A viewer has come: it is sent a hello. Raises TooManyViewers."""
-        self.require_room()
         if self._closed:
             viewer.leave(GOING_AWAY, "draining")
             return
+        self.require_room()
         seat = self._seats[viewer] = _Seat(viewer)
         seat.busy = True  # no delta before the hello
         stats = await self._engine.stats()

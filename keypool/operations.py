@@ -70,7 +70,7 @@ _Owner = Annotated[
         description="who will hold the key, for lists: 1 to 200 characters, no control characters",
     ),
 ]
-_LeaseNumber = Annotated[int, Meta(ge=1, le=2**63 - 1, description="the lease number that acquire gave")]
+_LeaseNumber = Annotated[int, Meta(ge=0, le=2**63 - 1, description="the lease number that acquire gave")]
 _Count = Annotated[int, Meta(ge=1, le=MAX_BATCH)]
 _KeyText = Annotated[str, Meta(description="the key, or id:N for admins")]
 _Keys = Annotated[list[_KeyText], Meta(min_length=1, max_length=MAX_BATCH)]

@@ -201,7 +201,7 @@ class Pool:
 
         With a lease number, only under the key's latest: raises StaleLease under any other.
         """
-        if lease is not None and lease != key.lease:
+        if lease is not None and (lease != key.lease or not lease):  # 0 stands for never served: nobody's
             raise StaleLease(lease, key.lease or None)
         if key.release_deadline is None:
             return False

@@ -128,7 +128,8 @@ def _bind(settings: Settings) -> list[socket.socket]:
     try:
         return bind_sockets(settings.port, settings.address, backlog=1024)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        resolving = isinstance(error, socket.gaierror)  # whose numbers are not the system's
+        reason = os.strerror(error.errno) if error.errno and not resolving else error.strerror or str(error)
         raise StartError(f"can't listen on {settings.address}, port {settings.port}: {reason}") from None
 
 

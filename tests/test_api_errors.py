@@ -195,6 +195,9 @@ def test_a_body_where_none_is_due_is_refused(
         b'{"owner":"\xff"}', b'{"owner":"\xc3"}', b'{"owner":"\xed\xa0\x80"}', b'{"owner":"a\nb"}',
         b'{"owner":"\\x41"}',
         b'{"owner":"\\u12"}', '{"lease":1}'.encode("utf-16"), b"/* */{}", b'{"lease":1e}', b'{"lease":--1}',
+        # A number of the wrong kind is met before what is no JSON.
+        b'{"lease":1.0,}', b'{"lease":1.0', b'{"lease":1.5} x', b'{"lease":1.0,"\xff":1}', b"1.5,", b"1.5x",
+        b'{"op":"generate","count":1.5,', b'{"op":"generate","count":1.0,"x":' + b"[" * 2000 + b"]" * 2000 + b"}",
     ],
     ids=repr,
 )  # fmt: skip
@@ -417,6 +420,27 @@ def test_a_uri_too_long_is_refused(client: Client) -> None:
         )
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_head_over_the_limits_is_answered_to_head_as_well(client: Client, method: str) -> None:
+    """414 or 431, without a body to HEAD, and with a message on the first version's paths."""
+    for path, headers in ((f"{API}/stats?{'a' * 9000}", {}), (f"{API}/stats", {"X-A": "a" * 40_000})):
+        assert client.request(method, path, headers=headers).status in (414, 431)
+    for path, headers in (
+        (f"{API}/random_api_key/?{'a' * 9000}", {}), (f"{API}/random_api_key/", {"X-A": "a" * 40_000})
+    ):  # fmt: skip
+        answer = client.get(path, headers=headers)
+        assert answer.status in (414, 431)
+        assert answer.json["message"]
+
+
+def test_what_a_page_is_sent_has_its_limits_too(client: Client) -> None:
+    """413 and 431 on every path, the health's and the feed's among them."""
+    for method, path in (("POST", "/login"), ("GET", "/healthz"), ("GET", f"{API}/feed")):
+        long = client.request(method, path, headers={"X-A": "a" * 40_000})
+        wide = client.request(method, path, body=b"x" * 300_000)
+        assert (long.status, wide.status) == (431, 413), path
+
+
 @pytest.mark.parametrize("form", ["one long", "many"])
 def test_headers_too_large_are_refused(client: Client, form: str) -> None:
     """431 headers-too-large, for one long field and for many short ones."""
@@ -435,6 +459,8 @@ WRONG: dict[str, tuple[int, str]] = {
     "method": (405, "method-not-allowed"),
     "token": (401, "unauthorized"),
     "role": (403, "forbidden"),
+    "target": (414, "uri-too-long"),
+    "head": (431, "headers-too-large"),
     "size": (413, "payload-too-large"),
     "type": (415, "unsupported-media-type"),
     "body": (400, "bad-request"),
@@ -448,6 +474,10 @@ def wrong_request(server: ServerProcess, wrong: set[str]) -> Answer:
     if "site" in wrong:
         headers["Origin"] = "http://elsewhere.example"
     path = API + ("/nope" if "path" in wrong else "/keys")
+    if "target" in wrong:
+        path += "?" + "a" * 9000
+    if "head" in wrong:
+        headers["X-A"] = "a" * 40_000
     body = b"{" if "body" in wrong else b"{}"
     if "size" in wrong:
         body = body.ljust(LIMIT + 1)

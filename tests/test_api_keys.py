@@ -353,7 +353,7 @@ def test_unblock_with_the_latest_lease_frees_the_key(client: Client) -> None:
 
 
 @pytest.mark.parametrize("situation", ["blocked again", "free again", "never served"])
-@pytest.mark.parametrize("which", ["earlier", "of another key", "not yet given", "far beyond"])
+@pytest.mark.parametrize("which", ["none", "earlier", "of another key", "not yet given", "far beyond"])
 def test_unblock_with_any_other_lease_is_stale(client: Client, situation: str, which: str) -> None:
     """409 stale-lease with a detail, and nothing changes: the key of the new holder stays blocked."""
     made = client.make()
@@ -379,6 +379,7 @@ def test_unblock_with_any_other_lease_is_stale(client: Client, situation: str, w
             latest = served[made["key"]]
             client.post(path).expect(200)
     lease = {
+        "none": 0,
         "earlier": earlier,
         "of another key": other_lease,
         "not yet given": max(latest, other_lease) + 1,

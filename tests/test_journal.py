@@ -133,10 +133,11 @@ class Held:
         lock = os.open(os.devnull, os.O_RDONLY)
         engine = self.engine
         journal = Journal(Path("none"), lock, lambda: durable._numbers(engine), engine.storage_is_back)
-        starting = asyncio.ensure_future(journal.start(None))
+        starting = asyncio.ensure_future(journal.open())
         await turns()
         self.writer.answer()
         await starting
+        await journal.start(None)
         self.writer.batches.clear()
         engine.journal = journal
         return self
@@ -1514,6 +1515,12 @@ STORIES = {
     "an owner of a free key": "UPDATE keys SET owner = 'me' WHERE id = 5",
     "a text that is no text": "UPDATE keys SET text = CAST(x'fffe' AS TEXT) WHERE id = 5",
     "the numbers are missing": "DELETE FROM pool",
+    "a column of another name": "ALTER TABLE keys RENAME COLUMN created_at TO c2",
+    "a moment that is no number": """
+        DROP TABLE keys;
+        CREATE TABLE keys (id INTEGER PRIMARY KEY, text, created_at, expires_at, release_at, lease, owner);
+        INSERT INTO keys VALUES (1, 'aaaaaaaaaaaaaaaaaaaa', 'soon', 'later', NULL, 0, NULL)
+    """,
 }
 
 
@@ -1525,9 +1532,23 @@ def test_a_file_that_contradicts_itself_is_refused_in_one_line(
     path = tmp_path / "keypool.db"
     shutil.copy(whole_file, path)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute(STORIES[story])
+        database.executescript(STORIES[story])
     before = path.read_bytes()
-    assert "contradicts itself" in refused_start(path)
+    for flags in ([], ["--restart-grace=5000"]):
+        assert "contradicts itself" in refused_start(path, *flags)
+        assert path.read_bytes() == before
+
+
+def test_a_number_of_the_pool_that_is_none_is_refused(whole_file: Path, tmp_path: Path) -> None:
+    """One line, and the file is as it was."""
+    path = tmp_path / "keypool.db"
+    shutil.copy(whole_file, path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.executescript(
+            "DROP TABLE pool; CREATE TABLE pool (name, value); INSERT INTO pool VALUES ('last_id', 'many')"
+        )
+    before = path.read_bytes()
+    assert "is damaged" in refused_start(path)
     assert path.read_bytes() == before
 
 
@@ -1545,9 +1566,11 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "keypool.db"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("CREATE TABLE bookmarks (url TEXT)")
+    path.chmod(0o644)
     before = path.read_bytes()
     assert "another program" in refused_start(path)
     assert path.read_bytes() == before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 def test_a_file_of_a_newer_version_is_refused(whole_file: Path, tmp_path: Path) -> None:
@@ -1560,6 +1583,16 @@ def test_a_file_of_a_newer_version_is_refused(whole_file: Path, tmp_path: Path) 
     line = refused_start(path)
     assert re.search(rf"newer version {datafile.VERSION + 1}\b.*\b{datafile.VERSION}\b", line), line
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["file:x.db", ":memory:", "file::memory:?cache=shared"])
+def test_a_name_that_means_more_to_sqlite_is_a_file_to_us(tmp_path: Path, name: str) -> None:
+    """Writer and reader use the one that the lock is on."""
+    path = tmp_path / name
+    with durable_server(path) as server:
+        made = server.client().make()
+        crash(server)
+    assert [each[1] for each in rows_in(path)] == [made["key"]]
 
 
 def test_a_folder_is_no_data_file(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Rows are written by id with their whole new state, so that writing one twice is 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -73,7 +74,6 @@ def hold(path: Path) -> int:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise StartError(f"the data file {path} is no regular file")
-        os.fchmod(descriptor, 0o600)  # it holds the keys, whoever made it
     except OSError as error:
         raise StartError(f"can't open the data file {path}: {error.strerror}") from None
     deadline = time.monotonic() + _LOCK_SECONDS
@@ -92,7 +92,8 @@ def hold(path: Path) -> int:
 def inspect(path: Path) -> dict[str, int]:
     """The pool's numbers by name, none for a new file; changes nothing. O(size of the file).
 
-    Raises StartError unless the file is ours, whole, and of a version that we know.
+    Raises StartError unless the file is ours, whole, and of a version that we know. One that is ours is closed
+    to others (mode 0600): it holds the keys, whoever made it.
     """
     with path.open("rb") as file:
         start = file.read(len(_MAGIC))
@@ -111,16 +112,22 @@ def inspect(path: Path) -> dict[str, int]:
                 )
             verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
             numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
+            if not all(isinstance(number, int) for number in numbers.values()):
+                raise StartError(f"the data file {path} is damaged: a number of the pool's is none")
     except sqlite3.Error as error:
         raise StartError(f"the data file {path} is damaged or can't be read: {error}") from None
     if verdict != "ok":
         raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(name).chmod(0o600)
     return numbers
 
 
 def connect(path: Path) -> sqlite3.Connection:
     """A connection that writes, to a file brought up to this version. Raises sqlite3.Error."""
-    database = sqlite3.connect(path, isolation_level=None)
+    # Absolute, so that no name means more to SQLite than a file: `file:x.db`, `:memory:`.
+    database = sqlite3.connect(path.absolute(), isolation_level=None)
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
@@ -139,13 +146,13 @@ def connect(path: Path) -> sqlite3.Connection:
 def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
     """The keys in order of id, so many at a time. O(1) memory beside the keys. Raises ValueError."""
     with _reading(path) as database:
-        rows = database.execute(
-            "SELECT id, text, created_at, expires_at, release_at, lease, owner FROM keys ORDER BY id"
-        )
         try:
+            rows = database.execute(
+                "SELECT id, text, created_at, expires_at, release_at, lease, owner FROM keys ORDER BY id"
+            )
             while some := rows.fetchmany(slice_size):
                 yield [_key(row) for row in some]
-        except sqlite3.Error:  # whose words may quote a key
+        except (sqlite3.Error, TypeError):  # whose words may quote a key
             raise ValueError("a row of it can't be read") from None
 
 

@@ -40,12 +40,14 @@ async def open_durable(path: Path, restart_grace: float, **settings: Any) -> Emb
     clock = Clock(not_before=numbers.get("moment", 0) / 1000)
     engine = EmbeddedEngine(clock=clock, held=True, **settings)
     journal = Journal(path, lock, lambda: _numbers(engine), engine.storage_is_back)
-    await journal.start(clock() + restart_grace if restart_grace else None)
+    await journal.open()
+    grace_until = clock() + restart_grace if restart_grace else None
     _restore_numbers(engine, numbers)
     try:
-        await _restore_keys(engine, path)
+        await _restore_keys(engine, path, grace_until or 0.0)
     except (ValueError, KeyError) as error:
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
+    await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
     engine.journal = journal
     await _settle(engine)
     engine.start()
@@ -53,10 +55,11 @@ async def open_durable(path: Path, restart_grace: float, **settings: Any) -> Emb
     return engine
 
 
-async def _restore_keys(engine: EmbeddedEngine, path: Path) -> None:
+async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) -> None:
     """All keys into the pool, which is proved to hold together. No timer is set yet, so nothing moves."""
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
+            key.expires_deadline = max(key.expires_deadline, grace_until)
             engine.pool.restore(key)
         await asyncio.sleep(0)
     for _ in engine.pool.check_in_slices(_SLICE):

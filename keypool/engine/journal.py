@@ -128,18 +128,26 @@ class Journal:
 
     # -- batches
 
-    async def start(self, grace_until: float | None) -> None:
-        """Start the writer and have it open the file, grant the grace, and say that it can write."""
+    async def open(self) -> None:
+        """Start the writer and have it open the file, and say that it can write. Raises StartError."""
         self._writer = await WriterLink.start(self._path, self._lock, self._answered, self._lost)
+        await self._ask(Batch())
+
+    async def start(self, grace_until: float | None) -> None:
+        """Grant the grace in the file: what was read of it may be served from now on. Raises StartError."""
+        if grace_until is not None:
+            await self._ask(Batch(grace_until=round(grace_until * 1000)))
+        self._started = True
+
+    async def _ask(self, batch: Batch) -> None:
+        assert self._writer is not None
         self._current = self._loop.create_future()
-        until = None if grace_until is None else round(grace_until * 1000)
-        self._writer.send(self._encode(Batch(grace_until=until)))
+        self._writer.send(self._encode(batch))
         try:
             await self._current
         except StorageUnavailable:
             self._closing = True
             raise StartError(f"the data file {self._path} can't be written: {self.failing}") from None
-        self._started = True
 
     def _send(self) -> None:
         self._scheduled = False

@@ -60,7 +60,7 @@ class DashboardHandler(PageHandler):
 
     def refuse(self, error: KeypoolError) -> None:
         """A browser that isn't signed in is sent to the sign-in, and back from there."""
-        if isinstance(error, Unauthorized) and "text/html" in self.request.headers.get("Accept", ""):
+        if isinstance(error, Unauthorized) and self.wants_page:
             back = "" if self.request.uri == "/" else f"?next={quote(self.request.uri or '/', safe='')}"
             self.redirect(f"/login{back}", status=303)
             return
@@ -147,6 +147,8 @@ class Keys(DashboardHandler):
             found = await self.engine.page(list_query(tab, search, after))
             rows, following = found.keys, found.next
         except BadRequest as error:
+            if not self.wants_page:
+                raise
             wrong = error.detail
             self.set_status(400)
         query = {name: value for name, value in (("tab", tab), ("q", search)) if value and value != "all"}
@@ -185,13 +187,16 @@ class KeyPanel(DashboardHandler):
         """See the class."""
         key_id = int(args[0][:18])
         events = self.engine.recent(20, key_id)[::-1]
+        part = self.get_query_argument("part", None) is not None
         try:
             row = await self.engine.get(key_id)
         except UnknownKey:
+            if not (part or self.wants_page):
+                raise
             row = None
             self.set_status(404)
         names = ("get", "unblock", "keepalive", "delete", "reveal")
-        template = "key_part.html" if self.get_query_argument("part", None) is not None else "key.html"
+        template = "key_part.html" if part else "key.html"
         self.show(
             template,
             page="keys",

@@ -166,7 +166,7 @@ class Dispatcher:
         if not self._access.open and "Authorization" not in headers:
             return None
         try:
-            _check_header_size(headers)
+            check_size_of_headers(headers)
             _check_content_type(headers)
             self._access.check_site(headers, True)
             return Known(self._access.caller(headers), headers.get("X-Request-Id"))
@@ -180,11 +180,7 @@ class Dispatcher:
         return f"{self._id_prefix}-{next(self._ids):x}"
 
     def _check_head(self, request: Request, begun: Begun) -> None:
-        method, target, known = request.method or "", request.uri or "", begun.known
-        if len(target) > MAX_TARGET:
-            raise UriTooLong(f"the request target is {len(target)} bytes long; {MAX_TARGET} are read")
-        if known is None:
-            _check_header_size(request.headers)
+        method, known = request.method or "", begun.known
         path, key = self._find(request.path)
         begun.legacy = path.legacy
         begun.head = method == "HEAD"
@@ -202,6 +198,9 @@ class Dispatcher:
                 raise Forbidden(_needs(operation, caller.role))
         if key:
             require_may_name(key, caller)
+        check_target(request)
+        if known is None:
+            check_size_of_headers(request.headers)
         begun.operation = operation
         begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
 
@@ -245,9 +244,7 @@ class Dispatcher:
             begun.request_id = self.request_id(None)
         else:
             self.begin(begun, request)
-            if not request.path.startswith(
-                BASE
-            ):  # a page's: not for the dispatcher to say that there is none
+            if isinstance(begun.error, NotFound):  # a page's, perhaps: not for the dispatcher to say
                 begun.error = None
         reply = self.refusal(begun, begun.error or error)
         self.answered(begun, reply, seconds)
@@ -318,7 +315,15 @@ def _decoded(segment: str) -> str:
     return unquote(segment, errors="replace")
 
 
-def _check_header_size(headers: Mapping[str, str]) -> None:
+def check_target(request: Request) -> None:
+    """Raise UriTooLong for a target over the limit."""
+    target = request.uri or ""
+    if len(target) > MAX_TARGET:
+        raise UriTooLong(f"the request target is {len(target)} bytes long; {MAX_TARGET} are read")
+
+
+def check_size_of_headers(headers: Mapping[str, str]) -> None:
+    """Raise HeadersTooLarge for headers over the limit."""
     size = sum(map(len, headers)) + sum(map(len, headers.values()))
     if size > MAX_HEADERS:
         raise HeadersTooLarge(f"the headers are {size} bytes long; {MAX_HEADERS} are read")

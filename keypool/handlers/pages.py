@@ -17,14 +17,13 @@ from keypool.errors import (
     KeypoolError,
     MethodNotAllowed,
     NotFound,
-    UriTooLong,
 )
 from keypool.handlers.access import access_line
-from keypool.handlers.dispatch import Dispatcher, unexpected
+from keypool.handlers.dispatch import Dispatcher, check_size_of_headers, check_target, too_large, unexpected
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.http1.responses import http_date
-from keypool.limits import MAX_TARGET
+from keypool.limits import MAX_BODY
 
 
 class _AnyMethod(tuple[str, ...]):
@@ -67,14 +66,16 @@ class PageHandler(RequestHandler):
 
     def check(self) -> None:
         """Raise what refuses this request, in the order of the contract."""
-        if len(self.request.uri or "") > MAX_TARGET:
-            raise UriTooLong(f"{MAX_TARGET} bytes of a request target are read")
         method = self.request.method or ""
         self.access.check_site(self.request.headers, method not in ("GET", "HEAD", "OPTIONS"))
         if method not in self.allowed:
             raise MethodNotAllowed(", ".join(self.allowed))
         if self.roles and method != "OPTIONS":
             self.require_role()
+        check_target(self.request)
+        check_size_of_headers(self.request.headers)
+        if len(self.request.body) > MAX_BODY:
+            raise too_large()
 
     def require_role(self) -> None:
         """Raise Unauthorized or Forbidden unless the caller has one of the page's roles."""
@@ -95,11 +96,15 @@ class PageHandler(RequestHandler):
         else:
             self._answer(page, HTML)
 
+    @property
+    def wants_page(self) -> bool:
+        """Whether a browser asks."""
+        return "text/html" in self.request.headers.get("Accept", "")
+
     def error_page(self, error: KeypoolError) -> bytes | None:
         """The page that a browser gets for an error; None for everybody else, and under /api/."""
         dashboard: Dashboard | None = self.application.settings.get("dashboard")  # none while loading
-        wants_page = "text/html" in self.request.headers.get("Accept", "")
-        if dashboard is None or not wants_page or self.request.path.startswith("/api/"):
+        if dashboard is None or not self.wants_page or self.request.path.startswith("/api/"):
             return None
         for name, value in PAGE_HEADERS:
             self.set_header(name, value)
@@ -141,7 +146,7 @@ class PageHandler(RequestHandler):
             self.check()
             if status_code == 403:
                 raise CrossSite("another site sent this form, or one that is out of date: load the page anew")
-            raise BadRequest("the body is not what its Content-Type says")
+            raise BadRequest("the query, or the form that was sent, is not percent-encoded UTF-8")
         except KeypoolError as error:
             self.refuse(error)
 

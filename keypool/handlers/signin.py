@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from keypool.errors import CrossSite, Forbidden, TooManySignIns, Unauthorized
 from keypool.handlers.dashboard import DashboardHandler
+from keypool.handlers.problems import problem_headers
 from keypool.operations import Call, audit
 from keypool.session import COOKIE, LIFE, Session
 
@@ -55,12 +56,12 @@ class SignIn(DashboardHandler):
         self.redirect(wanted, status=303)
 
     def _refused(self, wanted: str, error: Unauthorized | Forbidden | TooManySignIns, status: int) -> None:
-        if "text/html" not in self.request.headers.get("Accept", ""):
+        if not self.wants_page:
             self.refuse(error)
             return
         self.set_status(status)
-        if isinstance(error, TooManySignIns):
-            self.set_header("Retry-After", str(max(1, round(error.retry_after + 0.5))))
+        for name, value in problem_headers(error):
+            self.set_header(name, value)
         self._form(wanted, error.detail)
 
     def _form(self, wanted: str, wrong: str | None) -> None:

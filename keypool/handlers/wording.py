@@ -6,6 +6,7 @@ description that the field has in operations.py, so that an error tells as much 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import types
 import typing
@@ -63,25 +64,24 @@ class Reader:
 
     def _read_body(self, body: bytes) -> Any:
         try:
-            return self._decoder.decode(body)
-        except msgspec.ValidationError as error:
-            return self._read_whole_floats(body, error)
+            try:
+                return self._decoder.decode(body)
+            except msgspec.ValidationError as error:
+                wrong = str(error)
+            # What is wrong with a field is found before what is no JSON behind it.
+            value = msgspec.json.decode(body)
+            if ", got `float`" in wrong:
+                with contextlib.suppress(msgspec.ValidationError):  # `wrong` tells of what was sent
+                    return msgspec.convert(_with_whole_numbers(value), self._decoder.type)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(
                 f"the body is not JSON: {str(error)[:_LONGEST]}; {_takes(self._body_fields)}"
             ) from None
-
-    def _read_whole_floats(self, body: bytes, error: msgspec.ValidationError) -> Any:
-        """Read 17.0 as 17: to JSON it is the same number, and some clients can't write it otherwise."""
-        if ", got `float`" in str(error):
-            try:
-                return msgspec.convert(_with_whole_numbers(msgspec.json.decode(body)), self._decoder.type)
-            except msgspec.ValidationError:
-                pass  # the first error tells of what was sent
-        raise _bad("body", str(error), self._body_fields) from None
+        raise _bad("body", wrong, self._body_fields)
 
 
 def _with_whole_numbers(value: Any) -> Any:
+    """17.0 as 17: to JSON it is the same number, and some clients can't write it otherwise."""
     if isinstance(value, dict):
         return {name: _with_whole_numbers(member) for name, member in value.items()}
     if isinstance(value, list):

@@ -14,7 +14,8 @@ for i = 1, #ARGV, 2 do
     local record = record_of(text)
     local outcome = 0
     -- As texts, because a number that somebody made up may be larger than a number can be here.
-    if lease ~= '' and lease ~= string.format('%.0f', record[3]) then
+    -- 0 stands for never served: nobody's.
+    if lease == '0' or (lease ~= '' and lease ~= string.format('%.0f', record[3])) then
       outcome = -2
     elseif release ~= 0 then
       free(text, record, 'unblocked')
