@@ -222,9 +222,8 @@ class Dispatcher:
         segment, slash, rest = text[len(_KEYS) :].partition("/")
         if not segment:
             return _NOWHERE, ""
-        return self._paths.get(f"{_KEYS}{{key}}{slash}{rest}", _NOWHERE), _decoded(
-            segment
-        ) if "%" in segment else segment
+        key = _decoded(segment) if "%" in segment else segment
+        return self._paths.get(f"{_KEYS}{{key}}{slash}{rest}", _NOWHERE), key
 
     def answered(self, begun: Begun, reply: Reply, seconds: float) -> None:
         """A request was answered so, after so long: count it, and write its line of the access log."""
