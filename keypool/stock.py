@@ -21,6 +21,7 @@ from typing import Any
 from tornado import httputil
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import HTTPServer
+from tornado.ioloop import IOLoop
 from tornado.iostream import IOStream
 from tornado.web import Application
 
@@ -117,6 +118,7 @@ class _Message(httputil.HTTPMessageDelegate):
             return
         if self._phase is _Phase.ANSWER:
             self._look_at_writing(now, limits.write_seconds)
+            self._look_for_its_end()
         elif self._phase is _Phase.BODY:
             if self._over(now, limits.body_seconds):
                 self._time_out(f"the body did not come within {limits.body_seconds:g} s")
@@ -133,7 +135,7 @@ class _Message(httputil.HTTPMessageDelegate):
 
     def held(self) -> int:
         """Bytes that this message holds while it isn't whole."""
-        return 0 if self._phase is _Phase.ANSWER else self._buffered() + min(self._body, MAX_BODY)
+        return self._buffered() + (0 if self._phase is _Phase.ANSWER else min(self._body, MAX_BODY))
 
     def writing(self) -> bool:
         """Whether an answer, or a part of it, is still to be taken in."""
@@ -146,6 +148,12 @@ class _Message(httputil.HTTPMessageDelegate):
     def _buffered(self) -> int:
         # Tornado has no public way to ask; a test sees to it that this one is right.
         return self._stream._read_buffer_size  # noqa: SLF001
+
+    def _look_for_its_end(self) -> None:
+        # Tornado doesn't notice that a caller hangs up behind bytes that nobody has read. Let it read some more,
+        # 64 KiB at most each time: the end comes behind them.
+        if self._buffered():
+            self._stream._add_io_state(IOLoop.READ)  # noqa: SLF001 - no public way either
 
     def _look_at_writing(self, now: float, seconds: float) -> None:
         if not self._stream.writing():

@@ -204,6 +204,21 @@ def test_a_waiter_that_hangs_up_is_leased_nothing(client: Client, how: str) -> N
         expect_row(client.row(key), state="available", lease=None)
 
 
+@pytest.mark.parametrize("behind", ["a stray line", "a call", "many calls"])
+@pytest.mark.parametrize("how", ["close", "end_sending"])
+def test_a_waiter_that_hangs_up_behind_more_bytes_is_leased_nothing(
+    client: Client, how: str, behind: str
+) -> None:
+    """What it sent behind its call, and nobody has read yet, doesn't hide that it is gone."""
+    call = f"GET {API}/stats HTTP/1.1\r\nHost: {client.server.host}\r\n\r\n".encode()
+    [waiter] = queue(client)
+    waiter.send({"a stray line": b"\r\n", "a call": call, "many calls": 50 * call}[behind])
+    getattr(waiter, how)()
+    client.expect_waiting(0)
+    with client.expect_moved(generated=1, total=1, available=1):
+        client.make()
+
+
 @pytest.mark.parametrize("how", ["close", "reset", "end_sending"])
 def test_who_hangs_up_in_the_middle_of_the_queue_is_passed_over(client: Client, how: str) -> None:
     """The others keep their order."""

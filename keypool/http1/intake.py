@@ -183,6 +183,13 @@ class Intake(RequestReader):
             held += self.incoming.held_bytes()
         return held + sum(request.held_bytes() for request in self._queue)
 
+    def read_on(self) -> None:
+        """Read once more although enough is held, while an answer is waited for: the peer's end comes behind it."""
+        current = self.current
+        if self._read_paused and current is not None and current.received and not self.write_paused:
+            self._read_paused = False
+            self.transport.resume_reading()
+
     def _must_pause(self) -> bool:
         return bool(self._held) or self._congested()
 

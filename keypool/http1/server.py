@@ -260,6 +260,8 @@ class Server:
         self.clock = now + self.limits.sweep_seconds  # so that no time is cut short
         for connection in [c for c in self._connections if c.deadline <= now]:
             connection.expire()
+        for connection in self._connections:
+            connection.read_on()
         for connection in greedy(((c.unfinished(), c) for c in self._connections), self.limits):
             connection.cut()
         self._sweeper = self._loop.call_later(self.limits.sweep_seconds, self._sweep)
