@@ -21,7 +21,6 @@ from typing import Any
 from tornado import httputil
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import HTTPServer
-from tornado.ioloop import IOLoop
 from tornado.iostream import IOStream
 from tornado.web import Application
 
@@ -153,7 +152,7 @@ class _Message(httputil.HTTPMessageDelegate):
         # Tornado doesn't notice that a caller hangs up behind bytes that nobody has read. Let it read some more,
         # 64 KiB at most each time: the end comes behind them.
         if self._buffered():
-            self._stream._add_io_state(IOLoop.READ)  # noqa: SLF001 - no public way either
+            self._stream._add_io_state(self._stream.io_loop.READ)  # noqa: SLF001 - no public way either
 
     def _look_at_writing(self, now: float, seconds: float) -> None:
         if not self._stream.writing():
