@@ -397,7 +397,9 @@ class ValkeyEngine:
         return answers
 
     def _note(self, partition: int, available: int) -> None:
-        """So many keys can be acquired there, as it just said."""
+        """So many keys can be acquired there, as it just said; -1 says nothing."""
+        if available < 0:
+            return
         self._available[partition] = available
         if available and self._waiters:
             self._waiters.wake()
