@@ -347,8 +347,10 @@ class ValkeyEngine:
                 await self._nodes.call(0, "refuse", (self._refused,))
             except StorageUnavailable:
                 _log.debug("%d refusals are not counted", self._refused)
-        self._wake.close()
-        self._nodes.close()
+        await self._wake.close()
+        await self._nodes.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     # -- asking partitions
 
