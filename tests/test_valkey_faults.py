@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import re
 import shutil
 import ssl
 import subprocess
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support import API, ServerProcess, run_server
+from support import ACQUIRE, API, ROOT, ServerProcess, run_server
 from support import eventually as eventually_blocking
 from valkey_support import check, engine_on, eventually, on_loop
 from valkeys import Cluster, Valkey
@@ -401,3 +402,22 @@ def test_tls_is_spoken_to_whom_the_system_trusts_and_nobody_else(valkey: Valkey,
             client = server.client()
             key = client.make()["key"]
             client.request("POST", f"{API}/keys/{key}/keepalive").expect(200)
+
+
+def test_the_rights_that_the_docs_name_are_enough(valkey: Valkey, tmp_path: Path) -> None:
+    """A user who may do that, and nothing else, serves: waiting, moving time and stopping included."""
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"A user of its own needs `([^`]+)`, the keys `([^`]+)` and the channels `([^`]+)`", page
+    )
+    assert found is not None
+    rights = [word.replace("POOL", "keypool") for part in found.groups() for word in part.split()]
+    valkey.ask("ACL", "SETUSER", "keypool", "reset", "on", ">pass", *rights)
+    flags = [f"--engine=valkey://keypool:pass@127.0.0.1:{valkey.port}", "--block-seconds=0.3", "--port=0"]
+    with ServerProcess([*flags, "--restart-grace=1"], cwd=tmp_path) as server:
+        client = server.client()
+        key = client.make()["key"]
+        client.acquire()
+        assert client.request("POST", ACQUIRE, json={"wait": 30}).expect(200)["key"] == key
+        client.request("GET", "/readyz").expect(200)
+    assert valkey.ask("ACL", "LOG") == []
