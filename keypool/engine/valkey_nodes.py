@@ -279,7 +279,9 @@ class Nodes:
                 self._again = False
                 try:
                     await self._mend_once()
-                except (OSError, ReplyError, Lost) as error:
+                except Exception as error:
+                    if not isinstance(error, (OSError, ReplyError, Lost)):
+                        _log.exception("mending failed")
                     self._trouble(str(error))
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
                     pause = min(2 * pause, _LONGEST_PAUSE)
