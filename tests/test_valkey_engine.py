@@ -24,8 +24,7 @@ from valkey_support import age, check, engine_on, eventually, on_loop, script_ca
 from valkeys import Cluster, Valkey, with_pool
 
 from keypool.cursor import ListQuery
-from keypool.engine import valkey as valkey_module
-from keypool.engine import valkey_scripts
+from keypool.engine import valkey_looks, valkey_scripts
 from keypool.engine.valkey import ValkeyEngine
 from keypool.engine.valkey_scripts import Script, keys_of
 from keypool.errors import NoKeyAvailable, PoolFull, StaleLease, UnknownKey
@@ -68,7 +67,7 @@ def settling(patch: pytest.MonkeyPatch, at_once: int) -> None:
         sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
         made[script.name] = Script(script.name, text, sha)
     patch.setattr("keypool.engine.valkey_nodes.scripts", lambda: made)
-    patch.setattr(valkey_module, "_SWEPT", at_once)
+    patch.setattr(valkey_looks, "_SWEPT", at_once)
 
 
 # -------------------------------------------------------------------------------------------------- the rules
@@ -310,7 +309,7 @@ def test_the_engine_agrees_with_the_plain_model(
             place.url, partitions, block_seconds=BLOCK, keepalive_seconds=KEEPALIVE
         ) as engine:
             await engine.stats()
-            engine._closed = True  # no sweep but those of the calls
+            engine._looks._stopped = True  # no sweep but those of the calls
             model = Model(place, partitions, engine, seed)
             steps = [
                 *[model.generate] * 4, *[model.acquire] * 6, *[model.unblock] * 4, *[model.keepalive] * 3,
@@ -643,13 +642,13 @@ async def test_deadlines_are_swept_on_time_whichever_server_set_them(shared: Val
     url = with_pool(shared.url, next(_pools))
     rules: dict[str, Any] = {"block_seconds": 0.3, "keepalive_seconds": 1.0}
     async with engine_on(url, **rules) as sweeper, engine_on(url, **rules) as other:
-        other._closed = True  # it sweeps nothing
+        other._looks._stopped = True  # it sweeps nothing
         await other.generate(30)
         await other.acquire_many(None, 30)
         await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "released"], "it is released")
         await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "expired"], "it is purged")
-        assert sweeper.release_lateness.count
-        assert sweeper.expiry_lateness.count
+        assert sweeper.tallies()["release_lateness_seconds"].count
+        assert sweeper.tallies()["expiry_lateness_seconds"].count
         assert (await other.stats()).total == 0
 
 
@@ -693,7 +692,7 @@ async def test_every_server_hears_of_every_servers_changes(shared: Valkey) -> No
             assert engine.told == len(wanted)
             assert (stats.generated, stats.acquired, stats.unblocked, stats.deleted) == (1, 1, 1, 1)
             await engine.stats()
-            assert engine.told == len(engine.events) == len(wanted)
+            assert engine.told == len(engine.recent(99)) == len(wanted)
 
 
 @on_loop

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from keypool.engine.valkey import PoolFacts, ValkeyEngine
+from keypool.engine.valkey import ValkeyEngine
 from keypool.engine.valkey_link import Lost, Measured, ReplyError
 from keypool.engine.valkey_nodes import Nodes
+from keypool.engine.valkey_partitions import PoolFacts
 from keypool.engine.valkey_url import ValkeyUrl
 from keypool.errors import StartError, StorageUnavailable
 

@@ -9,7 +9,6 @@ from importlib.resources import files
 
 NAMES = (
     "acquire",
-    "count",
     "delete",
     "find",
     "generate",
