@@ -150,6 +150,11 @@ class Nodes:
         link = await self._link_to(self._of_slot[slot_of(key)])
         return await link.ask(*[str(word) for word in words])
 
+    async def everywhere(self, *words: Word) -> list[Reply]:
+        """The replies of all nodes that have slots. Raises OSError, ReplyError or Lost. For the start."""
+        links = [await self._link_to(address) for address in dict.fromkeys(self._of_slot)]
+        return [await link.ask(*[str(word) for word in words]) for link in links]
+
     def any_node(self) -> Address:
         """Some node that may well be up."""
         up = [address for address, link in self._links.items() if link.up]

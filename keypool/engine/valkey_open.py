@@ -12,6 +12,9 @@ from keypool.engine.valkey_url import ValkeyUrl
 from keypool.errors import StartError
 
 LAYOUT = 1
+MOVING = 0
+"""In place of the layout, what keypool migrate writes until all is there."""
+
 _log = logging.getLogger("keypool.valkey")
 
 
@@ -54,6 +57,11 @@ async def read_facts(nodes: Nodes, pool: str, partitions: int) -> PoolFacts:
         await nodes.ask(key, "HSETNX", key, field, value)
     told = await nodes.ask(key, "HGETALL", key)
     facts = {name.decode(): int(value) for name, value in zip(told[::2], told[1::2], strict=True)}
+    if facts["layout"] == MOVING:
+        raise StartError(
+            f"the pool {pool} is being moved in by keypool migrate; if that was broken off, run it again with "
+            "--clear"
+        )
     if facts["layout"] != LAYOUT:
         raise StartError(f"the pool {pool} has layout {facts['layout']}; this version knows {LAYOUT}")
     if facts["partitions"] != partitions:

@@ -16,6 +16,8 @@ NAMES = (
     "get",
     "keepalive",
     "look",
+    "move_in",
+    "move_out",
     "page",
     "refuse",
     "rename",
