@@ -18,6 +18,7 @@ BENCHES = (
     "restore",
     "viewers",
     "workers",
+    "scaling",
 )
 
 
