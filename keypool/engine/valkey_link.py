@@ -178,10 +178,10 @@ async def connect(
     try:
         replies = [link.ask(*command) for command in hello]
         await asyncio.wait(replies)
-        # All are looked at: after a wrong password, every command fails.
-        for error in [reply.exception() for reply in replies]:
-            if error is not None:
-                raise error
+        for reply in replies:
+            reply.exception()  # all are looked at: after a wrong password, every command fails
+        for reply in replies:
+            reply.result()
     except BaseException:
         link.close()
         raise
