@@ -44,8 +44,8 @@ LAYERS = (
     "keypool.cursor",
     "keypool.engine",  # the protocol
     "keypool.engine.valkey_url keypool.engine.valkey_scripts",
-    "keypool.engine.valkey_link keypool.engine.valkey_look keypool.engine.valkey_waiters",
-    "keypool.engine.valkey_nodes keypool.engine.valkey_pages",
+    "keypool.engine.valkey_link keypool.engine.valkey_waiters",
+    "keypool.engine.valkey_look keypool.engine.valkey_nodes keypool.engine.valkey_pages",
     "keypool.engine.valkey_wake",
     "keypool.engine.valkey",
     "keypool.engine.valkey_open",

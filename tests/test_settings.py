@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import keypool
 from keypool.auth import is_loopback
 from keypool.errors import SettingsError, StartError
-from keypool.kinds import Address, Choice, DataFile, File, Seconds, Text, Whole
+from keypool.kinds import Address, Choice, DataFile, EngineName, File, Seconds, Text, Whole
 from keypool.settings import OPTIONS, Option, Settings, load, settings_table
 
 TOKEN, OTHER = "client-token-0123456789", "viewer-token-0123456789"
@@ -67,6 +67,12 @@ def right_values(option: Option, directory: Path) -> list[object]:
             return [str(path) for path in paths]
         case DataFile():
             return [str(directory / f"{i}.db") for i in range(3)]
+        case EngineName():
+            return [
+                "embedded",
+                "valkey://10.0.0.1:6379/2",
+                "valkeys+cluster://user:p%40ss@a:1,[::1]:2?pool=keys",
+            ]
         case kind:
             pytest.fail(f"which values does {type(kind).__name__} take? Say so in right_values")
 
@@ -127,6 +133,18 @@ def wrong_texts(kind: Text) -> list[str]:
             return ["", ".", "does-not-exist.toml", "a\nb.toml"]
         case DataFile():
             return ["", "\0", "a\nb"]
+        case EngineName():
+            return [
+                "",
+                "embedded ",
+                "redis://127.0.0.1:6379",
+                "valkey://",
+                "valkey://a:70000",
+                "valkey://a:1,b:2",
+                "valkey+cluster://a:1/2",
+                "valkey://a?pool={x}",
+                "valkey://a/0\n",
+            ]
         case _:
             pytest.fail(f"which texts does {type(kind).__name__} refuse? Say so in wrong_texts")
 

@@ -204,7 +204,9 @@ def test_a_gap_in_the_numbers_begins_anew(server: ServerProcess, client: Client,
 
 def test_a_dead_line_is_noticed_without_being_closed(server: ServerProcess, tabs: Tabs) -> None:
     """No beat for too long: the page doesn't wait for onclose."""
-    tabs.allow("closed before the connection is established")  # a line that was given up while it was still being opened
+    tabs.allow(
+        "closed before the connection is established"
+    )  # a line that was given up while it was still being opened
     page = tabs.open(server, "about:blank")
     dead = False
 
