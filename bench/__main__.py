@@ -19,6 +19,7 @@ BENCHES = (
     "viewers",
     "workers",
     "scaling",
+    "fleet",
 )
 
 

@@ -6,7 +6,8 @@ Everything in one run, taken in turn, so that what else the machine does falls o
   the same pool (bench/plain.py; `pip install fastapi uvicorn redis[hiredis]`). Beside the rate stands the processor
   time of a call, which is what bounds a server that has a core for itself;
 - two servers against one, each with its own load;
-- calls at many keys against calls at a thousand: the server's answers, and the scripts by Valkey's own measure;
+- calls at many keys against calls at a thousand: the server's answers, and the scripts by Valkey's own measure
+  (`INFO commandstats`; "Valkey's" is the processor time of all that it does for a call);
 - what a key costs in Valkey's memory.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ import msgspec
 
 from bench import valkeys
 from bench.load import Address, Connections, GoOn, Round, Script, request
-from bench.process import Child, on_loop
+from bench.process import Child, cpu_of, on_loop
 from bench.report import Table, Targets, machine, median, percentile, size, span
 from bench.scripts import keepalives, pairs, saying
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 QUICK = ["--keys=20000", "--rounds=2", "--seconds=0.5"]
 OF_PLAIN, OF_ONE, OF_FEW = 2.5, 1.5, 1.3
 FEW = 1000
+CORES_OF_TWO = 6
 PARTITIONS = 16
 KINDS = ("acquire and unblock", "keepalive")
 _FLAGS = ("--keepalive-seconds=86400", "--max-keys=100000000")
@@ -42,6 +45,8 @@ class Figures:
     """All rounds of one load on one server."""
 
     rounds: list[Round] = field(default_factory=list)
+    valkey: list[float] = field(default_factory=list)
+    """Seconds of Valkey's processor, a call, in each round."""
 
     @property
     def rate(self) -> float:
@@ -131,18 +136,21 @@ class _Bench:
         for _ in range(self._options.rounds + 1):
             for name, server in servers.items():
                 self._valkey.ask("CONFIG", "RESETSTAT")
+                cpu = cpu_of(self._valkey.pid)
                 measured = self._load(server, kind).wait(60)
-                self._keep(name, kind, measured)
+                self._keep(name, kind, measured, cpu_of(self._valkey.pid) - cpu)
                 if scripts:
                     told = valkeys.info(self._valkey, "commandstats")["cmdstat_evalsha"]
                     usec = float(dict(part.split("=") for part in told.split(","))["usec_per_call"])
                     self._scripts.setdefault((name, kind), []).append(usec / 1e6)
         for name in servers:  # the first round is for warming up
-            del self._found[name, kind].rounds[0]
+            del self._found[name, kind].rounds[0], self._found[name, kind].valkey[0]
 
     def _two(self, one: Address, other: Address) -> None:
         for _ in range(self._options.rounds):
-            self._keep("one", KINDS[0], self._load(one, KINDS[0]).wait(60))
+            cpu = cpu_of(self._valkey.pid)
+            self._keep("one", KINDS[0], self._load(one, KINDS[0]).wait(60), cpu_of(self._valkey.pid) - cpu)
+            cpu = cpu_of(self._valkey.pid)
             loads = [self._load(server, KINDS[0]) for server in (one, other)]
             both = [load.wait(60) for load in loads]
             whole = Round(sum(each.requests for each in both), max(each.seconds for each in both))
@@ -150,24 +158,26 @@ class _Bench:
                 whole.latencies.extend(each.latencies)
                 whole.errors += each.errors
                 whole.cpu += each.cpu
-            self._keep("two", KINDS[0], whole)
+            self._keep("two", KINDS[0], whole, cpu_of(self._valkey.pid) - cpu)
 
     def _load(self, server: Address, kind: str) -> Child[Round]:
         return Child(None, measure, server, kind, self._options.connections, self._options.seconds)
 
-    def _keep(self, name: str, kind: str, measured: Round) -> None:
-        self._found.setdefault((name, kind), Figures()).rounds.append(measured)
+    def _keep(self, name: str, kind: str, measured: Round, valkey: float) -> None:
+        figures = self._found.setdefault((name, kind), Figures())
+        figures.rounds.append(measured)
+        figures.valkey.append(valkey / max(1, measured.requests))
 
     # -- what comes of it
 
     def _show(self) -> None:
-        table = Table("load", "a second", "cpu each", "p50", "p99", "script", "errors")
+        table = Table("load", "a second", "cpu each", "Valkey's", "script", "p50", "p99", "errors")
         for (name, kind), figures in self._found.items():
             spans = [span(percentile(figures.latencies, percent)) for percent in (50, 99)]
             script = self._scripts.get((name, kind))
             table.row(
-                f"{kind}, {name}", f"{figures.rate:,.0f}", span(figures.cost), *spans,
-                span(median(script)) if script else "", str(figures.errors),
+                f"{kind}, {name}", f"{figures.rate:,.0f}", span(figures.cost), span(median(figures.valkey)),
+                span(median(script)) if script else "", *spans, str(figures.errors),
             )  # fmt: skip
         print(table)
 
@@ -192,7 +202,11 @@ class _Bench:
             check(what, rate <= OF_FEW, f"{rate:.2f}", f"at most {OF_FEW}")
             check(f"{what}, the scripts in Valkey", script <= OF_FEW, f"{script:.2f}", f"at most {OF_FEW}")
         rate = self._ratio("two", "one", KINDS[0], lambda each: each.rate)
-        check("two servers, of one", rate >= OF_ONE, f"{rate:.2f}", f"at least {OF_ONE}, where cores allow")
+        found = f"{rate:.2f} by the rate on {os.cpu_count()} cores"
+        if (os.cpu_count() or 1) >= CORES_OF_TWO:
+            check("two servers, of one", rate >= OF_ONE, found, f"at least {OF_ONE}")
+        else:  # two servers, two loads and Valkey are five that want one
+            print(f"      two servers, of one: {found}; {OF_ONE} is for {CORES_OF_TWO} cores or more")
         errors = sum(figures.errors for figures in self._found.values())
         check("errors", errors == 0, str(errors), "none")
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import http.client
 import itertools
+import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL, SIGTERM
+from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from types import TracebackType
 from typing import Any, Final, Self
 
 from crash import Attempt, Cut, Ledger, Tally, Unknown, Worker, examine, judge
-from support import Answer, Client, ServerProcess, eventually, pass_until
+from support import API, Answer, Client, ServerProcess, eventually, pass_until
+from valkeys import Valkey
 
 SLACK: Final = 0.5
 """Seconds after the death of a server in which Valkey may still do what it had been sent. It takes no lock and waits
@@ -234,3 +238,55 @@ class Fleet:
             self.finish()
         else:
             self._close()
+
+
+@dataclass
+class FailedOver:
+    """What a primary's death came to. Lengths of time are seconds."""
+
+    noticed: float
+    recovered: float
+    faults: list[str]
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many promises were broken, by kind."""
+        return dict(Counter(fault.partition(":")[0] for fault in self.faults))
+
+
+def fail_over(
+    fleet: Fleet, primary: Valkey, *, answers: int = 300, within: float = 15.0, frozen: bool = False
+) -> FailedOver:
+    """Kill a primary that has a replica, under load; the servers must go on by themselves.
+
+    `frozen` lets it stand still instead, with its connections open, and go on when another is in its place.
+    """
+    faults = fleet.look()
+    assert not faults, "\n".join(faults)
+    with fleet.load():
+        fleet.wait_for(answers)
+        if frozen:
+            os.kill(primary.pid, SIGSTOP)
+        else:
+            primary.kill()
+        killed_at = time.monotonic()
+        eventually(lambda: not all(map(_is_ready, fleet.servers)), "some server notices", within)
+        noticed = time.monotonic() - killed_at
+        eventually(lambda: all(map(_serves_all, fleet.servers)), f"all servers go on\n{fleet.logs()}", within)
+        recovered = time.monotonic() - killed_at
+        fleet.wait_for(answers)
+        if frozen:
+            os.kill(primary.pid, SIGCONT)
+            fleet.wait_for(answers)
+    return FailedOver(noticed, recovered, fleet.look())
+
+
+def _is_ready(server: ServerProcess) -> bool:
+    with Client(server) as client:
+        return client.get("/readyz").status == 200
+
+
+def _serves_all(server: ServerProcess) -> bool:
+    """Whether it is ready, and all partitions answer."""
+    with Client(server) as client:
+        return client.get("/readyz").status == 200 and client.get(f"{API}/keys?limit=500").status == 200

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGKILL
 
 import pytest
-from fleet import Fleet
+from fleet import Fleet, fail_over
 from support import ACQUIRE, API, ServerProcess, eventually
 from valkeys import Cluster, Valkey, with_pool
 from viewing import Viewer
@@ -180,36 +178,9 @@ def test_servers_go_on_after_a_failover(tmp_path: Path) -> None:
     """
     with Cluster(3, 1, node_timeout=1000) as cluster, Fleet(cluster.url, tmp_path, 4) as fleet:
         fleet.allow(r"Valkey|storage")
-        before = fleet.look()
-        assert not before
-        with fleet.load():
-            fleet.wait_for(300)
-            cluster.nodes[0].kill()
-            killed_at = time.monotonic()
-            recovered = wait_for_all(fleet, 15.0) - killed_at
-            fleet.wait_for(300)
-        broken = fleet.look()
-        kinds = Counter(fault.partition(":")[0] for fault in broken)
-        print(f"\nrecovered in {recovered:.1f} s; {fleet.tally}; broken promises: {dict(kinds) or 'none'}")
-        assert not [fault for fault in broken if fault.startswith(NEVER)], "\n".join(broken)
-        assert len(broken) < fleet.tally.answers // 50, "\n".join(broken)
-
-
-def wait_for_all(fleet: Fleet, within: float) -> float:
-    """Until every server has a call of every partition answered; the moment."""
-
-    def serve() -> bool:
-        clients = [server.client() for server in fleet.servers]
-        return all(
-            client.get("/readyz").status == 200 and client.get(f"{API}/keys?limit=500").status == 200
-            for client in clients
+        told = fail_over(fleet, cluster.nodes[0])
+        print(
+            f"\nrecovered in {told.recovered:.1f} s; {fleet.tally}; broken promises: {told.kinds or 'none'}"
         )
-
-    eventually(lambda: not_ready(fleet), "some server notices", within)
-    eventually(serve, "all servers go on by themselves", within)
-    return time.monotonic()
-
-
-def not_ready(fleet: Fleet) -> bool:
-    """Whether some server says that something is wrong."""
-    return any(server.client().get("/readyz").status == 503 for server in fleet.servers)
+        assert not [fault for fault in told.faults if fault.startswith(NEVER)], "\n".join(told.faults)
+        assert len(told.faults) < fleet.tally.answers // 50, "\n".join(told.faults)

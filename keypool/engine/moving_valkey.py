@@ -36,7 +36,9 @@ class _Pool:
             self._url = parse(url)
         except ValueError as error:
             shown = without_password(url)
-            raise SettingsError(f"{shown} is no place of a pool ({error}): valkey://HOST:PORT/DB is") from None
+            raise SettingsError(
+                f"{shown} is no place of a pool ({error}): valkey://HOST:PORT/DB is"
+            ) from None
         self.place = without_password(url)
         self.facts_key = f"{{{self._url.pool}}}:pool"
         self._runner = asyncio.Runner()
@@ -148,18 +150,17 @@ class ValkeySource:
         numbers = dict.fromkeys(("last_id", "last_lease", *COUNTERS), 0)
         numbers |= {name: int(facts.get(f"moved_{name}", 0)) for name in ("last_id", "last_lease")}
         numbers["moment"] = int(seconds) * 1000 + int(microseconds) // 1000
-        partitions, base = self._pool.partitions, int(facts["base_id"])
+        partitions = self._pool.partitions
         for partition in range(partitions):
             meta = self._pool.meta(partition)
             found = self._pool.ask(meta, "HMGET", meta, "id", "tick", *COUNTERS)
-            ids, tick, *counts = [int(number or 0) for number in found]
-            if ids:
-                last = (base + ids - 1) * partitions + partition + 1
-                numbers["last_id"] = max(numbers["last_id"], last)
-            if tick:
-                numbers["last_lease"] = max(numbers["last_lease"], tick * partitions + partition)
+            number, tick, *counts = found
+            if number is not None:
+                numbers["last_id"] = max(numbers["last_id"], int(number) * partitions + partition + 1)
+            if tick is not None:
+                numbers["last_lease"] = max(numbers["last_lease"], int(tick) * partitions + partition)
             for name, count in zip(COUNTERS, counts, strict=True):
-                numbers[name] += count
+                numbers[name] += int(count or 0)
         return numbers
 
     def rows(self) -> Iterator[list[Row]]:
