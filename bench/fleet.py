@@ -40,6 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--failovers", type=int, default=10, help="of primaries")
     parser.add_argument("--frozen", action="store_true", help="stop primaries in place of killing them")
+    parser.add_argument(
+        "--behind", type=int, default=0, metavar="N", help="cut a primary's replica off N answers before"
+    )
+    parser.add_argument("--min-replicas", type=int, default=0, help="Valkey's min-replicas-to-write")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     print(machine() + "\n", flush=True)
@@ -50,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         with contextlib.closing(valkeys.cluster(3, 0)) as three:
             _kill_servers("a cluster of three", three.url, options, targets)
     if options.failovers:
-        with contextlib.closing(valkeys.cluster(3, 1)) as six:
+        flags = ("--min-replicas-to-write", str(options.min_replicas))
+        with contextlib.closing(valkeys.cluster(3, 1, *flags)) as six:
             _fail_over(six, options, targets)
     return targets.status
 
@@ -99,7 +104,9 @@ def _fail_over(cluster: Cluster, options: argparse.Namespace, targets: Targets) 
         primary = cluster.primary_of(draw.randrange(16384))
         with _servers(cluster.url, options.seed + number) as fleet:
             fleet.allow(r"Valkey|storage")
-            told = _tests().fail_over(fleet, primary, answers=1000, within=60.0, frozen=options.frozen)
+            told = _tests().fail_over(
+                fleet, primary, answers=1000, within=60.0, frozen=options.frozen, behind=options.behind
+            )
             done.append(told)
             kinds = ", ".join(f"{count} {kind}" for kind, count in told.kinds.items()) or "none"
             table.row(

@@ -28,9 +28,9 @@ def started(*flags: str) -> Valkey:
     return made
 
 
-def cluster(primaries: int, replicas: int, *, node_timeout: int = 1000) -> Cluster:
-    """The same of a cluster; the timeout is in ms."""
-    made: Cluster = _tests().Cluster(primaries, replicas, node_timeout=node_timeout)
+def cluster(primaries: int, replicas: int, *flags: str) -> Cluster:
+    """The same of a cluster."""
+    made: Cluster = _tests().Cluster(primaries, replicas, *flags)
     return made
 
 

@@ -255,16 +255,27 @@ class FailedOver:
 
 
 def fail_over(
-    fleet: Fleet, primary: Valkey, *, answers: int = 300, within: float = 15.0, frozen: bool = False
+    fleet: Fleet,
+    primary: Valkey,
+    *,
+    answers: int = 300,
+    within: float = 15.0,
+    frozen: bool = False,
+    behind: int = 0,
 ) -> FailedOver:
     """Kill a primary that has a replica, under load; the servers must go on by themselves.
 
-    `frozen` lets it stand still instead, with its connections open, and go on when another is in its place.
+    `frozen` lets it stand still instead, with its connections open, and go on when another is in its place. With
+    `behind`, its replica loses the connection so many answers before: on one machine nothing else makes it miss
+    anything, since the system delivers what a dead process has sent.
     """
     faults = fleet.look()
     assert not faults, "\n".join(faults)
     with fleet.load():
         fleet.wait_for(answers)
+        if behind:
+            primary.ask("CLIENT", "KILL", "TYPE", "replica")
+            fleet.wait_for(behind)
         if frozen:
             os.kill(primary.pid, SIGSTOP)
         else:
