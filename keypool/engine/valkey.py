@@ -347,8 +347,10 @@ class ValkeyEngine:
                 await self._nodes.call(0, "refuse", (self._refused,))
             except StorageUnavailable:
                 _log.debug("%d refusals are not counted", self._refused)
-        self._wake.close()
-        self._nodes.close()
+        await self._wake.close()
+        await self._nodes.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     # -- asking partitions
 
@@ -397,7 +399,9 @@ class ValkeyEngine:
         return answers
 
     def _note(self, partition: int, available: int) -> None:
-        """So many keys can be acquired there, as it just said."""
+        """So many keys can be acquired there, as it just said; -1 says nothing."""
+        if available < 0:
+            return
         self._available[partition] = available
         if available and self._waiters:
             self._waiters.wake()

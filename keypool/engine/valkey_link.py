@@ -193,5 +193,6 @@ def _settle(future: asyncio.Future[Reply], reply: Reply) -> None:
         return
     if isinstance(reply, (ReplyError, Lost)):
         future.set_exception(reply)
+        future.exception()  # whether or not somebody still waits for it
     else:
         future.set_result(reply)

@@ -169,15 +169,17 @@ class Nodes:
         """How many replies are due."""
         return sum(link.in_flight for link in self._links.values())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close all connections."""
         self._closed = True
-        for task in [self._mending, *self._background]:
-            if task is not None:
-                task.cancel()
+        tasks = [task for task in (self._mending, *self._background) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._refuse_held()
         for link in list(self._links.values()):
             link.close()
+        await asyncio.sleep(0)  # in which the loop closes them
 
     # -- one call
 

@@ -31,10 +31,10 @@ async def open_valkey(url: ValkeyUrl, partitions: int, restart_grace: float, **s
         facts = await read_facts(nodes, url.pool, partitions)
         await nodes.set_partitions(facts.partitions)
     except (OSError, ReplyError, Lost) as error:
-        nodes.close()
+        await nodes.close()
         raise StartError(f"the Valkey at {where} can't be used: {error}") from None
     except StartError:
-        nodes.close()
+        await nodes.close()
         raise
     engine = ValkeyEngine(nodes, measured, url.pool, facts, **settings)
     _log.info("serving the pool %s with %d partitions at %s", url.pool, facts.partitions, where)

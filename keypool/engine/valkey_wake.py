@@ -30,9 +30,10 @@ class Wake:
         self._lost = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Stop listening."""
         self._task.cancel()
+        await asyncio.wait([self._task])
         if self._link is not None:
             self._link.close()
 
