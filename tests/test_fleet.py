@@ -159,28 +159,21 @@ def test_a_waiter_whose_server_is_killed_takes_no_key(servers: list[ServerProces
 
 # --------------------------------------------------------------------------------------------------- failing over
 
-NEVER = (
-    "made twice",
-    "lease repeated",
-    "lease went back",
-    "made by nobody",
-    "lived too long",
-    "lives too long",
-)
-"""Kinds of fault that a failover excuses no more than anything else does."""
 
-
-def test_servers_go_on_after_a_failover(tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [0, 60], ids=["in-step", "behind"])
+def test_servers_go_on_after_a_failover(tmp_path: Path, behind: int) -> None:
     """A primary is killed under load and its replica promoted: the servers go on by themselves.
 
-    What Valkey had not copied yet is lost, as docs/scaling.md says; how much is printed, and it is little: what was
-    told in the moment before. Lease numbers never repeat nor go back all the same.
+    What Valkey had not copied yet is lost, as docs/scaling.md says: nothing where the replica was in step, and else
+    some of what was told in the moments before. No lease number is given again in either case.
     """
     with Cluster(3, 1, node_timeout=1000) as cluster, Fleet(cluster.url, tmp_path, 4) as fleet:
         fleet.allow(r"Valkey|storage")
-        told = fail_over(fleet, cluster.nodes[0])
+        primary = cluster.nodes[0]
+        missed = (cluster.replica_of(primary), behind) if behind else None
+        told = fail_over(fleet, primary, behind=missed)
         print(
-            f"\nrecovered in {told.recovered:.1f} s; {fleet.tally}; broken promises: {told.kinds or 'none'}"
+            f"\nrecovered in {told.recovered:.1f} s; {fleet.tally}; broken: {told.kinds}, of {told.keys} keys"
         )
-        assert not [fault for fault in told.faults if fault.startswith(NEVER)], "\n".join(told.faults)
-        assert len(told.faults) < fleet.tally.answers // 50, "\n".join(told.faults)
+        assert not told.never, "\n".join(told.faults)
+        assert told.keys <= (behind or fleet.tally.answers // 100), "\n".join(told.faults)

@@ -237,6 +237,14 @@ class Cluster:
         leads = "role:master" in told and f"connected_slaves:{replicas}" in told
         return leads or ("role:slave" in told and "master_link_status:up" in told)
 
+    def replica_of(self, primary: Valkey) -> Valkey:
+        """A replica of a primary."""
+        return next(
+            node
+            for node in self.nodes
+            if node.running and (role := node.ask("ROLE"))[0] == b"slave" and role[2] == primary.port
+        )
+
     def _knows_all(self, node: Valkey) -> bool:
         lines = node.ask("CLUSTER", "NODES").decode().splitlines()
         return len(lines) == len(self.nodes) and "handshake" not in "".join(lines)

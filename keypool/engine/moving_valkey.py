@@ -116,7 +116,7 @@ class _Pool:
     def close(self) -> None:
         """Hang up."""
         with self._runner:
-            self._nodes.close()
+            self._runner.run(self._nodes.close())
 
 
 class ValkeySource:

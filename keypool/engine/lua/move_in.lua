@@ -5,9 +5,9 @@
 -- cost    O(keys * log n)
 for i = 1, #ARGV, 7 do
   local text, id = ARGV[i], tonumber(ARGV[i + 1])
-  local record = {id, tonumber(ARGV[i + 2]), tonumber(ARGV[i + 5])}
-  if ARGV[i + 6] ~= '' then record[4] = ARGV[i + 6] end
-  call('HSET', RECORDS, text, cmsgpack.pack(record))
+  local record = {id, tonumber(ARGV[i + 2]), tonumber(ARGV[i + 5]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])}
+  if ARGV[i + 6] ~= '' then record[6] = ARGV[i + 6] end
+  keep(text, record)
   call('ZADD', STATES, ARGV[i + 4], text)
   call('ZADD', EXPIRY, ARGV[i + 3], text)
   call('ZADD', IDS, id, text)

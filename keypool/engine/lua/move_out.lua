@@ -6,7 +6,6 @@
 local said = {}
 for _, text in ipairs(call('ZRANGE', IDS, ARGV[1], ARGV[2])) do
   local record = record_of(text)
-  said[#said + 1] = {text, record[1], record[2], tonumber(call('ZSCORE', EXPIRY, text)),
-    tonumber(call('ZSCORE', STATES, text)), record[3], record[4] or ''}
+  said[#said + 1] = {text, record[1], record[2], record[4], record[5], record[3], record[6] or ''}
 end
 return answer(said)
