@@ -76,7 +76,7 @@ class Settings:
     block_seconds: float = _setting(60.0, Seconds(), "how long an acquired key stays blocked")
     keepalive_seconds: float = _setting(300.0, Seconds(), "how long a key lives without a keepalive")
     key_length: int = _setting(20, Whole(16, 64), "characters in a new key")
-    max_keys: int = _setting(1_000_000, Whole(1, 100_000_000), "keys in the pool at most")
+    max_keys: int = _setting(1_000_000, Whole(1, 10_000_000_000), "keys in the pool at most")
     max_waiters: int = _setting(10_000, Whole(0, 1_000_000), "acquires waiting for a key at most")
     restart_grace: float = _setting(
         0.0, Seconds(low=0.0), "keys that would be dead by then live until so long after the start"

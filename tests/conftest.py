@@ -240,8 +240,10 @@ def guarded_server(lend: Start) -> ServerProcess:
     return server
 
 
-# Whose promises are the API's: these run in every way. The others would only take longer.
+# Whose promises are the API's: these run in every way. The others would only take longer. A cluster is the same
+# engine as one Valkey once more: what it adds shows in the calls.
 _EVERY_WAY = ("test_api_", "test_fuzz", "test_process", "test_feed")
+_ALSO_ON = {"cluster": ("test_api_",)}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -251,7 +253,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def needed(item: pytest.Item) -> bool:
         callspec = getattr(item, "callspec", None)
         way = callspec.params.get("variant") if callspec is not None else None
-        return way is None or way.name == first or item.path.name.startswith(_EVERY_WAY)
+        if way is None or way.name == first:
+            return True
+        return item.path.name.startswith(_ALSO_ON.get(way.name, _EVERY_WAY))
 
     left_out = [item for item in items if not needed(item)]
     if left_out:

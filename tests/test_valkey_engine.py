@@ -7,11 +7,13 @@ older in Valkey (`age`), so no test waits for it.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -63,7 +65,7 @@ def settling(patch: pytest.MonkeyPatch, at_once: int) -> None:
     made = {}
     for script in valkey_scripts.scripts().values():
         text = script.text.replace("local SETTLED = 32", f"local SETTLED = {at_once}")
-        sha = valkey_scripts.hashlib.sha1(text.encode()).hexdigest()
+        sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
         made[script.name] = Script(script.name, text, sha)
     patch.setattr("keypool.engine.valkey_nodes.scripts", lambda: made)
     patch.setattr(valkey_module, "_SWEPT", at_once)
@@ -450,6 +452,39 @@ async def test_a_pool_is_filled_to_its_last_key_and_no_further(shared: Valkey) -
         await engine.generate(1)
 
 
+@on_loop
+async def test_servers_together_fill_a_pool_to_its_last_key_and_no_further(shared: Valkey) -> None:
+    """One at a time fills the last of it."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url, max_keys=50) as one, engine_on(url, max_keys=50) as other:
+        calls = [engine.generate(3) for engine in (one, other) * 15]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        made = [result for result in results if not isinstance(result, BaseException)]
+        assert len(made) == 16
+        assert {type(result) for result in results if isinstance(result, BaseException)} == {PoolFull}
+        assert (await one.stats()).total == 48
+
+
+@on_loop
+async def test_a_restart_grace_keeps_the_keys_that_nobody_could_keep_alive(shared: Valkey) -> None:
+    """If no other server was there meanwhile; the others' deadlines stay."""
+    number = next(_pools)
+    url = with_pool(shared.url, number)
+    async with engine_on(url) as engine:
+        late = [key.key for key in await engine.generate(700)]
+    age(shared, f"test{number}", 16, 250)
+    async with engine_on(url) as engine:
+        fresh = (await engine.generate(1))[0].key
+    age(shared, f"test{number}", 16, 100)
+    async with engine_on(url, grace=30.0) as engine:
+        assert await engine.keepalive_many(late[1:]) == [True] * 699
+        assert (await engine.get(late[0])).expires_in == pytest.approx(30, abs=5)
+        assert (await engine.get(fresh)).expires_in == pytest.approx(200, abs=5)
+        check(shared, f"test{number}", 16)
+        async with engine_on(url, grace=250.0) as another:
+            assert (await another.get(late[0])).expires_in < 31, "a server was there"
+
+
 # ---------------------------------------------------------------------------------------------------- waiting
 
 
@@ -462,7 +497,8 @@ async def test_a_key_that_another_server_frees_goes_to_whoever_waits(shared: Val
         lease = await first.acquire(None, 0)
         for holder, other in [(first, second), (second, first)] * 20:
             waiting = asyncio.ensure_future(other.acquire("w", 30))
-            await eventually(lambda other=other: other._waiters._told, "the pool knows")
+            waiters = other._waiters
+            await eventually(partial(getattr, waiters, "_told"), "the pool knows")
             await holder.unblock(lease.key, lease.lease)
             lease = await waiting
         stats = await first.stats()
@@ -567,7 +603,7 @@ async def test_a_waiter_gets_the_key_that_one_before_it_left(shared: Valkey) -> 
 async def test_deadlines_are_swept_on_time_whichever_server_set_them(shared: Valkey) -> None:
     """Another server than the one that served the key releases it, though no call comes."""
     url = with_pool(shared.url, next(_pools))
-    rules = {"block_seconds": 0.3, "keepalive_seconds": 1.0}
+    rules: dict[str, Any] = {"block_seconds": 0.3, "keepalive_seconds": 1.0}
     async with engine_on(url, **rules) as sweeper, engine_on(url, **rules) as other:
         other._closed = True  # it sweeps nothing
         await other.generate(30)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from valkey_support import check, engine_on, eventually, on_loop
 from valkeys import Cluster, Valkey
 
 from keypool.engine.valkey import ValkeyEngine
+from keypool.engine.valkey_link import Link
 from keypool.engine.valkey_nodes import slot_of
 from keypool.engine.valkey_scripts import keys_of
 from keypool.errors import KeypoolError, StorageUnavailable
@@ -41,6 +43,10 @@ async def unready(engine: ValkeyEngine) -> str:
 
     found: str = await eventually(why, "the engine says that it isn't ready")
     return found
+
+
+def _is_down(link: Link) -> bool:
+    return not link.up
 
 
 async def serves(engine: ValkeyEngine) -> None:
@@ -82,7 +88,8 @@ async def test_a_call_that_could_not_be_sent_waits_for_the_connection(valkey: Va
             before = list(engine._nodes._links.values())
             with valkey.commands() as commands:
                 commands.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-            await eventually(lambda before=before: not any(link.up for link in before), "it was told")
+            for link in before:
+                await eventually(partial(_is_down, link), "it was told")
             assert (await engine.keepalive(key)).id
 
 
@@ -215,6 +222,10 @@ async def test_slots_that_move_are_followed() -> None:
                         failed.append(error)
                     await asyncio.sleep(0)
 
+            async def more(count: int) -> None:
+                least = done + count
+                await eventually(lambda: done > least, "calls go on meanwhile")
+
             loads = [asyncio.ensure_future(load(text)) for text in texts]
             names = {node: node.ask("CLUSTER", "MYID").decode() for node in cluster.nodes}
             target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", names[source])
@@ -223,14 +234,11 @@ async def test_slots_that_move_are_followed() -> None:
                 source.ask(
                     "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *(key.decode() for key in keys)
                 )
-                before = done
-                await eventually(lambda before=before: done > before + 40, "calls go on meanwhile")
-            before = done
-            await eventually(lambda: done > before + 100, "calls go on, asking at the other node")
+                await more(40)
+            await more(100)  # asked for at the other node
             for node in (target, source, *cluster.nodes):
                 node.ask("CLUSTER", "SETSLOT", slot, "NODE", names[target])
-            before = done
-            await eventually(lambda: done > before + 200, "calls go on at the other node")
+            await more(200)
             stop = True
             await asyncio.gather(*loads)
             assert not failed, failed[:3]

@@ -82,7 +82,8 @@ _SWEPT = 64  # keys of each kind and partition that one sweep deals with
 _EXPIRING = 60.0
 _COUNTS_FOR = 3.0  # seconds that a word about waiters counts
 _TOO_FEW_TO_TELL = 0.005  # seconds: as early as a release may be
-_NEAR_FULL = 0.9
+_SPARE_KEYS, _SPARE_SHARE = 10_000, 0.1  # a pool with less room than this is nearly full
+_ROOM_SECONDS, _ROOM_PAUSE = 3.0, 0.01  # that a server may take to fill it, and between two times of asking
 _log = logging.getLogger("keypool.valkey")
 
 
@@ -144,6 +145,8 @@ class ValkeyEngine:
         self._askers: list[asyncio.Future[Look]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking = False
+        self._looks = 0
+        self._latest_look = [0] * self._partitions
         self._due = [0.0] * self._partitions
         self._timer: asyncio.TimerHandle | None = None
         self._latest = min(_LATEST_LOOK, max(0.02, min(block_seconds, keepalive_seconds) / 2))
@@ -159,11 +162,16 @@ class ValkeyEngine:
 
     async def generate(self, count: int) -> list[GeneratedKey]:
         """Make keys, all or none. O(count * log n), and O(partitions) once a second or near `max_keys`."""
-        if sum(self._totals) + self._making + count <= _NEAR_FULL * self._max_keys:
+        known = sum(self._totals) + self._making + count
+        if known <= self._max_keys - max(_SPARE_KEYS, _SPARE_SHARE * self._max_keys):
             return await self._generate(count)
         async with self._room:  # one after the other, or two that fit one by one would fill it beyond
-            await self._require_room(count)
-            return await self._generate(count)
+            await self._hold_room()
+            try:
+                await self._require_room(count)
+                return await self._generate(count)
+            finally:
+                self._in_background(0, "room", self._server, 0)
 
     async def _generate(self, count: int) -> list[GeneratedKey]:
         started = self._loop.time()
@@ -205,9 +213,12 @@ class ValkeyEngine:
             first = await self._waiters.wait(owner, 0)
             if first is None:
                 self._refuse()
-            if count == 1 or self._waiters:
-                return [first]
-            return [first, *(lease for _, lease in await self._take([owner] * (count - 1), True))]
+            try:
+                more = await self._take([owner] * (0 if self._waiters else count - 1), True)
+            except (GeneratorExit, asyncio.CancelledError):
+                self._give_back(first)
+                raise
+            return [first, *(lease for _, lease in more)]
         taken = await self._take([owner] * count, True)
         if not taken:
             self._refuse()
@@ -331,6 +342,15 @@ class ValkeyEngine:
             "pipeline_commands": self._measured.commands,
         }
 
+    def figures(self) -> dict[str, float]:
+        """How many times commands were sent, and how the last of these went, for the dashboard. O(1)."""
+        seconds, commands = self._measured.seconds, self._measured.commands
+        return {
+            "pipelines": seconds.count,
+            "pipeline_seconds": round(seconds.last, 6),
+            "pipeline_commands": commands.last,
+        }
+
     def drain(self) -> None:
         """Tell all waiters that the server stops, and take no more. O(waiters)."""
         self._draining = True
@@ -342,11 +362,13 @@ class ValkeyEngine:
         if self._timer is not None:
             self._timer.cancel()
         await self._waiters.close()
-        if self._refused and self._nodes.failing is None:
+        if self._nodes.failing is None:
             try:
-                await self._nodes.call(0, "refuse", (self._refused,))
-            except StorageUnavailable:
-                _log.debug("%d refusals are not counted", self._refused)
+                if self._refused:
+                    await self._nodes.call(0, "refuse", (self._refused,))
+                await self._all("leave", self._server)
+            except StorageUnavailable as error:
+                _log.warning("the pool wasn't told that this server stops: %s", error.detail)
         await self._wake.close()
         await self._nodes.close()
         if self._tasks:
@@ -463,10 +485,15 @@ class ValkeyEngine:
             raise UnknownKey
         return text, reply[1]
 
+    async def _hold_room(self) -> None:
+        """Wait until no other server fills the pool."""
+        while not (await self._call(0, "room", self._server, round(_ROOM_SECONDS * 1e6)))[1]:
+            turn = self._loop.create_future()
+            self._loop.call_later(_ROOM_PAUSE, _done, turn)
+            await turn
+
     async def _require_room(self, count: int) -> None:
-        """Raise PoolFull unless so many more keys fit, as far as this server knows: what another one makes at
-        this very moment it doesn't.
-        """
+        """Raise PoolFull unless so many more keys fit. O(partitions)."""
         while True:
             look = await self._look()
             if look.total + self._making + count <= self._max_keys:
@@ -553,7 +580,7 @@ class ValkeyEngine:
         self, partition: int, owners: Sequence[str | None], reply: Reply, started: float
     ) -> Iterator[tuple[str | None, Lease | None]]:
         """What a partition says to `_ask_for`: each owner with the key served."""
-        self._available[partition] = reply[0]
+        self._note(partition, reply[0])
         self._tick = max(self._tick, reply[2])
         for owner, served in zip(owners, reply[3:], strict=True):
             if served is None:
@@ -635,6 +662,8 @@ class ValkeyEngine:
 
     async def _look_at(self, partitions: Sequence[int], expiring: float) -> list[Reply]:
         ahead = round(expiring * 1e6)
+        self._looks += 1
+        number = self._looks
         calls = [
             self._nodes.call(partition, "look", (self._server, self._heard[partition], ahead, _SWEPT))
             for partition in partitions
@@ -643,14 +672,18 @@ class ValkeyEngine:
         now = self._loop.time()
         events: list[Told] = []
         for partition, reply in zip(partitions, replies, strict=True):
+            if number < self._latest_look[partition]:
+                continue  # a later look was faster, as another node may be
+            self._latest_look[partition] = number
             self._note(partition, reply[0])
             self._totals[partition] = reply[1]
             self._id_number = max(self._id_number, reply[17])
             heard = self._heard[partition]
-            if heard < reply[18]:  # else another look has told them meanwhile
+            if heard < reply[18]:
                 events += events_in(reply)[heard - reply[18] :]
                 self._told += reply[18] - max(heard, 0)
-                self._heard[partition] = reply[18]
+            # It may be less than it was, if a failover has lost the latest changes.
+            self._heard[partition] = reply[18]
             for microseconds, tally in ((reply[6], self.expiry_lateness), (reply[7], self.release_lateness)):
                 if microseconds >= 0:
                     tally.add(microseconds / 1e6)
@@ -691,6 +724,11 @@ class ValkeyEngine:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _number(taken: tuple[str | None, Lease]) -> int:

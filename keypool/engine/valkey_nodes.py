@@ -386,10 +386,15 @@ class Nodes:
 
 async def _prove_primary(link: Link) -> None:
     """Raises OSError unless it is one, ReplyError while it loads."""
-    role = await link.ask("ROLE")
-    if role[0] != b"master":
-        raise OSError("READONLY: it is a replica")
     await link.ask("PING")
+    try:
+        role = await link.ask("ROLE")
+    except ReplyError as error:
+        if not str(error).startswith("NOPERM"):
+            raise
+    else:
+        if role[0] != b"master":
+            raise OSError("READONLY: it is a replica")
 
 
 def _unavailable(why: str) -> StorageUnavailable:

@@ -1,7 +1,8 @@
 -- Stands before every script: what is overdue is dealt with first, in the partition that the call is about.
 --
 -- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
---   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, and the counters of stats
+--   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
+--             `seen`, when a server last looked, and in partition 0 `room`, who may fill the pool until when
 --   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0:
 --             available), owner (only while blocked and named)}
 --   3 states  sorted set: text by its release deadline, so by 0 while available
