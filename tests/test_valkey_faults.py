@@ -6,12 +6,19 @@ Every fault is made in a real Valkey: killed, stopped, filled up, made a replica
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
+import re
+import shutil
+import ssl
+import subprocess
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-from support import API, ServerProcess, run_server
+from support import ACQUIRE, API, ROOT, ServerProcess, run_server
 from support import eventually as eventually_blocking
 from valkey_support import check, engine_on, eventually, on_loop
 from valkeys import Cluster, Valkey
@@ -333,3 +340,84 @@ def test_readyz_and_retry_after_tell_while_valkey_is_away(valkey: Valkey, tmp_pa
         valkey.start()
         eventually_blocking(lambda: client.request("GET", "/readyz").status == 200, "ready again", within=15)
         client.request("POST", f"{API}/keys/{key}/keepalive").expect(200)
+
+
+# -------------------------------------------------------------------------------------------------------- TLS
+
+
+@contextlib.contextmanager
+def tls_before(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
+    """A port that speaks TLS and passes all on to another; and the certificate to trust."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out",
+            str(certificate), "-days", "2", "-subj", "/CN=localhost", "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    started: queue.Queue[int] = queue.Queue()
+    stop = threading.Event()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner, outer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pass_on(reader, outer), pass_on(inner, writer))
+
+    async def serve() -> None:
+        server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
+        started.put(server.sockets[0].getsockname()[1])
+        await asyncio.to_thread(stop.wait)
+        server.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        yield started.get(timeout=20), certificate
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_tls_is_spoken_to_whom_the_system_trusts_and_nobody_else(valkey: Valkey, tmp_path: Path) -> None:
+    """SSL_CERT_FILE names another authority, as everywhere."""
+    with tls_before(valkey.port, tmp_path) as (port, certificate):
+        url = f"valkeys://127.0.0.1:{port}"
+        status, output = run_server([f"--engine={url}", "--port=0"])
+        assert status == 1, output
+        assert output.count("\n") == 1, output
+        flags = [f"--engine={url}", "--port=0"]
+        with ServerProcess(flags, cwd=tmp_path, env={"SSL_CERT_FILE": str(certificate)}) as server:
+            client = server.client()
+            key = client.make()["key"]
+            client.request("POST", f"{API}/keys/{key}/keepalive").expect(200)
+
+
+def test_the_rights_that_the_docs_name_are_enough(valkey: Valkey, tmp_path: Path) -> None:
+    """A user who may do that, and nothing else, serves: waiting, moving time and stopping included."""
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"A user of its own needs `([^`]+)`, the keys `([^`]+)` and the channels `([^`]+)`", page
+    )
+    assert found is not None
+    rights = [word.replace("POOL", "keypool") for part in found.groups() for word in part.split()]
+    valkey.ask("ACL", "SETUSER", "keypool", "reset", "on", ">pass", *rights)
+    flags = [f"--engine=valkey://keypool:pass@127.0.0.1:{valkey.port}", "--block-seconds=0.3", "--port=0"]
+    with ServerProcess([*flags, "--restart-grace=1"], cwd=tmp_path) as server:
+        client = server.client()
+        key = client.make()["key"]
+        client.acquire()
+        assert client.request("POST", ACQUIRE, json={"wait": 30}).expect(200)["key"] == key
+        client.request("GET", "/readyz").expect(200)
+    assert valkey.ask("ACL", "LOG") == []
