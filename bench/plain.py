@@ -35,7 +35,7 @@ class Unblock(BaseModel):
 def make(valkey_port: int, pool: str, partitions: int) -> FastAPI:  # noqa: C901 - a tutorial's style
     """The service: three calls, written as a tutorial does."""
     valkey = redis.asyncio.Redis(port=valkey_port)
-    keys = [keys_of(pool, partition) for partition in range(partitions)]
+    keys = [keys_of(pool, partition, partitions) for partition in range(partitions)]
     draw = random.random
 
     @asynccontextmanager

@@ -36,6 +36,10 @@ def migrate(args: argparse.Namespace) -> Status:
     try:
         with _source(args) as source, _target(args) as target, Progress("moving", source.total) as bar:
             moved = _told_what_is_left(lambda: moving.move(source, target, bar), target)
+    except KeyboardInterrupt:
+        raise CommandError(
+            "interrupted before anything was moved: run it again", Status.INTERRUPTED
+        ) from None
     except SettingsError as error:
         raise CommandError(str(error), Status.USAGE) from None
     except StartError as error:

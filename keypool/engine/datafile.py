@@ -215,7 +215,18 @@ def release(lock: int) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, and what SQLite may have left beside it."""
-    for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+    for each in (path, *_beside(path)):
+        each.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}-{name}") for name in ("wal", "shm")]
+
+
+def clear(path: Path) -> None:
+    """Empty a file that is held, and remove what SQLite may have left beside it."""
+    os.truncate(path, 0)
+    for each in _beside(path):
         each.unlink(missing_ok=True)
 
 

@@ -125,10 +125,13 @@ class FileTarget:
         self._beside = path.with_name(f"{path.name}.migrating")
         self._refuse_if_there()
         self._lock = datafile.hold(self._beside)
-        datafile.remove(self._beside)  # of a move that was killed; the name is taken anew, under a lock
-        datafile.release(self._lock)
-        self._lock = datafile.hold(self._beside)
-        self._database = datafile.Filling(self._beside)
+        try:
+            datafile.clear(self._beside)  # of a move that was killed
+            self._database = datafile.Filling(self._beside)
+        except BaseException:
+            datafile.remove(self._beside)
+            datafile.release(self._lock)
+            raise
 
     def _refuse_if_there(self) -> None:
         if self._path.exists():

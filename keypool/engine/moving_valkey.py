@@ -75,7 +75,7 @@ class _Pool:
 
     def meta(self, partition: int) -> str:
         """The name of a partition's meta hash."""
-        return keys_of(self._url.pool, partition)[0]
+        return keys_of(self._url.pool, partition, self.partitions)[0]
 
     def call(self, partition: int, script: str, *words: str | int) -> Reply:
         """A script's answer."""
@@ -96,20 +96,20 @@ class _Pool:
         """Keys that are there."""
         total = 0
         for partition in range(self.partitions):
-            records = keys_of(self._url.pool, partition)[1]
+            records = keys_of(self._url.pool, partition, self.partitions)[1]
             total += self.ask(records, "HLEN", records)
         return total
 
     def refuse_if_served(self) -> None:
         """Raise StartError if some server listens for freed keys."""
-        channel = keys_of(self._url.pool, 0)[-1]
+        channel = keys_of(self._url.pool, 0, self.partitions)[-1]
         if sum(reply[1] for reply in self.run(self._nodes.everywhere("PUBSUB", "NUMSUB", channel))):
             raise StartError(f"{self.place} is being served: stop its servers first")
 
     def clear(self) -> None:
         """Delete all that the pool has, some at a time. O(n)."""
         for partition in range(self.partitions):
-            for name in keys_of(self._url.pool, partition):
+            for name in keys_of(self._url.pool, partition, self.partitions):
                 self.ask(name, "UNLINK", name)
         self.ask(self.facts_key, "DEL", self.facts_key)
 
