@@ -277,8 +277,13 @@ def test_a_wrong_password_is_one_line(data: Path) -> None:
     with Valkey("--requirepass", "right-password") as guarded:
         url = guarded.url.replace("://", "://:wrong-password@")
         assert "wrong-password" not in refused(migrate(data, url), 1, "WRONGPASS")
-        ran = migrate(data, guarded.url.replace("://", "://:right-password@"))
+        right = guarded.url.replace("://", "://:right-password@")
+        ran = subprocess.run(
+            command("--from", str(data), "--to", "env:KEYPOOL_ENGINE"), capture_output=True, text=True, check=False,
+            env=clean_environment({"PYTHONPATH": str(ROOT), "KEYPOOL_ENGINE": right}), timeout=60,
+        )  # fmt: skip
         assert (ran.returncode, ran.stderr) == (0, "")
+        refused(migrate(data, "env:KEYPOOL_NOTHING"), 2, "KEYPOOL_NOTHING")
 
 
 # -------------------------------------------------------------------------------------------------- broken off

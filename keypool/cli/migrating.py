@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ def migrate(args: argparse.Namespace) -> Status:
         raise CommandError(
             f"migrate needs the package {error.name}: pip install keypool", Status.FAILED
         ) from None
+    args.source, args.target = _place(args.source), _place(args.target)
     if _is_url(args.source) == _is_url(args.target):
         raise CommandError(
             "migrate takes a data file on one side and valkey://HOST:PORT/DB (or valkey+cluster://…) on the other",
@@ -48,6 +50,16 @@ def migrate(args: argparse.Namespace) -> Status:
     fields |= {name: number for name, number in moved.numbers.items() if name != "moment"}
     Output(as_json=args.json, show_keys=False).fields(fields)
     return Status.OK
+
+
+def _place(word: str) -> str:
+    """What a word names: itself, or what the variable holds that it names. Raises CommandError."""
+    if not word.startswith("env:"):
+        return word
+    found = os.environ.get(word.removeprefix("env:"))
+    if not found:
+        raise CommandError(f"{word} names a variable that isn't set", Status.USAGE)
+    return found
 
 
 def _is_url(place: str) -> bool:
