@@ -28,13 +28,14 @@ from typing import NoReturn
 
 from keypool.errors import StartError
 from keypool.notify import Notifier
-from keypool.station import DRAIN, READY, Member
+from keypool.station import BEAT_SECONDS, DRAIN, READY, Member
 from keypool.with_parent import end_with_parent
 
 _PAUSE_FIRST = 0.1  # seconds between a death and the next start; doubled up to the longest
 _PAUSE_LONGEST = 10.0
 _SOUND_AFTER = 30.0  # seconds of serving after which a death is the first again
 _KILL_AFTER = 1.0  # seconds that a process may take longer than --drain-seconds
+_BEATS_MISSED = 3  # before a process is taken to hang, at least
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _log = logging.getLogger("keypool")
 
@@ -294,8 +295,9 @@ class Group:
         """Under a watchdog, which sees the parent only: kill a process whose loop doesn't turn any more."""
         if not self._notifier.interval:
             return
+        patience = max(2 * self._notifier.interval, _BEATS_MISSED * BEAT_SECONDS)
         for process in self.processes:
-            if process.ready and now - process.heard_at > 2 * self._notifier.interval:
+            if process.ready and now - process.heard_at > patience:
                 _log.warning("process %d of %d hangs and is killed", process.index + 1, self.count)
                 process.heard_at = now
                 self._kill([process])

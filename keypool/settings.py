@@ -36,7 +36,9 @@ _TOML_FILE = File("a TOML file")
 
 def _setting(default: Default, kind: Text, about: str) -> Default:
     # Like dataclasses.field itself, this claims to return the default and returns the field that holds it.
-    made: Any = field(default=default, metadata={"kind": kind, "about": about})
+    # The engine's URL may hold a password.
+    shown = not isinstance(kind, EngineName)
+    made: Any = field(default=default, repr=shown, metadata={"kind": kind, "about": about})
     return made  # type: ignore[no-any-return]
 
 

@@ -243,7 +243,7 @@ def guarded_server(lend: Start) -> ServerProcess:
 # Whose promises are the API's: these run in every way. The others would only take longer. A cluster is the same
 # engine as one Valkey once more: what it adds shows in the calls.
 _EVERY_WAY = ("test_api_", "test_fuzz", "test_process", "test_feed")
-_ALSO_ON = {"cluster": ("test_api_",)}
+_ALSO_ON = {"cluster": ("test_api_",), "valkey": (*_EVERY_WAY, "test_dashboard", "test_metrics")}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

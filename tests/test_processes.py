@@ -191,6 +191,20 @@ def test_one_that_dies_is_started_again_while_the_others_serve(start: Start) -> 
         assert f"pid {victim}, was ended by signal 9: started again" in server.log
 
 
+def test_one_that_hangs_is_killed_where_a_watchdog_is_wanted(start: Start, tmp_path: Path) -> None:
+    """The service manager's watchdog sees the parent only, so the parent watches the others for it."""
+    manager = Manager(str(tmp_path / "notify"))
+    try:
+        server = start(env={**manager.environ, "WATCHDOG_USEC": "400000"})
+        victim = min(children_of(server.pid))
+        os.kill(victim, signal.SIGSTOP)
+        eventually(lambda: f"pid {victim}, was ended by signal 9: started again" in server.log, "its end")
+        eventually(lambda: server.log.count("serves, pid") == COUNT + 1, "another in its place")
+        assert server.log.count("started again") == 1, "those that beat are left alone"
+    finally:
+        manager.close()
+
+
 def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> None:
     """A service manager that signals all of them means the parent."""
     server = start()

@@ -70,7 +70,7 @@ def right_values(option: Option, directory: Path) -> list[object]:
         case EngineName():
             return [
                 "embedded",
-                "valkey://10.0.0.1:6379/2",
+                "valkey://10.0.0.1:6379,10.0.0.2:6379/2",
                 "valkeys+cluster://user:p%40ss@a:1,[::1]:2?pool=keys",
             ]
         case kind:
@@ -140,7 +140,6 @@ def wrong_texts(kind: Text) -> list[str]:
                 "redis://127.0.0.1:6379",
                 "valkey://",
                 "valkey://a:70000",
-                "valkey://a:1,b:2",
                 "valkey+cluster://a:1/2",
                 "valkey://a?pool={x}",
                 "valkey://a/0\n",

@@ -506,6 +506,44 @@ async def test_a_key_that_another_server_frees_goes_to_whoever_waits(shared: Val
 
 
 @on_loop
+async def test_no_key_is_held_by_two_over_three_servers(shared: Valkey) -> None:
+    """More workers than keys, all waiting for each other's; some hang up. All get their turns."""
+    url = with_pool(shared.url, next(_pools))
+    chance = random.Random(5)
+    held: dict[int, int] = {}
+    turns = Counter[int]()
+
+    async def work(number: int, engine: ValkeyEngine) -> None:
+        while turns[number] < 10:
+            if chance.random() < 0.2:
+                task = asyncio.ensure_future(engine.acquire("gone", 30))
+                await asyncio.sleep(0.001)
+                task.cancel()
+                await asyncio.wait([task])
+                if task.cancelled():
+                    continue
+                lease = task.result()
+            else:
+                lease = await engine.acquire(str(number), 30)
+            assert lease.id not in held, f"{lease.id} is held by {held[lease.id]} and {number}"
+            held[lease.id] = number
+            await asyncio.sleep(0.001)
+            del held[lease.id]
+            assert (await engine.unblock(lease.key, lease.lease)).changed
+            turns[number] += 1
+
+    async with engine_on(url) as one, engine_on(url) as two, engine_on(url) as three:
+        await one.generate(7)
+        engines = (one, two, three)
+        await asyncio.gather(*(work(number, engines[number % 3]) for number in range(30)))
+
+        async def all_back() -> bool:
+            return (await one.stats()).available == 7
+
+        await eventually(all_back, "all keys are back")
+
+
+@on_loop
 async def test_waiting_counts_those_of_all_servers(shared: Valkey) -> None:
     """And no longer those of one that is gone."""
     url = with_pool(shared.url, next(_pools))

@@ -26,7 +26,7 @@ from valkeys import Cluster, Valkey
 from keypool.engine.valkey import ValkeyEngine
 from keypool.engine.valkey_link import Link
 from keypool.engine.valkey_scripts import keys_of, slot_of
-from keypool.errors import KeypoolError, StorageUnavailable
+from keypool.errors import KeypoolError, StartError, StorageUnavailable
 
 
 @pytest.fixture
@@ -202,6 +202,26 @@ async def test_those_who_wait_are_served_when_valkey_is_back(valkey: Valkey) -> 
         assert (await waiting).key == made.key
 
 
+@on_loop
+async def test_a_replica_that_is_promoted_is_taken_for_the_primary(valkey: Valkey) -> None:
+    """Of several addresses the one that says so; none while two do."""
+    with Valkey() as other:
+        other.ask("REPLICAOF", "127.0.0.1", valkey.port)
+        url = f"valkey://127.0.0.1:{other.port},127.0.0.1:{valkey.port}"
+        async with engine_on(url) as engine:
+            key = (await engine.generate(1))[0].key
+            assert valkey.replicated()
+            valkey.kill()
+            await unready(engine)
+            other.ask("REPLICAOF", "NO", "ONE")
+            await serves(engine)
+            assert (await engine.acquire(None, 0)).key == key
+            valkey.start()
+            with pytest.raises(StartError, match="all primaries"):
+                async with engine_on(url):
+                    pass
+
+
 # ---------------------------------------------------------------------------------------------------- cluster
 
 
@@ -259,8 +279,7 @@ async def test_a_promoted_replica_is_found_when_its_primary_dies() -> None:
     with Cluster(3, 1) as cluster:
         async with engine_on(cluster.url) as engine:
             texts = [key.key for key in await engine.generate(200)]
-            for node in cluster.nodes[:3]:
-                node.ask("WAIT", 1, 5000)
+            assert all(node.replicated() for node in cluster.nodes[:3])
             cluster.nodes[1].kill()
 
             async def all_kept() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,6 +115,18 @@ class Valkey:
         with self.commands() as commands:
             return commands.ask(*words)
 
+    def replicated(self) -> bool:
+        """Whether a replica has all that was written here when this began to be asked for; asks for 20 s."""
+        told = self.ask("INFO", "replication").decode()
+        wanted = int(_found(r"master_repl_offset:(\d+)", told))
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if int(_found(r"slave0:.*?offset=(\d+)", told) or -1) >= wanted:
+                return True
+            time.sleep(0.01)
+            told = self.ask("INFO", "replication").decode()
+        return False
+
     def kill(self) -> None:
         """End it as power loss would."""
         if self._process is not None:
@@ -143,6 +156,11 @@ class Valkey:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""
 
 
 class Commands:

@@ -709,8 +709,11 @@ class ValkeyEngine:
             self._due[partition] = 0.0
         try:
             await self._look_at(partitions, _EXPIRING)
-        except StorageUnavailable as error:
-            _log.debug("could not sweep: %s", error.detail)
+        except Exception as error:
+            if isinstance(error, StorageUnavailable):
+                _log.debug("could not sweep: %s", error.detail)
+            else:
+                _log.exception("could not sweep")
             again = self._loop.time() + _LATEST_LOOK / 4
             for partition in partitions:
                 self._due[partition] = max(self._due[partition], again)

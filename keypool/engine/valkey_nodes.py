@@ -276,7 +276,9 @@ class Nodes:
                 self._again = False
                 try:
                     await self._mend_once()
-                except (OSError, ReplyError, Lost) as error:
+                except Exception as error:
+                    if not isinstance(error, (OSError, ReplyError, Lost)):
+                        _log.exception("mending failed")
                     self._trouble(str(error))
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
                     pause = min(2 * pause, _LONGEST_PAUSE)
@@ -293,6 +295,9 @@ class Nodes:
     async def _mend_once(self) -> None:
         if self._url.cluster:
             self._read_slots(await self._topology())
+        elif len(self._url.nodes) > 1:
+            self._of_slot = [await self._primary()] * _SLOTS
+            self._assign()
         wanted = set(self._of_partition) or {self._of_slot[0]}
         results = await asyncio.gather(*map(self._link_to, wanted), return_exceptions=True)
         for result in results:
@@ -309,6 +314,26 @@ class Nodes:
         for address in set(self._links) - wanted:
             if not self._links[address].in_flight:
                 self._links.pop(address).close()
+
+    async def _primary(self) -> Address:
+        """Which of the addresses is the primary. Raises OSError unless one, and only one, says so: with two of
+        them, servers could go to different ones, and each would serve the same keys.
+        """
+        found = []
+        links = await asyncio.gather(*map(self._link_to, self._url.nodes), return_exceptions=True)
+        for address, link in zip(self._url.nodes, links, strict=True):
+            if isinstance(link, Link):
+                try:
+                    await _prove_primary(link)
+                    found.append(address)
+                except (OSError, ReplyError, Lost) as error:
+                    _log.debug("%s:%s isn't the primary: %s", *address, error)
+        if len(found) != 1:
+            names = ", ".join(f"{host}:{port}" for host, port in found or self._url.nodes)
+            raise OSError(
+                f"{names} are all primaries" if found else f"none of {names} is a primary that answers"
+            )
+        return found[0]
 
     async def _topology(self) -> Reply:
         """What some node says about who has which slots. Raises what the last one that was asked raises."""

@@ -150,10 +150,8 @@ class Waiters:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._pump = None
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("serving those who wait failed", exc_info=task.exception())
         if self._waiters and not task.cancelled():
-            self._start()
+            self._start()  # somebody came while it was ending
 
     async def _run(self) -> None:
         """Serve until nobody waits."""
@@ -166,7 +164,9 @@ class Waiters:
                 await self._tell_waiting(sure)
                 looked_at = self._loop.time() if sure else looked_at
                 served = await self._serve(sure)
-            except StorageUnavailable as error:
+            except Exception as error:
+                if not isinstance(error, StorageUnavailable):
+                    _log.exception("serving those who wait failed")
                 served = False
                 self._told = 0
                 self._end_last_chances(list(self._waiters), error)
@@ -204,7 +204,7 @@ class Waiters:
             self._end_last_chances(first, None)
         return bool(leases)
 
-    def _end_last_chances(self, waiters: Sequence[Waiter], error: StorageUnavailable | None) -> None:
+    def _end_last_chances(self, waiters: Sequence[Waiter], error: Exception | None) -> None:
         for waiter in waiters:
             if waiter.last_chance and waiter in self._waiters:
                 self._leave(waiter)
