@@ -46,6 +46,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--min-replicas", type=int, default=0, help="Valkey's min-replicas-to-write")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
+    if missing := valkeys.missing():
+        print(missing)
+        return 0
     print(machine() + "\n", flush=True)
     targets = Targets()
     if options.kills:

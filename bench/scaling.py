@@ -79,6 +79,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--seconds", type=float, default=1.5, help="of each")
     options = parser.parse_args(arguments)
+    if missing := valkeys.missing():
+        print(missing)
+        return 0
     print(machine() + "\n", flush=True)
     with contextlib.closing(valkeys.started()) as valkey:
         return _Bench(valkey, options).run()

@@ -296,7 +296,7 @@ class Nodes:
         if self._url.cluster:
             self._read_slots(await self._topology())
         elif len(self._url.nodes) > 1:
-            self._of_slot = [await self._primary()] * _SLOTS
+            self._of_slot = [await self._primary()] * SLOTS
             self._assign()
         wanted = set(self._of_partition) or {self._of_slot[0]}
         results = await asyncio.gather(*map(self._link_to, wanted), return_exceptions=True)
