@@ -22,8 +22,8 @@ each partition when its next deadline has come. So a deadline holds with no serv
 
 A uniformly random key over partitions: the engine keeps in mind how many keys were available in each when it
 last answered, draws a partition with that chance, and the script does the rest (lua/acquire.lua). A draw that
-is void is repeated after asking all partitions, and before an acquire is told that no key is available all
-have said so: a bounded number of round trips, one nearly always.
+is void is repeated, from the third time on after asking all partitions, and before an acquire is told that no
+key is available all have said so: a bounded number of round trips, one nearly always.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ from keypool.tally import SECONDS, Tally
 RECENT_EVENTS = 1000
 
 _ROUNDS = 8  # of draws, before an acquire that always comes too late gives up
+_ROUNDS_BY_HEART = 2  # of these, by the counts that partitions told when they last answered
 _LATEST_LOOK = 1.0  # seconds after which all partitions are looked at again, whatever is due
 _EARLIEST_LOOK = 0.01  # seconds between two sweeps of one partition
 _MARGIN = 0.002  # seconds after a deadline at which it is swept
@@ -136,6 +137,7 @@ class ValkeyEngine:
         self._refused = 0  # not told to the pool yet
         self._making = 0
         self._room = asyncio.Lock()
+        self._elsewhere = 0  # acquires that wait at other servers
         self._draining = False
         self._closed = False
         self.events: deque[Told] = deque(maxlen=RECENT_EVENTS)
@@ -425,12 +427,19 @@ class ValkeyEngine:
         if available < 0:
             return
         self._available[partition] = available
-        if available and self._waiters:
+        # If others wait elsewhere, whose turn it is is said by the script that frees a key.
+        if available and self._waiters and not self._elsewhere:
             self._waiters.wake()
 
-    def _freed(self, partition: int) -> None:
-        """Some server has freed a key there."""
-        self._note(partition, max(1, self._available[partition]))
+    def _freed(self, partition: int, whose: str) -> None:
+        """A key was freed there, and it is some server's turn."""
+        if whose not in (self._server, "*"):
+            return
+        if self._waiters:
+            self._available[partition] = max(1, self._available[partition])
+            self._waiters.wake()
+        elif whose == self._server:
+            self._in_background(partition, "wait", self._server, 0, 0)  # let others have it
 
     # -- texts and ids
 
@@ -529,14 +538,14 @@ class ValkeyEngine:
         rounds, crowded = 0, False
         try:
             while wanted and rounds < _ROUNDS:
-                known = any(self._available) and not rounds
+                known = any(self._available) and rounds < _ROUNDS_BY_HEART
                 if not known and not crowded and not (sure and (await self._look()).available):
                     break
                 started = self._loop.time()
-                plan = self._plan(wanted)
+                plan, wanted = self._plan(wanted)
                 calls = [self._ask_for(partition, some) for partition, some in plan.items()]
                 replies = await _all_of(calls)
-                calls, wanted, crowded = [], [], False
+                calls, crowded = [], False
                 for (partition, some), reply in zip(plan.items(), replies, strict=True):
                     crowded = crowded or reply[1] == 1
                     for owner, lease in self._leases_in(partition, some, reply, started):
@@ -553,20 +562,20 @@ class ValkeyEngine:
             raise
         return sorted(taken, key=_number)
 
-    def _plan(self, owners: Sequence[str | None]) -> dict[int, list[str | None]]:
-        """Which partition is asked for which owner's key: each key of the pool has the same chance."""
+    def _plan(self, owners: Sequence[str | None]) -> tuple[dict[int, list[str | None]], list[str | None]]:
+        """Which partition is asked for which owner's key: each key of the pool has the same chance. Also the
+        owners for whom there seems to be none.
+        """
         available = list(self._available)
         plan: dict[int, list[str | None]] = {}
-        for owner in owners:
+        for number, owner in enumerate(owners):
             ends = list(accumulate(available))
             if not ends[-1]:
-                # More are wanted than there seem to be: anywhere, to be told how many there are.
-                partition = self._random.randrange(self._partitions)
-            else:
-                partition = bisect(ends, self._random.random() * ends[-1])
-                available[partition] -= 1
+                return plan, list(owners[number:])
+            partition = bisect(ends, self._random.random() * ends[-1])
+            available[partition] -= 1
             plan.setdefault(partition, []).append(owner)
-        return plan
+        return plan, []
 
     def _ask_for(self, partition: int, owners: Sequence[str | None]) -> asyncio.Future[Reply]:
         facts, draw = self._facts, self._random.random
@@ -677,6 +686,7 @@ class ValkeyEngine:
             self._latest_look[partition] = number
             self._note(partition, reply[0])
             self._totals[partition] = reply[1]
+            self._elsewhere = reply[2]
             self._id_number = max(self._id_number, reply[17])
             heard = self._heard[partition]
             if heard < reply[18]:

@@ -1,9 +1,9 @@
 """Who waits for a key at this server, and how they come by one.
 
 First come first served here: whoever comes while somebody waits, stands behind them. A freed key is told on a
-channel by the script that frees it, whichever server it runs for (listening: valkey_wake.py), as long as
-the pool knows that somebody waits; and every quarter of a second somebody looks all the same, so no key stays
-free for longer while somebody waits. Which of several servers gets it is a race.
+channel by the script that frees it, to one of the servers where somebody waits, by lot: so each who waits has
+the same chance, wherever it waits (listening: valkey_wake.py). Every quarter of a second somebody looks all the
+same, so no key stays free for longer while somebody waits, also if the word of it was lost.
 """
 
 from __future__ import annotations

@@ -21,9 +21,11 @@ _PING_SECONDS = 5.0
 
 
 class Wake:
-    """See the module. `on_freed` is called with a partition in which keys were freed."""
+    """See the module. `on_freed` is called with a partition in which keys were freed, and for whom."""
 
-    def __init__(self, nodes: Nodes, pool: str, partitions: int, on_freed: Callable[[int], None]) -> None:
+    def __init__(
+        self, nodes: Nodes, pool: str, partitions: int, on_freed: Callable[[int, str], None]
+    ) -> None:
         self._nodes = nodes
         self._on_freed = on_freed
         names = [keys_of(pool, partition, partitions)[-1] for partition in range(partitions)]
@@ -72,7 +74,7 @@ class Wake:
     def _heard(self, message: Any) -> None:
         self._heard_any = True
         if isinstance(message, list) and message[0] == b"message":
-            self._on_freed(self._partition_of[message[1]])
+            self._on_freed(self._partition_of[message[1]], message[2].decode())
 
     def _link_lost(self, link: Link, why: str) -> None:
         self._lost.set()

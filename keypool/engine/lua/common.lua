@@ -11,7 +11,8 @@
 --   6 texts   sorted set: text by 0, so that it is in order of text
 --   7 events  list: the latest changes, oldest first
 --   8 waiters hash: server -> "how many wait there, until when this counts"; gone when nobody waits.
---             Its name is also the channel on which a freed key is told.
+--             Its name is also the channel on which freed keys are told: to the server
+--             named, or to all (*).
 -- Moments are microseconds since the epoch by this Valkey's clock; records and events are msgpack.
 --
 -- The rules are those of pool.py, once more, and the contract suite holds both to them.
@@ -92,11 +93,34 @@ local function available()
   return call('ZCOUNT', STATES, 0, 0)
 end
 
+-- Tell freed keys to a server where somebody waits: to one, by lot, with the same chance for each who waits,
+-- whichever server it waits at; or to all, if there may be enough for more than one.
+local function tell_freed(count)
+  local waiters, total = call('HGETALL', WAITERS), 0
+  if #waiters == 0 then return end
+  local counts = {}
+  for i = 2, #waiters, 2 do
+    local waiting, ends = waiters[i]:match('(%d+) (%d+)')
+    counts[i] = tonumber(ends) > NOW and tonumber(waiting) or 0
+    total = total + counts[i]
+  end
+  if count > 1 then
+    call('PUBLISH', WAITERS, '*')
+  elseif total > 0 then
+    local lot = NOW % total
+    for i = 2, #waiters, 2 do
+      lot = lot - counts[i]
+      if lot < 0 then
+        call('PUBLISH', WAITERS, waiters[i - 1])
+        return
+      end
+    end
+  end
+end
+
 -- What every script answers: how many keys are available here, and then what it has to say.
 local function answer(said)
-  if freed > 0 and call('EXISTS', WAITERS) == 1 then
-    call('PUBLISH', WAITERS, freed)
-  end
+  if freed > 0 then tell_freed(freed) end
   table.insert(said, 1, available())
   return said
 end
