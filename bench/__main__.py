@@ -18,6 +18,8 @@ BENCHES = (
     "restore",
     "viewers",
     "workers",
+    "scaling",
+    "fleet",
 )
 
 

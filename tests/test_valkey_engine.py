@@ -411,7 +411,7 @@ async def test_lease_numbers_grow_over_servers_and_lost_writes(shared: Valkey) -
             last = lease.lease
             await other.unblock(lease.key, lease.lease)
     for partition in range(16):
-        shared.ask("HDEL", keys_of(f"test{number}", partition)[0], "tick")
+        shared.ask("HDEL", keys_of(f"test{number}", partition, 16)[0], "tick")
     async with engine_on(url) as third:
         assert (await third.acquire(None, 0)).lease > last
 

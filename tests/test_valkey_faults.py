@@ -25,8 +25,7 @@ from valkeys import Cluster, Valkey
 
 from keypool.engine.valkey import ValkeyEngine
 from keypool.engine.valkey_link import Link
-from keypool.engine.valkey_nodes import slot_of
-from keypool.engine.valkey_scripts import keys_of
+from keypool.engine.valkey_scripts import keys_of, slot_of
 from keypool.errors import KeypoolError, StartError, StorageUnavailable
 
 
@@ -232,7 +231,7 @@ async def test_slots_that_move_are_followed() -> None:
     with Cluster() as cluster:
         async with engine_on(cluster.url, 4) as engine:
             texts = [key.key for key in await engine.generate(40)]
-            slot = slot_of(keys_of("keypool", 2)[0])
+            slot = slot_of(keys_of("keypool", 2, 4)[0])
             source = cluster.primary_of(slot)
             target = next(node for node in cluster.nodes if node is not source)
             stop = False

@@ -93,7 +93,7 @@ def age(valkey: Valkey, pool: str, partitions: int, seconds: float) -> None:
     """Let the pool grow older: every deadline comes nearer by so much, as if the time had passed."""
     with valkey.commands() as commands:
         for partition in range(partitions):
-            commands.ask("EVAL", _AGE, 8, *keys_of(pool, partition), round(seconds * 1e6))
+            commands.ask("EVAL", _AGE, 8, *keys_of(pool, partition, partitions), round(seconds * 1e6))
 
 
 def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
@@ -102,7 +102,7 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
     ids: set[int] = set()
     with valkey.commands() as commands:
         for partition in range(partitions):
-            meta, records, states, expiry, in_ids, texts, _, _ = keys_of(pool, partition)
+            meta, records, states, expiry, in_ids, texts, _, _ = keys_of(pool, partition, partitions)
             told = commands.ask("HGETALL", records)
             kept = {
                 text: msgspec.msgpack.decode(packed)

@@ -76,6 +76,11 @@ class Valkey:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start it, again if it was ended; returns when it answers."""
         log = Path(self._folder.name) / "log"
@@ -197,6 +202,7 @@ class Cluster:
             "--cluster-config-file", "nodes.conf", "--repl-diskless-sync-delay", "0",
         ]  # fmt: skip
         self.nodes: list[Valkey] = []
+        self._primaries = primaries
         try:
             for port in ports:
                 self.nodes.append(Valkey(*settings, *flags, port=port))
@@ -234,6 +240,28 @@ class Cluster:
                     if start <= slot <= end:
                         return next(each for each in self.nodes if each.port == port)
         raise AssertionError(f"nobody has slot {slot}")
+
+    def mend(self) -> None:
+        """Start those that were ended, and wait until all are in step again."""
+        for node in self.nodes:
+            if not node.running:
+                node.start()
+        self._until(lambda: all(self._serves(node) for node in self.nodes), "the cluster serves")
+        self._until(lambda: all(map(self._leads_or_follows, self.nodes)), "replicas are in step")
+
+    def _leads_or_follows(self, node: Valkey) -> bool:
+        told = node.ask("INFO", "replication").decode()
+        replicas = len(self.nodes) // self._primaries - 1
+        leads = "role:master" in told and f"connected_slaves:{replicas}" in told
+        return leads or ("role:slave" in told and "master_link_status:up" in told)
+
+    def replica_of(self, primary: Valkey) -> Valkey:
+        """A replica of a primary."""
+        return next(
+            node
+            for node in self.nodes
+            if node.running and (role := node.ask("ROLE"))[0] == b"slave" and role[2] == primary.port
+        )
 
     def _knows_all(self, node: Valkey) -> bool:
         lines = node.ask("CLUSTER", "NODES").decode().splitlines()

@@ -1,7 +1,7 @@
 """The pool in a Valkey or Redis (6.2 and newer), or a cluster of them, shared by any number of servers.
 
 How it is kept. The pool has `--partitions` partitions, and a key stands in the one that the CRC-32 of its text
-names. All that a partition has lies under names that start with `{POOL:PARTITION}:`, so it lies in one slot
+names. All that a partition has lies under names that start with its tag (`{POOL:3.17}:`), so it lies in one slot
 of a cluster, and a call is one script (lua/*.lua) on one partition, which is done as a whole or not at all;
 lua/common.lua has the names and what stands in each. Beside them is one hash, `{POOL}:pool`:
 

@@ -182,6 +182,8 @@ async def connect(
         replies = [link.ask(*command) for command in hello]
         await asyncio.wait(replies)
         for reply in replies:
+            reply.exception()  # all are looked at: after a wrong password, every command fails
+        for reply in replies:
             reply.result()
     except BaseException:
         link.close()

@@ -13,6 +13,9 @@ from keypool.engine.valkey_url import ValkeyUrl
 from keypool.errors import StartError, StorageUnavailable
 
 LAYOUT = 1
+MOVING = 0
+"""In place of the layout, what keypool migrate writes until all is there."""
+
 _AWAY_SECONDS = 3.0  # without a look at a partition after which no server is alive
 _SLICE = 500  # keys that one script deals with
 _log = logging.getLogger("keypool.valkey")
@@ -85,6 +88,11 @@ async def read_facts(nodes: Nodes, pool: str, partitions: int) -> PoolFacts:
         await nodes.ask(key, "HSETNX", key, field, value)
     told = await nodes.ask(key, "HGETALL", key)
     facts = {name.decode(): int(value) for name, value in zip(told[::2], told[1::2], strict=True)}
+    if facts["layout"] == MOVING:
+        raise StartError(
+            f"the pool {pool} is being moved in by keypool migrate; if that was broken off, run it again with "
+            "--clear"
+        )
     if facts["layout"] != LAYOUT:
         raise StartError(f"the pool {pool} has layout {facts['layout']}; this version knows {LAYOUT}")
     if facts["partitions"] != partitions:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
@@ -189,11 +189,14 @@ class Waiters:
         """Serve the first in the queue, some at a time; whether anybody was."""
         first = list(islice(self._waiters, SERVED_AT_ONCE))
         leases = await self._take([waiter.owner for waiter in first], sure)
+        # Who came since must not get one of these: it would hold an older lease than it may have been told of.
+        still = deque(waiter for waiter in first if waiter in self._waiters)
         for owner, lease in leases:
-            if not self._waiters:
+            if not still:
                 self._give_back(lease)
                 continue
-            waiter = self._pop()
+            waiter = still.popleft()
+            self._leave(waiter)
             if waiter.owner != owner:
                 self._hand_over(lease, waiter.owner)
             waiter.served.set_result(lease)

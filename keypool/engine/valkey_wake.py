@@ -28,7 +28,7 @@ class Wake:
     ) -> None:
         self._nodes = nodes
         self._on_freed = on_freed
-        names = [keys_of(pool, partition)[-1] for partition in range(partitions)]
+        names = [keys_of(pool, partition, partitions)[-1] for partition in range(partitions)]
         self._partition_of = {name.encode(): partition for partition, name in enumerate(names)}
         self._link: Link | None = None
         self._lost = asyncio.Event()
