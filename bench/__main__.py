@@ -19,6 +19,8 @@ BENCHES = (
     "restore",
     "viewers",
     "workers",
+    "scaling",
+    "fleet",
 )
 
 

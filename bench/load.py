@@ -178,6 +178,8 @@ class _Connection(asyncio.Protocol):
 
 def _length(received: bytes, head: int) -> int:
     at = received.find(b"Content-Length: ", 0, head)
+    if at < 0:  # uvicorn's way to write it
+        at = received.find(b"content-length: ", 0, head)
     if at < 0:
         return 0
     return int(received[at + 16 : received.find(b"\r\n", at)])

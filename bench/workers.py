@@ -1,10 +1,14 @@
 """Many worker processes share few keys through the client, while the server is killed and started again.
 
     python -m bench.workers [--workers 50] [--keys 10] [--seconds 30] [--kills 2] [--data FILE]
+    python -m bench.workers --engine valkey://127.0.0.1:6379/0 --servers 3 --kills 10
 
 What it shows: no key is ever used by two at once, every worker makes progress, and nothing is left blocked at
 the end. Whether two use one key at once is asked of the operating system, not of keypool: a worker that holds a
 key locks a file that stands for it, and finds it locked if anybody else is in there.
+
+With --engine there are --servers of them over one Valkey or cluster, each worker asks any of them for each use, and
+any is killed.
 """
 
 from __future__ import annotations
@@ -34,22 +38,25 @@ QUICK = ["--workers", "10", "--keys", "3", "--seconds", "2"]
 _READY = re.compile(r"ready on http://\S+:(\d+)/")
 
 
-def work(url: str, locks: Path, number: int) -> dict[str, int]:
+def work(urls: Sequence[str], locks: Path, number: int) -> dict[str, int]:
     """Lease, use and give back until standard input ends; what came of it. Uses stay well within a lease.
+
+    Each use asks any of the servers, and gives back to the same.
 
     Each line of standard input asks for a sign of life: it is answered by a line after the next use of a key.
     """
     counts = {"used": 0, "clashes": 0, "errors": 0, "lost": 0}
     rng = random.Random(number)
     asked = False
-    with KeyPool(url, retry=Retry(seconds=20, most=0.5)) as pool:
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(KeyPool(url, retry=Retry(seconds=20, most=0.5))) for url in urls]
         while True:
             if select.select([sys.stdin], [], [], 0)[0]:
                 if not sys.stdin.readline():
                     return counts
                 asked = True
             try:
-                with pool.lease(owner=f"worker-{number}", wait=5) as key:
+                with rng.choice(pools).lease(owner=f"worker-{number}", wait=5) as key:
                     _use(locks / hashlib.sha256(str(key).encode()).hexdigest(), counts, rng.uniform(0, 0.02))
                 if asked:
                     print("used", flush=True)
@@ -74,9 +81,10 @@ def _use(lock: Path, counts: dict[str, int], seconds: float) -> None:
 class Server:
     """A server that is killed and comes back on the same port."""
 
-    def __init__(self, data: str, keepalive_seconds: float = 300.0) -> None:
+    def __init__(self, where: str, keepalive_seconds: float = 300.0) -> None:
+        """`where` is the path of a data file, or the URL of an engine."""
         self._flags = [
-            f"--data={data}",
+            f"--engine={where}" if "://" in where else f"--data={where}",
             f"--block-seconds={BLOCK_SECONDS}",
             f"--keepalive-seconds={keepalive_seconds}",
         ]
@@ -113,39 +121,45 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(data: str) -> Iterator[Server]:
-    """A server that is gone at the end."""
-    server = Server(data)
+def running(where: str, count: int = 1) -> Iterator[list[Server]]:
+    """Servers that are gone at the end."""
+    servers: list[Server] = []
     try:
-        yield server
+        servers.extend(Server(where) for _ in range(count))  # one by one
+        yield servers
     finally:
-        server.end()
+        for server in servers:
+            server.end()
 
 
-def trial(workers: int, keys: int, seconds: float, kills: int, data: str | None = None) -> dict[str, object]:
+def trial(
+    workers: int, keys: int, seconds: float, kills: int, where: str | None = None, *, servers: int = 1
+) -> dict[str, object]:
     """One run; what it has shown. Raises AssertionError if a promise was broken.
 
     The data file is the run's own unless one is named.
     Between two kills each worker has to use a key at least once, however long that takes; `seconds` is how long
-    the whole goes on beyond that.
+    the whole goes on beyond that. `where` is a data file, or an engine that the `servers` share.
     """
+    draw = random.Random(workers)
     with (
         tempfile.TemporaryDirectory(prefix="keypool-workers-") as folder,
-        running(data or f"{folder}/keypool.db") as server,
+        running(where or f"{folder}/keypool.db", servers) as running_servers,
     ):
-        url = f"http://127.0.0.1:{server.port}"
-        with KeyPool(url) as pool:
+        urls = [f"http://127.0.0.1:{server.port}" for server in running_servers]
+        with KeyPool(urls[0]) as pool:
             pool.generate_many(keys)
-        processes = [_spawn(url, Path(folder), number) for number in range(workers)]
+        processes = [_spawn(urls, Path(folder), number) for number in range(workers)]
         for phase in range(kills + 1):
             if phase:
-                server.kill()
-                server.start()
+                victim = draw.choice(running_servers)
+                victim.kill()
+                victim.start()
             _signs_of_life(processes)
             time.sleep(seconds / (kills + 1))
         results = [json.loads(process.communicate()[0]) for process in processes]
         assert all(process.returncode == 0 for process in processes)
-        with KeyPool(url) as pool:
+        with KeyPool(urls[-1]) as pool:
             _wait_until_free(pool)
             stats = pool.stats()
     summary: dict[str, object] = {name: sum(each[name] for each in results) for name in results[0]}
@@ -155,8 +169,8 @@ def trial(workers: int, keys: int, seconds: float, kills: int, data: str | None 
     return summary
 
 
-def _spawn(url: str, folder: Path, number: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "bench.workers", "--work", url, str(folder), str(number)]
+def _spawn(urls: Sequence[str], folder: Path, number: int) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "bench.workers", "--work", str(folder), str(number), *urls]
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
 
@@ -182,8 +196,8 @@ def _wait_until_free(pool: KeyPool) -> None:
 def main(arguments: Sequence[str]) -> int:
     """See the module. Raises AssertionError if a promise was broken."""
     if arguments[:1] == ["--work"]:
-        url, folder, number = arguments[1:]
-        print(json.dumps(work(url, Path(folder), int(number))))
+        folder, number, *urls = arguments[1:]
+        print(json.dumps(work(urls, Path(folder), int(number))))
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,9 +207,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--data", help="a file, in place of one in a temporary folder")
+    parser.add_argument("--engine", help="the URL of an empty Valkey or cluster, in place of --data")
+    parser.add_argument("--servers", type=int, default=1, help="over that engine")
     args = parser.parse_args(arguments)
-    summary = trial(args.workers, args.keys, args.seconds, args.kills, args.data)
-    print(f"{args.workers} workers, {args.keys} keys, {args.seconds:g} s, {args.kills} kills")
+    servers = args.servers if args.engine else 1
+    summary = trial(
+        args.workers, args.keys, args.seconds, args.kills, args.engine or args.data, servers=servers
+    )
+    print(
+        f"{args.workers} workers, {args.keys} keys, {args.seconds:g} s, {servers} servers, {args.kills} kills"
+    )
     print("\n".join(f"{name:>10} {value}" for name, value in summary.items()))
     return 0
 

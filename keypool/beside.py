@@ -19,7 +19,7 @@ HEADERS: Described = {
     "Cache-Control": {"schema": {"type": "string", "enum": ["no-store"]}},
     "Location": {"description": "where the key is", "schema": {"type": "string"}},
     "Retry-After": {
-        "description": "whole seconds to the earliest release, when some key is blocked",
+        "description": "whole seconds: of a 404 to the earliest release, when some key is blocked",
         "schema": {"type": "integer", "minimum": 1},
     },
     "WWW-Authenticate": {"schema": {"type": "string"}},
@@ -32,7 +32,11 @@ def _headers(*names: str) -> Described:
 
 OF_ALL = _headers("X-Request-Id", "Cache-Control")
 LOCATION = _headers("Location")
-_OF_STATUS = {"401": _headers("WWW-Authenticate"), "404": _headers("Retry-After")}
+_OF_STATUS = {
+    "401": _headers("WWW-Authenticate"),
+    "404": _headers("Retry-After"),
+    "503": _headers("Retry-After"),
+}
 
 
 def problem(codes: str, schema: Described, status: str) -> Described:

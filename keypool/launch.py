@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 from keypool import in_force, logs, runtime
 from keypool.errors import SettingsError, StartError
+from keypool.processes import Group
 from keypool.serving import serve
-from keypool.settings import load
+from keypool.settings import Settings, load
+from keypool.station import Alone, Member
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,10 +23,26 @@ def main(argv: Sequence[str]) -> int:
             return 0
         logs.configure(settings.log_level, settings.log_format)
         runtime.spare_the_old_generation()
-        runtime.run(serve(settings))
+        if settings.processes > 1:
+            return _serve_together(settings)
+        runtime.run(serve(settings, Alone()))
     except SettingsError as error:
-        print(f"keypool: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, 2)
     except StartError as error:
-        print(f"keypool: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, 1)
+
+
+def _serve_together(settings: Settings) -> int:
+    def serve_one(member: Member) -> int:
+        try:
+            runtime.run(serve(settings, member))
+        except StartError as error:
+            return _fail(error, 1)
+
+    seconds = settings.drain_seconds
+    return Group(settings.processes, settings.address, settings.port, seconds, serve_one, os.environ).run()
+
+
+def _fail(error: StartError, status: int) -> int:
+    print(f"keypool: {error}", file=sys.stderr, flush=True)
+    return status

@@ -20,7 +20,8 @@ class Notifier:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._address = environ.get("NOTIFY_SOCKET", "")
-        self._interval = _watchdog_seconds(environ) / 2
+        self.interval = _watchdog_seconds(environ) / 2
+        """Seconds between two signs of life; 0 if nobody waits for them."""
         self._socket: socket.socket | None = None
         if self._address.startswith(("/", "@")) and hasattr(socket, "AF_UNIX"):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -30,19 +31,26 @@ class Notifier:
         """One line for `systemctl status`."""
         self._send(f"STATUS={text}")
 
-    def ready(self, text: str) -> None:
-        """The server serves; from now on the watchdog is fed, twice in the time that it waits."""
+    def ready(self, text: str, *, feed: bool = True) -> None:
+        """The server serves; from now on the watchdog is fed, twice in the time that it waits.
+
+        `feed=False` leaves that to the caller, who has no loop.
+        """
         self._send(f"READY=1\nSTATUS={text}\nMAINPID={os.getpid()}")
-        if self._socket is not None and self._interval > 0:
+        if feed and self._socket is not None and self.interval > 0:
             self._feed()
+
+    def alive(self) -> None:
+        """A sign of life."""
+        self._send("WATCHDOG=1")
 
     def stopping(self, text: str) -> None:
         """The server stops. The watchdog is fed on: a drain hangs, if it does, like anything else."""
         self._send(f"STOPPING=1\nSTATUS={text}")
 
     def _feed(self) -> None:
-        self._send("WATCHDOG=1")
-        IOLoop.current().call_later(self._interval, self._feed)
+        self.alive()
+        IOLoop.current().call_later(self.interval, self._feed)
 
     def _send(self, message: str) -> None:
         if self._socket is None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -34,8 +33,8 @@ from keypool.fast import FastServer
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.scrape import Scraped
 from keypool.limits import Doorman, Limits
-from keypool.notify import Notifier
 from keypool.settings import Settings
+from keypool.station import Alone, Member, Station
 from keypool.stock import StockServer
 
 _QUIET_TURNS = 3  # turns of the loop without a new request, after which what had come has been read
@@ -67,15 +66,15 @@ SERVERS: dict[str, Callable[[Application, Limits | None], HttpServer]] = {
 """Each server by the value of --http."""
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, station: Station) -> int:
     """Serve until told to stop; the exit status. Raises StartError."""
-    asked_to_stop = _Signals().asked
-    sockets = _bind(settings)
+    asked_to_stop = station.stop_asked()
+    # One of several takes no connection before it can serve it: the others do.
+    sockets = _bind(settings) if isinstance(station, Alone) else []
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
     server = SERVERS[settings.http](make_loading_app(access), None)
     server.add_sockets(sockets)
-    notifier = Notifier(os.environ)
-    notifier.status("loading")
+    station.loading()
     stop = asyncio.ensure_future(asked_to_stop.wait())
     loading = asyncio.ensure_future(open_engine(settings))
     await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
@@ -87,13 +86,14 @@ async def serve(settings: Settings) -> int:
     await app.settings["dashboard"].counting.wait()  # or what happens first would be in no chart
     server.serve_app(app)
     _measure(server, app.settings["scraped"])
-    _log.info("ready on %s", _url(settings, sockets))
-    notifier.ready(f"serving on {_url(settings, sockets)}")
+    if isinstance(station, Member):
+        sockets = _bind_shared(settings, station)
+        server.add_sockets(sockets)
+    station.ready(_url(settings, sockets))
     await stop
-    _log.info("draining")
-    notifier.stopping("draining")
+    station.draining()
     await _drain(server, sockets, app, engine, settings.drain_seconds)
-    _log.info("stopped")
+    station.stopped()
     return 0
 
 
@@ -125,12 +125,24 @@ async def _open_valkey(settings: Settings, rules: dict[str, Any]) -> Engine:
 
 
 def _bind(settings: Settings) -> list[socket.socket]:
+    return _listen(settings.address, settings.port)
+
+
+def _bind_shared(settings: Settings, member: Member) -> list[socket.socket]:
+    """The address that all processes share, and the one that is this one's own."""
+    sockets = _listen(settings.address, member.port, shared=True)
+    if settings.process_port:
+        sockets += _listen(settings.address, settings.process_port + member.index)
+    return sockets
+
+
+def _listen(address: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     try:
-        return bind_sockets(settings.port, settings.address, backlog=1024)
+        return bind_sockets(port, address, backlog=1024, reuse_port=shared)
     except OSError as error:
         resolving = isinstance(error, socket.gaierror)  # whose numbers are not the system's
         reason = os.strerror(error.errno) if error.errno and not resolving else error.strerror or str(error)
-        raise StartError(f"can't listen on {settings.address}, port {settings.port}: {reason}") from None
+        raise StartError(f"can't listen on {address}, port {port}: {reason}") from None
 
 
 def _url(settings: Settings, sockets: list[socket.socket]) -> str:
@@ -182,21 +194,3 @@ async def _wait_idle(server: HttpServer, in_flight: InFlight, deadline: float) -
         idle = server.began == began and not in_flight.count and not server.writing()
         quiet = quiet + 1 if idle else 0
     return True
-
-
-class _Signals:
-    """The first SIGTERM or SIGINT asks to stop; the second doesn't ask."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._got, number)
-
-    def _got(self, number: signal.Signals) -> None:
-        if self.asked.is_set():
-            _log.warning("second signal (%s): stopping now", number.name)
-            logging.shutdown()
-            os._exit(1)
-        _log.info("%s: stopping", number.name)
-        self.asked.set()

@@ -14,6 +14,8 @@ reads are the TOML file and those of the tokens, once, in `load`. No error and n
 
 from __future__ import annotations
 
+import os
+import socket
 import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -34,7 +36,9 @@ _TOML_FILE = File("a TOML file")
 
 def _setting(default: Default, kind: Text, about: str) -> Default:
     # Like dataclasses.field itself, this claims to return the default and returns the field that holds it.
-    made: Any = field(default=default, metadata={"kind": kind, "about": about})
+    # The engine's URL may hold a password.
+    shown = not isinstance(kind, EngineName)
+    made: Any = field(default=default, repr=shown, metadata={"kind": kind, "about": about})
     return made  # type: ignore[no-any-return]
 
 
@@ -68,10 +72,18 @@ class Settings:
         Choice("fast", "tornado"),
         "which HTTP server: keypool's own, or Tornado's, slower, with the same answers",
     )
+    processes: int = _setting(
+        1, Whole(1, 256), "server processes on one address; more than 1 takes an engine that they can share"
+    )
+    process_port: int = _setting(
+        0,
+        Whole(0, 65535),
+        "with several processes, the first of as many ports more, each of one process alone; 0 for none",
+    )
     block_seconds: float = _setting(60.0, Seconds(), "how long an acquired key stays blocked")
     keepalive_seconds: float = _setting(300.0, Seconds(), "how long a key lives without a keepalive")
     key_length: int = _setting(20, Whole(16, 64), "characters in a new key")
-    max_keys: int = _setting(1_000_000, Whole(1, 100_000_000), "keys in the pool at most")
+    max_keys: int = _setting(1_000_000, Whole(1, 10_000_000_000), "keys in the pool at most")
     max_waiters: int = _setting(10_000, Whole(0, 1_000_000), "acquires waiting for a key at most")
     restart_grace: float = _setting(
         0.0, Seconds(low=0.0), "keys that would be dead by then live until so long after the start"
@@ -97,6 +109,8 @@ class Settings:
             # A default is right as it is, and None, that of `config`, is what nobody can give.
             if value != option.default:
                 option.kind.typed(option.name, value)
+        if self.processes > 1:
+            _check_processes(self)
         if self.open and not is_loopback(self.address):
             raise SettingsError(_no_token(self))
 
@@ -209,10 +223,32 @@ def _from_toml(flags: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[s
     return {key: options[key].kind.typed(f"{key} in {file}", value) for key, value in found.items()}
 
 
-def _no_token(settings: Settings) -> str:
+def _check_processes(settings: Settings) -> None:
+    source = _source(settings, "processes")
+    if settings.engine == "embedded":
+        raise SettingsError(
+            f"{source} takes 1 with the embedded engine, whose pool is one process's own, not "
+            f"{settings.processes}: more share a pool by --engine=valkey://HOST:PORT/DB"
+        )
+    if not (hasattr(os, "fork") and hasattr(socket, "SO_REUSEPORT")):
+        raise SettingsError(f"{source} takes 1 on this system, which has no fork or no SO_REUSEPORT")
+    if settings.process_port and settings.process_port + settings.processes > 65536:
+        raise SettingsError(
+            f"{_source(settings, 'process_port')} takes at most {65536 - settings.processes} with "
+            f"{settings.processes} processes, not {settings.process_port}: each has a port of its own"
+        )
+
+
+def _source(settings: Settings, name: str) -> str:
+    """What the user gave this setting by."""
+    option = next(each for each in OPTIONS if each.name == name)
     file = shown_path(settings.config or "the TOML file")
-    names = {"flag": "--address", "environment": "KEYPOOL_ADDRESS", "toml": f"address in {file}"}
-    source = names.get(settings.origins["address"], "address")
+    names = {"flag": option.flag, "environment": option.variable, "toml": f"{name} in {file}"}
+    return names.get(settings.origins[name], name)
+
+
+def _no_token(settings: Settings) -> str:
+    source = _source(settings, "address")
     variables = ", ".join(token_variables(role)[0] for role in ROLES)
     return (
         f"{source} takes a loopback address (127.0.0.1, ::1, localhost) as long as there is no token, "

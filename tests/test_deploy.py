@@ -124,3 +124,14 @@ def test_compose_mounts_files_that_there_are() -> None:
     """Every path of the repository that it names, but the secrets, which the user makes."""
     for path in re.findall(r"\.\./[\w./-]+", COMPOSE.read_text()):
         assert (COMPOSE.parent / path).exists(), path
+
+
+def test_many_processes_are_settings_that_there_are() -> None:
+    """Each variable that compose names is a setting, and Prometheus scrapes the ports that the processes get."""
+    text = (DEPLOY / "docker" / "many.yaml").read_text()
+    given = dict(re.findall(r"^ +(KEYPOOL_\w+): \"?([^\"\n]+)", text, re.MULTILINE))
+    assert given.keys() <= {option.variable for option in OPTIONS}
+    first, count = int(given["KEYPOOL_PROCESS_PORT"]), int(given["KEYPOOL_PROCESSES"])
+    scraped = re.findall(r"keypool:(\d+)", (DEPLOY / "prometheus" / "prometheus-many.yml").read_text())
+    assert [int(port) for port in scraped] == list(range(first, first + count))
+    assert "noeviction" in text

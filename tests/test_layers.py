@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "keypool",  # the version
+    "keypool.with_parent",
     # The client, which knows nothing of the server
     "keypool.client.clock keypool.client.errors",
     "keypool.client.wire keypool.client.shapes",
@@ -54,12 +55,14 @@ LAYERS = (
     "keypool.engine.valkey_url keypool.engine.valkey_scripts",
     "keypool.engine.valkey_link keypool.engine.valkey_waiters",
     "keypool.engine.valkey_look keypool.engine.valkey_nodes keypool.engine.valkey_pages",
-    "keypool.engine.valkey_wake",
+    "keypool.engine.valkey_partitions keypool.engine.valkey_wake",
+    "keypool.engine.valkey_looks",
+    "keypool.engine.valkey_draws",
     "keypool.engine.valkey",
     "keypool.engine.valkey_open",
     "keypool.engine.clock keypool.engine.datafile keypool.engine.loading keypool.engine.timers",
-    "keypool.engine.writer",
-    "keypool.engine.link",
+    "keypool.engine.moving keypool.engine.writer",
+    "keypool.engine.link keypool.engine.moving_valkey",
     "keypool.engine.journal",
     "keypool.engine.embedded",
     "keypool.engine.durable",
@@ -83,10 +86,10 @@ LAYERS = (
     "keypool.fast keypool.stock",
     "keypool.handlers.dashboard keypool.handlers.feed keypool.handlers.scrape keypool.handlers.static",
     "keypool.handlers.signin",
-    "keypool.app keypool.reference",
-    "keypool.runtime keypool.serving",
+    "keypool.app keypool.reference keypool.station",
+    "keypool.processes keypool.runtime keypool.serving",
     "keypool.launch",
-    "server keypool.cli.main",
+    "server keypool.cli.main keypool.cli.migrating",
     "keypool.__main__",
 )
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row.split()}

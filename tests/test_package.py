@@ -86,6 +86,9 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     } <= names
     for path in (ROOT / "keypool").rglob("*.py"):
         assert path.relative_to(ROOT).as_posix() in names
+    lua = {f"keypool/engine/lua/{path.name}" for path in (ROOT / "keypool/engine/lua").glob("*.lua")}
+    assert lua
+    assert lua <= names
     assert {"keypool/_web/templates/probe/page.html", "keypool/_web/static/probe/style.css"} <= names
     for folder in resources.FOLDERS:
         for path in (ROOT / folder).rglob("*"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -75,6 +76,11 @@ class Valkey:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start it, again if it was ended; returns when it answers."""
         log = Path(self._folder.name) / "log"
@@ -109,6 +115,18 @@ class Valkey:
         with self.commands() as commands:
             return commands.ask(*words)
 
+    def replicated(self) -> bool:
+        """Whether a replica has all that was written here when this began to be asked for; asks for 20 s."""
+        told = self.ask("INFO", "replication").decode()
+        wanted = int(_found(r"master_repl_offset:(\d+)", told))
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if int(_found(r"slave0:.*?offset=(\d+)", told) or -1) >= wanted:
+                return True
+            time.sleep(0.01)
+            told = self.ask("INFO", "replication").decode()
+        return False
+
     def kill(self) -> None:
         """End it as power loss would."""
         if self._process is not None:
@@ -138,6 +156,11 @@ class Valkey:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""
 
 
 class Commands:
@@ -179,6 +202,7 @@ class Cluster:
             "--cluster-config-file", "nodes.conf", "--repl-diskless-sync-delay", "0",
         ]  # fmt: skip
         self.nodes: list[Valkey] = []
+        self._primaries = primaries
         try:
             for port in ports:
                 self.nodes.append(Valkey(*settings, *flags, port=port))
@@ -216,6 +240,28 @@ class Cluster:
                     if start <= slot <= end:
                         return next(each for each in self.nodes if each.port == port)
         raise AssertionError(f"nobody has slot {slot}")
+
+    def mend(self) -> None:
+        """Start those that were ended, and wait until all are in step again."""
+        for node in self.nodes:
+            if not node.running:
+                node.start()
+        self._until(lambda: all(self._serves(node) for node in self.nodes), "the cluster serves")
+        self._until(lambda: all(map(self._leads_or_follows, self.nodes)), "replicas are in step")
+
+    def _leads_or_follows(self, node: Valkey) -> bool:
+        told = node.ask("INFO", "replication").decode()
+        replicas = len(self.nodes) // self._primaries - 1
+        leads = "role:master" in told and f"connected_slaves:{replicas}" in told
+        return leads or ("role:slave" in told and "master_link_status:up" in told)
+
+    def replica_of(self, primary: Valkey) -> Valkey:
+        """A replica of a primary."""
+        return next(
+            node
+            for node in self.nodes
+            if node.running and (role := node.ask("ROLE"))[0] == b"slave" and role[2] == primary.port
+        )
 
     def _knows_all(self, node: Valkey) -> bool:
         lines = node.ask("CLUSTER", "NODES").decode().splitlines()

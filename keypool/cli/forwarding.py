@@ -8,12 +8,10 @@ note them, and what the terminal may have sent is left to it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +22,6 @@ _PASSED_ON = [
 ]
 _BY_TERMINAL = (signal.SIGINT, getattr(signal, "SIGQUIT", None))
 _TICK = 0.5  # seconds between looks at the command where nothing tells that it has ended
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -116,17 +113,3 @@ class _Noted:
     def end(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def end_with_parent(parent: int) -> Callable[[], None]:
-    """What a child calls to get a SIGTERM when its parent dies. Nothing but on Linux."""
-    if sys.platform != "linux":
-        return lambda: None
-    libc = ctypes.CDLL(None)  # before the fork: loading isn't safe after it
-
-    def follow() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # it died before the request
-            os._exit(128 + signal.SIGTERM)
-
-    return follow

@@ -22,9 +22,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from keypool.cli.connect import connect
-from keypool.cli.forwarding import Foreground, end_with_parent, signals_for
+from keypool.cli.forwarding import Foreground, signals_for
 from keypool.cli.status import CommandError, Status
 from keypool.client import HeldKey, KeyPoolError, LeaseLost
+from keypool.with_parent import end_with_parent
 
 _GRACE = 5.0  # seconds between asking a command to end and ending it
 
@@ -73,7 +74,7 @@ def _prepared(restore: Callable[[], None]) -> Callable[[], None] | None:
     """What the child does before it becomes the command."""
     if os.name != "posix":
         return None
-    follow = end_with_parent(os.getpid())
+    follow = end_with_parent(os.getpid(), signal.SIGTERM)
 
     def prepare() -> None:
         restore()

@@ -47,6 +47,23 @@ Add = Callable[[str, str, str], argparse.ArgumentParser]
 def _server_words(add: Add) -> None:
     # Its flags are the server's own, and are read by it: main.py calls it before this parser.
     add("serve", "keypool.launch:main", "run a server; --help after it lists its settings")
+    words = add("migrate", "keypool.cli.migrating:migrate", "move a pool: data file to Valkey, or back")
+    words.add_argument(
+        "--from", dest="source", required=True, metavar="PLACE", help="a data file, a URL, or env:VARIABLE"
+    )
+    words.add_argument(
+        "--to",
+        dest="target",
+        required=True,
+        metavar="PLACE",
+        help="valkey://HOST:PORT/DB, or a new data file",
+    )
+    words.add_argument(
+        "--partitions", type=_count, default=None, metavar="N", help="of the pool in Valkey; default 16"
+    )
+    words.add_argument(
+        "--clear", action="store_true", help="delete first what an unfinished migrate has left in Valkey"
+    )
     words = add("completion", "keypool.cli.completing:completion", "print the completion script of a shell")
     words.add_argument("shell", choices=SHELLS)
 

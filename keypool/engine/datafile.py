@@ -56,6 +56,7 @@ PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
+_HAS_KEYS = "SELECT count(*) FROM sqlite_master WHERE name = 'keys'"
 _MAGIC = b"SQLite format 3\0"
 _LOCK_SECONDS = 5.0
 _LOCK_INTERVAL = 0.05
@@ -145,15 +146,109 @@ def connect(path: Path) -> sqlite3.Connection:
 
 def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
     """The keys in order of id, so many at a time. O(1) memory beside the keys. Raises ValueError."""
+    for some in read_rows(path, slice_size):
+        yield [_key(row) for row in some]
+
+
+def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
+    """The same as rows; a file without a schema has none."""
     with _reading(path) as database:
         try:
+            if not database.execute(_HAS_KEYS).fetchone()[0]:
+                return
             rows = database.execute(
                 "SELECT id, text, created_at, expires_at, release_at, lease, owner FROM keys ORDER BY id"
             )
             while some := rows.fetchmany(slice_size):
-                yield [_key(row) for row in some]
+                yield some
         except (sqlite3.Error, TypeError):  # whose words may quote a key
             raise ValueError("a row of it can't be read") from None
+
+
+def count(path: Path) -> int:
+    """How many keys the file holds. O(n). Raises StartError."""
+    try:
+        with _reading(path) as database:
+            if not database.execute(_HAS_KEYS).fetchone()[0]:
+                return 0
+            found: int = database.execute("SELECT count(*) FROM keys").fetchone()[0]
+            return found
+    except sqlite3.Error as error:
+        raise StartError(f"the data file {path} can't be read: {error}") from None
+
+
+class Filling:
+    """A new file, filled by whoever holds it, without a writer process. Raises StartError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._database = connect(path)
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def write(self, rows: list[Row]) -> None:
+        """Some more rows, in one transaction."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(UPSERT, rows)
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def finish(self, numbers: dict[str, int]) -> None:
+        """The pool's numbers, and everything into the one file."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(SET_POOL, numbers.items())
+            self._database.execute("COMMIT")
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._database.close()
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._database.close()
+
+    def _failed(self, error: sqlite3.Error) -> StartError:
+        return StartError(f"the data file {self._path} can't be written: {error}")
+
+
+def release(lock: int) -> None:
+    """Let go of a file that `hold` holds."""
+    os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, and what SQLite may have left beside it."""
+    for each in (path, *_beside(path)):
+        each.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}-{name}") for name in ("wal", "shm")]
+
+
+def clear(path: Path) -> None:
+    """Empty a file that is held, and remove what SQLite may have left beside it."""
+    os.truncate(path, 0)
+    for each in _beside(path):
+        each.unlink(missing_ok=True)
+
+
+def rename(path: Path, name: Path) -> None:
+    """Give a whole, closed file its name, durably. Raises StartError if somebody has the name by now."""
+    try:
+        os.link(path, name)  # unlike a rename, it replaces nothing
+        path.unlink()
+        folder = os.open(name.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StartError(f"the data file {path} can't be renamed {name}: {error.strerror}") from None
 
 
 class _reading:  # noqa: N801 - used as a function

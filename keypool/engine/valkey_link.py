@@ -29,6 +29,9 @@ SILENCE = 3.0
 """Seconds without a reply that is due after which the other side counts as gone."""
 
 
+_CONNECT_SECONDS = 1.5
+
+
 class Lost(Exception):
     """The connection broke before the reply came: whether the command was done is not known."""
 
@@ -171,13 +174,15 @@ async def connect(
     loop = asyncio.get_running_loop()
     context = ssl.create_default_context() if tls else None
     try:
-        async with asyncio.timeout(SILENCE):
+        async with asyncio.timeout(_CONNECT_SECONDS):
             _, link = await loop.create_connection(lambda: Link(measured, on_lost), *address, ssl=context)
     except TimeoutError:
-        raise OSError("no connection within 3 s") from None
+        raise OSError(f"no connection within {_CONNECT_SECONDS:g} s") from None
     try:
         replies = [link.ask(*command) for command in hello]
         await asyncio.wait(replies)
+        for reply in replies:
+            reply.exception()  # all are looked at: after a wrong password, every command fails
         for reply in replies:
             reply.result()
     except BaseException:
@@ -191,5 +196,6 @@ def _settle(future: asyncio.Future[Reply], reply: Reply) -> None:
         return
     if isinstance(reply, (ReplyError, Lost)):
         future.set_exception(reply)
+        future.exception()  # whether or not somebody still waits for it
     else:
         future.set_result(reply)

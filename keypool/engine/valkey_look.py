@@ -65,22 +65,24 @@ def until_due(reply: Reply) -> float | None:
     return min(left) / 1e6 if left else None
 
 
-Told = tuple[int, Event]
-"""An event, and its moment in microseconds."""
+Told = tuple[int, bytes]
+"""An event as Valkey keeps it, and its moment in microseconds. Read only for the few that somebody looks at."""
 
 
 def events_in(reply: Reply) -> list[Told]:
     """The events that a partition's answer holds, oldest first."""
-    return [_event(packed) for packed in reply[EVENTS_AT:]]
-
-
-def _event(packed: bytes) -> Told:
-    change, id, start, end, owner, lease, at = _decode(packed)
-    named = owner if isinstance(owner, str) else None
-    return at, Event(Change(change), id, f"{start}…{end}", named, lease or None, moment(at / 1e6))
+    # Each ends with its moment, a number of eight bytes.
+    return [(int.from_bytes(packed[-8:]), packed) for packed in reply[EVENTS_AT:]]
 
 
 def latest(events: Sequence[Told], count: int, key_id: int | None) -> list[Event]:
     """The last `count` of these, oldest first; with `key_id`, of that key only."""
-    found = [event for _, event in events if key_id is None or event.id == key_id]
-    return found[-count:] if count else []
+    found: list[Event] = []
+    for _, packed in reversed(events):
+        if len(found) >= count:
+            break
+        change, id, start, end, owner, lease, at = _decode(packed)
+        if key_id is None or id == key_id:
+            named = owner if isinstance(owner, str) else None
+            found.append(Event(Change(change), id, f"{start}…{end}", named, lease or None, moment(at / 1e6)))
+    return found[::-1]

@@ -14,7 +14,6 @@ that has come to an end without an error, with back-off and jitter, whether or n
 from __future__ import annotations
 
 import asyncio
-import binascii
 import logging
 import random
 import re
@@ -22,14 +21,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from keypool.engine.valkey_link import Link, Lost, Measured, Reply, ReplyError, connect
-from keypool.engine.valkey_scripts import KEYS, Script, keys_of, scripts
+from keypool.engine.valkey_scripts import KEYS, SLOTS, Script, keys_of, scripts, slot_of
 from keypool.engine.valkey_url import Address, ValkeyUrl
 from keypool.errors import StorageUnavailable
 
 HELD_SECONDS = 1.0
 """How long calls wait for a connection that is being mended."""
 
-_SLOTS = 16384
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # between attempts to mend
 _REPEATS = 20  # of one command at most, for whatever reasons
 _TRYAGAIN_PAUSE = 0.05
@@ -40,12 +38,6 @@ _AWAY = frozenset({"READONLY", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "BUSY", "
 _FULL = frozenset({"OOM", "MISCONF", "NOREPLICAS"})
 
 Word = str | bytes | int | float
-
-
-def slot_of(key: str) -> int:
-    """The slot of a key whose name begins with a tag in braces, as cluster nodes count it."""
-    inner = key[key.index("{") + 1 : key.index("}")]
-    return binascii.crc_hqx(inner.encode(), 0) % _SLOTS
 
 
 class Job:
@@ -98,7 +90,7 @@ class Nodes:
         self.on_back: Callable[[], None] = lambda: None
         """Called whenever all is well again after it wasn't."""
         self._links: dict[Address, Link] = {}
-        self._of_slot: list[Address] = [url.nodes[0]] * _SLOTS
+        self._of_slot: list[Address] = [url.nodes[0]] * SLOTS
         self._of_partition: list[Address] = []
         self._slot_of_partition: list[int] = []
         self._heads: dict[str, list[bytes]] = {}
@@ -117,7 +109,7 @@ class Nodes:
 
     async def set_partitions(self, partitions: int) -> None:
         """Tell how many there are, and connect to those who have them. Raises OSError, ReplyError or Lost."""
-        keys = [keys_of(self._url.pool, partition) for partition in range(partitions)]
+        keys = [keys_of(self._url.pool, partition, partitions) for partition in range(partitions)]
         self._slot_of_partition = [slot_of(names[0]) for names in keys]
         for script in scripts().values():
             call = ["EVALSHA", script.sha, str(len(KEYS))]
@@ -150,6 +142,11 @@ class Nodes:
         link = await self._link_to(self._of_slot[slot_of(key)])
         return await link.ask(*[str(word) for word in words])
 
+    async def everywhere(self, *words: Word) -> list[Reply]:
+        """The replies of all nodes that have slots. Raises OSError, ReplyError or Lost. For the start."""
+        links = [await self._link_to(address) for address in dict.fromkeys(self._of_slot)]
+        return [await link.ask(*[str(word) for word in words]) for link in links]
+
     def any_node(self) -> Address:
         """Some node that may well be up."""
         up = [address for address, link in self._links.items() if link.up]
@@ -164,15 +161,17 @@ class Nodes:
         """How many replies are due."""
         return sum(link.in_flight for link in self._links.values())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close all connections."""
         self._closed = True
-        for task in [self._mending, *self._background]:
-            if task is not None:
-                task.cancel()
+        tasks = [task for task in (self._mending, *self._background) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._refuse_held()
         for link in list(self._links.values()):
             link.close()
+        await asyncio.sleep(0)  # in which the loop closes them
 
     # -- one call
 
@@ -277,7 +276,9 @@ class Nodes:
                 self._again = False
                 try:
                     await self._mend_once()
-                except (OSError, ReplyError, Lost) as error:
+                except Exception as error:
+                    if not isinstance(error, (OSError, ReplyError, Lost)):
+                        _log.exception("mending failed")
                     self._trouble(str(error))
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
                     pause = min(2 * pause, _LONGEST_PAUSE)
@@ -294,6 +295,9 @@ class Nodes:
     async def _mend_once(self) -> None:
         if self._url.cluster:
             self._read_slots(await self._topology())
+        elif len(self._url.nodes) > 1:
+            self._of_slot = [await self._primary()] * SLOTS
+            self._assign()
         wanted = set(self._of_partition) or {self._of_slot[0]}
         results = await asyncio.gather(*map(self._link_to, wanted), return_exceptions=True)
         for result in results:
@@ -304,17 +308,37 @@ class Nodes:
                 await _prove_primary(link)
         for partition in list(self._suspects):
             # A write that changes nothing, of the sort that is refused first.
-            meta = keys_of(self._url.pool, partition)[0]
+            meta = keys_of(self._url.pool, partition, len(self._of_partition))[0]
             await (await self._link_to(self._of_partition[partition])).ask("HINCRBY", meta, "id", 0)
             self._suspects.discard(partition)
         for address in set(self._links) - wanted:
             if not self._links[address].in_flight:
                 self._links.pop(address).close()
 
+    async def _primary(self) -> Address:
+        """Which of the addresses is the primary. Raises OSError unless one, and only one, says so: with two of
+        them, servers could go to different ones, and each would serve the same keys.
+        """
+        found = []
+        links = await asyncio.gather(*map(self._link_to, self._url.nodes), return_exceptions=True)
+        for address, link in zip(self._url.nodes, links, strict=True):
+            if isinstance(link, Link):
+                try:
+                    await _prove_primary(link)
+                    found.append(address)
+                except (OSError, ReplyError, Lost) as error:
+                    _log.debug("%s:%s isn't the primary: %s", *address, error)
+        if len(found) != 1:
+            names = ", ".join(f"{host}:{port}" for host, port in found or self._url.nodes)
+            raise OSError(
+                f"{names} are all primaries" if found else f"none of {names} is a primary that answers"
+            )
+        return found[0]
+
     async def _topology(self) -> Reply:
         """What some node says about who has which slots. Raises what the last one that was asked raises."""
         up = [address for address, link in self._links.items() if link.up]
-        known = list(dict.fromkeys([*up, *self._links, *self._of_slot[:: _SLOTS // 64], *self._url.nodes]))
+        known = list(dict.fromkeys([*up, *self._links, *self._of_slot[:: SLOTS // 64], *self._url.nodes]))
         last: Exception = OSError("no node of the cluster is known")
         for address in known:
             try:
@@ -331,8 +355,8 @@ class Nodes:
             host = primary[0].decode() if primary[0] else asked[0]
             self._of_slot[first : last + 1] = [(host, primary[1])] * (last + 1 - first)
             covered += last + 1 - first
-        if covered < _SLOTS:
-            raise OSError(f"the cluster serves {covered} of {_SLOTS} slots")
+        if covered < SLOTS:
+            raise OSError(f"the cluster serves {covered} of {SLOTS} slots")
         self._assign()
 
     def _assign(self) -> None:
@@ -379,10 +403,15 @@ class Nodes:
 
 async def _prove_primary(link: Link) -> None:
     """Raises OSError unless it is one, ReplyError while it loads."""
-    role = await link.ask("ROLE")
-    if role[0] != b"master":
-        raise OSError("READONLY: it is a replica")
     await link.ask("PING")
+    try:
+        role = await link.ask("ROLE")
+    except ReplyError as error:
+        if not str(error).startswith("NOPERM"):
+            raise
+    else:
+        if role[0] != b"master":
+            raise OSError("READONLY: it is a replica")
 
 
 def _unavailable(why: str) -> StorageUnavailable:

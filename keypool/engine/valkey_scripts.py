@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import binascii
 import hashlib
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 NAMES = (
     "acquire",
-    "count",
     "delete",
     "find",
     "generate",
     "get",
+    "grace",
     "keepalive",
+    "leave",
     "look",
+    "move_in",
+    "move_out",
     "page",
     "refuse",
     "rename",
+    "room",
     "unblock",
     "wait",
 )
 KEYS = ("meta", "records", "states", "expiry", "ids", "texts", "events", "waiters")
 """What a partition is kept in, in the order of common.lua."""
+SLOTS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +54,27 @@ def scripts() -> dict[str, Script]:
     return made
 
 
-def tag(pool: str, partition: int) -> str:
-    """What the names of a partition's keys start with: the part in braces decides the slot."""
-    return f"{{{pool}:{partition}}}"
+def slot_of(key: str) -> int:
+    """The slot of a key whose name begins with a tag in braces, as cluster nodes count it."""
+    inner = key[key.index("{") + 1 : key.index("}")]
+    return binascii.crc_hqx(inner.encode(), 0) % SLOTS
 
 
-def keys_of(pool: str, partition: int) -> list[str]:
+@cache
+def tag(pool: str, partition: int, partitions: int) -> str:
+    """What the names of a partition's keys start with: the part in braces decides the slot.
+
+    It is `{POOL:PARTITION}`, with a suffix by which the slot falls into the partition's share of all slots: so a
+    cluster whose nodes have equal ranges of them has as many partitions on each. O(partitions), once.
+    """
+    share = range(SLOTS * partition // partitions, SLOTS * (partition + 1) // partitions)
+    for number in itertools.count():
+        found = f"{{{pool}:{partition}{f'.{number}' if number else ''}}}"
+        if slot_of(found) in share:
+            return found
+    raise AssertionError("some number fits")
+
+
+def keys_of(pool: str, partition: int, partitions: int) -> list[str]:
     """The names of a partition's keys, in the order of KEYS."""
-    return [f"{tag(pool, partition)}:{name}" for name in KEYS]
+    return [f"{tag(pool, partition, partitions)}:{name}" for name in KEYS]

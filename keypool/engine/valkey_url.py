@@ -1,8 +1,8 @@
 """Where a Valkey is: the URL that `--engine` takes, read and written without its password.
 
-    valkey://[USER[:PASSWORD]@]HOST[:PORT][/DB][?pool=NAME]             one Valkey
-    valkey+cluster://[USER[:PASSWORD]@]HOST[:PORT],HOST[:PORT]…[?pool=NAME]   a cluster, by some of its nodes
-    valkeys://…, valkeys+cluster://…                                    the same over TLS
+    valkey://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]…][/DB][?pool=NAME]    one Valkey, perhaps with its replicas
+    valkey+cluster://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]…][?pool=NAME]  a cluster, by some of its nodes
+    valkeys://…, valkeys+cluster://…                                          the same over TLS
 
 User and password are percent-encoded where they hold one of `:@/?,`. A pool's name (default `keypool`) starts
 the names of all that it keeps, so several pools can share a Valkey.
@@ -28,7 +28,7 @@ _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0
 
 @dataclass(frozen=True, slots=True)
 class ValkeyUrl:
-    """What a URL says. `nodes` is one address unless it is a cluster. No repr shows the password."""
+    """What a URL says. Without `cluster`, one of `nodes` is the primary. No repr shows the password."""
 
     nodes: tuple[Address, ...]
     cluster: bool = False
@@ -47,8 +47,6 @@ def parse(url: str) -> ValkeyUrl:
     cluster = found["cluster"] is not None
     nodes = tuple(_address(text) for text in found["hosts"].split(","))
     db = int(found["db"] or 0)
-    if not cluster and len(nodes) != 1:
-        raise ValueError("one Valkey has one address")
     if cluster and db:
         raise ValueError("a cluster has one database")
     user, colon, password = (found["user"] or "").partition(":")

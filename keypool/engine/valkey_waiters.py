@@ -1,16 +1,16 @@
 """Who waits for a key at this server, and how they come by one.
 
 First come first served here: whoever comes while somebody waits, stands behind them. A freed key is told on a
-channel by the script that frees it, whichever server it runs for (listening: valkey_wake.py), as long as
-the pool knows that somebody waits; and every quarter of a second somebody looks all the same, so no key stays
-free for longer while somebody waits. Which of several servers gets it is a race.
+channel by the script that frees it, to one of the servers where somebody waits, by lot: so each who waits has
+the same chance, wherever it waits (listening: valkey_wake.py). Every quarter of a second somebody looks all the
+same, so no key stays free for longer while somebody waits, also if the word of it was lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
@@ -150,10 +150,8 @@ class Waiters:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._pump = None
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("serving those who wait failed", exc_info=task.exception())
         if self._waiters and not task.cancelled():
-            self._start()
+            self._start()  # somebody came while it was ending
 
     async def _run(self) -> None:
         """Serve until nobody waits."""
@@ -166,7 +164,9 @@ class Waiters:
                 await self._tell_waiting(sure)
                 looked_at = self._loop.time() if sure else looked_at
                 served = await self._serve(sure)
-            except StorageUnavailable as error:
+            except Exception as error:
+                if not isinstance(error, StorageUnavailable):
+                    _log.exception("serving those who wait failed")
                 served = False
                 self._told = 0
                 self._end_last_chances(list(self._waiters), error)
@@ -189,11 +189,14 @@ class Waiters:
         """Serve the first in the queue, some at a time; whether anybody was."""
         first = list(islice(self._waiters, SERVED_AT_ONCE))
         leases = await self._take([waiter.owner for waiter in first], sure)
+        # Who came since must not get one of these: it would hold an older lease than it may have been told of.
+        still = deque(waiter for waiter in first if waiter in self._waiters)
         for owner, lease in leases:
-            if not self._waiters:
+            if not still:
                 self._give_back(lease)
                 continue
-            waiter = self._pop()
+            waiter = still.popleft()
+            self._leave(waiter)
             if waiter.owner != owner:
                 self._hand_over(lease, waiter.owner)
             waiter.served.set_result(lease)
@@ -201,7 +204,7 @@ class Waiters:
             self._end_last_chances(first, None)
         return bool(leases)
 
-    def _end_last_chances(self, waiters: Sequence[Waiter], error: StorageUnavailable | None) -> None:
+    def _end_last_chances(self, waiters: Sequence[Waiter], error: Exception | None) -> None:
         for waiter in waiters:
             if waiter.last_chance and waiter in self._waiters:
                 self._leave(waiter)

@@ -186,6 +186,7 @@ class KeyPanel(DashboardHandler):
     async def get(self, *args: str) -> None:
         """See the class."""
         key_id = int(args[0][:18])
+        await self.engine.stats()  # an engine that shares its pool hears of events when it looks
         events = self.engine.recent(20, key_id)[::-1]
         part = self.get_query_argument("part", None) is not None
         try:
@@ -214,12 +215,13 @@ class KeyPanel(DashboardHandler):
 class Events(DashboardHandler):
     """/events: the latest, newest first."""
 
-    def get(self, *args: str) -> None:
+    async def get(self, *args: str) -> None:
         """See the class."""
         kind = self.get_query_argument("kind", "")
         kinds = [change.value for change in Change if change is not Change.KEPT_ALIVE]
         if kind and kind not in kinds:
             raise BadRequest(f"kind takes {', '.join(kinds)}")
+        await self.engine.stats()  # as in KeyPanel
         told = self.engine.recent(1000 if kind else SHOWN_EVENTS)
         events = [event for event in told if not kind or event.event == kind]
         self.show(

@@ -35,9 +35,9 @@ local function draw(chance)
   end
   while free_here > 0 and tries > 0 do
     local text = call('ZRANGE', STATES, rank, rank)[1]
-    local expires = tonumber(call('ZSCORE', EXPIRY, text))
-    if expires > NOW then return text, expires end
-    purge(text, 'expired')
+    local record = record_of(text)
+    if record[4] > NOW then return text, record end
+    purge(text, record, 'expired')
     free_here = free_here - 1
     tries = tries - 1
     if free_here > 0 then rank = math.random(0, free_here - 1) end
@@ -46,20 +46,20 @@ local function draw(chance)
 end
 
 for i = 9, #ARGV, 2 do
-  local text, expires = draw(tonumber(ARGV[i + 1]))
+  local text, record = draw(tonumber(ARGV[i + 1]))
   if text then
-    local record = record_of(text)
     local owner = ARGV[i] ~= '' and ARGV[i] or nil
     tick = tick + 1
     record[3] = tick * partitions + partition
-    record[4] = owner
-    call('HSET', RECORDS, text, cmsgpack.pack(record))
-    call('ZADD', STATES, NOW + block + served, text)
+    record[5] = NOW + block + served
+    record[6] = owner
+    keep(text, record)
+    call('ZADD', STATES, record[5], text)
     tell('acquired', record, text, owner)
     served = served + 1
     free_here = free_here - 1
     expected = expected - 1
-    said[#said + 1] = {text, record[1], record[3], expires - NOW}
+    said[#said + 1] = {text, record[1], record[3], record[4] - NOW}
   else
     said[#said + 1] = false
   end

@@ -1,15 +1,18 @@
 -- Stands before every script: what is overdue is dealt with first, in the partition that the call is about.
 --
 -- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
---   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, and the counters of stats
---   2 records hash: text -> {id, created, lease (0: never served), owner (only while blocked and named)}
---   3 states  sorted set: text by 0 while available, by its release deadline while blocked
+--   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
+--             `seen`, when a server last looked, and in partition 0 `room`, who may fill the pool until when
+--   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0:
+--             available), owner (only while blocked and named)}
+--   3 states  sorted set: text by its release deadline, so by 0 while available
 --   4 expiry  sorted set: text by its expiry deadline
 --   5 ids     sorted set: text by id
 --   6 texts   sorted set: text by 0, so that it is in order of text
 --   7 events  list: the latest changes, oldest first
 --   8 waiters hash: server -> "how many wait there, until when this counts"; gone when nobody waits.
---             Its name is also the channel on which a freed key is told.
+--             Its name is also the channel on which freed keys are told: to the server
+--             named, or to all (*).
 -- Moments are microseconds since the epoch by this Valkey's clock; records and events are msgpack.
 --
 -- The rules are those of pool.py, once more, and the contract suite holds both to them.
@@ -34,29 +37,30 @@ local function tell(change, record, text, owner)
 end
 
 local function record_of(text)
-  return cmsgpack.unpack(call('HGET', RECORDS, text))
+  local packed = call('HGET', RECORDS, text)
+  return packed and cmsgpack.unpack(packed)
+end
+
+local function keep(text, record)
+  call('HSET', RECORDS, text, cmsgpack.pack(record))
 end
 
 -- From either state to nowhere. Its first write is one that Valkey does without memory to spare.
-local function purge(text, change)
-  local record = record_of(text)
+local function purge(text, record, change)
   call('HDEL', RECORDS, text)
   call('ZREM', STATES, text)
   call('ZREM', EXPIRY, text)
   call('ZREM', IDS, text)
   call('ZREM', TEXTS, text)
   call('HINCRBY', META, change, 1)
-  tell(change, record, text, record[4])
-  return record
+  tell(change, record, text, record[6])
 end
 
 -- From blocked to available.
 local function free(text, record, change)
-  local owner = record[4]
-  if owner then
-    record[4] = nil
-    call('HSET', RECORDS, text, cmsgpack.pack(record))
-  end
+  local owner = record[6]
+  record[5], record[6] = 0, nil
+  keep(text, record)
   call('ZADD', STATES, 0, text)
   call('HINCRBY', META, change, 1)
   tell(change, record, text, owner)
@@ -66,39 +70,64 @@ end
 -- Purge and release what is overdue, `limit` of each at most.
 local function settle(limit)
   for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
-    purge(text, 'expired')
+    purge(text, record_of(text), 'expired')
   end
   for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
     free(text, record_of(text), 'released')
   end
 end
 
--- The expiry deadline of a live key, brought up to this moment; nil if there is no such key.
+-- The record of a live key, brought up to this moment; nil if there is no such key.
 local function live(text)
-  local expires = call('ZSCORE', EXPIRY, text)
-  if not expires then return nil end
-  expires = tonumber(expires)
-  if expires <= NOW then
-    purge(text, 'expired')
+  local record = record_of(text)
+  if not record then return nil end
+  if record[4] <= NOW then
+    purge(text, record, 'expired')
     return nil
   end
-  local release = tonumber(call('ZSCORE', STATES, text))
-  if release ~= 0 and release <= NOW then
-    free(text, record_of(text), 'released')
-    release = 0
-  end
-  return expires, release
+  if record[5] ~= 0 and record[5] <= NOW then free(text, record, 'released') end
+  return record
 end
 
 local function available()
   return call('ZCOUNT', STATES, 0, 0)
 end
 
+-- Tell freed keys to a server where somebody waits: to one, by lot, with the same chance for each who waits,
+-- whichever server it waits at; or to all, if there may be enough for more than one.
+local function tell_freed(count)
+  local waiters, total = call('HGETALL', WAITERS), 0
+  if #waiters == 0 then return end
+  local counts = {}
+  for i = 2, #waiters, 2 do
+    local waiting, ends = waiters[i]:match('(%d+) (%d+)')
+    counts[i] = tonumber(ends) > NOW and tonumber(waiting) or 0
+    total = total + counts[i]
+  end
+  if count > 1 then
+    call('PUBLISH', WAITERS, '*')
+  elseif total > 0 then
+    local lot = NOW % total
+    for i = 2, #waiters, 2 do
+      lot = lot - counts[i]
+      if lot < 0 then
+        call('PUBLISH', WAITERS, waiters[i - 1])
+        return
+      end
+    end
+  end
+end
+
 -- What every script answers: how many keys are available here, and then what it has to say.
 local function answer(said)
-  if freed > 0 and call('EXISTS', WAITERS) == 1 then
-    call('PUBLISH', WAITERS, freed)
-  end
+  if freed > 0 then tell_freed(freed) end
   table.insert(said, 1, available())
+  return said
+end
+
+-- The same of a script that makes none available or unavailable: -1 spares the count, unless it settled some.
+local function answer_as_it_was(said)
+  if freed > 0 then return answer(said) end
+  table.insert(said, 1, -1)
   return said
 end

@@ -5,6 +5,8 @@
 settle(SETTLED)
 local said = {}
 for i, text in ipairs(ARGV) do
-  said[i] = live(text) and purge(text, 'deleted')[1] or 0
+  local record = live(text)
+  if record then purge(text, record, 'deleted') end
+  said[i] = record and record[1] or 0
 end
 return answer(said)

@@ -15,11 +15,11 @@ for i = 1, count do
   local text = ARGV[3 + 2 * i]
   number = math.max(number + 1, tonumber(ARGV[2 + 2 * i]))
   local id = number * partitions + partition + 1
-  local record = {id, NOW, 0}
-  call('HSET', RECORDS, text, cmsgpack.pack(record))
-  call('ZADD', STATES, 0, text)
   -- A microsecond apart, so that the order by expiry has no ties.
-  call('ZADD', EXPIRY, NOW + life + i - 1, text)
+  local record = {id, NOW, 0, NOW + life + i - 1, 0}
+  keep(text, record)
+  call('ZADD', STATES, 0, text)
+  call('ZADD', EXPIRY, record[4], text)
   call('ZADD', IDS, id, text)
   call('ZADD', TEXTS, 0, text)
   tell('generated', record, text)

@@ -57,4 +57,7 @@ if news > 0 then
     said[#said + 1] = event
   end
 end
+-- It may tell how the partition stands also where it may not write.
+local seen = call('HGET', META, 'seen')
+if not seen or NOW - seen > 500000 then redis.pcall('HSET', META, 'seen', NOW) end
 return answer(said)

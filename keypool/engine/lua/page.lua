@@ -21,18 +21,21 @@ end
 local said = {0}
 local function row(text, place)
   local record = record_of(text)
-  local expires = tonumber(call('ZSCORE', EXPIRY, text))
-  local release = tonumber(call('ZSCORE', STATES, text))
-  if release <= NOW then release = 0 end
-  local shown = expires > NOW and (state == '' or (state == 'blocked') == (release ~= 0))
-  local left = release ~= 0 and release - NOW or 0
-  return shown, {text, record[1], record[2], record[3], record[4] or '', expires - NOW, left, place}
+  local left = math.max(0, record[5] - NOW)
+  local shown = record[4] > NOW and (state == '' or (state == 'blocked') == (left ~= 0))
+  local owner = left ~= 0 and record[6] or ''
+  return shown, {text, record[1], record[2], record[3], owner, record[4] - NOW, left, place}
+end
+
+-- Where a key stands in the order.
+local function places(text)
+  return order == 'text' and 0 or tonumber(call('ZSCORE', sets[order], text))
 end
 
 local rows, place, last = 0, nil, nil
 if #found > most then said[1] = 1 end
 for examined, text in ipairs(found) do
-  local here = order == 'text' and 0 or tonumber(call('ZSCORE', sets[order], text))
+  local here = places(text)
   if (rows >= limit or examined > most) and (order == 'text' or here ~= place) then
     said[1] = 1
     break

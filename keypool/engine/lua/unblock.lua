@@ -7,17 +7,16 @@ settle(SETTLED)
 local said = {}
 for i = 1, #ARGV, 2 do
   local text, lease = ARGV[i], ARGV[i + 1]
-  local expires, release = live(text)
-  if not expires then
+  local record = live(text)
+  if not record then
     said[#said + 1] = {-1, 0, 0}
   else
-    local record = record_of(text)
     local outcome = 0
     -- As texts, because a number that somebody made up may be larger than a number can be here.
     -- 0 stands for never served: nobody's.
     if lease == '0' or (lease ~= '' and lease ~= string.format('%.0f', record[3])) then
       outcome = -2
-    elseif release ~= 0 then
+    elseif record[5] ~= 0 then
       free(text, record, 'unblocked')
       outcome = 1
     end

@@ -1,0 +1,146 @@
+"""Where a server process stands: who tells it to stop, and whom it tells how it is.
+
+Alone   the only one: signals stop it; the log and the service manager hear of it
+Member  one of `--processes`: its parent stops it and hears of it, over a socket (processes.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from typing import Protocol
+
+from keypool.notify import Notifier
+
+BEAT_SECONDS = 1.0
+DRAIN, READY, BEAT = b"d", b"r", b"."
+_log = logging.getLogger("keypool")
+
+
+class Station(Protocol):
+    """What serving.py asks of either."""
+
+    def stop_asked(self) -> asyncio.Event:
+        """Set once the server should stop. Called once, first, with the loop running."""
+        ...
+
+    def loading(self) -> None:
+        """The engine is being opened."""
+        ...
+
+    def ready(self, url: str) -> None:
+        """Calls are served there."""
+        ...
+
+    def draining(self) -> None:
+        """No more connections are taken."""
+        ...
+
+    def stopped(self) -> None:
+        """All is over but the exit."""
+        ...
+
+
+class Alone:
+    """The first SIGTERM or SIGINT asks to stop; the second doesn't ask."""
+
+    def __init__(self) -> None:
+        self._notifier = Notifier(os.environ)
+
+    def stop_asked(self) -> asyncio.Event:
+        """See Station."""
+        self._asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._got, number)
+        return self._asked
+
+    def _got(self, number: signal.Signals) -> None:
+        if self._asked.is_set():
+            _log.warning("second signal (%s): stopping now", number.name)
+            logging.shutdown()
+            os._exit(1)
+        _log.info("%s: stopping", number.name)
+        self._asked.set()
+
+    def loading(self) -> None:
+        """See Station."""
+        self._notifier.status("loading")
+
+    def ready(self, url: str) -> None:
+        """See Station."""
+        _log.info("ready on %s", url)
+        self._notifier.ready(f"serving on {url}")
+
+    def draining(self) -> None:
+        """See Station."""
+        _log.info("draining")
+        self._notifier.stopping("draining")
+
+    def stopped(self) -> None:
+        """See Station."""
+        _log.info("stopped")
+
+
+@dataclass
+class Member:
+    """The process number `index` (from 0) of several on one address.
+
+    `port` is the one that they share. `link` is a socket to the parent: a byte from there asks to stop, and its
+    end means that the parent is gone. From here go a byte when calls are served, and a beat a second.
+    """
+
+    index: int
+    port: int
+    link: socket.socket
+
+    def stop_asked(self) -> asyncio.Event:
+        """See Station."""
+        self._asked = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.link.setblocking(False)
+        self._loop.add_reader(self.link.fileno(), self._heard)
+        self._beat()
+        return self._asked
+
+    def _heard(self) -> None:
+        try:
+            order = self.link.recv(16)
+        except BlockingIOError:
+            return
+        except OSError:
+            order = b""
+        if not order:
+            os._exit(1)  # the parent was killed, and so are we: whoever looks after it starts all anew
+        self._asked.set()
+
+    def _beat(self) -> None:
+        self._tell(BEAT)
+        self._loop.call_later(BEAT_SECONDS, self._beat)
+
+    def _tell(self, what: bytes) -> None:
+        try:
+            self.link.send(what)
+        except BlockingIOError:
+            return  # the parent stands still
+        except OSError:
+            os._exit(1)
+
+    def loading(self) -> None:
+        """See Station."""
+
+    def ready(self, url: str) -> None:
+        """See Station."""
+        self._tell(READY)
+
+    def draining(self) -> None:
+        """See Station."""
+        _log.debug("process %d is draining", self.index + 1)
+
+    def stopped(self) -> None:
+        """See Station."""
+        _log.debug("process %d has stopped", self.index + 1)

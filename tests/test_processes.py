@@ -1,0 +1,291 @@
+"""`--processes`: several servers on one address, and the parent that starts, watches and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from crash import children_of, lives
+from support import (
+    ACQUIRE,
+    ADMIN_TOKEN,
+    API,
+    CLIENT_TOKEN,
+    VIEWER_TOKEN,
+    Client,
+    ServerProcess,
+    Wire,
+    eventually,
+    run_server,
+)
+from test_notify import Manager
+from test_process import expect_one_line
+from valkeys import Valkey, free_ports
+
+COUNT = 3
+Start = Callable[..., ServerProcess]
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    """A Valkey that keeps nothing."""
+    with Valkey() as made:
+        yield made
+
+
+@pytest.fixture
+def start(valkey: Valkey, tmp_path: Path) -> Iterator[Start]:
+    """Starts a group on an empty pool; it must end in peace."""
+    valkey.ask("FLUSHALL")
+    started: list[ServerProcess] = []
+
+    def begin(*flags: str, env: dict[str, str] | None = None) -> ServerProcess:
+        engine = f"--engine={valkey.url}/0"
+        server = ServerProcess([engine, f"--processes={COUNT}", "--port=0", *flags], cwd=tmp_path, env=env)
+        started.append(server)
+        return server
+
+    try:
+        yield begin
+        for server in started:
+            server.finish()
+    finally:
+        for server in started:
+            server.close()
+
+
+@contextlib.contextmanager
+def at(server: ServerProcess, port: int) -> Iterator[Client]:
+    """A client of one process, by the port that is its own."""
+    shared, server.port = server.port, port
+    try:
+        with Client(server) as client:
+            yield client
+    finally:
+        server.port = shared
+
+
+def own_ports() -> int:
+    """The first of as many free ports as there are processes."""
+    while True:
+        [first] = free_ports(1)
+        if all(_free(first + number) for number in range(COUNT)):
+            return first
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+# ------------------------------------------------------------------------------------------------------ start
+
+
+def test_one_process_only_over_the_embedded_engine(tmp_path: Path) -> None:
+    """One line that says what to do, and status 2; by any source."""
+    file = tmp_path / "keypool.toml"
+    file.write_text("processes = 2\n")
+    for flags, env in (
+        (["--processes=2"], {}),
+        ([], {"KEYPOOL_PROCESSES": "2"}),
+        ([f"--config={file}"], {}),
+        (["--processes=2", "--print-config"], {}),
+    ):
+        status, output = run_server([*flags, "--data=:memory:", "--port=0"], env)
+        assert status == 2, output
+        expect_one_line(output, "processes", "embedded", "valkey://")
+
+
+def test_all_serve_one_pool_on_one_address(start: Start) -> None:
+    """Ready is said once, by the parent, when all are; what one makes, all know; stats are of all."""
+    first = own_ports()
+    server = start(f"--process-port={first}")
+    assert server.log.count("ready on http://") == 1
+    assert len(children_of(server.pid)) == COUNT
+    key = server.client().make()["key"]
+    for number in range(COUNT):
+        with at(server, first + number) as client:
+            assert client.get("/readyz").status == 200
+            lease = client.acquire()
+            assert lease["key"] == key
+            client.post(f"{API}/keys/{key}/unblock", json={"lease": lease["lease"]}).expect(200)
+    assert server.client().stats()["acquired"] == COUNT
+
+
+def test_what_cannot_start_says_so_once(tmp_path: Path) -> None:
+    """A Valkey that doesn't answer, or a port in use: one line and status 1, however many processes."""
+    [free, taken] = free_ports(2)
+    status, output = run_server([f"--engine=valkey://127.0.0.1:{free}/0", "--processes=3", "--port=0"])
+    assert status == 1, output
+    expect_one_line(output, "127.0.0.1", str(free))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken))
+        other.listen()
+        engine = f"--engine=valkey://127.0.0.1:{free}/0"
+        status, output = run_server([engine, "--processes=3", f"--port={taken}"])
+        assert status == 1, output
+        expect_one_line(output, "listen", str(taken))
+
+
+def test_two_groups_do_not_share_a_port(start: Start, valkey: Valkey) -> None:
+    """The system would let them; the second one says that it is in use."""
+    server = start()
+    engine = f"--engine={valkey.url}/0"
+    status, output = run_server([engine, "--processes=2", f"--port={server.port}"])
+    assert status == 1, output
+    expect_one_line(output, "listen", str(server.port))
+
+
+def test_a_session_holds_at_every_process(start: Start) -> None:
+    """The cookie that one process has signed, the others believe."""
+    first = own_ports()
+    tokens = {"CLIENT": CLIENT_TOKEN, "VIEWER": VIEWER_TOKEN, "ADMIN": ADMIN_TOKEN}
+    start(f"--process-port={first}", env={f"KEYPOOL_{role}_TOKEN": token for role, token in tokens.items()})
+    body = urlencode({"token": VIEWER_TOKEN})
+    connection = http.client.HTTPConnection("127.0.0.1", first, timeout=30)
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    connection.request("POST", "/login", body, headers)
+    answer = connection.getresponse()
+    assert answer.status in (302, 303), answer.read()
+    cookie = answer.headers["Set-Cookie"].partition(";")[0]
+    connection.close()
+    for number in range(COUNT):
+        connection = http.client.HTTPConnection("127.0.0.1", first + number, timeout=30)
+        connection.request("GET", "/", headers={"Cookie": cookie})
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+# ----------------------------------------------------------------------------------------------------- watching
+
+
+def test_one_that_dies_is_started_again_while_the_others_serve(start: Start) -> None:
+    """Whoever asks meanwhile is answered by the others; the log says who died."""
+    server = start()
+    server.client().make()
+    victims = sorted(children_of(server.pid))
+    for victim in victims[:2]:
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda victim=victim: not lives(victim), "a dead process")  # type: ignore[misc]
+        for _ in range(10):
+            with Client(server) as client:
+                client.get(API + "/stats").expect(200)
+    eventually(
+        lambda: len(children_of(server.pid)) == COUNT and not set(victims[:2]) & set(children_of(server.pid)),
+        "new processes in place of the dead",
+    )
+    eventually(lambda: server.log.count("serves, pid") == COUNT + 2, "both serve")
+    for victim in victims[:2]:
+        assert f"pid {victim}, was ended by signal 9: started again" in server.log
+
+
+def test_one_that_hangs_is_killed_where_a_watchdog_is_wanted(start: Start, tmp_path: Path) -> None:
+    """The service manager's watchdog sees the parent only, so the parent watches the others for it."""
+    manager = Manager(str(tmp_path / "notify"))
+    try:
+        server = start(env={**manager.environ, "WATCHDOG_USEC": "400000"})
+        victim = min(children_of(server.pid))
+        os.kill(victim, signal.SIGSTOP)
+        eventually(lambda: f"pid {victim}, was ended by signal 9: started again" in server.log, "its end")
+        eventually(lambda: server.log.count("serves, pid") == COUNT + 1, "another in its place")
+        assert server.log.count("started again") == 1, "those that beat are left alone"
+    finally:
+        manager.close()
+
+
+def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> None:
+    """A service manager that signals all of them means the parent."""
+    server = start()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for child in children_of(server.pid):
+            os.kill(child, number)
+    server.client().get("/readyz").expect(200)
+    assert "started again" not in server.log
+
+
+# ----------------------------------------------------------------------------------------------------- stopping
+
+
+def waiters(server: ServerProcess, first: int) -> list[Wire]:
+    """One acquire that waits at each process."""
+    found = []
+    for number in range(COUNT):
+        shared, server.port = server.port, first + number
+        wire = server.wire()
+        server.port = shared
+        wire.ask("POST", ACQUIRE, json={"wait": 60})
+        found.append(wire)
+    with Client(server) as client:
+        client.expect_waiting(COUNT)
+    return found
+
+
+@pytest.mark.parametrize("whom", ["parent", "group"])
+def test_a_signal_drains_all_of_them(start: Start, whom: str) -> None:
+    """Waiters at each are told so, and the exit status is 0; Ctrl-C, which reaches all, is the same."""
+    first = own_ports()
+    server = start(f"--process-port={first}")
+    wires = waiters(server, first)
+    if whom == "parent":
+        server.signal(signal.SIGTERM)
+    else:
+        os.killpg(server.pid, signal.SIGINT)
+    for wire in wires:
+        wire.answer().expect_problem(503, "draining")
+    assert server.wait() == 0, server.log
+
+
+def test_a_second_signal_stops_all_of_them_now(start: Start) -> None:
+    """With status 1, though half a request keeps one of them from its end."""
+    server = start("--drain-seconds=60")
+    half = server.wire()
+    half.send(f"POST {API}/keys HTTP/1.1\r\nHost: {server.host}\r\nContent-Length: 2\r\n\r\n{{".encode())
+    server.client().get(API + "/stats").expect(200)
+    children = children_of(server.pid)
+    server.signal(signal.SIGTERM)
+    eventually(lambda: "SIGTERM: stopping" in server.log, "the drain")
+    server.signal(signal.SIGINT)
+    assert server.wait(30) == 1, server.log
+    eventually(lambda: not any(map(lives, children)), "no process left", within=5)
+
+
+def test_processes_go_with_a_parent_that_is_killed(start: Start) -> None:
+    """Within 2 s, whatever they are at."""
+    server = start()
+    children = children_of(server.pid)
+    os.kill(children[0], signal.SIGSTOP)  # one that can't even notice
+    server.signal(signal.SIGKILL)
+    server.wait()
+    killed_at = time.monotonic()
+    eventually(lambda: not any(map(lives, children)), "no process left", within=10)
+    assert time.monotonic() - killed_at < 2
+
+
+def test_a_service_manager_hears_of_the_parent_alone(start: Start, tmp_path: Path) -> None:
+    """READY once all serve, signs of life, STOPPING."""
+    manager = Manager(str(tmp_path / "notify"))
+    try:
+        server = start(env={**manager.environ, "WATCHDOG_USEC": "400000"})
+        assert manager.next() == {"STATUS": "loading"}
+        ready = manager.next()
+        assert ready["READY"] == "1"
+        assert ready["MAINPID"] == str(server.pid)
+        for _ in range(2):
+            assert manager.wait_for("WATCHDOG") == {"WATCHDOG": "1"}
+        server.signal(signal.SIGTERM)
+        assert manager.wait_for("STOPPING")["STOPPING"] == "1"
+        assert server.wait() == 0
+    finally:
+        manager.close()

@@ -1,0 +1,733 @@
+"""The Valkey engine beyond what the contract suite sees: partitions, several servers, crowds of overdue keys.
+
+The engine is held against the plainest model of the contract in random order; time passes by making the pool
+older in Valkey (`age`), so no test waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from engine_support import Call
+from support import chance_of
+from test_pool_machine import Fact
+from valkey_support import age, check, engine_on, eventually, on_loop, script_calls
+from valkeys import Cluster, Valkey, with_pool
+
+from keypool.cursor import ListQuery
+from keypool.engine import valkey_looks, valkey_scripts
+from keypool.engine.valkey import ValkeyEngine
+from keypool.engine.valkey_scripts import Script, keys_of
+from keypool.errors import NoKeyAvailable, PoolFull, StaleLease, UnknownKey
+from keypool.keys import State
+
+BLOCK, KEEPALIVE = 60.0, 300.0
+_UNLIKELY = 1e-7
+
+_pools = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Valkey]:
+    """One for all of these tests."""
+    with Valkey() as valkey:
+        yield valkey
+
+
+@dataclass
+class Place:
+    """A pool of one's own in the shared Valkey."""
+
+    valkey: Valkey
+    pool: str
+    url: str
+
+
+@pytest.fixture
+def place(shared: Valkey) -> Place:
+    """See Place."""
+    number = next(_pools)
+    return Place(shared, f"test{number}", with_pool(shared.url, number))
+
+
+def settling(patch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Let scripts deal with so few overdue keys at once that any more are a crowd."""
+    made = {}
+    for script in valkey_scripts.scripts().values():
+        text = script.text.replace("local SETTLED = 32", f"local SETTLED = {at_once}")
+        sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
+        made[script.name] = Script(script.name, text, sha)
+    patch.setattr("keypool.engine.valkey_nodes.scripts", lambda: made)
+    patch.setattr(valkey_looks, "_SWEPT", at_once)
+
+
+# -------------------------------------------------------------------------------------------------- the rules
+
+
+class Model:
+    """The plainest table of keys, by deadlines alone, beside an engine."""
+
+    def __init__(self, place: Place, partitions: int, engine: ValkeyEngine, seed: int) -> None:
+        self.place = place
+        self.partitions = partitions
+        self.engine = engine
+        self.random = random.Random(seed)
+        self.now = 0.0  # by ageing; what really passes is far less than any step
+        self.facts: dict[int, Fact] = {}
+        self.ever: list[tuple[int, str]] = []
+        self.last_lease = 0
+        self.counts: Counter[str] = Counter()
+
+    def live(self) -> dict[int, Fact]:
+        """The keys that live."""
+        return {id: fact for id, fact in self.facts.items() if fact.lives(self.now)}
+
+    def free(self) -> set[int]:
+        """Of these, the available."""
+        return {id for id, fact in self.live().items() if fact.state(self.now) is State.AVAILABLE}
+
+    def some(self) -> tuple[int, str]:
+        """One of the keys that ever were, more often a late one."""
+        late = self.random.random() < 0.7
+        return self.random.choice(self.ever[-12:] if late else self.ever) if self.ever else (-1, "nobody")
+
+    def ref(self, id: int, text: str) -> int | str:
+        """One of its names."""
+        return id if id > 0 and self.random.random() < 0.3 else text
+
+    async def generate(self) -> None:
+        made = await self.engine.generate(self.random.choice([1, 1, 3]))
+        for key in made:
+            assert key.id not in self.facts, f"id {key.id} was given twice"
+            assert key.expires_in == pytest.approx(KEEPALIVE, abs=2)
+            self.facts[key.id] = Fact(key.key, self.now, self.now + KEEPALIVE)
+            self.ever.append((key.id, key.key))
+            self.counts["generated"] += 1
+
+    async def acquire(self) -> None:
+        owner = self.random.choice([None, "a", "b"])
+        free = self.free()
+        wanted = self.random.choice([1, 1, 1, 4, 50])
+        try:
+            if wanted == 1:
+                leases = [await self.engine.acquire(owner, 0)]
+            else:
+                leases = await self.engine.acquire_many(owner, wanted)
+        except NoKeyAvailable as error:
+            assert not free, f"none was served, but {free} are available"
+            blocked = [fact.release for fact in self.live().values() if fact.release is not None]
+            if error.retry_after is None:
+                assert not blocked
+            self.counts["refused"] += 1
+            return
+        assert {lease.id for lease in leases} <= free, "a key was served that wasn't available"
+        assert len({lease.id for lease in leases}) == min(wanted, len(free))
+        for lease in leases:
+            fact = self.facts[lease.id]
+            assert lease.key == fact.text
+            assert lease.lease > self.last_lease, "lease numbers grow"
+            assert lease.release_in == pytest.approx(BLOCK, abs=2)
+            assert lease.expires_in == pytest.approx(fact.expires - self.now, abs=2)
+            self.last_lease = fact.lease = lease.lease
+            fact.owner, fact.release = owner, self.now + BLOCK
+            self.counts["acquired"] += 1
+
+    async def unblock(self) -> None:
+        id, text = self.some()
+        fact = self.live().get(id)
+        latest = fact.lease if fact else 0
+        lease = self.random.choice([None, latest or 5, latest + 1, 2**63 - 1, max(1, latest - 1)])
+        try:
+            answer = await self.engine.unblock(self.ref(id, text), lease)
+        except UnknownKey:
+            assert fact is None
+        except StaleLease:
+            assert fact is not None
+            assert lease != latest
+        else:
+            assert fact is not None
+            assert lease in (None, latest)
+            assert answer.changed == (id not in self.free())
+            self.counts["unblocked"] += answer.changed
+            fact.free()
+
+    async def keepalive(self) -> None:
+        id, text = self.some()
+        fact = self.live().get(id)
+        try:
+            answer = await self.engine.keepalive(self.ref(id, text))
+        except UnknownKey:
+            assert fact is None
+        else:
+            assert fact is not None
+            assert answer.id == id
+            fact.expires = self.now + KEEPALIVE
+            self.counts["kept_alive"] += 1
+
+    async def delete(self) -> None:
+        id, text = self.some()
+        fact = self.live().get(id)
+        try:
+            await self.engine.delete(self.ref(id, text))
+        except UnknownKey:
+            assert fact is None
+        else:
+            assert fact is not None
+            del self.facts[id]
+            self.counts["deleted"] += 1
+
+    async def batches(self) -> None:
+        """The same over many, some named twice."""
+        some = [self.some() for _ in range(8)]
+        live = self.live()
+        known = await self.engine.keepalive_many([self.ref(*one) for one in some])
+        assert known == [id in live for id, _ in some]
+        for id, _ in some:
+            if id in live:
+                self.facts[id].expires = self.now + KEEPALIVE
+                self.counts["kept_alive"] += 1
+        free = self.free()
+        outcomes = await self.engine.unblock_many([(self.ref(*one), None) for one in some])
+        assert outcomes == ["done" if id in live else "unknown" for id, _ in some]
+        for id in {id for id, _ in some if id in live}:
+            self.counts["unblocked"] += id not in free
+            self.facts[id].free()
+        some = some[:2] * 2
+        gone = await self.engine.delete_many([self.ref(*one) for one in some])
+        for number, ((id, _), identity) in enumerate(zip(some, gone, strict=True)):
+            again = id in [other for other, _ in some[:number]]
+            assert (identity is not None) == (id in live and not again)
+            if identity is not None:
+                del self.facts[id]
+                self.counts["deleted"] += 1
+
+    async def get(self) -> None:
+        id, text = self.some()
+        fact = self.live().get(id)
+        try:
+            row = await self.engine.get(self.ref(id, text))
+        except UnknownKey:
+            assert fact is None
+        else:
+            assert fact is not None
+            self.expect_row(row)
+
+    def expect_row(self, row: Any) -> None:
+        """A row as the model has it."""
+        fact = self.live()[row.id]
+        state = fact.state(self.now)
+        assert row.state is state
+        assert row.lease == (fact.lease or None)
+        assert row.owner == (fact.owner if state is State.BLOCKED else None)
+        assert row.expires_in == pytest.approx(fact.expires - self.now, abs=2)
+        if state is State.BLOCKED:
+            assert fact.release is not None
+            assert row.release_in == pytest.approx(fact.release - self.now, abs=2)
+        else:
+            assert row.release_in is None
+
+    async def walk(self) -> None:
+        """A list from its first page to its last: each key once, in order."""
+        chosen = self.random.choice(["id", "expiry", "release", "prefix"])
+        state = None if chosen == "release" else self.random.choice([None, "available", "blocked"])
+        prefix = None
+        if chosen == "prefix":
+            prefix = (self.some()[1] if self.ever else "A")[: self.random.choice([1, 1, 2, 4])]
+        order = None if chosen == "prefix" else chosen
+        rows: list[Any] = []
+        after = None
+        for _ in range(1000):
+            page = await self.engine.page(
+                ListQuery(state, prefix, order, self.random.choice([1, 2, 7]), after)  # type: ignore[arg-type]
+            )
+            rows += page.keys
+            after = page.next
+            if after is None:
+                break
+        wanted = {
+            id
+            for id, fact in self.live().items()
+            if (state is None or fact.state(self.now) == state)
+            and (chosen != "release" or fact.state(self.now) is State.BLOCKED)
+            and (prefix is None or fact.text.startswith(prefix))
+        }
+        shown = [row.id for row in rows]
+        assert sorted(shown) == sorted(wanted)
+        for row in rows:
+            self.expect_row(row)
+        if chosen == "id":
+            assert shown == sorted(shown)
+        if chosen == "prefix":
+            texts = [self.facts[id].text for id in shown]
+            assert texts == sorted(texts)
+        if chosen == "expiry":
+            ends = [self.facts[id].expires for id in shown]
+            assert ends == sorted(ends)
+        if chosen == "release":
+            ends = [self.facts[id].release or 0 for id in shown]
+            assert ends == sorted(ends)
+
+    async def time_passes(self) -> None:
+        """A step, onto which no deadline falls."""
+        seconds = self.random.choice([7.0, 31.0, 53.0, 97.0, 211.0, 331.0])
+        age(self.place.valkey, self.place.pool, self.partitions, seconds)
+        self.now += seconds
+
+    async def look(self) -> None:
+        """The counts, once all that is overdue is dealt with."""
+        for _ in range(200):
+            stats = await self.engine.stats()
+            if stats.total == len(self.live()) and stats.available == len(self.free()):
+                break
+        assert (stats.total, stats.available) == (len(self.live()), len(self.free()))
+        for name in ("generated", "acquired", "unblocked", "deleted", "kept_alive", "refused"):
+            assert getattr(stats, name) == self.counts[name], name
+        assert stats.expired == stats.generated - stats.deleted - stats.total
+        check(self.place.valkey, self.place.pool, self.partitions)
+
+
+@pytest.mark.parametrize(("partitions", "at_once"), [(1, 1), (4, 1), (16, 32), (7, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_engine_agrees_with_the_plain_model(
+    place: Place, partitions: int, at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In random order, also while crowds of overdue keys stand that no sweep has dealt with yet."""
+    settling(monkeypatch, at_once)
+
+    @on_loop
+    async def main() -> None:
+        async with engine_on(
+            place.url, partitions, block_seconds=BLOCK, keepalive_seconds=KEEPALIVE
+        ) as engine:
+            await engine.stats()
+            engine._looks._stopped = True  # no sweep but those of the calls
+            model = Model(place, partitions, engine, seed)
+            steps = [
+                *[model.generate] * 4, *[model.acquire] * 6, *[model.unblock] * 4, *[model.keepalive] * 3,
+                model.delete, model.get, model.get, model.batches, *[model.walk] * 3, model.time_passes,
+            ]  # fmt: skip
+            for number in range(250):
+                await model.random.choice(steps)()
+                if number % 50 == 49:
+                    await model.look()
+
+    main()
+
+
+# ---------------------------------------------------------------------------------------------------- acquire
+
+
+def unlikely(counts: Counter[int], choices: int) -> list[tuple[int, int]]:
+    """Those of the keys that were served too often or too seldom to be of equal chance."""
+    draws = counts.total()
+    return [
+        (key, counts[key])
+        for key in counts
+        if chance_of(counts[key], draws, 1 / choices) < _UNLIKELY / choices
+    ]
+
+
+@pytest.mark.parametrize(("partitions", "keys"), [(16, 40), (64, 5), (1, 20), (5, 1)])
+def test_every_available_key_has_the_same_chance(place: Place, partitions: int, keys: int) -> None:
+    """Over all partitions, also when most are empty, at hardly more than one script an acquire."""
+
+    @on_loop
+    async def main() -> None:
+        async with engine_on(place.url, partitions) as engine:
+            made = [key.id for key in await engine.generate(keys)]
+            await engine.stats()
+            counts: Counter[int] = Counter()
+            draws = 100 * keys if keys > 1 else 50
+            before = script_calls(place.valkey)
+            for _ in range(draws):
+                lease = await engine.acquire(None, 0)
+                counts[lease.id] += 1
+                await engine.unblock(lease.key, lease.lease)
+            calls = script_calls(place.valkey) - before
+            assert set(counts) == set(made)
+            assert keys == 1 or not unlikely(counts, keys)
+            assert calls <= 2.5 * draws + 40 * partitions  # with sweeps: a look at each partition a second
+
+    main()
+
+
+@on_loop
+async def test_two_servers_draw_from_the_same_keys_with_the_same_chance(shared: Valkey) -> None:
+    """Each learns of what the other frees and takes."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url) as one, engine_on(url) as other:
+        made = [key.id for key in await one.generate(30)]
+        counts: Counter[int] = Counter()
+        await other.stats()
+        for _ in range(1500):
+            lease = await one.acquire(None, 0)
+            counts[lease.id] += 1
+            await other.unblock(lease.key, lease.lease)
+            lease = await other.acquire(None, 0)
+            counts[lease.id] += 1
+            await one.unblock(lease.key, lease.lease)
+        assert set(counts) == set(made)
+        # What the other has freed is heard of by the next look only, so that a key may be a little less likely.
+        assert max(counts.values()) < 2 * 3000 / 30
+
+
+@on_loop
+async def test_the_last_key_is_found_whoever_freed_it(shared: Valkey) -> None:
+    """A server that believes that there is none asks all partitions before it says so."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url) as one, engine_on(url) as other:
+        with pytest.raises(NoKeyAvailable):
+            await other.acquire(None, 0)
+        key = (await one.generate(1))[0].key
+        for engine in (other, one, other, one):
+            lease = await engine.acquire(None, 0)
+            assert lease.key == key
+            with pytest.raises(NoKeyAvailable) as refused:
+                await (one if engine is other else other).acquire(None, 0)
+            assert refused.value.retry_after == pytest.approx(60, abs=5)
+            await engine.unblock(key, lease.lease)
+
+
+@on_loop
+async def test_lease_numbers_grow_over_servers_and_lost_writes(shared: Valkey) -> None:
+    """They go with the clock, so that none comes again when a failover has lost the latest of them."""
+    number = next(_pools)
+    url = with_pool(shared.url, number)
+    last = 0
+    async with engine_on(url) as one, engine_on(url) as other:
+        await one.generate(20)
+        for engine in (one, other) * 50:
+            lease = await engine.acquire(None, 0)
+            assert lease.lease > last
+            last = lease.lease
+            await other.unblock(lease.key, lease.lease)
+    for partition in range(16):
+        shared.ask("HDEL", keys_of(f"test{number}", partition, 16)[0], "tick")
+    async with engine_on(url) as third:
+        assert (await third.acquire(None, 0)).lease > last
+
+
+@on_loop
+async def test_ids_and_leases_go_on_from_a_pool_that_was_moved_in(shared: Valkey) -> None:
+    """The pool says what was given before; an id that was moved in is found in whatever partition it is."""
+    number = next(_pools)
+    url, pool = with_pool(shared.url, number), f"test{number}"
+    async with engine_on(url, 4) as engine:
+        moved = (await engine.generate(1))[0]
+        await engine.acquire(None, 0)
+    base_id, base_tick = 26, 51  # 100 ids and 203 leases were given there
+    shared.ask("HSET", f"{{{pool}}}:pool", "base_id", base_id, "base_tick", base_tick)
+    async with engine_on(url, 4) as engine:
+        assert (await engine.get(moved.id)).id == moved.id
+        new = await engine.generate(8)
+        assert all(key.id > 4 * base_id for key in new)
+        assert [(await engine.get(key.id)).id for key in new] == [key.id for key in new]
+        with pytest.raises(UnknownKey):
+            await engine.get(99)
+        assert (await engine.acquire(None, 0)).lease > 4 * base_tick
+
+
+@on_loop
+async def test_a_pool_is_filled_to_its_last_key_and_no_further(shared: Valkey) -> None:
+    """Calls at once on one server make as many keys as fit, all or none each."""
+    async with engine_on(with_pool(shared.url, next(_pools)), max_keys=50) as engine:
+        results = await asyncio.gather(*(engine.generate(4) for _ in range(30)), return_exceptions=True)
+        made = [result for result in results if not isinstance(result, BaseException)]
+        refused = [result for result in results if isinstance(result, PoolFull)]
+        assert (len(made), len(refused)) == (12, 18)
+        await engine.generate(2)
+        with pytest.raises(PoolFull):
+            await engine.generate(1)
+        await engine.delete(made[0][0].key)
+        await engine.generate(1)
+
+
+@on_loop
+async def test_servers_together_fill_a_pool_to_its_last_key_and_no_further(shared: Valkey) -> None:
+    """One at a time fills the last of it."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url, max_keys=50) as one, engine_on(url, max_keys=50) as other:
+        calls = [engine.generate(3) for engine in (one, other) * 15]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        made = [result for result in results if not isinstance(result, BaseException)]
+        assert len(made) == 16
+        assert {type(result) for result in results if isinstance(result, BaseException)} == {PoolFull}
+        assert (await one.stats()).total == 48
+
+
+@on_loop
+async def test_a_restart_grace_keeps_the_keys_that_nobody_could_keep_alive(shared: Valkey) -> None:
+    """If no other server was there meanwhile; the others' deadlines stay."""
+    number = next(_pools)
+    url = with_pool(shared.url, number)
+    async with engine_on(url) as engine:
+        late = [key.key for key in await engine.generate(700)]
+    age(shared, f"test{number}", 16, 250)
+    async with engine_on(url) as engine:
+        fresh = (await engine.generate(1))[0].key
+    age(shared, f"test{number}", 16, 100)
+    async with engine_on(url, grace=30.0) as engine:
+        assert await engine.keepalive_many(late[1:]) == [True] * 699
+        assert (await engine.get(late[0])).expires_in == pytest.approx(30, abs=5)
+        assert (await engine.get(fresh)).expires_in == pytest.approx(200, abs=5)
+        check(shared, f"test{number}", 16)
+        async with engine_on(url, grace=250.0) as another:
+            assert (await another.get(late[0])).expires_in < 31, "a server was there"
+
+
+# ---------------------------------------------------------------------------------------------------- waiting
+
+
+@on_loop
+async def test_a_key_that_another_server_frees_goes_to_whoever_waits(shared: Valkey) -> None:
+    """To and fro between two servers."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url) as first, engine_on(url) as second:
+        await first.generate(1)
+        lease = await first.acquire(None, 0)
+        for holder, other in [(first, second), (second, first)] * 20:
+            waiting = asyncio.ensure_future(other.acquire("w", 30))
+            waiters = other._waiters
+            await eventually(partial(getattr, waiters, "_told"), "the pool knows")
+            await holder.unblock(lease.key, lease.lease)
+            lease = await waiting
+        stats = await first.stats()
+        assert (stats.available, stats.blocked, stats.waiting) == (0, 1, 0)
+
+
+@on_loop
+async def test_no_key_is_held_by_two_over_three_servers(shared: Valkey) -> None:
+    """More workers than keys, all waiting for each other's; some hang up. All get their turns."""
+    url = with_pool(shared.url, next(_pools))
+    chance = random.Random(5)
+    held: dict[int, int] = {}
+    turns = Counter[int]()
+
+    async def work(number: int, engine: ValkeyEngine) -> None:
+        while turns[number] < 10:
+            if chance.random() < 0.2:
+                task = asyncio.ensure_future(engine.acquire("gone", 30))
+                await asyncio.sleep(0.001)
+                task.cancel()
+                await asyncio.wait([task])
+                if task.cancelled():
+                    continue
+                lease = task.result()
+            else:
+                lease = await engine.acquire(str(number), 30)
+            assert lease.id not in held, f"{lease.id} is held by {held[lease.id]} and {number}"
+            held[lease.id] = number
+            await asyncio.sleep(0.001)
+            del held[lease.id]
+            assert (await engine.unblock(lease.key, lease.lease)).changed
+            turns[number] += 1
+
+    async with engine_on(url) as one, engine_on(url) as two, engine_on(url) as three:
+        await one.generate(7)
+        engines = (one, two, three)
+        await asyncio.gather(*(work(number, engines[number % 3]) for number in range(30)))
+
+        async def all_back() -> bool:
+            return (await one.stats()).available == 7
+
+        await eventually(all_back, "all keys are back")
+
+
+@on_loop
+async def test_waiting_counts_those_of_all_servers(shared: Valkey) -> None:
+    """And no longer those of one that is gone."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url) as one:
+        async with engine_on(url) as other:
+            calls = [asyncio.ensure_future(other.acquire(None, 30)) for _ in range(3)]
+            calls.append(asyncio.ensure_future(one.acquire(None, 30)))
+
+            async def four() -> bool:
+                return (await one.stats()).waiting == 4 and (await other.stats()).waiting == 4
+
+            await eventually(four, "both count four")
+            other.drain()
+            results = await asyncio.gather(*calls[:3], return_exceptions=True)
+            assert {type(result).__name__ for result in results} == {"Draining"}
+
+        async def one_left() -> bool:
+            return (await one.stats()).waiting == 1
+
+        await eventually(one_left, "only one waits")
+        one.drain()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+@on_loop
+async def test_a_released_key_goes_to_whoever_waits(shared: Valkey) -> None:
+    """When its block runs out, however it was acquired."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url, block_seconds=0.2) as engine:
+        made = (await engine.generate(1))[0]
+        first = await engine.acquire(None, 0)
+        second = await engine.acquire("w", 20)
+        assert second.key == first.key == made.key
+        assert second.lease > first.lease
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_caller_who_hangs_up_is_leased_nothing(place: Place, turns: int) -> None:
+    """At whatever moment: the key is available again at once, and the next in the queue has it."""
+
+    @on_loop
+    async def main() -> None:
+        async with engine_on(place.url, 2) as engine:
+            await engine.generate(1)
+            for wait in (0, 30):
+                call = Call(engine.acquire("gone", wait))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if call.over:
+                    await engine.unblock(call.answer.key, call.answer.lease)
+                call.hang_up()
+
+                async def available() -> bool:
+                    return (await engine.stats()).available == 1
+
+                await eventually(available, "the key is back")
+                task = asyncio.ensure_future(engine.acquire("gone", wait))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    lease = task.result()
+                    await engine.unblock(lease.key, lease.lease)
+                await eventually(available, "the key is back")
+
+    main()
+
+
+@on_loop
+async def test_a_waiter_gets_the_key_that_one_before_it_left(shared: Valkey) -> None:
+    """And is its owner from then on."""
+    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+        made = (await engine.generate(1))[0]
+        held = await engine.acquire("first", 0)
+        waiters = [Call(engine.acquire(name, 30)) for name in ("a", "b", "c")]
+        last = asyncio.ensure_future(engine.acquire("d", 30))
+        await eventually(lambda: len(engine._waiters) == 4, "four wait")
+        await engine.unblock(held.key, held.lease)
+        for waiter in waiters:
+            waiter.hang_up()
+        lease = await last
+        assert lease.key == made.key
+
+        async def named() -> bool:
+            return (await engine.get(made.key)).owner == "d"
+
+        await eventually(named, "it is the last one's")
+
+
+# ------------------------------------------------------------------------------------------- sweeps and events
+
+
+@on_loop
+async def test_deadlines_are_swept_on_time_whichever_server_set_them(shared: Valkey) -> None:
+    """Another server than the one that served the key releases it, though no call comes."""
+    url = with_pool(shared.url, next(_pools))
+    rules: dict[str, Any] = {"block_seconds": 0.3, "keepalive_seconds": 1.0}
+    async with engine_on(url, **rules) as sweeper, engine_on(url, **rules) as other:
+        other._looks._stopped = True  # it sweeps nothing
+        await other.generate(30)
+        await other.acquire_many(None, 30)
+        await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "released"], "it is released")
+        await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "expired"], "it is purged")
+        assert sweeper.tallies()["release_lateness_seconds"].count
+        assert sweeper.tallies()["expiry_lateness_seconds"].count
+        assert (await other.stats()).total == 0
+
+
+@on_loop
+async def test_a_crowd_that_expires_at_once_is_purged_in_slices(shared: Valkey) -> None:
+    """And never shown or served meanwhile."""
+    number = next(_pools)
+    async with engine_on(with_pool(shared.url, number)) as engine:
+        for _ in range(5):
+            await engine.generate(1000)
+        age(shared, f"test{number}", 16, 301)
+        with pytest.raises(NoKeyAvailable):
+            await engine.acquire(None, 0)
+        assert (await engine.page(ListQuery())).keys == []
+
+        async def purged() -> bool:
+            return (await engine.stats()).total == 0
+
+        await eventually(purged, "all are purged")
+        assert (await engine.stats()).expired == 5000
+        check(shared, f"test{number}", 16)
+
+
+@on_loop
+async def test_every_server_hears_of_every_servers_changes(shared: Valkey) -> None:
+    """With owner, lease and hint, in order, and each once; the counters are the pool's."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url) as one, engine_on(url) as other:
+        key = (await one.generate(1))[0]
+        lease = await other.acquire("w", 0)
+        await one.unblock(key.key, lease.lease)
+        await other.reveal(key.id)
+        await one.delete(key.key)
+        wanted = ["generated", "acquired", "unblocked", "revealed", "deleted"]
+        for engine in (one, other):
+            stats = await engine.stats()
+            events = engine.recent(50)
+            assert [event.event for event in events] == wanted
+            assert [event.owner for event in events] == [None, "w", "w", None, None]
+            assert {event.hint for event in events} == {f"{key.key[:4]}…{key.key[-4:]}"}
+            assert engine.told == len(wanted)
+            assert (stats.generated, stats.acquired, stats.unblocked, stats.deleted) == (1, 1, 1, 1)
+            await engine.stats()
+            assert engine.told == len(engine.recent(99)) == len(wanted)
+
+
+@on_loop
+async def test_a_new_server_knows_the_latest_events(shared: Valkey) -> None:
+    """Of those before its time."""
+    url = with_pool(shared.url, next(_pools))
+    async with engine_on(url) as one:
+        await one.generate(100)
+    async with engine_on(url) as other:
+        await other.stats()
+        assert len(other.recent(50)) == 50
+        assert len(other.recent(1000)) == 100
+
+
+@on_loop
+async def test_refusals_are_counted_for_all_servers() -> None:
+    """Also those of a server that stops."""
+    with Valkey() as valkey:
+        async with engine_on(valkey.url) as one:
+            for _ in range(5):
+                with pytest.raises(NoKeyAvailable):
+                    await one.acquire(None, 0)
+        async with engine_on(valkey.url) as other:
+            assert (await other.stats()).refused == 5
+
+
+@on_loop
+async def test_a_cluster_serves_every_partition_from_its_node() -> None:
+    """Keys, pages and counts over three nodes, none of which has all."""
+    with Cluster() as cluster:
+        async with engine_on(cluster.url) as engine:
+            made = [key.key for key in await engine.generate(300)]
+            assert len(set(engine._nodes._of_partition)) == 3
+            assert all(node.ask("DBSIZE") for node in cluster.nodes)
+            leases = await engine.acquire_many("w", 500)
+            assert sorted(lease.key for lease in leases) == sorted(made)
+            rows = (await engine.page(ListQuery(limit=500))).keys
+            assert [row.id for row in rows] == sorted(lease.id for lease in leases)

@@ -1,0 +1,130 @@
+"""What the tests of the Valkey engine share: engines over one pool, and a look at what Valkey really holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ParamSpec
+
+import msgspec
+from engine_support import quiet
+from valkeys import Valkey
+
+from keypool.engine.valkey import ValkeyEngine
+from keypool.engine.valkey_open import open_valkey
+from keypool.engine.valkey_scripts import keys_of
+from keypool.engine.valkey_url import parse
+from keypool.errors import KeypoolError
+
+P = ParamSpec("P")
+
+
+def on_loop(test: Callable[P, Awaitable[None]], within: float = 60.0) -> Callable[P, None]:
+    """Runs an async test on a loop of its own, and fails if an error was logged."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(within):
+                await test(*args, **kwargs)
+
+        with quiet():
+            asyncio.run(main())
+
+    return run
+
+
+@contextlib.asynccontextmanager
+async def engine_on(
+    url: str, partitions: int = 16, grace: float = 0.0, **rules: Any
+) -> AsyncIterator[ValkeyEngine]:
+    """A server's engine over the pool that the URL names."""
+    engine = await open_valkey(parse(url), partitions, grace, **rules)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def eventually(condition: Callable[[], Any], what: str, within: float = 20.0) -> Any:
+    """The first truthy result of the condition, awaited if need be; KeypoolErrors count as false."""
+    deadline = asyncio.get_running_loop().time() + within
+    while True:
+        try:
+            result = condition()
+            if asyncio.iscoroutine(result) or asyncio.isfuture(result):
+                result = await result
+        except KeypoolError as error:
+            result = None
+            last: Any = error
+        else:
+            last = result
+        if result:
+            return result
+        if asyncio.get_running_loop().time() > deadline:
+            raise AssertionError(f"in {within} s never came true: {what} (last: {last!r})")
+        await asyncio.sleep(0.005)
+
+
+def script_calls(valkey: Valkey) -> int:
+    """How many scripts it has run."""
+    words = valkey.ask("INFO", "commandstats").decode().split()
+    return next(
+        (int(word.split("calls=")[1].split(",")[0]) for word in words if "cmdstat_evalsha:" in word), 0
+    )
+
+
+_AGE = """
+for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
+  local record = cmsgpack.unpack(redis.call('HGET', KEYS[2], text))
+  for place = 4, 5 do
+    if record[place] ~= 0 then record[place] = record[place] - ARGV[1] end
+  end
+  redis.call('HSET', KEYS[2], text, cmsgpack.pack(record))
+  redis.call('ZADD', KEYS[3], record[5], text)
+  redis.call('ZADD', KEYS[4], record[4], text)
+end
+"""
+
+
+def age(valkey: Valkey, pool: str, partitions: int, seconds: float) -> None:
+    """Let the pool grow older: every deadline comes nearer by so much, as if the time had passed."""
+    with valkey.commands() as commands:
+        for partition in range(partitions):
+            commands.ask("EVAL", _AGE, 8, *keys_of(pool, partition, partitions), round(seconds * 1e6))
+
+
+def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
+    """Fails unless all that Valkey holds of a pool agrees with itself; the counters' sums."""
+    sums: dict[str, int] = {}
+    ids: set[int] = set()
+    with valkey.commands() as commands:
+        for partition in range(partitions):
+            meta, records, states, expiry, in_ids, texts, _, _ = keys_of(pool, partition, partitions)
+            told = commands.ask("HGETALL", records)
+            kept = {
+                text: msgspec.msgpack.decode(packed)
+                for text, packed in zip(told[::2], told[1::2], strict=True)
+            }
+            for name, place in ((states, 4), (expiry, 3), (in_ids, 0), (texts, None)):
+                scores = commands.ask("ZRANGE", name, 0, -1, "WITHSCORES")
+                found = {
+                    text: int(float(score)) for text, score in zip(scores[::2], scores[1::2], strict=True)
+                }
+                wanted = {text: 0 if place is None else record[place] for text, record in kept.items()}
+                assert found == wanted, f"{name} and the records disagree: {found} {wanted}"
+            for text, record in kept.items():
+                assert record[0] not in ids, f"two keys have the id {record[0]}: {text!r}"
+                assert len(record) == 5 or record[4], f"available with an owner: {record}"
+                ids.add(record[0])
+            counts = commands.ask("HGETALL", meta)
+            numbers = {
+                name.decode(): int(value) for name, value in zip(counts[::2], counts[1::2], strict=True)
+            }
+            gone = numbers.get("deleted", 0) + numbers.get("expired", 0)
+            assert numbers.get("generated", 0) - gone == len(kept), f"{numbers} and {len(kept)} keys"
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0) + value
+    return sums
