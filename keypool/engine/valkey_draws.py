@@ -56,7 +56,9 @@ class Draws:
                         else:
                             taken.append((owner, lease))
                 rounds += not crowded
-        except BaseException:  # hung up, or a partition can't be reached: nobody will hear of the others' keys
+        except (
+            BaseException
+        ):  # hung up, or a partition can't be reached: nobody will hear of the others' keys
             for call in calls:
                 self._take_back(call)
             for _, lease in taken:
