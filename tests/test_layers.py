@@ -89,7 +89,7 @@ LAYERS = (
     "keypool.app keypool.reference keypool.station",
     "keypool.processes keypool.runtime keypool.serving",
     "keypool.launch",
-    "server keypool.cli.main keypool.cli.migrating",
+    "server keypool.cli.main keypool.migrating",
     "keypool.__main__",
 )
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row.split()}

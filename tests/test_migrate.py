@@ -272,6 +272,16 @@ def test_what_cannot_be_moved_is_one_line(empty: str, data: Path, tmp_path: Path
     assert not list(tmp_path.glob("*.migrating"))
 
 
+def test_a_package_that_is_missing_is_named(data: Path, tmp_path: Path) -> None:
+    """With what installs it."""
+    (tmp_path / "hiredis.py").write_text("raise ImportError('there is none', name='hiredis')\n")
+    ran = subprocess.run(
+        command("--from", str(data), "--to", "valkey://127.0.0.1:1"), capture_output=True, text=True, check=False,
+        env=clean_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"}), timeout=60,
+    )  # fmt: skip
+    refused(ran, 1, "hiredis", "keypool[valkey]")
+
+
 def test_a_wrong_password_is_one_line(data: Path) -> None:
     """Which names no password."""
     with Valkey("--requirepass", "right-password") as guarded:

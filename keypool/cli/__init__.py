@@ -10,9 +10,8 @@
     watching.py     stats --watch, keepalive --watch
     running.py      run -- COMMAND
     following.py    events
-    migrating.py    migrate, from a data file to Valkey and back
     completing.py   completion for bash, zsh and fish
 
-A command that talks to a server needs the standard library only; `serve`, `migrate` and `events` import what they need
-when they are asked for.
+A command that talks to a server needs the standard library only; `serve`, `events` and `migrate` (which is
+keypool/migrating.py) import what they need when they are asked for.
 """

@@ -47,7 +47,7 @@ Add = Callable[[str, str, str], argparse.ArgumentParser]
 def _server_words(add: Add) -> None:
     # Its flags are the server's own, and are read by it: main.py calls it before this parser.
     add("serve", "keypool.launch:main", "run a server; --help after it lists its settings")
-    words = add("migrate", "keypool.cli.migrating:migrate", "move a pool: data file to Valkey, or back")
+    words = add("migrate", "keypool.migrating:migrate", "move a pool: data file to Valkey, or back")
     words.add_argument(
         "--from", dest="source", required=True, metavar="PLACE", help="a data file, a URL, or env:VARIABLE"
     )

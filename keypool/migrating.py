@@ -1,6 +1,7 @@
 """`keypool migrate --from PLACE --to PLACE`: a pool moves from a data file to Valkey, or back.
 
-It talks to no server: it opens both places itself, while no server has either.
+It talks to no server: it opens both places itself, while no server has either. So it needs the server's packages, and
+stands beside the command instead of in it.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 def migrate(args: argparse.Namespace) -> Status:
     """Move a pool; print what was moved. Raises CommandError."""
     try:
-        from keypool.engine import moving  # noqa: PLC0415 - needs the server's packages
+        # One end is always in Valkey. Both need packages that the command alone doesn't.
+        from keypool.engine import moving, moving_valkey  # noqa: F401, PLC0415
         from keypool.errors import SettingsError, StartError  # noqa: PLC0415
     except ImportError as error:
         raise CommandError(
-            f"migrate needs the package {error.name}: pip install keypool", Status.FAILED
+            f"migrate needs the package {error.name}: pip install 'keypool[valkey]'", Status.FAILED
         ) from None
     args.source, args.target = _place(args.source), _place(args.target)
     if _is_url(args.source) == _is_url(args.target):
