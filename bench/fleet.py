@@ -73,10 +73,10 @@ def _tests() -> Any:
 
 
 @contextlib.contextmanager
-def _servers(url: str, seed: int) -> Iterator[Fleet]:
+def _servers(url: str, seed: int, **how: float) -> Iterator[Fleet]:
     with tempfile.TemporaryDirectory(prefix="keypool-fleet-") as folder:
         made: Fleet
-        with _tests().Fleet(f"{url}?pool=seed{seed}", Path(folder), seed) as made:
+        with _tests().Fleet(f"{url}?pool=seed{seed}", Path(folder), seed, **how) as made:
             yield made
 
 
@@ -106,7 +106,8 @@ def _fail_over(cluster: Cluster, options: argparse.Namespace, targets: Targets) 
     for number in range(options.failovers):
         primary = cluster.primary_of(draw.randrange(16384))
         behind = (cluster.replica_of(primary), options.behind) if options.behind else None
-        with _servers(cluster.url, options.seed + number) as fleet:
+        # Blocks that outlast the failover: a lease that is lost can be another's meanwhile.
+        with _servers(cluster.url, options.seed + number, block_seconds=20, keepalive_seconds=60) as fleet:
             fleet.allow(r"Valkey|storage")
             told = _tests().fail_over(
                 fleet, primary, answers=1000, within=60.0, frozen=options.frozen, behind=behind
