@@ -276,11 +276,11 @@ class PoolMachine(RuleBasedStateMachine):
             changed = self.pool.unblock(key, given)
         except StaleLease:
             assert given is not None, "no lease was given, and it was refused"
-            assert given != key.lease, f"lease {given} is the latest of {key!r} and was refused"
+            assert given != (key.lease or None), f"lease {given} is the latest of {key!r} and was refused"
             assert self.told[key.id] == before, "a refused call changed the key"
             self._expect()
             return
-        assert given in (None, key.lease), f"lease {given} freed {key!r}, whose latest is {key.lease}"
+        assert given in (None, key.lease or None), f"lease {given} freed {key!r}, whose latest is {key.lease}"
         assert changed is blocked, f"changed {changed} for a key that was {'blocked' if blocked else 'free'}"
         self.truth[key.id].free()
         self._expect(*[Change.UNBLOCKED] * changed)

@@ -146,8 +146,11 @@ def connect(path: Path) -> sqlite3.Connection:
 
 def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
     """The keys in order of id, so many at a time. O(1) memory beside the keys. Raises ValueError."""
-    for some in read_rows(path, slice_size):
-        yield [_key(row) for row in some]
+    try:
+        for some in read_rows(path, slice_size):
+            yield [_key(row) for row in some]
+    except TypeError:
+        raise ValueError("a row of it holds what is no number where one is due") from None
 
 
 def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
@@ -161,7 +164,7 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
             )
             while some := rows.fetchmany(slice_size):
                 yield some
-        except (sqlite3.Error, TypeError):  # whose words may quote a key
+        except sqlite3.Error:  # whose words may quote a key
             raise ValueError("a row of it can't be read") from None
 
 
