@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -95,10 +96,12 @@ def random_text(length: int) -> str:
 
 
 def moment(at: float) -> str:
-    """A moment as people and programs read it: RFC 3339, UTC, milliseconds. About 1 µs."""
+    """A moment as people and programs read it: RFC 3339, UTC, milliseconds. About 0.4 µs in a known second."""
     # Rounded as a journal rounds it, so that a moment reads the same after a restart.
-    return (
-        datetime.fromtimestamp(round(at * 1000) / 1000, UTC)
-        .isoformat(timespec="milliseconds")
-        .replace("+00:00", "Z")
-    )
+    second, milliseconds = divmod(round(at * 1000), 1000)
+    return f"{_second(second)}.{milliseconds:03d}Z"
+
+
+@lru_cache(maxsize=4096)  # a page's keys were mostly made in few seconds
+def _second(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
