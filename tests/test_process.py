@@ -221,6 +221,7 @@ def test_waiters_are_told_of_the_stop_at_once(start_server: Start, signum: signa
     server.signal(signum)
     for waiter in waiters:
         waiter.answer().expect_problem(503, "draining")
+        assert not waiter.going_on, "who asks again at once would ask the server that is leaving"
     assert server.wait(30) == 0, server.log
 
 

@@ -46,6 +46,7 @@ async def open_durable(path: Path, restart_grace: float, **settings: Any) -> Emb
     try:
         await _restore_keys(engine, path, grace_until or 0.0)
     except (ValueError, KeyError) as error:
+        await journal.abandon()
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
     await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
     engine.journal = journal

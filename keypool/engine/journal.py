@@ -251,6 +251,13 @@ class Journal:
         if not self._closing:
             self._failed("the writer process died and is started again")
 
+    async def abandon(self) -> None:
+        """Let the writer go, and the file as it is: it is refused."""
+        self._closing = True
+        if self._writer is not None:
+            await self._writer.reap()
+        os.close(self._lock)
+
     async def close(self) -> None:
         """Write what isn't written yet, have the file closed cleanly, and let the writer go."""
         if self._writer is None:

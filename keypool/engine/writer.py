@@ -63,7 +63,7 @@ class Writer:
             self._write(self._database, batch)
         except sqlite3.Error as error:
             self.close()
-            return Verdict(str(error))
+            return Verdict(datafile.line_of(error))
         return Verdict()
 
     def _write(self, database: sqlite3.Connection, batch: Batch) -> None:

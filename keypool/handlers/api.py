@@ -170,14 +170,14 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         """Write the reply by Tornado's connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            write_reply(connection, self.head, reply, closes=not self._whole)
+            write_reply(connection, self.head, reply, closes=reply.closes or not self._whole)
         return connection is not None
 
 
 def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply, *, closes: bool) -> None:
     """Write a whole reply and finish. A connection that closed meanwhile is nobody's error.
 
-    `closes` is whether Tornado ends the connection with it because the body hasn't come; it doesn't say so.
+    `closes` says so to the caller. Tornado ends a connection by itself when the body hasn't come, and doesn't say so.
     """
     headers = httputil.HTTPHeaders()
     for name, value in reply.headers():

@@ -20,6 +20,7 @@ import msgspec
 from keypool.auth import NOBODY, Access, Caller, Role
 from keypool.engine import Engine
 from keypool.errors import (
+    Draining,
     Forbidden,
     HeadersTooLarge,
     KeypoolError,
@@ -70,6 +71,11 @@ class Reply:
     body: bytes = b""
     own_headers: Sequence[tuple[str, str]] = ()
     outcome: str = "ok"  # or the code of the error
+
+    @property
+    def closes(self) -> bool:
+        """Whether the connection has to end with it: who asks again at once must not ask a server that is leaving."""
+        return self.outcome == Draining.code
 
     def headers(self) -> list[tuple[str, str]]:
         """All that is not the server's to say (Date, length, connection), in order."""

@@ -113,7 +113,7 @@ class RawCall(ApiCall, RawDelegate):
 
     def send(self, reply: Reply) -> bool:
         """Write the reply."""
-        return self._request.respond(wire(reply))
+        return self._request.respond(wire(reply), close=reply.closes)
 
 
 def wire(reply: Reply) -> bytes:
