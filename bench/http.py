@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -34,8 +35,11 @@ from bench.load import Address, Connections, GoOn, Round, Script, request
 from bench.process import Child, cpu_of, on_loop
 from bench.real import RealServer
 from bench.report import Table, Targets, machine, median, percentile, span
-from bench.rivals import RIVALS, ValkeyServer, installed, scripts
+from bench.rivals import RIVALS, installed, scripts, valkey_with_keys
 from bench.scripts import ACQUIRE, KEYS, keepalives, path, same, saying, unblock
+
+if TYPE_CHECKING:
+    from valkeys import Valkey
 
 QUICK = ["--keys=10000", "--rounds=3", "--seconds=0.5"]
 TORNADO, DURABLE_TORNADO, DURABLE_FASTAPI, PAGES, LATENCY = 6.0, 4.5, 2.5, 1.8, 0.5
@@ -141,7 +145,7 @@ class _Run:
         constants = {f"constant, {name}": self._rival(name) for name in RIVALS if installed(name)}
         racers = [Contestant(name, address, _CONSTANT) for name, address in constants.items()]
         racers += [Contestant(name, address, "mixed") for name, address in self._servers.items()]
-        valkey = self._stack.enter_context(ValkeyServer(self._options.keys))
+        valkey = self._stack.enter_context(valkey_with_keys(self._options.keys))
         self._measure(racers, valkey)
         found = {each.name: each.found for each in racers}
         stock, fast = found["constant, tornado"], found["keypool, in memory"]
@@ -165,7 +169,7 @@ class _Run:
                 DURABLE_FASTAPI,
             )
 
-    def _measure(self, racers: list[Contestant], valkey: ValkeyServer | None = None) -> None:
+    def _measure(self, racers: list[Contestant], valkey: Valkey | None = None) -> None:
         script = Figures()
         for _ in range(max(3, self._options.rounds)):
             for each in racers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -17,6 +18,11 @@ _ROOT = Path(__file__).parents[1]
 _READY = re.compile(r"ready on http://[^:]+:(\d+)/")
 
 
+def without_settings() -> dict[str, str]:
+    """The environment, but for what it sets for a keypool server."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("KEYPOOL_")}
+
+
 class RealServer:
     """A running server.py with these flags, in a folder of its own; its log is in `log`."""
 
@@ -26,7 +32,7 @@ class RealServer:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(_ROOT / "server.py"), "--port=0", *flags],
-                cwd=self._folder.name, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self._folder.name, env=without_settings(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         self.address = Address(self._wait_for_port(), self._process.pid)
 

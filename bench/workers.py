@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import random
 import re
 import select
@@ -30,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench.real import without_settings
 from keypool.client import KeyPool, KeyPoolError, LeaseLost, Retry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,10 +93,9 @@ class Server:
 
     def start(self) -> None:
         """Returns when it is ready."""
-        env = {name: value for name, value in os.environ.items() if not name.startswith("KEYPOOL_")}
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "server.py"), f"--port={self.port}", *self._flags],
-            stderr=subprocess.PIPE, text=True, env=env,
+            stderr=subprocess.PIPE, text=True, env=without_settings(),
         )  # fmt: skip
         assert self._process.stderr is not None
         log = []

@@ -34,7 +34,14 @@ class KeypoolApplication(Application):
     def __init__(
         self, rules: list[Any], dispatcher: Dispatcher, in_flight: InFlight, **settings: Any
     ) -> None:
-        super().__init__(rules, dispatcher=dispatcher, in_flight=in_flight, **settings)
+        super().__init__(
+            rules,
+            dispatcher=dispatcher,
+            in_flight=in_flight,
+            log=logging.getLogger("keypool.pages"),
+            log_function=lambda handler: None,  # its line would hold the target, and so perhaps a key
+            **settings,
+        )
         self.start_raw_request = RawApi(dispatcher, in_flight).start
 
 
@@ -76,8 +83,6 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
         cross_origin_protection=True,
         websocket_ping_interval=60,  # a viewer that isn't there any more leaves within two minutes
         websocket_max_message_size=4096,  # viewers have nothing to say
-        log=logging.getLogger("keypool.pages"),
-        log_function=lambda handler: None,  # its line would hold the target, and so perhaps a key
     )
 
 
@@ -94,6 +99,4 @@ def make_loading_app(access: Access) -> Application:
         ],
         in_flight=in_flight,
         dispatcher=dispatcher,
-        log=logging.getLogger("keypool.pages"),
-        log_function=lambda handler: None,
     )
