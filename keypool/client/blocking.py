@@ -167,6 +167,8 @@ class _Connection:
             raise UnexpectedAnswer(
                 f"what answers there doesn't speak HTTP ({type(error).__name__}): is the URL right?"
             ) from None
+        finally:
+            response.close()  # or Python 3.13 does it later, and complains of what is closed by then
         if len(body) > LARGEST_ANSWER:
             raise UnexpectedAnswer(f"an answer of more than {LARGEST_ANSWER} bytes", response.status)
         framed = response.length == 0 or response.chunked or response.status in (204, 304)
