@@ -8,9 +8,9 @@ type, or raises an error of errors.py; it knows no HTTP beyond the row that it s
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -145,8 +145,7 @@ AnyBatch = GenerateBatch | AcquireBatch | KeepaliveBatch | UnblockBatch | Delete
 # -- the shape of a row
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct, gc=False):
     """One call on its way: by whom, from where, with what."""
 
     caller: Caller
@@ -157,7 +156,10 @@ class Call:
     body: Any = None
 
 
-Run = Callable[[Engine, Call], Awaitable[Any]]
+T = TypeVar("T")
+Answering = Coroutine[Any, Any, T]
+Run = Callable[[Engine, Call], Answering[Any]]
+"""Mostly the engine's own coroutine, handed on: another around it would cost each call a third of a microsecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,28 +241,28 @@ async def _generate_audited(engine: Engine, call: Call, count: int) -> list[Gene
     return made
 
 
-async def _acquire(engine: Engine, call: Call) -> Lease:
+def _acquire(engine: Engine, call: Call) -> Answering[Lease]:
     body: AcquireBody | None = call.body
     if body is None:
-        return await engine.acquire(None, 0)
-    return await engine.acquire(body.owner, body.wait or 0)
+        return engine.acquire(None, 0)
+    return engine.acquire(body.owner, body.wait or 0)
 
 
-async def _unblock(engine: Engine, call: Call) -> Unblocked:
+def _unblock(engine: Engine, call: Call) -> Answering[Unblocked]:
     body: UnblockBody | None = call.body
-    return await engine.unblock(key_ref(call.key, call.caller), None if body is None else body.lease)
+    return engine.unblock(key_ref(call.key, call.caller), None if body is None else body.lease)
 
 
-async def _keepalive(engine: Engine, call: Call) -> KeptAlive:
-    return await engine.keepalive(key_ref(call.key, call.caller))
+def _keepalive(engine: Engine, call: Call) -> Answering[KeptAlive]:
+    return engine.keepalive(key_ref(call.key, call.caller))
 
 
 async def _delete(engine: Engine, call: Call) -> None:
     audit(call, "delete", [await engine.delete(key_ref(call.key, call.caller))])
 
 
-async def _get(engine: Engine, call: Call) -> Row:
-    return await engine.get(key_ref(call.key, call.caller))
+def _get(engine: Engine, call: Call) -> Answering[Row]:
+    return engine.get(key_ref(call.key, call.caller))
 
 
 async def _reveal(engine: Engine, call: Call) -> Revealed:
@@ -269,12 +271,12 @@ async def _reveal(engine: Engine, call: Call) -> Revealed:
     return revealed
 
 
-async def _list(engine: Engine, call: Call) -> Page:
-    return await engine.page(call.query)
+def _list(engine: Engine, call: Call) -> Answering[Page]:
+    return engine.page(call.query)
 
 
-async def _stats(engine: Engine, call: Call) -> Stats:
-    return await engine.stats()
+def _stats(engine: Engine, call: Call) -> Answering[Stats]:
+    return engine.stats()
 
 
 # -- batches

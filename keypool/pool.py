@@ -174,7 +174,9 @@ class Pool:
         `may_have_more` says whether that wasn't enough, and the caller should ask again.
         """
         self._settle_releases(now)
-        for _ in range(min(len(self._available), SETTLED_AT_ONCE)):
+        for _ in range(SETTLED_AT_ONCE):
+            if not self._available:
+                return None
             key = self._available[int(self._random() * len(self._available))]
             if key.expires_deadline > now:
                 self._block(key, now, owner)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -106,6 +107,12 @@ _servers_of_test: pytest.StashKey[list[tuple[ServerProcess, int]]] = pytest.Stas
 
 def _show_log_on_failure(item: pytest.Item, server: ServerProcess) -> None:
     item.stash.setdefault(_servers_of_test, []).append((server, len(server.log_since(0))))
+
+
+def pytest_configure() -> None:
+    """A shell has what runs in its background ignore Ctrl-C, and so would all that is started here."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

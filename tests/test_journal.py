@@ -39,7 +39,7 @@ from support import ACQUIRE, API, LATE, ROOT, Answer, Client, ServerProcess, eve
 
 from keypool.cursor import ListQuery
 from keypool.engine import datafile, durable, journal
-from keypool.engine.clock import Clock
+from keypool.engine.clock import make_clock
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Journal
@@ -1137,10 +1137,10 @@ async def opened(path: Path, restart_grace: float = 0.0, **rules: Any) -> AsyncI
 def set_clocks(monkeypatch: pytest.MonkeyPatch, wall: Moment, monotonic: Moment) -> None:
     """Have the engines that are opened from now on go by these clocks."""
 
-    def clock(not_before: float) -> Clock:
-        return Clock(wall, monotonic, not_before)
+    def clock(not_before: float) -> Callable[[], float]:
+        return make_clock(wall, monotonic, not_before)
 
-    monkeypatch.setattr(durable, "Clock", clock)
+    monkeypatch.setattr(durable, "make_clock", clock)
 
 
 def states(engine: EmbeddedEngine) -> list[tuple[object, ...]]:

@@ -39,7 +39,7 @@ LAYERS = (
     "keypool.resources",
     "keypool.errors keypool.tally keypool.limits keypool.notify",
     "keypool.http1.responses",
-    "keypool.http1.peer keypool.http1.stream",
+    "keypool.http1.peer keypool.http1.section keypool.http1.stream",
     "keypool.http1.request",
     "keypool.http1.link keypool.http1.rules",
     "keypool.http1.exchange keypool.http1.reader",

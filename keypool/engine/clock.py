@@ -11,18 +11,11 @@ import time
 from collections.abc import Callable
 
 
-class Clock:
-    """Call it for the moment: seconds since the epoch, as of the start."""
-
-    def __init__(
-        self,
-        wall: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
-        not_before: float = 0.0,
-    ) -> None:
-        self._monotonic = monotonic
-        self._offset = max(wall(), not_before) - monotonic()
-
-    def __call__(self) -> float:
-        """The moment, in seconds since the epoch as of the start. About 0.1 µs."""
-        return self._offset + self._monotonic()
+def make_clock(
+    wall: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
+    not_before: float = 0.0,
+) -> Callable[[], float]:
+    """A function of the moment: seconds since the epoch, as of the start. About 0.1 µs a call."""
+    offset = max(wall(), not_before) - monotonic()
+    return lambda: offset + monotonic()

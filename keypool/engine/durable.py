@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keypool.engine import datafile
-from keypool.engine.clock import Clock
+from keypool.engine.clock import make_clock
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Journal
 from keypool.errors import StartError
@@ -37,7 +37,7 @@ async def open_durable(path: Path, restart_grace: float, **settings: Any) -> Emb
     loop = asyncio.get_running_loop()
     lock = await loop.run_in_executor(None, datafile.hold, path)
     numbers = await loop.run_in_executor(None, datafile.inspect, path)
-    clock = Clock(not_before=numbers.get("moment", 0) / 1000)
+    clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
     engine = EmbeddedEngine(clock=clock, held=True, **settings)
     journal = Journal(path, lock, lambda: _numbers(engine), engine.storage_is_back)
     await journal.open()

@@ -9,6 +9,7 @@ first waiter before it returns, and whatever makes one available at all has them
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from keypool.answers import (
     Unblocked,
 )
 from keypool.cursor import ListQuery, encode, page_query
-from keypool.engine.clock import Clock
+from keypool.engine.clock import make_clock
 from keypool.engine.journal import Commit, Journal
 from keypool.engine.timers import Timers
 from keypool.errors import Draining, NoKeyAvailable, StaleLease, TooManyWaiters, UnknownKey
@@ -74,7 +75,7 @@ class EmbeddedEngine:
         clock: Callable[[], float] | None = None,
         new_text: Callable[[], str] | None = None,
     ) -> None:
-        self.now = clock or Clock()
+        self.now = clock or make_clock()
         self.timers = Timers(loop or IOLoop.current(), self.now, self._settle_due)
         self.pool = Pool(
             block_seconds=block_seconds,
@@ -125,7 +126,9 @@ class EmbeddedEngine:
     async def acquire(self, owner: str | None, wait: float) -> Lease:
         """Serve a key, now or within `wait` seconds. O(log n)."""
         self._require_storage()
-        lease = await self._take(owner)
+        now = self.now()
+        key = None if self._waiters else self.pool.acquire(now, owner)
+        lease = await self._take(owner) if key is None else self._lease(key, now)
         if lease is None and wait > 0:
             lease = await self._wait_for_key(owner, wait)
         if lease is None:
@@ -148,12 +151,12 @@ class EmbeddedEngine:
     async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
         """Free a key. O(log n)."""
         self._require_storage()
-        key = await self._known(ref)
+        key = self._find(ref, self.now()) or await self._gone(ref)
         try:
             changed = self._unblock(key, lease)
         finally:
-            if self.journal is not None:
-                await self._kept(key.id)
+            if (commit := self._commit_of(key.id)) is not None:
+                await commit
         return Unblocked(key.id, State.AVAILABLE, changed)
 
     async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
@@ -161,11 +164,11 @@ class EmbeddedEngine:
         self._require_storage()
         outcomes = []
         for ref, lease in items:
+            key = self._find(ref, self.now())
             try:
-                self._unblock(self._find(ref), lease)
-                outcomes.append("done")
-            except UnknownKey:
-                outcomes.append("unknown")
+                if key is not None:
+                    self._unblock(key, lease)
+                outcomes.append("unknown" if key is None else "done")
             except StaleLease:
                 outcomes.append("stale")
         await self._kept_all()
@@ -174,13 +177,15 @@ class EmbeddedEngine:
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Put off a key's expiry. O(log n)."""
         self._require_storage()
-        key = await self._known(ref)
         now = self.now()
+        key = self._find(ref, now) or await self._gone(ref)
         self.pool.keepalive(key, now)
         answer = KeptAlive(key.id, _seconds(key.expires_deadline - now))
-        self._serve_waiters(now)
-        if self.journal is not None:
-            answer.expires_in = _less(answer.expires_in, await self._kept(key.id))
+        if self._waiters:
+            self._serve_waiters(now)
+        if (commit := self._commit_of(key.id)) is not None:
+            await commit
+            answer.expires_in = _less(answer.expires_in, self._late(now))
         return answer
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
@@ -189,11 +194,10 @@ class EmbeddedEngine:
         now = self.now()
         known = []
         for ref in refs:
-            try:
-                self.pool.keepalive(self._find(ref), now)
-                known.append(True)
-            except UnknownKey:
-                known.append(False)
+            key = self._find(ref, now)
+            if key is not None:
+                self.pool.keepalive(key, now)
+            known.append(key is not None)
         self._serve_waiters(now)
         await self._kept_all()
         return known
@@ -201,9 +205,10 @@ class EmbeddedEngine:
     async def delete(self, ref: Ref) -> Identity:
         """Purge a key. O(log n)."""
         self._require_storage()
-        key = await self._known(ref)
+        key = self._find(ref, self.now()) or await self._gone(ref)
         self.pool.delete(key)
-        await self._kept(key.id)
+        if (commit := self._commit_of(key.id)) is not None:
+            await commit
         return Identity(key.id, key.hint)
 
     async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
@@ -211,33 +216,33 @@ class EmbeddedEngine:
         self._require_storage()
         gone: list[Identity | None] = []
         for ref in refs:
-            try:
-                key = self._find(ref)
+            key = self._find(ref, self.now())
+            if key is not None:
                 self.pool.delete(key)
-                gone.append(Identity(key.id, key.hint))
-            except UnknownKey:
-                gone.append(None)
+            gone.append(None if key is None else Identity(key.id, key.hint))
         await self._kept_all()
         return gone
 
     async def get(self, ref: Ref) -> Row:
         """How a key stands. O(1)."""
-        key, now = await self._known(ref), self.now()
-        row = _row(key, now)
+        now = self.now()
+        row = _row(self._find(ref, now) or await self._gone(ref), now)
         self._serve_waiters(now)
-        late = await self._kept(row.id)
-        if late:
-            _age(row, late)
+        if (commit := self._commit_of(row.id)) is not None:
+            await commit
+            _age(row, self._late(now))
         return row
 
     async def reveal(self, ref: Ref) -> Revealed:
         """A key's text, told as an event. O(1)."""
-        key = await self._known(ref)
+        now = self.now()
+        key = self._find(ref, now) or await self._gone(ref)
         revealed = Revealed(key.id, key.text)
-        self.events.append((Change.REVEALED, key, key.owner, key.lease, self.now()))
+        self.events.append((Change.REVEALED, key, key.owner, key.lease, now))
         self._revealed += 1
-        self._serve_waiters(self.now())
-        await self._kept(key.id)
+        self._serve_waiters(now)
+        if (commit := self._commit_of(key.id)) is not None:
+            await commit
         return revealed
 
     async def page(self, query: ListQuery) -> Page:
@@ -351,25 +356,25 @@ class EmbeddedEngine:
 
     def _unblock(self, key: Key, lease: int | None) -> bool:
         changed = self.pool.unblock(key, lease)
-        self._serve_waiters(self.now())
+        if self._waiters:
+            self._serve_waiters(self.now())
         return changed
 
-    def _find(self, ref: Ref) -> Key:
-        """The live key. If its block is found overdue, it is available now: serve waiters after the call."""
-        now = self.now()
-        return self.pool.find_id(ref, now) if isinstance(ref, int) else self.pool.find(ref, now)
-
-    async def _known(self, ref: Ref) -> Key:
-        """The live key; that there is none is told when it is on disk."""
+    def _find(self, ref: Ref, now: float) -> Key | None:
+        """The live key, or None. If its block is found overdue, it is available now: serve waiters after the call."""
         try:
-            return self._find(ref)
+            return self.pool.find_id(ref, now) if isinstance(ref, int) else self.pool.find(ref, now)
         except UnknownKey:
-            journal = self.journal
-            if journal is not None:
-                commit = journal.commit_of(ref) if isinstance(ref, int) else journal.commit_of_text(ref)
-                if commit is not None:
-                    await commit
-            raise
+            return None
+
+    async def _gone(self, ref: Ref) -> NoReturn:
+        """Say that there is no such key, when that is on disk. Raises UnknownKey."""
+        journal = self.journal
+        if journal is not None:
+            commit = journal.commit_of(ref) if isinstance(ref, int) else journal.commit_of_text(ref)
+            if commit is not None:
+                await commit
+        raise UnknownKey
 
     # -- durability: nothing is told before it is on disk
 
@@ -377,44 +382,53 @@ class EmbeddedEngine:
         if self.journal is not None:
             self.journal.require()
 
-    async def _kept(self, id: int) -> float:
-        """Wait until all that happened to this key is on disk. Raises StorageUnavailable.
+    def _commit_of(self, id: int) -> Commit | None:
+        """What to await before telling of this key, if not all that happened to it is on disk. O(1).
 
-        Returns the seconds by which that makes the answer late, 0 if they are too few to tell: lengths of time
-        are told as of the answer, or a holder would believe in its key for longer than it has it.
+        To await it raises StorageUnavailable.
         """
-        if self.journal is None or (commit := self.journal.commit_of(id)) is None:
-            return 0.0
-        return await self._lateness_of(commit)
+        return None if self.journal is None else self.journal.commit_of(id)
+
+    def _late(self, since: float) -> float:
+        """The seconds by which waiting for the disk makes an answer late, 0 if they are too few to tell.
+
+        Lengths of time are told as of the answer, or a holder would believe in its key for longer than it has it.
+        """
+        waited = self.now() - since
+        return waited if waited > _TOO_FEW_TO_TELL else 0.0
 
     async def _kept_all(self) -> float:
-        """The same for all that has happened."""
+        """Wait until all that has happened is on disk; how late that makes the answer. Raises StorageUnavailable."""
         if self.journal is None or (commit := self.journal.commit_of_all()) is None:
             return 0.0
-        return await self._lateness_of(commit)
+        started = self.now()
+        await commit
+        return self._late(started)
 
     async def _kept_leases(self, leases: Sequence[Lease]) -> None:
         """The same for keys just served: if the caller hangs up meanwhile, nobody was told, and they go back."""
+        if self.journal is None:
+            return
+        one = len(leases) == 1
+        commit = self.journal.commit_of(leases[0].id) if one else self.journal.commit_of_all()
+        if commit is None:
+            return
+        started = self.now()
         try:
-            late = await (self._kept(leases[0].id) if len(leases) == 1 else self._kept_all())
+            await commit
         except (GeneratorExit, asyncio.CancelledError):
             for lease in leases:
                 self._take_back(lease)
             raise
-        for lease in leases if late else ():
-            _age(lease, late)
+        if late := self._late(started):
+            for lease in leases:
+                _age(lease, late)
 
     async def _refuse(self) -> NoReturn:
         """Say that no key is available, when that is on disk. Raises NoKeyAvailable."""
         self.pool.counters.refused += 1
         await self._kept_all()
         raise NoKeyAvailable(self._retry_after())
-
-    async def _lateness_of(self, commit: Commit) -> float:
-        started = self.now()
-        await commit
-        waited = self.now() - started
-        return waited if waited > _TOO_FEW_TO_TELL else 0.0
 
     def storage_is_back(self) -> None:
         """The journal can write again: who waited meanwhile is served."""
@@ -470,10 +484,10 @@ class EmbeddedEngine:
                 self._take_back(lease)
 
     def _take_back(self, lease: Lease) -> None:
-        try:
-            self._unblock(self._find(lease.id), lease.lease)
-        except (UnknownKey, StaleLease):
-            return  # deleted, or released and served again meanwhile: not ours any more
+        key = self._find(lease.id, self.now())
+        with contextlib.suppress(StaleLease):  # released and served again meanwhile: not ours any more
+            if key is not None:
+                self._unblock(key, lease.lease)
 
     def _give_up(self, waiter: Waiter) -> None:
         waiter.timer = None  # fired; it holds the waiter, which mustn't hold it

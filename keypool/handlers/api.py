@@ -31,14 +31,12 @@ from keypool.limits import DISCARDED, MAX_BODY
 class ApiCall(Begun):
     """One request of the API, from its head to its reply. A subclass knows the way that the reply goes."""
 
-    __slots__ = ("_dispatcher", "_ended", "_in_flight", "_started", "_steps")
+    _steps: Steps | None = None
+    _ended = False
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-        Begun.__init__(self)
         self._dispatcher = dispatcher
         self._in_flight = in_flight
-        self._steps: Steps | None = None
-        self._ended = False
 
     def send(self, reply: Reply) -> bool:
         """Write the reply; whether there is still somebody to write to."""
@@ -52,15 +50,25 @@ class ApiCall(Begun):
 
     def run(self, request: Request, body: bytes) -> bool:
         """Do what the request asks for; whether it waits for something."""
-        call = self._dispatcher.run(self, request, body)
-        try:
-            awaited = call.send(None)
-        except StopIteration as answered:
-            self.answer(answered.value)
+        if self.error is not None:
+            self.refuse()
             return False
-        self._steps = Steps(call, self._done)
-        self._steps.wait_for(awaited)
-        return True
+        try:
+            call = self._dispatcher.run(self, request, body)
+            if call is None:
+                answer = None
+            else:
+                awaited = call.send(None)
+                self._steps = Steps(call, self._done)
+                self._steps.wait_for(awaited)
+                return True
+        except StopIteration as answered:
+            answer = answered.value
+        except Exception as error:
+            self.answer(self._dispatcher.failed(self, error))
+            return False
+        self.answer(self._dispatcher.reply(self, answer))
+        return False
 
     def refuse(self) -> None:
         """Answer with the error that the request has met."""
@@ -86,11 +94,9 @@ class ApiCall(Begun):
         if not in_flight.count:
             in_flight.tell_idle()
 
-    def _done(self, reply: Reply | None, error: Exception | None) -> None:
-        if error is not None:  # `run` answers every error itself
-            raise error
-        assert reply is not None
-        self.answer(reply)
+    def _done(self, answer: Any, error: Exception | None) -> None:
+        dispatcher = self._dispatcher
+        self.answer(dispatcher.reply(self, answer) if error is None else dispatcher.failed(self, error))
 
 
 class ApiRouter(Router):
@@ -107,8 +113,6 @@ class ApiRouter(Router):
 
 class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
     """One request of the API on Tornado's server."""
-
-    __slots__ = ("_body", "_connection", "_request", "_size", "_whole")
 
     def __init__(
         self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest

@@ -10,7 +10,7 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -61,8 +61,7 @@ class Request(Protocol):
     def remote_ip(self) -> str | None: ...  # noqa: D102
 
 
-@dataclass(slots=True)
-class Reply:
+class Reply(msgspec.Struct, gc=False):
     """A whole answer. A reply to HEAD carries the body that GET would have had, for its length."""
 
     status: int
@@ -97,17 +96,22 @@ class Known:
 class Begun:
     """A request that passed the checks of its head, or the error that it met there."""
 
-    __slots__ = ("allow", "call", "error", "head", "known", "legacy", "operation", "request_id")
+    error: KeypoolError | None = None
+    route: Route | None = None  # with `call`; without either one that asks for the methods of a path
+    call: Call | None = None
+    known: Known | None = None
+    legacy = False
+    head = False
+    allow = ""
+    request_id = ""
 
-    def __init__(self) -> None:
-        self.error: KeypoolError | None = None
-        self.operation: Operation | None = None
-        self.call: Call | None = None
-        self.known: Known | None = None
-        self.legacy = False
-        self.head = False
-        self.allow = ""
-        self.request_id = ""
+
+@dataclass(slots=True)
+class Route:
+    """An operation behind a path, and who reads its bodies."""
+
+    operation: Operation
+    reader: Reader
 
 
 class _Path:
@@ -117,7 +121,7 @@ class _Path:
 
     def __init__(self, legacy: bool) -> None:
         self.legacy = legacy
-        self.methods: dict[str, Operation] = {}
+        self.methods: dict[str, Route] = {}
 
 
 _NOWHERE = _Path(False)
@@ -127,21 +131,23 @@ _KEYS = BASE + "/keys/"
 class Dispatcher:
     """All operations behind their paths."""
 
-    def __init__(self, engine: Engine, access: Access, operations: Iterable[Operation]) -> None:
+    def __init__(self, engine: Engine, access: Access, operations: Sequence[Operation]) -> None:
         self.engine = engine
         self._access = access
-        self._readers: dict[str, Reader] = {}
         self._paths: dict[str, _Path] = {}
+        self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
         for operation in operations:
-            paths = [operation.path, operation.path + "/"] if operation.legacy else [operation.path]
-            for path in paths:
-                self._paths.setdefault(BASE + path, _Path(operation.legacy)).methods[operation.method] = (
-                    operation
-                )
-            self._readers[operation.name] = Reader(operation)
-        self.calls = CallTallies(self._readers)
+            self._add(Route(operation, Reader(operation)))
+        self.calls = CallTallies(operation.name for operation in operations)
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(5)
+
+    def _add(self, route: Route) -> None:
+        operation = route.operation
+        for path in (operation.path, operation.path + "/") if operation.legacy else (operation.path,):
+            of_key, key, rest = path.partition("{key}")
+            paths, name = (self._paths_of_key, rest) if key else (self._paths, BASE + of_key)
+            paths.setdefault(name, _Path(operation.legacy)).methods[operation.method] = route
 
     # -- the head
 
@@ -190,14 +196,15 @@ class Dispatcher:
         path, key = self._find(request.path)
         begun.legacy = path.legacy
         begun.head = method == "HEAD"
-        operation = path.methods.get("GET" if begun.head else method)
+        route = path.methods.get("GET" if begun.head else method)
         if known is None:
             changes = method not in ("GET", "HEAD", "OPTIONS")
-            self._access.check_site(request.headers, changes or (operation is not None and operation.changes))
-        if operation is None:
+            changes = changes or (route is not None and route.operation.changes)
+            self._access.check_site(request.headers, changes)
+        if route is None:
             self._no_operation(path, method, begun)
             return
-        caller = NOBODY
+        caller, operation = NOBODY, route.operation
         if operation.roles:
             caller = self._access.caller(request.headers) if known is None else known.caller
             if caller.role not in operation.roles:
@@ -207,7 +214,7 @@ class Dispatcher:
         check_target(request)
         if known is None:
             check_size_of_headers(request.headers)
-        begun.operation = operation
+        begun.route = route
         begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
 
     @staticmethod
@@ -229,11 +236,11 @@ class Dispatcher:
         if not segment:
             return _NOWHERE, ""
         key = _decoded(segment) if "%" in segment else segment
-        return self._paths.get(f"{_KEYS}{{key}}{slash}{rest}", _NOWHERE), key
+        return self._paths_of_key.get(slash + rest, _NOWHERE), key
 
     def answered(self, begun: Begun, reply: Reply, seconds: float) -> None:
         """A request was answered so, after so long: count it, and write its line of the access log."""
-        name = NO_OPERATION if begun.operation is None else begun.operation.name
+        name = NO_OPERATION if begun.route is None else begun.route.operation.name
         self.calls.add(name, reply.outcome, seconds)
         if access_log.isEnabledFor(logging.DEBUG):
             access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
@@ -257,24 +264,42 @@ class Dispatcher:
 
     # -- the body
 
-    async def run(self, begun: Begun, request: Request, body: bytes) -> Reply:
-        """Do what a begun request asks for. Raises nothing but GeneratorExit, when it is closed."""
-        if begun.error is not None:
-            return self.refusal(begun, begun.error)
-        operation, call = begun.operation, begun.call
-        if operation is None or call is None:
+    def run(self, begun: Begun, request: Request, body: bytes) -> Coroutine[Any, Any, Any] | None:
+        """Read the body of a begun request and start its call; None if there is nothing to call.
+
+        What the coroutine returns is for `reply`; what it raises, and what this does, for `failed`.
+        """
+        route, call = begun.route, begun.call
+        if route is None or call is None:
+            return None
+        if body and begun.known is None:
+            _check_content_type(request.headers)
+        route.reader.read(call, request.query, body)
+        operation = route.operation
+        if begun.head and operation.head is not None:
+            return operation.head(self.engine, call)
+        return operation.run(self.engine, call)
+
+    def reply(self, begun: Begun, answer: Any) -> Reply:
+        """What a call has answered; None is nothing but that it is done."""
+        if begun.route is None:
             return Reply(204, begun.request_id, own_headers=[("Allow", begun.allow)])
-        try:
-            if body and begun.known is None:
-                _check_content_type(request.headers)
-            self._readers[operation.name].read(call, request.query, body)
-            step = operation.head if begun.head and operation.head is not None else operation.run
-            return _reply(begun, operation, await step(self.engine, call))
-        except KeypoolError as error:
+        operation = begun.route.operation
+        if answer is None:
+            return Reply(operation.status, begun.request_id)
+        status = 201 if isinstance(answer, operation.created) else operation.status
+        reply = Reply(status, begun.request_id, "application/json", _encode(answer))
+        if operation.location is not None:
+            reply.own_headers = [("Location", operation.location(answer))]
+        return reply
+
+    def failed(self, begun: Begun, error: Exception) -> Reply:
+        """What became of a call that raised: the problem, which for what nobody foresaw tells nothing."""
+        if isinstance(error, KeypoolError):
             return self.refusal(begun, error)
-        except Exception:
-            _log.exception("call %s, request %s failed", operation.name, begun.request_id)
-            return self.refusal(begun, unexpected())
+        name = NO_OPERATION if begun.route is None else begun.route.operation.name
+        _log.error("call %s, request %s failed", name, begun.request_id, exc_info=error)
+        return self.refusal(begun, unexpected())
 
     def refusal(self, begun: Begun, error: KeypoolError) -> Reply:
         """The problem that an error is told as."""
@@ -282,16 +307,6 @@ class Dispatcher:
         body = problem_body(error, begun.request_id, message)
         status, headers = status_of(type(error)), problem_headers(error)
         return Reply(status, begun.request_id, CONTENT_TYPE, body, headers, error.code)
-
-
-def _reply(begun: Begun, operation: Operation, answer: Any) -> Reply:
-    if answer is None:
-        return Reply(operation.status, begun.request_id)
-    status = 201 if isinstance(answer, operation.created) else operation.status
-    reply = Reply(status, begun.request_id, "application/json", _encode(answer))
-    if operation.location is not None:
-        reply.own_headers = [("Location", operation.location(answer))]
-    return reply
 
 
 def too_large() -> PayloadTooLarge:
@@ -304,7 +319,7 @@ def unexpected() -> KeypoolError:
     return KeypoolError("the server failed on this request; the request id leads to its log")
 
 
-def _methods(routes: Mapping[str, Operation]) -> list[str]:
+def _methods(routes: Mapping[str, Route]) -> list[str]:
     methods = set(routes) | {"OPTIONS"}
     if "GET" in methods:
         methods.add("HEAD")

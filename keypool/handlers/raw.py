@@ -10,7 +10,7 @@ from functools import lru_cache
 from http import HTTPStatus
 
 from keypool.handlers.api import ApiCall
-from keypool.handlers.dispatch import Dispatcher, Known, Reply, too_large
+from keypool.handlers.dispatch import Dispatcher, Reply, too_large
 from keypool.handlers.inflight import InFlight
 from keypool.http1 import ANSWERED, RawDelegate, Request
 from keypool.http1.responses import Headers, http_date
@@ -18,12 +18,6 @@ from keypool.http1.responses import Headers, http_date
 _API = b"/api"
 _FEED = b"/api/v1/feed"
 _ENDS = (b"", b"/", b"?")
-
-
-_REMEMBERED = 512  # sets of headers
-_REMEMBERED_BYTES = 1024  # of each, at most
-
-_Raw = tuple[tuple[bytes, bytes], ...]
 
 
 class RawHead:
@@ -51,14 +45,13 @@ class RawHead:
 class RawApi:
     """Takes the requests of the API, and leaves all others to Tornado.
 
-    Clients send the same headers with each request, but for the length of the body. So what the dispatcher
-    knows of them is remembered by the bytes of all of them, for a few hundred clients.
+    Clients send the same headers with each request. So what the dispatcher knows of them is noted where the
+    server remembers them.
     """
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
         self.dispatcher = dispatcher
         self.in_flight = in_flight
-        self._known: dict[_Raw, Known | None] = {}
 
     def start(self, request: Request) -> RawDelegate | None:
         """See `http1.RawApplication`."""
@@ -71,36 +64,23 @@ class RawApi:
         call.refuse()
         return ANSWERED
 
-    def known(self, head: RawHead, headers: Headers) -> Known | None:
-        """What is known of a request's headers. O(headers)."""
-        raw = tuple(headers)
-        try:
-            return self._known[raw]
-        except KeyError:
-            known = self.dispatcher.learn(head.headers)
-        if sum(len(name) + len(value) for name, value in raw) <= _REMEMBERED_BYTES:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            self._known[raw] = known
-        return known
 
-
-class RawCall(ApiCall, RawDelegate):
+class RawCall(RawHead, ApiCall, RawDelegate):
     """One request of the API on the fast server."""
 
-    __slots__ = ("_head", "_request")
-
     def __init__(self, api: RawApi, request: Request) -> None:
+        peer, section = request.peer, request.section
+        address = None if peer is None else peer.remote_ip
+        RawHead.__init__(self, request.method, request.target, section.lines, address)
         ApiCall.__init__(self, api.dispatcher, api.in_flight)
         self._request = request
-        peer = request.peer
-        address = None if peer is None else peer.remote_ip
-        self._head = RawHead(request.method, request.target, request.headers, address)
-        self.begin(self._head, api.known(self._head, request.headers))
+        if section.noted_by is not api:
+            section.noted_by, section.note = api, api.dispatcher.learn(self.headers)
+        self.begin(self, section.note)  # type: ignore[arg-type]
 
     def body(self, body: bytes) -> None:
         """The request is whole: run its call."""
-        self.run(self._head, body)
+        self.run(self, body)
 
     def too_large(self) -> None:
         """Its body is more than is read."""

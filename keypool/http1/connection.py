@@ -86,7 +86,7 @@ class Connection(Intake):
         """Do what is due when `deadline` has passed."""
         if self.mode >= LINGERING or self.write_paused:
             self.cut()
-        elif self.current is not None or self._target or self._in_method:
+        elif self.current is not None or self._begun:
             self.refuse(self.refusal(408, "request-timeout", "the request took too long to arrive"))
         else:
             self._leave()

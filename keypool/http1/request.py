@@ -26,6 +26,7 @@ from math import inf
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from keypool.http1.responses import Headers
+from keypool.http1.section import HeaderSection
 from keypool.limits import Limits
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ class Request:
     """A request whose headers are complete.
 
     `method` and `target` are as sent (the target in origin form, `*`, or the
-    authority for CONNECT); `headers` in order, names in lower case, values
-    without the white space around them.
+    authority for CONNECT). What an application knows of the header lines, which clients
+    send again and again, it may leave in `section`.
     """
 
     __slots__ = (
@@ -114,11 +115,11 @@ class Request:
         "body",
         "delegate",
         "exchange",
-        "headers",
         "http10",
         "keep_alive",
         "method",
         "received",
+        "section",
         "target",
         "upgrade",
     )
@@ -128,13 +129,13 @@ class Request:
         connection: RequestReader,
         method: bytes,
         target: bytes,
-        headers: Headers,
+        section: HeaderSection,
         keep_alive: bool,
     ) -> None:
         self._connection: RequestReader | None = connection
         self.method = method
         self.target = target
-        self.headers = headers
+        self.section = section
         self.keep_alive = keep_alive
         self.http10 = False
         self.upgrade = False
@@ -166,6 +167,11 @@ class Request:
         self.answered = True
         connection.answer(self, response, close)
         return True
+
+    @property
+    def headers(self) -> Headers:
+        """In order, names in lower case, values without the white space around them."""
+        return self.section.lines
 
     @property
     def closed(self) -> bool:

@@ -34,6 +34,7 @@ from keypool.http1.connection import Connection
 from keypool.http1.link import Link
 from keypool.http1.request import RawApplication
 from keypool.http1.responses import OnRefused
+from keypool.http1.section import Sections
 from keypool.limits import Doorman, Limits, greedy
 
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
@@ -65,6 +66,7 @@ class Server:
         self.doorman = Doorman(self.limits)
         self.began = 0
         """Requests whose head has come, since the start."""
+        self.sections = Sections()
         self.no_keep_alive = no_keep_alive
         self.protocol = protocol
         self.on_refused = on_refused

@@ -68,12 +68,12 @@ async def test_a_raw_request_shows_what_was_sent() -> None:
         kept = application.kept[0]
         got = kept.request
         assert (got.method, got.target) == (b"PUT", b"/keep?x=%20")
-        assert got.headers == [
+        assert got.headers == (
             (b"host", b"localhost"),
             (b"x-one", b"1"),
             (b"x-one", b"2"),
             (b"content-length", b"2"),
-        ]
+        )
         assert got.header(b"x-one") == b"1"
         assert got.header(b"x-two") is None
         assert got.content_length == 2

@@ -1,0 +1,193 @@
+"""A header section that was read before is not read again, and nobody can tell by the answers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from http1.harness import Client, request, serve
+from keypool.http1 import RawDelegate, Request
+from keypool.http1.reader import RequestReader
+from keypool.limits import Limits
+
+from .test_hostile import HOST, REFUSED, SMUGGLED
+from .test_split import Application, converse
+
+PLAIN = b"POST /raw HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\n"
+BARE = b"GET /raw HTTP/1.1\r\n" + HOST + b"\r\n"
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The pieces that go through the parser."""
+    pieces: list[bytes] = []
+    feed = RequestReader.feed
+
+    def noted(reader: RequestReader, piece: bytes | memoryview) -> int:
+        pieces.append(bytes(piece))
+        return feed(reader, piece)
+
+    monkeypatch.setattr(RequestReader, "feed", noted)
+    return pieces
+
+
+async def told(client: Client, data: bytes) -> bytes:
+    """Send a request whole; the body of its answer."""
+    await client.send(data)
+    answer = await client.response()
+    assert answer.status == 200
+    return answer.body
+
+
+async def test_a_second_request_with_the_same_lines_is_not_parsed(parsed: list[bytes]) -> None:
+    """Whatever its method, target and body, and on whichever connection."""
+    async with serve("http1", Application()) as served:
+        client = await served.connect()
+        assert await told(client, PLAIN + b"abc") == b"POST /raw 3"
+        assert await told(client, BARE) == b"GET /raw 0"
+        assert parsed == [PLAIN + b"abc", BARE]
+        other = await served.connect()
+        for target in (b"/raw", b"/raw/~a:b.c-d_e?f=1&g=%20", b"/late", b"/told"):
+            for who in (client, other):
+                shown = await told(who, PLAIN.replace(b"/raw", target) + b"xyz")
+                assert shown == b"POST %b 3" % target
+                shown = await told(who, BARE.replace(b"GET /raw", b"DELETE " + target))
+                assert shown == b"DELETE %b 0" % target
+        assert parsed == [PLAIN + b"abc", BARE]
+
+
+async def test_what_is_not_the_same_is_parsed(parsed: list[bytes]) -> None:
+    """Other methods, odd targets, versions, and lines that differ in a letter's case."""
+    async with serve("http1", Application()) as served:
+        client = await served.connect()
+        for data in (
+            BARE,
+            BARE.replace(b"GET", b"PUT"),
+            BARE.replace(b"/raw", b"/raw/[]"),
+            BARE.replace(b"/raw", b"http://localhost/raw"),
+            BARE.replace(b"Host", b"HOST"),
+        ):
+            await told(client, data)
+            assert parsed[-1] == data
+        await client.send(BARE.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert (await client.response())["content-length"] == "10"
+        assert await client.closed()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [b"Connection: close\r\n", b"Connection: Upgrade\r\nUpgrade: other\r\n", b"Expect: 100-continue\r\n"],
+)
+async def test_lines_that_decide_about_more_than_the_request_are_parsed(
+    lines: bytes, parsed: list[bytes]
+) -> None:
+    """The end of a connection, a change of protocol, a body that has to be asked for."""
+    data = PLAIN[:-2] + lines + b"\r\nabc"
+    async with serve("http1", Application()) as served:
+        for _ in range(2):
+            client = await served.connect()
+            await client.send(data)
+            assert (await client.response()).body == b"POST /raw 3"
+        assert parsed.count(data) == 2
+
+
+@pytest.mark.parametrize(
+    "before", [b"P", b"PO", b"POST", b"POST /raw", b"\r\nP", b"\0", b"GET /r HTTP/1.1\r\nA"]
+)
+async def test_a_known_request_behind_a_part_of_another_is_no_request(before: bytes) -> None:
+    """The bytes before it belong to it, and make nonsense of it."""
+    async with serve("http1", Application()) as served:
+        client = await served.connect()
+        for _ in range(2):
+            await told(client, BARE)
+        await client.dribble(before, BARE)
+        received = await client.ended()
+        assert received.count(b"HTTP/1.1 ") == 1
+        assert received.startswith(b"HTTP/1.1 400 ")
+
+
+async def test_a_known_request_inside_a_body_is_a_body() -> None:
+    """Even where the body comes in reads of its own."""
+    async with serve("http1", Application()) as served:
+        client = await served.connect()
+        for _ in range(2):
+            await told(client, BARE)
+        head = PLAIN.replace(b"Length: 3", b"Length: %d" % (2 * len(BARE)))
+        await client.dribble(head, BARE, BARE)
+        assert (await client.response()).body == b"POST /raw %d" % (2 * len(BARE))
+        assert await told(client, BARE) == b"GET /raw 0"
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_known_or_not_the_answers_are_the_same(seed: int) -> None:
+    """Many requests with few sets of lines, a read each, cut anywhere, or all at once."""
+    rng = random.Random(seed)
+    sections = [
+        tuple(f"X-{i}: {'v' * rng.randint(0, 90)}" for i in range(rng.randint(0, 3))) for _ in range(3)
+    ]
+    messages = []
+    for number in range(40):
+        target = rng.choice(["/raw", "/late", "/told", "/stream"]) + rng.choice(["", f"?{number}"])
+        lines = rng.choice(sections) + rng.choice([(), (), (), ("Connection: Upgrade", "Upgrade: other")])
+        body = rng.choice([b"", b"abc", b"GET / HTTP/1.1\r\n\r\n"])
+        method = "POST" if target.startswith("/stream") else rng.choice(["GET", "POST", "PUT", "DELETE"])
+        messages.append(request(target, *lines, method=method, body=body))
+    messages.append(request("/told?last", "Connection: close"))
+    data = b"".join(messages)
+    async with serve("http1", Application()) as served:
+        whole = await converse(await served.connect(), [data])
+        assert whole.count(b"HTTP/1.1 ") == len(messages)
+        assert await converse(await served.connect(), messages) == whole
+        for cuts in (10, 60):
+            places = sorted(rng.randrange(len(data) + 1) for _ in range(cuts))
+            pieces = [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+            assert await converse(await served.connect(), pieces) == whole
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_hostile_requests_are_refused_behind_known_ones(name: str) -> None:
+    """Twice, lest the first has taught the server anything."""
+    async with serve("http1", Application()) as served:
+        for _ in range(2):
+            client = await served.connect()
+            await told(client, SMUGGLED.replace(b"/smuggled", b"/raw"))
+            await client.dribble(REFUSED[name], SMUGGLED)
+            received = await client.ended()
+            assert received.startswith(b"HTTP/1.1 4")
+            assert b"smuggled" not in received
+
+
+async def test_few_sections_are_remembered() -> None:
+    """However many strangers send, and none that is long."""
+    async with serve("http1", Application()) as served:
+        client = await served.connect()
+        sections = served.server.sections
+        for number in range(1200):
+            await told(client, request("/raw", f"X: {number}", method="GET"))
+        assert 0 < len(sections._by_lines) <= 512
+        assert 0 < len(sections._by_bytes) <= 512
+        sections._by_lines.clear()
+        sections._by_bytes.clear()
+        for _ in range(2):
+            await told(client, request("/raw", "X: " + 1100 * "y", method="GET"))
+        assert not sections._by_lines
+        assert not sections._by_bytes
+
+
+async def test_a_body_over_the_limit_is_not_taken_past_the_parser() -> None:
+    """The application's limit for one request is no rule for the next."""
+
+    class Lenient(Application):
+        def start_raw_request(self, request: Request) -> RawDelegate | None:
+            if request.target == b"/raw/large":
+                request.set_max_body_size(1000)
+            return super().start_raw_request(request)
+
+    async with serve("http1", Lenient(), limits=Limits(body_bytes=10)) as served:
+        large = request("/raw/large", method="POST", body=100 * b"x")
+        client = await served.connect()
+        for _ in range(2):
+            assert await told(client, large) == b"POST /raw/large 100"
+        await client.send(large.replace(b"/raw/large", b"/raw/small"))
+        assert (await client.response()).status == 413
