@@ -110,9 +110,12 @@ def _show_log_on_failure(item: pytest.Item, server: ServerProcess) -> None:
 
 
 def pytest_configure() -> None:
-    """A shell has what runs in its background ignore Ctrl-C, and so would all that is started here."""
+    """Signals that this process was started to ignore, in a shell's background or by nohup, would be so in all others."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)
