@@ -110,12 +110,11 @@ def _show_log_on_failure(item: pytest.Item, server: ServerProcess) -> None:
 
 
 def pytest_configure() -> None:
-    """Signals that this process was started to ignore, in a shell's background or by nohup, would be so in all others."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGHUP, signal.SIGTERM):
+    """What this process was started to ignore, in a shell's background or by nohup, all that it starts would."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+            default = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -60,7 +60,7 @@ LAYERS = (
     "keypool.engine.valkey_draws",
     "keypool.engine.valkey",
     "keypool.engine.valkey_open",
-    "keypool.engine.clock keypool.engine.datafile keypool.engine.loading keypool.engine.timers",
+    "keypool.engine.clock keypool.engine.commit keypool.engine.datafile keypool.engine.loading keypool.engine.timers",
     "keypool.engine.moving keypool.engine.writer",
     "keypool.engine.link keypool.engine.moving_valkey",
     "keypool.engine.journal",

@@ -32,7 +32,8 @@ from keypool.answers import (
 )
 from keypool.cursor import ListQuery, encode, page_query
 from keypool.engine.clock import make_clock
-from keypool.engine.journal import Commit, Journal
+from keypool.engine.commit import Commit
+from keypool.engine.journal import Journal
 from keypool.engine.timers import Timers
 from keypool.errors import Draining, NoKeyAvailable, StaleLease, TooManyWaiters, UnknownKey
 from keypool.events import Change, Event, Happened, latest

@@ -27,13 +27,12 @@ from pathlib import Path
 import msgspec
 
 from keypool.engine import datafile
+from keypool.engine.commit import Commit
 from keypool.engine.link import WriterLink
 from keypool.engine.writer import Batch, Verdict
 from keypool.errors import StartError, StorageUnavailable
 from keypool.keys import DEAD, Key
 from keypool.tally import ROWS, SECONDS, Tally
-
-Commit = asyncio.Future[None]
 
 _PART = 5000  # rows written down in one turn of the loop: some 4 ms
 _RETRY_FIRST = 0.05  # seconds; doubled up to the longest
@@ -116,7 +115,7 @@ class Journal:
 
     def _commit_of_dirty(self) -> Commit:
         if self._next is None:
-            self._next = self._loop.create_future()
+            self._next = Commit(self._loop)
             if self.failing is not None:
                 _fail(self._next, self._unavailable())
         return self._next
@@ -141,7 +140,7 @@ class Journal:
 
     async def _ask(self, batch: Batch) -> None:
         assert self._writer is not None
-        self._current = self._loop.create_future()
+        self._current = Commit(self._loop)
         self._writer.send(self._encode(batch))
         try:
             await self._current
@@ -159,7 +158,7 @@ class Journal:
         ):
             return
         self._sent, self._dirty = self._dirty, {}
-        self._current, self._next = self._next or self._loop.create_future(), None
+        self._current, self._next = self._next or Commit(self._loop), None
         self._sent_at = time.monotonic()
         self._write_down(iter(self._sent.values()), len(self._sent))
 
@@ -202,10 +201,10 @@ class Journal:
             self.failing, self._retry = None, _RETRY_FIRST
             self._next = None  # it was failed; what is dirty now waits for a new one
             self._loop.call_soon(self._back)
+        if self._dirty:
+            self._send()  # first: the disk works while they are answered
         if commit is not None and not commit.done():
             commit.set_result(None)
-        if self._dirty:
-            self._send()
 
     def _failed(self, reason: str) -> None:
         """The batch on its way is not known to be kept: it is dirty again, and tried again later."""
@@ -217,13 +216,13 @@ class Journal:
             self._writing_down = None
         self._dirty = {**self._sent, **self._dirty}
         self._sent = {}
-        for commit in (self._current, self._next):
-            if commit is not None:
-                _fail(commit, self._unavailable())
-        self._current = None
+        current, self._current = self._current, None
         if not self._closing and self._retrying is None:
             self._retrying = self._loop.call_later(self._retry, self._try_again)
             self._retry = min(2 * self._retry, _RETRY_LONGEST)
+        for commit in (current, self._next):
+            if commit is not None:
+                _fail(commit, self._unavailable())
 
     def _try_again(self) -> None:
         self._retrying = None
