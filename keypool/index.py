@@ -261,9 +261,13 @@ class DeadlineIndex:
         heads = map(self._head, self._of_quantum(bucket.number // _SPARE_NUMBERS))
         return min(heads, key=self._deadline)
 
+    def any_due(self, now: float) -> bool:
+        """False only if no deadline has passed. O(1)."""
+        return now >= self._quiet_until
+
     def due(self, now: float, limit: int) -> list[Key]:
         """Keys whose deadline has passed, soonest first but for crowds, at most `limit`. O(limit)."""
-        if now < self._quiet_until:
+        if not self.any_due(now):
             return []
         first = self.first()
         self._quiet_until = inf if first is None else self._deadline(first)

@@ -173,7 +173,8 @@ class Pool:
         Overdue keys are dealt with on the way, `SETTLED_AT_ONCE` of them at most. After a None,
         `may_have_more` says whether that wasn't enough, and the caller should ask again.
         """
-        self._settle_releases(now)
+        if self._by_release.any_due(now):
+            self._settle_releases(now)
         for _ in range(SETTLED_AT_ONCE):
             if not self._available:
                 return None

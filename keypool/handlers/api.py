@@ -91,7 +91,7 @@ class ApiCall(Begun):
             self._steps = None
         in_flight = self._in_flight
         in_flight.count -= 1
-        if not in_flight.count:
+        if in_flight.idle is not None and not in_flight.count:
             in_flight.tell_idle()
 
     def _done(self, answer: Any, error: Exception | None) -> None:

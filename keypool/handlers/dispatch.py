@@ -274,8 +274,9 @@ class Dispatcher:
             return None
         if body and begun.known is None:
             _check_content_type(request.headers)
-        route.reader.read(call, request.query, body)
         operation = route.operation
+        if body or request.query or operation.query is not None or operation.body_required:
+            route.reader.read(call, request.query, body)
         if begun.head and operation.head is not None:
             return operation.head(self.engine, call)
         return operation.run(self.engine, call)

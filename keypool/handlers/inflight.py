@@ -10,7 +10,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self.count = 0
-        self._idle: asyncio.Future[None] | None = None
+        self.idle: asyncio.Future[None] | None = None
 
     def enter(self) -> None:
         """A request has come."""
@@ -24,12 +24,12 @@ class InFlight:
 
     def tell_idle(self) -> None:
         """There is none any more."""
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        if self.idle is not None and not self.idle.done():
+            self.idle.set_result(None)
 
     async def wait_idle(self, seconds: float) -> bool:
         """Wait until no request is in flight, `seconds` at most; whether it came to that."""
         if self.count:
-            self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._idle], timeout=seconds)
+            self.idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self.idle], timeout=seconds)
         return self.count == 0

@@ -33,7 +33,7 @@ from keypool.http1.peer import Peer
 from keypool.http1.request import Body, Request
 from keypool.http1.responses import Refusal, Refused
 from keypool.http1.rules import FRAMING, SLASH, body_of, check_head, check_size, is_host
-from keypool.http1.section import REQUEST_LINE, HeaderSection, end_of
+from keypool.http1.section import REQUEST_LINE, HeaderSection
 
 if TYPE_CHECKING:
     from keypool.http1.server import Server
@@ -122,7 +122,7 @@ class RequestReader(Link):
         if line is None:
             return False
         start = line.end()
-        end = end_of(data, start)
+        end = data.find(b"\r\n\r\n", start - 2) + 4
         section = self.server.sections.recall(data[start:end])
         if section is None or len(data) - end != section.length or not self.keeps_alive:
             return False

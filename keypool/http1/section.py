@@ -60,15 +60,10 @@ class Sections:
         line = REQUEST_LINE.match(data)
         if line is None:
             return
-        end = end_of(data, line.end())
+        end = data.find(b"\r\n\r\n", line.end() - 2) + 4
         if len(data) - end == section.length and end - line.end() <= _LONGEST:
             _make_room(self._by_bytes)
             self._by_bytes[data[line.end() : end]] = section
-
-
-def end_of(data: bytes, start: int) -> int:
-    """Where the header section that starts here ends, behind the empty line; a small number if it doesn't."""
-    return data.find(b"\r\n\r\n", start - 2) + 4
 
 
 def _make_room(table: dict[Headers, HeaderSection] | dict[bytes, HeaderSection]) -> None:
