@@ -18,18 +18,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from bench.process import rss
 from bench.report import Table, Targets, machine, megabytes, size, span
 from keypool.engine import datafile
+from keypool.engine.batches import Batches
+from keypool.engine.datafile import Batch
 from keypool.keys import random_text
 
 QUICK = ["--keys=200000"]
 FIRST, FURTHER = 10.0, 8.0  # seconds: a million keys, and what a million more may add
 MILLION = 1_000_000
 
-_SLICE = 10_000
+_UNFOLDED, _BATCH = 30_000, 15  # rows, and so many a batch
 _LIFE, _BLOCK = 3600, 1800  # seconds
 _LATEST = 300.0
 
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write(path: Path, keys: int) -> None:
-    """A file with so many keys, closed."""
+    """A file with so many keys, closed, and with as many batches left as a writer leaves that is killed."""
     now = round(time.time() * 1000)
 
     def rows() -> Iterator[datafile.Row]:
@@ -78,10 +81,14 @@ def _write(path: Path, keys: int) -> None:
             yield id, random_text(20), now, now + _LIFE * 1000 + id % 60_000, release_at, id, owner
 
     numbers = {"last_id": keys, "last_lease": keys, "generated": keys, "acquired": keys, "moment": now}
+    made = rows()
     with contextlib.closing(datafile.connect(path)) as database:
         database.execute("BEGIN")
-        database.executemany(datafile.UPSERT, rows())
+        database.executemany(datafile.UPSERT, islice(made, keys - _UNFOLDED))
         database.executemany(datafile.SET_POOL, numbers.items())
+        batches = Batches(database)
+        while some := list(islice(made, _BATCH)):
+            batches.commit(Batch(some, [], numbers))
         database.execute("COMMIT")
 
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 import pickle
 import shutil
-import sqlite3
 import textwrap
 import time
 from collections.abc import Callable
@@ -23,13 +22,35 @@ import pytest
 from crash import COUNTERS, Crasher, Ledger, Seen, Span, Stale, Story, Unblock, examine, judge
 from support import API, ROOT, Client
 
+from keypool.engine import datafile
+from keypool.engine.batches import Batches
+
 ROUNDS: list[dict[str, Any]] = [{}, {"writer_kills": 2}, {"both": True}, {}, {"both": True}, {"answers": 500}]
+
+
+FOLDING_SOON = """
+    # What a day's work would come to in a few hundred batches: they are folded from the first on.
+    from keypool.engine import batches
+    batches._WORTH, batches._FEWEST = 100, 10
+"""
+
+
+def planted(folder: Path, code: str) -> dict[str, str]:
+    """An environment in which each Python process runs this code first."""
+    place = folder / "planted"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(textwrap.dedent(code))
+    return {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_nothing_told_is_lost_by_kills_at_any_moment(tmp_path: Path, seed: int) -> None:
-    """Of the server under load and at its start, of its writer, of both: 28 in all, and then a clean stop."""
-    crasher = Crasher(tmp_path / "keypool.db", seed)
+    """Of the server under load and at its start, of its writer, of both: 28 in all, and then a clean stop.
+
+    Every other time while the writer is folding what was committed.
+    """
+    env = planted(tmp_path, FOLDING_SOON) if seed % 2 else None
+    crasher = Crasher(tmp_path / "keypool.db", seed, env=env)
     for number, kinds in enumerate(ROUNDS):
         if number == 3:
             crasher.kill_at_start()
@@ -524,7 +545,8 @@ def test_a_loss_planted_in_the_data_file_is_found(scene: Scene, tmp_path: Path, 
         shutil.copy(f"{scene.path}{suffix}", f"{crasher.path}{suffix}")
     change, kind = PLANTED[lost]
     text = story_of(crasher.ledger, DELETED).text
-    with contextlib.closing(sqlite3.connect(crasher.path, isolation_level=None)) as database:
+    with contextlib.closing(datafile.connect(crasher.path)) as database:
+        Batches(database).finish()  # or they would put it right again
         counter = lost.removeprefix("a count of ")
         statement = change.format(
             KEPT=KEPT, FREED=FREED, HELD=HELD, DELETED=DELETED, text=text, counter=counter
@@ -545,22 +567,37 @@ FORGETFUL_WRITER = """
     # Every third batch is confirmed, and not committed.
     class Forgetful(sqlite3.Connection):
         def execute(self, sql, *rest):
-            if sql == "COMMIT" and next(numbers) % 3 == 0:
-                sql = "ROLLBACK"
+            if sql.startswith("INSERT INTO batches") and next(numbers) % 3 == 0:
+                return self.cursor()
             return super().execute(sql, *rest)
 """
 LATE_WRITER = """
     # A batch is confirmed, and committed a little later, when the next one has come.
     class Forgetful(sqlite3.Connection):
-        late = False
+        late = None
         def execute(self, sql, *rest):
-            if sql == "COMMIT":
-                self.late = True
-                return None
-            if self.late:
-                self.late = False
+            late, self.late = self.late, None
+            if late:
                 time.sleep(0.05)
-                super().execute("COMMIT")
+                super().execute(*late)
+            if sql.startswith("INSERT INTO batches"):
+                self.late = sql, *rest
+                return self.cursor()
+            return super().execute(sql, *rest)
+"""
+FORGETFUL_FOLDING = """
+    # Every third slice is thought to be folded, and isn't.
+    class Forgetful(sqlite3.Connection):
+        def executemany(self, sql, rows):
+            forgotten = "INTO keys" in sql and next(numbers) % 3 == 0
+            return super().executemany(sql, [] if forgotten else rows)
+"""
+HASTY_TRIMMING = """
+    # Batches are taken away that aren't folded yet.
+    class Forgetful(sqlite3.Connection):
+        def execute(self, sql, *rest):
+            if sql.startswith("DELETE FROM batches"):
+                rest = ((rest[0][0] + 3,),)
             return super().execute(sql, *rest)
 """
 FORGETFUL_OF_THE_DEAD = """
@@ -577,19 +614,22 @@ FORGETFUL_OF_THE_LIVING = """
                 sql = "INSERT OR IGNORE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)"
             return super().executemany(sql, rows)
 """
-CONNECT = """
+CONNECT = (
+    FOLDING_SOON
+    + """
     import itertools, sqlite3, time
     numbers = itertools.count()
     {forgetful}
     connect = sqlite3.connect
     sqlite3.connect = lambda *rest, **named: connect(*rest, factory=Forgetful, **named)
 """
+)
 HASTY_SERVER = """
     # Answers don't wait for their commit, and a commit takes long enough to be noticed.
     import sqlite3, sys, time
     class Slow(sqlite3.Connection):
         def execute(self, sql, *rest):
-            if sql == "COMMIT":
+            if sql.startswith("INSERT INTO batches"):
                 time.sleep(0.1)
             return super().execute(sql, *rest)
     connect = sqlite3.connect
@@ -602,6 +642,8 @@ HASTY_SERVER = """
 BROKEN = {
     "a writer that forgets every third batch": CONNECT.format(forgetful=FORGETFUL_WRITER.strip()),
     "a writer that confirms first": CONNECT.format(forgetful=LATE_WRITER.strip()),
+    "a writer that forgets a slice": CONNECT.format(forgetful=FORGETFUL_FOLDING.strip()),
+    "a writer that takes batches away too early": CONNECT.format(forgetful=HASTY_TRIMMING.strip()),
     "a writer that forgets the dead": CONNECT.format(forgetful=FORGETFUL_OF_THE_DEAD.strip()),
     "a writer that forgets the living": CONNECT.format(forgetful=FORGETFUL_OF_THE_LIVING.strip()),
     "a server that answers first": HASTY_SERVER,
@@ -611,10 +653,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_code_is_found_by_the_crash_test(tmp_path: Path, broken: str) -> None:
     """Within a few kills, and so well within those of the test at the top."""
-    planted = tmp_path / "planted"
-    planted.mkdir()
-    (planted / "sitecustomize.py").write_text(textwrap.dedent(BROKEN[broken]))
-    crasher = Crasher(tmp_path / "keypool.db", 5, env={"PYTHONPATH": f"{planted}{os.pathsep}{ROOT}"})
+    crasher = Crasher(tmp_path / "keypool.db", 5, env=planted(tmp_path, BROKEN[broken]))
     assert any(noticed(crasher) for _ in range(20)), f"nobody noticed in {crasher.tally}"
 
 

@@ -61,7 +61,8 @@ LAYERS = (
     "keypool.engine.valkey",
     "keypool.engine.valkey_open",
     "keypool.engine.clock keypool.engine.commit keypool.engine.datafile keypool.engine.loading keypool.engine.timers",
-    "keypool.engine.moving keypool.engine.writer",
+    "keypool.engine.batches keypool.engine.moving",
+    "keypool.engine.writer",
     "keypool.engine.link keypool.engine.moving_valkey",
     "keypool.engine.journal",
     "keypool.engine.embedded",
@@ -278,7 +279,7 @@ def test_only_the_data_file_and_its_writer_speak_to_sqlite() -> None:
         for module in modules().values()
         if any(names(target, "sqlite3") for target in module.imports)
     }
-    assert users <= {"keypool.engine.datafile", "keypool.engine.writer"}
+    assert users <= {"keypool.engine.datafile", "keypool.engine.batches", "keypool.engine.writer"}
 
 
 # ----------------------------------------------------------------------------------------------- the test's own

@@ -6,6 +6,10 @@ changed. A file of a newer version, or not ours by its application id, is refuse
 
 Moments are whole milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes.
 Rows are written by id with their whole new state, so that writing one twice is the same as once.
+
+What is committed is first written as a whole batch, behind the others in `batches`; batches.py brings it into
+the other tables later. So what the file says is the tables, and over them its batches, in order: whoever reads
+keys reads both, by `read_rows`. A file that was closed in peace has no batches.
 """
 
 from __future__ import annotations
@@ -16,8 +20,13 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from heapq import merge
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
+
+import msgspec
 
 from keypool.errors import StartError
 from keypool.keys import Key
@@ -40,12 +49,53 @@ MIGRATIONS = (
         value INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE batches (       -- what is to be read over the other tables, in order
+        number INTEGER PRIMARY KEY,
+        batch BLOB NOT NULL      -- a Batch, as MessagePack
+    ) STRICT;
+    """,
 )
 VERSION = len(MIGRATIONS)
 
 Row = tuple[int, str, int, int, int | None, int, str | None]
 """A key as it stands in the file, columns in the order of the schema."""
 
+
+class Batch(msgspec.Struct, array_like=True):
+    """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
+
+    One that says `more` is a part of the batch that the next frame goes on with. It stands in files: fields may be
+    added at its end, none may be changed.
+    """
+
+    rows: list[Row] = []
+    purged: list[int] = []
+    pool: dict[str, int] = {}
+    grace_until: int | None = None
+    more: bool = False
+
+
+class Gathered:
+    """What a number of batches comes to: of each key the last row, None if it is purged, and the last numbers."""
+
+    def __init__(self, batches: Iterable[Batch] = ()) -> None:
+        self.rows: dict[int, Row | None] = {}
+        self.numbers: dict[str, int] = {}
+        for batch in batches:
+            self.add(batch)
+
+    def add(self, batch: Batch) -> None:
+        """One more, which is later than all before. O(its rows)."""
+        for row in batch.rows:
+            self.rows[row[0]] = row
+        for id in batch.purged:
+            self.rows[id] = None
+        self.numbers.update(batch.pool)
+
+
+ADD_BATCH = "INSERT INTO batches VALUES (?, ?)"
+TRIM = "DELETE FROM batches WHERE number <= ?"
 UPSERT = """
     INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET
@@ -56,10 +106,12 @@ PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
-_HAS_KEYS = "SELECT count(*) FROM sqlite_master WHERE name = 'keys'"
+_HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+_decode = msgspec.msgpack.Decoder(Batch).decode
 _MAGIC = b"SQLite format 3\0"
 _LOCK_SECONDS = 5.0
 _LOCK_INTERVAL = 0.05
+_COUNTED_AT_ONCE = 5000
 
 
 def hold(path: Path) -> int:
@@ -115,6 +167,9 @@ def inspect(path: Path) -> dict[str, int]:
             numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
             if not all(isinstance(number, int) for number in numbers.values()):
                 raise StartError(f"the data file {path} is damaged: a number of the pool's is none")
+            numbers |= read_batches(database).numbers
+    except msgspec.DecodeError:
+        raise StartError(f"the data file {path} is damaged: a batch of it can't be read") from None
     except sqlite3.Error as error:
         raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
     if verdict != "ok":
@@ -157,29 +212,46 @@ def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
 
 
 def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
-    """The same as rows; a file without a schema has none."""
+    """The same as rows; a file without a schema has none. O(batches) memory. Raises ValueError."""
     with _reading(path) as database:
         try:
-            if not database.execute(_HAS_KEYS).fetchone()[0]:
+            if not _has(database, "keys"):
                 return
-            rows = database.execute(
+            rows: Iterator[Row] = database.execute(
                 "SELECT id, text, created_at, expires_at, release_at, lease, owner FROM keys ORDER BY id"
             )
-            while some := rows.fetchmany(slice_size):
+            if changed := read_batches(database).rows:
+                rows = _over(rows, changed)
+            while some := list(islice(rows, slice_size)):
                 yield some
-        except sqlite3.Error:  # whose words may quote a key
+        except (sqlite3.Error, msgspec.DecodeError):  # whose words may quote a key
             raise ValueError("a row of it can't be read") from None
+
+
+def _over(rows: Iterator[Row], changed: dict[int, Row | None]) -> Iterator[Row]:
+    """Rows in order of id, and those that are changed or new in their places."""
+    there = (row for _, row in sorted(changed.items(), key=itemgetter(0)) if row is not None)
+    return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
+
+
+def read_batches(database: sqlite3.Connection) -> Gathered:
+    """What the batches of a file come to. O(batches), which are few. Raises sqlite3.Error, msgspec.DecodeError."""
+    if not _has(database, "batches"):
+        return Gathered()
+    return Gathered(
+        _decode(batch) for (batch,) in database.execute("SELECT batch FROM batches ORDER BY number")
+    )
+
+
+def _has(database: sqlite3.Connection, table: str) -> bool:
+    return bool(database.execute(_HAS, (table,)).fetchone()[0])
 
 
 def count(path: Path) -> int:
     """How many keys the file holds. O(n). Raises StartError."""
     try:
-        with _reading(path) as database:
-            if not database.execute(_HAS_KEYS).fetchone()[0]:
-                return 0
-            found: int = database.execute("SELECT count(*) FROM keys").fetchone()[0]
-            return found
-    except sqlite3.Error as error:
+        return sum(map(len, read_rows(path, _COUNTED_AT_ONCE)))
+    except (ValueError, sqlite3.Error) as error:
         raise StartError(f"the data file {path} can't be read: {line_of(error)}") from None
 
 
@@ -257,18 +329,21 @@ def rename(path: Path, name: Path) -> None:
         raise StartError(f"the data file {path} can't be renamed {name}: {error.strerror}") from None
 
 
-def line_of(error: sqlite3.Error) -> str:
+def line_of(error: Exception) -> str:
     """What SQLite says, in one line: it may quote the schema."""
     return " ".join(str(error).split())[:200]
 
 
 class _reading:  # noqa: N801 - used as a function
-    """A connection that can't write, not even by closing: SQLite's own `with` doesn't close."""
+    """A connection that can't write, not even by closing: SQLite's own `with` doesn't close. It sees one moment."""
 
     def __init__(self, path: Path) -> None:
-        self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        self._database = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None
+        )
 
     def __enter__(self) -> sqlite3.Connection:
+        self._database.execute("BEGIN")
         return self._database
 
     def __exit__(self, *error: object) -> None:

@@ -28,8 +28,9 @@ import msgspec
 
 from keypool.engine import datafile
 from keypool.engine.commit import Commit
+from keypool.engine.datafile import Batch
 from keypool.engine.link import WriterLink
-from keypool.engine.writer import Batch, Verdict
+from keypool.engine.writer import Verdict
 from keypool.errors import StartError, StorageUnavailable
 from keypool.keys import DEAD, Key
 from keypool.tally import ROWS, SECONDS, Tally

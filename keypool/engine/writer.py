@@ -25,21 +25,12 @@ from typing import BinaryIO
 import msgspec
 
 from keypool.engine import datafile
+from keypool.engine.batches import Batches
+from keypool.engine.datafile import Batch
 
 HEADER = struct.Struct("!I")
-
-
-class Batch(msgspec.Struct, array_like=True):
-    """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
-
-    One that says `more` is a part of the batch that the next frame goes on with.
-    """
-
-    rows: list[datafile.Row] = []
-    purged: list[int] = []
-    pool: dict[str, int] = {}
-    grace_until: int | None = None
-    more: bool = False
+_NOTHING = Batch()
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class Verdict(msgspec.Struct, array_like=True):
@@ -54,30 +45,58 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._database: sqlite3.Connection | None = None
+        self._batches: Batches
+        self._failed: str | None = None
 
     def commit(self, batch: Batch) -> Verdict:
         """Write a batch in one transaction, whole or not at all."""
+        error, self._failed = self._failed, None
         try:
-            if self._database is None:
-                self._database = datafile.connect(self._path)
-            self._write(self._database, batch)
-        except sqlite3.Error as error:
-            self.close()
-            return Verdict(datafile.line_of(error))
-        return Verdict()
+            if error is None:
+                self._write(self._opened(), batch)
+        except sqlite3.Error as failure:
+            self._drop()
+            error = datafile.line_of(failure)
+        return Verdict(error)
 
-    def _write(self, database: sqlite3.Connection, batch: Batch) -> None:
-        database.execute("BEGIN IMMEDIATE")
-        if batch.grace_until is not None:
-            database.execute(datafile.GRANT_GRACE, {"until": batch.grace_until})
-        batch.rows.sort()  # by id, as the file has them: a third more rows a second
-        database.executemany(datafile.UPSERT, batch.rows)
-        database.executemany(datafile.PURGE, [(id,) for id in batch.purged])
-        database.executemany(datafile.SET_POOL, batch.pool.items())
-        database.execute("COMMIT")
+    def fold(self) -> None:
+        """Bring some of what is committed into the tables. If that fails, the next batch does, which says why."""
+        try:
+            if self._database is not None:
+                self._batches.fold()
+        except sqlite3.Error as failure:
+            self._drop()
+            self._failed = datafile.line_of(failure)
 
     def close(self) -> None:
-        """Close, and so bring what the log holds into the file. A transaction under way is rolled back."""
+        """Close, and so bring all into the tables, and what the log holds into the file."""
+        try:
+            if self._database is not None:
+                self._batches.finish()
+        except sqlite3.Error:
+            pass  # the batches are there: the next open finds them
+        finally:
+            self._drop()
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._database = datafile.connect(self._path)
+            self._batches = Batches(self._database)
+        return self._database
+
+    def _write(self, database: sqlite3.Connection, batch: Batch) -> None:
+        if batch.grace_until is not None:
+            self._batches.finish()
+            database.execute(datafile.GRANT_GRACE, {"until": batch.grace_until})
+            self._batches = Batches(database)
+        elif batch == _NOTHING:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("COMMIT")
+        else:
+            self._batches.commit(batch)
+
+    def _drop(self) -> None:
+        """Close the connection. A transaction under way is rolled back."""
         database, self._database = self._database, None
         if database is not None:
             try:
@@ -88,7 +107,7 @@ class Writer:
 
 def serve(stream: BinaryIO, writer: Writer) -> None:
     """Answer batches until the socket closes; a frame of length 0 asks for a clean end."""
-    decoder, encoder = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Encoder()
+    decoder = msgspec.msgpack.Decoder(Batch)
     parts = Batch()
     while len(header := stream.read(HEADER.size)) == HEADER.size:
         (length,) = HEADER.unpack(header)
@@ -104,9 +123,10 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
         if batch.more:
             continue
         batch.rows, batch.purged, parts = parts.rows, parts.purged, Batch()
-        answer = encoder.encode(writer.commit(batch))
+        answer = _encode(writer.commit(batch))
         stream.write(HEADER.pack(len(answer)) + answer)
         stream.flush()
+        writer.fold()  # after the answer: nobody waits for it but who comes next
 
 
 def main() -> None:

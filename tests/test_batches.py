@@ -1,0 +1,255 @@
+"""What is committed is in the file, however far it is folded, and whatever the power fails in the middle of.
+
+A plain dict says what the file must say after each batch. The batches come from a seed, over real files; the limits
+of folding are small here, so that a few hundred rows are several generations. That the server's answers survive its
+being killed while it folds is in test_crash.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from keypool.engine import batches, datafile
+from keypool.engine.batches import Batches
+from keypool.engine.datafile import Batch, Row
+from keypool.engine.writer import Verdict, Writer
+from keypool.errors import StartError
+
+
+class Model:
+    """What the file must say, and where the batches come from."""
+
+    def __init__(self, seed: int) -> None:
+        self.rows: dict[int, Row] = {}
+        self.numbers: dict[str, int] = {}
+        self._random = random.Random(seed)
+
+    def batch(self) -> Batch:
+        """Some keys made, some changed, some purged; one in a while is large."""
+        draw = self._random
+        size = draw.choice((0, 1, 1, 3, 3, 8, 60))
+        made = range(self._last + 1, self._last + 1 + draw.randrange(size + 1))
+        changed = draw.sample(sorted(self.rows), min(size, len(self.rows)))
+        purged = changed[: draw.randrange(len(changed) + 1)] if draw.random() < 0.4 else []
+        rows = [self._row(id) for id in {*made, *changed} - {*purged}]
+        draw.shuffle(rows)
+        batch = Batch(rows, purged, {"last_id": max(self._last, *made, 0), "moment": draw.randrange(10**12)})
+        self.rows = {id: row for id, row in self.rows.items() if id not in purged} | {r[0]: r for r in rows}
+        self.numbers |= batch.pool
+        return batch
+
+    @property
+    def _last(self) -> int:
+        return self.numbers.get("last_id", 0)
+
+    def _row(self, id: int) -> Row:
+        lease = self._random.randrange(1000)
+        held = lease % 3 == 0
+        return id, f"{id:020d}", 1, 10**12 + lease, 7 if held else None, lease, "me" if held else None
+
+    def expect(self, path: Path) -> None:
+        """The file says what it must."""
+        assert [row for some in datafile.read_rows(path, 7) for row in some] == sorted(self.rows.values())
+        assert datafile.count(path) == len(self.rows)
+        assert datafile.inspect(path) == self.numbers
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a file may be made, which is soon folded."""
+    monkeypatch.setattr(batches, "_WORTH", 100)
+    monkeypatch.setattr(batches, "_FEWEST", 10)
+    return tmp_path / "keypool.db"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that writes, closed without folding anything, as a writer that dies leaves it."""
+    with contextlib.closing(datafile.connect(path)) as database:
+        yield database
+
+
+def tables(database: sqlite3.Connection) -> tuple[int, int]:
+    """How many keys stand in the table of keys, and how many batches aren't folded."""
+    (keys,) = database.execute("SELECT count(*) FROM keys").fetchone()
+    (left,) = database.execute("SELECT count(*) FROM batches").fetchone()
+    return keys, left
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_file_says_the_same_however_far_it_is_folded(path: Path, seed: int) -> None:
+    """After each batch, after each step of folding, and when the writer died and another one goes on."""
+    model, draw = Model(seed), random.Random(seed)
+    seen = set()
+    for _ in range(8):
+        with opened(path) as database:
+            writing = Batches(database)
+            for _ in range(draw.randrange(5, 40)):
+                writing.commit(model.batch())
+                model.expect(path)
+                before = tables(database)
+                writing.fold()
+                after = tables(database)
+                model.expect(path)
+                seen.add(
+                    "rows" if after[0] != before[0] else "batches" if after[1] < before[1] else "nothing"
+                )
+    assert seen == {"rows", "batches", "nothing"}, "not all that folding does was seen"
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_power_cut_loses_nothing_that_was_committed(path: Path, seed: int) -> None:
+    """What a commit wrote is on the disk; of what folding wrote, any part may be missing at the end of the log."""
+    model, draw = Model(seed), random.Random(seed)
+    log, cut = path.with_name(f"{path.name}-wal"), path.with_name("cut.db")
+    torn = 0
+    with opened(path) as database:
+        database.execute("PRAGMA wal_autocheckpoint = 0")  # so that the log only grows
+        writing = Batches(database)
+        for _ in range(120):
+            writing.commit(model.batch())
+            committed = log.stat().st_size
+            writing.fold()
+            content = log.read_bytes()
+            torn += len(content) > committed
+            datafile.remove(cut)
+            shutil.copy(path, cut)
+            cut.with_name(f"{cut.name}-wal").write_bytes(content[: draw.randint(committed, len(content))])
+            model.expect(cut)
+    assert torn > 20, "folding wrote next to nothing"
+
+
+def test_batches_do_not_pile_up(path: Path) -> None:
+    """A generation is folded before the next is as large: what isn't in the tables yet is bounded."""
+    with opened(path) as database:
+        writing = Batches(database)
+        rows = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 2001)]
+        most = 0
+        for round in range(3000):
+            writing.commit(Batch([rows[round % 2000]], [], {"last_id": 2000}))
+            writing.fold()
+            most = max(most, tables(database)[1])
+        a_generation = 100 // (1 + batches._NUMBERS_WEIGH)
+        assert a_generation <= most <= 3 * a_generation
+
+
+def test_a_crowd_of_changes_is_folded_in_bounded_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large a batch is: the next one waits for no more than so many rows."""
+    monkeypatch.setattr(batches, "_MOST", 50)
+    with opened(path) as database:
+        writing = Batches(database)
+        rows: list[Row] = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 1001)]
+        writing.commit(Batch(rows, [], {"last_id": 1000}))
+        folded = [0]
+        while folded[-1] < 1000:
+            writing.fold()
+            folded.append(tables(database)[0])
+        assert {later - before for before, later in pairwise(folded)} == {50}
+
+
+def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
+    """So that whoever looks into the file of a stopped server sees its keys; one with nothing to fold isn't written."""
+    model, writer = Model(4), Writer(path)
+    for _ in range(60):
+        assert writer.commit(model.batch()) == Verdict()
+        writer.fold()
+    writer.close()
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    model.expect(path)
+    with opened(path) as database:
+        assert tables(database) == (len(model.rows), 0)
+    before = path.read_bytes()
+    writer = Writer(path)
+    assert writer.commit(Batch()) == Verdict()
+    writer.close()
+    assert path.read_bytes() == before
+
+
+def test_a_grace_is_granted_to_keys_wherever_they_stand(path: Path) -> None:
+    """To those in the tables, and to those that only a batch tells of."""
+    now = round(time.time() * 1000)
+    writer = Writer(path)
+    writer.commit(Batch([(1, "a" * 20, now, now + 10, None, 0, None)], [], {"last_id": 1}))
+    writer.close()
+    writer = Writer(path)
+    writer.commit(Batch([(2, "b" * 20, now, now + 20, None, 0, None)], [], {"last_id": 2}))
+    assert writer.commit(Batch(grace_until=now + 5000)) == Verdict()
+    assert [row[3] for some in datafile.read_rows(path, 9) for row in some] == [now + 5000] * 2
+    model = Model(5)
+    model.rows = {row[0]: row for some in datafile.read_rows(path, 9) for row in some}
+    model.numbers = {"last_id": 2}
+    writer.commit(model.batch())
+    model.expect(path)
+    writer.close()
+
+
+def test_folding_that_fails_is_told_with_the_next_batch_and_begins_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full shows when rows are folded: callers hear of it as of any batch, and nothing is lost."""
+    model, writer = Model(6), Writer(path)
+    fold = Batches._write
+    for _ in range(30):
+        assert writer.commit(model.batch()) == Verdict()
+
+    def full(self: Batches, *rest: object) -> None:
+        fold(self, *rest)  # type: ignore[arg-type]
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "_write", full)
+        writer.fold()
+    model.expect(path)
+    unheard = Batch([(10**6, "x" * 20, 1, 2, None, 0, None)])
+    assert writer.commit(unheard) == Verdict("database or disk is full")
+    model.expect(path)
+    for _ in range(60):
+        assert writer.commit(model.batch()) == Verdict()
+        writer.fold()
+    model.expect(path)
+    writer.close()
+    model.expect(path)
+
+
+def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> None:
+    """It has no batches yet; it gets them with the first batch that is written to it."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(datafile.MIGRATIONS[0])
+        database.executescript(f"PRAGMA application_id = {datafile.APPLICATION_ID}; PRAGMA user_version = 1")
+        database.executescript(
+            "INSERT INTO keys VALUES (1, '00000000000000000001', 1, 2, NULL, 0, NULL);"
+            "INSERT INTO pool VALUES ('last_id', 1)"
+        )
+    model = Model(7)
+    model.rows, model.numbers = {1: (1, "00000000000000000001", 1, 2, None, 0, None)}, {"last_id": 1}
+    model.expect(path)
+    writer = Writer(path)
+    for _ in range(40):
+        assert writer.commit(model.batch()) == Verdict()
+        writer.fold()
+    model.expect(path)
+    writer.close()
+    model.expect(path)
+
+
+@pytest.mark.parametrize("damage", ["x'c1'", "x''", "x'91'", "x'91919101'"])
+def test_a_batch_that_is_none_is_damage(path: Path, damage: str) -> None:
+    """In one line, which quotes nothing of it."""
+    with opened(path) as database:
+        Batches(database).commit(Model(8).batch())
+        database.execute(f"UPDATE batches SET batch = {damage}")  # noqa: S608
+    with pytest.raises(StartError, match=r"keypool\.db is damaged: a batch of it can't be read$"):
+        datafile.inspect(path)
+    with pytest.raises(ValueError, match="a row of it can't be read"):
+        list(datafile.read_rows(path, 9))
+    with pytest.raises(StartError, match="can't be read: a row of it can't be read"):
+        datafile.count(path)
