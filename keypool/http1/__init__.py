@@ -8,7 +8,7 @@ has a cheap path for applications that answer in bytes; see `http1.request`.
 In reading order: `keypool.limits` (what a peer may cost), `responses`, `peer`, `request` (the raw
 path), `exchange` (Tornado's path), `link` (writing and ending), `rules` and `reader`
 (parsing), `intake` (how much at a time), `connection` (one after the other), `stream`
-(handing the socket over), `server`.
+(handing the socket over), `awake` (for quick callers), `server`.
 
 It does not check who may be reached under which Host, compress, log accesses, or speak
 HTTP/2: the first two are the application's business, the last a proxy's.

@@ -30,6 +30,7 @@ from tornado import httputil
 from tornado.log import app_log
 from tornado.netutil import bind_sockets
 
+from keypool.http1.awake import Awake
 from keypool.http1.connection import Connection
 from keypool.http1.link import Link
 from keypool.http1.request import RawApplication
@@ -82,6 +83,7 @@ class Server:
         self._sweeper: asyncio.TimerHandle | None = None
         self._emptied: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
+        self._awake: Awake
         self.serve_app(application)
 
     def serve_app(self, application: Application) -> None:
@@ -115,6 +117,7 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         self._loop = loop
+        self._awake = Awake(loop)
         self.resolved = loop.create_future()
         self.resolved.set_result(None)
         for sock in sockets:
@@ -187,6 +190,8 @@ class Server:
         unsent, self._unsent = self._unsent, []
         for link in unsent:
             link.flush()
+        if len(unsent) == 1:  # where there are more the loop hardly sleeps
+            self._awake.answered()
 
     # The steps of a stop, for those who take them one by one.
 

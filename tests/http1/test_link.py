@@ -38,7 +38,7 @@ class Transport(asyncio.Transport):
 
 def connection(transport: Transport) -> Connection:
     server = Server(web.Application())
-    server._loop = asyncio.get_running_loop()
+    server.add_sockets([])
     made = Connection(server, asyncio.get_running_loop())
     made.transport = cast(asyncio.Transport, transport)
     return made
