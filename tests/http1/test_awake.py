@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from keypool.http1.awake import MOMENT, Awake
+from keypool.http1.awake import MOMENT, QUICK, Awake
 
 
 class Watched:
@@ -41,7 +41,7 @@ class Watched:
 async def test_after_quick_callers_each_turn_looks_for_the_next_call() -> None:
     """For a moment, and then the loop sleeps."""
     watched = Watched()
-    watched.answers(MOMENT / 2)
+    watched.answers(QUICK / 2)
     assert await watched.turns(20) == 20
     watched.a_look = MOMENT / 4
     assert await watched.turns(20) <= 5
@@ -51,14 +51,14 @@ async def test_after_quick_callers_each_turn_looks_for_the_next_call() -> None:
 async def test_a_call_in_time_keeps_it_awake_for_another_moment() -> None:
     """Counted from its answer; and it is looked for once a turn, however many have been answered."""
     watched = Watched()
-    watched.answers(*[MOMENT / 2] * 5)
+    watched.answers(*[QUICK / 2] * 5)
     for _ in range(5):
         assert await watched.turns(5) == 5
         watched.answers(MOMENT * 0.9)
     assert await watched.turns(5) == 5
 
 
-@pytest.mark.parametrize("gaps", [(), (MOMENT * 1.1,), (MOMENT * 1.1, 60.0)])
+@pytest.mark.parametrize("gaps", [(), (QUICK * 1.1,), (QUICK * 1.1, 60.0)])
 async def test_nobody_is_waited_for_who_takes_longer(gaps: tuple[float, ...]) -> None:
     """The first call of all, and those of callers that are far away or have other things to do."""
     watched = Watched()
@@ -69,5 +69,5 @@ async def test_nobody_is_waited_for_who_takes_longer(gaps: tuple[float, ...]) ->
 async def test_one_processor_is_left_to_the_caller() -> None:
     """Who would be waited for couldn't come meanwhile."""
     watched = Watched(cores=1)
-    watched.answers(0.0, MOMENT / 2)
+    watched.answers(0.0, QUICK / 2)
     assert await watched.turns(20) == 0
