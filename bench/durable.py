@@ -42,7 +42,7 @@ writes twice."""
 
 _READY_SECONDS = 300
 _SYNCS = 200
-_LATER = 20_000  # keys that may come on top of the pool's
+_LATER = 200_000  # keys that may come on top of the pool's: as many as a round can make
 
 
 @dataclass
