@@ -107,6 +107,7 @@ SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET valu
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+_BATCHES = "SELECT batch FROM batches ORDER BY number"
 _decode = msgspec.msgpack.Decoder(Batch).decode
 _MAGIC = b"SQLite format 3\0"
 _LOCK_SECONDS = 5.0
@@ -168,8 +169,6 @@ def inspect(path: Path) -> dict[str, int]:
             if not all(isinstance(number, int) for number in numbers.values()):
                 raise StartError(f"the data file {path} is damaged: a number of the pool's is none")
             numbers |= read_batches(database).numbers
-    except msgspec.DecodeError:
-        raise StartError(f"the data file {path} is damaged: a batch of it can't be read") from None
     except sqlite3.Error as error:
         raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
     if verdict != "ok":
@@ -224,7 +223,7 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
                 rows = _over(rows, changed)
             while some := list(islice(rows, slice_size)):
                 yield some
-        except (sqlite3.Error, msgspec.DecodeError):  # whose words may quote a key
+        except sqlite3.Error:  # whose words may quote a key
             raise ValueError("a row of it can't be read") from None
 
 
@@ -235,12 +234,13 @@ def _over(rows: Iterator[Row], changed: dict[int, Row | None]) -> Iterator[Row]:
 
 
 def read_batches(database: sqlite3.Connection) -> Gathered:
-    """What the batches of a file come to. O(batches), which are few. Raises sqlite3.Error, msgspec.DecodeError."""
+    """What the batches of a file come to. O(batches), which are few. Raises sqlite3.Error."""
     if not _has(database, "batches"):
         return Gathered()
-    return Gathered(
-        _decode(batch) for (batch,) in database.execute("SELECT batch FROM batches ORDER BY number")
-    )
+    try:
+        return Gathered(map(_decode, (batch for (batch,) in database.execute(_BATCHES))))
+    except msgspec.DecodeError:
+        raise sqlite3.DatabaseError("a batch can't be read") from None
 
 
 def _has(database: sqlite3.Connection, table: str) -> bool:
