@@ -102,9 +102,11 @@ def test_everything_can_be_read_without_scripts(server: ServerProcess, client: C
     assert page.locator("noscript .banner").is_visible()
     assert not page.get_by_role("button", name=re.compile("Generate")).first.is_visible()
     page.get_by_role("link", name="Keys", exact=True).click()
+    page.wait_for_url("**/keys")
     assert page.locator(".key-row").count() == 50
     assert not page.locator("[data-act]").first.is_visible()
     page.get_by_role("link", name="Next page").click()
+    page.wait_for_url("**/keys?*after=*")
     assert page.locator(".key-row").count() == 50
     page.goto("/keys?tab=blocked")
     assert page.locator(".key-row").count() == 31

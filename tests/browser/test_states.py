@@ -28,7 +28,7 @@ def test_exhausted(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     card.wait_for(state="visible")
     page.wait_for_function("() => /^0:\\d\\d$/.test(document.getElementById('next-release').textContent)")
     card.get_by_role("link", name="See who holds them").click()
-    page.locator(".key-row").first.wait_for()
+    page.wait_for_url("**/keys?tab=blocked")
     assert page.locator(".key-row").count() == 3
     page.goto("/keys?tab=available")
     page.get_by_role("heading", name="Every key is held").wait_for()
