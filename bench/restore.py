@@ -25,7 +25,7 @@ from bench.process import rss
 from bench.report import Table, Targets, machine, megabytes, size, span
 from keypool.engine import datafile
 from keypool.engine.batches import Batches
-from keypool.engine.datafile import Batch
+from keypool.engine.datafile import Batch, encode
 from keypool.keys import random_text
 
 QUICK = ["--keys=200000"]
@@ -88,7 +88,7 @@ def _write(path: Path, keys: int) -> None:
         database.executemany(datafile.SET_POOL, numbers.items())
         batches = Batches(database)
         while some := list(islice(made, _BATCH)):
-            batches.commit(Batch(some, [], numbers))
+            batches.commit([encode(Batch(some, [], numbers))])
         database.execute("COMMIT")
 
 

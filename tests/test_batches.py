@@ -20,7 +20,7 @@ import pytest
 
 from keypool.engine import batches, datafile
 from keypool.engine.batches import Batches
-from keypool.engine.datafile import Batch, Row
+from keypool.engine.datafile import Batch, Row, encode
 from keypool.engine.writer import Verdict, Writer
 from keypool.errors import StartError
 
@@ -94,7 +94,7 @@ def test_the_file_says_the_same_however_far_it_is_folded(path: Path, seed: int) 
         with opened(path) as database:
             writing = Batches(database)
             for _ in range(draw.randrange(5, 40)):
-                writing.commit(model.batch())
+                writing.commit([encode(model.batch())])
                 model.expect(path)
                 before = tables(database)
                 writing.fold()
@@ -116,7 +116,7 @@ def test_a_power_cut_loses_nothing_that_was_committed(path: Path, seed: int) -> 
         database.execute("PRAGMA wal_autocheckpoint = 0")  # so that the log only grows
         writing = Batches(database)
         for _ in range(120):
-            writing.commit(model.batch())
+            writing.commit([encode(model.batch())])
             committed = log.stat().st_size
             writing.fold()
             content = log.read_bytes()
@@ -135,7 +135,7 @@ def test_batches_do_not_pile_up(path: Path) -> None:
         rows = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 2001)]
         most = 0
         for round in range(3000):
-            writing.commit(Batch([rows[round % 2000]], [], {"last_id": 2000}))
+            writing.commit([encode(Batch([rows[round % 2000]], [], {"last_id": 2000}))])
             writing.fold()
             most = max(most, tables(database)[1])
         a_generation = 100 // (1 + batches._NUMBERS_WEIGH)
@@ -148,7 +148,7 @@ def test_a_crowd_of_changes_is_folded_in_bounded_steps(path: Path, monkeypatch: 
     with opened(path) as database:
         writing = Batches(database)
         rows: list[Row] = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 1001)]
-        writing.commit(Batch(rows, [], {"last_id": 1000}))
+        writing.commit([encode(Batch(rows, [], {"last_id": 1000}))])
         folded = [0]
         while folded[-1] < 1000:
             writing.fold()
@@ -160,7 +160,7 @@ def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
     """So that whoever looks into the file of a stopped server sees its keys; one with nothing to fold isn't written."""
     model, writer = Model(4), Writer(path)
     for _ in range(60):
-        assert writer.commit(model.batch()) == Verdict()
+        assert writer.commit([encode(model.batch())]) == Verdict()
         writer.fold()
     writer.close()
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -169,7 +169,7 @@ def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
         assert tables(database) == (len(model.rows), 0)
     before = path.read_bytes()
     writer = Writer(path)
-    assert writer.commit(Batch()) == Verdict()
+    assert writer.probe() == Verdict()
     writer.close()
     assert path.read_bytes() == before
 
@@ -178,16 +178,16 @@ def test_a_grace_is_granted_to_keys_wherever_they_stand(path: Path) -> None:
     """To those in the tables, and to those that only a batch tells of."""
     now = round(time.time() * 1000)
     writer = Writer(path)
-    writer.commit(Batch([(1, "a" * 20, now, now + 10, None, 0, None)], [], {"last_id": 1}))
+    writer.commit([encode(Batch([(1, "a" * 20, now, now + 10, None, 0, None)], [], {"last_id": 1}))])
     writer.close()
     writer = Writer(path)
-    writer.commit(Batch([(2, "b" * 20, now, now + 20, None, 0, None)], [], {"last_id": 2}))
-    assert writer.commit(Batch(grace_until=now + 5000)) == Verdict()
+    writer.commit([encode(Batch([(2, "b" * 20, now, now + 20, None, 0, None)], [], {"last_id": 2}))])
+    assert writer.grant(now + 5000) == Verdict()
     assert [row[3] for some in datafile.read_rows(path, 9) for row in some] == [now + 5000] * 2
     model = Model(5)
     model.rows = {row[0]: row for some in datafile.read_rows(path, 9) for row in some}
     model.numbers = {"last_id": 2}
-    writer.commit(model.batch())
+    writer.commit([encode(model.batch())])
     model.expect(path)
     writer.close()
 
@@ -199,7 +199,7 @@ def test_folding_that_fails_is_told_with_the_next_batch_and_begins_anew(
     model, writer = Model(6), Writer(path)
     fold = Batches._write
     for _ in range(30):
-        assert writer.commit(model.batch()) == Verdict()
+        assert writer.commit([encode(model.batch())]) == Verdict()
 
     def full(self: Batches, *rest: object) -> None:
         fold(self, *rest)  # type: ignore[arg-type]
@@ -210,10 +210,10 @@ def test_folding_that_fails_is_told_with_the_next_batch_and_begins_anew(
         writer.fold()
     model.expect(path)
     unheard = Batch([(10**6, "x" * 20, 1, 2, None, 0, None)])
-    assert writer.commit(unheard) == Verdict("database or disk is full")
+    assert writer.commit([encode(unheard)]) == Verdict("database or disk is full")
     model.expect(path)
     for _ in range(60):
-        assert writer.commit(model.batch()) == Verdict()
+        assert writer.commit([encode(model.batch())]) == Verdict()
         writer.fold()
     model.expect(path)
     writer.close()
@@ -234,7 +234,7 @@ def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> Non
     model.expect(path)
     writer = Writer(path)
     for _ in range(40):
-        assert writer.commit(model.batch()) == Verdict()
+        assert writer.commit([encode(model.batch())]) == Verdict()
         writer.fold()
     model.expect(path)
     writer.close()
@@ -245,7 +245,7 @@ def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> Non
 def test_a_batch_that_is_none_is_damage(path: Path, damage: str) -> None:
     """In one line, which quotes nothing of it."""
     with opened(path) as database:
-        Batches(database).commit(Model(8).batch())
+        Batches(database).commit([encode(Model(8).batch())])
         database.execute(f"UPDATE batches SET batch = {damage}")  # noqa: S608
     with pytest.raises(StartError, match=r"keypool\.db is damaged or can't be read: a batch can't be read$"):
         datafile.inspect(path)
@@ -253,4 +253,4 @@ def test_a_batch_that_is_none_is_damage(path: Path, damage: str) -> None:
         list(datafile.read_rows(path, 9))
     with pytest.raises(StartError, match="can't be read: a row of it can't be read"):
         datafile.count(path)
-    assert Writer(path).commit(Model(8).batch()) == Verdict("a batch can't be read")
+    assert Writer(path).commit([encode(Model(8).batch())]) == Verdict("a batch can't be read")

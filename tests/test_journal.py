@@ -40,11 +40,11 @@ from support import ACQUIRE, API, LATE, ROOT, Answer, Client, ServerProcess, eve
 from keypool.cursor import ListQuery
 from keypool.engine import datafile, durable, journal
 from keypool.engine.clock import make_clock
-from keypool.engine.datafile import Batch
+from keypool.engine.datafile import Batch, encode
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Journal
-from keypool.engine.writer import HEADER, Verdict, Writer
+from keypool.engine.writer import HEADER, Kind, Verdict, Writer, frame
 from keypool.errors import NoKeyAvailable, StaleLease, StartError, StorageUnavailable, UnknownKey
 
 T = TypeVar("T")
@@ -62,14 +62,15 @@ class HeldWriter:
     def __init__(self, answered: Callable[[Verdict], None], lost: Callable[[], None]) -> None:
         self.dead = False
         self.ended = False
+        self.kinds: list[Kind] = []
         self.batches: list[Batch] = []
         self.unanswered: asyncio.Queue[Batch] = asyncio.Queue()
         self._answered = answered
         self._lost = lost
-        self._decode = msgspec.msgpack.Decoder(Batch).decode
 
-    def send(self, frame: bytes) -> None:
-        batch = self._decode(frame)
+    def send(self, kind: Kind, content: bytes = b"") -> None:
+        batch = datafile.decode(content) if kind in (Kind.BATCH, Kind.PART) else Batch()
+        self.kinds.append(kind)
         self.batches.append(batch)
         self.unanswered.put_nowait(batch)
 
@@ -81,8 +82,8 @@ class HeldWriter:
 
     def answer_all(self) -> None:
         """Say of a batch of several parts that it is committed."""
-        while self.unanswered.get_nowait().more:
-            pass
+        while not self.unanswered.empty():
+            self.unanswered.get_nowait()
         self._answered(Verdict())
 
     async def batch(self) -> Batch:
@@ -317,11 +318,8 @@ async def test_a_large_batch_is_written_down_in_parts_and_committed_whole(
     leased = Call(held.engine.acquire("me", 0))
     await turns()
     parts = held.writer.batches
-    assert [(len(part.rows) + len(part.purged), part.more) for part in parts] == [
-        (2, True),
-        (2, True),
-        (1, False),
-    ]
+    assert [len(part.rows) + len(part.purged) for part in parts] == [2, 2, 1]
+    assert held.writer.kinds[-3:] == [Kind.PART, Kind.PART, Kind.BATCH]
     assert parts[0].rows[0][0] == 1, "the part had left before the delete"
     assert parts[-1].pool["last_id"] == 5
     assert parts[-1].pool["last_lease"] == 1, "a part may hold the lease that was given meanwhile"
@@ -992,7 +990,7 @@ def test_a_batch_is_whole_and_may_be_written_twice(tmp_path: Path) -> None:
     first = Batch([row(1), row(2), row(3, block=5, lease=4, owner="me")], [], {"last_id": 3})
     second = Batch([row(1, 600)], [2, 99], {"last_id": 7, "last_lease": 4})
     for batch in (first, first, second, second):
-        assert writer.commit(batch) == Verdict()
+        assert writer.commit([encode(batch)]) == Verdict()
     assert rows_in(path) == [first.rows[2], second.rows[0]][::-1]
     assert numbers_in(path) == {"last_id": 7, "last_lease": 4}
     writer.close()
@@ -1006,11 +1004,11 @@ def test_a_batch_that_fails_leaves_nothing_and_the_next_one_is_written(tmp_path:
     writer = Writer(path)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as another:
         another.execute("BEGIN IMMEDIATE")
-        verdict = writer.commit(Batch([row(2)], [1]))
+        verdict = writer.commit([encode(Batch([row(2)], [1]))])
         assert verdict.error == "database is locked"
         another.execute("ROLLBACK")
     assert [each[0] for each in rows_in(path)] == [1]
-    assert writer.commit(Batch([row(2)], [1])) == Verdict()
+    assert writer.commit([encode(Batch([row(2)], [1]))]) == Verdict()
     assert [each[0] for each in rows_in(path)] == [2]
     writer.close()
 
@@ -1033,12 +1031,12 @@ class WriterProcess:
         self._stream.flush()
 
     def part(self, batch: Batch) -> None:
-        frame = msgspec.msgpack.encode(batch)
-        self.send(HEADER.pack(len(frame)) + frame)
+        self.send(frame(Kind.PART, encode(batch)))
 
     def ask(self, batch: Batch) -> Verdict:
-        self.part(batch)
-        (length,) = HEADER.unpack(self._stream.read(HEADER.size))
+        self.send(frame(Kind.BATCH, encode(batch)))
+        length, kind = HEADER.unpack(self._stream.read(HEADER.size))
+        assert kind == Kind.VERDICT
         return msgspec.msgpack.decode(self._stream.read(length), type=Verdict)
 
     def hang_up(self) -> int:
@@ -1060,16 +1058,18 @@ def test_the_writer_commits_a_batch_of_several_parts_whole(tmp_path: Path) -> No
     """With the last of them, which alone is answered; a part whose rest never comes is not written."""
     path = tmp_path / "keypool.db"
     with WriterProcess(path) as writer:
-        writer.part(Batch([row(1), row(2)], more=True))
-        writer.part(Batch([row(3)], [2], more=True))
+        writer.part(Batch([row(1), row(2)]))
+        writer.part(Batch([row(3)], [2]))
         assert writer.ask(Batch([row(4)], [], {"last_id": 4})) == Verdict()
         assert writer.ask(Batch([row(5)])) == Verdict()
-        writer.part(Batch([row(6)], more=True))
+        writer.part(Batch([row(6)]))
         writer.hang_up()
     assert [each[0] for each in rows_in(path)] == [1, 3, 4, 5]
 
 
-@pytest.mark.parametrize("rest", [b"", b"\0", HEADER.pack(100), HEADER.pack(100) + b"x"])
+@pytest.mark.parametrize(
+    "rest", [b"", b"\0", frame(Kind.BATCH, b"x" * 100)[:5], frame(Kind.BATCH, b"x" * 100)[:6]]
+)
 def test_the_writer_ends_with_its_socket(tmp_path: Path, rest: bytes) -> None:
     """Wherever it stands: idle, or in the middle of a frame. What was confirmed is there."""
     path = tmp_path / "keypool.db"
@@ -1080,13 +1080,13 @@ def test_the_writer_ends_with_its_socket(tmp_path: Path, rest: bytes) -> None:
     assert [each[0] for each in rows_in(path)] == [1]
 
 
-def test_an_empty_frame_asks_the_writer_to_close_the_file(tmp_path: Path) -> None:
+def test_the_last_frame_asks_the_writer_to_close_the_file(tmp_path: Path) -> None:
     """The log is brought into the file, and taken away."""
     path = tmp_path / "keypool.db"
     with WriterProcess(path) as writer:
         assert writer.ask(Batch([row(1)])) == Verdict()
         assert (tmp_path / "keypool.db-wal").exists()
-        writer.send(HEADER.pack(0))
+        writer.send(frame(Kind.END))
         assert writer.process.wait(30) == 0
     assert [each.name for each in tmp_path.iterdir()] == ["keypool.db"]
 
@@ -1111,7 +1111,7 @@ def test_a_verdict_comes_after_the_fsync(tmp_path: Path) -> None:
     with WriterProcess(path, strace, "-f", "-y", "-e", calls, "-o", str(trace)) as writer:
         for number in range(1, 21):
             assert writer.ask(Batch([row(number)])) == Verdict()
-        writer.send(HEADER.pack(0))
+        writer.send(frame(Kind.END))
         writer.process.wait(30)
     verdicts = written = 0
     unsynced = False

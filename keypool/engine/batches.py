@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import sqlite3
 
-import msgspec
-
 from keypool.engine import datafile
-from keypool.engine.datafile import Batch, Gathered
+from keypool.engine.datafile import Gathered
 
 _NUMBERS = "SELECT coalesce(min(number), 1), coalesce(max(number), 0) FROM batches"
-_encode = msgspec.msgpack.Encoder().encode
 _WORTH = 20_000  # rows gathered before they are folded
 _FEWEST, _MOST = 128, 10_000  # rows folded at once: 0.5 ms, and only after a crowd of changes up to 50 ms
 _NUMBERS_WEIGH = 4  # rows: a batch holds the pool's numbers, too
@@ -34,6 +31,7 @@ class Batches:
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
+        self._committed: list[bytes] = []
         self._gathered = datafile.read_batches(database)
         self._first, self._last = database.execute(_NUMBERS).fetchone()
         self._weight = len(self._gathered.rows)
@@ -42,17 +40,21 @@ class Batches:
         self._ids: list[int] = []  # what is left of it, backwards,
         self._until = 0  # and the last of its batches; 0 when they are gone
 
-    def commit(self, batch: Batch) -> None:
-        """Write one more, durably. O(its size), wherever its keys are."""
-        self._last += 1
-        self._database.execute(datafile.ADD_BATCH, (self._last, _encode(batch)))
-        self._gathered.add(batch)
-        weight = len(batch.rows) + len(batch.purged) + _NUMBERS_WEIGH
-        self._weight += weight
-        self._due += 2 * weight  # so a generation is folded before the next one is as large
+    def commit(self, encoded: list[bytes]) -> None:
+        """Write these, all or none, durably. O(their size), wherever their keys are: they aren't even looked at."""
+        numbered = list(enumerate(encoded, self._last + 1))
+        if len(numbered) == 1:
+            self._database.execute(datafile.ADD_BATCH, numbered[0])
+        else:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(datafile.ADD_BATCH, numbered)
+            self._database.execute("COMMIT")
+        self._last += len(encoded)
+        self._committed += encoded
 
     def fold(self) -> None:
         """Fold twice as many rows as were committed since the last time, if it is time to. O(_MOST) at most."""
+        self._gather()
         if not self._until:
             if self._weight < _WORTH:
                 self._due = 0
@@ -76,6 +78,7 @@ class Batches:
         """Fold all that there is, durably. O(_WORTH), or more after a larger batch."""
         if not self._last:
             return
+        self._gather()
         left = Gathered()
         left.rows = {id: self._folded.rows[id] for id in self._ids} | self._gathered.rows
         left.numbers = self._folded.numbers | self._gathered.numbers
@@ -84,6 +87,15 @@ class Batches:
         self._database.executemany(datafile.SET_POOL, left.numbers.items())
         self._database.execute(datafile.TRIM, (self._last,))
         self._database.execute("COMMIT")
+
+    def _gather(self) -> None:
+        """Look at what was committed since the last time. O(its rows)."""
+        for batch in map(datafile.decode, self._committed):
+            self._gathered.add(batch)
+            weight = len(batch.rows) + len(batch.purged) + _NUMBERS_WEIGH
+            self._weight += weight
+            self._due += 2 * weight  # so a generation is folded before the next one is as large
+        self._committed.clear()
 
     def _begin(self) -> None:
         """Go on to the generation that has been gathered. O(_WORTH · log _WORTH): some 3 ms."""

@@ -65,15 +65,16 @@ Row = tuple[int, str, int, int, int | None, int, str | None]
 class Batch(msgspec.Struct, array_like=True):
     """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
 
-    One that says `more` is a part of the batch that the next frame goes on with. It stands in files: fields may be
-    added at its end, none may be changed.
+    It stands in files as `encode` makes it: fields may be added at its end, none may be changed.
     """
 
     rows: list[Row] = []
     purged: list[int] = []
     pool: dict[str, int] = {}
-    grace_until: int | None = None
-    more: bool = False
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Batch).decode
 
 
 class Gathered:
@@ -108,7 +109,6 @@ GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
-_decode = msgspec.msgpack.Decoder(Batch).decode
 _MAGIC = b"SQLite format 3\0"
 _LOCK_SECONDS = 5.0
 _LOCK_INTERVAL = 0.05
@@ -235,7 +235,7 @@ def read_batches(database: sqlite3.Connection) -> Gathered:
     if not _has(database, "batches"):
         return Gathered()
     try:
-        return Gathered(map(_decode, (batch for (batch,) in database.execute(_BATCHES))))
+        return Gathered(map(decode, (batch for (batch,) in database.execute(_BATCHES))))
     except msgspec.DecodeError:
         raise sqlite3.DatabaseError("a batch can't be read") from None
 

@@ -24,13 +24,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import msgspec
-
 from keypool.engine import datafile
 from keypool.engine.commit import Commit
-from keypool.engine.datafile import Batch
+from keypool.engine.datafile import Batch, encode
 from keypool.engine.link import WriterLink
-from keypool.engine.writer import Verdict
+from keypool.engine.writer import Kind, Verdict
 from keypool.errors import StartError, StorageUnavailable
 from keypool.keys import DEAD, Key
 from keypool.tally import ROWS, SECONDS, Tally
@@ -69,7 +67,6 @@ class Journal:
         self._retry = _RETRY_FIRST
         self._retrying: asyncio.TimerHandle | None = None
         self._sent_at = 0.0
-        self._encode = msgspec.msgpack.Encoder().encode
         self.failing: str | None = None
         """Why the last batch could not be written; None while all is well."""
         self.commit_seconds = Tally(SECONDS)
@@ -131,18 +128,18 @@ class Journal:
     async def open(self) -> None:
         """Start the writer and have it open the file, and say that it can write. Raises StartError."""
         self._writer = await WriterLink.start(self._path, self._lock, self._answered, self._lost)
-        await self._ask(Batch())
+        await self._ask(Kind.PROBE)
 
     async def start(self, grace_until: float | None) -> None:
         """Grant the grace in the file: what was read of it may be served from now on. Raises StartError."""
         if grace_until is not None:
-            await self._ask(Batch(grace_until=round(grace_until * 1000)))
+            await self._ask(Kind.GRACE, encode(round(grace_until * 1000)))
         self._started = True
 
-    async def _ask(self, batch: Batch) -> None:
+    async def _ask(self, kind: Kind, content: bytes = b"") -> None:
         assert self._writer is not None
         self._current = Commit(self._loop)
-        self._writer.send(self._encode(batch))
+        self._writer.send(kind, content)
         try:
             await self._current
         except StorageUnavailable:
@@ -174,12 +171,12 @@ class Journal:
                 rows.append(datafile.row_of(key))
         left -= _PART
         if left > 0:
-            self._writer.send(self._encode(Batch(rows, purged, more=True)))
+            self._writer.send(Kind.PART, encode(Batch(rows, purged)))
             self._writing_down = self._loop.call_soon(self._write_down, keys, left)
             return
         # The numbers last: they are beyond none of the ids and leases in any part.
         self._writing_down = None
-        self._writer.send(self._encode(Batch(rows, purged, self._numbers())))
+        self._writer.send(Kind.BATCH, encode(Batch(rows, purged, self._numbers())))
 
     def _anything_to_send(self) -> bool:
         # While batches fail even an empty one goes, to see whether they still do.

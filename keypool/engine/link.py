@@ -13,7 +13,7 @@ from typing import cast
 
 import msgspec
 
-from keypool.engine.writer import HEADER, Verdict
+from keypool.engine.writer import HEADER, Kind, Verdict, frame
 
 
 class WriterLink(asyncio.Protocol):
@@ -60,13 +60,13 @@ class WriterLink(asyncio.Protocol):
         # Not an instance of it on uvloop, but it has its methods.
         self._transport = cast("asyncio.WriteTransport", transport)
 
-    def send(self, frame: bytes) -> None:
-        """Send a frame; an empty one asks the process to end."""
+    def send(self, kind: Kind, content: bytes = b"") -> None:
+        """Send a frame."""
         if self._transport is not None and not self.dead:
-            self._transport.write(HEADER.pack(len(frame)) + frame)
+            self._transport.write(frame(kind, content))
 
     def data_received(self, data: bytes) -> None:
-        """Verdicts, one a batch."""
+        """Verdicts."""
         self._buffer += data
         while len(self._buffer) >= HEADER.size:
             end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
@@ -84,7 +84,7 @@ class WriterLink(asyncio.Protocol):
 
     async def end(self) -> None:
         """Ask for a clean end and wait for it."""
-        self.send(b"")
+        self.send(Kind.END)
         await self._gone
 
     async def reap(self) -> None:

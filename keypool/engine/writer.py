@@ -5,7 +5,7 @@ row, and the loop stalls (docs/architecture.md has the figures). It holds nothin
 the server starts another and repeats what wasn't confirmed. When the server dies, the socket closes, and this
 process ends with the batch it is at.
 
-On the socket, each way, a frame is four bytes of length and MessagePack: a Batch to here, a Verdict back.
+On the socket, each way, a frame is four bytes of length, one that says of what kind it is, and MessagePack.
 Signals are the server's to handle: this process ignores those that a terminal or a service manager sends to
 everybody.
 """
@@ -13,12 +13,14 @@ everybody.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import signal
 import socket
 import sqlite3
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,15 +28,28 @@ import msgspec
 
 from keypool.engine import datafile
 from keypool.engine.batches import Batches
-from keypool.engine.datafile import Batch
 
-HEADER = struct.Struct("!I")
-_NOTHING = Batch()
-_encode = msgspec.msgpack.Encoder().encode
+HEADER = struct.Struct("!IB")
+
+
+class Kind(enum.IntEnum):
+    """What a frame holds."""
+
+    END = 0  # nothing: close the file, and end
+    PROBE = 1  # nothing: can it be written?
+    BATCH = 2  # a Batch: commit it, and the parts before it
+    PART = 3  # a Batch that the next frame goes on with
+    GRACE = 4  # a moment: keys that would expire before it live until then
+    VERDICT = 5  # a Verdict, for each frame but END and PART
+
+
+def frame(kind: Kind, content: bytes = b"") -> bytes:
+    """A frame as it goes over the socket."""
+    return HEADER.pack(len(content), kind) + content
 
 
 class Verdict(msgspec.Struct, array_like=True):
-    """What became of a batch: committed, or why not. An empty one asks whether writing is possible."""
+    """What became of it: done, or why not."""
 
     error: str | None = None
 
@@ -48,16 +63,17 @@ class Writer:
         self._batches: Batches
         self._failed: str | None = None
 
-    def commit(self, batch: Batch) -> Verdict:
-        """Write a batch in one transaction, whole or not at all."""
-        error, self._failed = self._failed, None
-        try:
-            if error is None:
-                self._write(self._opened(), batch)
-        except sqlite3.Error as failure:
-            self._drop()
-            error = datafile.line_of(failure)
-        return Verdict(error)
+    def probe(self) -> Verdict:
+        """See whether the file can be written, and write nothing."""
+        return self._try(self._probe)
+
+    def commit(self, encoded: list[bytes]) -> Verdict:
+        """Write batches in one transaction, all or none."""
+        return self._try(lambda: self._batches.commit(encoded))
+
+    def grant(self, until: int) -> Verdict:
+        """Let all keys that would expire before this moment live until then."""
+        return self._try(lambda: self._grant(until))
 
     def fold(self) -> None:
         """Bring some of what is committed into the tables. If that fails, the next batch does, which says why."""
@@ -78,22 +94,32 @@ class Writer:
         finally:
             self._drop()
 
-    def _opened(self) -> sqlite3.Connection:
+    def _try(self, change: Callable[[], None]) -> Verdict:
+        error, self._failed = self._failed, None
+        if error is None:
+            try:
+                self._open()
+                change()
+            except sqlite3.Error as failure:
+                self._drop()
+                error = datafile.line_of(failure)
+        return Verdict(error)
+
+    def _open(self) -> None:
         if self._database is None:
             self._database = datafile.connect(self._path)
             self._batches = Batches(self._database)
-        return self._database
 
-    def _write(self, database: sqlite3.Connection, batch: Batch) -> None:
-        if batch.grace_until is not None:
-            self._batches.finish()
-            database.execute(datafile.GRANT_GRACE, {"until": batch.grace_until})
-            self._batches = Batches(database)
-        elif batch == _NOTHING:
-            database.execute("BEGIN IMMEDIATE")
-            database.execute("COMMIT")
-        else:
-            self._batches.commit(batch)
+    def _probe(self) -> None:
+        assert self._database is not None
+        self._database.execute("BEGIN IMMEDIATE")
+        self._database.execute("COMMIT")
+
+    def _grant(self, until: int) -> None:
+        assert self._database is not None
+        self._batches.finish()
+        self._database.execute(datafile.GRANT_GRACE, {"until": until})
+        self._batches = Batches(self._database)
 
     def _drop(self) -> None:
         """Close the connection. A transaction under way is rolled back."""
@@ -106,25 +132,28 @@ class Writer:
 
 
 def serve(stream: BinaryIO, writer: Writer) -> None:
-    """Answer batches until the socket closes; a frame of length 0 asks for a clean end."""
-    decoder = msgspec.msgpack.Decoder(Batch)
-    parts = Batch()
+    """Do what the frames ask for until the socket closes, or a frame asks for a clean end."""
+    parts: list[bytes] = []
     while len(header := stream.read(HEADER.size)) == HEADER.size:
-        (length,) = HEADER.unpack(header)
-        if length == 0:
-            writer.close()
+        length, kind = HEADER.unpack(header)
+        content = stream.read(length)
+        if len(content) < length:
             return
-        body = stream.read(length)
-        if len(body) < length:
-            return
-        batch = decoder.decode(body)
-        parts.rows += batch.rows
-        parts.purged += batch.purged
-        if batch.more:
-            continue
-        batch.rows, batch.purged, parts = parts.rows, parts.purged, Batch()
-        answer = _encode(writer.commit(batch))
-        stream.write(HEADER.pack(len(answer)) + answer)
+        match kind:
+            case Kind.END:
+                writer.close()
+                return
+            case Kind.PART:
+                parts.append(content)
+                continue
+            case Kind.BATCH:
+                verdict = writer.commit([*parts, content])
+                parts.clear()
+            case Kind.GRACE:
+                verdict = writer.grant(msgspec.msgpack.decode(content, type=int))
+            case _:
+                verdict = writer.probe()
+        stream.write(frame(Kind.VERDICT, datafile.encode(verdict)))
         stream.flush()
         writer.fold()  # after the answer: nobody waits for it but who comes next
 
