@@ -1,6 +1,6 @@
 """The writer process: takes batches from the server over a socket, commits them, says so.
 
-A process of its own, because a commit in a thread of the server's takes the interpreter's lock back for every
+A process of its own, because a transaction in a thread of the server's takes the interpreter's lock back for every
 row, and the loop stalls (docs/architecture.md has the figures). It holds nothing worth keeping: when it dies
 the server starts another and repeats what wasn't confirmed. When the server dies, the socket closes, and this
 process ends with the batch it is at.
