@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -115,6 +116,12 @@ def pytest_configure() -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             default = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Three for two cores: a third of the time a test waits, for a deadline or for what it has started."""
+    return (os.cpu_count() or 1) * 3 // 2
 
 
 @pytest.hookimpl(wrapper=True)
