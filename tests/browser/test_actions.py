@@ -194,7 +194,9 @@ def test_reveal_is_audited_and_hidden_again(server: ServerProcess, client: Clien
     panel = page.locator("#panel[open] .key-panel")
     panel.locator("[data-reveal]").click()
     page.wait_for_function("key => document.querySelector('.secret').textContent === key", arg=key["key"])
-    assert re.search(rf"reveal by admin .* id:{key['id']} ", server.log)
+    eventually(
+        lambda: re.search(rf"reveal by admin .* id:{key['id']} ", server.log), "its line of the audit log"
+    )
     panel.locator("[data-copy-secret]").click()
     assert page.evaluate("navigator.clipboard.readText()") == key["key"]
     page.clock.fast_forward(15_000)

@@ -79,7 +79,8 @@ def test_the_server_is_killed_and_comes_back(tmp_path: Path, tabs: Tabs) -> None
         assert page.locator("#tile-available .figure").inner_text() == "7"
         assert page.evaluate("getComputedStyle(document.querySelector('.figure')).opacity") == "0.5"
         with ServerProcess([*flags, f"--port={first.port}"], cwd=tmp_path):
-            page.get_by_role("button", name="Try now").click()
+            # "Try now", unless the page has tried by itself just now and the banner is gone.
+            page.evaluate("document.querySelector('#banner:not([hidden]) button')?.click()")
             state(page, "live")
             figure(page, "available", "0")
             assert not page.locator("#banner").is_visible()
