@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -118,10 +117,11 @@ def pytest_configure() -> None:
             signal.signal(number, default)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
     """Three for two cores: a third of the time a test waits, for a deadline or for what it has started."""
-    return (os.cpu_count() or 1) * 3 // 2
+    cores = yield
+    return cores * 3 // 2
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,7 +12,6 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,11 +70,23 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "keypool.db"
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[sqlite3.Connection]:
+def opened(path: Path) -> contextlib.closing[sqlite3.Connection]:
     """A connection that writes, closed without folding anything, as a writer that dies leaves it."""
-    with contextlib.closing(datafile.connect(path)) as database:
-        yield database
+    return contextlib.closing(datafile.connect(path))
+
+
+def work(writer: Writer, model: Model, count: int) -> None:
+    """Commit so many batches, and fold after each, as the writer process does."""
+    for _ in range(count):
+        assert writer.commit([encode(model.batch())]) == Verdict()
+        writer.fold()
+
+
+def end(writer: Writer, model: Model, path: Path) -> None:
+    """In peace; the file says the same before and after."""
+    model.expect(path)
+    writer.close()
+    model.expect(path)
 
 
 def tables(database: sqlite3.Connection) -> tuple[int, int]:
@@ -159,9 +170,7 @@ def test_a_crowd_of_changes_is_folded_in_bounded_steps(path: Path, monkeypatch: 
 def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
     """So that whoever looks into the file of a stopped server sees its keys; one with nothing to fold isn't written."""
     model, writer = Model(4), Writer(path)
-    for _ in range(60):
-        assert writer.commit([encode(model.batch())]) == Verdict()
-        writer.fold()
+    work(writer, model, 60)
     writer.close()
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     model.expect(path)
@@ -212,12 +221,8 @@ def test_folding_that_fails_is_told_with_the_next_batch_and_begins_anew(
     unheard = Batch([(10**6, "x" * 20, 1, 2, None, 0, None)])
     assert writer.commit([encode(unheard)]) == Verdict("database or disk is full")
     model.expect(path)
-    for _ in range(60):
-        assert writer.commit([encode(model.batch())]) == Verdict()
-        writer.fold()
-    model.expect(path)
-    writer.close()
-    model.expect(path)
+    work(writer, model, 60)
+    end(writer, model, path)
 
 
 def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> None:
@@ -233,12 +238,8 @@ def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> Non
     model.rows, model.numbers = {1: (1, "00000000000000000001", 1, 2, None, 0, None)}, {"last_id": 1}
     model.expect(path)
     writer = Writer(path)
-    for _ in range(40):
-        assert writer.commit([encode(model.batch())]) == Verdict()
-        writer.fold()
-    model.expect(path)
-    writer.close()
-    model.expect(path)
+    work(writer, model, 40)
+    end(writer, model, path)
 
 
 @pytest.mark.parametrize("damage", ["x'c1'", "x''", "x'91'", "x'91919101'"])

@@ -69,11 +69,11 @@ class Writer:
 
     def commit(self, encoded: list[bytes]) -> Verdict:
         """Write batches in one transaction, all or none."""
-        return self._try(lambda: self._batches.commit(encoded))
+        return self._try(lambda _: self._batches.commit(encoded))
 
     def grant(self, until: int) -> Verdict:
         """Let all keys that would expire before this moment live until then."""
-        return self._try(lambda: self._grant(until))
+        return self._try(lambda database: self._grant(database, until))
 
     def fold(self) -> None:
         """Bring some of what is committed into the tables. If that fails, the next batch does, which says why."""
@@ -94,32 +94,31 @@ class Writer:
         finally:
             self._drop()
 
-    def _try(self, change: Callable[[], None]) -> Verdict:
+    def _try(self, change: Callable[[sqlite3.Connection], None]) -> Verdict:
         error, self._failed = self._failed, None
         if error is None:
             try:
-                self._open()
-                change()
+                change(self._opened())
             except sqlite3.Error as failure:
                 self._drop()
                 error = datafile.line_of(failure)
         return Verdict(error)
 
-    def _open(self) -> None:
+    def _opened(self) -> sqlite3.Connection:
         if self._database is None:
             self._database = datafile.connect(self._path)
             self._batches = Batches(self._database)
+        return self._database
 
-    def _probe(self) -> None:
-        assert self._database is not None
-        self._database.execute("BEGIN IMMEDIATE")
-        self._database.execute("COMMIT")
+    @staticmethod
+    def _probe(database: sqlite3.Connection) -> None:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("COMMIT")
 
-    def _grant(self, until: int) -> None:
-        assert self._database is not None
+    def _grant(self, database: sqlite3.Connection, until: int) -> None:
         self._batches.finish()
-        self._database.execute(datafile.GRANT_GRACE, {"until": until})
-        self._batches = Batches(self._database)
+        database.execute(datafile.GRANT_GRACE, {"until": until})
+        self._batches = Batches(database)
 
     def _drop(self) -> None:
         """Close the connection. A transaction under way is rolled back."""

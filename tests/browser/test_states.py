@@ -29,6 +29,7 @@ def test_exhausted(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     page.wait_for_function("() => /^0:\\d\\d$/.test(document.getElementById('next-release').textContent)")
     card.get_by_role("link", name="See who holds them").click()
     page.wait_for_url("**/keys?tab=blocked")
+    page.locator(".key-row").first.wait_for()
     assert page.locator(".key-row").count() == 3
     page.goto("/keys?tab=available")
     page.get_by_role("heading", name="Every key is held").wait_for()
@@ -78,6 +79,7 @@ def test_the_server_is_killed_and_comes_back(tmp_path: Path, tabs: Tabs) -> None
         )
         assert page.locator("#tile-available .figure").inner_text() == "7"
         assert page.evaluate("getComputedStyle(document.querySelector('.figure')).opacity") == "0.5"
+        page.get_by_role("button", name="Try now").wait_for()
         with ServerProcess([*flags, f"--port={first.port}"], cwd=tmp_path):
             # "Try now", unless the page has tried by itself just now and the banner is gone.
             page.evaluate("document.querySelector('#banner:not([hidden]) button')?.click()")
