@@ -4,4 +4,4 @@ This module holds the version and nothing else: the one place it is written down
 ``/api/v1/stats`` and by the package's metadata. Importing it imports no other module.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,13 +10,16 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from client_support import environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from support import ROOT
 
-from keypool import resources
+from keypool import __version__, resources
 
 pytest.importorskip("setuptools")
 
@@ -32,7 +35,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=kept)
     for path in ROOT.iterdir():
-        if path.is_file() and path.suffix in (".py", ".toml", ".txt", ".in", ".md"):
+        if path.is_file() and (
+            path.suffix in (".py", ".toml", ".txt", ".in", ".md") or path.name == "LICENSE"
+        ):
             shutil.copy(path, source)
     for name in ("templates/probe/page.html", "static/probe/style.css"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -94,18 +99,55 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file():
                 assert f"keypool/_web/{path.relative_to(ROOT).as_posix()}" in names
-    assert all(name.startswith(("keypool/", "keypool-")) for name in names), names
+    assert all(name.startswith(("keypool/", "keypool_service-")) for name in names), names
 
 
 def test_its_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
-    [metadata] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
+    [described] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
     [entries] = [
         archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")
     ]
     assert "keypool = keypool.cli.main:main" in entries
-    assert "Requires-Dist: tornado" in metadata
-    assert "Provides-Extra: aiohttp" in metadata
+    assert "Name: keypool-service" in described
+    assert f"Version: {__version__}" in described
+    assert "License-Expression: MIT" in described
+    assert "License-File: LICENSE" in described
+    assert "Description-Content-Type: text/markdown" in described
+    needed = [line for line in described.splitlines() if line.startswith("Requires-Dist: ")]
+    assert [line for line in needed if "extra ==" not in line] == [], "bare, it is the client and the command"
+    for name in ("tornado", "hiredis"):
+        assert any(line.startswith(f"Requires-Dist: {name}") and "server" in line for line in needed)
+
+
+def test_the_lock_holds_what_the_requirements_ask_for() -> None:
+    """Every requirement, and what it requires in turn, is in the lock in a version that it allows, with hashes."""
+    locked: dict[str, tuple[str, str]] = {}
+    for block in (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines():
+        if "==" in block and not block.startswith("#"):
+            name, _, rest = block.partition("==")
+            locked[canonicalize_name(name)] = (rest.split()[0], block)
+    wanted = [
+        Requirement(line)
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    reached: set[str] = set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        assert name in locked, f"{requirement} is not in requirements.lock"
+        version, block = locked[name]
+        assert requirement.specifier.contains(version), f"requirements.lock has {version}, not {requirement}"
+        assert "--hash=sha256:" in block, f"{name} has no hash in requirements.lock"
+        if name not in reached and (requirement.marker is None or requirement.marker.evaluate()):
+            wanted += [
+                inner
+                for inner in map(Requirement, metadata.requires(name) or ())
+                if inner.marker is None or inner.marker.evaluate({"extra": ""})
+            ]
+        reached.add(name)
+    assert reached == set(locked), "requirements.lock has packages that nothing asks for"
 
 
 def test_client_and_command_need_nothing_else(fresh: Path, tmp_path: Path) -> None:
@@ -131,8 +173,18 @@ def test_client_and_command_need_nothing_else(fresh: Path, tmp_path: Path) -> No
         check=False,
     )
     assert wanting.returncode == 1
-    assert "pip install" in wanting.stderr
+    assert "keypool-service[server]" in wanting.stderr
     assert len(wanting.stderr.splitlines()) == 1
+    events = subprocess.run(
+        [fresh / "keypool", "events"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=_environment(),
+        check=False,
+    )
+    assert (events.returncode, len(events.stderr.splitlines())) == (1, 1), events.stderr
+    assert "tornado" in events.stderr
 
 
 def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:

@@ -56,17 +56,23 @@ def _before_command(words: Sequence[str]) -> Sequence[str]:
 
 
 def _load(name: str) -> Callable[..., Any]:
+    """Import a command's function. Raises CommandError if a package that it needs isn't installed."""
     module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"this command needs the package {error.name}: install keypool-service[server]", Status.FAILED
+        ) from None
     return found
 
 
 def _serve(words: Sequence[str]) -> int:
     try:
-        from keypool.launch import main as launch  # noqa: PLC0415 - needs the server's packages
-    except ImportError as error:
-        return _fail(f"serve needs the package {error.name}: pip install keypool", Status.FAILED)
-    return launch(["--log-format=json" if word == "--json" else word for word in words])
+        launch = _load("keypool.launch:main")
+    except CommandError as error:
+        return _fail(str(error), error.status)
+    return int(launch(["--log-format=json" if word == "--json" else word for word in words]))
 
 
 def _fail(line: str, status: Status) -> int:
