@@ -49,8 +49,17 @@ class Variant:
 
 
 _CALLS = tuple(f"test_api_{what}" for what in ("batch", "keys", "legacy", "lists", "stats", "waiting"))
-_API = ("test_api_", "test_fuzz", "test_process", "test_feed")
-_OVER_HTTP = (*_API, "test_cli", "test_client", "test_dashboard", "browser/", "test_hostile", "test_metrics")
+_LIFE = ("test_fuzz", "test_process", "test_feed")
+# The client and the command are tested against one server: the tests vary how the client sends. Its calls run on both.
+_OVER_HTTP = (
+    "test_api_",
+    *_LIFE,
+    "test_client_calls",
+    "test_dashboard",
+    "browser/",
+    "test_hostile",
+    "test_metrics",
+)
 
 _pools = itertools.count()
 
@@ -76,12 +85,13 @@ VARIANTS = [
     Variant(
         "file",
         lambda directory: [f"--data={directory / 'keypool.db'}"],
-        (*_CALLS, "test_fuzz", "test_process", "test_feed"),
+        (*_CALLS, *_LIFE),
     ),
+    # Errors and access are decided before any engine is asked: the dispatcher may not even import one.
     Variant(
         "valkey",
         lambda directory: [f"--engine={with_pool(_shared_valkey().url, next(_pools))}"],
-        (*_API, "test_dashboard", "test_metrics"),
+        (*_CALLS, *_LIFE, "test_dashboard", "test_metrics"),
     ),
     # The same engine once more: what a cluster adds shows in the calls.
     Variant(

@@ -113,11 +113,12 @@ WRONG_FLAGS = [
 
 
 @pytest.mark.parametrize(("flag", "words"), WRONG_FLAGS, ids=[flag for flag, _ in WRONG_FLAGS])
-def test_a_wrong_flag_is_one_line_and_status_2(
-    variant: Variant, tmp_path: Path, flag: str, words: list[str]
-) -> None:
-    """All that is printed is one line that names the flag and the values that it takes."""
-    flags = variant.flags(tmp_path)
+def test_a_wrong_flag_is_one_line_and_status_2(flag: str, words: list[str]) -> None:
+    """All that is printed is one line that names the flag and the values that it takes.
+
+    Settings are read before any engine is chosen, so this and the next two run without `variant`.
+    """
+    flags = ["--data=:memory:"]
     port = [] if flag.startswith("--port") else ["--port=0"]
     status, output = run_server([*flags, *port, flag])
     assert status == 2, f"exit status {status}: {output}"
@@ -133,11 +134,9 @@ def test_a_wrong_flag_is_one_line_and_status_2(
         ("KEYPOOL_KEY_LENGTH", "5"),
     ],
 )
-def test_a_wrong_variable_is_one_line_and_status_2(
-    variant: Variant, tmp_path: Path, name: str, value: str
-) -> None:
+def test_a_wrong_variable_is_one_line_and_status_2(name: str, value: str) -> None:
     """As a wrong flag."""
-    status, output = run_server(variant.flags(tmp_path), {"KEYPOOL_PORT": "0", name: value})
+    status, output = run_server(["--data=:memory:"], {"KEYPOOL_PORT": "0", name: value})
     assert status == 2, f"exit status {status}: {output}"
     expect_one_line(output, name.removeprefix("KEYPOOL_"))
 
@@ -166,14 +165,14 @@ def test_a_wrong_variable_is_one_line_and_status_2(
     ],
 )
 def test_a_wrong_config_file_is_one_line_and_status_2(
-    variant: Variant, tmp_path: Path, text: str | None, words: list[str]
+    tmp_path: Path, text: str | None, words: list[str]
 ) -> None:
     """A wrong key or value by its name, a broken or missing file by the file's."""
     path = tmp_path / "config.toml"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
     port = [] if text and "port" in text else ["--port=0"]
-    status, output = run_server([*variant.flags(tmp_path), *port, f"--config={path}"])
+    status, output = run_server(["--data=:memory:", *port, f"--config={path}"])
     assert status == 2, f"exit status {status}: {output}"
     expect_one_line(output, *words)
 
