@@ -154,6 +154,8 @@ class Call(msgspec.Struct, gc=False):
     key: str = ""
     query: Any = None
     body: Any = None
+    waited: float = 0.0
+    """Seconds that it stood in the queue for a key: no part of its service time."""
 
 
 T = TypeVar("T")
@@ -245,7 +247,7 @@ def _acquire(engine: Engine, call: Call) -> Answering[Lease]:
     body: AcquireBody | None = call.body
     if body is None:
         return engine.acquire(None, 0)
-    return engine.acquire(body.owner, body.wait or 0)
+    return engine.acquire(body.owner, body.wait or 0, call)
 
 
 def _unblock(engine: Engine, call: Call) -> Answering[Unblocked]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from keypool.operations import MAX_WAIT
 from keypool.settings import OPTIONS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
+PROMETHEUS = DEPLOY / "prometheus"
 UNIT = DEPLOY / "systemd" / "keypool.service"
 NGINX = DEPLOY / "nginx" / "keypool.conf"
 CADDY = DEPLOY / "caddy" / "Caddyfile"
@@ -81,9 +83,32 @@ def test_caddy_takes_the_configuration() -> None:
     run(tool("caddy"), "validate", "--adapter", "caddyfile", "--config", str(CADDY))
 
 
-def test_promtool_takes_the_rules() -> None:
-    """Where there is a promtool."""
-    run(tool("promtool"), "check", "rules", str(DEPLOY / "prometheus" / "alerts.yml"))
+def promtool(*arguments: str | Path) -> None:
+    """Run promtool; where the tests are to be believed, it has to be there."""
+    if os.environ.get("CI") == "true" and shutil.which("promtool") is None:
+        pytest.fail("promtool is not installed, and CI=true says that it has to be (Debian: prometheus)")
+    run(tool("promtool"), *map(str, arguments))
+
+
+def test_each_alert_fires_on_its_history_and_on_no_healthy_one() -> None:
+    """By Prometheus itself; no alert is without a history that it fires on."""
+    promtool("test", "rules", PROMETHEUS / "alerts_test.yml")
+    alerts = re.findall(r"- alert: (\w+)", (PROMETHEUS / "alerts.yml").read_text())
+    fired = set(re.findall(r'alertname="(\w+)"', (PROMETHEUS / "alerts_test.yml").read_text()))
+    assert fired == set(alerts)
+
+
+@pytest.mark.parametrize("name", ["prometheus.yml", "prometheus-many.yml"])
+def test_prometheus_takes_the_configuration(name: str, tmp_path: Path) -> None:
+    """Rules included; alerts go to the Alertmanager that compose starts."""
+    text = (PROMETHEUS / name).read_text()
+    assert re.search(r"alerting:\n.*alertmanager:9093", text, re.DOTALL)
+    assert re.search(r"^  alertmanager:$", COMPOSE.read_text(), re.MULTILINE)
+    token = tmp_path / "viewer-token"
+    token.write_text("x")
+    (tmp_path / name).write_text(text.replace("/run/secrets/viewer-token", str(token)))
+    shutil.copy(PROMETHEUS / "alerts.yml", tmp_path)
+    promtool("check", "config", tmp_path / name)
 
 
 def test_proxies_wait_longer_than_an_acquire_and_keep_connections_shorter_than_the_server() -> None:
