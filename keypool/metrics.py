@@ -48,7 +48,7 @@ METRICS = (
     Described(
         "keypool_limit",
         "gauge",
-        "the most of each that is taken",
+        "upper limits in force",
         "limit: max_keys, max_waiters, max_viewers, connections",
     ),
     Described("keypool_viewers", "gauge", "open feeds of dashboards"),
@@ -149,7 +149,7 @@ class _Snapshot(Collector):
         build = GaugeMetricFamily("keypool_build_info", "always 1", labels=["version", "engine"])
         build.add_metric([__version__, self._stats.engine], 1)
         yield build
-        limits = GaugeMetricFamily("keypool_limit", "the most of each that is taken", labels=["limit"])
+        limits = GaugeMetricFamily("keypool_limit", "upper limits in force", labels=["limit"])
         for name, most in self._limits.items():
             limits.add_metric([name], most)
         yield limits
