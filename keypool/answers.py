@@ -6,6 +6,8 @@ milliseconds. `gc=False`: these hold no cycles, and the collector is spared them
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from keypool.keys import State
@@ -59,6 +61,9 @@ class Identity(Answer):
     hint: str
 
 
+Moment = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
+
+
 class Row(Answer):
     """A key without its text: `owner` and `release_in` null unless blocked, `lease` null if never served."""
 
@@ -67,7 +72,7 @@ class Row(Answer):
     state: State
     owner: str | None
     lease: int | None
-    created_at: str
+    created_at: Moment
     expires_in: float
     release_in: float | None
 
@@ -106,28 +111,43 @@ class Stats(Answer):
     version: str
 
 
-class GeneratedKeys(Answer):
+class BatchAnswer(Answer, tag_field="op"):
+    """The root of what batches answer: `op`, first, is that of the request.
+
+    By their other members two of them look alike; a client that is generated from the OpenAPI document tells them
+    apart by it.
+    """
+
+
+class GeneratedKeys(BatchAnswer, tag="generate"):
     """What a batch made."""
 
     keys: list[GeneratedKey]
 
 
-class Leases(Answer):
+class Leases(BatchAnswer, tag="acquire"):
     """What a batch served: fewer than asked when fewer are free."""
 
     keys: list[Lease]
 
 
-class Done(Answer):
-    """A batch over named keys: how many it did, and which texts nobody knows."""
+class KeptAliveKeys(BatchAnswer, tag="keepalive"):
+    """How many expiries a batch put off, and which texts nobody knows."""
 
     done: int
     unknown: list[str]
 
 
-class DoneUnlessStale(Answer):
-    """The same for unblock, which a stale lease number is refused."""
+class UnblockedKeys(BatchAnswer, tag="unblock"):
+    """How many keys a batch freed or found free, which texts nobody knows, and which a later lease holds."""
 
     done: int
     unknown: list[str]
     stale: list[str]
+
+
+class DeletedKeys(BatchAnswer, tag="delete"):
+    """How many keys a batch purged, and which texts nobody knows."""
+
+    done: int
+    unknown: list[str]

@@ -55,8 +55,10 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     calls = OPERATIONS + LEGACY
     dispatcher = Dispatcher(engine, access, (*calls, describing(calls, access.open)))
     shared = {"engine": engine, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
-    dashboard = Dashboard(engine, access, settings or Settings())
+    settings = settings or Settings()
+    dashboard = Dashboard(engine, access, settings)
     scraped = Scraped({"loop_stall_seconds": dashboard.stall.tally}, lambda: dashboard.feed.viewers)
+    scraped.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
     return KeypoolApplication(
         [
             (r"/api/v1/feed", FeedHandler, shared),

@@ -32,6 +32,15 @@ def _headers(*names: str) -> Described:
 
 OF_ALL = _headers("X-Request-Id", "Cache-Control")
 LOCATION = _headers("Location")
+_OF_ANY_PAGE = {
+    "403": "cross-site",
+    "408": "request-timeout",
+    "413": "payload-too-large",
+    "414": "uri-too-long",
+    "421": "wrong-host",
+    "431": "headers-too-large",
+    "500": "internal",
+}
 _OF_STATUS = {
     "401": _headers("WWW-Authenticate"),
     "404": _headers("Retry-After"),
@@ -54,33 +63,42 @@ def beside(schema: Described, open: bool) -> Described:
     def page(
         name: str, summary: str, answers: Described, codes: dict[str, str], roles: str = ""
     ) -> Described:
-        refusals = {"403": "cross-site", "421": "wrong-host", "500": "internal"} | codes
+        refusals = _OF_ANY_PAGE | codes
         described: Described = {"operationId": name, "summary": summary}
         if roles:
             described["description"] = f"Roles: {roles}."
-            if not open:
-                described["security"] = [{"token": []}]
-                refusals |= {"401": "unauthorized", "403": "cross-site, forbidden"}
+        if not open:
+            described["security"] = [{"token": []}] if roles else []
+        if roles and not open:
+            refusals |= {"401": "unauthorized", "403": "cross-site, forbidden"}
         told = {status: problem(code, schema, status) for status, code in sorted(refusals.items())}
         return {"get": described | {"responses": answers | told}}
 
     return {
         "/healthz": page("health", "Whether the loop turns.", _status("ok"), {}),
         "/readyz": page(
-            "ready", "Whether calls are served.", _status("ready"), {"503": "draining, storage-unavailable"}
+            "ready",
+            "Whether calls are served.",
+            _status("ready"),
+            {"503": "draining, loading, storage-unavailable"},
         ),
         "/metrics": page(
             "metrics",
             "Metrics in Prometheus's text format.",
             _text("text/plain"),
-            {"503": "storage-unavailable"},
+            {"503": "loading, storage-unavailable"},
             "admin, viewer",
         ),
         "/api/v1/feed": page(
             "feed",
             "A websocket of what changes: hello, then deltas and beats (docs/api.md). A plain GET is 426.",
             {"101": {"description": "the websocket is open"}},
-            {"426": "upgrade-required", "429": "too-many-viewers", "503": "draining"},
+            {
+                "400": "bad-request",
+                "426": "upgrade-required",
+                "429": "too-many-viewers",
+                "503": "draining, loading",
+            },
             "admin, viewer, or a dashboard's cookie",
         ),
     }

@@ -111,7 +111,8 @@ class Doorman:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._most = allowed_connections(limits)
+        self.most = allowed_connections(limits)
+        """Connections that may be in at a time."""
         self._inside: dict[str, int] = {}
         self._warned_at = -_WARN_EVERY
         self.count = 0
@@ -123,7 +124,7 @@ class Doorman:
         """Whether one more connection from this address is let in. O(1)."""
         place = _place(address)
         inside = self._inside.get(place, 0)
-        if self.count >= self._most or (place and inside >= self._limits.connections_per_address):
+        if self.count >= self.most or (place and inside >= self._limits.connections_per_address):
             self.refused += 1
             self._warn(address)
             return False

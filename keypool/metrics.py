@@ -44,6 +44,13 @@ def _histogram(tally: str, about: str) -> Described:
 METRICS = (
     Described("keypool_keys", "gauge", "keys", "state: available, blocked"),
     Described("keypool_waiting", "gauge", "acquires that wait for a key", source="waiting"),
+    Described("keypool_oldest_wait_seconds", "gauge", "how long the first in this server's queue has waited"),
+    Described(
+        "keypool_limit",
+        "gauge",
+        "upper limits in force",
+        "limit: max_keys, max_waiters, max_viewers, connections",
+    ),
     Described("keypool_viewers", "gauge", "open feeds of dashboards"),
     Described("keypool_connections", "gauge", "open connections, those of viewers not among them"),
     Described("keypool_connections_refused_total", "counter", "connections closed for want of room"),
@@ -53,7 +60,12 @@ METRICS = (
     Described(
         "keypool_calls_total", "counter", "calls answered", "operation; outcome: ok or an error's code"
     ),
-    Described("keypool_call_seconds", "histogram", "from a call's head to its answer", "operation"),
+    Described(
+        "keypool_call_seconds",
+        "histogram",
+        "from a call's head to its answer, without the time spent waiting for a key",
+        "operation",
+    ),
     _counter("generated", "keys made"),
     _counter("acquired", "keys served"),
     _counter("unblocked", "keys given back"),
@@ -81,26 +93,36 @@ METRICS = (
 
 
 def exposition(
-    stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Mapping[str, float]
+    stats: Stats,
+    calls: CallTallies,
+    tallies: Mapping[str, Tally],
+    numbers: Mapping[str, float],
+    limits: Mapping[str, float],
 ) -> bytes:
     """The whole page in Prometheus's text format. O(1) in the number of keys; some 2 ms.
 
-    `numbers` are the metrics that neither `stats` nor `tallies` has, by full name.
+    `numbers` are the metrics that neither `stats` nor `tallies` has, by full name; `limits` those of `keypool_limit`.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(stats, calls, tallies, numbers))
+    registry.register(_Snapshot(stats, calls, tallies, numbers, limits))
     ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 
 class _Snapshot(Collector):
     def __init__(
-        self, stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Mapping[str, float]
+        self,
+        stats: Stats,
+        calls: CallTallies,
+        tallies: Mapping[str, Tally],
+        numbers: Mapping[str, float],
+        limits: Mapping[str, float],
     ) -> None:
         self._stats = stats
         self._calls = calls
         self._tallies = tallies
         self._numbers = numbers
+        self._limits = limits
 
     def collect(self) -> Iterator[Metric]:
         for described in METRICS:
@@ -127,13 +149,15 @@ class _Snapshot(Collector):
         build = GaugeMetricFamily("keypool_build_info", "always 1", labels=["version", "engine"])
         build.add_metric([__version__, self._stats.engine], 1)
         yield build
+        limits = GaugeMetricFamily("keypool_limit", "upper limits in force", labels=["limit"])
+        for name, most in self._limits.items():
+            limits.add_metric([name], most)
+        yield limits
         counts = CounterMetricFamily("keypool_calls", "calls answered", labels=["operation", "outcome"])
         for (operation, outcome), count in self._calls.outcomes.items():
             counts.add_metric([operation, outcome], count)
         yield counts
-        seconds = HistogramMetricFamily(
-            "keypool_call_seconds", "from a call's head to its answer", labels=["operation"]
-        )
+        seconds = HistogramMetricFamily("keypool_call_seconds", "service time of calls", labels=["operation"])
         for operation, tally in self._calls.seconds.items():
             seconds.add_metric([operation], *_parts(tally))
         yield seconds

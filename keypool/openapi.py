@@ -38,6 +38,7 @@ _EVERYWHERE = (
     errors.UriTooLong,
     errors.HeadersTooLarge,
     errors.StorageUnavailable,
+    errors.Loading,
     KeypoolError,
 )
 _WITH_ROLE = (errors.Unauthorized, errors.Forbidden)
@@ -85,8 +86,7 @@ def document(operations: Iterable[Operation], open: bool) -> dict[str, Any]:
     schemas, components = _schemas(operations)
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        slash = "/" if operation.legacy else ""
-        path = paths.setdefault(f"{BASE}{operation.path}{slash}", {})
+        path = paths.setdefault(f"{BASE}{operation.path}", {})
         path[operation.method.lower()] = _operation(operation, schemas, open)
     return {
         "openapi": "3.1.0",
@@ -96,6 +96,7 @@ def document(operations: Iterable[Operation], open: bool) -> dict[str, Any]:
             "description": "Makes API keys, lends each to one worker at a time, purges what nobody keeps alive.",
         },
         "servers": [{"url": "/"}],
+        "security": [],  # where an operation says nothing of it
         "paths": paths | beside(schemas[Problem], open),
         "components": {
             "schemas": components,
@@ -113,8 +114,8 @@ def _operation(operation: Operation, schemas: dict[Any, Any], open: bool) -> dic
     }
     if operation.roles:
         described["description"] = f"Roles: {', '.join(sorted(operation.roles))}."
-        if not open:
-            described["security"] = [{"token": []}]
+    if not open:
+        described["security"] = [{"token": []}] if operation.roles else []
     parameters = _parameters(operation)
     if parameters:
         described["parameters"] = parameters
@@ -168,10 +169,19 @@ def _successes(operation: Operation, schemas: dict[Any, Any]) -> Iterable[tuple[
         of_status = [a for a in answers if (201 if a in operation.created else operation.status) == status]
         if of_status:
             options = [schemas[answer] for answer in of_status]
-            schema = options[0] if len(options) == 1 else {"anyOf": options}
+            schema = options[0] if len(options) == 1 else _told_apart(of_status, options)
             content = {"application/json": {"schema": schema}}
             headers = OF_ALL | (LOCATION if operation.location else {})
             yield status, {"description": "done", "headers": headers, "content": content}
+
+
+def _told_apart(answers: list[Any], schemas: list[Any]) -> dict[str, Any]:
+    """One of several answers, by the member that their tags are in."""
+    mapping = {
+        answer.__struct_config__.tag: schema["$ref"] for answer, schema in zip(answers, schemas, strict=True)
+    }
+    name = answers[0].__struct_config__.tag_field
+    return {"oneOf": schemas, "discriminator": {"propertyName": name, "mapping": mapping}}
 
 
 def _members(answer: Any) -> tuple[Any, ...]:

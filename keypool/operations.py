@@ -16,12 +16,12 @@ import msgspec
 from msgspec import Meta
 
 from keypool.answers import (
-    Done,
-    DoneUnlessStale,
+    DeletedKeys,
     GeneratedKey,
     GeneratedKeys,
     Identity,
     KeptAlive,
+    KeptAliveKeys,
     Lease,
     Leases,
     Page,
@@ -30,6 +30,7 @@ from keypool.answers import (
     Row,
     Stats,
     Unblocked,
+    UnblockedKeys,
 )
 from keypool.auth import Caller, Role
 from keypool.cursor import ListQuery
@@ -154,6 +155,8 @@ class Call(msgspec.Struct, gc=False):
     key: str = ""
     query: Any = None
     body: Any = None
+    waited: float = 0.0
+    """Seconds that it stood in the queue for a key: no part of its service time."""
 
 
 T = TypeVar("T")
@@ -245,7 +248,7 @@ def _acquire(engine: Engine, call: Call) -> Answering[Lease]:
     body: AcquireBody | None = call.body
     if body is None:
         return engine.acquire(None, 0)
-    return engine.acquire(body.owner, body.wait or 0)
+    return engine.acquire(body.owner, body.wait or 0, call)
 
 
 def _unblock(engine: Engine, call: Call) -> Answering[Unblocked]:
@@ -310,12 +313,12 @@ async def _acquire_batch(engine: Engine, call: Call, body: AcquireBatch) -> Leas
     return Leases(await engine.acquire_many(body.owner, body.count))
 
 
-async def _keepalive_batch(engine: Engine, call: Call, body: KeepaliveBatch) -> Done:
+async def _keepalive_batch(engine: Engine, call: Call, body: KeepaliveBatch) -> KeptAliveKeys:
     known = await engine.keepalive_many(_refs(body.keys, call))
-    return Done(sum(known), [text for text, hit in zip(body.keys, known, strict=True) if not hit])
+    return KeptAliveKeys(sum(known), [text for text, hit in zip(body.keys, known, strict=True) if not hit])
 
 
-async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> DoneUnlessStale:
+async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> UnblockedKeys:
     pairs = [(item, None) if isinstance(item, str) else (item.key, item.lease) for item in body.keys]
     texts = [text for text, _ in pairs]
     refs = _refs(texts, call)
@@ -323,14 +326,14 @@ async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> Done
     sorted_out: dict[str, list[str]] = {"done": [], "unknown": [], "stale": []}
     for text, outcome in zip(texts, outcomes, strict=True):
         sorted_out[outcome].append(text)
-    return DoneUnlessStale(len(sorted_out["done"]), sorted_out["unknown"], sorted_out["stale"])
+    return UnblockedKeys(len(sorted_out["done"]), sorted_out["unknown"], sorted_out["stale"])
 
 
-async def _delete_batch(engine: Engine, call: Call, body: DeleteBatch) -> Done:
+async def _delete_batch(engine: Engine, call: Call, body: DeleteBatch) -> DeletedKeys:
     gone = await engine.delete_many(_refs(body.keys, call))
     purged = [identity for identity in gone if identity is not None]
     audit(call, "delete", purged)
-    return Done(
+    return DeletedKeys(
         len(purged), [text for text, identity in zip(body.keys, gone, strict=True) if identity is None]
     )
 
@@ -440,11 +443,11 @@ OPERATIONS: tuple[Operation, ...] = (
         CLIENT,
         "Up to 1000 of the single calls in one.",
         _batch,
-        GeneratedKeys | Leases | Done | DoneUnlessStale,
+        GeneratedKeys | Leases | KeptAliveKeys | UnblockedKeys | DeletedKeys,
         body=AnyBatch,
         body_required=True,
         created=(GeneratedKeys,),
-        errors=(NoKeyAvailable, PoolFull),
+        errors=(NoKeyAvailable, PoolFull, Draining),
     ),
     Operation(
         "stats",

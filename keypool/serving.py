@@ -151,9 +151,10 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
 
 
 def _measure(server: HttpServer, scraped: Scraped) -> None:
-    """Let /metrics show how many connections there are."""
+    """Let /metrics show how many connections there are, and how many there may be."""
     scraped.connections = lambda: server.doorman.count
     scraped.refused_connections = lambda: server.doorman.refused
+    scraped.limits["connections"] = server.doorman.most
 
 
 async def _drain(

@@ -38,7 +38,7 @@ def test_batch_generate_answers_keys_as_the_single_call(client: Client, count: i
     """201 with so many keys, each as POST /keys answers it, ids growing."""
     with client.expect_moved(generated=count, total=count, available=count):
         answer = client.batch(op="generate", count=count)
-        keys = expect_object(answer.expect(201), keys=list)["keys"]
+        keys = expect_object(answer.expect(201), op="generate", keys=list)["keys"]
     assert len(keys) == count
     for made in keys:
         expect_object(made, id=int, key=KEY_TEXT, state="available", expires_in=float)
@@ -68,7 +68,7 @@ def test_batch_acquire_answers_keys_as_the_single_call(client: Client) -> None:
     made = {one["id"]: one["key"] for one in started.expect(201)["keys"]}
     with client.expect_moved(acquired=6, available=-6, blocked=6):
         answer = client.batch(op="acquire", count=6, owner="crew")
-        keys = expect_object(answer.expect(200), keys=list)["keys"]
+        keys = expect_object(answer.expect(200), op="acquire", keys=list)["keys"]
     assert len({served["key"] for served in keys}) == len(keys) == 6
     leases = [served["lease"] for served in keys]
     assert leases == sorted(set(leases)), f"leases do not grow: {leases}"
@@ -120,7 +120,7 @@ def test_batch_keepalive_tells_done_and_unknown(client: Client) -> None:
     keys = [made[0]["key"], "nope", made[1]["key"], made[0]["key"], "ключ", "nope", made[2]["key"]]
     with client.expect_moved(kept_alive=4):
         answer = client.batch(op="keepalive", keys=keys)
-    expect_object(answer.expect(200), done=4, unknown=["nope", "ключ", "nope"])
+    expect_object(answer.expect(200), op="keepalive", done=4, unknown=["nope", "ключ", "nope"])
     for one in made:
         row_answer = client.get(f"{API}/keys/{one['key']}")
         expect_left(row_answer.expect(200)["expires_in"], 300, answer, row_answer)
@@ -167,7 +167,11 @@ def test_batch_unblock_goes_item_by_item(client: Client) -> None:
     with client.expect_moved(unblocked=4, blocked=-4, available=4):
         answer = client.batch(op="unblock", keys=items)
     expect_object(
-        answer.expect(200), done=6, unknown=["nope", "nix", "nope"], stale=[keys[3], keys[5], keys[0]]
+        answer.expect(200),
+        op="unblock",
+        done=6,
+        unknown=["nope", "nix", "nope"],
+        stale=[keys[3], keys[5], keys[0]],
     )
     states = [client.row(key)["state"] for key in keys]
     assert states == ["available", "available", "available", "blocked", "available", "available"]
@@ -181,7 +185,7 @@ def test_batch_unblock_of_a_stale_lease_then_the_latest(client: Client) -> None:
     new = client.acquire()["lease"]
     items = [{"key": key, "lease": old}, {"key": key, "lease": new}, {"key": key, "lease": old}]
     answer = client.batch(op="unblock", keys=items)
-    expect_object(answer.expect(200), done=1, unknown=[], stale=[key, key])
+    expect_object(answer.expect(200), op="unblock", done=1, unknown=[], stale=[key, key])
     assert client.row(key)["state"] == "available"
 
 
@@ -196,7 +200,7 @@ def test_batch_delete_tells_done_and_unknown(client: Client) -> None:
     lost = 1 if blocked in keys else 0
     with client.expect_moved(deleted=2, total=-2, blocked=-lost, available=lost - 2):
         answer = client.batch(op="delete", keys=keys)
-    expect_object(answer.expect(200), done=2, unknown=[made[0]["key"], "nope", made[1]["key"]])
+    expect_object(answer.expect(200), op="delete", done=2, unknown=[made[0]["key"], "nope", made[1]["key"]])
     assert [row["id"] for row in client.get(API + "/keys").expect(200)["keys"]] == [
         made[2]["id"],
         made[3]["id"],
@@ -224,7 +228,7 @@ def test_ids_stand_for_keys_in_items_with_a_lease(client: Client) -> None:
     answer = client.batch(
         op="unblock", keys=[{"key": name, "lease": lease + 1}, {"key": name, "lease": lease}]
     )
-    expect_object(answer.expect(200), done=1, unknown=[], stale=[name])
+    expect_object(answer.expect(200), op="unblock", done=1, unknown=[], stale=[name])
 
 
 @pytest.mark.parametrize("op", ["keepalive", "unblock", "delete"])

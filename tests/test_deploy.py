@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from keypool.operations import MAX_WAIT
 from keypool.settings import OPTIONS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
+PROMETHEUS = DEPLOY / "prometheus"
 UNIT = DEPLOY / "systemd" / "keypool.service"
 NGINX = DEPLOY / "nginx" / "keypool.conf"
 CADDY = DEPLOY / "caddy" / "Caddyfile"
@@ -44,6 +46,16 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     assert "keypool.service" not in run(tool("systemd-analyze"), "verify", str(unit))
     done = run(tool("systemd-analyze"), "security", "--offline=true", "--threshold=20", str(unit))
     assert "overall exposure level" in done.lower()
+
+
+def test_the_unit_lets_the_server_see_itself_and_go_on() -> None:
+    """/proc whole enough for process_* metrics; no limit of restarts, no stop for a child that memory ran out on."""
+    settings = dict(re.findall(r"^(\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
+    assert settings.get("ProcSubset", "all") == "all"
+    assert settings["StartLimitIntervalSec"] == "0"
+    assert settings["OOMPolicy"] == "continue"
+    assert settings["ExecReload"] == "kill -HUP $MAINPID"
+    assert "time-sync.target" in settings["After"].split()
 
 
 def test_the_unit_waits_as_long_as_the_server_takes() -> None:
@@ -81,9 +93,32 @@ def test_caddy_takes_the_configuration() -> None:
     run(tool("caddy"), "validate", "--adapter", "caddyfile", "--config", str(CADDY))
 
 
-def test_promtool_takes_the_rules() -> None:
-    """Where there is a promtool."""
-    run(tool("promtool"), "check", "rules", str(DEPLOY / "prometheus" / "alerts.yml"))
+def promtool(*arguments: str | Path) -> None:
+    """Run promtool; where the tests are to be believed, it has to be there."""
+    if os.environ.get("CI") == "true" and shutil.which("promtool") is None:
+        pytest.fail("promtool is not installed, and CI=true says that it has to be (Debian: prometheus)")
+    run(tool("promtool"), *map(str, arguments))
+
+
+def test_each_alert_fires_on_its_history_and_on_no_healthy_one() -> None:
+    """By Prometheus itself; no alert is without a history that it fires on."""
+    promtool("test", "rules", PROMETHEUS / "alerts_test.yml")
+    alerts = re.findall(r"- alert: (\w+)", (PROMETHEUS / "alerts.yml").read_text())
+    fired = set(re.findall(r'alertname="(\w+)"', (PROMETHEUS / "alerts_test.yml").read_text()))
+    assert fired == set(alerts)
+
+
+@pytest.mark.parametrize("name", ["prometheus.yml", "prometheus-many.yml"])
+def test_prometheus_takes_the_configuration(name: str, tmp_path: Path) -> None:
+    """Rules included; alerts go to the Alertmanager that compose starts."""
+    text = (PROMETHEUS / name).read_text()
+    assert re.search(r"alerting:\n.*alertmanager:9093", text, re.DOTALL)
+    assert re.search(r"^  alertmanager:$", COMPOSE.read_text(), re.MULTILINE)
+    token = tmp_path / "viewer-token"
+    token.write_text("x")
+    (tmp_path / name).write_text(text.replace("/run/secrets/viewer-token", str(token)))
+    shutil.copy(PROMETHEUS / "alerts.yml", tmp_path)
+    promtool("check", "config", tmp_path / name)
 
 
 def test_proxies_wait_longer_than_an_acquire_and_keep_connections_shorter_than_the_server() -> None:
@@ -98,13 +133,19 @@ def test_proxies_wait_longer_than_an_acquire_and_keep_connections_shorter_than_t
     assert "$http_upgrade" in nginx
 
 
-def test_proxies_log_no_target() -> None:
-    """A key may stand in a path."""
+def test_nginx_logs_no_target() -> None:
+    """A key may stand in a path. (Both proxies are run, and their logs read, in test_proxies.py.)"""
     assert not re.search(
         r"\$(request|request_uri|uri|args)\b", re.findall(r"log_format[^;]*;", NGINX.read_text())[0]
     )
     assert re.search(r"error_log \S+ crit;", NGINX.read_text())
-    assert not re.search(r"^\s*log\b", CADDY.read_text(), re.MULTILINE)
+
+
+def test_nginx_passes_on_who_calls_and_by_which_scheme() -> None:
+    """Set by it, not handed on: the cookie's `Secure` and the throttle of sign-ins go by them."""
+    text = NGINX.read_text()
+    assert "proxy_set_header X-Forwarded-For $remote_addr;" in text
+    assert "proxy_set_header X-Forwarded-Proto $scheme;" in text
 
 
 def test_the_image_is_slim_and_runs_as_nobody_in_particular() -> None:
@@ -135,3 +176,15 @@ def test_many_processes_are_settings_that_there_are() -> None:
     scraped = re.findall(r"keypool:(\d+)", (DEPLOY / "prometheus" / "prometheus-many.yml").read_text())
     assert [int(port) for port in scraped] == list(range(first, first + count))
     assert "noeviction" in text
+    assert "grep -q PONG" in text, (
+        "a Valkey that loads answers a ping with LOADING, and valkey-cli ends with 0"
+    )
+
+
+def test_containers_can_read_the_secrets_that_they_mount() -> None:
+    """By a group: Compose mounts a secret with the host's owner and mode, whatever user runs inside."""
+    services = re.findall(r"^  \w+:\n(?:    .*\n)+", COMPOSE.read_text(), re.MULTILINE)
+    with_secrets = [service for service in services if "    secrets:" in service]
+    assert len(with_secrets) == 2
+    assert all('    group_add: ["10001"]' in service for service in with_secrets)
+    assert "chgrp 10001" in (DEPLOY / "README.md").read_text()

@@ -31,6 +31,13 @@ from keypool.events import Event
 from keypool.tally import Tally
 
 
+class Timed(Protocol):
+    """A call that notes how long it stood in the queue, so that its service time can be known apart from that."""
+
+    waited: float
+    """Seconds in the queue so far."""
+
+
 class Engine(Protocol):
     """See the module. Every call may raise StorageUnavailable; n is the number of keys, k of items."""
 
@@ -40,12 +47,12 @@ class Engine(Protocol):
         """Make `count` keys, all or none. O(k log n). Raises PoolFull."""
         ...
 
-    async def acquire(self, owner: str | None, wait: float) -> Lease:
+    async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
         """Serve a uniformly random available key, or the next one within `wait` seconds. O(log n).
 
         Waiters are served first come first served. A caller who gives up closes the coroutine: it leaves the
-        queue, and a key that it was being given is available again. Raises NoKeyAvailable, TooManyWaiters,
-        Draining.
+        queue, and a key that it was being given is available again. The seconds in the queue are added to
+        `timed.waited`. Raises NoKeyAvailable, TooManyWaiters, Draining.
         """
         ...
 
@@ -119,6 +126,10 @@ class Engine(Protocol):
 
     def tallies(self) -> dict[str, Tally]:
         """What was measured, by the name of its metric (metrics.py)."""
+        ...
+
+    def oldest_wait(self) -> float:
+        """Seconds that the first in this server's queue has waited, 0 if nobody waits. O(1)."""
         ...
 
     def drain(self) -> None:

@@ -31,6 +31,7 @@ from keypool.answers import (
     Unblocked,
 )
 from keypool.cursor import ListQuery, encode, page_query
+from keypool.engine import Timed
 from keypool.engine.clock import make_clock
 from keypool.engine.commit import Commit
 from keypool.engine.journal import Journal
@@ -50,10 +51,11 @@ _TOO_FEW_TO_TELL = 0.005  # seconds: as early as a release may be
 class Waiter:
     """Somebody who waits for a key. `served` is answered with the key, or with None when time is up."""
 
-    __slots__ = ("owner", "served", "timer")
+    __slots__ = ("owner", "served", "since", "timer")
 
-    def __init__(self, owner: str | None, served: asyncio.Future[Lease | None]) -> None:
+    def __init__(self, owner: str | None, since: float, served: asyncio.Future[Lease | None]) -> None:
         self.owner = owner
+        self.since = since
         self.served = served
         self.timer: object = None
 
@@ -124,14 +126,14 @@ class EmbeddedEngine:
             answer.expires_in = _less(answer.expires_in, late)
         return made
 
-    async def acquire(self, owner: str | None, wait: float) -> Lease:
+    async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
         """Serve a key, now or within `wait` seconds. O(log n)."""
         self._require_storage()
         now = self.now()
         key = None if self._waiters else self.pool.acquire(now, owner)
         lease = await self._take(owner) if key is None else self._lease(key, now)
         if lease is None and wait > 0:
-            lease = await self._wait_for_key(owner, wait)
+            lease = await self._wait_for_key(owner, wait, timed)
         if lease is None:
             await self._refuse()
         if self.journal is not None:
@@ -312,6 +314,11 @@ class EmbeddedEngine:
             found["commit_rows"] = self.journal.commit_rows
         return found
 
+    def oldest_wait(self) -> float:
+        """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
+        first = next(iter(self._waiters), None)
+        return 0.0 if first is None else self.now() - first.since
+
     def figures(self) -> dict[str, float]:
         """The journal's last commit and how many there were, for the dashboard. O(1)."""
         if self.journal is None:
@@ -456,22 +463,24 @@ class EmbeddedEngine:
 
     # -- waiting
 
-    async def _wait_for_key(self, owner: str | None, wait: float) -> Lease | None:
+    async def _wait_for_key(self, owner: str | None, wait: float, timed: Timed | None) -> Lease | None:
         if self._draining:
             raise Draining
         if len(self._waiters) >= self._max_waiters:
             raise TooManyWaiters(self._max_waiters)
-        waiter = Waiter(owner, self._loop.create_future())
+        waiter = Waiter(owner, self.now(), self._loop.create_future())
         waiter.timer = self.timers.after(wait, self._give_up, waiter)
         self._waiters[waiter] = None
-        started = self.now()
         try:
             return await waiter.served
         except (GeneratorExit, asyncio.CancelledError):  # hung up: whoever drove this coroutine has closed it
             self._forget(waiter)
             raise
         finally:
-            self.wait_seconds.add(self.now() - started)
+            waited = self.now() - waiter.since
+            self.wait_seconds.add(waited)
+            if timed is not None:
+                timed.waited += waited
 
     def _forget(self, waiter: Waiter) -> None:
         """A waiter hung up. If it was just being served, nobody will hear of that lease: take it back."""

@@ -48,6 +48,7 @@ from keypool.answers import (
     Unblocked,
 )
 from keypool.cursor import ListQuery, encode, page_query
+from keypool.engine import Timed
 from keypool.engine.valkey_draws import Draws
 from keypool.engine.valkey_link import Measured, Reply
 from keypool.engine.valkey_look import latest
@@ -154,14 +155,14 @@ class ValkeyEngine:
             GeneratedKey(id, text, State.AVAILABLE, expires_in) for id, text in zip(ids, texts, strict=True)
         ]
 
-    async def acquire(self, owner: str | None, wait: float) -> Lease:
+    async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
         """Serve a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
         lease = None
         if not self._waiters:
             taken = await self._draws.take([owner], True)
             lease = taken[0][1] if taken else None
         if lease is None and (wait > 0 or self._waiters):
-            lease = await self._waiters.wait(owner, wait)
+            lease = await self._waiters.wait(owner, wait, timed)
         if lease is None:
             self._refuse()
         return lease
@@ -302,6 +303,10 @@ class ValkeyEngine:
             "pipeline_seconds": self._measured.seconds,
             "pipeline_commands": self._measured.commands,
         }
+
+    def oldest_wait(self) -> float:
+        """Seconds that the first in this server's queue has waited, 0 if nobody waits. O(1)."""
+        return self._waiters.oldest()
 
     def figures(self) -> dict[str, float]:
         """How many times commands were sent, and how the last of these went, for the dashboard. O(1)."""

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
 from keypool.answers import Lease
+from keypool.engine import Timed
 from keypool.errors import Draining, StorageUnavailable, TooManyWaiters
 from keypool.tally import SECONDS_OF_WAIT, Tally
 
@@ -29,10 +30,11 @@ _log = logging.getLogger("keypool.valkey")
 class Waiter:
     """Somebody who waits. `served` is answered with the lease, or with None when time is up."""
 
-    __slots__ = ("last_chance", "owner", "served", "timer")
+    __slots__ = ("last_chance", "owner", "served", "since", "timer")
 
-    def __init__(self, owner: str | None, served: asyncio.Future[Lease | None]) -> None:
+    def __init__(self, owner: str | None, since: float, served: asyncio.Future[Lease | None]) -> None:
         self.owner = owner
+        self.since = since
         self.served = served
         self.timer: asyncio.TimerHandle | None = None
         self.last_chance = False
@@ -73,19 +75,18 @@ class Waiters:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    async def wait(self, owner: str | None, seconds: float) -> Lease | None:
+    async def wait(self, owner: str | None, seconds: float, timed: Timed | None = None) -> Lease | None:
         """Stand in the queue for so long; 0 is for one try, when it is one's turn."""
         if self._draining:
             raise Draining
         if len(self._waiters) >= self._max_waiters and seconds > 0:
             raise TooManyWaiters(self._max_waiters)
-        waiter = Waiter(owner, self._loop.create_future())
+        waiter = Waiter(owner, self._loop.time(), self._loop.create_future())
         if seconds > 0:
             waiter.timer = self._loop.call_later(seconds, self._time_is_up, waiter)
         else:
             waiter.last_chance = True
         self._waiters[waiter] = None
-        started = self._loop.time()
         self._start()
         self._awake.set()
         try:
@@ -94,7 +95,15 @@ class Waiters:
             self._forget(waiter)
             raise
         finally:
-            self.seconds.add(self._loop.time() - started)
+            waited = self._loop.time() - waiter.since
+            self.seconds.add(waited)
+            if timed is not None:
+                timed.waited += waited
+
+    def oldest(self) -> float:
+        """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
+        first = next(iter(self._waiters), None)
+        return 0.0 if first is None else self._loop.time() - first.since
 
     def wake(self) -> None:
         """A key may be free."""

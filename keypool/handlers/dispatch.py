@@ -97,7 +97,9 @@ class Begun:
     """A request that passed the checks of its head, or the error that it met there."""
 
     error: KeypoolError | None = None
-    route: Route | None = None  # with `call`; without either one that asks for the methods of a path
+    route: Route | None = (
+        None  # known before its checks are made; none for OPTIONS, and where there is no call
+    )
     call: Call | None = None
     known: Known | None = None
     legacy = False
@@ -138,7 +140,9 @@ class Dispatcher:
         self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
         for operation in operations:
             self._add(Route(operation, Reader(operation)))
-        self.calls = CallTallies(operation.name for operation in operations)
+        self.calls = CallTallies(
+            {operation.name: [error.code for error in operation.errors] for operation in operations}
+        )
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(5)
 
@@ -196,7 +200,7 @@ class Dispatcher:
         path, key = self._find(request.path)
         begun.legacy = path.legacy
         begun.head = method == "HEAD"
-        route = path.methods.get("GET" if begun.head else method)
+        route = begun.route = path.methods.get("GET" if begun.head else method)
         if known is None:
             changes = method not in ("GET", "HEAD", "OPTIONS")
             changes = changes or (route is not None and route.operation.changes)
@@ -214,7 +218,6 @@ class Dispatcher:
         check_target(request)
         if known is None:
             check_size_of_headers(request.headers)
-        begun.route = route
         begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
 
     @staticmethod
@@ -239,9 +242,14 @@ class Dispatcher:
         return self._paths_of_key.get(slash + rest, _NOWHERE), key
 
     def answered(self, begun: Begun, reply: Reply, seconds: float) -> None:
-        """A request was answered so, after so long: count it, and write its line of the access log."""
+        """A request was answered so, after so long: count it, and write its line of the access log.
+
+        The access log has the whole time, the metric what the server needed: an objective of latency must not
+        depend on how long callers choose to wait for a key.
+        """
         name = NO_OPERATION if begun.route is None else begun.route.operation.name
-        self.calls.add(name, reply.outcome, seconds)
+        waited = 0.0 if begun.call is None else begun.call.waited
+        self.calls.add(name, reply.outcome, seconds - waited if waited < seconds else 0.0)
         if access_log.isEnabledFor(logging.DEBUG):
             access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
 

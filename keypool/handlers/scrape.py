@@ -24,6 +24,7 @@ class Scraped:
     viewers: Callable[[], int] = _none
     connections: Callable[[], int] = _none
     refused_connections: Callable[[], int] = _none
+    limits: dict[str, float] = field(default_factory=dict)
 
 
 class Metrics(PageHandler):
@@ -46,6 +47,8 @@ class Metrics(PageHandler):
             "keypool_connections": scraped.connections(),
             "keypool_connections_refused_total": scraped.refused_connections(),
             "keypool_storage_up": int(engine.storage_up()),
+            "keypool_oldest_wait_seconds": engine.oldest_wait(),
         }
         tallies = engine.tallies() | scraped.tallies
-        self._answer(exposition(stats, self.dispatcher.calls, tallies, numbers), CONTENT_TYPE)
+        page = exposition(stats, self.dispatcher.calls, tallies, numbers, scraped.limits)
+        self._answer(page, CONTENT_TYPE)
