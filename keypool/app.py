@@ -42,10 +42,16 @@ class KeypoolApplication(Application):
             log_function=lambda handler: None,  # its line would hold the target, and so perhaps a key
             **settings,
         )
+        self.forget_callers()
+
+    def forget_callers(self) -> None:
+        """Have each request's headers checked anew, as the tokens have changed. The server has to be told, too."""
+        # What the server remembers of headers is noted by one RawApi, and worth nothing to another.
+        dispatcher, in_flight = self.settings["dispatcher"], self.settings["in_flight"]
         self.start_raw_request = RawApi(dispatcher, in_flight).start
 
 
-def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> Application:
+def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> KeypoolApplication:
     """The Tornado application over an engine. Needs a running loop.
 
     Of its settings, `in_flight` counts the requests being answered, `dispatcher` has the calls, `dashboard` is
@@ -86,7 +92,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     )
 
 
-def make_loading_app(access: Access) -> Application:
+def make_loading_app(access: Access) -> KeypoolApplication:
     """What stands in for the application while the keys are read: /healthz, /readyz, and 503 for the rest."""
     in_flight = InFlight()
     dispatcher = Dispatcher(Loading(), access, OPERATIONS + LEGACY)

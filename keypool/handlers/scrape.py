@@ -24,6 +24,7 @@ class Scraped:
     viewers: Callable[[], int] = _none
     connections: Callable[[], int] = _none
     refused_connections: Callable[[], int] = _none
+    log_dropped: Callable[[], int] = _none
 
 
 class Metrics(PageHandler):
@@ -45,6 +46,7 @@ class Metrics(PageHandler):
             "keypool_viewers": scraped.viewers(),
             "keypool_connections": scraped.connections(),
             "keypool_connections_refused_total": scraped.refused_connections(),
+            "keypool_log_dropped_total": scraped.log_dropped(),
             "keypool_storage_up": int(engine.storage_up()),
         }
         tallies = engine.tallies() | scraped.tallies
