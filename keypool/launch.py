@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from keypool import in_force, logs, runtime
 from keypool.errors import SettingsError, StartError
@@ -14,6 +16,7 @@ from keypool.processes import Group
 from keypool.serving import serve
 from keypool.settings import Settings, load
 from keypool.station import IGNORED_SIGNALS, Alone, Member
+from keypool.tokens import ROLES, read_tokens
 
 _BROKEN_PIPE = 128 + 13  # as a shell reports a program that SIGPIPE ended
 
@@ -72,14 +75,28 @@ def _require_files() -> None:
 
 
 def _serve_together(settings: Settings) -> int:
+    def reload() -> None:
+        nonlocal settings
+        with contextlib.suppress(SettingsError):  # the processes log it
+            tokens = read_tokens(os.environ)
+            client, viewer, admin = (tokens.get(role, ()) for role in ROLES)
+            settings = replace(settings, client_tokens=client, viewer_tokens=viewer, admin_tokens=admin)
+
     def serve_one(member: Member) -> int:
         try:
             runtime.run(serve(settings, member))
         except StartError as error:
             return _fail(error, 1)
 
-    seconds = settings.drain_seconds
-    return Group(settings.processes, settings.address, settings.port, seconds, serve_one, os.environ).run()
+    return Group(
+        settings.processes,
+        settings.address,
+        settings.port,
+        settings.drain_seconds,
+        serve_one,
+        os.environ,
+        reload,
+    ).run()
 
 
 def _fail(error: StartError, status: int) -> int:
