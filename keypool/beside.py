@@ -67,20 +67,23 @@ def beside(schema: Described, open: bool) -> Described:
     return {
         "/healthz": page("health", "Whether the loop turns.", _status("ok"), {}),
         "/readyz": page(
-            "ready", "Whether calls are served.", _status("ready"), {"503": "draining, storage-unavailable"}
+            "ready",
+            "Whether calls are served.",
+            _status("ready"),
+            {"503": "draining, loading, storage-unavailable"},
         ),
         "/metrics": page(
             "metrics",
             "Metrics in Prometheus's text format.",
             _text("text/plain"),
-            {"503": "storage-unavailable"},
+            {"503": "loading, storage-unavailable"},
             "admin, viewer",
         ),
         "/api/v1/feed": page(
             "feed",
             "A websocket of what changes: hello, then deltas and beats (docs/api.md). A plain GET is 426.",
             {"101": {"description": "the websocket is open"}},
-            {"426": "upgrade-required", "429": "too-many-viewers", "503": "draining"},
+            {"426": "upgrade-required", "429": "too-many-viewers", "503": "draining, loading"},
             "admin, viewer, or a dashboard's cookie",
         ),
     }
