@@ -6,14 +6,13 @@ from in keypool/launch.py, which `keypool serve` calls as well; keypool/serving.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 
-for number in (signal.SIGINT, signal.SIGTERM):  # until serving.py takes them over: nothing is begun yet
-    signal.signal(number, lambda *_: os._exit(0))
-
-from keypool.launch import main  # noqa: E402 - takes some tenths of a second
-
 if __name__ == "__main__":
+    from keypool.early_exit import end_quietly
+
+    end_quietly()
+
+    from keypool.launch import main  # takes some tenths of a second
+
     sys.exit(main(sys.argv[1:]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from tornado.routing import PathMatches, Rule
 from tornado.web import Application
 
+from keypool import errors
 from keypool.auth import Access
 from keypool.dashboard import Dashboard
 from keypool.engine import Engine
@@ -24,7 +26,7 @@ from keypool.handlers.scrape import Metrics, Scraped
 from keypool.handlers.signin import SignIn, SignOut
 from keypool.handlers.static import Static
 from keypool.openapi import describing
-from keypool.operations import OPERATIONS
+from keypool.operations import ANYONE, OPERATIONS, Call, Operation
 from keypool.settings import Settings
 
 
@@ -42,10 +44,16 @@ class KeypoolApplication(Application):
             log_function=lambda handler: None,  # its line would hold the target, and so perhaps a key
             **settings,
         )
+        self.forget_callers()
+
+    def forget_callers(self) -> None:
+        """Have each request's headers checked anew, as the tokens have changed. The server has to be told, too."""
+        # What the server remembers of headers is noted by one RawApi, and worth nothing to another.
+        dispatcher, in_flight = self.settings["dispatcher"], self.settings["in_flight"]
         self.start_raw_request = RawApi(dispatcher, in_flight).start
 
 
-def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> Application:
+def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> KeypoolApplication:
     """The Tornado application over an engine. Needs a running loop.
 
     Of its settings, `in_flight` counts the requests being answered, `dispatcher` has the calls, `dashboard` is
@@ -88,10 +96,19 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     )
 
 
-def make_loading_app(access: Access) -> Application:
+async def _refuse_loading(engine: Engine, call: Call) -> NoReturn:
+    raise errors.Loading
+
+
+def make_loading_app(access: Access) -> KeypoolApplication:
     """What stands in for the application while the keys are read: /healthz, /readyz, and 503 for the rest."""
     in_flight = InFlight()
-    dispatcher = Dispatcher(Loading(), access, OPERATIONS + LEGACY)
+    calls = OPERATIONS + LEGACY
+    # The feed is refused like a call, and to anyone: there are no sessions yet to know a dashboard by.
+    feed = Operation("feed", "GET", "/feed", ANYONE, "", _refuse_loading, None, changes=False)
+    all_calls = (*calls, describing(calls, access.open), feed)
+    loading = [replace(operation, run=_refuse_loading, head=None) for operation in all_calls]
+    dispatcher = Dispatcher(Loading(), access, loading)
     shared = {"engine": Loading(), "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
     return KeypoolApplication(
         [

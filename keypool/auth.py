@@ -38,6 +38,11 @@ class Caller:
     token: str
 
 
+def mark_of(digest: bytes) -> str:
+    """What a session's cookie names a token by: the start of its digest."""
+    return digest.hex()[:16]
+
+
 NOBODY = Caller(Role.CLIENT, "none")
 """The caller of a call that asks for no token."""
 
@@ -58,14 +63,34 @@ class Access:
     def __init__(
         self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
     ) -> None:
-        self._callers: dict[bytes, Caller] = {}
-        for role, tokens in ((Role.CLIENT, client), (Role.VIEWER, viewer), (Role.ADMIN, admin)):
-            for token in tokens:
-                digest = hashlib.sha256(token.encode()).digest()
-                self._callers[digest] = Caller(role, digest.hex()[:8])
+        self.replace(client, viewer, admin)
         self.open = not self._callers
         self.by_session: Callable[[Mapping[str, str]], Caller] = _no_session
         """Who a session cookie stands for; session.py sets it. Raises Unauthorized."""
+
+    def replace(
+        self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
+    ) -> None:
+        """Let these be the tokens from now on. Callers that were remembered have to be asked for anew.
+
+        A server is open or not for its whole life: its answers, and what OpenAPI says, depend on it.
+        """
+        callers: dict[bytes, Caller] = {}
+        for role, tokens in ((Role.CLIENT, client), (Role.VIEWER, viewer), (Role.ADMIN, admin)):
+            for token in tokens:
+                digest = hashlib.sha256(token.encode()).digest()
+                callers[digest] = Caller(role, digest.hex()[:8])
+        self._callers = callers
+        self._by_mark = {mark_of(digest): caller for digest, caller in callers.items()}
+        self._known = frozenset(callers.values())
+
+    def knows(self, caller: Caller) -> bool:
+        """Whether the token that this caller showed still holds. O(1)."""
+        return self.open or caller in self._known
+
+    def marked(self, mark: str) -> Caller | None:
+        """The caller whose token has this mark, if there is one. O(1)."""
+        return self._by_mark.get(mark)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """The caller of an API call: by its token, or by session if it is the dashboard's own script.

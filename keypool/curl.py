@@ -16,7 +16,7 @@ from keypool.operations import OPERATIONS, Operation
 _BODIES = {
     "acquire": '{"owner":"worker-7","wait":10}',
     "unblock": '{"lease":17}',
-    "batch": '{"op":"generate","count":10}',
+    "batch": '{"op":"acquire","count":10}',
 }
 _QUERIES = {"list": "?order=expiry&limit=10"}
 
@@ -46,45 +46,63 @@ def call_lines(site: str, is_open: bool) -> list[CallLine]:
             [error.code for error in operation.errors],
             curl(
                 site,
-                is_open,
                 operation,
                 path=operation.path.replace("{key}", "$KEY") + _QUERIES.get(operation.name, ""),
                 body=_BODIES.get(operation.name),
+                role=None if is_open else _least(operation),
             ),
         )
         for operation in OPERATIONS
     ]
 
 
-def key_lines(site: str, is_open: bool, key_id: int, names: Sequence[str]) -> dict[str, str]:
-    """The calls that are about one key, by name."""
+def key_lines(
+    site: str, role: Role | None, key_id: int, lease: int | None, names: Sequence[str]
+) -> dict[str, str]:
+    """The calls that are about one key, by name, for somebody of this role; None where no token is wanted.
+
+    Unblock names the key's latest lease: pasted when somebody else has the key, it takes it from nobody.
+    """
+    body = None if lease is None else f'{{"lease":{lease}}}'
     return {
         operation.name: curl(
-            site, is_open, operation, path=operation.path.replace("{key}", f"id:{key_id}"), role=Role.ADMIN
+            site,
+            operation,
+            path=operation.path.replace("{key}", f"id:{key_id}"),
+            body=body if operation.name == "unblock" else None,
+            role=role,
         )
         for operation in OPERATIONS
         if operation.name in names
     }
 
 
-def curl(
-    site: str,
-    is_open: bool,
-    operation: Operation,
-    *,
-    path: str,
-    body: str | None = None,
-    role: Role | None = None,
-) -> str:
-    """One call as a line."""
+def generate_line(site: str, is_open: bool) -> str:
+    """What fills an empty pool."""
+    batch = next(operation for operation in OPERATIONS if operation.name == "batch")
+    return curl(
+        site,
+        batch,
+        path=batch.path,
+        body='{"op":"generate","count":10}',
+        role=None if is_open else Role.ADMIN,
+    )
+
+
+def curl(site: str, operation: Operation, *, path: str, body: str | None, role: Role | None) -> str:
+    """One call as a line. `role` is whose token is sent, none if it is None."""
     words = ["curl", "-sS"]
-    if operation.method != "GET":
-        words += ["-X", operation.method]
-    url = f"{site}/api/v1{path}"
-    words.append(f'"{url}"' if "$" in url else shlex.quote(url))
-    if not is_open:
-        least = role or next(each for each in Role if each in operation.roles)
-        words += ["-H", f'"Authorization: Bearer $KEYPOOL_{least.value.upper()}_TOKEN"']
     if body is not None:
-        words += ["-d", f"'{body}'"]
+        words += ["--json", shlex.quote(body)]  # it makes a POST of it, of the content type that is wanted
+    elif operation.method != "GET":
+        words += ["-X", operation.method]
+    if role is not None:
+        words += ["-H", f'"Authorization: Bearer $KEYPOOL_{role.value.upper()}_TOKEN"']
+    words.append(
+        '"$KEY"'.join(shlex.quote(part) if part else "" for part in f"{site}/api/v1{path}".split("$KEY"))
+    )
     return " ".join(words)
+
+
+def _least(operation: Operation) -> Role:
+    return next(role for role in Role if role in operation.roles)

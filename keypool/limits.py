@@ -33,7 +33,9 @@ MAX_HEAD = 256 * 1024
 DISCARDED = 4 * 1024 * 1024
 """Bytes of a refused body that are read, and thrown away, for the sake of the connection."""
 
-_SPARE_FILES = 64  # the data file, the log, the writer, and what accepts and refuses
+SPARE_FILES = 64
+"""Open files beside connections: the data file, the log, the writer, and what accepts and refuses."""
+
 _WARN_EVERY = 60.0  # seconds between two lines about connections that were refused
 _log = logging.getLogger("keypool.connections")
 
@@ -94,16 +96,21 @@ def allowed_connections(limits: Limits) -> int:
 
     Raises the process's own limit as far as it may.
     """
+    allowed = allowed_files(limits.connections + SPARE_FILES)
+    return max(1, min(limits.connections, allowed - SPARE_FILES))
+
+
+def allowed_files(wanted: int) -> int:
+    """How many files the system lets this process open, up to `wanted`; raises the process's own limit for it."""
     try:
         import resource  # noqa: PLC0415 - not on Windows
     except ImportError:
-        return limits.connections
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.connections + _SPARE_FILES
     if 0 <= soft < wanted:  # below 0 it is infinite
         soft = wanted if hard < 0 else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return limits.connections if soft < 0 else max(1, min(limits.connections, soft - _SPARE_FILES))
+    return wanted if soft < 0 else min(wanted, soft)
 
 
 class Doorman:

@@ -1,4 +1,4 @@
-"""Logs: text for people, JSON lines for machines, on standard error.
+"""Logs: text for people, JSON lines for machines, on standard error, by a thread of their own (log_writer.py).
 
 No key and no token is ever logged: callers log ids and hints. Tornado's own notes about malformed requests
 are left out, since they quote what was sent.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from typing import Any
 
 import msgspec
 
 from keypool.keys import hint, moment
+from keypool.log_writer import LogWriter
 
 _LONG = re.compile(r"[A-Za-z0-9]{16,}")  # as keys are
 
@@ -55,14 +55,51 @@ class JsonFormatter(_Formatter):
         return msgspec.json.encode(line).decode()
 
 
+class QueueingHandler(logging.Handler):
+    """Formats a record where it is logged and leaves the line to a LogWriter, whose notices it words."""
+
+    def __init__(self, writer: LogWriter, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._writer = writer
+        writer.notice = lambda count: self._line(
+            _record(logging.WARNING, "%d lines of the log were dropped: they were not read in time", count)
+        )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Never blocks. A record that can't be formatted becomes a line that says so."""
+        try:
+            line = self._line(record)
+        except Exception as error:
+            kind = type(error).__name__
+            line = self._line(
+                _record(logging.ERROR, "a record of %s can't be formatted: %s", record.name, kind)
+            )
+        self._writer.put(line)
+
+    def flush(self) -> None:
+        """Wait until all is written; for a second at most."""
+        self._writer.flush()
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+
+STDERR = LogWriter(2, lambda count: b"keypool: %d lines were dropped\n" % count)
+"""What writes to standard error, for the whole process."""
+
+
 def configure(level: str, format: str) -> None:
     """Send everything to standard error in one of the two formats."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    handler = QueueingHandler(STDERR, JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("tornado.general").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+def _record(level: int, message: str, *args: object) -> logging.LogRecord:
+    return logging.LogRecord("keypool", level, __file__, 0, message, args, None)
 
 
 def _hinted(found: re.Match[str]) -> str:

@@ -37,6 +37,7 @@ _EVERYWHERE = (
     errors.UnsupportedMediaType,
     errors.UriTooLong,
     errors.HeadersTooLarge,
+    errors.Loading,
     errors.StorageUnavailable,
     errors.Loading,
     KeypoolError,

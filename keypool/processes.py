@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from keypool.errors import StartError
 from keypool.notify import Notifier
-from keypool.station import BEAT_SECONDS, DRAIN, READY, Member
+from keypool.station import BEAT_SECONDS, DRAIN, READY, RELOAD, Member
 from keypool.with_parent import end_with_parent
 
 _PAUSE_FIRST = 0.1  # seconds between a death and the next start; doubled up to the longest
@@ -78,6 +78,7 @@ class Group:
     drain_seconds: float
     serve: Callable[[Member], int]
     environ: Mapping[str, str]
+    reload: Callable[[], None]  # at SIGHUP, for the processes that are started later
     processes: list[_Process] = field(init=False)
     _status: int | None = field(
         default=None, init=False
@@ -139,7 +140,11 @@ class Group:
     def _signalled(self) -> None:
         with contextlib.suppress(BlockingIOError):
             for number in self._wakeup.recv(256):
-                if number != signal.SIGCHLD:
+                if number == signal.SIGHUP:
+                    self.reload()
+                    for each in self.processes:
+                        each.tell(RELOAD)
+                elif number != signal.SIGCHLD:
                     self._stop(signal.Signals(number))
 
     def _stop(self, number: signal.Signals) -> None:
@@ -358,9 +363,7 @@ def _caught() -> Iterator[socket.socket]:
     reading, writing = socket.socketpair()
     reading.setblocking(False)
     writing.setblocking(False)
-    before = {
-        number: signal.signal(number, _noted) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-    }
+    before = {number: signal.signal(number, _noted) for number in _SIGNALS}
     signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     try:
         yield reading

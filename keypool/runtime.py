@@ -9,6 +9,7 @@ cancelled timer is gone, where the stock loop keeps it in a heap that it rebuild
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
@@ -66,5 +67,6 @@ async def _to_the_end(main: Coroutine[Any, Any, int]) -> NoReturn:
     collect_the_young(asyncio.get_running_loop())
     status = await main
     logging.shutdown()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # whoever read it has gone
+        sys.stdout.flush()
     os._exit(status)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from tornado.netutil import bind_sockets
 from tornado.web import Application
 
+from keypool import logs
 from keypool.app import make_app, make_loading_app
 from keypool.auth import Access
 from keypool.engine import Engine
@@ -36,6 +37,7 @@ from keypool.limits import Doorman, Limits
 from keypool.settings import Settings
 from keypool.station import Alone, Member, Station
 from keypool.stock import StockServer
+from keypool.token_reload import TokenReload
 
 _QUIET_TURNS = 3  # turns of the loop without a new request, after which what had come has been read
 _LINGER = 0.02  # seconds a turn: a caller who was just answered may ask once more, and is told of the end
@@ -72,7 +74,15 @@ async def serve(settings: Settings, station: Station) -> int:
     # One of several takes no connection before it can serve it: the others do.
     sockets = _bind(settings) if isinstance(station, Alone) else []
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
-    server = SERVERS[settings.http](make_loading_app(access), None)
+    app = make_loading_app(access)
+    server = SERVERS[settings.http](app, None)
+
+    def callers_changed() -> None:
+        app.forget_callers()
+        server.serve_app(app)
+
+    tokens = TokenReload(access, os.environ, callers_changed)
+    station.on_reload(tokens.ask)
     server.add_sockets(sockets)
     station.loading()
     stop = asyncio.ensure_future(asked_to_stop.wait())
@@ -84,6 +94,7 @@ async def serve(settings: Settings, station: Station) -> int:
     engine = await loading
     app = make_app(engine, access, settings)
     await app.settings["dashboard"].counting.wait()  # or what happens first would be in no chart
+    tokens.sessions = app.settings["dashboard"].sessions
     server.serve_app(app)
     _measure(server, app.settings["scraped"])
     if isinstance(station, Member):
@@ -151,10 +162,11 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
 
 
 def _measure(server: HttpServer, scraped: Scraped) -> None:
-    """Let /metrics show how many connections there are, and how many there may be."""
+    """Let /metrics show how many connections there are and may be, and log lines that were dropped."""
     scraped.connections = lambda: server.doorman.count
     scraped.refused_connections = lambda: server.doorman.refused
     scraped.limits["connections"] = server.doorman.most
+    scraped.log_dropped = lambda: logs.STDERR.dropped
 
 
 async def _drain(

@@ -3,9 +3,9 @@
     token --POST /login--> cookie [mark of the token, session id, end], signed --> Caller
 
 The cookie holds no token and is kept nowhere: the server believes its own signature, and looks the token up
-by its mark, so a token that is taken away takes its sessions with it. The signing key is made of all tokens
-of the server, so a restart signs nobody out and a changed token signs everybody out. It is stretched by
-scrypt: who has one token and a cookie can't try out guesses of the others cheaply.
+by its mark, so a token that is taken away takes its sessions with it. The signing key of a session is made of
+its token's digest, so neither a restart nor a change of other tokens signs anybody out, and several processes
+agree without a word. It is stretched by scrypt: a stolen cookie is no cheap way to try out guesses of the token.
 
 How the dashboard's actions reach the engine: through the API's own paths, and so through the one table of
 operations with its role check and audit log. The dispatcher takes the cookie only together with the header
@@ -25,20 +25,20 @@ import hmac
 import secrets
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 from tornado.httputil import parse_cookie
 
-from keypool.auth import ANYONE, XSRF_HEADER, Access, Caller, Role
+from keypool.auth import ANYONE, XSRF_HEADER, Access, Caller, Role, mark_of
 from keypool.errors import Forbidden, Unauthorized
 
 COOKIE = "keypool_session"
 LIFE = 12 * 3600.0
 """Seconds until somebody who signed in has to sign in again: a working day."""
 
-_SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and 30 to 60 ms, once a start
+_SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and 30 to 60 ms, once a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Session:
 
     caller: Caller
     id: str | None = None
+    mark: str = ""
     ends_at: float = float("inf")
 
 
@@ -56,21 +57,28 @@ class Sessions:
     def __init__(self, access: Access, wall: Callable[[], float] = time.time) -> None:
         self._access = access
         self._wall = wall
-        self._callers = {digest.hex()[:16]: caller for digest, caller in access.callers().items()}
-        tokens = b"".join(sorted(access.callers()))
-        self._key = hashlib.scrypt(tokens, salt=b"keypool session", **_SCRYPT) if tokens else b""
+        self._keys: dict[str, bytes] = {}
+        self.prepare(digest for digest, caller in access.callers().items() if caller.role is not Role.CLIENT)
         self._ended: dict[str, float] = {}
         access.by_session = self._caller_of_call
+
+    def prepare(self, digests: Iterable[bytes]) -> None:
+        """Make the signing keys of these tokens, and forget others. Blocks 30 to 60 ms a new token; any thread."""
+        known = self._keys
+        self._keys = {
+            mark: known.get(mark) or hashlib.scrypt(digest, salt=b"keypool session", **_SCRYPT)
+            for digest, mark in ((digest, mark_of(digest)) for digest in digests)
+        }
 
     def sign_in(self, token: str) -> tuple[Session, str]:
         """A new session for whom this token stands, and its cookie. Raises Unauthorized, Forbidden."""
         caller = self._access.identify(f"Bearer {token}")
         if caller.role is Role.CLIENT:
             raise Forbidden("this is a client token: the dashboard wants a viewer or an admin token")
-        mark = hashlib.sha256(token.strip().encode()).hexdigest()[:16]
-        session = Session(caller, secrets.token_hex(12), self._wall() + LIFE)
+        mark = mark_of(hashlib.sha256(token.strip().encode()).digest())
+        session = Session(caller, secrets.token_hex(12), mark, self._wall() + LIFE)
         payload = urlsafe_b64encode(msgspec.json.encode([mark, session.id, session.ends_at])).decode()
-        return session, f"{payload}.{self._sign(payload)}"
+        return session, f"{payload}.{self._sign(mark, payload)}"
 
     def of(self, headers: Mapping[str, str]) -> Session:
         """Whose request this is: by bearer token, else by cookie. 20 µs. Raises Unauthorized, Forbidden."""
@@ -88,7 +96,11 @@ class Sessions:
 
     def alive(self, session: Session) -> bool:
         """Whether a session, once believed, still holds. O(1)."""
-        return session.ends_at > self._wall() and session.id not in self._ended
+        return (
+            session.ends_at > self._wall()
+            and session.id not in self._ended
+            and self._access.knows(session.caller)
+        )
 
     def end(self, session: Session) -> None:
         """Sign out: the cookie is worth nothing from now on."""
@@ -99,7 +111,7 @@ class Sessions:
 
     def xsrf(self, session: Session) -> str:
         """What the session's own pages prove themselves with."""
-        return self._sign(f"xsrf {session.id}")[:32] if session.id else "open"
+        return self._sign(session.mark, f"xsrf {session.id}")[:32] if session.id else "open"
 
     def proven(self, session: Session, given: str) -> bool:
         """Whether this is the proof of this session's pages."""
@@ -115,17 +127,20 @@ class Sessions:
 
     def _read(self, cookies: str) -> Session | None:
         payload, dot, signature = parse_cookie(cookies).get(COOKIE, "").rpartition(".")
-        if not dot or not hmac.compare_digest(self._sign(payload).encode(), signature.encode()):
+        if not dot:
             return None
         try:
             mark, name, ends_at = msgspec.json.decode(urlsafe_b64decode(payload), type=tuple[str, str, float])
-        except (ValueError, binascii.Error):  # signed, so only by another version of the server
+        except (ValueError, binascii.Error):
             return None
-        caller = self._callers.get(mark)
-        if caller is None:
+        caller = self._access.marked(mark)
+        # Nothing of it is believed before this: that it names a key to check it by gives nobody that key.
+        if caller is None or mark not in self._keys:
             return None
-        session = Session(caller, name, ends_at)
+        if not hmac.compare_digest(self._sign(mark, payload).encode(), signature.encode()):
+            return None
+        session = Session(caller, name, mark, ends_at)
         return session if self.alive(session) else None
 
-    def _sign(self, text: str) -> str:
-        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
+    def _sign(self, mark: str, text: str) -> str:
+        return hmac.new(self._keys[mark], text.encode(), hashlib.sha256).hexdigest()

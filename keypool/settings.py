@@ -152,14 +152,15 @@ OPTIONS = tuple(
 """Every setting but the tokens, which have rules of their own, in the order of the docs."""
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def load(argv: Sequence[str], environ: Mapping[str, str], program: str = "python server.py") -> Settings:
     """The settings that flags (without the program's name), environment and TOML file ask for.
 
     A flag beats a variable, a variable beats the file; a value that is overridden has to be right
     nevertheless. Raises SettingsError at the first that is wrong. `--help` and `--version` print and raise
-    SystemExit(0). Reads files, so it blocks: call it before the loop runs.
+    SystemExit(0); `program` is what --help calls the program. Reads files, so it blocks: call it before the loop
+    runs.
     """
-    flags, variables = _from_flags(argv), _from_environment(environ)
+    flags, variables = _from_flags(argv, program), _from_environment(environ)
     toml = _from_toml(flags, variables)
     variables |= {f"{role}_tokens": tokens for role, tokens in read_tokens(environ).items()}
     origins = _all_default()
@@ -169,13 +170,13 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     return Settings(**{**toml, **variables, **flags}, origins=origins)
 
 
-def _from_flags(argv: Sequence[str]) -> dict[str, Any]:
+def _from_flags(argv: Sequence[str], program: str) -> dict[str, Any]:
     options = {option.flag: option for option in OPTIONS}
     given: dict[str, object] = {}
     words = iter(argv)
     for word in words:
         if word in ("-h", "--help", "--version"):
-            print(f"keypool {__version__}" if word == "--version" else _help())
+            print(f"keypool {__version__}" if word == "--version" else _help(program), flush=True)
             raise SystemExit(0)
         flag, equals, text = word.partition("=")
         if flag not in options:
@@ -268,8 +269,8 @@ def settings_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _help() -> str:
-    lines = [_HELP_HEAD]
+def _help(program: str) -> str:
+    lines = [f"usage: {program} [--NAME=VALUE ...]", "", _HELP_HEAD]
     for each in OPTIONS:
         about = f"{each.about}. Takes {each.kind.takes}. Default: {each.default_text}.".replace("`", "")
         indent = " " * 6
@@ -281,8 +282,6 @@ def _help() -> str:
 
 
 _HELP_HEAD = """\
-usage: python server.py [--NAME=VALUE ...]   (or ./run, which sets up what is missing first)
-
 Leases API keys over HTTP. Each flag is also an environment variable (--block-seconds is
 KEYPOOL_BLOCK_SECONDS) and a key of the TOML file (block_seconds); a flag beats a variable, a
 variable beats the file. Tokens come from KEYPOOL_CLIENT_TOKEN, KEYPOOL_VIEWER_TOKEN and

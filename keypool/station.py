@@ -11,14 +11,25 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from keypool.notify import Notifier
 
 BEAT_SECONDS = 1.0
-DRAIN, READY, BEAT = b"d", b"r", b"."
+DRAIN, RELOAD, READY, BEAT = b"d", b"h", b"r", b"."
+
+IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+"""What would end a process at once, without a drain, by the system's default. SIGHUP until it has its meaning."""
+
 _log = logging.getLogger("keypool")
+
+
+def exit_now(status: int) -> NoReturn:
+    """End the process on the spot, with what it has logged."""
+    logging.shutdown()
+    os._exit(status)
 
 
 class Station(Protocol):
@@ -26,6 +37,10 @@ class Station(Protocol):
 
     def stop_asked(self) -> asyncio.Event:
         """Set once the server should stop. Called once, first, with the loop running."""
+        ...
+
+    def on_reload(self, reload: Callable[[], None]) -> None:
+        """Call this each time that the tokens' files are to be read again. Called once, after `stop_asked`."""
         ...
 
     def loading(self) -> None:
@@ -59,11 +74,14 @@ class Alone:
             loop.add_signal_handler(number, self._got, number)
         return self._asked
 
+    def on_reload(self, reload: Callable[[], None]) -> None:
+        """See Station: SIGHUP."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+
     def _got(self, number: signal.Signals) -> None:
         if self._asked.is_set():
             _log.warning("second signal (%s): stopping now", number.name)
-            logging.shutdown()
-            os._exit(1)
+            exit_now(1)
         _log.info("%s: stopping", number.name)
         self._asked.set()
 
@@ -90,8 +108,9 @@ class Alone:
 class Member:
     """The process number `index` (from 0) of several on one address.
 
-    `port` is the one that they share. `link` is a socket to the parent: a byte from there asks to stop, and its
-    end means that the parent is gone. From here go a byte when calls are served, and a beat a second.
+    `port` is the one that they share. `link` is a socket to the parent: bytes from there are orders, to read the
+    tokens' files again or to stop, and its end means that the parent is gone. From here go a byte when calls are
+    served, and a beat a second.
     """
 
     index: int
@@ -107,6 +126,10 @@ class Member:
         self._beat()
         return self._asked
 
+    def on_reload(self, reload: Callable[[], None]) -> None:
+        """See Station: the parent passes SIGHUP on."""
+        self._reload = reload
+
     def _heard(self) -> None:
         try:
             order = self.link.recv(16)
@@ -115,8 +138,11 @@ class Member:
         except OSError:
             order = b""
         if not order:
-            os._exit(1)  # the parent was killed, and so are we: whoever looks after it starts all anew
-        self._asked.set()
+            exit_now(1)  # the parent was killed, and so are we: whoever looks after it starts all anew
+        if RELOAD in order:
+            self._reload()
+        if DRAIN in order:
+            self._asked.set()
 
     def _beat(self) -> None:
         self._tell(BEAT)
@@ -128,7 +154,7 @@ class Member:
         except BlockingIOError:
             return  # the parent stands still
         except OSError:
-            os._exit(1)
+            exit_now(1)
 
     def loading(self) -> None:
         """See Station."""

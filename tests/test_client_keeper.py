@@ -21,7 +21,9 @@ from keypool.client.rounds import Rounds
 from keypool.errors import SettingsError
 from keypool.settings import load
 
-LIFE = 1.5  # keepalive seconds of the servers here
+LIFE = 5.0
+"""Keepalive seconds. A round comes every third of it, so a key dies only when this process, or the server, is kept
+from the processor for two thirds: 3 s, which a busy machine does not do, where it does do 1 s."""
 
 
 def durable(path: Path) -> list[str]:
@@ -84,17 +86,16 @@ def test_keys_live_on_and_dead_ones_are_told_once(start_server: Start, kind: str
     with KeyPool(url_of(server)) as pool:
         kept, left = pool.generate_many(20), pool.generate()
         with Kept(kind, pool._caller.address.url, [*kept, "never-there"]) as work:
-            eventually(
-                lambda: pool.stats().expired == 1, "the key that nobody keeps"
-            )  # after a whole keepalive time
-            assert pool.stats().total == 20
+            eventually(lambda: work.dead == ["never-there"], "the key that never was to be told")
+            work.keeper.discard(kept[1])
+            work.keeper.discard("unheard of")
+            # After a whole keepalive time since it was made, and since it was discarded.
+            eventually(lambda: pool.stats().expired == 2, "the key that nobody keeps, and the discarded one")
+            assert pool.stats().total == 19
             assert work.dead == ["never-there"]
             pool.delete(kept[0])
             eventually(lambda: len(work.dead) == 2, "the deleted key to be told")
             assert work.dead[1] == kept[0].key
-            work.keeper.discard(kept[1])
-            work.keeper.discard("unheard of")
-            eventually(lambda: pool.stats().expired == 2, "the discarded key")
             assert sorted(work.keeper.keys) == sorted(key.key for key in kept[2:])
             assert not work.errors
         assert left.key not in work.dead
@@ -117,7 +118,7 @@ def test_keys_are_added_as_one_goes(start_server: Start, kind: str) -> None:
 
 def test_a_thousand_keys_cost_one_call_a_third_of_the_keepalive_time(start_server: Start) -> None:
     """Counted in calls, not in time: however slow the machine, each round is one call."""
-    server = start_server("--keepalive-seconds=3")
+    server = start_server("--keepalive-seconds=6")
     with KeyPool(url_of(server)) as pool, Proxy(server) as proxy:
         made = pool.generate_many(1000)
         began = time.monotonic()
@@ -129,11 +130,11 @@ def test_a_thousand_keys_cost_one_call_a_third_of_the_keepalive_time(start_serve
     # The first round has one call more, which asks how long the keepalive time is.
     singles = [line for line in proxy.requests if "/keepalive" in line]
     assert len(singles) == 1
-    assert calls - 1 <= took / (0.9 * 3 / 3) + 1
+    assert calls - 1 <= took / (0.9 * 6 / 3) + 1
 
 
 def test_a_failed_round_is_tried_again_until_it_works(start_server: Start) -> None:
-    server = start_server(f"--keepalive-seconds={LIFE * 4}")
+    server = start_server("--keepalive-seconds=12")
     with KeyPool(url_of(server)) as pool, Proxy(server) as proxy:
         made = pool.generate_many(3)
         proxy.faults[:] = ["502", "lose", "garbage", "503"]
@@ -164,7 +165,7 @@ def test_it_survives_a_restart_and_tells_what_did_not(start_server: Start, kind:
 
 @pytest.mark.parametrize("kind", ["sync", "aiohttp"])
 def test_keys_survive_a_restart_with_a_keeper(start_server: Start, tmp_path: Path, kind: str) -> None:
-    flags = [*durable(tmp_path), f"--port={unused_port()}", "--keepalive-seconds=5"]
+    flags = [*durable(tmp_path), f"--port={unused_port()}", "--keepalive-seconds=10"]
     first = start_server(*flags)
     with KeyPool(url_of(first), retry=Retry(30)) as pool:
         made = pool.generate_many(3)

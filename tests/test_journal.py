@@ -2111,6 +2111,9 @@ def test_while_it_loads_it_says_so(whole_file: Path, tmp_path: Path, while_inspe
             client.get(API + "/stats"),
             client.batch(op="keepalive", keys=[f"{1:020d}"]),
             client.get(API + "/random_api_key/"),
+            client.get(API + "/start_scheduler/"),
+            client.get(API + "/openapi.json"),
+            client.get(API + "/feed"),
         ):
             answer.expect_problem(503, "loading")
         gate.touch()

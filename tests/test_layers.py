@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "keypool",  # the version
-    "keypool.with_parent",
+    "keypool.with_parent keypool.early_exit",
     # The client, which knows nothing of the server
     "keypool.client.clock keypool.client.errors",
     "keypool.client.wire keypool.client.shapes",
@@ -36,7 +36,7 @@ LAYERS = (
     "keypool.cli.keys keypool.cli.running keypool.cli.completing",
     "keypool.cli.following keypool.cli.watching",
     # The server
-    "keypool.resources",
+    "keypool.resources keypool.log_writer",
     "keypool.errors keypool.tally keypool.limits keypool.notify",
     "keypool.http1.responses keypool.http1.awake",
     "keypool.http1.peer keypool.http1.section keypool.http1.stream",
@@ -71,7 +71,7 @@ LAYERS = (
     "keypool.charts keypool.feed",
     "keypool.auth keypool.kinds",
     "keypool.session keypool.tokens keypool.operations",
-    "keypool.curl",
+    "keypool.curl keypool.token_reload",
     "keypool.settings",
     "keypool.in_force",
     "keypool.dashboard",

@@ -20,6 +20,7 @@ from support import (
     ADMIN_TOKEN,
     API,
     CLIENT_TOKEN,
+    OTHER_CLIENT_TOKEN,
     VIEWER_TOKEN,
     Client,
     ServerProcess,
@@ -214,6 +215,33 @@ def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> No
             os.kill(child, number)
     server.client().get("/readyz").expect(200)
     assert "started again" not in server.log
+
+
+def test_sighup_reaches_all_of_them_and_those_that_come_later(start: Start, tmp_path: Path) -> None:
+    """A token that was taken away is refused by every process, one that is started after it too."""
+    first = own_ports()
+    file = tmp_path / "client-tokens"
+    file.write_text(CLIENT_TOKEN)
+    env = {"KEYPOOL_CLIENT_TOKEN_FILE": str(file), "KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}
+    server = start(f"--process-port={first}", env=env)
+
+    def refused_by_all(token: str) -> bool:
+        asked = []
+        for number in range(COUNT):
+            with at(server, first + number) as client:
+                asked.append(client.post(ACQUIRE, token=token).status)
+        return asked == [401] * COUNT
+
+    assert refused_by_all(OTHER_CLIENT_TOKEN)
+    file.write_text(OTHER_CLIENT_TOKEN)
+    server.signal(signal.SIGHUP)
+    eventually(lambda: refused_by_all(CLIENT_TOKEN), "the removed token refused")
+    os.kill(min(children_of(server.pid)), signal.SIGKILL)
+    eventually(lambda: server.log.count("serves, pid") == COUNT + 1, "another in its place")
+    assert refused_by_all(CLIENT_TOKEN)
+    for number in range(COUNT):
+        with at(server, first + number) as client:
+            client.post(ACQUIRE, token=OTHER_CLIENT_TOKEN).expect_problem(404, "no-key-available")
 
 
 # ----------------------------------------------------------------------------------------------------- stopping

@@ -1,4 +1,8 @@
-"""The `keypool` command: from words to a command, and from errors to an exit status."""
+"""The `keypool` command: from words to a command, and from errors to an exit status.
+
+What this module needs is imported in its functions: it takes half a second on a slow machine, in which Ctrl-C
+would be a traceback.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from keypool.cli.status import CommandError, Status, status_of
-from keypool.client import KeyPoolError, Refused
+if TYPE_CHECKING:
+    from keypool.client import KeyPoolError
+
+_INTERRUPTED = 130  # Status.INTERRUPTED, before that is imported
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["serve"]:
         return _serve(words[1:])
-    from keypool.cli.words import parser  # noqa: PLC0415 - not for serve
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _run(words: Sequence[str]) -> int:
+    from keypool.cli.status import Status  # noqa: PLC0415 - see the module
+    from keypool.cli.words import parser  # noqa: PLC0415 - see the module
 
     if any(word == "--token" or word.startswith("--token=") for word in _before_command(words)):
         return _fail("a token is never an argument: use KEYPOOL_TOKEN or --token-file", Status.USAGE)
@@ -27,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(do: Callable[[], int]) -> int:
     """Run a command; what it raises becomes a line on standard error and an exit status."""
+    from keypool.cli.status import CommandError, Status, status_of  # noqa: PLC0415 - see the module
+    from keypool.client import KeyPoolError  # noqa: PLC0415 - see the module
+
     try:
         status = do()
         sys.stdout.flush()
@@ -45,6 +62,8 @@ def guarded(do: Callable[[], int]) -> int:
 
 
 def _said(error: KeyPoolError) -> str:
+    from keypool.client import Refused  # noqa: PLC0415 - see the module
+
     if isinstance(error, Refused):
         return f"{error.detail} ({error.code})"
     return f"{error}; it may have happened all the same" if error.may_have_happened else str(error)
@@ -57,6 +76,8 @@ def _before_command(words: Sequence[str]) -> Sequence[str]:
 
 def _load(name: str) -> Callable[..., Any]:
     """Import a command's function. Raises CommandError if a package that it needs isn't installed."""
+    from keypool.cli.status import CommandError, Status  # noqa: PLC0415 - see the module
+
     module, _, function = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
@@ -68,14 +89,20 @@ def _load(name: str) -> Callable[..., Any]:
 
 
 def _serve(words: Sequence[str]) -> int:
+    from keypool.early_exit import end_quietly  # noqa: PLC0415 - not for other commands
+
+    end_quietly()
+    from keypool.cli.status import CommandError  # noqa: PLC0415 - see the module
+
     try:
         launch = _load("keypool.launch:main")
     except CommandError as error:
         return _fail(str(error), error.status)
-    return int(launch(["--log-format=json" if word == "--json" else word for word in words]))
+    words = ["--log-format=json" if word == "--json" else word for word in words]
+    return int(launch(words, "keypool serve"))
 
 
-def _fail(line: str, status: Status) -> int:
+def _fail(line: str, status: int) -> int:
     print(f"keypool: {' '.join(line.split())}", file=sys.stderr)
     return int(status)
 

@@ -14,7 +14,7 @@ from msgspec import ValidationError, convert
 
 from keypool import charts
 from keypool.auth import Role
-from keypool.curl import call_lines, key_lines
+from keypool.curl import call_lines, generate_line, key_lines
 from keypool.cursor import ListQuery
 from keypool.dashboard import HTML, PAGE_HEADERS, Dashboard, settings_in_force
 from keypool.errors import BadRequest, KeypoolError, Unauthorized, UnknownKey
@@ -101,7 +101,7 @@ class DashboardHandler(PageHandler):
             "admin": self.role is Role.ADMIN,
             "open": self.access.open,
             "xsrf": self.dashboard.sessions.xsrf(self.session) if self.session else "",
-            "site": self.site,
+            "generate_line": generate_line(self.site, self.access.open),
             "now": moment(time.time()),
             "not_ready": self.dashboard.readiness(),
         }
@@ -206,7 +206,9 @@ class KeyPanel(DashboardHandler):
             id=key_id,
             row=row,
             events=events,
-            lines=key_lines(self.site, self.access.open, key_id, names),
+            lines=key_lines(
+                self.site, None if self.access.open else self.role, key_id, row.lease if row else None, names
+            ),
             block_seconds=self.dashboard.settings.block_seconds,
             keepalive_seconds=self.dashboard.settings.keepalive_seconds,
         )

@@ -25,6 +25,7 @@ class Scraped:
     connections: Callable[[], int] = _none
     refused_connections: Callable[[], int] = _none
     limits: dict[str, float] = field(default_factory=dict)
+    log_dropped: Callable[[], int] = _none
 
 
 class Metrics(PageHandler):
@@ -46,6 +47,7 @@ class Metrics(PageHandler):
             "keypool_viewers": scraped.viewers(),
             "keypool_connections": scraped.connections(),
             "keypool_connections_refused_total": scraped.refused_connections(),
+            "keypool_log_dropped_total": scraped.log_dropped(),
             "keypool_storage_up": int(engine.storage_up()),
             "keypool_oldest_wait_seconds": engine.oldest_wait(),
         }
