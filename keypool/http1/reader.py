@@ -137,19 +137,19 @@ class RequestReader(Link):
         if section is None or not self.keeps_alive:
             return start
         length = section.length
-        if length is None or len(data) - body < length:
+        if length is None or (end := body + length) > len(data):
             return start
         request = Request(self, line[1], line[2], section, True)
         request.received = True
         if length:
             request.body = Body(length, False, self.limits)
-            request.body.add(data[body : body + length])
+            request.body.add(data[body:end])
             request.body.size = length
         self._in_head = False
         self._count += 1
         self.request_started(request)
         self.request_received(request)
-        return body + length
+        return end
 
     def feed(self, piece: bytes | memoryview, at: int = 0) -> int:
         """Read a piece from `at` on, and return where what was consumed ends. O(len(piece)).

@@ -435,6 +435,7 @@ async def test_truncated_requests_end_quietly(data: bytes, rude: bool) -> None:
     [
         ("a long target", b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
         ("an endless target", b"GET /" + b"a" * 100_000, 414),
+        ("endless white space", b"GET " + b" " * 100_000, 431),
         ("a long header", request("/", "A: " + "b" * 20_000), 431),
         ("an endless header", b"GET / HTTP/1.1\r\nA: " + b"b" * 100_000, 431),
         ("an endless name", b"GET / HTTP/1.1\r\n" + b"b" * 100_000, 431),
