@@ -18,7 +18,7 @@ class FastServer(Server):
         super().__init__(app, limits=limits, on_refused=self._refused)
 
     def _refused(self, refusal: Refusal) -> bytes | None:
-        """The whole answer to a refused request; None, a bare one, for what is no HTTP."""
+        """The whole answer to a refused request; None, a bare one, where it isn't an HTTP request."""
         error = _error(refusal)
         if error is None:
             return None
@@ -31,7 +31,7 @@ class FastServer(Server):
 
 def _error(refusal: Refusal) -> KeypoolError | None:
     match refusal.status:
-        case 400:
+        case 400 | 501:
             return None
         case 408:
             return RequestTimeout(refusal.detail)

@@ -114,7 +114,6 @@ WRONG = {
     "nearly the feed": get("/api/v1/feeds"),
     "an empty key": get("/api/v1/keys//keepalive"),
     "no method": get("/api/v1/keys", method="PATCH"),
-    "no method there is": get("/api/v1/keys", method="BREW"),
     "options": get("/api/v1/keys", method="OPTIONS"),
     "another Content-Type": post("/api/v1/keys/acquire", b"{}", "Content-Type: text/plain"),
     "another charset": post("/api/v1/keys/acquire", b"{}", JSON + "; charset=latin-1"),

@@ -214,7 +214,7 @@ def test_no_label_holds_a_key_an_owner_or_a_path(server: ServerProcess) -> None:
     client.acquire(owner="owner-in-a-label")
     for path in (f"{API}/keys/{key}", f"{API}/keys/path-in-a-label", f"/{key}", f"{API}/{key}?x={key}"):
         client.get(path)
-        client.request("BREW", path)
+        client.request("PROPFIND", path)
     text = scrape(server).text
     assert key not in text
     assert "in-a-label" not in text

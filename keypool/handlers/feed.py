@@ -7,15 +7,76 @@ server's.
 
 from __future__ import annotations
 
+from asyncio import Future
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tornado.websocket import WebSocketClosedError, WebSocketHandler
+from tornado.iostream import StreamClosedError
+from tornado.websocket import (
+    WebSocketClosedError,
+    WebSocketHandler,
+    WebSocketProtocol,
+    WebSocketProtocol13,
+)
 
 from keypool.dashboard import Dashboard
 from keypool.errors import BadRequest, TooManyViewers, UpgradeRequired
 from keypool.handlers.pages import PageHandler
 from keypool.session import Session
+
+_PROTOCOL_ERROR, _INVALID_PAYLOAD = 1002, 1007
+_MASKED, _TEXT, _CLOSE = 0x80, 0x1, 0x8
+
+
+class StrictProtocol(WebSocketProtocol13):
+    """Tornado's websocket, strict about what a viewer sends, as RFC 6455 has it.
+
+    Tornado accepts unmasked frames, echoes any close code, and drops the connection without one at a frame that is
+    malformed. It has no public hooks for that: the private methods below are held in place by tests.
+    """
+
+    _at_header = False
+
+    async def _receive_frame(self) -> None:
+        self._at_header = True
+        await super()._receive_frame()
+
+    async def _read_bytes(self, n: int) -> bytes:
+        data = await super()._read_bytes(n)
+        if self._at_header:  # the first two bytes of a frame
+            self._at_header = False
+            if not data[1] & _MASKED:
+                self._abort()
+                raise StreamClosedError
+        return data
+
+    def _handle_message(self, opcode: int, data: bytes) -> Future[None] | None:
+        code = _fault(opcode, data)
+        if code is None:
+            return super()._handle_message(opcode, data)
+        self.close(code)
+        self._abort()
+        return None
+
+    def _abort(self) -> None:
+        # What Tornado gives up is malformed, or gone already, or has been sent a close code.
+        if self.stream is not None:
+            self.close(_PROTOCOL_ERROR)
+        super()._abort()
+
+
+def _fault(opcode: int, data: bytes) -> int | None:
+    """The code to close with because of a whole message or control frame, None if it is in order."""
+    if opcode == _CLOSE and data:
+        code = int.from_bytes(data[:2]) if len(data) > 1 else 0
+        if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or (3000 <= code <= 4999)):
+            return _PROTOCOL_ERROR
+    if opcode in (_TEXT, _CLOSE):
+        try:
+            data[2 if opcode == _CLOSE else 0 :].decode()
+        except UnicodeDecodeError:
+            return _INVALID_PAYLOAD
+    return None
 
 
 class FeedHandler(PageHandler, WebSocketHandler):
@@ -38,12 +99,18 @@ class FeedHandler(PageHandler, WebSocketHandler):
         self.session = self.dashboard.sessions.of(headers)
         if self.request.method != "GET" or headers.get("Upgrade", "").lower() != "websocket":
             raise UpgradeRequired
-        if headers.get("Sec-WebSocket-Version") != "13":
+        if headers.get("Sec-WebSocket-Version") != "13" or self.request.version == "HTTP/1.0":
             raise UpgradeRequired
         connection = [word.strip().lower() for word in headers.get("Connection", "").split(",")]
         if "upgrade" not in connection or not headers.get("Sec-WebSocket-Key"):
             raise BadRequest("a websocket handshake has Connection: Upgrade and a Sec-WebSocket-Key")
         self.dashboard.feed.require_room()
+
+    def get_websocket_protocol(self) -> WebSocketProtocol:
+        """The protocol of an upgraded connection."""
+        protocol = super().get_websocket_protocol()
+        assert isinstance(protocol, WebSocketProtocol13)
+        return StrictProtocol(self, False, protocol.params)
 
     def check_origin(self, origin: str) -> bool:
         """`check` has done it."""

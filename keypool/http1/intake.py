@@ -79,13 +79,12 @@ class Intake(RequestReader):
             self._received_more(data)
             return
         self.busy = True
-        if self.recognise(data):
-            if self.current is None and not self._queue:
-                self.busy = False
-                return  # answered: that has settled all
-            consumed = len(data)
-        else:
-            consumed = self.feed(data)
+        consumed = self.recognise(data)
+        if consumed < len(data):
+            consumed = self.feed(data, consumed)
+        elif self.current is None and not self._queue:
+            self.busy = False
+            return  # answered: that has settled all
         if self._queue or consumed != len(data) or self._refusal is not None:
             self._held = data[consumed:]
             self._work()

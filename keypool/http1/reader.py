@@ -6,10 +6,15 @@ server does not is refused here: no or several Host, a coding other than chunked
 HTTP/0.9 and 2.0, a target that is no origin form (an absolute form is taken if it
 names the Host), more than `Limits` allow.
 
-httptools has three traits that shape this module:
+httptools has four traits that shape this module:
 
 - It can't be stopped but by an exception in a callback. So bytes go in by pieces of
   8 KiB, and one read of many pipelined requests is not parsed further than is wanted.
+- It doesn't report where in a piece a message begins or ends, nor the first line as it
+  came: neither the protocol's name nor a method that it doesn't know. So a piece is cut
+  up where a message may end, and every message begins a step of its own. What is known
+  of a first line comes from there; and a header section that was read before can be
+  recognised there, past the parser. No byte is given to both, or to one of them twice.
 - It puts split header lines together without a bound. So the bytes of a head are
   counted as they go in, not only as headers come out.
 - After a request with `Connection: Upgrade` it stops even if a body follows. Such a
@@ -32,7 +37,7 @@ from keypool.http1.link import DEAF, HOLDING, READING, Link
 from keypool.http1.peer import Peer
 from keypool.http1.request import Body, Request
 from keypool.http1.responses import Refusal, Refused
-from keypool.http1.rules import FRAMING, SLASH, body_of, check_head, check_size, is_host
+from keypool.http1.rules import FRAMING, body_of, check_head, check_size, is_host, protocol_of
 from keypool.http1.section import REQUEST_LINE, HeaderSection
 
 if TYPE_CHECKING:
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 
 PIECE = 8 * 1024
 
-_METHOD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ")
+_TOKEN = re.compile(rb"[\r\n]*[!#$%&'*+.^_`|~0-9A-Za-z-]")
 
 
 class Stop(Exception):
@@ -51,15 +56,17 @@ class RequestReader(Link):
     """Parses one connection's bytes; calls `request_*` and `refuse` as it goes."""
 
     __slots__ = (
-        "_alias",
+        "_at_start",
         "_begun",
         "_carry",
         "_count",
         "_framing",
+        "_head",
         "_headers",
         "_hosts",
         "_in_head",
         "_section",
+        "_tail",
         "_target",
         "incoming",
         "keeps_alive",
@@ -74,16 +81,18 @@ class RequestReader(Link):
         # A head that comes in one piece needs no counting: it can't be too large.
         self.piece = min(PIECE, self.limits.head_bytes)
         self.keeps_alive = not server.no_keep_alive
-        self._alias = b""
         self._carry = 0  # bytes that went in since something came out, an upper bound
         self._count = 0
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._hosts = 0
         self._framing: dict[bytes, bytes] = {}
-        self._section: HeaderSection  # of the latest request
+        self._section = HeaderSection(())  # of the latest request
         self._in_head = True  # a connection's first head has its time from the opening
         self._begun = False  # a request has, and its end hasn't come
+        self._at_start = True  # a request may begin in the step that is being parsed
+        self._head = b""  # from the start of the request to the end of its first line, at least
+        self._tail = b""  # the last three bytes of what has come of a request
 
     # For the subclass.
 
@@ -113,68 +122,116 @@ class RequestReader(Link):
 
     # Feeding.
 
-    def recognise(self, data: bytes) -> bool:
-        """Take a whole request whose header section was read before, past the parser; whether it was one.
+    def recognise(self, data: bytes, start: int = 0) -> int:
+        """Take the request at `start` past the parser, if it is whole and its header section was read before.
 
-        O(len(data)), a tenth of what the parser and its callbacks cost.
+        Returns where the request ends, or `start` if it has to be parsed. O(its length), a tenth of what the parser
+        and its callbacks cost.
         """
-        line = None if self._begun else REQUEST_LINE.match(data)
+        line = None if self._begun else REQUEST_LINE.match(data, start)
         if line is None:
-            return False
-        start = line.end()
-        end = data.find(b"\r\n\r\n", start - 2) + 4
-        section = self.server.sections.recall(data[start:end])
-        if section is None or len(data) - end != section.length or not self.keeps_alive:
-            return False
+            return start
+        lines = line.end()
+        body = data.find(b"\r\n\r\n", lines - 2) + 4
+        section = self.server.sections.recall(data[lines:body])
+        if section is None or not self.keeps_alive:
+            return start
+        length = section.length
+        if length is None or (end := body + length) > len(data):
+            return start
         request = Request(self, line[1], line[2], section, True)
         request.received = True
-        if section.length:
-            request.body = Body(section.length, False, self.limits)
-            request.body.add(data[end:])
-            request.body.size = section.length
+        if length:
+            request.body = Body(length, False, self.limits)
+            request.body.add(data[body:end])
+            request.body.size = length
         self._in_head = False
         self._count += 1
         self.request_started(request)
         self.request_received(request)
-        return True
+        return end
 
-    def feed(self, piece: bytes | memoryview) -> int:
-        """Parse a piece and return how much of it was consumed. O(len(piece)).
+    def feed(self, piece: bytes | memoryview, at: int = 0) -> int:
+        """Read a piece from `at` on, and return where what was consumed ends. O(len(piece)).
 
-        Less than all of it is consumed only behind a request with an upgrade.
+        Less than all of it is consumed only behind a request with an upgrade. No byte is consumed twice: neither the
+        parser nor `recognise` is given one again.
         """
-        parser, count, begun = self.parser, self._count, self._begun
+        if self._due() > len(piece):
+            return self._parse(piece)
+        data = bytes(piece)
+        start, count, tried = -1, self._count, False
+        while at < len(data) and self.mode == READING:
+            if not self._begun:
+                start, count = at, self._count
+            step = data[at : self._next_cut(data, at)]
+            if self.incoming is None:
+                self._keep_line(step)
+            at += self._parse(step)
+            if self._begun:
+                self._account(step)
+                continue
+            if not start and self._count == count + 1 and self._section.length is not None:
+                self.server.sections.remember(data[:at], self._section)
+            if not tried:
+                tried = True  # where one isn't known the next ones hardly are
+                while at < len(data) and self.mode == READING and (end := self.recognise(data, at)) > at:
+                    at = end
+        return at if self.mode <= HOLDING else len(data)
+
+    def _due(self) -> int:
+        """How many bytes of a body of known length are still to come."""
+        body = None if self.incoming is None else self.incoming.body
+        return 0 if body is None or body.length is None else body.length - body.size
+
+    def _next_cut(self, data: bytes, start: int) -> int:
+        """Where the parser has to stop: no later than where the message under way ends.
+
+        A head ends with an empty line, and so does a chunked body, behind its trailers. An empty line inside of
+        chunked data is one cut more, which changes nothing.
+        """
+        if due := self._due():
+            return start + due
+        if self._tail and not start:  # else what came before ended with a cut
+            seam = (self._tail + data[:3]).find(b"\r\n\r\n")
+            if seam >= 0:
+                return seam + 4 - len(self._tail)
+        end = data.find(b"\r\n\r\n", start)
+        return len(data) if end < 0 else end + 4
+
+    def _keep_line(self, step: bytes) -> None:
+        """Keep a part of a head until its first line is whole: llhttp doesn't report all of that."""
+        self._at_start = not self._begun
+        if self._at_start:
+            self._head = step
+        elif b"\n" not in self._head.lstrip(b"\r\n"):
+            self._head += step
+
+    def _parse(self, step: bytes | memoryview) -> int:
+        """Feed the parser, up to the end of a message at most; return how much it consumed."""
+        parser = self.parser
         if parser is None:
-            return len(piece)
+            return len(step)
         try:
-            parser.feed_data(piece)
+            parser.feed_data(step)
         except httptools.HttpParserUpgrade as upgrade:
             self._read_upgraded_body()
             return cast(int, upgrade.args[0])
-        except httptools.HttpParserInvalidMethodError as error:
-            if count != self._count or not self._alias_method(bytes(piece)):
-                self._broken(error, None)
+        except httptools.HttpParserInvalidMethodError:
+            self._broken(None, self._unknown_method())
         except httptools.HttpParserCallbackError as error:
             self._broken(error, error.__context__)
         except httptools.HttpParserError as error:
             self._broken(error, None)
-        if self._alias and parser is not self.parser:
-            method = self._alias
-            return self.feed(b"POST" + bytes(piece)[len(method) :]) - len(b"POST") + len(method)
-        if self._begun:
-            self._account(piece)
-        elif not begun and self._count == count + 1 and self._section.length is not None:
-            self.server.sections.remember(bytes(piece), self._section)
-        return len(piece)
+        return len(step)
 
-    def _account(self, piece: bytes | memoryview) -> None:
-        """Bound the bytes of a head."""
-        if self._target or self.incoming is not None:
-            self._carry += len(piece)
-            # The bound is exact when the head is complete; until then it must not hit a
-            # head that came in one piece with something else, hence the slack.
-            if self._carry > self.limits.head_bytes + 2 * PIECE and self.mode == READING:
-                self.refuse(self.refusal(431, "headers-too-large", "the headers are too large"))
+    def _account(self, step: bytes) -> None:
+        """Remember what may be a part of an empty line, and bound the bytes of a head."""
+        self._tail = (self._tail + step[-3:])[-3:]
+        self._carry += len(step)
+        # The bound is exact when the head is complete; the lines that check_size doesn't count need the slack.
+        if self._carry > self.limits.head_bytes + 2 * PIECE and self.mode == READING:
+            self.refuse(self.refusal(431, "headers-too-large", "the headers are too large"))
 
     def refusal(self, status: int, code: str, detail: str) -> Refusal:
         """Describe why what is being read is refused. O(1)."""
@@ -183,18 +240,17 @@ class RequestReader(Link):
             return Refusal(status, code, detail, request.method, request.target, request.headers, True)
         if not self._target or parser is None:
             return Refusal(status, code, detail)
-        method = self._alias or parser.get_method()
-        return Refusal(status, code, detail, method, self._target, self._headers)
+        return Refusal(status, code, detail, parser.get_method(), self._target, self._headers)
 
     def deafen(self) -> None:
         """Parse no more."""
         self.parser = None
         self.incoming = None
-        self._target = b""
+        self._target = self._head = b""
         self._begun = False
         self.mode = max(self.mode, DEAF)
 
-    def _broken(self, error: httptools.HttpParserError, cause: BaseException | None) -> None:
+    def _broken(self, error: httptools.HttpParserError | None, cause: BaseException | None) -> None:
         if self.mode > HOLDING or isinstance(cause, Stop):
             return  # bytes behind the last request: nobody asked for an answer to them
         if isinstance(cause, Refused):
@@ -207,24 +263,12 @@ class RequestReader(Link):
             app_log.error("Uncaught exception", exc_info=cause)
             self.refuse(self.refusal(500, "internal", "the server failed"))
 
-    def _alias_method(self, piece: bytes) -> bool:
-        """Make ready to parse a method that llhttp does not know as POST; report if it is one.
-
-        Only where the method comes in one piece with the space behind it, which is how
-        clients send it; and only if it is truly unknown, as else this is no start of a
-        request. The application is the one to say 405.
-        """
-        match = _METHOD.match(piece)
-        if match is None or self.mode != READING:
-            return False
-        probe = httptools.HttpRequestParser(object())
-        try:
-            probe.feed_data(match[0])
-        except httptools.HttpParserInvalidMethodError:
-            self._alias = match[1]
-            self.parser = httptools.HttpRequestParser(self)
-            return True
-        return False
+    def _unknown_method(self) -> Refused:
+        # The parser stops at the first byte that is wrong, which may be the last that has come. So that the answer
+        # doesn't depend on how much has come, it is the first byte of the request that decides.
+        if _TOKEN.match(self._head):
+            return Refused(501, "not-implemented", "the method is not known")
+        return Refused(400, "bad-request", "this is not an HTTP request")
 
     def _read_upgraded_body(self) -> None:
         request = self.incoming
@@ -239,8 +283,15 @@ class RequestReader(Link):
     # are dropped, or those that `_read_upgraded_body` made up.
 
     def on_message_begin(self) -> None:
-        """Note that the bytes of a request have begun."""
+        """Note that the bytes of a request have begun.
+
+        :raises Refused: if others have ended in the same step, which `_next_cut` rules out.
+        """
+        if not self._at_start and self.incoming is None:
+            raise Refused(400, "bad-request", "the end of the request before is in doubt")
+        self._at_start = False
         self._begun = True
+        self._tail = b""
 
     def on_url(self, url: bytes) -> None:
         """Take a piece of the target."""
@@ -274,23 +325,23 @@ class RequestReader(Link):
             return
         target = self._target
         section = self._section = self.server.sections.of(self._headers)
-        keep_alive = parser.should_keep_alive()
-        request = Request(self, parser.get_method(), target, section, keep_alive and self.keeps_alive)
+        request = Request(self, parser.get_method(), target, section, parser.should_keep_alive())
+        line_end = self._head.find(b"\r\n")
         if (
             self._hosts != 1
             or self._framing
             or self._carry
-            or self._alias
-            or target[0] != SLASH
+            or not target.startswith(b"/")
             or b"#" in target
             or len(section.lines) > self.limits.header_count
             or parser.should_upgrade()
-            or parser.get_http_version() != "1.1"
+            or self._head[line_end - 9 : line_end] != b" HTTP/1.1"
         ):
             self._examine(request, parser)
-        if keep_alive and not request.http10 and not parser.should_upgrade():
+        if request.keep_alive and not request.http10 and not parser.should_upgrade():
             section.length = _plain_length(request.body)
-        self._target = b""
+        request.keep_alive = request.keep_alive and self.keeps_alive
+        self._target = self._head = b""
         self._headers = []
         self._hosts = self._carry = 0
         self._in_head = False
@@ -329,14 +380,13 @@ class RequestReader(Link):
 
     def _examine(self, request: Request, parser: httptools.HttpRequestParser) -> None:
         """Do what only some requests need: those with a body, an odd target, a large head…"""
-        if self._alias:
-            request.method, self._alias = self._alias, b""
         framing, self._framing = self._framing, {}
         if self._carry:
             check_size(request, self.limits)
-        check_head(request, self._hosts, parser.get_http_version(), self.limits)
+        check_head(request, self._hosts, protocol_of(self._head), self.limits)
         request.body = body_of(request, framing, self.limits)
-        request.upgrade = request.body is None and parser.should_upgrade()
+        # RFC 9110, 7.8: in HTTP/1.0 the header means nothing.
+        request.upgrade = request.body is None and not request.http10 and parser.should_upgrade()
 
 
 def _plain_length(body: Body | None) -> int | None:

@@ -31,7 +31,7 @@ class Refusal:
 
     status: int
     code: str
-    """bad-request, request-timeout, payload-too-large, uri-too-long, headers-too-large, internal"""
+    """bad-request, request-timeout, payload-too-large, uri-too-long, headers-too-large, internal, not-implemented"""
     detail: str
     method: bytes = b""
     target: bytes = b""

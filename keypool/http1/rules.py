@@ -11,6 +11,7 @@ These functions run only for requests with something unusual about them, or a bo
 from __future__ import annotations
 
 import re
+import socket
 from functools import lru_cache
 
 from keypool.http1.request import Body, Request
@@ -18,33 +19,62 @@ from keypool.http1.responses import Refused
 from keypool.limits import Limits
 
 FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
-SLASH = ord("/")
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
-_HOST = re.compile(rb"(?:[\w.~!$&'()*+;=%-]*|\[[\w:.%]+\])(?::[0-9]*)?[ \t]*")
+# RFC 3986, 3.2.2, without the comma.
+_HOST = re.compile(
+    rb"(?:(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*"
+    rb"|\[([0-9A-Fa-f:.]+)\]|\[v[0-9A-Fa-f]+\.[\w.~!$&'()*+,;=:-]+\])(?::[0-9]*)?[ \t]*"
+)
 
 
 @lru_cache(maxsize=256)
 def is_host(value: bytes) -> bool:
     """Whether a Host header is a host and perhaps a port. A list of hosts is none. 0.1 µs for a known one."""
-    return _HOST.fullmatch(value) is not None
+    match = _HOST.fullmatch(value)
+    return match is not None and (match[1] is None or _is_ipv6(match[1]))
 
 
-def check_head(request: Request, hosts: int, version: str, limits: Limits) -> None:
-    """Check a head that has `hosts` Host lines, and normalise its target. O(1).
+def _is_ipv6(address: bytes) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, address.decode())
+    except OSError:
+        return False
+    return True
+
+
+def protocol_of(head: bytes) -> bytes:
+    """The last word of a request line, which may have empty lines before it. O(len(head)).
+
+    llhttp doesn't report the protocol's name, and accepts RTSP and ICE as well.
+    """
+    line, _, _ = head.lstrip(b"\r\n").partition(b"\r\n")
+    return line.rpartition(b" ")[2]
+
+
+def check_head(request: Request, hosts: int, protocol: bytes, limits: Limits) -> None:
+    """Check a head that has `hosts` Host lines, and normalise its target. O(headers).
 
     :raises Refused: with 400 or 431.
     """
-    if version not in ("1.1", "1.0"):
+    if protocol not in (b"HTTP/1.1", b"HTTP/1.0"):
         raise Refused(400, "bad-request", "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    request.http10 = version == "1.0"
+    request.http10 = protocol == b"HTTP/1.0"
     if hosts > 1 or (hosts == 0 and not request.http10):
         raise Refused(400, "bad-request", "exactly one Host header is needed")
     if len(request.headers) > limits.header_count:
         raise Refused(431, "headers-too-large", "the headers are too many")
-    if request.target[0] != SLASH or b"#" in request.target:
+    if request.http10 and request.keep_alive:
+        # RFC 9112, 9.3: close takes precedence. llhttp sees to that in HTTP/1.1 only.
+        options = b",".join(value for name, value in request.headers if name == b"connection").lower()
+        request.keep_alive = b"close" not in (option.strip() for option in options.split(b","))
+    if request.method == b"CONNECT":
+        _check_authority(request.target)
+        # What follows may be meant for a tunnel, which there isn't: it must not become a request.
+        request.keep_alive = False
+    elif not request.target.startswith(b"/") or b"#" in request.target:
         request.target = _origin_form(request)
 
 
@@ -58,14 +88,18 @@ def check_size(request: Request, limits: Limits) -> None:
         raise Refused(431, "headers-too-large", "the headers are too large")
 
 
+def _check_authority(target: bytes) -> None:
+    _, colon, port = target.rpartition(b":")
+    if not (colon and port.isdigit() and is_host(target)):
+        raise Refused(400, "bad-request", "the target of CONNECT must be host:port")
+
+
 def _origin_form(request: Request) -> bytes:
     """Return the target as `/path?query`. An absolute form must name the Host."""
     target = request.target
     if b"#" in target:
         raise Refused(400, "bad-request", "a request target has no fragment")
     if target == b"*" and request.method == b"OPTIONS":
-        return target
-    if request.method == b"CONNECT":
         return target
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute is None or absolute[1].lower() != (request.header(b"host") or b"").lower():

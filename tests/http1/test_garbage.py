@@ -120,6 +120,7 @@ async def _pipelined(served: Served) -> None:
 async def _refused(served: Served) -> None:
     for data in (
         b"BROKEN\0\r\n\r\n",
+        request("/raw", method="FOO"),
         request("/" + "a" * 9000),
         request("/plain", *["A: b"] * 200),
         request("/plain", "Content-Length: 999999", method="POST"),
@@ -133,10 +134,6 @@ async def _refused(served: Served) -> None:
         if not data.startswith(b"GET /raw-waiting"):
             await client.response()
         await client.close()
-
-
-async def _unknown_method(served: Served) -> None:
-    await _requests(served, request("/raw", method="FOO"), request("/now", method="BAR"))
 
 
 async def _hang_up(served: Served) -> None:
@@ -182,7 +179,6 @@ KINDS = [
     _upload,
     _pipelined,
     _refused,
-    _unknown_method,
     _hang_up,
     _websocket,
 ]

@@ -26,6 +26,14 @@ REFUSED: dict[str, bytes] = {
     "the preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "another protocol": b"GET / http/1.1\r\n" + HOST + b"\r\n",
     "ICE": b"GET / ICE/1.0\r\n" + HOST + b"\r\n",
+    "ICE by its method": b"SOURCE / ICE/1.1\r\n" + HOST + b"\r\n",
+    "RTSP": b"POST / RTSP/1.1\r\n" + HOST + b"\r\n",
+    "RTSP behind empty lines": b"\r\n\r\nOPTIONS / RTSP/1.0\r\n" + HOST + b"\r\n",
+    "RTSP by its method": b"PLAY / RTSP/1.1\r\n" + HOST + b"\r\n",
+    "CONNECT without a target": b"CONNECT \r\n" + HOST + b"\r\n",
+    "CONNECT without a port": b"CONNECT localhost HTTP/1.1\r\n" + HOST + b"\r\n",
+    "CONNECT with a path": b"CONNECT / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "CONNECT with user information": b"CONNECT a@localhost:80 HTTP/1.1\r\n" + HOST + b"\r\n",
     "a broken version": b"GET / HTTP/1.1x\r\n" + HOST + b"\r\n",
     "no target": b"GET HTTP/1.1\r\n" + HOST + b"\r\n",
     "a target without slash": b"GET foo HTTP/1.1\r\n" + HOST + b"\r\n",
@@ -42,6 +50,11 @@ REFUSED: dict[str, bytes] = {
     "a space in Host": b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
     "two hosts in one Host": b"GET / HTTP/1.1\r\nHost: localhost, other\r\n\r\n",
     "user information in Host": b"GET / HTTP/1.1\r\nHost: a@localhost\r\n\r\n",
+    "a lone per cent sign in Host": b"GET / HTTP/1.1\r\nHost: 127.0.0.%\r\n\r\n",
+    "a wrong escape in Host": b"GET / HTTP/1.1\r\nHost: %zz\r\n\r\n",
+    "a name in brackets in Host": b"GET / HTTP/1.1\r\nHost: [hello]\r\n\r\n",
+    "no address in brackets in Host": b"GET / HTTP/1.1\r\nHost: [1:2]\r\n\r\n",
+    "a port that is no number in Host": b"GET / HTTP/1.1\r\nHost: localhost:http\r\n\r\n",
     "two Hosts that differ": b"GET / HTTP/1.1\r\n" + HOST + b"host: other\r\n\r\n",
     "two Hosts in HTTP/1.0": b"GET / HTTP/1.0\r\n" + HOST + HOST + b"\r\n",
     "bare LF behind the request line": b"GET / HTTP/1.1\n" + HOST + b"\r\n",
@@ -219,23 +232,115 @@ async def test_unusual_request_lines_are_understood(line: bytes, target: str) ->
         assert application.seen == [target]
 
 
+ANSWER = b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n"
+
+# Methods that the parser doesn't know. Each is followed by a request, which must not be served.
+UNKNOWN: dict[str, bytes] = {
+    "a word": b"BREW / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a known one in lower case": b"get / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a known one and more": b"POSTS / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "the beginning of a known one": b"GE / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "behind an empty line": b"\r\n\r\nBREW / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "with a body": b"BREW / HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\nabc",
+    "with a body that is a request": b"BREW / HTTP/1.1\r\n" + HOST + b"Content-Length: 50\r\n\r\n" + SMUGGLED,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+async def test_an_unknown_method_is_501_and_ends_the_connection(name: str) -> None:
+    """A bare answer, the same however the bytes are cut, first on a connection or behind other requests."""
+    data = UNKNOWN[name] + SMUGGLED
+    application = Application(raw=True)
+    async with serve("http1", application) as served:
+        for before in (
+            b"",
+            request("/1"),
+            request("/1", body=b"abc"),
+            POST + b"Content-Length: 3\r\n\r\nGET",
+        ):
+            for step in (1, 2, 3, 7, len(data)):
+                client = await served.connect()
+                await client.send(before)
+                if before:
+                    assert (await client.response()).status == 200
+                await client.dribble(*(data[i : i + step] for i in range(0, len(data), step)))
+                answer = await client.response()
+                assert (answer.status, answer.body, answer["connection"]) == (501, b"", "close")
+                assert await client.closed()
+            client = await served.connect()
+            await client.send(before + data)
+            received = await client.ended()
+            assert received.count(b"HTTP/1.1 ") == (2 if before else 1)
+            assert b"HTTP/1.1 501 Not Implemented\r\n" in received
+    assert "/smuggled" not in application.seen
+
+
+async def test_the_bytes_of_a_body_never_become_a_request() -> None:
+    """Not even if they begin like a request with an unknown method, and another such request follows."""
+    application = Application(raw=True)
+    body = b"A / HTTP/1.1\r\n" + HOST + b"\r\n" + SMUGGLED
+    sized = POST + b"Content-Length: %d\r\n\r\n" % len(body)
+    async with serve("http1", application) as served:
+        for head, rest in (
+            (sized, body),
+            (CHUNKED + b"%x\r\n" % len(body), body + b"\r\n0\r\n\r\n"),
+            (sized[: -len(b"\r\n\r\n")], b"\r\n\r\n" + body),
+            (b"", sized.replace(b"\r\nHost", b"\r\nX: " + 9000 * b"y" + b"\r\nHost") + body),
+        ):
+            client = await served.connect()
+            await client.dribble(head, rest + b"FOO / HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert (await client.response()).status == 200
+            assert (await client.response()).status == 501
+            assert await client.closed()
+        assert application.seen == ["/"] * 4
+
+
+@pytest.mark.parametrize(
+    "line", ["Connection: close, keep-alive", "Connection: keep-alive\r\nConnection: CLOSE", "A: keep-alive"]
+)
+async def test_http10_ends_with_its_answer_unless_it_is_clear(line: str) -> None:
+    """Whatever else the client lists, `close` decides (RFC 9112, 9.3)."""
+    application = Application(raw=True)
+    async with serve("http1", application) as served:
+        client = await served.connect()
+        await client.send(request("/1", line).replace(b"HTTP/1.1", b"HTTP/1.0") + SMUGGLED)
+        assert (await client.response()).status == 200
+        assert await client.closed()
+        assert application.seen == ["/1"]
+
+
+@pytest.mark.parametrize(
+    "host", ["", "a_b.c:80", "%41", "[::1]:8888", "[::ffff:127.0.0.1]", "[v1.a:b]", "a:"]
+)
+async def test_unusual_hosts_are_hosts(host: str) -> None:
+    """All that RFC 3986 calls a host, with a port or without."""
+    async with serve("http1", Application(raw=True)) as served:
+        client = await served.connect()
+        await client.send(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert (await client.response()).status == 200
+
+
 @pytest.mark.parametrize("line", ["OPTIONS *", "CONNECT example.org:443"])
 async def test_other_forms_of_target_reach_the_application(line: str) -> None:
-    """OPTIONS for the server, and CONNECT, are the application's to refuse."""
+    """OPTIONS for the server, and CONNECT, are the application's to refuse. Nothing is read behind a CONNECT."""
     seen: list[tuple[bytes, bytes]] = []
 
     class Asked(Application):
         def start_raw_request(self, request: Request) -> RawDelegate | None:
             seen.append((request.method, request.target))
-            request.respond(b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n")
+            request.respond(ANSWER)
             return ANSWERED
 
     method, target = line.split()
     async with serve("http1", Asked(raw=True)) as served:
         client = await served.connect()
-        for _ in range(2):
-            assert (await client.get(target, method=method)).status == 405
-        assert seen == [(method.encode(), target.encode())] * 2
+        await client.send(request(target, method=method) + request("/next"))
+        received = await (
+            client.ended() if method == "CONNECT" else client.reader.readexactly(2 * len(ANSWER))
+        )
+        assert received.count(b"HTTP/1.1 405 No") == len(seen)
+        assert seen[0] == (method.encode(), target.encode())
+        assert [target for _, target in seen[1:]] == ([] if method == "CONNECT" else [b"/next"])
 
 
 async def test_trailers_are_dropped() -> None:
@@ -330,6 +435,7 @@ async def test_truncated_requests_end_quietly(data: bytes, rude: bool) -> None:
     [
         ("a long target", b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
         ("an endless target", b"GET /" + b"a" * 100_000, 414),
+        ("endless white space", b"GET " + b" " * 100_000, 431),
         ("a long header", request("/", "A: " + "b" * 20_000), 431),
         ("an endless header", b"GET / HTTP/1.1\r\nA: " + b"b" * 100_000, 431),
         ("an endless name", b"GET / HTTP/1.1\r\n" + b"b" * 100_000, 431),

@@ -148,7 +148,7 @@ async def test_a_refusal_waits_for_its_turn() -> None:
     """Earlier answers come first, complete, then the refusal, then the end."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
-        await client.send(request("/slow/6") + request("/late/2") + b"BROKEN\0\r\n\r\n")
+        await client.send(request("/slow/6") + request("/late/2") + b"GET BROKEN\0\r\n\r\n")
         assert (await client.response()).body == b"6"
         assert (await client.response()).body == b"2"
         assert (await client.response()).status == 400

@@ -24,9 +24,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     pieces: list[bytes] = []
     feed = RequestReader.feed
 
-    def noted(reader: RequestReader, piece: bytes | memoryview) -> int:
+    def noted(reader: RequestReader, piece: bytes | memoryview, at: int = 0) -> int:
         pieces.append(bytes(piece))
-        return feed(reader, piece)
+        return feed(reader, piece, at)
 
     monkeypatch.setattr(RequestReader, "feed", noted)
     return pieces
@@ -104,7 +104,7 @@ async def test_a_known_request_behind_a_part_of_another_is_no_request(before: by
         await client.dribble(before, BARE)
         received = await client.ended()
         assert received.count(b"HTTP/1.1 ") == 1
-        assert received.startswith(b"HTTP/1.1 400 ")
+        assert received.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 "))
 
 
 async def test_a_known_request_inside_a_body_is_a_body() -> None:

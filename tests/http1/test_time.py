@@ -187,7 +187,7 @@ async def test_lingering_is_bounded_in_time() -> None:
     """After a refusal a peer that keeps its end open is cut."""
     async with serve("http1", Application(), limits=QUICK) as served:
         client = await served.connect()
-        await client.send(b"BROKEN\0")
+        await client.send(b"GET BROKEN\0")
         assert (await client.response()).status == 400
         assert await client.reader.read() == b""  # the sending side is shut at once
         await until(lambda: served.server.open_connections == 0)
@@ -198,7 +198,7 @@ async def test_lingering_is_bounded_in_bytes() -> None:
     limits = Limits(linger_bytes=100_000)
     async with serve("http1", Application(), limits=limits) as served:
         client = await served.connect()
-        await client.send(b"BROKEN\0")
+        await client.send(b"GET BROKEN\0")
         assert (await client.response()).status == 400
         with pytest.raises(ConnectionError):  # noqa: PT012
             while True:
