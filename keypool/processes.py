@@ -9,7 +9,8 @@ after a pause that doubles while it keeps dying. Whatever ends the parent ends t
 drain over their sockets, and go at once when those close or, on Linux, when the system tells that the parent died.
 Signals that a terminal or a service manager sends to everybody are the parent's to handle: the processes ignore them.
 
-It is made of forks, from a process that has no loop and no thread, so that settings and tokens are read once.
+It is made of forks, from a process that has no loop, and no thread but the log's, which holds nothing that a child
+needs (log_writer.py). So settings are read once; tokens again at SIGHUP, which is passed on.
 """
 
 from __future__ import annotations
