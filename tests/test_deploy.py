@@ -141,13 +141,6 @@ def test_nginx_logs_no_target() -> None:
     assert re.search(r"error_log \S+ crit;", NGINX.read_text())
 
 
-def test_nginx_passes_on_who_calls_and_by_which_scheme() -> None:
-    """Set by it, not handed on: the cookie's `Secure` and the throttle of sign-ins go by them."""
-    text = NGINX.read_text()
-    assert "proxy_set_header X-Forwarded-For $remote_addr;" in text
-    assert "proxy_set_header X-Forwarded-Proto $scheme;" in text
-
-
 def test_the_image_is_slim_and_runs_as_nobody_in_particular() -> None:
     """Two stages, no root, a health check without a shell, and only files that there are."""
     text = DOCKERFILE.read_text()

@@ -181,6 +181,22 @@ class Broken:
         self.thread.join(5)
 
 
+@pytest.mark.parametrize("name", PROXIES)
+def test_a_proxy_sets_who_calls_and_by_which_scheme(name: str, tmp_path: Path) -> None:
+    """Whatever the caller wrote into these headers: the limit of sign-ins and the audit log go by them."""
+    server = Broken()
+    made_up = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "gopher"}
+    try:
+        with PROXIES[name](tmp_path, server.port) as proxy:
+            proxy.problem("POST", ACQUIRE, 502, "bad-gateway", headers=made_up)
+        head = server.requests[0].decode().lower()
+        assert "\r\nx-forwarded-for: 127.0.0.1\r\n" in head or "\r\nx-forwarded-for: ::1\r\n" in head, head
+        assert "\r\nx-forwarded-proto: http\r\n" in head
+        assert f"\r\nhost: {proxy.host}\r\n" in head
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", ACQUIRE), ("POST", f"{API}/keys"), ("GET", f"{API}/random_api_key/")]
 )
