@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from keypool.fast import FastServer
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.scrape import Scraped
 from keypool.limits import Doorman, Limits
+from keypool.proxies import TrustedProxies
 from keypool.settings import Settings
 from keypool.station import Alone, Member, Station
 from keypool.stock import StockServer
@@ -59,7 +60,15 @@ class HttpServer(Protocol):
     async def close_all_connections(self) -> None: ...  # noqa: D102
 
 
-SERVERS: dict[str, Callable[[Application, Limits | None], HttpServer]] = {
+class ServerClass(Protocol):
+    """Either server's class: what makes one."""
+
+    def __call__(  # noqa: D102
+        self, app: Application, limits: Limits | None, trusted: TrustedProxies | None = None
+    ) -> HttpServer: ...
+
+
+SERVERS: dict[str, ServerClass] = {
     "fast": FastServer,
     "tornado": StockServer,
 }
@@ -72,7 +81,7 @@ async def serve(settings: Settings, station: Station) -> int:
     # One of several takes no connection before it can serve it: the others do.
     sockets = _bind(settings) if isinstance(station, Alone) else []
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
-    server = SERVERS[settings.http](make_loading_app(access), None)
+    server = SERVERS[settings.http](make_loading_app(access), None, _trusted(settings))
     server.add_sockets(sockets)
     station.loading()
     stop = asyncio.ensure_future(asked_to_stop.wait())
@@ -95,6 +104,10 @@ async def serve(settings: Settings, station: Station) -> int:
     await _drain(server, sockets, app, engine, settings.drain_seconds)
     station.stopped()
     return 0
+
+
+def _trusted(settings: Settings) -> TrustedProxies | None:
+    return None if settings.trusted_proxies == "none" else TrustedProxies(settings.trusted_proxies)
 
 
 async def open_engine(settings: Settings) -> Engine:

@@ -37,7 +37,7 @@ LAYERS = (
     "keypool.cli.following keypool.cli.watching",
     # The server
     "keypool.resources",
-    "keypool.errors keypool.tally keypool.limits keypool.notify",
+    "keypool.errors keypool.tally keypool.limits keypool.notify keypool.proxies",
     "keypool.http1.responses keypool.http1.awake",
     "keypool.http1.peer keypool.http1.section keypool.http1.stream",
     "keypool.http1.request",

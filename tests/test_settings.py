@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import keypool
 from keypool.auth import is_loopback
 from keypool.errors import SettingsError, StartError
-from keypool.kinds import Address, Choice, DataFile, EngineName, File, Seconds, Text, Whole
+from keypool.kinds import Address, Choice, DataFile, EngineName, File, Proxies, Seconds, Text, Whole
 from keypool.settings import OPTIONS, Option, Settings, load, settings_table
 
 TOKEN, OTHER = "client-token-0123456789", "viewer-token-0123456789"
@@ -60,6 +60,8 @@ def right_values(option: Option, directory: Path) -> list[object]:
             return [low, low + 0.5, high]
         case Address():
             return ["127.0.0.2", "::1", "localhost"]
+        case Proxies():
+            return ["none", "127.0.0.1", "10.0.0.0/8, fd00::/8,192.0.2.7"]
         case File():
             paths = [directory / f"{i}.toml" for i in range(3)]
             for path in paths:
@@ -128,6 +130,20 @@ def wrong_texts(kind: Text) -> list[str]:
                 "-a",
                 "a" * 64,
                 "é.example",
+            ]
+        case Proxies():
+            return [
+                "",
+                " ",
+                "None",
+                "localhost",
+                "10.0.0.1/8",
+                "10.0.0.0/33",
+                "10.0.0.1:80",
+                "[::1]",
+                "127.0.0.1,",
+                "127.0.0.1,none",
+                "127.0.0.1;127.0.0.2",
             ]
         case File():
             return ["", ".", "does-not-exist.toml", "a\nb.toml"]

@@ -82,8 +82,7 @@ class DashboardHandler(PageHandler):
     @property
     def site(self) -> str:
         """How this server is reached, for lines to copy."""
-        scheme = self.request.headers.get("X-Forwarded-Proto", self.request.protocol)
-        return f"{'https' if scheme == 'https' else 'http'}://{self.request.host}"
+        return f"{self.request.protocol}://{self.request.host}"
 
     @property
     def role(self) -> Role | None:

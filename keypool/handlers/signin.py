@@ -68,7 +68,7 @@ class SignIn(DashboardHandler):
         self.show("login.html", next=wanted, wrong=wrong)
 
     def _set_session(self, cookie: str) -> None:
-        secure = self.request.headers.get("X-Forwarded-Proto", self.request.protocol) == "https"
+        secure = self.request.protocol == "https"
         self.set_cookie(
             COOKIE, cookie, max_age=int(LIFE), path="/", httponly=True, samesite="Strict", secure=secure
         )
