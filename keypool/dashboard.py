@@ -126,8 +126,17 @@ class Dashboard:
                 _log.debug("a second without numbers: %s", error.detail)
             except Exception:
                 _log.exception("a second could not be counted")
+            await self._share_sign_outs()
             self.counting.set()
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
+
+    async def _share_sign_outs(self) -> None:
+        try:
+            await self.sessions.share(self.engine)
+        except KeypoolError as error:
+            _log.debug("sign-outs could not be shared: %s", error.detail)
+        except Exception:
+            _log.exception("sign-outs could not be shared")
 
 
 def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]]:

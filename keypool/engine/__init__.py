@@ -11,7 +11,7 @@ as the single calls would, and answer item by item.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from keypool.answers import (
@@ -29,6 +29,9 @@ from keypool.answers import (
 from keypool.cursor import ListQuery
 from keypool.events import Event
 from keypool.tally import Tally
+
+NOTE = "note."
+"""What the names of notes (`keep_notes`) begin with where they are kept among the pool's own numbers."""
 
 
 class Engine(Protocol):
@@ -91,6 +94,14 @@ class Engine(Protocol):
 
     async def stats(self) -> Stats:
         """O(1)."""
+        ...
+
+    async def notes(self) -> Mapping[str, int]:
+        """What `keep_notes` was given by any server of the pool, those before a restart included. O(notes)."""
+        ...
+
+    async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
+        """Keep whole numbers that are not the pool's own, by name; None forgets one. O(notes)."""
         ...
 
     async def expiring(self, seconds: float) -> int:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from tornado.ioloop import IOLoop
@@ -92,6 +92,7 @@ class EmbeddedEngine:
         self.expiry_lateness = Tally(SECONDS)
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
         self.journal: Journal | None = None
+        self.kept_notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         self._max_waiters = max_waiters
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
@@ -276,6 +277,20 @@ class EmbeddedEngine:
             self.name,
             __version__,
         )
+
+    async def notes(self) -> Mapping[str, int]:
+        """What `keep_notes` was given. O(1)."""
+        return self.kept_notes
+
+    async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
+        """Keep some numbers beside the pool's. O(notes)."""
+        for name, value in notes.items():
+            if value is None:
+                self.kept_notes.pop(name, None)
+            else:
+                self.kept_notes[name] = value
+        if self.journal is not None:
+            await self.journal.note(notes)
 
     async def expiring(self, seconds: float) -> int:
         """Keys that expire within `seconds`. O(seconds)."""
