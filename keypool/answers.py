@@ -59,6 +59,12 @@ class Identity(Answer):
     hint: str
 
 
+class EndedLease(Identity):
+    """A lease that was ended by a caller who did not show its number. For the audit log; no call answers it."""
+
+    lease: int
+
+
 class Row(Answer):
     """A key without its text: `owner` and `release_in` null unless blocked, `lease` null if never served."""
 

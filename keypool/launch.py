@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from keypool.processes import Group
 from keypool.serving import serve
 from keypool.settings import Settings, load
 from keypool.station import Alone, Member
+from keypool.tokens import exposed_files, token_variables
+
+_log = logging.getLogger("keypool")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
             print(in_force.in_force(settings))
             return 0
         logs.configure(settings.log_level, settings.log_format)
+        _warn(settings)
         runtime.spare_the_old_generation()
         if settings.processes > 1:
             return _serve_together(settings)
@@ -30,6 +35,16 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error, 2)
     except StartError as error:
         return _fail(error, 1)
+
+
+def _warn(settings: Settings) -> None:
+    """Say what is allowed and yet hardly meant."""
+    for line in exposed_files(os.environ):
+        _log.warning("%s", line)
+    if not (settings.open or settings.admin_tokens):
+        _log.warning(
+            "there is no admin token, so nobody can generate keys: set %s or %s", *token_variables("admin")
+        )
 
 
 def _serve_together(settings: Settings) -> int:

@@ -53,6 +53,7 @@ METRICS = (
     Described(
         "keypool_calls_total", "counter", "calls answered", "operation; outcome: ok or an error's code"
     ),
+    Described("keypool_auth_failures_total", "counter", "wrong tokens", "kind: token, sign_in"),
     Described("keypool_call_seconds", "histogram", "from a call's head to its answer", "operation"),
     _counter("generated", "keys made"),
     _counter("acquired", "keys served"),
@@ -81,26 +82,36 @@ METRICS = (
 
 
 def exposition(
-    stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Mapping[str, float]
+    stats: Stats,
+    calls: CallTallies,
+    tallies: Mapping[str, Tally],
+    numbers: Mapping[str, float],
+    wrong_tokens: Mapping[str, int],
 ) -> bytes:
     """The whole page in Prometheus's text format. O(1) in the number of keys; some 2 ms.
 
-    `numbers` are the metrics that neither `stats` nor `tallies` has, by full name.
+    `numbers` are the metrics that neither `stats` nor `tallies` has, by full name; `wrong_tokens` counts by kind.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(stats, calls, tallies, numbers))
+    registry.register(_Snapshot(stats, calls, tallies, numbers, wrong_tokens))
     ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 
 class _Snapshot(Collector):
     def __init__(
-        self, stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Mapping[str, float]
+        self,
+        stats: Stats,
+        calls: CallTallies,
+        tallies: Mapping[str, Tally],
+        numbers: Mapping[str, float],
+        wrong_tokens: Mapping[str, int],
     ) -> None:
         self._stats = stats
         self._calls = calls
         self._tallies = tallies
         self._numbers = numbers
+        self._wrong_tokens = wrong_tokens
 
     def collect(self) -> Iterator[Metric]:
         for described in METRICS:
@@ -131,6 +142,10 @@ class _Snapshot(Collector):
         for (operation, outcome), count in self._calls.outcomes.items():
             counts.add_metric([operation, outcome], count)
         yield counts
+        failures = CounterMetricFamily("keypool_auth_failures", "wrong tokens", labels=["kind"])
+        for kind, count in self._wrong_tokens.items():
+            failures.add_metric([kind], count)
+        yield failures
         seconds = HistogramMetricFamily(
             "keypool_call_seconds", "from a call's head to its answer", labels=["operation"]
         )

@@ -184,6 +184,7 @@ async def _drain(
         _log.warning("%d requests were cut: not answered within --drain-seconds", in_flight.count)
     # In this turn, before anybody asks again: what would be done now could not be answered any more.
     server.cut_all()
+    app.settings["dispatcher"].wrong_tokens.close()
     closing = [asyncio.ensure_future(each) for each in (server.close_all_connections(), engine.close())]
     done, _ = await asyncio.wait(closing, timeout=max(0.1, deadline - time.monotonic()))
     for step in done:

@@ -19,6 +19,7 @@ from keypool.notify import Notifier
 BEAT_SECONDS = 1.0
 DRAIN, READY, BEAT = b"d", b"r", b"."
 _log = logging.getLogger("keypool")
+_ready_log = logging.getLogger("keypool.ready")
 
 
 class Station(Protocol):
@@ -73,7 +74,7 @@ class Alone:
 
     def ready(self, url: str) -> None:
         """See Station."""
-        _log.info("ready on %s", url)
+        _ready_log.info("ready on %s", url)
         self._notifier.ready(f"serving on {url}")
 
     def draining(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from keypool.answers import (
+    EndedLease,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -56,12 +57,18 @@ class Engine(Protocol):
         """Serve up to `count` keys, at least one. O(k log n). Raises NoKeyAvailable."""
         ...
 
-    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
-        """O(log n). Raises UnknownKey, StaleLease."""
+    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
+        """O(log n). Raises UnknownKey, StaleLease.
+
+        A lease that this ends although `lease` is None is added to `ended`, as soon as the change is made: it is
+        there even if the call goes on to raise StorageUnavailable.
+        """
         ...
 
-    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
-        """ "done", "unknown" or "stale" for each item. O(k log n)."""
+    async def unblock_many(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+    ) -> list[str]:
+        """ "done", "unknown" or "stale" for each item; `ended` as for one. O(k log n)."""
         ...
 
     async def keepalive(self, ref: Ref) -> KeptAlive:

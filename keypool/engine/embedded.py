@@ -19,6 +19,7 @@ from tornado.ioloop import IOLoop
 
 from keypool import __version__
 from keypool.answers import (
+    EndedLease,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -150,18 +151,20 @@ class EmbeddedEngine:
         await self._kept_leases(leases)
         return leases
 
-    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
+    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
         """Free a key. O(log n)."""
         self._require_storage()
         key = self._find(ref, self.now()) or await self._gone(ref)
         try:
-            changed = self._unblock(key, lease)
+            changed = self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
         finally:
             if self.journal is not None and (commit := self.journal.commit_of(key.id)) is not None:
                 await commit
         return Unblocked(key.id, State.AVAILABLE, changed)
 
-    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
+    async def unblock_many(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+    ) -> list[str]:
         """Free keys one by one. O(items · log n)."""
         self._require_storage()
         outcomes = []
@@ -169,7 +172,7 @@ class EmbeddedEngine:
             key = self._find(ref, self.now())
             try:
                 if key is not None:
-                    self._unblock(key, lease)
+                    self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
                 outcomes.append("unknown" if key is None else "done")
             except StaleLease:
                 outcomes.append("stale")
@@ -374,6 +377,14 @@ class EmbeddedEngine:
         changed = self.pool.unblock(key, lease)
         if self._waiters:
             self._serve_waiters(self.now())
+        return changed
+
+    def _end_lease(self, key: Key, lease: int | None, ended: list[EndedLease]) -> bool:
+        """The same, with a note of the lease that ends without its number shown."""
+        latest = key.lease  # a waiter may be served in the same step, under the next number
+        changed = self._unblock(key, lease)
+        if changed and lease is None:
+            ended.append(EndedLease(key.id, key.hint, latest))
         return changed
 
     def _find(self, ref: Ref, now: float) -> Key | None:

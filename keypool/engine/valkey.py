@@ -37,6 +37,7 @@ from typing import Any, NoReturn
 
 from keypool import __version__
 from keypool.answers import (
+    EndedLease,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -187,9 +188,9 @@ class ValkeyEngine:
             self._refuse()
         return [lease for _, lease in taken]
 
-    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
+    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
         """Free a key. O(log n)."""
-        outcome, id, latest_lease = (await self._unblock([(ref, lease)]))[0]
+        outcome, id, latest_lease = (await self._unblock([(ref, lease)], ended))[0]
         if outcome == -1:
             raise UnknownKey
         if outcome == -2:
@@ -197,10 +198,12 @@ class ValkeyEngine:
             raise StaleLease(lease, latest_lease or None)
         return Unblocked(id, State.AVAILABLE, outcome == 1)
 
-    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
+    async def unblock_many(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+    ) -> list[str]:
         """Free keys one by one. O(items * log n)."""
         words = {1: "done", 0: "done", -1: "unknown", -2: "stale"}
-        return [words[outcome] for outcome, _, _ in await self._unblock(items)]
+        return [words[outcome] for outcome, _, _ in await self._unblock(items, ended)]
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Put off a key's expiry. O(log n)."""
@@ -390,7 +393,9 @@ class ValkeyEngine:
 
     # -- steps of the calls
 
-    async def _unblock(self, items: Sequence[tuple[Ref, int | None]]) -> list[Reply]:
+    async def _unblock(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None
+    ) -> list[Reply]:
         texts = await self._partitions.texts_of([ref for ref, _ in items])
         asked = [
             (self._partitions.of(text), text, "" if lease is None else lease)
@@ -398,7 +403,12 @@ class ValkeyEngine:
             if text is not None
         ]
         said = iter(await self._partitions.each("unblock", asked))
-        return [(-1, 0, 0) if text is None else next(said) for text in texts]
+        replies = [(-1, 0, 0) if text is None else next(said) for text in texts]
+        if ended is not None:
+            for text, (_, lease), (outcome, id, latest_lease) in zip(texts, items, replies, strict=True):
+                if text is not None and lease is None and outcome == 1:
+                    ended.append(EndedLease(id, hint(text), latest_lease))
+        return replies
 
     async def _keepalive(self, refs: Sequence[Ref]) -> list[int]:
         texts = await self._partitions.texts_of(refs)

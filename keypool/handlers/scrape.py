@@ -48,4 +48,5 @@ class Metrics(PageHandler):
             "keypool_storage_up": int(engine.storage_up()),
         }
         tallies = engine.tallies() | scraped.tallies
-        self._answer(exposition(stats, self.dispatcher.calls, tallies, numbers), CONTENT_TYPE)
+        calls, wrong_tokens = self.dispatcher.calls, self.dispatcher.wrong_tokens.counts
+        self._answer(exposition(stats, calls, tallies, numbers, wrong_tokens), CONTENT_TYPE)
