@@ -61,6 +61,12 @@ class Identity(Answer):
     hint: str
 
 
+class EndedLease(Identity):
+    """A lease that was ended by a caller who did not show its number. For the audit log; no call answers it."""
+
+    lease: int
+
+
 Moment = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 
 

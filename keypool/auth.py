@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import lru_cache
 from urllib.parse import urlsplit
 
-from keypool.errors import CrossSite, Unauthorized, WrongHost
+from keypool.errors import CrossSite, Unauthorized, WrongHost, WrongToken
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -46,7 +46,7 @@ def mark_of(digest: bytes) -> str:
 NOBODY = Caller(Role.CLIENT, "none")
 """The caller of a call that asks for no token."""
 
-ANYONE = Caller(Role.ADMIN, "open")
+ANYONE = Caller(Role.ADMIN, "none")
 """Whoever calls an open server."""
 
 XSRF_HEADER = "X-Keypool-Xsrf"
@@ -107,7 +107,10 @@ class Access:
         return dict(self._callers)
 
     def identify(self, authorization: str | None) -> Caller:
-        """The caller of a request with this Authorization header. About 1 µs. Raises Unauthorized."""
+        """The caller of a request with this Authorization header. About 1 µs. Raises Unauthorized.
+
+        Raises WrongToken, for the caller to have it counted (wrong_tokens.py), if there is a token that nobody knows.
+        """
         if self.open:
             return ANYONE
         if authorization is None:
@@ -115,9 +118,10 @@ class Access:
         scheme, _, token = authorization.strip().partition(" ")
         if scheme.lower() != "bearer":
             raise Unauthorized("the Authorization header must be of the form: Bearer TOKEN")
-        caller = self._callers.get(hashlib.sha256(token.strip().encode()).digest())
+        digest = hashlib.sha256(token.strip().encode()).digest()
+        caller = self._callers.get(digest)
         if caller is None:
-            raise Unauthorized("this token is not known to the server")
+            raise WrongToken(digest.hex()[:8])
         return caller
 
     def check_site(self, headers: Mapping[str, str], changes: bool) -> None:

@@ -1,6 +1,6 @@
 """The dashboard's one object: what its handlers share, and the second hand that drives it.
 
-    Dashboard = history + feed + sessions + throttle + loop stall + templates and assets
+    Dashboard = history + feed + sessions + loop stall + templates and assets
 
 Once a second it takes a sample of the engine. Everything else happens when somebody asks. The pages are
 server-rendered from these facts and work for reading without scripts; the scripts then keep them live from
@@ -30,7 +30,6 @@ from keypool.history import History
 from keypool.resources import folder
 from keypool.session import Sessions
 from keypool.settings import OPTIONS, Settings
-from keypool.throttle import Throttle
 from keypool.tokens import ROLES, token_variables
 from keypool.vitals import LoopStall, engine_figures
 
@@ -65,7 +64,6 @@ class Dashboard:
         self.history = History()
         self.feed = Feed(engine, self.history, settings.max_viewers, time.time)
         self.sessions = Sessions(access)
-        self.throttle = Throttle()
         self.stall = LoopStall()
         self.assets = Assets()
         self.expiring = 0
@@ -126,8 +124,17 @@ class Dashboard:
                 _log.debug("a second without numbers: %s", error.detail)
             except Exception:
                 _log.exception("a second could not be counted")
+            await self._share_sign_outs()
             self.counting.set()
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
+
+    async def _share_sign_outs(self) -> None:
+        try:
+            await self.sessions.share(self.engine)
+        except KeypoolError as error:
+            _log.debug("sign-outs could not be shared: %s", error.detail)
+        except Exception:
+            _log.exception("sign-outs could not be shared")
 
 
 def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]]:

@@ -16,7 +16,8 @@
     │       └── TooManySignIns       too many wrong tokens from one address
     └── RequestRefused               the request itself is wrong, or not this caller's
         ├── BadRequest               malformed JSON, a wrong field or parameter, out of range
-        ├── Unauthorized  Forbidden  CrossSite  WrongHost
+        ├── Unauthorized             no token; WrongToken: one that nobody knows
+        ├── Forbidden  CrossSite  WrongHost
         ├── NotFound                 no such path
         ├── MethodNotAllowed         carries `allow`, the methods that the path has
         ├── UpgradeRequired          the feed, asked without a websocket
@@ -32,6 +33,7 @@ class stands once, in handlers/problems.py.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 
@@ -169,13 +171,17 @@ class TooManyViewers(TooMany):
 
 
 class TooManySignIns(TooMany):
-    """Wrong tokens came too often from this address."""
+    """Wrong tokens came too often from this address. A right one is taken all the same."""
 
     code = "too-many-sign-ins"
     title = "Too many sign-ins"
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__("too many wrong tokens from this address; wait, then try again", retry_after)
+        super().__init__(
+            "this token is not known to the server, and too many wrong ones came from this address: try the next "
+            f"one in {math.ceil(retry_after)} s",
+            retry_after,
+        )
 
 
 class RequestRefused(KeypoolError):
@@ -194,6 +200,14 @@ class Unauthorized(RequestRefused):
 
     code = "unauthorized"
     title = "Unauthorized"
+
+
+class WrongToken(Unauthorized):
+    """A token that nobody knows. `mark` is the start of its digest, for the audit log."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__("this token is not known to the server")
+        self.mark = mark
 
 
 class Forbidden(RequestRefused):

@@ -9,13 +9,16 @@ from keypool.handlers.dispatch import Dispatcher, too_large, unexpected
 from keypool.handlers.raw import RawHead, wire
 from keypool.http1 import Refusal, Server
 from keypool.limits import Limits
+from keypool.proxies import TrustedProxies
 
 
 class FastServer(Server):
     """See the module."""
 
-    def __init__(self, app: Application, limits: Limits | None = None) -> None:
-        super().__init__(app, limits=limits, on_refused=self._refused)
+    def __init__(
+        self, app: Application, limits: Limits | None = None, trusted: TrustedProxies | None = None
+    ) -> None:
+        super().__init__(app, limits=limits, trusted=trusted, on_refused=self._refused)
 
     def _refused(self, refusal: Refusal) -> bytes | None:
         """The whole answer to a refused request; None, a bare one, where it isn't an HTTP request."""

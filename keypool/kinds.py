@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from keypool.engine.valkey_url import TAKES, parse, without_password
 from keypool.errors import SettingsError
+from keypool.proxies import TrustedProxies
 
 Given = TypeVar("Given")
 
@@ -147,6 +148,19 @@ class Address(Text):
         if not self._host_name.fullmatch(value):
             ipaddress.ip_address(value)
         return value
+
+
+class Proxies(Text):
+    """Addresses and networks of proxies; `none` for none, in place of what a file or a variable has."""
+
+    def __init__(self) -> None:
+        super().__init__("addresses or networks (10.0.0.0/8, fd00::/8), separated by commas, or none")
+
+    def _check(self, value: object) -> object:
+        text = str(super()._check(value))
+        if text != "none":
+            TrustedProxies(text)
+        return text
 
 
 class File(Text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -16,9 +17,10 @@ from keypool.processes import Group
 from keypool.serving import serve
 from keypool.settings import Settings, load
 from keypool.station import IGNORED_SIGNALS, Alone, Member
-from keypool.tokens import ROLES, read_tokens
+from keypool.tokens import ROLES, exposed_files, read_tokens, token_variables
 
 _BROKEN_PIPE = 128 + 13  # as a shell reports a program that SIGPIPE ended
+_log = logging.getLogger("keypool")
 
 
 def main(argv: Sequence[str], program: str = "python server.py") -> int:
@@ -36,6 +38,7 @@ def main(argv: Sequence[str], program: str = "python server.py") -> int:
             return 0
         _require_files()
         logs.configure(settings.log_level, settings.log_format)
+        _warn(settings)
         runtime.spare_the_old_generation()
         if settings.processes > 1:
             return _serve_together(settings)
@@ -71,6 +74,16 @@ def _require_files() -> None:
         raise StartError(
             f"the system allows {allowed} open files, and the server takes {SPARE_FILES} beside its connections: "
             "raise the limit (ulimit -n)"
+        )
+
+
+def _warn(settings: Settings) -> None:
+    """Say what is allowed and yet hardly meant."""
+    for line in exposed_files(os.environ):
+        _log.warning("%s", line)
+    if not (settings.open or settings.admin_tokens):
+        _log.warning(
+            "there is no admin token, so nobody can generate keys: set %s or %s", *token_variables("admin")
         )
 
 

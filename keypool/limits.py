@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import TypeVar
@@ -62,7 +62,7 @@ class Limits:
     """In all; fewer where the system allows fewer open files."""
 
     connections_per_address: int = 4096
-    """For each address; an IPv6 network of 64 bits is one. None for loopback, where a proxy is."""
+    """For each address; an IPv6 network of 64 bits is one. None for loopback and for trusted proxies."""
 
     unfinished_bytes: int = 64 * 1024 * 1024
     """Of heads and bodies that aren't whole yet, in all."""
@@ -116,10 +116,11 @@ def allowed_files(wanted: int) -> int:
 class Doorman:
     """Who is in, by address: lets a connection in or not."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, trusted: Container[str] = ()) -> None:
         self._limits = limits
         self.most = allowed_connections(limits)
         """Connections that may be in at a time."""
+        self._trusted = trusted  # proxies: many callers share their addresses
         self._inside: dict[str, int] = {}
         self._warned_at = -_WARN_EVERY
         self.count = 0
@@ -131,7 +132,8 @@ class Doorman:
         """Whether one more connection from this address is let in. O(1)."""
         place = _place(address)
         inside = self._inside.get(place, 0)
-        if self.count >= self.most or (place and inside >= self._limits.connections_per_address):
+        crowded = place and inside >= self._limits.connections_per_address and address not in self._trusted
+        if self.count >= self.most or crowded:
             self.refused += 1
             self._warn(address)
             return False

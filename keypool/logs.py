@@ -95,6 +95,9 @@ def configure(level: str, format: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("tornado.general").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # Whatever the level: what was done to the keys, and where the server is to be found.
+    for name in ("keypool.audit", "keypool.ready"):
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
 
 

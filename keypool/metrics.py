@@ -61,6 +61,7 @@ METRICS = (
     Described(
         "keypool_calls_total", "counter", "calls answered", "operation; outcome: ok or an error's code"
     ),
+    Described("keypool_auth_failures_total", "counter", "wrong tokens", "kind: token, sign_in"),
     Described(
         "keypool_call_seconds",
         "histogram",
@@ -93,37 +94,29 @@ METRICS = (
 """Every metric, in the order of the docs. Those of the process are there on Linux only."""
 
 
-def exposition(
-    stats: Stats,
-    calls: CallTallies,
-    tallies: Mapping[str, Tally],
-    numbers: Mapping[str, float],
-    limits: Mapping[str, float],
-) -> bytes:
+Numbers = Mapping[str, float | Mapping[str, float]]
+"""Values by the full name of their metric; of one with a label, by the label's value."""
+
+
+def exposition(stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Numbers) -> bytes:
     """The whole page in Prometheus's text format. O(1) in the number of keys; some 2 ms.
 
-    `numbers` are the metrics that neither `stats` nor `tallies` has, by full name; `limits` those of `keypool_limit`.
+    `numbers` are the metrics that neither `stats` nor `tallies` has.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(stats, calls, tallies, numbers, limits))
+    registry.register(_Snapshot(stats, calls, tallies, numbers))
     ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 
 class _Snapshot(Collector):
     def __init__(
-        self,
-        stats: Stats,
-        calls: CallTallies,
-        tallies: Mapping[str, Tally],
-        numbers: Mapping[str, float],
-        limits: Mapping[str, float],
+        self, stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Numbers
     ) -> None:
         self._stats = stats
         self._calls = calls
         self._tallies = tallies
         self._numbers = numbers
-        self._limits = limits
 
     def collect(self) -> Iterator[Metric]:
         for described in METRICS:
@@ -139,8 +132,13 @@ class _Snapshot(Collector):
         value = self._numbers.get(described.name)
         if value is None:
             value = getattr(self._stats, described.source)
-        family = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
-        return family(described.name, described.about, value=value)
+        kind = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
+        if not isinstance(value, Mapping):
+            return kind(described.name, described.about, value=value)
+        family = kind(described.name, described.about, labels=[described.labels.partition(":")[0]])
+        for label, each in value.items():
+            family.add_metric([label], each)
+        return family
 
     def _labelled(self) -> Iterator[Metric]:
         keys = GaugeMetricFamily("keypool_keys", "keys", labels=["state"])
@@ -150,10 +148,6 @@ class _Snapshot(Collector):
         build = GaugeMetricFamily("keypool_build_info", "always 1", labels=["version", "engine"])
         build.add_metric([__version__, self._stats.engine], 1)
         yield build
-        limits = GaugeMetricFamily("keypool_limit", "upper limits in force", labels=["limit"])
-        for name, most in self._limits.items():
-            limits.add_metric([name], most)
-        yield limits
         counts = CounterMetricFamily("keypool_calls", "calls answered", labels=["operation", "outcome"])
         for (operation, outcome), count in self._calls.outcomes.items():
             counts.add_metric([operation, outcome], count)

@@ -7,8 +7,8 @@ type, or raises an error of errors.py; it knows no HTTP beyond the row that it s
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from keypool.answers import (
     DeletedKeys,
+    EndedLease,
     GeneratedKey,
     GeneratedKeys,
     Identity,
@@ -32,6 +33,7 @@ from keypool.answers import (
     Unblocked,
     UnblockedKeys,
 )
+from keypool.audit import asked_for, audit, known
 from keypool.auth import Caller, Role
 from keypool.cursor import ListQuery
 from keypool.engine import Engine
@@ -43,6 +45,7 @@ from keypool.errors import (
     NoKeyAvailable,
     PoolFull,
     StaleLease,
+    StorageUnavailable,
     TooManyWaiters,
     UnknownKey,
 )
@@ -53,8 +56,6 @@ CLIENT = frozenset({Role.CLIENT, Role.ADMIN})
 VIEWER = frozenset({Role.VIEWER, Role.ADMIN})
 ADMIN = frozenset({Role.ADMIN})
 CLIENT_OR_VIEWER = CLIENT | VIEWER
-
-_audit = logging.getLogger("keypool.audit")
 
 MAX_BATCH = 1000
 MAX_WAIT = 60
@@ -186,6 +187,8 @@ class Operation:
     legacy: bool = False
     head: Run | None = None  # what HEAD does, where doing as GET does would change something
     changes: bool = field(default=True)  # whether it changes anything, feed and counters apart
+    acquires: bool = False
+    audits_refusals: bool = False  # a caller without the role is written to the audit log, too
 
 
 # -- the calls
@@ -211,37 +214,88 @@ def key_ref(text: str, caller: Caller) -> Ref:
     return int(number)
 
 
-def audit(call: Call, act: str, named: Sequence[Identity]) -> None:
-    """Write who did what to which keys to the logger keypool.audit."""
-    keys = [f"id:{key.id} {key.hint}" for key in named]
-    fields = {
-        "act": act,
-        "role": call.caller.role.value,
-        "token": call.caller.token,
-        "address": call.address,
-        "request_id": call.request_id,
-        "keys": keys,
-    }
-    _audit.info(
-        "%s by %s (token %s) from %s, request %s: %s",
+def ends_with_caller(operation: Operation, call: Call) -> bool:
+    """Whether a call ends when its caller hangs up. Only an acquire does: a key that it was given is available again.
+
+    Everything else runs to its end, so that what it changes stands in the audit log.
+    """
+    return operation.acquires or isinstance(call.body, AcquireBatch)
+
+
+# -- the audit log
+
+
+def write_audit(
+    call: Call, act: str, keys: Sequence[str], outcome: str = "ok", count: int | None = None, **facts: int
+) -> None:
+    """Write which caller did what to which keys; of a batch, to how many, the first and the last."""
+    audit(
         act,
-        call.caller.role.value,
-        call.caller.token,
-        call.address,
-        call.request_id,
-        ", ".join(keys) or "none",
-        extra={"audit": fields},
+        role=call.caller.role.value,
+        token=call.caller.token,
+        address=call.address,
+        request_id=call.request_id,
+        outcome=outcome,
+        keys=keys,
+        count=count,
+        **facts,
     )
 
 
-async def _generate(engine: Engine, call: Call) -> GeneratedKey:
-    return (await _generate_audited(engine, call, 1))[0]
+def audit_refused(operation: Operation, call: Call, error: KeypoolError) -> None:
+    """Write that a caller was refused for its role, if the operation wants that."""
+    if operation.audits_refusals:
+        write_audit(call, operation.name, [asked_for(call.key)], error.code)
 
 
-async def _generate_audited(engine: Engine, call: Call, count: int) -> list[GeneratedKey]:
-    made = await engine.generate(count)
-    audit(call, "generate", [Identity(key.id, hint(key.key)) for key in made])
+@contextmanager
+def _unknown_outcome(call: Call, act: str, keys: Sequence[str], count: int | None = None) -> Iterator[None]:
+    """Write what was asked for if the storage fails: the change may be kept all the same."""
+    try:
+        yield
+    except StorageUnavailable as error:
+        write_audit(call, act, keys, error.code, count)
+        raise
+
+
+def _ends(keys: Sequence[T]) -> Sequence[T]:
+    """The first and the last."""
+    return [keys[0], keys[-1]] if keys else []
+
+
+async def generate_audited(engine: Engine, call: Call) -> GeneratedKey:
+    """Make a key. Raises PoolFull, StorageUnavailable."""
+    with _unknown_outcome(call, "generate", []):
+        [made] = await engine.generate(1)
+    write_audit(call, "generate", [_made(made)])
     return made
+
+
+def _made(key: GeneratedKey) -> str:
+    return known(Identity(key.id, hint(key.key)))
+
+
+async def delete_audited(engine: Engine, call: Call, text: str) -> None:
+    """Purge a key, by its text or `id:N`. Raises Forbidden, UnknownKey, StorageUnavailable."""
+    ref = key_ref(text, call.caller)
+    with _unknown_outcome(call, "delete", [asked_for(text)]):
+        gone = await engine.delete(ref)
+    write_audit(call, "delete", [known(gone)])
+
+
+async def unblock_audited(engine: Engine, call: Call, text: str) -> Unblocked:
+    """Free a key whoever holds it, by its text or `id:N`. Raises Forbidden, UnknownKey, StorageUnavailable."""
+    ref = key_ref(text, call.caller)
+    ended: list[EndedLease] = []
+    outcome = "ok"
+    try:
+        return await engine.unblock(ref, None, ended)
+    except StorageUnavailable as error:
+        outcome = error.code
+        raise
+    finally:
+        for key in ended:
+            write_audit(call, "unblock", [known(key)], outcome, lease=key.lease)
 
 
 def _acquire(engine: Engine, call: Call) -> Answering[Lease]:
@@ -253,15 +307,17 @@ def _acquire(engine: Engine, call: Call) -> Answering[Lease]:
 
 def _unblock(engine: Engine, call: Call) -> Answering[Unblocked]:
     body: UnblockBody | None = call.body
-    return engine.unblock(key_ref(call.key, call.caller), None if body is None else body.lease)
+    if body is None or body.lease is None:
+        return unblock_audited(engine, call, call.key)
+    return engine.unblock(key_ref(call.key, call.caller), body.lease)
 
 
 def _keepalive(engine: Engine, call: Call) -> Answering[KeptAlive]:
     return engine.keepalive(key_ref(call.key, call.caller))
 
 
-async def _delete(engine: Engine, call: Call) -> None:
-    audit(call, "delete", [await engine.delete(key_ref(call.key, call.caller))])
+def _delete(engine: Engine, call: Call) -> Answering[None]:
+    return delete_audited(engine, call, call.key)
 
 
 def _get(engine: Engine, call: Call) -> Answering[Row]:
@@ -269,8 +325,12 @@ def _get(engine: Engine, call: Call) -> Answering[Row]:
 
 
 async def _reveal(engine: Engine, call: Call) -> Revealed:
-    revealed = await engine.reveal(key_ref(call.key, call.caller))
-    audit(call, "reveal", [Identity(revealed.id, hint(revealed.key))])
+    try:
+        revealed = await engine.reveal(key_ref(call.key, call.caller))
+    except KeypoolError as error:
+        write_audit(call, "reveal", [asked_for(call.key)], error.code)
+        raise
+    write_audit(call, "reveal", [known(Identity(revealed.id, hint(revealed.key)))])
     return revealed
 
 
@@ -306,7 +366,10 @@ async def _batch(engine: Engine, call: Call) -> Any:
 
 
 async def _generate_batch(engine: Engine, call: Call, body: GenerateBatch) -> GeneratedKeys:
-    return GeneratedKeys(await _generate_audited(engine, call, body.count))
+    with _unknown_outcome(call, "generate", [], body.count):
+        made = await engine.generate(body.count)
+    write_audit(call, "generate", [_made(key) for key in _ends(made)], count=len(made))
+    return GeneratedKeys(made)
 
 
 async def _acquire_batch(engine: Engine, call: Call, body: AcquireBatch) -> Leases:
@@ -322,7 +385,18 @@ async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> Unbl
     pairs = [(item, None) if isinstance(item, str) else (item.key, item.lease) for item in body.keys]
     texts = [text for text, _ in pairs]
     refs = _refs(texts, call)
-    outcomes = await engine.unblock_many([(ref, lease) for ref, (_, lease) in zip(refs, pairs, strict=True)])
+    ended: list[EndedLease] = []
+    outcome = "ok"
+    try:
+        outcomes = await engine.unblock_many(
+            [(ref, lease) for ref, (_, lease) in zip(refs, pairs, strict=True)], ended
+        )
+    except StorageUnavailable as error:
+        outcome = error.code
+        raise
+    finally:
+        if ended:
+            write_audit(call, "unblock", [known(key) for key in _ends(ended)], outcome, len(ended))
     sorted_out: dict[str, list[str]] = {"done": [], "unknown": [], "stale": []}
     for text, outcome in zip(texts, outcomes, strict=True):
         sorted_out[outcome].append(text)
@@ -330,9 +404,12 @@ async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> Unbl
 
 
 async def _delete_batch(engine: Engine, call: Call, body: DeleteBatch) -> DeletedKeys:
-    gone = await engine.delete_many(_refs(body.keys, call))
+    refs = _refs(body.keys, call)
+    with _unknown_outcome(call, "delete", [asked_for(text) for text in _ends(body.keys)], len(refs)):
+        gone = await engine.delete_many(refs)
     purged = [identity for identity in gone if identity is not None]
-    audit(call, "delete", purged)
+    if purged:
+        write_audit(call, "delete", [known(key) for key in _ends(purged)], count=len(purged))
     return DeletedKeys(
         len(purged), [text for text, identity in zip(body.keys, gone, strict=True) if identity is None]
     )
@@ -354,7 +431,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/keys",
         ADMIN,
         "Make a key, available at once.",
-        _generate,
+        generate_audited,
         GeneratedKey,
         created=(GeneratedKey,),
         errors=(PoolFull,),
@@ -370,6 +447,7 @@ OPERATIONS: tuple[Operation, ...] = (
         Lease,
         body=AcquireBody,
         errors=(NoKeyAvailable, TooManyWaiters, Draining),
+        acquires=True,
     ),
     Operation(
         "unblock",
@@ -423,6 +501,7 @@ OPERATIONS: tuple[Operation, ...] = (
         _reveal,
         Revealed,
         errors=(UnknownKey,),
+        audits_refusals=True,
     ),
     Operation(
         "list",

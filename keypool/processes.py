@@ -39,6 +39,7 @@ _KILL_AFTER = 1.0  # seconds that a process may take longer than --drain-seconds
 _BEATS_MISSED = 3  # before a process is taken to hang, at least
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _log = logging.getLogger("keypool")
+_ready_log = logging.getLogger("keypool.ready")
 
 
 @dataclass
@@ -237,7 +238,7 @@ class Group:
         self._announced = True
         host = f"[{self.address}]" if ":" in self.address else self.address
         url = f"http://{host}:{self.port}/"
-        _log.info("ready on %s", url)
+        _ready_log.info("ready on %s", url)
         self._notifier.ready(f"{self.count} processes serving on {url}", feed=False)
 
     # -- watching

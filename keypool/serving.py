@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from keypool.fast import FastServer
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.scrape import Scraped
 from keypool.limits import Doorman, Limits
+from keypool.proxies import TrustedProxies
 from keypool.settings import Settings
 from keypool.station import Alone, Member, Station
 from keypool.stock import StockServer
@@ -61,7 +62,15 @@ class HttpServer(Protocol):
     async def close_all_connections(self) -> None: ...  # noqa: D102
 
 
-SERVERS: dict[str, Callable[[Application, Limits | None], HttpServer]] = {
+class ServerClass(Protocol):
+    """Either server's class: what makes one."""
+
+    def __call__(  # noqa: D102
+        self, app: Application, limits: Limits | None, trusted: TrustedProxies | None = None
+    ) -> HttpServer: ...
+
+
+SERVERS: dict[str, ServerClass] = {
     "fast": FastServer,
     "tornado": StockServer,
 }
@@ -75,7 +84,7 @@ async def serve(settings: Settings, station: Station) -> int:
     sockets = _bind(settings) if isinstance(station, Alone) else []
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
     app = make_loading_app(access)
-    server = SERVERS[settings.http](app, None)
+    server = SERVERS[settings.http](app, None, _trusted(settings))
 
     def callers_changed() -> None:
         app.forget_callers()
@@ -106,6 +115,10 @@ async def serve(settings: Settings, station: Station) -> int:
     await _drain(server, sockets, app, engine, settings.drain_seconds)
     station.stopped()
     return 0
+
+
+def _trusted(settings: Settings) -> TrustedProxies | None:
+    return None if settings.trusted_proxies == "none" else TrustedProxies(settings.trusted_proxies)
 
 
 async def open_engine(settings: Settings) -> Engine:
@@ -184,6 +197,7 @@ async def _drain(
         _log.warning("%d requests were cut: not answered within --drain-seconds", in_flight.count)
     # In this turn, before anybody asks again: what would be done now could not be answered any more.
     server.cut_all()
+    app.settings["dispatcher"].wrong_tokens.close()
     closing = [asyncio.ensure_future(each) for each in (server.close_all_connections(), engine.close())]
     done, _ = await asyncio.wait(closing, timeout=max(0.1, deadline - time.monotonic()))
     for step in done:

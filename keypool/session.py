@@ -13,8 +13,15 @@ operations with its role check and audit log. The dispatcher takes the cookie on
 another site can neither read the value nor send the header (and its Origin is refused besides). The feed
 can't carry the header: there the Origin, which browsers always send with a websocket, must be this server's.
 
-A sign-out is remembered by this process until the cookie would have ended. What this module does not do: know
-paths or pages (handlers/signin.py has them).
+A sign-out is a note that is kept with the pool's data until the cookie would have ended, so that it holds after a
+restart and on all servers of the pool. For each token there are `MOST_ENDED` such notes at most. With one more, the
+session that began first gives way to a moment, before which all sessions of that token have ended:
+
+    session.MARK.ID    the session's natural end    a session that was signed out
+    void.MARK          a moment                     sessions of this token that began by then have ended
+
+Both are in milliseconds of the wall clock. What this module does not do: know paths or pages (handlers/signin.py has
+them), or how notes are kept (the engine does).
 """
 
 from __future__ import annotations
@@ -32,23 +39,37 @@ import msgspec
 from tornado.httputil import parse_cookie
 
 from keypool.auth import ANYONE, XSRF_HEADER, Access, Caller, Role, mark_of
+from keypool.engine import Engine
 from keypool.errors import Forbidden, Unauthorized
 
 COOKIE = "keypool_session"
 LIFE = 12 * 3600.0
 """Seconds until somebody who signed in has to sign in again: a working day."""
 
+MOST_ENDED = 64
+"""Sign-outs that are kept one by one for each token."""
+
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and 30 to 60 ms, once a token
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Somebody who signed in. `id` is None on an open server, where nobody has to."""
+    """Somebody who signed in. `id` is None on an open server, where nobody has to. `mark` is that of the token."""
 
     caller: Caller
     id: str | None = None
     mark: str = ""
     ends_at: float = float("inf")
+
+    @property
+    def note(self) -> str:
+        """The name of the note that says that this session was signed out."""
+        return f"session.{self.mark}.{self.id}"
+
+    @property
+    def began(self) -> int:
+        """When, in milliseconds."""
+        return _milliseconds(self.ends_at - LIFE)
 
 
 class Sessions:
@@ -59,7 +80,8 @@ class Sessions:
         self._wall = wall
         self._keys: dict[str, bytes] = {}
         self.prepare(digest for digest, caller in access.callers().items() if caller.role is not Role.CLIENT)
-        self._ended: dict[str, float] = {}
+        self._notes: dict[str, int] = {}
+        self._unshared: dict[str, int | None] = {}
         access.by_session = self._caller_of_call
 
     def prepare(self, digests: Iterable[bytes]) -> None:
@@ -96,18 +118,58 @@ class Sessions:
 
     def alive(self, session: Session) -> bool:
         """Whether a session, once believed, still holds. O(1)."""
+        if not self._access.knows(session.caller):
+            return False
+        if session.id is None:
+            return True
         return (
             session.ends_at > self._wall()
-            and session.id not in self._ended
-            and self._access.knows(session.caller)
+            and session.note not in self._notes
+            and session.began > self._notes.get(f"void.{session.mark}", 0)
         )
 
     def end(self, session: Session) -> None:
-        """Sign out: the cookie is worth nothing from now on."""
-        now = self._wall()
-        self._ended = {ended: until for ended, until in self._ended.items() if until > now}
-        if session.id is not None:
-            self._ended[session.id] = session.ends_at
+        """Sign out: the cookie is worth nothing here from now on, and elsewhere once it is shared. O(notes)."""
+        if session.id is None:
+            return
+        life, now = _milliseconds(LIFE), _milliseconds(self._wall())
+        for name, moment in list(self._notes.items()):
+            if moment + (life if name.startswith("void.") else 0) <= now:
+                self._note(name, None)
+        self._note(session.note, _milliseconds(session.ends_at))
+        prefix = f"session.{session.mark}."
+        ended = [(moment, name) for name, moment in self._notes.items() if name.startswith(prefix)]
+        if len(ended) > MOST_ENDED:
+            moment, name = min(ended)
+            self._note(name, None)
+            void = f"void.{session.mark}"
+            self._note(void, max(moment - life, self._notes.get(void, 0)))
+
+    def _note(self, name: str, moment: int | None) -> None:
+        self._unshared[name] = moment
+        if moment is None:
+            self._notes.pop(name, None)
+        else:
+            self._notes[name] = moment
+
+    async def share(self, engine: Engine) -> None:
+        """Have the pool keep the sign-outs of this process, and learn of the others'. Raises StorageUnavailable.
+
+        To be called again and again: what could not be kept goes with the next time. O(notes).
+        """
+        if self._unshared:
+            sent = dict(self._unshared)
+            await engine.keep_notes(sent)
+            for name, moment in sent.items():
+                if self._unshared[name] == moment:
+                    del self._unshared[name]
+        notes = dict(await engine.notes())
+        for name, unshared in self._unshared.items():
+            if unshared is None:
+                notes.pop(name, None)
+            else:
+                notes[name] = unshared
+        self._notes = notes
 
     def xsrf(self, session: Session) -> str:
         """What the session's own pages prove themselves with."""
@@ -144,3 +206,7 @@ class Sessions:
 
     def _sign(self, mark: str, text: str) -> str:
         return hmac.new(self._keys[mark], text.encode(), hashlib.sha256).hexdigest()
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

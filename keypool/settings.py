@@ -25,7 +25,19 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from keypool import __version__
 from keypool.auth import is_loopback
 from keypool.errors import SettingsError
-from keypool.kinds import Address, Choice, DataFile, EngineName, File, Seconds, Text, Whole, shown, shown_path
+from keypool.kinds import (
+    Address,
+    Choice,
+    DataFile,
+    EngineName,
+    File,
+    Proxies,
+    Seconds,
+    Text,
+    Whole,
+    shown,
+    shown_path,
+)
 from keypool.tokens import ROLES, TOKENS_TAKE, read_tokens, token_variables
 
 Origin = Literal["default", "toml", "environment", "flag"]
@@ -92,6 +104,9 @@ class Settings:
     drain_seconds: float = _setting(10.0, Seconds(), "how long a stop may take")
     log_level: str = _setting("info", Choice("debug", "info", "warning", "error"), "the least that is logged")
     log_format: str = _setting("text", Choice("text", "json"), "how the log is written")
+    trusted_proxies: str = _setting(
+        "none", Proxies(), "proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` count"
+    )
     config: str | None = _setting(
         None, _TOML_FILE, "where to read settings that no flag and no variable gives"
     )

@@ -24,6 +24,7 @@ IGNORED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM
 """What would end a process at once, without a drain, by the system's default. SIGHUP until it has its meaning."""
 
 _log = logging.getLogger("keypool")
+_ready_log = logging.getLogger("keypool.ready")
 
 
 def exit_now(status: int) -> NoReturn:
@@ -91,7 +92,7 @@ class Alone:
 
     def ready(self, url: str) -> None:
         """See Station."""
-        _log.info("ready on %s", url)
+        _ready_log.info("ready on %s", url)
         self._notifier.ready(f"serving on {url}")
 
     def draining(self) -> None:

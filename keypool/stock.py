@@ -29,6 +29,7 @@ from keypool.handlers.dispatch import Dispatcher
 from keypool.handlers.raw import wire
 from keypool.http1.responses import with_connection
 from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, Doorman, Limits, greedy
+from keypool.proxies import TrustedProxies
 
 _SLICE = 200  # connections looked at in one turn of the loop
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
@@ -46,6 +47,7 @@ class _Message(httputil.HTTPMessageDelegate):
     __slots__ = (
         "_answerer",
         "_begun",
+        "_context",
         "_inner",
         "_phase",
         "_request",
@@ -67,6 +69,7 @@ class _Message(httputil.HTTPMessageDelegate):
         self.address = address
         self.is_first = is_first
         self._server = server
+        self._context: Any = connection.context  # Tornado's, which is private to it
         self._stream = connection.stream
         # Asked when the head has come: by then another application may serve than when the one before ended.
         self._answerer = answerer
@@ -88,8 +91,22 @@ class _Message(httputil.HTTPMessageDelegate):
         self._phase, self._since = _Phase.BODY, self._server.now
         self._request = start_line, headers
         self._server.began += 1
+        self._apply_proxy(headers)
         self._inner = self._answerer()
         return self._inner.headers_received(start_line, headers)
+
+    def _apply_proxy(self, headers: httputil.HTTPHeaders) -> None:
+        """Have the request know its caller by a trusted proxy's headers.
+
+        Tornado's own way (`xheaders`) would also take them from anybody, and other headers besides.
+        """
+        trusted, context = self._server.trusted, self._context
+        if trusted is None or self.address not in trusted:
+            return
+        # The connection's own protocol: this server speaks no TLS. The next request is told anew.
+        context.remote_ip, context.protocol = trusted.caller(
+            self.address, "http", headers.get("X-Forwarded-For", ""), headers.get("X-Forwarded-Proto", "")
+        )
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """A part of the body."""
@@ -179,11 +196,14 @@ class _Message(httputil.HTTPMessageDelegate):
 class StockServer(HTTPServer):
     """See the module. `began` counts requests whose head has come; `now` is the moment of the last look."""
 
-    def initialize(self, app: Application, limits: Limits | None = None) -> None:  # type: ignore[override]
-        """What `StockServer(app, limits)` does, Tornado's way. Needs a running loop."""
+    def initialize(  # type: ignore[override]
+        self, app: Application, limits: Limits | None = None, trusted: TrustedProxies | None = None
+    ) -> None:
+        """What `StockServer(app, limits, trusted)` does, Tornado's way. Needs a running loop."""
         super().initialize(app, max_header_size=MAX_HEAD, max_body_size=DISCARDED)
         self.limits = limits or Limits()
-        self.doorman = Doorman(self.limits)
+        self.trusted = trusted
+        self.doorman = Doorman(self.limits, trusted or ())
         self.now = time.monotonic()
         self.began = 0
         self.serve_app(app)

@@ -11,7 +11,9 @@ none (settings.py does, on addresses that other machines reach).
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from keypool.errors import SettingsError
 from keypool.kinds import File, shown_path
@@ -43,6 +45,20 @@ def read_tokens(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 def token_variables(role: str) -> tuple[str, str]:
     """The variable that holds the tokens of a role, and the one that names a file of them."""
     return f"KEYPOOL_{role.upper()}_TOKEN", f"KEYPOOL_{role.upper()}_TOKEN_FILE"
+
+
+def exposed_files(environ: Mapping[str, str]) -> list[str]:
+    """A line for each file of tokens that others than its owner can read or write. Looks at files, so it blocks."""
+    lines = []
+    for role in ROLES:
+        variable = token_variables(role)[1]
+        path = environ.get(variable, "")
+        if path and (mode := stat.S_IMODE(Path(path).stat().st_mode)) & 0o077:
+            can = "write" if mode & 0o022 else "read"
+            lines.append(
+                f"{variable}: others than its owner can {can} {shown_path(path)} (mode {mode:04o}); make it 0600"
+            )
+    return lines
 
 
 def _source(role: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:

@@ -8,10 +8,9 @@ import pytest
 
 from keypool.answers import Stats
 from keypool.charts import HEIGHT, area, composition, means, nice, path
-from keypool.errors import TooManySignIns
 from keypool.history import MINUTES, SECONDS, History, Series
 from keypool.pool import Pool
-from keypool.throttle import ADDRESSES, TRIES, TRIES_OF_ALL, Throttle
+from keypool.throttle import ADDRESSES, OF_ALL, TokenBuckets
 
 NOON = 1_800_000_000.0  # a whole minute
 
@@ -139,40 +138,47 @@ def test_an_empty_history_draws_nothing() -> None:
 # ------------------------------------------------------------------------------------------------- throttle
 
 
-def test_a_few_wrong_tokens_then_one_every_twelve_seconds() -> None:
-    """And all of them again after a minute."""
-    throttle = Throttle()
-    for _ in range(TRIES):
-        throttle.check("192.0.2.1", 100)
-        throttle.wrong("192.0.2.1", 100)
-    with pytest.raises(TooManySignIns) as refused:
-        throttle.check("192.0.2.1", 100)
-    assert refused.value.retry_after == pytest.approx(12)
-    throttle.check("192.0.2.1", 112.1)
-    throttle.check("192.0.2.2", 100)
+def test_a_burst_and_then_one_turn_each_twelve_seconds() -> None:
+    """An empty bucket says how long until there is a turn again; what is taken in vain does not make it longer."""
+    buckets = TokenBuckets(5, 12.0)
+    assert [buckets.take("192.0.2.1", 100) for _ in range(5)] == [0] * 5
+    for _ in range(100):
+        assert buckets.take("192.0.2.1", 100) == pytest.approx(12)
+    assert buckets.take("192.0.2.2", 100) == 0
+    assert buckets.take("192.0.2.1", 112.1) == 0
+    assert buckets.take("192.0.2.1", 112.2) > 11
+    assert [buckets.take("192.0.2.1", 300) for _ in range(5)] == [0] * 5
+
+
+def test_turns_on_credit_make_the_wait_longer_up_to_the_debt() -> None:
+    """A caller that goes on waits longer each time, a second at most, and owes no more than that."""
+    buckets = TokenBuckets(30, 1 / 3, debt=1.0)
+    waits = [buckets.take("192.0.2.1", 0) for _ in range(40)]
+    assert waits[:30] == [0] * 30
+    assert waits[30:33] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert waits[33:] == pytest.approx([4 / 3] * 7)
+    assert buckets.take("192.0.2.1", 12) == 0
 
 
 def test_one_network_of_ipv6_is_one_address() -> None:
-    """Whoever has one has 2**64."""
-    throttle = Throttle()
-    for number in range(TRIES):
-        throttle.wrong(f"2001:db8::{number:x}", 0)
-    with pytest.raises(TooManySignIns):
-        throttle.check("2001:db8::ffff", 0)
-    throttle.check("2001:db8:0:1::1", 0)
+    """One person has 2**64 of them; an IPv4 address written as IPv6 is itself."""
+    buckets = TokenBuckets(1, 12.0)
+    assert buckets.take("2001:db8::1", 0) == 0
+    assert buckets.take("2001:db8::ffff", 0) > 0
+    assert buckets.take("2001:db8:0:1::1", 0) == 0
+    assert buckets.take("::ffff:192.0.2.1", 0) == 0
+    assert buckets.take("::ffff:192.0.2.2", 0) == 0
+    assert buckets.take("192.0.2.1", 0) > 0
 
 
 def test_a_botnet_is_slowed_down_and_costs_little() -> None:
     """Many addresses share a rate, and a bounded memory."""
-    throttle = Throttle()
-    for number in range(TRIES_OF_ALL):
-        throttle.check(f"host-{number}", 0)
-        throttle.wrong(f"host-{number}", 0)
-    with pytest.raises(TooManySignIns):
-        throttle.check("another-host", 0)
+    buckets = TokenBuckets(5, 12.0)
+    assert not any(buckets.take(f"host-{number}", 0) for number in range(5 * OF_ALL))
+    assert buckets.take("another-host", 0) > 0
     for number in range(ADDRESSES + 10):
-        throttle.wrong(f"host-{number}", 0)
-    assert len(throttle._clear_at) <= ADDRESSES
+        buckets.take(f"host-{number}", 0)
+    assert len(buckets._full_at) <= ADDRESSES
 
 
 # -------------------------------------------------------------------------------------------- expiring soon

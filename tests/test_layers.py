@@ -37,7 +37,7 @@ LAYERS = (
     "keypool.cli.following keypool.cli.watching",
     # The server
     "keypool.resources keypool.log_writer",
-    "keypool.errors keypool.tally keypool.limits keypool.notify",
+    "keypool.errors keypool.tally keypool.limits keypool.notify keypool.proxies",
     "keypool.http1.responses keypool.http1.awake",
     "keypool.http1.peer keypool.http1.section keypool.http1.stream",
     "keypool.http1.request",
@@ -70,7 +70,8 @@ LAYERS = (
     "keypool.assets keypool.history keypool.throttle keypool.vitals",
     "keypool.charts keypool.feed",
     "keypool.auth keypool.kinds",
-    "keypool.session keypool.tokens keypool.operations",
+    "keypool.audit",
+    "keypool.session keypool.tokens keypool.operations keypool.wrong_tokens",
     "keypool.curl keypool.token_reload",
     "keypool.settings",
     "keypool.in_force",

@@ -11,7 +11,6 @@ import json
 import logging
 import random
 import re
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -36,7 +35,6 @@ SHOTS = 1500
 FORMATS = pytest.mark.parametrize("form", ["text", "json"])
 ENV = {f"KEYPOOL_{role.upper()}_TOKEN": token for role, token in TOKENS.items()}
 UNKNOWN_TOKEN = "unknown-token-31c0ffee"
-AUDITED = {"generate", "delete", "reveal"}
 
 
 def start(start_server: Start, form: str, **env: str) -> ServerProcess:
@@ -123,10 +121,14 @@ def test_no_key_and_no_token_is_ever_written(start_server: Start, form: str) -> 
     made = [made["key"] for made in admin.make_many(8)]
     held = admin.acquire(owner=made[0])
     asked = 0
-    for token in (*TOKENS.values(), UNKNOWN_TOKEN, ""):
+    for token in (*TOKENS.values(), ""):
         for key in (made[0], UNKNOWN_TOKEN):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             asked += drive_calls(server, key, headers | {"X-Note": key, "Cookie": f"a={token}"})
+    wrong = server.client(UNKNOWN_TOKEN)  # once a path: the answers to more of them are held back
+    for path in ROUTES:
+        wrong.get(path.replace("{key}", made[0]))
+        asked += 1
     wait_for_access_lines(server, asked)
     for secret in (held["key"], *TOKENS.values(), UNKNOWN_TOKEN):
         for stray in strays(secret, server.host):
@@ -202,15 +204,26 @@ def test_audit_lines_have_their_facts_as_members(start_server: Start) -> None:
     server.finish()
     told = [json.loads(line) for line in server.log.splitlines() if '"keypool.audit"' in line]
     assert [each["act"] for each in told] == ["generate", "reveal", "generate", "delete"]
-    assert Counter(each["act"] for each in told).keys() == AUDITED
     for each in told:
         assert each["role"] == "admin"
         assert each["address"] == "127.0.0.1"
         assert re.fullmatch(r"[0-9a-f]{8}", each["token"])
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", each["request_id"])
-        assert all(re.fullmatch(r"id:\d+ \w{4}…\w{4}", key) for key in each["keys"]), each
+        assert each["outcome"] == "ok"
+        keys = each["keys"] if "keys" in each else [each["first"], each["last"]]
+        assert all(re.fullmatch(r"id:\d+ \w{4}…\w{4}", key) for key in keys), each
     assert told[-1]["request_id"] == "mine"
-    assert len(told[2]["keys"]) == 2
+    assert told[2]["count"] == 2
+
+
+def test_no_level_silences_the_audit_log_and_the_ready_line(start_server: Start) -> None:
+    """Everything else below the level is left out."""
+    server = start_server("--log-level=error")
+    server.client().make()
+    server.finish()
+    ready, audit = server.log.splitlines()  # `start_server` itself waits for the first
+    assert "ready on http://" in ready
+    assert "keypool.audit: generate by admin (token none)" in audit
 
 
 def test_access_lines_are_for_debug_only(start_server: Start) -> None:

@@ -157,6 +157,9 @@ def test_a_pool_moves_there_and_back_whole(url: str, tmp_path: Path) -> None:
         client.delete(f"{API}/keys/{free['key']}").expect(204)
         rows, counters = rows_of(server), counters_of(server)
 
+    with sqlite3.connect(path) as database:  # a sign-out, say
+        database.execute("INSERT INTO pool VALUES ('note.session.a.b', 42)")
+    database.close()
     there = migrate(path, url)
     assert (there.returncode, there.stderr) == (0, ""), there.stderr
     assert "keys\t149\n" in there.stdout
@@ -185,6 +188,11 @@ def test_a_pool_moves_there_and_back_whole(url: str, tmp_path: Path) -> None:
         assert counters_of(server) == counters
         assert server.client().acquire()["lease"] > lease["lease"]
         assert server.client().make()["id"] > max(rows)
+    with sqlite3.connect(back) as database:
+        assert database.execute("SELECT value FROM pool WHERE name = 'note.session.a.b'").fetchall() == [
+            (42,)
+        ]
+    database.close()
 
 
 def test_deadlines_go_on_during_a_move(empty: str, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ import pytest
 from engine_support import quiet, turns_until
 from tornado.netutil import bind_sockets
 
+from keypool import wrong_tokens
 from keypool.app import make_app
 from keypool.auth import Access
 from keypool.engine.durable import open_durable
@@ -565,6 +566,12 @@ def _named(kinds: list[Kind]) -> list[Any]:
 @pytest.fixture(autouse=True, params=list(SERVERS))
 def _on_each_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "make_server", SERVERS[request.param])
+
+
+@pytest.fixture(autouse=True)
+def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers to wrong tokens are held back, but not for long."""
+    monkeypatch.setattr(wrong_tokens, "LONGEST", 0.0001)
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import keypool
+from keypool import launch
 from keypool.auth import is_loopback
 from keypool.errors import SettingsError, StartError
-from keypool.kinds import Address, Choice, DataFile, EngineName, File, Seconds, Text, Whole
+from keypool.kinds import Address, Choice, DataFile, EngineName, File, Proxies, Seconds, Text, Whole
 from keypool.settings import OPTIONS, Option, Settings, load, settings_table
+from keypool.tokens import exposed_files
 
 TOKEN, OTHER = "client-token-0123456789", "viewer-token-0123456789"
 BY_NAME = {option.name: option for option in OPTIONS}
@@ -60,6 +62,8 @@ def right_values(option: Option, directory: Path) -> list[object]:
             return [low, low + 0.5, high]
         case Address():
             return ["127.0.0.2", "::1", "localhost"]
+        case Proxies():
+            return ["none", "127.0.0.1", "10.0.0.0/8, fd00::/8,192.0.2.7"]
         case File():
             paths = [directory / f"{i}.toml" for i in range(3)]
             for path in paths:
@@ -128,6 +132,20 @@ def wrong_texts(kind: Text) -> list[str]:
                 "-a",
                 "a" * 64,
                 "é.example",
+            ]
+        case Proxies():
+            return [
+                "",
+                " ",
+                "None",
+                "localhost",
+                "10.0.0.1/8",
+                "10.0.0.0/33",
+                "10.0.0.1:80",
+                "[::1]",
+                "127.0.0.1,",
+                "127.0.0.1,none",
+                "127.0.0.1;127.0.0.2",
             ]
         case File():
             return ["", ".", "does-not-exist.toml", "a\nb.toml"]
@@ -659,3 +677,27 @@ def test_no_argv_gives_anything_but_settings_one_line_or_a_clean_exit(argv: list
 def test_no_environment_gives_anything_but_settings_or_one_line(environ: dict[str, str]) -> None:
     result = outcome([], environ)
     assert isinstance(result, Settings) or (isinstance(result, str) and result.isprintable())
+
+
+@pytest.mark.parametrize(("mode", "can"), [(0o600, None), (0o640, "read"), (0o604, "read"), (0o666, "write")])
+def test_a_token_file_that_others_can_open_is_worth_a_warning(
+    tmp_path: Path, mode: int, can: str | None
+) -> None:
+    """Whoever reads it has the token; whoever writes it has the server."""
+    path = tmp_path / "tokens"
+    path.write_text(TOKEN)
+    path.chmod(mode)
+    lines = exposed_files({"KEYPOOL_ADMIN_TOKEN_FILE": str(path), "KEYPOOL_CLIENT_TOKEN": OTHER})
+    assert len(lines) == (can is not None)
+    if can:
+        assert f"others than its owner can {can} {path} (mode {mode:04o})" in lines[0]
+
+
+def test_a_server_without_an_admin_token_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody can generate keys there."""
+    launch._warn(Settings(client_tokens=(TOKEN,)))
+    assert "no admin token" in caplog.text
+    caplog.clear()
+    launch._warn(Settings())
+    launch._warn(Settings(client_tokens=(TOKEN,), admin_tokens=(OTHER,)))
+    assert not caplog.text

@@ -11,10 +11,11 @@ as the single calls would, and answer item by item.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from keypool.answers import (
+    EndedLease,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -29,6 +30,9 @@ from keypool.answers import (
 from keypool.cursor import ListQuery
 from keypool.events import Event
 from keypool.tally import Tally
+
+NOTE = "note."
+"""What the names of notes (`keep_notes`) begin with where they are kept among the pool's own numbers."""
 
 
 class Timed(Protocol):
@@ -60,12 +64,18 @@ class Engine(Protocol):
         """Serve up to `count` keys, at least one. O(k log n). Raises NoKeyAvailable."""
         ...
 
-    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
-        """O(log n). Raises UnknownKey, StaleLease."""
+    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
+        """O(log n). Raises UnknownKey, StaleLease.
+
+        A lease that this ends although `lease` is None is added to `ended`, as soon as the change is made: it is
+        there even if the call goes on to raise StorageUnavailable.
+        """
         ...
 
-    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
-        """ "done", "unknown" or "stale" for each item. O(k log n)."""
+    async def unblock_many(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+    ) -> list[str]:
+        """ "done", "unknown" or "stale" for each item; `ended` as for one. O(k log n)."""
         ...
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
@@ -98,6 +108,14 @@ class Engine(Protocol):
 
     async def stats(self) -> Stats:
         """O(1)."""
+        ...
+
+    async def notes(self) -> Mapping[str, int]:
+        """What `keep_notes` was given by any server of the pool, those before a restart included. O(notes)."""
+        ...
+
+    async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
+        """Keep whole numbers that are not the pool's own, by name; None forgets one. O(notes)."""
         ...
 
     async def expiring(self, seconds: float) -> int:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import msgspec
 
+from keypool.engine import NOTE
 from keypool.errors import StartError
 from keypool.keys import Key
 
@@ -106,6 +107,8 @@ UPSERT = """
 PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
+
+FORGET_NOTES = f"DELETE FROM pool WHERE name GLOB '{NOTE}*' AND value = 0"  # noqa: S608 - a constant
 
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
@@ -192,6 +195,7 @@ def connect(path: Path) -> sqlite3.Connection:
                 f"BEGIN IMMEDIATE; {step} PRAGMA application_id = {APPLICATION_ID};"
                 f" PRAGMA user_version = {number}; COMMIT;"
             )
+        database.execute(FORGET_NOTES)
     except BaseException:
         database.close()
         raise

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from keypool.engine import datafile
+from keypool.engine import NOTE, datafile
 from keypool.engine.clock import make_clock
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Journal
@@ -91,3 +91,8 @@ def _restore_numbers(engine: EmbeddedEngine, numbers: dict[str, int]) -> None:
     pool.last_lease = numbers.get("last_lease", 0)
     for name in _COUNTERS:
         setattr(pool.counters, name, numbers.get(name, 0))
+    engine.kept_notes = {
+        name.removeprefix(NOTE): number
+        for name, number in numbers.items()
+        if name.startswith(NOTE) and number
+    }

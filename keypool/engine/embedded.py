@@ -12,13 +12,14 @@ import asyncio
 import contextlib
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from tornado.ioloop import IOLoop
 
 from keypool import __version__
 from keypool.answers import (
+    EndedLease,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -94,6 +95,7 @@ class EmbeddedEngine:
         self.expiry_lateness = Tally(SECONDS)
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
         self.journal: Journal | None = None
+        self.kept_notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         self._max_waiters = max_waiters
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
@@ -151,18 +153,20 @@ class EmbeddedEngine:
         await self._kept_leases(leases)
         return leases
 
-    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
+    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
         """Free a key. O(log n)."""
         self._require_storage()
         key = self._find(ref, self.now()) or await self._gone(ref)
         try:
-            changed = self._unblock(key, lease)
+            changed = self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
         finally:
             if self.journal is not None and (commit := self.journal.commit_of(key.id)) is not None:
                 await commit
         return Unblocked(key.id, State.AVAILABLE, changed)
 
-    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
+    async def unblock_many(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+    ) -> list[str]:
         """Free keys one by one. O(items · log n)."""
         self._require_storage()
         outcomes = []
@@ -170,7 +174,7 @@ class EmbeddedEngine:
             key = self._find(ref, self.now())
             try:
                 if key is not None:
-                    self._unblock(key, lease)
+                    self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
                 outcomes.append("unknown" if key is None else "done")
             except StaleLease:
                 outcomes.append("stale")
@@ -279,6 +283,20 @@ class EmbeddedEngine:
             __version__,
         )
 
+    async def notes(self) -> Mapping[str, int]:
+        """What `keep_notes` was given. O(1)."""
+        return self.kept_notes
+
+    async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
+        """Keep some numbers beside the pool's. O(notes)."""
+        for name, value in notes.items():
+            if value is None:
+                self.kept_notes.pop(name, None)
+            else:
+                self.kept_notes[name] = value
+        if self.journal is not None:
+            await self.journal.note(notes)
+
     async def expiring(self, seconds: float) -> int:
         """Keys that expire within `seconds`. O(seconds)."""
         return self.pool.expiring(self.now() + seconds)
@@ -366,6 +384,14 @@ class EmbeddedEngine:
         changed = self.pool.unblock(key, lease)
         if self._waiters:
             self._serve_waiters(self.now())
+        return changed
+
+    def _end_lease(self, key: Key, lease: int | None, ended: list[EndedLease]) -> bool:
+        """The same, with a note of the lease that ends without its number shown."""
+        latest = key.lease  # a waiter may be served in the same step, under the next number
+        changed = self._unblock(key, lease)
+        if changed and lease is None:
+            ended.append(EndedLease(key.id, key.hint, latest))
         return changed
 
     def _find(self, ref: Ref, now: float) -> Key | None:

@@ -20,11 +20,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from keypool.engine import datafile
+from keypool.engine import NOTE, datafile
 from keypool.engine.commit import Commit
 from keypool.engine.datafile import Batch, encode
 from keypool.engine.link import WriterLink
@@ -57,6 +57,8 @@ class Journal:
         self._writer: WriterLink | None = None
         self._dirty: dict[int, Key] = {}  # changed since the last batch was sent
         self._sent: dict[int, Key] = {}  # in the batch that is on its way
+        self._notes: dict[str, int] = {}  # numbers that are not the pool's, new since the last batch was sent
+        self._sent_notes: dict[str, int] = {}  # in the batch that is on its way
         self._purged: dict[str, int] = {}  # texts of keys whose purge isn't on disk yet, with their ids
         self._next: Commit | None = None  # of what is dirty
         self._current: Commit | None = None  # of what was sent
@@ -82,6 +84,14 @@ class Journal:
         if not self._scheduled and self._current is None and self.failing is None:
             self._scheduled = True
             self._loop.call_soon(self._send)
+
+    def note(self, notes: Mapping[str, int | None]) -> Commit:
+        """Numbers that are not the pool's go with the next batch: what to await until they are on disk. O(notes)."""
+        self._notes |= {NOTE + name: value or 0 for name, value in notes.items()}
+        if not self._scheduled and self._current is None and self.failing is None:
+            self._scheduled = True
+            self._loop.call_soon(self._send)
+        return self._commit_of_dirty()
 
     def commit_of(self, id: int) -> Commit | None:
         """What to await before telling of this key; None if all that happened to it is on disk. O(1)."""
@@ -156,6 +166,7 @@ class Journal:
         ):
             return
         self._sent, self._dirty = self._dirty, {}
+        self._sent_notes, self._notes = self._notes, {}
         self._current, self._next = self._next or Commit(self._loop), None
         self._sent_at = time.monotonic()
         self._write_down(iter(self._sent.values()), len(self._sent))
@@ -176,11 +187,14 @@ class Journal:
             return
         # The numbers last: they are beyond none of the ids and leases in any part.
         self._writing_down = None
-        self._writer.send(Kind.BATCH, encode(Batch(rows, purged, self._numbers())))
+        numbers = self._numbers()
+        if self._sent_notes:
+            numbers |= self._sent_notes
+        self._writer.send(Kind.BATCH, encode(Batch(rows, purged, numbers)))
 
     def _anything_to_send(self) -> bool:
         # While batches fail even an empty one goes, to see whether they still do.
-        return bool(self._dirty) or self._closing or self.failing is not None
+        return bool(self._dirty or self._notes) or self._closing or self.failing is not None
 
     def _answered(self, verdict: Verdict) -> None:
         if verdict.error is not None:
@@ -188,6 +202,7 @@ class Journal:
             return
         commit, self._current = self._current, None
         sent, self._sent = self._sent, {}
+        self._sent_notes = {}
         if self._purged:
             for id, key in sent.items():
                 if key.expires_deadline == DEAD and id not in self._dirty:
@@ -199,7 +214,7 @@ class Journal:
             self.failing, self._retry = None, _RETRY_FIRST
             self._next = None  # it was failed; what is dirty now waits for a new one
             self._loop.call_soon(self._back)
-        if self._dirty:
+        if self._dirty or self._notes:
             self._send()  # first: the disk works while they are answered
         if commit is not None and not commit.done():
             commit.set_result(None)
@@ -214,6 +229,8 @@ class Journal:
             self._writing_down = None
         self._dirty = {**self._sent, **self._dirty}
         self._sent = {}
+        self._notes = {**self._sent_notes, **self._notes}
+        self._sent_notes = {}
         current, self._current = self._current, None
         if not self._closing and self._retrying is None:
             self._retrying = self._loop.call_later(self._retry, self._try_again)

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
-from keypool.engine import valkey_open
+from keypool.engine import NOTE, valkey_open
 from keypool.engine.datafile import Row
 from keypool.engine.valkey_link import Lost, Measured, Reply, ReplyError
 from keypool.engine.valkey_look import COUNTERS
@@ -149,6 +149,7 @@ class ValkeySource:
         seconds, microseconds = self._pool.ask(self._pool.facts_key, "TIME")
         numbers = dict.fromkeys(("last_id", "last_lease", *COUNTERS), 0)
         numbers |= {name: int(facts.get(f"moved_{name}", 0)) for name in ("last_id", "last_lease")}
+        numbers |= {name: int(number) for name, number in facts.items() if name.startswith(NOTE)}
         numbers["moment"] = int(seconds) * 1000 + int(microseconds) // 1000
         partitions = self._pool.partitions
         for partition in range(partitions):
@@ -234,6 +235,7 @@ class ValkeyTarget:
             "moved_last_lease": last_lease,
             "layout": LAYOUT,
         }
+        facts |= {name: number for name, number in numbers.items() if name.startswith(NOTE) and number}
         words = [word for pair in facts.items() for word in pair]
         pool.ask(pool.facts_key, "HSET", pool.facts_key, *words)
 

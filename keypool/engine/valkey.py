@@ -10,6 +10,7 @@ lua/common.lua has the names and what stands in each. Beside them is one hash, `
     born        moment of the first start, in microseconds since the epoch
     base_tick   what lease numbers go on from: 0, or (last lease of the pool that was moved in) // partitions + 1
     base_id     what ids go on from: 0, or (last id of the pool that was moved in) // partitions + 1
+    note.NAME   numbers that are not the pool's own: session.py has them
 
 Ids are `number * partitions + partition + 1`, so an id tells its partition, unless it was moved in (those are at
 most `base_id * partitions`: all partitions are asked). The number grows within a partition, and over all of
@@ -31,11 +32,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from keypool import __version__
 from keypool.answers import (
+    EndedLease,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -48,9 +50,9 @@ from keypool.answers import (
     Unblocked,
 )
 from keypool.cursor import ListQuery, encode, page_query
-from keypool.engine import Timed
+from keypool.engine import NOTE, Timed
 from keypool.engine.valkey_draws import Draws
-from keypool.engine.valkey_link import Measured, Reply
+from keypool.engine.valkey_link import Lost, Measured, Reply, ReplyError
 from keypool.engine.valkey_look import latest
 from keypool.engine.valkey_looks import EXPIRING, LATEST_LOOK, Looks
 from keypool.engine.valkey_nodes import Nodes
@@ -73,6 +75,7 @@ from keypool.tally import Tally
 _COUNTS_FOR = 3.0  # seconds that a word about waiters counts
 _SPARE_KEYS, _SPARE_SHARE = 10_000, 0.1  # a pool with less room than this is nearly full
 _ROOM_SECONDS, _ROOM_PAUSE = 3.0, 0.01  # that a server may take to fill it, and between two times of asking
+_NOTE_SECONDS = 2.0
 _log = logging.getLogger("keypool.valkey")
 
 
@@ -95,6 +98,7 @@ class ValkeyEngine:
         max_waiters: int = 10_000,
     ) -> None:
         self._nodes = nodes
+        self._pool_key = f"{{{pool}}}:pool"
         self._measured = measured
         self._life_us = round(keepalive_seconds * 1e6)
         self._key_length = key_length
@@ -184,9 +188,9 @@ class ValkeyEngine:
             self._refuse()
         return [lease for _, lease in taken]
 
-    async def unblock(self, ref: Ref, lease: int | None) -> Unblocked:
+    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
         """Free a key. O(log n)."""
-        outcome, id, latest_lease = (await self._unblock([(ref, lease)]))[0]
+        outcome, id, latest_lease = (await self._unblock([(ref, lease)], ended))[0]
         if outcome == -1:
             raise UnknownKey
         if outcome == -2:
@@ -194,10 +198,12 @@ class ValkeyEngine:
             raise StaleLease(lease, latest_lease or None)
         return Unblocked(id, State.AVAILABLE, outcome == 1)
 
-    async def unblock_many(self, items: Sequence[tuple[Ref, int | None]]) -> list[str]:
+    async def unblock_many(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+    ) -> list[str]:
         """Free keys one by one. O(items * log n)."""
         words = {1: "done", 0: "done", -1: "unknown", -2: "stale"}
-        return [words[outcome] for outcome, _, _ in await self._unblock(items)]
+        return [words[outcome] for outcome, _, _ in await self._unblock(items, ended)]
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Put off a key's expiry. O(log n)."""
@@ -264,6 +270,31 @@ class ValkeyEngine:
             self.name,
             __version__,
         )
+
+    async def notes(self) -> Mapping[str, int]:
+        """What `keep_notes` was given by any server of the pool. O(notes)."""
+        told = await self._ask("HGETALL", self._pool_key)
+        return {
+            name.decode().removeprefix(NOTE): int(value)
+            for name, value in zip(told[::2], told[1::2], strict=True)
+            if name.startswith(NOTE.encode())
+        }
+
+    async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
+        """Keep some numbers beside what is written of the pool. O(notes)."""
+        for name, value in notes.items():
+            field = NOTE + name
+            if value is None:
+                await self._ask("HDEL", self._pool_key, field)
+            else:
+                await self._ask("HSET", self._pool_key, field, value)
+
+    async def _ask(self, command: str, *words: str | int) -> Reply:
+        try:
+            async with asyncio.timeout(_NOTE_SECONDS):
+                return await self._nodes.ask(self._pool_key, command, *words)
+        except (OSError, ReplyError, Lost) as error:  # a TimeoutError is an OSError
+            raise StorageUnavailable(f"Valkey: {str(error) or 'no answer'}") from None
 
     async def expiring(self, seconds: float) -> int:
         """Keys that expire within `seconds`. O(partitions)."""
@@ -366,7 +397,9 @@ class ValkeyEngine:
 
     # -- steps of the calls
 
-    async def _unblock(self, items: Sequence[tuple[Ref, int | None]]) -> list[Reply]:
+    async def _unblock(
+        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None
+    ) -> list[Reply]:
         texts = await self._partitions.texts_of([ref for ref, _ in items])
         asked = [
             (self._partitions.of(text), text, "" if lease is None else lease)
@@ -374,7 +407,12 @@ class ValkeyEngine:
             if text is not None
         ]
         said = iter(await self._partitions.each("unblock", asked))
-        return [(-1, 0, 0) if text is None else next(said) for text in texts]
+        replies = [(-1, 0, 0) if text is None else next(said) for text in texts]
+        if ended is not None:
+            for text, (_, lease), (outcome, id, latest_lease) in zip(texts, items, replies, strict=True):
+                if text is not None and lease is None and outcome == 1:
+                    ended.append(EndedLease(id, hint(text), latest_lease))
+        return replies
 
     async def _keepalive(self, refs: Sequence[Ref]) -> list[int]:
         texts = await self._partitions.texts_of(refs)

@@ -12,6 +12,7 @@ once.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from http.client import responses as REASONS  # noqa: N812 - a table
 from typing import Any, cast
@@ -21,18 +22,21 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 from tornado.routing import Router
 
+from keypool.errors import WrongToken
 from keypool.handlers.dispatch import Begun, Dispatcher, Known, Reply, Request, too_large
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.steps import Steps
 from keypool.http1.responses import http_date
 from keypool.limits import DISCARDED, MAX_BODY
+from keypool.wrong_tokens import WrongTokens
 
 
 class ApiCall(Begun):
     """One request of the API, from its head to its reply. A subclass knows the way that the reply goes."""
 
-    _steps: Steps | None = None
+    _steps: Steps | _HeldBack | None = None
     _ended = False
+    remote_ip: str | None
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
         self._dispatcher = dispatcher
@@ -52,15 +56,15 @@ class ApiCall(Begun):
         """Do what the request asks for; whether it waits for something."""
         if self.error is not None:
             self.refuse()
-            return False
+            return self._steps is not None
         try:
             call = self._dispatcher.run(self, request, body)
             if call is None:
                 answer = None
             else:
                 awaited = call.send(None)
-                self._steps = Steps(call, self._done)
-                self._steps.wait_for(awaited)
+                self._steps = steps = Steps(call, self._done)
+                steps.wait_for(awaited)
                 return True
         except StopIteration as answered:
             answer = answered.value
@@ -70,16 +74,34 @@ class ApiCall(Begun):
         self.answer(self._dispatcher.reply(self, answer))
         return False
 
-    def refuse(self) -> None:
-        """Answer with the error that the request has met."""
+    def refuse(self, *, at_once: bool = False) -> None:
+        """Answer with the error that the request has met; a little later, if it is one wrong token of many.
+
+        `at_once` is for a request whose body is not waited for: its connection ends with the answer.
+        """
         assert self.error is not None
-        self.answer(self._dispatcher.refusal(self, self.error))
+        if self._steps is not None:
+            return  # held back: its body has come meanwhile
+        reply = self._dispatcher.refusal(self, self.error)
+        if isinstance(self.error, WrongToken):
+            wrong = self._dispatcher.wrong_tokens
+            seconds = wrong.token(self.error.mark, self.remote_ip or "?", self.request_id)
+            if seconds and wrong.room() and not at_once:
+                self._steps = _HeldBack(wrong, seconds, self, reply)
+                return
+            reply.last = seconds > 0
+        self.answer(reply)
 
     def answer(self, reply: Reply) -> None:
         """Send the reply, and count it if it could be sent."""
         if self.send(reply):
             self._dispatcher.answered(self, reply, time.monotonic() - self._started)
         self.end()
+
+    def hung_up(self) -> None:
+        """The caller is gone. A call that has begun runs to its end, unanswered, but for an acquire."""
+        if self._steps is None or self.error is not None or self._dispatcher.ends_with_caller(self):
+            self.end()
 
     def end(self) -> None:
         """Answered, or the caller is gone: whatever the call waits for, it stops."""
@@ -97,6 +119,22 @@ class ApiCall(Begun):
     def _done(self, answer: Any, error: Exception | None) -> None:
         dispatcher = self._dispatcher
         self.answer(dispatcher.reply(self, answer) if error is None else dispatcher.failed(self, error))
+
+
+class _HeldBack:
+    """A reply that waits for its moment, unless `close` comes first."""
+
+    __slots__ = ("_timer", "_wrong")
+
+    def __init__(self, wrong: WrongTokens, seconds: float, call: ApiCall, reply: Reply) -> None:
+        self._wrong = wrong
+        self._timer = asyncio.get_running_loop().call_later(seconds, call.answer, reply)
+        wrong.held += 1
+
+    def close(self) -> None:
+        """It is answered, or nobody waits for it any more."""
+        self._wrong.held -= 1
+        self._timer.cancel()
 
 
 class ApiRouter(Router):
@@ -120,6 +158,7 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         super().__init__(dispatcher, in_flight)
         assert request.connection is not None
         self._request = request
+        self.remote_ip = request.remote_ip
         # Tornado names the base class; what it hands over is the class that knows when it closes.
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
         self._body: list[bytes] = []
@@ -137,7 +176,7 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
         if length > MAX_BODY and self.error is None:
             self.error = too_large()
         if self.error is not None and (length > DISCARDED or "Expect" in headers):
-            self.refuse()
+            self.refuse(at_once=True)
 
     def data_received(self, chunk: bytes) -> None:
         """Keep a part of the body, or throw it away if the request is refused."""
@@ -149,7 +188,7 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
             else:
                 self._body.append(chunk)
         elif self._size > DISCARDED and self._connection is not None:
-            self.refuse()
+            self.refuse(at_once=True)
 
     def finish(self) -> None:
         """The request is whole: run its call."""
@@ -162,13 +201,12 @@ class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
             self.on_connection_close()
             return
         if self.run(self._request, b"".join(self._body)) and self._connection is not None:
-            # If the caller hangs up, nobody wants the answer.
             self._connection.set_close_callback(self.on_connection_close)
 
     def on_connection_close(self) -> None:
         """The caller is gone."""
         self._connection = None
-        self.end()
+        self.hung_up()
 
     def send(self, reply: Reply) -> bool:
         """Write the reply by Tornado's connection."""

@@ -17,7 +17,7 @@ from keypool.auth import Role
 from keypool.curl import call_lines, generate_line, key_lines
 from keypool.cursor import ListQuery
 from keypool.dashboard import HTML, PAGE_HEADERS, Dashboard, settings_in_force
-from keypool.errors import BadRequest, KeypoolError, Unauthorized, UnknownKey
+from keypool.errors import BadRequest, KeypoolError, Unauthorized, UnknownKey, WrongToken
 from keypool.events import Change
 from keypool.handlers.pages import PageHandler
 from keypool.keys import moment
@@ -54,13 +54,15 @@ class DashboardHandler(PageHandler):
         self.session = None
         try:
             self.session = self.dashboard.sessions.of(self.request.headers)
+        except WrongToken:
+            raise
         except KeypoolError:
             if not self.public and self.request.method != "OPTIONS":
                 raise
 
     def refuse(self, error: KeypoolError) -> None:
         """A browser that isn't signed in is sent to the sign-in, and back from there."""
-        if isinstance(error, Unauthorized) and self.wants_page:
+        if isinstance(error, Unauthorized) and not isinstance(error, WrongToken) and self.wants_page:
             back = "" if self.request.uri == "/" else f"?next={quote(self.request.uri or '/', safe='')}"
             self.redirect(f"/login{back}", status=303)
             return
@@ -82,8 +84,7 @@ class DashboardHandler(PageHandler):
     @property
     def site(self) -> str:
         """How this server is reached, for lines to copy."""
-        scheme = self.request.headers.get("X-Forwarded-Proto", self.request.protocol)
-        return f"{'https' if scheme == 'https' else 'http'}://{self.request.host}"
+        return f"{self.request.protocol}://{self.request.host}"
 
     @property
     def role(self) -> Role | None:

@@ -35,7 +35,8 @@ from keypool.handlers.calls import NO_OPERATION, CallTallies
 from keypool.handlers.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.handlers.wording import Reader
 from keypool.limits import MAX_BODY, MAX_HEADERS, MAX_TARGET
-from keypool.operations import Call, Operation, require_may_name
+from keypool.operations import Call, Operation, audit_refused, ends_with_caller, require_may_name
+from keypool.wrong_tokens import WrongTokens
 
 BASE = "/api/v1"
 
@@ -70,11 +71,12 @@ class Reply(msgspec.Struct, gc=False):
     body: bytes = b""
     own_headers: Sequence[tuple[str, str]] = ()
     outcome: str = "ok"  # or the code of the error
+    last: bool = False
 
     @property
     def closes(self) -> bool:
         """Whether the connection has to end with it: who asks again at once must not ask a server that is leaving."""
-        return self.outcome == Draining.code
+        return self.last or self.outcome == Draining.code
 
     def headers(self) -> list[tuple[str, str]]:
         """All that is not the server's to say (Date, length, connection), in order."""
@@ -143,6 +145,7 @@ class Dispatcher:
         self.calls = CallTallies(
             {operation.name: [error.code for error in operation.errors] for operation in operations}
         )
+        self.wrong_tokens = WrongTokens()
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(5)
 
@@ -212,7 +215,11 @@ class Dispatcher:
         if operation.roles:
             caller = self._access.caller(request.headers) if known is None else known.caller
             if caller.role not in operation.roles:
-                raise Forbidden(_needs(operation, caller.role))
+                refused = Forbidden(_needs(operation, caller.role))
+                audit_refused(
+                    operation, Call(caller, request.remote_ip or "?", begun.request_id, key), refused
+                )
+                raise refused
         if key:
             require_may_name(key, caller)
         check_target(request)
@@ -288,6 +295,11 @@ class Dispatcher:
         if begun.head and operation.head is not None:
             return operation.head(self.engine, call)
         return operation.run(self.engine, call)
+
+    def ends_with_caller(self, begun: Begun) -> bool:
+        """Whether a call that was begun ends when its caller hangs up."""
+        route, call = begun.route, begun.call
+        return route is None or call is None or ends_with_caller(route.operation, call)
 
     def reply(self, begun: Begun, answer: Any) -> Reply:
         """What a call has answered; None is nothing but that it is done."""

@@ -11,12 +11,20 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from keypool.answers import Answer, Identity
+from keypool.answers import Answer
 from keypool.cursor import ListQuery
 from keypool.engine import Engine
 from keypool.errors import BadRequest, NoKeyAvailable, PoolFull, UnknownKey
-from keypool.keys import hint
-from keypool.operations import ADMIN, CLIENT, VIEWER, Call, Operation, audit, key_ref
+from keypool.operations import (
+    ADMIN,
+    CLIENT,
+    VIEWER,
+    Call,
+    Operation,
+    delete_audited,
+    generate_audited,
+    unblock_audited,
+)
 
 _UNKNOWN = "Kindly send key to be updated, given key does not exist"
 
@@ -48,9 +56,7 @@ class UnknownApiKey(BadRequest):
 
 
 async def _generate(engine: Engine, call: Call) -> ApiKey:
-    made = (await engine.generate(1))[0]
-    audit(call, "generate", [Identity(made.id, hint(made.key))])
-    return ApiKey(made.key)
+    return ApiKey((await generate_audited(engine, call)).key)
 
 
 async def _acquire(engine: Engine, call: Call) -> ApiKey:
@@ -67,7 +73,7 @@ async def _acquire_head(engine: Engine, call: Call) -> Any:
 
 async def _unblock(engine: Engine, call: Call) -> Message:
     try:
-        await engine.unblock(key_ref(call.query.api_key, call.caller), None)
+        await unblock_audited(engine, call, call.query.api_key)
     except UnknownKey:
         raise UnknownApiKey from None
     return Message("the key is available again")
@@ -75,7 +81,7 @@ async def _unblock(engine: Engine, call: Call) -> Message:
 
 async def _delete(engine: Engine, call: Call) -> Message:
     try:
-        audit(call, "delete", [await engine.delete(key_ref(call.query.api_key, call.caller))])
+        await delete_audited(engine, call, call.query.api_key)
     except UnknownKey:
         raise UnknownApiKey from None
     return Message("the key was purged")
@@ -111,6 +117,7 @@ LEGACY: tuple[Operation, ...] = (
         errors=(NoKeyAvailable,),
         legacy=True,
         head=_acquire_head,
+        acquires=True,
     ),
     Operation(
         "legacy-unblock",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ from keypool.errors import (
     KeypoolError,
     MethodNotAllowed,
     NotFound,
+    WrongToken,
 )
 from keypool.handlers.access import access_line
 from keypool.handlers.dispatch import Dispatcher, check_size_of_headers, check_target, too_large, unexpected
@@ -57,12 +60,36 @@ class PageHandler(RequestHandler):
         self.clear_header("Server")
         self.set_header("Date", http_date())
 
-    def prepare(self) -> None:
+    def prepare(self) -> Awaitable[None] | None:
         """Refuse what the checks refuse, before any method."""
         try:
             self.check()
+        except WrongToken as error:
+            return self._refuse_token(error)
         except KeypoolError as error:
             self.refuse(error)
+        return None
+
+    async def _refuse_token(self, error: WrongToken) -> None:
+        await self.hold_back(self._count_token(error))
+        self.refuse(error)
+
+    def _count_token(self, error: WrongToken) -> float:
+        return self.dispatcher.wrong_tokens.token(error.mark, self.request.remote_ip or "?", self.request_id)
+
+    async def hold_back(self, seconds: float) -> None:
+        """Wait before an answer to a wrong token; if too many wait already, end the connection with it instead."""
+        wrong = self.dispatcher.wrong_tokens
+        if not seconds:
+            return
+        if not wrong.room():
+            self.set_header("Connection", "close")
+            return
+        wrong.held += 1
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            wrong.held -= 1
 
     def check(self) -> None:
         """Raise what refuses this request, in the order of the contract."""
@@ -147,6 +174,10 @@ class PageHandler(RequestHandler):
             if status_code == 403:
                 raise CrossSite("another site sent this form, or one that is out of date: load the page anew")
             raise BadRequest("the query, or the form that was sent, is not percent-encoded UTF-8")
+        except WrongToken as error:
+            self._count_token(error)
+            self.set_header("Connection", "close")  # there is no waiting here
+            self.refuse(error)
         except KeypoolError as error:
             self.refuse(error)
 

@@ -62,7 +62,7 @@ class RawApi:
         if call.error is None:
             return call
         call.refuse()
-        return ANSWERED
+        return ANSWERED if request.answered else call
 
 
 class RawCall(RawHead, ApiCall, RawDelegate):
@@ -84,12 +84,13 @@ class RawCall(RawHead, ApiCall, RawDelegate):
 
     def too_large(self) -> None:
         """Its body is more than is read."""
-        self.error = too_large()
+        if self.error is None:
+            self.error = too_large()
         self.refuse()
 
     def closed(self) -> None:
         """The caller is gone."""
-        self.end()
+        self.hung_up()
 
     def send(self, reply: Reply) -> bool:
         """Write the reply."""

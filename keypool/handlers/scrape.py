@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from keypool.auth import Role
@@ -43,14 +43,16 @@ class Metrics(PageHandler):
         except KeypoolError as error:
             self.refuse(error)
             return
-        numbers = {
+        numbers: dict[str, float | Mapping[str, float]] = {
             "keypool_viewers": scraped.viewers(),
             "keypool_connections": scraped.connections(),
             "keypool_connections_refused_total": scraped.refused_connections(),
             "keypool_log_dropped_total": scraped.log_dropped(),
             "keypool_storage_up": int(engine.storage_up()),
             "keypool_oldest_wait_seconds": engine.oldest_wait(),
+            "keypool_limit": scraped.limits,
+            "keypool_auth_failures_total": self.dispatcher.wrong_tokens.counts,
         }
         tallies = engine.tallies() | scraped.tallies
-        page = exposition(stats, self.dispatcher.calls, tallies, numbers, scraped.limits)
+        page = exposition(stats, self.dispatcher.calls, tallies, numbers)
         self._answer(page, CONTENT_TYPE)

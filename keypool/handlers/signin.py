@@ -6,14 +6,21 @@ server's (Access.check_site, Tornado's cross_origin_protection), and signing out
 
 from __future__ import annotations
 
-import time
 from urllib.parse import urlsplit
 
-from keypool.errors import CrossSite, Forbidden, TooManySignIns, Unauthorized
+from keypool.errors import (
+    CrossSite,
+    Forbidden,
+    StorageUnavailable,
+    TooManySignIns,
+    Unauthorized,
+    WrongToken,
+)
 from keypool.handlers.dashboard import DashboardHandler
 from keypool.handlers.problems import problem_headers
-from keypool.operations import Call, audit
+from keypool.operations import Call, write_audit
 from keypool.session import COOKIE, LIFE, Session
+from keypool.wrong_tokens import LONGEST
 
 
 class SignIn(DashboardHandler):
@@ -30,28 +37,29 @@ class SignIn(DashboardHandler):
             return
         self._form(wanted, None)
 
-    def post(self, *args: str) -> None:
-        """Try a token."""
+    async def post(self, *args: str) -> None:
+        """Try a token. A right one is taken whatever was tried before; the answer to a wrong one may take a second."""
         wanted = own_path(self.get_body_argument("next", "/"))
         if self.access.open:
             self.redirect(wanted, status=303)
             return
-        address, now = self.request.remote_ip or "?", time.monotonic()
-        throttle = self.dashboard.throttle
+        token = self.get_body_argument("token", "")
+        address, wrong_tokens = self.request.remote_ip or "?", self.dispatcher.wrong_tokens
         try:
-            throttle.check(address, now)
-            session, cookie = self.dashboard.sessions.sign_in(self.get_body_argument("token", ""))
-        except TooManySignIns as error:
-            self._refused(wanted, error, 429)
-            return
-        except Unauthorized:
-            throttle.wrong(address, now)
-            self._refused(wanted, Unauthorized("this token is not known to the server"), 401)
+            session, cookie = self.dashboard.sessions.sign_in(token)
+        except WrongToken as error:
+            wait = wrong_tokens.sign_in(error.mark, address, self.request_id)
+            await self.hold_back(min(wait, LONGEST))
+            if wait:
+                self._refused(wanted, TooManySignIns(wait), 429)
+            else:
+                self._refused(wanted, error, 401)
             return
         except Forbidden as error:
+            wrong_tokens.refused_sign_in(self.access.identify(f"Bearer {token}"), address, self.request_id)
             self._refused(wanted, error, 403)
             return
-        audit(Call(session.caller, address, self.request_id), "sign-in", [])
+        write_audit(Call(session.caller, address, self.request_id), "sign-in", [])
         self._set_session(cookie)
         self.redirect(wanted, status=303)
 
@@ -68,7 +76,7 @@ class SignIn(DashboardHandler):
         self.show("login.html", next=wanted, wrong=wrong)
 
     def _set_session(self, cookie: str) -> None:
-        secure = self.request.headers.get("X-Forwarded-Proto", self.request.protocol) == "https"
+        secure = self.request.protocol == "https"
         self.set_cookie(
             COOKIE, cookie, max_age=int(LIFE), path="/", httponly=True, samesite="Strict", secure=secure
         )
@@ -83,15 +91,26 @@ class SignOut(DashboardHandler):
         """Ask: a link must not sign anybody out."""
         self.show("logout.html", page="logout", title="Sign out")
 
-    def post(self, *args: str) -> None:
-        """Sign out."""
+    async def post(self, *args: str) -> None:
+        """Sign out. It holds at once on this server, and on the others within a second or two."""
         session: Session | None = self.session
         if session is not None and session.id is not None:
             if not self.dashboard.sessions.proven(session, self.get_body_argument("xsrf", "")):
                 raise CrossSite("this form is not of this session's pages: load the page again")
-            self.dashboard.sessions.end(session)
+            await self._end(session)
         self.clear_cookie(COOKIE, path="/")
         self.redirect("/login", status=303)
+
+    async def _end(self, session: Session) -> None:
+        sessions, outcome = self.dashboard.sessions, "ok"
+        sessions.end(session)
+        try:
+            await sessions.share(self.engine)
+        except StorageUnavailable as error:
+            outcome = error.code  # it is shared when the storage is back
+        write_audit(
+            Call(session.caller, self.request.remote_ip or "?", self.request_id), "sign-out", [], outcome
+        )
 
 
 def own_path(wanted: str) -> str:

@@ -7,6 +7,7 @@ description that the field has in operations.py, so that an error tells as much 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import types
 import typing
@@ -16,7 +17,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from keypool.errors import BadRequest
-from keypool.operations import Call, NoBody, Operation
+from keypool.operations import BatchBody, Call, NoBody, Operation
 
 _FIELD = re.compile(r"`\$\.(\w+)")
 _WHOLE = re.compile(r"-?[0-9]{1,18}", re.ASCII)
@@ -65,19 +66,57 @@ class Reader:
     def _read_body(self, body: bytes) -> Any:
         try:
             try:
-                return self._decoder.decode(body)
+                decoded = self._decoder.decode(body)
             except msgspec.ValidationError as error:
                 wrong = str(error)
+            else:
+                if (colons := body.count(b":")) > 1 and colons > _members(decoded):
+                    _require_unique(body)
+                return decoded
             # What is wrong with a field is found before what is no JSON behind it.
             value = msgspec.json.decode(body)
             if ", got `float`" in wrong:
                 with contextlib.suppress(msgspec.ValidationError):  # `wrong` tells of what was sent
-                    return msgspec.convert(_with_whole_numbers(value), self._decoder.type)
+                    decoded = msgspec.convert(_with_whole_numbers(value), self._decoder.type)
+                    _require_unique(body)
+                    return decoded
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(
                 f"the body is not JSON: {str(error)[:_LONGEST]}; {_takes(self._body_fields)}"
             ) from None
         raise _bad("body", wrong, self._body_fields)
+
+
+def _members(decoded: Any) -> int:
+    """How many members of a body have a value. O(members), 0.2 µs for a small one.
+
+    There are as many colons outside of its texts, unless some member is null or stands there twice.
+    """
+    values = msgspec.structs.astuple(decoded)
+    count = len(values) - values.count(None)
+    if isinstance(decoded, BatchBody):  # `op`, and the items of its list
+        count += 1
+        for value in values:
+            if type(value) is list:
+                count += sum(_members(item) for item in value if type(item) is not str)
+    return count
+
+
+def _require_unique(body: bytes) -> None:
+    """Raise BadRequest if an object of a body, which is JSON, has a member twice. O(body), slowly.
+
+    The decoder goes by the last one. So `{"lease": 1, "lease": null}` would be an unblock without a lease number.
+    """
+    json.loads(body, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRequest(f"the member {_named(twice)} was given twice in one object; give each once")
+    return members
 
 
 def _with_whole_numbers(value: Any) -> Any:

@@ -1,22 +1,19 @@
-"""Who is at the other end: address, protocol, and what a proxy says about them.
+"""Who is at the other end: address, protocol, and what a trusted proxy says about them.
 
 Tornado hands `connection.context` to every `HTTPServerRequest`, which takes
-`remote_ip` and `protocol` from it. The rules are those of
-`tornado.httpserver`, but where Tornado rewrites one object before each request
-and restores it afterwards, a forwarded request gets an object of its own here: a
-late reader can never see another request's address.
+`remote_ip` and `protocol` from it. Where Tornado rewrites one object before each
+request and restores it afterwards, a forwarded request gets an object of its own
+here: a late reader can never see another request's address.
 
-It does not decide whether a proxy is to be believed: that is `xheaders`.
+It does not decide which proxy is trusted: that is `keypool.proxies`.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection
-
-from tornado import netutil
 
 from keypool.http1.responses import Headers
+from keypool.proxies import TrustedProxies
 
 
 class Peer:
@@ -43,26 +40,17 @@ class Peer:
             return self.address.decode("latin-1")
         return str(self.address)
 
-    def forwarded(self, headers: Headers, trusted: Collection[str]) -> Peer:
-        """Return the peer as a proxy's headers name it. O(headers).
-
-        `X-Real-Ip`, else the last address of `X-Forwarded-For` that is not
-        `trusted`; `X-Scheme`, else `X-Forwarded-Proto`. Values that are no
-        address or scheme change nothing.
-        """
+    def forwarded(self, headers: Headers, trusted: TrustedProxies) -> Peer:
+        """Return the peer as a proxy's headers name it, if that proxy is trusted. O(headers)."""
+        if self.remote_ip not in trusted:
+            return self
         peer = Peer(self.address, self.address_family, self.protocol)
-        address = peer.remote_ip
-        hops = _value(headers, b"x-forwarded-for") or address
-        for address in (hop.strip() for hop in reversed(hops.split(","))):
-            if address not in trusted:
-                break
-        address = _value(headers, b"x-real-ip") or address
-        if netutil.is_valid_ip(address):
-            peer.remote_ip = address
-        scheme = _value(headers, b"x-scheme") or _value(headers, b"x-forwarded-proto") or ""
-        scheme = scheme.rpartition(",")[2].strip()
-        if scheme in ("http", "https"):
-            peer.protocol = scheme
+        peer.remote_ip, peer.protocol = trusted.caller(
+            self.remote_ip,
+            self.protocol,
+            _value(headers, b"x-forwarded-for"),
+            _value(headers, b"x-forwarded-proto"),
+        )
         return peer
 
 

@@ -180,7 +180,7 @@ class Request:
 
     @property
     def peer(self) -> Peer | None:
-        """The other end, forwarded headers applied under `xheaders`; None when closed."""
+        """The other end, by the headers of a trusted proxy if there is one; None when closed."""
         return None if self._connection is None else self._connection.peer_of(self)
 
     @property

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from socket import AF_INET, AF_INET6, socket
 
@@ -37,6 +37,7 @@ from keypool.http1.request import RawApplication
 from keypool.http1.responses import OnRefused
 from keypool.http1.section import Sections
 from keypool.limits import Doorman, Limits, greedy
+from keypool.proxies import TrustedProxies
 
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
 
@@ -46,8 +47,9 @@ Application = httputil.HTTPServerConnectionDelegate | Callable[[httputil.HTTPSer
 class Server:
     """An HTTP/1.1 server for one Tornado application.
 
-    `xheaders`, `trusted_downstream`, `protocol` and `no_keep_alive` mean what they
-    mean to `tornado.httpserver.HTTPServer`. `on_refused` makes the answer to a request
+    `protocol` and `no_keep_alive` mean what they mean to
+    `tornado.httpserver.HTTPServer`; `trusted` are the proxies whose headers count
+    (without them no header does). `on_refused` makes the answer to a request
     that the server itself refuses (see `Refusal`).
     """
 
@@ -59,12 +61,11 @@ class Server:
         ssl_context: ssl.SSLContext | None = None,
         no_keep_alive: bool = False,
         protocol: str | None = None,
-        xheaders: bool = False,
-        trusted_downstream: Collection[str] = (),
+        trusted: TrustedProxies | None = None,
         on_refused: OnRefused | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.doorman = Doorman(self.limits)
+        self.doorman = Doorman(self.limits, trusted or ())
         self.began = 0
         """Requests whose head has come, since the start."""
         self.sections = Sections()
@@ -74,8 +75,7 @@ class Server:
         self.resolved: asyncio.Future[None]  # the future of every write that need not wait
         self.clock = 0.0  # the loop's time as of the last sweep, one sweep ahead
         self._ssl_context = ssl_context
-        self.trusted = frozenset(trusted_downstream) if xheaders else None
-        """Proxies whose headers are believed, beside the one that connects; None: no header is."""
+        self.trusted = trusted
         self._connections: set[Connection] = set()
         self._accepting: set[asyncio.Task[object]] = set()
         self._listeners: list[asyncio.Task[asyncio.Server]] = []
