@@ -48,6 +48,21 @@ METRICS = (
     Described("keypool_connections", "gauge", "open connections, those of viewers not among them"),
     Described("keypool_connections_refused_total", "counter", "connections closed for want of room"),
     Described("keypool_storage_up", "gauge", "1 while the data file can be written, else 0"),
+    Described(
+        "keypool_storage_failing_seconds", "gauge", "for how long the data file can't be written; 0 if it can"
+    ),
+    Described(
+        "keypool_commit_age_seconds",
+        "gauge",
+        "since the commit under way was sent to the writer; 0 if none is",
+    ),
+    Described(
+        "keypool_writer_restarts_total", "counter", "writer processes started in place of one that died"
+    ),
+    Described("keypool_data_file_bytes", "gauge", "size of the data file, and of its log", "file: data, log"),
+    Described(
+        "keypool_disk_free_bytes", "gauge", "room left where the data file is, as the writer saw it last"
+    ),
     Described("keypool_uptime_seconds", "gauge", "since this server started", source="uptime"),
     Described("keypool_build_info", "gauge", "always 1", "version, engine"),
     Described(
@@ -80,12 +95,14 @@ METRICS = (
 """Every metric, in the order of the docs. Those of the process are there on Linux only."""
 
 
-def exposition(
-    stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Mapping[str, float]
-) -> bytes:
+Numbers = Mapping[str, float | Mapping[str, float]]
+"""Values by the full name of their metric; of one with a label, by the label's value."""
+
+
+def exposition(stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Numbers) -> bytes:
     """The whole page in Prometheus's text format. O(1) in the number of keys; some 2 ms.
 
-    `numbers` are the metrics that neither `stats` nor `tallies` has, by full name.
+    `numbers` are the metrics that neither `stats` nor `tallies` has.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(stats, calls, tallies, numbers))
@@ -95,7 +112,7 @@ def exposition(
 
 class _Snapshot(Collector):
     def __init__(
-        self, stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Mapping[str, float]
+        self, stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Numbers
     ) -> None:
         self._stats = stats
         self._calls = calls
@@ -116,8 +133,13 @@ class _Snapshot(Collector):
         value = self._numbers.get(described.name)
         if value is None:
             value = getattr(self._stats, described.source)
-        family = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
-        return family(described.name, described.about, value=value)
+        kind = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
+        if not isinstance(value, Mapping):
+            return kind(described.name, described.about, value=value)
+        family = kind(described.name, described.about, labels=[described.labels.partition(":")[0]])
+        for label, each in value.items():
+            family.add_metric([label], each)
+        return family
 
     def _labelled(self) -> Iterator[Metric]:
         keys = GaugeMetricFamily("keypool_keys", "keys", labels=["state"])

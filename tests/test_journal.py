@@ -1750,6 +1750,113 @@ class Load:
         assert not self._failures, self._failures
 
 
+def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
+    """Full for more than twice the keepalive, while a keeper goes on asking; nor to a kill right after it."""
+    path = small_disk / "keypool.db"
+    with durable_server(path, "--keepalive-seconds=2") as server:
+        server.allow("can't be written")
+        client = server.client()
+        keys = [key["key"] for key in client.make_many(200)]
+        filler = fill_up(small_disk)
+        kept: list[int] = []
+
+        def keep() -> int:
+            answer = client.batch(op="keepalive", keys=keys)
+            if answer.status == 200:
+                assert answer.json == {"done": 200, "unknown": []}
+            else:
+                answer.expect_problem(503, "storage-unavailable")
+            kept.append(answer.status)
+            time.sleep(0.1)
+            return answer.status
+
+        eventually(lambda: keep() == 503, "a disk that is full")
+        refused_at = time.monotonic()
+        eventually(lambda: keep() == 503 and time.monotonic() > refused_at + 5, "twice the keepalive")
+        assert client.stats()["expired"] == 0
+        filler.unlink()
+        eventually(lambda: keep() == 200, "storage that is back")
+        assert client.stats()["total"] == 200
+        assert client.stats()["expired"] == 0
+        crash(server)
+    assert len(rows_in(path)) == 200
+
+
+def test_a_disk_that_hangs_is_an_outage_and_over_by_itself(tmp_path: Path) -> None:
+    """Noticed within 6 s: a log line, 503 for who waits, comes, and asks /readyz; no key is lost to it."""
+    with durable_server(tmp_path / "keypool.db", "--keepalive-seconds=4") as server:
+        server.allow("can't be written")
+        client = server.client()
+        keys = [key["key"] for key in client.make_many(3)]
+        writer = writer_of(server)
+        os.kill(writer, SIGSTOP)
+        try:
+            waiting = server.wire()
+            began = time.monotonic()
+            waiting.ask("POST", f"{API}/keys/{keys[0]}/keepalive")
+            assert waiting.answer().json["code"] == "storage-unavailable"
+            assert 4.5 < time.monotonic() - began < 8
+            client.get("/readyz").expect_problem(503, "storage-unavailable")
+            client.batch(op="keepalive", keys=keys).expect_problem(503, "storage-unavailable")
+            assert "a commit has taken over 5 s" in server.log
+            assert "keypool_storage_up 0.0" in client.get("/metrics").body.decode()
+            time.sleep(1)  # the other keys' lives are over by now
+        finally:
+            os.kill(writer, SIGCONT)
+        eventually(lambda: client.get("/readyz").status == 200, "storage that is back")
+        assert client.batch(op="keepalive", keys=keys).expect(200) == {"done": 3, "unknown": []}
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_a_data_file_that_is_gone_is_an_outage(tmp_path: Path, how: str) -> None:
+    """Noticed by the next change; over when it is back in its place. A stop before says what it didn't keep."""
+    path, away = tmp_path / "keypool.db", tmp_path / "away"
+    with durable_server(path) as server:
+        server.allow("can't be written|the last commit was not made")
+        client = server.client()
+        client.make_many(20)
+        path.rename(away)
+        if how == "replaced":
+            fill(tmp_path / "other", [])
+            (tmp_path / "other").rename(path)
+        client.post(API + "/keys").expect_problem(503, "storage-unavailable")
+        problem = client.get("/readyz").expect_problem(503, "storage-unavailable")
+        assert "deleted, moved or replaced" in problem["detail"]
+        if how == "replaced":
+            server.signal(SIGTERM)
+            assert server.wait() == 1
+            assert rows_in(path) == []
+        else:
+            away.rename(path)
+            assert len(expect_all_well(client)) == 22
+    assert len(rows_in(path if how == "moved" else away)) in (20, 22)
+
+
+def test_the_writer_is_given_no_setting_and_no_token(tmp_path: Path) -> None:
+    """Who reads a process's environment finds no secret in this one."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("needs /proc")
+    secret = {"KEYPOOL_ADMIN_TOKEN": "admin-token-of-this-test"}
+    with durable_server(tmp_path / "keypool.db", env=secret) as server:
+        environ = Path(f"/proc/{writer_of(server)}/environ").read_bytes()
+        assert b"PATH=" in environ
+        assert b"KEYPOOL" not in environ
+
+
+def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
+    """Whatever the umask, and those that are there stay as they are."""
+    before = os.umask(0)
+    try:
+        tmp_path.chmod(0o755)
+        os.close(datafile.hold(tmp_path / "a" / "b" / "keypool.db"))
+    finally:
+        os.umask(before)
+    modes = [
+        stat.S_IMODE(folder.stat().st_mode) for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")
+    ]
+    assert modes == [0o755, 0o700, 0o700]
+
+
 def test_waiters_are_served_when_the_disk_is_back(tmp_path: Path) -> None:
     """One who stood in the queue when it failed gets the key whose block ran out meanwhile, and not before."""
     with durable_server(tmp_path / "keypool.db", "--block-seconds=1") as server:

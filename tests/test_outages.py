@@ -397,15 +397,18 @@ def test_no_commit_goes_to_a_file_without_its_name(tmp_path: Path, how: str) -> 
     path = tmp_path / "keypool.db"
     writer = Writer(path, open_held(path))
     assert writer.commit([encode(Batch([], [], {"last_id": 3}))]) == Verdict()
-    path.unlink()
+    away, other = tmp_path / "away", tmp_path / "other"
+    path.rename(away)
     if how == "replaced":
-        with contextlib.closing(datafile.connect(path)) as database:
+        with contextlib.closing(datafile.connect(other)) as database:
             database.execute(datafile.SET_POOL, ("last_id", 99))
+        other.rename(path)
     for _ in range(2):
         assert "deleted, moved or replaced" in str(writer.commit([encode(Batch())]).error)
         assert path.exists() == (how == "replaced")
+    assert datafile.inspect(away) == {"last_id": 3}, "what was told is not in the file itself"
     if how == "replaced":
-        assert datafile.inspect(path) == {"last_id": 99}
+        assert datafile.inspect(path) == {"last_id": 99}, "the log of one file was taken for the other's"
 
 
 # ---------------------------------------------------------------------------------------------- incomplete copies
@@ -455,3 +458,28 @@ def test_a_live_file_copied_without_its_log_is_refused(tmp_path: Path) -> None:
     writer.close()
     assert datafile.inspect(path)["last_id"] == 400
     assert datafile.inspect(copy(path, tmp_path / "closed"))["last_id"] == 400
+
+
+# ------------------------------------------------------------------------------------------------------ the start
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), None], ids=["not started", "died"])
+def test_a_writer_that_does_not_start_is_one_line(
+    writers: list[HeldWriter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    """A StartError that says which file and why, as `server.py` prints it."""
+
+    async def test() -> None:
+        async def start(*args: Any) -> HeldWriter:
+            if error is not None:
+                raise error
+            writer = HeldWriter(*args[2:])
+            asyncio.get_running_loop().call_soon(writer.die)
+            return writer
+
+        monkeypatch.setattr("keypool.engine.journal.WriterLink.start", start)
+        path = tmp_path / "keypool.db"
+        with pytest.raises(StartError, match=f"{path}.*(Too many open files|writer process died)"):
+            await open_durable(path, 0.0)
+
+    run(test)

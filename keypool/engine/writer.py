@@ -146,14 +146,18 @@ class Writer:
     def _moved(self) -> str | None:
         """What became of the names of the file and its log, if they name others by now. A few microseconds."""
         if _identity(self._path) != _identity(self._held):
-            self._drop()  # what the log holds goes into the file that is held, and the log goes
-            return _GONE
-        if self._database is not None and _identity(self._log_path) != self._log:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.execute("PRAGMA wal_checkpoint(FULL)")
-            self._drop()
-            return _LOG_GONE
-        return None
+            wrong = _GONE
+        elif self._database is not None and _identity(self._log_path) != self._log:
+            wrong = _LOG_GONE
+        else:
+            return None
+        # All into the file that is held, so that it is whole wherever it is; and nothing left in the log, which
+        # whoever opens another file by that name would take for that one's. SQLite itself leaves both undone.
+        with contextlib.suppress(sqlite3.Error):
+            if self._database is not None:
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._drop()
+        return wrong
 
     def measured(self) -> Figures | None:
         """How large file and log are, and how much room is left; None if that was said in the last second."""

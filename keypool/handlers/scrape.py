@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from keypool.auth import Role
@@ -10,6 +10,7 @@ from keypool.errors import KeypoolError
 from keypool.handlers.pages import PageHandler
 from keypool.metrics import CONTENT_TYPE, exposition
 from keypool.tally import Tally
+from keypool.vitals import engine_measures
 
 
 def _none() -> int:
@@ -41,11 +42,12 @@ class Metrics(PageHandler):
         except KeypoolError as error:
             self.refuse(error)
             return
-        numbers = {
+        numbers: dict[str, float | Mapping[str, float]] = {
             "keypool_viewers": scraped.viewers(),
             "keypool_connections": scraped.connections(),
             "keypool_connections_refused_total": scraped.refused_connections(),
             "keypool_storage_up": int(engine.storage_up()),
+            **engine_measures(engine),
         }
         tallies = engine.tallies() | scraped.tallies
         self._answer(exposition(stats, self.dispatcher.calls, tallies, numbers), CONTENT_TYPE)
