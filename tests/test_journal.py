@@ -2286,7 +2286,35 @@ def _shell(command: str) -> Callable[[Path, Path], None]:
     return run_shell
 
 
+def keypool(*words: str, status: int = 0) -> str:
+    """Run the command; its one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "keypool", *words],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == status, done
+    [line] = (done.stderr if status else done.stdout).splitlines()
+    return line
+
+
+def _documented(path: Path, copy: Path) -> None:
+    before = os.umask(0)
+    try:
+        line = keypool("backup", str(copy), f"--data={path}")
+    finally:
+        os.umask(before)
+    assert re.fullmatch(rf"{copy} is whole: version \d+, \d+ keys, 1 blocked", line)
+    assert keypool("verify", str(copy)) == line
+    assert [each.name for each in copy.parent.iterdir()] == [copy.name], "something was left beside it"
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+
+
 BACKUPS = {
+    "keypool backup": _documented,
     "VACUUM INTO": _vacuum,
     "backup, page by page": _backup,
     "sqlite3 VACUUM INTO": _shell("VACUUM INTO '{copy}'"),
@@ -2319,7 +2347,45 @@ def test_a_backup_under_load_restores(tmp_path: Path, how: str) -> None:
 
 
 def test_the_documented_backup_is_the_tested_one() -> None:
-    """docs/operations.md names VACUUM INTO and Litestream."""
+    """docs/operations.md names the commands, and Litestream."""
     text = (ROOT / "docs" / "operations.md").read_text()
-    assert re.search(r"sqlite3 data/keypool\.db \"VACUUM INTO 'backup\.db'\"", text)
+    assert "\nkeypool backup backup.db " in text
+    assert "\nkeypool verify backup.db " in text
     assert "litestream.io" in text
+
+
+def test_a_backup_that_cannot_be_made_leaves_nothing(whole_file: Path, tmp_path: Path) -> None:
+    """One line that says why: it replaces no file, copies no other program's, nor one that lacks its log."""
+    copy = tmp_path / "copy"
+    copy.write_text("mine")
+    assert "replaces none" in keypool("backup", str(copy), f"--data={whole_file}", status=1)
+    assert copy.read_text() == "mine"
+    copy.unlink()
+    assert "no data file" in keypool("backup", str(copy), f"--data={tmp_path / 'nothing'}", status=1)
+    assert "--data=:memory:" in keypool("backup", str(copy), "--data=:memory:", status=2)
+    (tmp_path / "other").write_text("hello")
+    assert "can't be copied" in keypool("backup", str(copy), f"--data={tmp_path / 'other'}", status=1)
+    bare = tmp_path / "bare"
+    with durable_server(tmp_path / "keypool.db") as server:
+        server.client().make()
+        shutil.copyfile(tmp_path / "keypool.db", bare)
+    assert "incomplete" in keypool("backup", str(copy), f"--data={bare}", status=1)
+    assert "incomplete" in refused_start(bare)
+    assert not copy.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_verify_changes_nothing_and_finds_damage(whole_file: Path, tmp_path: Path) -> None:
+    """Nor does it put anything beside the file."""
+    path = tmp_path / "keypool.db"
+    path.write_bytes(whole_file.read_bytes())
+    path.chmod(0o644)
+    assert f"{ROWS} keys" in keypool("verify", str(path))
+    assert path.read_bytes() == whole_file.read_bytes()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    content = bytearray(whole_file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    path.write_bytes(content)
+    assert "damaged" in keypool("verify", str(path), status=1)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]

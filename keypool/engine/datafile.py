@@ -24,6 +24,7 @@ whole and only old; and a log that was copied at another moment than its file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -324,6 +325,13 @@ def _has(database: sqlite3.Connection, table: str) -> bool:
     return bool(database.execute(_HAS, (table,)).fetchone()[0])
 
 
+def version_of(path: Path) -> int:
+    """The version of a file that `examine` has passed. O(1). Raises sqlite3.Error."""
+    with _reading(path) as database:
+        version: int = database.execute("PRAGMA user_version").fetchone()[0]
+        return version
+
+
 def count(path: Path) -> int:
     """How many keys the file holds. O(n). Raises StartError."""
     try:
@@ -395,8 +403,14 @@ def clear(path: Path) -> None:
 def rename(path: Path, name: Path) -> None:
     """Give a whole, closed file its name, durably. Raises StartError if somebody has the name by now."""
     try:
-        os.link(path, name)  # unlike a rename, it replaces nothing
-        path.unlink()
+        try:
+            os.link(path, name)  # unlike a rename, it replaces nothing
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP) or name.exists():
+                raise
+            path.rename(name)  # a file system without links
+        else:
+            path.unlink()
         folder = os.open(name.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
