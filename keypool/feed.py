@@ -60,10 +60,11 @@ class Viewer(Protocol):
 class _Seat:
     """What one viewer has been told."""
 
-    __slots__ = ("busy", "numbers", "seq", "told", "viewer", "written_at")
+    __slots__ = ("busy", "greeted", "numbers", "seq", "told", "viewer", "written_at")
 
     def __init__(self, viewer: Viewer) -> None:
         self.viewer = viewer
+        self.greeted = False
         self.seq = 0
         self.busy = False
         self.told = 0
@@ -103,20 +104,14 @@ class Feed:
             return
         self.require_room()
         seat = self._seats[viewer] = _Seat(viewer)
-        seat.busy = True  # no delta before the hello
-        stats = await self._engine.stats()
-        if viewer not in self._seats:
-            return
-        seat.told, seat.numbers = self._engine.told, _numbers(stats)
-        hello = {
-            "now": moment(self._now()),
-            "stats": stats,
-            "history": self._history.encoded(),
-            "events": self._engine.recent(EVENTS),
-        }
-        self._send(seat, "hello", _tail(hello))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
+        try:
+            stats = await self._engine.stats()
+        except KeypoolError:
+            return  # storage is away: `_tick` greets it when there are numbers
+        if viewer in self._seats and not seat.greeted:
+            self._greet(seat, stats)
 
     def part(self, viewer: Viewer) -> None:
         """A viewer has gone."""
@@ -149,7 +144,8 @@ class Feed:
                 try:
                     self._tick(await self._engine.stats())
                 except KeypoolError as error:  # storage is away: a beat says that the server isn't
-                    _log.debug("no numbers to tell: %s", error.detail)
+                    _log.debug("no numbers to send: %s", error.detail)
+                    self._beat()
                 await asyncio.sleep(max(INTERVAL / 5, started + INTERVAL - self._loop.time()))
         except Exception:
             _log.exception("the feed failed; viewers are told to come again")
@@ -172,6 +168,9 @@ class Feed:
         for seat in list(self._seats.values()):
             if seat.busy:
                 continue
+            if not seat.greeted:
+                self._greet(seat, stats)
+                continue
             new = told - seat.told
             if new or numbers != seat.numbers:
                 if new not in tails:
@@ -183,6 +182,25 @@ class Feed:
                 self._send(seat, "delta", tails[new])
             elif now - seat.written_at >= QUIET:
                 self._send(seat, "beat", _tail({"now": text}))
+
+    def _beat(self) -> None:
+        """Send a beat to those who have had no frame for QUIET seconds, hello excepted: that is the first."""
+        now = self._loop.time()
+        tail = _tail({"now": moment(self._now())})
+        for seat in list(self._seats.values()):
+            if seat.greeted and not seat.busy and now - seat.written_at >= QUIET:
+                self._send(seat, "beat", tail)
+
+    def _greet(self, seat: _Seat, stats: Stats) -> None:
+        seat.greeted = True
+        seat.told, seat.numbers = self._engine.told, _numbers(stats)
+        hello = {
+            "now": moment(self._now()),
+            "stats": stats,
+            "history": self._history.encoded(),
+            "events": self._engine.recent(EVENTS),
+        }
+        self._send(seat, "hello", _tail(hello))
 
     def _send(self, seat: _Seat, kind: str, tail: bytes) -> None:
         seat.seq += 1

@@ -55,6 +55,21 @@ METRICS = (
     Described("keypool_connections", "gauge", "open connections, those of viewers not among them"),
     Described("keypool_connections_refused_total", "counter", "connections closed for want of room"),
     Described("keypool_storage_up", "gauge", "1 while the data file can be written, else 0"),
+    Described(
+        "keypool_storage_failing_seconds", "gauge", "for how long the data file can't be written; 0 if it can"
+    ),
+    Described(
+        "keypool_commit_age_seconds",
+        "gauge",
+        "since the commit under way was sent to the writer; 0 if none is",
+    ),
+    Described(
+        "keypool_writer_restarts_total", "counter", "writer processes started in place of one that died"
+    ),
+    Described("keypool_data_file_bytes", "gauge", "size of the data file, and of its log", "file: data, log"),
+    Described(
+        "keypool_disk_free_bytes", "gauge", "room left where the data file is, as the writer saw it last"
+    ),
     Described("keypool_log_dropped_total", "counter", "log lines dropped: standard error did not take them"),
     Described("keypool_uptime_seconds", "gauge", "since this server started", source="uptime"),
     Described("keypool_build_info", "gauge", "always 1", "version, engine"),

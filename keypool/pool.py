@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import inf, nextafter
 from operator import attrgetter
 
 from keypool.errors import PoolFull, StaleLease, UnknownKey
@@ -106,6 +107,7 @@ class Pool:
         self._random = random
         self._available: list[Key] = []
         self._total = 0
+        self._purge_until = inf  # keys whose deadline comes after it are not purged: see `hold`
         self._by_id = IdIndex()
         self._by_text = TextIndex()
         self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
@@ -142,7 +144,8 @@ class Pool:
         if key is None:
             raise UnknownKey
         if key.expires_deadline <= now:
-            self._purge(key, Change.EXPIRED)
+            if key.expires_deadline <= self._purge_until:
+                self._purge(key, Change.EXPIRED)
             raise UnknownKey
         if key.release_deadline is not None and key.release_deadline <= now:
             self._free(key, Change.RELEASED)
@@ -182,7 +185,8 @@ class Pool:
             if key.expires_deadline > now:
                 self._block(key, now, owner)
                 return key
-            self._purge(key, Change.EXPIRED)
+            if key.expires_deadline <= self._purge_until:
+                self._purge(key, Change.EXPIRED)
         return None
 
     def may_have_more(self, now: float) -> bool:
@@ -229,7 +233,7 @@ class Pool:
 
     def settle(self, now: float) -> None:
         """Release and purge what is overdue, `SETTLED_AT_ONCE` of each at most. O(1) if nothing is."""
-        for key in self._by_expiry.due(now, SETTLED_AT_ONCE):
+        for key in self._by_expiry.due(min(now, self._purge_until), SETTLED_AT_ONCE):
             self._purge(key, Change.EXPIRED)
         self._settle_releases(now)
 
@@ -238,9 +242,9 @@ class Pool:
             self._free(key, Change.RELEASED)
 
     def overdue(self, now: float) -> bool:
-        """Whether some key has passed its `expires_deadline` and isn't purged yet. O(1)."""
+        """Whether some key has passed its `expires_deadline` and may be purged, but isn't yet. O(1)."""
         next_expiry = self.next_expiry()
-        return next_expiry is not None and next_expiry <= now
+        return next_expiry is not None and next_expiry <= min(now, self._purge_until)
 
     def next_expiry(self) -> float | None:
         """The earliest `expires_deadline`; None if there is no key. O(1)."""
@@ -265,6 +269,50 @@ class Pool:
         """Seconds until the earliest release of a blocked key, at least 0; None if none is blocked. O(1)."""
         deadline = self.next_release_deadline()
         return None if deadline is None else max(0.0, deadline - now)
+
+    # -- expiry on hold: while changes can't be kept, a keepalive can't reach its key
+
+    def hold(self, now: float) -> None:
+        """Purge no key that is alive at this moment, until `let_go`; nothing if a hold is on. O(1).
+
+        A held key whose `expires_deadline` has passed is unknown to `find` and is not served, but stays in the
+        orders and counts: either `grant` gives it a new deadline, or it is purged after `let_go`.
+        """
+        if self._purge_until == inf:
+            self._purge_until = now
+
+    @property
+    def held(self) -> bool:
+        """Whether a hold is on. O(1)."""
+        return self._purge_until != inf
+
+    def held_back(self, ref: int | str) -> bool:
+        """Whether a key that `find` or `find_id` doesn't know is there, and only the hold keeps it. O(1)."""
+        if not self.held:
+            return False
+        key = self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)
+        return key is not None
+
+    def grant(self, until: float, limit: int) -> bool:
+        """Let held keys that would expire before `until` live until then, soonest first; whether more may be left.
+
+        Deals with `limit` keys at most. Keys that had expired before the hold are purged. O(limit · log n). No
+        counter moves and no listener is called for a key that lives: the caller keeps the grant by its moment.
+        """
+        due = self._by_expiry.due(nextafter(until, -inf), limit)
+        for key in due:
+            if key.expires_deadline <= self._purge_until:
+                self._purge(key, Change.EXPIRED)
+                continue
+            assert key.expiry_bucket is not None  # a live key stands in the order by expiry
+            self._by_expiry.discard(key, key.expiry_bucket)
+            key.expires_deadline = until
+            key.expiry_bucket = self._by_expiry.add(key, until)
+        return len(due) == limit
+
+    def let_go(self) -> None:
+        """End the hold: what is overdue by now is purged by `settle` as ever. O(1)."""
+        self._purge_until = inf
 
     # -- pages
 

@@ -29,7 +29,7 @@ from keypool.engine import Engine
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.valkey_url import parse, without_password
-from keypool.errors import StartError
+from keypool.errors import StartError, StorageUnavailable
 from keypool.fast import FastServer
 from keypool.handlers.inflight import InFlight
 from keypool.handlers.scrape import Scraped
@@ -112,9 +112,9 @@ async def serve(settings: Settings, station: Station) -> int:
     station.ready(_url(settings, sockets))
     await stop
     station.draining()
-    await _drain(server, sockets, app, engine, settings.drain_seconds)
+    kept = await _drain(server, sockets, app, engine, settings.drain_seconds)
     station.stopped()
-    return 0
+    return 0 if kept else 1
 
 
 def _trusted(settings: Settings) -> TrustedProxies | None:
@@ -184,8 +184,8 @@ def _measure(server: HttpServer, scraped: Scraped) -> None:
 
 async def _drain(
     server: HttpServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
-) -> None:
-    """Stop within `seconds`: whoever was accepted is answered, as far as that goes."""
+) -> bool:
+    """Stop within `seconds`: whoever was accepted is answered, as far as that goes. Whether all could be kept."""
     deadline = time.monotonic() + seconds
     server.take_queue(sockets)
     server.stop()
@@ -198,10 +198,20 @@ async def _drain(
     # In this turn, before anybody asks again: what would be done now could not be answered any more.
     server.cut_all()
     app.settings["dispatcher"].wrong_tokens.close()
-    closing = [asyncio.ensure_future(each) for each in (server.close_all_connections(), engine.close())]
-    done, _ = await asyncio.wait(closing, timeout=max(0.1, deadline - time.monotonic()))
-    for step in done:
-        step.result()
+    cutting = asyncio.ensure_future(server.close_all_connections())
+    keeping = asyncio.ensure_future(engine.close())
+    await asyncio.wait([cutting, keeping], timeout=max(0.1, deadline - time.monotonic()))
+    if cutting.done():
+        cutting.result()
+    keeping.cancel()  # if the time is up: it says then what it could not keep
+    try:
+        await keeping
+    except StorageUnavailable as error:
+        _log.error("stopped, but %s", error.detail)
+        return False
+    except asyncio.CancelledError:
+        pass
+    return True
 
 
 async def _wait_idle(server: HttpServer, in_flight: InFlight, deadline: float) -> bool:

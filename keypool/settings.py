@@ -185,6 +185,22 @@ def load(argv: Sequence[str], environ: Mapping[str, str], program: str = "python
     return Settings(**{**toml, **variables, **flags}, origins=origins)
 
 
+def data_file(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The data file that a server with these settings has; its tokens aren't looked at. Raises SettingsError."""
+    flags, variables = _from_flags(argv, "keypool serve"), _from_environment(environ)
+    given = {**_from_toml(flags, variables), **variables, **flags}
+    engine, data = (
+        str(given.get(name, Settings.__dataclass_fields__[name].default)) for name in ("engine", "data")
+    )
+    if engine != "embedded":
+        raise SettingsError(
+            f"there is no data file with --engine={engine.partition(':')[0]}: Valkey keeps the pool"
+        )
+    if data == ":memory:":
+        raise SettingsError("there is no data file with --data=:memory:")
+    return data
+
+
 def _from_flags(argv: Sequence[str], program: str) -> dict[str, Any]:
     options = {option.flag: option for option in OPTIONS}
     given: dict[str, object] = {}

@@ -61,3 +61,9 @@ def engine_figures(engine: Engine) -> Mapping[str, float]:
     """What an engine offers to tell of its work, by name (`commit_seconds`, …); nothing if it offers none."""
     figures = getattr(engine, "figures", None)
     return figures() if callable(figures) else {}
+
+
+def engine_measures(engine: Engine) -> Mapping[str, float | Mapping[str, float]]:
+    """What an engine offers for metrics beside its tallies, by full name (metrics.py); nothing if it offers none."""
+    measures = getattr(engine, "measures", None)
+    return measures() if callable(measures) else {}

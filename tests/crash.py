@@ -147,6 +147,10 @@ class Ledger:
         self.sure: Counter[str] = Counter()
         self.maybe: Counter[str] = Counter()
         self.unknown_makes: list[Span] = []
+        self.outages: list[Span] = []
+        """Of storage, each over before its end, which may be as late as the server's: keys live for half a keepalive
+        from then on.
+        """
         self.told_stats: list[tuple[dict[str, Any], Counter[str], Counter[str], bool]] = []
         self.answers = 0
         self.lock = threading.RLock()
@@ -308,6 +312,7 @@ class _Life:
             (seen.span.ended, seen.span.asked + (seen.expires_in or 0)) for seen in promises
         )
         self._kept = Floor((span.asked, span.ended) for span in story.keepalives)
+        self._spared = Floor((span.asked, span.ended) for span in ledger.outages)
 
     def faults(self) -> Iterator[str]:
         for seen in self._story.seen:
@@ -320,6 +325,8 @@ class _Life:
     def _expiry(self, seen: Seen) -> Iterator[str]:
         made = self._last_make if self._story.made is None else self._story.made.ended
         latest = max(made, self._kept.by(seen.span.ended)) + self._life + LATE
+        spared = min(self._spared.by(seen.span.ended), seen.span.ended)
+        latest = max(latest, spared + self._life / 2 + LATE)
         if seen.span.asked > latest:
             yield f"lived too long: told by {seen.how} {seen.span.asked - latest:.3f} s after the last moment"
         if seen.expires_in is None:
@@ -1057,12 +1064,14 @@ class Crasher:
         try:
             for _ in range(writer_kills):
                 self._wait_for(answers, workers, server)
+                self.ledger.outages.append(Span(time.monotonic()))
                 kill(writer_of(server))
                 if self._random.random() < 0.5:  # or the next one is killed while it starts
                     _wait_for_storage(server)
             _wait_for_storage(server)
             self._wait_for(answers, workers, server)
             if both:
+                self.ledger.outages.append(Span(time.monotonic()))
                 kill(writer_of(server))
             killed_at = time.monotonic()
             server.signal(SIGKILL)
@@ -1070,6 +1079,8 @@ class Crasher:
         finally:
             stop.set()
         self.ledger.died(time.monotonic())
+        for outage in self.ledger.outages:
+            outage.ended = min(outage.ended, time.monotonic())
         for worker in workers:
             worker.thread.join(30)
             assert not worker.thread.is_alive(), f"{worker.name} still waits for a dead server"

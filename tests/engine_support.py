@@ -14,8 +14,10 @@ import contextlib
 import functools
 import itertools
 import logging
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
 from tornado.ioloop import IOLoop
@@ -217,6 +219,11 @@ def make_engine(
     if timers is not None:
         settings["loop"] = timers.as_loop
     return EmbeddedEngine(clock=clock, **settings)
+
+
+def open_held(path: Path) -> int:
+    """A descriptor of a data file, made if there is none, as a server has it: for its writer, which keeps it."""
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
 
 # ---------------------------------------------------------------------------------------------------- running

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from engine_support import open_held
 
 from keypool.engine import batches, datafile
 from keypool.engine.batches import Batches
@@ -169,7 +170,7 @@ def test_a_crowd_of_changes_is_folded_in_bounded_steps(path: Path, monkeypatch: 
 
 def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
     """So that whoever looks into the file of a stopped server sees its keys; one with nothing to fold isn't written."""
-    model, writer = Model(4), Writer(path)
+    model, writer = Model(4), Writer(path, open_held(path))
     work(writer, model, 60)
     writer.close()
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -177,7 +178,7 @@ def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
     with opened(path) as database:
         assert tables(database) == (len(model.rows), 0)
     before = path.read_bytes()
-    writer = Writer(path)
+    writer = Writer(path, open_held(path))
     assert writer.probe() == Verdict()
     writer.close()
     assert path.read_bytes() == before
@@ -186,10 +187,10 @@ def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
 def test_a_grace_is_granted_to_keys_wherever_they_stand(path: Path) -> None:
     """To those in the tables, and to those that only a batch tells of."""
     now = round(time.time() * 1000)
-    writer = Writer(path)
+    writer = Writer(path, open_held(path))
     writer.commit([encode(Batch([(1, "a" * 20, now, now + 10, None, 0, None)], [], {"last_id": 1}))])
     writer.close()
-    writer = Writer(path)
+    writer = Writer(path, open_held(path))
     writer.commit([encode(Batch([(2, "b" * 20, now, now + 20, None, 0, None)], [], {"last_id": 2}))])
     assert writer.grant(now + 5000) == Verdict()
     assert [row[3] for some in datafile.read_rows(path, 9) for row in some] == [now + 5000] * 2
@@ -205,7 +206,7 @@ def test_folding_that_fails_is_told_with_the_next_batch_and_begins_anew(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that is full shows when rows are folded: callers hear of it as of any batch, and nothing is lost."""
-    model, writer = Model(6), Writer(path)
+    model, writer = Model(6), Writer(path, open_held(path))
     fold = Batches._write
     for _ in range(30):
         assert writer.commit([encode(model.batch())]) == Verdict()
@@ -237,7 +238,7 @@ def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> Non
     model = Model(7)
     model.rows, model.numbers = {1: (1, "00000000000000000001", 1, 2, None, 0, None)}, {"last_id": 1}
     model.expect(path)
-    writer = Writer(path)
+    writer = Writer(path, open_held(path))
     work(writer, model, 40)
     end(writer, model, path)
 
@@ -254,4 +255,6 @@ def test_a_batch_that_is_none_is_damage(path: Path, damage: str) -> None:
         list(datafile.read_rows(path, 9))
     with pytest.raises(StartError, match="can't be read: a row of it can't be read"):
         datafile.count(path)
-    assert Writer(path).commit([encode(Model(8).batch())]) == Verdict("a batch can't be read")
+    assert Writer(path, open_held(path)).commit([encode(Model(8).batch())]) == Verdict(
+        "a batch can't be read"
+    )

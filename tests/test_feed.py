@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
 import re
 import signal
 import threading
@@ -11,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Start
+from engine_support import Moment, make_engine, on_loop
 from support import (
     ADMIN_TOKEN,
     API,
@@ -25,6 +29,12 @@ from support import (
     eventually,
 )
 from viewing import FEED, Closed, Viewer
+
+from keypool import feed
+from keypool.answers import Stats
+from keypool.errors import StorageUnavailable
+from keypool.feed import Feed
+from keypool.history import History
 
 
 @contextmanager
@@ -169,6 +179,59 @@ def test_a_quiet_pool_beats(server: ServerProcess) -> None:
 
 
 # --------------------------------------------------------------------------------------------- slow viewers
+
+
+class Watching:
+    """A viewer in this process: the frames that it was sent."""
+
+    def __init__(self) -> None:
+        self.frames: list[dict[str, Any]] = []
+        self.left: list[int] = []
+
+    async def send(self, frame: bytes) -> None:
+        self.frames.append(json.loads(frame))
+
+    def leave(self, code: int, reason: str) -> None:
+        self.left.append(code)
+
+    def signed_in(self) -> bool:
+        return True
+
+    async def until(self, count: int) -> list[str]:
+        """The types of the frames, when there are so many."""
+        for _ in range(20_000):
+            if len(self.frames) >= count:
+                break
+            await asyncio.sleep(0.001)
+        return [frame["type"] for frame in self.frames]
+
+
+@on_loop
+async def test_a_feed_beats_while_storage_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A viewer that is there gets beats, one that comes gets its hello when there are numbers again."""
+    monkeypatch.setattr(feed, "INTERVAL", 0.01)
+    monkeypatch.setattr(feed, "QUIET", 0.03)
+    engine = make_engine(Moment())
+    watched = Feed(engine, History(), 5, Moment())
+    early, late = Watching(), Watching()
+    await watched.join(early)
+    assert await early.until(1) == ["hello"]
+    there = engine.stats
+
+    async def away() -> Stats:
+        raise StorageUnavailable("away")
+
+    monkeypatch.setattr(engine, "stats", away)
+    await watched.join(late)
+    assert await early.until(4) == ["hello", "beat", "beat", "beat"]
+    assert [frame["seq"] for frame in early.frames] == [1, 2, 3, 4]
+    assert late.frames == []
+    monkeypatch.setattr(engine, "stats", there)
+    assert (await late.until(1))[0] == "hello"
+    assert (await late.until(2))[1] == "beat"
+    watched.drain()
+    assert late.left == [1001]
+    await asyncio.sleep(0)
 
 
 def resident(server: ServerProcess) -> int:

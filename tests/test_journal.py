@@ -26,7 +26,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any, Final, TypeVar
@@ -34,7 +34,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 import pytest
 from crash import children_of, command_of, kill, lives, writer_of
-from engine_support import Call, HeldTimers, Moment, make_engine, on_loop, turns, turns_until
+from engine_support import Call, Moment, on_loop, open_held, turns, turns_until
+from held_writer import FULL, Held, HeldWriter, Part, hold_writers, ids, logged, run, started
 from support import ACQUIRE, API, LATE, ROOT, Answer, Client, ServerProcess, eventually, run_server
 
 from keypool.cursor import ListQuery
@@ -43,152 +44,16 @@ from keypool.engine.clock import make_clock
 from keypool.engine.datafile import Batch, encode
 from keypool.engine.durable import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.journal import Journal
 from keypool.engine.writer import HEADER, Kind, Verdict, Writer, frame
 from keypool.errors import NoKeyAvailable, StaleLease, StartError, StorageUnavailable, UnknownKey
 
 T = TypeVar("T")
-FULL: Final = "database or disk is full"
-
-
-# --------------------------------------------------------------------------------------- a writer that is held
-
-
-class Part(Batch, array_like=True):
-    """One that says that the batch goes on."""
-
-
-class HeldWriter:
-    """Stands where the link to the writer process would: a batch is kept until the test says what came of it."""
-
-    started: list[HeldWriter]
-
-    def __init__(self, answered: Callable[[Verdict], None], lost: Callable[[], None]) -> None:
-        self.dead = False
-        self.ended = False
-        self.batches: list[Batch] = []
-        self.unanswered: asyncio.Queue[Batch] = asyncio.Queue()
-        self._answered = answered
-        self._lost = lost
-
-    def send(self, kind: Kind, content: bytes = b"") -> None:
-        shape = Part if kind is Kind.PART else Batch
-        batch = msgspec.msgpack.decode(content, type=shape) if content else Batch()
-        self.batches.append(batch)
-        self.unanswered.put_nowait(batch)
-
-    def answer(self, error: str | None = None) -> Batch:
-        """Say of the batch sent last that it is committed, or why not. That batch."""
-        batch = self.unanswered.get_nowait()
-        self._answered(Verdict(error))
-        return batch
-
-    def answer_all(self) -> None:
-        """Say of a batch of several parts that it is committed."""
-        while isinstance(self.unanswered.get_nowait(), Part):
-            pass
-        self._answered(Verdict())
-
-    async def batch(self) -> Batch:
-        """The next batch that waits for its verdict, when there is one."""
-        batch = await asyncio.wait_for(self.unanswered.get(), 20)
-        self.unanswered.put_nowait(batch)
-        return batch
-
-    def die(self) -> None:
-        """As if the process was killed."""
-        self.dead = True
-        self._lost()
-
-    async def end(self) -> None:
-        self.dead = self.ended = True
-
-    async def reap(self) -> None:
-        self.dead = True
 
 
 @pytest.fixture
 def writers(monkeypatch: pytest.MonkeyPatch) -> list[HeldWriter]:
-    """All held writers that a journal starts in this test, in order."""
-    started: list[HeldWriter] = []
-
-    class Link:
-        @staticmethod
-        async def start(
-            path: Path, lock: int, answered: Callable[[Verdict], None], lost: Callable[[], None]
-        ) -> HeldWriter:
-            started.append(HeldWriter(answered, lost))
-            return started[-1]
-
-    monkeypatch.setattr("keypool.engine.journal.WriterLink", Link)
-    return started
-
-
-class Held:
-    """An engine whose clock, timers and writer are the test's."""
-
-    def __init__(self, writers: list[HeldWriter]) -> None:
-        self.clock = Moment()
-        self.timers = HeldTimers()
-        self.engine = make_engine(self.clock, self.timers)
-        self._writers = writers
-
-    async def open(self) -> Held:
-        """Ready for calls."""
-        lock = os.open(os.devnull, os.O_RDONLY)
-        engine = self.engine
-        journal = Journal(Path("none"), lock, lambda: durable._numbers(engine), engine.storage_is_back)
-        starting = asyncio.ensure_future(journal.open())
-        await turns()
-        self.writer.answer()
-        await starting
-        await journal.start(None)
-        self.writer.batches.clear()
-        engine.journal = journal
-        return self
-
-    @property
-    def journal(self) -> Journal:
-        assert self.engine.journal is not None
-        return self.engine.journal
-
-    @property
-    def writer(self) -> HeldWriter:
-        """The one that was started last."""
-        return self._writers[-1]
-
-    async def commit(self) -> None:
-        """Commit until nothing is left to write."""
-        await turns()
-        while not self.writer.unanswered.empty():
-            self.writer.answer()
-            await turns()
-
-    async def made(self, count: int = 1) -> list[str]:
-        """Texts of new keys, on disk."""
-        call = Call(self.engine.generate(count))
-        await self.commit()
-        return [key.key for key in call.answer]
-
-    async def acquired(self, owner: str | None = None) -> tuple[str, int]:
-        """A key taken, on disk: its text, its lease."""
-        call = Call(self.engine.acquire(owner, 0))
-        await self.commit()
-        return call.answer.key, call.answer.lease
-
-
-async def started(writers: list[HeldWriter], count: int) -> None:
-    """Wait until the journal has started so many writers."""
-    for _ in range(20_000):
-        if len(writers) == count:
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError(f"{len(writers)} writers were started, wanted {count}")
-
-
-def ids(batch: Batch) -> list[int]:
-    """Of the keys that a batch writes."""
-    return [row[0] for row in batch.rows]
+    """Those that a journal starts in this test."""
+    return hold_writers(monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ group commit
@@ -557,24 +422,6 @@ async def test_lengths_of_time_are_relative_to_the_answer(writers: list[HeldWrit
 # -------------------------------------------------------------------------------------- batches that fail
 
 
-def logged(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
-    """What the journal logged at this level."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "keypool.journal" and record.levelno == level
-    ]
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run a coroutine on a loop of its own; errors may be logged."""
-
-    async def main() -> None:
-        await asyncio.wait_for(test(), 60)
-
-    asyncio.run(main())
-
-
 def test_a_batch_that_fails_is_refused_to_its_callers_and_tried_again(
     writers: list[HeldWriter], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -597,8 +444,7 @@ def test_a_batch_that_fails_is_refused_to_its_callers_and_tried_again(
         assert sorted(ids(await held.writer.batch())) == [1, 2]
         held.writer.answer(FULL)
         assert sorted(ids(await held.writer.batch())) == [1, 2]
-        held.writer.answer()
-        await turns()
+        await held.commit()  # and the grace
         held.engine.ready()
         assert Call(held.engine.get(one)).over
         assert await held.acquired()
@@ -658,7 +504,7 @@ def test_while_batches_fail_nothing_changes_by_a_call(writers: list[HeldWriter],
 def test_deadlines_go_on_while_batches_fail_and_are_told_when_they_are_kept(
     writers: list[HeldWriter],
 ) -> None:
-    """A key that expires meanwhile is 503, not 404, until its purge is on disk; a released one likewise."""
+    """A released key is told of when that is on disk; of one that would expire nothing is told until it is back."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -683,13 +529,10 @@ def test_deadlines_go_on_while_batches_fail_and_are_told_when_they_are_kept(
             with pytest.raises(StorageUnavailable):
                 _ = Call(held.engine.get(text)).answer
         batch = await held.writer.batch()
-        assert (batch.purged, ids(batch)) == ([1], [2])
-        held.writer.answer()
-        await turns()
+        assert (batch.purged, sorted(ids(batch))) == ([], [1, 2])
         await held.commit()
-        with pytest.raises(UnknownKey):
-            _ = Call(held.engine.get(one)).answer
-        assert waiter.answer.key == two, "storage came back, and the waiter was not served"
+        assert Call(held.engine.get(one)).answer.expires_in == 150
+        assert waiter.answer.key in (one, two), "storage came back, and the waiter was not served"
         assert waiter.answer.lease == 3
 
     run(test)
@@ -771,6 +614,7 @@ def test_a_writer_that_dies_between_two_parts_gets_the_batch_again(
         assert len(dead.batches) == 1
         held.writer.answer_all()
         await turns()
+        await held.commit()  # the grace
         held.engine.ready()
 
     run(test)
@@ -805,7 +649,7 @@ def test_an_idle_writer_that_dies_costs_nobody_anything_later(writers: list[Held
         await started(writers, 2)
         batch = await held.writer.batch()
         assert (batch.rows, batch.purged) == ([], [])
-        held.writer.answer()
+        await held.commit()
         held.engine.ready()
         assert await held.made()
 
@@ -897,7 +741,8 @@ def test_close_gives_up_on_a_disk_that_fails(writers: list[HeldWriter]) -> None:
             await turns()
             if not dead:
                 assert ids(held.writer.answer(FULL)) == [1]
-            await asyncio.wait_for(closing, 20)
+            with pytest.raises(StorageUnavailable, match="the last commit was not made"):
+                await asyncio.wait_for(closing, 20)
             started = len(writers)
             await asyncio.sleep(0.2)  # longer than the first retry would take
             assert len(writers) == started
@@ -992,7 +837,7 @@ def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path, monkeypatch
 def test_a_batch_is_whole_and_may_be_written_twice(tmp_path: Path) -> None:
     """Rows by id with their whole state, purges by id, numbers by name."""
     path = tmp_path / "keypool.db"
-    writer = Writer(path)
+    writer = Writer(path, open_held(path))
     first = Batch([row(1), row(2), row(3, block=5, lease=4, owner="me")], [], {"last_id": 3})
     second = Batch([row(1, 600)], [2, 99], {"last_id": 7, "last_lease": 4})
     for batch in (first, first, second, second):
@@ -1007,7 +852,7 @@ def test_a_batch_that_fails_leaves_nothing_and_the_next_one_is_written(tmp_path:
     """Here because another program holds the file's own lock for too long."""
     path = tmp_path / "keypool.db"
     fill(path, [row(1)])
-    writer = Writer(path)
+    writer = Writer(path, open_held(path))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as another:
         another.execute("BEGIN IMMEDIATE")
         verdict = writer.commit([encode(Batch([row(2)], [1]))])
@@ -1025,11 +870,17 @@ class WriterProcess:
     def __init__(self, path: Path, *command: str, inherit: Sequence[int] = ()) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(30)
+        held = open_held(path)
         self.process = subprocess.Popen(
-            [*command, sys.executable, "-m", "keypool.engine.writer", str(theirs.fileno()), str(path)],
-            pass_fds=[theirs.fileno(), *inherit], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True,
+            [
+                *(*command, sys.executable, "-m", "keypool.engine.writer"),
+                *(str(number) for number in (theirs.fileno(), held, os.getpid())), str(path),
+            ],
+            pass_fds=[theirs.fileno(), held, *inherit],
+            cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         theirs.close()
+        os.close(held)
         self._stream = self._socket.makefile("rwb")
 
     def send(self, data: bytes) -> None:
@@ -1043,7 +894,9 @@ class WriterProcess:
         self.send(frame(Kind.BATCH, encode(batch)))
         length, kind = HEADER.unpack(self._stream.read(HEADER.size))
         assert kind == Kind.VERDICT
-        return msgspec.msgpack.decode(self._stream.read(length), type=Verdict)
+        verdict = msgspec.msgpack.decode(self._stream.read(length), type=Verdict)
+        verdict.figures = None  # come once a second
+        return verdict
 
     def hang_up(self) -> int:
         """Close the socket; the exit status."""
@@ -1114,7 +967,7 @@ def test_a_verdict_comes_after_the_fsync(tmp_path: Path) -> None:
     if strace is None or subprocess.run([strace, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs strace, and the right to trace")
     calls = "trace=pwrite64,write,writev,fsync,fdatasync,sendto,sendmsg"
-    with WriterProcess(path, strace, "-f", "-y", "-e", calls, "-o", str(trace)) as writer:
+    with WriterProcess(path, strace, "-D", "-f", "-y", "-e", calls, "-o", str(trace)) as writer:
         for number in range(1, 21):
             assert writer.ask(Batch([row(number)])) == Verdict()
         writer.send(frame(Kind.END))
@@ -1698,22 +1551,6 @@ def test_a_file_is_waited_for_while_its_server_dies(tmp_path: Path) -> None:
             server.close()
 
 
-def test_a_writer_that_hangs_keeps_the_file_from_others(tmp_path: Path) -> None:
-    """Its server is dead and it is stopped, perhaps in the middle of a commit: nobody else may write."""
-    path = tmp_path / "keypool.db"
-    with durable_server(path) as server:
-        key = server.client().make()
-        writer = writer_of(server)
-        os.kill(writer, SIGSTOP)
-        try:
-            crash(server)
-            assert "held by another server" in refused_start(path)
-        finally:
-            os.kill(writer, SIGCONT)
-    with durable_server(path) as server:
-        assert server.client().row(key["key"])["id"] == key["id"]
-
-
 # --------------------------------------------------------------------------------- a disk that is full or fails
 
 
@@ -1913,6 +1750,113 @@ class Load:
         assert not self._failures, self._failures
 
 
+def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
+    """Full for more than twice the keepalive, while a keeper goes on asking; nor to a kill right after it."""
+    path = small_disk / "keypool.db"
+    with durable_server(path, "--keepalive-seconds=2") as server:
+        server.allow("can't be written")
+        client = server.client()
+        keys = [key["key"] for key in client.make_many(200)]
+        filler = fill_up(small_disk)
+        kept: list[int] = []
+
+        def keep() -> int:
+            answer = client.batch(op="keepalive", keys=keys)
+            if answer.status == 200:
+                assert answer.json == {"done": 200, "unknown": []}
+            else:
+                answer.expect_problem(503, "storage-unavailable")
+            kept.append(answer.status)
+            time.sleep(0.1)
+            return answer.status
+
+        eventually(lambda: keep() == 503, "a disk that is full")
+        refused_at = time.monotonic()
+        eventually(lambda: keep() == 503 and time.monotonic() > refused_at + 5, "twice the keepalive")
+        assert client.stats()["expired"] == 0
+        filler.unlink()
+        eventually(lambda: keep() == 200, "storage that is back")
+        assert client.stats()["total"] == 200
+        assert client.stats()["expired"] == 0
+        crash(server)
+    assert len(rows_in(path)) == 200
+
+
+def test_a_disk_that_hangs_is_an_outage_and_over_by_itself(tmp_path: Path) -> None:
+    """Noticed within 6 s: a log line, 503 for who waits, comes, and asks /readyz; no key is lost to it."""
+    with durable_server(tmp_path / "keypool.db", "--keepalive-seconds=4") as server:
+        server.allow("can't be written")
+        client = server.client()
+        keys = [key["key"] for key in client.make_many(3)]
+        writer = writer_of(server)
+        os.kill(writer, SIGSTOP)
+        try:
+            waiting = server.wire()
+            began = time.monotonic()
+            waiting.ask("POST", f"{API}/keys/{keys[0]}/keepalive")
+            assert waiting.answer().json["code"] == "storage-unavailable"
+            assert 4.5 < time.monotonic() - began < 8
+            client.get("/readyz").expect_problem(503, "storage-unavailable")
+            client.batch(op="keepalive", keys=keys).expect_problem(503, "storage-unavailable")
+            assert "a commit has taken over 5 s" in server.log
+            assert "keypool_storage_up 0.0" in client.get("/metrics").body.decode()
+            time.sleep(1)  # the other keys' lives are over by now
+        finally:
+            os.kill(writer, SIGCONT)
+        eventually(lambda: client.get("/readyz").status == 200, "storage that is back")
+        assert client.batch(op="keepalive", keys=keys).expect(200) == {"done": 3, "unknown": []}
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_a_data_file_that_is_gone_is_an_outage(tmp_path: Path, how: str) -> None:
+    """Noticed by the next change; over when it is back in its place. A stop before says what it didn't keep."""
+    path, away = tmp_path / "keypool.db", tmp_path / "away"
+    with durable_server(path) as server:
+        server.allow("can't be written|the last commit was not made")
+        client = server.client()
+        client.make_many(20)
+        path.rename(away)
+        if how == "replaced":
+            fill(tmp_path / "other", [])
+            (tmp_path / "other").rename(path)
+        client.post(API + "/keys").expect_problem(503, "storage-unavailable")
+        problem = client.get("/readyz").expect_problem(503, "storage-unavailable")
+        assert "deleted, moved or replaced" in problem["detail"]
+        if how == "replaced":
+            server.signal(SIGTERM)
+            assert server.wait() == 1
+            assert rows_in(path) == []
+        else:
+            away.rename(path)
+            assert len(expect_all_well(client)) == 22
+    assert len(rows_in(path if how == "moved" else away)) in (20, 22)
+
+
+def test_the_writer_is_given_no_setting_and_no_token(tmp_path: Path) -> None:
+    """Who reads a process's environment finds no secret in this one."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("needs /proc")
+    secret = {"KEYPOOL_ADMIN_TOKEN": "admin-token-of-this-test"}
+    with durable_server(tmp_path / "keypool.db", env=secret) as server:
+        environ = Path(f"/proc/{writer_of(server)}/environ").read_bytes()
+        assert b"PATH=" in environ
+        assert b"KEYPOOL" not in environ
+
+
+def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
+    """Whatever the umask, and those that are there stay as they are."""
+    before = os.umask(0)
+    try:
+        tmp_path.chmod(0o755)
+        os.close(datafile.hold(tmp_path / "a" / "b" / "keypool.db"))
+    finally:
+        os.umask(before)
+    modes = [
+        stat.S_IMODE(folder.stat().st_mode) for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")
+    ]
+    assert modes == [0o755, 0o700, 0o700]
+
+
 def test_waiters_are_served_when_the_disk_is_back(tmp_path: Path) -> None:
     """One who stood in the queue when it failed gets the key whose block ran out meanwhile, and not before."""
     with durable_server(tmp_path / "keypool.db", "--block-seconds=1") as server:
@@ -2004,20 +1948,24 @@ def test_a_writer_that_stands_still_makes_callers_wait(tmp_path: Path) -> None:
         assert read.answer().status == 200
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["idle", "under load"])
-def test_a_killed_server_leaves_no_writer(tmp_path: Path, loaded: bool) -> None:
-    """Gone within 2 s, and the file is free."""
+@pytest.mark.parametrize("state", ["idle", "under load", "stopped"])
+def test_a_killed_server_leaves_no_writer(tmp_path: Path, state: str) -> None:
+    """Gone within 2 s, whatever state it is in, and the file is free with all that was told."""
     path = tmp_path / "keypool.db"
     with durable_server(path) as server:
         writer = writer_of(server)
-        with Load(server) if loaded else contextlib.nullcontext() as load:
+        with Load(server) if state == "under load" else contextlib.nullcontext() as load:
             if load is not None:
                 load.wait_for(30)
                 load.stop()
+            if state == "stopped":
+                server.client().make()
+                os.kill(writer, SIGSTOP)
             crash(server)
             eventually(lambda: not lives(writer), "a writer that is gone", within=2)
     datafile_lock = datafile.hold(path)
     os.close(datafile_lock)
+    assert len(rows_in(path)) >= (state != "idle")
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -2056,19 +2004,19 @@ def test_a_stop_writes_the_last_commit(tmp_path: Path) -> None:
 
 
 def test_a_stop_while_the_writer_stands_still_is_over_in_time(tmp_path: Path) -> None:
-    """What can't be committed isn't answered; the server ends nevertheless, within --drain-seconds."""
+    """What can't be committed isn't answered; the server ends within --drain-seconds, says so, and takes it along."""
     with durable_server(tmp_path / "keypool.db", "--drain-seconds=1") as server:
+        server.allow("the last commit was not made")
         writer = writer_of(server)
         os.kill(writer, SIGSTOP)
-        try:
-            wire = server.wire()
-            wire.ask("POST", API + "/keys")
-            eventually(lambda: server.client().stats()["total"] == 1, "the call in the pool")
-            server.signal(SIGTERM)
-            assert server.wait(30) == 0
-        finally:
-            os.kill(writer, SIGCONT)
+        wire = server.wire()
+        wire.ask("POST", API + "/keys")
+        eventually(lambda: server.client().stats()["total"] == 1, "the call in the pool")
+        server.signal(SIGTERM)
+        assert server.wait(30) == 1
         assert wire.rest() == b""
+        eventually(lambda: not lives(writer), "a writer that is gone", within=2)
+        assert "the last commit was not made" in server.log
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -2341,7 +2289,35 @@ def _shell(command: str) -> Callable[[Path, Path], None]:
     return run_shell
 
 
+def keypool(*words: str, status: int = 0) -> str:
+    """Run the command; its one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "keypool", *words],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == status, done
+    [line] = (done.stderr if status else done.stdout).splitlines()
+    return line
+
+
+def _documented(path: Path, copy: Path) -> None:
+    before = os.umask(0)
+    try:
+        line = keypool("backup", str(copy), f"--data={path}")
+    finally:
+        os.umask(before)
+    assert re.fullmatch(rf"{copy} is whole: version \d+, \d+ keys, 1 blocked", line)
+    assert keypool("verify", str(copy)) == line
+    assert [each.name for each in copy.parent.iterdir()] == [copy.name], "something was left beside it"
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+
+
 BACKUPS = {
+    "keypool backup": _documented,
     "VACUUM INTO": _vacuum,
     "backup, page by page": _backup,
     "sqlite3 VACUUM INTO": _shell("VACUUM INTO '{copy}'"),
@@ -2374,7 +2350,45 @@ def test_a_backup_under_load_restores(tmp_path: Path, how: str) -> None:
 
 
 def test_the_documented_backup_is_the_tested_one() -> None:
-    """docs/operations.md names VACUUM INTO and Litestream."""
+    """docs/operations.md names the commands, and Litestream."""
     text = (ROOT / "docs" / "operations.md").read_text()
-    assert re.search(r"sqlite3 data/keypool\.db \"VACUUM INTO 'backup\.db'\"", text)
+    assert "\nkeypool backup backup.db " in text
+    assert "\nkeypool verify backup.db " in text
     assert "litestream.io" in text
+
+
+def test_a_backup_that_cannot_be_made_leaves_nothing(whole_file: Path, tmp_path: Path) -> None:
+    """One line that says why: it replaces no file, copies no other program's, nor one that lacks its log."""
+    copy = tmp_path / "copy"
+    copy.write_text("mine")
+    assert "replaces none" in keypool("backup", str(copy), f"--data={whole_file}", status=1)
+    assert copy.read_text() == "mine"
+    copy.unlink()
+    assert "no data file" in keypool("backup", str(copy), f"--data={tmp_path / 'nothing'}", status=1)
+    assert "--data=:memory:" in keypool("backup", str(copy), "--data=:memory:", status=2)
+    (tmp_path / "other").write_text("hello")
+    assert "can't be copied" in keypool("backup", str(copy), f"--data={tmp_path / 'other'}", status=1)
+    bare = tmp_path / "bare"
+    with durable_server(tmp_path / "keypool.db") as server:
+        server.client().make()
+        shutil.copyfile(tmp_path / "keypool.db", bare)
+    assert "incomplete" in keypool("backup", str(copy), f"--data={bare}", status=1)
+    assert "incomplete" in refused_start(bare)
+    assert not copy.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_verify_changes_nothing_and_finds_damage(whole_file: Path, tmp_path: Path) -> None:
+    """Nor does it put anything beside the file."""
+    path = tmp_path / "keypool.db"
+    path.write_bytes(whole_file.read_bytes())
+    path.chmod(0o644)
+    assert f"{ROWS} keys" in keypool("verify", str(path))
+    assert path.read_bytes() == whole_file.read_bytes()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    content = bytearray(whole_file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    path.write_bytes(content)
+    assert "damaged" in keypool("verify", str(path), status=1)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]

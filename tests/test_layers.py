@@ -61,7 +61,7 @@ LAYERS = (
     "keypool.engine.valkey",
     "keypool.engine.valkey_open",
     "keypool.engine.clock keypool.engine.commit keypool.engine.datafile keypool.engine.loading keypool.engine.timers",
-    "keypool.engine.batches keypool.engine.moving",
+    "keypool.engine.batches keypool.engine.copying keypool.engine.moving",
     "keypool.engine.writer",
     "keypool.engine.link keypool.engine.moving_valkey",
     "keypool.engine.journal",
@@ -91,7 +91,7 @@ LAYERS = (
     "keypool.app keypool.reference keypool.station",
     "keypool.processes keypool.runtime keypool.serving",
     "keypool.launch",
-    "server keypool.cli.main keypool.migrating",
+    "server keypool.cli.backups keypool.cli.main keypool.migrating",
     "keypool.__main__",
 )
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row.split()}
@@ -255,6 +255,7 @@ def test_settings_reach_nobody_but_those_who_start_the_server_and_document_it() 
     # The dashboard shows the settings themselves.
     assert readers <= {
         "keypool.app",
+        "keypool.cli.backups",
         "keypool.dashboard",
         "keypool.in_force",
         "keypool.launch",
@@ -280,7 +281,7 @@ def test_only_the_data_file_and_its_writer_speak_to_sqlite() -> None:
         for module in modules().values()
         if any(names(target, "sqlite3") for target in module.imports)
     }
-    assert users <= {"keypool.engine.datafile", "keypool.engine.batches", "keypool.engine.writer"}
+    assert users <= {f"keypool.engine.{name}" for name in ("batches", "copying", "datafile", "writer")}
 
 
 # ----------------------------------------------------------------------------------------------- the test's own

@@ -9,12 +9,22 @@ Rows are written by id with their whole new state, so that writing one twice is 
 
 What is committed is first written as a whole batch, behind the others in `batches`; batches.py brings it into
 the other tables later. So what the file says is the tables, and over them its batches, in order: whoever reads
-keys reads both, by `read_rows`. A file that was closed in peace has no batches.
+keys reads both, by `read_rows`. A file that was closed in peace has no batches. The number `grace_until` is the
+end of the last grace after an outage of storage: no key expires before it, whatever its row says. So a grace for
+a million keys is one number, and `read_rows` applies it.
+
+A file in use is marked, so that a copy of it without its log (`-wal`) is refused instead of taken for whole. The
+mark stands in bytes of the header that SQLite keeps for later versions, and is written past SQLite, once the log
+holds a newer first page without it. Therefore everything that reads the file with its log (a backup, a recovery)
+doesn't see it, and everything that brings the log into the file, by which the file is whole, removes it. Left are
+only copies of the file alone. What is not noticed: a copy made between such a checkpoint and the next commit, which is
+whole and only old; and a log that was copied at another moment than its file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -110,8 +120,19 @@ GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
 FORGET_NOTES = f"DELETE FROM pool WHERE name GLOB '{NOTE}*' AND value = 0"  # noqa: S608 - a constant
 
+GRACE = "grace_until"
+"""Name of the number that ends a grace, in milliseconds."""
+
+_MARK = b"kpIU"  # in use
+_MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite keeps what it finds there
+_HEADER = 100  # bytes of the file's header
+_LOG_HEADER = 32  # bytes of a log without a frame
+_FOLDER_MODE = 0o700
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
+_ROWS = """
+    SELECT id, text, created_at, max(expires_at, :grace), release_at, lease, owner FROM keys ORDER BY id
+"""
 _MAGIC = b"SQLite format 3\0"
 _LOCK_SECONDS = 5.0
 _LOCK_INTERVAL = 0.05
@@ -125,7 +146,7 @@ def hold(path: Path) -> int:
     is free when server and writer are both gone. Waits 5 s for a dying predecessor. Raises StartError.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         # Not blocking: a pipe by that name would wait for its other end.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -146,16 +167,43 @@ def hold(path: Path) -> int:
             return descriptor
 
 
-def inspect(path: Path) -> dict[str, int]:
-    """The pool's numbers by name, none for a new file; changes nothing. O(size of the file).
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, if they aren't there: for its owner alone, whatever the umask."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(_FOLDER_MODE, exist_ok=True)
 
-    Raises StartError unless the file is ours, whole, and of a version that we know. One that is ours is closed
-    to others (mode 0600): it holds the keys, whoever made it.
+
+def inspect(path: Path) -> dict[str, int]:
+    """The pool's numbers by name, none for a new file. O(size of the file).
+
+    Raises StartError as `examine`. The file is closed to others (mode 0600): it holds the keys, whoever made it.
     """
-    with path.open("rb") as file:
-        start = file.read(len(_MAGIC))
-    if start not in (b"", _MAGIC):  # SQLite itself takes a file of one byte for an empty one
+    numbers = examine(path)
+    for each in (path, *_beside(path)):
+        with contextlib.suppress(FileNotFoundError):
+            each.chmod(0o600)
+    return numbers
+
+
+def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
+    """The same, and changes nothing. `check` is the pragma that proves the pages, "integrity_check" the indexes too.
+
+    Raises StartError unless the file is ours, whole, and of a version that we know.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_HEADER)
+    except OSError as error:
+        raise StartError(f"can't open the data file {path}: {error.strerror}") from None
+    if start and not start.startswith(_MAGIC):  # SQLite itself takes a file of one byte for an empty one
         raise StartError(f"the data file {path} is damaged, or no SQLite file")
+    if start[_MARK_AT:].startswith(_MARK) and not _has_log(path):
+        raise StartError(
+            f"the data file {path} is incomplete: it was copied from a running server, or lost its log: "
+            f"put {path.name}-wal beside it, or use a copy made by `keypool backup`"
+        )
     try:
         with _reading(path) as database:
             application = database.execute("PRAGMA application_id").fetchone()[0]
@@ -167,7 +215,7 @@ def inspect(path: Path) -> dict[str, int]:
                 raise StartError(
                     f"the data file {path} is of the newer version {version}; this server knows {VERSION}"
                 )
-            verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            verdict = database.execute(f"PRAGMA {check}(1)").fetchone()[0]
             numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
             if not all(isinstance(number, int) for number in numbers.values()):
                 raise StartError(f"the data file {path} is damaged: a number of the pool's is none")
@@ -176,10 +224,37 @@ def inspect(path: Path) -> dict[str, int]:
         raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
     if verdict != "ok":
         raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
-    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(name).chmod(0o600)
+    numbers.pop(GRACE, None)  # is in the rows, as they are read
     return numbers
+
+
+def _has_log(path: Path) -> bool:
+    try:
+        return log_of(path).stat().st_size > _LOG_HEADER
+    except FileNotFoundError:
+        return False
+
+
+def log_of(path: Path) -> Path:
+    """Where SQLite has the log of a file: what is committed and not yet in it."""
+    return path.with_name(f"{path.name}-wal")
+
+
+def mark_in_use(database: sqlite3.Connection, held: int) -> None:
+    """Mark the file behind the descriptor `held`, which this connection writes, if it isn't marked.
+
+    Two system calls mostly, a commit after each checkpoint. Raises sqlite3.Error, OSError.
+    """
+    if os.pread(held, len(_MARK), _MARK_AT) == _MARK:
+        return
+    # The first page goes into the log as SQLite knows it, without the mark, and must not come from there into the
+    # file before the mark is written.
+    database.execute("PRAGMA wal_autocheckpoint = 0")
+    try:
+        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        os.pwrite(held, _MARK, _MARK_AT)
+    finally:
+        database.execute("PRAGMA wal_autocheckpoint = 1000")
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -217,20 +292,26 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
         try:
             if not _has(database, "keys"):
                 return
-            rows: Iterator[Row] = database.execute(
-                "SELECT id, text, created_at, expires_at, release_at, lease, owner FROM keys ORDER BY id"
-            )
-            if changed := read_batches(database).rows:
-                rows = _over(rows, changed)
+            gathered = read_batches(database)
+            grace = gathered.numbers.get(GRACE) or _grace_of(database)
+            rows: Iterator[Row] = database.execute(_ROWS, {"grace": grace})
+            if gathered.rows:
+                rows = _over(rows, gathered.rows, grace)
             while some := list(islice(rows, slice_size)):
                 yield some
         except sqlite3.Error:  # whose words may quote a key
             raise ValueError("a row of it can't be read") from None
 
 
-def _over(rows: Iterator[Row], changed: dict[int, Row | None]) -> Iterator[Row]:
+def _grace_of(database: sqlite3.Connection) -> int:
+    found = database.execute("SELECT value FROM pool WHERE name = ?", (GRACE,)).fetchone()
+    return found[0] if found else 0
+
+
+def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> Iterator[Row]:
     """Rows in order of id, and those that are changed or new in their places."""
-    there = (row for _, row in sorted(changed.items(), key=itemgetter(0)) if row is not None)
+    ordered = sorted(changed.items(), key=itemgetter(0))
+    there = ((*row[:3], max(row[3], grace), *row[4:]) for _, row in ordered if row is not None)
     return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
 
 
@@ -246,6 +327,13 @@ def read_batches(database: sqlite3.Connection) -> Gathered:
 
 def _has(database: sqlite3.Connection, table: str) -> bool:
     return bool(database.execute(_HAS, (table,)).fetchone()[0])
+
+
+def version_of(path: Path) -> int:
+    """The version of a file that `examine` has passed. O(1). Raises sqlite3.Error."""
+    with _reading(path) as database:
+        version: int = database.execute("PRAGMA user_version").fetchone()[0]
+        return version
 
 
 def count(path: Path) -> int:
@@ -306,7 +394,7 @@ def remove(path: Path) -> None:
 
 
 def _beside(path: Path) -> list[Path]:
-    return [path.with_name(f"{path.name}-{name}") for name in ("wal", "shm")]
+    return [log_of(path), path.with_name(f"{path.name}-shm")]
 
 
 def clear(path: Path) -> None:
@@ -319,8 +407,14 @@ def clear(path: Path) -> None:
 def rename(path: Path, name: Path) -> None:
     """Give a whole, closed file its name, durably. Raises StartError if somebody has the name by now."""
     try:
-        os.link(path, name)  # unlike a rename, it replaces nothing
-        path.unlink()
+        try:
+            os.link(path, name)  # unlike a rename, it replaces nothing
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP) or name.exists():
+                raise
+            path.rename(name)  # a file system without links
+        else:
+            path.unlink()
         folder = os.open(name.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -339,8 +433,12 @@ class _reading:  # noqa: N801 - used as a function
     """A connection that can't write, not even by closing: SQLite's own `with` doesn't close. It sees one moment."""
 
     def __init__(self, path: Path) -> None:
+        # A file that nothing stands beside is all there is: so nothing need be put beside it, either.
+        alone = not any(path.with_name(f"{path.name}-{name}").exists() for name in ("wal", "journal"))
         self._database = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None
+            f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}",
+            uri=True,
+            isolation_level=None,
         )
 
     def __enter__(self) -> sqlite3.Connection:

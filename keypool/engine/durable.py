@@ -38,8 +38,8 @@ async def open_durable(path: Path, restart_grace: float, **settings: Any) -> Emb
     lock = await loop.run_in_executor(None, datafile.hold, path)
     numbers = await loop.run_in_executor(None, datafile.inspect, path)
     clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
-    engine = EmbeddedEngine(clock=clock, held=True, **settings)
-    journal = Journal(path, lock, lambda: _numbers(engine), engine.storage_is_back)
+    engine = EmbeddedEngine(clock=clock, held=True, restart_grace=restart_grace, **settings)
+    journal = Journal(path, lock, lambda: _numbers(engine), engine)
     await journal.open()
     grace_until = clock() + restart_grace if restart_grace else None
     _restore_numbers(engine, numbers)

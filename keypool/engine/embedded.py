@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import NoReturn
 
 from tornado.ioloop import IOLoop
@@ -37,7 +37,14 @@ from keypool.engine.clock import make_clock
 from keypool.engine.commit import Commit
 from keypool.engine.journal import Journal
 from keypool.engine.timers import Timers
-from keypool.errors import Draining, NoKeyAvailable, StaleLease, TooManyWaiters, UnknownKey
+from keypool.errors import (
+    Draining,
+    NoKeyAvailable,
+    StaleLease,
+    StorageUnavailable,
+    TooManyWaiters,
+    UnknownKey,
+)
 from keypool.events import Change, Event, Happened, latest
 from keypool.keys import Key, State, moment, random_text
 from keypool.pool import Pool
@@ -46,6 +53,7 @@ from keypool.tally import SECONDS, SECONDS_OF_WAIT, Tally
 RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
 
+_GRANTED_AT_ONCE = 500  # keys that get their grace in one turn of the loop: some 2 ms
 _TOO_FEW_TO_TELL = 0.005  # seconds: as early as a release may be
 
 
@@ -74,6 +82,7 @@ class EmbeddedEngine:
         key_length: int = 20,
         max_keys: int = 1_000_000,
         max_waiters: int = 10_000,
+        restart_grace: float = 0.0,
         held: bool = False,
         loop: IOLoop | None = None,
         clock: Callable[[], float] | None = None,
@@ -98,6 +107,7 @@ class EmbeddedEngine:
         self.kept_notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         self._max_waiters = max_waiters
+        self._outage_grace = max(restart_grace, keepalive_seconds / 2)
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
         self._started_at = self.now()
         self.wait_seconds = Tally(SECONDS_OF_WAIT)
@@ -344,6 +354,19 @@ class EmbeddedEngine:
         seconds, rows = self.journal.commit_seconds, self.journal.commit_rows
         return {"commits": seconds.count, "commit_seconds": round(seconds.last, 6), "commit_rows": rows.last}
 
+    def measures(self) -> Mapping[str, float | Mapping[str, float]]:
+        """What metrics show of the journal and its disk, by full name; of one with a label by its values. O(1)."""
+        journal = self.journal
+        if journal is None:
+            return {}
+        return {
+            "keypool_commit_age_seconds": journal.commit_age(),
+            "keypool_storage_failing_seconds": journal.failing_seconds(),
+            "keypool_writer_restarts_total": journal.writer_restarts,
+            "keypool_data_file_bytes": {"data": journal.figures.data, "log": journal.figures.log},
+            "keypool_disk_free_bytes": journal.figures.free,
+        }
+
     def drain(self) -> None:
         """Tell all waiters that the server stops, and take no more. O(waiters)."""
         self._draining = True
@@ -352,7 +375,7 @@ class EmbeddedEngine:
             waiter.served.set_exception(Draining())
 
     async def close(self) -> None:
-        """Drop the timers, and keep what isn't kept yet."""
+        """Drop the timers, and keep what isn't kept yet. Raises StorageUnavailable if that can't be done."""
         self.timers.close()
         if self.journal is not None:
             await self.journal.close()
@@ -377,6 +400,8 @@ class EmbeddedEngine:
                 return self._lease(key, now)
             if not self.pool.may_have_more(now):
                 return None
+            if self.pool.held and self.journal is not None:
+                raise self.journal.undecided()  # those that are left have expired, or will have been saved
             await self._next_turn()  # a crowd of overdue keys stands in the way
             self._require_storage()
 
@@ -395,10 +420,15 @@ class EmbeddedEngine:
         return changed
 
     def _find(self, ref: Ref, now: float) -> Key | None:
-        """The live key, or None. If its block is found overdue, it is available now: serve waiters after the call."""
+        """The live key, or None. If its block is found overdue, it is available now: serve waiters after the call.
+
+        Raises StorageUnavailable if its expiry has passed and is held.
+        """
         try:
             return self.pool.find_id(ref, now) if isinstance(ref, int) else self.pool.find(ref, now)
         except UnknownKey:
+            if self.journal is not None and self.pool.held_back(ref):
+                raise self.journal.undecided() from None
             return None
 
     async def _gone(self, ref: Ref) -> NoReturn:
@@ -464,9 +494,26 @@ class EmbeddedEngine:
         await self._kept_all()
         raise NoKeyAvailable(self._retry_after())
 
+    def hold_expiries(self) -> None:
+        """The journal can't write, or not in time: no key expires that is alive now. O(1)."""
+        self.pool.hold(self.now())
+
+    def grant_grace(self) -> Generator[None, None, int]:
+        """The journal can write again: keys that were held, and would die sooner, live for the grace from now on.
+
+        A slice at a time, O(log n) a key that it is granted to; the end of the grace in milliseconds. No call
+        changes anything meanwhile.
+        """
+        until = round((self.now() + self._outage_grace) * 1000)
+        while self.pool.grant(until / 1000, _GRANTED_AT_ONCE):
+            yield
+        return until
+
     def storage_is_back(self) -> None:
-        """The journal can write again: who waited meanwhile is served."""
-        self._go_on_serving()
+        """All is well again: keys expire, and who waited meanwhile is served."""
+        self.pool.let_go()
+        self.timers.settle_soon()
+        self._serve_soon()
 
     def start(self) -> None:
         """Let deadlines have their timers. O(1/64 s in which some key has a deadline)."""
@@ -520,8 +567,9 @@ class EmbeddedEngine:
                 self._take_back(lease)
 
     def _take_back(self, lease: Lease) -> None:
-        key = self._find(lease.id, self.now())
-        with contextlib.suppress(StaleLease):  # released and served again meanwhile: not ours any more
+        # Released and served again meanwhile, it isn't ours any more; with its expiry held, its block runs out.
+        with contextlib.suppress(StaleLease, StorageUnavailable):
+            key = self._find(lease.id, self.now())
             if key is not None:
                 self._unblock(key, lease.lease)
 
@@ -530,9 +578,11 @@ class EmbeddedEngine:
         now = self.now()
         self.pool.settle(now)  # a block may have run out whose timer is late
         self._serve_waiters(now)
-        if waiter in self._waiters and self.storage_up() and self.pool.may_have_more(now):
+        if waiter not in self._waiters:
+            return
+        if self.storage_up() and not self.pool.held and self.pool.may_have_more(now):
             self._loop.call_soon(self._give_up, waiter)  # a crowd stands before a key that may be free
-        elif waiter in self._waiters:
+        else:
             del self._waiters[waiter]
             waiter.served.set_result(None)
 
@@ -549,7 +599,8 @@ class EmbeddedEngine:
             owner = next(iter(self._waiters)).owner
             key = self.pool.acquire(now, owner)
             if key is None:
-                self._serve_soon()  # a crowd of expired keys
+                if not self.pool.held:  # else `storage_is_back` does it
+                    self._serve_soon()  # a crowd of expired keys
                 return
             self._pop_waiter().served.set_result(self._lease(key, now))
 
@@ -578,12 +629,11 @@ class EmbeddedEngine:
     def _settle_due(self) -> bool:
         """Deal with some of what is overdue; whether there is more. O(SETTLED_AT_ONCE)."""
         now = self.now()
-        for deadline, lateness in (
-            (self.pool.next_release_deadline(), self.release_lateness),
-            (self.pool.next_expiry(), self.expiry_lateness),
-        ):
-            if deadline is not None and deadline <= now:
-                lateness.add(now - deadline)
+        release, expiry = self.pool.next_release_deadline(), self.pool.next_expiry()
+        if release is not None and release <= now:
+            self.release_lateness.add(now - release)
+        if expiry is not None and self.pool.overdue(now):
+            self.expiry_lateness.add(now - expiry)
         self.pool.settle(now)
         self._serve_waiters(now)
         return self.pool.overdue(now) or self.pool.next_release(now) == 0

@@ -15,6 +15,9 @@ import msgspec
 
 from keypool.engine.writer import HEADER, Kind, Verdict, frame
 
+_INHERITED = ("LANG", "PATH", "SQLITE_TMPDIR", "TMPDIR", "TZ")
+_INHERITED_PREFIXES = ("DYLD_", "LC_", "LD_", "PYTHON")
+
 
 class WriterLink(asyncio.Protocol):
     """The writer process and the socket to it."""
@@ -24,6 +27,9 @@ class WriterLink(asyncio.Protocol):
     ) -> None:
         self.process = process
         self.dead = False
+        self.full = False
+        """Whether more than the socket's buffers hold is waiting to be sent; `drained` is called when it isn't."""
+        self.drained: Callable[[], None] = _nothing
         self._answered = answered
         self._lost = lost
         self._buffer = bytearray()
@@ -40,7 +46,11 @@ class WriterLink(asyncio.Protocol):
         ours.setblocking(False)
         try:
             process = subprocess.Popen(  # noqa: ASYNC220, S603 - our own program; a fork takes a millisecond
-                [sys.executable, "-P", "-m", "keypool.engine.writer", str(theirs.fileno()), str(path)],
+                [
+                    *(sys.executable, "-P", "-m", "keypool.engine.writer"),
+                    *(str(number) for number in (theirs.fileno(), lock, os.getpid())),
+                    str(path),
+                ],
                 pass_fds=(theirs.fileno(), lock),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -65,6 +75,15 @@ class WriterLink(asyncio.Protocol):
         if self._transport is not None and not self.dead:
             self._transport.write(frame(kind, content))
 
+    def pause_writing(self) -> None:
+        """The process doesn't take what is sent as fast as it comes."""
+        self.full = True
+
+    def resume_writing(self) -> None:
+        """It has taken it."""
+        self.full = False
+        self.drained()
+
     def data_received(self, data: bytes) -> None:
         """Verdicts."""
         self._buffer += data
@@ -87,6 +106,10 @@ class WriterLink(asyncio.Protocol):
         self.send(Kind.END)
         await self._gone
 
+    def kill(self) -> None:
+        """End the process, whatever state it is in. Its exit status is not waited for."""
+        self.process.kill()
+
     async def reap(self) -> None:
         """See to it that the process is gone, and take its exit status."""
         if not self.dead and self._transport is not None:
@@ -95,7 +118,16 @@ class WriterLink(asyncio.Protocol):
         await asyncio.get_running_loop().run_in_executor(None, self.process.wait)
 
 
+def _nothing() -> None:
+    pass
+
+
 def _environment() -> dict[str, str]:
-    """Ours, with the path that this package was imported from: the process may start in another folder."""
+    """What an interpreter needs of ours, no setting and no token, and the path that this package came from."""
+    needed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**needed, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

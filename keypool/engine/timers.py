@@ -67,6 +67,12 @@ class Timers:
         if timer is not None:
             self._loop.remove_timeout(timer)
 
+    def settle_soon(self) -> None:
+        """Deal with what is overdue although its timers have fired: they found that it was not to be touched."""
+        if self._running and not self._settling:
+            self._settling = True
+            self._loop.add_callback(self._go_on)
+
     def close(self) -> None:
         """Do nothing any more. Timers that are still set find nothing to do when they fire."""
         self._running = False

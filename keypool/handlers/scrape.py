@@ -10,6 +10,7 @@ from keypool.errors import KeypoolError
 from keypool.handlers.pages import PageHandler
 from keypool.metrics import CONTENT_TYPE, exposition
 from keypool.tally import Tally
+from keypool.vitals import engine_measures
 
 
 def _none() -> int:
@@ -52,6 +53,7 @@ class Metrics(PageHandler):
             "keypool_oldest_wait_seconds": engine.oldest_wait(),
             "keypool_limit": scraped.limits,
             "keypool_auth_failures_total": self.dispatcher.wrong_tokens.counts,
+            **engine_measures(engine),
         }
         tallies = engine.tallies() | scraped.tallies
         page = exposition(stats, self.dispatcher.calls, tallies, numbers)
