@@ -4,6 +4,10 @@ Tornado bounds sizes, and waits an hour for a head. This subclass counts connect
 once a second and ends those that take too long, with 408 where a request had begun. It works by Tornado's
 interface for messages: every message's delegate is wrapped in one that knows how far the message has come.
 
+Tornado serves one request of each connection in each iteration of the loop, which is fair to connections that ask for
+the same, but unbounded. Here they share the time as on the fast server (http1/turns.py): a request that isn't to be
+served yet is held back by the future that a delegate may return.
+
 It isn't the place for limits of the API: what is wrong with a request as such, dispatch.py says.
 """
 
@@ -28,8 +32,10 @@ from keypool.errors import RequestTimeout
 from keypool.handlers.dispatch import Dispatcher
 from keypool.handlers.raw import wire
 from keypool.http1.responses import with_connection
+from keypool.http1.turns import QUANTUM, TASK, Turns
 from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, Doorman, Limits, greedy
 
+_API = "/api/"
 _SLICE = 200  # connections looked at in one turn of the loop
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
 
@@ -38,6 +44,35 @@ class _Phase(Enum):
     HEAD = 1  # nothing, or a part of a head, has come
     BODY = 2
     ANSWER = 3  # the request is whole: it waits for its answer, or the caller for taking it in
+
+
+class _Share:
+    """What a connection has had of the time, from one of its requests to the next; see `turns.Served`."""
+
+    __slots__ = ("_released", "_turns", "debt")
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._released: asyncio.Future[None] | None = None
+        self.debt = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether its next request has to wait for its turn."""
+        return self._turns.over or self.debt > 0
+
+    def turn(self) -> asyncio.Future[None]:
+        """Done when the turn has come."""
+        self._released = asyncio.get_running_loop().create_future()
+        self._turns.queue(self, backlog=self.debt > 0)
+        return self._released
+
+    def run(self) -> None:
+        """The turn has come: what is to be done is done in a task, right after this."""
+        released, self._released = self._released, None
+        if released is not None and not released.done():
+            self._turns.charge(QUANTUM)
+            released.set_result(None)
 
 
 class _Message(httputil.HTTPMessageDelegate):
@@ -54,6 +89,7 @@ class _Message(httputil.HTTPMessageDelegate):
         "_stream",
         "address",
         "is_first",
+        "share",
     )
 
     def __init__(
@@ -62,10 +98,11 @@ class _Message(httputil.HTTPMessageDelegate):
         connection: HTTP1Connection,
         answerer: Callable[[], httputil.HTTPMessageDelegate],
         address: str,
-        is_first: bool,
+        before: _Message | None,
     ) -> None:
         self.address = address
-        self.is_first = is_first
+        self.share: _Share = _Share(server.turns) if before is None else before.share
+        self.is_first = before is None
         self._server = server
         self._stream = connection.stream
         # Asked when the head has come: by then another application may serve than when the one before ended.
@@ -87,9 +124,20 @@ class _Message(httputil.HTTPMessageDelegate):
         """The head is whole."""
         self._phase, self._since = _Phase.BODY, self._server.now
         self._request = start_line, headers
+        return self._begin_later() if self.share.waits else self._begin()
+
+    async def _begin_later(self) -> None:
+        await self.share.turn()
+        if not self._stream.closed() and (awaited := self._begin()) is not None:
+            await awaited
+
+    def _begin(self) -> Awaitable[None] | None:
+        assert self._request is not None
         self._server.began += 1
+        if not self._request[0].path.startswith(_API):
+            self._server.turns.charge(TASK)  # pages do their work in a task, after this turn
         self._inner = self._answerer()
-        return self._inner.headers_received(start_line, headers)
+        return self._inner.headers_received(*self._request)
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """A part of the body."""
@@ -101,7 +149,9 @@ class _Message(httputil.HTTPMessageDelegate):
         self._phase, self._since, self._request = _Phase.ANSWER, None, None
         self._body = 0
         if self._inner is not None:
+            started = self._server.turns.clock()
             self._inner.finish()
+            self._server.turns.spend(self.share, started)
 
     def on_connection_close(self) -> None:
         """The caller is gone."""
@@ -184,6 +234,7 @@ class StockServer(HTTPServer):
         super().initialize(app, max_header_size=MAX_HEAD, max_body_size=DISCARDED)
         self.limits = limits or Limits()
         self.doorman = Doorman(self.limits)
+        self.turns = Turns(asyncio.get_running_loop(), lambda: None)
         self.now = time.monotonic()
         self.began = 0
         self.serve_app(app)
@@ -211,7 +262,7 @@ class StockServer(HTTPServer):
         answerer = partial(super().start_request, server_conn, request_conn)
         before = self._messages.get(server_conn)
         address = _address(getattr(server_conn.context, "address", None))
-        message = _Message(self, request_conn, answerer, address, before is None)
+        message = _Message(self, request_conn, answerer, address, before)
         self._messages[server_conn] = message
         return message
 

@@ -292,6 +292,30 @@ def test_who_waits_for_a_key_is_not_slow() -> None:
     run(test)
 
 
+def test_a_caller_makes_progress_beside_floods() -> None:
+    """For each of its calls few of theirs are served, though each has many there and all cost much."""
+    keys = b",".join([b'"a"'] * 1000)
+    batch = b'{"op":"keepalive","keys":[%b]}' % keys
+    flood = HEAD.replace(b"keys", b"batch") + b"Content-Length: %d\r\n\r\n%b" % (len(batch), batch)
+
+    async def test() -> None:
+        async with serving(lasting()) as served:
+            caller = await served.call()
+            for wire in [await served.call() for _ in range(20)]:
+                wire.writer.write(flood * 200)
+            while served.server.began < 20:  # noqa: ASYNC110 - the server has no reason to tell
+                await asyncio.sleep(0)
+            before = served.server.began
+            for _ in range(10):
+                await caller.send(HEAD + b"\r\n")
+                assert (await caller.answer())[0] == 201
+            assert served.server.began - before <= 10 * 40
+            for wire in served.wires[1:]:
+                wire.writer.transport.abort()
+
+    run(test)
+
+
 # ----------------------------------------------------------------------------------------------------- memory
 
 

@@ -28,6 +28,7 @@ from keypool.http1.peer import Peer
 from keypool.http1.request import Request
 from keypool.http1.responses import Refusal, refuse_with, with_connection, without_body
 from keypool.http1.stream import StreamView, hand_over, is_tls
+from keypool.http1.turns import TASK
 
 if TYPE_CHECKING:
     from tornado.iostream import IOStream
@@ -227,6 +228,7 @@ class Connection(Intake):
                 self._ask_for_body(request)
 
     def _start_exchange(self, request: Request) -> None:
+        self._turns.charge(TASK)  # handlers do their work in a task, after this turn
         exchange = request.exchange = Exchange(self, request, self.peer_of(request))
         exchange.start(self.server.start_request(self, exchange))
 
