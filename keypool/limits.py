@@ -27,8 +27,14 @@ MAX_TARGET = 8 * 1024
 MAX_HEADERS = 32 * 1024
 """Bytes of all headers: more is 431."""
 
-MAX_HEAD = 256 * 1024
+MAX_HEAD = 64 * 1024
 """Bytes of a head that are taken in, so that one that is too large is answered; beyond it, hung up on."""
+
+MAX_NAME = 256
+"""Bytes of a header's name: more is 431. Tornado remembers the latest thousand names, however long."""
+
+REMEMBERED_NAME, REMEMBERED_HOST = 64, 255
+"""Bytes of a header's name, and of a Host, that may be kept in a cache. Longer ones are read anew each time."""
 
 DISCARDED = 4 * 1024 * 1024
 """Bytes of a refused body that are read, and thrown away, for the sake of the connection."""

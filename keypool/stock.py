@@ -14,6 +14,7 @@ It isn't the place for limits of the API: what is wrong with a request as such, 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -25,17 +26,18 @@ from typing import Any
 from tornado import httputil
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import HTTPServer
-from tornado.iostream import IOStream
+from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application
 
-from keypool.errors import RequestTimeout
+from keypool.errors import HeadersTooLarge, RequestTimeout
 from keypool.handlers.dispatch import Dispatcher
 from keypool.handlers.raw import wire
 from keypool.http1.responses import with_connection
 from keypool.http1.turns import QUANTUM, TASK, Turns
-from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, Doorman, Limits, greedy
+from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_NAME, Doorman, Limits, greedy
 
 _API = "/api/"
+_LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # behind the request line
 _SLICE = 200  # connections looked at in one turn of the loop
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
 
@@ -44,6 +46,23 @@ class _Phase(Enum):
     HEAD = 1  # nothing, or a part of a head, has come
     BODY = 2
     ANSWER = 3  # the request is whole: it waits for its answer, or the caller for taking it in
+
+
+class _Stream(IOStream):
+    """A stream that looks at a head before Tornado reads its lines."""
+
+    def __init__(self, sock: socket.socket, server: StockServer) -> None:
+        super().__init__(sock, max_buffer_size=server.max_buffer_size, read_chunk_size=server.read_chunk_size)
+        self._server = server
+
+    async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
+        """A whole head; one with a name that is too long is answered here, and ends the connection."""
+        head = await super().read_until_regex(regex, max_bytes)
+        if len(head) > MAX_NAME and _LONG_NAME.search(head.lstrip(b"\r\n")):
+            await self.write(self._server.too_long_a_name())
+            self.close()
+            raise StreamClosedError
+        return head
 
 
 class _Share:
@@ -249,7 +268,7 @@ class StockServer(HTTPServer):
     def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
         """Let a connection in, or close it."""
         if self.doorman.enter(_address(address)):
-            super().handle_stream(stream, address)
+            super().handle_stream(_Stream(stream.socket, self), address)
         else:
             stream.close()
 
@@ -278,6 +297,11 @@ class StockServer(HTTPServer):
         head = request and httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
         reply = self._dispatcher.refused(head, RequestTimeout(detail), self.limits.body_seconds)
         return with_connection(wire(reply), b"close")
+
+    def too_long_a_name(self) -> bytes:
+        """The whole answer to a request of which a header's name is too long to be read."""
+        error = HeadersTooLarge(f"a header's name is longer than {MAX_NAME} bytes")
+        return with_connection(wire(self._dispatcher.refused(None, error, 0.0)), b"close")
 
     # -- stopping
 

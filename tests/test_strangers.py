@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import itertools
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -334,6 +337,78 @@ def test_unfinished_requests_are_bounded_together() -> None:
             await served.until_inside(3)
             await small.send(b"\r\n")
             assert (await small.answer())[0] == 201
+
+    run(test)
+
+
+NUMBERS = itertools.count()
+LONG: dict[str, Callable[[int, int], bytes]] = {
+    "names": lambda number, size: (
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n%b: 1\r\n\r\n" % (b"x%d" % number).ljust(size, b"x")
+    ),
+    "names of the API": lambda number, size: HEAD + (b"x%d" % number).ljust(size, b"x") + b": 1\r\n\r\n",
+    "hosts": lambda number, size: (
+        b"POST /api/v1/keys HTTP/1.1\r\nHost: %b\r\n\r\n" % (b"x%d" % number).ljust(size, b"x")
+    ),
+    "lines": lambda number, size: HEAD + b"a:\r\n" * (size // 10) + b"x: %d\r\n\r\n" % number,
+    "parts of a form": lambda number, size: _form((b"x%d" % number).ljust(size, b"x")),
+}
+
+
+def _form(name: bytes) -> bytes:
+    body = b'--b\r\nContent-Disposition: form-data; name="a"\r\n%b: 1\r\n\r\n1\r\n--b--\r\n' % name
+    head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_nothing_long_that_a_stranger_sends_is_remembered(kind: str) -> None:
+    """Caches of names, hosts and whole heads, the framework's own among them, keep what is short."""
+
+    async def test() -> None:
+        async with serving(lasting(), Access(admin=["a" * 16])) as served:
+
+            async def ask(size: int, count: int) -> None:
+                for _ in range(count):
+                    wire = await served.call()
+                    with contextlib.suppress(ConnectionError):
+                        await wire.send(LONG[kind](next(NUMBERS), size))
+                        wire.writer.write_eof()
+                    await wire.rest()
+                    await wire.close()
+                served.wires.clear()
+                await served.until_inside(0)
+                gc.collect()
+
+            await ask(20, 20)
+            tracemalloc.start()
+            try:
+                await ask(9_000, 100)
+                kept, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert kept < 500_000
+
+    run(test)
+
+
+def test_a_name_that_is_too_long_is_431() -> None:
+    """A problem, as for all that is too large, and the end of the connection; one of 256 bytes is read."""
+
+    async def test() -> None:
+        async with serving(lasting()) as served:
+            wire = await served.call()
+            await wire.send(HEAD + b"x" * 256 + b": 1\r\n\r\n")
+            assert (await wire.answer())[0] == 201
+            await wire.send(b"\r\n" + HEAD + b"x" * 257 + b": 1\r\n\r\n")
+            answer = await wire.rest()
+            assert answer.startswith(b"HTTP/1.1 431 ")
+            assert b'"code":"headers-too-large"' in answer
+            long_target = await served.call()
+            await long_target.send(
+                b"\r\nGET /api/v1/keys?" + b"x" * 300 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
+            assert (await long_target.answer())[0] == 400
 
     run(test)
 
