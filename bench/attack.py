@@ -96,10 +96,9 @@ def _wait_for(server: RealServer, connections: int) -> None:
 
 
 def _inside(server: RealServer) -> int:
-    # A viewer's socket is handed over to the websocket: it is a viewer from then on, and no connection.
     with urllib.request.urlopen(f"http://127.0.0.1:{server.address.port}/metrics") as page:
-        counts = re.findall(r"^keypool_(?:connections|viewers) (\S+)", page.read().decode(), re.MULTILINE)
-    return int(sum(map(float, counts)))
+        counts = re.findall(r"^keypool_connections (\S+)", page.read().decode(), re.MULTILINE)
+    return int(float(counts[0]))
 
 
 async def _fill(server: Address) -> None:

@@ -112,8 +112,16 @@ def allowed_connections(limits: Limits) -> int:
     return limits.connections if soft < 0 else max(1, min(limits.connections, soft - _SPARE_FILES))
 
 
+def allowed_viewers(wanted: int, limits: Limits) -> int:
+    """How many connections may be websockets, `wanted` at most: half of them, so that callers always get in."""
+    allowed = min(wanted, max(1, allowed_connections(limits) // 2))
+    if allowed < wanted:
+        _log.warning("of --max-viewers=%d only %d are let in: raise ulimit -n for more", wanted, allowed)
+    return allowed
+
+
 class Doorman:
-    """Who is in, by address: lets a connection in or not."""
+    """Who is in, by address: lets a connection in or not. A websocket is in until its stream is closed."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -131,7 +139,7 @@ class Doorman:
         inside = self._inside.get(place, 0)
         if self.count >= self._most or (place and inside >= self._limits.connections_per_address):
             self.refused += 1
-            self._warn(address)
+            self._warn(f"a connection from {address} was refused")
             return False
         self._inside[place] = inside + 1
         self.count += 1
@@ -145,13 +153,16 @@ class Doorman:
         if not self._inside[place]:
             del self._inside[place]
 
-    def _warn(self, address: str) -> None:
+    def out_of_files(self, error: OSError) -> None:
+        """A connection had to be closed because the system has no file for it. Logged once in a while. O(1)."""
+        self.refused += 1
+        self._warn(f"a connection was closed: {error.strerror}")
+
+    def _warn(self, what: str) -> None:
         now = time.monotonic()
         if now - self._warned_at >= _WARN_EVERY:
             self._warned_at = now
-            _log.warning(
-                "a connection from %s was refused, %d by now; %d are open", address, self.refused, self.count
-            )
+            _log.warning("%s; %d were refused by now, %d are open", what, self.refused, self.count)
 
 
 def greedy(held: Iterable[tuple[int, Held]], limits: Limits) -> list[Held]:

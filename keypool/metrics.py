@@ -45,7 +45,7 @@ METRICS = (
     Described("keypool_keys", "gauge", "keys", "state: available, blocked"),
     Described("keypool_waiting", "gauge", "acquires that wait for a key", source="waiting"),
     Described("keypool_viewers", "gauge", "open feeds of dashboards"),
-    Described("keypool_connections", "gauge", "open connections, those of viewers not among them"),
+    Described("keypool_connections", "gauge", "open connections, those of viewers among them"),
     Described("keypool_connections_refused_total", "counter", "connections closed for want of room"),
     Described("keypool_storage_up", "gauge", "1 while the data file can be written, else 0"),
     Described("keypool_uptime_seconds", "gauge", "since this server started", source="uptime"),

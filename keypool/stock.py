@@ -14,6 +14,8 @@ It isn't the place for limits of the API: what is wrong with a request as such, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import re
 import socket
 import time
@@ -21,12 +23,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from tornado import httputil
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import HTTPServer
 from tornado.iostream import IOStream, StreamClosedError
+from tornado.netutil import add_accept_handler
 from tornado.web import Application
 
 from keypool.errors import HeadersTooLarge, RequestTimeout
@@ -48,12 +51,60 @@ class _Phase(Enum):
     ANSWER = 3  # the request is whole: it waits for its answer, or the caller for taking it in
 
 
+class _Listener:
+    """A listening socket of which accepting never fails: Tornado logs a failure, and tries again at once.
+
+    What can't be accepted for want of a file is closed, by means of one that is kept for that (libuv does so).
+    """
+
+    def __init__(self, sock: socket.socket, doorman: Doorman) -> None:
+        self._socket = sock
+        self._doorman = doorman
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._socket.fileno()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection. Raises BlockingIOError if there is none, or no file for it."""
+        try:
+            return self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            raise
+        except OSError as error:
+            self._doorman.out_of_files(error)
+            self._turn_away()
+            raise BlockingIOError from None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        if self._spare is not None:
+            os.close(self._spare)
+
+    def _turn_away(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+        self._spare = None
+        with contextlib.suppress(OSError):
+            self._socket.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+
+
 class _Stream(IOStream):
     """A stream that looks at a head before Tornado reads its lines."""
 
-    def __init__(self, sock: socket.socket, server: StockServer) -> None:
+    def __init__(self, sock: socket.socket, server: StockServer, address: str) -> None:
         super().__init__(sock, max_buffer_size=server.max_buffer_size, read_chunk_size=server.read_chunk_size)
         self._server = server
+        self._address = address
+
+    def close_fd(self) -> None:
+        """Close the socket; called by IOStream, once. Until then a websocket is counted, too."""
+        super().close_fd()
+        self._server.doorman.leave(self._address)
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
         """A whole head; one with a name that is too long is answered here, and ends the connection."""
@@ -106,7 +157,6 @@ class _Message(httputil.HTTPMessageDelegate):
         "_server",
         "_since",
         "_stream",
-        "address",
         "is_first",
         "share",
     )
@@ -116,10 +166,8 @@ class _Message(httputil.HTTPMessageDelegate):
         server: StockServer,
         connection: HTTP1Connection,
         answerer: Callable[[], httputil.HTTPMessageDelegate],
-        address: str,
         before: _Message | None,
     ) -> None:
-        self.address = address
         self.share: _Share = _Share(server.turns) if before is None else before.share
         self.is_first = before is None
         self._server = server
@@ -259,6 +307,23 @@ class StockServer(HTTPServer):
         self.serve_app(app)
         self._messages: dict[object, _Message] = {}
         self._sweeper = asyncio.ensure_future(self._sweep())
+        self._listeners: list[tuple[_Listener, Callable[[], None]]] = []
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept on listening sockets, which are owned by the server from now on."""
+        for sock in sockets:
+            listener = _Listener(sock, self.doorman)
+            self._listeners.append(
+                (listener, add_accept_handler(cast(socket.socket, listener), self._handle_connection))
+            )
+
+    def stop(self) -> None:
+        """Accept no more, and close the listening sockets."""
+        super().stop()
+        listeners, self._listeners = self._listeners, []
+        for listener, remove in listeners:
+            remove()
+            listener.close()
 
     def serve_app(self, app: Application) -> None:
         """Hand requests to this application from now on."""
@@ -268,7 +333,7 @@ class StockServer(HTTPServer):
     def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
         """Let a connection in, or close it."""
         if self.doorman.enter(_address(address)):
-            super().handle_stream(_Stream(stream.socket, self), address)
+            super().handle_stream(_Stream(stream.socket, self, _address(address)), address)
         else:
             stream.close()
 
@@ -280,17 +345,14 @@ class StockServer(HTTPServer):
         assert isinstance(request_conn, HTTP1Connection)
         answerer = partial(super().start_request, server_conn, request_conn)
         before = self._messages.get(server_conn)
-        address = _address(getattr(server_conn.context, "address", None))
-        message = _Message(self, request_conn, answerer, address, before)
+        message = _Message(self, request_conn, answerer, before)
         self._messages[server_conn] = message
         return message
 
     def on_close(self, server_conn: object) -> None:
         """A connection is gone."""
         super().on_close(server_conn)
-        message = self._messages.pop(server_conn, None)
-        if message is not None:
-            self.doorman.leave(message.address)
+        self._messages.pop(server_conn, None)
 
     def timed_out(self, request: tuple[Any, httputil.HTTPHeaders] | None, detail: str) -> bytes:
         """The whole answer to a request that took too long; the head is there if it had come."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import logging
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 from tornado.netutil import bind_sockets
 
 from keypool import limits
@@ -434,6 +436,85 @@ def test_more_connections_than_there_may_be_are_closed_at_once() -> None:
             assert (await late.answer())[0] == 201
 
     run(test)
+
+
+HANDSHAKE = (
+    b"GET /api/v1/feed HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+def test_a_viewer_is_counted_until_it_has_gone() -> None:
+    """A websocket has a descriptor as any connection has, whoever reads from it now."""
+
+    async def test() -> None:
+        async with serving(lasting(connections=2)) as served:
+            viewers = [await served.call() for _ in range(2)]
+            for viewer in viewers:
+                await viewer.send(HANDSHAKE)
+                assert (await viewer.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            assert served.server.doorman.count == 2
+            assert await (await served.call()).rest() == b""
+            await viewers[0].close()
+            await served.until_inside(1)
+            caller = await served.call()
+            await caller.send(HEAD + b"\r\n")
+            assert (await caller.answer())[0] == 201
+
+    run(test)
+
+
+def test_viewers_leave_room_for_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the connections that there may be; one viewer more is 429, whatever --max-viewers says."""
+    few = lasting(connections=3)
+    monkeypatch.setattr(
+        "keypool.dashboard.allowed_viewers", lambda wanted, of: limits.allowed_viewers(wanted, few)
+    )
+
+    async def test() -> None:
+        async with serving(few) as served:
+            viewer = await served.call()
+            await viewer.send(HANDSHAKE)
+            assert (await viewer.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            late = await served.call()
+            await late.send(HANDSHAKE)
+            assert (await late.answer())[0] == 429
+            await late.send(HEAD + b"\r\n")
+            assert (await late.answer())[0] == 201
+
+    run(test)
+
+
+def test_without_descriptors_the_log_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """However many connections come; they are closed, no traceback is written, and the server goes on after it."""
+    resource = pytest.importorskip("resource")
+
+    async def test() -> None:
+        async with serving(lasting()) as served:
+            wires = [socket.socket() for _ in range(20)]
+            before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wires[-1].fileno() + 1, before[1]))
+            try:
+                for wire in wires:
+                    wire.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        wire.connect(("127.0.0.1", served.port))
+                await asyncio.sleep(0.2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+                for wire in wires:
+                    wire.close()
+            caller = await served.call()
+            await caller.send(HEAD + b"\r\n")
+            assert (await caller.answer())[0] == 201
+            await caller.close()
+            await served.until_inside(0)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # asyncio's own loop is less quiet
+        runner.run(test())
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) <= 1
+    assert not any(record.exc_info for record in warnings)
 
 
 def test_an_address_has_its_share_and_loopback_is_not_counted() -> None:

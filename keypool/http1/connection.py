@@ -19,6 +19,7 @@ from math import inf
 from typing import TYPE_CHECKING, cast
 
 from tornado import httputil
+from tornado.iostream import StreamClosedError
 from tornado.log import app_log, gen_log
 
 from keypool.http1.exchange import Exchange
@@ -196,16 +197,17 @@ class Connection(Intake):
         if not self._sent_all():
             raise RuntimeError("an earlier answer has not been sent yet")
         try:
-            stream = hand_over(self.transport, bytes(self._held), self.loop)
-        except OSError:
+            stream = hand_over(self.transport, bytes(self._held), self.loop, self.server.handed_over(self))
+        except OSError as error:
+            self.server.doorman.out_of_files(error)
             self.cut()
-            raise
+            raise StreamClosedError(error) from None
         self._held = b""
         self.mode = GONE
         self.parser = None
         self.current = None
         request.release()
-        self.server.forget(self)
+        self.server.forget(self, counted=True)
         return stream
 
     # The request under way.

@@ -248,12 +248,17 @@ class Server:
         connection.deadline = self.clock + self.limits.head_seconds
         return True
 
-    def forget(self, connection: Connection) -> None:
-        """Remove a connection that is closed or handed over. O(1)."""
+    def handed_over(self, connection: Connection) -> Callable[[], None]:
+        """What is to be called when the stream is closed that a connection is handed over as: until then it counts."""
+        return partial(self.doorman.leave, _address(connection))
+
+    def forget(self, connection: Connection, *, counted: bool = False) -> None:
+        """Remove a connection that is closed or handed over; in that case it stays `counted`. O(1)."""
         if connection not in self._connections:
             return
         self._connections.remove(connection)
-        self.doorman.leave(_address(connection))
+        if not counted:
+            self.doorman.leave(_address(connection))
         if isinstance(self.application, httputil.HTTPServerConnectionDelegate):
             try:
                 self.application.on_close(connection)
