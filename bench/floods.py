@@ -19,7 +19,7 @@ import msgspec
 from bench.load import Address, Connections, GoOn, Script, request
 from bench.process import Child, last_core, on_loop
 from bench.real import RealServer
-from bench.report import percentile
+from bench.report import Targets, megabytes, percentile
 from bench.scripts import ACQUIRE, unblock
 
 BATCH = request("/api/v1/batch", b'{"op":"keepalive","keys":[' + b",".join([b'"a"'] * 1000) + b"]}")
@@ -38,6 +38,9 @@ _SETTLING = 0.3  # seconds of flood before the calls beside it are timed
 _REQUESTS = 1100
 _FILES = 200  # for the server whose descriptors are attacked
 _WAIT = 5.0
+_WORSE, _STALL = 3.0, 0.025  # what a flood may cost: acquire's p99 as a multiple, and seconds at once
+_KEPT = 10e6  # bytes of memory that may stay
+_LOG = 1000.0  # bytes of log a second
 
 
 @dataclass
@@ -183,3 +186,33 @@ def _is_answered(server: Address) -> bool:
             return wire.recv(12) == b"HTTP/1.1 200"
     except OSError:
         return False
+
+
+# -- all of them
+
+
+def judge(http: str, targets: Targets, seconds: float) -> None:
+    """Run each attack against one of the HTTP servers; some 20 s."""
+    flags = "--data=:memory:", "--keepalive-seconds=86400", f"--http={http}"
+    with RealServer(*flags) as server:
+        ask(server.address, itertools.repeat(request("/api/v1/keys")), 100)
+        quiet, attacked = Beside(), Beside()
+        for _ in range(2):
+            quiet.taken += calls(server.address, seconds).taken
+            attacked.taken += beside_a_flood(server.address, BATCH, 1, seconds).taken
+        name = f"--http={http}, beside a flood of batches: acquire's"
+        targets.at_most(f"{name} p99", attacked.p99, _WORSE * quiet.p99)
+        targets.at_most(f"{name} longest wait", max(attacked.taken), max(_STALL, *quiet.taken))
+    for kind, attack in (("header names", long_names), ("hosts", long_hosts)):
+        with RealServer(*flags) as server:
+            ask(server.address, attack(100), 50)
+            before = server.rss()
+            ask(server.address, attack(60_000))
+            kept = server.rss() - before
+            wanted = f"at most {megabytes(_KEPT)}"
+            targets.check(f"--http={http}, memory after long {kind}", kept <= _KEPT, megabytes(kept), wanted)
+    with RealServer(*flags, files=_FILES) as server:
+        found = crowd(server, seconds)
+    name = f"--http={http}, {_FILES} files and as many viewers as come"
+    targets.check(f"{name}: callers", found.answered and found.recovered, str(found), "answered")
+    targets.check(f"{name}: log", found.log <= _LOG, f"{found.log:.0f} bytes a second", f"at most {_LOG:.0f}")
