@@ -2,7 +2,8 @@
 
 The real server, a load of acquire and unblock, and from another process the attackers, in equal parts of each kind of
 `KINDS`: whoever is cut comes again at once. Quiet and attacked rounds take turns, so that what else the machine does
-falls on both; acquire's p99 is judged between them, and the server's memory.
+falls on both; acquire's p99 is judged between them, and the server's memory. Then the attacks of floods.py, on both
+HTTP servers. Less than a minute in all.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 
 import msgspec
 
+from bench import floods
 from bench.load import Address, Connections, GoOn, Script, request
 from bench.process import Child, ChildFailed, last_core, on_loop
 from bench.real import RealServer
 from bench.report import Table, Targets, machine, median, megabytes, percentile, span
 from bench.scripts import ACQUIRE, unblock
 
-QUICK = ["--rounds=2", "--seconds=2"]
+QUICK = ["--rounds=1", "--seconds=1"]
 _KEYS = 2000
 _CALLERS = 4
 _WORSE = 2.0
@@ -52,8 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser("bench attack", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--connections", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5, help="of each kind; the median counts")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of load, a round")
+    parser.add_argument("--rounds", type=int, default=2, help="of each kind; the median counts")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of load, a round")
     parser.add_argument("--data", default=":memory:", help="with a file, acquire's own time is the disk's")
     options = parser.parse_args(arguments)
     print(machine() + "\n", flush=True)
@@ -64,7 +66,10 @@ def main(arguments: Sequence[str]) -> int:
             _round(server, quiet, options.seconds, 0)
             _round(server, attacked, options.seconds, options.connections)
         _show(quiet, attacked)
-        return _judge(quiet, attacked, options.connections)
+        targets = _judge(quiet, attacked, options.connections)
+    for http in ("fast", "tornado"):
+        floods.judge(http, targets, options.seconds)
+    return targets.status
 
 
 def _round(server: RealServer, found: Found, seconds: float, connections: int) -> None:
@@ -96,10 +101,9 @@ def _wait_for(server: RealServer, connections: int) -> None:
 
 
 def _inside(server: RealServer) -> int:
-    # A viewer's socket is handed over to the websocket: it is a viewer from then on, and no connection.
     with urllib.request.urlopen(f"http://127.0.0.1:{server.address.port}/metrics") as page:
-        counts = re.findall(r"^keypool_(?:connections|viewers) (\S+)", page.read().decode(), re.MULTILINE)
-    return int(sum(map(float, counts)))
+        counts = re.findall(r"^keypool_connections (\S+)", page.read().decode(), re.MULTILINE)
+    return int(float(counts[0]))
 
 
 async def _fill(server: Address) -> None:
@@ -216,7 +220,7 @@ def _show(quiet: Found, attacked: Found) -> None:
     print(f"acquire over {_CALLERS} connections\n\n{table}\n")
 
 
-def _judge(quiet: Found, attacked: Found, connections: int) -> int:
+def _judge(quiet: Found, attacked: Found, connections: int) -> Targets:
     targets = Targets()
     name = f"acquire's p99 beside {connections:,} attackers"
     targets.at_most(name, median(attacked.p99), _WORSE * median(quiet.p99))
@@ -224,4 +228,4 @@ def _judge(quiet: Found, attacked: Found, connections: int) -> int:
     targets.check("memory that they cost", cost <= _MEMORY, megabytes(cost), f"at most {megabytes(_MEMORY)}")
     errors = quiet.errors + attacked.errors
     targets.check("errors", errors == 0, str(errors), "none")
-    return targets.status
+    return targets

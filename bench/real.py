@@ -24,14 +24,18 @@ def without_settings() -> dict[str, str]:
 
 
 class RealServer:
-    """A running server.py with these flags, in a folder of its own; its log is in `log`."""
+    """A running server.py with these flags, in a folder of its own; its log is in `log`.
 
-    def __init__(self, *flags: str) -> None:
+    `files` is how many files it may have open, if that is fewer than usual.
+    """
+
+    def __init__(self, *flags: str, files: int | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="keypool-bench-")
         self.log = Path(self._folder.name) / "log"
+        limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}", "--"]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(_ROOT / "server.py"), "--port=0", *flags],
+                [*limited, sys.executable, str(_ROOT / "server.py"), "--port=0", *flags],
                 cwd=self._folder.name, env=without_settings(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         self.address = Address(self._wait_for_port(), self._process.pid)

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any, NoReturn
 
+from tornado.httputil import ParseBodyConfig, ParseMultipartConfig, set_parse_body_config
 from tornado.routing import PathMatches, Rule
 from tornado.web import Application
 
@@ -25,6 +26,7 @@ from keypool.handlers.raw import RawApi
 from keypool.handlers.scrape import Metrics, Scraped
 from keypool.handlers.signin import SignIn, SignOut
 from keypool.handlers.static import Static
+from keypool.limits import MAX_NAME
 from keypool.openapi import describing
 from keypool.operations import ANYONE, OPERATIONS, Call, Operation
 from keypool.settings import Settings
@@ -51,6 +53,10 @@ class KeypoolApplication(Application):
         # What the server remembers of headers is noted by one RawApi, and worth nothing to another.
         dispatcher, in_flight = self.settings["dispatcher"], self.settings["in_flight"]
         self.start_raw_request = RawApi(dispatcher, in_flight).start
+
+
+# Tornado remembers names of headers, those in the parts of a form as well, and has no use for such parts here.
+set_parse_body_config(ParseBodyConfig(multipart=ParseMultipartConfig(max_part_header_size=2 * MAX_NAME)))
 
 
 def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> KeypoolApplication:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 from keypool.errors import CrossSite, Unauthorized, WrongHost, WrongToken
+from keypool.limits import REMEMBERED_HOST
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -169,9 +170,14 @@ def is_loopback(host: str) -> bool:
     return str(address) == "::1" or (address.version == 4 and address.is_loopback)
 
 
-@lru_cache(maxsize=256)
 def _names_this_machine(host: str) -> bool:
-    """Whether a Host header is a loopback name; remembered, as callers have one or two, and parsing takes 5 µs."""
+    """Whether a Host header is a loopback name, which no long one is."""
+    return len(host) <= REMEMBERED_HOST and _is_known_loopback(host)
+
+
+@lru_cache(maxsize=256)
+def _is_known_loopback(host: str) -> bool:
+    """Remembered, as callers have one or two, and parsing takes 5 µs."""
     return is_loopback(split_host(host)[0])
 
 

@@ -27,6 +27,7 @@ from keypool.engine.valkey_url import without_password
 from keypool.errors import KeypoolError
 from keypool.feed import Feed
 from keypool.history import History
+from keypool.limits import Limits, allowed_viewers
 from keypool.resources import folder
 from keypool.session import Sessions
 from keypool.settings import OPTIONS, Settings
@@ -62,7 +63,7 @@ class Dashboard:
         self.access = access
         self.settings = settings
         self.history = History()
-        self.feed = Feed(engine, self.history, settings.max_viewers, time.time)
+        self.feed = Feed(engine, self.history, allowed_viewers(settings.max_viewers, Limits()), time.time)
         self.sessions = Sessions(access)
         self.stall = LoopStall()
         self.assets = Assets()

@@ -27,8 +27,14 @@ MAX_TARGET = 8 * 1024
 MAX_HEADERS = 32 * 1024
 """Bytes of all headers: more is 431."""
 
-MAX_HEAD = 256 * 1024
+MAX_HEAD = 64 * 1024
 """Bytes of a head that are taken in, so that one that is too large is answered; beyond it, hung up on."""
+
+MAX_NAME = 256
+"""Bytes of a header's name: more is 431. Tornado remembers the latest thousand names, however long."""
+
+REMEMBERED_NAME, REMEMBERED_HOST = 64, 255
+"""Bytes of a header's name, and of a Host, that may be kept in a cache. Longer ones are read anew each time."""
 
 DISCARDED = 4 * 1024 * 1024
 """Bytes of a refused body that are read, and thrown away, for the sake of the connection."""
@@ -113,8 +119,16 @@ def allowed_files(wanted: int) -> int:
     return wanted if soft < 0 else min(wanted, soft)
 
 
+def allowed_viewers(wanted: int, limits: Limits) -> int:
+    """How many connections may be websockets, `wanted` at most: half of them, so that callers always get in."""
+    allowed = min(wanted, max(1, allowed_connections(limits) // 2))
+    if allowed < wanted:
+        _log.warning("of --max-viewers=%d only %d are let in: raise ulimit -n for more", wanted, allowed)
+    return allowed
+
+
 class Doorman:
-    """Who is in, by address: lets a connection in or not."""
+    """Who is in, by address: lets a connection in or not. A websocket is in until its stream is closed."""
 
     def __init__(self, limits: Limits, trusted: Container[str] = ()) -> None:
         self._limits = limits
@@ -135,7 +149,7 @@ class Doorman:
         crowded = place and inside >= self._limits.connections_per_address and address not in self._trusted
         if self.count >= self.most or crowded:
             self.refused += 1
-            self._warn(address)
+            self._warn(f"a connection from {address} was refused")
             return False
         self._inside[place] = inside + 1
         self.count += 1
@@ -149,13 +163,16 @@ class Doorman:
         if not self._inside[place]:
             del self._inside[place]
 
-    def _warn(self, address: str) -> None:
+    def out_of_files(self, error: OSError) -> None:
+        """A connection had to be closed because the system has no file for it. Logged once in a while. O(1)."""
+        self.refused += 1
+        self._warn(f"a connection was closed: {error.strerror}")
+
+    def _warn(self, what: str) -> None:
         now = time.monotonic()
         if now - self._warned_at >= _WARN_EVERY:
             self._warned_at = now
-            _log.warning(
-                "a connection from %s was refused, %d by now; %d are open", address, self.refused, self.count
-            )
+            _log.warning("%s; %d were refused by now, %d are open", what, self.refused, self.count)
 
 
 def greedy(held: Iterable[tuple[int, Held]], limits: Limits) -> list[Held]:

@@ -52,7 +52,7 @@ METRICS = (
         "limit: max_keys, max_waiters, max_viewers, connections",
     ),
     Described("keypool_viewers", "gauge", "open feeds of dashboards"),
-    Described("keypool_connections", "gauge", "open connections, those of viewers not among them"),
+    Described("keypool_connections", "gauge", "open connections, those of viewers among them"),
     Described("keypool_connections_refused_total", "counter", "connections closed for want of room"),
     Described("keypool_storage_up", "gauge", "1 while the data file can be written, else 0"),
     Described(

@@ -4,33 +4,44 @@ Tornado bounds sizes, and waits an hour for a head. This subclass counts connect
 once a second and ends those that take too long, with 408 where a request had begun. It works by Tornado's
 interface for messages: every message's delegate is wrapped in one that knows how far the message has come.
 
+Tornado serves one request of each connection in each iteration of the loop, which is fair to connections that ask for
+the same, but unbounded. Here they share the time as on the fast server (http1/turns.py): a request that isn't to be
+served yet is held back by the future that a delegate may return.
+
 It isn't the place for limits of the API: what is wrong with a request as such, dispatch.py says.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from tornado import httputil
 from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import HTTPServer
-from tornado.iostream import IOStream
+from tornado.iostream import IOStream, StreamClosedError
+from tornado.netutil import add_accept_handler
 from tornado.web import Application
 
-from keypool.errors import RequestTimeout
+from keypool.errors import HeadersTooLarge, RequestTimeout
 from keypool.handlers.dispatch import Dispatcher
 from keypool.handlers.raw import wire
 from keypool.http1.responses import with_connection
-from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, Doorman, Limits, greedy
+from keypool.http1.turns import QUANTUM, TASK, Turns
+from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_NAME, Doorman, Limits, greedy
 from keypool.proxies import TrustedProxies
 
+_API = "/api/"
+_LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # behind the request line
 _SLICE = 200  # connections looked at in one turn of the loop
 _QUEUED = 4096  # connections taken from the system's queue before it is closed
 
@@ -41,12 +52,107 @@ class _Phase(Enum):
     ANSWER = 3  # the request is whole: it waits for its answer, or the caller for taking it in
 
 
+class _Listener:
+    """A listening socket of which accepting never fails: Tornado logs a failure, and tries again at once.
+
+    What can't be accepted for want of a file is closed, by means of one that is kept for that (libuv does so).
+    """
+
+    def __init__(self, sock: socket.socket, doorman: Doorman) -> None:
+        self._socket = sock
+        self._doorman = doorman
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._socket.fileno()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection. Raises BlockingIOError if there is none, or no file for it."""
+        try:
+            return self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            raise
+        except OSError as error:
+            self._doorman.out_of_files(error)
+            self._turn_away()
+            raise BlockingIOError from None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        if self._spare is not None:
+            os.close(self._spare)
+
+    def _turn_away(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+        self._spare = None
+        with contextlib.suppress(OSError):
+            self._socket.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+
+
+class _Stream(IOStream):
+    """A stream that looks at a head before Tornado reads its lines."""
+
+    def __init__(self, sock: socket.socket, server: StockServer, address: str) -> None:
+        super().__init__(sock, max_buffer_size=server.max_buffer_size, read_chunk_size=server.read_chunk_size)
+        self._server = server
+        self._address = address
+
+    def close_fd(self) -> None:
+        """Close the socket; called by IOStream, once. Until then a websocket is counted, too."""
+        super().close_fd()
+        self._server.doorman.leave(self._address)
+
+    async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
+        """A whole head; one with a name that is too long is answered here, and ends the connection."""
+        head = await super().read_until_regex(regex, max_bytes)
+        if len(head) > MAX_NAME and _LONG_NAME.search(head.lstrip(b"\r\n")):
+            await self.write(self._server.too_long_a_name())
+            self.close()
+            raise StreamClosedError
+        return head
+
+
+class _Share:
+    """What a connection has had of the time, from one of its requests to the next; see `turns.Served`."""
+
+    __slots__ = ("_released", "_turns", "debt")
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._released: asyncio.Future[None] | None = None
+        self.debt = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether its next request has to wait for its turn."""
+        return self._turns.over or self.debt > 0
+
+    def turn(self) -> asyncio.Future[None]:
+        """Done when the turn has come."""
+        self._released = asyncio.get_running_loop().create_future()
+        self._turns.queue(self, backlog=self.debt > 0)
+        return self._released
+
+    def run(self) -> None:
+        """The turn has come: what is to be done is done in a task, right after this."""
+        released, self._released = self._released, None
+        if released is not None and not released.done():
+            self._turns.charge(QUANTUM)
+            released.set_result(None)
+
+
 class _Message(httputil.HTTPMessageDelegate):
     """One message of a connection, on its way to the delegate that answers it."""
 
     __slots__ = (
         "_answerer",
         "_begun",
+        "_address",
         "_context",
         "_inner",
         "_phase",
@@ -54,8 +160,8 @@ class _Message(httputil.HTTPMessageDelegate):
         "_server",
         "_since",
         "_stream",
-        "address",
         "is_first",
+        "share",
     )
 
     def __init__(
@@ -63,13 +169,13 @@ class _Message(httputil.HTTPMessageDelegate):
         server: StockServer,
         connection: HTTP1Connection,
         answerer: Callable[[], httputil.HTTPMessageDelegate],
-        address: str,
-        is_first: bool,
+        before: _Message | None,
     ) -> None:
-        self.address = address
-        self.is_first = is_first
+        self.share: _Share = _Share(server.turns) if before is None else before.share
+        self.is_first = before is None
         self._server = server
         self._context: Any = connection.context  # Tornado's, which is private to it
+        self._address = _address(getattr(connection.context, "address", None))
         self._stream = connection.stream
         # Asked when the head has come: by then another application may serve than when the one before ended.
         self._answerer = answerer
@@ -90,10 +196,21 @@ class _Message(httputil.HTTPMessageDelegate):
         """The head is whole."""
         self._phase, self._since = _Phase.BODY, self._server.now
         self._request = start_line, headers
+        return self._begin_later() if self.share.waits else self._begin()
+
+    async def _begin_later(self) -> None:
+        await self.share.turn()
+        if not self._stream.closed() and (awaited := self._begin()) is not None:
+            await awaited
+
+    def _begin(self) -> Awaitable[None] | None:
+        assert self._request is not None
         self._server.began += 1
-        self._apply_proxy(headers)
+        self._apply_proxy(self._request[1])
+        if not self._request[0].path.startswith(_API):
+            self._server.turns.charge(TASK)  # pages do their work in a task, after this turn
         self._inner = self._answerer()
-        return self._inner.headers_received(start_line, headers)
+        return self._inner.headers_received(*self._request)
 
     def _apply_proxy(self, headers: httputil.HTTPHeaders) -> None:
         """Have the request know its caller by a trusted proxy's headers.
@@ -101,11 +218,11 @@ class _Message(httputil.HTTPMessageDelegate):
         Tornado's own way (`xheaders`) would also take them from anybody, and other headers besides.
         """
         trusted, context = self._server.trusted, self._context
-        if trusted is None or self.address not in trusted:
+        if trusted is None or self._address not in trusted:
             return
         # The connection's own protocol: this server speaks no TLS. The next request is told anew.
         context.remote_ip, context.protocol = trusted.caller(
-            self.address, "http", headers.get("X-Forwarded-For", ""), headers.get("X-Forwarded-Proto", "")
+            self._address, "http", headers.get("X-Forwarded-For", ""), headers.get("X-Forwarded-Proto", "")
         )
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
@@ -118,7 +235,9 @@ class _Message(httputil.HTTPMessageDelegate):
         self._phase, self._since, self._request = _Phase.ANSWER, None, None
         self._body = 0
         if self._inner is not None:
+            started = self._server.turns.clock()
             self._inner.finish()
+            self._server.turns.spend(self.share, started)
 
     def on_connection_close(self) -> None:
         """The caller is gone."""
@@ -204,11 +323,29 @@ class StockServer(HTTPServer):
         self.limits = limits or Limits()
         self.trusted = trusted
         self.doorman = Doorman(self.limits, trusted or ())
+        self.turns = Turns(asyncio.get_running_loop(), lambda: None)
         self.now = time.monotonic()
         self.began = 0
         self.serve_app(app)
         self._messages: dict[object, _Message] = {}
         self._sweeper = asyncio.ensure_future(self._sweep())
+        self._listeners: list[tuple[_Listener, Callable[[], None]]] = []
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept on listening sockets, which are owned by the server from now on."""
+        for sock in sockets:
+            listener = _Listener(sock, self.doorman)
+            self._listeners.append(
+                (listener, add_accept_handler(cast(socket.socket, listener), self._handle_connection))
+            )
+
+    def stop(self) -> None:
+        """Accept no more, and close the listening sockets."""
+        super().stop()
+        listeners, self._listeners = self._listeners, []
+        for listener, remove in listeners:
+            remove()
+            listener.close()
 
     def serve_app(self, app: Application) -> None:
         """Hand requests to this application from now on."""
@@ -218,7 +355,7 @@ class StockServer(HTTPServer):
     def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
         """Let a connection in, or close it."""
         if self.doorman.enter(_address(address)):
-            super().handle_stream(stream, address)
+            super().handle_stream(_Stream(stream.socket, self, _address(address)), address)
         else:
             stream.close()
 
@@ -230,23 +367,25 @@ class StockServer(HTTPServer):
         assert isinstance(request_conn, HTTP1Connection)
         answerer = partial(super().start_request, server_conn, request_conn)
         before = self._messages.get(server_conn)
-        address = _address(getattr(server_conn.context, "address", None))
-        message = _Message(self, request_conn, answerer, address, before is None)
+        message = _Message(self, request_conn, answerer, before)
         self._messages[server_conn] = message
         return message
 
     def on_close(self, server_conn: object) -> None:
         """A connection is gone."""
         super().on_close(server_conn)
-        message = self._messages.pop(server_conn, None)
-        if message is not None:
-            self.doorman.leave(message.address)
+        self._messages.pop(server_conn, None)
 
     def timed_out(self, request: tuple[Any, httputil.HTTPHeaders] | None, detail: str) -> bytes:
         """The whole answer to a request that took too long; the head is there if it had come."""
         head = request and httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
         reply = self._dispatcher.refused(head, RequestTimeout(detail), self.limits.body_seconds)
         return with_connection(wire(reply), b"close")
+
+    def too_long_a_name(self) -> bytes:
+        """The whole answer to a request of which a header's name is too long to be read."""
+        error = HeadersTooLarge(f"a header's name is longer than {MAX_NAME} bytes")
+        return with_connection(wire(self._dispatcher.refused(None, error, 0.0)), b"close")
 
     # -- stopping
 

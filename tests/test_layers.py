@@ -38,7 +38,7 @@ LAYERS = (
     # The server
     "keypool.resources keypool.log_writer",
     "keypool.errors keypool.tally keypool.limits keypool.notify keypool.proxies",
-    "keypool.http1.responses keypool.http1.awake",
+    "keypool.http1.responses keypool.http1.awake keypool.http1.turns",
     "keypool.http1.peer keypool.http1.section keypool.http1.stream",
     "keypool.http1.request",
     "keypool.http1.link keypool.http1.rules",

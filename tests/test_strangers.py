@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import itertools
+import logging
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +20,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 from tornado.netutil import bind_sockets
 
 from keypool import limits
@@ -292,6 +297,30 @@ def test_who_waits_for_a_key_is_not_slow() -> None:
     run(test)
 
 
+def test_a_caller_makes_progress_beside_floods() -> None:
+    """For each of its calls few of theirs are served, though each has many there and all cost much."""
+    keys = b",".join([b'"a"'] * 1000)
+    batch = b'{"op":"keepalive","keys":[%b]}' % keys
+    flood = HEAD.replace(b"keys", b"batch") + b"Content-Length: %d\r\n\r\n%b" % (len(batch), batch)
+
+    async def test() -> None:
+        async with serving(lasting()) as served:
+            caller = await served.call()
+            for wire in [await served.call() for _ in range(20)]:
+                wire.writer.write(flood * 200)
+            while served.server.began < 20:  # noqa: ASYNC110 - the server has no reason to tell
+                await asyncio.sleep(0)
+            before = served.server.began
+            for _ in range(10):
+                await caller.send(HEAD + b"\r\n")
+                assert (await caller.answer())[0] == 201
+            assert served.server.began - before <= 10 * 40
+            for wire in served.wires[1:]:
+                wire.writer.transport.abort()
+
+    run(test)
+
+
 # ----------------------------------------------------------------------------------------------------- memory
 
 
@@ -310,6 +339,78 @@ def test_unfinished_requests_are_bounded_together() -> None:
             await served.until_inside(3)
             await small.send(b"\r\n")
             assert (await small.answer())[0] == 201
+
+    run(test)
+
+
+NUMBERS = itertools.count()
+LONG: dict[str, Callable[[int, int], bytes]] = {
+    "names": lambda number, size: (
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n%b: 1\r\n\r\n" % (b"x%d" % number).ljust(size, b"x")
+    ),
+    "names of the API": lambda number, size: HEAD + (b"x%d" % number).ljust(size, b"x") + b": 1\r\n\r\n",
+    "hosts": lambda number, size: (
+        b"POST /api/v1/keys HTTP/1.1\r\nHost: %b\r\n\r\n" % (b"x%d" % number).ljust(size, b"x")
+    ),
+    "lines": lambda number, size: HEAD + b"a:\r\n" * (size // 10) + b"x: %d\r\n\r\n" % number,
+    "parts of a form": lambda number, size: _form((b"x%d" % number).ljust(size, b"x")),
+}
+
+
+def _form(name: bytes) -> bytes:
+    body = b'--b\r\nContent-Disposition: form-data; name="a"\r\n%b: 1\r\n\r\n1\r\n--b--\r\n' % name
+    head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_nothing_long_that_a_stranger_sends_is_remembered(kind: str) -> None:
+    """Caches of names, hosts and whole heads, the framework's own among them, keep what is short."""
+
+    async def test() -> None:
+        async with serving(lasting(), Access(admin=["a" * 16])) as served:
+
+            async def ask(size: int, count: int) -> None:
+                for _ in range(count):
+                    wire = await served.call()
+                    with contextlib.suppress(ConnectionError):
+                        await wire.send(LONG[kind](next(NUMBERS), size))
+                        wire.writer.write_eof()
+                    await wire.rest()
+                    await wire.close()
+                served.wires.clear()
+                await served.until_inside(0)
+                gc.collect()
+
+            await ask(20, 20)
+            tracemalloc.start()
+            try:
+                await ask(9_000, 100)
+                kept, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert kept < 500_000
+
+    run(test)
+
+
+def test_a_name_that_is_too_long_is_431() -> None:
+    """A problem, as for all that is too large, and the end of the connection; one of 256 bytes is read."""
+
+    async def test() -> None:
+        async with serving(lasting()) as served:
+            wire = await served.call()
+            await wire.send(HEAD + b"x" * 256 + b": 1\r\n\r\n")
+            assert (await wire.answer())[0] == 201
+            await wire.send(b"\r\n" + HEAD + b"x" * 257 + b": 1\r\n\r\n")
+            answer = await wire.rest()
+            assert answer.startswith(b"HTTP/1.1 431 ")
+            assert b'"code":"headers-too-large"' in answer
+            long_target = await served.call()
+            await long_target.send(
+                b"\r\nGET /api/v1/keys?" + b"x" * 300 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
+            assert (await long_target.answer())[0] == 400
 
     run(test)
 
@@ -335,6 +436,85 @@ def test_more_connections_than_there_may_be_are_closed_at_once() -> None:
             assert (await late.answer())[0] == 201
 
     run(test)
+
+
+HANDSHAKE = (
+    b"GET /api/v1/feed HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+def test_a_viewer_is_counted_until_it_has_gone() -> None:
+    """A websocket has a descriptor as any connection has, whoever reads from it now."""
+
+    async def test() -> None:
+        async with serving(lasting(connections=2)) as served:
+            viewers = [await served.call() for _ in range(2)]
+            for viewer in viewers:
+                await viewer.send(HANDSHAKE)
+                assert (await viewer.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            assert served.server.doorman.count == 2
+            assert await (await served.call()).rest() == b""
+            await viewers[0].close()
+            await served.until_inside(1)
+            caller = await served.call()
+            await caller.send(HEAD + b"\r\n")
+            assert (await caller.answer())[0] == 201
+
+    run(test)
+
+
+def test_viewers_leave_room_for_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the connections that there may be; one viewer more is 429, whatever --max-viewers says."""
+    few = lasting(connections=3)
+    monkeypatch.setattr(
+        "keypool.dashboard.allowed_viewers", lambda wanted, of: limits.allowed_viewers(wanted, few)
+    )
+
+    async def test() -> None:
+        async with serving(few) as served:
+            viewer = await served.call()
+            await viewer.send(HANDSHAKE)
+            assert (await viewer.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            late = await served.call()
+            await late.send(HANDSHAKE)
+            assert (await late.answer())[0] == 429
+            await late.send(HEAD + b"\r\n")
+            assert (await late.answer())[0] == 201
+
+    run(test)
+
+
+def test_without_descriptors_the_log_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """However many connections come; they are closed, no traceback is written, and the server goes on after it."""
+    resource = pytest.importorskip("resource")
+
+    async def test() -> None:
+        async with serving(lasting()) as served:
+            wires = [socket.socket() for _ in range(20)]
+            before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wires[-1].fileno() + 1, before[1]))
+            try:
+                for wire in wires:
+                    wire.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        wire.connect(("127.0.0.1", served.port))
+                await asyncio.sleep(0.2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+                for wire in wires:
+                    wire.close()
+            caller = await served.call()
+            await caller.send(HEAD + b"\r\n")
+            assert (await caller.answer())[0] == 201
+            await caller.close()
+            await served.until_inside(0)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # asyncio's own loop is less quiet
+        runner.run(test())
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) <= 1
+    assert not any(record.exc_info for record in warnings)
 
 
 def test_an_address_has_its_share_and_loopback_is_not_counted() -> None:

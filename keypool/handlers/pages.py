@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
+from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
 from keypool.auth import Access, Role
@@ -182,7 +183,9 @@ class PageHandler(RequestHandler):
             self.refuse(error)
 
     def log_exception(self, *args: Any) -> None:
-        """Log it under the request id, unless it is the caller's."""
+        """Log it under the request id, unless it is the caller's, or the connection is gone."""
+        if isinstance(args[1], StreamClosedError):
+            return
         if isinstance(args[1], HTTPError) and args[1].status_code < 500:
             return
         # Tornado's own line shows the request, and so its target.

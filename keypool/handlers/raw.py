@@ -14,6 +14,7 @@ from keypool.handlers.dispatch import Dispatcher, Reply, too_large
 from keypool.handlers.inflight import InFlight
 from keypool.http1 import ANSWERED, RawDelegate, Request
 from keypool.http1.responses import Headers, http_date
+from keypool.limits import REMEMBERED_NAME
 
 _API = b"/api"
 _FEED = b"/api/v1/feed"
@@ -114,7 +115,13 @@ def _start(status: int, content_type: str) -> str:
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{kind}"
 
 
-@lru_cache(maxsize=1024)
 def _name(raw: bytes) -> str:
     """A name as Tornado writes it: Content-Type."""
+    return _known_name(raw) if len(raw) <= REMEMBERED_NAME else _written(raw)
+
+
+def _written(raw: bytes) -> str:
     return "-".join(part.capitalize() for part in raw.decode("latin-1").split("-"))
+
+
+_known_name = lru_cache(maxsize=1024)(_written)

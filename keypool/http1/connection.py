@@ -19,6 +19,7 @@ from math import inf
 from typing import TYPE_CHECKING, cast
 
 from tornado import httputil
+from tornado.iostream import StreamClosedError
 from tornado.log import app_log, gen_log
 
 from keypool.http1.exchange import Exchange
@@ -28,6 +29,7 @@ from keypool.http1.peer import Peer
 from keypool.http1.request import Request
 from keypool.http1.responses import Refusal, refuse_with, with_connection, without_body
 from keypool.http1.stream import StreamView, hand_over, is_tls
+from keypool.http1.turns import TASK
 
 if TYPE_CHECKING:
     from tornado.iostream import IOStream
@@ -195,16 +197,17 @@ class Connection(Intake):
         if not self._sent_all():
             raise RuntimeError("an earlier answer has not been sent yet")
         try:
-            stream = hand_over(self.transport, bytes(self._held), self.loop)
-        except OSError:
+            stream = hand_over(self.transport, bytes(self._held), self.loop, self.server.handed_over(self))
+        except OSError as error:
+            self.server.doorman.out_of_files(error)
             self.cut()
-            raise
+            raise StreamClosedError(error) from None
         self._held = b""
         self.mode = GONE
         self.parser = None
         self.current = None
         request.release()
-        self.server.forget(self)
+        self.server.forget(self, counted=True)
         return stream
 
     # The request under way.
@@ -227,6 +230,7 @@ class Connection(Intake):
                 self._ask_for_body(request)
 
     def _start_exchange(self, request: Request) -> None:
+        self._turns.charge(TASK)  # handlers do their work in a task, after this turn
         exchange = request.exchange = Exchange(self, request, self.peer_of(request))
         exchange.start(self.server.start_request(self, exchange))
 

@@ -224,7 +224,7 @@ class Exchange(httputil.HTTPConnection):
 
         :raises RuntimeError: if bytes behind this request were parsed as HTTP already:
             only a request with `Connection: Upgrade`, CONNECT, or the last one is safe.
-        :raises OSError: if there is no descriptor left; the connection is cut.
+        :raises StreamClosedError: if there is no descriptor left; the connection is cut.
         """
         connection = self._connection
         switching = self._switching or []

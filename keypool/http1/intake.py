@@ -5,7 +5,7 @@ when the answer before it is complete and the peer keeps up with reading. That i
 than HTTP allows (they could be worked on at once), but it is what Tornado does, it
 orders the effects as well as the answers, and it bounds the memory: a connection parses
 ahead only a little, holds at most one read of bytes unparsed, and then stops reading. A
-peer that pipelines many requests gets them served in turns with other peers.
+peer that pipelines many requests gets them served in turns with other peers (see `turns`).
 
 `Intake` also knows which deadline belongs to which state; what is done when it has
 passed is the business of `Connection`.
@@ -23,13 +23,13 @@ from keypool.http1.reader import RequestReader
 from keypool.http1.request import Request
 from keypool.http1.responses import Refusal
 from keypool.http1.stream import is_tls
+from keypool.http1.turns import QUANTUM
 
 if TYPE_CHECKING:
     from keypool.http1.server import Server
 
 _DEPTH = 16  # requests parsed ahead before reading stops
 _HIGH = 64 * 1024  # bytes of bodies held before reading stops
-_TURN = 64  # requests served before other connections get a turn
 
 
 class Intake(RequestReader):
@@ -41,7 +41,10 @@ class Intake(RequestReader):
         "_read_paused",
         "_refusal",
         "_scheduled",
+        "_turns",
+        "_until",
         "current",
+        "debt",
     )
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
@@ -51,7 +54,10 @@ class Intake(RequestReader):
         self._refusal: Refusal | None = None  # to be answered behind the queue
         self._held: bytes | memoryview = b""  # read, not yet parsed
         self._read_paused = False
-        self._scheduled = False
+        self._scheduled = False  # queued for a later turn
+        self._turns = server.turns
+        self._until = 0.0  # when this connection has had its quantum
+        self.debt = 0.0  # see `turns.Served`
 
     # For the subclass.
 
@@ -75,20 +81,25 @@ class Intake(RequestReader):
 
     def data_received(self, data: bytes) -> None:
         """Parse, and answer what can be answered at once."""
-        if self.mode or self._held or self._queue or len(data) > self.piece:
+        turns = self._turns
+        if self.mode or self._held or self._queue or turns.over or self.debt or len(data) > self.piece:
             self._received_more(data)
             return
         self.busy = True
+        started = turns.clock()
+        self._until = started + QUANTUM
         consumed = self.recognise(data)
         if consumed < len(data):
             consumed = self.feed(data, consumed)
         elif self.current is None and not self._queue:
             self.busy = False
+            turns.spend(self, started)
             return  # answered: that has settled all
         if self._queue or consumed != len(data) or self._refusal is not None:
             self._held = data[consumed:]
             self._work()
         self.busy = False
+        turns.spend(self, started)
         self._settle()
 
     def _received_more(self, data: bytes) -> None:
@@ -100,29 +111,45 @@ class Intake(RequestReader):
         else:
             self._held = bytes(self._held) + data if self._held else data
             if self.mode == READING and not self._scheduled:
-                self._run()
-            else:
-                self._settle()
+                if self._turns.over or self.debt:
+                    self._schedule(backlog=self.debt > 0)
+                else:
+                    started = self._turns.clock()
+                    self.run()
+                    self._turns.spend(self, started)
+                    return
+            self._settle()
 
-    def _schedule(self) -> None:
+    def _schedule(self, *, backlog: bool = True) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self.loop.call_soon(self._run)
+            self._turns.queue(self, backlog=backlog)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Go on with what is queued and held, for a quantum."""
         self._scheduled = False
         if self.mode < LINGERING:
             self.busy = True
+            self._until = self._turns.clock() + QUANTUM
+            self._recognise_held()
             self._work()
             self.busy = False
             self._settle()
 
+    def _recognise_held(self) -> None:
+        """Spare the parser a single request that had to wait."""
+        held = self._held
+        if held and type(held) is bytes and self.mode == READING and self.current is None and not self._queue:
+            self._held = b""
+            end = self.recognise(held)
+            if self.mode == READING:  # else nothing more is wanted
+                self._held = held[end:]
+
     def _work(self) -> None:
         """Start what is queued and parse what is held, as far as may be now."""
-        served = self._count
         self._run_queue()
         while self._held and self.mode == READING and not self._congested():
-            if self._count - served >= _TURN:
+            if self._turns.clock() >= self._until:
                 self._schedule()
                 break
             held = memoryview(self._held)
@@ -141,7 +168,13 @@ class Intake(RequestReader):
     def request_started(self, request: Request) -> None:
         """Start a request if it is its turn; an upgrade waits until all before it is sent."""
         self.server.began += 1
-        if self.current is None and not self.write_paused and not self._queue and not request.upgrade:
+        if (
+            self.current is None
+            and not self.write_paused
+            and not self._queue
+            and not request.upgrade
+            and self._turns.clock() < self._until
+        ):
             self.start(request)
         else:
             self._queue.append(request)
@@ -159,6 +192,9 @@ class Intake(RequestReader):
         queue = self._queue
         while queue and self.current is None and not self.write_paused and self.mode < LINGERING:
             if queue[0].upgrade and not self._sent_all():
+                return
+            if self._turns.clock() >= self._until:
+                self._schedule()
                 return
             request = queue.popleft()
             self.start(request)
@@ -196,7 +232,9 @@ class Intake(RequestReader):
             self.transport.resume_reading()
 
     def _must_pause(self) -> bool:
-        return bool(self._held) or self._congested()
+        # What only waits for its turn, and is small, costs less to hold than to stop reading for.
+        held = len(self._held)
+        return held > self.piece or (held > 0 and not self._scheduled) or self._congested()
 
     def _congested(self) -> bool:
         if len(self._queue) >= _DEPTH:

@@ -39,6 +39,7 @@ from keypool.http1.request import Body, Request
 from keypool.http1.responses import Refusal, Refused
 from keypool.http1.rules import FRAMING, body_of, check_head, check_size, is_host, protocol_of
 from keypool.http1.section import REQUEST_LINE, HeaderSection
+from keypool.limits import MAX_NAME
 
 if TYPE_CHECKING:
     from keypool.http1.server import Server
@@ -307,6 +308,8 @@ class RequestReader(Link):
         """Take a header line."""
         if self.incoming is not None:
             return
+        if len(name) > MAX_NAME:
+            raise Refused(431, "headers-too-large", f"a header's name is longer than {MAX_NAME} bytes")
         name = name.lower()
         self._headers.append((name, value.rstrip(b" \t")))
         if name == b"host":

@@ -14,6 +14,7 @@ from keypool.http1.responses import Headers
 
 _MOST = 512  # sections
 _LONGEST = 1024  # bytes of each
+_MOST_LINES = 32  # of each: a line takes some 150 bytes beside its own
 
 REQUEST_LINE = re.compile(rb"(GET|POST|DELETE) (/[\w/:.~?=&%,-]*) HTTP/1\.1\r\n")
 """Those that llhttp takes, too, and the rules; it takes others, which are left to it."""
@@ -50,7 +51,7 @@ class Sections:
         section = self._by_lines.get(lines)
         if section is None:
             section = HeaderSection(lines)
-            if sum(len(name) + len(value) for name, value in lines) <= _LONGEST:
+            if len(lines) <= _MOST_LINES and sum(len(n) + len(v) for n, v in lines) <= _LONGEST:
                 _make_room(self._by_lines)
                 self._by_lines[lines] = section
         return section
@@ -61,7 +62,11 @@ class Sections:
         if line is None:
             return
         end = data.find(b"\r\n\r\n", line.end() - 2) + 4
-        if len(data) - end == section.length and end - line.end() <= _LONGEST:
+        if (
+            len(data) - end == section.length
+            and end - line.end() <= _LONGEST
+            and len(section.lines) <= _MOST_LINES
+        ):
             _make_room(self._by_bytes)
             self._by_bytes[data[line.end() : end]] = section
 

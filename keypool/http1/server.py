@@ -36,6 +36,7 @@ from keypool.http1.link import Link
 from keypool.http1.request import RawApplication
 from keypool.http1.responses import OnRefused
 from keypool.http1.section import Sections
+from keypool.http1.turns import BUDGET, Turns
 from keypool.limits import Doorman, Limits, greedy
 from keypool.proxies import TrustedProxies
 
@@ -84,6 +85,7 @@ class Server:
         self._emptied: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._awake: Awake
+        self.turns: Turns
         self.serve_app(application)
 
     def serve_app(self, application: Application) -> None:
@@ -118,6 +120,7 @@ class Server:
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._awake = Awake(loop)
+        self.turns = Turns(loop, self._flush)
         self.resolved = loop.create_future()
         self.resolved.set_result(None)
         for sock in sockets:
@@ -183,8 +186,12 @@ class Server:
     def flush_soon(self, link: Link) -> None:
         """Have what a connection has to say written when all that has come in this turn is read. O(1)."""
         if not self._unsent:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush_at_last)
         self._unsent.append(link)
+
+    def _flush_at_last(self) -> None:
+        self._flush()
+        self.turns.left = BUDGET  # an iteration of the loop is over, and nobody had to wait for the next
 
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
@@ -241,12 +248,17 @@ class Server:
         connection.deadline = self.clock + self.limits.head_seconds
         return True
 
-    def forget(self, connection: Connection) -> None:
-        """Remove a connection that is closed or handed over. O(1)."""
+    def handed_over(self, connection: Connection) -> Callable[[], None]:
+        """What is to be called when the stream is closed that a connection is handed over as: until then it counts."""
+        return partial(self.doorman.leave, _address(connection))
+
+    def forget(self, connection: Connection, *, counted: bool = False) -> None:
+        """Remove a connection that is closed or handed over; in that case it stays `counted`. O(1)."""
         if connection not in self._connections:
             return
         self._connections.remove(connection)
-        self.doorman.leave(_address(connection))
+        if not counted:
+            self.doorman.leave(_address(connection))
         if isinstance(self.application, httputil.HTTPServerConnectionDelegate):
             try:
                 self.application.on_close(connection)
@@ -265,13 +277,18 @@ class Server:
     def _sweep(self) -> None:
         now = self._loop.time()
         self.clock = now + self.limits.sweep_seconds  # so that no time is cut short
-        for connection in [c for c in self._connections if c.deadline <= now]:
-            connection.expire()
-        for connection in self._connections:
-            connection.read_on()
+        # Armed first: the time-outs of all must not end with what one connection raises.
+        self._sweeper = self._loop.call_later(self.limits.sweep_seconds, self._sweep)
+        for connection in list(self._connections):
+            try:
+                if connection.deadline <= now:
+                    connection.expire()
+                connection.read_on()
+            except Exception:
+                app_log.error("Uncaught exception", exc_info=True)
+                connection.cut()
         for connection in greedy(((c.unfinished(), c) for c in self._connections), self.limits):
             connection.cut()
-        self._sweeper = self._loop.call_later(self.limits.sweep_seconds, self._sweep)
 
     # Requests.
 

@@ -16,6 +16,7 @@ import asyncio
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any, cast
 
 from tornado.iostream import IOStream
@@ -44,11 +45,17 @@ class StreamView:
 
 
 class HandedOverStream(IOStream):
-    """An IOStream that first serves bytes which were read before it existed."""
+    """An IOStream that first serves bytes which were read before it existed. `on_closed` is called once."""
 
-    def __init__(self, sock: socket.socket, head: bytes) -> None:
+    def __init__(self, sock: socket.socket, head: bytes, on_closed: Callable[[], None]) -> None:
         self._head = memoryview(head)
+        self._on_closed = on_closed
         super().__init__(sock)
+
+    def close_fd(self) -> None:
+        """Close the socket; called by IOStream, once."""
+        super().close_fd()
+        self._on_closed()
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Read into `buf`: of the bytes that came before, then of the socket's."""
@@ -60,22 +67,27 @@ class HandedOverStream(IOStream):
         return size
 
 
-def hand_over(transport: asyncio.Transport, head: bytes, loop: asyncio.AbstractEventLoop) -> IOStream:
+def hand_over(
+    transport: asyncio.Transport,
+    head: bytes,
+    loop: asyncio.AbstractEventLoop,
+    on_closed: Callable[[], None],
+) -> IOStream:
     """Take the socket from `transport` and return it as a stream that begins with `head`.
 
-    The transport must have nothing left to send, and is closed.
+    `on_closed` is called when the stream is closed. The transport must have nothing left to send, and is closed.
 
     :raises OSError: if there is no descriptor left; the transport is as it was.
     """
     if transport.get_extra_info("ssl_object") is not None:
         ours, theirs = socket.socketpair()
-        stream = HandedOverStream(theirs, head)
+        stream = HandedOverStream(theirs, head, on_closed)
         transport.set_protocol(Tunnel(transport, ours, loop))
         transport.resume_reading()
         return stream
     descriptor = os.dup(cast(socket.socket, transport.get_extra_info("socket")).fileno())
     transport.abort()
-    return HandedOverStream(socket.socket(fileno=descriptor), head)
+    return HandedOverStream(socket.socket(fileno=descriptor), head, on_closed)
 
 
 class Tunnel(asyncio.Protocol):

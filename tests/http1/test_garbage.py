@@ -41,7 +41,10 @@ class Waiting(web.RequestHandler):
 
 @web.stream_request_body
 class Upload(web.RequestHandler):
+    begun = 0
+
     async def data_received(self, chunk: bytes) -> None:
+        Upload.begun += 1
         await turns(1)
 
     def post(self) -> None:
@@ -151,8 +154,9 @@ async def _hang_up(served: Served) -> None:
 
 
 async def _aborted_upload(served: Served) -> None:
-    client = await served.connect()
+    client, before = await served.connect(), Upload.begun
     await client.dribble(request("/upload", "Content-Length: 10", method="POST") + b"abc")
+    await until(lambda: Upload.begun > before)
     await client.close()
     await turns(10)
 

@@ -11,6 +11,7 @@ from tornado import web
 
 from http1.harness import chunked, request, serve, until
 from keypool.http1 import ANSWERED, RawDelegate, Refusal, Request
+from keypool.http1.connection import Connection
 from keypool.limits import Limits
 
 QUICK = Limits(
@@ -232,3 +233,24 @@ async def test_connections_are_bounded() -> None:
         await clients[0].close()
         await until(lambda: served.server.open_connections == 2)
         assert (await (await served.connect()).get("/")).status == 200
+
+
+@pytest.mark.logs_errors
+async def test_a_connection_that_fails_when_it_is_looked_at_ends_nobody_elses_time() -> None:
+    """It is cut and logged, once; the others are closed when their time has passed."""
+
+    class Failing(Connection):
+        __slots__ = ()
+
+        def expire(self) -> None:
+            raise ZeroDivisionError
+
+    async with serve("http1", Application(), limits=QUICK) as served:
+        failing, first = await served.connect(), await served.connect()
+        await until(lambda: served.server.open_connections == 2)
+        for connection in served.server._connections:
+            if connection.context.address == failing.writer.get_extra_info("sockname"):
+                connection.__class__ = Failing
+        assert await failing.closed()
+        assert await first.closed()
+        assert await (await served.connect()).closed()

@@ -235,14 +235,19 @@ async def test_a_client_that_leaves_before_the_101_is_no_error() -> None:
         assert log.count("close") == 1
 
 
-async def test_a_websocket_is_no_connection_of_the_server_any_more() -> None:
-    """It is not counted, has no time limit, and a stop leaves it to the application."""
-    limits = Limits(idle_seconds=0.2, connections=1)
+async def test_a_websocket_is_counted_and_otherwise_left_to_the_application() -> None:
+    """It takes a connection's place until it is closed; but it has no time limit, and a stop doesn't end it."""
+    limits = Limits(idle_seconds=0.2, connections=2)
     async with serve("http1", application([]), limits=limits) as served:
         client = await served.connect()
         await opened(client)
         assert served.server.open_connections == 0
-        await opened(await served.connect())
+        other = await served.connect()
+        await opened(other)
+        assert served.server.doorman.count == 2
+        assert await (await served.connect()).closed()
+        await other.close()
+        await until(lambda: served.server.doorman.count == 1)
         await asyncio.sleep(0.5)
         served.server.stop()
         await served.server.close_all_connections()
