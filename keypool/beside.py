@@ -67,7 +67,10 @@ def beside(schema: Described, open: bool) -> Described:
     return {
         "/healthz": page("health", "Whether the loop turns.", _status("ok"), {}),
         "/readyz": page(
-            "ready", "Whether calls are served.", _status("ready"), {"503": "draining, storage-unavailable"}
+            "ready",
+            "Whether calls are served.",
+            _status("ready", "which part of the pool can't be reached, if some can't"),
+            {"503": "draining, storage-unavailable"},
         ),
         "/metrics": page(
             "metrics",
@@ -86,12 +89,11 @@ def beside(schema: Described, open: bool) -> Described:
     }
 
 
-def _status(word: str) -> Described:
-    schema = {
-        "type": "object",
-        "properties": {"status": {"type": "string", "enum": [word]}},
-        "required": ["status"],
-    }
+def _status(word: str, detail: str = "") -> Described:
+    properties: Described = {"status": {"type": "string", "enum": [word]}}
+    if detail:
+        properties["detail"] = {"type": "string", "description": detail}
+    schema = {"type": "object", "properties": properties, "required": ["status"]}
     return {"200": {"description": "so it is", "content": {"application/json": {"schema": schema}}}}
 
 

@@ -48,6 +48,7 @@ METRICS = (
     Described("keypool_connections", "gauge", "open connections, those of viewers not among them"),
     Described("keypool_connections_refused_total", "counter", "connections closed for want of room"),
     Described("keypool_storage_up", "gauge", "1 while the data file can be written, else 0"),
+    Described("keypool_clock_steps_total", "counter", "steps of Valkey's clock by more than 5 s"),
     Described("keypool_uptime_seconds", "gauge", "since this server started", source="uptime"),
     Described("keypool_build_info", "gauge", "always 1", "version, engine"),
     Described(

@@ -29,7 +29,8 @@ def migrate(args: argparse.Namespace) -> Status:
         from keypool.errors import SettingsError, StartError  # noqa: PLC0415
     except ImportError as error:
         raise CommandError(
-            f"migrate needs the package {error.name}: pip install 'keypool[valkey]'", Status.FAILED
+            f"migrate needs the package {error.name}: it is in requirements.txt, and in keypool-service[server]",
+            Status.FAILED,
         ) from None
     args.source, args.target = _place(args.source), _place(args.target)
     if _is_url(args.source) == _is_url(args.target):

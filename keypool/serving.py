@@ -119,7 +119,8 @@ async def _open_valkey(settings: Settings, rules: dict[str, Any]) -> Engine:
         from keypool.engine.valkey_open import open_valkey  # noqa: PLC0415 - only who uses it needs hiredis
     except ImportError:
         raise StartError(
-            f"--engine={without_password(settings.engine)} needs hiredis: pip install 'keypool[valkey]'"
+            f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
+            "and in keypool-service[server]"
         ) from None
     return await open_valkey(parse(settings.engine), settings.partitions, settings.restart_grace, **rules)
 

@@ -279,7 +279,7 @@ def test_a_package_that_is_missing_is_named(data: Path, tmp_path: Path) -> None:
         command("--from", str(data), "--to", "valkey://127.0.0.1:1"), capture_output=True, text=True, check=False,
         env=clean_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"}), timeout=60,
     )  # fmt: skip
-    refused(ran, 1, "hiredis", "keypool[valkey]")
+    refused(ran, 1, "hiredis", "requirements.txt", "keypool-service[server]")
 
 
 def test_a_wrong_password_is_one_line(data: Path) -> None:

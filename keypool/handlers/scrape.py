@@ -46,6 +46,7 @@ class Metrics(PageHandler):
             "keypool_connections": scraped.connections(),
             "keypool_connections_refused_total": scraped.refused_connections(),
             "keypool_storage_up": int(engine.storage_up()),
+            "keypool_clock_steps_total": engine.clock_steps,
         }
         tallies = engine.tallies() | scraped.tallies
         self._answer(exposition(stats, self.dispatcher.calls, tallies, numbers), CONTENT_TYPE)
