@@ -38,7 +38,7 @@ def on_loop(test: Callable[P, Awaitable[None]], within: float = 60.0) -> Callabl
 
 @contextlib.asynccontextmanager
 async def engine_on(
-    url: str, partitions: int = 16, grace: float = 0.0, **rules: Any
+    url: str, partitions: int | None = 16, grace: float = 0.0, **rules: Any
 ) -> AsyncIterator[ValkeyEngine]:
     """A server's engine over the pool that the URL names."""
     engine = await open_valkey(parse(url), partitions, grace, **rules)

@@ -183,11 +183,15 @@ class Nodes:
 
     @property
     def failing(self) -> str | None:
-        """Why some calls can't be served; None while all is well. O(1)."""
-        if self.gone is not None:
-            return self.gone
-        first = next(iter(self._troubles.values()), None)
-        return first.reason if first is not None else self._error
+        """Why some calls can't be served, by address; None while all is well. O(nodes that are in trouble)."""
+        if self.gone is not None or not self._troubles:
+            return self.gone or self._error
+        shown = [
+            reason if reason.startswith(where) else f"{where}: {reason}"
+            for (host, port), trouble in self._troubles.items()
+            for where, reason in [(f"{host}:{port}", trouble.reason)]
+        ]
+        return "; ".join(shown)
 
     @property
     def unreachable(self) -> list[int]:
@@ -259,6 +263,8 @@ class Nodes:
         job.fail(_unavailable(self._why(job.partition)))
 
     def _why(self, partition: int) -> str:
+        if self.gone is not None:
+            return self.gone
         if partition in self._attending:
             return "keys are being given time after an outage"
         trouble = self._troubles.get(self._of_partition[partition])
