@@ -92,7 +92,8 @@ async def serve(settings: Settings, station: Station) -> int:
     station.ready(_url(settings, sockets))
     await stop
     station.draining()
-    await _drain(server, sockets, app, engine, settings.drain_seconds)
+    seconds = max(settings.drain_seconds / 2, settings.drain_seconds - station.reserve)
+    await _drain(server, sockets, app, engine, seconds)
     station.stopped()
     return 0
 
