@@ -160,6 +160,25 @@ async def test_keys_that_nobody_could_keep_alive_outlive_an_outage(valkey: Valke
 
 
 @on_loop
+async def test_keys_in_no_hurry_get_their_time_while_calls_are_served(valkey: Valkey) -> None:
+    """Those that have some time left needn't hold up the first calls; each gets the same in the end."""
+    async with engine_on(valkey.url, 1) as engine:
+        await engine.generate(600)
+        age(valkey, POOL, 1, 200, unseen=True)
+        kept = (await engine.page(ListQuery(limit=1))).keys[0].id
+        await engine.keepalive(kept)
+
+        async def given() -> bool:
+            left: tuple[float, float] = await seconds_left(engine)
+            return left[0] > 140
+
+        await eventually(given, "all have been given time")
+        assert (await engine.get(kept)).expires_in > 290
+        assert (await engine.stats()).total == 600
+        check(valkey, POOL, 1)
+
+
+@on_loop
 async def test_an_outage_gives_the_grace_of_a_restart_if_that_is_more(valkey: Valkey) -> None:
     """The larger of the two."""
     async with engine_on(valkey.url, 1, grace=200.0) as engine:

@@ -10,6 +10,9 @@ lua/common.lua has the names and what stands in each. Beside them is one hash, `
     born        moment of the first start, in microseconds since the epoch
     base_tick   what lease numbers go on from: 0, or (last lease of the pool that was moved in) // partitions + 1
     base_id     what ids go on from: 0, or (last id of the pool that was moved in) // partitions + 1
+    and the settings that all servers of the pool have alike, by their names
+
+and a sorted set, `{POOL}:servers`: those that are there, by the moment of their latest beat (valkey_presence.py).
 
 Ids are `number * partitions + partition + 1`, so an id tells its partition, unless it was moved in (those are at
 most `base_id * partitions`: all partitions are asked). The number grows within a partition, and over all of

@@ -26,6 +26,7 @@ _LOADING_SECONDS = 60.0  # that a Valkey which reads its file may take
 _LOADING_PAUSE = 0.25
 _DYING_SECONDS = 2.0  # that servers which were just ended may take to be gone
 _SLICE = 500  # keys that one script deals with
+_SOON = 30.0  # seconds ahead: keys that die later can wait for their time while a partition is served already
 _log = logging.getLogger("keypool.valkey")
 
 
@@ -91,31 +92,53 @@ async def _begin(nodes: Nodes, partitions: int, served: bool, restart_grace: flo
     servers lived and could not reach Valkey, half of a keepalive if that is more. Raises StorageUnavailable.
     """
     outage = max(restart_grace, life / 2)
+    rest: set[asyncio.Task[int]] = set()
 
     async def attend(partition: int) -> None:
-        given = await _give_time(nodes, partition, "", "", outage)
-        _log.info("partition %d is in reach again: %d keys were given %.1f s", partition, given, outage)
+        ends, given = await _give_time(nodes, partition, "outage", outage, soon=_SOON)
+        if ends:
+            _log.info("partition %d is served again: %d keys were given %.1f s", partition, given, outage)
+            task = asyncio.ensure_future(_give_the_rest(nodes, partition, ends, given))
+            rest.add(task)
+            task.add_done_callback(rest.discard)
 
     given = 0
     for partition in range(partitions):
-        if served:
-            given += await _give_time(nodes, partition, "1", "", outage)
-        else:
-            given += await _give_time(nodes, partition, "1", "1", restart_grace)
+        why, seconds = ("start", outage) if served else ("stop", restart_grace)
+        given += (await _give_time(nodes, partition, why, seconds))[1]
     if restart_grace:
         _log.info("%d keys were given until %.1f s after the start", given, restart_grace)
     nodes.attend = attend
 
 
-async def _give_time(nodes: Nodes, partition: int, new: str, stopped: str, seconds: float) -> int:
-    """Let keys that would die sooner live for so long, see lua/grace.lua; how many. In slices. O(n log n)."""
-    given, ends, more = 0, 0, 1
+async def _give_time(
+    nodes: Nodes,
+    partition: int,
+    why: str,
+    seconds: float,
+    *,
+    ends: int = 0,
+    given: int = 0,
+    soon: float = 1e6,
+) -> tuple[int, int]:
+    """Let keys that would die sooner live for so long, see lua/grace.lua: until when, and how many. In slices.
+    `given` is how many have that moment already. O(n log n). Raises StorageUnavailable.
+    """
+    more = 1
     while more:
         _, ends, count, more = await nodes.call(
-            partition, "grace", (new, stopped, round(seconds * 1e6), ends, given, _SLICE)
+            partition, "grace", (why, round(seconds * 1e6), ends, round(soon * 1e6), given, _SLICE)
         )
         given += count
-    return given
+    return ends, given
+
+
+async def _give_the_rest(nodes: Nodes, partition: int, ends: int, given: int) -> int:
+    """Give the same to keys that were in no hurry, while the partition is served. How many have it by then."""
+    try:
+        return (await _give_time(nodes, partition, "rest", 0.0, ends=ends, given=given))[1]
+    except StorageUnavailable:
+        return given  # away again: the next outage's end deals with them
 
 
 async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> PoolFacts:

@@ -1,28 +1,34 @@
 -- Begin to serve a partition: at a server's start, and when it is in reach again after an outage. Keys that would be
 -- dead by a moment live until then, if they were alive when a server last looked; an expired key is not revived.
 -- Call again while the answer says that there is more to do; no other script serves the partition meanwhile.
--- ARGV    1 '1' at a start: the partition may be new, 2 '1' if no other server serves the pool: the time is given
---         whenever one last looked, 3 microseconds to the moment, 4 that moment, or 0 for the first call,
---         5 keys given so far, 6 keys to deal with
--- answer  available, or -1; the moment, 0 if the partition is being served; how many keys were dealt with; 1 if
+-- ARGV    1 'start': the partition may be new; 'stop': the same, and no other server serves the pool, so that the time
+--         is given whenever one last looked; 'outage': only if none has looked for a while; 'rest': the partition is
+--         served by now, and keys that have some time left are dealt with that had to wait,
+--         2 microseconds to the moment, 3 that moment, or 0 for the first call, 4 microseconds ahead: keys that die
+--         later than that have to wait, 5 keys given so far, 6 keys to deal with
+-- answer  available, or -1; the moment, 0 if the partition was being served; how many keys were dealt with; 1 if
 --         there may be more, else 0
 -- cost    O(keys dealt with * log n)
+local why, ends, given, limit = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local seen, since = unpack(call('HMGET', META, 'seen', 'since'))
-if not seen and ARGV[1] ~= '1' then
+local may_be_new = why == 'start' or why == 'stop'
+if not seen and not may_be_new then
   return redis.error_reply('GONE the pool was emptied, or part of it')
 end
-local ends, given, limit = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 call('HDEL', META, '')  -- a first write that needs no memory: Valkey refuses none of the others
-if not since then
-  local wanted = ends == 0 and (ARGV[2] == '1' or not seen or NOW - seen > AWAY)
+if why == 'rest' then
+  since = string.format('%.0f', NOW)
+elseif not since then
+  local wanted = ends == 0 and (why == 'stop' or not seen or NOW - seen > AWAY)
   if not wanted then return answer_as_it_was({0, 0, 0}) end  -- or another server was faster
   since = seen or '0'
   call('HSET', META, 'since', since)
 end
-if ends == 0 then ends = NOW + tonumber(ARGV[3]) end
+if ends == 0 then ends = NOW + tonumber(ARGV[2]) end
 local late = {}
 if ends > NOW then
-  late = call('ZRANGEBYSCORE', EXPIRY, '(' .. since, string.format('(%.0f', ends), 'LIMIT', 0, limit)
+  local upto = string.format('(%.0f', math.min(ends, NOW + tonumber(ARGV[4])))
+  late = call('ZRANGEBYSCORE', EXPIRY, '(' .. since, upto, 'LIMIT', 0, limit)
 end
 for i, text in ipairs(late) do
   local record = record_of(text)
@@ -31,7 +37,7 @@ for i, text in ipairs(late) do
   call('ZADD', EXPIRY, record[4], text)
 end
 local more = #late == limit
-if not more then
+if not more and why ~= 'rest' then
   call('HDEL', META, 'since')
   call('HSET', META, 'seen', NOW)
 end
