@@ -11,9 +11,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ServerProcess, run_server
+from support import eventually as eventually_blocking
 from valkey_support import age, check, engine_on, eventually, on_loop
 from valkeys import Cluster, Commands, Valkey
 
@@ -485,3 +488,28 @@ async def test_who_waits_is_told_when_the_pool_is_lost(valkey: Valkey) -> None:
             valkey.ask("FLUSHALL")
             with pytest.raises((StorageUnavailable, NoKeyAvailable)):
                 await waiting
+
+
+def test_readyz_says_which_part_is_missing(tmp_path: Path) -> None:
+    """200 as long as some part is served, so that a balancer doesn't drop every server for one dead node."""
+    with (
+        Cluster(3, 0, "--cluster-require-full-coverage", "no") as cluster,
+        ServerProcess([f"--engine={cluster.url}", "--port=0"], cwd=tmp_path) as server,
+    ):
+        client = server.client()
+        assert client.get("/readyz").expect(200) == {"status": "ready"}
+        cluster.nodes[1].kill()
+        eventually_blocking(lambda: "detail" in client.get("/readyz").expect(200), "it is said")
+        assert f"127.0.0.1:{cluster.nodes[1].port}" in client.get("/readyz").expect(200)["detail"]
+        for node in cluster.nodes:
+            node.kill()
+        eventually_blocking(lambda: client.get("/readyz").status == 503, "none is left")
+
+
+def test_a_setting_that_differs_is_one_line_and_status_1(valkey: Valkey, tmp_path: Path) -> None:
+    """Which names it, what it is and what it should be."""
+    with ServerProcess([f"--engine={valkey.url}", "--port=0", "--block-seconds=30"], cwd=tmp_path):
+        status, output = run_server([f"--engine={valkey.url}", "--port=0"])
+    assert status == 1, output
+    assert output.count("\n") == 1, output
+    assert "block_seconds=30, and this server has 60" in output
