@@ -86,8 +86,10 @@ async def test_a_rolling_restart_gives_no_grace(valkey: Valkey) -> None:
         key = (await staying.generate(1))[0].key
         age(valkey, POOL, 4, 200)
         for _ in range(3):
-            async with engine_on(valkey.url, 4):
-                pass
+            async with engine_on(valkey.url, 4) as leaving:
+                await leaving.stats()
+            metas = [keys_of(POOL, partition, 4)[0] for partition in range(4)]
+            assert all(valkey.ask("HGET", meta, "seen") for meta in metas), "it is still known who looked"
             async with engine_on(valkey.url, 4, grace=290.0) as came:
                 assert (await came.get(key)).expires_in < 101
 
