@@ -35,7 +35,7 @@ QUICK = ["--keys=20000", "--rounds=2", "--seconds=0.5"]
 OF_PLAIN, OF_ONE, OF_FEW = 2.5, 1.5, 1.3
 FEW = 1000
 CORES_OF_TWO = 6
-PARTITIONS = 16
+PARTITIONS = 1  # of a new pool in a single Valkey
 KINDS = ("acquire and unblock", "keepalive")
 _FLAGS = ("--keepalive-seconds=86400", "--max-keys=100000000")
 

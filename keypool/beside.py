@@ -79,7 +79,7 @@ def beside(schema: Described, open: bool) -> Described:
         "/readyz": page(
             "ready",
             "Whether calls are served.",
-            _status("ready"),
+            _status("ready", "which part of the pool can't be reached, if some can't"),
             {"503": "draining, loading, storage-unavailable"},
         ),
         "/metrics": page(
@@ -104,12 +104,11 @@ def beside(schema: Described, open: bool) -> Described:
     }
 
 
-def _status(word: str) -> Described:
-    schema = {
-        "type": "object",
-        "properties": {"status": {"type": "string", "enum": [word]}},
-        "required": ["status"],
-    }
+def _status(word: str, detail: str = "") -> Described:
+    properties: Described = {"status": {"type": "string", "enum": [word]}}
+    if detail:
+        properties["detail"] = {"type": "string", "description": detail}
+    schema = {"type": "object", "properties": properties, "required": ["status"]}
     return {"200": {"description": "so it is", "content": {"application/json": {"schema": schema}}}}
 
 

@@ -35,13 +35,11 @@ def _assignment(option: Option, settings: Settings) -> str:
     value = getattr(settings, option.name)
     if option.name == "engine":
         value = without_password(value)
+    if value is None:  # TOML has no word for it
+        return f"# {option.name} = none"
     # JSON's strings and numbers are TOML's too.
     assignment = f"{option.name} = {json.dumps(value, ensure_ascii=False)}"
-    return (
-        assignment
-        if option.name != "config"
-        else f"# {option.name} = {json.dumps(value) if value else 'none'}"
-    )
+    return f"# {assignment}" if option.name == "config" else assignment
 
 
 def _source(option: Option, settings: Settings) -> str:

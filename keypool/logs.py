@@ -15,6 +15,8 @@ import msgspec
 from keypool.keys import hint, moment
 from keypool.log_writer import LogWriter
 
+_process: int | None = None  # which of several this one is
+
 _LONG = re.compile(r"[A-Za-z0-9]{16,}")  # as keys are
 
 
@@ -32,6 +34,12 @@ class TextFormatter(_Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line, with the number of the process before the message if there are several."""
+        if _process is not None:
+            record.message = f"process={_process} {record.message}"
+        return super().formatMessage(record)
+
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
         """The moment, as everywhere in keypool."""
         return _moment(record)
@@ -42,12 +50,14 @@ class JsonFormatter(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of JSON."""
-        line = {
+        line: dict[str, Any] = {
             "at": _moment(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if _process is not None:
+            line["process"] = _process
         for name in ("audit", "fields"):
             line |= getattr(record, name, {})
         if record.exc_info:
@@ -99,6 +109,12 @@ def configure(level: str, format: str) -> None:
     for name in ("keypool.audit", "keypool.ready"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+def name_process(number: int) -> None:
+    """Have every line of this process say which of several it is, from 1."""
+    global _process  # noqa: PLW0603 - a process is one, for good
+    _process = number
 
 
 def _record(level: int, message: str, *args: object) -> logging.LogRecord:

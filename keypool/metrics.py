@@ -71,6 +71,7 @@ METRICS = (
         "keypool_disk_free_bytes", "gauge", "room left where the data file is, as the writer saw it last"
     ),
     Described("keypool_log_dropped_total", "counter", "log lines dropped: standard error did not take them"),
+    Described("keypool_clock_steps_total", "counter", "steps of Valkey's clock by more than 5 s"),
     Described("keypool_uptime_seconds", "gauge", "since this server started", source="uptime"),
     Described("keypool_build_info", "gauge", "always 1", "version, engine"),
     Described(

@@ -7,9 +7,12 @@ stands beside the command instead of in it.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterator
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,13 +40,13 @@ def migrate(args: argparse.Namespace) -> Status:
             "migrate takes a data file on one side and valkey://HOST:PORT/DB (or valkey+cluster://…) on the other",
             Status.USAGE,
         )
+    left = _Left("nothing was moved: run it again")
+    # What is wrong is one line, said at the end: without a handler, warnings would be printed as well.
+    logging.getLogger("keypool").addHandler(logging.NullHandler())
     try:
-        with _source(args) as source, _target(args) as target, Progress("moving", source.total) as bar:
-            moved = _told_what_is_left(lambda: moving.move(source, target, bar), target)
-    except KeyboardInterrupt:
-        raise CommandError(
-            "interrupted before anything was moved: run it again", Status.INTERRUPTED
-        ) from None
+        moved = asyncio.run(_move(args, left))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise CommandError(f"interrupted; {left.behind}", Status.INTERRUPTED) from None
     except SettingsError as error:
         raise CommandError(str(error), Status.USAGE) from None
     except StartError as error:
@@ -68,43 +71,49 @@ def _is_url(place: str) -> bool:
     return "://" in place
 
 
-@contextlib.contextmanager
-def _source(args: argparse.Namespace) -> Iterator[Source]:
+@dataclass
+class _Left:
+    """What a user does about what a move has left `behind` if it ends now."""
+
+    behind: str
+
+
+async def _move(args: argparse.Namespace, left: _Left) -> Moved:
+    """Raises StartError, SettingsError, CommandError, and CancelledError after a Ctrl-C."""
     from keypool.engine import moving  # noqa: PLC0415
-
-    made: Source
-    if _is_url(args.source):
-        from keypool.engine.moving_valkey import ValkeySource  # noqa: PLC0415
-
-        made = ValkeySource(args.source)
-    else:
-        made = moving.FileSource(Path(args.source))
-    with contextlib.closing(made):
-        yield made
-
-
-@contextlib.contextmanager
-def _target(args: argparse.Namespace) -> Iterator[Target]:
-    from keypool.engine import moving  # noqa: PLC0415
-
-    made: Target
-    if _is_url(args.target):
-        from keypool.engine.moving_valkey import ValkeyTarget  # noqa: PLC0415
-
-        made = ValkeyTarget(args.target, args.partitions, clear=args.clear)
-    else:
-        made = moving.FileTarget(Path(args.target))
-    with contextlib.closing(made):
-        yield made
-
-
-def _told_what_is_left(do: Callable[[], Moved], target: Target) -> Moved:
-    """Have what was broken off say what to do about what it left. Raises CommandError."""
     from keypool.errors import StartError  # noqa: PLC0415
 
+    task = asyncio.current_task()
+    assert task is not None
+    # asyncio.run's own handler cancels from within whatever the signal interrupts, the setting of a result included.
+    with contextlib.suppress(NotImplementedError):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+    source = await _source(args)
     try:
-        return do()
-    except KeyboardInterrupt:
-        raise CommandError(f"interrupted; {target.unfinished}", Status.INTERRUPTED) from None
-    except StartError as error:
-        raise CommandError(f"{error}; {target.unfinished}", Status.FAILED) from None
+        target = await _target(args)
+        left.behind = target.unfinished
+        try:
+            with Progress("moving", source.total) as bar:
+                return await moving.move(source, target, bar)
+        except StartError as error:
+            raise CommandError(f"{error}; {left.behind}", Status.FAILED) from None
+        finally:
+            await target.close()
+    finally:
+        await source.close()
+
+
+async def _source(args: argparse.Namespace) -> Source:
+    from keypool.engine import moving, moving_valkey  # noqa: PLC0415
+
+    if _is_url(args.source):
+        return await moving_valkey.ValkeySource.open(args.source)
+    return moving.FileSource(Path(args.source))
+
+
+async def _target(args: argparse.Namespace) -> Target:
+    from keypool.engine import moving, moving_valkey  # noqa: PLC0415
+
+    if _is_url(args.target):
+        return await moving_valkey.ValkeyTarget.open(args.target, args.partitions, clear=args.clear)
+    return moving.FileTarget(Path(args.target))

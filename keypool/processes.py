@@ -8,6 +8,10 @@ The first is started alone, so that what can't start says so once; then the othe
 after a pause that doubles while it keeps dying. Whatever ends the parent ends the processes: they are asked to
 drain over their sockets, and go at once when those close or, on Linux, when the system tells that the parent died.
 Signals that a terminal or a service manager sends to everybody are the parent's to handle: the processes ignore them.
+SIGHUP is passed on to all. One whose beats stop, since its loop hangs or it was frozen, is killed: the system would go
+on giving it its share of the connections.
+
+Tornado's fork_processes forks and restarts too; it has no beats, passes on no signal, and doesn't drain.
 
 It is made of forks, from a process that has no loop, and no thread but the log's, which holds nothing that a child
 needs (log_writer.py). So settings are read once; tokens again at SIGHUP, which is passed on.
@@ -27,16 +31,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from keypool import logs
 from keypool.errors import StartError
 from keypool.notify import Notifier
-from keypool.station import BEAT_SECONDS, DRAIN, READY, RELOAD, Member
+from keypool.station import DRAIN, READY, RELOAD, Member
 from keypool.with_parent import end_with_parent
 
 _PAUSE_FIRST = 0.1  # seconds between a death and the next start; doubled up to the longest
 _PAUSE_LONGEST = 10.0
 _SOUND_AFTER = 30.0  # seconds of serving after which a death is the first again
-_KILL_AFTER = 1.0  # seconds that a process may take longer than --drain-seconds
-_BEATS_MISSED = 3  # before a process is taken to hang, at least
+_HANGS_AFTER = 5.0  # seconds without a beat: several of them, so that a busy machine kills none
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _log = logging.getLogger("keypool")
 _ready_log = logging.getLogger("keypool.ready")
@@ -94,6 +98,7 @@ class Group:
         self._announced = False
         self._drain_until = 0.0
         self._fed_at = 0.0
+        self._watched_at = time.monotonic()
         self._notifier.status("loading")
         with reserved(self.address, self.port) as self.port, _caught() as self._wakeup:
             self._selector.register(self._wakeup, selectors.EVENT_READ)
@@ -162,7 +167,7 @@ class Group:
     def _end(self, status: int) -> None:
         """Have all drain, and then exit with this status."""
         self._status = status
-        self._drain_until = time.monotonic() + self.drain_seconds + _KILL_AFTER
+        self._drain_until = time.monotonic() + self.drain_seconds
         for each in self.processes:
             each.tell(DRAIN)
 
@@ -212,6 +217,7 @@ class Group:
         status = 1
         try:
             follow()
+            logs.name_process(member.index + 1)
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
@@ -299,21 +305,24 @@ class Group:
             self._fed_at = now
 
     def _kill_hung(self, now: float) -> None:
-        """Under a watchdog, which sees the parent only: kill a process whose loop doesn't turn any more."""
-        if not self._notifier.interval:
-            return
-        patience = max(2 * self._notifier.interval, _BEATS_MISSED * BEAT_SECONDS)
+        """Kill a process whose loop doesn't turn any more, also while it drains."""
+        slept, self._watched_at = now - self._watched_at > _HANGS_AFTER / 2, now
         for process in self.processes:
-            if process.ready and now - process.heard_at > patience:
+            if slept:  # the parent stood still itself, perhaps with all of them
+                process.heard_at = now
+            if process.pid is not None and now - process.heard_at > _HANGS_AFTER:
                 _log.warning("process %d of %d hangs and is killed", process.index + 1, self.count)
                 process.heard_at = now
                 self._kill([process])
 
     def _kill(self, processes: list[_Process]) -> None:
+        self._signal(processes, signal.SIGKILL)
+
+    def _signal(self, processes: list[_Process], number: signal.Signals) -> None:
         for process in processes:
             if process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
+                    os.kill(process.pid, number)
 
 
 @contextlib.contextmanager

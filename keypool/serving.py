@@ -112,7 +112,8 @@ async def serve(settings: Settings, station: Station) -> int:
     station.ready(_url(settings, sockets))
     await stop
     station.draining()
-    kept = await _drain(server, sockets, app, engine, settings.drain_seconds)
+    seconds = max(settings.drain_seconds / 2, settings.drain_seconds - station.reserve)
+    kept = await _drain(server, sockets, app, engine, seconds)
     station.stopped()
     return 0 if kept else 1
 
@@ -143,7 +144,8 @@ async def _open_valkey(settings: Settings, rules: dict[str, Any]) -> Engine:
         from keypool.engine.valkey_open import open_valkey  # noqa: PLC0415 - only who uses it needs hiredis
     except ImportError:
         raise StartError(
-            f"--engine={without_password(settings.engine)} needs hiredis: pip install 'keypool[valkey]'"
+            f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
+            "and in keypool-service[server]"
         ) from None
     return await open_valkey(parse(settings.engine), settings.partitions, settings.restart_grace, **rules)
 

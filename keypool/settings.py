@@ -76,8 +76,11 @@ class Settings:
         "where keys are kept; `:memory:` keeps nothing",
     )
     engine: str = _setting("embedded", EngineName(), "what holds the pool")
-    partitions: int = _setting(
-        16, Whole(1, 1024), "parts of a pool in Valkey, for its whole life; the embedded engine has none"
+    partitions: int | None = _setting(
+        None,
+        Whole(1, 1024),
+        "parts of a pool in Valkey, fixed when it is made. Without it, an existing pool keeps its number, and a "
+        "new one gets 1, or 16 in a cluster",
     )
     http: str = _setting(
         "fast",
@@ -121,7 +124,7 @@ class Settings:
     def __post_init__(self) -> None:
         for option in OPTIONS:
             value = getattr(self, option.name)
-            # A default is right as it is, and None, that of `config`, is what nobody can give.
+            # A default is right as it is, and None, that of some, is what nobody can give.
             if value != option.default:
                 option.kind.typed(option.name, value)
         if self.processes > 1:

@@ -36,6 +36,9 @@ def exit_now(status: int) -> NoReturn:
 class Station(Protocol):
     """What serving.py asks of either."""
 
+    reserve: float
+    """Seconds of --drain-seconds that the server leaves for its end to be noticed."""
+
     def stop_asked(self) -> asyncio.Event:
         """Set once the server should stop. Called once, first, with the loop running."""
         ...
@@ -63,6 +66,8 @@ class Station(Protocol):
 
 class Alone:
     """The first SIGTERM or SIGINT asks to stop; the second doesn't ask."""
+
+    reserve = 0.0
 
     def __init__(self) -> None:
         self._notifier = Notifier(os.environ)
@@ -117,6 +122,7 @@ class Member:
     index: int
     port: int
     link: socket.socket
+    reserve: float = 0.5
 
     def stop_asked(self) -> asyncio.Event:
         """See Station."""
@@ -166,8 +172,8 @@ class Member:
 
     def draining(self) -> None:
         """See Station."""
-        _log.debug("process %d is draining", self.index + 1)
+        _log.debug("draining")
 
     def stopped(self) -> None:
         """See Station."""
-        _log.debug("process %d has stopped", self.index + 1)
+        _log.debug("stopped")

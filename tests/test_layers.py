@@ -55,7 +55,7 @@ LAYERS = (
     "keypool.engine.valkey_url keypool.engine.valkey_scripts",
     "keypool.engine.valkey_link keypool.engine.valkey_waiters",
     "keypool.engine.valkey_look keypool.engine.valkey_nodes keypool.engine.valkey_pages",
-    "keypool.engine.valkey_partitions keypool.engine.valkey_wake",
+    "keypool.engine.valkey_partitions keypool.engine.valkey_presence keypool.engine.valkey_wake",
     "keypool.engine.valkey_looks",
     "keypool.engine.valkey_draws",
     "keypool.engine.valkey",

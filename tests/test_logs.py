@@ -29,6 +29,7 @@ from support import (
 )
 from test_fuzz import MAKERS, Range
 
+from keypool import logs
 from keypool.logs import JsonFormatter, TextFormatter
 
 SHOTS = 1500
@@ -256,3 +257,14 @@ def test_a_trace_shows_no_key(formatter: logging.Formatter) -> None:
     assert key not in written
     assert written.count("Zq5T…KlMn") == 2
     assert "KeyError" in written
+
+
+def test_one_of_several_processes_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the message, or in a member of its own; one alone says nothing."""
+    record = logging.LogRecord("keypool", logging.INFO, "", 0, "started %s", ("now",), None)
+    assert "process" not in TextFormatter().format(record) + JsonFormatter().format(record)
+    monkeypatch.setattr(logs, "_process", None)  # put back afterwards
+    logs.name_process(3)
+    assert TextFormatter().format(record).endswith(" INFO keypool: process=3 started now")
+    assert json.loads(JsonFormatter().format(record))["process"] == 3
+    assert json.loads(JsonFormatter().format(record))["message"] == "started now"

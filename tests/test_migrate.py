@@ -345,7 +345,7 @@ def test_a_move_to_valkey_that_is_broken_off_is_done_again(valkey: Valkey, tmp_p
 
 
 def _has_some(valkey: Valkey, pool: str) -> bool:
-    return bool(valkey.ask("HLEN", keys_of(pool, 0, 16)[1]))
+    return bool(valkey.ask("HLEN", keys_of(pool, 0, 1)[1]))
 
 
 def _refuses_to_serve(url: str, folder: Path) -> None:

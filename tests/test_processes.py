@@ -8,6 +8,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from support import (
     API,
     CLIENT_TOKEN,
     OTHER_CLIENT_TOKEN,
+    ROOT,
     VIEWER_TOKEN,
     Client,
     ServerProcess,
@@ -193,18 +196,69 @@ def test_one_that_dies_is_started_again_while_the_others_serve(start: Start) -> 
         assert f"pid {victim}, was ended by signal 9: started again" in server.log
 
 
-def test_one_that_hangs_is_killed_where_a_watchdog_is_wanted(start: Start, tmp_path: Path) -> None:
-    """The service manager's watchdog sees the parent only, so the parent watches the others for it."""
-    manager = Manager(str(tmp_path / "notify"))
+def test_one_that_hangs_is_killed_and_started_again(start: Start) -> None:
+    """Within seconds, or the system would go on giving it its share of the connections; the others are left alone.
+    One that hangs as all drain is killed too, long before --drain-seconds are over.
+    """
+    server = start("--drain-seconds=120")
+    victim = min(children_of(server.pid))
+    os.kill(victim, signal.SIGSTOP)
+    eventually(lambda: f"pid {victim}, was ended by signal 9: started again" in server.log, "its end")
+    eventually(lambda: server.log.count("serves, pid") == COUNT + 1, "another in its place")
+    assert server.log.count("started again") == 1, "those that beat are left alone"
+    os.kill(max(children_of(server.pid)), signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    server.signal(signal.SIGTERM)
+    assert server.wait(60) == 0, server.log
+    assert time.monotonic() - stopped_at < 60
+
+
+def test_lines_say_which_process_they_are_of(start: Start) -> None:
+    """The processes' own; the parent's say of whom they speak."""
+    server = start()
+    for number in range(1, COUNT + 1):
+        assert f" keypool.valkey: process={number} serving the pool" in server.log
+    assert "keypool: ready on" in server.log
+
+
+_NOTES_SIGHUP = """
+import os, signal, sys
+from keypool.processes import Group
+
+def serve(member):
+    signal.signal(signal.SIGHUP, lambda *_: os.write(1, b"heard %d\\n" % member.index))
+    member.link.settimeout(0.1)
+    member.link.send(b"r")
+    while True:
+        try:
+            return len(member.link.recv(1)) - 1
+        except TimeoutError:
+            member.link.send(b".")
+
+sys.exit(Group(2, "127.0.0.1", 0, 20.0, serve, {}).run())
+"""
+
+
+def test_sighup_is_passed_on(tmp_path: Path) -> None:
+    """To every process, each of which may do something about it; the parent lives on."""
+    said = tmp_path / "said"
+    with said.open("wb") as output:
+        group = subprocess.Popen(
+            [sys.executable, "-c", _NOTES_SIGHUP], stdout=output, cwd=ROOT, start_new_session=True
+        )
     try:
-        server = start(env={**manager.environ, "WATCHDOG_USEC": "400000"})
-        victim = min(children_of(server.pid))
-        os.kill(victim, signal.SIGSTOP)
-        eventually(lambda: f"pid {victim}, was ended by signal 9: started again" in server.log, "its end")
-        eventually(lambda: server.log.count("serves, pid") == COUNT + 1, "another in its place")
-        assert server.log.count("started again") == 1, "those that beat are left alone"
+        eventually(lambda: len(children_of(group.pid)) == 2, "both are there")
+
+        def heard() -> bool:
+            group.send_signal(signal.SIGHUP)  # before a process has its handler, it does nothing
+            return {b"heard 0", b"heard 1"} <= set(said.read_bytes().splitlines())
+
+        eventually(heard, "both were told")
+        group.send_signal(signal.SIGTERM)
+        assert group.wait(30) == 0
     finally:
-        manager.close()
+        group.kill()
+        group.wait()
 
 
 def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> None:

@@ -38,7 +38,7 @@ def on_loop(test: Callable[P, Awaitable[None]], within: float = 60.0) -> Callabl
 
 @contextlib.asynccontextmanager
 async def engine_on(
-    url: str, partitions: int = 16, grace: float = 0.0, **rules: Any
+    url: str, partitions: int | None = 16, grace: float = 0.0, **rules: Any
 ) -> AsyncIterator[ValkeyEngine]:
     """A server's engine over the pool that the URL names."""
     engine = await open_valkey(parse(url), partitions, grace, **rules)
@@ -86,14 +86,18 @@ for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
   redis.call('ZADD', KEYS[3], record[5], text)
   redis.call('ZADD', KEYS[4], record[4], text)
 end
+if ARGV[2] == '1' then redis.call('HINCRBY', KEYS[1], 'seen', string.format('%.0f', -ARGV[1])) end
 """
 
 
-def age(valkey: Valkey, pool: str, partitions: int, seconds: float) -> None:
-    """Let the pool grow older: every deadline comes nearer by so much, as if the time had passed."""
+def age(valkey: Valkey, pool: str, partitions: int, seconds: float, *, unseen: bool = False) -> None:
+    """Let the pool grow older: every deadline comes nearer by so much, as if the time had passed; `unseen`, while
+    no server looked.
+    """
     with valkey.commands() as commands:
         for partition in range(partitions):
-            commands.ask("EVAL", _AGE, 8, *keys_of(pool, partition, partitions), round(seconds * 1e6))
+            keys = keys_of(pool, partition, partitions)
+            commands.ask("EVAL", _AGE, 8, *keys, round(seconds * 1e6), int(unseen))
 
 
 def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:

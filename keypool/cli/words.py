@@ -59,7 +59,11 @@ def _server_words(add: Add) -> None:
         help="valkey://HOST:PORT/DB, or a new data file",
     )
     words.add_argument(
-        "--partitions", type=_count, default=None, metavar="N", help="of the pool in Valkey; default 16"
+        "--partitions",
+        type=_count,
+        default=None,
+        metavar="N",
+        help="of the pool in Valkey; default 1, 16 in a cluster",
     )
     words.add_argument(
         "--clear", action="store_true", help="delete first what an unfinished migrate has left in Valkey"

@@ -142,6 +142,16 @@ class Engine(Protocol):
         """Whether what changes can be kept."""
         ...
 
+    @property
+    def degraded(self) -> str | None:
+        """Which part of the pool can't be reached, and why, while others are served; None if all is well."""
+        ...
+
+    @property
+    def clock_steps(self) -> int:
+        """How many times the clock that deadlines go by was set by more than 5 s. O(1)."""
+        ...
+
     def tallies(self) -> dict[str, Tally]:
         """What was measured, by the name of its metric (metrics.py)."""
         ...

@@ -73,6 +73,8 @@ class EmbeddedEngine:
     """See the module, and the Engine protocol for the calls. Lives on one IOLoop, and on its thread only."""
 
     name = "embedded"
+    degraded = None  # it is served whole, or not at all
+    clock_steps = 0  # deadlines go by the monotonic clock
 
     def __init__(
         self,

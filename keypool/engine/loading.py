@@ -12,6 +12,8 @@ class Loading:
     """Stands where the engine will: every call is told to come again."""
 
     name = "loading"
+    degraded = None
+    clock_steps = 0
 
     def ready(self) -> None:
         """Raise Loading."""

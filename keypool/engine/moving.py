@@ -6,11 +6,14 @@
 
 What moves is whole: ids, texts, owners, leases, and deadlines as moments of the wall clock, which is the clock of
 either end across a stop. Nothing of the source is changed, so that a move that was broken off is just begun anew.
+
+A move is one coroutine, so that Ctrl-C cancels it where it waits, with one loop from its first command to its last.
+What a file does blocks: nothing else runs meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,11 +33,11 @@ class Source(Protocol):
     numbers: dict[str, int]
     """`last_id`, `last_lease`, `moment` (ms) and the counters of stats, by name."""
 
-    def rows(self) -> Iterator[list[Row]]:
+    def rows(self) -> AsyncIterator[list[Row]]:
         """All keys, some at a time. Raises StartError."""
         ...
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Let go of it."""
         ...
 
@@ -45,19 +48,19 @@ class Target(Protocol):
     unfinished: str
     """What a user does about it after a move that was broken off."""
 
-    def write(self, rows: list[Row]) -> None:
+    async def write(self, rows: list[Row]) -> None:
         """Some more keys. Raises StartError."""
         ...
 
-    def count(self) -> int:
+    async def count(self) -> int:
         """How many keys it holds by now. Raises StartError."""
         ...
 
-    def finish(self, numbers: dict[str, int]) -> None:
+    async def finish(self, numbers: dict[str, int]) -> None:
         """All is there: let it be served. Raises StartError."""
         ...
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Let go of it; what isn't finished isn't served."""
         ...
 
@@ -71,20 +74,20 @@ class Moved:
     numbers: dict[str, int]
 
 
-def move(source: Source, target: Target, progress: Callable[[int], None]) -> Moved:
+async def move(source: Source, target: Target, progress: Callable[[int], None]) -> Moved:
     """Move all, and prove that it is there. O(n), in O(batch) memory. Raises StartError."""
     moved = Moved(0, 0, source.numbers)
-    for rows in source.rows():
-        target.write(rows)
+    async for rows in source.rows():
+        await target.write(rows)
         moved.keys += len(rows)
         moved.blocked += sum(row[4] is not None for row in rows)
         progress(moved.keys)
-    there = target.count()
+    there = await target.count()
     if not moved.keys == there == source.total:
         raise StartError(
             f"{source.total} keys were to be moved, {moved.keys} were read and {there} are there"
         )
-    target.finish(source.numbers)
+    await target.finish(source.numbers)
     return moved
 
 
@@ -100,17 +103,18 @@ class FileSource:
             self.numbers = datafile.inspect(path)
             self.total = datafile.count(path)
         except BaseException:
-            self.close()
+            datafile.release(self._lock)
             raise
 
-    def rows(self) -> Iterator[list[Row]]:
+    async def rows(self) -> AsyncIterator[list[Row]]:
         """See Source."""
         try:
-            yield from datafile.read_rows(self._path, ROWS_AT_ONCE)
+            for rows in datafile.read_rows(self._path, ROWS_AT_ONCE):
+                yield rows
         except ValueError as error:
             raise StartError(f"the data file {self._path} is damaged: {error}") from None
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Source."""
         datafile.release(self._lock)
 
@@ -139,21 +143,21 @@ class FileTarget:
                 f"there is a file {self._path} already: move the pool to one that isn't there yet"
             )
 
-    def write(self, rows: list[Row]) -> None:
+    async def write(self, rows: list[Row]) -> None:
         """See Target."""
         self._database.write(rows)
 
-    def count(self) -> int:
+    async def count(self) -> int:
         """See Target."""
         return datafile.count(self._beside)
 
-    def finish(self, numbers: dict[str, int]) -> None:
+    async def finish(self, numbers: dict[str, int]) -> None:
         """See Target."""
         self._database.finish(numbers)
         self._refuse_if_there()
         datafile.rename(self._beside, self._path)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Target."""
         self._database.close()
         datafile.remove(self._beside)

@@ -11,6 +11,9 @@ lua/common.lua has the names and what stands in each. Beside them is one hash, `
     base_tick   what lease numbers go on from: 0, or (last lease of the pool that was moved in) // partitions + 1
     base_id     what ids go on from: 0, or (last id of the pool that was moved in) // partitions + 1
     note.NAME   numbers that are not the pool's own: session.py has them
+    and the settings that all servers of the pool have alike, by their names
+
+and a sorted set, `{POOL}:servers`: those that are there, by the moment of their latest beat (valkey_presence.py).
 
 Ids are `number * partitions + partition + 1`, so an id tells its partition, unless it was moved in (those are at
 most `base_id * partitions`: all partitions are asked). The number grows within a partition, and over all of
@@ -31,7 +34,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -58,6 +60,7 @@ from keypool.engine.valkey_looks import EXPIRING, LATEST_LOOK, Looks
 from keypool.engine.valkey_nodes import Nodes
 from keypool.engine.valkey_pages import Pages, row_of
 from keypool.engine.valkey_partitions import Partitions, PoolFacts
+from keypool.engine.valkey_presence import Presence
 from keypool.engine.valkey_waiters import Waiters
 from keypool.engine.valkey_wake import Wake
 from keypool.errors import (
@@ -90,6 +93,7 @@ class ValkeyEngine:
         measured: Measured,
         pool: str,
         facts: PoolFacts,
+        presence: Presence,
         *,
         block_seconds: float = 60.0,
         keepalive_seconds: float = 300.0,
@@ -104,7 +108,8 @@ class ValkeyEngine:
         self._key_length = key_length
         self._max_keys = max_keys
         self._loop = asyncio.get_running_loop()
-        self._server = os.urandom(8).hex()
+        self._presence = presence
+        self._server = presence.server
         self._started_at = self._loop.time()
         self._making = 0
         self._room = asyncio.Lock()
@@ -315,11 +320,24 @@ class ValkeyEngine:
         return latest(self._looks.events, count, key_id)
 
     def ready(self) -> None:
-        """Raise Draining once the server stops, StorageUnavailable while something is wrong with Valkey."""
+        """Raise Draining once the server stops, StorageUnavailable while no partition can be reached."""
         if self._draining:
             raise Draining
-        if self._nodes.failing is not None:
-            raise StorageUnavailable(f"Valkey: {self._nodes.failing}")
+        if len(self._nodes.unreachable) == self._partitions.count:
+            raise StorageUnavailable(f"Valkey: {self._nodes.failing or 'keys are being given time'}")
+
+    @property
+    def degraded(self) -> str | None:
+        """Which part of the pool can't be reached, and why; None while all can. O(partitions)."""
+        count = len(self._nodes.unreachable)
+        if not count:
+            return None
+        return f"{count} of {self._partitions.count} partitions can't be reached: {self._nodes.failing}"
+
+    @property
+    def clock_steps(self) -> int:
+        """How many times Valkey's clock was set by more than 5 s, as this server saw it."""
+        return self._presence.clock_steps
 
     def storage_up(self) -> bool:
         """Whether all is well with Valkey. O(1)."""
@@ -364,6 +382,7 @@ class ValkeyEngine:
                 await self._partitions.all("leave", self._server)
             except StorageUnavailable as error:
                 _log.warning("the pool wasn't told that this server stops: %s", error.detail)
+        await self._presence.leave()
         await self._wake.close()
         await self._nodes.close()
         await self._looks.ended()

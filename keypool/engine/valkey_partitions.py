@@ -36,6 +36,7 @@ class Partitions:
         self.on_available: Callable[[], None] = lambda: None
         """Called when a partition answers that it has keys to give."""
         self._loop = asyncio.get_running_loop()
+        nodes.on_trouble = self._unreachable
 
     def of(self, text: str) -> int:
         """The partition of a key."""
@@ -99,6 +100,11 @@ class Partitions:
             self.available[partition] = available
             if available:
                 self.on_available()
+
+    def _unreachable(self, partitions: Sequence[int]) -> None:
+        """Nothing can be acquired there, so acquires are sent to the others."""
+        for partition in partitions:
+            self.available[partition] = 0
 
     # -- texts and ids
 

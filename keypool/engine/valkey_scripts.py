@@ -1,4 +1,8 @@
-"""The scripts that run inside Valkey: engine/lua/*.lua, each with common.lua before it."""
+"""The scripts that run inside Valkey: engine/lua/*.lua, each with common.lua before it.
+
+Those that serve have attended.lua between the two: it refuses to act on a partition that was emptied, or that no
+server looked after. `presence_text` stands by itself: it is about the pool and not about a partition.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,9 @@ NAMES = (
     "unblock",
     "wait",
 )
+_UNATTENDED = frozenset({"grace", "leave", "move_in", "move_out"})
+"""Scripts for a partition that nobody may be serving."""
+
 KEYS = ("meta", "records", "states", "expiry", "ids", "texts", "events", "waiters")
 """What a partition is kept in, in the order of common.lua."""
 SLOTS = 16384
@@ -46,12 +53,19 @@ class Script:
 def scripts() -> dict[str, Script]:
     """Every script by its name. Reads files, once."""
     folder = files("keypool.engine") / "lua"
-    common = (folder / "common.lua").read_text(encoding="utf-8")
+    common, attended = ((folder / f"{name}.lua").read_text("utf-8") for name in ("common", "attended"))
     made = {}
     for name in NAMES:
-        text = f"{common}\n{(folder / f'{name}.lua').read_text(encoding='utf-8')}"
+        before = common if name in _UNATTENDED else f"{common}\n{attended}"
+        text = f"{before}\n{(folder / f'{name}.lua').read_text(encoding='utf-8')}"
         made[name] = Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - Valkey's choice
     return made
+
+
+@cache
+def presence_text() -> str:
+    """The script presence.lua. Reads a file, once."""
+    return (files("keypool.engine") / "lua" / "presence.lua").read_text(encoding="utf-8")
 
 
 def slot_of(key: str) -> int:

@@ -38,6 +38,15 @@ class ValkeyUrl:
     db: int = 0
     pool: str = "keypool"
 
+    @property
+    def default_partitions(self) -> int:
+        """How many partitions a new pool there gets unless somebody says otherwise.
+
+        More than one only spread a pool over the nodes of a cluster: a single Valkey does no more calls with
+        more, and lists and stats ask all of them.
+        """
+        return 16 if self.cluster else 1
+
 
 def parse(url: str) -> ValkeyUrl:
     """Read a URL. Raises ValueError, which doesn't show it."""

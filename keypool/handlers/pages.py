@@ -217,7 +217,7 @@ class Health(PageHandler):
 
 
 class Ready(PageHandler):
-    """/readyz: 200 when calls are served, else 503 with the reason."""
+    """/readyz: 200 when calls are served, with what isn't if that is a part; else 503 with the reason."""
 
     name = "ready"
 
@@ -228,7 +228,8 @@ class Ready(PageHandler):
         except KeypoolError as error:
             self.refuse(error)
         else:
-            self.answer({"status": "ready"})
+            degraded = self.engine.degraded
+            self.answer({"status": "ready"} | ({"detail": degraded} if degraded else {}))
 
 
 class Nothing(PageHandler):

@@ -54,6 +54,7 @@ class Metrics(PageHandler):
             "keypool_limit": scraped.limits,
             "keypool_auth_failures_total": self.dispatcher.wrong_tokens.counts,
             **engine_measures(engine),
+            "keypool_clock_steps_total": engine.clock_steps,
         }
         tallies = engine.tallies() | scraped.tallies
         page = exposition(stats, self.dispatcher.calls, tallies, numbers)

@@ -2,7 +2,8 @@
 --
 -- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
---             `seen`, when a server last looked, and in partition 0 `room`, who may fill the pool until when
+--             `seen`, when a server last looked, `since`, what that was when lua/grace.lua began, while it is at
+--             work, and in partition 0 `room`, who may fill the pool until when
 --   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0:
 --             available), owner (only while blocked and named)}
 --   3 states  sorted set: text by its release deadline, so by 0 while available
@@ -24,6 +25,7 @@ if redis.replicate_commands then redis.replicate_commands() end  -- before Redis
 local META, RECORDS, STATES, EXPIRY, IDS, TEXTS, EVENTS, WAITERS = unpack(KEYS)
 local KEPT_EVENTS = 64  -- what a look tells at most; some more are kept, so that most changes trim nothing
 local SETTLED = 32      -- overdue keys that a call deals with on its way, of each kind
+local AWAY = 5000000    -- microseconds without a look after which no server serves the partition
 local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]

@@ -1,17 +1,44 @@
--- At the start of a server, if no other one serves the pool: keys that would be dead by a moment live until then.
--- ARGV    1 microseconds without a look after which no server lives, 2 that moment, or 0 for the first time,
---         3 microseconds to that moment, 4 keys to deal with
--- answer  available, or -1; that moment, 0 if a server lives; how many keys were dealt with
+-- Begin to serve a partition: at a server's start, and when it is in reach again after an outage. Keys that would be
+-- dead by a moment live until then, if they were alive when a server last looked; an expired key is not revived.
+-- Call again while the answer says that there is more to do; no other script serves the partition meanwhile.
+-- ARGV    1 'start': the partition may be new; 'stop': the same, and no other server serves the pool, so that the time
+--         is given whenever one last looked; 'outage': only if none has looked for a while; 'rest': the partition is
+--         served by now, and keys that have some time left are dealt with that had to wait,
+--         2 microseconds to the moment, 3 that moment, or 0 for the first call, 4 microseconds ahead: keys that die
+--         later than that have to wait, 5 keys given so far, 6 keys to deal with
+-- answer  available, or -1; the moment, 0 if the partition was being served; how many keys were dealt with; 1 if
+--         there may be more, else 0
 -- cost    O(keys dealt with * log n)
-local seen = tonumber(call('HGET', META, 'seen') or 0)
-if NOW - seen <= tonumber(ARGV[1]) then return answer_as_it_was({0, 0}) end
-local ends = tonumber(ARGV[2])
-if ends == 0 then ends = NOW + tonumber(ARGV[3]) end
-local late = call('ZRANGEBYSCORE', EXPIRY, '-inf', string.format('(%.0f', ends), 'LIMIT', 0, ARGV[4])
+local why, ends, given, limit = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local seen, since = unpack(call('HMGET', META, 'seen', 'since'))
+local may_be_new = why == 'start' or why == 'stop'
+if not seen and not may_be_new then
+  return redis.error_reply('GONE the pool was emptied, or part of it')
+end
+call('HDEL', META, '')  -- a first write that needs no memory: Valkey refuses none of the others
+if why == 'rest' then
+  since = string.format('%.0f', NOW)
+elseif not since then
+  local wanted = ends == 0 and (why == 'stop' or not seen or NOW - seen > AWAY)
+  if not wanted then return answer_as_it_was({0, 0, 0}) end  -- or another server was faster
+  since = seen or '0'
+  call('HSET', META, 'since', since)
+end
+if ends == 0 then ends = NOW + tonumber(ARGV[2]) end
+local late = {}
+if ends > NOW then
+  local upto = string.format('(%.0f', math.min(ends, NOW + tonumber(ARGV[4])))
+  late = call('ZRANGEBYSCORE', EXPIRY, '(' .. since, upto, 'LIMIT', 0, limit)
+end
 for i, text in ipairs(late) do
   local record = record_of(text)
-  record[4] = ends + i - 1
+  record[4] = ends + given + i - 1  -- a microsecond apart, so that the order by expiry has no ties
   keep(text, record)
   call('ZADD', EXPIRY, record[4], text)
 end
-return answer_as_it_was({ends, #late})
+local more = #late == limit
+if not more and why ~= 'rest' then
+  call('HDEL', META, 'since')
+  call('HSET', META, 'seen', NOW)
+end
+return answer_as_it_was({ends, #late, more and 1 or 0})

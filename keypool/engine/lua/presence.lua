@@ -1,0 +1,34 @@
+-- A server begins to serve the pool, or tells that it is still there. By itself, without common.lua: it is about the
+-- pool, not a partition.
+-- KEYS    1 hash: the pool's facts (valkey.py), 2 sorted set: servers by the moment at which they last called this
+-- ARGV    1 server, 2 moment of the pool's birth, 3 microseconds without a call after which a server is gone,
+--         4… at a start: the settings that servers share, name and value
+-- answer  this moment; the birth of the pool that is there ('' for none); other servers; the moment of the latest
+--         call of one of them, 0 for none; name and value of a setting that they don't share, '' and '' for none
+-- cost    O(log servers)
+--
+-- The settings are those of the servers that are there: with no other one, they become those of this one. A server
+-- that has others isn't taken in.
+if redis.replicate_commands then redis.replicate_commands() end
+local call = redis.call
+local clock = call('TIME')
+local now, away = clock[1] * 1000000 + clock[2], tonumber(ARGV[3])
+local born = call('HGET', KEYS[1], 'born') or ''
+if born ~= ARGV[2] then return {now, born, 0, 0, '', ''} end
+-- The first write needs no memory, so Valkey refuses none of the others. What is in the future was put there before
+-- the clock was set back.
+call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - away))
+call('ZREMRANGEBYSCORE', KEYS[2], string.format('%.0f', now + away), '+inf')
+local others, latest = call('ZCARD', KEYS[2]), 0
+if call('ZSCORE', KEYS[2], ARGV[1]) then others = others - 1 end
+local last = call('ZREVRANGE', KEYS[2], 0, 1, 'WITHSCORES')
+for i = 1, #last, 2 do
+  if last[i] ~= ARGV[1] then latest = math.max(latest, tonumber(last[i + 1])) end
+end
+for i = 4, #ARGV, 2 do
+  local value = call('HGET', KEYS[1], ARGV[i])
+  if others > 0 and value and value ~= ARGV[i + 1] then return {now, born, others, latest, ARGV[i], value} end
+end
+for i = 4, #ARGV, 2 do call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+call('ZADD', KEYS[2], now, ARGV[1])
+return {now, born, others, latest, '', ''}
