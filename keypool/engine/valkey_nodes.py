@@ -40,6 +40,17 @@ _FULL = frozenset({"OOM", "MISCONF", "NOREPLICAS"})
 Word = str | bytes | int | float
 
 
+class OutcomeUnknown(StorageUnavailable):
+    """The call was sent, and its answer never came: it may have been done."""
+
+
+class Answer(asyncio.Future[Reply]):
+    """A script's answer."""
+
+    sent_at = 0.0
+    """On the loop's clock. The script ran after it, so what it said of lengths of time is no older than that."""
+
+
 class Job:
     """One script call on its way."""
 
@@ -58,7 +69,7 @@ class Job:
         self.script = script
         self.command = command
         self.unheard = unheard
-        self.future: asyncio.Future[Reply] = nodes.loop.create_future()
+        self.future = Answer(loop=nodes.loop)
         self.repeats = 0
 
     def replied(self, reply: Reply) -> None:
@@ -123,7 +134,7 @@ class Nodes:
         name: str,
         arguments: Sequence[Word],
         unheard: Callable[[Reply], None] | None = None,
-    ) -> asyncio.Future[Reply]:
+    ) -> Answer:
         """The answer of a script. Raises StorageUnavailable.
 
         If the future is cancelled before the answer comes, the answer is told to `unheard`.
@@ -178,6 +189,7 @@ class Nodes:
     def _submit(self, job: Job) -> None:
         link = self._links.get(self._of_partition[job.partition])
         if link is not None and link.up:
+            job.future.sent_at = self.loop.time()
             link.send(job.command, job.replied)
         else:
             self._hold(job)
@@ -198,7 +210,11 @@ class Nodes:
         """It wasn't answered: again, if nothing ran and it may help, else 503."""
         job.repeats += 1
         if isinstance(reply, Lost):
-            job.fail(_unavailable(f"{reply} before it answered; whether the call was done is not known"))
+            job.fail(
+                OutcomeUnknown(
+                    f"{reply} before it answered; whether the call was done is not known; try again"
+                )
+            )
             return
         text = str(reply)
         found = _CODE.match(text)
@@ -243,6 +259,7 @@ class Nodes:
         except (OSError, ReplyError, Lost) as error:
             job.fail(_unavailable(f"a node of the cluster can't be reached: {error}"))
             return
+        job.future.sent_at = self.loop.time()
         link.send(_command("ASKING"), lambda reply: None)
         link.send(job.command, job.replied)
 

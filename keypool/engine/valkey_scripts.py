@@ -23,7 +23,6 @@ NAMES = (
     "move_out",
     "page",
     "refuse",
-    "rename",
     "room",
     "unblock",
     "wait",

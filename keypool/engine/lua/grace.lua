@@ -9,7 +9,7 @@ local ends = tonumber(ARGV[2])
 if ends == 0 then ends = NOW + tonumber(ARGV[3]) end
 local late = call('ZRANGEBYSCORE', EXPIRY, '-inf', string.format('(%.0f', ends), 'LIMIT', 0, ARGV[4])
 for i, text in ipairs(late) do
-  local record = record_of(text)
+  local record = record_of(text) or remains(text)
   record[4] = ends + i - 1
   keep(text, record)
   call('ZADD', EXPIRY, record[4], text)
