@@ -83,9 +83,7 @@ class Draws:
                     again = again or call.result()[1] == 1
                 calls = []
                 rounds += not again
-        except (
-            BaseException
-        ):  # hung up, or a partition can't be reached: nobody will know of the others' keys
+        except BaseException:  # the caller is gone, or a partition can't be reached
             for call in calls:
                 self._take_back(call)
             for lease in taken:
