@@ -54,10 +54,10 @@ LAYERS = (
     "keypool.engine",  # the protocol
     "keypool.engine.valkey_url keypool.engine.valkey_scripts",
     "keypool.engine.valkey_link keypool.engine.valkey_waiters",
-    "keypool.engine.valkey_look keypool.engine.valkey_nodes keypool.engine.valkey_pages",
+    "keypool.engine.valkey_look keypool.engine.valkey_nodes",
     "keypool.engine.valkey_partitions keypool.engine.valkey_presence keypool.engine.valkey_wake",
     "keypool.engine.valkey_looks",
-    "keypool.engine.valkey_draws",
+    "keypool.engine.valkey_draws keypool.engine.valkey_making keypool.engine.valkey_pages",
     "keypool.engine.valkey",
     "keypool.engine.valkey_open",
     "keypool.engine.clock keypool.engine.commit keypool.engine.datafile keypool.engine.loading keypool.engine.timers",

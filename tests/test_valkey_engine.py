@@ -7,6 +7,7 @@ older in Valkey (`age`), so no test waits for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import random
@@ -17,17 +18,21 @@ from functools import partial
 from typing import Any
 
 import pytest
-from engine_support import Call
+from engine_support import Call, turns_until
 from support import chance_of
 from test_pool_machine import Fact
 from valkey_support import age, check, engine_on, eventually, on_loop, script_calls
 from valkeys import Cluster, Valkey, with_pool
 
+from keypool.answers import Lease
 from keypool.cursor import ListQuery
 from keypool.engine import valkey_looks, valkey_scripts
 from keypool.engine.valkey import ValkeyEngine
+from keypool.engine.valkey_link import Lost
+from keypool.engine.valkey_making import Turns
+from keypool.engine.valkey_nodes import Job
 from keypool.engine.valkey_scripts import Script, keys_of
-from keypool.errors import NoKeyAvailable, PoolFull, StaleLease, UnknownKey
+from keypool.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
 from keypool.keys import State
 
 BLOCK, KEEPALIVE = 60.0, 300.0
@@ -360,24 +365,35 @@ def test_every_available_key_has_the_same_chance(place: Place, partitions: int, 
     main()
 
 
+def chi_squared(counts: Counter[int], choices: int) -> float:
+    """How far the counts are from equal, in standard deviations of the chi-squared distribution's cube root
+    (Wilson and Hilferty's approximation).
+    """
+    expected, freedom = counts.total() / choices, choices - 1
+    found = sum((count - expected) ** 2 / expected for count in counts.values())
+    found += (choices - len(counts)) * expected
+    spread = 2 / (9 * freedom)
+    return float(((found / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5)
+
+
 @on_loop
-async def test_two_servers_draw_from_the_same_keys_with_the_same_chance(shared: Valkey) -> None:
-    """Each learns of what the other frees and takes."""
+async def test_servers_draw_from_the_same_keys_with_the_same_chance(shared: Valkey) -> None:
+    """Although one never knows what the other has freed; also with half of the keys held, by changing holders."""
     url = with_pool(shared.url, next(_pools))
     async with engine_on(url) as one, engine_on(url) as other:
-        made = [key.id for key in await one.generate(30)]
-        counts: Counter[int] = Counter()
+        await one.generate(40)
         await other.stats()
-        for _ in range(1500):
-            lease = await one.acquire(None, 0)
-            counts[lease.id] += 1
-            await other.unblock(lease.key, lease.lease)
-            lease = await other.acquire(None, 0)
-            counts[lease.id] += 1
-            await one.unblock(lease.key, lease.lease)
-        assert set(counts) == set(made)
-        # What the other has freed is heard of by the next look only, so that a key may be a little less likely.
-        assert max(counts.values()) < 2 * 3000 / 30
+        leases: list[Lease] = []
+        for held in (0, 20):
+            if held:
+                leases += await other.acquire_many(None, held)
+            counts: Counter[int] = Counter()
+            for _ in range(2000):
+                leases.append(await one.acquire(None, 0))
+                counts[leases[-1].id] += 1
+                back = leases.pop(random.randrange(len(leases)))
+                await other.unblock(back.key, back.lease)
+            assert chi_squared(counts, 40) < 4.0
 
 
 @on_loop
@@ -462,6 +478,59 @@ async def test_servers_together_fill_a_pool_to_its_last_key_and_no_further(share
         assert len(made) == 16
         assert {type(result) for result in results if isinstance(result, BaseException)} == {PoolFull}
         assert (await one.stats()).total == 48
+
+
+@pytest.mark.parametrize("partitions", [1, 4])
+def test_servers_that_know_nothing_of_each_other_do_not_overfill_a_pool(
+    place: Place, partitions: int
+) -> None:
+    """Batches at once, all sent while each server believes that there is ample room: all or none each."""
+
+    @on_loop
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            engines = [
+                await stack.enter_async_context(engine_on(place.url, partitions, max_keys=20_000))
+                for _ in range(3)
+            ]
+            for engine in engines:
+                await engine.stats()
+            calls = [engine.generate(1000) for engine in engines for _ in range(8)]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            made = [result for result in results if not isinstance(result, BaseException)]
+            refused = {type(result) for result in results if isinstance(result, BaseException)}
+            assert refused == {PoolFull}
+
+            async def settled() -> bool:
+                return (await engines[0].stats()).total == 1000 * len(made)
+
+            await eventually(settled, "a refused batch leaves nothing behind")
+            assert len(made) <= 20
+            for _ in range(20 - len(made)):
+                await engines[0].generate(1000)
+            with pytest.raises(PoolFull):
+                await engines[1].generate(1)
+
+    main()
+
+
+@on_loop
+async def test_a_turn_is_passed_on_by_a_caller_who_hangs_up_when_it_comes() -> None:
+    """Or every later generate near the limit would wait for ever."""
+    turns = Turns()
+    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def use() -> None:
+        async with turns:
+            await gate
+
+    first, second, third, fourth = (Call(use()) for _ in range(4))
+    third.hang_up()
+    gate.set_result(None)
+    await turns_until(lambda: first.over, "the first is done")
+    second.hang_up()
+    await turns_until(lambda: fourth.over, "the fourth has had its turn", most=10)
+    assert Call(use()).over
 
 
 @on_loop
@@ -633,6 +702,104 @@ async def test_a_waiter_gets_the_key_that_one_before_it_left(shared: Valkey) -> 
         await eventually(named, "it is the last one's")
 
 
+@on_loop
+async def test_behind_many_waiters_nobody_waits_longer_than_asked(shared: Valkey) -> None:
+    """Acquires with wait 0, with a short wait, and batches: they stand behind more than are served at once."""
+    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+        waiting = [asyncio.ensure_future(engine.acquire(None, 300)) for _ in range(150)]
+        await eventually(lambda: len(engine._waiters) == 150, "all wait")
+        async with asyncio.timeout(30):
+            for call in (engine.acquire(None, 0), engine.acquire(None, 0.1), engine.acquire_many(None, 5)):
+                with pytest.raises(NoKeyAvailable):
+                    await call
+        assert not any(task.done() for task in waiting)
+        engine.drain()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@on_loop
+async def test_an_acquire_without_wait_is_answered_while_waiters_are_served(shared: Valkey) -> None:
+    """In a busy pool it waits for a look, not until everybody before it has had a turn."""
+    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+        await engine.generate(1)
+        served = 0
+
+        async def work() -> None:
+            nonlocal served
+            while True:
+                lease = await engine.acquire(None, 300)
+                served += 1
+                await engine.unblock(lease.key, lease.lease)
+
+        workers = [asyncio.ensure_future(work()) for _ in range(120)]
+        await eventually(lambda: served > 50, "keys go round")
+        for _ in range(5):
+            before = served
+            with contextlib.suppress(NoKeyAvailable):
+                lease = await engine.acquire(None, 0)
+                await engine.unblock(lease.key, lease.lease)
+            assert served - before < 60
+        for worker in workers:
+            worker.cancel()
+        await asyncio.wait(workers)
+
+
+@on_loop
+async def test_the_feed_names_the_owner_of_each_key_that_waiters_got(shared: Valkey) -> None:
+    """Also when many are served at once; and keys go to the first in the queue."""
+    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+        await engine.generate(40)
+        leases = await engine.acquire_many("before", 40)
+        waiting = [asyncio.ensure_future(engine.acquire(f"w{number}", 60)) for number in range(60)]
+        await eventually(lambda: len(engine._waiters) == 60, "all wait")
+        await engine.unblock_many([(lease.key, lease.lease) for lease in leases])
+        got = {lease.lease: f"w{n}" for n, lease in enumerate(await asyncio.gather(*waiting[:40]))}
+        await engine.stats()
+        events = [event for event in engine.recent(200) if event.event == "acquired"]
+        assert {event.lease: event.owner for event in events if event.owner != "before"} == got
+        assert list(got) == sorted(got), "leases grow in the order of the queue"
+        engine.drain()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@on_loop
+async def test_an_acquire_whose_answer_was_lost_is_not_made_again_for_a_waiter(shared: Valkey) -> None:
+    """It may have served a key: the waiter gets 503, and no second key is taken for it."""
+    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+        waiting = asyncio.ensure_future(engine.acquire("w", 30))
+        await eventually(lambda: engine._waiters._told, "the pool knows")
+        replied = Job.replied
+
+        def lose(job: Job, reply: Any) -> None:
+            lost = job.script.name == "acquire" and type(reply) is list and len(reply) > 3
+            replied(job, Lost("cut") if lost else reply)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Job, "replied", lose)
+            await engine.generate(3)
+            with pytest.raises(StorageUnavailable, match="not known"):
+                await waiting
+        stats = await engine.stats()
+        assert (stats.acquired, stats.blocked) == (1, 1)
+
+
+@on_loop
+async def test_lengths_of_time_are_as_of_the_answer_although_a_call_was_held(shared: Valkey) -> None:
+    """What passes before a call can be sent is not taken off."""
+    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+        key = (await engine.generate(1))[0].key
+        await engine.acquire(None, 0)
+        submit, loop = engine._nodes._submit, asyncio.get_running_loop()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine._nodes, "_submit", lambda job: loop.call_later(1.5, submit, job))
+            kept, made, page = await asyncio.gather(
+                engine.keepalive(key), engine.generate(2), engine.page(ListQuery(order="expiry"))
+            )
+        assert kept.expires_in > KEEPALIVE - 1
+        assert {one.expires_in > KEEPALIVE - 1 for one in made} == {True}
+        assert page.keys[-1].expires_in > KEEPALIVE - 1
+
+
 # ------------------------------------------------------------------------------------------- sweeps and events
 
 
@@ -670,6 +837,143 @@ async def test_a_crowd_that_expires_at_once_is_purged_in_slices(shared: Valkey) 
         await eventually(purged, "all are purged")
         assert (await engine.stats()).expired == 5000
         check(shared, f"test{number}", 16)
+
+
+@on_loop
+async def test_one_server_sweeps_and_another_stands_in_for_it(shared: Valkey) -> None:
+    """So more servers make hardly more looks, and one that dies makes no release late."""
+    url = with_pool(shared.url, next(_pools))
+    rules: dict[str, Any] = {"block_seconds": 1.0, "keepalive_seconds": 60.0}
+    async with contextlib.AsyncExitStack() as stack:
+        engines = []
+        for _ in range(4):
+            engine = await stack.enter_async_context(engine_on(url, 1, **rules))
+            await engine.stats()
+            engines.append(engine)
+        first, second, *others = engines
+        await first.generate(200)
+        before = [engine._looks._looks for engine in engines]
+        for _ in range(200):
+            await first.acquire(None, 0)
+            await asyncio.sleep(0.005)
+        await eventually(lambda: first.tallies()["release_lateness_seconds"].count > 20, "they are released")
+        looks = [engine._looks._looks - was for engine, was in zip(engines, before, strict=True)]
+        assert sum(looks[2:]) < looks[0] / 2, looks
+        first._looks.stop()  # as if it had died
+        known = second.tallies()["release_lateness_seconds"].count
+        await others[0].acquire_many(None, 200)
+
+        async def free() -> bool:
+            return (await others[1].stats()).blocked == 0
+
+        await eventually(lambda: second.tallies()["release_lateness_seconds"].count > known, "it stands in")
+        await eventually(free, "all are released")
+
+
+def _tie(place: Place, partitions: int, moment: int) -> None:
+    """Let all keys expire, and all blocked ones be released, at the same microsecond."""
+    script = """
+    for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
+      local record = cmsgpack.unpack(redis.call('HGET', KEYS[2], text))
+      record[4] = tonumber(ARGV[1])
+      if record[5] ~= 0 then record[5] = record[4] end
+      redis.call('HSET', KEYS[2], text, cmsgpack.pack(record))
+      redis.call('ZADD', KEYS[3], record[5], text)
+      redis.call('ZADD', KEYS[4], record[4], text)
+    end
+    """
+    with place.valkey.commands() as commands:
+        for partition in range(partitions):
+            commands.ask("EVAL", script, 8, *keys_of(place.pool, partition, partitions), moment)
+
+
+async def _walk(engine: ValkeyEngine, after: str | None = None, **query: Any) -> list[list[int]]:
+    pages: list[list[int]] = []
+    while not pages or after is not None:
+        page = await engine.page(ListQuery(after=after, **query))
+        pages.append([row.id for row in page.keys])
+        after = page.next
+    return pages
+
+
+@pytest.mark.parametrize("partitions", [1, 16])
+def test_keys_with_the_same_deadline_are_all_listed(place: Place, partitions: int) -> None:
+    """As those of a pool that was moved in have it, whose deadlines are milliseconds."""
+
+    @on_loop
+    async def main() -> None:
+        async with engine_on(place.url, partitions) as engine:
+            made = [*await engine.generate(1000), *await engine.generate(800)]
+            blocked = {lease.id for _ in range(2) for lease in await engine.acquire_many(None, 700)}
+            seconds, _ = place.valkey.ask("TIME")
+            _tie(place, partitions, (int(seconds) + 100) * 1_000_000)
+            shown = list(itertools.chain(*await _walk(engine, order="expiry", limit=137)))
+            assert sorted(shown) == sorted(key.id for key in made)
+            shown = list(itertools.chain(*await _walk(engine, order="release", limit=137)))
+            assert sorted(shown) == sorted(blocked)
+            # The key that a page ended with may be gone when the next one is asked for.
+            page = await engine.page(ListQuery(order="expiry", limit=50))
+            await engine.delete(page.keys[-1].id)
+            shown = [row.id for row in page.keys]
+            for rows in await _walk(engine, page.next, order="expiry", limit=500):
+                shown += rows
+            assert {key.id for key in made} <= set(shown)
+
+    main()
+
+
+@on_loop
+async def test_a_page_costs_its_rows_and_not_as_many_of_every_partition(shared: Valkey) -> None:
+    """And is full all the same."""
+    async with engine_on(with_pool(shared.url, next(_pools)), 64) as engine:
+        for _ in range(3):
+            await engine.generate(1000)
+        await engine.acquire_many(None, 900)
+
+        def read() -> int:
+            words = shared.ask("INFO", "commandstats").decode().split()
+            return next(int(w.split("calls=")[1].split(",")[0]) for w in words if "cmdstat_hget:" in w)
+
+        for query in ({}, {"order": "expiry"}, {"order": "release"}):
+            before = read()
+            pages = await _walk(engine, limit=300, **query)
+            assert {len(page) for page in pages[:-1]} == {300}
+            assert read() - before < 4 * sum(map(len, pages))
+
+
+@on_loop
+async def test_records_that_valkey_threw_away_are_purged_where_they_are_met(shared: Valkey) -> None:
+    """As one with a maxmemory-policy that evicts does: no call fails for it."""
+    number = next(_pools)
+    pool = f"test{number}"
+    async with engine_on(with_pool(shared.url, number), 2) as engine:
+        made = await engine.generate(60)
+        leases = await engine.acquire_many(None, 20)
+        records = keys_of(pool, 0, 2)[1]
+        lost = {text.decode() for text in shared.ask("HKEYS", records)}
+        assert 0 < len(lost) < 60
+        shared.ask("DEL", records)
+        assert {row.id for row in (await engine.page(ListQuery(limit=500))).keys} == {
+            key.id for key in made if key.key not in lost
+        }
+        with pytest.raises(UnknownKey):
+            await engine.get(next(iter(lost)))
+        with pytest.raises(UnknownKey):
+            await engine.unblock(next(iter(lost)), None)
+        served = await engine.acquire_many(None, 100)
+        held = {lease.key for lease in (*leases, *served)}
+        assert {lease.key for lease in served}.isdisjoint(lost)
+        assert held | lost == {key.key for key in made}
+        age(shared, pool, 2, 61)
+        for number, text in enumerate(sorted(lost & held)):  # known by the sets alone, and overdue
+            shared.ask("ZADD", keys_of(pool, 0, 2)[2 + number % 2], "XX", 1, text)
+
+        async def settled() -> bool:
+            stats = await engine.stats()
+            return (stats.total, stats.available) == (60 - len(lost), 60 - len(lost))
+
+        await eventually(settled, "the rest of them is purged")
+        check(shared, pool, 2)
 
 
 @on_loop

@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 from support import ACQUIRE, API, ROOT, ServerProcess, run_server
 from support import eventually as eventually_blocking
-from valkey_support import check, engine_on, eventually, on_loop
+from valkey_support import age, check, engine_on, eventually, on_loop
 from valkeys import Cluster, Valkey
 
+from keypool.cursor import ListQuery
 from keypool.engine.valkey import ValkeyEngine
 from keypool.engine.valkey_link import Link
 from keypool.engine.valkey_scripts import keys_of, slot_of
@@ -157,6 +158,29 @@ async def test_a_full_valkey_refuses_changes_and_keeps_what_there_is(valkey: Val
         await serves(engine)
         assert len(await engine.acquire_many(None, 100)) == 49
         check(valkey, "keypool", 4)
+
+
+@on_loop
+async def test_a_full_valkey_with_blocks_that_ran_out_can_be_emptied(valkey: Valkey) -> None:
+    """Every call deals with what is overdue first, which needs no memory: reads, unblocks and deletes go on, while
+    what would need memory is refused.
+    """
+    async with engine_on(valkey.url, 1, block_seconds=60) as engine:
+        engine._looks.stop()  # whatever is dealt with is by the calls
+        keys = [key.key for key in await engine.generate(400)]
+        leases = await engine.acquire_many("w", 300)
+        age(valkey, "keypool", 1, 55)
+        held = await engine.acquire_many("w", 50)
+        age(valkey, "keypool", 1, 6)
+        valkey.ask("CONFIG", "SET", "maxmemory", 1)
+        assert (await engine.get(leases[0].key)).owner is None
+        assert (await engine.unblock(held[0].key, held[0].lease)).changed
+        await engine.delete(keys[0])
+        assert len((await engine.page(ListQuery(limit=5))).keys) == 5
+        assert (await engine.stats()).total == 399
+        with pytest.raises(StorageUnavailable, match="OOM"):
+            await engine.generate(1)
+        check(valkey, "keypool", 1)
 
 
 @on_loop
@@ -420,6 +444,23 @@ def test_tls_is_spoken_to_whom_the_system_trusts_and_nobody_else(valkey: Valkey,
             client = server.client()
             key = client.make()["key"]
             client.request("POST", f"{API}/keys/{key}/keepalive").expect(200)
+
+
+@on_loop
+async def test_without_a_right_to_channels_keys_are_freed_and_waiters_served(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The waiters find keys by themselves, and the log says why they are late."""
+    valkey.ask("ACL", "SETUSER", "mute", "reset", "on", ">pass", "+@all", "~*", "resetchannels")
+    url = f"valkey://mute:pass@127.0.0.1:{valkey.port}"
+    async with engine_on(url) as engine, engine_on(url) as other:
+        key = (await engine.generate(1))[0].key
+        lease = await engine.acquire(None, 0)
+        waiting = asyncio.ensure_future(other.acquire("w", 30))
+        await eventually(lambda: other._waiters._told, "the pool knows")
+        assert (await engine.unblock(key, lease.lease)).changed
+        assert (await waiting).key == key
+        await eventually(lambda: "refuses the channels" in caplog.text, "it is logged")
 
 
 def test_the_rights_that_the_docs_name_are_enough(valkey: Valkey, tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ them with the calls of one server; several servers may give them out of order, b
 Lease numbers: see lua/acquire.lua.
 
 Deadlines go by the clock of the Valkey that has the partition. Every script deals first with what is overdue,
-32 keys of each kind at most, and treats what is left by its deadline all the same; every server sweeps besides,
-each partition when its next deadline has come. So a deadline holds with no server alive.
+32 keys of each kind at most, and treats what is left by its deadline all the same; one server sweeps each
+partition besides when its next deadline has come, and another one stands in for it (valkey_looks.py). So a deadline
+holds with no server alive.
 
-A uniformly random key over partitions: the engine keeps in mind how many keys were available in each when it
-last answered, draws a partition with that chance, and the script does the rest (lua/acquire.lua). A draw that
-is void is repeated, from the third time on after asking all partitions, and before an acquire is told that no
-key is available all have said so: a bounded number of round trips, one nearly always.
+A uniformly random key over partitions is drawn by rejection sampling: see valkey_draws.py. Before an acquire is
+told that no key is available all partitions have said so: a bounded number of round trips, one nearly always
+while most keys are available. `--max-keys` is kept by the scripts: see valkey_making.py.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from keypool.engine.valkey_draws import Draws
 from keypool.engine.valkey_link import Lost, Measured, Reply, ReplyError
 from keypool.engine.valkey_look import latest
 from keypool.engine.valkey_looks import EXPIRING, LATEST_LOOK, Looks
+from keypool.engine.valkey_making import Making
 from keypool.engine.valkey_nodes import Nodes
 from keypool.engine.valkey_pages import Pages, row_of
 from keypool.engine.valkey_partitions import Partitions, PoolFacts
@@ -66,18 +67,15 @@ from keypool.engine.valkey_wake import Wake
 from keypool.errors import (
     Draining,
     NoKeyAvailable,
-    PoolFull,
     StaleLease,
     StorageUnavailable,
     UnknownKey,
 )
 from keypool.events import Event
-from keypool.keys import State, hint, random_text
+from keypool.keys import State, hint
 from keypool.tally import Tally
 
 _COUNTS_FOR = 3.0  # seconds that a word about waiters counts
-_SPARE_KEYS, _SPARE_SHARE = 10_000, 0.1  # a pool with less room than this is nearly full
-_ROOM_SECONDS, _ROOM_PAUSE = 3.0, 0.01  # that a server may take to fill it, and between two times of asking
 _NOTE_SECONDS = 2.0
 _log = logging.getLogger("keypool.valkey")
 
@@ -105,21 +103,25 @@ class ValkeyEngine:
         self._pool_key = f"{{{pool}}}:pool"
         self._measured = measured
         self._life_us = round(keepalive_seconds * 1e6)
-        self._key_length = key_length
-        self._max_keys = max_keys
         self._loop = asyncio.get_running_loop()
         self._presence = presence
         self._server = presence.server
         self._started_at = self._loop.time()
-        self._making = 0
-        self._room = asyncio.Lock()
         self._draining = False
         self._partitions = Partitions(nodes, facts)
         self._looks = Looks(self._partitions, self._server, min(block_seconds, keepalive_seconds), max_keys)
         self._draws = Draws(self._partitions, self._looks, block_seconds)
-        self._pages = Pages(self._partitions.all, self._partitions.texts_of_ids, facts.partitions)
+        self._making = Making(
+            self._partitions,
+            self._looks,
+            self._server,
+            life_us=self._life_us,
+            key_length=key_length,
+            max_keys=max_keys,
+        )
+        self._pages = Pages(self._partitions)
         self._waiters = Waiters(
-            max_waiters, self._draws.take, self._hand_over, self._draws.give_back, self._tell_waiting
+            max_waiters, self._draws.take_in_order, self._draws.give_back, self._tell_waiting
         )
         self._wake = Wake(nodes, pool, facts.partitions, self._freed)
         nodes.on_back = self._waiters.wake
@@ -129,47 +131,15 @@ class ValkeyEngine:
     # -- the calls
 
     async def generate(self, count: int) -> list[GeneratedKey]:
-        """Make keys, all or none. O(count * log n), and O(partitions) once a second or near `max_keys`."""
-        known = sum(self._looks.totals) + self._making + count
-        if known <= self._max_keys - max(_SPARE_KEYS, _SPARE_SHARE * self._max_keys):
-            return await self._generate(count)
-        async with self._room:  # one after the other, or two that fit one by one would fill it beyond
-            await self._hold_room()
-            try:
-                await self._require_room(count)
-                return await self._generate(count)
-            finally:
-                self._partitions.in_background(0, "room", self._server, 0)
-
-    async def _generate(self, count: int) -> list[GeneratedKey]:
-        started = self._loop.time()
-        texts = [random_text(self._key_length) for _ in range(count)]
-        batch = [
-            (self._partitions.of(text), number, text)
-            for number, text in enumerate(texts, self._looks.id_number + 1)
-        ]
-        self._looks.id_number += count
-        self._making += count
-        try:
-            ids = await self._partitions.each(
-                "generate", batch, lambda partition: (self._life_us, self._partitions.count, partition)
-            )
-        finally:
-            self._making -= count
-        self._looks.id_number = max(self._looks.id_number, (ids[-1] - 1) // self._partitions.count)
-        for partition, *_ in batch:
-            self._looks.totals[partition] += 1
-        expires_in = self._partitions.left(self._life_us, started)
-        return [
-            GeneratedKey(id, text, State.AVAILABLE, expires_in) for id, text in zip(ids, texts, strict=True)
-        ]
+        """Make keys, all or none. O(count * log n), and O(partitions) near `max_keys`."""
+        return await self._making.make(count)
 
     async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
         """Serve a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
         lease = None
         if not self._waiters:
-            taken = await self._draws.take([owner], True)
-            lease = taken[0][1] if taken else None
+            taken = await self._draws.take(owner, 1)
+            lease = taken[0] if taken else None
         if lease is None and (wait > 0 or self._waiters):
             lease = await self._waiters.wait(owner, wait, timed)
         if lease is None:
@@ -183,15 +153,15 @@ class ValkeyEngine:
             if first is None:
                 self._refuse()
             try:
-                more = await self._draws.take([owner] * (0 if self._waiters else count - 1), True)
+                more = await self._draws.take(owner, 0 if self._waiters else count - 1)
             except (GeneratorExit, asyncio.CancelledError):
                 self._draws.give_back(first)
                 raise
-            return [first, *(lease for _, lease in more)]
-        taken = await self._draws.take([owner] * count, True)
+            return [first, *more]
+        taken = await self._draws.take(owner, count)
         if not taken:
             self._refuse()
-        return [lease for _, lease in taken]
+        return taken
 
     async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
         """Free a key. O(log n)."""
@@ -212,15 +182,21 @@ class ValkeyEngine:
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Put off a key's expiry. O(log n)."""
-        started = self._loop.time()
-        id = (await self._keepalive([ref]))[0]
+        text = await self._partitions.text_of(ref)
+        partition = self._partitions.of(text)
+        call = self._nodes.call(partition, "keepalive", (self._life_us, text))
+        available, id = await call
+        self._partitions.note(partition, available)
         if not id:
             raise UnknownKey
-        return KeptAlive(id, self._partitions.left(self._life_us, started))
+        return KeptAlive(id, self._partitions.left(self._life_us, call.sent_at))
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
         """Put off expiries one by one. O(items * log n)."""
-        return [bool(id) for id in await self._keepalive(refs)]
+        texts = await self._partitions.texts_of(refs)
+        asked = [(self._partitions.of(text), text) for text in texts if text is not None]
+        ids = iter(await self._partitions.each("keepalive", asked, lambda partition: (self._life_us,)))
+        return [text is not None and bool(next(ids)) for text in texts]
 
     async def delete(self, ref: Ref) -> Identity:
         """Purge a key. O(log n)."""
@@ -241,23 +217,19 @@ class ValkeyEngine:
 
     async def get(self, ref: Ref) -> Row:
         """How a key stands. O(log n)."""
-        started = self._loop.time()
-        text, found = await self._get(ref, False)
-        return row_of(text, found, self._partitions.late(started))
+        text, found, sent_at = await self._get(ref, False)
+        return row_of(text, found, self._partitions.late(sent_at))
 
     async def reveal(self, ref: Ref) -> Revealed:
         """A key's text, told as an event. O(log n)."""
-        text, found = await self._get(ref, True)
+        text, found, _ = await self._get(ref, True)
         return Revealed(found[0], text)
 
     async def page(self, query: ListQuery) -> Page:
-        """A page of rows. O(partitions * (log n + page))."""
+        """A page of rows. O(partitions * log n + page)."""
         asked = page_query(query)
-        started = self._loop.time()
         rows, position = await self._pages.page(asked)
-        late = self._partitions.late(started)
-        cursor = None if position is None else encode(asked, position)
-        return Page([row_of(row[0], row[1:], late) for row in rows], cursor)
+        return Page(rows, None if position is None else encode(asked, position))
 
     async def stats(self) -> Stats:
         """All counts. O(partitions)."""
@@ -404,12 +376,6 @@ class ValkeyEngine:
         if self._waiters and not self._looks.elsewhere:
             self._waiters.wake()
 
-    def _hand_over(self, lease: Lease, owner: str | None) -> None:
-        """The lease was acquired in the name of somebody who left, and is somebody else's now."""
-        self._partitions.in_background(
-            self._partitions.of(lease.key), "rename", lease.key, lease.lease, owner or ""
-        )
-
     async def _tell_waiting(self, count: int) -> None:
         """Let the pool know how many wait here."""
         await self._partitions.all("wait", self._server, count, round(_COUNTS_FOR * 1e6))
@@ -433,35 +399,16 @@ class ValkeyEngine:
                     ended.append(EndedLease(id, hint(text), latest_lease))
         return replies
 
-    async def _keepalive(self, refs: Sequence[Ref]) -> list[int]:
-        texts = await self._partitions.texts_of(refs)
-        asked = [(self._partitions.of(text), text) for text in texts if text is not None]
-        said = iter(await self._partitions.each("keepalive", asked, lambda partition: (self._life_us,)))
-        return [0 if text is None else next(said) for text in texts]
-
-    async def _get(self, ref: Ref, revealed: bool) -> tuple[str, Reply]:
+    async def _get(self, ref: Ref, revealed: bool) -> tuple[str, Reply, float]:
+        """The key's text, what get.lua says of it, and when that was sent."""
         text = await self._partitions.text_of(ref)
-        reply = await self._partitions.call(self._partitions.of(text), "get", text, "1" if revealed else "")
-        if len(reply) == 1:
+        partition = self._partitions.of(text)
+        call = self._nodes.call(partition, "get", (text, "1" if revealed else ""))
+        available, *found = await call
+        self._partitions.note(partition, available)
+        if not found:
             raise UnknownKey
-        return text, reply[1]
-
-    async def _hold_room(self) -> None:
-        """Wait until no other server fills the pool."""
-        while not (await self._partitions.call(0, "room", self._server, round(_ROOM_SECONDS * 1e6)))[1]:
-            turn = self._loop.create_future()
-            self._loop.call_later(_ROOM_PAUSE, _done, turn)
-            await turn
-
-    async def _require_room(self, count: int) -> None:
-        """Raise PoolFull unless so many more keys fit. O(partitions)."""
-        while True:
-            look = await self._looks.look()
-            if look.total + self._making + count <= self._max_keys:
-                return
-            # What is being made may be counted already, and what is overdue isn't there any more.
-            if not self._making and not look.crowded:
-                raise PoolFull(look.total, count, self._max_keys)
+        return text, found[0], call.sent_at
 
     def _refuse(self) -> NoReturn:
         """Say that no key is available. Raises NoKeyAvailable."""
@@ -470,8 +417,3 @@ class ValkeyEngine:
         if self._looks.last is not None and (next_release := self._looks.last[1].next_release) is not None:
             left = round(max(0.0, next_release - (self._loop.time() - self._looks.last[0])), 3)
         raise NoKeyAvailable(left)
-
-
-def _done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

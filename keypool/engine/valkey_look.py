@@ -23,7 +23,7 @@ COUNTERS = (
 )
 """In the order in which look.lua and Stats have them."""
 
-EVENTS_AT = 19
+EVENTS_AT = 20
 """Where the events begin in look.lua's answer."""
 
 _decode = msgspec.msgpack.Decoder(tuple[str, int, str, str, str | bool, int, int]).decode

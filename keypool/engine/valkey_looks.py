@@ -1,8 +1,12 @@
 """Looking at all partitions: for the counts, for events, and to sweep what is overdue.
 
 A look sweeps: its script deals with what is overdue before it answers, and says when the next deadline comes,
-for which a timer is set. So each server keeps every deadline on time, also those that others have set, since
+for which a timer is set. So a server keeps every deadline on time, also those that others have set, since
 it looks at each partition before any deadline set meanwhile can have come.
+
+Of many servers one sweeps a partition, whichever looked first (lua/look.lua). Another one stands in for it: it
+looks a little after each deadline, so that a release is on time also when the first one dies, and takes its
+place when that has not looked for a while. All others look once a second, for the counts and events.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ EXPIRING = 60.0
 LATEST_LOOK = 1.0
 """Seconds after which a partition is looked at again, whatever is due."""
 
+_TURN_SECONDS = 2.5  # without a look, after which another server takes the place of one that sweeps
+_STAND_IN_AFTER = 0.03  # seconds after a deadline at which it is swept if the server that sweeps didn't
 _EARLIEST_LOOK = 0.01  # seconds between two sweeps of one partition
 _MARGIN = 0.002  # seconds after a deadline at which it is swept
 _SWEPT = 64  # keys of each kind and partition that one sweep deals with
@@ -42,7 +48,10 @@ class Looks:
         self._loop = asyncio.get_running_loop()
         count = partitions.count
         self.totals = [total] * count
-        """How many keys each has; `total` until it has been asked."""
+        """How many keys each has at most, but for what other servers made since the last look; `total` until it has
+        been asked."""
+        self.totals_changed = 0
+        """How many times."""
         self.id_number = partitions.facts.base_id - 1
         """Of the latest id that this server knows of."""
         self.elsewhere = 0
@@ -61,6 +70,7 @@ class Looks:
         self._looking = False
         self._looks = 0
         self._latest_look = [0] * count
+        self._made = [0] * count  # keys that this server made
         self._due = [0.0] * count
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -79,6 +89,12 @@ class Looks:
         """Wait until nothing is under way any more."""
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    def made(self, partition: int, count: int) -> None:
+        """This server made so many keys there."""
+        self._made[partition] += count
+        self.totals[partition] += count
+        self.totals_changed += 1
 
     def look(self) -> asyncio.Future[Look]:
         """How all partitions stand, at a moment after this one. Who asks in the meantime shares it."""
@@ -121,21 +137,27 @@ class Looks:
         ahead = round(expiring * 1e6)
         self._looks += 1
         number = self._looks
+        turn = round(_TURN_SECONDS * 1e6)
+        made = [self._made[partition] for partition in partitions]
         calls = [
             self._partitions.nodes.call(
-                partition, "look", (self._server, self._heard[partition], ahead, _SWEPT)
+                partition, "look", (self._server, self._heard[partition], ahead, _SWEPT, turn)
             )
             for partition in partitions
         ]
         replies = await all_of(calls)
         now = self._loop.time()
         events: list[Told] = []
-        for partition, reply in zip(partitions, replies, strict=True):
+        for partition, reply, before in zip(partitions, replies, made, strict=True):
             if number < self._latest_look[partition]:
                 continue  # a later look was faster, as another node may be
             self._latest_look[partition] = number
             self._partitions.note(partition, reply[0])
-            self.totals[partition] = reply[1]
+            # What was made since it was asked may have been counted or not.
+            total = reply[1] + self._made[partition] - before
+            if total != self.totals[partition]:
+                self.totals[partition] = total
+                self.totals_changed += 1
             self.elsewhere = reply[2]
             self.id_number = max(self.id_number, reply[17])
             heard = self._heard[partition]
@@ -147,13 +169,20 @@ class Looks:
             for microseconds, tally in ((reply[6], self.expiry_lateness), (reply[7], self.release_lateness)):
                 if microseconds >= 0:
                     tally.add(microseconds / 1e6)
-            left = until_due(reply)
-            if left != 0:  # else a crowd is overdue: at once
-                wait = self._latest if left is None else min(self._latest, left + _MARGIN)
-                self._due[partition] = now + max(wait, _EARLIEST_LOOK)
+            self._due[partition] = now + self._next_look(reply)
         events.sort(key=lambda told: told[0])
         self.events.extend(events)
         return replies
+
+    def _next_look(self, reply: Reply) -> float:
+        """Seconds after which the partition is to be looked at again."""
+        left, turn = until_due(reply), reply[19]
+        if left is None or turn == 2:
+            return self._latest
+        if turn == 1:
+            return min(self._latest, left + _STAND_IN_AFTER)
+        # At once if a crowd is overdue.
+        return max(min(self._latest, left + _MARGIN), _EARLIEST_LOOK) if left else 0.0
 
     def _sweep(self) -> None:
         """Look at every partition that has something due, and come again when the next has."""

@@ -47,6 +47,17 @@ _AWAY = frozenset({
 Word = str | bytes | int | float
 
 
+class OutcomeUnknown(StorageUnavailable):
+    """The call was sent, and its answer never came: it may have been done."""
+
+
+class Answer(asyncio.Future[Reply]):
+    """A script's answer."""
+
+    sent_at = 0.0
+    """On the loop's clock. The script ran after it, so what it said of lengths of time is no older than that."""
+
+
 class Job:
     """One script call on its way."""
 
@@ -65,7 +76,7 @@ class Job:
         self.script = script
         self.command = command
         self.unheard = unheard
-        self.future: asyncio.Future[Reply] = nodes.loop.create_future()
+        self.future = Answer(loop=nodes.loop)
         self.repeats = 0
         self.held_until = 0.0
 
@@ -148,7 +159,7 @@ class Nodes:
         name: str,
         arguments: Sequence[Word],
         unheard: Callable[[Reply], None] | None = None,
-    ) -> asyncio.Future[Reply]:
+    ) -> Answer:
         """The answer of a script. Raises StorageUnavailable.
 
         If the future is cancelled before the answer comes, the answer is told to `unheard`.
@@ -194,6 +205,11 @@ class Nodes:
         return "; ".join(shown)
 
     @property
+    def in_trouble(self) -> bool:
+        """Whether some partition can't be served. O(1)."""
+        return bool(self._troubles or self._attending) or self.gone is not None
+
+    @property
     def unreachable(self) -> list[int]:
         """The partitions for which no call can be served. O(partitions)."""
         if self.gone is not None:
@@ -236,6 +252,7 @@ class Nodes:
         if self.gone is not None:
             job.fail(_unavailable(self.gone))
         elif link is not None and link.up:
+            job.future.sent_at = self.loop.time()
             link.send(job.command, job.replied)
         else:
             self._hold(job)
@@ -283,7 +300,11 @@ class Nodes:
         """It wasn't answered: again, if nothing ran and it may help, else 503."""
         job.repeats += 1
         if isinstance(reply, Lost):
-            job.fail(_unavailable(f"{reply} before it answered; whether the call was done is not known"))
+            job.fail(
+                OutcomeUnknown(
+                    f"{reply} before it answered; whether the call was done is not known; try again"
+                )
+            )
             return
         text = str(reply)
         found = _CODE.match(text)
@@ -348,6 +369,7 @@ class Nodes:
         except (OSError, ReplyError, Lost) as error:
             job.fail(_unavailable(f"a node of the cluster can't be reached: {error}"))
             return
+        job.future.sent_at = self.loop.time()
         link.send(_command("ASKING"), lambda reply: None)
         link.send(job.command, job.replied)
 

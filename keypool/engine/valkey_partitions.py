@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from keypool.answers import Ref
 from keypool.engine.valkey_link import Reply
-from keypool.engine.valkey_nodes import Nodes, Word
+from keypool.engine.valkey_nodes import Answer, Nodes, Word
 from keypool.errors import UnknownKey
 
 _TOO_FEW_TO_TELL = 0.005  # seconds: as early as a release may be
@@ -136,17 +136,18 @@ class Partitions:
 
     # -- lengths of time, as of the answer: or a holder would believe in its key for longer than it has it
 
-    def late(self, started: float) -> float:
-        """Seconds by which an answer that was asked for then is late, 0 if they are too few to tell."""
-        late = self._loop.time() - started
+    def late(self, sent_at: float) -> float:
+        """Seconds by which what a script answered is out of date, if it was sent then: at most so many. 0 if
+        they are too few to tell."""
+        late = self._loop.time() - sent_at
         return late if late > _TOO_FEW_TO_TELL else 0.0
 
-    def left(self, microseconds: int, started: float) -> float:
-        """A length of time that a script told, as it is told: seconds, rounded."""
-        return round(max(0.0, microseconds / 1e6 - self.late(started)), 3)
+    def left(self, microseconds: int, sent_at: float) -> float:
+        """A length of time in a script's answer, as of now: seconds, rounded."""
+        return round(max(0.0, microseconds / 1e6 - self.late(sent_at)), 3)
 
 
-async def all_of(calls: Sequence[asyncio.Future[Reply]]) -> list[Reply]:
+async def all_of(calls: Sequence[Answer]) -> list[Reply]:
     """All answers, when all have come. Raises what the first that failed raised."""
     replies: list[Reply] = []
     failed: Exception | None = None

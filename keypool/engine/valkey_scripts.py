@@ -27,7 +27,6 @@ NAMES = (
     "move_out",
     "page",
     "refuse",
-    "rename",
     "room",
     "unblock",
     "wait",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
@@ -30,42 +30,38 @@ _log = logging.getLogger("keypool.valkey")
 class Waiter:
     """Somebody who waits. `served` is answered with the lease, or with None when time is up."""
 
-    __slots__ = ("last_chance", "owner", "served", "since", "timer")
+    __slots__ = ("owner", "served", "since", "timer")
 
     def __init__(self, owner: str | None, since: float, served: asyncio.Future[Lease | None]) -> None:
         self.owner = owner
         self.since = since
         self.served = served
         self.timer: asyncio.TimerHandle | None = None
-        self.last_chance = False
-        """Its time is up: one more try, and it leaves."""
 
 
-Take = Callable[[Sequence[str | None], bool], Awaitable[list[tuple[str | None, Lease]]]]
-"""Acquire keys for these owners, if need be looking everywhere."""
+Take = Callable[[Sequence[str | None], bool], Awaitable[Sequence[Lease | StorageUnavailable]]]
+"""What becomes of the first of these owners, in order, if need be after looking everywhere (Draws.take_in_order)."""
 
 
 class Waiters:
-    """See the module. `take` acquires, `hand_over` names another holder, `give_back` frees, `tell` tells the
-    pool how many wait here.
-    """
+    """See the module. `take` acquires, `give_back` frees, `tell` tells the pool how many wait here."""
 
     def __init__(
         self,
         max_waiters: int,
         take: Take,
-        hand_over: Callable[[Lease, str | None], None],
         give_back: Callable[[Lease], None],
         tell: Callable[[int], Awaitable[None]],
     ) -> None:
         self.seconds = Tally(SECONDS_OF_WAIT)
         self._max_waiters = max_waiters
         self._take = take
-        self._hand_over = hand_over
         self._give_back = give_back
         self._tell = tell
         self._loop = asyncio.get_running_loop()
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
+        self._last_chances: dict[Waiter, None] = {}
+        """Those of the waiters who leave if the next look finds no key for them."""
         self._pump: asyncio.Task[None] | None = None
         self._awake = asyncio.Event()
         self._told = 0
@@ -76,16 +72,16 @@ class Waiters:
         return len(self._waiters)
 
     async def wait(self, owner: str | None, seconds: float, timed: Timed | None = None) -> Lease | None:
-        """Stand in the queue for so long; 0 is for one try, when it is one's turn."""
+        """Stand in the queue for so long; 0 is for one look, after which this doesn't wait for a turn."""
         if self._draining:
             raise Draining
-        if len(self._waiters) >= self._max_waiters and seconds > 0:
+        if seconds > 0 and len(self._waiters) - len(self._last_chances) >= self._max_waiters:
             raise TooManyWaiters(self._max_waiters)
         waiter = Waiter(owner, self._loop.time(), self._loop.create_future())
         if seconds > 0:
             waiter.timer = self._loop.call_later(seconds, self._time_is_up, waiter)
         else:
-            waiter.last_chance = True
+            self._last_chances[waiter] = None
         self._waiters[waiter] = None
         self._start()
         self._awake.set()
@@ -127,7 +123,7 @@ class Waiters:
 
     def _time_is_up(self, waiter: Waiter) -> None:
         waiter.timer = None
-        waiter.last_chance = True
+        self._last_chances[waiter] = None
         self._awake.set()
 
     def _pop(self) -> Waiter:
@@ -137,6 +133,7 @@ class Waiters:
 
     def _leave(self, waiter: Waiter) -> None:
         self._waiters.pop(waiter, None)
+        self._last_chances.pop(waiter, None)
         if waiter.timer is not None:
             waiter.timer.cancel()
             waiter.timer = None
@@ -167,8 +164,7 @@ class Waiters:
         looked_at = 0.0
         while self._waiters:
             self._awake.clear()
-            sure = any(waiter.last_chance for waiter in self._waiters)
-            sure = sure or self._loop.time() - looked_at >= POLL_SECONDS
+            sure = bool(self._last_chances) or self._loop.time() - looked_at >= POLL_SECONDS
             try:
                 await self._tell_waiting(sure)
                 looked_at = self._loop.time() if sure else looked_at
@@ -178,7 +174,7 @@ class Waiters:
                     _log.exception("serving those who wait failed")
                 served = False
                 self._told = 0
-                self._end_last_chances(list(self._waiters), error)
+                self._end_last_chances(list(self._last_chances), error)
             if not served and self._waiters:
                 await self._sleep()
         self._told = 0
@@ -195,27 +191,29 @@ class Waiters:
             await self._tell(self._told)
 
     async def _serve(self, sure: bool) -> bool:
-        """Serve the first in the queue, some at a time; whether anybody was."""
+        """Serve the first in the queue, some at a time; whether anything came of it."""
         first = list(islice(self._waiters, SERVED_AT_ONCE))
-        leases = await self._take([waiter.owner for waiter in first], sure)
-        # Who came since must not get one of these: it would hold an older lease than it may have been told of.
-        still = deque(waiter for waiter in first if waiter in self._waiters)
-        for owner, lease in leases:
-            if not still:
-                self._give_back(lease)
+        leaving = list(self._last_chances)  # who comes later gets a look of its own
+        done = await self._take([waiter.owner for waiter in first], sure)
+        for waiter, outcome in zip(first, done, strict=False):
+            if (
+                waiter not in self._waiters
+            ):  # it left meanwhile: the next one gets the key under a lease of its own
+                if isinstance(outcome, Lease):
+                    self._give_back(outcome)
                 continue
-            waiter = still.popleft()
             self._leave(waiter)
-            if waiter.owner != owner:
-                self._hand_over(lease, waiter.owner)
-            waiter.served.set_result(lease)
-        if not leases and sure:
-            self._end_last_chances(first, None)
-        return bool(leases)
+            if isinstance(outcome, Lease):
+                waiter.served.set_result(outcome)
+            else:
+                waiter.served.set_exception(outcome)
+        if sure and len(done) < len(first):
+            self._end_last_chances(leaving, None)
+        return bool(done)
 
     def _end_last_chances(self, waiters: Sequence[Waiter], error: Exception | None) -> None:
         for waiter in waiters:
-            if waiter.last_chance and waiter in self._waiters:
+            if waiter in self._waiters:
                 self._leave(waiter)
                 if error is None:
                     waiter.served.set_result(None)

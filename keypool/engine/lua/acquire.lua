@@ -1,54 +1,48 @@
 -- Serve random available keys, each under a new lease number.
--- ARGV    1 how many available keys the caller thought were here, 2 the highest tick that it has seen,
---         3 moment of the pool's birth, 4 tick at its birth, 5 partitions, 6 this partition,
---         7 microseconds that a block lasts, 8 seed, 9, 10… for each key wanted: its owner ('' for none) and a
---         random number from 0 to 1
--- answer  available; 1 if a crowd of overdue keys stood in the way and asking again may help, else 0; the highest
---         tick; for each key wanted: nothing (false), or {text, id, lease, microseconds to its expiry}
+-- ARGV    1 bound: how many of the partition's places the caller drew among (0: as many as are available),
+--         2 '1' if each key served takes a place away, 3 the highest tick that the caller has seen, 4 moment of
+--         the pool's birth, 5 tick at its birth, 6 partitions, 7 this partition, 8 microseconds that a block
+--         lasts, 9, 10… for each key wanted: an owner ('' for none) and a random number from 0 to 1
+-- answer  available; 1 if keys were overdue and stood in the way, so that asking again may help, else 0; the
+--         highest tick; {text, id, lease, microseconds to its expiry} of each key served: the first is the first
+--         owner's, and so on
 -- cost    O(keys wanted * log n)
 --
--- The caller chose this partition with the chance (available here, as it thought) / (available in all), and a
--- draw that falls beyond what is really here is void. So every key of the pool has the same chance, as long as
--- nobody thought too little of a partition.
+-- Rejection sampling: the draw falls on one of `bound` places, of which the first ones have the available keys,
+-- and one that falls on an empty place, or on an expired key, is void. See valkey_draws.py for why every key of
+-- the pool then has the same chance.
 --
 -- A lease number is tick * partitions + partition. The tick of this partition grows by one at least, beyond
 -- every tick that the caller knows of, and with the clock, 10,000 a second: so numbers grow over partitions and
--- servers, and none comes twice even if a failover has lost the latest of them.
+-- servers, as far as the partitions' clocks agree, and none comes twice even if a failover has lost the latest.
 settle(SETTLED)
-local expected, seen, born, base = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local partitions, partition, block = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local bound, takes = tonumber(ARGV[1]), ARGV[2] == '1'
+local seen, born, base = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local partitions, partition, block = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local last = tonumber(call('HGET', META, 'tick') or 0)
 local tick = math.max(last, seen, base + math.floor((NOW - born) / 100))
 local free_here = available()
-local tries = 2 * SETTLED
 local served = 0
 local said = {0, 0}
-math.randomseed(tonumber(ARGV[8]))
 
 local function draw(chance)
-  local rank
-  if free_here <= expected then
-    rank = math.floor(chance * expected)
-    if rank >= free_here then return nil end
-  else
-    rank = math.floor(chance * free_here)
-  end
-  while free_here > 0 and tries > 0 do
-    local text = call('ZRANGE', STATES, rank, rank)[1]
-    local record = record_of(text)
-    if record[4] > NOW then return text, record end
-    purge(text, record, 'expired')
-    free_here = free_here - 1
-    tries = tries - 1
-    if free_here > 0 then rank = math.random(0, free_here - 1) end
-  end
+  local rank = math.floor(chance * math.max(bound, free_here))
+  if rank >= free_here then return nil end
+  local text = call('ZRANGE', STATES, rank, rank)[1]
+  local record = record_of(text) or remains(text)
+  if record[4] > NOW then return text, record end
+  purge(text, record, 'expired')
+  settle(SETTLED)
+  free_here = available()
+  said[1] = 1
   return nil
 end
 
 for i = 9, #ARGV, 2 do
   local text, record = draw(tonumber(ARGV[i + 1]))
   if text then
-    local owner = ARGV[i] ~= '' and ARGV[i] or nil
+    local owner = ARGV[9 + 2 * served]
+    if owner == '' then owner = nil end
     tick = tick + 1
     record[3] = tick * partitions + partition
     record[5] = NOW + block + served
@@ -58,10 +52,8 @@ for i = 9, #ARGV, 2 do
     tell('acquired', record, text, owner)
     served = served + 1
     free_here = free_here - 1
-    expected = expected - 1
+    if takes then bound = bound - 1 end
     said[#said + 1] = {text, record[1], record[3], record[4] - NOW}
-  else
-    said[#said + 1] = false
   end
 end
 if served > 0 then
@@ -71,5 +63,5 @@ else
   tick = last
 end
 said[2] = tick
-if tries == 0 or (free_here == 0 and call('ZCOUNT', STATES, '(0', NOW) > 0) then said[1] = 1 end
+if free_here == 0 and call('ZCOUNT', STATES, '(0', NOW) > 0 then said[1] = 1 end
 return answer(said)

@@ -3,7 +3,8 @@
 -- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
 --             `seen`, when a server last looked, `since`, what that was when lua/grace.lua began, while it is at
---             work, and in partition 0 `room`, who may fill the pool until when
+--             work, `sweepers`, the two servers that sweep here (look.lua), and `reserved`, room that is kept for
+--             keys on their way (room.lua)
 --   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0:
 --             available), owner (only while blocked and named)}
 --   3 states  sorted set: text by its release deadline, so by 0 while available
@@ -18,7 +19,10 @@
 --
 -- The rules are those of pool.py, once more, and the contract suite holds both to them.
 -- A script that is refused for want of memory, or of a disk, is refused at its first write, so it has
--- done nothing; Valkey refuses none after that.
+-- done nothing; Valkey refuses none after that. What is overdue is dealt with whatever the memory: those steps
+-- begin with a write that Valkey does without memory to spare.
+--
+-- A record may be missing, if a Valkey that evicts threw it away. Its key is then purged where it is met.
 
 if redis.replicate_commands then redis.replicate_commands() end  -- before Redis 7, to write after TIME
 
@@ -47,6 +51,11 @@ local function keep(text, record)
   call('HSET', RECORDS, text, cmsgpack.pack(record))
 end
 
+-- What stands for a record that is gone: enough to purge its key, and already expired.
+local function remains(text)
+  return {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0}
+end
+
 -- From either state to nowhere. Its first write is one that Valkey does without memory to spare.
 local function purge(text, record, change)
   call('HDEL', RECORDS, text)
@@ -58,11 +67,15 @@ local function purge(text, record, change)
   tell(change, record, text, record[6])
 end
 
--- From blocked to available.
+-- From blocked to available. An HSET may be refused for want of memory, an HDEL is not, nor anything after it.
 local function free(text, record, change)
   local owner = record[6]
   record[5], record[6] = 0, nil
-  keep(text, record)
+  local packed = cmsgpack.pack(record)
+  if type(redis.pcall('HSET', RECORDS, text, packed)) == 'table' then
+    call('HDEL', RECORDS, text)
+    call('HSET', RECORDS, text, packed)
+  end
   call('ZADD', STATES, 0, text)
   call('HINCRBY', META, change, 1)
   tell(change, record, text, owner)
@@ -72,10 +85,11 @@ end
 -- Purge and release what is overdue, `limit` of each at most.
 local function settle(limit)
   for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
-    purge(text, record_of(text), 'expired')
+    purge(text, record_of(text) or remains(text), 'expired')
   end
   for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
-    free(text, record_of(text), 'released')
+    local record = record_of(text)
+    if record then free(text, record, 'released') else purge(text, remains(text), 'expired') end
   end
 end
 
@@ -95,8 +109,26 @@ local function available()
   return call('ZCOUNT', STATES, 0, 0)
 end
 
+-- Room here that is reserved (room.lua) under other names than this; and those reservations, as they are kept.
+local function reserved_but(name)
+  local sum, others = 0, {}
+  for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
+    if held ~= name and tonumber(ends) > NOW then
+      sum = sum + tonumber(keys)
+      others[#others + 1] = held .. ' ' .. keys .. ' ' .. ends .. ';'
+    end
+  end
+  return sum, table.concat(others)
+end
+
+-- Keep these reservations.
+local function reserve(reservations)
+  if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
+end
+
 -- Tell freed keys to a server where somebody waits: to one, by lot, with the same chance for each who waits,
--- whichever server it waits at; or to all, if there may be enough for more than one.
+-- whichever server it waits at; or to all, if there may be enough for more than one. A user without the right to
+-- publish may run every script all the same: waiters look for themselves four times a second.
 local function tell_freed(count)
   local waiters, total = call('HGETALL', WAITERS), 0
   if #waiters == 0 then return end
@@ -107,13 +139,13 @@ local function tell_freed(count)
     total = total + counts[i]
   end
   if count > 1 then
-    call('PUBLISH', WAITERS, '*')
+    redis.pcall('PUBLISH', WAITERS, '*')
   elseif total > 0 then
     local lot = NOW % total
     for i = 2, #waiters, 2 do
       lot = lot - counts[i]
       if lot < 0 then
-        call('PUBLISH', WAITERS, waiters[i - 1])
+        redis.pcall('PUBLISH', WAITERS, waiters[i - 1])
         return
       end
     end

@@ -31,7 +31,7 @@ if ends > NOW then
   late = call('ZRANGEBYSCORE', EXPIRY, '(' .. since, upto, 'LIMIT', 0, limit)
 end
 for i, text in ipairs(late) do
-  local record = record_of(text)
+  local record = record_of(text) or remains(text)
   record[4] = ends + given + i - 1  -- a microsecond apart, so that the order by expiry has no ties
   keep(text, record)
   call('ZADD', EXPIRY, record[4], text)

@@ -5,7 +5,7 @@
 -- cost    O(log n + keys)
 local said = {}
 for _, text in ipairs(call('ZRANGE', IDS, ARGV[1], ARGV[2])) do
-  local record = record_of(text)
+  local record = record_of(text) or remains(text)
   said[#said + 1] = {text, record[1], record[2], record[4], record[5], record[3], record[6] or ''}
 end
 return answer(said)

@@ -1,54 +1,68 @@
--- Keys in an order, from a position on.
+-- Keys in an order, from a position on. Keys at the same number are in order of their texts, byte by byte.
 -- ARGV    1 order: id, expiry, release or text, 2 state: available, blocked or '' for both, 3 rows at most,
---         4 keys to look at, at most (ties are looked at to their end), 5 position: a number, or for text the text
---         to begin with, 6 only keys beyond this id at that very number (-1: all); for text, only keys beyond
---         this text ('' for all), 7 for text: the prefix
+--         4 keys to look at, at most, 5 position: a number ('' for the first), or for text the text to begin
+--         with, 6 only keys beyond this text at that very number; for text, only keys beyond it ('' for all),
+--         7 for text: the prefix
 -- answer  available; 1 if there may be more, else 0; {text, id, created, lease, owner or '', microseconds to
 --         expiry, to release (0: available), place in the order} of each row, in order; and at last the same
 --         of the last key that was looked at, if there may be more
--- cost    O(log n + keys looked at)
+-- cost    O(log n + keys looked at), O(log² n) for a position among keys at the same number
 settle(SETTLED)
-local order, state, limit, most, after = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[6]
-local sets = {id = IDS, expiry = EXPIRY, release = STATES, text = TEXTS}
-local found
-if order == 'text' then
-  local least = after ~= '' and '(' .. after or '[' .. ARGV[5]
-  found = call('ZRANGEBYLEX', TEXTS, least, '[' .. ARGV[7] .. '\255', 'LIMIT', 0, most + 1)
-else
-  found = call('ZRANGEBYSCORE', sets[order], ARGV[5], '+inf', 'LIMIT', 0, most + 1)
+local order, state, limit, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local after, passed = ARGV[5], ARGV[6]
+local set = ({id = IDS, expiry = EXPIRY, release = STATES, text = TEXTS})[order]
+
+-- Whether a text comes after another one in a sorted set. Lua's own comparison goes by the locale.
+local function beyond(one, other)
+  for i = 1, math.min(#one, #other) do
+    local this, that = one:byte(i), other:byte(i)
+    if this ~= that then return this > that end
+  end
+  return #one > #other
 end
 
-local said = {0}
+-- The rank of the first key beyond the position.
+local function start()
+  if after == '' then return order == 'release' and call('ZCOUNT', set, '-inf', 0) or 0 end
+  if order == 'id' then return call('ZCOUNT', set, '-inf', after) end
+  local low = call('ZCOUNT', set, '-inf', '(' .. after)
+  local high = low + call('ZCOUNT', set, after, after)
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if beyond(call('ZRANGE', set, middle, middle)[1], passed) then high = middle else low = middle + 1 end
+  end
+  return low
+end
+
+local found, step
+if order == 'text' then
+  local least = passed ~= '' and '(' .. passed or '[' .. after
+  found, step = call('ZRANGEBYLEX', set, least, '[' .. ARGV[7] .. '\255', 'LIMIT', 0, most + 1), 1
+else
+  local first = start()
+  found, step = call('ZRANGE', set, first, first + most, 'WITHSCORES'), 2
+end
+
 local function row(text, place)
-  local record = record_of(text)
+  local record = record_of(text) or remains(text)
   local left = math.max(0, record[5] - NOW)
   local shown = record[4] > NOW and (state == '' or (state == 'blocked') == (left ~= 0))
   local owner = left ~= 0 and record[6] or ''
   return shown, {text, record[1], record[2], record[3], owner, record[4] - NOW, left, place}
 end
 
--- Where a key stands in the order.
-local function places(text)
-  return order == 'text' and 0 or tonumber(call('ZSCORE', sets[order], text))
-end
-
-local rows, place, last = 0, nil, nil
-if #found > most then said[1] = 1 end
-for examined, text in ipairs(found) do
-  local here = places(text)
-  if (rows >= limit or examined > most) and (order == 'text' or here ~= place) then
+local said = {0}
+local rows, last = 0, nil
+for i = 1, #found, step do
+  if rows >= limit or i > most * step then
     said[1] = 1
     break
   end
-  place = here
-  local shown, made = row(text, here)
-  local passed = order ~= 'text' and here == tonumber(ARGV[5]) and made[2] <= tonumber(after)
-  if not passed then
-    last = made
-    if shown then
-      rows = rows + 1
-      said[#said + 1] = made
-    end
+  local shown, made = row(found[i], step == 2 and tonumber(found[i + 1]) or 0)
+  last = made
+  if shown then
+    rows = rows + 1
+    said[#said + 1] = made
   end
 end
 if said[1] == 1 then said[#said + 1] = last or false end

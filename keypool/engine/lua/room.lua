@@ -1,13 +1,16 @@
--- Hold the room that is left in a pool that is nearly full, so that one server at a time fills it; or let go.
--- Asked of partition 0 for the whole pool.
--- ARGV    1 server, 2 microseconds to hold it for (0: let go)
--- answer  available, or -1; 1 if it is this server's now, else 0
--- cost    O(1)
-local holder, ends = (call('HGET', META, 'room') or '- 0'):match('(%S+) (%d+)')
-if tonumber(ends) > NOW and holder ~= ARGV[1] then return answer_as_it_was({0}) end
+-- Reserve room for keys that a batch is going to make here, or give it up again. A batch that needs room in
+-- several partitions makes keys only when all have reserved it: so it makes all or none.
+-- ARGV    1 name of the reservation, 2 keys (0: give it up), 3 keys that this partition may hold at most,
+--         4 microseconds after which a reservation lapses
+-- answer  available, or -1; 1 if it is reserved, else 0
+-- cost    O(log n + reservations)
 if ARGV[2] == '0' then
-  call('HDEL', META, 'room')
-else
-  call('HSET', META, 'room', string.format('%s %.0f', ARGV[1], NOW + tonumber(ARGV[2])))
+  local _, others = reserved_but(ARGV[1])
+  reserve(others)
+  return answer_as_it_was({0})
 end
-return answer_as_it_was({1})
+settle(SETTLED)
+local sum, others = reserved_but(ARGV[1])
+local fits = call('ZCARD', EXPIRY) + sum + tonumber(ARGV[2]) <= tonumber(ARGV[3])
+if fits then reserve(string.format('%s%s %s %.0f;', others, ARGV[1], ARGV[2], NOW + tonumber(ARGV[4]))) end
+return answer_as_it_was({fits and 1 or 0})
