@@ -37,7 +37,7 @@ from keypool.handlers.dispatch import Dispatcher
 from keypool.handlers.raw import wire
 from keypool.http1.responses import with_connection
 from keypool.http1.turns import QUANTUM, TASK, Turns
-from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_NAME, Doorman, Limits, greedy
+from keypool.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_HEADERS, MAX_NAME, Doorman, Limits, greedy
 from keypool.proxies import TrustedProxies
 
 _API = "/api/"
@@ -108,13 +108,19 @@ class _Stream(IOStream):
         self._server.doorman.leave(self._address)
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
-        """A whole head; one with a name that is too long is answered here, and ends the connection."""
+        """A whole head; one that is too large, or has a name that is, is answered here and ends the connection."""
         head = await super().read_until_regex(regex, max_bytes)
-        if len(head) > MAX_NAME and _LONG_NAME.search(head.lstrip(b"\r\n")):
-            await self.write(self._server.too_long_a_name())
-            self.close()
-            raise StreamClosedError
-        return head
+        if len(head) <= MAX_NAME:
+            return head
+        if len(head) > MAX_HEAD:
+            detail = f"the headers are {len(head)} bytes long; {MAX_HEADERS} are read"
+        elif _LONG_NAME.search(head.lstrip(b"\r\n")):
+            detail = f"a header's name is longer than {MAX_NAME} bytes"
+        else:
+            return head
+        await self.write(self._server.refused_head(detail))
+        self.close()
+        raise StreamClosedError
 
 
 class _Share:
@@ -319,7 +325,8 @@ class StockServer(HTTPServer):
         self, app: Application, limits: Limits | None = None, trusted: TrustedProxies | None = None
     ) -> None:
         """What `StockServer(app, limits, trusted)` does, Tornado's way. Needs a running loop."""
-        super().initialize(app, max_header_size=MAX_HEAD, max_body_size=DISCARDED)
+        # A head over MAX_HEAD is read to its end, up to here, so that its caller gets an answer; see _Stream.
+        super().initialize(app, max_header_size=4 * MAX_HEAD, max_body_size=DISCARDED)
         self.limits = limits or Limits()
         self.trusted = trusted
         self.doorman = Doorman(self.limits, trusted or ())
@@ -382,10 +389,9 @@ class StockServer(HTTPServer):
         reply = self._dispatcher.refused(head, RequestTimeout(detail), self.limits.body_seconds)
         return with_connection(wire(reply), b"close")
 
-    def too_long_a_name(self) -> bytes:
-        """The whole answer to a request of which a header's name is too long to be read."""
-        error = HeadersTooLarge(f"a header's name is longer than {MAX_NAME} bytes")
-        return with_connection(wire(self._dispatcher.refused(None, error, 0.0)), b"close")
+    def refused_head(self, detail: str) -> bytes:
+        """The whole answer to a request whose head is too large to be parsed."""
+        return with_connection(wire(self._dispatcher.refused(None, HeadersTooLarge(detail), 0.0)), b"close")
 
     # -- stopping
 

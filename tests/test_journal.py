@@ -1763,7 +1763,7 @@ def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
         def keep() -> int:
             answer = client.batch(op="keepalive", keys=keys)
             if answer.status == 200:
-                assert answer.json == {"done": 200, "unknown": []}
+                assert answer.json == {"op": "keepalive", "done": 200, "unknown": []}
             else:
                 answer.expect_problem(503, "storage-unavailable")
             kept.append(answer.status)
@@ -1804,7 +1804,11 @@ def test_a_disk_that_hangs_is_an_outage_and_over_by_itself(tmp_path: Path) -> No
         finally:
             os.kill(writer, SIGCONT)
         eventually(lambda: client.get("/readyz").status == 200, "storage that is back")
-        assert client.batch(op="keepalive", keys=keys).expect(200) == {"done": 3, "unknown": []}
+        assert client.batch(op="keepalive", keys=keys).expect(200) == {
+            "op": "keepalive",
+            "done": 3,
+            "unknown": [],
+        }
 
 
 @pytest.mark.parametrize("how", ["moved", "replaced"])

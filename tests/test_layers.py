@@ -91,7 +91,7 @@ LAYERS = (
     "keypool.app keypool.reference keypool.station",
     "keypool.processes keypool.runtime keypool.serving",
     "keypool.launch",
-    "server keypool.cli.backups keypool.cli.main keypool.migrating",
+    "server keypool.backups keypool.cli.main keypool.migrating",
     "keypool.__main__",
 )
 RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row.split()}
@@ -255,7 +255,7 @@ def test_settings_reach_nobody_but_those_who_start_the_server_and_document_it() 
     # The dashboard shows the settings themselves.
     assert readers <= {
         "keypool.app",
-        "keypool.cli.backups",
+        "keypool.backups",
         "keypool.dashboard",
         "keypool.in_force",
         "keypool.launch",

@@ -12,7 +12,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from support import ACQUIRE, ADMIN_TOKEN, API, CLIENT_TOKEN, VIEWER_TOKEN, ServerProcess, eventually
 
-from keypool.metrics import METRICS, Described
+from keypool.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 SUFFIX = re.compile(r"_(bucket|sum|count)$")
@@ -92,21 +92,7 @@ OF_DATA_FILE = {
     "keypool_data_file_bytes",
     "keypool_disk_free_bytes",
 }
-
-AGREED = {
-    name: Described(name, kind, "", labels)
-    for name, kind, labels in (
-        ("keypool_commit_age_seconds", "gauge", ""),
-        ("keypool_storage_failing_seconds", "gauge", ""),
-        ("keypool_writer_restarts_total", "counter", ""),
-        ("keypool_data_file_bytes", "gauge", "file"),
-        ("keypool_disk_free_bytes", "gauge", ""),
-        ("keypool_auth_failures_total", "counter", "kind"),
-        ("keypool_log_dropped_total", "counter", ""),
-        ("keypool_clock_steps_total", "counter", ""),
-    )
-}
-"""Metrics that alerts and panels ask for and that are still to come: a name that METRICS has needs no row here."""
+"""Metrics that a pool in memory hasn't."""
 
 
 def test_it_counts_what_happens(server: ServerProcess) -> None:
@@ -263,9 +249,6 @@ def expressions() -> list[tuple[str, str]]:
     return found + [(f"alert {name}", expression) for name, expression in alerts]
 
 
-ASKED = AGREED | BY_NAME
-
-
 @pytest.mark.parametrize(("where", "expression"), expressions(), ids=lambda text: text[:40])
 def test_dashboard_and_alerts_name_metrics_that_exist(where: str, expression: str) -> None:
     """And ask of each what its kind has: buckets of histograms, rates of counters, labels that are there."""
@@ -273,13 +256,13 @@ def test_dashboard_and_alerts_name_metrics_that_exist(where: str, expression: st
     assert names or 'up{job="keypool"}' in expression, where
     described = {}
     for name in names:
-        base = name if name in ASKED else SUFFIX.sub("", name)
-        assert base in ASKED, f"{where}: there is no metric {name}"
-        described[name] = ASKED[base]
-        if ASKED[base].kind == "histogram":
+        base = name if name in BY_NAME else SUFFIX.sub("", name)
+        assert base in BY_NAME, f"{where}: there is no metric {name}"
+        described[name] = BY_NAME[base]
+        if BY_NAME[base].kind == "histogram":
             assert SUFFIX.search(name), f"{where}: {name} is a histogram"
         rated = re.search(rf"(rate|increase)\({name}\b", expression) is not None
-        assert rated is (ASKED[base].kind != "gauge"), f"{where}: rate of {name}"
+        assert rated is (BY_NAME[base].kind != "gauge"), f"{where}: rate of {name}"
     for label in re.findall(r"[{,]\s*(\w+)\s*[=!]", expression):
         assert label == "job" or any(label in each.labels for each in described.values()), f"{where}: {label}"
 
@@ -290,8 +273,7 @@ def test_alerts_and_panels_find_their_metrics_in_a_real_scrape(tmp_path: Path) -
         name
         for _, expression in expressions()
         for name in re.findall(r"\b(?:keypool|process)_[a-z0-9_]+", expression)
-        if (name not in AGREED or name in BY_NAME)
-        and not name.startswith(("keypool_pipeline_", "keypool_clock_"))
+        if not name.startswith(("keypool_pipeline_", "keypool_clock_"))
     }
     with ServerProcess(["--port=0"], cwd=tmp_path) as server:
         found = {name for name, _ in samples(server)}
@@ -301,7 +283,7 @@ def test_alerts_and_panels_find_their_metrics_in_a_real_scrape(tmp_path: Path) -
 def test_every_metric_of_ours_stands_in_the_dashboard() -> None:
     """What is worth counting is worth a look."""
     shown = " ".join(expression for where, expression in expressions() if where.startswith("panel"))
-    names = [name for name in BY_NAME if name.startswith("keypool_") and name not in OF_DATA_FILE]
+    names = [name for name in BY_NAME if name.startswith("keypool_")]
     assert [name for name in names if name not in shown] == []
 
 

@@ -8,8 +8,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +21,6 @@ from support import (
     API,
     CLIENT_TOKEN,
     OTHER_CLIENT_TOKEN,
-    ROOT,
     VIEWER_TOKEN,
     Client,
     ServerProcess,
@@ -218,47 +215,7 @@ def test_lines_say_which_process_they_are_of(start: Start) -> None:
     server = start()
     for number in range(1, COUNT + 1):
         assert f" keypool.valkey: process={number} serving the pool" in server.log
-    assert "keypool: ready on" in server.log
-
-
-_NOTES_SIGHUP = """
-import os, signal, sys
-from keypool.processes import Group
-
-def serve(member):
-    signal.signal(signal.SIGHUP, lambda *_: os.write(1, b"heard %d\\n" % member.index))
-    member.link.settimeout(0.1)
-    member.link.send(b"r")
-    while True:
-        try:
-            return len(member.link.recv(1)) - 1
-        except TimeoutError:
-            member.link.send(b".")
-
-sys.exit(Group(2, "127.0.0.1", 0, 20.0, serve, {}).run())
-"""
-
-
-def test_sighup_is_passed_on(tmp_path: Path) -> None:
-    """To every process, each of which may do something about it; the parent lives on."""
-    said = tmp_path / "said"
-    with said.open("wb") as output:
-        group = subprocess.Popen(
-            [sys.executable, "-c", _NOTES_SIGHUP], stdout=output, cwd=ROOT, start_new_session=True
-        )
-    try:
-        eventually(lambda: len(children_of(group.pid)) == 2, "both are there")
-
-        def heard() -> bool:
-            group.send_signal(signal.SIGHUP)  # before a process has its handler, it does nothing
-            return {b"heard 0", b"heard 1"} <= set(said.read_bytes().splitlines())
-
-        eventually(heard, "both were told")
-        group.send_signal(signal.SIGTERM)
-        assert group.wait(30) == 0
-    finally:
-        group.kill()
-        group.wait()
+    assert "keypool.ready: ready on" in server.log
 
 
 def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> None:

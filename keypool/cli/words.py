@@ -68,13 +68,13 @@ def _server_words(add: Add) -> None:
     words.add_argument(
         "--clear", action="store_true", help="delete first what an unfinished migrate has left in Valkey"
     )
-    words = add("backup", "keypool.cli.backups:backup", "copy the data file while its server runs")
+    words = add("backup", "keypool.backups:backup", "copy the data file while its server runs")
     words.add_argument("file", metavar="FILE", help="the copy, which isn't there yet")
     words.add_argument(
         "--data", metavar="FILE", help="the data file; default as the server: $KEYPOOL_DATA, …"
     )
     words.add_argument("--config", metavar="FILE", help="a TOML file of the server's settings")
-    words = add("verify", "keypool.cli.backups:verify", "check a data file, or a copy of one")
+    words = add("verify", "keypool.backups:verify", "check a data file, or a copy of one")
     words.add_argument("file", metavar="FILE", help="is not changed; a server may have it")
     words = add("completion", "keypool.cli.completing:completion", "print the completion script of a shell")
     words.add_argument("shell", choices=SHELLS)

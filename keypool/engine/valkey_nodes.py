@@ -446,6 +446,8 @@ class Nodes:
             if isinstance(result, BaseException):
                 self._note(address, str(result))
                 continue
+            if not result.up:  # lost while others were being connected to: its trouble is noted, and stays
+                continue
             self._serving[address] = result
             if self._troubles.pop(address, None) is not None and self._of_partition:
                 back = True

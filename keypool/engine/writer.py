@@ -175,6 +175,11 @@ class Writer:
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
             self._database = datafile.connect(self._path)
+            # Before the first commit is answered: from then on a copy without the log lacks something.
+            with contextlib.suppress(
+                OSError, sqlite3.Error
+            ):  # a full disk, for one: the first commit says so
+                datafile.mark_in_use(self._database, self._held)
             self._batches = Batches(self._database)
             self._log = _identity(self._log_path)
         return self._database

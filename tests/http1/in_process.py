@@ -134,7 +134,8 @@ class Reader:
 async def _settled(connection: Connection, transport: _Transport) -> None:
     """Let the connection go on with what it has left for later turns of the loop."""
     for _ in range(_TURNS):
-        if not (transport.paused or (connection._held and connection.mode == READING)):
+        held = connection._held and connection.mode == READING
+        if not (transport.paused or connection._scheduled or held):
             return
         await asyncio.sleep(0)
     raise AssertionError("the connection doesn't go on")

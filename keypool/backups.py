@@ -1,6 +1,6 @@
 """`keypool backup FILE` and `keypool verify FILE`: copies of a data file, on the machine that has it.
 
-They talk to no server. They need its packages, which they import when they are called.
+They talk to no server. They need its packages, so they stand beside the command instead of in it.
 """
 
 from __future__ import annotations
