@@ -92,6 +92,7 @@ class Writer:
         self._log: tuple[int, int] | None = None  # which file the log is, of this connection
         self._measured_at = -_MEASURED_EVERY
         self._database: sqlite3.Connection | None = None
+        self._marked = False
         self._batches: Batches
         self._failed: str | None = None
 
@@ -101,7 +102,7 @@ class Writer:
 
     def commit(self, encoded: list[bytes]) -> Verdict:
         """Write batches in one transaction, all or none."""
-        return self._try(lambda _: self._batches.commit(encoded))
+        return self._try(lambda database: self._commit(database, encoded))
 
     def grant(self, until: int) -> Verdict:
         """Let all keys that would expire before this moment live until then."""
@@ -115,8 +116,7 @@ class Writer:
         """Bring some of what is committed into the tables. If that fails, the next batch does, which says why."""
         try:
             if self._database is not None:
-                with contextlib.suppress(OSError):  # a file without the mark is as good
-                    datafile.mark_in_use(self._database, self._held)
+                self._mark(self._database)
                 self._batches.fold()
         except sqlite3.Error as failure:
             self._drop()
@@ -175,14 +175,22 @@ class Writer:
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
             self._database = datafile.connect(self._path)
-            # Before the first commit is answered: from then on a copy without the log lacks something.
-            with contextlib.suppress(
-                OSError, sqlite3.Error
-            ):  # a full disk, for one: the first commit says so
-                datafile.mark_in_use(self._database, self._held)
+            self._marked = False
             self._batches = Batches(self._database)
             self._log = _identity(self._log_path)
         return self._database
+
+    def _commit(self, database: sqlite3.Connection, encoded: list[bytes]) -> None:
+        if not self._marked:
+            # Before the first commit is answered, since from then on a copy without the log lacks something; and not
+            # before there is one, since a file that is refused stays as it is.
+            self._mark(database)
+            self._marked = True
+        self._batches.commit(encoded)
+
+    def _mark(self, database: sqlite3.Connection) -> None:
+        with contextlib.suppress(OSError):  # a file without the mark is as good
+            datafile.mark_in_use(database, self._held)
 
     @staticmethod
     def _probe(database: sqlite3.Connection) -> None:
