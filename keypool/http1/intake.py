@@ -87,13 +87,17 @@ class Intake(RequestReader):
             return
         self.busy = True
         started = turns.clock()
-        self._until = started + QUANTUM
+        self._until = inf  # a request that comes alone is started at once, without a look at the clock
         consumed = self.recognise(data)
         if consumed < len(data):
+            self._until = started + QUANTUM
             consumed = self.feed(data, consumed)
         elif self.current is None and not self._queue:
             self.busy = False
-            turns.spend(self, started)
+            seconds = turns.clock() - started
+            turns.left -= seconds
+            if seconds > QUANTUM or turns.left < 0:
+                turns.overrun(self, seconds)
             return  # answered: that has settled all
         if self._queue or consumed != len(data) or self._refusal is not None:
             self._held = data[consumed:]
@@ -173,7 +177,7 @@ class Intake(RequestReader):
             and not self.write_paused
             and not self._queue
             and not request.upgrade
-            and self._turns.clock() < self._until
+            and (self._until == inf or self._turns.clock() < self._until)
         ):
             self.start(request)
         else:

@@ -80,6 +80,11 @@ class Turns:
         """Account for the time since `started`, in which a connection without debt was served. O(1), 0.2 µs."""
         seconds = self.clock() - started
         self.left -= seconds
+        if seconds > QUANTUM or self.left < 0:
+            self.overrun(served, seconds)
+
+    def overrun(self, served: Served, seconds: float) -> None:
+        """A connection was served for so long, which is more than its quantum or than was left. O(1)."""
         if seconds > QUANTUM:
             served.debt = seconds - QUANTUM
         if self.left < 0:
