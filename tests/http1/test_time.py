@@ -171,17 +171,20 @@ async def test_a_peer_that_does_not_read_is_cut() -> None:
 
 
 async def test_a_peer_that_reads_slowly_is_served() -> None:
-    """Slow progress is progress, for longer than the time set."""
-    async with serve("http1", Application(), limits=QUICK) as served:
+    """Slow progress is progress, for longer than the time set, which is several times what a single write needs."""
+    limits = Limits(write_seconds=1.5, sweep_seconds=0.075)
+    async with serve("http1", Application(), limits=limits) as served:
         client = await served.connect(limit=256 * 1024)
         await client.send(request("/big", "Connection: close"))
         await client.head()
         size = 0
         start = time.monotonic()
         while size < 8_000_000:
-            size += len(await client.reader.read(500_000))
-            await asyncio.sleep(0.05)
-        assert time.monotonic() - start > 0.6
+            piece = await client.reader.read(400_000)
+            assert piece, f"cut after {size} bytes and {time.monotonic() - start:.1f} s"
+            size += len(piece)
+            await asyncio.sleep(0.1)
+        assert time.monotonic() - start > limits.write_seconds
 
 
 async def test_lingering_is_bounded_in_time() -> None:
