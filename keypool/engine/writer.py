@@ -89,6 +89,9 @@ class Writer:
         self._path = path
         self._held = held
         self._log_path = datafile.log_of(path)
+        # Looked at before each commit, and a stat of a Path takes half as long again.
+        self._name, self._log_name = str(path), str(self._log_path)
+        self._file = _identity(held)
         self._log: tuple[int, int] | None = None  # which file the log is, of this connection
         self._measured_at = -_MEASURED_EVERY
         self._database: sqlite3.Connection | None = None
@@ -145,9 +148,9 @@ class Writer:
 
     def _moved(self) -> str | None:
         """What became of the names of the file and its log, if they name others by now. A few microseconds."""
-        if _identity(self._path) != _identity(self._held):
+        if _identity(self._name) != self._file:
             wrong = _GONE
-        elif self._database is not None and _identity(self._log_path) != self._log:
+        elif self._database is not None and _identity(self._log_name) != self._log:
             wrong = _LOG_GONE
         else:
             return None
@@ -177,7 +180,7 @@ class Writer:
             self._database = datafile.connect(self._path)
             self._marked = False
             self._batches = Batches(self._database)
-            self._log = _identity(self._log_path)
+            self._log = _identity(self._log_name)
         return self._database
 
     def _commit(self, database: sqlite3.Connection, encoded: list[bytes]) -> None:
@@ -212,10 +215,10 @@ class Writer:
                 return  # the log holds what the file lacks: the next open finds it
 
 
-def _identity(file: Path | int) -> tuple[int, int] | None:
+def _identity(file: str | int) -> tuple[int, int] | None:
     """Which file it is, whatever its name; None if there is none by that name, or none can be seen."""
     try:
-        found = os.stat(file)  # noqa: PTH116 - a descriptor or a path
+        found = os.stat(file)  # noqa: PTH116 - a descriptor or a name
     except OSError:
         return None
     return found.st_dev, found.st_ino
