@@ -28,7 +28,7 @@ def backup(args: argparse.Namespace) -> Status:
         words = [f"--{name}={value}" for name in ("data", "config") if (value := getattr(args, name))]
         return back_up(Path(data_file(words, os.environ)), Path(args.file))
 
-    return _say(args, _carefully("backup", do))
+    return _say(args, _carefully(do))
 
 
 def verify(args: argparse.Namespace) -> Status:
@@ -39,21 +39,18 @@ def verify(args: argparse.Namespace) -> Status:
 
         return check(Path(args.file))
 
-    return _say(args, _carefully("verify", do))
+    return _say(args, _carefully(do))
 
 
-def _carefully(command: str, do: Callable[[], Checked]) -> Checked:
+def _carefully(do: Callable[[], Checked]) -> Checked:
+    from keypool.errors import SettingsError, StartError  # noqa: PLC0415
+
     try:
-        from keypool.errors import SettingsError, StartError  # noqa: PLC0415
-
-        try:
-            return do()
-        except SettingsError as error:
-            raise CommandError(str(error), Status.USAGE) from None
-        except StartError as error:
-            raise CommandError(str(error), Status.FAILED) from None
-    except ImportError as error:
-        raise CommandError(f"{command} needs the server's package {error.name}", Status.FAILED) from None
+        return do()
+    except SettingsError as error:
+        raise CommandError(str(error), Status.USAGE) from None
+    except StartError as error:
+        raise CommandError(str(error), Status.FAILED) from None
 
 
 def _say(args: argparse.Namespace, checked: Checked) -> Status:

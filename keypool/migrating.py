@@ -26,14 +26,10 @@ if TYPE_CHECKING:
 
 def migrate(args: argparse.Namespace) -> Status:
     """Move a pool; print what was moved. Raises CommandError."""
-    try:
-        # One end is always in Valkey. Both need packages that the command alone doesn't.
-        from keypool.engine import moving, moving_valkey  # noqa: F401, PLC0415
-        from keypool.errors import SettingsError, StartError  # noqa: PLC0415
-    except ImportError as error:
-        raise CommandError(
-            f"migrate needs the package {error.name}: install keypool-service[server]", Status.FAILED
-        ) from None
+    # One end is always in Valkey. Both need packages that the command alone doesn't.
+    from keypool.engine import moving, moving_valkey  # noqa: F401, PLC0415
+    from keypool.errors import SettingsError, StartError  # noqa: PLC0415
+
     args.source, args.target = _place(args.source), _place(args.target)
     if _is_url(args.source) == _is_url(args.target):
         raise CommandError(

@@ -81,6 +81,13 @@ def _environment() -> dict[str, str]:
     return kept
 
 
+def _keypool(fresh: Path, cwd: Path, word: str, *, check: bool) -> subprocess.CompletedProcess[str]:
+    """What the installed command prints for a word, in an empty folder."""
+    return subprocess.run(
+        [fresh / "keypool", word], capture_output=True, text=True, cwd=cwd, env=_environment(), check=check
+    )
+
+
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
@@ -155,34 +162,13 @@ def test_client_and_command_need_nothing_else(fresh: Path, tmp_path: Path) -> No
     ran = subprocess.run([fresh / "python", "-W", "error", "-c", code], capture_output=True, text=True,
                          cwd=tmp_path, env=_environment(), check=True)  # fmt: skip
     assert ran.stdout == "KeyPool('http://127.0.0.1:8888')\n"
-    helped = subprocess.run(
-        [fresh / "keypool", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=_environment(),
-        check=True,
-    )
+    helped = _keypool(fresh, tmp_path, "--help", check=True)
     assert "serve" in helped.stdout
-    wanting = subprocess.run(
-        [fresh / "keypool", "serve"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=_environment(),
-        check=False,
-    )
+    wanting = _keypool(fresh, tmp_path, "serve", check=False)
     assert wanting.returncode == 1
     assert "keypool-service[server]" in wanting.stderr
     assert len(wanting.stderr.splitlines()) == 1
-    events = subprocess.run(
-        [fresh / "keypool", "events"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=_environment(),
-        check=False,
-    )
+    events = _keypool(fresh, tmp_path, "events", check=False)
     assert (events.returncode, len(events.stderr.splitlines())) == (1, 1), events.stderr
     assert "tornado" in events.stderr
 

@@ -58,6 +58,8 @@ def guarded(do: Callable[[], int]) -> int:
         return _fail(_said(error), status_of(error))
     except ValueError as error:
         return _fail(str(error), Status.USAGE)
+    except ImportError as error:  # commands import what they need when they are asked for
+        return _missing(error)
     return int(status)
 
 
@@ -75,16 +77,8 @@ def _before_command(words: Sequence[str]) -> Sequence[str]:
 
 
 def _load(name: str) -> Callable[..., Any]:
-    """Import a command's function. Raises CommandError if a package that it needs isn't installed."""
-    from keypool.cli.status import CommandError, Status  # noqa: PLC0415 - see the module
-
     module, _, function = name.partition(":")
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise CommandError(
-            f"this command needs the package {error.name}: install keypool-service[server]", Status.FAILED
-        ) from None
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 
 
@@ -92,14 +86,21 @@ def _serve(words: Sequence[str]) -> int:
     from keypool.early_exit import end_quietly  # noqa: PLC0415 - not for other commands
 
     end_quietly()
-    from keypool.cli.status import CommandError  # noqa: PLC0415 - see the module
-
     try:
         launch = _load("keypool.launch:main")
-    except CommandError as error:
-        return _fail(str(error), error.status)
+    except ImportError as error:
+        return _missing(error)
     words = ["--log-format=json" if word == "--json" else word for word in words]
     return int(launch(words, "keypool serve"))
+
+
+def _missing(error: ImportError) -> int:
+    """Say which package isn't installed: the client and most commands need none."""
+    from keypool.cli.status import Status  # noqa: PLC0415 - see the module
+
+    return _fail(
+        f"this command needs the package {error.name}: install keypool-service[server]", Status.FAILED
+    )
 
 
 def _fail(line: str, status: int) -> int:

@@ -99,9 +99,8 @@ class Begun:
     """A request that passed the checks of its head, or the error that it met there."""
 
     error: KeypoolError | None = None
-    route: Route | None = (
-        None  # known before its checks are made; none for OPTIONS, and where there is no call
-    )
+    # Known before its checks are made; none for OPTIONS, and where there is no call.
+    route: Route | None = None
     call: Call | None = None
     known: Known | None = None
     legacy = False
