@@ -17,10 +17,10 @@ from typing import TypeVar
 from bench.mix import BATCH, Mix
 from bench.process import preemptions
 from bench.report import mean, percentile
-from keypool.answers import Lease
-from keypool.cursor import ListQuery
+from keypool.api.operations import MAX_BATCH
+from keypool.core.answers import Lease
+from keypool.core.cursor import ListQuery
 from keypool.engine import Engine
-from keypool.operations import MAX_BATCH
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -27,12 +27,13 @@ from bench.process import Child, ChildFailed, on_loop, pipe
 from bench.report import Table, Targets, machine, median, percentile, size, span
 from bench.scripts import generates, keepalives, mixed, pairs, some_texts
 from bench.stall import Stall, StallProbe
-from keypool import logs, runtime
-from keypool.app import make_app
-from keypool.auth import Access
-from keypool.engine.durable import open_durable
+from keypool.api.auth import Access
+from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.fast import FastServer
+from keypool.http.http1_server import FastServer
+from keypool.ops import logs
+from keypool.server import runtime
+from keypool.server.app import make_app
 
 QUICK = ["--keys=20000", "--rounds=3", "--seconds=1"]
 SHARE, STALL, BYTES = 0.7, 0.025, 150

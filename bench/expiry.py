@@ -20,11 +20,11 @@ from bench.process import ChildFailed, in_child, on_loop
 from bench.report import Table, Targets, machine, percentile, size, span
 from bench.stall import Collections, Stall, StallProbe
 from bench.watch import Front, Watch
-from keypool import runtime
+from keypool.core.errors import NoKeyAvailable
+from keypool.core.events import Change
+from keypool.core.keys import Key, random_text
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.errors import NoKeyAvailable
-from keypool.events import Change
-from keypool.keys import Key, random_text
+from keypool.server import runtime
 
 QUICK = ["--crowd=20000"]
 STALL, LATE, EARLY = 0.025, 0.050, 0.005

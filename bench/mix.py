@@ -11,10 +11,10 @@ import random
 from collections import deque
 from collections.abc import Container, Iterable
 
-from keypool.answers import GeneratedKey, Lease
-from keypool.cursor import ListQuery
+from keypool.core.answers import GeneratedKey, Lease
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import NoKeyAvailable, StaleLease, UnknownKey
 from keypool.engine import Engine
-from keypool.errors import NoKeyAvailable, StaleLease, UnknownKey
 
 SAMPLE = 50_000
 BATCH = 100

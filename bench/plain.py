@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 
-from keypool.engine.valkey_scripts import keys_of, scripts
+from keypool.engine.valkey.scripts import keys_of, scripts
 
 BLOCK, LIFE = 60_000_000, 3_600_000_000  # microseconds
 

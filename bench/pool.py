@@ -20,8 +20,8 @@ from bench.naive import NaiveMeasured, measure_naive
 from bench.process import in_child, on_loop, rss
 from bench.report import Table, Targets, machine, size, span
 from bench.stall import Collections, Stall, StallProbe
-from keypool import runtime
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.server import runtime
 
 QUICK = ["--sizes=1000,100000", "--rounds=1"]
 RATIO, STALL, BYTES = 1.5, 0.025, 1600

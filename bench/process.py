@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from keypool import runtime
+from keypool.server import runtime
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from bench.process import rss
 from bench.report import Table, Targets, machine, megabytes, size, span
-from keypool.engine import datafile
-from keypool.engine.batches import Batches
-from keypool.engine.datafile import Batch, encode
-from keypool.keys import random_text
+from keypool.core.keys import random_text
+from keypool.engine.durable import datafile
+from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable.datafile import Batch, encode
 
 QUICK = ["--keys=200000"]
 FIRST, FURTHER = 10.0, 8.0  # seconds: a million keys, and what a million more may add

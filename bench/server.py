@@ -24,12 +24,13 @@ from bench.load import Address
 from bench.mix import Mix
 from bench.process import Child, ChildFailed, first_core, pipe, rss
 from bench.stall import Collections, Stall, StallProbe
-from keypool import logs, runtime
-from keypool.app import make_app
-from keypool.auth import Access
+from keypool.api.auth import Access
+from keypool.config.limits import MAX_HEAD
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.limits import MAX_HEAD
-from keypool.serving import SERVERS, HttpServer
+from keypool.ops import logs
+from keypool.server import runtime
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS, HttpServer
 
 CONSTANT = b'{"id":421337,"key":"5TRxAbCdEfGhIjKlMnOp","lease":171717,"release_in":60.0,"expires_in":281.4}'
 _READY_SECONDS = 120

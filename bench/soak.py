@@ -19,9 +19,9 @@ from bench.mix import Mix
 from bench.process import Child, in_child, last_core, on_loop, rss
 from bench.report import Table, Targets, machine, megabytes
 from bench.server import Pool, Server
-from keypool import runtime
+from keypool.core.errors import NoKeyAvailable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.errors import NoKeyAvailable
+from keypool.server import runtime
 
 QUICK: list[str] = []
 FULL = 10

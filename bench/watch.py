@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import deque
 from itertools import islice
 
+from keypool.core.errors import UnknownKey
+from keypool.core.events import Change
+from keypool.core.keys import Key, State
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.errors import UnknownKey
-from keypool.events import Change
-from keypool.keys import Key, State
 
 TOLERANCE = 0.005
 """Seconds before its deadline that a key may be released or purged."""

@@ -22,9 +22,9 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
 from tornado.ioloop import IOLoop
 
+from keypool.core.index import BucketListener
+from keypool.core.pool import Listener, Pool
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.index import BucketListener
-from keypool.pool import Listener, Pool
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -16,10 +16,10 @@ import msgspec
 import pytest
 from engine_support import Call, HeldTimers, Moment, make_engine, turns
 
-from keypool.engine import durable
-from keypool.engine.datafile import Batch
-from keypool.engine.journal import Journal
-from keypool.engine.writer import Kind, Verdict
+from keypool.engine.durable import opening as durable
+from keypool.engine.durable.datafile import Batch
+from keypool.engine.durable.journal import Journal
+from keypool.engine.durable.writer import Kind, Verdict
 
 FULL: Final = "database or disk is full"
 
@@ -96,7 +96,7 @@ def hold_writers(monkeypatch: pytest.MonkeyPatch) -> list[HeldWriter]:
             started.append(HeldWriter(answered, lost))
             return started[-1]
 
-    monkeypatch.setattr("keypool.engine.journal.WriterLink", Link)
+    monkeypatch.setattr("keypool.engine.durable.journal.WriterLink", Link)
     return started
 
 

@@ -22,17 +22,19 @@ from tornado.web import Application
 from valkey_support import engine_on
 from valkeys import Valkey, with_pool
 
-from keypool import session, wrong_tokens
-from keypool.app import make_app
-from keypool.auth import Access
-from keypool.engine.durable import open_durable
+from keypool.api import wrong_tokens
+from keypool.api.auth import Access
+from keypool.api.dispatch import Dispatcher
+from keypool.config.limits import Limits
+from keypool.config.proxies import TrustedProxies
+from keypool.core.errors import StorageUnavailable
+from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.errors import StorageUnavailable
-from keypool.handlers.dispatch import Dispatcher
-from keypool.limits import Doorman, Limits
-from keypool.proxies import TrustedProxies
-from keypool.serving import SERVERS
-from keypool.session import LIFE, MOST_ENDED, Sessions
+from keypool.http.http1.connection_limiter import ConnectionLimiter
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS
+from keypool.web import session
+from keypool.web.session import LIFE, MOST_ENDED, Sessions
 
 ADMIN, VIEWER, CLIENT, WRONG = "admin-token-0001", "viewer-token-001", "client-token-001", "wrong-token-0001"
 TOKENS = Access(client=[CLIENT], viewer=[VIEWER], admin=[ADMIN])
@@ -601,7 +603,7 @@ def test_each_request_of_a_connection_has_its_own_caller() -> None:
 
 def test_a_trusted_proxy_may_have_more_connections_than_an_address() -> None:
     """Its connections are many callers'."""
-    doorman = Doorman(Limits(connections_per_address=2), TrustedProxies(TRUSTED))
+    doorman = ConnectionLimiter(Limits(connections_per_address=2), TrustedProxies(TRUSTED))
     assert all(doorman.enter("198.51.100.7") for _ in range(5))
     assert [doorman.enter("203.0.113.1") for _ in range(3)] == [True, True, False]
 

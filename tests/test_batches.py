@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 from engine_support import open_held
 
-from keypool.engine import batches, datafile
-from keypool.engine.batches import Batches
-from keypool.engine.datafile import Batch, Row, encode
-from keypool.engine.writer import Verdict, Writer
-from keypool.errors import StartError
+from keypool.core.errors import StartError
+from keypool.engine.durable import compaction as batches
+from keypool.engine.durable import datafile
+from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable.datafile import Batch, Row, encode
+from keypool.engine.durable.writer import Verdict, Writer
 
 
 class Model:

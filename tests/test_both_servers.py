@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import pytest
 from tornado.netutil import bind_sockets
 
-from keypool.app import make_app
-from keypool.auth import Access
+from keypool.api.auth import Access
+from keypool.config.limits import DISCARDED, MAX_BODY, MAX_HEADERS, MAX_TARGET
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.limits import DISCARDED, MAX_BODY, MAX_HEADERS, MAX_TARGET
-from keypool.serving import SERVERS
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS
 
 ADMIN, VIEWER, CLIENT = "a" * 16, "v" * 16, "c" * 16
 KEY = "Key{:017d}"

@@ -16,7 +16,6 @@ from client_support import KINDS, Driver, clean, url_of
 from conftest import Start
 from support import ADMIN_TOKEN, CLIENT_TOKEN, ROOT, VIEWER_TOKEN, ServerProcess
 
-from keypool import errors as server_errors
 from keypool.client import (
     BadRequest,
     Forbidden,
@@ -33,6 +32,7 @@ from keypool.client import (
     Unreachable,
 )
 from keypool.client import errors as client_errors
+from keypool.core import errors as server_errors
 
 
 @pytest.fixture(params=KINDS)
@@ -271,7 +271,7 @@ def test_no_module_of_the_client_imports_the_server() -> None:
             for module in _imported(path):
                 if path.name == "words.py" and module == "keypool":
                     continue  # the version
-                assert not re.match(r"keypool(?!\.(client|cli|launch|with_parent|early_exit)\b)", module), (
+                assert not re.match(r"keypool(?!\.(client|cli|pdeathsig|early_exit)\b)", module), (
                     f"{path}: {module}"
                 )
 

@@ -18,8 +18,8 @@ from support import ServerProcess, eventually
 from keypool.client import AsyncKeyPool, KeyPool, Retry
 from keypool.client.by_tornado import TornadoTransport
 from keypool.client.rounds import Rounds
-from keypool.errors import SettingsError
-from keypool.settings import load
+from keypool.config.settings import load
+from keypool.core.errors import SettingsError
 
 LIFE = 5.0
 """Keepalive seconds. A round comes every third of it, so a key dies only when this process, or the server, is kept

@@ -22,8 +22,8 @@ import pytest
 from crash import COUNTERS, Crasher, Ledger, Seen, Span, Stale, Story, Unblock, examine, judge
 from support import API, ROOT, Client
 
-from keypool.engine import datafile
-from keypool.engine.batches import Batches
+from keypool.engine.durable import datafile
+from keypool.engine.durable.compaction import Batches
 
 ROUNDS: list[dict[str, Any]] = [{}, {"writer_kills": 2}, {"both": True}, {}, {"both": True}, {"answers": 500}]
 
@@ -635,7 +635,7 @@ HASTY_SERVER = """
     connect = sqlite3.connect
     sqlite3.connect = lambda *rest, **named: connect(*rest, factory=Slow, **named)
     if any(word.endswith("server.py") for word in sys.orig_argv):
-        from keypool.engine.journal import Journal
+        from keypool.engine.durable.journal import Journal
         for name in ("commit_of", "commit_of_text", "commit_of_all"):
             setattr(Journal, name, lambda *rest: None)
 """

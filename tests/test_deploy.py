@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from keypool.limits import MAX_BODY, Limits
-from keypool.operations import MAX_WAIT
-from keypool.settings import OPTIONS
+from keypool.api.operations import MAX_WAIT
+from keypool.config.limits import MAX_BODY, Limits
+from keypool.config.settings import OPTIONS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from support import Answer, Client, ServerProcess
 
-from keypool import errors
-from keypool.handlers.legacy import LEGACY
-from keypool.operations import OPERATIONS, Operation
-from keypool.reference import DOCS, TABLES, with_tables
-from keypool.settings import OPTIONS, Option
+from keypool.api.first_version import LEGACY
+from keypool.api.operations import OPERATIONS, Operation
+from keypool.api.reference import DOCS, TABLES, with_tables
+from keypool.config.settings import OPTIONS, Option
+from keypool.core import errors
 
 ROOT = DOCS.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")])
@@ -67,9 +67,9 @@ def test_the_readme_transcript_runs_as_it_is_shown(server: ServerProcess) -> Non
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_code(page: Path) -> None:
-    """`python -m keypool.reference` would change nothing."""
+    """`python -m keypool.api.reference` would change nothing."""
     text = page.read_text(encoding="utf-8")
-    assert with_tables(text) == text, f"run: python -m keypool.reference, and commit {page.name}"
+    assert with_tables(text) == text, f"run: python -m keypool.api.reference, and commit {page.name}"
 
 
 def test_every_table_stands_in_a_page() -> None:

@@ -30,13 +30,13 @@ from engine_support import (
     turns_until,
 )
 
-from keypool import pool as pool_module
-from keypool.answers import Identity, Lease, Row, Stats
-from keypool.auth import Caller, Role
-from keypool.cursor import ListQuery
-from keypool.engine import Engine
-from keypool.engine.embedded import RECENT_EVENTS, EmbeddedEngine
-from keypool.errors import (
+from keypool.api.auth import Caller, Role
+from keypool.api.first_version import LEGACY
+from keypool.api.operations import Call as ApiCall
+from keypool.core import pool as pool_module
+from keypool.core.answers import Identity, Lease, Row, Stats
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import (
     BadRequest,
     Draining,
     KeypoolError,
@@ -46,10 +46,10 @@ from keypool.errors import (
     TooManyWaiters,
     UnknownKey,
 )
-from keypool.handlers.legacy import LEGACY
-from keypool.keys import Key, State, hint
-from keypool.operations import Call as ApiCall
-from keypool.pool import SETTLED_AT_ONCE
+from keypool.core.keys import Key, State, hint
+from keypool.core.pool import SETTLED_AT_ONCE
+from keypool.engine import Engine
+from keypool.engine.embedded import RECENT_EVENTS, EmbeddedEngine
 
 
 class Held:

@@ -30,11 +30,11 @@ from support import (
 )
 from viewing import FEED, Closed, Viewer
 
-from keypool import feed
-from keypool.answers import Stats
-from keypool.errors import StorageUnavailable
-from keypool.feed import Feed
-from keypool.history import History
+from keypool.core.answers import Stats
+from keypool.core.errors import StorageUnavailable
+from keypool.web import feed
+from keypool.web.feed import Feed
+from keypool.web.history import History
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import struct
 import pytest
 from tornado.netutil import bind_sockets
 
-from keypool.app import make_app
-from keypool.auth import Access
+from keypool.api.auth import Access
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.serving import SERVERS
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS
 
 HANDSHAKE = (
     b"GET /api/v1/feed HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from keypool.answers import Stats
-from keypool.charts import HEIGHT, area, composition, means, nice, path
-from keypool.history import MINUTES, SECONDS, History, Series
-from keypool.pool import Pool
-from keypool.throttle import ADDRESSES, OF_ALL, TokenBuckets
+from keypool.api.throttle import ADDRESSES, OF_ALL, TokenBuckets
+from keypool.core.answers import Stats
+from keypool.core.pool import Pool
+from keypool.web.charts import HEIGHT, area, composition, means, nice, path
+from keypool.web.history import MINUTES, SECONDS, History, Series
 
 NOON = 1_800_000_000.0  # a whole minute
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sortedcontainers import SortedDict
 
-from keypool import index as index_module
-from keypool.index import DeadlineBucket, DeadlineIndex, IdIndex, TextIndex
-from keypool.keys import ALPHABET, Key
+from keypool.core import index as index_module
+from keypool.core.index import DeadlineBucket, DeadlineIndex, IdIndex, TextIndex
+from keypool.core.keys import ALPHABET, Key
 
 FULL = 3
 SETTINGS = settings(

@@ -38,14 +38,15 @@ from engine_support import Call, Moment, on_loop, open_held, turns, turns_until
 from held_writer import FULL, Held, HeldWriter, Part, hold_writers, ids, logged, run, started
 from support import ACQUIRE, API, LATE, ROOT, Answer, Client, ServerProcess, eventually, run_server
 
-from keypool.cursor import ListQuery
-from keypool.engine import datafile, durable, journal
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import NoKeyAvailable, StaleLease, StartError, StorageUnavailable, UnknownKey
 from keypool.engine.clock import make_clock
-from keypool.engine.datafile import Batch, encode
-from keypool.engine.durable import open_durable
+from keypool.engine.durable import datafile, journal
+from keypool.engine.durable import opening as durable
+from keypool.engine.durable.datafile import Batch, encode
+from keypool.engine.durable.opening import open_durable
+from keypool.engine.durable.writer import HEADER, Kind, Verdict, Writer, frame
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.writer import HEADER, Kind, Verdict, Writer, frame
-from keypool.errors import NoKeyAvailable, StaleLease, StartError, StorageUnavailable, UnknownKey
 
 T = TypeVar("T")
 
@@ -873,7 +874,7 @@ class WriterProcess:
         held = open_held(path)
         self.process = subprocess.Popen(
             [
-                *(*command, sys.executable, "-m", "keypool.engine.writer"),
+                *(*command, sys.executable, "-m", "keypool.engine.durable.writer"),
                 *(str(number) for number in (theirs.fileno(), held, os.getpid())), str(path),
             ],
             pass_fds=[theirs.fileno(), held, *inherit],

@@ -1,7 +1,8 @@
-"""Arrows point down only: what may import what, read from the source.
+"""Arrows point down only: which room may import which, read from the source.
 
-`LAYERS` is the house from the cellar up. A module imports from rows below its own, never from its own row or one
-above, so there is no circle either. A new module fails here until it has its place.
+`FLOORS` lists the rooms, which are packages, from the bottom up. A module imports from its own room and from floors
+below, never from a floor above, and within a room or a floor no modules import each other in a circle. A new module
+has its place by the folder it stands in; only a new room needs a row here.
 """
 
 from __future__ import annotations
@@ -16,113 +17,43 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LAYERS = (
-    "keypool",  # the version
-    "keypool.with_parent keypool.early_exit",
-    # The client, which knows nothing of the server
-    "keypool.client.clock keypool.client.errors",
-    "keypool.client.wire keypool.client.shapes",
-    "keypool.client.blocking keypool.client.calls keypool.client.held keypool.client.signals",
-    "keypool.client.by_aiohttp keypool.client.by_tornado keypool.client.retry",
-    "keypool.client.gather keypool.client.loop_signals",
-    "keypool.client.rounds keypool.client.sending keypool.client.caller",
-    "keypool.client.async_caller keypool.client.keeper keypool.client.lease",
-    "keypool.client.async_keeper keypool.client.async_lease keypool.client.pool",
-    "keypool.client.async_pool",
+FLOORS = (
+    "keypool",  # the version, and what a process does before anything else
     "keypool.client",
-    "keypool.cli keypool.cli.forwarding",
-    "keypool.cli.status keypool.cli.output keypool.cli.progress",
-    "keypool.cli.connect keypool.cli.words",
-    "keypool.cli.keys keypool.cli.running keypool.cli.completing",
-    "keypool.cli.following keypool.cli.watching",
-    # The server
-    "keypool.resources keypool.log_writer",
-    "keypool.errors keypool.tally keypool.limits keypool.notify keypool.proxies",
-    "keypool.http1.responses keypool.http1.awake keypool.http1.turns",
-    "keypool.http1.peer keypool.http1.section keypool.http1.stream",
-    "keypool.http1.request",
-    "keypool.http1.link keypool.http1.rules",
-    "keypool.http1.exchange keypool.http1.reader",
-    "keypool.http1.intake",
-    "keypool.http1.connection",
-    "keypool.http1.server",
-    "keypool.http1",
-    "keypool.keys",
-    "keypool.index keypool.events keypool.answers keypool.logs",
-    "keypool.pool",
-    "keypool.cursor",
-    "keypool.engine",  # the protocol
-    "keypool.engine.valkey_url keypool.engine.valkey_scripts",
-    "keypool.engine.valkey_link keypool.engine.valkey_waiters",
-    "keypool.engine.valkey_look keypool.engine.valkey_nodes",
-    "keypool.engine.valkey_partitions keypool.engine.valkey_presence keypool.engine.valkey_wake",
-    "keypool.engine.valkey_looks",
-    "keypool.engine.valkey_draws keypool.engine.valkey_making keypool.engine.valkey_pages",
+    "keypool.cli",
+    "keypool.core",
+    "keypool.ops",
+    "keypool.engine keypool.engine.durable",
     "keypool.engine.valkey",
-    "keypool.engine.valkey_open",
-    "keypool.engine.clock keypool.engine.commit keypool.engine.datafile keypool.engine.loading keypool.engine.timers",
-    "keypool.engine.batches keypool.engine.copying keypool.engine.moving",
-    "keypool.engine.writer",
-    "keypool.engine.link keypool.engine.moving_valkey",
-    "keypool.engine.journal",
-    "keypool.engine.embedded",
-    "keypool.engine.durable",
-    "keypool.assets keypool.history keypool.throttle keypool.vitals",
-    "keypool.charts keypool.feed",
-    "keypool.auth keypool.kinds",
-    "keypool.audit",
-    "keypool.session keypool.tokens keypool.operations keypool.wrong_tokens",
-    "keypool.curl keypool.token_reload",
-    "keypool.settings",
-    "keypool.in_force",
-    "keypool.dashboard",
-    "keypool.handlers",
-    "keypool.handlers.access keypool.handlers.calls",
-    "keypool.metrics",
-    "keypool.handlers.inflight keypool.handlers.problems keypool.handlers.steps keypool.handlers.wording",
-    "keypool.beside",
-    "keypool.openapi",
-    "keypool.handlers.dispatch keypool.handlers.legacy",
-    "keypool.handlers.api",
-    "keypool.handlers.pages keypool.handlers.raw",
-    "keypool.fast keypool.stock",
-    "keypool.handlers.dashboard keypool.handlers.feed keypool.handlers.scrape keypool.handlers.static",
-    "keypool.handlers.signin",
-    "keypool.app keypool.reference keypool.station",
-    "keypool.processes keypool.runtime keypool.serving",
-    "keypool.launch",
-    "server keypool.backups keypool.cli.main keypool.migrating",
-    "keypool.__main__",
+    "keypool.engine.migrate keypool.config",
+    "keypool.http.http1",
+    "keypool.api",
+    "keypool.http",
+    "keypool.web",
+    "keypool.server",
 )
-RANKS = {module: rank for rank, row in enumerate(LAYERS) for module in row.split()}
+FLOOR_OF = {room: floor for floor, row in enumerate(FLOORS) for room in row.split()}
 
-FOR_TYPES = {
-    ("keypool.keys", "keypool.index"),
-    ("keypool.http1.request", "keypool.http1.exchange"),
-    ("keypool.http1.request", "keypool.http1.reader"),
-    ("keypool.http1.exchange", "keypool.http1.connection"),
-    *(
-        (f"keypool.http1.{part}", "keypool.http1.server")
-        for part in ("link", "reader", "intake", "connection")
-    ),
-}
-"""Arrows up that no program follows: a key's fields hold its places in the orders, and name their type; what
-a connection is made of names the connection and the server that it is part of."""
+PROGRAMS = ("server", "keypool.__main__")
+"""What is started, above all rooms: nothing imports it."""
 
 OUTSIDE = ("tornado", "asyncio", "sqlite3", "time", "threading", "socket")
 """What the rules and all below them know nothing of."""
 
 BANS = {
     # module: (what it must not import, directly or through others, because)
-    "keypool.pool": (OUTSIDE, "rules are pure: no I/O, no clock, no loop"),
-    "keypool.operations": (
-        ("tornado", "sqlite3", "http", "keypool.handlers", "keypool.settings"),
+    "keypool.core.pool": (OUTSIDE, "rules are pure: no I/O, no clock, no loop"),
+    "keypool.api.operations": (
+        ("tornado", "sqlite3", "http", "keypool.http", "keypool.web", "keypool.config.settings"),
         "a call knows the engine's protocol and no HTTP",
     ),
-    "keypool.engine.embedded": (("keypool.settings", "keypool.auth", "keypool.operations"), "it is told"),
-    "keypool.engine.writer": (("tornado", "asyncio"), "a process that does one thing starts fast"),
-    "keypool.handlers.dispatch": (
-        ("tornado", "sqlite3", "socket", "keypool.engine.embedded", "keypool.settings"),
+    "keypool.engine.embedded": (
+        ("keypool.config.settings", "keypool.api.auth", "keypool.api.operations"),
+        "it is told",
+    ),
+    "keypool.engine.durable.writer": (("tornado", "asyncio"), "a process that does one thing starts fast"),
+    "keypool.api.dispatch": (
+        ("tornado", "sqlite3", "socket", "keypool.engine.embedded", "keypool.config.settings"),
         "HTTP's part of the API serves any engine on any HTTP server",
     ),
 }
@@ -199,35 +130,35 @@ def names(target: str, banned: str) -> bool:
 # ------------------------------------------------------------------------------------------------------- arrows
 
 
-@pytest.mark.parametrize("module", modules().values(), ids=lambda module: module.name)
-def test_a_module_imports_only_from_below(module: Module) -> None:
-    """And has a place in the table."""
-    assert module.name in RANKS, (
-        f"{module.name} has no place in LAYERS: give it one, above all that it imports"
-    )
-    for target in sorted(module.imports):
-        if target in modules():
-            assert RANKS.get(target, -1) < RANKS[module.name], (
-                f"{module.name} imports {target}, which is not below it: rows {RANKS[module.name]}, "
-                f"{RANKS.get(target)}"
-            )
+def room_of(name: str) -> str:
+    """The package that a module stands in; a package's own module stands in itself."""
+    return name if name in FLOOR_OF else name.rpartition(".")[0]
 
 
-def test_no_arrow_points_up_for_annotations_but_those_that_are_named() -> None:
-    """They cost no circle, but a reader follows them all the same."""
-    up = {
-        (module.name, target)
-        for module in modules().values()
-        for target in module.for_types
-        if target in modules() and RANKS.get(target, -1) >= RANKS.get(module.name, -1)
-    }
-    assert up == FOR_TYPES
+@pytest.mark.parametrize("room", FLOOR_OF)
+def test_a_room_imports_only_from_its_own_floor_and_those_below(room: str) -> None:
+    """For annotations, too: a reader follows those as well."""
+    for module in modules().values():
+        if module.name in PROGRAMS or room_of(module.name) != room:
+            continue
+        for target in sorted(module.imports | module.for_types):
+            if target in modules():
+                assert FLOOR_OF.get(room_of(target), len(FLOORS)) <= FLOOR_OF[room], (
+                    f"{module.name} imports {target}, which is in a room above it"
+                )
 
 
-def test_the_table_names_no_module_that_is_gone() -> None:
-    """Nor one twice."""
-    assert RANKS.keys() <= modules().keys(), f"no such module: {sorted(RANKS.keys() - modules().keys())}"
-    assert len(RANKS) == sum(len(row.split()) for row in LAYERS), "a module has two places"
+def test_every_module_stands_in_a_room() -> None:
+    """A new package gets its floor in the table, and a package that is gone leaves it."""
+    rooms = {room_of(name) for name in modules() if name not in PROGRAMS}
+    assert rooms == FLOOR_OF.keys()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not within a room either."""
+    for name in modules():
+        for target in modules()[name].imports & modules().keys():
+            assert name not in reached(target), f"a circle: {' -> '.join([name, *reached(target)[name]])}"
 
 
 # --------------------------------------------------------------------------------------------------------- bans
@@ -242,7 +173,9 @@ def test_a_module_knows_nothing_of_what_is_not_its_business(name: str) -> None:
             assert not names(target, ban), f"{' -> '.join(way)}: {because}"
 
 
-@pytest.mark.parametrize("name", [name for name in reached("keypool.pool") if name.startswith("keypool")])
+@pytest.mark.parametrize(
+    "name", [name for name in reached("keypool.core.pool") if name.startswith("keypool")]
+)
 def test_nothing_below_the_rules_knows_of_the_world_outside(name: str) -> None:
     """Each by itself, so that the failure names the one."""
     outside = [target for target in modules()[name].imports if any(names(target, ban) for ban in OUTSIDE)]
@@ -251,16 +184,16 @@ def test_nothing_below_the_rules_knows_of_the_world_outside(name: str) -> None:
 
 def test_settings_reach_nobody_but_those_who_start_the_server_and_document_it() -> None:
     """Whoever else needs a setting is given its value."""
-    readers = {module.name for module in modules().values() if "keypool.settings" in module.imports}
+    readers = {module.name for module in modules().values() if "keypool.config.settings" in module.imports}
     # The dashboard shows the settings themselves.
     assert readers <= {
-        "keypool.app",
-        "keypool.backups",
-        "keypool.dashboard",
-        "keypool.in_force",
-        "keypool.launch",
-        "keypool.reference",
-        "keypool.serving",
+        "keypool.server.app",
+        "keypool.server.backup_command",
+        "keypool.web.dashboard",
+        "keypool.config.effective_settings",
+        "keypool.server.launch",
+        "keypool.api.reference",
+        "keypool.server.serving",
     }
 
 
@@ -271,7 +204,7 @@ def test_only_the_timers_and_their_engine_name_tornados_loop() -> None:
         for module in modules().values()
         if any(names(target, "tornado.ioloop") for target in module.imports)
     }
-    assert users <= {"keypool.engine.timers", "keypool.engine.embedded", "keypool.notify"}
+    assert users <= {"keypool.engine.timers", "keypool.engine.embedded", "keypool.server.sd_notify"}
 
 
 def test_only_the_data_file_and_its_writer_speak_to_sqlite() -> None:
@@ -281,7 +214,9 @@ def test_only_the_data_file_and_its_writer_speak_to_sqlite() -> None:
         for module in modules().values()
         if any(names(target, "sqlite3") for target in module.imports)
     }
-    assert users <= {f"keypool.engine.{name}" for name in ("batches", "copying", "datafile", "writer")}
+    assert users <= {
+        f"keypool.engine.durable.{name}" for name in ("compaction", "copying", "datafile", "writer")
+    }
 
 
 # ----------------------------------------------------------------------------------------------- the test's own
@@ -290,11 +225,11 @@ def test_only_the_data_file_and_its_writer_speak_to_sqlite() -> None:
 def test_this_reads_imports_as_python_does() -> None:
     """In functions too, of submodules by name, and it finds what is there."""
     imports = {name: module.imports for name, module in modules().items()}
-    assert "keypool.engine.datafile" in imports["keypool.engine.journal"], (
+    assert "keypool.engine.durable.datafile" in imports["keypool.engine.durable.journal"], (
         "from keypool.engine import datafile"
     )
-    assert "uvloop" in imports["keypool.runtime"], "an import inside a function"
-    assert "keypool.index" in modules()["keypool.keys"].for_types
-    assert "keypool.index" not in imports["keypool.keys"]
-    assert "keypool.errors" in reached("keypool.pool")
-    assert "msgspec" in reached("keypool.pool"), "through events"
+    assert "uvloop" in imports["keypool.server.runtime"], "an import inside a function"
+    assert "keypool.core.index" in modules()["keypool.core.keys"].for_types
+    assert "keypool.core.index" not in imports["keypool.core.keys"]
+    assert "keypool.core.errors" in reached("keypool.core.pool")
+    assert "msgspec" in reached("keypool.core.pool"), "through events"

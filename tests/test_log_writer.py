@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 from support import eventually
 
-from keypool.log_writer import LogWriter
-from keypool.logs import JsonFormatter, QueueingHandler
+from keypool.ops.log_writer import LogWriter
+from keypool.ops.logs import JsonFormatter, QueueingHandler
 
 LINE = b"%05d " + b"x" * 93 + b"\n"
 ROOM = 50 * len(LINE % 0)

@@ -29,8 +29,8 @@ from support import (
 )
 from test_fuzz import MAKERS, Range
 
-from keypool import logs
-from keypool.logs import JsonFormatter, TextFormatter
+from keypool.ops import logs
+from keypool.ops.logs import JsonFormatter, TextFormatter
 
 SHOTS = 1500
 FORMATS = pytest.mark.parametrize("form", ["text", "json"])

@@ -12,7 +12,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from support import ACQUIRE, ADMIN_TOKEN, API, CLIENT_TOKEN, VIEWER_TOKEN, ServerProcess, eventually
 
-from keypool.metrics import METRICS
+from keypool.ops.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 SUFFIX = re.compile(r"_(bucket|sum|count)$")

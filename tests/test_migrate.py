@@ -19,7 +19,7 @@ import pytest
 from support import API, ROOT, ServerProcess, clean_environment, eventually
 from valkeys import Cluster, Valkey, with_pool
 
-from keypool.engine.valkey_scripts import keys_of
+from keypool.engine.valkey.scripts import keys_of
 
 _pools = itertools.count()
 COUNTERS = ("generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused")

@@ -1,5 +1,5 @@
 """What the server makes dies by reference count: a full garbage collection, which would walk every key, finds
-nothing to do, and so the server can do without (keypool/runtime.py).
+nothing to do, and so the server can do without (keypool/server/runtime.py).
 
 The real application runs on a loopback socket in this process, with the collector off, and is driven through
 each kind of request some hundred times. Then the collector says what was left, by type: a cycle a
@@ -27,12 +27,12 @@ import pytest
 from engine_support import quiet, turns_until
 from tornado.netutil import bind_sockets
 
-from keypool import wrong_tokens
-from keypool.app import make_app
-from keypool.auth import Access
-from keypool.engine.durable import open_durable
+from keypool.api import wrong_tokens
+from keypool.api.auth import Access
+from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.serving import SERVERS, HttpServer
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS, HttpServer
 
 API: Final = "/api/v1"
 make_server = SERVERS["fast"]

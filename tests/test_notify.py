@@ -11,7 +11,7 @@ import pytest
 from conftest import Start
 from support import API
 
-from keypool.notify import Notifier
+from keypool.server.sd_notify import Notifier
 
 
 class Manager:

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from openapi_spec_validator import validate
 from support import ADMIN_TOKEN, API, ROUTES, Client, ServerProcess
 
-from keypool.handlers.legacy import LEGACY
-from keypool.openapi import describing, document
-from keypool.operations import OPERATIONS
+from keypool.api.first_version import LEGACY
+from keypool.api.openapi import describing, document
+from keypool.api.operations import OPERATIONS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its own dependencies deprecate is no concern of ours

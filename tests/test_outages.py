@@ -19,14 +19,15 @@ import pytest
 from engine_support import Call, make_pool, on_loop, open_held, turns, turns_until
 from held_writer import FULL, Held, HeldWriter, hold_writers, logged, run
 
-from keypool.cursor import ListQuery
-from keypool.engine import datafile, embedded, journal
-from keypool.engine.datafile import Batch, encode
-from keypool.engine.durable import open_durable
-from keypool.engine.journal import State
-from keypool.engine.writer import Verdict, Writer
-from keypool.errors import NoKeyAvailable, StartError, StorageUnavailable, UnknownKey
-from keypool.pool import Pool
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import NoKeyAvailable, StartError, StorageUnavailable, UnknownKey
+from keypool.core.pool import Pool
+from keypool.engine import embedded
+from keypool.engine.durable import datafile, journal
+from keypool.engine.durable.datafile import Batch, encode
+from keypool.engine.durable.journal import State
+from keypool.engine.durable.opening import open_durable
+from keypool.engine.durable.writer import Verdict, Writer
 
 
 @pytest.fixture
@@ -477,7 +478,7 @@ def test_a_writer_that_does_not_start_is_one_line(
             asyncio.get_running_loop().call_soon(writer.die)
             return writer
 
-        monkeypatch.setattr("keypool.engine.journal.WriterLink.start", start)
+        monkeypatch.setattr("keypool.engine.durable.journal.WriterLink.start", start)
         path = tmp_path / "keypool.db"
         with pytest.raises(StartError, match=f"{path}.*(Too many open files|writer process died)"):
             await open_durable(path, 0.0)

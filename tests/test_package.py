@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import ROOT
 
-from keypool import __version__, resources
+from keypool import __version__
+from keypool.web import resources
 
 pytest.importorskip("setuptools")
 
@@ -98,7 +99,10 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     } <= names
     for path in (ROOT / "keypool").rglob("*.py"):
         assert path.relative_to(ROOT).as_posix() in names
-    lua = {f"keypool/engine/lua/{path.name}" for path in (ROOT / "keypool/engine/lua").glob("*.lua")}
+    lua = {
+        f"keypool/engine/valkey/lua/{path.name}"
+        for path in (ROOT / "keypool/engine/valkey/lua").glob("*.lua")
+    }
     assert lua
     assert lua <= names
     assert {"keypool/_web/templates/probe/page.html", "keypool/_web/static/probe/style.css"} <= names
@@ -200,7 +204,7 @@ def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
         if process.stderr is not None:
             process.stderr.close()
         link.unlink()
-    code = "from keypool import resources; print(resources.folder('templates')); print(resources.folder('static'))"
+    code = "from keypool.web import resources; print(resources.folder('templates')); print(resources.folder('static'))"
     ran = subprocess.run(
         [fresh / "python", "-c", code],
         capture_output=True,

@@ -20,12 +20,12 @@ from engine_support import BLOCK, KEEPALIVE, START, make_pool, serial_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from keypool import index
-from keypool.cursor import ListQuery, decode, encode, page_query
-from keypool.errors import BadRequest, PoolFull, StaleLease, UnknownKey
-from keypool.events import Change, tell
-from keypool.keys import ALPHABET, DEAD, Key, State, hint, random_text
-from keypool.pool import EXAMINED, SETTLED_AT_ONCE, KeyPage, PageQuery, Pool, state_of
+from keypool.core import index
+from keypool.core.cursor import ListQuery, decode, encode, page_query
+from keypool.core.errors import BadRequest, PoolFull, StaleLease, UnknownKey
+from keypool.core.events import Change, tell
+from keypool.core.keys import ALPHABET, DEAD, Key, State, hint, random_text
+from keypool.core.pool import EXAMINED, SETTLED_AT_ONCE, KeyPage, PageQuery, Pool, state_of
 
 NOW = START
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

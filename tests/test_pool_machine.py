@@ -27,12 +27,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from keypool import pool as pool_module
-from keypool.errors import PoolFull, StaleLease, UnknownKey
-from keypool.events import Change
-from keypool.index import DeadlineBucket
-from keypool.keys import DEAD, Key, State
-from keypool.pool import PageQuery, state_of
+from keypool.core import pool as pool_module
+from keypool.core.errors import PoolFull, StaleLease, UnknownKey
+from keypool.core.events import Change
+from keypool.core.index import DeadlineBucket
+from keypool.core.keys import DEAD, Key, State
+from keypool.core.pool import PageQuery, state_of
 
 MAX_KEYS = 10
 EXAMINED = 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support import ADMIN_TOKEN, CLIENT_TOKEN, run_server
 
-from keypool.settings import OPTIONS
+from keypool.config.settings import OPTIONS
 
 
 def test_it_shows_each_value_and_where_it_comes_from(tmp_path: Path) -> None:

@@ -19,12 +19,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import keypool
-from keypool import launch
-from keypool.auth import is_loopback
-from keypool.errors import SettingsError, StartError
-from keypool.kinds import Address, Choice, DataFile, EngineName, File, Proxies, Seconds, Text, Whole
-from keypool.settings import OPTIONS, Option, Settings, load, settings_table
-from keypool.tokens import exposed_files
+from keypool.config.proxies import is_loopback
+from keypool.config.setting_types import (
+    Address,
+    Choice,
+    DataFile,
+    EngineName,
+    File,
+    Proxies,
+    Seconds,
+    Text,
+    Whole,
+)
+from keypool.config.settings import OPTIONS, Option, Settings, load, settings_table
+from keypool.config.tokens import exposed_files
+from keypool.core.errors import SettingsError, StartError
+from keypool.server import launch
 
 TOKEN, OTHER = "client-token-0123456789", "viewer-token-0123456789"
 BY_NAME = {option.name: option for option in OPTIONS}

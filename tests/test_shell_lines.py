@@ -23,7 +23,7 @@ from support import (
 )
 from test_dashboard import fetch, sign_in
 
-from keypool.operations import OPERATIONS
+from keypool.api.operations import OPERATIONS
 
 pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
 

@@ -23,12 +23,13 @@ import pytest
 import uvloop
 from tornado.netutil import bind_sockets
 
-from keypool import limits
-from keypool.app import make_app
-from keypool.auth import Access
+from keypool.api.auth import Access
+from keypool.config import limits
+from keypool.config.limits import Limits
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.limits import Doorman, Limits
-from keypool.serving import SERVERS, HttpServer
+from keypool.http.http1.connection_limiter import ConnectionLimiter
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS, HttpServer
 
 SOON, NEVER = 0.1, 3600.0
 make_server = SERVERS["fast"]
@@ -468,7 +469,7 @@ def test_viewers_leave_room_for_callers(monkeypatch: pytest.MonkeyPatch) -> None
     """Half of the connections that there may be; one viewer more is 429, whatever --max-viewers says."""
     few = lasting(connections=3)
     monkeypatch.setattr(
-        "keypool.dashboard.allowed_viewers", lambda wanted, of: limits.allowed_viewers(wanted, few)
+        "keypool.web.dashboard.allowed_viewers", lambda wanted, of: limits.allowed_viewers(wanted, few)
     )
 
     async def test() -> None:
@@ -519,7 +520,7 @@ def test_without_descriptors_the_log_has_one_line(caplog: pytest.LogCaptureFixtu
 
 def test_an_address_has_its_share_and_loopback_is_not_counted() -> None:
     """An IPv6 network of 64 bits is one address; an IPv4 one in IPv6's clothes is itself."""
-    doorman = Doorman(Limits(connections_per_address=2))
+    doorman = ConnectionLimiter(Limits(connections_per_address=2))
     assert [doorman.enter("192.0.2.1") for _ in range(3)] == [True, True, False]
     assert not doorman.enter("::ffff:192.0.2.1")
     assert [doorman.enter(f"2001:db8::{host}") for host in "123"] == [True, True, False]

@@ -27,13 +27,13 @@ from engine_support import (
 )
 from tornado.ioloop import IOLoop
 
-from keypool import index
+from keypool.core import index
+from keypool.core.events import Change
+from keypool.core.index import DeadlineIndex
+from keypool.core.keys import Key
+from keypool.core.pool import SETTLED_AT_ONCE, Pool
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.timers import MARGIN, Timers
-from keypool.events import Change
-from keypool.index import DeadlineIndex
-from keypool.keys import Key
-from keypool.pool import SETTLED_AT_ONCE, Pool
 
 Test = Callable[[], Awaitable[None]]
 BLOCK, KEEPALIVE = 60.0, 300.0

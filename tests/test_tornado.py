@@ -18,9 +18,9 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 
-from keypool.app import make_app
-from keypool.auth import Access
+from keypool.api.auth import Access
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.server.app import make_app
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

@@ -24,16 +24,17 @@ from test_pool_machine import Fact
 from valkey_support import age, check, engine_on, eventually, on_loop, script_calls
 from valkeys import Cluster, Valkey, with_pool
 
-from keypool.answers import Lease
-from keypool.cursor import ListQuery
-from keypool.engine import valkey_looks, valkey_scripts
-from keypool.engine.valkey import ValkeyEngine
-from keypool.engine.valkey_link import Lost
-from keypool.engine.valkey_making import Turns
-from keypool.engine.valkey_nodes import Job
-from keypool.engine.valkey_scripts import Script, keys_of
-from keypool.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
-from keypool.keys import State
+from keypool.core.answers import Lease
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
+from keypool.core.keys import State
+from keypool.engine.valkey import poller as valkey_looks
+from keypool.engine.valkey import scripts as valkey_scripts
+from keypool.engine.valkey.creation import Turns
+from keypool.engine.valkey.engine import ValkeyEngine
+from keypool.engine.valkey.link import Lost
+from keypool.engine.valkey.nodes import Job
+from keypool.engine.valkey.scripts import Script, keys_of
 
 BLOCK, KEEPALIVE = 60.0, 300.0
 _UNLIKELY = 1e-7
@@ -71,7 +72,7 @@ def settling(patch: pytest.MonkeyPatch, at_once: int) -> None:
         text = script.text.replace("local SETTLED = 32", f"local SETTLED = {at_once}")
         sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
         made[script.name] = Script(script.name, text, sha)
-    patch.setattr("keypool.engine.valkey_nodes.scripts", lambda: made)
+    patch.setattr("keypool.engine.valkey.nodes.scripts", lambda: made)
     patch.setattr(valkey_looks, "_SWEPT", at_once)
 
 

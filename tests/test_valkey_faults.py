@@ -23,11 +23,11 @@ from support import eventually as eventually_blocking
 from valkey_support import age, check, engine_on, eventually, on_loop
 from valkeys import Cluster, Valkey
 
-from keypool.cursor import ListQuery
-from keypool.engine.valkey import ValkeyEngine
-from keypool.engine.valkey_link import Link
-from keypool.engine.valkey_scripts import keys_of, slot_of
-from keypool.errors import KeypoolError, StartError, StorageUnavailable
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import KeypoolError, StartError, StorageUnavailable
+from keypool.engine.valkey.engine import ValkeyEngine
+from keypool.engine.valkey.link import Link
+from keypool.engine.valkey.scripts import keys_of, slot_of
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import msgspec
 from engine_support import quiet
 from valkeys import Valkey
 
-from keypool.engine.valkey import ValkeyEngine
-from keypool.engine.valkey_open import open_valkey
-from keypool.engine.valkey_scripts import keys_of
-from keypool.engine.valkey_url import parse
-from keypool.errors import KeypoolError
+from keypool.core.errors import KeypoolError
+from keypool.engine.valkey.engine import ValkeyEngine
+from keypool.engine.valkey.opening import open_valkey
+from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.url import parse
 
 P = ParamSpec("P")
 

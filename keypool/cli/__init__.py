@@ -13,5 +13,5 @@
     completing.py   completion for bash, zsh and fish
 
 A command that talks to a server needs the standard library only; `serve`, `events` and `migrate` (which is
-keypool/migrating.py) import what they need when they are asked for.
+keypool/server/migrate_command.py) import what they need when they are asked for.
 """

@@ -87,7 +87,7 @@ def _serve(words: Sequence[str]) -> int:
 
     end_quietly()
     try:
-        launch = _load("keypool.launch:main")
+        launch = _load("keypool.server.launch:main")
     except ImportError as error:
         return _missing(error)
     words = ["--log-format=json" if word == "--json" else word for word in words]

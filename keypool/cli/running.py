@@ -25,7 +25,7 @@ from keypool.cli.connect import connect
 from keypool.cli.forwarding import Foreground, signals_for
 from keypool.cli.status import CommandError, Status
 from keypool.client import HeldKey, KeyPoolError, LeaseLost
-from keypool.with_parent import end_with_parent
+from keypool.pdeathsig import end_with_parent
 
 _GRACE = 5.0  # seconds between asking a command to end and ending it
 

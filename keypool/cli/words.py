@@ -46,8 +46,10 @@ Add = Callable[[str, str, str], argparse.ArgumentParser]
 
 def _server_words(add: Add) -> None:
     # Its flags are the server's own, and are read by it: main.py calls it before this parser.
-    add("serve", "keypool.launch:main", "run a server; --help after it lists its settings")
-    words = add("migrate", "keypool.migrating:migrate", "move a pool: data file to Valkey, or back")
+    add("serve", "keypool.server.launch:main", "run a server; --help after it lists its settings")
+    words = add(
+        "migrate", "keypool.server.migrate_command:migrate", "move a pool: data file to Valkey, or back"
+    )
     words.add_argument(
         "--from", dest="source", required=True, metavar="PLACE", help="a data file, a URL, or env:VARIABLE"
     )
@@ -68,13 +70,13 @@ def _server_words(add: Add) -> None:
     words.add_argument(
         "--clear", action="store_true", help="delete first what an unfinished migrate has left in Valkey"
     )
-    words = add("backup", "keypool.backups:backup", "copy the data file while its server runs")
+    words = add("backup", "keypool.server.backup_command:backup", "copy the data file while its server runs")
     words.add_argument("file", metavar="FILE", help="the copy, which isn't there yet")
     words.add_argument(
         "--data", metavar="FILE", help="the data file; default as the server: $KEYPOOL_DATA, …"
     )
     words.add_argument("--config", metavar="FILE", help="a TOML file of the server's settings")
-    words = add("verify", "keypool.backups:verify", "check a data file, or a copy of one")
+    words = add("verify", "keypool.server.backup_command:verify", "check a data file, or a copy of one")
     words.add_argument("file", metavar="FILE", help="is not changed; a server may have it")
     words = add("completion", "keypool.cli.completing:completion", "print the completion script of a shell")
     words.add_argument("shell", choices=SHELLS)

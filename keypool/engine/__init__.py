@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from keypool.answers import (
+from keypool.core.answers import (
     EndedLease,
     GeneratedKey,
     Identity,
@@ -27,9 +27,9 @@ from keypool.answers import (
     Stats,
     Unblocked,
 )
-from keypool.cursor import ListQuery
-from keypool.events import Event
-from keypool.tally import Tally
+from keypool.core.cursor import ListQuery
+from keypool.core.events import Event
+from keypool.ops.histogram import Tally
 
 NOTE = "note."
 """What the names of notes (`keep_notes`) begin with where they are kept among the pool's own numbers."""

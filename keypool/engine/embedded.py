@@ -18,7 +18,7 @@ from typing import NoReturn
 from tornado.ioloop import IOLoop
 
 from keypool import __version__
-from keypool.answers import (
+from keypool.core.answers import (
     EndedLease,
     GeneratedKey,
     Identity,
@@ -31,13 +31,8 @@ from keypool.answers import (
     Stats,
     Unblocked,
 )
-from keypool.cursor import ListQuery, encode, page_query
-from keypool.engine import Timed
-from keypool.engine.clock import make_clock
-from keypool.engine.commit import Commit
-from keypool.engine.journal import Journal
-from keypool.engine.timers import Timers
-from keypool.errors import (
+from keypool.core.cursor import ListQuery, encode, page_query
+from keypool.core.errors import (
     Draining,
     NoKeyAvailable,
     StaleLease,
@@ -45,10 +40,15 @@ from keypool.errors import (
     TooManyWaiters,
     UnknownKey,
 )
-from keypool.events import Change, Event, Happened, latest
-from keypool.keys import Key, State, moment, random_text
-from keypool.pool import Pool
-from keypool.tally import SECONDS, SECONDS_OF_WAIT, Tally
+from keypool.core.events import Change, Event, Happened, latest
+from keypool.core.keys import Key, State, moment, random_text
+from keypool.core.pool import Pool
+from keypool.engine import Timed
+from keypool.engine.clock import make_clock
+from keypool.engine.durable.commit import Commit
+from keypool.engine.durable.journal import Journal
+from keypool.engine.timers import Timers
+from keypool.ops.histogram import SECONDS, SECONDS_OF_WAIT, Tally
 
 RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from keypool import errors
-from keypool.tally import Tally
+from keypool.core import errors
+from keypool.ops.histogram import Tally
 
 
 class Loading:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 from tornado.ioloop import IOLoop
 
-from keypool.index import DeadlineBucket
+from keypool.core.index import DeadlineBucket
 
 MARGIN = 0.002
 """Seconds after the end of a bucket at which its timer fires: uvloop may be 1.3 ms early."""

@@ -1,4 +1,4 @@
-// The charts, drawn over and over into the paths that the server has drawn first (keypool/charts.py): what is changed
+// The charts, drawn over and over into the paths that the server has drawn first (keypool/web/charts.py): what is changed
 // here is changed there. Once a second, and only what is in sight.
 //
 // Pointing at a chart, or the arrow keys when it has the focus, tells the numbers of a moment in its legend. What

@@ -26,7 +26,7 @@ export function hear(moment) {
   offset = Math.max(...samples.map((sample) => sample.difference));
 }
 
-/** A length of time as a countdown shows it: 4:07. The same as length() in keypool/dashboard.py. */
+/** A length of time as a countdown shows it: 4:07. The same as length() in keypool/web/dashboard.py. */
 export function spell(seconds) {
   const whole = Math.max(0, Math.ceil(seconds));
   const two = (part) => String(part).padStart(2, "0");

@@ -1,7 +1,7 @@
 // What the page knows of the pool: the latest numbers, the series behind the charts, the latest events.
 //
 // It begins with a hello and goes on with deltas. Rates are counted here, second by second, from the counters that
-// each frame brings, in the shape that the server keeps them (keypool/history.py). What this module does not do:
+// each frame brings, in the shape that the server keeps them (keypool/web/history.py). What this module does not do:
 // connect (feed.js), or draw (pages).
 
 import { now } from "./clock.js";

@@ -4,7 +4,7 @@
 
 const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 1 });
 
-/** A count as people read it: thousands apart. The same as number() in keypool/dashboard.py. */
+/** A count as people read it: thousands apart. The same as number() in keypool/web/dashboard.py. */
 export function number(value) {
   return grouped.format(value);
 }

@@ -13,8 +13,8 @@ from typing import Any
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
-from keypool.http1 import Server
-from keypool.limits import Limits
+from keypool.config.limits import Limits
+from keypool.http.http1 import Server
 
 
 @dataclass

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from tornado import web
 
-from keypool.http1 import RawDelegate, Refusal, Request, Server
-from keypool.http1.connection import Connection
-from keypool.http1.link import LINGERING, READING
-from keypool.limits import Limits
+from keypool.config.limits import Limits
+from keypool.http.http1 import RawDelegate, Refusal, Request, Server
+from keypool.http.http1.connection import Connection
+from keypool.http.http1.link import LINGERING, READING
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 END = b"\r\n\r\n"

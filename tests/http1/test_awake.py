@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from keypool.http1.awake import MOMENT, QUICK, Awake
+from keypool.http.http1.busy_poll import MOMENT, QUICK, Awake
 
 
 class Watched:

@@ -15,7 +15,7 @@ from tornado import web
 
 from http1.harness import Client, Served, chunked, request, serve, turns, until
 from http1.test_websocket import Echo, frame, message, opened
-from keypool.http1 import ANSWERED, RawDelegate, Request
+from keypool.http.http1 import ANSWERED, RawDelegate, Request
 
 ROUNDS = int(os.environ.get("ROUNDS", "100"))
 
@@ -201,7 +201,7 @@ async def test_no_cycles_are_left(work: Callable[[Served], Awaitable[None]]) -> 
         await until(lambda: served.server.open_connections == 0)
         await turns(60)
         found = await _collected(served, work)
-        ours = {name: n for name, n in found.items() if name.startswith(("keypool.http1.", "httptools"))}
+        ours = {name: n for name, n in found.items() if name.startswith(("keypool.http.http1.", "httptools"))}
         assert ours == {}
         assert found.get("http1.test_garbage.Kept", 0) == 0
 
@@ -219,7 +219,7 @@ async def test_an_aborted_streamed_upload_leaves_tornados_own_cycle(kind: str) -
         await turns(60)
         found = await _collected(served, _aborted_upload)
         assert found["http1.test_garbage.Upload"] == ROUNDS
-        assert found["keypool.http1.request.Request"] == 0
+        assert found["keypool.http.http1.request.Request"] == 0
         assert found["uvloop.loop.TCPTransport"] == 0
 
 

@@ -12,7 +12,7 @@ from tornado import httputil, web
 from tornado.iostream import StreamClosedError
 
 from http1.harness import chunked, request, serve, until
-from keypool.proxies import TrustedProxies
+from keypool.config.proxies import TrustedProxies
 
 
 class Echo(web.RequestHandler):

@@ -8,8 +8,8 @@ import pytest
 from tornado import web
 
 from http1.harness import request, serve, turns, until
-from keypool.http1 import ANSWERED, RawDelegate, Request
-from keypool.limits import Limits
+from keypool.config.limits import Limits
+from keypool.http.http1 import ANSWERED, RawDelegate, Request
 
 HOST = b"Host: localhost\r\n"
 POST = b"POST / HTTP/1.1\r\n" + HOST

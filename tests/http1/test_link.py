@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from tornado import web
 
-from keypool.http1 import Server
-from keypool.http1.connection import Connection
-from keypool.http1.link import CLOSING, CORK
+from keypool.http.http1 import Server
+from keypool.http.http1.connection import Connection
+from keypool.http.http1.link import CLOSING, CORK
 
 
 class Transport(asyncio.Transport):

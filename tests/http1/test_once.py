@@ -14,7 +14,7 @@ import pytest
 
 from http1.harness import chunked, request
 from http1.in_process import WORDS, Outcome, Reader, Taken, behind_each_head, cut, mutated
-from keypool.http1.reader import RequestReader
+from keypool.http.http1.reader import RequestReader
 
 MUTATIONS = int(os.environ.get("KEYPOOL_MUTATIONS", "1500"))
 SEEDS = 10

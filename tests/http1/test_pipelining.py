@@ -9,7 +9,7 @@ import pytest
 from tornado import web
 
 from http1.harness import chunked, request, serve, turns, until
-from keypool.http1 import ANSWERED, RawDelegate, Request
+from keypool.http.http1 import ANSWERED, RawDelegate, Request
 
 
 class Handler(web.RequestHandler):

@@ -9,7 +9,7 @@ import pytest
 from tornado import web
 
 from http1.harness import chunked, request, serve, until
-from keypool.http1 import ANSWERED, RawDelegate, Refusal, Request, date_line
+from keypool.http.http1 import ANSWERED, RawDelegate, Refusal, Request, date_line
 
 
 def ok(body: bytes, *lines: bytes) -> bytes:

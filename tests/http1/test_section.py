@@ -7,9 +7,9 @@ import random
 import pytest
 
 from http1.harness import Client, request, serve
-from keypool.http1 import RawDelegate, Request
-from keypool.http1.reader import RequestReader
-from keypool.limits import Limits
+from keypool.config.limits import Limits
+from keypool.http.http1 import RawDelegate, Request
+from keypool.http.http1.reader import RequestReader
 
 from .test_hostile import HOST, REFUSED, SMUGGLED
 from .test_split import Application, converse

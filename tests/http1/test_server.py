@@ -13,8 +13,8 @@ from tornado.httpserver import HTTPServer
 
 from http1.harness import Client, Served, request, serve, until
 from http1.test_websocket import Echo, frame, message, opened
-from keypool.http1 import RawDelegate, Request, Server
-from keypool.limits import Limits
+from keypool.config.limits import Limits
+from keypool.http.http1 import RawDelegate, Request, Server
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 

@@ -11,7 +11,7 @@ import pytest
 from tornado import web
 
 from http1.harness import Client, chunked, request, serve, turns
-from keypool.http1 import RawDelegate, Request
+from keypool.http.http1 import RawDelegate, Request
 
 from .test_hostile import REFUSED
 

@@ -10,9 +10,9 @@ import pytest
 from tornado import web
 
 from http1.harness import chunked, request, serve, until
-from keypool.http1 import ANSWERED, RawDelegate, Refusal, Request
-from keypool.http1.connection import Connection
-from keypool.limits import Limits
+from keypool.config.limits import Limits
+from keypool.http.http1 import ANSWERED, RawDelegate, Refusal, Request
+from keypool.http.http1.connection import Connection
 
 QUICK = Limits(
     idle_seconds=0.3,

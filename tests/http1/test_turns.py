@@ -11,8 +11,8 @@ import pytest
 from tornado import web
 
 from http1.harness import request, serve, until
-from keypool.http1 import ANSWERED, RawDelegate, Request
-from keypool.http1.turns import BUDGET, QUANTUM, Turns
+from keypool.http.http1 import ANSWERED, RawDelegate, Request
+from keypool.http.http1.turns import BUDGET, QUANTUM, Turns
 
 LONG = 3.3 * QUANTUM
 SHORT = QUANTUM / 10

@@ -12,7 +12,7 @@ from tornado import web, websocket
 from tornado.iostream import StreamClosedError
 
 from http1.harness import Client, request, serve, turns, until
-from keypool.limits import Limits
+from keypool.config.limits import Limits
 
 UPGRADE = (
     "Connection: Upgrade",
@@ -312,7 +312,7 @@ async def test_without_descriptors_an_upgrade_ends_the_connection(
 
     async with serve("http1", application([])) as served:
         client = await served.connect()
-        monkeypatch.setattr("keypool.http1.stream.os.dup", no_dup)
+        monkeypatch.setattr("keypool.http.http1.stream.os.dup", no_dup)
         await client.send(request("/ws", *UPGRADE))
         assert await client.closed()
         monkeypatch.undo()

@@ -1,0 +1,157 @@
+"""The paths of the first version of this service, whose clients work unchanged.
+
+They are operations like the others, in other words: each does what the call beside it does. Errors carry a
+`message` beside the members of a problem.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from keypool.api.operations import (
+    ADMIN,
+    CLIENT,
+    VIEWER,
+    Call,
+    Operation,
+    delete_audited,
+    generate_audited,
+    unblock_audited,
+)
+from keypool.core.answers import Answer
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import BadRequest, NoKeyAvailable, PoolFull, UnknownKey
+from keypool.engine import Engine
+
+_UNKNOWN = "Kindly send key to be updated, given key does not exist"
+
+
+class ApiKey(Answer):
+    """A key, as the first version showed it."""
+
+    api_key: str
+
+
+class Message(Answer):
+    """What happened, in words."""
+
+    message: str
+
+
+class KeyQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """How the first version named a key."""
+
+    api_key: Annotated[str, Meta(description="the key")] = ""
+
+
+class UnknownApiKey(BadRequest):
+    """An unknown key, as the first version answered it."""
+
+    def __init__(self) -> None:
+        super().__init__("no such key: api_key must be a key that lives")
+        self.message = _UNKNOWN
+
+
+async def _generate(engine: Engine, call: Call) -> ApiKey:
+    return ApiKey((await generate_audited(engine, call)).key)
+
+
+async def _acquire(engine: Engine, call: Call) -> ApiKey:
+    return ApiKey((await engine.acquire(None, 0)).key)
+
+
+async def _acquire_head(engine: Engine, call: Call) -> Any:
+    """HEAD tells whether there is a key and takes none: without the body nobody could give it back."""
+    soonest = await engine.page(ListQuery(order="release", limit=1))
+    if not (await engine.stats()).available:
+        raise NoKeyAvailable(soonest.keys[0].release_in if soonest.keys else None)
+    return Message("a key is available")
+
+
+async def _unblock(engine: Engine, call: Call) -> Message:
+    try:
+        await unblock_audited(engine, call, call.query.api_key)
+    except UnknownKey:
+        raise UnknownApiKey from None
+    return Message("the key is available again")
+
+
+async def _delete(engine: Engine, call: Call) -> Message:
+    try:
+        await delete_audited(engine, call, call.query.api_key)
+    except UnknownKey:
+        raise UnknownApiKey from None
+    return Message("the key was purged")
+
+
+async def _scheduler(engine: Engine, call: Call) -> Message:
+    return Message("there is nothing to start: the timers always run")
+
+
+_PATH = "/random_api_key"
+
+LEGACY: tuple[Operation, ...] = (
+    Operation(
+        "legacy-generate",
+        "POST",
+        _PATH,
+        ADMIN,
+        "generate, as the first version had it.",
+        _generate,
+        ApiKey,
+        created=(ApiKey,),
+        errors=(PoolFull,),
+        legacy=True,
+    ),
+    Operation(
+        "legacy-acquire",
+        "GET",
+        _PATH,
+        CLIENT,
+        "acquire, as the first version had it: a GET that blocks a key.",
+        _acquire,
+        ApiKey,
+        errors=(NoKeyAvailable,),
+        legacy=True,
+        head=_acquire_head,
+        acquires=True,
+    ),
+    Operation(
+        "legacy-unblock",
+        "PUT",
+        _PATH,
+        CLIENT,
+        "unblock, as the first version had it.",
+        _unblock,
+        Message,
+        query=KeyQuery,
+        errors=(BadRequest,),
+        legacy=True,
+    ),
+    Operation(
+        "legacy-delete",
+        "DELETE",
+        _PATH,
+        ADMIN,
+        "delete, as the first version had it.",
+        _delete,
+        Message,
+        query=KeyQuery,
+        errors=(BadRequest,),
+        legacy=True,
+    ),
+    Operation(
+        "legacy-start-scheduler",
+        "GET",
+        "/start_scheduler",
+        VIEWER,
+        "Nothing to start: the timers always run.",
+        _scheduler,
+        Message,
+        legacy=True,
+        changes=False,
+    ),
+)

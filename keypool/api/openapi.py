@@ -1,0 +1,207 @@
+"""OpenAPI 3.1 of the whole API, derived from operations.py: nothing is described here that isn't there.
+
+The document is made once, when it is first asked for. JSON Schema comes from msgspec, which validates the bodies
+by the same types. What isn't an operation (pages, the feed) is described in beside.py.
+
+OpenAPI can't say everything: which query parameters go together, and that unknown ones are refused, stands in the
+descriptions and in docs/api.md.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from keypool import __version__
+from keypool.api.openapi_paths import HEADERS, LOCATION, OF_ALL, beside, problem
+from keypool.api.operations import ANYONE, Call, Operation
+from keypool.api.problems import status_of
+from keypool.core import errors
+from keypool.core.errors import KeypoolError
+from keypool.engine import Engine
+
+BASE = "/api/v1"
+_REF = "#/components/schemas/{name}"
+
+# What any call may be refused with, whatever it does.
+_EVERYWHERE = (
+    errors.BadRequest,
+    errors.CrossSite,
+    errors.WrongHost,
+    errors.RequestTimeout,
+    errors.PayloadTooLarge,
+    errors.UnsupportedMediaType,
+    errors.UriTooLong,
+    errors.HeadersTooLarge,
+    errors.Loading,
+    errors.StorageUnavailable,
+    errors.Loading,
+    KeypoolError,
+)
+_WITH_ROLE = (errors.Unauthorized, errors.Forbidden)
+_KEY = {
+    "name": "key",
+    "in": "path",
+    "required": True,
+    "description": "the key itself or, for viewers and admins, its public id written id:N",
+    "schema": {"type": "string", "pattern": "^([A-Za-z0-9]{16,64}|id:[0-9]{1,18})$"},
+}
+
+
+class Problem(msgspec.Struct):
+    """RFC 9457 problem details. Compare `code`; `detail` says what was wrong and what would be right."""
+
+    type: str
+    code: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    retry_after: float | msgspec.UnsetType = msgspec.UNSET
+    message: str | msgspec.UnsetType = msgspec.UNSET
+
+
+def describing(operations: Iterable[Operation], open: bool) -> Operation:
+    """The operation that answers with the document of these operations and itself; `open` is without tokens."""
+
+    @cache
+    def made() -> dict[str, Any]:
+        return document((*operations, described), open)
+
+    async def run(engine: Engine, call: Call) -> dict[str, Any]:
+        return made()
+
+    described = Operation(
+        "openapi", "GET", "/openapi.json", ANYONE, "This document.", run, dict[str, Any], changes=False
+    )
+    return described
+
+
+def document(operations: Iterable[Operation], open: bool) -> dict[str, Any]:
+    """The OpenAPI document of these operations, on a server with tokens or without."""
+    operations = tuple(operations)
+    schemas, components = _schemas(operations)
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        path = paths.setdefault(f"{BASE}{operation.path}", {})
+        path[operation.method.lower()] = _operation(operation, schemas, open)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "keypool",
+            "version": __version__,
+            "description": "Makes API keys, lends each to one worker at a time, purges what nobody keeps alive.",
+        },
+        "servers": [{"url": "/"}],
+        "security": [],  # where an operation says nothing of it
+        "paths": paths | beside(schemas[Problem], open),
+        "components": {
+            "schemas": components,
+            "headers": HEADERS,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(operation: Operation, schemas: dict[Any, Any], open: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "responses": _responses(operation, schemas, open),
+    }
+    if operation.roles:
+        described["description"] = f"Roles: {', '.join(sorted(operation.roles))}."
+    if not open:
+        described["security"] = [{"token": []}] if operation.roles else []
+    parameters = _parameters(operation)
+    if parameters:
+        described["parameters"] = parameters
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": operation.body_required,
+            "content": {"application/json": {"schema": schemas[operation.body]}},
+        }
+    return described
+
+
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = [_KEY] if "{key}" in operation.path else []
+    if operation.query is not None:
+        _, components = msgspec.json.schema_components([operation.query])
+        for name, schema in components[operation.query.__name__]["properties"].items():
+            parameters.append({"name": name, "in": "query", "schema": _without_null(schema)})
+    return parameters
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter is given or left out: there is no null in a query."""
+    kept = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
+    for choice in schema.get("anyOf", ()):
+        if choice.get("type") != "null":
+            kept |= choice
+    if None in kept.get("enum", ()):
+        kept["enum"] = [value for value in kept["enum"] if value is not None]
+    return kept
+
+
+def _responses(operation: Operation, schemas: dict[Any, Any], open: bool) -> dict[str, Any]:
+    responses = {str(status): body for status, body in _successes(operation, schemas)}
+    refusals: list[type[KeypoolError]] = [*operation.errors, *_EVERYWHERE]
+    if operation.roles and not open:
+        refusals += _WITH_ROLE
+    codes: dict[str, set[str]] = {}
+    for error in refusals:
+        codes.setdefault(str(int(status_of(error))), set()).add(error.code)
+    for status, named in sorted(codes.items()):
+        responses[status] = problem(", ".join(sorted(named)), schemas[Problem], status)
+    return responses
+
+
+def _successes(operation: Operation, schemas: dict[Any, Any]) -> Iterable[tuple[int, dict[str, Any]]]:
+    answers = _members(operation.answer)
+    if answers == (None,):
+        yield operation.status, {"description": "done", "headers": OF_ALL}
+        return
+    for status in (operation.status, 201):
+        of_status = [a for a in answers if (201 if a in operation.created else operation.status) == status]
+        if of_status:
+            options = [schemas[answer] for answer in of_status]
+            schema = options[0] if len(options) == 1 else _told_apart(of_status, options)
+            content = {"application/json": {"schema": schema}}
+            headers = OF_ALL | (LOCATION if operation.location else {})
+            yield status, {"description": "done", "headers": headers, "content": content}
+
+
+def _told_apart(answers: list[Any], schemas: list[Any]) -> dict[str, Any]:
+    """One of several answers, by the member that their tags are in."""
+    mapping = {
+        answer.__struct_config__.tag: schema["$ref"] for answer, schema in zip(answers, schemas, strict=True)
+    }
+    name = answers[0].__struct_config__.tag_field
+    return {"oneOf": schemas, "discriminator": {"propertyName": name, "mapping": mapping}}
+
+
+def _members(answer: Any) -> tuple[Any, ...]:
+    if typing.get_origin(answer) in (types.UnionType, typing.Union):
+        return typing.get_args(answer)
+    return (answer,)
+
+
+def _schemas(operations: tuple[Operation, ...]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The schema of each body and answer, and the components that they refer to."""
+    kinds: list[Any] = [Problem]
+    for operation in operations:
+        kinds += [answer for answer in _members(operation.answer) if answer is not None]
+        if operation.body is not None:
+            kinds.append(operation.body)
+    found: dict[Any, Any] = {}
+    components: dict[str, Any] = {}
+    for kind in kinds:
+        (found[kind],), more = msgspec.json.schema_components([kind], ref_template=_REF)
+        components |= more
+    return found, components

@@ -1,0 +1,1 @@
+"""Settings, tokens and limits: read once at the start, then handed to the rooms that need them."""

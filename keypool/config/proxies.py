@@ -1,0 +1,71 @@
+"""Which proxies are trusted, and what their headers say about the caller behind them.
+
+One rule for both HTTP servers. When the direct peer is trusted, `X-Forwarded-For` is read from its right end, where
+each trusted proxy has written whom it heard from, to the first address that is not trusted itself: that is the
+caller. What stands left of it anybody may have written. `X-Forwarded-Proto` says whether the caller came by TLS.
+No other header counts, and none at all from a peer that is not trusted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from functools import lru_cache
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class TrustedProxies:
+    """Addresses and networks, separated by commas. Raises ValueError for any other text, and for none at all."""
+
+    def __init__(self, text: str) -> None:
+        self._networks = tuple(ipaddress.ip_network(part.strip()) for part in text.split(","))
+        self._trusts = lru_cache(maxsize=1024)(self._look_up)
+
+    def __contains__(self, address: object) -> bool:
+        """Whether an address belongs to a trusted proxy. 0.1 µs for one that was seen before."""
+        return isinstance(address, str) and len(address) < 64 and self._trusts(address)
+
+    def _look_up(self, address: str) -> bool:
+        try:
+            found = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return False
+        if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+            found = found.ipv4_mapped
+        return any(found in network for network in self._networks)
+
+    def caller(self, peer: str, protocol: str, hops: str, scheme: str) -> tuple[str, str]:
+        """Address and protocol of the caller, by the values of the two headers. O(hops)."""
+        if peer not in self:
+            return peer, protocol
+        address = peer
+        for hop in (part.strip() for part in reversed(hops.split(","))):
+            if not _is_address(hop):
+                break  # whatever a proxy wrote there, the last address before it is all that is known
+            address = hop
+            if hop not in self:
+                break
+        scheme = scheme.rpartition(",")[2].strip().lower()
+        return address, scheme if scheme in ("http", "https") else protocol
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, without brackets or port, is this machine: `localhost`, 127.0.0.0/8 or ::1. No look-up.
+
+    An IPv4 address in the clothes of IPv6 (`::ffff:127.0.0.1`) is not: versions of Python disagree about it.
+    """
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return str(address) == "::1" or (address.version == 4 and address.is_loopback)

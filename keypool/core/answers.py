@@ -1,0 +1,159 @@
+"""What the calls are answered with: the shapes of the contract, one Struct each, engine to wire unchanged.
+
+Lengths of time are seconds relative to the answer, rounded to the millisecond; moments are RFC 3339 UTC with
+milliseconds. `gc=False`: these hold no cycles, and the collector is spared them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from keypool.core.keys import State
+
+Ref = str | int
+"""How a caller names a key: its text, or its public id as an int."""
+
+
+class Answer(msgspec.Struct, gc=False):
+    """The root of all answers."""
+
+
+class GeneratedKey(Answer):
+    """A key just made."""
+
+    id: int
+    key: str
+    state: State
+    expires_in: float
+
+
+class Lease(Answer):
+    """A key served: to be given back within `release_in` seconds, or it is taken back."""
+
+    id: int
+    key: str
+    lease: int
+    release_in: float
+    expires_in: float
+
+
+class Unblocked(Answer):
+    """`changed` is false if the key was available already."""
+
+    id: int
+    state: State
+    changed: bool
+
+
+class KeptAlive(Answer):
+    """A key whose expiry was put off."""
+
+    id: int
+    expires_in: float
+
+
+class Identity(Answer):
+    """What may be told of a key that is gone."""
+
+    id: int
+    hint: str
+
+
+class EndedLease(Identity):
+    """A lease that was ended by a caller who did not show its number. For the audit log; no call answers it."""
+
+    lease: int
+
+
+Moment = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
+
+
+class Row(Answer):
+    """A key without its text: `owner` and `release_in` null unless blocked, `lease` null if never served."""
+
+    id: int
+    hint: str
+    state: State
+    owner: str | None
+    lease: int | None
+    created_at: Moment
+    expires_in: float
+    release_in: float | None
+
+
+class Page(Answer):
+    """Rows in order; `next` is the cursor of the page after, null at the end."""
+
+    keys: list[Row]
+    next: str | None
+
+
+class Revealed(Answer):
+    """The text of a key."""
+
+    id: int
+    key: str
+
+
+class Stats(Answer):
+    """Four counts of now, eight since the pool began, and what is serving."""
+
+    total: int
+    available: int
+    blocked: int
+    waiting: int
+    generated: int
+    acquired: int
+    unblocked: int
+    released: int
+    deleted: int
+    expired: int
+    kept_alive: int
+    refused: int
+    uptime: float
+    engine: str
+    version: str
+
+
+class BatchAnswer(Answer, tag_field="op"):
+    """The root of what batches answer: `op`, first, is that of the request.
+
+    By their other members two of them look alike; a client that is generated from the OpenAPI document tells them
+    apart by it.
+    """
+
+
+class GeneratedKeys(BatchAnswer, tag="generate"):
+    """What a batch made."""
+
+    keys: list[GeneratedKey]
+
+
+class Leases(BatchAnswer, tag="acquire"):
+    """What a batch served: fewer than asked when fewer are free."""
+
+    keys: list[Lease]
+
+
+class KeptAliveKeys(BatchAnswer, tag="keepalive"):
+    """How many expiries a batch put off, and which texts nobody knows."""
+
+    done: int
+    unknown: list[str]
+
+
+class UnblockedKeys(BatchAnswer, tag="unblock"):
+    """How many keys a batch freed or found free, which texts nobody knows, and which a later lease holds."""
+
+    done: int
+    unknown: list[str]
+    stale: list[str]
+
+
+class DeletedKeys(BatchAnswer, tag="delete"):
+    """How many keys a batch purged, and which texts nobody knows."""
+
+    done: int
+    unknown: list[str]

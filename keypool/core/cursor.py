@@ -1,0 +1,80 @@
+"""Lists: what may be asked, and the opaque text that the next page is asked by.
+
+A cursor is a position in one order of one list, made of numbers, and holds no key text. It is checked for
+shape, not signed: one that somebody made up leads to some other place of the same list and reveals nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Literal
+
+import msgspec
+
+from keypool.core.errors import BadRequest
+from keypool.core.index import Position
+from keypool.core.keys import State
+from keypool.core.pool import PageQuery
+
+_LETTER = {"prefix": "p", "id": "i", "release": "r", "expiry": "e"}
+_NUMBERS = {"prefix": 2, "id": 1, "release": 3, "expiry": 3}
+_WANTED = "after must be the next of the page before, of a list with the same prefix and order"
+
+
+class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The query of a list, one field a parameter."""
+
+    state: Annotated[
+        Literal["available", "blocked"] | None, msgspec.Meta(description="only keys in this state")
+    ] = None
+    prefix: Annotated[
+        Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9]{1,4}$(?!\n)")] | None,
+        msgspec.Meta(
+            description="only keys whose text starts so: 1 to 4 characters of A-Z a-z 0-9; goes with no order"
+        ),
+    ] = None
+    order: Annotated[
+        Literal["id", "release", "expiry"] | None,
+        msgspec.Meta(
+            description="id (default), release (blocked keys, soonest first) or expiry (soonest first)"
+        ),
+    ] = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=500, description="keys a page, at most")] = 50
+    after: Annotated[
+        Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None,
+        msgspec.Meta(description="the next of the page before"),
+    ] = None
+
+
+def page_query(query: ListQuery) -> PageQuery:
+    """What the pool is asked. Raises BadRequest for combinations without sense, and for a wrong cursor."""
+    if query.prefix is not None and query.order is not None:
+        raise BadRequest("prefix goes with no order: a list by prefix is in order of the key's text")
+    if query.order == "release" and query.state == "available":
+        raise BadRequest("order=release lists blocked keys only: leave state out, or ask for state=blocked")
+    state = State(query.state) if query.state else None
+    if query.order == "release":
+        state = State.BLOCKED
+    order = query.order or "id"
+    after = None if query.after is None else decode(query.after, "prefix" if query.prefix else order)
+    return PageQuery(state, query.prefix, order, query.limit, after)
+
+
+def encode(query: PageQuery, position: Position) -> str:
+    """The cursor of a position in the list that was asked for."""
+    payload = msgspec.json.encode([_LETTER["prefix" if query.prefix else query.order], *position])
+    return base64.urlsafe_b64encode(payload).rstrip(b"=").decode("ascii")
+
+
+def decode(text: str, order: str) -> Position:
+    """The position that a cursor means. Raises BadRequest unless it is one of this order."""
+    try:
+        payload = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        letter, *position = msgspec.json.decode(payload, type=list[int | float | str])
+    except (ValueError, binascii.Error, msgspec.MsgspecError):
+        raise BadRequest(_WANTED) from None
+    numbers = tuple(number for number in position if not isinstance(number, str) and 0 <= number < 2**63)
+    if letter != _LETTER[order] or len(numbers) != len(position) or len(numbers) != _NUMBERS[order]:
+        raise BadRequest(_WANTED)
+    return numbers

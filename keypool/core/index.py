@@ -1,0 +1,343 @@
+"""The orders in which keys can be found and listed: by id, by text, by deadline.
+
+A dict of a million entries moves every one of them when it grows, and a sorted list pays a search for each
+move of a deadline. So keys stand in many small dicts ("buckets") and only the buckets are kept in order, by
+sortedcontainers: finding, adding, moving and discarding a key touch one bucket, and growing touches a bucket
+at a time. A page walks from a position onwards, O(log n + what it reads).
+
+A bucket's own order is made when it is read. For ids and deadlines it holds already in the order of
+insertion, near enough that sorting costs one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import inf
+
+from sortedcontainers import SortedDict
+
+from keypool.core.keys import ALPHABET, Key
+
+_IDS_PER_BUCKET = 1024
+_TEXT_BUCKET = 2  # characters: 3,844 buckets
+_SHOWN = 4  # characters of a text that a hint shows, and so a position may hold
+_QUANTUM = 64  # buckets a second
+_FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
+_SPARE_NUMBERS = 1 << 20  # numbers a quantum has for its buckets
+
+Position = tuple[int | float, ...]
+"""A place in an order that holds no key text: numbers only."""
+
+
+class Bucket(dict[int, Key]):
+    """Keys by id that share a stretch of an order. `number` is its place among the buckets."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class DeadlineBucket(Bucket):
+    """Keys that share a stretch of deadlines, which `ends` at a moment.
+
+    `latest` is the largest deadline ever added, for `ordered`. `timer` is engine/timers.py's alone.
+    """
+
+    __slots__ = ("latest", "ordered", "timer")
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.latest = 0.0
+        self.ordered = True
+        self.timer: object = None
+
+    @property
+    def ends(self) -> float:
+        """The moment by which all deadlines in it have passed."""
+        return (self.number // _SPARE_NUMBERS + 1) / _QUANTUM
+
+
+BucketListener = Callable[[DeadlineBucket], None]
+"""Is told of a bucket that was opened with a first key, or closed with its last."""
+
+
+class IdIndex:
+    """Keys by id. Everything O(log n), in practice a constant."""
+
+    def __init__(self) -> None:
+        self._buckets: SortedDict[int, Bucket] = SortedDict()
+
+    def get(self, id: int) -> Key | None:
+        """The key, or None. O(1)."""
+        bucket = self._buckets.get(id // _IDS_PER_BUCKET)
+        return None if bucket is None else bucket.get(id)
+
+    def add(self, key: Key) -> None:
+        """Add a key, whose id is larger than all before (so a bucket's order is the order of ids)."""
+        number = key.id // _IDS_PER_BUCKET
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = Bucket(number)
+        bucket[key.id] = key
+
+    def discard(self, key: Key) -> None:
+        """Take a key out. O(log n)."""
+        bucket = self._buckets[key.id // _IDS_PER_BUCKET]
+        del bucket[key.id]
+        if not bucket:
+            del self._buckets[bucket.number]
+
+    def walk(self, after: Position | None) -> Iterator[Key]:
+        """The keys with an id larger than `after`'s, in order of id."""
+        last = 0 if after is None else int(after[0])
+        for number in self._buckets.irange(last // _IDS_PER_BUCKET):
+            for key in self._buckets[number].values():
+                if key.id > last:
+                    yield key
+
+    @staticmethod
+    def position(key: Key) -> Position:
+        """Where a walk that ends at this key goes on. O(1)."""
+        return (key.id,)
+
+
+class TextIndex:
+    """Keys by text, the secret. Finding is O(1); walking sorts one small bucket at a time."""
+
+    def __init__(self) -> None:
+        self._buckets: SortedDict[str, dict[str, Key]] = SortedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets.values()))
+
+    def get(self, text: str) -> Key | None:
+        """The key, or None. O(1)."""
+        bucket = self._buckets.get(text[:_TEXT_BUCKET])
+        return None if bucket is None else bucket.get(text)
+
+    def add(self, key: Key) -> None:
+        """Add a key. O(log n)."""
+        start = key.text[:_TEXT_BUCKET]
+        bucket = self._buckets.get(start)
+        if bucket is None:
+            bucket = self._buckets[start] = {}
+        bucket[key.text] = key
+
+    def discard(self, key: Key) -> None:
+        """Take a key out. O(log n)."""
+        start = key.text[:_TEXT_BUCKET]
+        bucket = self._buckets[start]
+        del bucket[key.text]
+        if not bucket:
+            del self._buckets[start]
+
+    def walk(self, prefix: str, after: Position | None, by_id: IdIndex) -> Iterator[Key]:
+        """The keys whose text starts with `prefix`, in order of text, from a position on.
+
+        If the key at `after` is gone, those that share its first four characters are walked again: a key
+        may then be met twice, but none is missed.
+        """
+        least, last = prefix, ""
+        if after is not None:
+            least = max(prefix, shown_of(int(after[0])))
+            passed = by_id.get(int(after[1]))
+            if passed is not None and passed.text.startswith(least):
+                last = passed.text
+        for start in self._buckets.irange(least[:_TEXT_BUCKET]):
+            if not start.startswith(prefix[:_TEXT_BUCKET]):
+                return
+            bucket = self._buckets[start]
+            yield from (
+                bucket[text]
+                for text in sorted(bucket)
+                if text > last and text >= least and text.startswith(prefix)
+            )
+
+    @staticmethod
+    def position(key: Key) -> Position:
+        """The number that its first four characters make, and the id. The hint tells as much."""
+        return (rank_of(key.text), key.id)
+
+
+def rank_of(text: str) -> int:
+    """The number that the first four characters of a text make: no more than a hint shows."""
+    rank = 0
+    for character in text[:_SHOWN]:
+        rank = rank * len(ALPHABET) + ALPHABET.index(character)
+    return rank
+
+
+def shown_of(rank: int) -> str:
+    """The characters again."""
+    characters = []
+    for _ in range(_SHOWN):
+        rank, digit = divmod(rank, len(ALPHABET))
+        characters.append(ALPHABET[digit])
+    return "".join(reversed(characters))
+
+
+class DeadlineIndex:
+    """Keys by a deadline that moves often: adding, moving and discarding cost two dict operations.
+
+    A bucket is 1/64 s of deadlines (a quantum), or a part of one that is crowded. Within it keys stand in order
+    of insertion, which is the order of their deadlines as long as each deadline is the same length of time
+    after a clock that never goes back. Keys restored under other settings may break that: then the bucket knows
+    (`ordered`), and is put in order when it is read. `opened` and `closed` are told of buckets that come and
+    go: a timer for each is a timer for every deadline, at no cost a key.
+    """
+
+    def __init__(
+        self, deadline: Callable[[Key], float], opened: BucketListener, closed: BucketListener
+    ) -> None:
+        self._deadline = deadline
+        self._opened = opened
+        self._closed = closed
+        self._buckets: SortedDict[int, DeadlineBucket] = SortedDict()
+        self._crowded: dict[
+            int, int
+        ] = {}  # quantum -> number of its newest bucket, where that isn't the first
+        self._open: DeadlineBucket | None = (
+            None  # where the key before went: the next one mostly goes there too
+        )
+        self._open_quantum = -1
+        self._quiet_until = inf  # no deadline comes before: so that asking what is due costs nothing mostly
+
+    def add(self, key: Key, deadline: float) -> DeadlineBucket:
+        """Add a key that isn't in the index; the bucket returned is what `discard` wants. O(1) mostly."""
+        quantum = int(deadline * _QUANTUM)
+        bucket = self._open
+        if bucket is None or quantum != self._open_quantum or len(bucket) >= _FULL:
+            bucket = self._bucket_of(quantum)
+        if deadline < self._quiet_until:  # noqa: PLR1730 - min() costs more than all of this
+            self._quiet_until = deadline
+        if deadline < bucket.latest:
+            bucket.ordered = False
+        else:
+            bucket.latest = deadline
+        bucket[key.id] = key
+        return bucket
+
+    def _bucket_of(self, quantum: int) -> DeadlineBucket:
+        """The newest bucket of a quantum, or the next one if that is full. O(log n)."""
+        first = quantum * _SPARE_NUMBERS
+        number = self._crowded.get(quantum, first)
+        bucket: DeadlineBucket | None = self._buckets.get(number)
+        if bucket is not None and len(bucket) >= _FULL:
+            number += 1
+            self._crowded[quantum] = number
+            bucket = None
+        if bucket is None:
+            bucket = self._buckets[number] = DeadlineBucket(number)
+            self._opened(bucket)
+        self._open, self._open_quantum = bucket, quantum
+        return bucket
+
+    def discard(self, key: Key, bucket: DeadlineBucket) -> None:
+        """Take a key out of the bucket that `add` gave. O(1) mostly."""
+        del bucket[key.id]
+        if bucket:
+            return
+        del self._buckets[bucket.number]
+        self._closed(bucket)
+        if bucket is self._open:
+            self._open = None
+        quantum = bucket.number // _SPARE_NUMBERS
+        if self._crowded and not self._of_quantum(quantum):
+            self._crowded.pop(quantum, None)
+
+    def buckets(self) -> Iterator[DeadlineBucket]:
+        """All that are open, in order of their deadlines."""
+        return iter(self._buckets.values())
+
+    def first(self) -> Key | None:
+        """The key whose deadline comes first, or None. O(1), in a crowded quantum O(its buckets)."""
+        if not self._buckets:
+            return None
+        bucket: DeadlineBucket = self._buckets.peekitem(0)[1]
+        if not self._crowded and bucket.ordered:
+            return next(iter(bucket.values()))
+        heads = map(self._head, self._of_quantum(bucket.number // _SPARE_NUMBERS))
+        return min(heads, key=self._deadline)
+
+    def any_due(self, now: float) -> bool:
+        """False only if no deadline has passed. O(1)."""
+        return now >= self._quiet_until
+
+    def due(self, now: float, limit: int) -> list[Key]:
+        """Keys whose deadline has passed, soonest first but for crowds, at most `limit`. O(limit)."""
+        if not self.any_due(now):
+            return []
+        first = self.first()
+        self._quiet_until = inf if first is None else self._deadline(first)
+        if first is None or now < self._quiet_until:
+            return []
+        found: list[Key] = []
+        last_quantum = int(now * _QUANTUM)
+        for bucket in self._buckets.values():
+            if bucket.number // _SPARE_NUMBERS > last_quantum:
+                break
+            for key in bucket.values() if bucket.ordered else self._in_order(bucket):
+                if self._deadline(key) > now:
+                    break
+                found.append(key)
+                if len(found) == limit:
+                    return found
+        return found
+
+    def count_until(self, moment: float) -> int:
+        """How many deadlines come before a moment, to 1/64 s. O(buckets before it): 64 a second."""
+        last = int(moment * _QUANTUM) * _SPARE_NUMBERS
+        return sum(len(self._buckets[number]) for number in self._buckets.irange(None, last))
+
+    def _of_quantum(self, quantum: int) -> list[DeadlineBucket]:
+        numbers = self._buckets.irange(
+            quantum * _SPARE_NUMBERS, (quantum + 1) * _SPARE_NUMBERS, (True, False)
+        )
+        return [self._buckets[number] for number in numbers]
+
+    def _head(self, bucket: DeadlineBucket) -> Key:
+        if bucket.ordered:
+            return next(iter(bucket.values()))
+        return min(bucket.values(), key=self._deadline)
+
+    def _in_order(self, bucket: DeadlineBucket) -> list[Key]:
+        if bucket.ordered:
+            return list(bucket.values())
+        return sorted(bucket.values(), key=self._deadline)
+
+    def walk(self, after: Position | None) -> Iterator[Key]:
+        """The keys in order of deadline from a position on, which need not be taken any more."""
+        number, passed = (None, None) if after is None else (int(after[0]), after[1:])
+        for current in self._buckets.irange(number):
+            for place, key in sorted(
+                ((self._deadline(key), key.id), key) for key in self._buckets[current].values()
+            ):
+                if current != number or passed is None or place > passed:
+                    yield key
+
+    def position_of(self, key: Key, bucket: DeadlineBucket) -> Position:
+        """Where a walk that ends at this key goes on. O(1)."""
+        return (bucket.number, self._deadline(key), key.id)
+
+    def check_key(self, key: Key, bucket: DeadlineBucket | None) -> None:
+        """Raise unless the key stands in this bucket, at its place in the order. O(1)."""
+        if bucket is None or bucket.get(key.id) is not key or self._buckets.get(bucket.number) is not bucket:
+            raise ValueError(f"{key!r} is not in the bucket of deadlines that it believes to be in")
+        if int(self._deadline(key) * _QUANTUM) != bucket.number // _SPARE_NUMBERS:
+            raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {bucket.number}")
+        if self._deadline(key) < self._quiet_until:
+            raise ValueError(f"{key!r} has a deadline before the time until which there should be none")
+
+    def check_in_slices(self, keys: int, size: int) -> Iterator[None]:
+        """Raise unless so many keys are here and no bucket is empty, with a pause after each `size` buckets."""
+        found = 0
+        for count, (number, bucket) in enumerate(self._buckets.items(), 1):
+            if number != bucket.number or not bucket:
+                raise ValueError(f"bucket {number} is empty or numbered {bucket.number}")
+            found += len(bucket)
+            if count % size == 0:
+                yield
+        if found != keys:
+            raise ValueError(f"{found} keys stand in an order of deadlines that should hold {keys}")

@@ -1,0 +1,478 @@
+"""The rules: who may have which key, and until when.
+
+                generate                  acquire (at random)
+       (nothing) ------> AVAILABLE ---------------------------> BLOCKED
+                            ^   |                                |  |
+                            |   |     unblock, or 60 s passed    |  |
+                            +---|--------------------------------+  |
+                                |                                   |
+                  delete, or 300 s without keepalive                |
+                                v                                   v
+                            (purged: never served, never valid, never generated again)
+
+Pure: no I/O, no clock, no timer. Each method takes `now`, seconds on a clock that never goes back, and brings
+its key up to that moment first: a deadline that has passed counts, whether or not a timer has said so. Each
+change is told to the one listener, `on_change(change, key, owner)`, when it has been made.
+
+Nothing here walks the set: every call is O(1) or O(log n) in the number of keys, whatever is behind it
+(index.py has the how), except `check`, which is for tests and for the moment after a restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import inf, nextafter
+from operator import attrgetter
+
+from keypool.core.errors import PoolFull, StaleLease, UnknownKey
+from keypool.core.events import Change
+from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
+from keypool.core.keys import DEAD, Key, State
+
+SETTLED_AT_ONCE = 64
+"""Overdue keys that a call deals with on its way. More than that are a crowd, which the engine drains."""
+
+EXAMINED = 1000
+"""Keys that one page looks at, at most."""
+
+Listener = Callable[[Change, Key, str | None], None]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the pool began. `unblocked` counts only what changed, `released` by deadline."""
+
+    generated: int = 0
+    acquired: int = 0
+    unblocked: int = 0
+    released: int = 0
+    deleted: int = 0
+    expired: int = 0
+    kept_alive: int = 0
+    refused: int = 0
+
+    @property
+    def changes(self) -> int:
+        """How often a key was made, went from one state to the other, or was purged."""
+        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
+
+
+@dataclass(slots=True)
+class PageQuery:
+    """Which keys a page shows: `state` None is both; a prefix goes with no order."""
+
+    state: State | None = None
+    prefix: str | None = None
+    order: str = "id"  # or "release", "expiry"
+    limit: int = 50
+    after: Position | None = None
+
+
+@dataclass(slots=True)
+class KeyPage:
+    """Live keys in order, and the position that the next page goes on from: None at the end."""
+
+    keys: list[Key] = field(default_factory=list)
+    next: Position | None = None
+
+
+class Pool:
+    """All keys, and the three orders they are found in.
+
+    `block_seconds` and `keepalive_seconds` are lengths of time, `new_text` makes a random key text, `random`
+    a float in [0, 1). The numbers `last_id` and `last_lease` only grow.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_seconds: float,
+        keepalive_seconds: float,
+        max_keys: int,
+        new_text: Callable[[], str],
+        random: Callable[[], float],
+        on_change: Listener = lambda change, key, owner: None,
+        on_opened: BucketListener = lambda bucket: None,
+        on_closed: BucketListener = lambda bucket: None,
+    ) -> None:
+        self.block_seconds = block_seconds
+        self.keepalive_seconds = keepalive_seconds
+        self.max_keys = max_keys
+        self.last_id = 0
+        self.last_lease = 0
+        self.counters = Counters()
+        self.on_change = on_change
+        self._new_text = new_text
+        self._random = random
+        self._available: list[Key] = []
+        self._total = 0
+        self._purge_until = inf  # keys whose deadline comes after it are not purged: see `hold`
+        self._by_id = IdIndex()
+        self._by_text = TextIndex()
+        self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
+        self._by_release = DeadlineIndex(attrgetter("release_deadline"), on_opened, on_closed)
+
+    # -- counts, each O(1)
+
+    @property
+    def total(self) -> int:
+        """Keys that aren't purged yet. May count overdue ones while a crowd of them is drained."""
+        return self._total
+
+    @property
+    def available(self) -> int:
+        """Keys that can be acquired. Likewise."""
+        return len(self._available)
+
+    @property
+    def blocked(self) -> int:
+        """Keys that are held. Likewise."""
+        return self._total - len(self._available)
+
+    # -- finding
+
+    def find(self, text: str, now: float) -> Key:
+        """The live key with this text, up to date. O(1). Raises UnknownKey."""
+        return self._live(self._by_text.get(text), now)
+
+    def find_id(self, id: int, now: float) -> Key:
+        """The live key with this id, up to date. O(1). Raises UnknownKey."""
+        return self._live(self._by_id.get(id), now)
+
+    def _live(self, key: Key | None, now: float) -> Key:
+        if key is None:
+            raise UnknownKey
+        if key.expires_deadline <= now:
+            if key.expires_deadline <= self._purge_until:
+                self._purge(key, Change.EXPIRED)
+            raise UnknownKey
+        if key.release_deadline is not None and key.release_deadline <= now:
+            self._free(key, Change.RELEASED)
+        return key
+
+    # -- the calls
+
+    def generate(self, now: float) -> Key:
+        """Make a key, available at once. O(log n). Raises PoolFull."""
+        self.require_room(1, now)
+        self.last_id += 1
+        key = Key(self.last_id, self._new_text(), now, now + self.keepalive_seconds)
+        self._insert(key)
+        self.counters.generated += 1
+        self.on_change(Change.GENERATED, key, None)
+        return key
+
+    def require_room(self, count: int, now: float) -> None:
+        """Raise PoolFull unless `count` more keys fit. O(1)."""
+        if self._total + count > self.max_keys:
+            self.settle(now)
+            if self._total + count > self.max_keys:
+                raise PoolFull(self._total, count, self.max_keys)
+
+    def acquire(self, now: float, owner: str | None) -> Key | None:
+        """Block a uniformly random available key under a new lease; None if none is available. O(1).
+
+        Overdue keys are dealt with on the way, `SETTLED_AT_ONCE` of them at most. After a None,
+        `may_have_more` says whether that wasn't enough, and the caller should ask again.
+        """
+        if self._by_release.any_due(now):
+            self._settle_releases(now)
+        for _ in range(SETTLED_AT_ONCE):
+            if not self._available:
+                return None
+            key = self._available[int(self._random() * len(self._available))]
+            if key.expires_deadline > now:
+                self._block(key, now, owner)
+                return key
+            if key.expires_deadline <= self._purge_until:
+                self._purge(key, Change.EXPIRED)
+        return None
+
+    def may_have_more(self, now: float) -> bool:
+        """Whether an `acquire` that got None may get a key if it asks again: a crowd stood in its way. O(1)."""
+        return bool(self._available) or self.next_release(now) == 0
+
+    def _block(self, key: Key, now: float, owner: str | None) -> None:
+        self._take_slot(key)
+        self.last_lease += 1
+        key.lease = self.last_lease
+        key.owner = owner
+        key.release_deadline = now + self.block_seconds
+        key.release_bucket = self._by_release.add(key, key.release_deadline)
+        self.counters.acquired += 1
+        self.on_change(Change.ACQUIRED, key, owner)
+
+    def unblock(self, key: Key, lease: int | None) -> bool:
+        """Make a live key available again; False if it was. O(1).
+
+        With a lease number, only under the key's latest: raises StaleLease under any other.
+        """
+        if lease is not None and (lease != key.lease or not lease):  # 0 stands for never served: nobody's
+            raise StaleLease(lease, key.lease or None)
+        if key.release_deadline is None:
+            return False
+        self._free(key, Change.UNBLOCKED)
+        return True
+
+    def keepalive(self, key: Key, now: float) -> None:
+        """Move a live key's `expires_deadline`, and nothing else. O(1)."""
+        deadline = now + self.keepalive_seconds
+        assert key.expiry_bucket is not None  # a live key stands in the order by expiry
+        self._by_expiry.discard(key, key.expiry_bucket)
+        key.expires_deadline = deadline
+        key.expiry_bucket = self._by_expiry.add(key, deadline)
+        self.counters.kept_alive += 1
+        self.on_change(Change.KEPT_ALIVE, key, key.owner)
+
+    def delete(self, key: Key) -> None:
+        """Purge a live key. O(log n)."""
+        self._purge(key, Change.DELETED)
+
+    # -- deadlines
+
+    def settle(self, now: float) -> None:
+        """Release and purge what is overdue, `SETTLED_AT_ONCE` of each at most. O(1) if nothing is."""
+        for key in self._by_expiry.due(min(now, self._purge_until), SETTLED_AT_ONCE):
+            self._purge(key, Change.EXPIRED)
+        self._settle_releases(now)
+
+    def _settle_releases(self, now: float) -> None:
+        for key in self._by_release.due(now, SETTLED_AT_ONCE):
+            self._free(key, Change.RELEASED)
+
+    def overdue(self, now: float) -> bool:
+        """Whether some key has passed its `expires_deadline` and may be purged, but isn't yet. O(1)."""
+        next_expiry = self.next_expiry()
+        return next_expiry is not None and next_expiry <= min(now, self._purge_until)
+
+    def next_expiry(self) -> float | None:
+        """The earliest `expires_deadline`; None if there is no key. O(1)."""
+        first = self._by_expiry.first()
+        return None if first is None else first.expires_deadline
+
+    def next_release_deadline(self) -> float | None:
+        """The earliest `release_deadline`; None if none is blocked. O(1)."""
+        first = self._by_release.first()
+        return None if first is None else first.release_deadline
+
+    def deadline_buckets(self) -> Iterator[DeadlineBucket]:
+        """All stretches of time in which some key has a deadline. O(their number)."""
+        yield from self._by_expiry.buckets()
+        yield from self._by_release.buckets()
+
+    def expiring(self, until: float) -> int:
+        """Keys whose `expires_deadline` comes before `until`. O(seconds until then), not O(keys)."""
+        return self._by_expiry.count_until(until)
+
+    def next_release(self, now: float) -> float | None:
+        """Seconds until the earliest release of a blocked key, at least 0; None if none is blocked. O(1)."""
+        deadline = self.next_release_deadline()
+        return None if deadline is None else max(0.0, deadline - now)
+
+    # -- expiry on hold: while changes can't be kept, a keepalive can't reach its key
+
+    def hold(self, now: float) -> None:
+        """Purge no key that is alive at this moment, until `let_go`; nothing if a hold is on. O(1).
+
+        A held key whose `expires_deadline` has passed is unknown to `find` and is not served, but stays in the
+        orders and counts: either `grant` gives it a new deadline, or it is purged after `let_go`.
+        """
+        if self._purge_until == inf:
+            self._purge_until = now
+
+    @property
+    def held(self) -> bool:
+        """Whether a hold is on. O(1)."""
+        return self._purge_until != inf
+
+    def held_back(self, ref: int | str) -> bool:
+        """Whether a key that `find` or `find_id` doesn't know is there, and only the hold keeps it. O(1)."""
+        if not self.held:
+            return False
+        key = self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)
+        return key is not None
+
+    def grant(self, until: float, limit: int) -> bool:
+        """Let held keys that would expire before `until` live until then, soonest first; whether more may be left.
+
+        Deals with `limit` keys at most. Keys that had expired before the hold are purged. O(limit · log n). No
+        counter moves and no listener is called for a key that lives: the caller keeps the grant by its moment.
+        """
+        due = self._by_expiry.due(nextafter(until, -inf), limit)
+        for key in due:
+            if key.expires_deadline <= self._purge_until:
+                self._purge(key, Change.EXPIRED)
+                continue
+            assert key.expiry_bucket is not None  # a live key stands in the order by expiry
+            self._by_expiry.discard(key, key.expiry_bucket)
+            key.expires_deadline = until
+            key.expiry_bucket = self._by_expiry.add(key, until)
+        return len(due) == limit
+
+    def let_go(self) -> None:
+        """End the hold: what is overdue by now is purged by `settle` as ever. O(1)."""
+        self._purge_until = inf
+
+    # -- pages
+
+    def page(self, query: PageQuery, now: float) -> KeyPage:
+        """Live keys in an order, up to date; maybe fewer than asked. O(log n + EXAMINED) at most.
+
+        Whoever goes on from `next` meets each key that lives through the whole walk exactly once in order
+        `id`; in the orders of deadlines a key may move past the reader.
+        """
+        self.settle(now)
+        page = KeyPage()
+        last: Key | None = None
+        for examined, key in enumerate(self._walk(query)):
+            if len(page.keys) == query.limit or examined == EXAMINED:
+                assert last is not None
+                page.next = self._position(query, last)
+                break
+            last = key
+            if key.expires_deadline > now and (query.state is None or state_of(key, now) is query.state):
+                page.keys.append(key)
+        for key in page.keys:
+            self._live(key, now)
+        return page
+
+    def _walk(self, query: PageQuery) -> Iterator[Key]:
+        if query.prefix is not None:
+            return self._by_text.walk(query.prefix, query.after, self._by_id)
+        if query.order == "expiry":
+            return self._by_expiry.walk(query.after)
+        if query.order == "release":
+            return self._by_release.walk(query.after)
+        return self._by_id.walk(query.after)
+
+    def _position(self, query: PageQuery, key: Key) -> Position:
+        if query.prefix is not None:
+            return self._by_text.position(key)
+        if query.order == "expiry" and key.expiry_bucket is not None:
+            return self._by_expiry.position_of(key, key.expiry_bucket)
+        if query.order == "release" and key.release_bucket is not None:
+            return self._by_release.position_of(key, key.release_bucket)
+        return self._by_id.position(key)
+
+    # -- the structures, changed here only
+
+    def restore(self, key: Key) -> None:
+        """Put a key back that a journal kept: no counter moves and nobody is told. Ids ascend. O(log n)."""
+        self._insert(key)
+        if key.release_deadline is not None:
+            self._take_slot(key)
+            key.release_bucket = self._by_release.add(key, key.release_deadline)
+
+    def _insert(self, key: Key) -> None:
+        self._by_id.add(key)
+        self._by_text.add(key)
+        key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
+        self._give_slot(key)
+        self._total += 1
+
+    def _free(self, key: Key, change: Change) -> None:
+        """From BLOCKED to AVAILABLE."""
+        owner = self._leave_block(key)
+        self._give_slot(key)
+        if change is Change.UNBLOCKED:
+            self.counters.unblocked += 1
+        else:
+            self.counters.released += 1
+        self.on_change(change, key, owner)
+
+    def _purge(self, key: Key, change: Change) -> None:
+        """From either state to nowhere."""
+        if key.release_deadline is None:
+            owner = None
+            self._take_slot(key)
+        else:
+            owner = self._leave_block(key)
+        assert key.expiry_bucket is not None
+        self._by_expiry.discard(key, key.expiry_bucket)
+        self._by_text.discard(key)
+        self._by_id.discard(key)
+        key.expiry_bucket = None
+        key.expires_deadline = DEAD
+        self._total -= 1
+        if change is Change.DELETED:
+            self.counters.deleted += 1
+        else:
+            self.counters.expired += 1
+        self.on_change(change, key, owner)
+
+    def _leave_block(self, key: Key) -> str | None:
+        """Undo what `_block` set but for the lease, which stays the key's latest. Returns the owner."""
+        assert key.release_bucket is not None
+        self._by_release.discard(key, key.release_bucket)
+        key.release_bucket = None
+        key.release_deadline = None
+        owner, key.owner = key.owner, None
+        return owner
+
+    def _give_slot(self, key: Key) -> None:
+        key.slot = len(self._available)
+        self._available.append(key)
+
+    def _take_slot(self, key: Key) -> None:
+        """Take a key out of the available list by moving the last one into its place."""
+        last = self._available.pop()
+        if last is not key:
+            self._available[key.slot] = last
+            last.slot = key.slot
+        key.slot = -1
+
+    # -- proof
+
+    def check(self) -> None:
+        """Derive every count, slot and order anew from the keys and compare. O(n). Raises ValueError.
+
+        The error tells the story of the key that is wrong.
+        """
+        for _ in self.check_in_slices(EXAMINED):
+            pass
+
+    def check_in_slices(self, size: int) -> Iterator[None]:
+        """The same, with a pause after each `size` keys, in which the pool may not change."""
+        total = blocked = last = 0
+        for key in self._by_id.walk(None):
+            if key.id <= last:
+                raise ValueError("the walk by id is out of order or meets a key twice")
+            last = key.id
+            self._check_key(key)
+            total += 1
+            blocked += key.release_deadline is not None
+            if total % size == 0:
+                yield
+        counts = (total, len(self._by_text), total - blocked)
+        if counts != (self._total, self._total, len(self._available)):
+            believed = (self._total, self._total, len(self._available))
+            raise ValueError(f"by id, by text, available there are {counts} keys; the counts say {believed}")
+        yield from self._by_expiry.check_in_slices(total, size)
+        yield from self._by_release.check_in_slices(blocked, size)
+
+    def _check_key(self, key: Key) -> None:
+        if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
+            last = (self.last_id, self.last_lease)
+            raise ValueError(f"{key!r}: id or lease {key.lease} is beyond the last given, {last}")
+        if self._by_text.get(key.text) is not key:
+            raise ValueError(f"{key!r} is not found by its text")
+        if key.expires_deadline == DEAD:
+            raise ValueError(f"{key!r} was purged but is still found by id")
+        self._by_expiry.check_key(key, key.expiry_bucket)
+        if key.release_deadline is None:
+            if not 0 <= key.slot < len(self._available) or self._available[key.slot] is not key:
+                raise ValueError(f"{key!r} is available but not in its slot {key.slot}")
+            if key.owner is not None or key.release_bucket is not None:
+                raise ValueError(f"{key!r} is available but has an owner or a place in the order by release")
+        elif key.slot != -1 or key.lease == 0:
+            raise ValueError(f"{key!r} is blocked but has slot {key.slot} and lease {key.lease}")
+        else:
+            self._by_release.check_key(key, key.release_bucket)
+
+
+def state_of(key: Key, now: float) -> State:
+    """Where a live key stands at this moment, by its deadline."""
+    if key.release_deadline is None or key.release_deadline <= now:
+        return State.AVAILABLE
+    return State.BLOCKED

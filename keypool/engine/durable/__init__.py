@@ -1,0 +1,1 @@
+"""The pool on disk: journal, group commit, the writer process and the data file."""

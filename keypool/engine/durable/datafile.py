@@ -1,0 +1,472 @@
+"""The data file: its schema, its rules, and how it is opened, checked and read.
+
+Rule of the format: `PRAGMA user_version` is the version of the schema below. A change of the schema adds a
+step to `MIGRATIONS` that takes a file of the version before to the next one; a released step is never
+changed. A file of a newer version, or not ours by its application id, is refused and left as it was.
+
+Moments are whole milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes.
+Rows are written by id with their whole new state, so that writing one twice is the same as once.
+
+What is committed is first written as a whole batch, behind the others in `batches`; batches.py brings it into
+the other tables later. So what the file says is the tables, and over them its batches, in order: whoever reads
+keys reads both, by `read_rows`. A file that was closed in peace has no batches. The number `grace_until` is the
+end of the last grace after an outage of storage: no key expires before it, whatever its row says. So a grace for
+a million keys is one number, and `read_rows` applies it.
+
+A file in use is marked, so that a copy of it without its log (`-wal`) is refused instead of taken for whole. The
+mark stands in bytes of the header that SQLite keeps for later versions, and is written past SQLite, once the log
+holds a newer first page without it. Therefore everything that reads the file with its log (a backup, a recovery)
+doesn't see it, and everything that brings the log into the file, by which the file is whole, removes it. Left are
+only copies of the file alone. What is not noticed: a copy made between such a checkpoint and the next commit, which is
+whole and only old; and a log that was copied at another moment than its file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from heapq import merge
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+
+import msgspec
+
+from keypool.core.errors import StartError
+from keypool.core.keys import Key
+from keypool.engine import NOTE
+
+APPLICATION_ID = 0x6B706F6C  # "kpol"
+
+MIGRATIONS = (
+    """
+    CREATE TABLE keys (
+        id INTEGER PRIMARY KEY,  -- never used again
+        text TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL,
+        release_at INTEGER,      -- null unless blocked
+        lease INTEGER NOT NULL,  -- of the latest acquire, 0 if never served
+        owner TEXT               -- null unless blocked and named
+    ) STRICT;
+    CREATE TABLE pool (          -- last id and lease, counters, the last moment that the pool lived
+        name TEXT PRIMARY KEY,
+        value INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE batches (       -- what is to be read over the other tables, in order
+        number INTEGER PRIMARY KEY,
+        batch BLOB NOT NULL      -- a Batch, as MessagePack
+    ) STRICT;
+    """,
+)
+VERSION = len(MIGRATIONS)
+
+Row = tuple[int, str, int, int, int | None, int, str | None]
+"""A key as it stands in the file, columns in the order of the schema."""
+
+
+class Batch(msgspec.Struct, array_like=True):
+    """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
+
+    It stands in files as `encode` makes it: fields may be added at its end, none may be changed.
+    """
+
+    rows: list[Row] = []
+    purged: list[int] = []
+    pool: dict[str, int] = {}
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Batch).decode
+
+
+class Gathered:
+    """What a number of batches comes to: of each key the last row, None if it is purged, and the last numbers."""
+
+    def __init__(self, batches: Iterable[Batch] = ()) -> None:
+        self.rows: dict[int, Row | None] = {}
+        self.numbers: dict[str, int] = {}
+        for batch in batches:
+            self.add(batch)
+
+    def add(self, batch: Batch) -> None:
+        """One more, which is later than all before. O(its rows)."""
+        for row in batch.rows:
+            self.rows[row[0]] = row
+        for id in batch.purged:
+            self.rows[id] = None
+        self.numbers.update(batch.pool)
+
+
+ADD_BATCH = "INSERT INTO batches VALUES (?, ?)"
+TRIM = "DELETE FROM batches WHERE number <= ?"
+UPSERT = """
+    INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET
+        expires_at = excluded.expires_at, release_at = excluded.release_at,
+        lease = excluded.lease, owner = excluded.owner
+"""
+PURGE = "DELETE FROM keys WHERE id = ?"
+SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
+
+FORGET_NOTES = f"DELETE FROM pool WHERE name GLOB '{NOTE}*' AND value = 0"  # noqa: S608 - a constant
+
+GRACE = "grace_until"
+"""Name of the number that ends a grace, in milliseconds."""
+
+_MARK = b"kpIU"  # in use
+_MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite keeps what it finds there
+_HEADER = 100  # bytes of the file's header
+_LOG_HEADER = 32  # bytes of a log without a frame
+_FOLDER_MODE = 0o700
+_HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+_BATCHES = "SELECT batch FROM batches ORDER BY number"
+_ROWS = """
+    SELECT id, text, created_at, max(expires_at, :grace), release_at, lease, owner FROM keys ORDER BY id
+"""
+_MAGIC = b"SQLite format 3\0"
+_LOCK_SECONDS = 5.0
+_LOCK_INTERVAL = 0.05
+_COUNTED_AT_ONCE = 5000
+
+
+def hold(path: Path) -> int:
+    """Take the file for this server, made if there is none (mode 0600); a descriptor that holds the lock.
+
+    The lock is the open file's, not the process's: whoever inherits the descriptor holds it on, so the file
+    is free when server and writer are both gone. Waits 5 s for a dying predecessor. Raises StartError.
+    """
+    try:
+        _make_folder(path.parent)
+        # Not blocking: a pipe by that name would wait for its other end.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise StartError(f"the data file {path} is no regular file")
+    except OSError as error:
+        raise StartError(f"can't open the data file {path}: {error.strerror}") from None
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise StartError(f"the data file {path} is held by another server") from None
+            time.sleep(_LOCK_INTERVAL)
+        else:
+            return descriptor
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, if they aren't there: for its owner alone, whatever the umask."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(_FOLDER_MODE, exist_ok=True)
+
+
+def inspect(path: Path) -> dict[str, int]:
+    """The pool's numbers by name, none for a new file. O(size of the file).
+
+    Raises StartError as `examine`. The file is closed to others (mode 0600): it holds the keys, whoever made it.
+    """
+    numbers = examine(path)
+    for each in (path, *_beside(path)):
+        with contextlib.suppress(FileNotFoundError):
+            each.chmod(0o600)
+    return numbers
+
+
+def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
+    """The same, and changes nothing. `check` is the pragma that proves the pages, "integrity_check" the indexes too.
+
+    Raises StartError unless the file is ours, whole, and of a version that we know.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_HEADER)
+    except OSError as error:
+        raise StartError(f"can't open the data file {path}: {error.strerror}") from None
+    if start and not start.startswith(_MAGIC):  # SQLite itself takes a file of one byte for an empty one
+        raise StartError(f"the data file {path} is damaged, or no SQLite file")
+    if start[_MARK_AT:].startswith(_MARK) and not _has_log(path):
+        raise StartError(
+            f"the data file {path} is incomplete: it was copied from a running server, or lost its log: "
+            f"put {path.name}-wal beside it, or use a copy made by `keypool backup`"
+        )
+    try:
+        with _reading(path) as database:
+            application = database.execute("PRAGMA application_id").fetchone()[0]
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            empty = not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if not empty and application != APPLICATION_ID:
+                raise StartError(f"the data file {path} is an SQLite file of another program")
+            if version > VERSION:
+                raise StartError(
+                    f"the data file {path} is of the newer version {version}; this server knows {VERSION}"
+                )
+            verdict = database.execute(f"PRAGMA {check}(1)").fetchone()[0]
+            numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
+            if not all(isinstance(number, int) for number in numbers.values()):
+                raise StartError(f"the data file {path} is damaged: a number of the pool's is none")
+            numbers |= read_batches(database).numbers
+    except sqlite3.Error as error:
+        raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
+    if verdict != "ok":
+        raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
+    numbers.pop(GRACE, None)  # is in the rows, as they are read
+    return numbers
+
+
+def _has_log(path: Path) -> bool:
+    try:
+        return log_of(path).stat().st_size > _LOG_HEADER
+    except FileNotFoundError:
+        return False
+
+
+def log_of(path: Path) -> Path:
+    """Where SQLite has the log of a file: what is committed and not yet in it."""
+    return path.with_name(f"{path.name}-wal")
+
+
+def mark_in_use(database: sqlite3.Connection, held: int) -> None:
+    """Mark the file behind the descriptor `held`, which this connection writes, if it isn't marked.
+
+    Two system calls mostly, a commit after each checkpoint. Raises sqlite3.Error, OSError.
+    """
+    if os.pread(held, len(_MARK), _MARK_AT) == _MARK:
+        return
+    # The first page goes into the log as SQLite knows it, without the mark, and must not come from there into the
+    # file before the mark is written.
+    database.execute("PRAGMA wal_autocheckpoint = 0")
+    try:
+        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        os.pwrite(held, _MARK, _MARK_AT)
+    finally:
+        database.execute("PRAGMA wal_autocheckpoint = 1000")
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection that writes, to a file brought up to this version. Raises sqlite3.Error."""
+    # Absolute, so that no name means more to SQLite than a file: `file:x.db`, `:memory:`.
+    database = sqlite3.connect(path.absolute(), isolation_level=None)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        for number, step in enumerate(MIGRATIONS[version:], version + 1):
+            database.executescript(
+                f"BEGIN IMMEDIATE; {step} PRAGMA application_id = {APPLICATION_ID};"
+                f" PRAGMA user_version = {number}; COMMIT;"
+            )
+        database.execute(FORGET_NOTES)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
+    """The keys in order of id, so many at a time. O(1) memory beside the keys. Raises ValueError."""
+    try:
+        for some in read_rows(path, slice_size):
+            yield [_key(row) for row in some]
+    except TypeError:
+        raise ValueError("a row of it holds what is no number where one is due") from None
+
+
+def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
+    """The same as rows; a file without a schema has none. O(batches) memory. Raises ValueError."""
+    with _reading(path) as database:
+        try:
+            if not _has(database, "keys"):
+                return
+            gathered = read_batches(database)
+            grace = gathered.numbers.get(GRACE) or _grace_of(database)
+            rows: Iterator[Row] = database.execute(_ROWS, {"grace": grace})
+            if gathered.rows:
+                rows = _over(rows, gathered.rows, grace)
+            while some := list(islice(rows, slice_size)):
+                yield some
+        except sqlite3.Error:  # whose words may quote a key
+            raise ValueError("a row of it can't be read") from None
+
+
+def _grace_of(database: sqlite3.Connection) -> int:
+    found = database.execute("SELECT value FROM pool WHERE name = ?", (GRACE,)).fetchone()
+    return found[0] if found else 0
+
+
+def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> Iterator[Row]:
+    """Rows in order of id, and those that are changed or new in their places."""
+    ordered = sorted(changed.items(), key=itemgetter(0))
+    there = ((*row[:3], max(row[3], grace), *row[4:]) for _, row in ordered if row is not None)
+    return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
+
+
+def read_batches(database: sqlite3.Connection) -> Gathered:
+    """What the batches of a file come to. O(batches), which are few. Raises sqlite3.Error."""
+    if not _has(database, "batches"):
+        return Gathered()
+    try:
+        return Gathered(map(decode, (batch for (batch,) in database.execute(_BATCHES))))
+    except msgspec.DecodeError:
+        raise sqlite3.DatabaseError("a batch can't be read") from None
+
+
+def _has(database: sqlite3.Connection, table: str) -> bool:
+    return bool(database.execute(_HAS, (table,)).fetchone()[0])
+
+
+def version_of(path: Path) -> int:
+    """The version of a file that `examine` has passed. O(1). Raises sqlite3.Error."""
+    with _reading(path) as database:
+        version: int = database.execute("PRAGMA user_version").fetchone()[0]
+        return version
+
+
+def count(path: Path) -> int:
+    """How many keys the file holds. O(n). Raises StartError."""
+    try:
+        return sum(map(len, read_rows(path, _COUNTED_AT_ONCE)))
+    except (ValueError, sqlite3.Error) as error:
+        raise StartError(f"the data file {path} can't be read: {line_of(error)}") from None
+
+
+class Filling:
+    """A new file, filled by whoever holds it, without a writer process. Raises StartError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._database = connect(path)
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def write(self, rows: list[Row]) -> None:
+        """Some more rows, in one transaction."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(UPSERT, rows)
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def finish(self, numbers: dict[str, int]) -> None:
+        """The pool's numbers, and everything into the one file."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(SET_POOL, numbers.items())
+            self._database.execute("COMMIT")
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._database.close()
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._database.close()
+
+    def _failed(self, error: sqlite3.Error) -> StartError:
+        return StartError(f"the data file {self._path} can't be written: {line_of(error)}")
+
+
+def release(lock: int) -> None:
+    """Let go of a file that `hold` holds."""
+    os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, and what SQLite may have left beside it."""
+    for each in (path, *_beside(path)):
+        each.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> list[Path]:
+    return [log_of(path), path.with_name(f"{path.name}-shm")]
+
+
+def clear(path: Path) -> None:
+    """Empty a file that is held, and remove what SQLite may have left beside it."""
+    os.truncate(path, 0)
+    for each in _beside(path):
+        each.unlink(missing_ok=True)
+
+
+def rename(path: Path, name: Path) -> None:
+    """Give a whole, closed file its name, durably. Raises StartError if somebody has the name by now."""
+    try:
+        try:
+            os.link(path, name)  # unlike a rename, it replaces nothing
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP) or name.exists():
+                raise
+            path.rename(name)  # a file system without links
+        else:
+            path.unlink()
+        folder = os.open(name.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StartError(f"the data file {path} can't be renamed {name}: {error.strerror}") from None
+
+
+def line_of(error: Exception) -> str:
+    """What SQLite says, in one line: it may quote the schema."""
+    return " ".join(str(error).split())[:200]
+
+
+class _reading:  # noqa: N801 - used as a function
+    """A connection that can't write, not even by closing: SQLite's own `with` doesn't close. It sees one moment."""
+
+    def __init__(self, path: Path) -> None:
+        # A file that nothing stands beside is all there is: so nothing need be put beside it, either.
+        alone = not any(path.with_name(f"{path.name}-{name}").exists() for name in ("wal", "journal"))
+        self._database = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}",
+            uri=True,
+            isolation_level=None,
+        )
+
+    def __enter__(self) -> sqlite3.Connection:
+        self._database.execute("BEGIN")
+        return self._database
+
+    def __exit__(self, *error: object) -> None:
+        self._database.close()
+
+
+def _key(row: Row) -> Key:
+    id, text, created_at, expires_at, release_at, lease, owner = row
+    key = Key(id, text, created_at / 1000, expires_at / 1000)
+    key.release_deadline = None if release_at is None else release_at / 1000
+    key.lease = lease
+    key.owner = owner
+    return key
+
+
+def row_of(key: Key) -> Row:
+    """The row that keeps a key."""
+    release = key.release_deadline
+    return (
+        key.id,
+        key.text,
+        round(key.created_at * 1000),
+        round(key.expires_deadline * 1000),
+        None if release is None else round(release * 1000),
+        key.lease,
+        key.owner,
+    )

@@ -1,0 +1,99 @@
+"""Opening the embedded engine on its data file: hold, inspect, start the writer, read, settle, arm.
+
+Nothing is answered before it is all done. The loop goes on meanwhile, in slices, so that /healthz and /readyz
+can tell how it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from keypool.core.errors import StartError
+from keypool.core.pool import Counters
+from keypool.engine import NOTE
+from keypool.engine.clock import make_clock
+from keypool.engine.durable import datafile
+from keypool.engine.durable.journal import Journal
+from keypool.engine.embedded import EmbeddedEngine
+
+_SLICE = 2000  # keys read, or checked, in one turn of the loop
+_COUNTERS = tuple(
+    field.name for field in dataclasses.fields(Counters)
+)  # asdict() copies deeply, for each batch
+_log = logging.getLogger("keypool.journal")
+
+
+async def open_durable(path: Path, restart_grace: float, **settings: Any) -> EmbeddedEngine:
+    """The engine over a data file, which is made if there is none. O(n). Raises StartError.
+
+    `settings` are EmbeddedEngine's. With a `restart_grace`, keys that would be dead by then live until that
+    many seconds after the start.
+    """
+    started = time.monotonic()
+    loop = asyncio.get_running_loop()
+    lock = await loop.run_in_executor(None, datafile.hold, path)
+    numbers = await loop.run_in_executor(None, datafile.inspect, path)
+    clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
+    engine = EmbeddedEngine(clock=clock, held=True, restart_grace=restart_grace, **settings)
+    journal = Journal(path, lock, lambda: _numbers(engine), engine)
+    await journal.open()
+    grace_until = clock() + restart_grace if restart_grace else None
+    _restore_numbers(engine, numbers)
+    try:
+        await _restore_keys(engine, path, grace_until or 0.0)
+    except (ValueError, KeyError) as error:
+        await journal.abandon()
+        raise StartError(f"the data file {path} contradicts itself: {error}") from None
+    await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
+    engine.journal = journal
+    await _settle(engine)
+    engine.start()
+    _log.info("%d keys restored from %s in %.1f s", engine.pool.total, path, time.monotonic() - started)
+    return engine
+
+
+async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) -> None:
+    """All keys into the pool, which is proved to hold together. No timer is set yet, so nothing moves."""
+    for some in datafile.read_keys(path, _SLICE):
+        for key in some:
+            key.expires_deadline = max(key.expires_deadline, grace_until)
+            engine.pool.restore(key)
+        await asyncio.sleep(0)
+    for _ in engine.pool.check_in_slices(_SLICE):
+        await asyncio.sleep(0)
+
+
+async def _settle(engine: EmbeddedEngine) -> None:
+    """Purge and release what passed its deadline while no server ran."""
+    now = engine.now()
+    while engine.pool.overdue(now) or engine.pool.next_release(now) == 0:
+        engine.pool.settle(now)
+        await asyncio.sleep(0)
+
+
+def _numbers(engine: EmbeddedEngine) -> dict[str, int]:
+    pool = engine.pool
+    return {
+        "last_id": pool.last_id,
+        "last_lease": pool.last_lease,
+        "moment": round(engine.now() * 1000),
+        **{name: getattr(pool.counters, name) for name in _COUNTERS},
+    }
+
+
+def _restore_numbers(engine: EmbeddedEngine, numbers: dict[str, int]) -> None:
+    pool = engine.pool
+    pool.last_id = numbers.get("last_id", 0)
+    pool.last_lease = numbers.get("last_lease", 0)
+    for name in _COUNTERS:
+        setattr(pool.counters, name, numbers.get(name, 0))
+    engine.kept_notes = {
+        name.removeprefix(NOTE): number
+        for name, number in numbers.items()
+        if name.startswith(NOTE) and number
+    }

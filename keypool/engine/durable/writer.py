@@ -1,0 +1,276 @@
+"""The writer process: takes batches from the server over a socket, commits them, says so.
+
+A process of its own, because a transaction in a thread of the server's takes the interpreter's lock back for every
+row, and the loop stalls (docs/architecture.md has the figures). It holds nothing worth keeping: when it dies
+the server starts another and repeats what wasn't confirmed. When the server dies, this process is killed by the
+system, even where it stands still; where the system isn't Linux, the socket closes, and it ends with the batch it
+is at.
+
+It also looks after what only the disk can say, so that the server's loop never waits for the disk: whether the
+file by that name is still the one that the server holds, how large it is, and how much room is left.
+
+On the socket, each way, a frame is four bytes of length, one that says of what kind it is, and MessagePack.
+Signals are the server's to handle: this process ignores those that a terminal or a service manager sends to
+everybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import signal
+import socket
+import sqlite3
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from keypool.engine.durable import datafile
+from keypool.engine.durable.compaction import Batches
+from keypool.pdeathsig import end_with_parent
+
+_MEASURED_EVERY = 1.0  # seconds
+_GONE = (
+    "the file by that name isn't the one that this server holds: it was deleted, moved or replaced; put it back, "
+    "or restart the server"
+)
+_LOG_GONE = "its log was deleted or replaced; what it held is in the file now"
+
+HEADER = struct.Struct("!IB")
+
+
+class Kind(enum.IntEnum):
+    """What a frame holds."""
+
+    END = 0  # nothing: close the file, and end
+    PROBE = 1  # nothing: can it be written?
+    BATCH = 2  # a Batch: commit it, and the parts before it
+    PART = 3  # a Batch that the next frame goes on with
+    GRACE = 4  # a moment: keys that would expire before it live until then
+    VERDICT = 5  # a Verdict, for each frame but END and PART
+    LOOK = 6  # nothing: is the file still there?
+
+
+def frame(kind: Kind, content: bytes = b"") -> bytes:
+    """A frame as it goes over the socket."""
+    return HEADER.pack(len(content), kind) + content
+
+
+class Figures(msgspec.Struct, array_like=True):
+    """What was measured of the disk, in bytes."""
+
+    data: int
+    log: int
+    free: int
+    """What is left for this user."""
+
+
+class Verdict(msgspec.Struct, array_like=True):
+    """What became of it: done, or why not. Figures come with it once a second at most."""
+
+    error: str | None = None
+    figures: Figures | None = None
+
+
+class Writer:
+    """The one connection that writes. After an error it is closed, and opened anew for the next batch.
+
+    `held` is a descriptor of the file that the server holds. It is never closed here: that would end every lock
+    that this process has on the file.
+    """
+
+    def __init__(self, path: Path, held: int) -> None:
+        self._path = path
+        self._held = held
+        self._log_path = datafile.log_of(path)
+        # Looked at before each commit, and a stat of a Path takes half as long again.
+        self._name, self._log_name = str(path), str(self._log_path)
+        self._file = _identity(held)
+        self._log: tuple[int, int] | None = None  # which file the log is, of this connection
+        self._measured_at = -_MEASURED_EVERY
+        self._database: sqlite3.Connection | None = None
+        self._marked = False
+        self._batches: Batches
+        self._failed: str | None = None
+
+    def probe(self) -> Verdict:
+        """See whether the file can be written, and write nothing."""
+        return self._try(self._probe)
+
+    def commit(self, encoded: list[bytes]) -> Verdict:
+        """Write batches in one transaction, all or none."""
+        return self._try(lambda database: self._commit(database, encoded))
+
+    def grant(self, until: int) -> Verdict:
+        """Let all keys that would expire before this moment live until then."""
+        return self._try(lambda database: self._grant(database, until))
+
+    def look(self) -> Verdict:
+        """See whether the file is still there, and write nothing."""
+        return self._try(lambda _: None)
+
+    def fold(self) -> None:
+        """Bring some of what is committed into the tables. If that fails, the next batch does, which says why."""
+        try:
+            if self._database is not None:
+                self._mark(self._database)
+                self._batches.fold()
+        except sqlite3.Error as failure:
+            self._drop()
+            self._failed = datafile.line_of(failure)
+
+    def close(self) -> None:
+        """Close, and so bring all into the tables, and what the log holds into the file."""
+        try:
+            if self._database is not None:
+                self._batches.finish()
+        except sqlite3.Error:
+            pass  # the batches are there: the next open finds them
+        finally:
+            self._drop()
+
+    def _try(self, change: Callable[[sqlite3.Connection], None]) -> Verdict:
+        error, self._failed = self._failed, None
+        error = error or self._moved()
+        if error is None:
+            try:
+                change(self._opened())
+            except sqlite3.Error as failure:
+                self._drop()
+                error = datafile.line_of(failure)
+        return Verdict(error)
+
+    def _moved(self) -> str | None:
+        """What became of the names of the file and its log, if they name others by now. A few microseconds."""
+        if _identity(self._name) != self._file:
+            wrong = _GONE
+        elif self._database is not None and _identity(self._log_name) != self._log:
+            wrong = _LOG_GONE
+        else:
+            return None
+        # All into the file that is held, so that it is whole wherever it is; and nothing left in the log, which
+        # whoever opens another file by that name would take for that one's. SQLite itself leaves both undone.
+        with contextlib.suppress(sqlite3.Error):
+            if self._database is not None:
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._drop()
+        return wrong
+
+    def measured(self) -> Figures | None:
+        """How large file and log are, and how much room is left; None if that was said in the last second."""
+        now = time.monotonic()
+        if now < self._measured_at + _MEASURED_EVERY:
+            return None
+        self._measured_at = now
+        try:
+            disk = os.fstatvfs(self._held)
+            log = self._log_path.stat().st_size if self._log_path.exists() else 0
+            return Figures(os.fstat(self._held).st_size, log, disk.f_bavail * disk.f_frsize)
+        except OSError:
+            return None
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._database = datafile.connect(self._path)
+            self._marked = False
+            self._batches = Batches(self._database)
+            self._log = _identity(self._log_name)
+        return self._database
+
+    def _commit(self, database: sqlite3.Connection, encoded: list[bytes]) -> None:
+        if not self._marked:
+            # Before the first commit is answered, since from then on a copy without the log lacks something; and not
+            # before there is one, since a file that is refused stays as it is.
+            self._mark(database)
+            self._marked = True
+        self._batches.commit(encoded)
+
+    def _mark(self, database: sqlite3.Connection) -> None:
+        with contextlib.suppress(OSError):  # a file without the mark is as good
+            datafile.mark_in_use(database, self._held)
+
+    @staticmethod
+    def _probe(database: sqlite3.Connection) -> None:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("COMMIT")
+
+    def _grant(self, database: sqlite3.Connection, until: int) -> None:
+        self._batches.finish()
+        database.execute(datafile.GRANT_GRACE, {"until": until})
+        self._batches = Batches(database)
+
+    def _drop(self) -> None:
+        """Close the connection. A transaction under way is rolled back."""
+        database, self._database = self._database, None
+        if database is not None:
+            try:
+                database.close()
+            except sqlite3.Error:
+                return  # the log holds what the file lacks: the next open finds it
+
+
+def _identity(file: str | int) -> tuple[int, int] | None:
+    """Which file it is, whatever its name; None if there is none by that name, or none can be seen."""
+    try:
+        found = os.stat(file)  # noqa: PTH116 - a descriptor or a name
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def serve(stream: BinaryIO, writer: Writer) -> None:
+    """Do what the frames ask for until the socket closes, or a frame asks for a clean end."""
+    parts: list[bytes] = []
+    while len(header := stream.read(HEADER.size)) == HEADER.size:
+        length, kind = HEADER.unpack(header)
+        content = stream.read(length)
+        if len(content) < length:
+            return
+        match kind:
+            case Kind.END:
+                writer.close()
+                return
+            case Kind.PART:
+                parts.append(content)
+                continue
+            case Kind.BATCH:
+                verdict = writer.commit([*parts, content])
+                parts.clear()
+            case Kind.GRACE:
+                verdict = writer.grant(msgspec.msgpack.decode(content, type=int))
+            case Kind.LOOK:
+                verdict = writer.look()
+            case _:
+                verdict = writer.probe()
+        verdict.figures = writer.measured()
+        stream.write(frame(Kind.VERDICT, datafile.encode(verdict)))
+        stream.flush()
+        if kind in (Kind.BATCH, Kind.GRACE):
+            writer.fold()  # after the answer: nobody waits for it but who comes next
+
+
+def main() -> None:
+    """`python -m keypool.engine.durable.writer SOCKET HELD PARENT PATH`: the server starts it so.
+
+    Two descriptors, the server's process id, and the data file.
+    """
+    connection_number, held, parent = map(int, sys.argv[1:4])
+    # Here and not between fork and exec: Python code there would have the server copy its whole page table.
+    end_with_parent(parent, signal.SIGKILL)()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    connection = socket.socket(fileno=connection_number)
+    with contextlib.suppress(OSError):  # the server is gone, in the middle of a frame
+        serve(connection.makefile("rwb"), Writer(Path(sys.argv[4]), held))  # type: ignore[arg-type]
+    # No closing of the file here: it would take a checkpoint's time, and the next start does it as well.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

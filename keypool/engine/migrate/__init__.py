@@ -1,0 +1,1 @@
+"""Moving a whole pool between a data file and Valkey."""

@@ -1,0 +1,1 @@
+"""The pool on Valkey or Redis, shared by any number of servers."""

@@ -1,0 +1,1 @@
+"""HTTP: the API and its two servers, the fast one and Tornado's."""

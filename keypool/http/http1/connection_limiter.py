@@ -1,0 +1,98 @@
+"""Admits or rejects connections, in all and per address, and picks what to cut when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Container, Iterable
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import TypeVar
+
+from keypool.config.limits import Limits, allowed_connections
+
+_WARN_EVERY = 60.0  # seconds between two lines about connections that were refused
+_log = logging.getLogger("keypool.connections")
+
+Held = TypeVar("Held")
+
+
+class ConnectionLimiter:
+    """Who is in, by address: lets a connection in or not. A websocket is in until its stream is closed."""
+
+    def __init__(self, limits: Limits, trusted: Container[str] = ()) -> None:
+        self._limits = limits
+        self.most = allowed_connections(limits)
+        """Connections that may be in at a time."""
+        self._trusted = trusted  # proxies: many callers share their addresses
+        self._inside: dict[str, int] = {}
+        self._warned_at = -_WARN_EVERY
+        self.count = 0
+        """Connections that are in."""
+        self.refused = 0
+        """Connections that were not let in, since the start."""
+
+    def enter(self, address: str) -> bool:
+        """Whether one more connection from this address is let in. O(1)."""
+        place = _place(address)
+        inside = self._inside.get(place, 0)
+        crowded = place and inside >= self._limits.connections_per_address and address not in self._trusted
+        if self.count >= self.most or crowded:
+            self.refused += 1
+            self._warn(f"a connection from {address} was refused")
+            return False
+        self._inside[place] = inside + 1
+        self.count += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        """One that was let in is gone. O(1)."""
+        place = _place(address)
+        self.count -= 1
+        self._inside[place] -= 1
+        if not self._inside[place]:
+            del self._inside[place]
+
+    def out_of_files(self, error: OSError) -> None:
+        """A connection had to be closed because the system has no file for it. Logged once in a while. O(1)."""
+        self.refused += 1
+        self._warn(f"a connection was closed: {error.strerror}")
+
+    def _warn(self, what: str) -> None:
+        now = time.monotonic()
+        if now - self._warned_at >= _WARN_EVERY:
+            self._warned_at = now
+            _log.warning("%s; %d were refused by now, %d are open", what, self.refused, self.count)
+
+
+def largest_first_over_budget(held: Iterable[tuple[int, Held]], limits: Limits) -> list[Held]:
+    """Who is to be cut, because all together hold more than `unfinished_bytes`: those that hold most.
+
+    `held` are bytes of unfinished requests and whose they are. O(held), O(held · log held) if it is too much.
+    """
+    sizes = [(size, holder) for size, holder in held if size]
+    over = sum(size for size, _ in sizes) - limits.unfinished_bytes
+    if over <= 0:
+        return []
+    _log.warning("unfinished requests take %d bytes too much: the largest are cut", over)
+    cut = []
+    for size, holder in sorted(sizes, key=lambda pair: -pair[0]):
+        if over <= 0:
+            break
+        cut.append(holder)
+        over -= size
+    return cut
+
+
+def _place(address: str) -> str:
+    """What counts as one address; empty for what isn't counted: loopback and what is no IP address."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return ""
+    if ip.is_loopback:
+        return ""
+    if isinstance(ip, IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return _place(str(ip.ipv4_mapped))
+        return str(ip_network((ip, 64), strict=False).network_address)
+    return str(ip)

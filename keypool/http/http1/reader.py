@@ -1,0 +1,399 @@
+"""From bytes to requests: the parser, fed in pieces, and what a request may look like.
+
+`RequestReader` is the half of a connection that reads. llhttp, through httptools, does
+the grammar, strictly; no leniency is ever switched on. What it lets through and this
+server does not is refused here: no or several Host, a coding other than chunked,
+HTTP/0.9 and 2.0, a target that is no origin form (an absolute form is taken if it
+names the Host), more than `Limits` allow.
+
+httptools has four traits that shape this module:
+
+- It can't be stopped but by an exception in a callback. So bytes go in by pieces of
+  8 KiB, and one read of many pipelined requests is not parsed further than is wanted.
+- It doesn't report where in a piece a message begins or ends, nor the first line as it
+  came: neither the protocol's name nor a method that it doesn't know. So a piece is cut
+  up where a message may end, and every message begins a step of its own. What is known
+  of a first line comes from there; and a header section that was read before can be
+  recognised there, past the parser. No byte is given to both, or to one of them twice.
+- It puts split header lines together without a bound. So the bytes of a head are
+  counted as they go in, not only as headers come out.
+- After a request with `Connection: Upgrade` it stops even if a body follows. Such a
+  body is read by a new parser that is told its framing; were the rest taken for the
+  next request, a body could smuggle one.
+
+What becomes of requests is the business of the subclass, `Connection`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, cast
+
+import httptools
+from tornado.log import app_log
+
+from keypool.config.limits import MAX_NAME
+from keypool.http.http1.link import DEAF, HOLDING, READING, Link
+from keypool.http.http1.peer import Peer
+from keypool.http.http1.request import Body, Request
+from keypool.http.http1.responses import Refusal, Refused
+from keypool.http.http1.rules import FRAMING, body_of, check_head, check_size, is_host, protocol_of
+from keypool.http.http1.section import REQUEST_LINE, HeaderSection
+
+if TYPE_CHECKING:
+    from keypool.http.http1.server import Server
+
+PIECE = 8 * 1024
+
+_TOKEN = re.compile(rb"[\r\n]*[!#$%&'*+.^_`|~0-9A-Za-z-]")
+
+
+class Stop(Exception):
+    """Raised inside a parser callback to stop at this byte, with nothing to answer."""
+
+
+class RequestReader(Link):
+    """Parses one connection's bytes; calls `request_*` and `refuse` as it goes."""
+
+    __slots__ = (
+        "_at_start",
+        "_begun",
+        "_carry",
+        "_count",
+        "_framing",
+        "_head",
+        "_headers",
+        "_hosts",
+        "_in_head",
+        "_section",
+        "_tail",
+        "_target",
+        "incoming",
+        "keeps_alive",
+        "parser",
+        "piece",
+    )
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(server, loop)
+        self.parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
+        self.incoming: Request | None = None  # its headers are in, its end is not
+        # A head that comes in one piece needs no counting: it can't be too large.
+        self.piece = min(PIECE, self.limits.head_bytes)
+        self.keeps_alive = not server.no_keep_alive
+        self._carry = 0  # bytes that went in since something came out, an upper bound
+        self._count = 0
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._hosts = 0
+        self._framing: dict[bytes, bytes] = {}
+        self._section = HeaderSection(())  # of the latest request
+        self._in_head = True  # a connection's first head has its time from the opening
+        self._begun = False  # a request has, and its end hasn't come
+        self._at_start = True  # a request may begin in the step that is being parsed
+        self._head = b""  # from the start of the request to the end of its first line, at least
+        self._tail = b""  # the last three bytes of what has come of a request
+
+    # For the subclass.
+
+    def request_started(self, request: Request) -> None:
+        """Take a request whose headers are in."""
+        raise NotImplementedError
+
+    def request_received(self, request: Request) -> None:
+        """Take the end of a request."""
+        raise NotImplementedError
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer what is no acceptable request; nothing more will be read."""
+        raise NotImplementedError
+
+    def too_large(self, request: Request) -> bool:
+        """Let the application answer a request whose body is too large; whether it has."""
+        raise NotImplementedError
+
+    def answer(self, request: Request, response: bytes, close: bool) -> None:
+        """Send a whole response."""
+        raise NotImplementedError
+
+    def peer_of(self, request: Request) -> Peer:
+        """Return whom a request comes from."""
+        raise NotImplementedError
+
+    # Feeding.
+
+    def recognise(self, data: bytes, start: int = 0) -> int:
+        """Take the request at `start` past the parser, if it is whole and its header section was read before.
+
+        Returns where the request ends, or `start` if it has to be parsed. O(its length), a tenth of what the parser
+        and its callbacks cost.
+        """
+        line = None if self._begun else REQUEST_LINE.match(data, start)
+        if line is None:
+            return start
+        lines = line.end()
+        body = data.find(b"\r\n\r\n", lines - 2) + 4
+        section = self.server.sections.recall(data[lines:body])
+        if section is None or not self.keeps_alive:
+            return start
+        length = section.length
+        if length is None or (end := body + length) > len(data):
+            return start
+        request = Request(self, line[1], line[2], section, True)
+        request.received = True
+        if length:
+            request.body = Body(length, False, self.limits)
+            request.body.add(data[body:end])
+            request.body.size = length
+        self._in_head = False
+        self._count += 1
+        self.request_started(request)
+        self.request_received(request)
+        return end
+
+    def feed(self, piece: bytes | memoryview, at: int = 0) -> int:
+        """Read a piece from `at` on, and return where what was consumed ends. O(len(piece)).
+
+        Less than all of it is consumed only behind a request with an upgrade. No byte is consumed twice: neither the
+        parser nor `recognise` is given one again.
+        """
+        if self._due() > len(piece):
+            return self._parse(piece)
+        data = bytes(piece)
+        start, count, tried = -1, self._count, False
+        while at < len(data) and self.mode == READING:
+            if not self._begun:
+                start, count = at, self._count
+            step = data[at : self._next_cut(data, at)]
+            if self.incoming is None:
+                self._keep_line(step)
+            at += self._parse(step)
+            if self._begun:
+                self._account(step)
+                continue
+            if not start and self._count == count + 1 and self._section.length is not None:
+                self.server.sections.remember(data[:at], self._section)
+            if not tried:
+                tried = True  # where one isn't known the next ones hardly are
+                while at < len(data) and self.mode == READING and (end := self.recognise(data, at)) > at:
+                    at = end
+        return at if self.mode <= HOLDING else len(data)
+
+    def _due(self) -> int:
+        """How many bytes of a body of known length are still to come."""
+        body = None if self.incoming is None else self.incoming.body
+        return 0 if body is None or body.length is None else body.length - body.size
+
+    def _next_cut(self, data: bytes, start: int) -> int:
+        """Where the parser has to stop: no later than where the message under way ends.
+
+        A head ends with an empty line, and so does a chunked body, behind its trailers. An empty line inside of
+        chunked data is one cut more, which changes nothing.
+        """
+        if due := self._due():
+            return start + due
+        if self._tail and not start:  # else what came before ended with a cut
+            seam = (self._tail + data[:3]).find(b"\r\n\r\n")
+            if seam >= 0:
+                return seam + 4 - len(self._tail)
+        end = data.find(b"\r\n\r\n", start)
+        return len(data) if end < 0 else end + 4
+
+    def _keep_line(self, step: bytes) -> None:
+        """Keep a part of a head until its first line is whole: llhttp doesn't report all of that."""
+        self._at_start = not self._begun
+        if self._at_start:
+            self._head = step
+        elif b"\n" not in self._head.lstrip(b"\r\n"):
+            self._head += step
+
+    def _parse(self, step: bytes | memoryview) -> int:
+        """Feed the parser, up to the end of a message at most; return how much it consumed."""
+        parser = self.parser
+        if parser is None:
+            return len(step)
+        try:
+            parser.feed_data(step)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._read_upgraded_body()
+            return cast(int, upgrade.args[0])
+        except httptools.HttpParserInvalidMethodError:
+            self._broken(None, self._unknown_method())
+        except httptools.HttpParserCallbackError as error:
+            self._broken(error, error.__context__)
+        except httptools.HttpParserError as error:
+            self._broken(error, None)
+        return len(step)
+
+    def _account(self, step: bytes) -> None:
+        """Remember what may be a part of an empty line, and bound the bytes of a head."""
+        self._tail = (self._tail + step[-3:])[-3:]
+        self._carry += len(step)
+        # The bound is exact when the head is complete; the lines that check_size doesn't count need the slack.
+        if self._carry > self.limits.head_bytes + 2 * PIECE and self.mode == READING:
+            self.refuse(self.refusal(431, "headers-too-large", "the headers are too large"))
+
+    def refusal(self, status: int, code: str, detail: str) -> Refusal:
+        """Describe why what is being read is refused. O(1)."""
+        request, parser = self.incoming, self.parser
+        if request is not None:
+            return Refusal(status, code, detail, request.method, request.target, request.headers, True)
+        if not self._target or parser is None:
+            return Refusal(status, code, detail)
+        return Refusal(status, code, detail, parser.get_method(), self._target, self._headers)
+
+    def deafen(self) -> None:
+        """Parse no more."""
+        self.parser = None
+        self.incoming = None
+        self._target = self._head = b""
+        self._begun = False
+        self.mode = max(self.mode, DEAF)
+
+    def _broken(self, error: httptools.HttpParserError | None, cause: BaseException | None) -> None:
+        if self.mode > HOLDING or isinstance(cause, Stop):
+            return  # bytes behind the last request: nobody asked for an answer to them
+        if isinstance(cause, Refused):
+            self.refuse(self.refusal(cause.status, cause.code, cause.detail))
+        elif cause is None:
+            self.refuse(self.refusal(400, "bad-request", str(error)))
+        elif not isinstance(cause, Exception):
+            raise cause
+        else:
+            app_log.error("Uncaught exception", exc_info=cause)
+            self.refuse(self.refusal(500, "internal", "the server failed"))
+
+    def _unknown_method(self) -> Refused:
+        # The parser stops at the first byte that is wrong, which may be the last that has come. So that the answer
+        # doesn't depend on how much has come, it is the first byte of the request that decides.
+        if _TOKEN.match(self._head):
+            return Refused(501, "not-implemented", "the method is not known")
+        return Refused(400, "bad-request", "this is not an HTTP request")
+
+    def _read_upgraded_body(self) -> None:
+        request = self.incoming
+        if request is None or request.body is None:
+            return
+        length = request.body.length
+        framing = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
+
+    # Callbacks of the parser. While a request is coming in, headers are trailers, which
+    # are dropped, or those that `_read_upgraded_body` made up.
+
+    def on_message_begin(self) -> None:
+        """Note that the bytes of a request have begun.
+
+        :raises Refused: if others have ended in the same step, which `_next_cut` rules out.
+        """
+        if not self._at_start and self.incoming is None:
+            raise Refused(400, "bad-request", "the end of the request before is in doubt")
+        self._at_start = False
+        self._begun = True
+        self._tail = b""
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the target."""
+        if self.incoming is not None:
+            return
+        if self.mode:
+            raise Stop
+        self._target = self._target + url if self._target else url
+        if len(self._target) > self.limits.head_bytes:
+            raise Refused(414, "uri-too-long", "the request target is too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header line."""
+        if self.incoming is not None:
+            return
+        if len(name) > MAX_NAME:
+            raise Refused(431, "headers-too-large", f"a header's name is longer than {MAX_NAME} bytes")
+        name = name.lower()
+        self._headers.append((name, value.rstrip(b" \t")))
+        if name == b"host":
+            self._hosts += 1
+            if not is_host(value):
+                raise Refused(400, "bad-request", "the Host header is no host")
+        elif name in FRAMING:
+            if name in self._framing:
+                raise Refused(400, "bad-request", f"more than one {name.decode()} header")
+            self._framing[name] = self._headers[-1][1]
+
+    def on_headers_complete(self) -> None:
+        """Make the request, and start it."""
+        parser = self.parser
+        if self.incoming is not None or parser is None:
+            return
+        target = self._target
+        section = self._section = self.server.sections.of(self._headers)
+        request = Request(self, parser.get_method(), target, section, parser.should_keep_alive())
+        line_end = self._head.find(b"\r\n")
+        if (
+            self._hosts != 1
+            or self._framing
+            or self._carry
+            or not target.startswith(b"/")
+            or b"#" in target
+            or len(section.lines) > self.limits.header_count
+            or parser.should_upgrade()
+            or self._head[line_end - 9 : line_end] != b" HTTP/1.1"
+        ):
+            self._examine(request, parser)
+        if request.keep_alive and not request.http10 and not parser.should_upgrade():
+            section.length = _plain_length(request.body)
+        request.keep_alive = request.keep_alive and self.keeps_alive
+        self._target = self._head = b""
+        self._headers = []
+        self._hosts = self._carry = 0
+        self._in_head = False
+        self._count += 1
+        self.incoming = request
+        self.request_started(request)
+
+    def on_body(self, chunk: bytes) -> None:
+        """Take a piece of the body; count it, and drop it if the answer is out."""
+        request = self.incoming
+        self._carry = 0
+        if request is None or request.body is None:
+            return
+        body = request.body
+        body.size += len(chunk)
+        if body.size > body.limit and request.limited() and (request.answered or not self.too_large(request)):
+            raise Refused(413, "payload-too-large", f"the body is larger than {body.limit} bytes")
+        if not request.answered:
+            body.add(chunk)
+
+    def on_message_complete(self) -> None:
+        """Take the end of a request."""
+        request = self.incoming
+        if request is None:
+            return
+        if request.body is not None and self.parser is not None and self.parser.should_upgrade():
+            return  # llhttp stops here; the body is still to come
+        if self.mode == READING and request.upgrade:
+            self.mode = HOLDING
+        elif self.mode == READING and not request.keep_alive:
+            self.mode = DEAF
+        self.incoming = None
+        self._begun = False
+        request.received = True
+        self.request_received(request)
+
+    def _examine(self, request: Request, parser: httptools.HttpRequestParser) -> None:
+        """Do what only some requests need: those with a body, an odd target, a large head…"""
+        framing, self._framing = self._framing, {}
+        if self._carry:
+            check_size(request, self.limits)
+        check_head(request, self._hosts, protocol_of(self._head), self.limits)
+        request.body = body_of(request, framing, self.limits)
+        # RFC 9110, 7.8: in HTTP/1.0 the header means nothing.
+        request.upgrade = request.body is None and not request.http10 and parser.should_upgrade()
+
+
+def _plain_length(body: Body | None) -> int | None:
+    """The length of a body that comes right behind its head, None of one that may not."""
+    if body is None:
+        return 0
+    return None if body.expects or body.length is None or body.length > body.limit else body.length

@@ -1,0 +1,445 @@
+"""Tornado's own HTTP server, with limits to what a stranger may take.
+
+Tornado bounds sizes, and waits an hour for a head. This subclass counts connections by address, looks at each
+once a second and ends those that take too long, with 408 where a request had begun. It works by Tornado's
+interface for messages: every message's delegate is wrapped in one that knows how far the message has come.
+
+Tornado serves one request of each connection in each iteration of the loop, which is fair to connections that ask for
+the same, but unbounded. Here they share the time as on the fast server (http1/turns.py): a request that isn't to be
+served yet is held back by the future that a delegate may return.
+
+It isn't the place for limits of the API: what is wrong with a request as such, dispatch.py says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from enum import Enum
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+from tornado import httputil
+from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream, StreamClosedError
+from tornado.netutil import add_accept_handler
+from tornado.web import Application
+
+from keypool.api.dispatch import Dispatcher
+from keypool.config.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_HEADERS, MAX_NAME, Limits
+from keypool.config.proxies import TrustedProxies
+from keypool.core.errors import HeadersTooLarge, RequestTimeout
+from keypool.http.fast_call import wire
+from keypool.http.http1.connection_limiter import ConnectionLimiter, largest_first_over_budget
+from keypool.http.http1.responses import with_connection
+from keypool.http.http1.turns import QUANTUM, TASK, Turns
+
+_API = "/api/"
+_LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # behind the request line
+_SLICE = 200  # connections looked at in one turn of the loop
+_QUEUED = 4096  # connections taken from the system's queue before it is closed
+
+
+class _Phase(Enum):
+    HEAD = 1  # nothing, or a part of a head, has come
+    BODY = 2
+    ANSWER = 3  # the request is whole: it waits for its answer, or the caller for taking it in
+
+
+class _Listener:
+    """A listening socket of which accepting never fails: Tornado logs a failure, and tries again at once.
+
+    What can't be accepted for want of a file is closed, by means of one that is kept for that (libuv does so).
+    """
+
+    def __init__(self, sock: socket.socket, doorman: ConnectionLimiter) -> None:
+        self._socket = sock
+        self._doorman = doorman
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._socket.fileno()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection. Raises BlockingIOError if there is none, or no file for it."""
+        try:
+            return self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            raise
+        except OSError as error:
+            self._doorman.out_of_files(error)
+            self._turn_away()
+            raise BlockingIOError from None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        if self._spare is not None:
+            os.close(self._spare)
+
+    def _turn_away(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+        self._spare = None
+        with contextlib.suppress(OSError):
+            self._socket.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+
+
+class _Stream(IOStream):
+    """A stream that looks at a head before Tornado reads its lines."""
+
+    def __init__(self, sock: socket.socket, server: StockServer, address: str) -> None:
+        super().__init__(sock, max_buffer_size=server.max_buffer_size, read_chunk_size=server.read_chunk_size)
+        self._server = server
+        self._address = address
+
+    def close_fd(self) -> None:
+        """Close the socket; called by IOStream, once. Until then a websocket is counted, too."""
+        super().close_fd()
+        self._server.doorman.leave(self._address)
+
+    async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
+        """A whole head; one that is too large, or has a name that is, is answered here and ends the connection."""
+        head = await super().read_until_regex(regex, max_bytes)
+        if len(head) <= MAX_NAME:
+            return head
+        if len(head) > MAX_HEAD:
+            detail = f"the headers are {len(head)} bytes long; {MAX_HEADERS} are read"
+        elif _LONG_NAME.search(head.lstrip(b"\r\n")):
+            detail = f"a header's name is longer than {MAX_NAME} bytes"
+        else:
+            return head
+        await self.write(self._server.refused_head(detail))
+        self.close()
+        raise StreamClosedError
+
+
+class _Share:
+    """What a connection has had of the time, from one of its requests to the next; see `turns.Served`."""
+
+    __slots__ = ("_released", "_turns", "debt")
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._released: asyncio.Future[None] | None = None
+        self.debt = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether its next request has to wait for its turn."""
+        return self._turns.over or self.debt > 0
+
+    def turn(self) -> asyncio.Future[None]:
+        """Done when the turn has come."""
+        self._released = asyncio.get_running_loop().create_future()
+        self._turns.queue(self, backlog=self.debt > 0)
+        return self._released
+
+    def run(self) -> None:
+        """The turn has come: what is to be done is done in a task, right after this."""
+        released, self._released = self._released, None
+        if released is not None and not released.done():
+            self._turns.charge(QUANTUM)
+            released.set_result(None)
+
+
+class _Message(httputil.HTTPMessageDelegate):
+    """One message of a connection, on its way to the delegate that answers it."""
+
+    __slots__ = (
+        "_answerer",
+        "_begun",
+        "_address",
+        "_context",
+        "_inner",
+        "_phase",
+        "_request",
+        "_server",
+        "_since",
+        "_stream",
+        "is_first",
+        "share",
+    )
+
+    def __init__(
+        self,
+        server: StockServer,
+        connection: HTTP1Connection,
+        answerer: Callable[[], httputil.HTTPMessageDelegate],
+        before: _Message | None,
+    ) -> None:
+        self.share: _Share = _Share(server.turns) if before is None else before.share
+        self.is_first = before is None
+        self._server = server
+        self._context: Any = connection.context  # Tornado's, which is private to it
+        self._address = _address(getattr(connection.context, "address", None))
+        self._stream = connection.stream
+        # Asked when the head has come: by then another application may serve than when the one before ended.
+        self._answerer = answerer
+        self._inner: httputil.HTTPMessageDelegate | None = None
+        self._request: tuple[Any, httputil.HTTPHeaders] | None = None
+        self._phase = _Phase.HEAD
+        self._body = 0  # bytes of it that have come
+        self._begun = False  # whether some of the head was seen, on a connection that was idle
+        self._since: float | None = server.now
+
+    # -- what Tornado tells
+
+    def headers_received(
+        self,
+        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
+        headers: httputil.HTTPHeaders,
+    ) -> Awaitable[None] | None:
+        """The head is whole."""
+        self._phase, self._since = _Phase.BODY, self._server.now
+        self._request = start_line, headers
+        return self._begin_later() if self.share.waits else self._begin()
+
+    async def _begin_later(self) -> None:
+        await self.share.turn()
+        if not self._stream.closed() and (awaited := self._begin()) is not None:
+            await awaited
+
+    def _begin(self) -> Awaitable[None] | None:
+        assert self._request is not None
+        self._server.began += 1
+        self._apply_proxy(self._request[1])
+        if not self._request[0].path.startswith(_API):
+            self._server.turns.charge(TASK)  # pages do their work in a task, after this turn
+        self._inner = self._answerer()
+        return self._inner.headers_received(*self._request)
+
+    def _apply_proxy(self, headers: httputil.HTTPHeaders) -> None:
+        """Have the request know its caller by a trusted proxy's headers.
+
+        Tornado's own way (`xheaders`) would also take them from anybody, and other headers besides.
+        """
+        trusted, context = self._server.trusted, self._context
+        if trusted is None or self._address not in trusted:
+            return
+        # The connection's own protocol: this server speaks no TLS. The next request is told anew.
+        context.remote_ip, context.protocol = trusted.caller(
+            self._address, "http", headers.get("X-Forwarded-For", ""), headers.get("X-Forwarded-Proto", "")
+        )
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        """A part of the body."""
+        self._body += len(chunk)
+        return None if self._inner is None else self._inner.data_received(chunk)
+
+    def finish(self) -> None:
+        """The request is whole."""
+        self._phase, self._since, self._request = _Phase.ANSWER, None, None
+        self._body = 0
+        if self._inner is not None:
+            started = self._server.turns.clock()
+            self._inner.finish()
+            self._server.turns.spend(self.share, started)
+
+    def on_connection_close(self) -> None:
+        """The caller is gone."""
+        inner, self._inner = self._inner, None
+        if inner is not None:
+            inner.on_connection_close()
+
+    # -- what the server asks
+
+    def look(self, now: float, limits: Limits) -> None:
+        """End the connection if this message takes too long."""
+        if self._stream.closed():
+            return
+        if self._phase is _Phase.ANSWER:
+            self._look_at_writing(now, limits.write_seconds)
+            self._look_for_its_end()
+        elif self._phase is _Phase.BODY:
+            if self._over(now, limits.body_seconds):
+                self._time_out(f"the body did not come within {limits.body_seconds:g} s")
+        elif self._buffered():
+            if not (self.is_first or self._begun):
+                self._begun, self._since = True, now
+            if self._over(now, limits.head_seconds):
+                self._time_out(f"the headers did not come within {limits.head_seconds:g} s")
+        elif self._over(now, limits.head_seconds if self.is_first else limits.idle_seconds):
+            self._stream.close()
+
+    def _over(self, now: float, seconds: float) -> bool:
+        return self._since is not None and now - self._since > seconds
+
+    def held(self) -> int:
+        """Bytes that this message holds while it isn't whole."""
+        return self._buffered() + (0 if self._phase is _Phase.ANSWER else min(self._body, MAX_BODY))
+
+    def writing(self) -> bool:
+        """Whether an answer, or a part of it, is still to be taken in."""
+        return not self._stream.closed() and self._stream.writing()
+
+    def cut(self) -> None:
+        """Close its connection."""
+        self._stream.close()
+
+    def _buffered(self) -> int:
+        # Tornado has no public way to ask; a test sees to it that this one is right.
+        return self._stream._read_buffer_size  # noqa: SLF001
+
+    def _look_for_its_end(self) -> None:
+        # Tornado doesn't notice that a caller hangs up behind bytes that nobody has read. Let it read some more,
+        # 64 KiB at most each time: the end comes behind them.
+        if self._buffered():
+            self._stream._add_io_state(self._stream.io_loop.READ)  # noqa: SLF001 - no public way either
+
+    def _look_at_writing(self, now: float, seconds: float) -> None:
+        if not self._stream.writing():
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif self._over(now, seconds):
+            self._stream.close()
+
+    def _time_out(self, detail: str) -> None:
+        """Answer 408, unless an answer is on its way, and close."""
+        self.on_connection_close()
+        if self._stream.writing():
+            self._stream.close()
+            return
+        written = self._stream.write(self._server.timed_out(self._request, detail))
+        written.add_done_callback(self._written)
+
+    def _written(self, done: asyncio.Future[None]) -> None:
+        done.exception()  # heard: that the caller is gone is nobody's error
+        self._stream.close()
+
+
+class StockServer(HTTPServer):
+    """See the module. `began` counts requests whose head has come; `now` is the moment of the last look."""
+
+    def initialize(  # type: ignore[override]
+        self, app: Application, limits: Limits | None = None, trusted: TrustedProxies | None = None
+    ) -> None:
+        """What `StockServer(app, limits, trusted)` does, Tornado's way. Needs a running loop."""
+        # A head over MAX_HEAD is read to its end, up to here, so that its caller gets an answer; see _Stream.
+        super().initialize(app, max_header_size=4 * MAX_HEAD, max_body_size=DISCARDED)
+        self.limits = limits or Limits()
+        self.trusted = trusted
+        self.doorman = ConnectionLimiter(self.limits, trusted or ())
+        self.turns = Turns(asyncio.get_running_loop(), lambda: None)
+        self.now = time.monotonic()
+        self.began = 0
+        self.serve_app(app)
+        self._messages: dict[object, _Message] = {}
+        self._sweeper = asyncio.ensure_future(self._sweep())
+        self._listeners: list[tuple[_Listener, Callable[[], None]]] = []
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept on listening sockets, which are owned by the server from now on."""
+        for sock in sockets:
+            listener = _Listener(sock, self.doorman)
+            self._listeners.append(
+                (listener, add_accept_handler(cast(socket.socket, listener), self._handle_connection))
+            )
+
+    def stop(self) -> None:
+        """Accept no more, and close the listening sockets."""
+        super().stop()
+        listeners, self._listeners = self._listeners, []
+        for listener, remove in listeners:
+            remove()
+            listener.close()
+
+    def serve_app(self, app: Application) -> None:
+        """Hand requests to this application from now on."""
+        self.request_callback = app
+        self._dispatcher: Dispatcher = app.settings["dispatcher"]
+
+    def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
+        """Let a connection in, or close it."""
+        if self.doorman.enter(_address(address)):
+            super().handle_stream(_Stream(stream.socket, self, _address(address)), address)
+        else:
+            stream.close()
+
+    def start_request(
+        self, server_conn: object, request_conn: httputil.HTTPConnection
+    ) -> httputil.HTTPMessageDelegate:
+        """The delegate of a connection's next message."""
+        assert isinstance(server_conn, HTTP1ServerConnection)
+        assert isinstance(request_conn, HTTP1Connection)
+        answerer = partial(super().start_request, server_conn, request_conn)
+        before = self._messages.get(server_conn)
+        message = _Message(self, request_conn, answerer, before)
+        self._messages[server_conn] = message
+        return message
+
+    def on_close(self, server_conn: object) -> None:
+        """A connection is gone."""
+        super().on_close(server_conn)
+        self._messages.pop(server_conn, None)
+
+    def timed_out(self, request: tuple[Any, httputil.HTTPHeaders] | None, detail: str) -> bytes:
+        """The whole answer to a request that took too long; the head is there if it had come."""
+        head = request and httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
+        reply = self._dispatcher.refused(head, RequestTimeout(detail), self.limits.body_seconds)
+        return with_connection(wire(reply), b"close")
+
+    def refused_head(self, detail: str) -> bytes:
+        """The whole answer to a request whose head is too large to be parsed."""
+        return with_connection(wire(self._dispatcher.refused(None, HeadersTooLarge(detail), 0.0)), b"close")
+
+    # -- stopping
+
+    def take_queue(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept what the system has accepted for us already; closing the sockets would reset it."""
+        for listening in sockets:
+            for _ in range(_QUEUED):
+                try:
+                    connection, address = listening.accept()
+                except OSError:
+                    break
+                self._handle_connection(connection, address)
+
+    def keep_none_alive(self) -> None:
+        """Have each connection closed with the answer to its next request, which says so."""
+        self.conn_params.no_keep_alive = True
+
+    def writing(self) -> bool:
+        """Whether some answer isn't taken in yet. O(connections)."""
+        return any(message.writing() for message in self._messages.values())
+
+    def cut_all(self) -> None:
+        """Close all connections in this turn of the loop: nothing that they send any more is read."""
+        for message in list(self._messages.values()):
+            message.cut()
+
+    async def close_all_connections(self) -> None:
+        """Cut what is left, and look no more."""
+        self._sweeper.cancel()
+        await super().close_all_connections()
+
+    # -- looking
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self.limits.sweep_seconds)
+            self.now = time.monotonic()
+            messages = iter(list(self._messages.values()))
+            while some := list(islice(messages, _SLICE)):
+                for message in some:
+                    message.look(self.now, self.limits)
+                await asyncio.sleep(0)
+            for message in largest_first_over_budget(
+                ((each.held(), each) for each in self._messages.values()), self.limits
+            ):
+                message.cut()
+
+
+def _address(address: Any) -> str:
+    return str(address[0]) if isinstance(address, tuple) and address else ""

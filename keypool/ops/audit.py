@@ -1,0 +1,81 @@
+"""The audit log: which token did what to which keys, on the logger `keypool.audit`.
+
+A line is written when the change is made, whether or not its caller still waits for the answer, and whatever
+`--log-level` is (logs.py sees to that). It holds ids and hints, never the text of a key, and of a token the first
+8 hex digits of its digest. A batch is one line: how many keys, the first and the last.
+
+What this module does not do: decide what is audited (operations.py, handlers/signin.py), or bound the lines about
+wrong tokens (wrong_tokens.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from keypool.core.answers import Identity
+from keypool.core.keys import hint
+
+_log = logging.getLogger("keypool.audit")
+_KEY = re.compile(r"[A-Za-z0-9]{16,64}", re.ASCII)
+_ID = re.compile(r"id:[0-9]{1,18}", re.ASCII)
+
+
+def audit(
+    act: str,
+    *,
+    role: str,
+    token: str,
+    address: str,
+    request_id: str,
+    outcome: str = "ok",
+    keys: Sequence[str] = (),
+    count: int | None = None,
+    **facts: int,
+) -> None:
+    """Write one line. About 20 µs.
+
+    `outcome` is `ok` or the code of an error; `storage-unavailable` means that the change may be kept all the same.
+    `keys` are those of a single call, or with `count` the first and the last of a batch, if any is known. `facts`
+    stand beside them.
+    """
+    fields: dict[str, Any] = {
+        "act": act,
+        "outcome": outcome,
+        "role": role,
+        "token": token,
+        "address": address,
+        "request_id": request_id,
+        **facts,
+    }
+    story = [] if outcome == "ok" else [outcome]
+    if count is not None:
+        fields |= {"count": count} | dict(zip(("first", "last"), keys, strict=False))
+        story.append(f"{count} keys")
+    elif keys:
+        fields["keys"] = list(keys)
+    story += [" to ".join(keys), *(f"{name.replace('_', ' ')} {number}" for name, number in facts.items())]
+    _log.info(
+        "%s by %s (token %s) from %s, request %s: %s",
+        act,
+        role,
+        token,
+        address,
+        request_id,
+        ", ".join(filter(None, story)) or outcome,
+        extra={"audit": fields},
+    )
+
+
+def known(key: Identity) -> str:
+    """A key as the audit log names it."""
+    return f"id:{key.id} {key.hint}"
+
+
+def asked_for(text: str) -> str:
+    """The same for a key as a caller named it, which may be no key at all: nothing but an id or a hint is shown."""
+    if _ID.fullmatch(text):
+        return text
+    return hint(text) if _KEY.fullmatch(text) else "no key"

@@ -1,0 +1,1 @@
+"""The program: start-up, serving, processes, shutdown."""

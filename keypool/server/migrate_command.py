@@ -1,0 +1,115 @@
+"""`keypool migrate --from PLACE --to PLACE`: a pool moves from a data file to Valkey, or back.
+
+It talks to no server: it opens both places itself, while no server has either. So it needs the server's packages, and
+stands beside the command instead of in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keypool.cli.output import Output
+from keypool.cli.progress import Progress
+from keypool.cli.status import CommandError, Status
+
+if TYPE_CHECKING:
+    from keypool.engine.migrate.moving import Moved, Source, Target
+
+
+def migrate(args: argparse.Namespace) -> Status:
+    """Move a pool; print what was moved. Raises CommandError."""
+    # One end is always in Valkey. Both need packages that the command alone doesn't.
+    from keypool.core.errors import SettingsError, StartError  # noqa: PLC0415
+    from keypool.engine.migrate import moving, moving_valkey  # noqa: F401, PLC0415
+
+    args.source, args.target = _place(args.source), _place(args.target)
+    if _is_url(args.source) == _is_url(args.target):
+        raise CommandError(
+            "migrate takes a data file on one side and valkey://HOST:PORT/DB (or valkey+cluster://…) on the other",
+            Status.USAGE,
+        )
+    left = _Left("nothing was moved: run it again")
+    # What is wrong is one line, said at the end: without a handler, warnings would be printed as well.
+    logging.getLogger("keypool").addHandler(logging.NullHandler())
+    try:
+        moved = asyncio.run(_move(args, left))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise CommandError(f"interrupted; {left.behind}", Status.INTERRUPTED) from None
+    except SettingsError as error:
+        raise CommandError(str(error), Status.USAGE) from None
+    except StartError as error:
+        raise CommandError(str(error), Status.FAILED) from None
+    fields: dict[str, object] = {"keys": moved.keys, "blocked": moved.blocked}
+    fields |= {name: number for name, number in moved.numbers.items() if name != "moment"}
+    Output(as_json=args.json, show_keys=False).fields(fields)
+    return Status.OK
+
+
+def _place(word: str) -> str:
+    """What a word names: itself, or what the variable holds that it names. Raises CommandError."""
+    if not word.startswith("env:"):
+        return word
+    found = os.environ.get(word.removeprefix("env:"))
+    if not found:
+        raise CommandError(f"{word} names a variable that isn't set", Status.USAGE)
+    return found
+
+
+def _is_url(place: str) -> bool:
+    return "://" in place
+
+
+@dataclass
+class _Left:
+    """What a user does about what a move has left `behind` if it ends now."""
+
+    behind: str
+
+
+async def _move(args: argparse.Namespace, left: _Left) -> Moved:
+    """Raises StartError, SettingsError, CommandError, and CancelledError after a Ctrl-C."""
+    from keypool.core.errors import StartError  # noqa: PLC0415
+    from keypool.engine.migrate import moving  # noqa: PLC0415
+
+    task = asyncio.current_task()
+    assert task is not None
+    # asyncio.run's own handler cancels from within whatever the signal interrupts, the setting of a result included.
+    with contextlib.suppress(NotImplementedError):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+    source = await _source(args)
+    try:
+        target = await _target(args)
+        left.behind = target.unfinished
+        try:
+            with Progress("moving", source.total) as bar:
+                return await moving.move(source, target, bar)
+        except StartError as error:
+            raise CommandError(f"{error}; {left.behind}", Status.FAILED) from None
+        finally:
+            await target.close()
+    finally:
+        await source.close()
+
+
+async def _source(args: argparse.Namespace) -> Source:
+    from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
+
+    if _is_url(args.source):
+        return await moving_valkey.ValkeySource.open(args.source)
+    return moving.FileSource(Path(args.source))
+
+
+async def _target(args: argparse.Namespace) -> Target:
+    from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
+
+    if _is_url(args.target):
+        return await moving_valkey.ValkeyTarget.open(args.target, args.partitions, clear=args.clear)
+    return moving.FileTarget(Path(args.target))

@@ -1,0 +1,73 @@
+"""Reading the tokens' files again while the server runs, without a restart and without signing anybody out.
+
+    ask() -> read and check all sources, in a thread -> replace the tokens in Access, in one turn of the loop
+
+Calls that have begun are answered as they were let in; every later one is asked for its token anew. Sources that
+can't be used, or that disagree, change nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+
+from keypool.api.auth import Access
+from keypool.config.tokens import ROLES, read_tokens, token_variables
+from keypool.core.errors import SettingsError
+from keypool.web.session import Sessions
+
+_log = logging.getLogger("keypool")
+
+
+class TokenReload:
+    """The tokens of one server. `changed` is called when others hold; `sessions` is set once there are any."""
+
+    def __init__(self, access: Access, environ: Mapping[str, str], changed: Callable[[], None]) -> None:
+        self.sessions: Sessions | None = None
+        self._access = access
+        self._environ = environ
+        self._changed = changed
+        self._task: asyncio.Task[None] | None = None
+        self._asked = False
+
+    def ask(self) -> None:
+        """Read them again, soon; once more if that is under way. Needs a running loop."""
+        self._asked = True
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._asked:
+                self._asked = False
+                await self._read()
+        except Exception:
+            _log.exception("the tokens could not be read again; those before hold")
+        finally:
+            self._task = None
+
+    async def _read(self) -> None:
+        if not any(self._environ.get(token_variables(role)[1]) for role in ROLES):
+            _log.info("asked to read the tokens' files again: no tokens come from files")
+            return
+        try:
+            tokens = await asyncio.to_thread(read_tokens, self._environ)
+        except SettingsError as error:
+            _log.error(
+                "the tokens' files were read again and are wrong, so the tokens before hold: %s", error
+            )
+            return
+        client, viewer, admin = (tokens.get(role, ()) for role in ROLES)
+        if self.sessions is not None:
+            digests = [hashlib.sha256(token.encode()).digest() for token in (*viewer, *admin)]
+            await asyncio.to_thread(self.sessions.prepare, digests)
+        before = self._access.callers().keys()
+        self._access.replace(client, viewer, admin)
+        self._changed()
+        after = self._access.callers().keys()
+        _log.info(
+            "the tokens' files were read again: %d tokens hold, %d of them new; %d hold no more",
+            len(after), len(after - before), len(before - after),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The dashboard: pages, sign-in, live feed, charts and static files."""

@@ -1,0 +1,181 @@
+"""The dashboard's one object: what its handlers share, and the second hand that drives it.
+
+    Dashboard = history + feed + sessions + loop stall + templates and assets
+
+Once a second it takes a sample of the engine. Everything else happens when somebody asks. The pages are
+server-rendered from these facts and work for reading without scripts; the scripts then keep them live from
+the feed, and poll `/figures` for what the feed doesn't tell.
+
+What this module does not do: answer requests (handlers/dashboard.py), or change the pool: the API does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from keypool import __version__
+from keypool.api.auth import Access
+from keypool.config.limits import Limits, allowed_viewers
+from keypool.config.settings import OPTIONS, Settings
+from keypool.config.tokens import ROLES, token_variables
+from keypool.core.errors import KeypoolError
+from keypool.engine import Engine
+from keypool.engine.valkey.url import without_password
+from keypool.web.assets import Assets
+from keypool.web.feed import Feed
+from keypool.web.history import History
+from keypool.web.loop_lag import LoopStall, engine_figures
+from keypool.web.resources import folder
+from keypool.web.session import Sessions
+
+HTML = "text/html; charset=UTF-8"
+PAGE_HEADERS = (
+    (
+        "Content-Security-Policy",
+        (
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+            "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        ),
+    ),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    # Not no-referrer: a browser would then send a form's Origin as null, which is refused.
+    ("Referrer-Policy", "same-origin"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+)
+
+EXPIRING = 60  # seconds
+REFUSED = 300
+_log = logging.getLogger("keypool.dashboard")
+
+
+class Dashboard:
+    """See the module. Lives on the running loop."""
+
+    def __init__(self, engine: Engine, access: Access, settings: Settings) -> None:
+        self.engine = engine
+        self.access = access
+        self.settings = settings
+        self.history = History()
+        self.feed = Feed(engine, self.history, allowed_viewers(settings.max_viewers, Limits()), time.time)
+        self.sessions = Sessions(access)
+        self.stall = LoopStall()
+        self.assets = Assets()
+        self.expiring = 0
+        self._templates = Environment(
+            loader=FileSystemLoader(folder("templates")),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self._templates.filters.update(number=number, length_of=length)
+        self._templates.globals.update(asset=self.assets.url, version=__version__, settings=settings)
+        self.counting = asyncio.Event()
+        """Set once the first sample is taken, which the later ones are counted from."""
+        self._task = asyncio.create_task(self._count_seconds())
+
+    def drain(self) -> None:
+        """The server stops: viewers are told, and nothing is counted any more."""
+        self.feed.drain()
+        self.stall.close()
+        self._task.cancel()
+
+    def render(self, template: str, **facts: Any) -> bytes:
+        """A page."""
+        return self._templates.get_template(template).render(facts).encode()
+
+    def error_page(self, error: KeypoolError, status: int, request_id: str) -> bytes:
+        """The page that says why there is no other."""
+        return self.render("error.html", error=error, status=status, request_id=request_id, theme="")
+
+    async def figures(self) -> dict[str, Any]:
+        """What the feed doesn't tell. O(1)."""
+        return {
+            "ready": self.readiness(),
+            "expiring": self.expiring,
+            "refused": self.history.within(REFUSED, "refused"),
+            "viewers": self.feed.viewers,
+            "max_viewers": self.settings.max_viewers,
+            "loop_stall_seconds": round(self.stall.worst, 4),
+            "engine": dict(engine_figures(self.engine)),
+        }
+
+    def readiness(self) -> dict[str, str] | None:
+        """Why calls aren't served; None if they are."""
+        try:
+            self.engine.ready()
+        except KeypoolError as error:
+            return {"code": error.code, "title": error.title, "detail": error.detail}
+        return None
+
+    async def _count_seconds(self) -> None:
+        while True:
+            try:
+                self.history.add(time.time(), await self.engine.stats())
+                self.expiring = await self.engine.expiring(EXPIRING)
+            except KeypoolError as error:
+                _log.debug("a second without numbers: %s", error.detail)
+            except Exception:
+                _log.exception("a second could not be counted")
+            await self._share_sign_outs()
+            self.counting.set()
+            await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
+
+    async def _share_sign_outs(self) -> None:
+        try:
+            await self.sessions.share(self.engine)
+        except KeypoolError as error:
+            _log.debug("sign-outs could not be shared: %s", error.detail)
+        except Exception:
+            _log.exception("sign-outs could not be shared")
+
+
+def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]]:
+    """Every setting with its value and where it came from; of secrets, that they are there."""
+    rows = [
+        {
+            "flag": option.flag,
+            "value": without_password(_spelled(getattr(settings, option.name))),
+            "origin": settings.origins.get(option.name, "default"),
+            "about": option.about,
+        }
+        for option in OPTIONS
+    ]
+    for role in ROLES:
+        marks = sorted(caller.token for caller in access.callers().values() if caller.role.value == role)
+        rows.append(
+            {
+                "flag": token_variables(role)[0],
+                "value": f"{len(marks)} set: {', '.join(f'{mark}…' for mark in marks)}" if marks else "none",
+                "origin": settings.origins.get(f"{role}_tokens", "default"),
+                "about": f"tokens of the role {role}, by the start of their digests as in the audit log",
+            }
+        )
+    return rows
+
+
+def _spelled(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def number(value: float) -> str:
+    """A count as people read it: thousands apart."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
+def length(seconds: float | None) -> str:
+    """A length of time as a countdown shows it, 4:07; static/js/clock.js goes on from there."""
+    if seconds is None:
+        return ""
+    whole = max(0, math.ceil(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
+    return f"{whole // 60}:{whole % 60:02}"

@@ -1,0 +1,168 @@
+"""The feed's websocket: HTTP up to the handshake, frames after it.
+
+It is a page like the others until it has been upgraded: the same checks, the same problems. A page of another
+site can't open it with a session's cookie: browsers send an Origin with every websocket, which must be this
+server's.
+"""
+
+from __future__ import annotations
+
+from asyncio import Future
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tornado.iostream import StreamClosedError
+from tornado.websocket import (
+    WebSocketClosedError,
+    WebSocketHandler,
+    WebSocketProtocol,
+    WebSocketProtocol13,
+)
+
+from keypool.core.errors import BadRequest, TooManyViewers, UpgradeRequired
+from keypool.web.dashboard import Dashboard
+from keypool.web.pages import PageHandler
+from keypool.web.session import Session
+
+_PROTOCOL_ERROR, _INVALID_PAYLOAD = 1002, 1007
+_MASKED, _TEXT, _CLOSE = 0x80, 0x1, 0x8
+
+
+class StrictProtocol(WebSocketProtocol13):
+    """Tornado's websocket, strict about what a viewer sends, as RFC 6455 has it.
+
+    Tornado accepts unmasked frames, echoes any close code, and drops the connection without one at a frame that is
+    malformed. It has no public hooks for that: the private methods below are held in place by tests.
+    """
+
+    _at_header = False
+
+    async def _receive_frame(self) -> None:
+        self._at_header = True
+        await super()._receive_frame()
+
+    async def _read_bytes(self, n: int) -> bytes:
+        data = await super()._read_bytes(n)
+        if self._at_header:  # the first two bytes of a frame
+            self._at_header = False
+            if not data[1] & _MASKED:
+                self._abort()
+                raise StreamClosedError
+        return data
+
+    def _handle_message(self, opcode: int, data: bytes) -> Future[None] | None:
+        code = _fault(opcode, data)
+        if code is None:
+            return super()._handle_message(opcode, data)
+        self.close(code)
+        self._abort()
+        return None
+
+    def _abort(self) -> None:
+        # What Tornado gives up is malformed, or gone already, or has been sent a close code.
+        if self.stream is not None:
+            self.close(_PROTOCOL_ERROR)
+        super()._abort()
+
+
+def _fault(opcode: int, data: bytes) -> int | None:
+    """The code to close with because of a whole message or control frame, None if it is in order."""
+    if opcode == _CLOSE and data:
+        code = int.from_bytes(data[:2]) if len(data) > 1 else 0
+        if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or (3000 <= code <= 4999)):
+            return _PROTOCOL_ERROR
+    if opcode in (_TEXT, _CLOSE):
+        try:
+            data[2 if opcode == _CLOSE else 0 :].decode()
+        except UnicodeDecodeError:
+            return _INVALID_PAYLOAD
+    return None
+
+
+class FeedHandler(PageHandler, WebSocketHandler):
+    """/api/v1/feed: a Viewer of the feed."""
+
+    session: Session
+
+    @property
+    def dashboard(self) -> Dashboard:
+        """What the dashboard's handlers share."""
+        dashboard: Dashboard = self.application.settings["dashboard"]
+        return dashboard
+
+    def check(self) -> None:
+        """Host, site, method, role, then the handshake."""
+        super().check()
+        if self.request.method == "OPTIONS":
+            return
+        headers = self.request.headers
+        self.session = self.dashboard.sessions.of(headers)
+        if self.request.method != "GET" or headers.get("Upgrade", "").lower() != "websocket":
+            raise UpgradeRequired
+        if headers.get("Sec-WebSocket-Version") != "13" or self.request.version == "HTTP/1.0":
+            raise UpgradeRequired
+        connection = [word.strip().lower() for word in headers.get("Connection", "").split(",")]
+        if "upgrade" not in connection or not headers.get("Sec-WebSocket-Key"):
+            raise BadRequest("a websocket handshake has Connection: Upgrade and a Sec-WebSocket-Key")
+        self.dashboard.feed.require_room()
+
+    def get_websocket_protocol(self) -> WebSocketProtocol:
+        """The protocol of an upgraded connection."""
+        protocol = super().get_websocket_protocol()
+        assert isinstance(protocol, WebSocketProtocol13)
+        return StrictProtocol(self, False, protocol.params)
+
+    def check_origin(self, origin: str) -> bool:
+        """`check` has done it."""
+        return True
+
+    def _check_cross_origin(self, check: Callable[[str], bool]) -> str | None:
+        # Private to Tornado. It refuses, in its own words, the Sec-Fetch-Site of who sends no Origin: no browser.
+        return None
+
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        """Shake hands."""
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("X-Request-Id", self.request_id)
+        await WebSocketHandler.get(self, *args, **kwargs)
+
+    async def open(self, *args: str, **kwargs: str) -> None:
+        """Upgraded: no request in flight any more, but a viewer."""
+        self._leave()
+        self.set_nodelay(True)
+        try:
+            await self.dashboard.feed.join(self)
+        except TooManyViewers as error:  # two shook hands for the last place
+            self.close(1013, error.code)
+
+    def on_message(self, message: str | bytes) -> None:
+        """A viewer has nothing to say."""
+
+    def on_close(self) -> None:
+        """The viewer is gone."""
+        self.dashboard.feed.part(self)
+
+    def on_connection_close(self) -> None:
+        """The connection is gone, before or after the upgrade."""
+        self._leave()
+        WebSocketHandler.on_connection_close(self)
+
+    # -- what the feed calls
+
+    def send(self, frame: bytes) -> Awaitable[None]:
+        """Send a frame; done when it has left this process. A closed socket fails the future."""
+        try:
+            return self.write_message(frame)
+        except WebSocketClosedError:
+            return self._gone()
+
+    async def _gone(self) -> None:
+        raise WebSocketClosedError
+
+    def leave(self, code: int, reason: str) -> None:
+        """Close."""
+        self.close(code, reason)
+
+    def signed_in(self) -> bool:
+        """Whether the session that opened this socket still holds."""
+        return self.dashboard.sessions.alive(self.session)

@@ -1,0 +1,272 @@
+"""The dashboard's pages. Reading only: what they offer to do is done by the API, from their scripts.
+
+Each page is whole when it arrives, so that it can be read before its script runs and without one. Who isn't
+signed in is sent to /login and back; a call by a script is answered 401.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from msgspec import ValidationError, convert
+
+from keypool.api.auth import Role
+from keypool.api.curl import call_lines, generate_line, key_lines
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import BadRequest, KeypoolError, Unauthorized, UnknownKey, WrongToken
+from keypool.core.events import Change
+from keypool.core.keys import moment
+from keypool.web import charts
+from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, settings_in_force
+from keypool.web.loop_lag import engine_figures
+from keypool.web.pages import PageHandler
+from keypool.web.session import Session
+
+TABS = {
+    "all": ("All", {"order": "id"}),
+    "available": ("Available", {"state": "available"}),
+    "blocked": ("Blocked", {"order": "release"}),
+    "expiring": ("Expiring soon", {"order": "expiry"}),
+}
+RATES = ("acquired", "unblocked", "kept_alive", "refused")
+SHOWN = 10  # rows of the overview's lists; static/js/pages/overview.js has the same
+SHOWN_EVENTS = 200
+THEMES = ("light", "dark")
+
+
+class DashboardHandler(PageHandler):
+    """The root of the pages: who asks, and what every page shows."""
+
+    public = False
+    session: Session | None
+
+    @property
+    def dashboard(self) -> Dashboard:
+        """What the handlers share."""
+        dashboard: Dashboard = self.application.settings["dashboard"]
+        return dashboard
+
+    def check(self) -> None:
+        """Who isn't signed in may see nothing but `public` pages."""
+        super().check()
+        self.session = None
+        try:
+            self.session = self.dashboard.sessions.of(self.request.headers)
+        except WrongToken:
+            raise
+        except KeypoolError:
+            if not self.public and self.request.method != "OPTIONS":
+                raise
+
+    def refuse(self, error: KeypoolError) -> None:
+        """A browser that isn't signed in is sent to the sign-in, and back from there."""
+        if isinstance(error, Unauthorized) and not isinstance(error, WrongToken) and self.wants_page:
+            back = "" if self.request.uri == "/" else f"?next={quote(self.request.uri or '/', safe='')}"
+            self.redirect(f"/login{back}", status=303)
+            return
+        super().refuse(error)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """An error of ours, raised after `prepare`, is told as such."""
+        error = kwargs.get("exc_info", (None, None))[1]
+        if isinstance(error, KeypoolError):
+            self.refuse(error)
+        else:
+            super().write_error(status_code, **kwargs)
+
+    def log_exception(self, *args: Any) -> None:
+        """What is told to the caller isn't logged."""
+        if not isinstance(args[1], KeypoolError):
+            super().log_exception(*args)
+
+    @property
+    def site(self) -> str:
+        """How this server is reached, for lines to copy."""
+        return f"{self.request.protocol}://{self.request.host}"
+
+    @property
+    def role(self) -> Role | None:
+        """What whoever asks may do."""
+        return self.session.caller.role if self.session is not None else None
+
+    def show(self, template: str, **facts: Any) -> None:
+        """Answer with a page."""
+        for name, value in PAGE_HEADERS:
+            self.set_header(name, value)
+        theme = self.get_cookie("keypool_theme", "")
+        common = {
+            "theme": theme if theme in THEMES else "",
+            "session": self.session,
+            "admin": self.role is Role.ADMIN,
+            "open": self.access.open,
+            "xsrf": self.dashboard.sessions.xsrf(self.session) if self.session else "",
+            "generate_line": generate_line(self.site, self.access.open),
+            "now": moment(time.time()),
+            "not_ready": self.dashboard.readiness(),
+        }
+        self._answer(self.dashboard.render(template, **(common | facts)), HTML)
+
+
+class Overview(DashboardHandler):
+    """/: how the pool stands."""
+
+    async def get(self, *args: str) -> None:
+        """See the class."""
+        dashboard = self.dashboard
+        soonest = await self.engine.page(ListQuery(order="release", limit=SHOWN))
+        self.show(
+            "overview.html",
+            page="overview",
+            title="Overview",
+            stats=await self.engine.stats(),
+            figures=await dashboard.figures(),
+            composition=charts.composition(dashboard.history),
+            rates=charts.rates(dashboard.history, RATES),
+            events=self.engine.recent(SHOWN)[::-1],
+            soonest=soonest.keys,
+        )
+
+
+class Keys(DashboardHandler):
+    """/keys: the table, a page of 50 at a time."""
+
+    async def get(self, *args: str) -> None:
+        """See the class."""
+        tab = self.get_query_argument("tab", "all")
+        search = self.get_query_argument("q", "")
+        after = self.get_query_argument("after", "") or None
+        if tab not in TABS:
+            raise BadRequest(f"tab takes {', '.join(TABS)}")
+        if search.startswith("id:") and search[3:].isascii() and search[3:].isdigit():
+            self.redirect(f"/keys/{int(search[3:][:18])}", status=303)
+            return
+        wrong = None
+        rows, following = [], None
+        try:
+            found = await self.engine.page(list_query(tab, search, after))
+            rows, following = found.keys, found.next
+        except BadRequest as error:
+            if not self.wants_page:
+                raise
+            wrong = error.detail
+            self.set_status(400)
+        query = {name: value for name, value in (("tab", tab), ("q", search)) if value and value != "all"}
+        self.show(
+            "keys.html",
+            page="keys",
+            title="Keys",
+            tab=tab,
+            tabs={name: label for name, (label, _) in TABS.items()},
+            search=search,
+            after=after,
+            rows=rows,
+            wrong=wrong,
+            next_url=None if following is None else "/keys?" + urlencode(query | {"after": following}),
+            next=following,
+            stats=await self.engine.stats(),
+        )
+
+
+def list_query(tab: str, search: str, after: str | None) -> ListQuery:
+    """What the API is asked for a tab and a search by prefix. Raises BadRequest."""
+    asked = dict(TABS[tab][1])
+    if search:
+        state = "blocked" if tab == "blocked" else asked.get("state")
+        asked = {"prefix": search} | ({"state": state} if state else {})
+    try:
+        return convert({**asked, "after": after, "limit": 50}, ListQuery)
+    except ValidationError:
+        raise BadRequest("search takes the first 1 to 4 characters of a key, or id:42") from None
+
+
+class KeyPanel(DashboardHandler):
+    """/keys/ID: all that may be told of one key; with `?part` only its panel, for a dialog."""
+
+    async def get(self, *args: str) -> None:
+        """See the class."""
+        key_id = int(args[0][:18])
+        await self.engine.stats()  # an engine that shares its pool hears of events when it looks
+        events = self.engine.recent(20, key_id)[::-1]
+        part = self.get_query_argument("part", None) is not None
+        try:
+            row = await self.engine.get(key_id)
+        except UnknownKey:
+            if not (part or self.wants_page):
+                raise
+            row = None
+            self.set_status(404)
+        names = ("get", "unblock", "keepalive", "delete", "reveal")
+        template = "key_part.html" if part else "key.html"
+        self.show(
+            template,
+            page="keys",
+            module="key",
+            title=f"Key {key_id}",
+            id=key_id,
+            row=row,
+            events=events,
+            lines=key_lines(
+                self.site, None if self.access.open else self.role, key_id, row.lease if row else None, names
+            ),
+            block_seconds=self.dashboard.settings.block_seconds,
+            keepalive_seconds=self.dashboard.settings.keepalive_seconds,
+        )
+
+
+class Events(DashboardHandler):
+    """/events: the latest, newest first."""
+
+    async def get(self, *args: str) -> None:
+        """See the class."""
+        kind = self.get_query_argument("kind", "")
+        kinds = [change.value for change in Change if change is not Change.KEPT_ALIVE]
+        if kind and kind not in kinds:
+            raise BadRequest(f"kind takes {', '.join(kinds)}")
+        await self.engine.stats()  # as in KeyPanel
+        told = self.engine.recent(1000 if kind else SHOWN_EVENTS)
+        events = [event for event in told if not kind or event.event == kind]
+        self.show(
+            "events.html",
+            page="events",
+            title="Events",
+            kind=kind,
+            kinds=kinds,
+            events=events[::-1][:SHOWN_EVENTS],
+        )
+
+
+class System(DashboardHandler):
+    """/system: what runs here, under which settings, and how it is."""
+
+    async def get(self, *args: str) -> None:
+        """See the class."""
+        self.show(
+            "system.html",
+            page="system",
+            title="System",
+            stats=await self.engine.stats(),
+            figures=await self.dashboard.figures(),
+            engine_figures=dict(engine_figures(self.engine)),
+            rows=settings_in_force(self.dashboard.settings, self.access),
+        )
+
+
+class Calls(DashboardHandler):
+    """/calls: the API, from its table."""
+
+    def get(self, *args: str) -> None:
+        """See the class."""
+        self.show("calls.html", page="calls", title="API", calls=call_lines(self.site, self.access.open))
+
+
+class Figures(DashboardHandler):
+    """/figures: what the feed doesn't tell, as JSON; with `?state` what it does too, for who must poll."""
+
+    async def get(self, *args: str) -> None:
+        """See the class."""
+        body: dict[str, Any] = await self.dashboard.figures()
+        if self.get_query_argument("state", None) is not None:
+            body["state"] = await self.dashboard.feed.snapshot()
+        self.answer(body)

@@ -1,0 +1,212 @@
+"""Signing in to the dashboard: a token once, a signed cookie from then on.
+
+    token --POST /login--> cookie [mark of the token, session id, end], signed --> Caller
+
+The cookie holds no token and is kept nowhere: the server believes its own signature, and looks the token up
+by its mark, so a token that is taken away takes its sessions with it. The signing key of a session is made of
+its token's digest, so neither a restart nor a change of other tokens signs anybody out, and several processes
+agree without a word. It is stretched by scrypt: a stolen cookie is no cheap way to try out guesses of the token.
+
+How the dashboard's actions reach the engine: through the API's own paths, and so through the one table of
+operations with its role check and audit log. The dispatcher takes the cookie only together with the header
+`X-Keypool-Xsrf`, whose value is bound to the session and stands in the dashboard's own pages. A page of
+another site can neither read the value nor send the header (and its Origin is refused besides). The feed
+can't carry the header: there the Origin, which browsers always send with a websocket, must be this server's.
+
+A sign-out is a note that is kept with the pool's data until the cookie would have ended, so that it holds after a
+restart and on all servers of the pool. For each token there are `MOST_ENDED` such notes at most. With one more, the
+session that began first gives way to a moment, before which all sessions of that token have ended:
+
+    session.MARK.ID    the session's natural end    a session that was signed out
+    void.MARK          a moment                     sessions of this token that began by then have ended
+
+Both are in milliseconds of the wall clock. What this module does not do: know paths or pages (handlers/signin.py has
+them), or how notes are kept (the engine does).
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import hmac
+import secrets
+import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+from tornado.httputil import parse_cookie
+
+from keypool.api.auth import ANYONE, XSRF_HEADER, Access, Caller, Role, mark_of
+from keypool.core.errors import Forbidden, Unauthorized
+from keypool.engine import Engine
+
+COOKIE = "keypool_session"
+LIFE = 12 * 3600.0
+"""Seconds until somebody who signed in has to sign in again: a working day."""
+
+MOST_ENDED = 64
+"""Sign-outs that are kept one by one for each token."""
+
+_SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and 30 to 60 ms, once a token
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Somebody who signed in. `id` is None on an open server, where nobody has to. `mark` is that of the token."""
+
+    caller: Caller
+    id: str | None = None
+    mark: str = ""
+    ends_at: float = float("inf")
+
+    @property
+    def note(self) -> str:
+        """The name of the note that says that this session was signed out."""
+        return f"session.{self.mark}.{self.id}"
+
+    @property
+    def began(self) -> int:
+        """When, in milliseconds."""
+        return _milliseconds(self.ends_at - LIFE)
+
+
+class Sessions:
+    """Makes, reads and ends sessions; with the tokens of `access`."""
+
+    def __init__(self, access: Access, wall: Callable[[], float] = time.time) -> None:
+        self._access = access
+        self._wall = wall
+        self._keys: dict[str, bytes] = {}
+        self.prepare(digest for digest, caller in access.callers().items() if caller.role is not Role.CLIENT)
+        self._notes: dict[str, int] = {}
+        self._unshared: dict[str, int | None] = {}
+        access.by_session = self._caller_of_call
+
+    def prepare(self, digests: Iterable[bytes]) -> None:
+        """Make the signing keys of these tokens, and forget others. Blocks 30 to 60 ms a new token; any thread."""
+        known = self._keys
+        self._keys = {
+            mark: known.get(mark) or hashlib.scrypt(digest, salt=b"keypool session", **_SCRYPT)
+            for digest, mark in ((digest, mark_of(digest)) for digest in digests)
+        }
+
+    def sign_in(self, token: str) -> tuple[Session, str]:
+        """A new session for whom this token stands, and its cookie. Raises Unauthorized, Forbidden."""
+        caller = self._access.identify(f"Bearer {token}")
+        if caller.role is Role.CLIENT:
+            raise Forbidden("this is a client token: the dashboard wants a viewer or an admin token")
+        mark = mark_of(hashlib.sha256(token.strip().encode()).digest())
+        session = Session(caller, secrets.token_hex(12), mark, self._wall() + LIFE)
+        payload = urlsafe_b64encode(msgspec.json.encode([mark, session.id, session.ends_at])).decode()
+        return session, f"{payload}.{self._sign(mark, payload)}"
+
+    def of(self, headers: Mapping[str, str]) -> Session:
+        """Whose request this is: by bearer token, else by cookie. 20 µs. Raises Unauthorized, Forbidden."""
+        if self._access.open:
+            return Session(ANYONE)
+        if "Authorization" in headers:
+            caller = self._access.identify(headers["Authorization"])
+            if caller.role is Role.CLIENT:
+                raise Forbidden("this is for viewers and admins; this token is a client's")
+            return Session(caller)
+        session = self._read(headers.get("Cookie", ""))
+        if session is None:
+            raise Unauthorized("sign in at /login, or send Authorization: Bearer TOKEN")
+        return session
+
+    def alive(self, session: Session) -> bool:
+        """Whether a session, once believed, still holds. O(1)."""
+        if not self._access.knows(session.caller):
+            return False
+        if session.id is None:
+            return True
+        return (
+            session.ends_at > self._wall()
+            and session.note not in self._notes
+            and session.began > self._notes.get(f"void.{session.mark}", 0)
+        )
+
+    def end(self, session: Session) -> None:
+        """Sign out: the cookie is worth nothing here from now on, and elsewhere once it is shared. O(notes)."""
+        if session.id is None:
+            return
+        life, now = _milliseconds(LIFE), _milliseconds(self._wall())
+        for name, moment in list(self._notes.items()):
+            if moment + (life if name.startswith("void.") else 0) <= now:
+                self._note(name, None)
+        self._note(session.note, _milliseconds(session.ends_at))
+        prefix = f"session.{session.mark}."
+        ended = [(moment, name) for name, moment in self._notes.items() if name.startswith(prefix)]
+        if len(ended) > MOST_ENDED:
+            moment, name = min(ended)
+            self._note(name, None)
+            void = f"void.{session.mark}"
+            self._note(void, max(moment - life, self._notes.get(void, 0)))
+
+    def _note(self, name: str, moment: int | None) -> None:
+        self._unshared[name] = moment
+        if moment is None:
+            self._notes.pop(name, None)
+        else:
+            self._notes[name] = moment
+
+    async def share(self, engine: Engine) -> None:
+        """Have the pool keep the sign-outs of this process, and learn of the others'. Raises StorageUnavailable.
+
+        To be called again and again: what could not be kept goes with the next time. O(notes).
+        """
+        if self._unshared:
+            sent = dict(self._unshared)
+            await engine.keep_notes(sent)
+            for name, moment in sent.items():
+                if self._unshared[name] == moment:
+                    del self._unshared[name]
+        notes = dict(await engine.notes())
+        for name, unshared in self._unshared.items():
+            if unshared is None:
+                notes.pop(name, None)
+            else:
+                notes[name] = unshared
+        self._notes = notes
+
+    def xsrf(self, session: Session) -> str:
+        """What the session's own pages prove themselves with."""
+        return self._sign(session.mark, f"xsrf {session.id}")[:32] if session.id else "open"
+
+    def proven(self, session: Session, given: str) -> bool:
+        """Whether this is the proof of this session's pages."""
+        return hmac.compare_digest(self.xsrf(session).encode(), given.encode())
+
+    def _caller_of_call(self, headers: Mapping[str, str]) -> Caller:
+        session = self._read(headers.get("Cookie", ""))
+        if session is None:
+            raise Unauthorized("the session has ended: sign in at /login")
+        if not self.proven(session, headers.get(XSRF_HEADER, "")):
+            raise Unauthorized(f"{XSRF_HEADER} is not that of this session: load the page again")
+        return session.caller
+
+    def _read(self, cookies: str) -> Session | None:
+        payload, dot, signature = parse_cookie(cookies).get(COOKIE, "").rpartition(".")
+        if not dot:
+            return None
+        try:
+            mark, name, ends_at = msgspec.json.decode(urlsafe_b64decode(payload), type=tuple[str, str, float])
+        except (ValueError, binascii.Error):
+            return None
+        caller = self._access.marked(mark)
+        # Nothing of it is believed before this: that it names a key to check it by gives nobody that key.
+        if caller is None or mark not in self._keys:
+            return None
+        if not hmac.compare_digest(self._sign(mark, payload).encode(), signature.encode()):
+            return None
+        session = Session(caller, name, mark, ends_at)
+        return session if self.alive(session) else None
+
+    def _sign(self, mark: str, text: str) -> str:
+        return hmac.new(self._keys[mark], text.encode(), hashlib.sha256).hexdigest()
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
