@@ -122,15 +122,22 @@ def _first_of(*names: str) -> Any:
     return import_module(names[-1])
 
 
+def _engine(max_keys: int) -> Engine:
+    # Keys live for an hour, so that the size of the pool stays what it is.
+    rules = {"keepalive_seconds": 3600.0, "max_keys": max_keys}
+    engine = import_module("keypool.engine.embedded").EmbeddedEngine
+    try:
+        made: Engine = engine(import_module("keypool.core.rules").PoolRules(**rules))
+    except ModuleNotFoundError:  # an older checkout
+        made = engine(**rules)
+    return made
+
+
 async def _measure(keys: int, calls: int, rounds: int) -> Measured:
     runtime = _first_of("keypool.server.runtime", "keypool.runtime")
     runtime.spare_the_old_generation()
     runtime.collect_the_young(asyncio.get_running_loop())
-    # Keys live for an hour, so that the size stays what it is.
-    made = _first_of("keypool.engine.embedded").EmbeddedEngine(
-        keepalive_seconds=3600, max_keys=2 * keys + calls
-    )
-    load, probe, memory = _Load(made, keys, calls), StallProbe(), rss()
+    load, probe, memory = _Load(_engine(2 * keys + calls), keys, calls), StallProbe(), rss()
     probe.start()
     await load.fill()
     growing = probe.stop()

@@ -40,6 +40,7 @@ from support import ACQUIRE, API, LATE, ROOT, Answer, Client, ServerProcess, eve
 
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, StaleLease, StartError, StorageUnavailable, UnknownKey
+from keypool.core.rules import PoolRules
 from keypool.engine.clock import make_clock
 from keypool.engine.durable import datafile, journal
 from keypool.engine.durable import opening as durable
@@ -992,7 +993,7 @@ def test_a_verdict_comes_after_the_fsync(tmp_path: Path) -> None:
 @contextlib.asynccontextmanager
 async def opened(path: Path, restart_grace: float = 0.0, **rules: Any) -> AsyncIterator[EmbeddedEngine]:
     """The durable engine over a file, with the real writer; closed in peace."""
-    engine = await open_durable(path, restart_grace, **rules)
+    engine = await open_durable(path, PoolRules(restart_grace=restart_grace, **rules))
     try:
         yield engine
     finally:

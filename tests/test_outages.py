@@ -349,7 +349,7 @@ async def test_an_idle_writer_says_that_the_file_is_gone(
     monkeypatch.setattr(journal, "_IDLE", 0.05)
     monkeypatch.setattr(journal, "_WATCH", 0.02)
     path = tmp_path / "keypool.db"
-    engine = await open_durable(path, 0.0)
+    engine = await open_durable(path)
     assert engine.journal is not None
     counted = engine.journal.commit_seconds.count
     await engine.generate(1)
@@ -481,6 +481,6 @@ def test_a_writer_that_does_not_start_is_one_line(
         monkeypatch.setattr("keypool.engine.durable.journal.WriterLink.start", start)
         path = tmp_path / "keypool.db"
         with pytest.raises(StartError, match=f"{path}.*(Too many open files|writer process died)"):
-            await open_durable(path, 0.0)
+            await open_durable(path)
 
     run(test)

@@ -29,6 +29,7 @@ from keypool.core.errors import PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change
 from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
 from keypool.core.keys import DEAD, Key, State
+from keypool.core.rules import PoolRules
 
 SETTLED_AT_ONCE = 64
 """Overdue keys that a call deals with on its way. More than that are a crowd, which the engine drains."""
@@ -80,25 +81,23 @@ class KeyPage:
 class Pool:
     """All keys, and the three orders they are found in.
 
-    `block_seconds` and `keepalive_seconds` are lengths of time, `new_text` makes a random key text, `random`
-    a float in [0, 1). The numbers `last_id` and `last_lease` only grow.
+    `new_text` makes a random key text, `random` a float in [0, 1). The numbers `last_id` and `last_lease` only
+    grow.
     """
 
     def __init__(
         self,
+        rules: PoolRules,
         *,
-        block_seconds: float,
-        keepalive_seconds: float,
-        max_keys: int,
         new_text: Callable[[], str],
         random: Callable[[], float],
         on_change: Listener = lambda change, key, owner: None,
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
     ) -> None:
-        self.block_seconds = block_seconds
-        self.keepalive_seconds = keepalive_seconds
-        self.max_keys = max_keys
+        self.block_seconds = rules.block_seconds
+        self.keepalive_seconds = rules.keepalive_seconds
+        self.max_keys = rules.max_keys
         self.last_id = 0
         self.last_lease = 0
         self.counters = Counters()

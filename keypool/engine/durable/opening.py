@@ -11,10 +11,10 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from keypool.core.errors import StartError
 from keypool.core.pool import Counters
+from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine import NOTE
 from keypool.engine.clock import make_clock
 from keypool.engine.durable import datafile
@@ -28,21 +28,20 @@ _COUNTERS = tuple(
 _log = logging.getLogger("keypool.journal")
 
 
-async def open_durable(path: Path, restart_grace: float, **settings: Any) -> EmbeddedEngine:
+async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> EmbeddedEngine:
     """The engine over a data file, which is made if there is none. O(n). Raises StartError.
 
-    `settings` are EmbeddedEngine's. With a `restart_grace`, keys that would be dead by then live until that
-    many seconds after the start.
+    With a `restart_grace`, keys that would be dead by then live until that many seconds after the start.
     """
     started = time.monotonic()
     loop = asyncio.get_running_loop()
     lock = await loop.run_in_executor(None, datafile.hold, path)
     numbers = await loop.run_in_executor(None, datafile.inspect, path)
     clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
-    engine = EmbeddedEngine(clock=clock, held=True, restart_grace=restart_grace, **settings)
+    engine = EmbeddedEngine(rules, clock=clock, held=True)
     journal = Journal(path, lock, lambda: _numbers(engine), engine)
     await journal.open()
-    grace_until = clock() + restart_grace if restart_grace else None
+    grace_until = clock() + rules.restart_grace if rules.restart_grace else None
     _restore_numbers(engine, numbers)
     try:
         await _restore_keys(engine, path, grace_until or 0.0)
