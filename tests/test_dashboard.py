@@ -195,7 +195,7 @@ def test_one_key_on_a_page_of_its_own(server: ServerProcess, client: Client) -> 
     assert f"/api/v1/keys/id:{made['id']}/unblock" in text
     gone = fetch(server, "/keys/999999")
     assert gone.status == 404
-    assert "No live key has this id" in gone.text
+    assert "No key has this id" in gone.text
     assert fetch(server, "/keys/nonsense").status == 404
 
 
