@@ -270,23 +270,16 @@ class EmbeddedEngine:
 
     async def stats(self) -> Stats:
         """All counts. O(1). May lead the disk by the commit under way."""
-        pool, counters = self.pool, self.pool.counters
+        pool = self.pool
         return Stats(
-            pool.total,
-            pool.available,
-            pool.blocked,
-            len(self._waiters),
-            counters.generated,
-            counters.acquired,
-            counters.unblocked,
-            counters.released,
-            counters.deleted,
-            counters.expired,
-            counters.kept_alive,
-            counters.refused,
-            _seconds(self.now() - self._started_at),
-            self.name,
-            __version__,
+            total=pool.total,
+            available=pool.available,
+            blocked=pool.blocked,
+            waiting=len(self._waiters),
+            **pool.counters.by_name(),
+            uptime=_seconds(self.now() - self._started_at),
+            engine=self.name,
+            version=__version__,
         )
 
     async def notes(self) -> Mapping[str, int]:
