@@ -255,7 +255,7 @@ async def pool_full(session: Session) -> None:
 
 
 async def too_many_waiters(session: Session) -> None:
-    session.engine._max_waiters = 0
+    session.engine._waiters._max_waiters = 0
     await session.expect(503, "POST", API + "/keys/acquire", {"wait": 5})
 
 

@@ -31,10 +31,10 @@ from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, Id
 from keypool.core.keys import DEAD, Key, State
 from keypool.core.rules import PoolRules
 
-SETTLED_AT_ONCE = 64
+MAX_DUE_PER_CALL = 64
 """Overdue keys that a call deals with on its way. More than that are a crowd, which the engine drains."""
 
-EXAMINED = 1000
+PAGE_SCAN_LIMIT = 1000
 """Keys that one page looks at, at most."""
 
 Listener = Callable[[Change, Key, str | None], None]
@@ -106,7 +106,7 @@ class Pool:
         self._random = random
         self._available: list[Key] = []
         self._total = 0
-        self._purge_until = inf  # keys whose deadline comes after it are not purged: see `hold`
+        self._purge_until = inf  # keys whose deadline comes after it are not purged: see `suspend_expiry`
         self._by_id = IdIndex()
         self._by_text = TextIndex()
         self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
@@ -165,19 +165,19 @@ class Pool:
     def require_room(self, count: int, now: float) -> None:
         """Raise PoolFull unless `count` more keys fit. O(1)."""
         if self._total + count > self.max_keys:
-            self.settle(now)
+            self.process_due(now)
             if self._total + count > self.max_keys:
                 raise PoolFull(self._total, count, self.max_keys)
 
     def acquire(self, now: float, owner: str | None) -> Key | None:
         """Block a uniformly random available key under a new lease; None if none is available. O(1).
 
-        Overdue keys are dealt with on the way, `SETTLED_AT_ONCE` of them at most. After a None,
+        Overdue keys are dealt with on the way, `MAX_DUE_PER_CALL` of them at most. After a None,
         `may_have_more` says whether that wasn't enough, and the caller should ask again.
         """
         if self._by_release.any_due(now):
-            self._settle_releases(now)
-        for _ in range(SETTLED_AT_ONCE):
+            self._process_releases(now)
+        for _ in range(MAX_DUE_PER_CALL):
             if not self._available:
                 return None
             key = self._available[int(self._random() * len(self._available))]
@@ -230,14 +230,14 @@ class Pool:
 
     # -- deadlines
 
-    def settle(self, now: float) -> None:
-        """Release and purge what is overdue, `SETTLED_AT_ONCE` of each at most. O(1) if nothing is."""
-        for key in self._by_expiry.due(min(now, self._purge_until), SETTLED_AT_ONCE):
+    def process_due(self, now: float) -> None:
+        """Release and purge what is overdue, `MAX_DUE_PER_CALL` of each at most. O(1) if nothing is."""
+        for key in self._by_expiry.due(min(now, self._purge_until), MAX_DUE_PER_CALL):
             self._purge(key, Change.EXPIRED)
-        self._settle_releases(now)
+        self._process_releases(now)
 
-    def _settle_releases(self, now: float) -> None:
-        for key in self._by_release.due(now, SETTLED_AT_ONCE):
+    def _process_releases(self, now: float) -> None:
+        for key in self._by_release.due(now, MAX_DUE_PER_CALL):
             self._free(key, Change.RELEASED)
 
     def overdue(self, now: float) -> bool:
@@ -271,28 +271,28 @@ class Pool:
 
     # -- expiry on hold: while changes can't be kept, a keepalive can't reach its key
 
-    def hold(self, now: float) -> None:
-        """Purge no key that is alive at this moment, until `let_go`; nothing if a hold is on. O(1).
+    def suspend_expiry(self, now: float) -> None:
+        """Purge no key that is alive at this moment, until `resume_expiry`; nothing if a hold is on. O(1).
 
         A held key whose `expires_deadline` has passed is unknown to `find` and is not served, but stays in the
-        orders and counts: either `grant` gives it a new deadline, or it is purged after `let_go`.
+        orders and counts: either `grant_grace` gives it a new deadline, or it is purged after `resume_expiry`.
         """
         if self._purge_until == inf:
             self._purge_until = now
 
     @property
-    def held(self) -> bool:
+    def expiry_suspended(self) -> bool:
         """Whether a hold is on. O(1)."""
         return self._purge_until != inf
 
-    def held_back(self, ref: int | str) -> bool:
+    def is_suspended(self, ref: int | str) -> bool:
         """Whether a key that `find` or `find_id` doesn't know is there, and only the hold keeps it. O(1)."""
-        if not self.held:
+        if not self.expiry_suspended:
             return False
         key = self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)
         return key is not None
 
-    def grant(self, until: float, limit: int) -> bool:
+    def grant_grace(self, until: float, limit: int) -> bool:
         """Let held keys that would expire before `until` live until then, soonest first; whether more may be left.
 
         Deals with `limit` keys at most. Keys that had expired before the hold are purged. O(limit · log n). No
@@ -309,23 +309,23 @@ class Pool:
             key.expiry_bucket = self._by_expiry.add(key, until)
         return len(due) == limit
 
-    def let_go(self) -> None:
-        """End the hold: what is overdue by now is purged by `settle` as ever. O(1)."""
+    def resume_expiry(self) -> None:
+        """End the hold: what is overdue by now is purged by `process_due` as ever. O(1)."""
         self._purge_until = inf
 
     # -- pages
 
     def page(self, query: PageQuery, now: float) -> KeyPage:
-        """Live keys in an order, up to date; maybe fewer than asked. O(log n + EXAMINED) at most.
+        """Live keys in an order, up to date; maybe fewer than asked. O(log n + PAGE_SCAN_LIMIT) at most.
 
         Whoever goes on from `next` meets each key that lives through the whole walk exactly once in order
         `id`; in the orders of deadlines a key may move past the reader.
         """
-        self.settle(now)
+        self.process_due(now)
         page = KeyPage()
         last: Key | None = None
         for examined, key in enumerate(self._walk(query)):
-            if len(page.keys) == query.limit or examined == EXAMINED:
+            if len(page.keys) == query.limit or examined == PAGE_SCAN_LIMIT:
                 assert last is not None
                 page.next = self._position(query, last)
                 break
@@ -428,7 +428,7 @@ class Pool:
 
         The error tells the story of the key that is wrong.
         """
-        for _ in self.check_in_slices(EXAMINED):
+        for _ in self.check_in_slices(PAGE_SCAN_LIMIT):
             pass
 
     def check_in_slices(self, size: int) -> Iterator[None]:
