@@ -133,7 +133,7 @@ class Session:
 
     async def wait_in_queue(self, count: int = 1) -> None:
         """Until so many wait for a key."""
-        await turns_until(lambda: len(self.engine._waiters) == count, f"{count} wait for a key")
+        await turns_until(lambda: len(self.engine._waiters.queue) == count, f"{count} wait for a key")
 
     async def fresh(self) -> Wire:
         """A connection of its own."""

@@ -182,7 +182,14 @@ class Pool:
                 return None
             key = self._available[int(self._random() * len(self._available))]
             if key.expires_deadline > now:
-                self._block(key, now, owner)
+                self._take_slot(key)
+                self.last_lease += 1
+                key.lease = self.last_lease
+                key.owner = owner
+                key.release_deadline = deadline = now + self.block_seconds
+                key.release_bucket = self._by_release.add(key, deadline)
+                self.counters.acquired += 1
+                self.on_change(Change.ACQUIRED, key, owner)
                 return key
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
@@ -191,16 +198,6 @@ class Pool:
     def may_have_more(self, now: float) -> bool:
         """Whether an `acquire` that got None may get a key if it asks again: a crowd stood in its way. O(1)."""
         return bool(self._available) or self.next_release(now) == 0
-
-    def _block(self, key: Key, now: float, owner: str | None) -> None:
-        self._take_slot(key)
-        self.last_lease += 1
-        key.lease = self.last_lease
-        key.owner = owner
-        key.release_deadline = now + self.block_seconds
-        key.release_bucket = self._by_release.add(key, key.release_deadline)
-        self.counters.acquired += 1
-        self.on_change(Change.ACQUIRED, key, owner)
 
     def unblock(self, key: Key, lease: int | None) -> bool:
         """Make a live key available again; False if it was. O(1).
@@ -401,7 +398,7 @@ class Pool:
         self.on_change(change, key, owner)
 
     def _leave_block(self, key: Key) -> str | None:
-        """Undo what `_block` set but for the lease, which stays the key's latest. Returns the owner."""
+        """Undo what `acquire` set but for the lease, which stays the key's latest. Returns the owner."""
         assert key.release_bucket is not None
         self._by_release.discard(key, key.release_bucket)
         key.release_bucket = None

@@ -19,7 +19,7 @@ from keypool.engine.timers import Timers
 from keypool.ops.histogram import SECONDS_OF_WAIT, Tally
 
 
-class _Waiter:
+class Waiter:
     """A pending acquire. `served` gets the lease, or None when its time is up."""
 
     __slots__ = ("owner", "served", "since", "timer")
@@ -57,17 +57,15 @@ class Waiters:
         self._give_back = give_back
         self._storage_up = storage_up
         self._loop = asyncio.get_running_loop()
-        self._queue: OrderedDict[_Waiter, None] = OrderedDict()
+        self.queue: OrderedDict[Waiter, None] = OrderedDict()
+        """The pending acquires, in order. Read elsewhere, changed here only."""
         self._draining = False
         self._serving_soon = False
         self.wait_seconds = Tally(SECONDS_OF_WAIT)
 
-    def __len__(self) -> int:
-        return len(self._queue)
-
     def oldest_wait(self) -> float:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
-        first = next(iter(self._queue), None)
+        first = next(iter(self.queue), None)
         return 0.0 if first is None else self._now() - first.since
 
     async def wait(self, owner: str | None, seconds: float, timed: Timed | None) -> Lease | None:
@@ -77,11 +75,11 @@ class Waiters:
         """
         if self._draining:
             raise Draining
-        if len(self._queue) >= self._max_waiters:
+        if len(self.queue) >= self._max_waiters:
             raise TooManyWaiters(self._max_waiters)
-        waiter = _Waiter(owner, self._now(), self._loop.create_future())
+        waiter = Waiter(owner, self._now(), self._loop.create_future())
         waiter.timer = self._timers.after(seconds, self._time_out, waiter)
-        self._queue[waiter] = None
+        self.queue[waiter] = None
         try:
             return await waiter.served
         except (GeneratorExit, asyncio.CancelledError):  # hung up: whoever drove this coroutine has closed it
@@ -95,10 +93,10 @@ class Waiters:
 
     def serve(self, now: float) -> None:
         """Serve waiters as long as there are keys. O(log n) each."""
-        while self._queue and self._pool.available:
+        while self.queue and self._pool.available:
             if not self._storage_up():
                 return  # served when storage has recovered
-            key = self._pool.acquire(now, next(iter(self._queue)).owner)
+            key = self._pool.acquire(now, next(iter(self.queue)).owner)
             if key is None:
                 if not self._pool.expiry_suspended:  # otherwise they are served when it goes on
                     self.serve_soon()  # there is a backlog of expired keys
@@ -118,18 +116,18 @@ class Waiters:
     def drain(self) -> None:
         """The server stops: answer all waiters with Draining, and admit no more. O(waiters)."""
         self._draining = True
-        while self._queue:
+        while self.queue:
             self._pop().served.set_exception(Draining())
 
-    def _pop(self) -> _Waiter:
-        waiter, _ = self._queue.popitem(last=False)
+    def _pop(self) -> Waiter:
+        waiter, _ = self.queue.popitem(last=False)
         self._timers.cancel(waiter.timer)
         return waiter
 
-    def _forget(self, waiter: _Waiter) -> None:
+    def _forget(self, waiter: Waiter) -> None:
         """A waiter hung up. If it was served in this turn, nobody will learn of that lease: end it."""
-        if waiter in self._queue:
-            del self._queue[waiter]
+        if waiter in self.queue:
+            del self.queue[waiter]
             self._timers.cancel(waiter.timer)
             return
         served = waiter.served
@@ -138,15 +136,15 @@ class Waiters:
             if lease is not None:
                 self._give_back(lease)
 
-    def _time_out(self, waiter: _Waiter) -> None:
+    def _time_out(self, waiter: Waiter) -> None:
         waiter.timer = None  # it has fired; it refers to the waiter, which mustn't refer to it
         now = self._now()
         self._pool.process_due(now)  # a block may have run out whose timer is late
         self.serve(now)
-        if waiter not in self._queue:
+        if waiter not in self.queue:
             return
         if self._storage_up() and not self._pool.expiry_suspended and self._pool.may_have_more(now):
             self._loop.call_soon(self._time_out, waiter)  # a backlog of due keys may hide an available one
         else:
-            del self._queue[waiter]
+            del self.queue[waiter]
             waiter.served.set_result(None)
