@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf, nextafter
 from operator import attrgetter
+from typing import NamedTuple
 
 from keypool.core.errors import PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change
@@ -76,6 +77,14 @@ class KeyPage:
 
     keys: list[Key] = field(default_factory=list)
     next: Position | None = None
+
+
+class Processed(NamedTuple):
+    """What a `process_due` found: by how many seconds the first of each was late, and whether there may be more."""
+
+    release_lateness: float | None
+    expiry_lateness: float | None
+    more: bool
 
 
 class Pool:
@@ -175,7 +184,7 @@ class Pool:
         Overdue keys are dealt with on the way, `MAX_DUE_PER_CALL` of them at most. After a None,
         `may_have_more` says whether that wasn't enough, and the caller should ask again.
         """
-        if self._by_release.any_due(now):
+        if now >= self._by_release.earliest:
             self._process_releases(now)
         for _ in range(MAX_DUE_PER_CALL):
             if not self._available:
@@ -227,15 +236,22 @@ class Pool:
 
     # -- deadlines
 
-    def process_due(self, now: float) -> None:
-        """Release and purge what is overdue, `MAX_DUE_PER_CALL` of each at most. O(1) if nothing is."""
-        for key in self._by_expiry.due(min(now, self._purge_until), MAX_DUE_PER_CALL):
+    def process_due(self, now: float) -> Processed:
+        """Release and purge keys whose deadlines have passed, `MAX_DUE_PER_CALL` of each at most. O(1) if none has."""
+        expired = self._by_expiry.due(min(now, self._purge_until), MAX_DUE_PER_CALL)
+        expiry = now - expired[0].expires_deadline if expired else None
+        for key in expired:
             self._purge(key, Change.EXPIRED)
-        self._process_releases(now)
+        release, released = self._process_releases(now)
+        return Processed(release, expiry, MAX_DUE_PER_CALL in (len(expired), released))
 
-    def _process_releases(self, now: float) -> None:
-        for key in self._by_release.due(now, MAX_DUE_PER_CALL):
+    def _process_releases(self, now: float) -> tuple[float | None, int]:
+        """Release keys; the lateness of the first, and how many."""
+        due = self._by_release.due(now, MAX_DUE_PER_CALL)
+        lateness = None if not due else now - (due[0].release_deadline or now)
+        for key in due:
             self._free(key, Change.RELEASED)
+        return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
         """Whether some key has passed its `expires_deadline` and may be purged, but isn't yet. O(1)."""

@@ -526,15 +526,14 @@ class EmbeddedEngine:
 
     def _process_due(self) -> bool:
         """Process some of the deadlines that have passed; whether there are more. O(MAX_DUE_PER_CALL)."""
-        now, pool = self.now(), self.pool
-        release, expiry = pool.next_release_deadline(), pool.next_expiry()
-        if release is not None and release <= now:
-            self.release_lateness.add(now - release)
-        if expiry is not None and pool.overdue(now):
-            self.expiry_lateness.add(now - expiry)
-        pool.process_due(now)
+        now = self.now()
+        found = self.pool.process_due(now)
+        if found.release_lateness is not None:
+            self.release_lateness.add(found.release_lateness)
+        if found.expiry_lateness is not None:
+            self.expiry_lateness.add(found.expiry_lateness)
         self._waiters.serve(now)
-        return pool.overdue(now) or pool.next_release(now) == 0
+        return found.more
 
 
 def _lease(key: Key, now: float) -> Lease:
