@@ -163,11 +163,9 @@ async def _main(pipe: Connection, path: Path | None, keys: int) -> int:
         if order == "stop":
             stopped.set()
             return
-        journal = engine.journal
-        before, commits = commits, 0 if journal is None else journal.commit_rows.count
-        pipe.send(
-            Told(probe.take(), commits - before, 0 if journal is None else int(journal.commit_rows.last))
-        )
+        before, figures = commits, engine.figures()
+        commits = int(figures.get("commits", 0))
+        pipe.send(Told(probe.take(), commits - before, int(figures.get("commit_rows", 0))))
 
     asyncio.get_running_loop().add_reader(pipe.fileno(), asked)
     await stopped.wait()

@@ -114,7 +114,7 @@ async def test_a_client_that_gives_up_is_leased_nothing(
         )
     engine: EmbeddedEngine = app.settings["dispatcher"].engine
     assert engine.pool.counters.refused == 0, "answered, instead of left to wait"
-    await turns_until(lambda: not engine._waiters, "nobody waits any more")
+    await turns_until(lambda: not engine._waiters.queue, "nobody waits any more")
     await call(http_client, keys, "POST")
     assert (engine.pool.available, engine.pool.blocked) == (1, 0)
     assert app.settings["in_flight"].count == 0

@@ -12,6 +12,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from keypool.engine.journal import Commit
+
 
 class Steps:
     """One coroutine that waits. `done(result, error)` is called once, unless `close` comes first."""
@@ -40,7 +42,10 @@ class Steps:
     def wait_for(self, awaited: Any) -> None:
         """Go on when this future is done, which the coroutine has just yielded."""
         awaited._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to say that it has heard
-        awaited.add_done_callback(self.step)
+        if type(awaited) is Commit:
+            awaited.on_done(self.step)  # in the very turn in which the commit is done
+        else:
+            awaited.add_done_callback(self.step)
 
     def close(self) -> None:
         """Nobody wants the answer any more: the coroutine ends where it waits, by GeneratorExit."""

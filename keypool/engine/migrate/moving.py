@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from keypool.core.errors import StartError
-from keypool.engine.durable import datafile
+from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.datafile import Row
 
 ROWS_AT_ONCE = 2000
@@ -98,12 +98,12 @@ class FileSource:
         if not path.is_file():
             raise StartError(f"there is no data file {path}")
         self._path = path
-        self._lock = datafile.hold(path)
+        self._lock = file_lock.hold(path)
         try:
             self.numbers = datafile.inspect(path)
             self.total = datafile.count(path)
         except BaseException:
-            datafile.release(self._lock)
+            file_lock.release(self._lock)
             raise
 
     async def rows(self) -> AsyncIterator[list[Row]]:
@@ -116,7 +116,7 @@ class FileSource:
 
     async def close(self) -> None:
         """See Source."""
-        datafile.release(self._lock)
+        file_lock.release(self._lock)
 
 
 class FileTarget:
@@ -128,13 +128,13 @@ class FileTarget:
         self._path = path
         self._beside = path.with_name(f"{path.name}.migrating")
         self._refuse_if_there()
-        self._lock = datafile.hold(self._beside)
+        self._lock = file_lock.hold(self._beside)
         try:
-            datafile.clear(self._beside)  # of a move that was killed
+            file_lock.clear(self._beside)  # of a move that was killed
             self._database = datafile.Filling(self._beside)
         except BaseException:
-            datafile.remove(self._beside)
-            datafile.release(self._lock)
+            file_lock.remove(self._beside)
+            file_lock.release(self._lock)
             raise
 
     def _refuse_if_there(self) -> None:
@@ -155,10 +155,10 @@ class FileTarget:
         """See Target."""
         self._database.finish(numbers)
         self._refuse_if_there()
-        datafile.rename(self._beside, self._path)
+        file_lock.rename(self._beside, self._path)
 
     async def close(self) -> None:
         """See Target."""
         self._database.close()
-        datafile.remove(self._beside)
-        datafile.release(self._lock)
+        file_lock.remove(self._beside)
+        file_lock.release(self._lock)

@@ -19,10 +19,12 @@ from typing import Any
 from keypool.core.answers import Row
 from keypool.core.index import Position, rank_of, shown_of
 from keypool.core.keys import State, hint, moment
-from keypool.core.pool import EXAMINED, PageQuery
+from keypool.core.pool import PAGE_SCAN_LIMIT, PageQuery
 from keypool.engine.valkey.partitions import Partitions, all_of
 
-_LEAST_EXAMINED = 50  # keys that a partition looks at for an answer, whatever the share of EXAMINED comes to
+_LEAST_EXAMINED = (
+    50  # keys that a partition looks at for an answer, whatever the share of PAGE_SCAN_LIMIT comes to
+)
 _ROUNDS = 4  # of asking, after which a page is as short as it is
 _TEXT, _ID, _PLACE = 0, 1, 7  # of a row in page.lua's answer
 
@@ -46,7 +48,7 @@ class Pages:
 
     def __init__(self, partitions: Partitions) -> None:
         self._partitions = partitions
-        self._examined = max(_LEAST_EXAMINED, EXAMINED // partitions.count)
+        self._examined = max(_LEAST_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
 
     async def page(self, query: PageQuery) -> tuple[list[Row], Position | None]:
         """Rows, as of now, and the position that the next page goes on from."""
