@@ -8,12 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
-from keypool.config import effective_settings as in_force
 from keypool.config.limits import SPARE_FILES, allowed_files
-from keypool.config.settings import Settings, load
-from keypool.config.tokens import ROLES, exposed_files, read_tokens, token_variables
+from keypool.config.settings import PRINT_CONFIG, Settings, effective_settings, load
+from keypool.config.tokens import exposed_files, read_tokens, token_variables
 from keypool.core.errors import SettingsError, StartError
 from keypool.ops import logs
 from keypool.server import runtime
@@ -34,9 +32,9 @@ def main(argv: Sequence[str], program: str = "python server.py") -> int:
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        settings = load([word for word in argv if word != in_force.FLAG], os.environ, program)
-        if in_force.FLAG in argv:
-            print(in_force.in_force(settings), flush=True)
+        settings = load([word for word in argv if word != PRINT_CONFIG], os.environ, program)
+        if PRINT_CONFIG in argv:
+            print(effective_settings(settings), flush=True)
             return 0
         _require_files()
         logs.configure(settings.log_level, settings.log_format)
@@ -93,9 +91,7 @@ def _serve_together(settings: Settings) -> int:
     def reload() -> None:
         nonlocal settings
         with contextlib.suppress(SettingsError):  # the processes log it
-            tokens = read_tokens(os.environ)
-            client, viewer, admin = (tokens.get(role, ()) for role in ROLES)
-            settings = replace(settings, client_tokens=client, viewer_tokens=viewer, admin_tokens=admin)
+            settings = settings.with_tokens(read_tokens(os.environ))
 
     def serve_one(member: Member) -> int:
         try:

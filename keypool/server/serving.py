@@ -39,7 +39,7 @@ from keypool.ops import logs
 from keypool.server.app import make_app, make_loading_app
 from keypool.server.supervision import Alone, Member, Station
 from keypool.server.token_reload import TokenReload
-from keypool.web.scrape import Scraped
+from keypool.web.scrape import MetricSources
 
 _QUIET_TURNS = 3  # turns of the loop without a new request, after which what had come has been read
 _LINGER = 0.02  # seconds a turn: a caller who was just answered may ask once more, and is told of the end
@@ -106,7 +106,7 @@ async def serve(settings: Settings, station: Station) -> int:
     await app.settings["dashboard"].counting.wait()  # or what happens first would be in no chart
     tokens.sessions = app.settings["dashboard"].sessions
     server.serve_app(app)
-    _measure(server, app.settings["scraped"])
+    _measure(server, app.settings["metric_sources"])
     if isinstance(station, Member):
         sockets = _bind_shared(settings, station)
         server.add_sockets(sockets)
@@ -170,12 +170,12 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
     return f"http://{host}:{sockets[0].getsockname()[1]}/"
 
 
-def _measure(server: HttpServer, scraped: Scraped) -> None:
+def _measure(server: HttpServer, sources: MetricSources) -> None:
     """Let /metrics show how many connections there are and may be, and log lines that were dropped."""
-    scraped.connections = lambda: server.doorman.count
-    scraped.refused_connections = lambda: server.doorman.refused
-    scraped.limits["connections"] = server.doorman.most
-    scraped.log_dropped = lambda: logs.STDERR.dropped
+    sources.connections = lambda: server.doorman.count
+    sources.refused_connections = lambda: server.doorman.refused
+    sources.limits["connections"] = server.doorman.most
+    sources.log_dropped = lambda: logs.STDERR.dropped
 
 
 async def _drain(

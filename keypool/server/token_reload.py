@@ -59,12 +59,15 @@ class TokenReload:
                 "the tokens' files were read again and are wrong, so the tokens before hold: %s", error
             )
             return
-        client, viewer, admin = (tokens.get(role, ()) for role in ROLES)
         if self.sessions is not None:
-            digests = [hashlib.sha256(token.encode()).digest() for token in (*viewer, *admin)]
+            digests = [
+                hashlib.sha256(token.encode()).digest()
+                for role in ("viewer", "admin")
+                for token in tokens.get(role, ())
+            ]
             await asyncio.to_thread(self.sessions.prepare, digests)
         before = self._access.callers().keys()
-        self._access.replace(client, viewer, admin)
+        self._access.replace(**tokens)
         self._changed()
         after = self._access.callers().keys()
         _log.info(
