@@ -328,6 +328,10 @@ class ValkeyEngine:
             "pipeline_commands": commands.last,
         }
 
+    def measures(self) -> Mapping[str, float | Mapping[str, float]]:
+        """None."""
+        return {}
+
     def drain(self) -> None:
         """Tell all waiters that the server stops, and take no more. O(waiters)."""
         self._draining = True
