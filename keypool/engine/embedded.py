@@ -41,7 +41,7 @@ from keypool.engine.clock import make_clock
 from keypool.engine.journal import Journal, NullJournal
 from keypool.engine.timers import Timers
 from keypool.engine.waiters import Waiters
-from keypool.ops.histogram import SECONDS, Tally
+from keypool.ops.histogram import SECONDS, Histogram
 
 RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
@@ -81,8 +81,8 @@ class EmbeddedEngine:
             on_closed=self.timers.closed,
         )
         self.journal: Journal = NullJournal()
-        self.release_lateness = Tally(SECONDS)
-        self.expiry_lateness = Tally(SECONDS)
+        self.release_lateness = Histogram(SECONDS)
+        self.expiry_lateness = Histogram(SECONDS)
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
         self._notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
@@ -326,21 +326,21 @@ class EmbeddedEngine:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
         return self._waiters.oldest_wait()
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """All histograms by metric name. O(1)."""
         return {
             "acquire_wait_seconds": self._waiters.wait_seconds,
             "release_lateness_seconds": self.release_lateness,
             "expiry_lateness_seconds": self.expiry_lateness,
-            **self.journal.tallies(),
+            **self.journal.histograms(),
         }
 
     def figures(self) -> dict[str, float]:
         """The journal's last commit and how many there were, for the dashboard. O(1)."""
-        tallies = self.journal.tallies()
-        if not tallies:
+        histograms = self.journal.histograms()
+        if not histograms:
             return {}
-        seconds, rows = tallies["commit_seconds"], tallies["commit_rows"]
+        seconds, rows = histograms["commit_seconds"], histograms["commit_rows"]
         return {"commits": seconds.count, "commit_seconds": round(seconds.last, 6), "commit_rows": rows.last}
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:

@@ -74,7 +74,7 @@ from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.sampler import Draws
 from keypool.engine.valkey.subscriber import Wake
 from keypool.engine.valkey.waiters import Waiters
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 
 _COUNTS_FOR = 3.0  # seconds that a word about waiters counts
 _NOTE_SECONDS = 2.0
@@ -305,7 +305,7 @@ class ValkeyEngine:
         """Whether all is well with Valkey. O(1)."""
         return self._nodes.failing is None
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """What was measured, by the name of its metric. O(1)."""
         return {
             "acquire_wait_seconds": self._waiters.seconds,
@@ -327,6 +327,10 @@ class ValkeyEngine:
             "pipeline_seconds": round(seconds.last, 6),
             "pipeline_commands": commands.last,
         }
+
+    def measures(self) -> Mapping[str, float | Mapping[str, float]]:
+        """None."""
+        return {}
 
     def drain(self) -> None:
         """Tell all waiters that the server stops, and take no more. O(waiters)."""

@@ -23,7 +23,7 @@ from keypool.core.rules import PoolRules
 from keypool.engine.valkey.link import Reply
 from keypool.engine.valkey.look import Look, Told, events_in, until_due
 from keypool.engine.valkey.partitions import Partitions, all_of
-from keypool.ops.histogram import SECONDS, Tally
+from keypool.ops.histogram import SECONDS, Histogram
 
 RECENT_EVENTS = 1000
 EXPIRING = 60.0
@@ -64,8 +64,8 @@ class Looks:
         self.told = 0
         """Events that there had been at the last look."""
         self.last: tuple[float, Look] | None = None
-        self.release_lateness = Tally(SECONDS)
-        self.expiry_lateness = Tally(SECONDS)
+        self.release_lateness = Histogram(SECONDS)
+        self.expiry_lateness = Histogram(SECONDS)
         self._heard = [-1] * count
         self._askers: list[asyncio.Future[Look]] = []
         self._tasks: set[asyncio.Task[None]] = set()

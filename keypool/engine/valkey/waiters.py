@@ -17,7 +17,7 @@ from itertools import islice
 from keypool.core.answers import Lease
 from keypool.core.errors import Draining, StorageUnavailable, TooManyWaiters
 from keypool.engine import Timed
-from keypool.ops.histogram import SECONDS_OF_WAIT, Tally
+from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
 POLL_SECONDS = 0.25
 """How long a free key may go unnoticed while somebody waits, if the word of it was lost."""
@@ -53,7 +53,7 @@ class Waiters:
         give_back: Callable[[Lease], None],
         tell: Callable[[int], Awaitable[None]],
     ) -> None:
-        self.seconds = Tally(SECONDS_OF_WAIT)
+        self.seconds = Histogram(SECONDS_OF_WAIT)
         self._max_waiters = max_waiters
         self._take = take
         self._give_back = give_back
