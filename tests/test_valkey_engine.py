@@ -28,12 +28,11 @@ from keypool.core.answers import Lease
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
 from keypool.core.keys import State
-from keypool.engine.valkey import poller as valkey_looks
+from keypool.engine.valkey import poller as valkey_poller
 from keypool.engine.valkey import scripts as valkey_scripts
-from keypool.engine.valkey.creation import Turns
+from keypool.engine.valkey.calls import ScriptCall
 from keypool.engine.valkey.engine import ValkeyEngine
-from keypool.engine.valkey.link import Lost
-from keypool.engine.valkey.nodes import Job
+from keypool.engine.valkey.link import ConnectionLost
 from keypool.engine.valkey.scripts import Script, keys_of
 
 BLOCK, KEEPALIVE = 60.0, 300.0
@@ -69,11 +68,12 @@ def settling(patch: pytest.MonkeyPatch, at_once: int) -> None:
     """Let scripts deal with so few overdue keys at once that any more are a crowd."""
     made = {}
     for script in valkey_scripts.scripts().values():
-        text = script.text.replace("local SETTLED = 32", f"local SETTLED = {at_once}")
+        text = script.text.replace("local MAX_DUE = 32", f"local MAX_DUE = {at_once}")
         sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
         made[script.name] = Script(script.name, text, sha)
-    patch.setattr("keypool.engine.valkey.nodes.scripts", lambda: made)
-    patch.setattr(valkey_looks, "_SWEPT", at_once)
+    for module in ("nodes", "calls"):
+        patch.setattr(f"keypool.engine.valkey.{module}.scripts", lambda: made)
+    patch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
 
 
 # -------------------------------------------------------------------------------------------------- the rules
@@ -315,7 +315,7 @@ def test_the_engine_agrees_with_the_plain_model(
             place.url, partitions, block_seconds=BLOCK, keepalive_seconds=KEEPALIVE
         ) as engine:
             await engine.stats()
-            engine._looks._stopped = True  # no sweep but those of the calls
+            engine._poller._stopped = True  # no sweep but those of the calls
             model = Model(place, partitions, engine, seed)
             steps = [
                 *[model.generate] * 4, *[model.acquire] * 6, *[model.unblock] * 4, *[model.keepalive] * 3,
@@ -516,22 +516,20 @@ def test_servers_that_know_nothing_of_each_other_do_not_overfill_a_pool(
 
 
 @on_loop
-async def test_a_turn_is_passed_on_by_a_caller_who_hangs_up_when_it_comes() -> None:
-    """Or every later generate near the limit would wait for ever."""
-    turns = Turns()
-    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    async def use() -> None:
-        async with turns:
-            await gate
-
-    first, second, third, fourth = (Call(use()) for _ in range(4))
-    third.hang_up()
-    gate.set_result(None)
-    await turns_until(lambda: first.over, "the first is done")
-    second.hang_up()
-    await turns_until(lambda: fourth.over, "the fourth has had its turn", most=10)
-    assert Call(use()).over
+async def test_callers_who_hang_up_near_the_limit_do_not_stop_the_others(shared: Valkey) -> None:
+    """Whenever they do; and each batch is generated as a whole or not at all."""
+    async with engine_on(with_pool(shared.url, next(_pools)), max_keys=200) as engine:
+        for turns in range(12):
+            calls = [Call(engine.generate(3)) for _ in range(4)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for call in calls[:3]:
+                call.hang_up()
+            await turns_until(lambda: calls[3].over, "the last one has its keys", most=100_000)  # noqa: B023
+            assert len(calls[3].answer) == 3
+        async with asyncio.timeout(10):
+            await engine.generate(2)
+        assert (await engine.stats()).total % 3 == 2
 
 
 @on_loop
@@ -567,7 +565,7 @@ async def test_a_key_that_another_server_frees_goes_to_whoever_waits(shared: Val
         for holder, other in [(first, second), (second, first)] * 20:
             waiting = asyncio.ensure_future(other.acquire("w", 30))
             waiters = other._waiters
-            await eventually(partial(getattr, waiters, "_told"), "the pool knows")
+            await eventually(partial(getattr, waiters, "announced"), "the pool knows")
             await holder.unblock(lease.key, lease.lease)
             lease = await waiting
         stats = await first.stats()
@@ -768,15 +766,15 @@ async def test_an_acquire_whose_answer_was_lost_is_not_made_again_for_a_waiter(s
     """It may have served a key: the waiter gets 503, and no second key is taken for it."""
     async with engine_on(with_pool(shared.url, next(_pools))) as engine:
         waiting = asyncio.ensure_future(engine.acquire("w", 30))
-        await eventually(lambda: engine._waiters._told, "the pool knows")
-        replied = Job.replied
+        await eventually(lambda: engine._waiters.announced, "the pool knows")
+        replied = ScriptCall.replied
 
-        def lose(job: Job, reply: Any) -> None:
-            lost = job.script.name == "acquire" and type(reply) is list and len(reply) > 3
-            replied(job, Lost("cut") if lost else reply)
+        def lose(call: ScriptCall, reply: Any) -> None:
+            lost = call.script == "acquire" and type(reply) is list and len(reply) > 3
+            replied(call, ConnectionLost("cut") if lost else reply)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Job, "replied", lose)
+            patch.setattr(ScriptCall, "replied", lose)
             await engine.generate(3)
             with pytest.raises(StorageUnavailable, match="not known"):
                 await waiting
@@ -790,9 +788,9 @@ async def test_lengths_of_time_are_as_of_the_answer_although_a_call_was_held(sha
     async with engine_on(with_pool(shared.url, next(_pools))) as engine:
         key = (await engine.generate(1))[0].key
         await engine.acquire(None, 0)
-        submit, loop = engine._nodes._submit, asyncio.get_running_loop()
+        submit, loop = engine._client._submit, asyncio.get_running_loop()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine._nodes, "_submit", lambda job: loop.call_later(1.5, submit, job))
+            patch.setattr(engine._client, "_submit", lambda call: loop.call_later(1.5, submit, call))
             kept, made, page = await asyncio.gather(
                 engine.keepalive(key), engine.generate(2), engine.page(ListQuery(order="expiry"))
             )
@@ -810,7 +808,7 @@ async def test_deadlines_are_swept_on_time_whichever_server_set_them(shared: Val
     url = with_pool(shared.url, next(_pools))
     rules: dict[str, Any] = {"block_seconds": 0.3, "keepalive_seconds": 1.0}
     async with engine_on(url, **rules) as sweeper, engine_on(url, **rules) as other:
-        other._looks._stopped = True  # it sweeps nothing
+        other._poller._stopped = True  # it sweeps nothing
         await other.generate(30)
         await other.acquire_many(None, 30)
         await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "released"], "it is released")
@@ -853,14 +851,14 @@ async def test_one_server_sweeps_and_another_stands_in_for_it(shared: Valkey) ->
             engines.append(engine)
         first, second, *others = engines
         await first.generate(200)
-        before = [engine._looks._looks for engine in engines]
+        before = [engine._poller.polls for engine in engines]
         for _ in range(200):
             await first.acquire(None, 0)
             await asyncio.sleep(0.005)
         await eventually(lambda: first.tallies()["release_lateness_seconds"].count > 20, "they are released")
-        looks = [engine._looks._looks - was for engine, was in zip(engines, before, strict=True)]
+        looks = [engine._poller.polls - was for engine, was in zip(engines, before, strict=True)]
         assert sum(looks[2:]) < looks[0] / 2, looks
-        first._looks.stop()  # as if it had died
+        first._poller.stop()  # as if it had died
         known = second.tallies()["release_lateness_seconds"].count
         await others[0].acquire_many(None, 200)
 
@@ -994,10 +992,10 @@ async def test_every_server_hears_of_every_servers_changes(shared: Valkey) -> No
             assert [event.event for event in events] == wanted
             assert [event.owner for event in events] == [None, "w", "w", None, None]
             assert {event.hint for event in events} == {f"{key.key[:4]}…{key.key[-4:]}"}
-            assert engine.told == len(wanted)
+            assert engine.event_seq == len(wanted)
             assert (stats.generated, stats.acquired, stats.unblocked, stats.deleted) == (1, 1, 1, 1)
             await engine.stats()
-            assert engine.told == len(engine.recent(99)) == len(wanted)
+            assert engine.event_seq == len(engine.recent(99)) == len(wanted)
 
 
 @on_loop
@@ -1030,7 +1028,7 @@ async def test_a_cluster_serves_every_partition_from_its_node() -> None:
     with Cluster() as cluster:
         async with engine_on(cluster.url) as engine:
             made = [key.key for key in await engine.generate(300)]
-            assert len(set(engine._nodes._of_partition)) == 3
+            assert len(set(map(engine._client.node_of, range(16)))) == 3
             assert all(node.ask("DBSIZE") for node in cluster.nodes)
             leases = await engine.acquire_many("w", 500)
             assert sorted(lease.key for lease in leases) == sorted(made)

@@ -232,7 +232,7 @@ async def test_a_step_of_valkeys_clock_is_counted(valkey: Valkey) -> None:
             at, moment = engine._presence._clocks or (0, 0.0)
             with logged(shown, logging.WARNING):
                 engine._presence._clocks = (at + step * 1_000_000, moment)
-                await engine._presence.check()
+                await engine._presence.verify()
             assert engine.clock_steps == before + 1
 
 
@@ -392,7 +392,7 @@ async def test_one_dead_primary_takes_out_its_own_keys_only() -> None:
             there = [
                 text
                 for text in texts
-                if engine._nodes._of_partition[engine._partitions.of(text)] == ("127.0.0.1", dead.port)
+                if engine._client.node_of(engine._partitions.of(text)) == ("127.0.0.1", dead.port)
             ]
             dead.kill()
             detail = await eventually(lambda: engine.degraded, "it says what is missing")
@@ -405,7 +405,7 @@ async def test_one_dead_primary_takes_out_its_own_keys_only() -> None:
                 await engine.keepalive(there[0])
             for node in (cluster.nodes[0], cluster.nodes[2]):
                 node.kill()
-            await eventually(lambda: len(engine._nodes.unreachable) == 16, "none is left")
+            await eventually(lambda: len(engine._client.unreachable) == 16, "none is left")
             with pytest.raises(StorageUnavailable):
                 engine.ready()
 
@@ -415,7 +415,7 @@ async def test_a_call_is_held_for_its_own_second(valkey: Valkey) -> None:
     """That a connection was lost just before, and mended, doesn't shorten it."""
 
     def links(engine: ValkeyEngine) -> list[Link]:
-        return list(engine._nodes._serving.values())
+        return list(engine._nodes.serving.values())
 
     async with engine_on(valkey.url, 1) as engine:
         loop = asyncio.get_running_loop()

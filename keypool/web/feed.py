@@ -161,7 +161,7 @@ class Feed:
             viewer.leave(SIGNED_OUT, "signed out")
 
     def _tick(self, stats: Stats) -> None:
-        numbers, told = _numbers(stats), self._engine.told
+        numbers, told = _numbers(stats), self._engine.event_seq
         now = self._loop.time()
         tails: dict[int, bytes] = {}  # by how many events are new to a viewer: nearly always one
         text = moment(self._now())
@@ -193,7 +193,7 @@ class Feed:
 
     def _greet(self, seat: _Seat, stats: Stats) -> None:
         seat.greeted = True
-        seat.told, seat.numbers = self._engine.told, _numbers(stats)
+        seat.told, seat.numbers = self._engine.event_seq, _numbers(stats)
         hello = {
             "now": moment(self._now()),
             "stats": stats,
