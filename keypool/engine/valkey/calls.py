@@ -57,23 +57,18 @@ class ScriptCall(asyncio.Future[Reply]):
     If it is cancelled before the reply comes, `on_orphaned_reply` is called with the reply.
     """
 
-    def __init__(
-        self,
-        client: ScriptClient,
-        partition: int,
-        script: str,
-        command: bytes,
-        on_orphaned_reply: Callable[[Reply], None] | None,
-    ) -> None:
-        super().__init__(loop=client.loop)
-        self.client = client
-        self.partition = partition
-        self.script = script
-        self.command = command
-        self.on_orphaned_reply = on_orphaned_reply
-        self.sent_at = 0.0
-        self.repeats = 0
-        self.held_until = 0.0
+    # Filled by ScriptClient.call: an __init__ in Python would take as long as the rest of what a call costs here.
+    __slots__ = (
+        "client", "command", "held_until", "on_orphaned_reply", "partition", "repeats", "script", "sent_at",
+    )  # fmt: skip
+    client: ScriptClient
+    partition: int
+    script: str
+    command: bytes
+    on_orphaned_reply: Callable[[Reply], None] | None
+    sent_at: float
+    repeats: int
+    held_until: float
 
     def replied(self, reply: Reply) -> None:
         """Handle the reply, an error or a ConnectionLost."""
@@ -82,7 +77,9 @@ class ScriptCall(asyncio.Future[Reply]):
             return
         available = reply.pop(0)
         if available >= 0:
-            self.client.note_available(self.partition, available)
+            self.client.available[self.partition] = available
+            if available:
+                self.client.on_available()
         if not self.done():
             self.set_result(reply)
         elif self.on_orphaned_reply is not None:
@@ -148,15 +145,13 @@ class ScriptClient:
         """Call a script. O(arguments), beside what the script costs."""
         count = 3 + len(KEYS) + len(arguments)
         command = b"*%d\r\n%b%b" % (count, self._heads[script][partition], _packed(arguments))
-        call = ScriptCall(self, partition, script, command, on_orphaned_reply)
+        call = ScriptCall(loop=self.loop)
+        call.client, call.partition, call.script, call.command = self, partition, script, command
+        call.on_orphaned_reply = on_orphaned_reply
+        call.sent_at = call.held_until = 0.0
+        call.repeats = 0
         self._submit(call)
         return call
-
-    def note_available(self, partition: int, available: int) -> None:
-        """So many keys are available there at this moment."""
-        self.available[partition] = available
-        if available:
-            self.on_available()
 
     @property
     def degraded(self) -> bool:

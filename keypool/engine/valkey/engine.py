@@ -63,7 +63,7 @@ from keypool.engine.valkey.creation import KeyGenerator
 from keypool.engine.valkey.link import UNREACHABLE, Reply
 from keypool.engine.valkey.pages import Pages, row_of
 from keypool.engine.valkey.partitions import Partitions, PoolFacts
-from keypool.engine.valkey.poller import COUNTERS, EXPIRING, POLL_SECONDS, PartitionPoller
+from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, PartitionPoller
 from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.sampler import PartitionSampler
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
@@ -228,7 +228,7 @@ class ValkeyEngine:
     async def stats(self) -> Stats:
         """All counts. O(partitions)."""
         snapshot = await self._poller.snapshot()
-        counters = {name: snapshot.counters[name] for name in COUNTERS}
+        counters = dict(snapshot.counters)
         counters["refused"] += self._poller.refused
         return Stats(
             total=snapshot.total,

@@ -97,17 +97,15 @@ class PoolSnapshot(NamedTuple):
     def of(cls, statuses: Sequence[PartitionStatus], taken_at: float) -> PoolSnapshot:
         """Sum up the statuses of all partitions."""
         releases = [status.next_release for status in statuses if status.next_release >= 0]
+        counters = map(sum, zip(*(status.counters for status in statuses), strict=True))
+        sums = dict(zip(_POLLED_COUNTERS, counters, strict=True))
         return cls(
             taken_at,
             sum(status.total for status in statuses),
             sum(status.available for status in statuses),
             statuses[0].waiting_elsewhere,  # which all partitions know
             sum(status.expiring for status in statuses),
-            dict(
-                zip(
-                    _POLLED_COUNTERS, map(sum, zip(*(s.counters for s in statuses), strict=True)), strict=True
-                )
-            ),
+            {name: sums[name] for name in COUNTERS},
             taken_at + min(releases) / 1e6 if releases else None,
             any(status.overdue for status in statuses),
         )

@@ -81,10 +81,12 @@ class PartitionSampler:
                     self._acquire(partition, bounds[partition], not by_totals, [owner] * draws)
                     for partition, draws in plan.items()
                 ]
-                replies = await all_of(calls)
-                taken += [lease for call in calls for lease in self._leases_in(call)]
+                again = 0
+                for call, reply in zip(calls, await all_of(calls), strict=True):
+                    taken += self._leases_in(call)
+                    again |= reply[0]
                 calls = []
-                rounds += not any(reply[0] for reply in replies)
+                rounds += not again
         except BaseException:  # the caller is gone, or a partition can't be reached
             for call in calls:
                 self._take_back(call)
