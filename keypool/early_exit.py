@@ -1,6 +1,6 @@
-"""What Ctrl-C does while a program still imports: it ends it without a traceback.
+"""Ctrl-C while a program still imports its modules: it ends without a traceback.
 
-Nothing else is imported here, so that this is in force after some milliseconds.
+This imports next to nothing, so that it takes effect within milliseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import FrameType
 
 
 def end_quietly() -> None:
-    """Let SIGINT and SIGTERM end the process with status 0 until the server handles them: nothing is begun yet."""
+    """Let SIGINT and SIGTERM end the process with status 0, until the server installs its handlers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
 

@@ -1,4 +1,4 @@
-"""A child that doesn't outlive its parent: what the system can be asked for, where it is Linux."""
+"""A child process that doesn't outlive its parent, by Linux's PR_SET_PDEATHSIG."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int, number: int) -> Callable[[], None]:
-    """What a child calls, first thing, to get signal `number` when its parent dies. Nothing but on Linux."""
+    """A function that a forked child calls first, to get signal `number` when its parent dies. Linux only."""
     if sys.platform != "linux":
         return lambda: None
     libc = ctypes.CDLL(None)  # before the fork: loading isn't safe after it
 
     def follow() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if os.getppid() != parent:  # it died before the request
+        if os.getppid() != parent:  # it died before the prctl
             os._exit(128 + number)
 
     return follow

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from support import ROOT
 
 from keypool import __version__
-from keypool.web import resources
+from keypool.web import assets
 
 pytest.importorskip("setuptools")
 
@@ -106,7 +106,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert lua
     assert lua <= names
     assert {"keypool/_web/templates/probe/page.html", "keypool/_web/static/probe/style.css"} <= names
-    for folder in resources.FOLDERS:
+    for folder in assets.FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file():
                 assert f"keypool/_web/{path.relative_to(ROOT).as_posix()}" in names
@@ -204,7 +204,7 @@ def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
         if process.stderr is not None:
             process.stderr.close()
         link.unlink()
-    code = "from keypool.web import resources; print(resources.folder('templates')); print(resources.folder('static'))"
+    code = "from keypool.web import assets; print(assets.folder('templates')); print(assets.folder('static'))"
     ran = subprocess.run(
         [fresh / "python", "-c", code],
         capture_output=True,
@@ -221,12 +221,10 @@ def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
 def test_resources_of_a_checkout_come_first(tmp_path: Path) -> None:
     package = tmp_path / "keypool"
     packed, top = package / "_web" / "static", tmp_path / "static"
-    assert resources.folder("static", package) == packed
+    assert assets.folder("static", package) == packed
     top.mkdir()
-    assert (
-        resources.folder("static", package) == packed
-    )  # some folder of that name beside an installed package
+    assert assets.folder("static", package) == packed  # some folder of that name beside an installed package
     (tmp_path / "server.py").write_text("")
-    assert resources.folder("static", package) == top
+    assert assets.folder("static", package) == top
     with pytest.raises(ValueError, match="templates"):
-        resources.folder("secrets")
+        assets.folder("secrets")

@@ -813,8 +813,8 @@ async def test_deadlines_are_swept_on_time_whichever_server_set_them(shared: Val
         await other.acquire_many(None, 30)
         await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "released"], "it is released")
         await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "expired"], "it is purged")
-        assert sweeper.tallies()["release_lateness_seconds"].count
-        assert sweeper.tallies()["expiry_lateness_seconds"].count
+        assert sweeper.histograms()["release_lateness_seconds"].count
+        assert sweeper.histograms()["expiry_lateness_seconds"].count
         assert (await other.stats()).total == 0
 
 
@@ -855,17 +855,21 @@ async def test_one_server_sweeps_and_another_stands_in_for_it(shared: Valkey) ->
         for _ in range(200):
             await first.acquire(None, 0)
             await asyncio.sleep(0.005)
-        await eventually(lambda: first.tallies()["release_lateness_seconds"].count > 20, "they are released")
+        await eventually(
+            lambda: first.histograms()["release_lateness_seconds"].count > 20, "they are released"
+        )
         looks = [engine._poller.polls - was for engine, was in zip(engines, before, strict=True)]
         assert sum(looks[2:]) < looks[0] / 2, looks
         first._poller.stop()  # as if it had died
-        known = second.tallies()["release_lateness_seconds"].count
+        known = second.histograms()["release_lateness_seconds"].count
         await others[0].acquire_many(None, 200)
 
         async def free() -> bool:
             return (await others[1].stats()).blocked == 0
 
-        await eventually(lambda: second.tallies()["release_lateness_seconds"].count > known, "it stands in")
+        await eventually(
+            lambda: second.histograms()["release_lateness_seconds"].count > known, "it stands in"
+        )
         await eventually(free, "all are released")
 
 

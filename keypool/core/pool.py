@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from math import inf, nextafter
 from operator import attrgetter
 
+from keypool.core.counters import Counters
 from keypool.core.errors import PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change
 from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
@@ -38,25 +39,6 @@ EXAMINED = 1000
 """Keys that one page looks at, at most."""
 
 Listener = Callable[[Change, Key, str | None], None]
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the pool began. `unblocked` counts only what changed, `released` by deadline."""
-
-    generated: int = 0
-    acquired: int = 0
-    unblocked: int = 0
-    released: int = 0
-    deleted: int = 0
-    expired: int = 0
-    kept_alive: int = 0
-    refused: int = 0
-
-    @property
-    def changes(self) -> int:
-        """How often a key was made, went from one state to the other, or was purged."""
-        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
 
 
 @dataclass(slots=True)

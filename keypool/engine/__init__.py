@@ -29,7 +29,7 @@ from keypool.core.answers import (
 )
 from keypool.core.cursor import ListQuery
 from keypool.core.events import Event
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 
 NOTE = "note."
 """What the names of notes (`keep_notes`) begin with where they are kept among the pool's own numbers."""
@@ -152,7 +152,7 @@ class Engine(Protocol):
         """How many times the clock that deadlines go by was set by more than 5 s. O(1)."""
         ...
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """What was measured, by the name of its metric (metrics.py)."""
         ...
 

@@ -49,7 +49,7 @@ from keypool.engine.clock import make_clock
 from keypool.engine.durable.commit import Commit
 from keypool.engine.durable.journal import Journal
 from keypool.engine.timers import Timers
-from keypool.ops.histogram import SECONDS, SECONDS_OF_WAIT, Tally
+from keypool.ops.histogram import SECONDS, SECONDS_OF_WAIT, Histogram
 
 RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
@@ -96,8 +96,8 @@ class EmbeddedEngine:
             on_opened=self.timers.opened,
             on_closed=self.timers.closed,
         )
-        self.release_lateness = Tally(SECONDS)
-        self.expiry_lateness = Tally(SECONDS)
+        self.release_lateness = Histogram(SECONDS)
+        self.expiry_lateness = Histogram(SECONDS)
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
         self.journal: Journal | None = None
         self.kept_notes: dict[str, int] = {}
@@ -106,7 +106,7 @@ class EmbeddedEngine:
         self._outage_grace = max(rules.restart_grace, rules.keepalive_seconds / 2)
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
         self._started_at = self.now()
-        self.wait_seconds = Tally(SECONDS_OF_WAIT)
+        self.wait_seconds = Histogram(SECONDS_OF_WAIT)
         self._draining = False
         self._serving_soon = False
         if not held:
@@ -270,23 +270,16 @@ class EmbeddedEngine:
 
     async def stats(self) -> Stats:
         """All counts. O(1). May lead the disk by the commit under way."""
-        pool, counters = self.pool, self.pool.counters
+        pool = self.pool
         return Stats(
-            pool.total,
-            pool.available,
-            pool.blocked,
-            len(self._waiters),
-            counters.generated,
-            counters.acquired,
-            counters.unblocked,
-            counters.released,
-            counters.deleted,
-            counters.expired,
-            counters.kept_alive,
-            counters.refused,
-            _seconds(self.now() - self._started_at),
-            self.name,
-            __version__,
+            total=pool.total,
+            available=pool.available,
+            blocked=pool.blocked,
+            waiting=len(self._waiters),
+            **pool.counters.by_name(),
+            uptime=_seconds(self.now() - self._started_at),
+            engine=self.name,
+            version=__version__,
         )
 
     async def notes(self) -> Mapping[str, int]:
@@ -326,7 +319,7 @@ class EmbeddedEngine:
         """Whether the journal can write, or there is none. O(1)."""
         return self.journal is None or self.journal.failing is None
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """What was measured, by the name of its metric. O(1)."""
         found = {
             "acquire_wait_seconds": self.wait_seconds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from keypool.core import errors
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 
 
 class Loading:
@@ -23,7 +23,7 @@ class Loading:
         """Not yet."""
         return False
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """Nothing yet."""
         return {}
 

@@ -14,7 +14,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from keypool.web.resources import folder
+FOLDERS = ("templates", "static")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 TYPES = {
     ".css": "text/css; charset=UTF-8",
@@ -30,6 +31,20 @@ class Asset:
     content_type: str
     body: bytes
     compressed: bytes
+
+
+def folder(name: str, package: Path = _PACKAGE) -> Path:
+    """The folder `templates` or `static`. It may not exist, if this copy of keypool has no dashboard.
+
+    In a checkout both are at the top, beside server.py; a wheel has copies inside the package (setup.py). A
+    checkout's are found first, so that an edit shows without building anything.
+    """
+    if name not in FOLDERS:
+        raise ValueError(f"{name!r} is not one of {', '.join(FOLDERS)}")
+    top = package.parent
+    if (top / "server.py").is_file() and (top / name).is_dir():
+        return top / name
+    return package / "_web" / name
 
 
 class Assets:

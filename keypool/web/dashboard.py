@@ -27,11 +27,10 @@ from keypool.config.tokens import ROLES, token_variables
 from keypool.core.errors import KeypoolError
 from keypool.engine import Engine
 from keypool.engine.valkey.url import without_password
-from keypool.web.assets import Assets
+from keypool.web.assets import Assets, folder
 from keypool.web.feed import Feed
 from keypool.web.history import History
 from keypool.web.loop_lag import LoopStall, engine_figures
-from keypool.web.resources import folder
 from keypool.web.session import Sessions
 
 HTML = "text/html; charset=UTF-8"

@@ -15,7 +15,7 @@ from msgspec import ValidationError, convert
 from keypool.api.auth import Role
 from keypool.api.curl import call_lines, generate_line, key_lines
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import BadRequest, KeypoolError, Unauthorized, UnknownKey, WrongToken
+from keypool.core.errors import BadRequest, KeypoolError, NotFound, Unauthorized, UnknownKey, WrongToken
 from keypool.core.events import Change
 from keypool.core.keys import moment
 from keypool.web import charts
@@ -270,3 +270,25 @@ class Figures(DashboardHandler):
         if self.get_query_argument("state", None) is not None:
             body["state"] = await self.dashboard.feed.snapshot()
         self.answer(body)
+
+
+class Static(PageHandler):
+    """/static/VERSION/NAME, for anyone."""
+
+    def get(self, *args: str) -> None:
+        """The file, compressed for whoever takes it so."""
+        version, name = args
+        dashboard: Dashboard = self.application.settings["dashboard"]
+        asset = dashboard.assets.get(version, name)
+        if asset is None:
+            self.refuse(NotFound())
+            return
+        self.set_header("Content-Type", asset.content_type)
+        self.set_header("Cache-Control", "public, max-age=31536000, immutable")
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Vary", "Accept-Encoding")
+        if "gzip" in self.request.headers.get("Accept-Encoding", ""):
+            self.set_header("Content-Encoding", "gzip")
+            self.finish(asset.compressed)
+        else:
+            self.finish(asset.body)

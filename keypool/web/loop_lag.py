@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from keypool.engine import Engine
-from keypool.ops.histogram import SECONDS, Tally
+from keypool.ops.histogram import SECONDS, Histogram
 
 _PERIOD = 0.05
 _SECONDS = 60
@@ -22,7 +22,7 @@ class LoopStall:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.tally = Tally(SECONDS)
+        self.tally = Histogram(SECONDS)
         """Every lateness, for metrics."""
         self._worst: deque[float] = deque([0.0], maxlen=_SECONDS)
         self._second = 0
@@ -64,6 +64,6 @@ def engine_figures(engine: Engine) -> Mapping[str, float]:
 
 
 def engine_measures(engine: Engine) -> Mapping[str, float | Mapping[str, float]]:
-    """What an engine offers for metrics beside its tallies, by full name (metrics.py); nothing if it offers none."""
+    """What an engine offers for metrics beside its histograms, by full name (metrics.py); nothing if it offers none."""
     measures = getattr(engine, "measures", None)
     return measures() if callable(measures) else {}

@@ -26,7 +26,7 @@ from keypool.core.errors import (
 from keypool.engine import Engine
 from keypool.http.http1.responses import http_date
 from keypool.http.inflight import InFlight
-from keypool.ops.access import access_line
+from keypool.ops.logs import access_line
 from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from keypool.api.auth import Role
 from keypool.core.errors import KeypoolError
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 from keypool.ops.metrics import CONTENT_TYPE, exposition
 from keypool.web.loop_lag import engine_measures
 from keypool.web.pages import PageHandler
@@ -18,10 +18,10 @@ def _none() -> int:
 
 
 @dataclass
-class Scraped:
+class MetricSources:
     """What is shown beside what the engine tells: filled by whoever counts it."""
 
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
     viewers: Callable[[], int] = _none
     connections: Callable[[], int] = _none
     refused_connections: Callable[[], int] = _none
@@ -37,7 +37,7 @@ class Metrics(PageHandler):
 
     async def get(self, *args: str) -> None:
         """The text; 503 while there is no engine yet."""
-        scraped: Scraped = self.application.settings["scraped"]
+        scraped: MetricSources = self.application.settings["metric_sources"]
         engine = self.engine
         try:
             stats = await engine.stats()
@@ -56,6 +56,6 @@ class Metrics(PageHandler):
             **engine_measures(engine),
             "keypool_clock_steps_total": engine.clock_steps,
         }
-        tallies = engine.tallies() | scraped.tallies
-        page = exposition(stats, self.dispatcher.calls, tallies, numbers)
+        histograms = engine.histograms() | scraped.histograms
+        page = exposition(stats, self.dispatcher.calls, histograms, numbers)
         self._answer(page, CONTENT_TYPE)

@@ -36,7 +36,7 @@ from keypool.engine.durable.commit import Commit
 from keypool.engine.durable.datafile import Batch, encode
 from keypool.engine.durable.writer import Figures, Kind, Verdict
 from keypool.engine.durable.writer_link import WriterLink
-from keypool.ops.histogram import ROWS, SECONDS, Tally
+from keypool.ops.histogram import ROWS, SECONDS, Histogram
 
 _PART = 5000  # rows written down in one turn of the loop: some 4 ms
 _RETRY_FIRST = 0.05  # seconds; doubled up to the longest
@@ -124,8 +124,8 @@ class Journal:
         self.figures = Figures(0, 0, 0)
         """What the writer measured last."""
         self.writer_restarts = 0
-        self.commit_seconds = Tally(SECONDS)
-        self.commit_rows = Tally(ROWS)
+        self.commit_seconds = Histogram(SECONDS)
+        self.commit_rows = Histogram(ROWS)
 
     # -- what the engine tells and asks
 

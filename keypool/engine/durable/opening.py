@@ -7,13 +7,12 @@ can tell how it stands.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from pathlib import Path
 
+from keypool.core.counters import COUNTERS
 from keypool.core.errors import StartError
-from keypool.core.pool import Counters
 from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine import NOTE
 from keypool.engine.clock import make_clock
@@ -22,9 +21,6 @@ from keypool.engine.durable.journal import Journal
 from keypool.engine.embedded import EmbeddedEngine
 
 _SLICE = 2000  # keys read, or checked, in one turn of the loop
-_COUNTERS = tuple(
-    field.name for field in dataclasses.fields(Counters)
-)  # asdict() copies deeply, for each batch
 _log = logging.getLogger("keypool.journal")
 
 
@@ -81,7 +77,7 @@ def _numbers(engine: EmbeddedEngine) -> dict[str, int]:
         "last_id": pool.last_id,
         "last_lease": pool.last_lease,
         "moment": round(engine.now() * 1000),
-        **{name: getattr(pool.counters, name) for name in _COUNTERS},
+        **pool.counters.by_name(),
     }
 
 
@@ -89,7 +85,7 @@ def _restore_numbers(engine: EmbeddedEngine, numbers: dict[str, int]) -> None:
     pool = engine.pool
     pool.last_id = numbers.get("last_id", 0)
     pool.last_lease = numbers.get("last_lease", 0)
-    for name in _COUNTERS:
+    for name in COUNTERS:
         setattr(pool.counters, name, numbers.get(name, 0))
     engine.kept_notes = {
         name.removeprefix(NOTE): number

@@ -11,6 +11,7 @@ import functools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from keypool.core.counters import COUNTERS
 from keypool.core.errors import KeypoolError, SettingsError, StartError
 from keypool.engine import NOTE
 from keypool.engine.durable.datafile import Row
@@ -19,7 +20,6 @@ from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.opening import LAYOUT, MOVING
 from keypool.engine.valkey.partitions import partition_of
-from keypool.engine.valkey.poller import COUNTERS
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.url import parse, without_password
 

@@ -68,7 +68,7 @@ from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.sampler import PartitionSampler
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.waiters import Waiters
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 
 _NOTE_SECONDS = 2.0
 _OUTCOMES = {1: "done", 0: "done", -1: "unknown", -2: "stale"}
@@ -318,7 +318,7 @@ class ValkeyEngine:
         """Whether all nodes can be reached. O(1)."""
         return self._nodes.failing is None
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """Histograms, by the names of their metrics. O(1)."""
         return {
             "acquire_wait_seconds": self._waiters.seconds,

@@ -17,7 +17,7 @@ from typing import Any, cast
 import hiredis
 
 from keypool.engine.valkey.url import Address
-from keypool.ops.histogram import ROWS, SECONDS, Tally
+from keypool.ops.histogram import ROWS, SECONDS, Histogram
 
 Word = str | bytes | int | float
 """A word of a command."""
@@ -45,9 +45,9 @@ class PipelineMetrics:
     """What all connections of one engine have measured."""
 
     def __init__(self) -> None:
-        self.seconds = Tally(SECONDS)
+        self.seconds = Histogram(SECONDS)
         """From the write of commands to the last of their replies."""
-        self.commands = Tally(ROWS)
+        self.commands = Histogram(ROWS)
         """How many left in one write."""
 
 

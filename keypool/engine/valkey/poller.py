@@ -12,7 +12,6 @@ polled for a while. All others poll once a second, for the counts and events.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import random
 from collections import deque
@@ -21,17 +20,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from keypool.core.counters import COUNTERS
 from keypool.core.errors import StorageUnavailable
 from keypool.core.events import Change, Event
 from keypool.core.keys import moment
-from keypool.core.pool import Counters
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.partitions import Partitions
-from keypool.ops.histogram import SECONDS, Tally
+from keypool.ops.histogram import SECONDS, Histogram
 
 RECENT_EVENTS = 1000
-COUNTERS = tuple(field.name for field in dataclasses.fields(Counters))
 EXPIRING = 60.0
 """Seconds ahead in which a snapshot counts expiries."""
 POLL_SECONDS = 1.0
@@ -134,8 +132,8 @@ class PartitionPoller:
         self.event_seq = 0
         """How many events there had been at the last poll. Only grows."""
         self.last: PoolSnapshot | None = None
-        self.release_lateness = Tally(SECONDS)
-        self.expiry_lateness = Tally(SECONDS)
+        self.release_lateness = Histogram(SECONDS)
+        self.expiry_lateness = Histogram(SECONDS)
         self.polls = 0
         self._events: deque[bytes] = deque(maxlen=RECENT_EVENTS)  # decoded only where they are shown
         self._seen_seq = [-1] * count

@@ -20,7 +20,7 @@ from keypool.engine import Timed
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import PartitionPoller
 from keypool.engine.valkey.sampler import PartitionSampler
-from keypool.ops.histogram import SECONDS_OF_WAIT, Tally
+from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
 LOOK_SECONDS = 0.25
 """How long a free key may go unnoticed while somebody waits, if the message about it was lost."""
@@ -54,7 +54,7 @@ class Waiters:
         server: str,
         max_waiters: int,
     ) -> None:
-        self.seconds = Tally(SECONDS_OF_WAIT)
+        self.seconds = Histogram(SECONDS_OF_WAIT)
         self.announced = 0
         """How many waiters the pool knows of here."""
         self._partitions = partitions
