@@ -25,6 +25,7 @@ from valkeys import Cluster, Valkey
 
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import KeypoolError, StartError, StorageUnavailable
+from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.link import Link
 from keypool.engine.valkey.scripts import keys_of, slot_of
@@ -101,8 +102,11 @@ async def test_a_call_that_could_not_be_sent_waits_for_the_connection(valkey: Va
 
 
 @on_loop
-async def test_a_silent_valkey_is_given_up_and_taken_again(valkey: Valkey) -> None:
+async def test_a_silent_valkey_is_given_up_and_taken_again(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that stands still with its connections open: calls end within seconds, and it is back when it goes on."""
+    monkeypatch.setattr(valkey_link, "SILENCE", 0.8)
     async with engine_on(valkey.url) as engine:
         key = (await engine.generate(1))[0].key
         with valkey.paused():

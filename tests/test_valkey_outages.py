@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import ServerProcess, run_server
 from support import eventually as eventually_blocking
-from valkey_support import age, check, engine_on, eventually, on_loop
+from valkey_support import age, check, engine_on, eventually, on_loop, with_constants
 from valkeys import Cluster, Commands, Valkey
 
 from keypool.core.cursor import ListQuery
@@ -205,15 +205,18 @@ async def test_a_server_that_alone_lost_its_connection_gives_nothing(valkey: Val
 
 
 @on_loop
-async def test_a_valkey_that_stood_still_purges_nothing_when_it_goes_on(valkey: Valkey) -> None:
+async def test_a_valkey_that_stood_still_purges_nothing_when_it_goes_on(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not by the calls either that had come while it stood still, or were sent before anybody noticed."""
-    async with engine_on(valkey.url, 1, keepalive_seconds=4.0) as engine:
+    with_constants(monkeypatch, AWAY=1_600_000)
+    async with engine_on(valkey.url, 1, keepalive_seconds=1.6) as engine:
         keys = [key.key for key in await engine.generate(100)]
         started = time.monotonic()
         with valkey.paused():
             with contextlib.suppress(StorageUnavailable):
                 await engine.stats()
-            await asyncio.sleep(6.2 - (time.monotonic() - started))
+            await asyncio.sleep(2.2 - (time.monotonic() - started))
 
         async def kept() -> bool:
             return await engine.keepalive_many(keys) == [True] * 100

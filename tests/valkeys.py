@@ -91,7 +91,8 @@ class Valkey:
             self._process = subprocess.Popen(
                 [
                     str(binary()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-                    "--dir", self._folder.name, "--databases", "64", *self._flags,
+                    "--dir", self._folder.name, "--databases", "64", "--repl-diskless-sync-delay", "0",
+                    *self._flags,
                 ],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
@@ -202,7 +203,7 @@ class Cluster:
         ports = free_ports(primaries * (1 + replicas))
         settings = [
             "--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout),
-            "--cluster-config-file", "nodes.conf", "--repl-diskless-sync-delay", "0",
+            "--cluster-config-file", "nodes.conf",
         ]  # fmt: skip
         self.nodes: list[Valkey] = []
         self._primaries = primaries
