@@ -44,6 +44,8 @@ VIEWER_TOKEN: Final = "viewer-token-77a1c5d2"
 ADMIN_TOKEN: Final = "admin-token-0f5be8d36"
 TOKENS: Final = {"client": CLIENT_TOKEN, "viewer": VIEWER_TOKEN, "admin": ADMIN_TOKEN}
 
+JSON: Final = {"Content-Type": "application/json"}
+
 KEY_TEXT: Final = re.compile(r"[A-Za-z0-9]{20}")
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}(Z|\+00:00)")

@@ -124,8 +124,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def told(self) -> int:
-        """How many events there have been. Only grows; what it starts from means nothing. O(1)."""
+    def event_seq(self) -> int:
+        """The number of the latest event: grows by one with each, from an arbitrary start. O(1)."""
         ...
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:

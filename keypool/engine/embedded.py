@@ -304,8 +304,8 @@ class EmbeddedEngine:
         return self.pool.expiring(self.now() + seconds)
 
     @property
-    def told(self) -> int:
-        """How many events there have been: the counters know, so that no change pays for it. O(1)."""
+    def event_seq(self) -> int:
+        """How many events there have been: the sum of counters, so that no change pays for it. O(1)."""
         return self.pool.counters.changes + self._revealed
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:

@@ -161,7 +161,7 @@ class Feed:
             viewer.leave(SIGNED_OUT, "signed out")
 
     def _tick(self, stats: Stats) -> None:
-        numbers, events_seen = _numbers(stats), self._engine.told
+        numbers, events_seen = _numbers(stats), self._engine.event_seq
         tails: dict[
             int, bytes
         ] = {}  # by the number of events that are new to a viewer; nearly always one entry
@@ -192,7 +192,7 @@ class Feed:
 
     def _greet(self, seat: _Seat, stats: Stats) -> None:
         seat.greeted = True
-        seat.events_seen, seat.numbers = self._engine.told, _numbers(stats)
+        seat.events_seen, seat.numbers = self._engine.event_seq, _numbers(stats)
         hello = {
             "now": moment(self._now()),
             "stats": stats,
