@@ -31,12 +31,12 @@ def test_the_command_has_the_key_and_its_status_is_passed_on(server: ServerProce
     )
     assert ran.returncode == 7
     row = pool.get(made)
-    assert ran.stdout == f"{made.key} {row.lease}\ninput"
+    assert ran.stdout == f"{made.secret} {row.lease}\ninput"
     assert ran.stderr == ""
     assert row.state == "available"
     assert (
         keypool(server, "run", "--env", "API_KEY", "--", "sh", "-c", "echo $API_KEY").stdout
-        == f"{made.key}\n"
+        == f"{made.secret}\n"
     )
     assert keypool(server, "run", "--", "sh", "-c", "kill -9 $$").returncode == 128 + 9
     assert pool.stats().blocked == 0

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import ssl
 import sys
 from collections import deque
 from typing import Any
@@ -17,13 +18,10 @@ from typing import Any
 from tornado.httpclient import HTTPError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, WebSocketError, websocket_connect
 
-from keypool.cli.connect import DEFAULT_URL, token_of
+from keypool.cli.connect import token_of
 from keypool.cli.keys import output_of
 from keypool.cli.output import Output, printable
 from keypool.cli.status import Status
-from keypool.client.blocking import unreachable
-from keypool.client.caller import checked
-from keypool.client.calls import BASE
 from keypool.client.errors import (
     AnswerLost,
     Forbidden,
@@ -34,8 +32,7 @@ from keypool.client.errors import (
     UnexpectedAnswer,
     Unreachable,
 )
-from keypool.client.retry import Retry
-from keypool.client.wire import Address, address
+from keypool.client.settings import BASE, DEFAULT_URL, Retry, Settings
 
 COLUMNS = ("at", "event", "id", "hint", "owner", "lease")
 _SILENCE = 20.0
@@ -46,9 +43,8 @@ _REFUSALS = {401: Unauthorized, 403: Forbidden, 404: NotFound, 429: TooManyViewe
 
 def events(args: argparse.Namespace) -> Status:
     """Print events until Ctrl-C, or until there were as many as asked for."""
-    place = address(args.url or os.environ.get("KEYPOOL_URL") or DEFAULT_URL)
-    token = checked(token_of(args, os.environ))
-    follower = Follower(place, token, output_of(args), args)
+    url = args.url or os.environ.get("KEYPOOL_URL") or DEFAULT_URL
+    follower = Follower(Settings.of(url, token_of(args, os.environ)), output_of(args), args)
     asyncio.run(follower.follow())
     return Status.OK
 
@@ -56,9 +52,8 @@ def events(args: argparse.Namespace) -> Status:
 class Follower:
     """Prints the events of one feed, each once, over as many connections as it takes."""
 
-    def __init__(self, place: Address, token: str | None, output: Output, args: argparse.Namespace) -> None:
-        self._place = place
-        self._token = token
+    def __init__(self, settings: Settings, output: Output, args: argparse.Namespace) -> None:
+        self._url, self._token = settings.url, settings.token
         self._output = output
         self._timeout: float = args.timeout
         self._patience: float = args.retry
@@ -100,13 +95,12 @@ class Follower:
             connection.close()
 
     async def _connect(self) -> WebSocketClientConnection:
-        scheme = {"http": "ws", "https": "wss"}[self._place.scheme]
         request = HTTPRequest(
-            f"{scheme}://{self._place.authority}{self._place.prefix}{BASE}/feed",
+            f"ws{self._url.removeprefix('http')}{BASE}/feed",
             headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
             connect_timeout=self._timeout,
             request_timeout=self._timeout,
-            ssl_options=self._place.ssl,
+            ssl_options=ssl.create_default_context() if self._url.startswith("https") else None,
         )
         try:
             async with asyncio.timeout(self._timeout):
@@ -114,15 +108,15 @@ class Follower:
         except HTTPError as error:
             raise self._refused(error) from None
         except TimeoutError:
-            raise Unreachable(f"can't reach {self._place.url}: no answer in time") from None
+            raise Unreachable(f"can't reach {self._url}: no answer in time") from None
         except OSError as error:
-            raise unreachable(self._place, error) from None
+            raise Unreachable(f"can't reach {self._url}: {error.strerror or error}") from None
         except WebSocketError as error:
             raise UnexpectedAnswer(f"no feed there ({error}): is the URL right?") from None
 
     def _refused(self, error: HTTPError) -> KeyPoolError:
         if error.code in (502, 503, 504, 599):
-            return Unreachable(f"{self._place.url} answered {error.code}")
+            return Unreachable(f"{self._url} answered {error.code}")
         kind = _REFUSALS.get(error.code)
         if kind is None:
             return UnexpectedAnswer(f"no feed there: answered {error.code}", error.code)

@@ -13,8 +13,7 @@ from keypool.cli.connect import connect
 from keypool.cli.output import Output
 from keypool.cli.progress import Progress
 from keypool.cli.status import CommandError, Status
-from keypool.client import Done, KeyPool, KeyPoolError
-from keypool.client.shapes import LeasedKey
+from keypool.client import Done, KeyPool, KeyPoolError, LeasedKey
 
 GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in")
@@ -115,7 +114,7 @@ def show(args: argparse.Namespace) -> Status:
     with connect(args) as pool:
         row = _members(pool.get(args.key))
         if args.show_keys:
-            row["key"] = pool.reveal(args.key).key
+            row["key"] = pool.reveal(args.key).secret
     output_of(args).fields(row)
     return Status.OK
 
@@ -159,6 +158,12 @@ def _tell(output: Output, done: Done) -> Status:
 
 
 def _members(value: Any) -> dict[str, Any]:
-    members = dataclasses.asdict(value)
+    """Its members as JSON has them."""
+    names = {"secret": "key"}
+    members = {names.get(name, name): value for name, value in dataclasses.asdict(value).items()}
     members.pop("repeated", None)
+    if "created_at" in members:
+        members["created_at"] = (
+            members["created_at"].isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        )
     return members

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from keypool.client.shapes import hint
+from keypool.client.answers import hint
 
 Row = dict[str, Any]
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     ended: list[int] = []
     try:
         with connect(args) as pool, pool.lease(owner=owner, wait=args.wait) as key:
-            environment = {args.env: key.key, "KEYPOOL_LEASE": str(key.lease)}
+            environment = {args.env: key.secret, "KEYPOOL_LEASE": str(key.lease)}
             ended.append(_supervise(words, environment, key, stop=args.overrun == "stop"))
     except LeaseLost as error:
         _note(str(error))

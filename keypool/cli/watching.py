@@ -12,7 +12,7 @@ from keypool.cli import keys
 from keypool.cli.connect import connect
 from keypool.cli.output import Output
 from keypool.cli.status import Status
-from keypool.client import KeyPoolError, Unreachable
+from keypool.client import Forbidden, KeyPoolError, Unauthorized, Unreachable
 
 _CLEAR = "\x1b[H\x1b[J"
 
@@ -43,16 +43,22 @@ def keepalive(args: argparse.Namespace) -> Status:
 def _keep(args: argparse.Namespace) -> Status:
     """Keep keys alive until the last one is dead; a line for each that dies."""
     output = keys.output_of(args)
-    dead: queue.SimpleQueue[str] = queue.SimpleQueue()
+    dead: queue.SimpleQueue[str | KeyPoolError] = queue.SimpleQueue()
     named = keys.names(args.keys)
 
     def say(error: KeyPoolError) -> None:
-        output.note(f"trying on: {error}")
+        if isinstance(error, Unauthorized | Forbidden):
+            dead.put(error)  # no repetition can help: the keeper has stopped
+        else:
+            output.note(f"trying on: {error}")
 
     with connect(args) as pool, pool.keeper(named, on_dead=dead.put, on_error=say) as keeper:
         output.note(f"keeping {len(keeper.keys)} keys alive")
         while keeper.keys or not dead.empty():
-            _tell(output, dead.get())
+            key = dead.get()
+            if isinstance(key, KeyPoolError):
+                raise key
+            _tell(output, key)
     output.note("no key is left")
     return Status.UNKNOWN_KEY
 
