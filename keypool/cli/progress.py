@@ -1,25 +1,25 @@
-"""A bar for batches that take more than one call, on standard error and only if that is a terminal."""
+"""A progress bar for batches that take more than one call, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from types import TracebackType
 from typing import Self
 
-from keypool.client.calls import MOST_ITEMS
+BATCH = 1000
+"""Items that one call of a batch may have."""
 
 
 class Progress:
-    """`with Progress("generating", 5000) as bar: …progress=bar`. Gone without a trace at the end."""
+    """`with Progress("deleting", 5000) as bar: …progress=bar`. The bar is erased at the end."""
 
-    def __init__(self, doing: str, total: int) -> None:
+    def __init__(self, doing: str, total: int, *, shown: bool = True) -> None:
         self._doing = doing
         self._total = total
-        self._shown = total > MOST_ITEMS and sys.stderr.isatty()
+        self._shown = shown and total > BATCH and sys.stderr.isatty()
 
     def __call__(self, done: int) -> None:
-        """So many items are done."""
+        """Show that so many items are done."""
         if not self._shown:
             return
         share = min(1.0, done / self._total)
@@ -32,9 +32,7 @@ class Progress:
         self(0)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

@@ -56,7 +56,7 @@ def _carefully(do: Callable[[], Checked]) -> Checked:
 def _say(args: argparse.Namespace, checked: Checked) -> Status:
     if args.json:
         fields = {"file": args.file, "version": checked.version, "keys": checked.keys}
-        Output(as_json=True, show_keys=False).fields(fields | {"blocked": checked.blocked})
+        Output(as_json=True).fields(fields | {"blocked": checked.blocked})
     else:
         keys = f"{checked.keys} key" + "s" * (checked.keys != 1)
         print(f"{args.file} is whole: version {checked.version}, {keys}, {checked.blocked} blocked")

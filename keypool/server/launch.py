@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from keypool.config import effective_settings as in_force
 from keypool.config.limits import SPARE_FILES, allowed_files
-from keypool.config.settings import Settings, load
+from keypool.config.settings import OPTIONS, Settings, load
 from keypool.config.tokens import ROLES, exposed_files, read_tokens, token_variables
 from keypool.core.errors import SettingsError, StartError
+from keypool.misspelled import CLIENT_VARIABLES, misspelled
 from keypool.ops import logs
 from keypool.server import runtime
 from keypool.server.processes import Group
@@ -80,7 +81,11 @@ def _require_files() -> None:
 
 
 def _warn(settings: Settings) -> None:
-    """Say what is allowed and yet hardly meant."""
+    """Warn about what is allowed and yet hardly meant."""
+    known = [option.variable for option in OPTIONS]
+    known += [variable for role in ROLES for variable in token_variables(role)]
+    for line in misspelled(os.environ, [*known, *CLIENT_VARIABLES]):
+        _log.warning("%s", line)
     for line in exposed_files(os.environ):
         _log.warning("%s", line)
     if not (settings.open or settings.admin_tokens):

@@ -49,7 +49,7 @@ def migrate(args: argparse.Namespace) -> Status:
         raise CommandError(str(error), Status.FAILED) from None
     fields: dict[str, object] = {"keys": moved.keys, "blocked": moved.blocked}
     fields |= {name: number for name, number in moved.numbers.items() if name != "moment"}
-    Output(as_json=args.json, show_keys=False).fields(fields)
+    Output(as_json=args.json).fields(fields)
     return Status.OK
 
 
