@@ -209,6 +209,9 @@ def test_an_unreachable_server() -> None:
     gone = run_command(None, "--url", away, "--retry", "0", "stats")
     assert gone.status == Status.UNREACHABLE
     assert gone.err == f"keypool: can't reach {away}: Connection refused\n"
+    gone = run_command(None, "--url", away, "--retry", "0.2", "stats")
+    assert gone.err.splitlines()[0] == "keypool: no answer from the server; retrying for 0.2 s"
+    assert len(gone.err.splitlines()) == 2
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,22 @@ DEFAULT_URL = "http://127.0.0.1:8888"
 _LONGEST_WAIT = 60.0  # seconds that one acquire may wait
 
 
+class _NotedRetry(Retry):
+    """Says at once that a call is retried, instead of being silent for as long as that takes."""
+
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures."""
+        if failures == 1 and self.seconds:
+            note(f"no answer from the server; retrying for {self.seconds:g} s")
+        return super().pause(failures)
+
+
 def connect(args: argparse.Namespace) -> KeyPool:
     """A client of the server. Raises CommandError for a wrong URL or token."""
     for line in misspelled(os.environ, CLIENT_VARIABLES):
         note(line)
     try:
-        return KeyPool(server_url(args), token(args), timeout=args.timeout, retry=Retry(args.retry))
+        return KeyPool(server_url(args), token(args), timeout=args.timeout, retry=_NotedRetry(args.retry))
     except ValueError as error:
         raise CommandError(str(error), Status.USAGE) from None
 

@@ -18,11 +18,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from keypool.cli.connection import connect, wait_for_key
 from keypool.cli.output import note
-from keypool.cli.signal_forwarding import caught_signals, in_foreground
+from keypool.cli.signal_forwarding import CaughtSignals, in_foreground
 from keypool.cli.status import CommandError, Status, command_error
 from keypool.client import HeldKey, KeyPoolError, LeaseLost
 from keypool.pdeathsig import end_with_parent
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, *, stop: bool) -> int:
     foreground = in_foreground()
-    with caught_signals(foreground=foreground) as signals:
+    with CaughtSignals(foreground=foreground) as signals:
         try:
             process = subprocess.Popen(  # noqa: S603 - running it is what was asked for
                 words,
@@ -72,8 +72,7 @@ def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, 
         send = functools.partial(_send, process, group=not foreground)
         overrun = _Overrun(key, words[0], send, stop=stop)
         while process.poll() is None:
-            number = signals.wait(overrun.act())
-            if number is not None:
+            if number := signals.wait(overrun.act()):
                 send(number)
     if overrun.stopping:
         return Status.RUN_LEASE_OVER
@@ -106,26 +105,22 @@ class _Overrun:
 
     def __init__(self, key: HeldKey, name: str, send: Callable[[int], None], *, stop: bool) -> None:
         self.stopping = False
-        self._key = key
-        self._name = name
-        self._send = send
-        self._stop = stop
-        self._noted = False
-        self._kill_at: float | None = None
+        self._key, self._name, self._send, self._stop = key, name, send, stop
+        self._steps = self._next_steps()
 
     def act(self) -> float | None:
         """Do what is due; the seconds until something else will be, None if nothing will."""
-        if self._key.remaining > 0:
-            return self._key.remaining
-        if not self._noted:
-            self._noted = True
-            does = "it is stopped" if self._stop else "it goes on, with a key that others may hold"
-            note(f"the lease is over after {self._key.release_in:.0f} s and {self._name} still runs: {does}")
-            if self._stop:
-                self.stopping = True
-                self._send(signal.SIGTERM)
-                self._kill_at = time.monotonic() + _GRACE
-        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+        return next(self._steps, None)
+
+    def _next_steps(self) -> Iterator[float]:
+        while (remaining := self._key.remaining) > 0:
+            yield remaining
+        does = "it is stopped" if self._stop else "it goes on, with a key that others may hold"
+        note(f"the lease is over after {self._key.release_in:.0f} s and {self._name} still runs: {does}")
+        if self._stop:
+            self.stopping = True
+            self._send(signal.SIGTERM)
+            kill_at = time.monotonic() + _GRACE
+            while (remaining := kill_at - time.monotonic()) > 0:
+                yield remaining
             self._send(signal.SIGKILL)
-            self._kill_at = None
-        return None if self._kill_at is None else self._kill_at - time.monotonic()

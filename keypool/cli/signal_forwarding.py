@@ -1,8 +1,8 @@
-"""Signals: which `run` passes on to its command, and how a call's answer is awaited before one ends keypool.
+"""Signals: those that `run` passes on to its command, and those that wait until a call is answered.
 
-`run` blocks the signals and fetches them one by one with sigtimedwait, which also returns who sent each: the
-terminal sends Ctrl-C to its whole foreground process group, so the command has it already. Without
-sigtimedwait (macOS) handlers collect the signals, and SIGINT and SIGQUIT aren't passed on in the foreground.
+`run` blocks the signals and fetches them one by one. sigtimedwait also returns who sent each: the terminal
+sends Ctrl-C to its whole foreground process group, so the command has it already. Where there is no
+sigtimedwait (macOS), SIGINT and SIGQUIT are taken to come from the terminal if there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Self
 
 _PASSED_ON = [
     getattr(signal, name)
@@ -75,60 +75,34 @@ def in_foreground() -> bool:
         os.close(terminal)
 
 
-class Signals(Protocol):
-    """Signals that are to be passed on."""
+class CaughtSignals:
+    """A context in which signals don't act on this process, and `wait` returns them instead."""
 
-    def wait(self, seconds: float | None) -> int | None:
-        """The next signal, or None after so many seconds or when the command may have ended."""
-
-    def restore(self) -> None:
-        """Undo what was done to this process's signals; for the child, too, before it becomes the command."""
-
-
-@contextlib.contextmanager
-def caught_signals(*, foreground: bool) -> Iterator[Signals]:
-    """Within this context signals don't act on this process and are returned by `wait`."""
-    signals = _Blocked(foreground) if hasattr(signal, "sigtimedwait") else _Handled(foreground)
-    try:
-        yield signals
-    finally:
-        signals.restore()
-
-
-class _Blocked:
-    def __init__(self, foreground: bool) -> None:
+    def __init__(self, *, foreground: bool) -> None:
         self._foreground = foreground
         not_ignored = {number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN}
         self._blocked = not_ignored | {signal.SIGCHLD}
+
+    def __enter__(self) -> Self:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
+        return self
 
-    def wait(self, seconds: float | None) -> int | None:
-        timeout = _POLL_SECONDS if seconds is None else max(0.0, min(seconds, _POLL_SECONDS))
-        info = signal.sigtimedwait(self._blocked, timeout)
-        if info is None or info.si_signo == signal.SIGCHLD:
-            return None
-        by_terminal = info.si_code > 0  # sent by the kernel, not by a process
-        return None if by_terminal and self._foreground else info.si_signo
-
-    def restore(self) -> None:
+    def restore(self, *_: object) -> None:
+        """Unblock the signals; a child does it, too, before it becomes the command."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
-
-class _Handled:
-    def __init__(self, foreground: bool) -> None:
-        self._pending: list[int] = []
-        self._before: dict[int, Any] = {}
-        for number in _PASSED_ON:
-            skipped = foreground and number in _BY_TERMINAL
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                handler = (lambda *_: None) if skipped else (lambda got, _: self._pending.append(got))
-                self._before[number] = signal.signal(number, handler)
+    __exit__ = restore
 
     def wait(self, seconds: float | None) -> int | None:
-        if not self._pending:
-            time.sleep(0.05)
-        return self._pending.pop(0) if self._pending else None
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        """The next signal to pass on, or None after so many seconds or if the command may have ended."""
+        timeout = _POLL_SECONDS if seconds is None else max(0.0, min(seconds, _POLL_SECONDS))
+        if hasattr(signal, "sigtimedwait"):
+            info = signal.sigtimedwait(self._blocked, timeout)
+            number = info.si_signo if info else None
+            by_terminal = info is not None and info.si_code > 0  # sent by the kernel, not by a process
+        else:
+            if not (pending := signal.sigpending() & self._blocked):
+                time.sleep(min(timeout, 0.05))
+            number = signal.sigwait(pending) if pending else None
+            by_terminal = number in _BY_TERMINAL
+        return None if number == signal.SIGCHLD or (by_terminal and self._foreground) else number
