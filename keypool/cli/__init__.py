@@ -4,8 +4,7 @@
     arguments.py          the table of commands and flags; parser, help and completion derive from it
     status.py             exit statuses
     connection.py         the server's URL and the token, from environment and files
-    output.py             tables on a terminal, tab-separated lines in a pipe, JSON; masks keys
-    progress.py           progress bar of long batches
+    output.py             tables on a terminal, tab-separated lines in a pipe, JSON, masked keys; notes and progress
     keys.py               generate, acquire, unblock, keepalive, delete, list, show, stats
     run.py                run -- COMMAND
     signal_forwarding.py  signals that `run` passes on; signals that wait until a call is answered

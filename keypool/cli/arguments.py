@@ -57,37 +57,33 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """
     own = words[: words.index("--")] if "--" in words else words
     if any(word == "--token" or word.startswith("--token=") for word in own):
-        raise CommandError(
-            "a token is never an argument: use KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE or --token-file",
-            Status.USAGE,
-        )
-    parser = _parser()
-    args, unknown = parser.parse_known_args(words)
+        raise _wrong("a token is never an argument: use KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE or --token-file")
+    args, unknown = _parser().parse_known_args(words)
     if args.command == "serve":
-        raise CommandError(
-            "serve comes first, and takes the server's settings only: keypool serve --port 8888 (see "
-            "keypool serve --help)",
-            Status.USAGE,
-        )
+        raise _wrong("serve comes first, then the server's settings: keypool serve --port 8888")
     if unknown:
-        parser.error(f"{args.command} doesn't take {' '.join(unknown)}")
+        # Without what stands behind =, which may be a secret.
+        raise _wrong(f"{args.command} doesn't take {unknown[0].partition('=')[0]}; see keypool --help")
     return args
 
 
+def _wrong(message: str) -> CommandError:
+    return CommandError(message, Status.USAGE)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**options | layout)
+
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print its usage, too."""
-        raise CommandError(f"{message}; see {self.prog} --help", Status.USAGE)
+        raise _wrong(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    top = _Parser(
-        "keypool",
-        description="Leases API keys from a keypool server, and runs such a server.",
-        epilog=_statuses(Status),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = "Leases API keys from a keypool server, and runs such a server."
+    top = _Parser(prog="keypool", description=about, epilog=_statuses(Status))
     top.add_argument("--version", action="version", version=f"keypool {__version__}")
     for flag in GLOBAL_FLAGS:
         top.add_argument(*flag.names, **flag.options)
@@ -99,8 +95,6 @@ def _parser() -> argparse.ArgumentParser:
             help=command.about,
             description=f"{command.about[:1].upper()}{command.about[1:]}.",
             epilog=_statuses(of_run) if command.name == "run" else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
         )
         sub.set_defaults(do=command.do)
         for argument in command.arguments:
@@ -113,15 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _statuses(statuses: Iterable[Status]) -> str:
     lines = [f"  {status.value:>3}  {status.about}" for status in statuses]
-    return "\n".join(
-        [
-            "The token comes from KEYPOOL_TOKEN or a file, never from an argument, which others could see.",
-            "",
-            "exit statuses:",
-            *lines,
-            "run returns the status of its command, 128 + n if signal n ended it.",
-        ]
-    )
+    end = "run returns the status of its command, 128 + n if signal n ended it."
+    return "\n".join(["exit statuses:", *lines, end])
 
 
 # -- types of values

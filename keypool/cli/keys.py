@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from keypool.cli.connection import connect, wait_for_key
-from keypool.cli.output import Output, note
-from keypool.cli.progress import BATCH, Progress
+from keypool.cli.output import BATCH, Output, Progress, note
 from keypool.cli.signal_forwarding import answer_first
 from keypool.cli.status import TRANSIENT, CommandError, Status
 from keypool.client import Done, KeyPoolError, Refused
@@ -99,14 +98,13 @@ def unblock(args: argparse.Namespace) -> Status:
     if args.lease is not None and len(named) != 1:
         raise CommandError("--lease goes with one key only", Status.USAGE)
     with connect(args) as pool:
-        if args.keys != ["-"] and len(named) == 1:
-            output_of(args).fields(_members(pool.unblock(args.keys[0], args.lease)))
+        if args.keys == [named[0][0]]:
+            output_of(args).fields(_members(pool.unblock(named[0][0], args.lease)))
             return Status.OK
         leases = ((key, args.lease or lease) for key, lease in named)
         items: list[UnblockItem] = [key if lease is None else (key, lease) for key, lease in leases]
         with Progress("giving back", len(items)) as bar:
-            done = pool.unblock_many(items, progress=bar)
-    return _report(args, done)
+            return _report(args, pool.unblock_many(items, progress=bar))
 
 
 def keepalive(args: argparse.Namespace) -> Status:
@@ -115,12 +113,11 @@ def keepalive(args: argparse.Namespace) -> Status:
     if args.watch:
         return _keep_alive(args, keys)
     with connect(args) as pool:
-        if args.keys != ["-"] and len(keys) == 1:
+        if args.keys == [keys[0]]:
             output_of(args).fields(_members(pool.keepalive(keys[0])))
             return Status.OK
         with Progress("keeping alive", len(keys)) as bar:
-            done = pool.keepalive_many(keys, progress=bar)
-    return _report(args, done)
+            return _report(args, pool.keepalive_many(keys, progress=bar))
 
 
 def _keep_alive(args: argparse.Namespace, keys: list[str]) -> Status:

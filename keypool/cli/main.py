@@ -1,23 +1,20 @@
 """The entry point of the `keypool` command: dispatches a command, turns errors into an exit status.
 
-The imports stand in functions: they take half a second on a slow machine, and Ctrl-C must not print a
-traceback in that time. Until a command begins, and after it, SIGINT has its default action, which ends the
-process at once.
+Imports stand in functions: they take half a second on a slow machine, in which Ctrl-C must not print a
+traceback. Before a command begins, and after it, SIGINT has its default action: it ends the process at once.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as in typing, which takes milliseconds
 if TYPE_CHECKING:
     import argparse
-
-_INTERRUPTED = 130  # Status.INTERRUPTED, before that is imported
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,32 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(words[1:])
     try:
         try:
-            return _run(words, _handle_signals if own_process else lambda: None)
+            return _run(words, own_process)
         finally:
             if own_process:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return 130
 
 
-def _handle_signals() -> None:
-    from keypool.cli.signal_forwarding import ENDING, exit_in_order  # noqa: PLC0415 - see the module
-
-    for number in ENDING:
-        if signal.getsignal(number) is signal.SIG_DFL:
-            handler = signal.default_int_handler if number == signal.SIGINT else exit_in_order
-            signal.signal(number, handler)
-
-
-def _run(words: Sequence[str], begin: Callable[[], None]) -> int:
+def _run(words: Sequence[str], own_process: bool) -> int:
     from keypool.cli.arguments import parse  # noqa: PLC0415 - see the module
     from keypool.cli.output import note  # noqa: PLC0415
+    from keypool.cli.signal_forwarding import handle_signals  # noqa: PLC0415
     from keypool.cli.status import CommandError, Status, command_error, status_of_run  # noqa: PLC0415
     from keypool.client import KeyPoolError  # noqa: PLC0415
 
     args: argparse.Namespace | None = None
     try:
-        begin()
+        if own_process:
+            handle_signals()
         args = parse(words)
         status = _load(args.do)(args)
         sys.stdout.flush()
@@ -67,8 +57,6 @@ def _run(words: Sequence[str], begin: Callable[[], None]) -> int:
         # Nobody reads any more: the interpreter would fail at its end to write what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Status.BROKEN_PIPE
-    except KeyboardInterrupt:
-        return Status.INTERRUPTED
     except CommandError as error:
         failure = error
     except KeyPoolError as error:
@@ -83,13 +71,15 @@ def _run(words: Sequence[str], begin: Callable[[], None]) -> int:
 
 
 def _load(name: str) -> Callable[..., Any]:
+    import importlib  # noqa: PLC0415
+
     module, _, function = name.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 
 
 def _serve(words: Sequence[str]) -> int:
-    from keypool.early_exit import end_quietly  # noqa: PLC0415 - see the module
+    from keypool.early_exit import end_quietly  # noqa: PLC0415
 
     end_quietly()
     try:
@@ -102,5 +92,4 @@ def _serve(words: Sequence[str]) -> int:
 
 
 def _missing(error: ImportError) -> str:
-    """The client needs none of the server's packages, so that an installation may lack them."""
     return f"this command needs the package {error.name}: install keypool-service[server]"

@@ -12,9 +12,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 Row = dict[str, Any]
+
+BATCH = 1000
+"""Items that one call of a batch may have."""
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
 _WIDEST_OWNER = 20  # characters in a table; a name may have 200
@@ -115,3 +118,32 @@ def _cell(value: object, column: str = "") -> str:
 def printable(text: str) -> str:
     """The text without control characters: an owner's name is whatever its client sent."""
     return "".join(character if character.isprintable() else "�" for character in text)
+
+
+class Progress:
+    """`with Progress("deleting", 5000) as bar: …progress=bar`: a bar on standard error, erased at the end.
+
+    Only for batches that take several calls, and on a terminal.
+    """
+
+    def __init__(self, doing: str, total: int, *, shown: bool = True) -> None:
+        self._doing, self._total = doing, total
+        self._shown = shown and total > BATCH and sys.stderr.isatty()
+
+    def __call__(self, done: int) -> None:
+        """Show that so many items are done."""
+        if self._shown:
+            share = min(1.0, done / self._total)
+            width = max(10, min(40, shutil.get_terminal_size().columns - 40))
+            bar = "#" * round(share * width)
+            sys.stderr.write(f"\r{self._doing} [{bar:<{width}}] {done}/{self._total} {share:4.0%}")
+            sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        self(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -22,13 +22,19 @@ _PASSED_ON = [
 ]
 _BY_TERMINAL = (signal.SIGINT, getattr(signal, "SIGQUIT", None))
 _POLL_SECONDS = 0.5  # between looks at the command, should a SIGCHLD be missed
-ENDING = [signal.SIGINT, *(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))]
+_ENDING = [signal.SIGINT, *(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))]
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
-def exit_in_order(number: int, frame: FrameType | None) -> None:
-    """A handler: unwind the program, with the exit status that a shell reports for this signal."""
+def handle_signals() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt, SIGTERM and SIGHUP SystemExit, unless they are ignored."""
+    for number in _ENDING:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
@@ -49,7 +55,7 @@ def answer_first() -> Iterator[list[int]]:
             # Not through sys.stderr, which the signal may have interrupted.
             os.write(2, b"keypool: waiting for the server's answer; once more to leave at once\n")
 
-    for number in ENDING:
+    for number in _ENDING:
         handler = signal.getsignal(number)
         if callable(handler):  # not the default, nor ignored
             before[number] = handler

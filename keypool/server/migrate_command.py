@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keypool.cli.output import Output
-from keypool.cli.progress import Progress
+from keypool.cli.output import Output, Progress
 from keypool.cli.status import CommandError, Status
 
 if TYPE_CHECKING:
