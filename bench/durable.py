@@ -28,6 +28,7 @@ from bench.report import Table, Targets, machine, median, percentile, size, span
 from bench.scripts import generates, keepalives, mixed, pairs, some_texts
 from bench.stall import Stall, StallProbe
 from keypool.api.auth import Access
+from keypool.core.rules import PoolRules
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.http.http1_server import FastServer
@@ -145,8 +146,8 @@ def _serve(pipe: Connection, path: Path | None, keys: int) -> None:
 
 
 async def _main(pipe: Connection, path: Path | None, keys: int) -> int:
-    rules: dict[str, Any] = {"keepalive_seconds": 3600.0, "max_keys": keys + _LATER}
-    engine = EmbeddedEngine(**rules) if path is None else await open_durable(path, 0.0, **rules)
+    rules = PoolRules(keepalive_seconds=3600.0, max_keys=keys + _LATER)
+    engine = EmbeddedEngine(rules) if path is None else await open_durable(path, rules)
     await Mix(engine, keys, sample=0).fill()
     sockets = bind_sockets(0, "127.0.0.1", backlog=1024)
     FastServer(make_app(engine, Access())).add_sockets(sockets)

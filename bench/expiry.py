@@ -23,6 +23,7 @@ from bench.watch import Front, Watch
 from keypool.core.errors import NoKeyAvailable
 from keypool.core.events import Change
 from keypool.core.keys import Key, random_text
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.server import runtime
 
@@ -87,7 +88,9 @@ def measure(change: Change, crowd: int, seconds: float) -> Measured | None:
 async def _measure(change: Change, crowd: int, seconds: float) -> Measured | None:
     released = change is Change.RELEASED
     engine = EmbeddedEngine(
-        block_seconds=seconds if released else 60.0, keepalive_seconds=3600.0 if released else seconds
+        PoolRules(
+            block_seconds=seconds if released else 60.0, keepalive_seconds=3600.0 if released else seconds
+        )
     )
     watch = Watch(engine, change)
     await _begin(engine, watch, crowd, seconds)

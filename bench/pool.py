@@ -20,6 +20,7 @@ from bench.naive import NaiveMeasured, measure_naive
 from bench.process import in_child, on_loop, rss
 from bench.report import Table, Targets, machine, size, span
 from bench.stall import Collections, Stall, StallProbe
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.server import runtime
 
@@ -82,7 +83,7 @@ def measure(keys: int, calls: int, rounds: int) -> Measured:
 
 async def _measure(keys: int, calls: int, rounds: int) -> Measured:
     # Keys live for an hour, so that the size stays what it is; blocks end as ever.
-    engine = EmbeddedEngine(keepalive_seconds=3600, max_keys=2 * keys + calls)
+    engine = EmbeddedEngine(PoolRules(keepalive_seconds=3600, max_keys=2 * keys + calls))
     mix, probe, collections = Mix(engine, keys), StallProbe(), Collections()
     memory = rss()
     probe.start()

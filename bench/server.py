@@ -26,6 +26,7 @@ from bench.process import Child, ChildFailed, first_core, pipe, rss
 from bench.stall import Collections, Stall, StallProbe
 from keypool.api.auth import Access
 from keypool.config.limits import MAX_HEAD
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.ops import logs
 from keypool.server import runtime
@@ -142,9 +143,7 @@ async def _main(pipe: Connection, pools: tuple[Pool, ...], http: str) -> int:
     ports = []
     for pool in pools:
         engine = EmbeddedEngine(
-            block_seconds=pool.block_seconds,
-            keepalive_seconds=pool.keepalive_seconds,
-            max_keys=pool.keys + pool.spare,
+            PoolRules(pool.block_seconds, pool.keepalive_seconds, max_keys=pool.keys + pool.spare)
         )
         await Mix(engine, pool.keys, sample=0).fill()
         engines.append(engine)

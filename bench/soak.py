@@ -20,6 +20,7 @@ from bench.process import Child, in_child, last_core, on_loop, rss
 from bench.report import Table, Targets, machine, megabytes
 from bench.server import Pool, Server
 from keypool.core.errors import NoKeyAvailable
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.server import runtime
 
@@ -81,8 +82,8 @@ def soak_pool(calls: int) -> Soaked:
 
 async def _soak_pool(calls: int) -> Soaked:
     soaked = Soaked("pool")
-    engine = EmbeddedEngine(block_seconds=_BLOCK, keepalive_seconds=_LIFE)
-    narrow = EmbeddedEngine(block_seconds=_BLOCK, keepalive_seconds=86_400)
+    engine = EmbeddedEngine(PoolRules(_BLOCK, _LIFE))
+    narrow = EmbeddedEngine(PoolRules(_BLOCK, 86_400))
     await narrow.generate(2)
     mix = Mix(engine, _KEYS, sample=_KEYS // 2)
     await mix.fill()

@@ -24,6 +24,7 @@ from tornado.ioloop import IOLoop
 
 from keypool.core.index import BucketListener
 from keypool.core.pool import Listener, Pool
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 
 T = TypeVar("T")
@@ -75,9 +76,7 @@ def make_pool(
 ) -> Pool:
     """A pool with the contract's deadlines; it serves the first key of its list unless `random` says else."""
     return Pool(
-        block_seconds=block_seconds,
-        keepalive_seconds=keepalive_seconds,
-        max_keys=max_keys,
+        PoolRules(block_seconds, keepalive_seconds, max_keys=max_keys),
         new_text=new_text or serial_texts(),
         random=random,
         on_change=on_change,
@@ -212,13 +211,19 @@ async def turns_until(condition: Callable[[], object], what: str, most: int = 10
 
 
 def make_engine(
-    clock: Callable[[], float], timers: HeldTimers | None = None, **settings: Any
+    clock: Callable[[], float],
+    timers: HeldTimers | None = None,
+    *,
+    loop: IOLoop | None = None,
+    new_text: Callable[[], str] | None = None,
+    held: bool = False,
+    **rules: Any,
 ) -> EmbeddedEngine:
     """An engine with this clock, on held timers if there are some, with texts that are in order."""
-    settings.setdefault("new_text", serial_texts())
     if timers is not None:
-        settings["loop"] = timers.as_loop
-    return EmbeddedEngine(clock=clock, **settings)
+        loop = timers.as_loop
+    new_text = new_text or serial_texts()
+    return EmbeddedEngine(PoolRules(**rules), held=held, loop=loop, clock=clock, new_text=new_text)
 
 
 def open_held(path: Path) -> int:

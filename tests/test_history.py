@@ -9,6 +9,7 @@ import pytest
 from keypool.api.throttle import ADDRESSES, OF_ALL, TokenBuckets
 from keypool.core.answers import Stats
 from keypool.core.pool import Pool
+from keypool.core.rules import PoolRules
 from keypool.web.charts import HEIGHT, area, composition, means, nice, path
 from keypool.web.history import MINUTES, SECONDS, History, Series
 
@@ -188,9 +189,7 @@ def test_keys_that_expire_soon_are_counted() -> None:
     """By their deadline, to a 64th of a second; a keepalive takes one out."""
     texts = iter(f"key-text-number-{n:05}" for n in range(100))
     pool = Pool(
-        block_seconds=60,
-        keepalive_seconds=300,
-        max_keys=100,
+        PoolRules(max_keys=100),
         new_text=lambda: next(texts),
         random=lambda: 0.0,
     )

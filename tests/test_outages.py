@@ -349,7 +349,7 @@ async def test_an_idle_writer_says_that_the_file_is_gone(
     monkeypatch.setattr(journal, "_IDLE", 0.05)
     monkeypatch.setattr(journal, "_WATCH", 0.02)
     path = tmp_path / "keypool.db"
-    engine = await open_durable(path, 0.0)
+    engine = await open_durable(path)
     assert engine.journal is not None
     counted = engine.journal.commit_seconds.count
     await engine.generate(1)
@@ -381,7 +381,7 @@ async def test_an_idle_writer_says_that_the_file_is_gone(
 def test_a_log_that_was_deleted_is_noticed_and_nothing_is_lost(tmp_path: Path) -> None:
     """What it held goes into the file; the next batch has a new log."""
     path = tmp_path / "keypool.db"
-    writer = Writer(path, open_held(path))
+    writer = Writer(path, open_held(path), check_seconds=0)
     assert writer.commit([encode(Batch([], [], {"last_id": 3}))]) == Verdict()
     datafile.log_of(path).unlink()
     assert "its log was deleted" in str(writer.commit([encode(Batch([], [], {"last_id": 4}))]).error)
@@ -396,7 +396,7 @@ def test_a_log_that_was_deleted_is_noticed_and_nothing_is_lost(tmp_path: Path) -
 def test_no_commit_goes_to_a_file_without_its_name(tmp_path: Path, how: str) -> None:
     """Nor is another file made or touched in its place."""
     path = tmp_path / "keypool.db"
-    writer = Writer(path, open_held(path))
+    writer = Writer(path, open_held(path), check_seconds=0)
     assert writer.commit([encode(Batch([], [], {"last_id": 3}))]) == Verdict()
     away, other = tmp_path / "away", tmp_path / "other"
     path.rename(away)
@@ -481,6 +481,6 @@ def test_a_writer_that_does_not_start_is_one_line(
         monkeypatch.setattr("keypool.engine.durable.journal.WriterLink.start", start)
         path = tmp_path / "keypool.db"
         with pytest.raises(StartError, match=f"{path}.*(Too many open files|writer process died)"):
-            await open_durable(path, 0.0)
+            await open_durable(path)
 
     run(test)

@@ -409,16 +409,17 @@ def test_runs_from_another_folder_and_through_links(checkout: Checkout, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "passed"),
     [
-        ([], "-n auto"),
-        (["-k", "pool"], "-n auto -k pool"),
-        (["-n0", "-x"], "-n0 -x"),
-        (["-x", "-n", "4"], "-x -n 4"),
-        (["--numprocesses=2"], "--numprocesses=2"),
-        (["-p", "no:xdist"], "-p no:xdist"),
-        (["--no-header"], "-n auto --no-header"),
+        ([], "-m not thorough -n auto"),
+        (["--all"], "-n auto"),
+        (["-k", "pool", "--all", "-x"], "-n auto -k pool -x"),
+        (["-n0", "-x"], "-m not thorough -n0 -x"),
+        (["-x", "-n", "4"], "-m not thorough -x -n 4"),
+        (["--all", "--numprocesses=2"], "--numprocesses=2"),
+        (["-p", "no:xdist"], "-m not thorough -p no:xdist"),
+        (["--no-header"], "-m not thorough -n auto --no-header"),
     ],
 )
-def test_tests_run_on_all_cores_unless_told_otherwise(
+def test_tests_of_the_quick_tier_run_on_all_cores_by_default(
     checkout: Checkout, arguments: list[str], passed: str
 ) -> None:
     assert checkout.run("test", *arguments).returncode == 0

@@ -32,6 +32,7 @@ from keypool.core.events import Change
 from keypool.core.index import DeadlineIndex
 from keypool.core.keys import Key
 from keypool.core.pool import SETTLED_AT_ONCE, Pool
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.timers import MARGIN, Timers
 
@@ -439,7 +440,7 @@ def test_on_uvloop_deadlines_are_never_early_by_more_than_5_ms() -> None:
     """A release and an expiry that nobody asks for."""
 
     async def test() -> None:
-        engine = EmbeddedEngine(block_seconds=0.1, keepalive_seconds=0.8)
+        engine = EmbeddedEngine(PoolRules(block_seconds=0.1, keepalive_seconds=0.8))
         loop, listener = asyncio.get_running_loop(), engine.pool.on_change
         fired = {change: loop.create_future() for change in (Change.RELEASED, Change.EXPIRED)}
 
@@ -469,7 +470,7 @@ def test_on_uvloop_a_block_that_ends_serves_who_waits() -> None:
     """The second holder gets the key by the first one's timer."""
 
     async def test() -> None:
-        engine = EmbeddedEngine(block_seconds=0.05)
+        engine = EmbeddedEngine(PoolRules(block_seconds=0.05))
         await engine.generate(1)
         first = await engine.acquire("ann", 0)
         second = await engine.acquire("bob", 20)
@@ -508,7 +509,7 @@ def test_on_uvloop_a_crowd_is_purged_while_other_work_goes_on() -> None:
 
     async def test() -> None:
         loop = asyncio.get_running_loop()
-        engine = EmbeddedEngine(keepalive_seconds=0.001)
+        engine = EmbeddedEngine(PoolRules(keepalive_seconds=0.001))
         for _ in range(count // 1000):
             await engine.generate(1000)
         purged: list[int] = []

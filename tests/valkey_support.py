@@ -13,6 +13,7 @@ from engine_support import quiet
 from valkeys import Valkey
 
 from keypool.core.errors import KeypoolError
+from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.opening import open_valkey
 from keypool.engine.valkey.scripts import keys_of
@@ -41,7 +42,7 @@ async def engine_on(
     url: str, partitions: int | None = 16, grace: float = 0.0, **rules: Any
 ) -> AsyncIterator[ValkeyEngine]:
     """A server's engine over the pool that the URL names."""
-    engine = await open_valkey(parse(url), partitions, grace, **rules)
+    engine = await open_valkey(parse(url), partitions, PoolRules(restart_grace=grace, **rules))
     try:
         yield engine
     finally:

@@ -19,7 +19,7 @@ import msgspec
 
 from keypool.api.auth import NOBODY, Access, Caller, Role
 from keypool.api.decoding import Reader
-from keypool.api.operations import Call, Operation, audit_refused, ends_with_caller, require_may_name
+from keypool.api.operations import BASE, Call, Operation, audit_refused, ends_with_caller, require_may_name
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.api.wrong_tokens import WrongTokens
 from keypool.config.limits import MAX_BODY, MAX_HEADERS, MAX_TARGET
@@ -37,8 +37,6 @@ from keypool.core.errors import (
 from keypool.engine import Engine
 from keypool.ops.access import access_line, access_log
 from keypool.ops.calls import NO_OPERATION, CallTallies
-
-BASE = "/api/v1"
 
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = logging.getLogger("keypool.api")

@@ -19,13 +19,12 @@ import msgspec
 
 from keypool import __version__
 from keypool.api.openapi_paths import HEADERS, LOCATION, OF_ALL, beside, problem
-from keypool.api.operations import ANYONE, Call, Operation
+from keypool.api.operations import ANYONE, BASE, Call, Operation
 from keypool.api.problems import status_of
 from keypool.core import errors
 from keypool.core.errors import KeypoolError
 from keypool.engine import Engine
 
-BASE = "/api/v1"
 _REF = "#/components/schemas/{name}"
 
 # What any call may be refused with, whatever it does.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keypool.api.operations import BASE
 from keypool.api.problems import CONTENT_TYPE
 
 Described = dict[str, Any]
@@ -89,7 +90,7 @@ def beside(schema: Described, open: bool) -> Described:
             {"503": "loading, storage-unavailable"},
             "admin, viewer",
         ),
-        "/api/v1/feed": page(
+        f"{BASE}/feed": page(
             "feed",
             "A websocket of what changes: hello, then deltas and beats (docs/api.md). A plain GET is 426.",
             {"101": {"description": "the websocket is open"}},

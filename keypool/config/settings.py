@@ -2,7 +2,8 @@
 
 Every setting is one field of `Settings`, and the field's metadata holds all there is to know about it. The
 flag, the `KEYPOOL_` variable, the key of the TOML file, the lines of `--help` and the row in the docs derive
-from it, so a new setting is one new field, and its rule is changed in one place.
+from it, so a new setting is one new field, and its rule is changed in one place. The defaults of the pool's own
+settings stand in core/rules.py.
 
 Flags are read here and not by argparse because a wrong one has to give one line that names the values it
 takes, the same on every Python: argparse prints its usage as well, and words its errors anew with each
@@ -39,6 +40,7 @@ from keypool.config.setting_types import (
 )
 from keypool.config.tokens import ROLES, TOKENS_TAKE, read_tokens, token_variables
 from keypool.core.errors import SettingsError
+from keypool.core.rules import PoolRules
 
 Origin = Literal["default", "toml", "environment", "flag"]
 Default = TypeVar("Default")
@@ -95,13 +97,21 @@ class Settings:
         Whole(0, 65535),
         "with several processes, the first of as many ports more, each of one process alone; 0 for none",
     )
-    block_seconds: float = _setting(60.0, Seconds(), "how long an acquired key stays blocked")
-    keepalive_seconds: float = _setting(300.0, Seconds(), "how long a key lives without a keepalive")
-    key_length: int = _setting(20, Whole(16, 64), "characters in a new key")
-    max_keys: int = _setting(1_000_000, Whole(1, 10_000_000_000), "keys in the pool at most")
-    max_waiters: int = _setting(10_000, Whole(0, 1_000_000), "acquires waiting for a key at most")
+    block_seconds: float = _setting(
+        PoolRules.block_seconds, Seconds(), "how long an acquired key stays blocked"
+    )
+    keepalive_seconds: float = _setting(
+        PoolRules.keepalive_seconds, Seconds(), "how long a key lives without a keepalive"
+    )
+    key_length: int = _setting(PoolRules.key_length, Whole(16, 64), "characters in a new key")
+    max_keys: int = _setting(PoolRules.max_keys, Whole(1, 10_000_000_000), "keys in the pool at most")
+    max_waiters: int = _setting(
+        PoolRules.max_waiters, Whole(0, 1_000_000), "acquires waiting for a key at most"
+    )
     restart_grace: float = _setting(
-        0.0, Seconds(low=0.0), "keys that would be dead by then live until so long after the start"
+        PoolRules.restart_grace,
+        Seconds(low=0.0),
+        "keys that would be dead by then live until so long after the start",
     )
     max_viewers: int = _setting(200, Whole(0, 100_000), "websockets of the feed open at a time at most")
     drain_seconds: float = _setting(10.0, Seconds(), "how long a stop may take")
@@ -136,6 +146,11 @@ class Settings:
     def open(self) -> bool:
         """Whether there are no tokens, so that whoever reaches the server may do everything."""
         return not (self.client_tokens or self.viewer_tokens or self.admin_tokens)
+
+    @property
+    def rules(self) -> PoolRules:
+        """Those of the settings that are the pool's."""
+        return PoolRules(**{each.name: getattr(self, each.name) for each in fields(PoolRules)})
 
 
 class Option(NamedTuple):

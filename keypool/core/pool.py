@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 from math import inf, nextafter
 from operator import attrgetter
 
+from keypool.core.counters import Counters
 from keypool.core.errors import PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change
 from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
 from keypool.core.keys import DEAD, Key, State
+from keypool.core.rules import PoolRules
 
 SETTLED_AT_ONCE = 64
 """Overdue keys that a call deals with on its way. More than that are a crowd, which the engine drains."""
@@ -37,25 +39,6 @@ EXAMINED = 1000
 """Keys that one page looks at, at most."""
 
 Listener = Callable[[Change, Key, str | None], None]
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the pool began. `unblocked` counts only what changed, `released` by deadline."""
-
-    generated: int = 0
-    acquired: int = 0
-    unblocked: int = 0
-    released: int = 0
-    deleted: int = 0
-    expired: int = 0
-    kept_alive: int = 0
-    refused: int = 0
-
-    @property
-    def changes(self) -> int:
-        """How often a key was made, went from one state to the other, or was purged."""
-        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
 
 
 @dataclass(slots=True)
@@ -80,25 +63,23 @@ class KeyPage:
 class Pool:
     """All keys, and the three orders they are found in.
 
-    `block_seconds` and `keepalive_seconds` are lengths of time, `new_text` makes a random key text, `random`
-    a float in [0, 1). The numbers `last_id` and `last_lease` only grow.
+    `new_text` makes a random key text, `random` a float in [0, 1). The numbers `last_id` and `last_lease` only
+    grow.
     """
 
     def __init__(
         self,
+        rules: PoolRules,
         *,
-        block_seconds: float,
-        keepalive_seconds: float,
-        max_keys: int,
         new_text: Callable[[], str],
         random: Callable[[], float],
         on_change: Listener = lambda change, key, owner: None,
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
     ) -> None:
-        self.block_seconds = block_seconds
-        self.keepalive_seconds = keepalive_seconds
-        self.max_keys = max_keys
+        self.block_seconds = rules.block_seconds
+        self.keepalive_seconds = rules.keepalive_seconds
+        self.max_keys = rules.max_keys
         self.last_id = 0
         self.last_lease = 0
         self.counters = Counters()

@@ -43,6 +43,7 @@ from keypool.core.errors import (
 from keypool.core.events import Change, Event, Happened, latest
 from keypool.core.keys import Key, State, moment, random_text
 from keypool.core.pool import Pool
+from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine import Timed
 from keypool.engine.clock import make_clock
 from keypool.engine.durable.commit import Commit
@@ -78,13 +79,8 @@ class EmbeddedEngine:
 
     def __init__(
         self,
+        rules: PoolRules = DEFAULT_RULES,
         *,
-        block_seconds: float = 60.0,
-        keepalive_seconds: float = 300.0,
-        key_length: int = 20,
-        max_keys: int = 1_000_000,
-        max_waiters: int = 10_000,
-        restart_grace: float = 0.0,
         held: bool = False,
         loop: IOLoop | None = None,
         clock: Callable[[], float] | None = None,
@@ -93,10 +89,8 @@ class EmbeddedEngine:
         self.now = clock or make_clock()
         self.timers = Timers(loop or IOLoop.current(), self.now, self._settle_due)
         self.pool = Pool(
-            block_seconds=block_seconds,
-            keepalive_seconds=keepalive_seconds,
-            max_keys=max_keys,
-            new_text=new_text or (lambda: random_text(key_length)),
+            rules,
+            new_text=new_text or (lambda: random_text(rules.key_length)),
             random=random.Random().random,  # noqa: S311 - which free key is served is no secret
             on_change=self._changed,
             on_opened=self.timers.opened,
@@ -108,8 +102,8 @@ class EmbeddedEngine:
         self.journal: Journal | None = None
         self.kept_notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
-        self._max_waiters = max_waiters
-        self._outage_grace = max(restart_grace, keepalive_seconds / 2)
+        self._max_waiters = rules.max_waiters
+        self._outage_grace = max(rules.restart_grace, rules.keepalive_seconds / 2)
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
         self._started_at = self.now()
         self.wait_seconds = Tally(SECONDS_OF_WAIT)
@@ -276,23 +270,16 @@ class EmbeddedEngine:
 
     async def stats(self) -> Stats:
         """All counts. O(1). May lead the disk by the commit under way."""
-        pool, counters = self.pool, self.pool.counters
+        pool = self.pool
         return Stats(
-            pool.total,
-            pool.available,
-            pool.blocked,
-            len(self._waiters),
-            counters.generated,
-            counters.acquired,
-            counters.unblocked,
-            counters.released,
-            counters.deleted,
-            counters.expired,
-            counters.kept_alive,
-            counters.refused,
-            _seconds(self.now() - self._started_at),
-            self.name,
-            __version__,
+            total=pool.total,
+            available=pool.available,
+            blocked=pool.blocked,
+            waiting=len(self._waiters),
+            **pool.counters.by_name(),
+            uptime=_seconds(self.now() - self._started_at),
+            engine=self.name,
+            version=__version__,
         )
 
     async def notes(self) -> Mapping[str, int]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from http import HTTPStatus
 
 from keypool.api.dispatch import Dispatcher, Reply, too_large
+from keypool.api.operations import BASE
 from keypool.config.limits import REMEMBERED_NAME
 from keypool.http.api_call import ApiCall
 from keypool.http.http1 import ANSWERED, RawDelegate, Request
@@ -17,7 +18,7 @@ from keypool.http.http1.responses import Headers, http_date
 from keypool.http.inflight import InFlight
 
 _API = b"/api"
-_FEED = b"/api/v1/feed"
+_FEED = f"{BASE}/feed".encode()
 _ENDS = (b"", b"/", b"?")
 
 

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from keypool import __version__
 from keypool.core.answers import Stats
+from keypool.core.counters import COUNTERS
 from keypool.ops.calls import CallTallies
 from keypool.ops.histogram import Tally
 
@@ -84,14 +85,7 @@ METRICS = (
         "from a call's head to its answer, without the time spent waiting for a key",
         "operation",
     ),
-    _counter("generated", "keys made"),
-    _counter("acquired", "keys served"),
-    _counter("unblocked", "keys given back"),
-    _counter("released", "keys taken back when their block ran out"),
-    _counter("deleted", "keys deleted"),
-    _counter("expired", "keys purged for want of a keepalive"),
-    _counter("kept_alive", "keepalives"),
-    _counter("refused", "acquires answered that no key is available"),
+    *(_counter(name, about) for name, about in COUNTERS.items()),
     _histogram("acquire_wait_seconds", "how long those acquires waited that waited at all"),
     _histogram("release_lateness_seconds", "how late blocks that ran out were released"),
     _histogram("expiry_lateness_seconds", "how late keys that expired were purged"),

@@ -14,7 +14,7 @@ from keypool.api.auth import Access
 from keypool.api.dispatch import Dispatcher
 from keypool.api.first_version import LEGACY
 from keypool.api.openapi import describing
-from keypool.api.operations import ANYONE, OPERATIONS, Call, Operation
+from keypool.api.operations import ANYONE, BASE, OPERATIONS, Call, Operation
 from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors
@@ -75,7 +75,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     scraped.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
     return KeypoolApplication(
         [
-            (r"/api/v1/feed", FeedHandler, shared),
+            (f"{BASE}/feed", FeedHandler, shared),
             Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight)),
             (r"/healthz", Health, shared),
             (r"/readyz", Ready, shared),

@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tornado.netutil import bind_sockets
 from tornado.web import Application
@@ -125,22 +125,15 @@ def _trusted(settings: Settings) -> TrustedProxies | None:
 
 async def open_engine(settings: Settings) -> Engine:
     """The engine that the settings name, with its keys. Raises StartError."""
-    rules: dict[str, Any] = {
-        "block_seconds": settings.block_seconds,
-        "keepalive_seconds": settings.keepalive_seconds,
-        "key_length": settings.key_length,
-        "max_keys": settings.max_keys,
-        "max_waiters": settings.max_waiters,
-    }
     if settings.engine != "embedded":
-        return await _open_valkey(settings, rules)
+        return await _open_valkey(settings)
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
-        return EmbeddedEngine(**rules)
-    return await open_durable(Path(settings.data), settings.restart_grace, **rules)
+        return EmbeddedEngine(settings.rules)
+    return await open_durable(Path(settings.data), settings.rules)
 
 
-async def _open_valkey(settings: Settings, rules: dict[str, Any]) -> Engine:
+async def _open_valkey(settings: Settings) -> Engine:
     try:
         from keypool.engine.valkey.opening import open_valkey  # noqa: PLC0415 - only who uses it needs hiredis
     except ImportError:
@@ -148,7 +141,7 @@ async def _open_valkey(settings: Settings, rules: dict[str, Any]) -> Engine:
             f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
             "and in keypool-service[server]"
         ) from None
-    return await open_valkey(parse(settings.engine), settings.partitions, settings.restart_grace, **rules)
+    return await open_valkey(parse(settings.engine), settings.partitions, settings.rules)
 
 
 def _bind(settings: Settings) -> list[socket.socket]:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import msgspec
 
 from keypool.core.answers import Stats
+from keypool.core.counters import counter_values
 from keypool.core.errors import Draining, KeypoolError, TooManyViewers
 from keypool.core.keys import moment
 from keypool.engine import Engine
@@ -218,19 +219,7 @@ class Feed:
 
 def _numbers(stats: Stats) -> tuple[int, ...]:
     """What a frame is sent for when it changes: every count, and not the uptime."""
-    return (
-        stats.available,
-        stats.blocked,
-        stats.waiting,
-        stats.generated,
-        stats.acquired,
-        stats.unblocked,
-        stats.released,
-        stats.deleted,
-        stats.expired,
-        stats.kept_alive,
-        stats.refused,
-    )
+    return (stats.available, stats.blocked, stats.waiting, *counter_values(stats))
 
 
 def _tail(members: dict[str, Any]) -> bytes:

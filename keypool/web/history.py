@@ -16,19 +16,11 @@ from collections.abc import Iterable
 import msgspec
 
 from keypool.core.answers import Stats
+from keypool.core.counters import COUNTERS, counter_values
 from keypool.core.keys import moment
 
 GAUGES = ("available", "blocked", "waiting")
-COUNTS = (
-    "generated",
-    "acquired",
-    "unblocked",
-    "released",
-    "deleted",
-    "expired",
-    "kept_alive",
-    "refused",
-)
+COUNTS = tuple(COUNTERS)
 SECONDS, MINUTES = 15 * 60, 24 * 60
 
 Sample = tuple[int, ...]
@@ -72,7 +64,7 @@ class History:
         """Take the sample of this moment; a second that already has one is left as it is."""
         second = int(now)
         gauges = tuple(getattr(stats, name) for name in GAUGES)
-        counters = tuple(getattr(stats, name) for name in COUNTS)
+        counters = counter_values(stats)
         before, passed = self._before, second - self.seconds.end
         if before is not None and passed <= 0:
             return

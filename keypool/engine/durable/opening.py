@@ -7,14 +7,13 @@ can tell how it stands.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
+from keypool.core.counters import COUNTERS
 from keypool.core.errors import StartError
-from keypool.core.pool import Counters
+from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine import NOTE
 from keypool.engine.clock import make_clock
 from keypool.engine.durable import datafile
@@ -22,27 +21,23 @@ from keypool.engine.durable.journal import Journal
 from keypool.engine.embedded import EmbeddedEngine
 
 _SLICE = 2000  # keys read, or checked, in one turn of the loop
-_COUNTERS = tuple(
-    field.name for field in dataclasses.fields(Counters)
-)  # asdict() copies deeply, for each batch
 _log = logging.getLogger("keypool.journal")
 
 
-async def open_durable(path: Path, restart_grace: float, **settings: Any) -> EmbeddedEngine:
+async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> EmbeddedEngine:
     """The engine over a data file, which is made if there is none. O(n). Raises StartError.
 
-    `settings` are EmbeddedEngine's. With a `restart_grace`, keys that would be dead by then live until that
-    many seconds after the start.
+    With a `restart_grace`, keys that would be dead by then live until that many seconds after the start.
     """
     started = time.monotonic()
     loop = asyncio.get_running_loop()
     lock = await loop.run_in_executor(None, datafile.hold, path)
     numbers = await loop.run_in_executor(None, datafile.inspect, path)
     clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
-    engine = EmbeddedEngine(clock=clock, held=True, restart_grace=restart_grace, **settings)
+    engine = EmbeddedEngine(rules, clock=clock, held=True)
     journal = Journal(path, lock, lambda: _numbers(engine), engine)
     await journal.open()
-    grace_until = clock() + restart_grace if restart_grace else None
+    grace_until = clock() + rules.restart_grace if rules.restart_grace else None
     _restore_numbers(engine, numbers)
     try:
         await _restore_keys(engine, path, grace_until or 0.0)
@@ -84,7 +79,7 @@ def _numbers(engine: EmbeddedEngine) -> dict[str, int]:
         "last_id": pool.last_id,
         "last_lease": pool.last_lease,
         "moment": round(engine.now() * 1000),
-        **{name: getattr(pool.counters, name) for name in _COUNTERS},
+        **pool.counters.by_name(),
     }
 
 
@@ -92,7 +87,7 @@ def _restore_numbers(engine: EmbeddedEngine, numbers: dict[str, int]) -> None:
     pool = engine.pool
     pool.last_id = numbers.get("last_id", 0)
     pool.last_lease = numbers.get("last_lease", 0)
-    for name in _COUNTERS:
+    for name in COUNTERS:
         setattr(pool.counters, name, numbers.get(name, 0))
     engine.kept_notes = {
         name.removeprefix(NOTE): number

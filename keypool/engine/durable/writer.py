@@ -36,6 +36,7 @@ from keypool.engine.durable.compaction import Batches
 from keypool.pdeathsig import end_with_parent
 
 _MEASURED_EVERY = 1.0  # seconds
+_CHECK_SECONDS = 0.5  # between two checks of the file's name, which take two system calls
 _GONE = (
     "the file by that name isn't the one that this server holds: it was deleted, moved or replaced; put it back, "
     "or restart the server"
@@ -85,15 +86,15 @@ class Writer:
     that this process has on the file.
     """
 
-    def __init__(self, path: Path, held: int) -> None:
+    def __init__(self, path: Path, held: int, check_seconds: float = _CHECK_SECONDS) -> None:
         self._path = path
         self._held = held
         self._log_path = datafile.log_of(path)
-        # Looked at before each commit, and a stat of a Path takes half as long again.
         self._name, self._log_name = str(path), str(self._log_path)
+        self._check_seconds = check_seconds
         self._file = _identity(held)
         self._log: tuple[int, int] | None = None  # which file the log is, of this connection
-        self._measured_at = -_MEASURED_EVERY
+        self._check_at = self._measure_at = 0.0
         self._database: sqlite3.Connection | None = None
         self._marked = False
         self._batches: Batches
@@ -113,6 +114,7 @@ class Writer:
 
     def look(self) -> Verdict:
         """See whether the file is still there, and write nothing."""
+        self._check_at = 0.0
         return self._try(lambda _: None)
 
     def fold(self) -> None:
@@ -137,7 +139,11 @@ class Writer:
 
     def _try(self, change: Callable[[sqlite3.Connection], None]) -> Verdict:
         error, self._failed = self._failed, None
-        error = error or self._moved()
+        now = time.monotonic()
+        if error is None and (self._database is None or now >= self._check_at):
+            # Always before a connection is opened: by then the name may be another file's.
+            self._check_at = now + self._check_seconds
+            error = self._moved()
         if error is None:
             try:
                 change(self._opened())
@@ -165,9 +171,9 @@ class Writer:
     def measured(self) -> Figures | None:
         """How large file and log are, and how much room is left; None if that was said in the last second."""
         now = time.monotonic()
-        if now < self._measured_at + _MEASURED_EVERY:
+        if now < self._measure_at:
             return None
-        self._measured_at = now
+        self._measure_at = now + _MEASURED_EVERY
         try:
             disk = os.fstatvfs(self._held)
             log = self._log_path.stat().st_size if self._log_path.exists() else 0

@@ -27,6 +27,7 @@ from types import TracebackType
 from keypool.core.answers import GeneratedKey
 from keypool.core.errors import PoolFull
 from keypool.core.keys import State, random_text
+from keypool.core.rules import PoolRules
 from keypool.engine.valkey.partitions import Partitions, all_of
 from keypool.engine.valkey.poller import Looks
 
@@ -78,22 +79,13 @@ class Turns:
 class Making:
     """See the module. `server` names this one in reservations."""
 
-    def __init__(
-        self,
-        partitions: Partitions,
-        looks: Looks,
-        server: str,
-        *,
-        life_us: int,
-        key_length: int,
-        max_keys: int,
-    ) -> None:
+    def __init__(self, partitions: Partitions, looks: Looks, server: str, rules: PoolRules) -> None:
         self._partitions = partitions
         self._looks = looks
         self._server = server
-        self._life_us = life_us
-        self._key_length = key_length
-        self._max_keys = max_keys
+        self._life_us = round(rules.keepalive_seconds * 1e6)
+        self._key_length = rules.key_length
+        self._max_keys = max_keys = rules.max_keys
         count = partitions.count
         self._limits = [max_keys // count + (number < max_keys % count) for number in range(count)]
         self._ample = max(_SPARE_KEYS, _SPARE_SHARE * max_keys) / count

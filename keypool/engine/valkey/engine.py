@@ -61,6 +61,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import Event
 from keypool.core.keys import State, hint
+from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Timed
 from keypool.engine.valkey.creation import Making
 from keypool.engine.valkey.link import Lost, Measured, Reply, ReplyError
@@ -93,35 +94,24 @@ class ValkeyEngine:
         facts: PoolFacts,
         presence: Presence,
         *,
-        block_seconds: float = 60.0,
-        keepalive_seconds: float = 300.0,
-        key_length: int = 20,
-        max_keys: int = 1_000_000,
-        max_waiters: int = 10_000,
+        rules: PoolRules,
     ) -> None:
         self._nodes = nodes
         self._pool_key = f"{{{pool}}}:pool"
         self._measured = measured
-        self._life_us = round(keepalive_seconds * 1e6)
+        self._life_us = round(rules.keepalive_seconds * 1e6)
         self._loop = asyncio.get_running_loop()
         self._presence = presence
         self._server = presence.server
         self._started_at = self._loop.time()
         self._draining = False
         self._partitions = Partitions(nodes, facts)
-        self._looks = Looks(self._partitions, self._server, min(block_seconds, keepalive_seconds), max_keys)
-        self._draws = Draws(self._partitions, self._looks, block_seconds)
-        self._making = Making(
-            self._partitions,
-            self._looks,
-            self._server,
-            life_us=self._life_us,
-            key_length=key_length,
-            max_keys=max_keys,
-        )
+        self._looks = Looks(self._partitions, self._server, rules)
+        self._draws = Draws(self._partitions, self._looks, rules)
+        self._making = Making(self._partitions, self._looks, self._server, rules)
         self._pages = Pages(self._partitions)
         self._waiters = Waiters(
-            max_waiters, self._draws.take_in_order, self._draws.give_back, self._tell_waiting
+            rules.max_waiters, self._draws.take_in_order, self._draws.give_back, self._tell_waiting
         )
         self._wake = Wake(nodes, pool, facts.partitions, self._freed)
         nodes.on_back = self._waiters.wake

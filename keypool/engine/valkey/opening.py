@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from keypool.core.errors import StartError, StorageUnavailable
+from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.link import Lost, Measured, ReplyError
 from keypool.engine.valkey.nodes import Nodes
@@ -31,12 +31,12 @@ _log = logging.getLogger("keypool.valkey")
 
 
 async def open_valkey(
-    url: ValkeyUrl, partitions: int | None, restart_grace: float, **settings: Any
+    url: ValkeyUrl, partitions: int | None = None, rules: PoolRules = DEFAULT_RULES
 ) -> ValkeyEngine:
     """The engine over the pool in a Valkey, which is made if there is none. Raises StartError.
 
-    Without `partitions` there are as many as the pool has, or `url.default_partitions` of a new one. `settings` are
-    ValkeyEngine's. Waits for up to a minute while Valkey loads its file.
+    Without `partitions` there are as many as the pool has, or `url.default_partitions` of a new one. Waits
+    for up to a minute while Valkey loads its file.
     """
     measured = Measured()
     nodes = Nodes(url, measured)
@@ -46,10 +46,10 @@ async def open_valkey(
         await _when_loaded(nodes.open, where)
         facts = await read_facts(nodes, url, partitions)
         await _when_loaded(lambda: nodes.set_partitions(facts.partitions), where)
-        shared = {name: _spelled(settings[name]) for name in SHARED if name in settings}
+        shared = {name: _spelled(getattr(rules, name)) for name in SHARED}
         presence = Presence(nodes, url.pool, facts.born, shared)
-        served = await presence.enter(sure=restart_grace > 0)
-        await _begin(nodes, facts.partitions, served, restart_grace, settings.get("keepalive_seconds", 300.0))
+        served = await presence.enter(sure=rules.restart_grace > 0)
+        await _begin(nodes, facts.partitions, served, rules)
         nodes.verify = presence.check
     except (OSError, ReplyError, Lost, StorageUnavailable) as error:
         await _give_up(nodes, presence)
@@ -58,7 +58,7 @@ async def open_valkey(
     except BaseException:
         await _give_up(nodes, presence)
         raise
-    engine = ValkeyEngine(nodes, measured, url.pool, facts, presence, **settings)
+    engine = ValkeyEngine(nodes, measured, url.pool, facts, presence, rules=rules)
     _log.info("serving the pool %s with %d partitions at %s", url.pool, facts.partitions, where)
     return engine
 
@@ -87,11 +87,11 @@ async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> No
         await asyncio.sleep(_LOADING_PAUSE)
 
 
-async def _begin(nodes: Nodes, partitions: int, served: bool, restart_grace: float, life: float) -> None:
+async def _begin(nodes: Nodes, partitions: int, served: bool, rules: PoolRules) -> None:
     """Have every partition served. After a stop keys get what --restart-grace gives; after an outage, in which
     servers lived and could not reach Valkey, half of a keepalive if that is more. Raises StorageUnavailable.
     """
-    outage = max(restart_grace, life / 2)
+    outage = max(rules.restart_grace, rules.keepalive_seconds / 2)
     rest: set[asyncio.Task[int]] = set()
 
     async def attend(partition: int) -> None:
@@ -104,10 +104,10 @@ async def _begin(nodes: Nodes, partitions: int, served: bool, restart_grace: flo
 
     given = 0
     for partition in range(partitions):
-        why, seconds = ("start", outage) if served else ("stop", restart_grace)
+        why, seconds = ("start", outage) if served else ("stop", rules.restart_grace)
         given += (await _give_time(nodes, partition, why, seconds))[1]
-    if restart_grace:
-        _log.info("%d keys were given until %.1f s after the start", given, restart_grace)
+    if rules.restart_grace:
+        _log.info("%d keys were given until %.1f s after the start", given, rules.restart_grace)
     nodes.attend = attend
 
 

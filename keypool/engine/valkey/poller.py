@@ -19,6 +19,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from keypool.core.errors import StorageUnavailable
+from keypool.core.rules import PoolRules
 from keypool.engine.valkey.link import Reply
 from keypool.engine.valkey.look import Look, Told, events_in, until_due
 from keypool.engine.valkey.partitions import Partitions, all_of
@@ -41,15 +42,16 @@ _log = logging.getLogger("keypool.valkey")
 class Looks:
     """See the module. `shortest` is the shortest time that a deadline can be set ahead."""
 
-    def __init__(self, partitions: Partitions, server: str, shortest: float, total: int) -> None:
+    def __init__(self, partitions: Partitions, server: str, rules: PoolRules) -> None:
         self._partitions = partitions
         self._server = server
+        shortest = min(rules.block_seconds, rules.keepalive_seconds)
         self._latest = min(LATEST_LOOK, max(0.02, shortest / 2))
         self._loop = asyncio.get_running_loop()
         count = partitions.count
-        self.totals = [total] * count
-        """How many keys each has at most, but for what other servers made since the last look; `total` until it has
-        been asked."""
+        self.totals = [rules.max_keys] * count
+        """How many keys each has at most, but for what other servers made since the last look; `max_keys` until it
+        has been asked."""
         self.totals_changed = 0
         """How many times."""
         self.id_number = partitions.facts.base_id - 1

@@ -31,6 +31,7 @@ from itertools import accumulate
 
 from keypool.core.answers import Lease
 from keypool.core.errors import StorageUnavailable
+from keypool.core.rules import PoolRules
 from keypool.engine.valkey.link import Reply
 from keypool.engine.valkey.nodes import Answer, OutcomeUnknown, Word
 from keypool.engine.valkey.partitions import Partitions, all_of
@@ -44,10 +45,10 @@ _WORTH = 0.25  # share of the keys that must be available for draws among all ke
 class Draws:
     """See the module."""
 
-    def __init__(self, partitions: Partitions, looks: Looks, block_seconds: float) -> None:
+    def __init__(self, partitions: Partitions, looks: Looks, rules: PoolRules) -> None:
         self._partitions = partitions
         self._looks = looks
-        self._block_us = round(block_seconds * 1e6)
+        self._block_us = round(rules.block_seconds * 1e6)
         self._tick = 0  # of the latest lease that this server knows of
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
         self._ends: list[int] = []  # of each partition's places among all
