@@ -101,7 +101,14 @@ def test_it_waits_for_a_key(server: ServerProcess, pool: KeyPool) -> None:
 TRAPS = "trap 'echo got {0}; exit 3' {0}; echo ready; while :; do sleep 0.05; done"
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TERM",
+        "INT",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("HUP", "QUIT", "USR1", "USR2")),
+    ],
+)
 def test_signals_are_passed_on_once(server: ServerProcess, pool: KeyPool, name: str) -> None:
     pool.generate()
     with started(server, ["-m", "keypool", "run", "--", "bash", "-c", TRAPS.format(name)]) as process:
@@ -113,7 +120,9 @@ def test_signals_are_passed_on_once(server: ServerProcess, pool: KeyPool, name: 
     assert pool.stats().blocked == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.thorough)]
+)
 def test_a_command_that_a_signal_ends(server: ServerProcess, pool: KeyPool, number: signal.Signals) -> None:
     """It goes to all that the command started, too."""
     pool.generate()

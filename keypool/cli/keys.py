@@ -73,15 +73,11 @@ def acquire(args: argparse.Namespace) -> Status:
     if args.count > 1 and args.wait:
         raise CommandError("--wait goes with one key only", Status.USAGE)
     with connect(args) as pool:
-        if args.wait:
-            signals: list[int] = []  # they end the waiting
-            leased = [wait_for_key(args.wait, lambda wait: pool.acquire(owner=args.owner, wait=wait))]
-        else:
-            with answer_first() as signals:
-                if args.count == 1:
-                    leased = [pool.acquire(owner=args.owner)]
-                else:
-                    leased = pool.acquire_many(args.count, owner=args.owner)
+        with answer_first(enabled=not args.wait) as signals:
+            if args.count == 1:
+                leased = [wait_for_key(args.wait, lambda wait: pool.acquire(owner=args.owner, wait=wait))]
+            else:
+                leased = pool.acquire_many(args.count, owner=args.owner)
         try:
             for number in signals:
                 signal.raise_signal(number)

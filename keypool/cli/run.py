@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from keypool.cli.connection import connect, wait_for_key
 from keypool.cli.output import note
-from keypool.cli.signal_forwarding import CaughtSignals, in_foreground
+from keypool.cli.signal_forwarding import CaughtSignals, answer_first, in_foreground
 from keypool.cli.status import CommandError, Status, command_error
 from keypool.client import HeldKey, KeyPoolError, LeaseLost
 from keypool.pdeathsig import end_with_parent
@@ -41,9 +41,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(connect(args))
-            key = wait_for_key(
-                args.wait, lambda seconds: stack.enter_context(pool.lease(owner=owner, wait=seconds))
-            )
+            with answer_first(enabled=not args.wait) as signals:
+                key = wait_for_key(
+                    args.wait, lambda seconds: stack.enter_context(pool.lease(owner=owner, wait=seconds))
+                )
+            for number in signals:
+                signal.raise_signal(number)
             environment = {args.env: key.key, "KEYPOOL_LEASE": str(key.lease)}
             ended.append(_supervise(words, environment, key, stop=stop))
     except LeaseLost as error:

@@ -39,10 +39,11 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def answer_first() -> Iterator[list[int]]:
+def answer_first(*, enabled: bool = True) -> Iterator[list[int]]:
     """Delay Ctrl-C, SIGTERM and SIGHUP: the first is appended to the list, a second one acts at once.
 
-    For calls whose answer must not be lost. Whoever uses this looks at the list after each call.
+    For calls whose answer must not be lost. The caller looks at the list after each call, and hands its signal
+    to `signal.raise_signal` after the block.
     """
     noted: list[int] = []
     before: dict[int, Handler] = {}
@@ -55,7 +56,7 @@ def answer_first() -> Iterator[list[int]]:
             # Not through sys.stderr, which the signal may have interrupted.
             os.write(2, b"keypool: waiting for the server's answer; once more to leave at once\n")
 
-    for number in _ENDING:
+    for number in _ENDING if enabled else ():
         handler = signal.getsignal(number)
         if callable(handler):  # not the default, nor ignored
             before[number] = handler
