@@ -146,89 +146,91 @@ def _variable(text: str) -> str:
 # -- the table
 
 
-def _argument(names: str, about: str, metavar: str | None = None, **options: Any) -> Argument:
+def argument(names: str, about: str, metavar: str | None = None, **options: Any) -> Argument:
+    """An argument that takes a value; `names` are separated by spaces."""
     return Argument(tuple(names.split()), {"help": about, "metavar": metavar} | options)
 
 
-def _switch(names: str, about: str) -> Argument:
+def switch(names: str, about: str) -> Argument:
+    """A flag without a value."""
     return Argument(tuple(names.split()), {"help": about, "action": "store_true"})
 
 
 # fmt: off
 GLOBAL_FLAGS = (
-    _argument("--url", f"the server; default $KEYPOOL_URL or {DEFAULT_URL}", "URL"),
-    _argument("--token-file", "file that holds the token; default $KEYPOOL_TOKEN or the file "
+    argument("--url", f"the server; default $KEYPOOL_URL or {DEFAULT_URL}", "URL"),
+    argument("--token-file", "file that holds the token; default $KEYPOOL_TOKEN or the file "
               "$KEYPOOL_TOKEN_FILE", "FILE"),
-    _switch("--json", "print JSON, one document a line"),
-    _switch("--show-keys -k", "print whole keys, not masked ones"),
-    _argument("--timeout", "seconds to wait for an answer; default 10", "S", type=_some_seconds, default=10.0),
-    _argument("--retry", "seconds to retry for, where that is safe; default 5", "S", type=_seconds, default=5.0),
+    switch("--json", "print JSON, one document a line"),
+    switch("--show-keys -k", "print whole keys, not masked ones"),
+    argument("--timeout", "seconds to wait for an answer; default 10", "S", type=_some_seconds, default=10.0),
+    argument("--retry", "seconds to retry for, where that is safe; default 5", "S", type=_seconds, default=5.0),
 )
 """Flags that every command but serve takes, before or after its name."""
 
-_COUNT = _argument("count", "how many; default 1", "N", nargs="?", type=_positive, default=1)
-_KEYS = _argument("keys", "keys, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
-_WAIT = _argument("--wait", "seconds to wait until a key is free, or forever", "S", type=_wait, default=0.0)
-_OWNER = _argument("--owner", "name of the holder, which lists show", "NAME")
+_COUNT = argument("count", "how many; default 1", "N", nargs="?", type=_positive, default=1)
+_KEYS = argument("keys", "keys, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
+_WAIT = argument("--wait", "seconds to wait until a key is free, or forever", "S", type=_wait, default=0.0)
+_OWNER = argument("--owner", "name of the holder, which lists show", "NAME")
 
 COMMANDS = (
     Command("serve", "", "run a server; keypool serve --help lists its settings"),
     Command("generate", "keypool.cli.keys:generate", "generate keys (admin); prints key, id, expires_in", (
         _COUNT,
-        _switch("--yes", "generate more than 100,000 without asking"),
+        switch("--yes", "generate more than 100,000 without asking"),
     )),
     Command("acquire", "keypool.cli.keys:acquire", "lease keys; prints key, lease, id, release_in, expires_in",
             (_COUNT, _WAIT, _OWNER)),
     Command("unblock", "keypool.cli.keys:unblock", "give keys back", (
         _KEYS,
-        _argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive),
+        argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive),
     )),
     Command("keepalive", "keypool.cli.keys:keepalive", "put off the expiry of keys", (
         _KEYS,
-        _switch("--watch", "go on until all keys are dead, or Ctrl-C"),
+        switch("--watch", "go on until all keys are dead, or Ctrl-C"),
     )),
     Command("delete", "keypool.cli.keys:delete", "delete keys (admin)", (_KEYS,)),
     Command("list", "keypool.cli.keys:list_keys", "list keys (viewer)", (
-        _argument("--state", "only keys in this state", choices=("available", "blocked")),
-        _argument("--prefix", "only keys that begin with these 1 to 4 characters", "TEXT"),
-        _argument("--order", "default: id", choices=("id", "release", "expiry")),
-        _argument("--limit", "this many keys at most; default: all", "N", type=_positive),
+        argument("--state", "only keys in this state", choices=("available", "blocked")),
+        argument("--prefix", "only keys that begin with these 1 to 4 characters", "TEXT"),
+        argument("--order", "default: id", choices=("id", "release", "expiry")),
+        argument("--limit", "this many keys at most; default: all", "N", type=_positive),
     )),
     Command("show", "keypool.cli.keys:show", "show the state of one key", (
-        _argument("key", "the key, - for standard input, or id:N (admin, viewer)", "KEY"),
+        argument("key", "the key, - for standard input, or id:N (admin, viewer)", "KEY"),
     )),
     Command("stats", "keypool.cli.keys:stats", "show the counts of the pool (viewer)", (
-        _argument("--watch", "again every S seconds; default 2", "S", nargs="?", type=_some_seconds, const=2.0),
+        argument("--watch", "again every S seconds; default 2", "S", nargs="?", type=_some_seconds, const=2.0),
     )),
     Command("events", "keypool.cli.events:events", "follow what happens to keys (viewer)", (
-        _argument("--past", "begin with N past events; default 10", "N", type=_whole, default=10),
-        _argument("--count", "end after N events", "N", type=_positive),
+        argument("--past", "begin with N past events; default 10", "N", type=_whole, default=10),
+        argument("--count", "end after N events", "N", type=_positive),
     )),
     Command("run", "keypool.cli.run:run", "lease a key, run a command with it, and give the key back", (
         _WAIT,
         _OWNER,
-        _argument("--env", "environment variable for the key; default KEYPOOL_KEY", "NAME",
+        argument("--env", "environment variable for the key; default KEYPOOL_KEY", "NAME",
                   type=_variable, default="KEYPOOL_KEY"),
-        _argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",
+        argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",
                   choices=("stop", "warn"), default="stop"),
-        _argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
+        argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
     )),
     Command("backup", "keypool.server.backup_command:backup", "copy the data file while its server runs", (
-        _argument("file", "the copy; must not exist yet", "FILE"),
-        _argument("--data", "the data file; default as for the server: $KEYPOOL_DATA, …", "FILE"),
-        _argument("--config", "TOML file of the server's settings", "FILE"),
+        argument("file", "the copy; must not exist yet", "FILE"),
+        argument("--data", "the data file; default as for the server: $KEYPOOL_DATA, …", "FILE"),
+        argument("--config", "TOML file of the server's settings", "FILE"),
     )),
     Command("verify", "keypool.server.backup_command:verify", "check a data file or a copy, without changing it", (
-        _argument("file", "the file; a server may be using it", "FILE"),
+        argument("file", "the file; a server may be using it", "FILE"),
     )),
     Command("migrate", "keypool.server.migrate_command:migrate", "move a pool from a data file to Valkey, or back", (
-        _argument("--from", "a data file, a URL, or env:VARIABLE", "PLACE", dest="source", required=True),
-        _argument("--to", "valkey://HOST:PORT/DB, or a new data file", "PLACE", dest="target", required=True),
-        _argument("--partitions", "partitions of the pool in Valkey; default 1, 16 in a cluster", "N",
+        argument("--from", "a data file, a URL, or env:VARIABLE", "PLACE", dest="source", required=True),
+        argument("--to", "valkey://HOST:PORT/DB, or a new data file", "PLACE", dest="target", required=True),
+        argument("--partitions", "partitions of the pool in Valkey; default 1, 16 in a cluster", "N",
                   type=_positive),
-        _switch("--clear", "first delete what an unfinished migrate has left in Valkey"),
+        switch("--clear", "first delete what an unfinished migrate has left in Valkey"),
     )),
     Command("completion", "keypool.cli.completion:completion", "print the completion script of a shell", (
-        _argument("shell", "bash, zsh or fish", choices=SHELLS),
+        argument("shell", "bash, zsh or fish", choices=SHELLS),
     )),
 )

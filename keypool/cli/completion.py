@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from keypool.cli.arguments import COMMANDS, GLOBAL_FLAGS, Argument, Command
+from keypool.cli.arguments import COMMANDS, GLOBAL_FLAGS, Argument, Command, argument, switch
 from keypool.cli.status import Status
 
-_HELP = Argument(("--help", "-h"), {"action": "help", "help": "show help"})
-_PRINT_CONFIG = Argument(("--print-config",), {"action": "store_true", "help": "print the settings in force"})
-_VERSION = Argument(("--version",), {"action": "version", "help": "show the version"})
+_HELP = switch("--help -h", "show help")
+_GLOBAL = (*GLOBAL_FLAGS, _HELP, switch("--version", "show the version"))
 
 _BASH = """\
 _keypool() {
@@ -70,25 +69,23 @@ def bash() -> str:
     """The script for bash. A case is the command, the flag whose value is typed, and how the word begins."""
     valued: set[str] = set()
     cases: list[str] = []
+
+    def case(beginning: str, words: Iterable[str]) -> None:
+        cases.append(f"        '{beginning}'*) words='{' '.join(words)}' ;;")
+
     for command in COMMANDS:
         arguments = _arguments(command)
-        flags = [name for flag in arguments if flag.is_flag for name in flag.names]
         for flag in arguments:
-            if flag.takes_value:
-                valued.update(flag.names)
-                cases += [_case(f"{command.name} {name} ", flag.choices) for name in flag.names]
-        cases.append(_case(f"{command.name}  -", flags))
+            for name in flag.names if flag.takes_value else ():
+                valued.add(name)
+                case(f"{command.name} {name} ", flag.choices)
+        case(f"{command.name}  -", (name for each in arguments if each.is_flag for name in each.names))
         if command.name == "run":
             cases.append("        'run  '*) _keypool_run $COMP_CWORD; return ;;")
-        words = [word for each in arguments if not each.is_flag for word in each.choices]
-        cases.append(_case(f"{command.name}  ", words))
-    cases.append(_case("  -", [name for flag in (*GLOBAL_FLAGS, _HELP, _VERSION) for name in flag.names]))
-    cases.append(_case("  ", [command.name for command in COMMANDS]))
+        case(f"{command.name}  ", (word for each in arguments if not each.is_flag for word in each.choices))
+    case("  -", (name for flag in _GLOBAL for name in flag.names))
+    case("  ", (command.name for command in COMMANDS))
     return _BASH.replace("@VALUED@", "|".join(sorted(valued))).replace("@CASES@", "\n".join(cases))
-
-
-def _case(beginning: str, words: Sequence[str]) -> str:
-    return f"        '{beginning}'*) words='{' '.join(words)}' ;;"
 
 
 def zsh() -> str:
@@ -99,42 +96,45 @@ def zsh() -> str:
 def fish() -> str:
     """The script for fish."""
     lines = [_FISH]
+
+    def complete(condition: str, each: Argument) -> None:
+        words = [f"complete -c keypool -n '{condition}'"]
+        if each.is_flag:
+            words += [f"-l {name[2:]}" if name[1] == "-" else f"-s {name[1]}" for name in each.names]
+            words.append(f"-d {shlex.quote(each.options['help'])}")
+        if each.options.get("metavar") == "FILE":
+            words.append("-r -F")
+        elif each.choices:
+            words.append(f"-x -a '{' '.join(each.choices)}'")
+        elif each.takes_value:
+            words.append("-x")
+        lines.append(" ".join(words))
+
     for command in COMMANDS:
         about = shlex.quote(command.about)
         lines.append(f"complete -c keypool -n __fish_use_subcommand -a {command.name} -d {about}")
-        condition = f"-n '__fish_seen_subcommand_from {command.name}; and not __keypool_in_command'"
-        lines += [f"complete -c keypool {condition} {_fish(argument)}" for argument in _arguments(command)]
-    top = map(_fish, (*GLOBAL_FLAGS, _HELP, _VERSION))
-    lines += [f"complete -c keypool -n __fish_use_subcommand {flag}" for flag in top]
+        for each in _arguments(command):
+            complete(f"__fish_seen_subcommand_from {command.name}; and not __keypool_in_command", each)
+    for flag in _GLOBAL:
+        complete("__fish_use_subcommand", flag)
     return "\n".join(lines)
 
 
-def _fish(argument: Argument) -> str:
-    """How fish describes a flag, or the words that a positional argument takes."""
-    parts = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in argument.names]
-    if argument.is_flag:
-        parts.append(f"-d {shlex.quote(argument.options['help'])}")
-    else:
-        parts.clear()
-    if argument.options.get("metavar") in ("FILE", "PLACE"):
-        parts.append("-r -F")
-    elif argument.choices:
-        parts.append(f"-x -a '{' '.join(argument.choices)}'")
-    elif argument.takes_value:
-        parts.append("-x")
-    return " ".join(parts)
-
-
-def _arguments(command: Command) -> tuple[Argument, ...]:
+def _arguments(command: Command) -> list[Argument]:
     """A command's arguments. The server's flags come from its settings, if the server is installed."""
     if command.name != "serve":
-        return (*command.arguments, *GLOBAL_FLAGS, _HELP)
+        return [*command.arguments, *GLOBAL_FLAGS, _HELP]
     try:
         options = importlib.import_module("keypool.config.settings").OPTIONS
     except ImportError:
-        return (_HELP,)
+        options = ()
     flags = [
-        Argument((each.flag,), {"help": each.about, "choices": getattr(each.kind, "words", ())})
+        argument(
+            each.flag,
+            each.about,
+            "FILE" if each.name in ("data", "config") else None,
+            choices=getattr(each.kind, "words", ()),
+        )
         for each in options
     ]
-    return (*flags, _PRINT_CONFIG, _HELP)
+    return [*flags, switch("--print-config", "print the settings in force"), _HELP]
