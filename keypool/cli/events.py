@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ from tornado.websocket import WebSocketClientConnection, WebSocketError, websock
 
 from keypool.cli.connection import server_url, token
 from keypool.cli.keys import output_of
-from keypool.cli.output import note, printable
+from keypool.cli.output import Output, note, printable
 from keypool.cli.status import CommandError, Status
 
 COLUMNS = ("at", "event", "id", "hint", "owner", "lease")
@@ -34,107 +35,99 @@ class _Disconnected(Exception):
 
 def events(args: argparse.Namespace) -> Status:
     """Print events until Ctrl-C, or until --count were printed."""
-    asyncio.run(_Follower(args).follow())
+    asyncio.run(_follow(args))
     return Status.OK
 
 
-class _Follower:
-    """Prints each event once, over as many connections as it takes."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._url = server_url(args)
-        parts = urlsplit(self._url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CommandError(f"{self._url!r} isn't a URL like http://127.0.0.1:8888", Status.USAGE)
-        self._feed = f"ws{self._url[4:]}/api/v1/feed"
-        known = token(args)
-        self._headers = {"Authorization": f"Bearer {known}"} if known else {}
-        self._output = output_of(args)
-        self._timeout: float = args.timeout
-        self._retry: float = args.retry
-        self._past: int = args.past
-        self._remaining: int | None = args.count
-        self._printed: deque[str] = deque(maxlen=200)
-        self._was_connected = False
-
-    async def follow(self) -> None:
-        """Follow until enough events were printed. Raises CommandError if there is no feed to follow."""
-        pause = 0.1
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + self._retry
-        while self._remaining != 0:
-            try:
-                await self._follow_once()
-            except _Disconnected as error:
-                if not self._was_connected and loop.time() >= give_up_at:
-                    raise CommandError(str(error), Status.UNREACHABLE) from None
-                note(f"{error}; retrying, events may be missing")
-                await asyncio.sleep(pause)
-                pause = min(_LONGEST_PAUSE, pause * 2)
-
-    async def _follow_once(self) -> None:
-        connection = await self._connect()
-        self._was_connected = True
+async def _follow(args: argparse.Namespace) -> None:
+    """Raises CommandError if there is no feed to follow."""
+    url, output = server_url(args), output_of(args)
+    printed: deque[str] = deque(maxlen=200)
+    remaining: int = -1 if args.count is None else args.count
+    connected, pause = False, 0.1
+    loop = asyncio.get_running_loop()
+    give_up_at = loop.time() + args.retry
+    while True:
         try:
-            while self._remaining != 0:
-                try:
-                    async with asyncio.timeout(_SILENCE):
-                        frame = await connection.read_message()
-                except TimeoutError:
-                    raise _Disconnected("the feed has gone silent") from None
-                if frame is None:
-                    raise _Disconnected("the server closed the feed")
-                self._take(frame)
-        finally:
-            connection.close()
+            async with aclosing(_messages(url, token(args), args.timeout)) as messages:
+                async for message in messages:
+                    connected = True
+                    for event in _unprinted(message, printed, args.past):
+                        _print(output, event)
+                        printed.append(_identity(event))
+                        remaining -= 1
+                        if remaining == 0:
+                            return
+                    if message.get("dropped"):
+                        note(f"{message['dropped']} events were left out by the server")
+        except _Disconnected as error:
+            if not connected and loop.time() >= give_up_at:
+                raise CommandError(str(error), Status.UNREACHABLE) from None
+            note(f"{error}; retrying, events may be missing")
+            await asyncio.sleep(pause)
+            pause = min(_LONGEST_PAUSE, pause * 2)
 
-    async def _connect(self) -> WebSocketClientConnection:
-        request = HTTPRequest(
-            self._feed, headers=self._headers, connect_timeout=self._timeout, request_timeout=self._timeout
-        )
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await websocket_connect(request)
-        except HTTPError as error:
-            if error.code in _UNAVAILABLE:
-                raise _Disconnected(f"{self._url} answered {error.code}") from None
-            status = Status.DENIED if error.code in _DENIED else Status.FAILED
-            raise CommandError(f"the feed was refused with HTTP status {error.code}", status) from None
-        except TimeoutError:
-            raise _Disconnected(f"can't reach {self._url}: no answer in time") from None
-        except OSError as error:
-            raise _Disconnected(f"can't reach {self._url}: {error.strerror or error}") from None
-        except WebSocketError as error:
-            raise CommandError(f"no feed there ({error}): is the URL right?", Status.FAILED) from None
 
-    def _take(self, frame: str | bytes) -> None:
-        try:
+async def _messages(url: str, token: str | None, seconds: float) -> AsyncGenerator[dict[str, Any], None]:
+    """The messages of one connection. Raises _Disconnected when it ends, CommandError if it is refused."""
+    connection = await _connect(url, token, seconds)
+    try:
+        while True:
+            async with asyncio.timeout(_SILENCE):
+                frame = await connection.read_message()
+            if frame is None:
+                raise _Disconnected("the server closed the feed")
             message = json.loads(frame)
-            kind, reported = message["type"], message.get("events", [])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CommandError("a frame of the feed can't be read", Status.FAILED) from None
-        if kind == "hello":
-            new = [event for event in reported if _identity(event) not in self._printed]
-            # Before the first connection, as many as were asked for; after an interruption, all.
-            reported = new if self._printed else new[max(0, len(new) - self._past) :]
-        elif kind != "delta":
-            return
-        for event in reported[: self._remaining]:
-            self._print(event)
-        if message.get("dropped"):
-            note(f"{message['dropped']} events were left out by the server")
+            message["type"]  # raises KeyError if there is none
+            yield message
+    except TimeoutError:
+        raise _Disconnected("the feed has gone silent") from None
+    except (ValueError, KeyError, TypeError):
+        raise CommandError("a frame of the feed can't be read", Status.FAILED) from None
+    finally:
+        connection.close()
 
-    def _print(self, event: dict[str, Any]) -> None:
-        self._printed.append(_identity(event))
-        if self._remaining is not None:
-            self._remaining -= 1
-        if not self._output.as_table:
-            self._output.rows(COLUMNS, [event])
-            return
-        owner = f"  by {event['owner']}" if event.get("owner") else ""
-        text = f"{event.get('event', ''):<9}  {event.get('hint')}  id:{event.get('id')}{owner}"
-        print(f"{event.get('at')}  {printable(text)}")
-        sys.stdout.flush()
+
+async def _connect(url: str, token: str | None, seconds: float) -> WebSocketClientConnection:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise CommandError(f"{url!r} isn't a URL like http://127.0.0.1:8888", Status.USAGE)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = HTTPRequest(f"ws{url[4:]}/api/v1/feed", headers=headers, request_timeout=seconds)
+    try:
+        async with asyncio.timeout(seconds):
+            return await websocket_connect(request)
+    except HTTPError as error:
+        if error.code in _UNAVAILABLE:
+            raise _Disconnected(f"{url} answered {error.code}") from None
+        status = Status.DENIED if error.code in _DENIED else Status.FAILED
+        raise CommandError(f"the feed was refused with HTTP status {error.code}", status) from None
+    except TimeoutError:
+        raise _Disconnected(f"can't reach {url}: no answer in time") from None
+    except OSError as error:
+        raise _Disconnected(f"can't reach {url}: {error.strerror or error}") from None
+    except WebSocketError as error:
+        raise CommandError(f"no feed there ({error}): is the URL right?", Status.FAILED) from None
+
+
+def _unprinted(message: dict[str, Any], printed: deque[str], past: int) -> list[dict[str, Any]]:
+    """The events of a message; of a first message that are new, or at the very beginning as many as asked for."""
+    reported: list[dict[str, Any]] = message.get("events", [])
+    if message["type"] == "delta":
+        return reported
+    if message["type"] != "hello":
+        return []
+    new = [event for event in reported if _identity(event) not in printed]
+    return new if printed else new[max(0, len(new) - past) :]
+
+
+def _print(output: Output, event: dict[str, Any]) -> None:
+    if not output.as_table:
+        output.rows(COLUMNS, [event])
+        return
+    owner = f"  by {event['owner']}" if event.get("owner") else ""
+    text = f"{event.get('event', ''):<9}  {event.get('hint')}  id:{event.get('id')}{owner}"
+    print(f"{event.get('at')}  {printable(text)}", flush=True)
 
 
 def _identity(event: dict[str, Any]) -> str:
