@@ -124,7 +124,7 @@ def test_signals_are_passed_on_once(server: ServerProcess, pool: KeyPool, name: 
     "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.thorough)]
 )
 def test_a_command_that_a_signal_ends(server: ServerProcess, pool: KeyPool, number: signal.Signals) -> None:
-    """It goes to all that the command started, too."""
+    """Its whole process group gets the signal."""
     pool.generate()
     script = "sleep 60 & echo $!; wait"
     with started(server, ["-m", "keypool", "run", "--", "sh", "-c", script]) as process:
@@ -162,7 +162,7 @@ def test_ended_while_it_waits_for_a_key(server: ServerProcess, pool: KeyPool, nu
 
 
 def test_ctrl_c_reaches_the_command_once(server: ServerProcess, pool: KeyPool) -> None:
-    """The terminal sends it to both; so keypool doesn't pass it on, and outlives the command."""
+    """The terminal sends it to both, so keypool doesn't pass it on. It outlives the command."""
     pool.generate()
     script = "n=0; trap 'n=$((n+1))' INT; echo ready; while [ $n = 0 ]; do sleep 0.05; done; sleep 0.3; echo got $n"
     status, shown = in_terminal(server, "run", "--", "bash", "-c", script, keys=b"\x03", until="ready")
@@ -173,7 +173,7 @@ def test_ctrl_c_reaches_the_command_once(server: ServerProcess, pool: KeyPool) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do it")
 def test_a_kill_that_can_not_be_caught_ends_the_command(server: ServerProcess, pool: KeyPool) -> None:
-    """The key comes free by its deadline; until then, and after, nobody goes on using it."""
+    """Nobody goes on using the key, which its deadline releases."""
     pool.generate()
     script = "trap 'kill %1; exit' TERM; sleep 60 & echo $$; wait"
     with started(server, ["-m", "keypool", "run", "--", "bash", "-c", script]) as process:
@@ -198,7 +198,7 @@ def test_a_command_that_outlives_its_lease(start_server: Start) -> None:
 
 
 def test_a_lease_that_was_ended_by_somebody_else(server: ServerProcess, pool: KeyPool) -> None:
-    """The command has ended by itself, but not alone with the key."""
+    """The command ended by itself, but somebody else may have used the key meanwhile."""
     made = pool.generate()
     with started(server, ["-m", "keypool", "run", "--", "sh", "-c", "echo started; sleep 1"]) as process:
         assert process.stdout is not None

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Any
 
 from keypool.cli.connection import connect, wait_for_key
@@ -243,6 +244,12 @@ def _without_old_lease(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _members(value: Any) -> dict[str, Any]:
-    members = dataclasses.asdict(value)
-    members.pop("repeated", None)
+    """The members of an answer as JSON has them."""
+    members = {}
+    for each in dataclasses.fields(value):
+        member = getattr(value, each.name)
+        if isinstance(member, datetime):
+            member = member.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if each.name != "repeated":
+            members[each.metadata.get("json", each.name)] = member
     return members
