@@ -288,7 +288,7 @@ def test_a_key_that_nobody_could_read_is_given_back(server: ServerProcess, pool:
 def test_waiting_for_longer_than_one_call_may(
     server: ServerProcess, pool: KeyPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("keypool.cli.connection._LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("keypool.client.attempts._LONGEST_WAIT", 0.1)
     before = pool.stats().refused
     assert run_command(server, "acquire", "--wait", "0.35").status == Status.NO_KEY
     assert pool.stats().refused >= before + 3
@@ -296,7 +296,7 @@ def test_waiting_for_longer_than_one_call_may(
         eventually(lambda: pool.stats().waiting == 1, "a waiter")
         made = pool.generate()
         assert process.stdout is not None
-        assert process.stdout.read().split("\t")[0] == made.key
+        assert process.stdout.read().split("\t")[0] == made.secret
 
 
 # ------------------------------------------------------------------------------------------------- on a terminal
@@ -332,7 +332,7 @@ def test_tables_on_a_terminal(server: ServerProcess, pool: KeyPool) -> None:
     assert heading.startswith("\x1b[1m")
     assert made.hint in row
     assert "\t" not in row
-    assert made.key not in shown
+    assert made.secret not in shown
 
 
 def test_a_table_fits_the_terminal(server: ServerProcess, pool: KeyPool) -> None:
@@ -357,7 +357,7 @@ def test_an_owner_cannot_write_on_the_terminal(server: ServerProcess, pool: KeyP
 
 
 def test_a_bar_for_long_batches_only(server: ServerProcess, pool: KeyPool) -> None:
-    made = "".join(f"{key.key}\n" for key in pool.generate_many(2500))
+    made = "".join(f"{key.secret}\n" for key in pool.generate_many(2500))
     shown = run_command(server, "keepalive", "-", columns=80, typed=made).err
     assert "keeping alive [" in shown
     assert "2000/2500" in shown
@@ -408,7 +408,7 @@ def test_keepalive_watch_reports_the_dead(start_server: Start) -> None:
         made = pool.generate_many(2)
         left = pool.generate()
         with started(
-            server, ["-m", "keypool", "keepalive", "--watch", *(key.key for key in made)]
+            server, ["-m", "keypool", "keepalive", "--watch", *(key.secret for key in made)]
         ) as process:
             eventually(lambda: pool.stats().kept_alive >= 2, "a first round")
             eventually(lambda: pool.stats().expired == 1, f"the end of {left.hint}")
@@ -430,7 +430,7 @@ def test_keepalive_watch_ends_by_a_signal(
     server: ServerProcess, pool: KeyPool, number: signal.Signals, status: int
 ) -> None:
     made, before = pool.generate(), pool.stats().kept_alive
-    with started(server, ["-m", "keypool", "keepalive", "--watch", made.key]) as process:
+    with started(server, ["-m", "keypool", "keepalive", "--watch", made.secret]) as process:
         eventually(lambda: pool.stats().kept_alive > before, "a first round")
         process.send_signal(number)
         assert process.wait(30) == status

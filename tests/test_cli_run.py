@@ -33,11 +33,11 @@ def test_the_command_has_the_key_and_its_status_is_passed_on(server: ServerProce
     )
     assert ran.returncode == 7
     row = pool.get(made)
-    assert ran.stdout == f"{made.key} {row.lease}\ninput"
+    assert ran.stdout == f"{made.secret} {row.lease}\ninput"
     assert ran.stderr == ""
     assert row.state == "available"
     by_name = keypool(server, "run", "--env", "API_KEY", "--", "sh", "-c", "echo $API_KEY")
-    assert by_name.stdout == f"{made.key}\n"
+    assert by_name.stdout == f"{made.secret}\n"
     assert run_command(server, "run", "--", "sh", "-c", "kill -9 $$").status == 128 + 9
     assert pool.stats().blocked == 0
 

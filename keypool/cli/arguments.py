@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from keypool import __version__
-from keypool.cli.connection import DEFAULT_URL
 from keypool.cli.status import CommandError, Status
+from keypool.client.settings import DEFAULT_URL
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -133,8 +133,8 @@ _seconds = _number(float, 0, 86_400, "seconds, from 0 to 86400")
 _some_seconds = _number(float, 0.01, 86_400, "seconds, from 0.01 to 86400")
 
 
-def _wait(text: str) -> float:
-    return math.inf if text == "forever" else _number(float, 0, 86_400, "seconds, or forever")(text)
+def _wait(text: str) -> float | None:
+    return None if text == "forever" else _number(float, 0, 86_400, "seconds, or forever")(text)
 
 
 def _variable(text: str) -> str:

@@ -12,15 +12,15 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
-from urllib.parse import urlsplit
 
 from tornado.httpclient import HTTPError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, WebSocketError, websocket_connect
 
-from keypool.cli.connection import server_url, token
+from keypool.cli.connection import settings
 from keypool.cli.keys import output_of
 from keypool.cli.output import Output, note, printable
 from keypool.cli.status import CommandError, Status
+from keypool.client.settings import BASE, Settings
 
 COLUMNS = ("at", "event", "id", "hint", "owner", "lease")
 _SILENCE = 20.0  # seconds without a frame after which the server is taken for dead: it sends one every 5
@@ -41,7 +41,7 @@ def events(args: argparse.Namespace) -> Status:
 
 async def _follow(args: argparse.Namespace) -> None:
     """Raises CommandError if there is no feed to follow."""
-    url, output = server_url(args), output_of(args)
+    client, output = settings(args), output_of(args)
     printed: deque[str] = deque(maxlen=200)
     remaining: int = -1 if args.count is None else args.count
     connected, pause = False, 0.1
@@ -49,7 +49,7 @@ async def _follow(args: argparse.Namespace) -> None:
     give_up_at = loop.time() + args.retry
     while True:
         try:
-            async with aclosing(_messages(url, token(args), args.timeout)) as messages:
+            async with aclosing(_messages(client)) as messages:
                 async for message in messages:
                     connected = True
                     for event in _unprinted(message, printed, args.past):
@@ -68,9 +68,9 @@ async def _follow(args: argparse.Namespace) -> None:
             pause = min(_LONGEST_PAUSE, pause * 2)
 
 
-async def _messages(url: str, token: str | None, seconds: float) -> AsyncGenerator[dict[str, Any], None]:
+async def _messages(client: Settings) -> AsyncGenerator[dict[str, Any], None]:
     """The messages of one connection. Raises _Disconnected when it ends, CommandError if it is refused."""
-    connection = await _connect(url, token, seconds)
+    connection = await _connect(client)
     try:
         while True:
             async with asyncio.timeout(_SILENCE):
@@ -88,14 +88,12 @@ async def _messages(url: str, token: str | None, seconds: float) -> AsyncGenerat
         connection.close()
 
 
-async def _connect(url: str, token: str | None, seconds: float) -> WebSocketClientConnection:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CommandError(f"{url!r} isn't a URL like http://127.0.0.1:8888", Status.USAGE)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = HTTPRequest(f"ws{url[4:]}/api/v1/feed", headers=headers, request_timeout=seconds)
+async def _connect(client: Settings) -> WebSocketClientConnection:
+    url = client.url
+    feed = f"ws{url.removeprefix('http')}{BASE}/feed"
+    request = HTTPRequest(feed, headers=client.headers(), request_timeout=client.timeout)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(client.timeout):
             return await websocket_connect(request)
     except HTTPError as error:
         if error.code in _UNAVAILABLE:

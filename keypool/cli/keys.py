@@ -9,16 +9,15 @@ import queue
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from keypool.cli.connection import connect, wait_for_key
+from keypool.cli.connection import connect
 from keypool.cli.output import BATCH, Output, Progress, note
 from keypool.cli.signal_forwarding import answer_first
 from keypool.cli.status import TRANSIENT, CommandError, Status
-from keypool.client import Done, KeyPoolError, Refused
-from keypool.client.calls import UnblockItem
+from keypool.client import Done, KeyPoolError, LeasedKey, Refused, UnblockItem
 
 GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in")
@@ -71,12 +70,12 @@ def acquire(args: argparse.Namespace) -> Status:
             "or use keypool run -- COMMAND; nothing was acquired",
             Status.USAGE,
         )
-    if args.count > 1 and args.wait:
+    if args.count > 1 and args.wait != 0:
         raise CommandError("--wait goes with one key only", Status.USAGE)
     with connect(args) as pool:
-        with answer_first(enabled=not args.wait) as signals:
+        with answer_first(enabled=args.wait == 0) as signals:
             if args.count == 1:
-                leased = [wait_for_key(args.wait, lambda wait: pool.acquire(owner=args.owner, wait=wait))]
+                leased: Sequence[LeasedKey] = [pool.acquire(owner=args.owner, wait=args.wait)]
             else:
                 leased = pool.acquire_many(args.count, owner=args.owner)
         try:
@@ -162,7 +161,7 @@ def show(args: argparse.Namespace) -> Status:
     with connect(args) as pool:
         row = _members(pool.get(key))
         if args.show_keys:
-            row["key"] = pool.reveal(key).key
+            row["key"] = pool.reveal(key).secret
     output_of(args).fields(row)
     return Status.OK
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, Self
 
+from keypool.client.answers import hint
+
 Row = dict[str, Any]
 
 BATCH = 1000
@@ -63,9 +65,7 @@ class Output:
 
     def masked(self, key: str) -> str:
         """A key's text as this command may show it."""
-        if self.show_keys or key.startswith("id:"):
-            return key
-        return f"{key[:4]}…{key[-4:]}" if len(key) >= 12 else "…"
+        return key if self.show_keys or key.startswith("id:") else hint(key)
 
     def _masked(self, row: Row) -> Row:
         return row | {"key": self.masked(row["key"])} if "key" in row else row

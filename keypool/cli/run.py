@@ -20,7 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from keypool.cli.connection import connect, wait_for_key
+from keypool.cli.connection import connect
 from keypool.cli.output import note
 from keypool.cli.signal_forwarding import CaughtSignals, answer_first, in_foreground
 from keypool.cli.status import CommandError, Status, command_error
@@ -41,13 +41,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(connect(args))
-            with answer_first(enabled=not args.wait) as signals:
-                key = wait_for_key(
-                    args.wait, lambda seconds: stack.enter_context(pool.lease(owner=owner, wait=seconds))
-                )
+            with answer_first(enabled=args.wait == 0) as signals:
+                key = stack.enter_context(pool.lease(owner=owner, wait=args.wait))
             for number in signals:
                 signal.raise_signal(number)
-            environment = {args.env: key.key, "KEYPOOL_LEASE": str(key.lease)}
+            environment = {args.env: key.secret, "KEYPOOL_LEASE": str(key.lease)}
             ended.append(_supervise(words, environment, key, stop=stop))
     except LeaseLost as error:
         if ended[0] != Status.RUN_LEASE_OVER:
