@@ -55,6 +55,7 @@ _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATE
 
 _GRANTED_AT_ONCE = 500  # keys that get their grace in one turn of the loop: some 2 ms
 _TOO_FEW_TO_TELL = 0.005  # seconds: as early as a release may be
+_SLICE_SECONDS = 0.00015  # of a batch, before the loop may serve other callers
 
 
 class Waiter:
@@ -114,6 +115,7 @@ class EmbeddedEngine:
         self._started_at = self.now()
         self.wait_seconds = Tally(SECONDS_OF_WAIT)
         self._draining = False
+        self._reserved = 0  # keys that batches under way will still generate
         self._serving_soon = False
         if not held:
             self.start()
@@ -125,14 +127,25 @@ class EmbeddedEngine:
         """Make keys, all or none. O(count · log n)."""
         self._require_storage()
         now = self.now()
-        while self.pool.total + count > self.pool.max_keys and self.pool.overdue(now):
+        while self.pool.total + self._reserved + count > self.pool.max_keys and self.pool.overdue(now):
             self.pool.settle(now)
             if self.pool.overdue(now):
                 await self._next_turn()  # a crowd of them
                 now = self.now()
+        made: list[GeneratedKey] = []
         try:
-            self.pool.require_room(count, now)
-            made = [self._generate(now) for _ in range(count)]
+            self.pool.require_room(self._reserved + count, now)
+            self._reserved += count  # nobody else may take this room between two slices
+            try:
+                until = now + _SLICE_SECONDS
+                while len(made) < count:
+                    made.append(self._generate(now))
+                    self._reserved -= 1
+                    if (now := self.now()) > until:
+                        until = await self._pause()
+                        now = self.now()
+            finally:
+                self._reserved -= count - len(made)
         finally:
             self._serve_waiters(now)
             late = await self._kept_all()
@@ -158,8 +171,16 @@ class EmbeddedEngine:
         """Serve up to `count` keys. O(count · log n)."""
         self._require_storage()
         leases: list[Lease] = []
-        while len(leases) < count and (lease := await self._take(owner)) is not None:
-            leases.append(lease)
+        until = self.now() + _SLICE_SECONDS
+        try:
+            while len(leases) < count and (lease := await self._take(owner)) is not None:
+                leases.append(lease)
+                if self.now() > until:
+                    until = await self._pause()
+        except (GeneratorExit, asyncio.CancelledError):  # hung up between two slices
+            for lease in leases:
+                self._take_back(lease)
+            raise
         if not leases:
             await self._refuse()
         await self._kept_leases(leases)
@@ -182,8 +203,12 @@ class EmbeddedEngine:
         """Free keys one by one. O(items · log n)."""
         self._require_storage()
         outcomes = []
+        until = self.now() + _SLICE_SECONDS
         for ref, lease in items:
-            key = self._find(ref, self.now())
+            if (now := self.now()) > until:
+                until = await self._pause()
+                now = self.now()
+            key = self._find(ref, now)
             try:
                 if key is not None:
                     self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
@@ -210,14 +235,17 @@ class EmbeddedEngine:
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
         """Put off expiries one by one. O(items · log n)."""
         self._require_storage()
-        now = self.now()
         known = []
+        until = self.now() + _SLICE_SECONDS
         for ref in refs:
+            if (now := self.now()) > until:
+                until = await self._pause()
+                now = self.now()
             key = self._find(ref, now)
             if key is not None:
                 self.pool.keepalive(key, now)
             known.append(key is not None)
-        self._serve_waiters(now)
+        self._serve_waiters(self.now())
         await self._kept_all()
         return known
 
@@ -234,8 +262,12 @@ class EmbeddedEngine:
         """Purge keys one by one. O(items · log n)."""
         self._require_storage()
         gone: list[Identity | None] = []
+        until = self.now() + _SLICE_SECONDS
         for ref in refs:
-            key = self._find(ref, self.now())
+            if (now := self.now()) > until:
+                until = await self._pause()
+                now = self.now()
+            key = self._find(ref, now)
             if key is not None:
                 self.pool.delete(key)
             gone.append(None if key is None else Identity(key.id, key.hint))
@@ -529,6 +561,16 @@ class EmbeddedEngine:
     def _retry_after(self) -> float | None:
         seconds = self.pool.next_release(self.now())
         return None if seconds is None else _seconds(seconds)
+
+    async def _pause(self) -> float:
+        """Between two slices of a batch, let the loop serve other calls; when the next slice ends.
+
+        A bare yield, on which a task and `http.api_call.CoroutineDriver` both go on later. Raises StorageUnavailable
+        if storage failed meanwhile.
+        """
+        await asyncio.sleep(0)
+        self._require_storage()
+        return self.now() + _SLICE_SECONDS
 
     async def _next_turn(self) -> None:
         """Let the loop do its other work once. A future, so that whoever drives this need not be a task."""
