@@ -51,7 +51,9 @@ def work(urls: Sequence[str], locks: Path, number: int) -> dict[str, int]:
                 asked = True
             try:
                 with rng.choice(pools).lease(owner=f"worker-{number}", wait=5) as key:
-                    _use(locks / hashlib.sha256(str(key).encode()).hexdigest(), counts, rng.uniform(0, 0.02))
+                    _use(
+                        locks / hashlib.sha256(key.secret.encode()).hexdigest(), counts, rng.uniform(0, 0.02)
+                    )
                 if asked:
                     print("used", flush=True)
                     asked = False

@@ -1,5 +1,5 @@
-// The charts, redrawn into the paths that the server drew first (keypool/web/charts.py, which has to change along with
-// this file): once a second, and only what is visible.
+// The charts, drawn once a second and only while in sight. A point is the mean of five samples, aligned to the clock, so
+// that only the last one moves.
 //
 // Pointing at a chart, or the arrow keys while it has the focus, shows the numbers of a moment in its legend.
 
