@@ -35,7 +35,9 @@ class TrustedProxies:
         return any(found in network for network in self._networks)
 
     def caller(self, peer: str, protocol: str, hops: str, scheme: str) -> tuple[str, str]:
-        """Address and protocol of the caller, by the values of the two headers. `peer` must be trusted. O(hops)."""
+        """Address and protocol of the caller, by the values of the two headers. O(hops)."""
+        if peer not in self:
+            return peer, protocol
         address = peer
         for hop in (part.strip() for part in reversed(hops.split(","))):
             if not _is_address(hop):

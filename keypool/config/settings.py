@@ -176,10 +176,13 @@ class Option(NamedTuple):
 
     @property
     def default_text(self) -> str:
-        """The default as a user would write it; `none` if there is no default."""
-        if self.default is None:
-            return "none"
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        """The default as a user would write it."""
+        return self.text(self.default)
+
+    @staticmethod
+    def text(value: object) -> str:
+        """A value as a user would write it, `none` for None."""
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 OPTIONS = tuple(

@@ -156,6 +156,14 @@ class Engine(Protocol):
         """What was measured, by the name of its metric (metrics.py)."""
         ...
 
+    def figures(self) -> Mapping[str, float]:
+        """Figures of the engine's own work for the dashboard, by name: of its commits, or its pipelines. O(1)."""
+        ...
+
+    def measures(self) -> Mapping[str, float | Mapping[str, float]]:
+        """Further metrics by full name, one with a label by the label's values (metrics.py). O(1)."""
+        ...
+
     def oldest_wait(self) -> float:
         """Seconds that the first in this server's queue has waited, 0 if nobody waits. O(1)."""
         ...

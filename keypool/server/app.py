@@ -70,7 +70,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     shared = {"engine": engine, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
     settings = settings or Settings()
     dashboard = Dashboard(engine, access, settings)
-    sources = MetricSources({"loop_stall_seconds": dashboard.stall.tally}, lambda: dashboard.feed.viewers)
+    sources = MetricSources({"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.feed.viewers)
     sources.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
     return KeypoolApplication(
         [

@@ -341,6 +341,10 @@ class ValkeyEngine:
             "pipeline_commands": commands.last,
         }
 
+    def measures(self) -> Mapping[str, float | Mapping[str, float]]:
+        """Empty: the histograms are all. O(1)."""
+        return {}
+
     def drain(self) -> None:
         """Raise Draining in all waiters, and accept none from now on. O(waiters)."""
         self._draining = True
