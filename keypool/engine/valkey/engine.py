@@ -105,7 +105,7 @@ class ValkeyEngine:
         self._pages = Pages(self._partitions)
         self._waiters = Waiters(self._partitions, self._sampler, self._poller, server, rules.max_waiters)
         self._subscriber = ReleaseSubscriber(self._nodes, pool, facts.partitions, self._waiters.key_freed)
-        self._poller.start()
+        self._poller.sweep()
 
     # -- the calls
 

@@ -68,7 +68,7 @@ class Nodes:
         """Called with the address of a node that has failed just now, or with None if the pool is gone."""
         self.on_recovery: Callable[[], None] = lambda: None
         """Called after each round of recovery: calls for some nodes may be served again."""
-        self.verify: Callable[[], Awaitable[None]] | None = None
+        self.verify: Callable[[], Awaitable[object]] | None = None
         """Awaited before a new connection serves: calls `lose_pool` if another pool is there."""
         self.prove: Callable[[Address, Link], Awaitable[None]] | None = None
         """Raises, as commands do, unless the node accepts writes that it refused before."""

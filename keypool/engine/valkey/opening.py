@@ -50,7 +50,7 @@ async def open_valkey(
         presence = Presence(nodes, url.pool, facts.born, shared)
         served = await presence.join(wait_for_dead=rules.restart_grace > 0)
         await Grace(client, rules).start(served)
-        nodes.verify = presence.verify
+        nodes.verify = presence.heartbeat
         engine = ValkeyEngine(client, facts, presence, rules)
     except BaseException as error:
         if presence is not None:
