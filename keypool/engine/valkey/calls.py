@@ -2,7 +2,7 @@
 
     a call that is       meets                                   and is
     sent                 its reply                               done
-    sent                 NOSCRIPT, MOVED, ASK, TRYAGAIN          sent again, after what each asks for
+    sent                 NOSCRIPT, MOVED, ASK, TRYAGAIN          sent again, as each of these requires
     sent                 UNATTENDED: no server looked after the  held until its keys were given time (`attend`)
                          partition for a while
     sent                 READONLY, LOADING, CLUSTERDOWN, OOM …   503; the node has failed until it accepts a write
@@ -142,7 +142,7 @@ class ScriptClient:
         arguments: Sequence[Word] = (),
         on_orphaned_reply: Callable[[Reply], None] | None = None,
     ) -> ScriptCall:
-        """Call a script. O(arguments), beside what the script costs."""
+        """Call a script. O(arguments), plus the cost of the script."""
         count = 3 + len(KEYS) + len(arguments)
         command = b"*%d\r\n%b%b" % (count, self._heads[script][partition], _packed(arguments))
         call = ScriptCall(loop=self.loop)

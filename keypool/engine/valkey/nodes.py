@@ -21,7 +21,7 @@ of other nodes are served throughout.
 `gone` is final: the pool that was opened is not there any more, and no call is served until the server restarts.
 
 Why not redis-py or valkey-glide: see docs/architecture.md; a command through redis-py's cluster client takes several
-times the processor time of one here, and it can't say whether a failed command had left.
+times the processor time of one here, and doesn't report whether a failed command was sent.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Nodes:
         wanted = {self.of_slot[slot] for slot in self.slots or (0,)}
         results = await asyncio.gather(*map(self._fit, wanted), return_exceptions=True)
         if self.verify is not None:
-            # A node that doesn't answer has no say; its own partitions aren't served meanwhile.
+            # A node that doesn't answer is ignored here: its own partitions aren't served meanwhile.
             with contextlib.suppress(*UNREACHABLE):
                 await self.verify()
         self._apply(dict(zip(wanted, results, strict=True)))
@@ -227,7 +227,7 @@ class Nodes:
         return link
 
     async def _find_primary(self) -> Address:
-        """Which of the addresses is the primary. Raises OSError unless exactly one says so: with two of them, servers
+        """Which of the addresses is the primary. Raises OSError unless exactly one is: with two of them, servers
         could use different ones, and each would serve the same keys.
         """
         found = []
@@ -261,7 +261,7 @@ class Nodes:
             raise error
         covered, of_slot = 0, list(self.of_slot)
         for first, last, (host, port, *_), *_ in ranges:
-            # A node that doesn't know its own address gives none: it is the one that was asked.
+            # A node that doesn't know its own address gives none: it is the one that replied.
             primary = (host.decode() if host else address[0], port)
             of_slot[first : last + 1] = [primary] * (last + 1 - first)
             covered += last + 1 - first

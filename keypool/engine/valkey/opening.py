@@ -83,7 +83,7 @@ async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> No
 
 
 async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> PoolFacts:
-    """What `{POOL}:pool` holds, which is written if it is new. Raises StartError if it isn't what was asked for."""
+    """What `{POOL}:pool` holds, which is written if it is new. Raises StartError if it doesn't fit the flags."""
     pool = url.pool
     key = f"{{{pool}}}:pool"
     if not await nodes.execute(key, "EXISTS", key):

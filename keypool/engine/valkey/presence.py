@@ -5,7 +5,7 @@
 
 All of it is one script about the pool as a whole (lua/presence.lua). A heartbeat that finds no pool, or one with
 another moment of creation, makes every call of this server fail from then on: Valkey was emptied or replaced, and a
-pool created beside the one that clients know would give its lease numbers again. A heartbeat also compares Valkey's
+new pool in place of the one that clients know would repeat its lease numbers. A heartbeat also compares Valkey's
 clock, which deadlines go by, with this server's monotonic one.
 """
 
