@@ -10,13 +10,18 @@ ways the test fails if the server logged an error, a traceback, a key or a token
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import signal
+import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
+from app_client import Browser
+from engine_support import quiet
 from support import (
     ADMIN_TOKEN,
     CLIENT_TOKEN,
@@ -28,7 +33,15 @@ from support import (
     Client,
     ServerProcess,
 )
+from tornado.httpclient import AsyncHTTPClient
+from tornado.ioloop import IOLoop
+from tornado.web import Application
 from valkeys import new_pool, shared_cluster, shared_valkey
+
+from keypool.api.auth import Access
+from keypool.config.settings import Settings, load
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS, open_engine
 
 # --------------------------------------------------------------------------------------------- ways to run it
 
@@ -281,3 +294,83 @@ def guarded_server(lend: Start) -> ServerProcess:
     )
     server.secrets.update(TOKENS.values(), [OTHER_CLIENT_TOKEN])
     return server
+
+
+# --------------------------------------------------------------------------------------------- in this process
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have pytest-tornado run each `async def` test on its loop."""
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+            item.add_marker(pytest.mark.gen_test(timeout=60))
+
+
+@pytest.fixture
+def io_loop() -> Iterator[IOLoop]:
+    """The loop of one test, in place of pytest-tornado's, which Tornado warns of; fails on a logged error."""
+    raw = asyncio.new_event_loop()
+    asyncio.set_event_loop(raw)
+    loop = IOLoop(asyncio_loop=raw, make_current=False)
+    with quiet():
+        yield loop
+    asyncio.set_event_loop(None)
+    loop.close(all_fds=True)
+
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Those of `app`: an open server with a pool in memory, or what the test's mark `serves` says."""
+    mark = request.node.get_closest_marker("serves")
+    flags, variables = (mark.args, mark.kwargs) if mark else ((), {})
+    return load(["--data=:memory:", *flags], variables)
+
+
+@pytest.fixture
+def app(io_loop: IOLoop, settings: Settings) -> Iterator[Application]:
+    """The application, made on the loop that it runs on."""
+
+    async def make() -> Application:
+        access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
+        app = make_app(await open_engine(settings), access, settings)
+        await app.settings["dashboard"].counting.wait()
+        return app
+
+    async def stop() -> None:
+        made.settings["dashboard"].drain()
+        made.settings["dispatcher"].wrong_tokens.close()
+        await made.settings["dispatcher"].engine.close()
+        assert not made.settings["in_flight"].count, "a request is still being answered"
+
+    made = io_loop.run_sync(make)
+    yield made
+    io_loop.run_sync(stop)
+
+
+@pytest.fixture(params=list(SERVERS))
+def http_server(
+    request: pytest.FixtureRequest, io_loop: IOLoop, app: Application, _unused_port: tuple[socket.socket, int]
+) -> Iterator[object]:
+    """Each of the two HTTP servers in turn, in place of pytest-tornado's."""
+
+    async def start() -> Any:
+        made: Any = SERVERS[request.param](app, None)
+        made.add_sockets([_unused_port[0]])
+        return made
+
+    made = io_loop.run_sync(start)
+    yield made
+    made.stop()
+    io_loop.run_sync(made.close_all_connections)
+
+
+@pytest.fixture
+def base_url(http_port: int) -> str:
+    """An open server answers to loopback names only, and `localhost` may be IPv6."""
+    return f"http://127.0.0.1:{http_port}"
+
+
+@pytest.fixture
+def pages(http_client: AsyncHTTPClient, base_url: str) -> Browser:
+    """Fetches pages of `app`."""
+    return Browser(http_client, base_url)

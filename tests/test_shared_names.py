@@ -9,7 +9,7 @@ from support import ROOT
 
 from keypool.api.operations import BASE
 from keypool.client import Stats as ClientStats
-from keypool.client.calls import BASE as CLIENT_BASE
+from keypool.client.settings import BASE as CLIENT_BASE
 from keypool.core.answers import Stats
 from keypool.core.counters import COUNTERS, Counters
 

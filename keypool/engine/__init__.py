@@ -12,8 +12,9 @@ as the single calls would, and answer item by item.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
+from keypool.core import errors
 from keypool.core.answers import (
     EndedLease,
     GeneratedKey,
@@ -175,3 +176,36 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Keep what isn't kept yet, and stop. No call may follow."""
         ...
+
+
+class Loading:
+    """Stands where the engine will: every call is told to come again."""
+
+    name = "loading"
+    degraded = None
+    clock_steps = 0
+
+    def ready(self) -> None:
+        """Raise Loading."""
+        raise errors.Loading
+
+    def storage_up(self) -> bool:
+        """Not yet."""
+        return False
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Nothing yet."""
+        return {}
+
+    def drain(self) -> None:
+        """Nobody waits yet."""
+
+    async def close(self) -> None:
+        """Nothing is open yet."""
+
+    def __getattr__(self, call: str) -> Any:
+        return _refuse_loading
+
+
+async def _refuse_loading(*args: Any) -> NoReturn:
+    raise errors.Loading

@@ -18,8 +18,7 @@ from keypool.api.operations import ANYONE, BASE, OPERATIONS, Call, Operation
 from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors
-from keypool.engine import Engine
-from keypool.engine.loading import Loading
+from keypool.engine import Engine, Loading
 from keypool.http.api_call import ApiRouter
 from keypool.http.fast_call import RawApi
 from keypool.http.inflight import InFlight

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from keypool.config.limits import SPARE_FILES, allowed_files
-from keypool.config.settings import PRINT_CONFIG, Settings, effective_settings, load
-from keypool.config.tokens import exposed_files, read_tokens, token_variables
+from keypool.config.settings import OPTIONS, PRINT_CONFIG, Settings, effective_settings, load
+from keypool.config.tokens import ROLES, exposed_files, read_tokens, token_variables
 from keypool.core.errors import SettingsError, StartError
+from keypool.misspelled import CLIENT_VARIABLES, misspelled
 from keypool.ops import logs
 from keypool.server import runtime
 from keypool.server.lifecycle import IGNORED_SIGNALS, Standalone, Worker
@@ -78,7 +79,11 @@ def _require_files() -> None:
 
 
 def _warn(settings: Settings) -> None:
-    """Log what is allowed and hardly meant."""
+    """Warn about what is allowed and yet hardly meant."""
+    known = [option.variable for option in OPTIONS]
+    known += [variable for role in ROLES for variable in token_variables(role)]
+    for line in misspelled(os.environ, [*known, *CLIENT_VARIABLES]):
+        _log.warning("%s", line)
     for line in exposed_files(os.environ):
         _log.warning("%s", line)
     if not (settings.open or settings.admin_tokens):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from keypool.core.errors import StartError
-from keypool.engine.durable import datafile
+from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.datafile import Row
 
 ROWS_AT_ONCE = 2000
@@ -97,12 +97,12 @@ class FileSource:
         if not path.is_file():
             raise StartError(f"there is no data file {path}")
         self._path = path
-        self._lock = datafile.hold(path)
+        self._lock = file_lock.hold(path)
         try:
             self.numbers = datafile.inspect(path)
             self.total = datafile.count(path)
         except BaseException:
-            datafile.release(self._lock)
+            file_lock.release(self._lock)
             raise
 
     async def rows(self) -> AsyncIterator[list[Row]]:
@@ -115,7 +115,7 @@ class FileSource:
 
     async def close(self) -> None:
         """See Source."""
-        datafile.release(self._lock)
+        file_lock.release(self._lock)
 
 
 class FileTarget:
@@ -127,13 +127,13 @@ class FileTarget:
         self._path = path
         self._temporary = path.with_name(f"{path.name}.migrating")
         self._refuse_existing()
-        self._lock = datafile.hold(self._temporary)
+        self._lock = file_lock.hold(self._temporary)
         try:
-            datafile.clear(self._temporary)  # of a move that was killed
+            file_lock.clear(self._temporary)  # of a move that was killed
             self._database = datafile.Filling(self._temporary)
         except BaseException:
-            datafile.remove(self._temporary)
-            datafile.release(self._lock)
+            file_lock.remove(self._temporary)
+            file_lock.release(self._lock)
             raise
 
     def _refuse_existing(self) -> None:
@@ -152,10 +152,10 @@ class FileTarget:
         """See Target."""
         self._database.finish(numbers)
         self._refuse_existing()
-        datafile.rename(self._temporary, self._path)
+        file_lock.rename(self._temporary, self._path)
 
     async def close(self) -> None:
         """See Target."""
         self._database.close()
-        datafile.remove(self._temporary)
-        datafile.release(self._lock)
+        file_lock.remove(self._temporary)
+        file_lock.release(self._lock)

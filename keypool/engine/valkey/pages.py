@@ -19,11 +19,11 @@ from typing import Any
 from keypool.core.answers import Row
 from keypool.core.index import Position, rank_of, shown_of
 from keypool.core.keys import State, hint, moment
-from keypool.core.pool import EXAMINED, PageQuery
+from keypool.core.pool import PAGE_SCAN_LIMIT, PageQuery
 from keypool.engine.valkey.calls import ScriptCall, all_of, seconds_left
 from keypool.engine.valkey.partitions import Partitions
 
-_MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of EXAMINED
+_MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
 _MAX_ROUNDS = 4  # of calls, after which a page is as short as it is
 _TEXT, _ID, _PLACE = 0, 1, 7  # of a row in page.lua's reply
 _ORDERS: dict[str, Callable[[Any], Any]] = {
@@ -52,7 +52,7 @@ class Pages:
 
     def __init__(self, partitions: Partitions) -> None:
         self._partitions = partitions
-        self._examined = max(_MIN_EXAMINED, EXAMINED // partitions.count)
+        self._examined = max(_MIN_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
 
     async def page(self, query: PageQuery) -> tuple[list[Row], Position | None]:
         """Rows, as of now, and the position that the next page goes on from."""
