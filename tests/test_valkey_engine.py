@@ -338,7 +338,7 @@ async def test_every_available_key_has_the_same_chance(place: Place, partitions:
 
 
 @on_loop
-@pytest.mark.parametrize("draws", [2000, pytest.param(8000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("draws", [2000, pytest.param(4000, marks=pytest.mark.thorough)])
 async def test_servers_draw_from_the_same_keys_with_the_same_chance(place: Place, draws: int) -> None:
     """Although one never knows what the other has freed; also with half of the keys held, by changing holders."""
     url = place.url

@@ -50,7 +50,7 @@ class Failure:
 
 
 class Nodes:
-    """See the module. `open` it, then set `slots` and `recover_once`; then there may be calls."""
+    """See the module. `connect`, set `slots`, and `connect` again; then there may be calls."""
 
     def __init__(self, url: ValkeyUrl) -> None:
         self.url = url
@@ -78,11 +78,6 @@ class Nodes:
         self._another_round = False
         self.closed = False
 
-    async def open(self) -> None:
-        """Connect. Raises OSError, ReplyError or ConnectionLost."""
-        await self.recover_once()
-        self._error = None
-
     async def execute(self, key: str, *words: Word) -> Reply:
         """The reply to a command about a key that has a hash tag. Raises OSError, ReplyError or ConnectionLost."""
         link = await self.link_to(self.of_slot[slot_of(key)])
@@ -95,8 +90,7 @@ class Nodes:
 
     def any_node(self) -> Address:
         """A node that is probably up."""
-        up = [address for address, link in self._links.items() if link.up]
-        return random.choice(up or list(self.url.nodes))  # noqa: S311 - no secret
+        return random.choice([*self.serving] or self.url.nodes)  # noqa: S311 - no secret
 
     async def connection(self, address: Address, on_lost: Callable[[Link, str], None]) -> Link:
         """A connection that no calls are sent on. Raises OSError, ReplyError or ConnectionLost."""
@@ -170,8 +164,7 @@ class Nodes:
             while self._another_round and self.gone is None:
                 self._another_round = False
                 try:
-                    await self.recover_once()
-                    self._error = None
+                    await self.connect()
                 except Exception as error:
                     if not isinstance(error, UNREACHABLE):
                         _log.exception("recovery failed")
@@ -183,8 +176,10 @@ class Nodes:
         finally:
             self._recovery = None
 
-    async def recover_once(self) -> None:
-        """One round. When all nodes have been tried, raises what the first that failed raised."""
+    async def connect(self) -> None:
+        """One round of recovery. When all nodes have been tried, raises what the first that failed raised: OSError,
+        ReplyError or ConnectionLost.
+        """
         if self.url.cluster:
             await self._read_slots()
         elif len(self.url.nodes) > 1:
@@ -199,6 +194,7 @@ class Nodes:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        self._error = None
 
     def _apply(self, found: dict[Address, Link | BaseException]) -> None:
         """Let the nodes that are fit serve, and forget those that have no slots any more."""

@@ -42,10 +42,10 @@ async def open_valkey(
     where = ",".join(f"{host}:{port}" for host, port in url.nodes)
     presence = client = None
     try:
-        await _when_loaded(nodes.open, where)
+        await _when_loaded(nodes.connect, where)
         facts = await read_facts(nodes, url, partitions)
         client = ScriptClient(nodes, url.pool, facts.partitions)
-        await _when_loaded(client.open, where)
+        await _when_loaded(nodes.connect, where)
         shared = {name: _as_flag(getattr(rules, name)) for name in SHARED}
         presence = Presence(nodes, url.pool, facts.born, shared)
         served = await presence.join(wait_for_dead=rules.restart_grace > 0)
