@@ -168,7 +168,7 @@ class ValkeyEngine:
         return replies
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
-        """Put off a key's expiry. O(log n)."""
+        """Move a key's expiry. O(log n)."""
         text = ref if isinstance(ref, str) else await self._partitions.text_of(ref)
         call = self._client.call(self._partitions.of(text), "keepalive", (self._life_us, text))
         [id] = await call
@@ -177,7 +177,7 @@ class ValkeyEngine:
         return KeptAlive(id, seconds_left(self._life_us, call.age()))
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
-        """Put off expiries one by one. O(items * log n)."""
+        """Move expiries one by one. O(items * log n)."""
         return [id != 0 for _, id in await self._each("keepalive", refs, (self._life_us,))]
 
     async def delete(self, ref: Ref) -> Identity:
