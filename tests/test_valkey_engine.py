@@ -34,6 +34,7 @@ from keypool.core.answers import Lease
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
 from keypool.core.keys import State
+from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey import poller as valkey_poller
 from keypool.engine.valkey.calls import ScriptCall
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -44,8 +45,9 @@ BLOCK, KEEPALIVE = 60.0, 300.0
 
 
 @pytest.fixture
-def place() -> Place:
-    """See Place."""
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """See Place. On a busy machine a large batch may take longer than the silence that ends a connection."""
+    monkeypatch.setattr(valkey_link, "SILENCE", 30.0)
     return new_place()
 
 
