@@ -26,6 +26,7 @@ from keypool.core.index import BucketListener
 from keypool.core.pool import Listener, Pool
 from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.journal import Commit
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -179,7 +180,8 @@ class Call(Generic[T]):
         else:
             awaited._asyncio_future_blocking = False
             self.waited_for.append(awaited)
-            awaited.add_done_callback(self._step)
+            on_done = awaited.on_done if isinstance(awaited, Commit) else awaited.add_done_callback
+            on_done(self._step)
 
     def hang_up(self) -> None:
         """Close it where it waits, as a connection that closes does."""
@@ -216,14 +218,16 @@ def make_engine(
     *,
     loop: IOLoop | None = None,
     new_text: Callable[[], str] | None = None,
-    held: bool = False,
+    start_timers: bool = True,
     **rules: Any,
 ) -> EmbeddedEngine:
     """An engine with this clock, on held timers if there are some, with texts that are in order."""
     if timers is not None:
         loop = timers.as_loop
     new_text = new_text or serial_texts()
-    return EmbeddedEngine(PoolRules(**rules), held=held, loop=loop, clock=clock, new_text=new_text)
+    return EmbeddedEngine(
+        PoolRules(**rules), start_timers=start_timers, loop=loop, clock=clock, new_text=new_text
+    )
 
 
 def open_held(path: Path) -> int:

@@ -44,6 +44,8 @@ VIEWER_TOKEN: Final = "viewer-token-77a1c5d2"
 ADMIN_TOKEN: Final = "admin-token-0f5be8d36"
 TOKENS: Final = {"client": CLIENT_TOKEN, "viewer": VIEWER_TOKEN, "admin": ADMIN_TOKEN}
 
+JSON: Final = {"Content-Type": "application/json"}
+
 KEY_TEXT: Final = re.compile(r"[A-Za-z0-9]{20}")
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}(Z|\+00:00)")
@@ -427,6 +429,17 @@ class Client:
         """Wait until exactly so many calls wait for a key."""
         eventually(lambda: self.stats()["waiting"] == count, f"{count} waiters in stats")
 
+    def page(self, path: str, cookie: str = "") -> Answer:
+        """A page of the dashboard, as a browser with this cookie asks for it."""
+        return self.get(path, headers={"Accept": "text/html", "Cookie": cookie})
+
+    def sign_in(self, token: str) -> str:
+        """The cookie of a new session."""
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        answer = self.post("/login", body=f"token={token}".encode(), headers=form | {"Accept": "text/html"})
+        assert answer.status == 303, str(answer)
+        return answer.headers["Set-Cookie"].partition(";")[0]
+
     @contextlib.contextmanager
     def expect_moved(self, **deltas: int) -> Iterator[None]:
         """Fails unless what is done inside moves these numbers of stats by so much, and no other."""
@@ -756,11 +769,7 @@ class ServerProcess:
 
     def note(self, answer: Answer) -> None:
         """Remember the keys that an answer shows."""
-        if (
-            b'key"' not in answer.body
-            or answer.status not in (200, 201)
-            or answer.path.startswith("/metrics")
-        ):
+        if b'key"' not in answer.body or answer.headers.get_content_type() != "application/json":
             return
         found: list[Any] = [answer.json]
         while found:

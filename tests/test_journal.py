@@ -31,7 +31,6 @@ from pathlib import Path
 from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any, Final, TypeVar
 
-import msgspec
 import pytest
 from crash import children_of, command_of, kill, lives, writer_of
 from engine_support import Call, Moment, on_loop, open_held, turns, turns_until
@@ -42,11 +41,12 @@ from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, StaleLease, StartError, StorageUnavailable, UnknownKey
 from keypool.core.rules import PoolRules
 from keypool.engine.clock import make_clock
-from keypool.engine.durable import datafile, journal
+from keypool.engine.durable import datafile, file_lock, journal
 from keypool.engine.durable import opening as durable
 from keypool.engine.durable.datafile import Batch, encode
 from keypool.engine.durable.opening import open_durable
-from keypool.engine.durable.writer import HEADER, Kind, Verdict, Writer, frame
+from keypool.engine.durable.wire import Kind, Verdict, decode_verdict, frame, read_frame
+from keypool.engine.durable.writer import Writer
 from keypool.engine.embedded import EmbeddedEngine
 
 T = TypeVar("T")
@@ -180,7 +180,7 @@ async def test_a_large_batch_is_written_down_in_parts_and_committed_whole(
     writers: list[HeldWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn of the loop each; what changes meanwhile is told with the next one, and no number is behind a row."""
-    monkeypatch.setattr(journal, "_PART", 2)
+    monkeypatch.setattr(journal, "_PART_ROWS", 2)
     held = await Held(writers).open()
     made = Call(held.engine.generate(5))
     await turns_until(lambda: held.writer.batches, "the first part")
@@ -601,7 +601,7 @@ def test_a_writer_that_dies_between_two_parts_gets_the_batch_again(
     """From its beginning: the new one knows nothing of the parts before."""
 
     async def test() -> None:
-        monkeypatch.setattr(journal, "_PART", 2)
+        monkeypatch.setattr(journal, "_PART_ROWS", 2)
         held = await Held(writers).open()
         made = Call(held.engine.generate(5))
         await turns_until(lambda: held.writer.batches, "the first part")
@@ -894,9 +894,10 @@ class WriterProcess:
 
     def ask(self, batch: Batch) -> Verdict:
         self.send(frame(Kind.BATCH, encode(batch)))
-        length, kind = HEADER.unpack(self._stream.read(HEADER.size))
-        assert kind == Kind.VERDICT
-        verdict = msgspec.msgpack.decode(self._stream.read(length), type=Verdict)
+        answer = read_frame(self._stream.read)
+        assert answer is not None
+        assert answer[0] == Kind.VERDICT
+        verdict = decode_verdict(answer[1])
         verdict.figures = None  # come once a second
         return verdict
 
@@ -1033,11 +1034,11 @@ async def test_all_of_the_pool_is_restored(tmp_path: Path, monkeypatch: pytest.M
         await engine.delete(made[5].key)
         with pytest.raises(UnknownKey):
             await engine.get(made[5].key)
-        before, numbers = states(engine), durable._numbers(engine)
+        before, numbers = states(engine), engine.numbers()
         timers = engine.timers.armed
     async with opened(path) as engine:
         assert states(engine) == before
-        assert durable._numbers(engine) == numbers
+        assert engine.numbers() == numbers
         assert engine.timers.armed == timers
         engine.pool.check()
         assert (await engine.generate(1))[0].id == 7
@@ -1472,7 +1473,7 @@ def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
     """Nor a device: reading one may never end."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StartError):
-        datafile.hold(tmp_path / "pipe")
+        file_lock.hold(tmp_path / "pipe")
 
 
 def test_a_file_that_others_may_read_is_closed_to_them(whole_file: Path, tmp_path: Path) -> None:
@@ -1859,7 +1860,7 @@ def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         tmp_path.chmod(0o755)
-        os.close(datafile.hold(tmp_path / "a" / "b" / "keypool.db"))
+        os.close(file_lock.hold(tmp_path / "a" / "b" / "keypool.db"))
     finally:
         os.umask(before)
     modes = [
@@ -1974,7 +1975,7 @@ def test_a_killed_server_leaves_no_writer(tmp_path: Path, state: str) -> None:
                 os.kill(writer, SIGSTOP)
             crash(server)
             eventually(lambda: not lives(writer), "a writer that is gone", within=2)
-    datafile_lock = datafile.hold(path)
+    datafile_lock = file_lock.hold(path)
     os.close(datafile_lock)
     assert len(rows_in(path)) >= (state != "idle")
 
@@ -2037,7 +2038,7 @@ LOAD_GATE = """
     import sys, time
     from pathlib import Path
     if any(word.endswith("server.py") for word in sys.orig_argv):
-        from keypool.engine import datafile
+        from keypool.engine.durable import datafile
         gate = Path({gate!r})
         inspect, read_keys = datafile.inspect, datafile.read_keys
         def slow_inspect(path):

@@ -133,7 +133,7 @@ class Session:
 
     async def wait_in_queue(self, count: int = 1) -> None:
         """Until so many wait for a key."""
-        await turns_until(lambda: len(self.engine._waiters) == count, f"{count} wait for a key")
+        await turns_until(lambda: len(self.engine._waiters.queue) == count, f"{count} wait for a key")
 
     async def fresh(self) -> Wire:
         """A connection of its own."""
@@ -255,7 +255,7 @@ async def pool_full(session: Session) -> None:
 
 
 async def too_many_waiters(session: Session) -> None:
-    session.engine._max_waiters = 0
+    session.engine._waiters._max_waiters = 0
     await session.expect(503, "POST", API + "/keys/acquire", {"wait": 5})
 
 

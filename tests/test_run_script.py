@@ -167,6 +167,7 @@ def test_sets_up_once_and_says_so_and_is_quiet_and_quick_the_next_time(checkout:
     assert not checkout.lock.exists()
 
 
+@pytest.mark.thorough
 def test_sets_up_in_earnest(bare: Checkout) -> None:
     pytest.importorskip("ensurepip")
     (bare.bin / "python3").symlink_to(os.path.realpath(sys.executable))
@@ -383,6 +384,7 @@ def test_becomes_the_server_with_its_flags_untouched(checkout: Checkout) -> None
     assert process.wait(20) == 7
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shell", SHELLS)
 def test_any_posix_shell_will_do(checkout: Checkout, shell: str) -> None:
     command = (str(shutil.which(shell)), "./run")

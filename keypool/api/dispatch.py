@@ -35,8 +35,8 @@ from keypool.core.errors import (
     UriTooLong,
 )
 from keypool.engine import Engine
-from keypool.ops.access import access_line, access_log
-from keypool.ops.calls import NO_OPERATION, CallTallies
+from keypool.ops.histogram import NO_OPERATION, CallMetrics
+from keypool.ops.logs import access_line, access_log
 
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = logging.getLogger("keypool.api")
@@ -139,7 +139,7 @@ class Dispatcher:
         self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
         for operation in operations:
             self._add(Route(operation, Reader(operation)))
-        self.calls = CallTallies(
+        self.calls = CallMetrics(
             {operation.name: [error.code for error in operation.errors] for operation in operations}
         )
         self.wrong_tokens = WrongTokens()

@@ -76,6 +76,7 @@ class RawCall(RawHead, ApiCall, RawDelegate):
         RawHead.__init__(self, request.method, request.target, section.lines, address)
         ApiCall.__init__(self, api.dispatcher, api.in_flight)
         self._request = request
+        self.turns = request.turns
         if section.noted_by is not api:
             section.noted_by, section.note = api, api.dispatcher.learn(self.headers)
         self.begin(self, section.note)  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ async def _source(args: argparse.Namespace) -> Source:
     from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
 
     if _is_url(args.source):
-        return await moving_valkey.ValkeySource.open(args.source)
+        return await moving_valkey.ValkeyPool.source(args.source)
     return moving.FileSource(Path(args.source))
 
 
@@ -110,5 +110,5 @@ async def _target(args: argparse.Namespace) -> Target:
     from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
 
     if _is_url(args.target):
-        return await moving_valkey.ValkeyTarget.open(args.target, args.partitions, clear=args.clear)
+        return await moving_valkey.ValkeyPool.target(args.target, args.partitions, clear=args.clear)
     return moving.FileTarget(Path(args.target))

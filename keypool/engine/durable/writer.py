@@ -9,7 +9,7 @@ is at.
 It also looks after what only the disk can say, so that the server's loop never waits for the disk: whether the
 file by that name is still the one that the server holds, how large it is, and how much room is left.
 
-On the socket, each way, a frame is four bytes of length, one that says of what kind it is, and MessagePack.
+wire.py has the format of what goes over the socket.
 Signals are the server's to handle: this process ignores those that a terminal or a service manager sends to
 everybody.
 """
@@ -17,22 +17,20 @@ everybody.
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import signal
 import socket
 import sqlite3
-import struct
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
-
 from keypool.engine.durable import datafile
 from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable.file_lock import log_of
+from keypool.engine.durable.wire import Figures, Kind, Verdict, decode_moment, frame, read_frame
 from keypool.pdeathsig import end_with_parent
 
 _MEASURED_EVERY = 1.0  # seconds
@@ -42,41 +40,6 @@ _GONE = (
     "or restart the server"
 )
 _LOG_GONE = "its log was deleted or replaced; what it held is in the file now"
-
-HEADER = struct.Struct("!IB")
-
-
-class Kind(enum.IntEnum):
-    """What a frame holds."""
-
-    END = 0  # nothing: close the file, and end
-    PROBE = 1  # nothing: can it be written?
-    BATCH = 2  # a Batch: commit it, and the parts before it
-    PART = 3  # a Batch that the next frame goes on with
-    GRACE = 4  # a moment: keys that would expire before it live until then
-    VERDICT = 5  # a Verdict, for each frame but END and PART
-    LOOK = 6  # nothing: is the file still there?
-
-
-def frame(kind: Kind, content: bytes = b"") -> bytes:
-    """A frame as it goes over the socket."""
-    return HEADER.pack(len(content), kind) + content
-
-
-class Figures(msgspec.Struct, array_like=True):
-    """What was measured of the disk, in bytes."""
-
-    data: int
-    log: int
-    free: int
-    """What is left for this user."""
-
-
-class Verdict(msgspec.Struct, array_like=True):
-    """What became of it: done, or why not. Figures come with it once a second at most."""
-
-    error: str | None = None
-    figures: Figures | None = None
 
 
 class Writer:
@@ -89,7 +52,7 @@ class Writer:
     def __init__(self, path: Path, held: int, check_seconds: float = _CHECK_SECONDS) -> None:
         self._path = path
         self._held = held
-        self._log_path = datafile.log_of(path)
+        self._log_path = log_of(path)
         self._name, self._log_name = str(path), str(self._log_path)
         self._check_seconds = check_seconds
         self._file = _identity(held)
@@ -233,11 +196,8 @@ def _identity(file: str | int) -> tuple[int, int] | None:
 def serve(stream: BinaryIO, writer: Writer) -> None:
     """Do what the frames ask for until the socket closes, or a frame asks for a clean end."""
     parts: list[bytes] = []
-    while len(header := stream.read(HEADER.size)) == HEADER.size:
-        length, kind = HEADER.unpack(header)
-        content = stream.read(length)
-        if len(content) < length:
-            return
+    while (received := read_frame(stream.read)) is not None:
+        kind, content = received
         match kind:
             case Kind.END:
                 writer.close()
@@ -249,7 +209,7 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
                 verdict = writer.commit([*parts, content])
                 parts.clear()
             case Kind.GRACE:
-                verdict = writer.grant(msgspec.msgpack.decode(content, type=int))
+                verdict = writer.grant(decode_moment(content))
             case Kind.LOOK:
                 verdict = writer.look()
             case _:
