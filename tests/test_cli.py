@@ -399,6 +399,21 @@ def test_a_reader_that_goes_away_ends_it_quietly(server: ServerProcess, pool: Ke
         assert process.stderr.read() == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize(("redirection", "status"), [(">/dev/full", 1), (">&-", 0), ("<&-", 0)])
+def test_streams_that_are_full_or_closed(
+    server: ServerProcess, pool: KeyPool, redirection: str, status: int
+) -> None:
+    pool.generate()
+    line = f'"{sys.executable}" -m keypool acquire {redirection}'
+    ran = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, env=environment(server), check=False
+    )
+    assert ran.returncode == status
+    assert ran.stderr == ("keypool: the output can't be written: No space left on device\n" if status else "")
+    assert pool.stats().blocked == (0 if status else 1)
+
+
 # -------------------------------------------------------------------------------------------------------- keepalive
 
 
