@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from keypool import client
-from keypool.client import KeyPoolError, Refused
+from keypool.client import errors
+from keypool.client.errors import KeyPoolError, Refused
 
 
 class Status(IntEnum):
@@ -42,12 +42,12 @@ class Status(IntEnum):
 
 
 _ERRORS: dict[Status, tuple[type[KeyPoolError], ...]] = {
-    Status.NO_KEY: (client.NoKeyAvailable,),
-    Status.UNKNOWN_KEY: (client.UnknownKey,),
-    Status.LEASE_OVER: (client.StaleLease, client.LeaseLost),
-    Status.DENIED: (client.Unauthorized, client.Forbidden),
-    Status.UNREACHABLE: (client.Unreachable,),
-    Status.UNCERTAIN: (client.AnswerLost, client.GatewayError, client.StorageUnavailable),
+    Status.NO_KEY: (errors.NoKeyAvailable,),
+    Status.UNKNOWN_KEY: (errors.UnknownKey,),
+    Status.LEASE_OVER: (errors.StaleLease, errors.LeaseLost),
+    Status.DENIED: (errors.Unauthorized, errors.Forbidden),
+    Status.UNREACHABLE: (errors.Unreachable,),
+    Status.UNCERTAIN: (errors.AnswerLost, errors.GatewayError, errors.StorageUnavailable),
 }
 
 _OF_RUN = {
@@ -57,7 +57,7 @@ _OF_RUN = {
     Status.UNCERTAIN: Status.RUN_UNCERTAIN,
 }
 
-TRANSIENT = (client.Unreachable, client.AnswerLost, client.GatewayError, client.Unavailable)
+TRANSIENT = (errors.Unreachable, errors.AnswerLost, errors.GatewayError, errors.Unavailable)
 """Errors that may go away by themselves: commands that run on and on retry after them."""
 
 
