@@ -22,6 +22,7 @@ from keypool.client.errors import (
     KeyPoolError,
     MethodNotAllowed,
     NotFound,
+    PoolClosed,
     Unauthorized,
     UnknownKey,
     WrongHost,
@@ -101,6 +102,8 @@ class Rounds:
             while self.keepalive_seconds is None and self.keys:
                 yield from self._learn(next(iter(self.keys)))
             self._prolong(keys, began)
+        except PoolClosed:
+            raise
         except KeyPoolError as failed:
             error = failed
         self._note(error)
