@@ -141,7 +141,7 @@ def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Step
             if wait_until - now() <= _PROMPT:
                 raise
             # The server has waited as long as it does: ask again. Slowly, if it didn't wait at all.
-            failures, reached, retry_until = 0, True, None
+            failures, times, reached, retry_until = 0, 0, True, None
             pause = 0.0 if now() - sent_at >= wait / 2 else min(1.0, wait_until - now())
         except KeyPoolError as error:
             error.repeated = repeated
