@@ -24,7 +24,9 @@ from tornado.ioloop import IOLoop
 
 from keypool.core.index import BucketListener
 from keypool.core.pool import Listener, Pool
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.journal import Commit
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -75,9 +77,7 @@ def make_pool(
 ) -> Pool:
     """A pool with the contract's deadlines; it serves the first key of its list unless `random` says else."""
     return Pool(
-        block_seconds=block_seconds,
-        keepalive_seconds=keepalive_seconds,
-        max_keys=max_keys,
+        PoolRules(block_seconds, keepalive_seconds, max_keys=max_keys),
         new_text=new_text or serial_texts(),
         random=random,
         on_change=on_change,
@@ -180,7 +180,8 @@ class Call(Generic[T]):
         else:
             awaited._asyncio_future_blocking = False
             self.waited_for.append(awaited)
-            awaited.add_done_callback(self._step)
+            on_done = awaited.on_done if isinstance(awaited, Commit) else awaited.add_done_callback
+            on_done(self._step)
 
     def hang_up(self) -> None:
         """Close it where it waits, as a connection that closes does."""
@@ -212,13 +213,21 @@ async def turns_until(condition: Callable[[], object], what: str, most: int = 10
 
 
 def make_engine(
-    clock: Callable[[], float], timers: HeldTimers | None = None, **settings: Any
+    clock: Callable[[], float],
+    timers: HeldTimers | None = None,
+    *,
+    loop: IOLoop | None = None,
+    new_text: Callable[[], str] | None = None,
+    start_timers: bool = True,
+    **rules: Any,
 ) -> EmbeddedEngine:
     """An engine with this clock, on held timers if there are some, with texts that are in order."""
-    settings.setdefault("new_text", serial_texts())
     if timers is not None:
-        settings["loop"] = timers.as_loop
-    return EmbeddedEngine(clock=clock, **settings)
+        loop = timers.as_loop
+    new_text = new_text or serial_texts()
+    return EmbeddedEngine(
+        PoolRules(**rules), start_timers=start_timers, loop=loop, clock=clock, new_text=new_text
+    )
 
 
 def open_held(path: Path) -> int:

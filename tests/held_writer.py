@@ -16,10 +16,9 @@ import msgspec
 import pytest
 from engine_support import Call, HeldTimers, Moment, make_engine, turns
 
-from keypool.engine.durable import opening as durable
 from keypool.engine.durable.datafile import Batch
-from keypool.engine.durable.journal import Journal
-from keypool.engine.durable.writer import Kind, Verdict
+from keypool.engine.durable.journal import FileJournal
+from keypool.engine.durable.wire import Kind, Verdict
 
 FULL: Final = "database or disk is full"
 
@@ -113,7 +112,7 @@ class Held:
         """Ready for calls."""
         lock = os.open(os.devnull, os.O_RDONLY)
         engine = self.engine
-        journal = Journal(Path("none"), lock, lambda: durable._numbers(engine), engine)
+        journal = FileJournal(Path("none"), lock, engine)
         starting = asyncio.ensure_future(journal.open())
         await turns()
         self.writer.answer()
@@ -124,8 +123,8 @@ class Held:
         return self
 
     @property
-    def journal(self) -> Journal:
-        assert self.engine.journal is not None
+    def journal(self) -> FileJournal:
+        assert isinstance(self.engine.journal, FileJournal)
         return self.engine.journal
 
     @property

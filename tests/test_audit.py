@@ -650,13 +650,13 @@ def test_a_sign_out_is_written_and_holds_after_a_restart(tmp_path: Path) -> None
     """The notes come with the pool from its data file; other sessions of the token go on."""
 
     async def test() -> None:
-        engine = await open_durable(tmp_path / "keypool.db", 0)
+        engine = await open_durable(tmp_path / "keypool.db")
         sessions = Sessions(TOKENS)
         (mine, cookie), (_, other) = sessions.sign_in(ADMIN), sessions.sign_in(ADMIN)
         sessions.end(mine)
         await sessions.share(engine)
         await engine.close()
-        engine = await open_durable(tmp_path / "keypool.db", 0)
+        engine = await open_durable(tmp_path / "keypool.db")
         again = Sessions(TOKENS)
         assert again._read(headers(cookie)["Cookie"]) is not None  # the signature is good
         await again.share(engine)

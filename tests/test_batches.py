@@ -20,10 +20,11 @@ from engine_support import open_held
 
 from keypool.core.errors import StartError
 from keypool.engine.durable import compaction as batches
-from keypool.engine.durable import datafile
+from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.compaction import Batches
 from keypool.engine.durable.datafile import Batch, Row, encode
-from keypool.engine.durable.writer import Verdict, Writer
+from keypool.engine.durable.wire import Verdict
+from keypool.engine.durable.writer import Writer
 
 
 class Model:
@@ -134,7 +135,7 @@ def test_a_power_cut_loses_nothing_that_was_committed(path: Path, seed: int) -> 
             writing.fold()
             content = log.read_bytes()
             torn += len(content) > committed
-            datafile.remove(cut)
+            file_lock.remove(cut)
             shutil.copy(path, cut)
             cut.with_name(f"{cut.name}-wal").write_bytes(content[: draw.randint(committed, len(content))])
             model.expect(cut)

@@ -47,7 +47,7 @@ from keypool.core.errors import (
     UnknownKey,
 )
 from keypool.core.keys import Key, State, hint
-from keypool.core.pool import SETTLED_AT_ONCE
+from keypool.core.pool import MAX_DUE_PER_CALL
 from keypool.engine import Engine
 from keypool.engine.embedded import RECENT_EVENTS, EmbeddedEngine
 
@@ -492,7 +492,7 @@ async def test_a_newcomer_that_waits_queues_behind_who_waits() -> None:
 @on_loop
 async def test_a_newcomer_never_overtakes_who_waits_not_even_through_a_crowd_of_expired_keys() -> None:
     """Many blocks and keys ran out, and one key lives: it is the waiter's."""
-    last = 4 * SETTLED_AT_ONCE
+    last = 4 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=50.0, keepalive_seconds=20.0)
     held.pool._random = lambda: 0.0
     (living,) = [key for key in held.pool._by_id.walk(None) if key.lease == last]
@@ -567,7 +567,7 @@ async def test_a_waiter_whose_time_is_up_gets_a_key_whose_block_ran_out_before()
 @on_loop
 async def test_a_waiter_whose_time_is_up_gets_a_key_that_a_crowd_stands_before() -> None:
     """All blocks ran out with late timers, and all keys but one have expired: that one is available."""
-    last = 4 * SETTLED_AT_ONCE
+    last = 4 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=50.0, keepalive_seconds=20.0)
     held.pool._random = lambda: 0.0
     (living,) = [key for key in held.pool._by_id.walk(None) if key.lease == last]
@@ -584,18 +584,18 @@ async def test_a_waiter_whose_time_is_up_gets_a_key_that_a_crowd_stands_before()
 @on_loop
 async def test_a_generate_that_hangs_up_strands_nobody_who_waits() -> None:
     """It was making room turn by turn, and has found a block overdue on its way."""
-    held, _ = await held_with("ann", max_keys=1 + 2 * SETTLED_AT_ONCE)
+    held, _ = await held_with("ann", max_keys=1 + 2 * MAX_DUE_PER_CALL)
     bob = held.wait("bob", 400)
     await now(held.engine.generate(1))  # bob's, and by that he is served
     await turns()
     assert bob.over
-    await now(held.engine.generate(2 * SETTLED_AT_ONCE - 1))
-    leases = await now(held.engine.acquire_many("ann", 2 * SETTLED_AT_ONCE - 1))
+    await now(held.engine.generate(2 * MAX_DUE_PER_CALL - 1))
+    leases = await now(held.engine.acquire_many("ann", 2 * MAX_DUE_PER_CALL - 1))
     held.clock.on(30)
     await now(held.engine.keepalive(leases[-1].id))
     carol = held.wait("carol", 400)
     held.clock.to(START + KEEPALIVE + 1)
-    call = Call(held.engine.generate(2 * SETTLED_AT_ONCE))
+    call = Call(held.engine.generate(2 * MAX_DUE_PER_CALL))
     assert not call.over, "the crowd was dealt with in one turn"
     call.hang_up()
     await turns(50)
@@ -800,7 +800,7 @@ async def expect_short_turns(held: Held, call: Call[Any]) -> int:
         await asyncio.sleep(0)
         count += 1
         done, total = total - held.pool.total, held.pool.total
-        assert done <= 3 * SETTLED_AT_ONCE, f"{done} keys were purged in one turn of the loop"
+        assert done <= 3 * MAX_DUE_PER_CALL, f"{done} keys were purged in one turn of the loop"
         assert count < MANY, "the call does not come to an end"
     return count
 
@@ -810,7 +810,7 @@ async def test_acquire_in_a_crowd_of_expired_keys_finds_none_in_short_turns() ->
     """It purges them all, a few a turn, and answers 404, since nothing is held."""
     held = await crowd()
     call = Call(held.engine.acquire("ann", 0))
-    assert await expect_short_turns(held, call) >= MANY // (3 * SETTLED_AT_ONCE)
+    assert await expect_short_turns(held, call) >= MANY // (3 * MAX_DUE_PER_CALL)
     with pytest.raises(NoKeyAvailable) as refusal:
         _ = call.answer
     assert refusal.value.retry_after is None
@@ -871,7 +871,7 @@ async def test_a_page_in_a_crowd_of_expired_keys_shows_none_of_them() -> None:
         if page.next is None:
             break
         query = ListQuery(after=page.next)
-    assert pages <= MANY // pool_module.EXAMINED + 1
+    assert pages <= MANY // pool_module.PAGE_SCAN_LIMIT + 1
 
 
 @on_loop
@@ -893,7 +893,7 @@ async def expect_short_turns_until_waiting(held: Held) -> None:
 @on_loop
 async def test_serving_waiters_turn_by_turn_goes_by_the_time_of_each_turn() -> None:
     """A crowd makes it go on later; a key that expires meanwhile is nobody's."""
-    last = 3 * SETTLED_AT_ONCE
+    last = 3 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=30.0, keepalive_seconds=20.0)
     held.pool._random = lambda: 0.5  # meets the one that lives last
     (living,) = [key for key in held.pool._by_id.walk(None) if key.lease == last]
@@ -1150,7 +1150,7 @@ async def test_a_list_of_available_keys_shows_none_that_is_blocked() -> None:
 @on_loop
 async def test_head_of_the_first_version_tells_the_truth_of_a_pool_of_held_keys() -> None:
     """404, however many are held: a page that examined none available in its part says nothing of the rest."""
-    count = pool_module.EXAMINED + 1
+    count = pool_module.PAGE_SCAN_LIMIT + 1
     held = Held()
     await now(held.engine.generate(count))
     await now(held.engine.acquire_many("ann", count))
@@ -1214,7 +1214,7 @@ async def test_the_latest_events_are_kept_and_hold_no_more_than_happened() -> No
 @on_loop
 async def test_restored_keys_have_their_timers() -> None:
     """From `start` on: for each deadline, with what was left of it, and none if they are gone again."""
-    held = Held(held=True)
+    held = Held(start_timers=False)
     keys = [Key(id, f"{id:020}", START - 50, START + 250) for id in (1, 2, 3)]
     keys[1].release_deadline, keys[1].lease, keys[1].owner = START + 10, 7, "ann"
     held.pool.last_id, held.pool.last_lease = 3, 7

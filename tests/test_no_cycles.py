@@ -133,7 +133,7 @@ class Session:
 
     async def wait_in_queue(self, count: int = 1) -> None:
         """Until so many wait for a key."""
-        await turns_until(lambda: len(self.engine._waiters) == count, f"{count} wait for a key")
+        await turns_until(lambda: len(self.engine._waiters.queue) == count, f"{count} wait for a key")
 
     async def fresh(self) -> Wire:
         """A connection of its own."""
@@ -255,7 +255,7 @@ async def pool_full(session: Session) -> None:
 
 
 async def too_many_waiters(session: Session) -> None:
-    session.engine._max_waiters = 0
+    session.engine._waiters._max_waiters = 0
     await session.expect(503, "POST", API + "/keys/acquire", {"wait": 5})
 
 
@@ -601,7 +601,7 @@ def test_a_durable_request_leaves_nothing_to_the_collector(kind: Kind, tmp_path:
     times = TIMES // 2
 
     async def main() -> Left:
-        engine = await open_durable(tmp_path / "keys.db", 0)
+        engine = await open_durable(tmp_path / "keys.db")
         return await left_by(kind, engine, times)
 
     expect_nothing_of(run_on("uvloop", main), times)

@@ -25,9 +25,11 @@ from keypool.core.pool import Pool
 from keypool.engine import embedded
 from keypool.engine.durable import datafile, journal
 from keypool.engine.durable.datafile import Batch, encode
-from keypool.engine.durable.journal import State
+from keypool.engine.durable.file_lock import log_of
+from keypool.engine.durable.journal import FileJournal, Storage
 from keypool.engine.durable.opening import open_durable
-from keypool.engine.durable.writer import Verdict, Writer
+from keypool.engine.durable.wire import Verdict
+from keypool.engine.durable.writer import Writer
 
 
 @pytest.fixture
@@ -49,13 +51,13 @@ def pass_time(held: Held, seconds: float) -> None:
     held.timers.fire()
 
 
-async def until(held: Held, state: State) -> None:
+async def until(held: Held, state: Storage) -> None:
     """Wait for the watch to come to this."""
     for _ in range(20_000):
-        if held.journal._state is state:
+        if held.journal._storage is state:
             return
         await asyncio.sleep(0.001)
-    raise AssertionError(f"storage never was {state}, but {held.journal._state}")
+    raise AssertionError(f"storage never was {state}, but {held.journal._storage}")
 
 
 async def fail(held: Held, text: str) -> None:
@@ -204,17 +206,17 @@ async def test_a_grace_for_many_keys_stalls_nobody() -> None:
     pool = make_pool()
     for number in range(30_000):
         pool.generate(now + number / 1000)
-    pool.hold(now + 100)
+    pool.suspend_expiry(now + 100)
     slices = []
     more = True
     while more:
         began = time.thread_time()
-        more = pool.grant(now + 2000, embedded._GRANTED_AT_ONCE)
+        more = pool.grant_grace(now + 2000, embedded._GRACES_PER_TURN)
         slices.append(time.thread_time() - began)
-    assert len(slices) == 30_000 // embedded._GRANTED_AT_ONCE + 1
+    assert len(slices) == 30_000 // embedded._GRACES_PER_TURN + 1
     assert sorted(slices)[len(slices) // 2] < 0.02, "a slice is more than a turn of the loop"
     assert set(expiries(pool).values()) == {now + 2000}
-    pool.let_go()
+    pool.resume_expiry()
     pool.check()
 
 
@@ -235,7 +237,7 @@ def test_a_commit_that_takes_too_long_is_an_outage(
         await turns()
         calls.append(Call(held.engine.acquire(None, 0)))
         read = Call(held.engine.get(one))
-        await until(held, State.DOWN)
+        await until(held, Storage.DOWN)
         for call in (*calls, read):
             with pytest.raises(StorageUnavailable, match="a commit has taken over"):
                 _ = call.answer
@@ -243,15 +245,17 @@ def test_a_commit_that_takes_too_long_is_an_outage(
             held.engine.ready()
         with pytest.raises(StorageUnavailable):
             _ = Call(held.engine.keepalive(one)).answer
-        assert held.journal.commit_age() >= 0.2
-        assert held.journal.failing_seconds() > 0
+        measures: dict[str, Any] = {**held.journal.measures()}
+        assert measures["keypool_commit_age_seconds"] >= 0.2
+        assert measures["keypool_storage_failing_seconds"] > 0
         assert len(logged(caplog, logging.ERROR)) == 1
         pass_time(held, 500)
         batches = await recover(held)
         assert len(held.writer.batches) > 1
         assert [row[0] for row in batches[0].rows] == [1], "the batch was sent twice"
         held.engine.ready()
-        assert held.journal.commit_age() == held.journal.failing_seconds() == 0
+        measures = {**held.journal.measures()}
+        assert measures["keypool_commit_age_seconds"] == measures["keypool_storage_failing_seconds"] == 0
         assert expiries(held.engine.pool) == dict.fromkeys((1, 2), held.clock() + 150)
         assert two
 
@@ -270,7 +274,7 @@ def test_expiries_wait_for_a_slow_commit(
         held.clock.on(290)
         slow = Call(held.engine.keepalive(two))
         await turns()
-        await until(held, State.SLOW)
+        await until(held, Storage.SLOW)
         pass_time(held, 20)
         assert Call(held.engine.stats()).answer.total == 2
         held.engine.ready()
@@ -324,7 +328,7 @@ def test_a_large_batch_waits_for_the_writer(
     """No more than a part of it is in memory twice: the next one is written down when the one before has left."""
 
     async def test() -> None:
-        monkeypatch.setattr(journal, "_PART", 2)
+        monkeypatch.setattr(journal, "_PART_ROWS", 2)
         held = await Held(writers).open()
         held.writer.full = True
         Call(held.engine.generate(5))
@@ -349,8 +353,8 @@ async def test_an_idle_writer_says_that_the_file_is_gone(
     monkeypatch.setattr(journal, "_IDLE", 0.05)
     monkeypatch.setattr(journal, "_WATCH", 0.02)
     path = tmp_path / "keypool.db"
-    engine = await open_durable(path, 0.0)
-    assert engine.journal is not None
+    engine = await open_durable(path)
+    assert isinstance(engine.journal, FileJournal)
     counted = engine.journal.commit_seconds.count
     await engine.generate(1)
     logging.getLogger("keypool.journal").setLevel(logging.CRITICAL)
@@ -381,13 +385,13 @@ async def test_an_idle_writer_says_that_the_file_is_gone(
 def test_a_log_that_was_deleted_is_noticed_and_nothing_is_lost(tmp_path: Path) -> None:
     """What it held goes into the file; the next batch has a new log."""
     path = tmp_path / "keypool.db"
-    writer = Writer(path, open_held(path))
+    writer = Writer(path, open_held(path), check_seconds=0)
     assert writer.commit([encode(Batch([], [], {"last_id": 3}))]) == Verdict()
-    datafile.log_of(path).unlink()
+    log_of(path).unlink()
     assert "its log was deleted" in str(writer.commit([encode(Batch([], [], {"last_id": 4}))]).error)
     assert datafile.inspect(path) == {"last_id": 3}
     assert writer.commit([encode(Batch([], [], {"last_id": 5}))]) == Verdict()
-    assert datafile.log_of(path).exists()
+    assert log_of(path).exists()
     writer.close()
     assert datafile.inspect(path) == {"last_id": 5}
 
@@ -396,7 +400,7 @@ def test_a_log_that_was_deleted_is_noticed_and_nothing_is_lost(tmp_path: Path) -
 def test_no_commit_goes_to_a_file_without_its_name(tmp_path: Path, how: str) -> None:
     """Nor is another file made or touched in its place."""
     path = tmp_path / "keypool.db"
-    writer = Writer(path, open_held(path))
+    writer = Writer(path, open_held(path), check_seconds=0)
     assert writer.commit([encode(Batch([], [], {"last_id": 3}))]) == Verdict()
     away, other = tmp_path / "away", tmp_path / "other"
     path.rename(away)
@@ -454,7 +458,7 @@ def test_a_live_file_copied_without_its_log_is_refused(tmp_path: Path) -> None:
     crashed = copy(path, tmp_path / "crashed", "-wal")
     with contextlib.closing(sqlite3.connect(crashed)) as shell:  # an operator looks, which brings the log in
         assert shell.execute("SELECT count(*) FROM batches").fetchone()[0] > 0
-    assert not datafile.log_of(crashed).exists()
+    assert not log_of(crashed).exists()
     assert datafile.inspect(crashed)["last_id"] == 400
     writer.close()
     assert datafile.inspect(path)["last_id"] == 400
@@ -481,6 +485,6 @@ def test_a_writer_that_does_not_start_is_one_line(
         monkeypatch.setattr("keypool.engine.durable.journal.WriterLink.start", start)
         path = tmp_path / "keypool.db"
         with pytest.raises(StartError, match=f"{path}.*(Too many open files|writer process died)"):
-            await open_durable(path, 0.0)
+            await open_durable(path)
 
     run(test)

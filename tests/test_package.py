@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from support import ROOT
 
 from keypool import __version__
-from keypool.web import resources
+from keypool.web import assets
 
 pytest.importorskip("setuptools")
 
@@ -113,6 +113,7 @@ def _keypool(fresh: Path, cwd: Path, word: str, *, check: bool) -> subprocess.Co
     )
 
 
+@pytest.mark.thorough
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
@@ -130,13 +131,14 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert lua
     assert lua <= names
     assert {"keypool/_web/templates/probe/page.html", "keypool/_web/static/probe/style.css"} <= names
-    for folder in resources.FOLDERS:
+    for folder in assets.FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file():
                 assert f"keypool/_web/{path.relative_to(ROOT).as_posix()}" in names
     assert all(name.startswith(("keypool/", "keypool_service-")) for name in names), names
 
 
+@pytest.mark.thorough
 def test_its_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [described] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
@@ -192,6 +194,7 @@ def test_the_lock_holds_what_the_requirements_ask_for() -> None:
     assert reached | elsewhere == set(locked), "requirements.lock has packages that nothing asks for"
 
 
+@pytest.mark.thorough
 def test_client_and_command_need_only_their_own_dependencies(fresh: Path, tmp_path: Path) -> None:
     code = "import keypool.client; print(keypool.client.KeyPool())"
     ran = subprocess.run([fresh / "python", "-W", "error", "-c", code], capture_output=True, text=True,
@@ -208,6 +211,7 @@ def test_client_and_command_need_only_their_own_dependencies(fresh: Path, tmp_pa
     assert "tornado" in events.stderr
 
 
+@pytest.mark.thorough
 def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
     """The dependencies are this environment's, made visible by path: nothing is downloaded for the test."""
     site = next(fresh.parent.glob("lib/python*/site-packages"))
@@ -235,7 +239,7 @@ def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
         if process.stderr is not None:
             process.stderr.close()
         link.unlink()
-    code = "from keypool.web import resources; print(resources.folder('templates')); print(resources.folder('static'))"
+    code = "from keypool.web import assets; print(assets.folder('templates')); print(assets.folder('static'))"
     ran = subprocess.run(
         [fresh / "python", "-c", code],
         capture_output=True,
@@ -252,12 +256,10 @@ def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
 def test_resources_of_a_checkout_come_first(tmp_path: Path) -> None:
     package = tmp_path / "keypool"
     packed, top = package / "_web" / "static", tmp_path / "static"
-    assert resources.folder("static", package) == packed
+    assert assets.folder("static", package) == packed
     top.mkdir()
-    assert (
-        resources.folder("static", package) == packed
-    )  # some folder of that name beside an installed package
+    assert assets.folder("static", package) == packed  # some folder of that name beside an installed package
     (tmp_path / "server.py").write_text("")
-    assert resources.folder("static", package) == top
+    assert assets.folder("static", package) == top
     with pytest.raises(ValueError, match="templates"):
-        resources.folder("secrets")
+        assets.folder("secrets")

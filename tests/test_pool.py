@@ -25,11 +25,11 @@ from keypool.core.cursor import ListQuery, decode, encode, page_query
 from keypool.core.errors import BadRequest, PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change, tell
 from keypool.core.keys import ALPHABET, DEAD, Key, State, hint, random_text
-from keypool.core.pool import EXAMINED, SETTLED_AT_ONCE, KeyPage, PageQuery, Pool, state_of
+from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, KeyPage, PageQuery, Pool, state_of
 
 NOW = START
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-CROWD = 3 * SETTLED_AT_ONCE + 7
+CROWD = 3 * MAX_DUE_PER_CALL + 7
 
 
 def before(moment: float) -> float:
@@ -134,7 +134,7 @@ def test_a_key_stands_among_the_available_once_only() -> None:
     served(pool, NOW)
     for _ in range(3):
         pool.unblock(key, None)
-        pool.settle(NOW + BLOCK)
+        pool.process_due(NOW + BLOCK)
         pool.find(key.text, NOW + BLOCK)
     assert pool.available == 1
     assert pool.acquire(NOW, None) is key
@@ -215,7 +215,7 @@ def test_nothing_revives_an_expired_key(late: float) -> None:
     now = key.expires_deadline + late
     with pytest.raises(UnknownKey):
         pool.find(text, now)
-    pool.settle(now)
+    pool.process_due(now)
     assert pool.acquire(now, None) is None
     assert pool.page(PageQuery(), now).keys == []
     assert key.expires_deadline == DEAD
@@ -249,12 +249,12 @@ def test_settling_releases_at_the_deadline_and_not_before() -> None:
     pool, (key,) = pool_of(1)
     deadline = served(pool, NOW).release_deadline
     assert deadline is not None
-    pool.settle(math.nextafter(deadline, -math.inf))
+    pool.process_due(math.nextafter(deadline, -math.inf))
     assert (key.release_deadline, pool.counters.released) == (deadline, 0)
-    pool.settle(deadline)
+    pool.process_due(deadline)
     assert key.release_deadline is None
     assert (pool.available, pool.counters.released, pool.counters.unblocked) == (1, 1, 0)
-    pool.settle(deadline)
+    pool.process_due(deadline)
     assert (pool.available, pool.counters.released) == (1, 1)
 
 
@@ -262,11 +262,11 @@ def test_settling_purges_at_the_deadline_and_not_before() -> None:
     """Likewise."""
     pool, (key,) = pool_of(1)
     deadline = key.expires_deadline
-    pool.settle(math.nextafter(deadline, -math.inf))
+    pool.process_due(math.nextafter(deadline, -math.inf))
     assert (pool.total, pool.counters.expired) == (1, 0)
-    pool.settle(deadline)
+    pool.process_due(deadline)
     assert (pool.total, pool.counters.expired) == (0, 1)
-    pool.settle(deadline)
+    pool.process_due(deadline)
     assert (pool.total, pool.counters.expired) == (0, 1)
 
 
@@ -276,7 +276,7 @@ def test_the_deadline_of_a_former_lease_frees_nothing() -> None:
     former = served(pool, NOW, "ann").lease
     pool.unblock(key, former)
     served(pool, NOW + 1, "bob")
-    pool.settle(NOW + BLOCK)
+    pool.process_due(NOW + BLOCK)
     assert (key.owner, key.release_deadline) == ("bob", NOW + 1 + BLOCK)
     assert pool.counters.released == 0
 
@@ -286,7 +286,7 @@ def test_a_former_expiry_deadline_purges_nothing() -> None:
     pool, (key,) = pool_of(1)
     former = key.expires_deadline
     pool.keepalive(key, NOW + 1)
-    pool.settle(former)
+    pool.process_due(former)
     assert pool.find(key.text, former) is key
     assert pool.counters.expired == 0
 
@@ -297,8 +297,8 @@ def test_the_deadlines_of_a_purged_key_do_nothing() -> None:
     pool, (key,) = pool_of(1, on_change=lambda change, key, owner: told.append(change))
     served(pool, NOW)
     pool.delete(key)
-    pool.settle(NOW + BLOCK)
-    pool.settle(NOW + KEEPALIVE)
+    pool.process_due(NOW + BLOCK)
+    pool.process_due(NOW + KEEPALIVE)
     assert told == [Change.GENERATED, Change.ACQUIRED, Change.DELETED]
 
 
@@ -336,15 +336,15 @@ def test_an_expired_key_takes_no_room() -> None:
 
 
 def test_a_crowd_of_expired_keys_makes_room_a_bounded_number_at_a_time() -> None:
-    """`SETTLED_AT_ONCE` a call: whoever asks again while some are overdue gets on."""
+    """`MAX_DUE_PER_CALL` a call: whoever asks again while some are overdue gets on."""
     pool, _ = pool_of(CROWD, max_keys=CROWD)
     now = NOW + KEEPALIVE
-    pool.require_room(SETTLED_AT_ONCE, now)
-    assert pool.total == CROWD - SETTLED_AT_ONCE
+    pool.require_room(MAX_DUE_PER_CALL, now)
+    assert pool.total == CROWD - MAX_DUE_PER_CALL
     with pytest.raises(PoolFull):
-        pool.require_room(3 * SETTLED_AT_ONCE, now)
+        pool.require_room(3 * MAX_DUE_PER_CALL, now)
     while pool.overdue(now):
-        pool.settle(now)
+        pool.process_due(now)
     pool.require_room(CROWD, now)
     pool.check()
 
@@ -363,15 +363,15 @@ def test_a_crowd_of_expired_keys_never_hides_an_available_one() -> None:
     while key is None and pool.may_have_more(now):
         key, asked = pool.acquire(now, None), asked + 1
     assert key is alive, f"asked {asked} times and got {key!r}"
-    assert asked <= CROWD // SETTLED_AT_ONCE + 1
+    assert asked <= CROWD // MAX_DUE_PER_CALL + 1
     pool.check()
 
 
 def test_a_crowd_of_held_keys_that_expired_never_hides_one_whose_block_ran_out() -> None:
     """Both deadlines of the many have passed, and only the release of the one."""
-    pool, _ = pool_of(SETTLED_AT_ONCE + 1, block_seconds=10.0, keepalive_seconds=20.0)
+    pool, _ = pool_of(MAX_DUE_PER_CALL + 1, block_seconds=10.0, keepalive_seconds=20.0)
     now = NOW + 15
-    for _ in range(SETTLED_AT_ONCE + 1):
+    for _ in range(MAX_DUE_PER_CALL + 1):
         last = served(pool, now)
     pool.keepalive(last, now)
     now = NOW + 25  # the releases of all have passed, and the expiries of all but one
@@ -382,13 +382,13 @@ def test_a_crowd_of_held_keys_that_expired_never_hides_one_whose_block_ran_out()
 
 
 def test_a_crowd_is_dealt_with_a_bounded_number_at_a_time() -> None:
-    """No call does more of what time has brought than `SETTLED_AT_ONCE` of each kind."""
+    """No call does more of what time has brought than `MAX_DUE_PER_CALL` of each kind."""
     told: list[Change] = []
     pool, _ = pool_of(4 * CROWD, on_change=lambda change, key, owner: told.append(change))
     for _ in range(2 * CROWD):
         served(pool, NOW)
     calls: list[Callable[[float], object]] = [
-        pool.settle,
+        pool.process_due,
         lambda now: pool.acquire(now, None),
         lambda now: pool.page(PageQuery(limit=500), now),
         lambda now: pool.require_room(1, now),
@@ -400,13 +400,15 @@ def test_a_crowd_is_dealt_with_a_bounded_number_at_a_time() -> None:
             call(now)
             counts = Counter(told)
             shown = 500 if number == 2 else 0  # a page brings what it shows up to date
-            assert counts[Change.EXPIRED] <= 2 * SETTLED_AT_ONCE, f"call {number} at {now}: {counts}"
-            assert counts[Change.RELEASED] <= 2 * SETTLED_AT_ONCE + shown, f"call {number} at {now}: {counts}"
+            assert counts[Change.EXPIRED] <= 2 * MAX_DUE_PER_CALL, f"call {number} at {now}: {counts}"
+            assert counts[Change.RELEASED] <= 2 * MAX_DUE_PER_CALL + shown, (
+                f"call {number} at {now}: {counts}"
+            )
 
 
 def test_a_page_among_a_crowd_of_expired_keys_shows_none_of_them_and_goes_on() -> None:
     """It examines a bounded number, so it may be empty and still have a next."""
-    count = 2 * EXAMINED + SETTLED_AT_ONCE
+    count = 2 * PAGE_SCAN_LIMIT + MAX_DUE_PER_CALL
     pool, made = pool_of(count)
     pool.keepalive(made[-1], NOW + 1)
     now = NOW + KEEPALIVE
@@ -419,7 +421,7 @@ def test_a_page_among_a_crowd_of_expired_keys_shows_none_of_them_and_goes_on() -
             break
         query.after = page.next
     assert shown == [made[-1]]
-    assert 2 <= pages <= 3, f"{count} keys in {pages} pages of {EXAMINED} examined"
+    assert 2 <= pages <= 3, f"{count} keys in {pages} pages of {PAGE_SCAN_LIMIT} examined"
 
 
 @pytest.mark.parametrize("order", ["id", "release"])
@@ -492,13 +494,13 @@ def test_the_hint_of_the_earliest_release_is_the_earliest_of_restored_keys() -> 
     assert pool.next_release(QUANTUM_START) == pytest.approx(0.002, abs=1e-6)
 
 
-def test_a_restored_crowd_past_its_deadlines_settles_to_what_is_true() -> None:
+def test_a_restored_crowd_past_its_deadlines_process_dues_to_what_is_true() -> None:
     """As a start after a long stop does."""
     rows = [(NOW + number % 3, NOW + number % 2 if number % 5 else None) for number in range(CROWD)]
     pool, made = restored(*rows)
     now = NOW + 1
     while pool.overdue(now) or pool.next_release(now) == 0:
-        pool.settle(now)
+        pool.process_due(now)
     pool.check()
     assert {key.id for key in pool.page(PageQuery(limit=500), now).keys} == {
         key.id for key, (expires, _) in zip(made, rows, strict=True) if expires > now

@@ -35,7 +35,7 @@ from keypool.core.keys import DEAD, Key, State
 from keypool.core.pool import PageQuery, state_of
 
 MAX_KEYS = 10
-EXAMINED = 4
+PAGE_SCAN_LIMIT = 4
 PREFIXES = ("AAAA", "AAAB", "AABA", "zzzz")
 BY_TIME = (Change.RELEASED, Change.EXPIRED)
 
@@ -77,13 +77,13 @@ class Walk:
 class PoolMachine(RuleBasedStateMachine):
     """See the module."""
 
-    settled_at_once: ClassVar[int] = pool_module.SETTLED_AT_ONCE
+    settled_at_once: ClassVar[int] = pool_module.MAX_DUE_PER_CALL
 
     def __init__(self) -> None:
         super().__init__()
         self._patches = pytest.MonkeyPatch()
-        self._patches.setattr(pool_module, "SETTLED_AT_ONCE", self.settled_at_once)
-        self._patches.setattr(pool_module, "EXAMINED", EXAMINED)
+        self._patches.setattr(pool_module, "MAX_DUE_PER_CALL", self.settled_at_once)
+        self._patches.setattr(pool_module, "PAGE_SCAN_LIMIT", PAGE_SCAN_LIMIT)
         self.now = START
         self.chance = 0.0
         self.prefix = PREFIXES[0]
@@ -187,7 +187,7 @@ class PoolMachine(RuleBasedStateMachine):
         """What the engine does before it believes that the pool is full."""
         while self.pool.overdue(self.now):
             before = self.pool.total
-            self.pool.settle(self.now)
+            self.pool.process_due(self.now)
             assert self.pool.total < before, "settling does not get on"
 
     # -- the calls
@@ -358,7 +358,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """Does what is overdue, a bounded number of it."""
-        self.pool.settle(self.now)
+        self.pool.process_due(self.now)
         released, expired = self.heard.count(Change.RELEASED), self.heard.count(Change.EXPIRED)
         assert released <= self.settled_at_once, f"{released} released at once"
         assert expired <= self.settled_at_once, f"{expired} purged at once"

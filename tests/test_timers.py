@@ -31,7 +31,8 @@ from keypool.core import index
 from keypool.core.events import Change
 from keypool.core.index import DeadlineIndex
 from keypool.core.keys import Key
-from keypool.core.pool import SETTLED_AT_ONCE, Pool
+from keypool.core.pool import MAX_DUE_PER_CALL, Pool
+from keypool.core.rules import PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.timers import MARGIN, Timers
 
@@ -75,7 +76,7 @@ class Rig:
 
     def _settle(self) -> bool:
         now = self.now()
-        due = self.index.due(now, SETTLED_AT_ONCE)
+        due = self.index.due(now, MAX_DUE_PER_CALL)
         for key in due:
             self.settled.append((key, now))
             self.discard(key)
@@ -205,7 +206,7 @@ def test_nothing_fires_before_the_start() -> None:
 def test_what_is_queued_while_a_crowd_is_settled_is_settled_once() -> None:
     """Timers that fire meanwhile don't each begin a round of their own."""
     rig = Held()
-    for id in range(1, 10 * SETTLED_AT_ONCE + 1):
+    for id in range(1, 10 * MAX_DUE_PER_CALL + 1):
         rig.add(id, START + 1 + id / 100)
     rig.clock.on(100)
     for timer in tuple(rig.loop.timers):
@@ -213,7 +214,7 @@ def test_what_is_queued_while_a_crowd_is_settled_is_settled_once() -> None:
             timer.fire()
     assert len(rig.loop.callbacks) == len(rig.slices) == 1, "each timer began a round of its own"
     rig.loop.turns()
-    assert rig.slices == [SETTLED_AT_ONCE] * 10
+    assert rig.slices == [MAX_DUE_PER_CALL] * 10
     rig.expect(0, "all")
 
 
@@ -251,14 +252,14 @@ def test_closing_forgets_what_is_queued_and_what_fires_later(skewed: Skewed) -> 
         now = skewed.raw.time
         rig = Rig(skewed.loop, now)
         deadline = now() + 1
-        for id in range(1, 3 * SETTLED_AT_ONCE + 1):
+        for id in range(1, 3 * MAX_DUE_PER_CALL + 1):
             rig.add(id, deadline)
         rig.add(9999, deadline + 100)
         skewed.raw.skew += 2
         await turns_until(lambda: rig.settled, "the first slice is dealt with")
         rig.timers.close()
         done = len(rig.settled)
-        assert done < 3 * SETTLED_AT_ONCE
+        assert done < 3 * MAX_DUE_PER_CALL
         await skewed.on(200)
         assert len(rig.settled) == done
         assert (rig.timers.armed, skewed.scheduled) == (0, 0)
@@ -292,8 +293,8 @@ def test_a_hundred_thousand_due_at_once_are_dealt_with_in_slices(skewed: Skewed,
         await turns_until(lambda: len(rig.settled) == count, "all are dealt with")
         dealt.append(len(rig.settled))
         most = max(after - before for before, after in itertools.pairwise(dealt))
-        assert most <= SETTLED_AT_ONCE, f"{most} deadlines were dealt with in one turn of the loop"
-        slices = count // SETTLED_AT_ONCE
+        assert most <= MAX_DUE_PER_CALL, f"{most} deadlines were dealt with in one turn of the loop"
+        slices = count // MAX_DUE_PER_CALL
         assert len(dealt) >= slices, f"other work ran {len(dealt)} times in {slices} slices"
         assert len({key.id for key, _ in rig.settled}) == count, "some were dealt with twice"
         assert (rig.timers.armed, skewed.scheduled) == (0, 0)
@@ -439,7 +440,7 @@ def test_on_uvloop_deadlines_are_never_early_by_more_than_5_ms() -> None:
     """A release and an expiry that nobody asks for."""
 
     async def test() -> None:
-        engine = EmbeddedEngine(block_seconds=0.1, keepalive_seconds=0.8)
+        engine = EmbeddedEngine(PoolRules(block_seconds=0.1, keepalive_seconds=0.8))
         loop, listener = asyncio.get_running_loop(), engine.pool.on_change
         fired = {change: loop.create_future() for change in (Change.RELEASED, Change.EXPIRED)}
 
@@ -469,7 +470,7 @@ def test_on_uvloop_a_block_that_ends_serves_who_waits() -> None:
     """The second holder gets the key by the first one's timer."""
 
     async def test() -> None:
-        engine = EmbeddedEngine(block_seconds=0.05)
+        engine = EmbeddedEngine(PoolRules(block_seconds=0.05))
         await engine.generate(1)
         first = await engine.acquire("ann", 0)
         second = await engine.acquire("bob", 20)
@@ -508,7 +509,7 @@ def test_on_uvloop_a_crowd_is_purged_while_other_work_goes_on() -> None:
 
     async def test() -> None:
         loop = asyncio.get_running_loop()
-        engine = EmbeddedEngine(keepalive_seconds=0.001)
+        engine = EmbeddedEngine(PoolRules(keepalive_seconds=0.001))
         for _ in range(count // 1000):
             await engine.generate(1000)
         purged: list[int] = []
@@ -521,7 +522,7 @@ def test_on_uvloop_a_crowd_is_purged_while_other_work_goes_on() -> None:
         look()
         await turns_until(lambda: purged[-1] == count, "all are purged", 1_000_000)
         steps = [after - before for before, after in itertools.pairwise(purged)]
-        assert max(steps) <= SETTLED_AT_ONCE, f"{max(steps)} keys were purged in one turn of the loop"
+        assert max(steps) <= MAX_DUE_PER_CALL, f"{max(steps)} keys were purged in one turn of the loop"
         assert engine.timers.armed == 0
 
     on_uvloop(test)

@@ -23,7 +23,7 @@ _TEXT_BUCKET = 2  # characters: 3,844 buckets
 _SHOWN = 4  # characters of a text that a hint shows, and so a position may hold
 _QUANTUM = 64  # buckets a second
 _FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
-_SPARE_NUMBERS = 1 << 20  # numbers a quantum has for its buckets
+_PARTS = 1 << 20  # buckets that a quantum may have, by their numbers
 
 Position = tuple[int | float, ...]
 """A place in an order that holds no key text: numbers only."""
@@ -56,7 +56,7 @@ class DeadlineBucket(Bucket):
     @property
     def ends(self) -> float:
         """The moment by which all deadlines in it have passed."""
-        return (self.number // _SPARE_NUMBERS + 1) / _QUANTUM
+        return (self.number // _PARTS + 1) / _QUANTUM
 
 
 BucketListener = Callable[[DeadlineBucket], None]
@@ -181,11 +181,11 @@ def shown_of(rank: int) -> str:
 class DeadlineIndex:
     """Keys by a deadline that moves often: adding, moving and discarding cost two dict operations.
 
-    A bucket is 1/64 s of deadlines (a quantum), or a part of one that is crowded. Within it keys stand in order
-    of insertion, which is the order of their deadlines as long as each deadline is the same length of time
-    after a clock that never goes back. Keys restored under other settings may break that: then the bucket knows
-    (`ordered`), and is put in order when it is read. `opened` and `closed` are told of buckets that come and
-    go: a timer for each is a timer for every deadline, at no cost a key.
+    A bucket is 1/64 s of deadlines (a quantum), or a part of one that has more than `_FULL` keys. Within it keys stand
+    in order of insertion, which is the order of their deadlines as long as each deadline is the same length of time
+    after a clock that never goes back. Keys restored under other settings may break that: then the bucket is not
+    `ordered`, and is sorted when it is read. `opened` and `closed` are called with buckets that come and go: a timer
+    for each is a timer for every deadline, at no cost a key.
     """
 
     def __init__(
@@ -195,23 +195,18 @@ class DeadlineIndex:
         self._opened = opened
         self._closed = closed
         self._buckets: SortedDict[int, DeadlineBucket] = SortedDict()
-        self._crowded: dict[
-            int, int
-        ] = {}  # quantum -> number of its newest bucket, where that isn't the first
-        self._open: DeadlineBucket | None = (
-            None  # where the key before went: the next one mostly goes there too
-        )
-        self._open_quantum = -1
-        self._quiet_until = inf  # no deadline comes before: so that asking what is due costs nothing mostly
+        self._newest: dict[int, DeadlineBucket] = {}  # by quantum: where keys are added
+        self.earliest = inf
+        """No deadline comes before this moment: one comparison tells that nothing is due. It may be too early."""
 
     def add(self, key: Key, deadline: float) -> DeadlineBucket:
         """Add a key that isn't in the index; the bucket returned is what `discard` wants. O(1) mostly."""
         quantum = int(deadline * _QUANTUM)
-        bucket = self._open
-        if bucket is None or quantum != self._open_quantum or len(bucket) >= _FULL:
-            bucket = self._bucket_of(quantum)
-        if deadline < self._quiet_until:  # noqa: PLR1730 - min() costs more than all of this
-            self._quiet_until = deadline
+        bucket = self._newest.get(quantum)
+        if bucket is None or len(bucket) >= _FULL:
+            bucket = self._open(quantum)
+        if deadline < self.earliest:  # noqa: PLR1730 - min() costs more than all of this
+            self.earliest = deadline
         if deadline < bucket.latest:
             bucket.ordered = False
         else:
@@ -219,19 +214,12 @@ class DeadlineIndex:
         bucket[key.id] = key
         return bucket
 
-    def _bucket_of(self, quantum: int) -> DeadlineBucket:
-        """The newest bucket of a quantum, or the next one if that is full. O(log n)."""
-        first = quantum * _SPARE_NUMBERS
-        number = self._crowded.get(quantum, first)
-        bucket: DeadlineBucket | None = self._buckets.get(number)
-        if bucket is not None and len(bucket) >= _FULL:
-            number += 1
-            self._crowded[quantum] = number
-            bucket = None
-        if bucket is None:
-            bucket = self._buckets[number] = DeadlineBucket(number)
-            self._opened(bucket)
-        self._open, self._open_quantum = bucket, quantum
+    def _open(self, quantum: int) -> DeadlineBucket:
+        """Open the next bucket of a quantum. O(log n)."""
+        first = quantum * _PARTS
+        last = next(self._buckets.irange(first, first + _PARTS - 1, reverse=True), first - 1)
+        bucket = self._buckets[last + 1] = self._newest[quantum] = DeadlineBucket(last + 1)
+        self._opened(bucket)
         return bucket
 
     def discard(self, key: Key, bucket: DeadlineBucket) -> None:
@@ -240,12 +228,10 @@ class DeadlineIndex:
         if bucket:
             return
         del self._buckets[bucket.number]
+        quantum = bucket.number // _PARTS
+        if self._newest.get(quantum) is bucket:
+            del self._newest[quantum]
         self._closed(bucket)
-        if bucket is self._open:
-            self._open = None
-        quantum = bucket.number // _SPARE_NUMBERS
-        if self._crowded and not self._of_quantum(quantum):
-            self._crowded.pop(quantum, None)
 
     def buckets(self) -> Iterator[DeadlineBucket]:
         """All that are open, in order of their deadlines."""
@@ -256,27 +242,23 @@ class DeadlineIndex:
         if not self._buckets:
             return None
         bucket: DeadlineBucket = self._buckets.peekitem(0)[1]
-        if not self._crowded and bucket.ordered:
-            return next(iter(bucket.values()))
-        heads = map(self._head, self._of_quantum(bucket.number // _SPARE_NUMBERS))
-        return min(heads, key=self._deadline)
-
-    def any_due(self, now: float) -> bool:
-        """False only if no deadline has passed. O(1)."""
-        return now >= self._quiet_until
+        quantum = bucket.number // _PARTS
+        if self._newest.get(quantum) is bucket:  # the only one of its quantum
+            return self._head(bucket)
+        return min(map(self._head, self._of_quantum(quantum)), key=self._deadline)
 
     def due(self, now: float, limit: int) -> list[Key]:
-        """Keys whose deadline has passed, soonest first but for crowds, at most `limit`. O(limit)."""
-        if not self.any_due(now):
+        """Keys whose deadline has passed, soonest first but within a crowded quantum, at most `limit`. O(limit)."""
+        if now < self.earliest:
             return []
         first = self.first()
-        self._quiet_until = inf if first is None else self._deadline(first)
-        if first is None or now < self._quiet_until:
+        self.earliest = inf if first is None else self._deadline(first)
+        if first is None or now < self.earliest:
             return []
         found: list[Key] = []
         last_quantum = int(now * _QUANTUM)
         for bucket in self._buckets.values():
-            if bucket.number // _SPARE_NUMBERS > last_quantum:
+            if bucket.number // _PARTS > last_quantum:
                 break
             for key in bucket.values() if bucket.ordered else self._in_order(bucket):
                 if self._deadline(key) > now:
@@ -288,14 +270,12 @@ class DeadlineIndex:
 
     def count_until(self, moment: float) -> int:
         """How many deadlines come before a moment, to 1/64 s. O(buckets before it): 64 a second."""
-        last = int(moment * _QUANTUM) * _SPARE_NUMBERS
+        last = int(moment * _QUANTUM) * _PARTS
         return sum(len(self._buckets[number]) for number in self._buckets.irange(None, last))
 
     def _of_quantum(self, quantum: int) -> list[DeadlineBucket]:
-        numbers = self._buckets.irange(
-            quantum * _SPARE_NUMBERS, (quantum + 1) * _SPARE_NUMBERS, (True, False)
-        )
-        return [self._buckets[number] for number in numbers]
+        first = quantum * _PARTS
+        return [self._buckets[number] for number in self._buckets.irange(first, first + _PARTS - 1)]
 
     def _head(self, bucket: DeadlineBucket) -> Key:
         if bucket.ordered:
@@ -303,8 +283,6 @@ class DeadlineIndex:
         return min(bucket.values(), key=self._deadline)
 
     def _in_order(self, bucket: DeadlineBucket) -> list[Key]:
-        if bucket.ordered:
-            return list(bucket.values())
         return sorted(bucket.values(), key=self._deadline)
 
     def walk(self, after: Position | None) -> Iterator[Key]:
@@ -325,9 +303,9 @@ class DeadlineIndex:
         """Raise unless the key stands in this bucket, at its place in the order. O(1)."""
         if bucket is None or bucket.get(key.id) is not key or self._buckets.get(bucket.number) is not bucket:
             raise ValueError(f"{key!r} is not in the bucket of deadlines that it believes to be in")
-        if int(self._deadline(key) * _QUANTUM) != bucket.number // _SPARE_NUMBERS:
+        if int(self._deadline(key) * _QUANTUM) != bucket.number // _PARTS:
             raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {bucket.number}")
-        if self._deadline(key) < self._quiet_until:
+        if self._deadline(key) < self.earliest:
             raise ValueError(f"{key!r} has a deadline before the time until which there should be none")
 
     def check_in_slices(self, keys: int, size: int) -> Iterator[None]:

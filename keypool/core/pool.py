@@ -24,38 +24,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf, nextafter
 from operator import attrgetter
+from typing import NamedTuple
 
+from keypool.core.counters import Counters
 from keypool.core.errors import PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change
 from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
 from keypool.core.keys import DEAD, Key, State
+from keypool.core.rules import PoolRules
 
-SETTLED_AT_ONCE = 64
+MAX_DUE_PER_CALL = 64
 """Overdue keys that a call deals with on its way. More than that are a crowd, which the engine drains."""
 
-EXAMINED = 1000
+PAGE_SCAN_LIMIT = 1000
 """Keys that one page looks at, at most."""
 
 Listener = Callable[[Change, Key, str | None], None]
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the pool began. `unblocked` counts only what changed, `released` by deadline."""
-
-    generated: int = 0
-    acquired: int = 0
-    unblocked: int = 0
-    released: int = 0
-    deleted: int = 0
-    expired: int = 0
-    kept_alive: int = 0
-    refused: int = 0
-
-    @property
-    def changes(self) -> int:
-        """How often a key was made, went from one state to the other, or was purged."""
-        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
 
 
 @dataclass(slots=True)
@@ -77,28 +61,34 @@ class KeyPage:
     next: Position | None = None
 
 
+class Processed(NamedTuple):
+    """What a `process_due` found: by how many seconds the first of each was late, and whether there may be more."""
+
+    release_lateness: float | None
+    expiry_lateness: float | None
+    more: bool
+
+
 class Pool:
     """All keys, and the three orders they are found in.
 
-    `block_seconds` and `keepalive_seconds` are lengths of time, `new_text` makes a random key text, `random`
-    a float in [0, 1). The numbers `last_id` and `last_lease` only grow.
+    `new_text` makes a random key text, `random` a float in [0, 1). The numbers `last_id` and `last_lease` only
+    grow.
     """
 
     def __init__(
         self,
+        rules: PoolRules,
         *,
-        block_seconds: float,
-        keepalive_seconds: float,
-        max_keys: int,
         new_text: Callable[[], str],
         random: Callable[[], float],
         on_change: Listener = lambda change, key, owner: None,
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
     ) -> None:
-        self.block_seconds = block_seconds
-        self.keepalive_seconds = keepalive_seconds
-        self.max_keys = max_keys
+        self.block_seconds = rules.block_seconds
+        self.keepalive_seconds = rules.keepalive_seconds
+        self.max_keys = rules.max_keys
         self.last_id = 0
         self.last_lease = 0
         self.counters = Counters()
@@ -107,7 +97,7 @@ class Pool:
         self._random = random
         self._available: list[Key] = []
         self._total = 0
-        self._purge_until = inf  # keys whose deadline comes after it are not purged: see `hold`
+        self._purge_until = inf  # keys whose deadline comes after it are not purged: see `suspend_expiry`
         self._by_id = IdIndex()
         self._by_text = TextIndex()
         self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
@@ -166,24 +156,31 @@ class Pool:
     def require_room(self, count: int, now: float) -> None:
         """Raise PoolFull unless `count` more keys fit. O(1)."""
         if self._total + count > self.max_keys:
-            self.settle(now)
+            self.process_due(now)
             if self._total + count > self.max_keys:
                 raise PoolFull(self._total, count, self.max_keys)
 
     def acquire(self, now: float, owner: str | None) -> Key | None:
         """Block a uniformly random available key under a new lease; None if none is available. O(1).
 
-        Overdue keys are dealt with on the way, `SETTLED_AT_ONCE` of them at most. After a None,
+        Overdue keys are dealt with on the way, `MAX_DUE_PER_CALL` of them at most. After a None,
         `may_have_more` says whether that wasn't enough, and the caller should ask again.
         """
-        if self._by_release.any_due(now):
-            self._settle_releases(now)
-        for _ in range(SETTLED_AT_ONCE):
+        if now >= self._by_release.earliest:
+            self._process_releases(now)
+        for _ in range(MAX_DUE_PER_CALL):
             if not self._available:
                 return None
             key = self._available[int(self._random() * len(self._available))]
             if key.expires_deadline > now:
-                self._block(key, now, owner)
+                self._take_slot(key)
+                self.last_lease += 1
+                key.lease = self.last_lease
+                key.owner = owner
+                key.release_deadline = deadline = now + self.block_seconds
+                key.release_bucket = self._by_release.add(key, deadline)
+                self.counters.acquired += 1
+                self.on_change(Change.ACQUIRED, key, owner)
                 return key
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
@@ -192,16 +189,6 @@ class Pool:
     def may_have_more(self, now: float) -> bool:
         """Whether an `acquire` that got None may get a key if it asks again: a crowd stood in its way. O(1)."""
         return bool(self._available) or self.next_release(now) == 0
-
-    def _block(self, key: Key, now: float, owner: str | None) -> None:
-        self._take_slot(key)
-        self.last_lease += 1
-        key.lease = self.last_lease
-        key.owner = owner
-        key.release_deadline = now + self.block_seconds
-        key.release_bucket = self._by_release.add(key, key.release_deadline)
-        self.counters.acquired += 1
-        self.on_change(Change.ACQUIRED, key, owner)
 
     def unblock(self, key: Key, lease: int | None) -> bool:
         """Make a live key available again; False if it was. O(1).
@@ -231,15 +218,22 @@ class Pool:
 
     # -- deadlines
 
-    def settle(self, now: float) -> None:
-        """Release and purge what is overdue, `SETTLED_AT_ONCE` of each at most. O(1) if nothing is."""
-        for key in self._by_expiry.due(min(now, self._purge_until), SETTLED_AT_ONCE):
+    def process_due(self, now: float) -> Processed:
+        """Release and purge keys whose deadlines have passed, `MAX_DUE_PER_CALL` of each at most. O(1) if none has."""
+        expired = self._by_expiry.due(min(now, self._purge_until), MAX_DUE_PER_CALL)
+        expiry = now - expired[0].expires_deadline if expired else None
+        for key in expired:
             self._purge(key, Change.EXPIRED)
-        self._settle_releases(now)
+        release, released = self._process_releases(now)
+        return Processed(release, expiry, MAX_DUE_PER_CALL in (len(expired), released))
 
-    def _settle_releases(self, now: float) -> None:
-        for key in self._by_release.due(now, SETTLED_AT_ONCE):
+    def _process_releases(self, now: float) -> tuple[float | None, int]:
+        """Release keys; the lateness of the first, and how many."""
+        due = self._by_release.due(now, MAX_DUE_PER_CALL)
+        lateness = None if not due else now - (due[0].release_deadline or now)
+        for key in due:
             self._free(key, Change.RELEASED)
+        return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
         """Whether some key has passed its `expires_deadline` and may be purged, but isn't yet. O(1)."""
@@ -272,28 +266,28 @@ class Pool:
 
     # -- expiry on hold: while changes can't be kept, a keepalive can't reach its key
 
-    def hold(self, now: float) -> None:
-        """Purge no key that is alive at this moment, until `let_go`; nothing if a hold is on. O(1).
+    def suspend_expiry(self, now: float) -> None:
+        """Purge no key that is alive at this moment, until `resume_expiry`; nothing if a hold is on. O(1).
 
         A held key whose `expires_deadline` has passed is unknown to `find` and is not served, but stays in the
-        orders and counts: either `grant` gives it a new deadline, or it is purged after `let_go`.
+        orders and counts: either `grant_grace` gives it a new deadline, or it is purged after `resume_expiry`.
         """
         if self._purge_until == inf:
             self._purge_until = now
 
     @property
-    def held(self) -> bool:
+    def expiry_suspended(self) -> bool:
         """Whether a hold is on. O(1)."""
         return self._purge_until != inf
 
-    def held_back(self, ref: int | str) -> bool:
+    def is_suspended(self, ref: int | str) -> bool:
         """Whether a key that `find` or `find_id` doesn't know is there, and only the hold keeps it. O(1)."""
-        if not self.held:
+        if not self.expiry_suspended:
             return False
         key = self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)
         return key is not None
 
-    def grant(self, until: float, limit: int) -> bool:
+    def grant_grace(self, until: float, limit: int) -> bool:
         """Let held keys that would expire before `until` live until then, soonest first; whether more may be left.
 
         Deals with `limit` keys at most. Keys that had expired before the hold are purged. O(limit · log n). No
@@ -310,23 +304,23 @@ class Pool:
             key.expiry_bucket = self._by_expiry.add(key, until)
         return len(due) == limit
 
-    def let_go(self) -> None:
-        """End the hold: what is overdue by now is purged by `settle` as ever. O(1)."""
+    def resume_expiry(self) -> None:
+        """End the hold: what is overdue by now is purged by `process_due` as ever. O(1)."""
         self._purge_until = inf
 
     # -- pages
 
     def page(self, query: PageQuery, now: float) -> KeyPage:
-        """Live keys in an order, up to date; maybe fewer than asked. O(log n + EXAMINED) at most.
+        """Live keys in an order, up to date; maybe fewer than asked. O(log n + PAGE_SCAN_LIMIT) at most.
 
         Whoever goes on from `next` meets each key that lives through the whole walk exactly once in order
         `id`; in the orders of deadlines a key may move past the reader.
         """
-        self.settle(now)
+        self.process_due(now)
         page = KeyPage()
         last: Key | None = None
         for examined, key in enumerate(self._walk(query)):
-            if len(page.keys) == query.limit or examined == EXAMINED:
+            if len(page.keys) == query.limit or examined == PAGE_SCAN_LIMIT:
                 assert last is not None
                 page.next = self._position(query, last)
                 break
@@ -402,7 +396,7 @@ class Pool:
         self.on_change(change, key, owner)
 
     def _leave_block(self, key: Key) -> str | None:
-        """Undo what `_block` set but for the lease, which stays the key's latest. Returns the owner."""
+        """Undo what `acquire` set but for the lease, which stays the key's latest. Returns the owner."""
         assert key.release_bucket is not None
         self._by_release.discard(key, key.release_bucket)
         key.release_bucket = None
@@ -429,7 +423,7 @@ class Pool:
 
         The error tells the story of the key that is wrong.
         """
-        for _ in self.check_in_slices(EXAMINED):
+        for _ in self.check_in_slices(PAGE_SCAN_LIMIT):
             pass
 
     def check_in_slices(self, size: int) -> Iterator[None]:

@@ -12,8 +12,9 @@ as the single calls would, and answer item by item.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
+from keypool.core import errors
 from keypool.core.answers import (
     EndedLease,
     GeneratedKey,
@@ -29,7 +30,7 @@ from keypool.core.answers import (
 )
 from keypool.core.cursor import ListQuery
 from keypool.core.events import Event
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 
 NOTE = "note."
 """What the names of notes (`keep_notes`) begin with where they are kept among the pool's own numbers."""
@@ -123,8 +124,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def told(self) -> int:
-        """How many events there have been. Only grows; what it starts from means nothing. O(1)."""
+    def event_seq(self) -> int:
+        """The number of the latest event: grows by one with each, from an arbitrary start. O(1)."""
         ...
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
@@ -152,8 +153,16 @@ class Engine(Protocol):
         """How many times the clock that deadlines go by was set by more than 5 s. O(1)."""
         ...
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """What was measured, by the name of its metric (metrics.py)."""
+        ...
+
+    def figures(self) -> Mapping[str, float]:
+        """Figures of the engine's own work for the dashboard, by name: of its commits, or its pipelines. O(1)."""
+        ...
+
+    def measures(self) -> Mapping[str, float | Mapping[str, float]]:
+        """Further metrics by full name, one with a label by the label's values (metrics.py). O(1)."""
         ...
 
     def oldest_wait(self) -> float:
@@ -167,3 +176,36 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Keep what isn't kept yet, and stop. No call may follow."""
         ...
+
+
+class Loading:
+    """Stands where the engine will: every call is told to come again."""
+
+    name = "loading"
+    degraded = None
+    clock_steps = 0
+
+    def ready(self) -> None:
+        """Raise Loading."""
+        raise errors.Loading
+
+    def storage_up(self) -> bool:
+        """Not yet."""
+        return False
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Nothing yet."""
+        return {}
+
+    def drain(self) -> None:
+        """Nobody waits yet."""
+
+    async def close(self) -> None:
+        """Nothing is open yet."""
+
+    def __getattr__(self, call: str) -> Any:
+        return _refuse_loading
+
+
+async def _refuse_loading(*args: Any) -> NoReturn:
+    raise errors.Loading

@@ -26,17 +26,17 @@ MARGIN = 0.002
 
 
 class Timers:
-    """The timers of one pool. `settle` deals with some of what is overdue, and says whether there is more.
+    """The timers of one pool. `process` deals with some of what is overdue, and says whether there is more.
 
     Nothing fires before `start`: a pool that is being restored must not move.
     """
 
-    def __init__(self, loop: IOLoop, now: Callable[[], float], settle: Callable[[], bool]) -> None:
+    def __init__(self, loop: IOLoop, now: Callable[[], float], process: Callable[[], bool]) -> None:
         self._loop = loop
         self._now = now
-        self._settle = settle
+        self._process = process
         self._running = False
-        self._settling = False
+        self._processing = False
         self.armed = 0
         """Timers of buckets that are set and have neither fired nor been cancelled."""
 
@@ -67,10 +67,10 @@ class Timers:
         if timer is not None:
             self._loop.remove_timeout(timer)
 
-    def settle_soon(self) -> None:
+    def process_soon(self) -> None:
         """Deal with what is overdue although its timers have fired: they found that it was not to be touched."""
-        if self._running and not self._settling:
-            self._settling = True
+        if self._running and not self._processing:
+            self._processing = True
             self._loop.add_callback(self._go_on)
 
     def close(self) -> None:
@@ -88,12 +88,12 @@ class Timers:
             return
         if self._now() < bucket.ends:
             self._arm(bucket)  # earlier than any loop should be, but a deadline is the truth
-        elif not self._settling:
-            self._settling = True
+        elif not self._processing:
+            self._processing = True
             self._go_on()
 
     def _go_on(self) -> None:
-        self._settling = False  # first, so that an exception costs this round and no other
-        if self._running and self._settle():
-            self._settling = True
+        self._processing = False  # first, so that an exception costs this round and no other
+        if self._running and self._process():
+            self._processing = True
             self._loop.add_callback(self._go_on)

@@ -27,6 +27,7 @@ from keypool.api.wrong_tokens import WrongTokens
 from keypool.config.limits import DISCARDED, MAX_BODY
 from keypool.core.errors import WrongToken
 from keypool.http.http1.responses import http_date
+from keypool.http.http1.turns import Turns
 from keypool.http.inflight import InFlight
 from keypool.http.steps import Steps
 
@@ -37,6 +38,8 @@ class ApiCall(Begun):
     _steps: Steps | _HeldBack | None = None
     _ended = False
     remote_ip: str | None
+    turns: Turns | None = None
+    """Those of its server; without them a paused call goes on in the loop's next iteration."""
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
         self._dispatcher = dispatcher
@@ -63,7 +66,7 @@ class ApiCall(Begun):
                 answer = None
             else:
                 awaited = call.send(None)
-                self._steps = steps = Steps(call, self._done)
+                self._steps = steps = Steps(call, self._done, self.turns)
                 steps.wait_for(awaited)
                 return True
         except StopIteration as answered:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from http import HTTPStatus
 
 from keypool.api.dispatch import Dispatcher, Reply, too_large
+from keypool.api.operations import BASE
 from keypool.config.limits import REMEMBERED_NAME
 from keypool.http.api_call import ApiCall
 from keypool.http.http1 import ANSWERED, RawDelegate, Request
@@ -17,7 +18,7 @@ from keypool.http.http1.responses import Headers, http_date
 from keypool.http.inflight import InFlight
 
 _API = b"/api"
-_FEED = b"/api/v1/feed"
+_FEED = f"{BASE}/feed".encode()
 _ENDS = (b"", b"/", b"?")
 
 
@@ -75,6 +76,7 @@ class RawCall(RawHead, ApiCall, RawDelegate):
         RawHead.__init__(self, request.method, request.target, section.lines, address)
         ApiCall.__init__(self, api.dispatcher, api.in_flight)
         self._request = request
+        self.turns = request.turns
         if section.noted_by is not api:
             section.noted_by, section.note = api, api.dispatcher.learn(self.headers)
         self.begin(self, section.note)  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ from keypool.api.dispatch import Dispatcher
 from keypool.config.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_HEADERS, MAX_NAME, Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.core.errors import HeadersTooLarge, RequestTimeout
+from keypool.http.api_call import ApiDelegate
 from keypool.http.fast_call import wire
 from keypool.http.http1.connection_limiter import ConnectionLimiter, largest_first_over_budget
 from keypool.http.http1.responses import with_connection
@@ -127,11 +128,12 @@ class _Stream(IOStream):
 class _Share:
     """What a connection has had of the time, from one of its requests to the next; see `turns.Served`."""
 
-    __slots__ = ("_released", "_turns", "debt")
+    __slots__ = ("_cost", "_released", "_turns", "debt")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._released: asyncio.Future[None] | None = None
+        self._cost = 0.0
         self.debt = 0.0
 
     @property
@@ -139,8 +141,9 @@ class _Share:
         """Whether its next request has to wait for its turn."""
         return self._turns.over or self.debt > 0
 
-    def turn(self) -> asyncio.Future[None]:
-        """Done when the turn has come."""
+    def turn(self, cost: float) -> asyncio.Future[None]:
+        """Done when the turn has come. `cost` is charged then: the seconds that the request will take, about."""
+        self._cost = cost
         self._released = asyncio.get_running_loop().create_future()
         self._turns.queue(self, backlog=self.debt > 0)
         return self._released
@@ -149,7 +152,7 @@ class _Share:
         """The turn has come: what is to be done is done in a task, right after this."""
         released, self._released = self._released, None
         if released is not None and not released.done():
-            self._turns.charge(QUANTUM)
+            self._turns.charge(self._cost)
             released.set_result(None)
 
 
@@ -201,12 +204,18 @@ class _Message(httputil.HTTPMessageDelegate):
         headers: httputil.HTTPHeaders,
     ) -> Awaitable[None] | None:
         """The head is whole."""
+        assert isinstance(start_line, httputil.RequestStartLine)
         self._phase, self._since = _Phase.BODY, self._server.now
         self._request = start_line, headers
-        return self._begin_later() if self.share.waits else self._begin()
+        is_page = not start_line.path.startswith(_API)  # which does its work in a task, after this turn
+        if self.share.waits:
+            return self._begin_later(TASK if is_page else QUANTUM)
+        if is_page:
+            self._server.turns.charge(TASK)
+        return self._begin()
 
-    async def _begin_later(self) -> None:
-        await self.share.turn()
+    async def _begin_later(self, cost: float) -> None:
+        await self.share.turn(cost)
         if not self._stream.closed() and (awaited := self._begin()) is not None:
             await awaited
 
@@ -214,9 +223,9 @@ class _Message(httputil.HTTPMessageDelegate):
         assert self._request is not None
         self._server.began += 1
         self._apply_proxy(self._request[1])
-        if not self._request[0].path.startswith(_API):
-            self._server.turns.charge(TASK)  # pages do their work in a task, after this turn
-        self._inner = self._answerer()
+        self._inner = inner = self._answerer()
+        if isinstance(inner, ApiDelegate):
+            inner.turns = self._server.turns
         return self._inner.headers_received(*self._request)
 
     def _apply_proxy(self, headers: httputil.HTTPHeaders) -> None:

@@ -33,7 +33,10 @@ def axe(page: Any) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+THEMES = pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])
+
+
+@THEMES
 def test_accessible(server: ServerProcess, client: Client, tabs: Tabs, theme: str) -> None:
     """axe finds nothing on any screen, with the key's panel and each dialog open as well."""
     lease = fill(client, 12)
@@ -57,7 +60,7 @@ def test_accessible(server: ServerProcess, client: Client, tabs: Tabs, theme: st
     assert axe(page) == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@THEMES
 def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: str) -> None:
     """With the error that a wrong token gets, too."""
     tabs.allow("401")
@@ -69,7 +72,9 @@ def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: st
     assert axe(page) == []
 
 
-@pytest.mark.parametrize("width", [320, 390, 770])
+@pytest.mark.parametrize(
+    "width", [320, *(pytest.param(width, marks=pytest.mark.thorough) for width in (390, 770))]
+)
 def test_a_phone_scrolls_one_way_only(server: ServerProcess, client: Client, tabs: Tabs, width: int) -> None:
     """Nor does a small tablet, empty or full, and what can be pressed is large enough."""
     tabs.allow("404")
@@ -114,17 +119,6 @@ def test_everything_can_be_read_without_scripts(server: ServerProcess, client: C
     assert page.get_by_text("crawler-eu-3-with").first.is_visible()
     page.goto("/events")
     assert page.locator(".event").count() > 50
-
-
-def test_the_first_paint_has_a_past(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """The server has drawn the charts already."""
-    client.make_many(10)
-    page = tabs.open(server, script=False)
-    page.wait_for_timeout(2500)
-    page.reload()
-    drawn = page.locator("#chart-composition path[data-tone=available]").get_attribute("d")
-    assert drawn.startswith("M") or len(drawn) == 0  # a server that has just started has a second or two
-    assert page.locator("#chart-rates svg").is_visible()
 
 
 def test_the_overview_is_live(server: ServerProcess, client: Client, tabs: Tabs) -> None:

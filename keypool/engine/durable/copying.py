@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keypool.core.errors import StartError
-from keypool.engine.durable import datafile
+from keypool.engine.durable import datafile, file_lock
 
 _READ_AT_ONCE = 5000
 _NICE = 10  # the server's two processes come first
@@ -48,7 +48,7 @@ def back_up(path: Path, copy: Path) -> Checked:
     try:
         _copy_pages(path, part)
         checked = _checked(part)
-        datafile.rename(part, copy)
+        file_lock.rename(part, copy)
     finally:
         part.unlink(missing_ok=True)
         part.with_name(f"{part.name}-journal").unlink(missing_ok=True)

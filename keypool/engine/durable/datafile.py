@@ -24,12 +24,8 @@ whole and only old; and a log that was copied at another moment than its file.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import sqlite3
-import stat
-import time
 from collections.abc import Iterable, Iterator
 from heapq import merge
 from itertools import islice
@@ -41,6 +37,7 @@ import msgspec
 from keypool.core.errors import StartError
 from keypool.core.keys import Key
 from keypool.engine import NOTE
+from keypool.engine.durable.file_lock import companions, log_of
 
 APPLICATION_ID = 0x6B706F6C  # "kpol"
 
@@ -127,52 +124,13 @@ _MARK = b"kpIU"  # in use
 _MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite keeps what it finds there
 _HEADER = 100  # bytes of the file's header
 _LOG_HEADER = 32  # bytes of a log without a frame
-_FOLDER_MODE = 0o700
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
 _ROWS = """
     SELECT id, text, created_at, max(expires_at, :grace), release_at, lease, owner FROM keys ORDER BY id
 """
 _MAGIC = b"SQLite format 3\0"
-_LOCK_SECONDS = 5.0
-_LOCK_INTERVAL = 0.05
 _COUNTED_AT_ONCE = 5000
-
-
-def hold(path: Path) -> int:
-    """Take the file for this server, made if there is none (mode 0600); a descriptor that holds the lock.
-
-    The lock is the open file's, not the process's: whoever inherits the descriptor holds it on, so the file
-    is free when server and writer are both gone. Waits 5 s for a dying predecessor. Raises StartError.
-    """
-    try:
-        _make_folder(path.parent)
-        # Not blocking: a pipe by that name would wait for its other end.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise StartError(f"the data file {path} is no regular file")
-    except OSError as error:
-        raise StartError(f"can't open the data file {path}: {error.strerror}") from None
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise StartError(f"the data file {path} is held by another server") from None
-            time.sleep(_LOCK_INTERVAL)
-        else:
-            return descriptor
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, if they aren't there: for its owner alone, whatever the umask."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(_FOLDER_MODE, exist_ok=True)
 
 
 def inspect(path: Path) -> dict[str, int]:
@@ -181,7 +139,7 @@ def inspect(path: Path) -> dict[str, int]:
     Raises StartError as `examine`. The file is closed to others (mode 0600): it holds the keys, whoever made it.
     """
     numbers = examine(path)
-    for each in (path, *_beside(path)):
+    for each in (path, *companions(path)):
         with contextlib.suppress(FileNotFoundError):
             each.chmod(0o600)
     return numbers
@@ -233,11 +191,6 @@ def _has_log(path: Path) -> bool:
         return log_of(path).stat().st_size > _LOG_HEADER
     except FileNotFoundError:
         return False
-
-
-def log_of(path: Path) -> Path:
-    """Where SQLite has the log of a file: what is committed and not yet in it."""
-    return path.with_name(f"{path.name}-wal")
 
 
 def mark_in_use(database: sqlite3.Connection, held: int) -> None:
@@ -380,48 +333,6 @@ class Filling:
 
     def _failed(self, error: sqlite3.Error) -> StartError:
         return StartError(f"the data file {self._path} can't be written: {line_of(error)}")
-
-
-def release(lock: int) -> None:
-    """Let go of a file that `hold` holds."""
-    os.close(lock)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, and what SQLite may have left beside it."""
-    for each in (path, *_beside(path)):
-        each.unlink(missing_ok=True)
-
-
-def _beside(path: Path) -> list[Path]:
-    return [log_of(path), path.with_name(f"{path.name}-shm")]
-
-
-def clear(path: Path) -> None:
-    """Empty a file that is held, and remove what SQLite may have left beside it."""
-    os.truncate(path, 0)
-    for each in _beside(path):
-        each.unlink(missing_ok=True)
-
-
-def rename(path: Path, name: Path) -> None:
-    """Give a whole, closed file its name, durably. Raises StartError if somebody has the name by now."""
-    try:
-        try:
-            os.link(path, name)  # unlike a rename, it replaces nothing
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP) or name.exists():
-                raise
-            path.rename(name)  # a file system without links
-        else:
-            path.unlink()
-        folder = os.open(name.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise StartError(f"the data file {path} can't be renamed {name}: {error.strerror}") from None
 
 
 def line_of(error: Exception) -> str:

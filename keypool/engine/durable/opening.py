@@ -7,43 +7,36 @@ can tell how it stands.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from keypool.core.errors import StartError
-from keypool.core.pool import Counters
-from keypool.engine import NOTE
+from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine.clock import make_clock
-from keypool.engine.durable import datafile
-from keypool.engine.durable.journal import Journal
+from keypool.engine.durable import datafile, file_lock
+from keypool.engine.durable.journal import FileJournal
 from keypool.engine.embedded import EmbeddedEngine
 
 _SLICE = 2000  # keys read, or checked, in one turn of the loop
-_COUNTERS = tuple(
-    field.name for field in dataclasses.fields(Counters)
-)  # asdict() copies deeply, for each batch
 _log = logging.getLogger("keypool.journal")
 
 
-async def open_durable(path: Path, restart_grace: float, **settings: Any) -> EmbeddedEngine:
+async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> EmbeddedEngine:
     """The engine over a data file, which is made if there is none. O(n). Raises StartError.
 
-    `settings` are EmbeddedEngine's. With a `restart_grace`, keys that would be dead by then live until that
-    many seconds after the start.
+    With a `restart_grace`, keys that would be dead by then live until that many seconds after the start.
     """
     started = time.monotonic()
     loop = asyncio.get_running_loop()
-    lock = await loop.run_in_executor(None, datafile.hold, path)
+    lock = await loop.run_in_executor(None, file_lock.hold, path)
     numbers = await loop.run_in_executor(None, datafile.inspect, path)
     clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
-    engine = EmbeddedEngine(clock=clock, held=True, restart_grace=restart_grace, **settings)
-    journal = Journal(path, lock, lambda: _numbers(engine), engine)
+    engine = EmbeddedEngine(rules, clock=clock, start_timers=False)
+    journal = FileJournal(path, lock, engine)
     await journal.open()
-    grace_until = clock() + restart_grace if restart_grace else None
-    _restore_numbers(engine, numbers)
+    grace_until = clock() + rules.restart_grace if rules.restart_grace else None
+    engine.restore_numbers(numbers)
     try:
         await _restore_keys(engine, path, grace_until or 0.0)
     except (ValueError, KeyError) as error:
@@ -51,9 +44,11 @@ async def open_durable(path: Path, restart_grace: float, **settings: Any) -> Emb
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
     await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
     engine.journal = journal
-    await _settle(engine)
+    await _process_due(engine)
     engine.start()
-    _log.info("%d keys restored from %s in %.1f s", engine.pool.total, path, time.monotonic() - started)
+    absolute = path.absolute()  # noqa: ASYNC240 - reads the working directory's name only
+    seconds = time.monotonic() - started
+    _log.info("%d keys restored from %s in %.1f s", engine.pool.total, absolute, seconds)
     return engine
 
 
@@ -68,32 +63,9 @@ async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) 
         await asyncio.sleep(0)
 
 
-async def _settle(engine: EmbeddedEngine) -> None:
+async def _process_due(engine: EmbeddedEngine) -> None:
     """Purge and release what passed its deadline while no server ran."""
     now = engine.now()
     while engine.pool.overdue(now) or engine.pool.next_release(now) == 0:
-        engine.pool.settle(now)
+        engine.pool.process_due(now)
         await asyncio.sleep(0)
-
-
-def _numbers(engine: EmbeddedEngine) -> dict[str, int]:
-    pool = engine.pool
-    return {
-        "last_id": pool.last_id,
-        "last_lease": pool.last_lease,
-        "moment": round(engine.now() * 1000),
-        **{name: getattr(pool.counters, name) for name in _COUNTERS},
-    }
-
-
-def _restore_numbers(engine: EmbeddedEngine, numbers: dict[str, int]) -> None:
-    pool = engine.pool
-    pool.last_id = numbers.get("last_id", 0)
-    pool.last_lease = numbers.get("last_lease", 0)
-    for name in _COUNTERS:
-        setattr(pool.counters, name, numbers.get(name, 0))
-    engine.kept_notes = {
-        name.removeprefix(NOTE): number
-        for name, number in numbers.items()
-        if name.startswith(NOTE) and number
-    }

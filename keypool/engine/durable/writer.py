@@ -9,7 +9,7 @@ is at.
 It also looks after what only the disk can say, so that the server's loop never waits for the disk: whether the
 file by that name is still the one that the server holds, how large it is, and how much room is left.
 
-On the socket, each way, a frame is four bytes of length, one that says of what kind it is, and MessagePack.
+wire.py has the format of what goes over the socket.
 Signals are the server's to handle: this process ignores those that a terminal or a service manager sends to
 everybody.
 """
@@ -17,65 +17,29 @@ everybody.
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import signal
 import socket
 import sqlite3
-import struct
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
-
 from keypool.engine.durable import datafile
 from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable.file_lock import log_of
+from keypool.engine.durable.wire import Figures, Kind, Verdict, decode_moment, frame, read_frame
 from keypool.pdeathsig import end_with_parent
 
 _MEASURED_EVERY = 1.0  # seconds
+_CHECK_SECONDS = 0.5  # between two checks of the file's name, which take two system calls
 _GONE = (
     "the file by that name isn't the one that this server holds: it was deleted, moved or replaced; put it back, "
     "or restart the server"
 )
 _LOG_GONE = "its log was deleted or replaced; what it held is in the file now"
-
-HEADER = struct.Struct("!IB")
-
-
-class Kind(enum.IntEnum):
-    """What a frame holds."""
-
-    END = 0  # nothing: close the file, and end
-    PROBE = 1  # nothing: can it be written?
-    BATCH = 2  # a Batch: commit it, and the parts before it
-    PART = 3  # a Batch that the next frame goes on with
-    GRACE = 4  # a moment: keys that would expire before it live until then
-    VERDICT = 5  # a Verdict, for each frame but END and PART
-    LOOK = 6  # nothing: is the file still there?
-
-
-def frame(kind: Kind, content: bytes = b"") -> bytes:
-    """A frame as it goes over the socket."""
-    return HEADER.pack(len(content), kind) + content
-
-
-class Figures(msgspec.Struct, array_like=True):
-    """What was measured of the disk, in bytes."""
-
-    data: int
-    log: int
-    free: int
-    """What is left for this user."""
-
-
-class Verdict(msgspec.Struct, array_like=True):
-    """What became of it: done, or why not. Figures come with it once a second at most."""
-
-    error: str | None = None
-    figures: Figures | None = None
 
 
 class Writer:
@@ -85,15 +49,15 @@ class Writer:
     that this process has on the file.
     """
 
-    def __init__(self, path: Path, held: int) -> None:
+    def __init__(self, path: Path, held: int, check_seconds: float = _CHECK_SECONDS) -> None:
         self._path = path
         self._held = held
-        self._log_path = datafile.log_of(path)
-        # Looked at before each commit, and a stat of a Path takes half as long again.
+        self._log_path = log_of(path)
         self._name, self._log_name = str(path), str(self._log_path)
+        self._check_seconds = check_seconds
         self._file = _identity(held)
         self._log: tuple[int, int] | None = None  # which file the log is, of this connection
-        self._measured_at = -_MEASURED_EVERY
+        self._check_at = self._measure_at = 0.0
         self._database: sqlite3.Connection | None = None
         self._marked = False
         self._batches: Batches
@@ -113,6 +77,7 @@ class Writer:
 
     def look(self) -> Verdict:
         """See whether the file is still there, and write nothing."""
+        self._check_at = 0.0
         return self._try(lambda _: None)
 
     def fold(self) -> None:
@@ -137,7 +102,11 @@ class Writer:
 
     def _try(self, change: Callable[[sqlite3.Connection], None]) -> Verdict:
         error, self._failed = self._failed, None
-        error = error or self._moved()
+        now = time.monotonic()
+        if error is None and (self._database is None or now >= self._check_at):
+            # Always before a connection is opened: by then the name may be another file's.
+            self._check_at = now + self._check_seconds
+            error = self._moved()
         if error is None:
             try:
                 change(self._opened())
@@ -165,9 +134,9 @@ class Writer:
     def measured(self) -> Figures | None:
         """How large file and log are, and how much room is left; None if that was said in the last second."""
         now = time.monotonic()
-        if now < self._measured_at + _MEASURED_EVERY:
+        if now < self._measure_at:
             return None
-        self._measured_at = now
+        self._measure_at = now + _MEASURED_EVERY
         try:
             disk = os.fstatvfs(self._held)
             log = self._log_path.stat().st_size if self._log_path.exists() else 0
@@ -227,11 +196,8 @@ def _identity(file: str | int) -> tuple[int, int] | None:
 def serve(stream: BinaryIO, writer: Writer) -> None:
     """Do what the frames ask for until the socket closes, or a frame asks for a clean end."""
     parts: list[bytes] = []
-    while len(header := stream.read(HEADER.size)) == HEADER.size:
-        length, kind = HEADER.unpack(header)
-        content = stream.read(length)
-        if len(content) < length:
-            return
+    while (received := read_frame(stream.read)) is not None:
+        kind, content = received
         match kind:
             case Kind.END:
                 writer.close()
@@ -243,7 +209,7 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
                 verdict = writer.commit([*parts, content])
                 parts.clear()
             case Kind.GRACE:
-                verdict = writer.grant(msgspec.msgpack.decode(content, type=int))
+                verdict = writer.grant(decode_moment(content))
             case Kind.LOOK:
                 verdict = writer.look()
             case _:

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import msgspec
-
-from keypool.engine.durable.writer import HEADER, Kind, Verdict, frame
+from keypool.engine.durable.wire import Kind, Verdict, decode_verdict, frame, take_frames
 
 _INHERITED = ("LANG", "PATH", "SQLITE_TMPDIR", "TMPDIR", "TZ")
 _INHERITED_PREFIXES = ("DYLD_", "LC_", "LD_", "PYTHON")
 
 
 class WriterLink(asyncio.Protocol):
-    """The writer process and the socket to it."""
+    """The writer process and the socket to it.
+
+    `answered` is called with each verdict, `lost` once, when the process is gone, `drained` when the socket takes more
+    again after it was `full`.
+    """
 
     def __init__(
         self, process: subprocess.Popen[bytes], answered: Callable[[Verdict], None], lost: Callable[[], None]
@@ -28,20 +30,18 @@ class WriterLink(asyncio.Protocol):
         self.process = process
         self.dead = False
         self.full = False
-        """Whether more than the socket's buffers hold is waiting to be sent; `drained` is called when it isn't."""
-        self.drained: Callable[[], None] = _nothing
+        self.drained: Callable[[], None] = lambda: None
         self._answered = answered
         self._lost = lost
         self._buffer = bytearray()
         self._transport: asyncio.WriteTransport | None = None
         self._gone = asyncio.get_running_loop().create_future()
-        self._decode = msgspec.msgpack.Decoder(Verdict).decode
 
     @classmethod
     async def start(
         cls, path: Path, lock: int, answered: Callable[[Verdict], None], lost: Callable[[], None]
     ) -> WriterLink:
-        """Start the process. A session of its own keeps a terminal's signals from it."""
+        """Start the process, in its own session: signals from a terminal don't reach it. Raises OSError."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         try:
@@ -66,8 +66,8 @@ class WriterLink(asyncio.Protocol):
         return protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The socket is ours."""
-        # Not an instance of it on uvloop, but it has its methods.
+        """See `asyncio.Protocol`."""
+        # uvloop's isn't an instance of this class, but has its methods.
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def send(self, kind: Kind, content: bytes = b"") -> None:
@@ -76,54 +76,45 @@ class WriterLink(asyncio.Protocol):
             self._transport.write(frame(kind, content))
 
     def pause_writing(self) -> None:
-        """The process doesn't take what is sent as fast as it comes."""
+        """See `asyncio.Protocol`."""
         self.full = True
 
     def resume_writing(self) -> None:
-        """It has taken it."""
+        """See `asyncio.Protocol`."""
         self.full = False
         self.drained()
 
     def data_received(self, data: bytes) -> None:
-        """Verdicts."""
+        """Hand over verdicts."""
         self._buffer += data
-        while len(self._buffer) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
-            if len(self._buffer) < end:
-                return
-            verdict = self._decode(bytes(self._buffer[HEADER.size : end]))
-            del self._buffer[:end]
-            self._answered(verdict)
+        for content in take_frames(self._buffer):
+            self._answered(decode_verdict(content))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The process is gone, or going."""
+        """The process has ended, or is about to."""
         self.dead = True
         self._gone.set_result(None)
         self._lost()
 
     async def end(self) -> None:
-        """Ask for a clean end and wait for it."""
+        """Have the process close the file and exit, and wait for that."""
         self.send(Kind.END)
         await self._gone
 
     def kill(self) -> None:
-        """End the process, whatever state it is in. Its exit status is not waited for."""
+        """Kill the process, and don't wait."""
         self.process.kill()
 
     async def reap(self) -> None:
-        """See to it that the process is gone, and take its exit status."""
+        """Kill the process if it still runs, and collect its exit status."""
         if not self.dead and self._transport is not None:
             self._transport.abort()
         self.process.kill()
         await asyncio.get_running_loop().run_in_executor(None, self.process.wait)
 
 
-def _nothing() -> None:
-    pass
-
-
 def _environment() -> dict[str, str]:
-    """What an interpreter needs of ours, no setting and no token, and the path that this package came from."""
+    """What an interpreter needs of our environment, without settings and tokens, and the path of this package."""
     needed = {
         name: value
         for name, value in os.environ.items()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from keypool.http.http1.exchange import Exchange
     from keypool.http.http1.peer import Peer
     from keypool.http.http1.reader import RequestReader
+    from keypool.http.http1.turns import Turns
 
 
 class RawDelegate:
@@ -182,6 +183,11 @@ class Request:
     def peer(self) -> Peer | None:
         """The other end, by the headers of a trusted proxy if there is one; None when closed."""
         return None if self._connection is None else self._connection.peer_of(self)
+
+    @property
+    def turns(self) -> Turns | None:
+        """Where work that takes long may wait for its next slice of time; None when closed."""
+        return None if self._connection is None else self._connection.server.turns
 
     @property
     def content_length(self) -> int | None:

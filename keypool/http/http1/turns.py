@@ -37,8 +37,8 @@ QUANTUM = 0.001
 BUDGET = 0.005
 """Seconds that all connections together are served before the loop looks for news."""
 
-TASK = 0.002
-"""Seconds that are charged for what is done in a task, after the turn: about what a page takes."""
+TASK = 0.005
+"""Seconds that are charged for what is done in a task, after the turn: a page takes 2 to 5 ms, so one a turn."""
 
 
 class Served(Protocol):

@@ -1,0 +1,150 @@
+"""The queue of pending acquires: first come, first served.
+
+The invariant is that while somebody waits no key is available: a call that makes one available serves the first waiter
+before it returns, and whatever else makes one available has waiters served in the next turn of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+
+from keypool.core.answers import Lease
+from keypool.core.errors import Draining, TooManyWaiters
+from keypool.core.keys import Key
+from keypool.core.pool import Pool
+from keypool.engine import Timed
+from keypool.engine.timers import Timers
+from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
+
+
+class Waiter:
+    """A pending acquire. `served` gets the lease, or None when its time is up."""
+
+    __slots__ = ("owner", "served", "since", "timer")
+
+    def __init__(self, owner: str | None, since: float, served: asyncio.Future[Lease | None]) -> None:
+        self.owner = owner
+        self.since = since
+        self.served = served
+        self.timer: object = None
+
+
+class Waiters:
+    """See the module. All moments are those of the engine's clock, `now`.
+
+    `lease_of` makes the answer of a key that was acquired, `give_back` ends a lease whose caller has hung up,
+    `storage_up` tells whether keys may be served at all.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        timers: Timers,
+        now: Callable[[], float],
+        max_waiters: int,
+        *,
+        lease_of: Callable[[Key, float], Lease],
+        give_back: Callable[[Lease], None],
+        storage_up: Callable[[], bool],
+    ) -> None:
+        self._pool = pool
+        self._timers = timers
+        self._now = now
+        self._max_waiters = max_waiters
+        self._lease_of = lease_of
+        self._give_back = give_back
+        self._storage_up = storage_up
+        self._loop = asyncio.get_running_loop()
+        self.queue: OrderedDict[Waiter, None] = OrderedDict()
+        """The pending acquires, in order. Read elsewhere, changed here only."""
+        self._draining = False
+        self._serving_soon = False
+        self.wait_seconds = Histogram(SECONDS_OF_WAIT)
+
+    def oldest_wait(self) -> float:
+        """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
+        first = next(iter(self.queue), None)
+        return 0.0 if first is None else self._now() - first.since
+
+    async def wait(self, owner: str | None, seconds: float, timed: Timed | None) -> Lease | None:
+        """The lease of the next key, None if there was none within `seconds`. O(log n).
+
+        The time in the queue is added to `timed.waited`. Raises Draining, TooManyWaiters.
+        """
+        if self._draining:
+            raise Draining
+        if len(self.queue) >= self._max_waiters:
+            raise TooManyWaiters(self._max_waiters)
+        waiter = Waiter(owner, self._now(), self._loop.create_future())
+        waiter.timer = self._timers.after(seconds, self._time_out, waiter)
+        self.queue[waiter] = None
+        try:
+            return await waiter.served
+        except (GeneratorExit, asyncio.CancelledError):  # hung up: whoever drove this coroutine has closed it
+            self._forget(waiter)
+            raise
+        finally:
+            waited = self._now() - waiter.since
+            self.wait_seconds.add(waited)
+            if timed is not None:
+                timed.waited += waited
+
+    def serve(self, now: float) -> None:
+        """Serve waiters as long as there are keys. O(log n) each."""
+        while self.queue and self._pool.available:
+            if not self._storage_up():
+                return  # served when storage has recovered
+            key = self._pool.acquire(now, next(iter(self.queue)).owner)
+            if key is None:
+                if not self._pool.expiry_suspended:  # otherwise they are served when it goes on
+                    self.serve_soon()  # there is a backlog of expired keys
+                return
+            self._pop().served.set_result(self._lease_of(key, now))
+
+    def serve_soon(self) -> None:
+        """Serve waiters in the next turn of the loop, unless a call does it before."""
+        if not self._serving_soon:
+            self._serving_soon = True
+            self._loop.call_soon(self._serve_now)
+
+    def _serve_now(self) -> None:
+        self._serving_soon = False
+        self.serve(self._now())
+
+    def drain(self) -> None:
+        """The server stops: answer all waiters with Draining, and admit no more. O(waiters)."""
+        self._draining = True
+        while self.queue:
+            self._pop().served.set_exception(Draining())
+
+    def _pop(self) -> Waiter:
+        waiter, _ = self.queue.popitem(last=False)
+        self._timers.cancel(waiter.timer)
+        return waiter
+
+    def _forget(self, waiter: Waiter) -> None:
+        """A waiter hung up. If it was served in this turn, nobody will learn of that lease: end it."""
+        if waiter in self.queue:
+            del self.queue[waiter]
+            self._timers.cancel(waiter.timer)
+            return
+        served = waiter.served
+        if served.done() and not served.cancelled() and served.exception() is None:
+            lease = served.result()
+            if lease is not None:
+                self._give_back(lease)
+
+    def _time_out(self, waiter: Waiter) -> None:
+        waiter.timer = None  # it has fired; it refers to the waiter, which mustn't refer to it
+        now = self._now()
+        self._pool.process_due(now)  # a block may have run out whose timer is late
+        self.serve(now)
+        if waiter not in self.queue:
+            return
+        if self._storage_up() and not self._pool.expiry_suspended and self._pool.may_have_more(now):
+            self._loop.call_soon(self._time_out, waiter)  # a backlog of due keys may hide an available one
+        else:
+            del self.queue[waiter]
+            waiter.served.set_result(None)
