@@ -8,7 +8,7 @@ from keypool.api.dispatch import Dispatcher, too_large, unexpected
 from keypool.config.limits import Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.core.errors import HeadersTooLarge, KeypoolError, RequestTimeout, UriTooLong
-from keypool.http.fast_call import RawHead, wire
+from keypool.http.fast_call import head_of, wire
 from keypool.http.http1 import Refusal, Server
 
 
@@ -27,7 +27,7 @@ class FastServer(Server):
             return None
         assert isinstance(self.application, Application)
         dispatcher: Dispatcher = self.application.settings["dispatcher"]
-        head = RawHead(refusal.method, refusal.target, refusal.headers, None) if refusal.complete else None
+        head = head_of(refusal.method, refusal.target, refusal.headers, None) if refusal.complete else None
         seconds = self.limits.body_seconds if isinstance(error, RequestTimeout) else 0.0
         return wire(dispatcher.refused(head, error, seconds))
 

@@ -36,11 +36,11 @@ from keypool.api.dispatch import Dispatcher
 from keypool.config.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_HEADERS, MAX_NAME, Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.core.errors import HeadersTooLarge, RequestTimeout
-from keypool.http.api_call import ApiDelegate
 from keypool.http.fast_call import wire
 from keypool.http.http1.connection_limiter import ConnectionLimiter, largest_first_over_budget
 from keypool.http.http1.responses import with_connection
 from keypool.http.http1.turns import QUANTUM, TASK, Turns
+from keypool.http.tornado_call import TornadoCall
 
 _API = "/api/"
 _LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # behind the request line
@@ -60,9 +60,9 @@ class _Listener:
     What can't be accepted for want of a file is closed, by means of one that is kept for that (libuv does so).
     """
 
-    def __init__(self, sock: socket.socket, doorman: ConnectionLimiter) -> None:
+    def __init__(self, sock: socket.socket, limiter: ConnectionLimiter) -> None:
         self._socket = sock
-        self._doorman = doorman
+        self._doorman = limiter
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
 
     def fileno(self) -> int:
@@ -107,7 +107,7 @@ class _Stream(IOStream):
     def close_fd(self) -> None:
         """Close the socket; called by IOStream, once. Until then a websocket is counted, too."""
         super().close_fd()
-        self._server.doorman.leave(self._address)
+        self._server.limiter.leave(self._address)
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
         """A whole head; one that is too large, or has a name that is, is answered here and ends the connection."""
@@ -224,7 +224,7 @@ class _Message(httputil.HTTPMessageDelegate):
         self._server.began += 1
         self._apply_proxy(self._request[1])
         self._inner = inner = self._answerer()
-        if isinstance(inner, ApiDelegate):
+        if isinstance(inner, TornadoCall):
             inner.turns = self._server.turns
         return self._inner.headers_received(*self._request)
 
@@ -339,7 +339,7 @@ class StockServer(HTTPServer):
         super().initialize(app, max_header_size=4 * MAX_HEAD, max_body_size=DISCARDED)
         self.limits = limits or Limits()
         self.trusted = trusted
-        self.doorman = ConnectionLimiter(self.limits, trusted or ())
+        self.limiter = ConnectionLimiter(self.limits, trusted or ())
         self.turns = Turns(asyncio.get_running_loop(), lambda: None)
         self.now = time.monotonic()
         self.began = 0
@@ -351,7 +351,7 @@ class StockServer(HTTPServer):
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
         """Accept on listening sockets, which are owned by the server from now on."""
         for sock in sockets:
-            listener = _Listener(sock, self.doorman)
+            listener = _Listener(sock, self.limiter)
             self._listeners.append(
                 (listener, add_accept_handler(cast(socket.socket, listener), self._handle_connection))
             )
@@ -371,7 +371,7 @@ class StockServer(HTTPServer):
 
     def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
         """Let a connection in, or close it."""
-        if self.doorman.enter(_address(address)):
+        if self.limiter.enter(_address(address)):
             super().handle_stream(_Stream(stream.socket, self, _address(address)), address)
         else:
             stream.close()
@@ -405,7 +405,7 @@ class StockServer(HTTPServer):
 
     # -- stopping
 
-    def take_queue(self, sockets: Iterable[socket.socket]) -> None:
+    def drain_accept_queue(self, sockets: Iterable[socket.socket]) -> None:
         """Accept what the system has accepted for us already; closing the sockets would reset it."""
         for listening in sockets:
             for _ in range(_QUEUED):
@@ -415,7 +415,7 @@ class StockServer(HTTPServer):
                     break
                 self._handle_connection(connection, address)
 
-    def keep_none_alive(self) -> None:
+    def disable_keep_alive(self) -> None:
         """Have each connection closed with the answer to its next request, which says so."""
         self.conn_params.no_keep_alive = True
 

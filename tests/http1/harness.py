@@ -153,7 +153,7 @@ async def serve(kind: str, application: Any, **options: Any) -> AsyncIterator[Se
         await server.close_all_connections()
         if kind == "http1":
             assert server.open_connections == 0
-            await until(lambda: server.doorman.count == 0)
+            await until(lambda: server.limiter.count == 0)
         await turns(5)
 
 

@@ -43,22 +43,22 @@ STREAMS = (
 
 @pytest.fixture
 def eaten(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The bytes that the parser was given and those that were recognised, in order."""
+    """The bytes that the parser was given and those that were found in the cache, in order."""
     steps: list[bytes] = []
-    parse, recognise = RequestReader._parse, RequestReader.recognise
+    parse, try_cached = RequestReader._parse, RequestReader.try_cached
 
     def parsing(reader: RequestReader, step: bytes | memoryview) -> int:
         consumed = parse(reader, step)
         steps.append(bytes(step[:consumed]))
         return consumed
 
-    def recognising(reader: RequestReader, data: bytes, start: int = 0) -> int:
-        end = recognise(reader, data, start)
+    def looking(reader: RequestReader, data: bytes, start: int = 0) -> int:
+        end = try_cached(reader, data, start)
         steps.append(data[start:end])
         return end
 
     monkeypatch.setattr(RequestReader, "_parse", parsing)
-    monkeypatch.setattr(RequestReader, "recognise", recognising)
+    monkeypatch.setattr(RequestReader, "try_cached", looking)
     return steps
 
 

@@ -58,7 +58,7 @@ class Raw(RawDelegate):
     def __init__(self, request: Request) -> None:
         self.request = request
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         text = b"%b %b %d" % (self.request.method, self.request.target, len(body))
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
         if self.request.target.startswith(b"/late"):
@@ -66,7 +66,7 @@ class Raw(RawDelegate):
         else:
             self.request.respond(answer)
 
-    def closed(self) -> None:
+    def hung_up(self) -> None:
         pass
 
 

@@ -22,30 +22,24 @@ from typing import TYPE_CHECKING
 
 from tornado import gen, httputil
 from tornado.escape import native_str
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import IOStream
 from tornado.log import app_log
 
-from keypool.http.http1.link import closed_future
 from keypool.http.http1.request import Request
 from keypool.http.http1.responses import date_line
+from keypool.http.http1.writer import closed_future
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from keypool.http.http1.connection import Connection
-    from keypool.http.http1.peer import Peer
-    from keypool.http.http1.stream import StreamView
 
 
 class Exchange(httputil.HTTPConnection):
-    """One request and its answer, as Tornado's `HTTPConnection`.
+    """One request and its answer, as Tornado's `HTTPConnection`. `context` is the `Peer`."""
 
-    `context` is the `Peer`; `stream` is enough of a stream for
-    `HTTPServerRequest.get_ssl_certificate`.
-    """
-
-    def __init__(self, connection: Connection, request: Request, peer: Peer) -> None:
-        self.context = peer
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.context = connection.peer.caller(request.headers)
         self._connection: Connection | None = connection
         self._request: Request | None = request
         self._is_head = request.method == b"HEAD"
@@ -127,16 +121,6 @@ class Exchange(httputil.HTTPConnection):
 
     # What handlers use.
 
-    @property
-    def stream(self) -> StreamView:
-        """A view of the socket: `.socket`, with TLS also `.socket.getpeercert()`.
-
-        :raises StreamClosedError: if the exchange is over.
-        """
-        if self._connection is None:
-            raise StreamClosedError
-        return self._connection.stream_view()
-
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
         """Have `callback` run if the peer leaves between its request and the answer's end."""
         self._close_callback = callback
@@ -145,11 +129,6 @@ class Exchange(httputil.HTTPConnection):
         """Set this request's body limit. In `headers_received` or `prepare`."""
         if self._request is not None:
             self._request.set_max_body_size(max_body_size)
-
-    def set_body_timeout(self, timeout: float) -> None:
-        """Set the seconds, from now, in which this request's body must be here."""
-        if self._connection is not None:
-            self._connection.set_body_timeout(timeout)
 
     def write_headers(
         self,
