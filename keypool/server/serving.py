@@ -34,7 +34,7 @@ from keypool.engine.valkey.url import parse, without_password
 from keypool.http.api_call import InFlight
 from keypool.http.http1.connection_limiter import ConnectionLimiter
 from keypool.http.http1_server import FastServer
-from keypool.http.tornado_server import StockServer
+from keypool.http.tornado_server import TornadoServer
 from keypool.ops import logs
 from keypool.server.app import make_app, make_loading_app
 from keypool.server.supervision import Alone, Member, Station
@@ -73,7 +73,7 @@ class ServerClass(Protocol):
 
 SERVERS: dict[str, ServerClass] = {
     "fast": FastServer,
-    "tornado": StockServer,
+    "tornado": TornadoServer,
 }
 """Each server by the value of --http."""
 

@@ -1,15 +1,12 @@
 """A request answered through Tornado's interfaces.
 
-`Exchange` is the `httputil.HTTPConnection` that a `RequestHandler` knows as
-`request.connection`. One is made for each request that does not go the raw way. It
-feeds the `HTTPMessageDelegate` (holding the body back while a future it returned is
-pending) and frames the answer (Content-Length, chunks, 204, 304, HEAD, HTTP/1.0).
+`Exchange` is the `httputil.HTTPConnection` that a `RequestHandler` knows as `request.connection`. One is made for each
+request that does not go the raw way. It feeds the `HTTPMessageDelegate` (holding the body back while a future it
+returned is pending) and frames the answer (Content-Length, chunks, 204, 304, HEAD, HTTP/1.0).
 
-Its rules are those of `tornado.http1connection.HTTP1Connection`, which could not be
-used itself, as it reads from an `IOStream`. The futures differ: a write resolves as
-soon as the bytes are below the transport's high-water mark, and then it is one
-resolved future that all writes of the process share, so that an answer that does not
-wait costs none.
+Its rules are those of `tornado.http1connection.HTTP1Connection`, which could not be used itself, as it reads from an
+`IOStream`. The futures differ: a write resolves as soon as the transport's buffer is below its high-water mark, and
+then it is one resolved future that all writes of the process share.
 
 It knows nothing of the parser, the queue or the socket: that is `Connection`.
 """
@@ -100,7 +97,7 @@ class Exchange(httputil.HTTPConnection):
             self._connection.resume(future)
 
     def closed(self) -> None:
-        """Tell the delegate, or the handler, that no answer can arrive. Never raises."""
+        """Notify the delegate, or the handler, that no answer can arrive. Never raises."""
         delegate, callback = self._delegate, self._close_callback
         self.release()
         try:

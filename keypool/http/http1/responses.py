@@ -1,11 +1,8 @@
-"""Answers as bytes: what the server puts into them, and those it gives by itself.
+"""Answers as bytes: what the server adds to them, and its own.
 
-A refusal is an answer that the server gives because the request never reached the
-application, or must not. How it looks is the application's business: `Server` takes a
-hook `on_refused` that turns a `Refusal` into the bytes of a response. Without one, or
-for bytes that are no HTTP request, the answer is a status line without a body.
-
-This module knows nothing of sockets, parsers or Tornado's objects.
+A refusal is an answer by the server itself, because the request never reached the application, or must not. How it
+looks is the application's business: `Server` takes a hook `on_refused` that turns a `Refusal` into the bytes of a
+response. Without one, or for bytes that aren't an HTTP request, the answer is a status line without a body.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the server itself answers a request, and what is known of the request.
+    """Why the server itself answers a request, and what had been read of the request.
 
     `method`, `target` and `headers` hold what had been read. Names are in lower case.
     """
@@ -37,7 +34,7 @@ class Refusal:
     target: bytes = b""
     headers: Headers = ()
     complete: bool = False
-    """Whether all headers had come, so that it is the body that is at fault, or the application."""
+    """Whether all headers had come, so that the body or the application is at fault."""
 
 
 OnRefused = Callable[[Refusal], bytes | None]

@@ -17,7 +17,7 @@ _LONGEST = 1024  # bytes of each
 _MOST_LINES = 32  # of each: a line takes some 150 bytes beside its own
 
 REQUEST_LINE = re.compile(rb"(GET|POST|DELETE) (/[\w/:.~?=&%,-]*) HTTP/1\.1\r\n")
-"""Those that llhttp takes, too, and the rules; it takes others, which are left to it."""
+"""A subset of the request lines that llhttp and the rules accept; all others are left to them."""
 
 
 class HeaderSection:

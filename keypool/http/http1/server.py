@@ -106,7 +106,7 @@ class Server:
             raise
 
     def stop(self) -> None:
-        """Accept no more, and close the listening sockets. Connections live on."""
+        """Close the listening sockets. Connections stay open."""
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener.add_done_callback(_close_listener)
@@ -159,10 +159,10 @@ class Server:
         for writer in unsent:
             writer.flush()
 
-    # The steps of a stop, for those who take them one by one.
+    # Steps of a graceful shutdown.
 
     def drain_accept_queue(self, sockets: Iterable[socket]) -> None:
-        """Accept what the system has accepted already; to close the sockets would reset it. Before `stop`."""
+        """Accept what is in the system's accept queue, as `stop` would reset it. Before `stop`."""
         for listening in sockets:
             for _ in range(_QUEUED):
                 try:
@@ -181,23 +181,23 @@ class Server:
             task.exception()  # mark it as retrieved: a caller may have disconnected already
 
     def disable_keep_alive(self) -> None:
-        """Have each connection closed with the answer to its next request, which says so. O(connections)."""
+        """Close each connection with the answer to its next request, which announces that. O(connections)."""
         self.no_keep_alive = True
         for connection in self._connections:
             connection.disable_keep_alive()
 
     def writing(self) -> bool:
-        """Whether some answer isn't taken in yet. O(connections)."""
+        """Whether some answer isn't sent yet. O(connections)."""
         return any(connection.unsent() for connection in self._connections)
 
     def cut_all(self) -> None:
-        """Close all connections in this turn of the loop: nothing that they send any more is read."""
+        """Close all connections now: nothing more that they send is read."""
         for connection in list(self._connections):
             connection.cut()
 
     def admit(self, connection: Connection) -> bool:
         """Add a connection, unless it is one too many. O(1)."""
-        if not self.limiter.enter(_address(connection)):
+        if not self.limiter.enter(connection.peer.remote_ip):
             return False
         if self._sweeper is None:
             self._sweep()
@@ -206,8 +206,8 @@ class Server:
         return True
 
     def handed_over(self, connection: Connection) -> Callable[[], None]:
-        """What is to be called when the stream is closed that a connection is handed over as: until then it counts."""
-        return partial(self.limiter.leave, _address(connection))
+        """A callback for the end of the stream that the connection is handed over as: until then it counts."""
+        return partial(self.limiter.leave, connection.peer.remote_ip)
 
     def forget(self, connection: Connection, *, counted: bool = False) -> None:
         """Remove a connection that is closed or handed over; in that case it stays `counted`. O(1)."""
@@ -215,7 +215,7 @@ class Server:
             return
         self._connections.remove(connection)
         if not counted:
-            self.limiter.leave(_address(connection))
+            self.limiter.leave(connection.peer.remote_ip)
         try:
             self.application.on_close(connection)
         except Exception:
@@ -247,10 +247,6 @@ class Server:
             ((c.unfinished(), c) for c in self._connections), self.limits
         ):
             connection.cut()
-
-
-def _address(connection: Connection) -> str:
-    return connection.peer.remote_ip
 
 
 def _close_listener(listener: asyncio.Task[asyncio.Server]) -> None:
