@@ -28,6 +28,7 @@ _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "logs_errors: the test expects errors to be logged")
+    config.addinivalue_line("markers", "thorough: only `./run test --all` runs it")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
