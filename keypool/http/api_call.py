@@ -48,17 +48,21 @@ class InFlight:
 
 
 class ApiCall:
-    """One request of the API. `request` is its head; a subclass sets the attributes and writes the reply."""
+    """One request of the API. `request` is its head; a subclass sets all attributes, and writes the reply.
+
+    `turns` are those of the server, where a paused call waits; without them it goes on in the loop's next iteration.
+    """
+
+    __slots__ = ("_ended", "_waiting", "dispatcher", "in_flight", "pending", "request", "started", "turns")
 
     dispatcher: Dispatcher
     in_flight: InFlight
     pending: Pending
     request: Request
     started: float
-    turns: Turns | None = None
-    """Of its server: where a paused call waits. Without them it goes on in the loop's next iteration."""
-    _waiting: CoroutineDriver | _HeldBack | None = None
-    _ended = False
+    turns: Turns | None
+    _waiting: CoroutineDriver | _HeldBack | None
+    _ended: bool
 
     def send(self, reply: Reply) -> bool:
         """Write the reply; whether there is still somebody to write to."""
