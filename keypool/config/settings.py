@@ -1,10 +1,12 @@
 """The settings of a server: what they are, where they come from and which values they take.
 
-A setting is one field of `Settings`. The flag, the `KEYPOOL_` variable, the key of the TOML file, the lines of `--help`
-and the row in the docs derive from it. The pool's own settings have their defaults in core/rules.py.
+A setting is one field of `Settings`. The flag, the `KEYPOOL_` variable, the key of the TOML file, the lines
+of `--help` and the row in the docs derive from it. The pool's own settings have their defaults in
+core/rules.py.
 
-Flags are parsed here and not by argparse because a wrong one has to give one line that names the values it takes, the
-same on every Python: argparse prints its usage as well, and words its errors anew with each version.
+Flags are parsed here and not by argparse because a wrong one has to give one line that names the values it
+takes, the same on every Python: argparse prints its usage as well, and words its errors anew with each
+version.
 
 `load` reads the TOML file and the files of the tokens, once. No error and no repr shows a token.
 """

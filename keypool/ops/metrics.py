@@ -1,7 +1,7 @@
 """The metrics for Prometheus, made at each scrape.
 
-Counters and gauges are read from the engine then, so they can't drift from it; every state has its sample, also at
-zero. No label holds a key, an owner or a path. The table in the docs is made from `METRICS`.
+Counters and gauges are read from the engine then, so they can't drift from it; every state has its sample,
+also at zero. No label holds a key, an owner or a path. The table in the docs is made from `METRICS`.
 """
 
 from __future__ import annotations

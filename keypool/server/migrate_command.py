@@ -1,7 +1,7 @@
 """`keypool migrate --from PLACE --to PLACE`: a pool moves from a data file to Valkey, or back.
 
-It talks to no server: it opens both places itself, while no server has either. So it needs the server's packages, and
-stands beside the command instead of in it.
+It talks to no server: it opens both places itself, while no server has either. So it needs the server's
+packages, and stands beside the command instead of in it.
 """
 
 from __future__ import annotations
