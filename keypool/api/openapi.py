@@ -137,7 +137,7 @@ def document(operations: Iterable[Operation], open: bool) -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "security": [],  # the default of operations that don't say otherwise
-        "paths": paths | beside(schemas[Problem], open),
+        "paths": paths | _other_paths(schemas[Problem], open),
         "components": {
             "schemas": components,
             "headers": HEADERS,
@@ -257,7 +257,7 @@ def problem(codes: str, schema: Described, status: str) -> Described:
     }
 
 
-def beside(schema: Described, open: bool) -> Described:
+def _other_paths(schema: Described, open: bool) -> Described:
     """The paths that are no operations. `schema` is that of a problem. `open`: no tokens are configured."""
 
     def page(
@@ -271,8 +271,8 @@ def beside(schema: Described, open: bool) -> Described:
             described["security"] = [{"token": []}] if roles else []
         if roles and not open:
             refusals |= {"401": "unauthorized", "403": "cross-site, forbidden"}
-        told = {status: problem(code, schema, status) for status, code in sorted(refusals.items())}
-        return {"get": described | {"responses": answers | told}}
+        problems = {status: problem(code, schema, status) for status, code in sorted(refusals.items())}
+        return {"get": described | {"responses": answers | problems}}
 
     return {
         "/healthz": page("health", "Whether the event loop runs.", _status("ok"), {}),

@@ -5,7 +5,7 @@ of `--help` and the row in the docs derive from it. The pool's own settings have
 core/rules.py.
 
 Flags are parsed here and not by argparse because a wrong one has to give one line that names the values it
-takes, the same on every Python: argparse prints its usage as well, and words its errors anew with each
+takes, the same on every Python: argparse also prints its usage, and its messages change with each
 version.
 
 `load` reads the TOML file and the files of the tokens, once. No error and no repr shows a token.
@@ -288,7 +288,7 @@ def _check_processes(settings: Settings) -> None:
     if settings.process_port and settings.process_port + settings.processes > 65536:
         raise SettingsError(
             f"{_source(settings, 'process_port')} takes at most {65536 - settings.processes} with "
-            f"{settings.processes} processes, not {settings.process_port}: each has a port of its own"
+            f"{settings.processes} processes, not {settings.process_port}: each has its own port"
         )
 
 
