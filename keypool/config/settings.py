@@ -109,7 +109,7 @@ class Settings:
     restart_grace: float = _setting(
         PoolRules.restart_grace,
         Seconds(low=0.0),
-        "keys whose keepalive would run out before it live until so long after the start",
+        "after a start, every key lives at least this long, even if it expired during the stop",
     )
     max_viewers: int = _setting(200, Whole(0, 100_000), "open websockets of the feed at most")
     drain_seconds: float = _setting(10.0, Seconds(), "how long a stop may take")

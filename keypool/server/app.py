@@ -27,7 +27,7 @@ from keypool.http.inflight import InFlight
 from keypool.web.dashboard import Dashboard
 from keypool.web.feed_handler import FeedHandler
 from keypool.web.handlers import Calls, Events, Figures, KeyPanel, Keys, Overview, Static, System
-from keypool.web.pages import Health, Nothing, PageHandler, Ready
+from keypool.web.pages import Health, PageHandler, Ready, UnknownPath
 from keypool.web.scrape import Metrics, MetricSources
 from keypool.web.signin import SignIn, SignOut
 
@@ -104,7 +104,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
             (r"/login", SignIn),
             (r"/logout", SignOut),
             (r"/static/([0-9a-f]+)/(.+)", Static),
-            (r".*", Nothing),
+            (r".*", UnknownPath),
         ],
         dashboard=dashboard,
         metric_sources=sources,

@@ -220,7 +220,7 @@ class Ready(PageHandler):
         self.answer({"status": "ready"} | ({"detail": degraded} if degraded else {}))
 
 
-class Nothing(PageHandler):
+class UnknownPath(PageHandler):
     """Every other path: 404 whatever the method."""
 
     def check(self) -> None:
