@@ -1,8 +1,8 @@
-"""Who calls, and whether a browser may be speaking for somebody else.
+"""Authentication, and protection against requests that a browser sends on behalf of another site.
 
-Tokens are compared by their SHA-256 digest: a random token needs no slow hash, and a lookup by digest tells
-no timing. With no token configured the server is open, to loopback names only, so that no web page can reach
-it by rebinding its own name to this machine.
+Tokens are compared by their SHA-256 digest: a random token needs no slow hash, and a lookup by digest leaks
+no timing. With no token configured the server is open, but only under loopback names, so that no web page can
+reach it by rebinding its own name to this machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Role(StrEnum):
-    """What a caller may do: `client` uses keys, `viewer` reads, `admin` does everything."""
+    """`client` uses keys, `viewer` reads, `admin` may do everything."""
 
     CLIENT = "client"
     VIEWER = "viewer"
@@ -33,25 +33,25 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A role, and for the audit log which token showed it: the first 8 hex digits of its digest."""
+    """A role, and for the audit log the first 8 hex digits of the token's digest."""
 
     role: Role
     token: str
 
 
 def mark_of(digest: bytes) -> str:
-    """What a session's cookie names a token by: the start of its digest."""
+    """The start of a token's digest, by which a session's cookie names it."""
     return digest.hex()[:16]
 
 
 NOBODY = Caller(Role.CLIENT, "none")
-"""The caller of a call that asks for no token."""
+"""The caller of an operation that needs no token."""
 
 ANYONE = Caller(Role.ADMIN, "none")
-"""Whoever calls an open server."""
+"""Every caller of an open server."""
 
 XSRF_HEADER = "X-Keypool-Xsrf"
-"""What the dashboard's own scripts send beside the session cookie, and no other site's page can."""
+"""The header that the dashboard's scripts send beside the session cookie; pages of other sites can't."""
 
 
 def _no_session(headers: Mapping[str, str]) -> Caller:
@@ -59,7 +59,7 @@ def _no_session(headers: Mapping[str, str]) -> Caller:
 
 
 class Access:
-    """The tokens in force. No token configured: open."""
+    """The valid tokens. Without any the server is open."""
 
     def __init__(
         self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
@@ -67,14 +67,14 @@ class Access:
         self.replace(client, viewer, admin)
         self.open = not self._callers
         self.by_session: Callable[[Mapping[str, str]], Caller] = _no_session
-        """Who a session cookie stands for; session.py sets it. Raises Unauthorized."""
+        """The caller of a session cookie; session.py sets it. Raises Unauthorized."""
 
     def replace(
         self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
     ) -> None:
-        """Let these be the tokens from now on. Callers that were remembered have to be asked for anew.
+        """Replace all tokens. Cached results of `caller` become invalid.
 
-        A server is open or not for its whole life: its answers, and what OpenAPI says, depend on it.
+        Whether a server is open doesn't change: its answers, and the OpenAPI document, depend on it.
         """
         callers: dict[bytes, Caller] = {}
         for role, tokens in ((Role.CLIENT, client), (Role.VIEWER, viewer), (Role.ADMIN, admin)):
@@ -86,7 +86,7 @@ class Access:
         self._known = frozenset(callers.values())
 
     def knows(self, caller: Caller) -> bool:
-        """Whether the token that this caller showed still holds. O(1)."""
+        """Whether this caller's token is still valid. O(1)."""
         return self.open or caller in self._known
 
     def marked(self, mark: str) -> Caller | None:
@@ -94,9 +94,9 @@ class Access:
         return self._by_mark.get(mark)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
-        """The caller of an API call: by its token, or by session if it is the dashboard's own script.
+        """The caller of an API call: by token, or by session for the dashboard's scripts. Raises Unauthorized.
 
-        A cookie alone is nobody's word, since the browser adds it by itself. Raises Unauthorized.
+        A cookie alone doesn't count, since a browser sends it with requests of any page.
         """
         authorization = headers.get("Authorization")
         if authorization is None and not self.open and XSRF_HEADER in headers:
@@ -104,18 +104,18 @@ class Access:
         return self.identify(authorization)
 
     def callers(self) -> dict[bytes, Caller]:
-        """Everybody whom a token stands for, by the token's digest."""
+        """The callers by the digest of their token."""
         return dict(self._callers)
 
     def identify(self, authorization: str | None) -> Caller:
         """The caller of a request with this Authorization header. About 1 µs. Raises Unauthorized.
 
-        Raises WrongToken, for the caller to have it counted (wrong_tokens.py), if there is a token that nobody knows.
+        Raises WrongToken for an unknown token, which has to be counted (wrong_tokens.py).
         """
         if self.open:
             return ANYONE
         if authorization is None:
-            raise Unauthorized("this server wants a token: send Authorization: Bearer TOKEN")
+            raise Unauthorized("this server requires a token: send Authorization: Bearer TOKEN")
         scheme, _, token = authorization.strip().partition(" ")
         if scheme.lower() != "bearer":
             raise Unauthorized("the Authorization header must be of the form: Bearer TOKEN")
@@ -126,9 +126,9 @@ class Access:
         return caller
 
     def check_site(self, headers: Mapping[str, str], changes: bool) -> None:
-        """Refuse what comes under a foreign name or from a foreign page. Raises WrongHost, CrossSite.
+        """Refuse a request under a foreign Host or from another site's page. Raises WrongHost, CrossSite.
 
-        `changes` is whether the call changes something: such a one is refused by Sec-Fetch-Site alone.
+        A request that changes something (`changes`) is refused by Sec-Fetch-Site alone.
         """
         host = headers.get("Host", "")
         if self.open and not _names_this_machine(host):
@@ -141,11 +141,13 @@ class Access:
                 "this request's Origin is not this server: a page of another site may not call it"
             )
         if changes and headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
-            raise CrossSite("a browser sent this on behalf of another site, which may change nothing here")
+            raise CrossSite(
+                "a browser sent this on behalf of another site, which may not change anything here"
+            )
 
 
 def split_host(host: str) -> tuple[str, int | None]:
-    """Name (lower case, no brackets) and port of a Host header; an empty name if it is none."""
+    """Name (lower case, no brackets) and port of a Host header; an empty name if it is invalid."""
     try:
         parts = urlsplit("//" + host)
         name, port = parts.hostname, parts.port
@@ -157,18 +159,17 @@ def split_host(host: str) -> tuple[str, int | None]:
 
 
 def _names_this_machine(host: str) -> bool:
-    """Whether a Host header is a loopback name, which no long one is."""
     return len(host) <= REMEMBERED_HOST and _is_known_loopback(host)
 
 
 @lru_cache(maxsize=256)
 def _is_known_loopback(host: str) -> bool:
-    """Remembered, as callers have one or two, and parsing takes 5 µs."""
+    # Cached, as clients use one or two, and parsing takes 5 µs.
     return is_loopback(split_host(host)[0])
 
 
 def same_site(origin: str, host: str) -> bool:
-    """Whether host and port of an Origin are a Host's. Schemes aren't compared: a proxy may end TLS."""
+    """Whether an Origin has the host and port of a Host header. Schemes aren't compared: a proxy may end TLS."""
     try:
         parts = urlsplit(origin)
         name, port = parts.hostname, parts.port

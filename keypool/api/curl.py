@@ -1,7 +1,7 @@
-"""The calls of the API as lines for a shell: what the dashboard's pages offer to copy.
+"""The calls of the API as shell lines, which the dashboard's pages offer to copy.
 
 A line never holds a token or a key: it names the variable that has the token, and keys by `id:N` or a
-placeholder. What this module does not do: know the calls (operations.py does).
+placeholder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _QUERIES = {"list": "?order=expiry&limit=10"}
 
 @dataclass(frozen=True, slots=True)
 class CallLine:
-    """A call as the API page shows it."""
+    """A row of the dashboard's API page."""
 
     name: str
     method: str
@@ -59,9 +59,9 @@ def call_lines(site: str, is_open: bool) -> list[CallLine]:
 def key_lines(
     site: str, role: Role | None, key_id: int, lease: int | None, names: Sequence[str]
 ) -> dict[str, str]:
-    """The calls that are about one key, by name, for somebody of this role; None where no token is wanted.
+    """The operations `names` for one key, with the token of a role, or without one if `role` is None.
 
-    Unblock names the key's latest lease: pasted when somebody else has the key, it takes it from nobody.
+    Unblock names the key's latest lease, so that the line frees nothing if somebody else has acquired the key since.
     """
     body = None if lease is None else f'{{"lease":{lease}}}'
     return {
@@ -78,7 +78,7 @@ def key_lines(
 
 
 def generate_line(site: str, is_open: bool) -> str:
-    """What fills an empty pool."""
+    """A batch that generates ten keys."""
     batch = next(operation for operation in OPERATIONS if operation.name == "batch")
     return curl(
         site,
@@ -90,10 +90,10 @@ def generate_line(site: str, is_open: bool) -> str:
 
 
 def curl(site: str, operation: Operation, *, path: str, body: str | None, role: Role | None) -> str:
-    """One call as a line. `role` is whose token is sent, none if it is None."""
+    """One call as a line, with the token of a role, or without one if `role` is None."""
     words = ["curl", "-sS"]
     if body is not None:
-        words += ["--json", shlex.quote(body)]  # it makes a POST of it, of the content type that is wanted
+        words += ["--json", shlex.quote(body)]  # implies POST and the content type
     elif operation.method != "GET":
         words += ["-X", operation.method]
     if role is not None:

@@ -1,7 +1,7 @@
-"""Reading bodies and queries, and saying what was wrong with them and what would be right.
+"""Decoding of bodies and queries, with errors that say what was wrong and what would be right.
 
-msgspec decodes and validates in one pass and says where it stopped; what the field takes is added from the
-description that the field has in operations.py, so that an error tells as much as the documentation.
+msgspec decodes and validates in one pass and names the field where it stopped; the error adds the field's
+description from operations.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from keypool.core.errors import BadRequest
 
 _FIELD = re.compile(r"`\$\.(\w+)")
 _WHOLE = re.compile(r"-?[0-9]{1,18}", re.ASCII)
-_LONGEST = 300  # characters of a message, which may quote what was sent
+_LONGEST = 300  # characters of a message, which may quote the request
 
 
 class Reader:
-    """Reads the query and the body of one operation into its types."""
+    """Decodes the query and the body of one operation into its types."""
 
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
@@ -36,13 +36,13 @@ class Reader:
         self._numbers = {name for name, kind in hints.items() if kind is int}
 
     def read(self, call: Call, query: str, body: bytes) -> None:
-        """Fill `call.query` and `call.body`. Raises BadRequest, whose detail names what was wrong."""
+        """Fill `call.query` and `call.body`. Raises BadRequest."""
         if query or self._operation.query is not None:
             call.query = self._read_query(query)
         if body:
             call.body = self._read_body(body)
         elif self._operation.body_required:
-            raise BadRequest(f"a JSON body is wanted: {_takes(self._body_fields)}")
+            raise BadRequest(f"a JSON body is required: {_takes(self._body_fields)}")
 
     def _read_query(self, query: str) -> Any:
         pairs = query_pairs(query)
@@ -53,7 +53,7 @@ class Reader:
         for name in pairs:
             if name not in self._query_fields:
                 raise BadRequest(f"unknown query parameter {_named(name)}: {_takes(self._query_fields)}")
-        # Only what stands for a number is made one: msgspec would take the text null for none.
+        # Only the fields that are numbers are converted: msgspec would take the text null for None.
         values: dict[str, str | int] = {
             name: int(text) if name in self._numbers and _WHOLE.fullmatch(text) else text
             for name, text in pairs.items()
@@ -73,10 +73,10 @@ class Reader:
                 if (colons := body.count(b":")) > 1 and colons > _members(decoded):
                     _require_unique(body)
                 return decoded
-            # What is wrong with a field is found before what is no JSON behind it.
+            # A wrong field is found before a syntax error behind it.
             value = msgspec.json.decode(body)
             if ", got `float`" in wrong:
-                with contextlib.suppress(msgspec.ValidationError):  # `wrong` tells of what was sent
+                with contextlib.suppress(msgspec.ValidationError):  # then `wrong` is the error
                     decoded = msgspec.convert(_with_whole_numbers(value), self._decoder.type)
                     _require_unique(body)
                     return decoded
@@ -88,9 +88,9 @@ class Reader:
 
 
 def _members(decoded: Any) -> int:
-    """How many members of a body have a value. O(members), 0.2 µs for a small one.
+    """How many members of a body have a value. O(members), 0.2 µs for a small body.
 
-    There are as many colons outside of its texts, unless some member is null or stands there twice.
+    The body has as many colons outside of strings, unless some member is null or occurs twice.
     """
     values = msgspec.structs.astuple(decoded)
     count = len(values) - values.count(None)
@@ -103,9 +103,9 @@ def _members(decoded: Any) -> int:
 
 
 def _require_unique(body: bytes) -> None:
-    """Raise BadRequest if an object of a body, which is JSON, has a member twice. O(body), slowly.
+    """Raise BadRequest if an object in a JSON body has a member twice. O(body), slow.
 
-    The decoder goes by the last one. So `{"lease": 1, "lease": null}` would be an unblock without a lease number.
+    The decoder takes the last one, so `{"lease": 1, "lease": null}` would be an unblock without a lease number.
     """
     json.loads(body, object_pairs_hook=_unique)
 
@@ -120,7 +120,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _with_whole_numbers(value: Any) -> Any:
-    """17.0 as 17: to JSON it is the same number, and some clients can't write it otherwise."""
+    """17.0 as 17: in JSON it is the same number, and some clients can't write it otherwise."""
     if isinstance(value, dict):
         return {name: _with_whole_numbers(member) for name, member in value.items()}
     if isinstance(value, list):
@@ -147,7 +147,7 @@ def _named(name: str) -> str:
 
 
 def _fields(model: Any) -> dict[str, str]:
-    """The fields of a Struct, or of all those in a union, with their descriptions."""
+    """The fields of a Struct, or of all Structs in a union, with their descriptions."""
     if model is None:
         return {}
     if typing.get_origin(model) in (types.UnionType, typing.Union):
@@ -162,7 +162,7 @@ def _fields(model: Any) -> dict[str, str]:
 
 
 def _description(kind: Any) -> str:
-    """The first description in an annotation, however deep."""
+    """The first description in an annotation, at any depth."""
     for meta in getattr(kind, "__metadata__", ()):
         if meta.description:
             return str(meta.description)
@@ -170,7 +170,7 @@ def _description(kind: Any) -> str:
 
 
 def query_pairs(query: str) -> dict[str, str]:
-    """The parameters of a query string. Raises BadRequest for one that is given twice or isn't UTF-8."""
+    """The parameters of a query string. Raises BadRequest for a repeated one, or invalid UTF-8."""
     if not query:
         return {}
     try:

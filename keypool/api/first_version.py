@@ -1,6 +1,6 @@
 """The paths of the first version of this service, whose clients work unchanged.
 
-They are operations like the others, in other words: each does what the call beside it does. Errors carry a
+They are operations like the others, each with the effect of the current call that it names. Errors have a
 `message` beside the members of a problem.
 """
 
@@ -30,28 +30,28 @@ _UNKNOWN = "Kindly send key to be updated, given key does not exist"
 
 
 class ApiKey(Answer):
-    """A key, as the first version showed it."""
+    """A key in the first version's form."""
 
     api_key: str
 
 
 class Message(Answer):
-    """What happened, in words."""
+    """The result in words."""
 
     message: str
 
 
 class KeyQuery(msgspec.Struct, forbid_unknown_fields=True):
-    """How the first version named a key."""
+    """The first version's way to name a key."""
 
     api_key: Annotated[str, Meta(description="the key")] = ""
 
 
 class UnknownApiKey(BadRequest):
-    """An unknown key, as the first version answered it."""
+    """An unknown key, with the first version's answer."""
 
     def __init__(self) -> None:
-        super().__init__("no such key: api_key must be a key that lives")
+        super().__init__("no such key: api_key must be a live key")
         self.message = _UNKNOWN
 
 
@@ -64,7 +64,7 @@ async def _acquire(engine: Engine, call: Call) -> ApiKey:
 
 
 async def _acquire_head(engine: Engine, call: Call) -> Any:
-    """HEAD tells whether there is a key and takes none: without the body nobody could give it back."""
+    """HEAD shows whether a key is available and blocks none: without the body nobody could give it back."""
     soonest = await engine.page(ListQuery(order="release", limit=1))
     if not (await engine.stats()).available:
         raise NoKeyAvailable(soonest.keys[0].release_in if soonest.keys else None)
@@ -93,65 +93,17 @@ async def _scheduler(engine: Engine, call: Call) -> Message:
 
 _PATH = "/random_api_key"
 
+# fmt: off
 LEGACY: tuple[Operation, ...] = (
-    Operation(
-        "legacy-generate",
-        "POST",
-        _PATH,
-        ADMIN,
-        "generate, as the first version had it.",
-        _generate,
-        ApiKey,
-        created=(ApiKey,),
-        errors=(PoolFull,),
-        legacy=True,
-    ),
-    Operation(
-        "legacy-acquire",
-        "GET",
-        _PATH,
-        CLIENT,
-        "acquire, as the first version had it: a GET that blocks a key.",
-        _acquire,
-        ApiKey,
-        errors=(NoKeyAvailable,),
-        legacy=True,
-        head=_acquire_head,
-        acquires=True,
-    ),
-    Operation(
-        "legacy-unblock",
-        "PUT",
-        _PATH,
-        CLIENT,
-        "unblock, as the first version had it.",
-        _unblock,
-        Message,
-        query=KeyQuery,
-        errors=(BadRequest,),
-        legacy=True,
-    ),
-    Operation(
-        "legacy-delete",
-        "DELETE",
-        _PATH,
-        ADMIN,
-        "delete, as the first version had it.",
-        _delete,
-        Message,
-        query=KeyQuery,
-        errors=(BadRequest,),
-        legacy=True,
-    ),
-    Operation(
-        "legacy-start-scheduler",
-        "GET",
-        "/start_scheduler",
-        VIEWER,
-        "Nothing to start: the timers always run.",
-        _scheduler,
-        Message,
-        legacy=True,
-        changes=False,
-    ),
+    Operation("legacy-generate", "POST", _PATH, ADMIN, "generate, as in the first version.",
+        _generate, ApiKey, created=(ApiKey,), errors=(PoolFull,), legacy=True),
+    Operation("legacy-acquire", "GET", _PATH, CLIENT, "acquire, as in the first version: a GET that blocks a key.",
+        _acquire, ApiKey, errors=(NoKeyAvailable,), legacy=True, head=_acquire_head, acquires=True),
+    Operation("legacy-unblock", "PUT", _PATH, CLIENT, "unblock, as in the first version.",
+        _unblock, Message, query=KeyQuery, errors=(BadRequest,), legacy=True),
+    Operation("legacy-delete", "DELETE", _PATH, ADMIN, "delete, as in the first version.",
+        _delete, Message, query=KeyQuery, errors=(BadRequest,), legacy=True),
+    Operation("legacy-start-scheduler", "GET", "/start_scheduler", VIEWER, "Nothing to start: the timers always run.",
+        _scheduler, Message, legacy=True, changes=False),
 )
+# fmt: on

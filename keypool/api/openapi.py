@@ -1,10 +1,10 @@
-"""OpenAPI 3.1 of the whole API, derived from operations.py: nothing is described here that isn't there.
+"""The OpenAPI 3.1 document of the API, derived from operations.py.
 
-The document is made once, when it is first asked for. JSON Schema comes from msgspec, which validates the bodies
-by the same types. The paths that are no operations (pages, metrics, the feed) are described by hand, and a test asks
-each whether it is so.
+It is made once, at the first request. JSON Schema comes from msgspec, which validates the bodies by the same
+types. The paths that are no operations (pages, metrics, the feed) are described by hand, and a test asks each
+whether it is so.
 
-OpenAPI can't say everything: which query parameters go together, and that unknown ones are refused, stands in the
+OpenAPI can't express which query parameters go together, and that unknown ones are refused: that is in the
 descriptions and in docs/api.md.
 """
 
@@ -29,13 +29,13 @@ Described = dict[str, Any]
 
 HEADERS: Described = {
     "X-Request-Id": {
-        "description": "the caller's, if it was fit to be shown, else a new one; it leads to the server's log",
+        "description": "the client's, if it was valid, else a new one; the server's log has it",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
     },
     "Cache-Control": {"schema": {"type": "string", "enum": ["no-store"]}},
-    "Location": {"description": "where the key is", "schema": {"type": "string"}},
+    "Location": {"description": "the path of the key", "schema": {"type": "string"}},
     "Retry-After": {
-        "description": "whole seconds: of a 404 to the earliest release, when some key is blocked",
+        "description": "whole seconds; of a 404, to the earliest release if some key is blocked",
         "schema": {"type": "integer", "minimum": 1},
     },
     "WWW-Authenticate": {"schema": {"type": "string"}},
@@ -66,7 +66,7 @@ _OF_STATUS = {
 
 _REF = "#/components/schemas/{name}"
 
-# What any call may be refused with, whatever it does.
+# What any call may be refused with.
 _EVERYWHERE = (
     errors.BadRequest,
     errors.CrossSite,
@@ -105,7 +105,7 @@ class Problem(msgspec.Struct):
 
 
 def describing(operations: Iterable[Operation], open: bool) -> Operation:
-    """The operation that answers with the document of these operations and itself; `open` is without tokens."""
+    """The operation that answers with the document of these operations and itself. `open`: no tokens are configured."""
 
     @cache
     def made() -> dict[str, Any]:
@@ -121,7 +121,7 @@ def describing(operations: Iterable[Operation], open: bool) -> Operation:
 
 
 def document(operations: Iterable[Operation], open: bool) -> dict[str, Any]:
-    """The OpenAPI document of these operations, on a server with tokens or without."""
+    """The OpenAPI document of these operations. `open`: no tokens are configured."""
     operations = tuple(operations)
     schemas, components = _schemas(operations)
     paths: dict[str, dict[str, Any]] = {}
@@ -133,11 +133,11 @@ def document(operations: Iterable[Operation], open: bool) -> dict[str, Any]:
         "info": {
             "title": "keypool",
             "version": __version__,
-            "description": "Makes API keys, lends each to one worker at a time, purges what nobody keeps alive.",
+            "description": "Generates API keys, leases each to one holder at a time, purges those without keepalive.",
         },
         "servers": [{"url": "/"}],
-        "security": [],  # where an operation says nothing of it
-        "paths": paths | beside(schemas[Problem], open),
+        "security": [],  # the default of operations that don't say otherwise
+        "paths": paths | _other_paths(schemas[Problem], open),
         "components": {
             "schemas": components,
             "headers": HEADERS,
@@ -177,7 +177,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A parameter is given or left out: there is no null in a query."""
+    """The schema of a query parameter, which can't be null."""
     kept = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
     for choice in schema.get("anyOf", ()):
         if choice.get("type") != "null":
@@ -209,14 +209,14 @@ def _successes(operation: Operation, schemas: dict[Any, Any]) -> Iterable[tuple[
         of_status = [a for a in answers if (201 if a in operation.created else operation.status) == status]
         if of_status:
             options = [schemas[answer] for answer in of_status]
-            schema = options[0] if len(options) == 1 else _told_apart(of_status, options)
+            schema = options[0] if len(options) == 1 else _one_of(of_status, options)
             content = {"application/json": {"schema": schema}}
             headers = OF_ALL | (LOCATION if operation.location else {})
             yield status, {"description": "done", "headers": headers, "content": content}
 
 
-def _told_apart(answers: list[Any], schemas: list[Any]) -> dict[str, Any]:
-    """One of several answers, by the member that their tags are in."""
+def _one_of(answers: list[Any], schemas: list[Any]) -> dict[str, Any]:
+    """One of several answers, distinguished by the member that has their tags."""
     mapping = {
         answer.__struct_config__.tag: schema["$ref"] for answer, schema in zip(answers, schemas, strict=True)
     }
@@ -231,7 +231,7 @@ def _members(answer: Any) -> tuple[Any, ...]:
 
 
 def _schemas(operations: tuple[Operation, ...]) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """The schema of each body and answer, and the components that they refer to."""
+    """The schema of each body and answer, and the components that these refer to."""
     kinds: list[Any] = [Problem]
     for operation in operations:
         kinds += [answer for answer in _members(operation.answer) if answer is not None]
@@ -249,7 +249,7 @@ def _schemas(operations: tuple[Operation, ...]) -> tuple[dict[Any, Any], dict[st
 
 
 def problem(codes: str, schema: Described, status: str) -> Described:
-    """The answer that is a problem with one of these codes."""
+    """A response with one of these problem codes."""
     return {
         "description": codes,
         "headers": OF_ALL | _OF_STATUS.get(status, {}),
@@ -257,8 +257,8 @@ def problem(codes: str, schema: Described, status: str) -> Described:
     }
 
 
-def beside(schema: Described, open: bool) -> Described:
-    """The paths, by path. `schema` is that of a problem; `open` is without tokens."""
+def _other_paths(schema: Described, open: bool) -> Described:
+    """The paths that are no operations. `schema` is that of a problem. `open`: no tokens are configured."""
 
     def page(
         name: str, summary: str, answers: Described, codes: dict[str, str], roles: str = ""
@@ -271,11 +271,11 @@ def beside(schema: Described, open: bool) -> Described:
             described["security"] = [{"token": []}] if roles else []
         if roles and not open:
             refusals |= {"401": "unauthorized", "403": "cross-site, forbidden"}
-        told = {status: problem(code, schema, status) for status, code in sorted(refusals.items())}
-        return {"get": described | {"responses": answers | told}}
+        problems = {status: problem(code, schema, status) for status, code in sorted(refusals.items())}
+        return {"get": described | {"responses": answers | problems}}
 
     return {
-        "/healthz": page("health", "Whether the loop turns.", _status("ok"), {}),
+        "/healthz": page("health", "Whether the event loop runs.", _status("ok"), {}),
         "/readyz": page(
             "ready",
             "Whether calls are served.",
@@ -291,7 +291,7 @@ def beside(schema: Described, open: bool) -> Described:
         ),
         f"{BASE}/feed": page(
             "feed",
-            "A websocket of what changes: hello, then deltas and beats (docs/api.md). A plain GET is 426.",
+            "A websocket with changes: hello, then deltas and beats (docs/api.md). A plain GET is answered 426.",
             {"101": {"description": "the websocket is open"}},
             {
                 "400": "bad-request",
@@ -309,7 +309,7 @@ def _status(word: str, detail: str = "") -> Described:
     if detail:
         properties["detail"] = {"type": "string", "description": detail}
     schema = {"type": "object", "properties": properties, "required": ["status"]}
-    return {"200": {"description": "so it is", "content": {"application/json": {"schema": schema}}}}
+    return {"200": {"description": "yes", "content": {"application/json": {"schema": schema}}}}
 
 
 def _text(kind: str) -> Described:

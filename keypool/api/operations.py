@@ -1,15 +1,15 @@
 """Every call of the API, once.
 
-Handlers, role checks, `Allow` headers, documentation and OpenAPI derive from this table; a new call is a row
-here and nothing elsewhere. An Operation's `run` gets the engine and the Call and returns an answer of its
-type, or raises an error of errors.py; it knows no HTTP beyond the row that it stands in.
+Dispatch, role checks, `Allow` headers, documentation and OpenAPI derive from the table `OPERATIONS`; a new
+call is a row there. An Operation's `run` gets the engine and the Call and returns an answer of its type, or
+raises an error of errors.py. HTTP appears only in the rows of the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -51,7 +51,7 @@ from keypool.core.keys import hint
 from keypool.engine import Engine
 from keypool.ops.audit import asked_for, audit, known
 
-ANYONE: frozenset[Role] = frozenset()  # no token is asked for
+ANYONE: frozenset[Role] = frozenset()  # no token needed
 CLIENT = frozenset({Role.CLIENT, Role.ADMIN})
 VIEWER = frozenset({Role.VIEWER, Role.ADMIN})
 ADMIN = frozenset({Role.ADMIN})
@@ -82,15 +82,15 @@ _Keys = Annotated[list[_KeyText], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """The root of all bodies."""
+    """The root of all request bodies."""
 
 
 class NoBody(Body):
-    """What a call that takes no body takes all the same: an empty object."""
+    """The body of a call that takes none: an empty object is accepted."""
 
 
 class AcquireBody(Body):
-    """Both may be left out, as may the body."""
+    """Both are optional, as is the body."""
 
     owner: _Owner | None = None
     wait: Annotated[float, Meta(ge=0, le=MAX_WAIT, description="seconds to wait for a key")] | None = None
@@ -103,31 +103,31 @@ class UnblockBody(Body):
 
 
 class LeasedKey(Body):
-    """A key of a batch with the lease number it was acquired under."""
+    """A key of a batch with the lease number that its acquire returned."""
 
     key: _KeyText
     lease: _LeaseNumber | None = None
 
 
 class BatchBody(Body, tag_field="op"):
-    """One of five, told apart by `op`."""
+    """One of five kinds, distinguished by `op`."""
 
 
 class GenerateBatch(BatchBody, tag="generate"):
-    """Make keys, all or none."""
+    """Generate keys, all or none."""
 
     count: _Count
 
 
 class AcquireBatch(BatchBody, tag="acquire"):
-    """Serve up to `count` keys."""
+    """Acquire up to `count` keys."""
 
     count: _Count
     owner: _Owner | None = None
 
 
 class KeepaliveBatch(BatchBody, tag="keepalive"):
-    """Put off the expiry of keys."""
+    """Renew the TTL of keys."""
 
     keys: _Keys
 
@@ -147,11 +147,11 @@ class DeleteBatch(BatchBody, tag="delete"):
 AnyBatch = GenerateBatch | AcquireBatch | KeepaliveBatch | UnblockBatch | DeleteBatch
 
 
-# -- the shape of a row
+# -- a call, and an operation
 
 
 class Call(msgspec.Struct, gc=False):
-    """One call on its way: by whom, from where, with what."""
+    """One call: its caller, the address, and what was sent."""
 
     caller: Caller
     address: str
@@ -160,13 +160,13 @@ class Call(msgspec.Struct, gc=False):
     query: Any = None
     body: Any = None
     waited: float = 0.0
-    """Seconds that it stood in the queue for a key: no part of its service time."""
+    """Seconds in the queue for a key, which are not part of the service time."""
 
 
 T = TypeVar("T")
 Answering = Coroutine[Any, Any, T]
 Run = Callable[[Engine, Call], Answering[Any]]
-"""Mostly the engine's own coroutine, handed on: another around it would cost each call a third of a microsecond."""
+"""Mostly returns the engine's own coroutine: another one around it would cost each call a third of a microsecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +185,13 @@ class Operation:
     body_required: bool = False
     query: Any = None
     errors: tuple[type[KeypoolError], ...] = ()
-    created: tuple[type, ...] = ()  # answers that say 201 rather than `status`
+    created: tuple[type, ...] = ()  # answers with 201 instead of `status`
     location: Callable[[Any], str] | None = None
     legacy: bool = False
-    head: Run | None = None  # what HEAD does, where doing as GET does would change something
-    changes: bool = field(default=True)  # whether it changes anything, feed and counters apart
+    head: Run | None = None  # what HEAD does, where GET would change something
+    changes: bool = True  # whether it changes anything but the feed and counters
     acquires: bool = False
-    audits_refusals: bool = False  # a caller without the role is written to the audit log, too
+    audits_refusals: bool = False  # a caller without the role is audited, too
 
 
 # -- the calls
@@ -207,7 +207,7 @@ def require_may_name(text: str, caller: Caller) -> None:
 
 
 def key_ref(text: str, caller: Caller) -> Ref:
-    """What a caller means by a text or `id:N`. Raises Forbidden for a client's `id:N`, UnknownKey."""
+    """The key that a text or `id:N` names. Raises Forbidden for a client's `id:N`, UnknownKey."""
     if not text.startswith(_ID):
         return text
     require_may_name(text, caller)
@@ -218,9 +218,9 @@ def key_ref(text: str, caller: Caller) -> Ref:
 
 
 def ends_with_caller(operation: Operation, call: Call) -> bool:
-    """Whether a call ends when its caller hangs up. Only an acquire does: a key that it was given is available again.
+    """Whether a call is cancelled when its caller hangs up. Only an acquire is: its key becomes available again.
 
-    Everything else runs to its end, so that what it changes stands in the audit log.
+    Everything else runs to its end, so that what it changes is in the audit log.
     """
     return operation.acquires or isinstance(call.body, AcquireBatch)
 
@@ -231,7 +231,7 @@ def ends_with_caller(operation: Operation, call: Call) -> bool:
 def write_audit(
     call: Call, act: str, keys: Sequence[str], outcome: str = "ok", count: int | None = None, **facts: int
 ) -> None:
-    """Write which caller did what to which keys; of a batch, to how many, the first and the last."""
+    """Write an audit line for a call; for a batch, with `count` and its first and last key."""
     audit(
         act,
         role=call.caller.role.value,
@@ -246,14 +246,14 @@ def write_audit(
 
 
 def audit_refused(operation: Operation, call: Call, error: KeypoolError) -> None:
-    """Write that a caller was refused for its role, if the operation wants that."""
+    """Write an audit line for a caller refused for its role, if the operation requires one."""
     if operation.audits_refusals:
         write_audit(call, operation.name, [asked_for(call.key)], error.code)
 
 
 @contextmanager
 def _unknown_outcome(call: Call, act: str, keys: Sequence[str], count: int | None = None) -> Iterator[None]:
-    """Write what was asked for if the storage fails: the change may be kept all the same."""
+    """Write an audit line if the storage fails, since the change may be kept all the same."""
     try:
         yield
     except StorageUnavailable as error:
@@ -267,7 +267,7 @@ def _ends(keys: Sequence[T]) -> Sequence[T]:
 
 
 async def generate_audited(engine: Engine, call: Call) -> GeneratedKey:
-    """Make a key. Raises PoolFull, StorageUnavailable."""
+    """Generate a key. Raises PoolFull, StorageUnavailable."""
     with _unknown_outcome(call, "generate", []):
         [made] = await engine.generate(1)
     write_audit(call, "generate", [_made(made)])
@@ -349,7 +349,7 @@ def _stats(engine: Engine, call: Call) -> Answering[Stats]:
 
 
 def _refs(texts: Sequence[str], call: Call) -> list[Ref]:
-    """What each text means; one that can't be an id is a text that nobody has. Raises Forbidden."""
+    """The key of each text; a malformed id is a text that no key has. Raises Forbidden."""
     refs: list[Ref] = []
     for text in texts:
         if not text.startswith(_ID):
@@ -430,118 +430,32 @@ _BATCHES: dict[type, tuple[frozenset[Role], Callable[[Engine, Call, Any], Awaita
 }
 
 
+# fmt: off
 OPERATIONS: tuple[Operation, ...] = (
-    Operation(
-        "generate",
-        "POST",
-        "/keys",
-        ADMIN,
-        "Make a key, available at once.",
-        generate_audited,
-        GeneratedKey,
-        created=(GeneratedKey,),
-        errors=(PoolFull,),
-        location=lambda made: f"{BASE}/keys/id:{made.id}",
-    ),
-    Operation(
-        "acquire",
-        "POST",
-        "/keys/acquire",
-        CLIENT,
-        "Get a random available key, blocked for everybody else; wait for one if you like.",
-        _acquire,
-        Lease,
-        body=AcquireBody,
-        errors=(NoKeyAvailable, TooManyWaiters, Draining),
-        acquires=True,
-    ),
-    Operation(
-        "unblock",
-        "POST",
-        "/keys/{key}/unblock",
-        CLIENT,
+    Operation("generate", "POST", "/keys", ADMIN, "Generate a key, available at once.",
+        generate_audited, GeneratedKey, created=(GeneratedKey,), errors=(PoolFull,),
+        location=lambda made: f"{BASE}/keys/id:{made.id}"),
+    Operation("acquire", "POST", "/keys/acquire", CLIENT,
+        "Get a random available key, blocked for everybody else; optionally wait for one.",
+        _acquire, Lease, body=AcquireBody, errors=(NoKeyAvailable, TooManyWaiters, Draining), acquires=True),
+    Operation("unblock", "POST", "/keys/{key}/unblock", CLIENT,
         "Give a key back; with the lease number, only if it is still yours.",
-        _unblock,
-        Unblocked,
-        body=UnblockBody,
-        errors=(UnknownKey, StaleLease),
-    ),
-    Operation(
-        "keepalive",
-        "POST",
-        "/keys/{key}/keepalive",
-        CLIENT,
-        "Put off a key's expiry. Never lengthens a block.",
-        _keepalive,
-        KeptAlive,
-        errors=(UnknownKey,),
-    ),
-    Operation(
-        "delete",
-        "DELETE",
-        "/keys/{key}",
-        ADMIN,
-        "Purge a key for ever.",
-        _delete,
-        None,
-        status=204,
-        errors=(UnknownKey,),
-    ),
-    Operation(
-        "get",
-        "GET",
-        "/keys/{key}",
-        CLIENT_OR_VIEWER,
-        "How a key stands, without its text.",
-        _get,
-        Row,
-        errors=(UnknownKey,),
-        changes=False,
-    ),
-    Operation(
-        "reveal",
-        "POST",
-        "/keys/{key}/reveal",
-        ADMIN,
-        "The text of a key. Written to the audit log.",
-        _reveal,
-        Revealed,
-        errors=(UnknownKey,),
-        audits_refusals=True,
-    ),
-    Operation(
-        "list",
-        "GET",
-        "/keys",
-        VIEWER,
-        "Keys in an order, a page at a time.",
-        _list,
-        Page,
-        query=ListQuery,
-        errors=(BadRequest,),
-        changes=False,
-    ),
-    Operation(
-        "batch",
-        "POST",
-        "/batch",
-        CLIENT,
-        "Up to 1000 of the single calls in one.",
-        _batch,
-        GeneratedKeys | Leases | KeptAliveKeys | UnblockedKeys | DeletedKeys,
-        body=AnyBatch,
-        body_required=True,
-        created=(GeneratedKeys,),
-        errors=(NoKeyAvailable, PoolFull, Draining),
-    ),
-    Operation(
-        "stats",
-        "GET",
-        "/stats",
-        VIEWER,
-        "Counts of now and since the pool began.",
-        _stats,
-        Stats,
-        changes=False,
-    ),
+        _unblock, Unblocked, body=UnblockBody, errors=(UnknownKey, StaleLease)),
+    Operation("keepalive", "POST", "/keys/{key}/keepalive", CLIENT,
+        "Renew a key's TTL. Never lengthens a block.",
+        _keepalive, KeptAlive, errors=(UnknownKey,)),
+    Operation("delete", "DELETE", "/keys/{key}", ADMIN, "Purge a key for ever.",
+        _delete, None, status=204, errors=(UnknownKey,)),
+    Operation("get", "GET", "/keys/{key}", CLIENT_OR_VIEWER, "The state of a key, without its text.",
+        _get, Row, errors=(UnknownKey,), changes=False),
+    Operation("reveal", "POST", "/keys/{key}/reveal", ADMIN, "The text of a key. Written to the audit log.",
+        _reveal, Revealed, errors=(UnknownKey,), audits_refusals=True),
+    Operation("list", "GET", "/keys", VIEWER, "Keys in an order, a page at a time.",
+        _list, Page, query=ListQuery, errors=(BadRequest,), changes=False),
+    Operation("batch", "POST", "/batch", CLIENT, "Up to 1000 of the single calls in one.",
+        _batch, GeneratedKeys | Leases | KeptAliveKeys | UnblockedKeys | DeletedKeys,
+        body=AnyBatch, body_required=True, created=(GeneratedKeys,), errors=(NoKeyAvailable, PoolFull, Draining)),
+    Operation("stats", "GET", "/stats", VIEWER, "Counts of now and since the pool began.",
+        _stats, Stats, changes=False),
 )
+# fmt: on

@@ -1,7 +1,6 @@
-"""Errors as HTTP: the only place where a class of error meets a status.
+"""Errors as HTTP responses: RFC 9457 problem details, `application/problem+json`, on every path and method.
 
-Bodies are RFC 9457 problem details, `application/problem+json`, on every path and method. A subclass without
-a row of its own has its parent's.
+A class of error without a row in `STATUSES` has the status of its parent.
 """
 
 from __future__ import annotations
@@ -42,18 +41,16 @@ STATUSES: dict[type[KeypoolError], HTTPStatus] = {
 
 
 def status_of(error: type[KeypoolError]) -> HTTPStatus:
-    """The status of a class of error, by the nearest class above it that has a row."""
+    """The status of a class of error."""
     return next(STATUSES[ancestor] for ancestor in error.__mro__ if ancestor in STATUSES)
 
 
 def problem_headers(error: KeypoolError) -> list[tuple[str, str]]:
-    """What the error says in headers, beside its body. Names as Tornado writes them, whichever server does."""
-    if isinstance(error, errors.NoKeyAvailable) and error.retry_after is not None:
+    """The error's own headers, with names in Tornado's spelling."""
+    if isinstance(error, errors.NoKeyAvailable | errors.TooMany) and error.retry_after is not None:
         return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
     if isinstance(error, errors.StorageUnavailable):
         return [("Retry-After", "1")]
-    if isinstance(error, errors.TooMany):
-        return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
     if isinstance(error, errors.UpgradeRequired):
         return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")]
     if isinstance(error, errors.MethodNotAllowed):
@@ -64,7 +61,7 @@ def problem_headers(error: KeypoolError) -> list[tuple[str, str]]:
 
 
 def problem_body(error: KeypoolError, request_id: str, message: str | None = None) -> bytes:
-    """The problem as JSON. `message` stands beside the other members for clients of the first version."""
+    """The problem as JSON, with a `message` for clients of the first version."""
     body: dict[str, Any] = {
         "type": f"urn:keypool:problem:{error.code}",
         "code": error.code,

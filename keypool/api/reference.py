@@ -1,7 +1,6 @@
-"""The tables of the documentation, made from what they describe: `python -m keypool.api.reference` writes them.
+"""The generated tables of the documentation: `python -m keypool.api.reference` writes them.
 
-A table stands in a page between `<!-- NAME -->` and `<!-- /NAME -->`; a test compares each with what is made
-here, so that the pages can't drift from the code.
+A table is in a page between `<!-- NAME -->` and `<!-- /NAME -->`; a test fails if it isn't up to date.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def calls_table() -> str:
-    """Every call: method and path, who may make it, what it does, the errors of its own."""
-    rows: list[tuple[str, ...]] = [("call", "who", "what it does", "errors of its own"), ("---",) * 4]
+    """Every call: method and path, role, what it does, its own errors."""
+    rows: list[tuple[str, ...]] = [("call", "role", "what it does", "its own errors"), ("---",) * 4]
     rows += [_call_row(operation) for operation in OPERATIONS + LEGACY]
     return _table(rows)
 
 
 def errors_table() -> str:
-    """Every error code that has a status, in order of status."""
+    """Every error code, by status."""
     rows: list[tuple[str, ...]] = [("status", "code", "when"), ("---",) * 3]
     for error in sorted(_errors(KeypoolError), key=lambda each: (status_of(each), each.code)):
         when = (error.__doc__ or "").strip().splitlines()[0]
@@ -36,7 +35,7 @@ def errors_table() -> str:
 
 
 def metrics_table() -> str:
-    """Every metric that /metrics has."""
+    """Every metric."""
     rows: list[tuple[str, ...]] = [("metric", "kind", "labels", "what it is"), ("---",) * 4]
     rows += [(f"`{each.name}`", each.kind, each.labels or "none", each.about) for each in METRICS]
     return _table(rows)
@@ -51,7 +50,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(page: str) -> str:
-    """A page with each of its tables made anew."""
+    """A page with its tables up to date."""
     for name, make in TABLES.items():
         before, start, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
@@ -68,7 +67,7 @@ def _call_row(operation: Operation) -> tuple[str, ...]:
 
 
 def _errors(root: type[KeypoolError]) -> Iterator[type[KeypoolError]]:
-    """All classes with a code of their own, each code once."""
+    """All classes that define a code."""
     if "code" in vars(root):
         yield root
     for child in root.__subclasses__():

@@ -1,11 +1,9 @@
-"""How often something may happen, by address: a token bucket for each, and one for all of them together.
+"""Rate limits by address: a token bucket for each address, and one for all of them together.
 
-A bucket holds `burst` turns and regains one each `seconds` (here in the form of one number, the moment at which
-the bucket is full again; ATM calls it the generic cell rate algorithm, GCRA). The memory is bounded: when there
-are too many addresses, those that have done nothing for longest are forgotten, which is what the bucket of all is
-for. An IPv6 network of 64 bits counts as one address, since that is what one person has.
-
-What this module does not do: sleep, refuse, or know a request; the moment is an argument.
+A bucket holds `burst` turns and regains one every `seconds`. It is stored as one number, the moment at which
+it is full again (the generic cell rate algorithm, GCRA). Memory is bounded: with too many addresses the least
+recently active ones are dropped, which the bucket of all makes up for. An IPv6 /64 network counts as one
+address, since one client has all of it. The time is an argument.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ from collections import OrderedDict
 
 ADDRESSES = 10_000
 OF_ALL = 40
-"""How many times as many turns all addresses together have."""
+"""All addresses together have this many times the turns of one."""
 
 _ALL = ""
-_NOTHING = 1e-6  # seconds, by which a sum of floats may be off
+_ROUNDING = 1e-6  # seconds, by which a sum of floats may be off
 
 
 class TokenBuckets:
-    """`burst` turns at hand for each address, one more each `seconds`, and `debt` seconds of turns on credit."""
+    """`burst` turns for each address, one more every `seconds`, and `debt` seconds of turns on credit."""
 
     def __init__(self, burst: int, seconds: float, debt: float = 0.0) -> None:
         self._burst = burst
@@ -31,9 +29,9 @@ class TokenBuckets:
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
     def take(self, address: str, now: float) -> float:
-        """Take a turn; the seconds until there would have been one, 0 if there was. O(1).
+        """Take a turn: 0, or the seconds until there will be one. O(1).
 
-        A turn that was not there is taken on credit, up to `debt`: the seconds grow to that at most.
+        In the latter case the turn is taken on credit, up to `debt`, so repeated calls return more and more seconds.
         """
         wait = max(
             self._take(_ALL, self._seconds / OF_ALL, self._burst * OF_ALL, now),
@@ -41,7 +39,7 @@ class TokenBuckets:
         )
         while len(self._full_at) > ADDRESSES:
             self._full_at.popitem(last=False)
-        return wait if wait > _NOTHING else 0.0
+        return wait if wait > _ROUNDING else 0.0
 
     def _take(self, whose: str, seconds: float, burst: int, now: float) -> float:
         full_at = max(self._full_at.get(whose, now), now)
@@ -51,7 +49,7 @@ class TokenBuckets:
 
 
 def network_of(address: str) -> str:
-    """What one person has: an IPv4 address, or the /64 of an IPv6 address."""
+    """An IPv4 address itself, or the /64 network of an IPv6 address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

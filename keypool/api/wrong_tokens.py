@@ -1,13 +1,13 @@
-"""What a wrong token leads to, on the API, the pages, the feed, /metrics and /login alike.
+"""The consequences of a wrong token, on the API, the pages, the feed, /metrics and /login alike.
 
-It is counted, always; written to the audit log, up to `LINES` lines at once and one more each `LINE_SECONDS` for
-each address, the rest as a number a minute later; and once an address has spent its burst of them, its answers are
-held back, by a second at most. That slows down guessing, as a connection's requests are answered in order, and
-never costs the owner of a right token anything: a right token is not looked at here at all.
+- It is counted.
+- It is written to the audit log: per address `LINES` lines at once and one more every `LINE_SECONDS`, and the number of
+  the others a minute later.
+- Once an address has used up its burst, its answers are delayed, by a second at most. That slows down guessing, as a
+  connection's requests are answered in order. A right token is never delayed.
 
-Held back are `MOST_HELD` answers at a time. Beyond that an answer goes at once and ends its connection.
-
-What this module does not do: hold an answer back (handlers/api.py and handlers/pages.py do), or know a request.
+`MOST_HELD` answers are delayed at a time; beyond that an answer is sent at once and its connection closed.
+api_call.py and pages.py do the waiting.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from keypool.api.throttle import TokenBuckets
 from keypool.ops.audit import audit
 
 BURST, REGAINED_SECONDS = 30, 1 / 3
-"""Wrong tokens of an address that are answered at once, and how long one more takes to come back."""
+"""Wrong tokens of an address that are answered at once, and the seconds until there is one more."""
 
 TRIES, TRY_SECONDS = 5, 12.0
-"""The same for /login, where a wrong token beyond them is answered 429."""
+"""The same for /login, where further wrong tokens are answered 429."""
 
 LONGEST = 1.0
-"""Seconds for which an answer is held back at most."""
+"""Seconds of the longest delay."""
 
 MOST_HELD = 1000
 
@@ -42,12 +42,12 @@ KINDS = ("token", "sign_in")
 
 
 class WrongTokens:
-    """See the module. `counts` are by kind, for /metrics."""
+    """See the module. `counts` by kind are for /metrics."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(KINDS, 0)
         self.held = 0
-        """Answers that are being held back; whoever holds one back counts it."""
+        """Answers that are being delayed; the code that delays one counts it."""
         self._tokens = TokenBuckets(BURST, REGAINED_SECONDS, LONGEST)
         self._sign_ins = TokenBuckets(TRIES, TRY_SECONDS)
         self._lines = TokenBuckets(LINES, LINE_SECONDS)
@@ -55,28 +55,28 @@ class WrongTokens:
         self._summary: asyncio.TimerHandle | None = None
 
     def token(self, mark: str, address: str, request_id: str) -> float:
-        """A request came with a token that nobody knows; the seconds to hold the answer back. O(1)."""
+        """Record a request with a wrong token; the seconds to delay its answer. O(1)."""
         self.counts["token"] += 1
         self._note("wrong-token", mark, address, request_id)
         return min(LONGEST, self._tokens.take(address, time.monotonic()))
 
     def sign_in(self, mark: str, address: str, request_id: str) -> float:
-        """A wrong token was tried at /login; the seconds until the next try, 0 if there was one left. O(1)."""
+        """Record a wrong token at /login; the seconds until the next try, 0 if there was one left. O(1)."""
         self.counts["sign_in"] += 1
         self._note("failed-sign-in", mark, address, request_id)
         return self._sign_ins.take(address, time.monotonic())
 
     def refused_sign_in(self, caller: Caller, address: str, request_id: str) -> None:
-        """A known token was tried at /login whose role has no pages. Nothing to guess: not slowed down. O(1)."""
+        """Record a valid token at /login whose role has no pages. Never delayed, as it isn't a guess. O(1)."""
         self.counts["sign_in"] += 1
         self._note("failed-sign-in", caller.token, address, request_id, caller)
 
     def room(self) -> bool:
-        """Whether one more answer may be held back."""
+        """Whether one more answer may be delayed."""
         return self.held < MOST_HELD
 
     def close(self) -> None:
-        """Write what isn't written yet."""
+        """Write the pending summary."""
         if self._summary is not None:
             self._summary.cancel()
             self._summarise()

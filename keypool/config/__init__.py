@@ -1,1 +1,1 @@
-"""Settings, tokens and limits: read once at the start, then handed to the rooms that need them."""
+"""Settings, tokens and limits: read once at the start, then passed to the packages that need them."""

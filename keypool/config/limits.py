@@ -1,12 +1,12 @@
 """Limits for unauthenticated clients: every number that bounds a connection, on either HTTP server.
 
-A connection costs memory and a file descriptor before its token is read, so everything that a client can use up without
-a token is bounded here: bytes and seconds of a head and of a body, connections per address and in all. What a client
-with a token may use up is a setting (`--max-waiters`, `--max-keys`). These limits are not settings, since a proxy in
-front is the better place to change them.
+A connection costs memory and a file descriptor before its token is read, so everything that a client can use
+up without a token is bounded here: bytes and seconds of a head and of a body, connections per address and in
+all. What a client with a token may use up is a setting (`--max-waiters`, `--max-keys`). These limits are not
+settings, since a proxy in front is the better place to change them.
 
-The incomplete requests of all connections together hold at most `unfinished_bytes` (plus what arrives between two
-sweeps); beyond it, the connections that hold most are closed.
+The incomplete requests of all connections together hold at most `unfinished_bytes` (plus what arrives between
+two sweeps); beyond it, the connections that hold most are closed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which proxies are trusted, and what their headers say about the caller behind them.
 
-One rule for both HTTP servers. If the peer of the connection is trusted, `X-Forwarded-For` is read from its right end,
-where each trusted proxy has appended the address of its own peer, to the first address that is not trusted: that is the
-caller. Everything left of it may be forged. `X-Forwarded-Proto` says whether the caller used TLS. No other header
-counts, and none from a peer that is not trusted.
+One rule for both HTTP servers. If the peer of the connection is trusted, `X-Forwarded-For` is read from its
+right end, where each trusted proxy has appended the address of its own peer, to the first address that is not
+trusted: that is the caller. Everything left of it may be forged. `X-Forwarded-Proto` says whether the caller
+used TLS. No other header counts, and none from a peer that is not trusted.
 """
 
 from __future__ import annotations

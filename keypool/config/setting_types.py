@@ -1,8 +1,8 @@
 """The types of value that settings take: how each is written, what it allows, how a wrong value is refused.
 
-A type has two ways in, because the sources differ: `spelled` takes the text of a flag or a variable, `typed` a value
-that has a type already, from TOML or from code. Both return the value as a setting keeps it. `takes` describes the
-allowed values for error messages, `--help` and the docs alike.
+A type has two ways in, because the sources differ: `spelled` takes the text of a flag or a variable, `typed`
+a value that has a type already, from TOML or from code. Both return the value as a setting keeps it. `takes`
+describes the allowed values for error messages, `--help` and the docs alike.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The settings of a server: what they are, where they come from and which values they take.
 
-A setting is one field of `Settings`. The flag, the `KEYPOOL_` variable, the key of the TOML file, the lines of `--help`
-and the row in the docs derive from it. The pool's own settings have their defaults in core/rules.py.
+A setting is one field of `Settings`. The flag, the `KEYPOOL_` variable, the key of the TOML file, the lines
+of `--help` and the row in the docs derive from it. The pool's own settings have their defaults in
+core/rules.py.
 
-Flags are parsed here and not by argparse because a wrong one has to give one line that names the values it takes, the
-same on every Python: argparse prints its usage as well, and words its errors anew with each version.
+Flags are parsed here and not by argparse because a wrong one has to give one line that names the values it
+takes, the same on every Python: argparse also prints its usage, and its messages change with each
+version.
 
 `load` reads the TOML file and the files of the tokens, once. No error and no repr shows a token.
 """
@@ -107,7 +109,7 @@ class Settings:
     restart_grace: float = _setting(
         PoolRules.restart_grace,
         Seconds(low=0.0),
-        "keys whose keepalive would run out before it live until so long after the start",
+        "after a start, every key lives at least this long, even if it expired during the stop",
     )
     max_viewers: int = _setting(200, Whole(0, 100_000), "open websockets of the feed at most")
     drain_seconds: float = _setting(10.0, Seconds(), "how long a stop may take")
@@ -286,7 +288,7 @@ def _check_processes(settings: Settings) -> None:
     if settings.process_port and settings.process_port + settings.processes > 65536:
         raise SettingsError(
             f"{_source(settings, 'process_port')} takes at most {65536 - settings.processes} with "
-            f"{settings.processes} processes, not {settings.process_port}: each has a port of its own"
+            f"{settings.processes} processes, not {settings.process_port}: each has its own port"
         )
 
 

@@ -1,8 +1,8 @@
 """The server's tokens: where they come from and which are valid.
 
-They come from environment variables or from files named by variables, never from flags or the TOML file: everybody on
-the machine can see a command line, and a settings file is soon copied. Errors name a token by its number and never
-show it. `auth.py` compares what callers send.
+They come from environment variables or from files named by variables, never from flags or the TOML file:
+everybody on the machine can see a command line, and a settings file is soon copied. Errors name a token by
+its number and never show it. `auth.py` compares what callers send.
 """
 
 from __future__ import annotations

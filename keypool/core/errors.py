@@ -38,7 +38,10 @@ from typing import ClassVar
 
 
 class KeypoolError(Exception):
-    """The root of what a call can be answered with instead of its result."""
+    """The server failed; the request id leads to its log.
+
+    This is the root of all errors that calls are answered with.
+    """
 
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
@@ -112,14 +115,14 @@ class Unavailable(KeypoolError):
 
 
 class StorageUnavailable(Unavailable):
-    """The journal can't be written. Whether this call's change is kept is not known."""
+    """The data file or Valkey can't be written. Whether this call's change is kept is unknown."""
 
     code = "storage-unavailable"
     title = "Storage unavailable"
 
 
 class Loading(Unavailable):
-    """The server is still reading its keys. The call was not made; ask again in a moment."""
+    """The server is still loading its keys. The call was not made; retry in a moment."""
 
     code = "loading"
     title = "Server is loading"
@@ -129,7 +132,7 @@ class Loading(Unavailable):
 
 
 class Draining(Unavailable):
-    """The server is stopping; ask again after its restart, or ask another one."""
+    """The server is stopping; retry after its restart, or at another server."""
 
     code = "draining"
     title = "Server is draining"
@@ -139,7 +142,7 @@ class Draining(Unavailable):
 
 
 class TooManyWaiters(Unavailable):
-    """`--max-waiters` calls wait for a key already."""
+    """`--max-waiters` calls are waiting for a key already."""
 
     code = "too-many-waiters"
     title = "Too many waiters"
@@ -171,7 +174,7 @@ class TooManyViewers(TooMany):
 
 
 class TooManySignIns(TooMany):
-    """Wrong tokens came too often from this address. A right one is taken all the same."""
+    """Too many wrong tokens from this address. A right one is still accepted."""
 
     code = "too-many-sign-ins"
     title = "Too many sign-ins"
@@ -189,14 +192,14 @@ class RequestRefused(KeypoolError):
 
 
 class BadRequest(RequestRefused):
-    """A wrong body or query: `detail` names the field and what it takes."""
+    """A wrong body or query: `detail` names the field and the values it takes."""
 
     code = "bad-request"
     title = "Bad request"
 
 
 class Unauthorized(RequestRefused):
-    """No token, or one that isn't known."""
+    """No token, or an unknown one."""
 
     code = "unauthorized"
     title = "Unauthorized"
@@ -211,7 +214,7 @@ class WrongToken(Unauthorized):
 
 
 class Forbidden(RequestRefused):
-    """A known caller whose role doesn't have this call."""
+    """The token's role may not make this call."""
 
     code = "forbidden"
     title = "Forbidden"
@@ -263,7 +266,7 @@ class UpgradeRequired(RequestRefused):
 
 
 class RequestTimeout(RequestRefused):
-    """The request didn't come whole in the time that the server waits for one."""
+    """The request did not arrive completely within the time limit."""
 
     code = "request-timeout"
     title = "Request timeout"
@@ -291,7 +294,7 @@ class HeadersTooLarge(RequestRefused):
 
 
 class UnsupportedMediaType(RequestRefused):
-    """The body isn't JSON by its own account."""
+    """The `Content-Type` or `Content-Encoding` isn't that of plain JSON."""
 
     code = "unsupported-media-type"
     title = "Unsupported media type"

@@ -29,7 +29,7 @@ class PoolRules:
     """Acquires that may wait at one server at a time."""
 
     restart_grace: float = 0.0
-    """Keys that would be dead by then live until so long after a start."""
+    """After a start, every key lives at least this long, even if it expired during the stop."""
 
 
 DEFAULT_RULES = PoolRules()

@@ -1,11 +1,9 @@
 """The audit log: which token did what to which keys, on the logger `keypool.audit`.
 
-A line is written when the change is made, whether or not its caller still waits for the answer, and whatever
-`--log-level` is (logs.py sees to that). It holds ids and hints, never the text of a key, and of a token the first
-8 hex digits of its digest. A batch is one line: how many keys, the first and the last.
-
-What this module does not do: decide what is audited (operations.py, handlers/signin.py), or bound the lines about
-wrong tokens (wrong_tokens.py).
+A line is written when the change is made, whether or not its caller still waits for the answer, and at any
+`--log-level` (logs.py). It has ids and hints, never the text of a key, and of a token the first 8 hex digits
+of its digest. A batch is one line with the number of keys, the first and the last. operations.py, signin.py
+and wrong_tokens.py decide what is audited.
 """
 
 from __future__ import annotations
@@ -38,8 +36,7 @@ def audit(
     """Write one line. About 20 µs.
 
     `outcome` is `ok` or the code of an error; `storage-unavailable` means that the change may be kept all the same.
-    `keys` are those of a single call, or with `count` the first and the last of a batch, if any is known. `facts`
-    stand beside them.
+    `keys` are those of a single call, or with `count` the first and the last of a batch. `facts` are further fields.
     """
     fields: dict[str, Any] = {
         "act": act,
@@ -70,12 +67,12 @@ def audit(
 
 
 def known(key: Identity) -> str:
-    """A key as the audit log names it."""
+    """The name of a key in the audit log."""
     return f"id:{key.id} {key.hint}"
 
 
 def asked_for(text: str) -> str:
-    """The same for a key as a caller named it, which may be no key at all: nothing but an id or a hint is shown."""
+    """The same for a text that a caller sent as a key, which need not be one: only an id or a hint is shown."""
     if _ID.fullmatch(text):
         return text
     return hint(text) if _KEY.fullmatch(text) else "no key"

@@ -1,15 +1,14 @@
-"""Log lines on their way to a file descriptor that may not take them.
+"""Writes log lines to a file descriptor that may block, without blocking the server.
 
     put (any thread) -> queue, bounded in bytes -> one daemon thread -> write(2)
 
-A pipe that nobody drains, or a terminal stopped by Ctrl-S, blocks whoever writes to it. Here that is a thread
-which does nothing else. Making the descriptor non-blocking instead would make it so for every other program
-that shares it, our parent's terminal among them.
+A pipe that nobody reads, or a terminal stopped by Ctrl-S, blocks the writing thread, which does nothing else.
+Making the descriptor non-blocking instead would affect every other program that shares it.
 
-A line that finds no room is dropped and counted. From then on all are, until the queue is empty; then one line
-says how many it were, so what the log has is whole stretches and each gap is marked where it is.
+A line that doesn't fit into the queue is dropped and counted, and so are all lines after it until the queue
+is empty; then one line tells the number. So each gap in the log is marked where it is.
 
-No lock is held by Python code: a garbage collection may log from anywhere, in the thread as well.
+No lock is held by Python code: a garbage collection may log from anywhere, in this thread as well.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from queue import SimpleQueue
 from threading import Event, Thread
 
 ROOM = 1 << 20
-"""Bytes that wait to be written at most: several thousand lines."""
+"""Bytes in the queue at most: several thousand lines."""
 
 FLUSH_SECONDS = 1.0
 
-_AT_ONCE = select.PIPE_BUF  # up to here the lines of several processes don't get mixed up in a pipe
+_AT_ONCE = select.PIPE_BUF  # writes up to this size are atomic in a pipe that several processes share
 
 
 class LogWriter:
-    """Writes lines to one descriptor. Its thread starts with the first line, after a fork with the first there.
+    """Writes lines to one descriptor. Its thread starts with the first line, also after a fork.
 
-    `notice` makes the line that says how many were dropped.
+    `notice` makes the line about dropped lines from their number.
     """
 
     def __init__(self, descriptor: int, notice: Callable[[int], bytes], room: int = ROOM) -> None:
@@ -39,7 +38,7 @@ class LogWriter:
         self.notice = notice
         self._room = room
         self._start_over()
-        # What the parent has not written by then, the parent writes.
+        # Lines queued before a fork are written by the parent.
         os.register_at_fork(after_in_child=self._start_over)
 
     def _start_over(self) -> None:
@@ -54,11 +53,11 @@ class LogWriter:
 
     @property
     def dropped(self) -> int:
-        """Lines that were lost since the start: no room for them, or the descriptor refused them."""
+        """Lines lost since the start: the queue was full, or the descriptor refused them."""
         return self._refused + self._failed
 
     def put(self, line: bytes) -> None:
-        """Have a line written, with the line break at its end. Never blocks. Callers take turns."""
+        """Queue a line, with its line break. Never blocks. Not to be called concurrently."""
         waiting = self._put - self._written
         if self._refused != self._noticed or (waiting > 0 and waiting + len(line) > self._room):
             self._refused += 1
@@ -71,7 +70,7 @@ class LogWriter:
             self._start()
 
     def flush(self, seconds: float = FLUSH_SECONDS) -> None:
-        """Return when all lines are written, or after so long."""
+        """Wait until all lines are written, at most so long."""
         if self._thread is not None:
             written = Event()
             self._queue.put(written)

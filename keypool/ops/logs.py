@@ -1,7 +1,7 @@
-"""Logs: text for people, JSON lines for machines, on standard error, by a thread of their own (log_writer.py).
+"""Logs on standard error: text for people or JSON lines for machines, written by a thread (log_writer.py).
 
-No key and no token is ever logged: callers log ids and hints. Tornado's own notes about malformed requests
-are left out, since they quote what was sent.
+No key and no token is ever logged: callers log ids and hints. Tornado's messages about malformed requests are
+left out, since they quote the request.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from keypool.ops.log_writer import LogWriter
 
 access_log = logging.getLogger("keypool.access")
 
-_process: int | None = None  # which of several this one is
+_process: int | None = None  # the number of this worker
 
 _LONG = re.compile(r"[A-Za-z0-9]{16,}")  # as keys are
 
 
 class _Formatter(logging.Formatter):
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        """The trace, in which what may be a key is a hint: a KeyError, say, quotes what was looked for."""
+        """The traceback, with a hint in place of everything that may be a key: a KeyError, say, quotes its key."""
         lines = super().formatException(ei).split("\n")
-        # Frames, which are indented, hold our own words.
+        # Indented lines are source code.
         return "\n".join(line if line[:1] == " " else _LONG.sub(_hinted, line) for line in lines)
 
 
@@ -37,18 +37,18 @@ class TextFormatter(_Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """The line, with the number of the process before the message if there are several."""
+        """The line, with the number of the worker before the message."""
         if _process is not None:
             record.message = f"process={_process} {record.message}"
         return super().formatMessage(record)
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
-        """The moment, as everywhere in keypool."""
+        """RFC 3339, as everywhere in keypool."""
         return _moment(record)
 
 
 class JsonFormatter(_Formatter):
-    """One JSON object a line. What a record has as `extra={"audit": …}` or "fields" stands beside the message."""
+    """One JSON object a line, with the members of the record's `extra={"audit": …}` or "fields" beside the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of JSON."""
@@ -68,7 +68,7 @@ class JsonFormatter(_Formatter):
 
 
 class QueueingHandler(logging.Handler):
-    """Formats a record where it is logged and leaves the line to a LogWriter, whose notices it words."""
+    """Formats a record in the calling thread and queues the line; words the writer's notices."""
 
     def __init__(self, writer: LogWriter, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class QueueingHandler(logging.Handler):
         )
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Never blocks. A record that can't be formatted becomes a line that says so."""
+        """Never blocks. For a record that can't be formatted, an error is logged instead."""
         try:
             line = self._line(record)
         except Exception as error:
@@ -90,7 +90,7 @@ class QueueingHandler(logging.Handler):
         self._writer.put(line)
 
     def flush(self) -> None:
-        """Wait until all is written; for a second at most."""
+        """Wait until all lines are written, at most a second."""
         self._writer.flush()
 
     def _line(self, record: logging.LogRecord) -> bytes:
@@ -98,16 +98,16 @@ class QueueingHandler(logging.Handler):
 
 
 STDERR = LogWriter(2, lambda count: b"keypool: %d lines were dropped\n" % count)
-"""What writes to standard error, for the whole process."""
+"""The process's writer to standard error."""
 
 
 def configure(level: str, format: str) -> None:
-    """Send everything to standard error in one of the two formats."""
+    """Send all logs to standard error in one of the two formats."""
     handler = QueueingHandler(STDERR, JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("tornado.general").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    # Whatever the level: what was done to the keys, and where the server is to be found.
+    # At any level: the audit log, and the line with the server's URL.
     for name in ("keypool.audit", "keypool.ready"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -131,8 +131,8 @@ def access_line(request_id: str, operation: str, status: int, outcome: str, seco
 
 
 def name_process(number: int) -> None:
-    """Have every line of this process say which of several it is, from 1."""
-    global _process  # noqa: PLW0603 - a process is one, for good
+    """Put this worker's number, from 1, into all its lines."""
+    global _process  # noqa: PLW0603 - set once, after the fork
     _process = number
 
 

@@ -1,7 +1,7 @@
 """The metrics for Prometheus, made at each scrape.
 
-Counters and gauges are read from the engine then, so they can't drift from it; every state has its sample, also at
-zero. No label holds a key, an owner or a path. The table in the docs is made from `METRICS`.
+Counters and gauges are read from the engine then, so they can't drift from it; every state has its sample,
+also at zero. No label holds a key, an owner or a path. The table in the docs is made from `METRICS`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class MetricRow:
     """One metric by its full name. `source` is a field of Stats or the name of a histogram, if it has its value."""
 
     name: str
@@ -38,69 +38,49 @@ class Described:
         return [label.partition(":")[0].strip() for label in self.labels.split(";") if label]
 
 
-def _counter(member: str, about: str) -> Described:
-    return Described(f"keypool_{member}_total", "counter", f"{about}, since the pool began", source=member)
+def _gauge(name: str, about: str, labels: str = "", *, source: str = "") -> MetricRow:
+    return MetricRow(f"keypool_{name}", "gauge", about, labels, source)
 
 
-def _histogram(name: str, about: str) -> Described:
-    return Described(f"keypool_{name}", "histogram", about, source=name)
+def _counter(name: str, about: str, labels: str = "") -> MetricRow:
+    return MetricRow(f"keypool_{name}_total", "counter", about, labels)
+
+
+def _histogram(name: str, about: str, labels: str = "") -> MetricRow:
+    return MetricRow(f"keypool_{name}", "histogram", about, labels, source=name)
 
 
 METRICS = (
-    Described("keypool_keys", "gauge", "keys", "state: available, blocked"),
-    Described("keypool_waiting", "gauge", "acquires waiting for a key", source="waiting"),
-    Described(
-        "keypool_oldest_wait_seconds", "gauge", "how long the first acquire in this server's queue has waited"
+    _gauge("keys", "keys", "state: available, blocked"),
+    _gauge("waiting", "acquires waiting for a key", source="waiting"),
+    _gauge("oldest_wait_seconds", "how long the first acquire in this server's queue has waited"),
+    _gauge("limit", "configured limits", "limit: max_keys, max_waiters, max_viewers, connections"),
+    _gauge("viewers", "open websockets of the feed"),
+    _gauge("connections", "open connections, the feed's included"),
+    _counter("connections_refused", "connections rejected because a limit was reached"),
+    _gauge("storage_up", "1 while the data file can be written, else 0"),
+    _gauge(
+        "storage_failing_seconds", "how long the data file has been unwritable; 0 while it can be written"
     ),
-    Described(
-        "keypool_limit",
-        "gauge",
-        "configured limits",
-        "limit: max_keys, max_waiters, max_viewers, connections",
-    ),
-    Described("keypool_viewers", "gauge", "open websockets of the feed"),
-    Described("keypool_connections", "gauge", "open connections, the feed's included"),
-    Described(
-        "keypool_connections_refused_total", "counter", "connections rejected because a limit was reached"
-    ),
-    Described("keypool_storage_up", "gauge", "1 while the data file can be written, else 0"),
-    Described(
-        "keypool_storage_failing_seconds",
-        "gauge",
-        "how long the data file has been unwritable; 0 while it can be written",
-    ),
-    Described(
-        "keypool_commit_age_seconds",
-        "gauge",
-        "age of the commit in flight; 0 if there is none",
-    ),
-    Described("keypool_writer_restarts_total", "counter", "writer processes restarted because one died"),
-    Described(
-        "keypool_data_file_bytes",
-        "gauge",
-        "size of the data file and of its write-ahead log",
-        "file: data, log",
-    ),
-    Described(
-        "keypool_disk_free_bytes", "gauge", "free space on the data file's disk, at the writer's last look"
-    ),
-    Described(
-        "keypool_log_dropped_total", "counter", "log lines dropped because standard error was not read"
-    ),
-    Described("keypool_clock_steps_total", "counter", "steps of Valkey's clock by more than 5 s"),
-    Described("keypool_uptime_seconds", "gauge", "time since this server started", source="uptime"),
-    Described("keypool_build_info", "gauge", "always 1", "version; engine"),
-    Described(
-        "keypool_calls_total", "counter", "calls answered", "operation; outcome: ok or an error's code"
-    ),
-    Described("keypool_auth_failures_total", "counter", "wrong tokens", "kind: token, sign_in"),
-    Described(
-        "keypool_call_seconds",
-        "histogram",
+    _gauge("commit_age_seconds", "age of the commit in flight; 0 if there is none"),
+    _counter("writer_restarts", "writer processes restarted because one died"),
+    _gauge("data_file_bytes", "size of the data file and of its write-ahead log", "file: data, log"),
+    _gauge("disk_free_bytes", "free space on the data file's disk, at the writer's last look"),
+    _counter("log_dropped", "log lines dropped because standard error was not read"),
+    _counter("clock_steps", "steps of Valkey's clock by more than 5 s"),
+    _gauge("uptime_seconds", "time since this server started", source="uptime"),
+    _gauge("build_info", "always 1", "version; engine"),
+    _counter("calls", "calls answered", "operation; outcome: ok or an error's code"),
+    _counter("auth_failures", "wrong tokens", "kind: token, sign_in"),
+    _histogram(
+        "call_seconds",
         "from a call's head to its answer, without the time in the queue for a key",
         "operation",
     ),
-    *(_counter(name, about) for name, about in COUNTERS.items()),
+    *(
+        MetricRow(f"keypool_{name}_total", "counter", f"{about}, since the pool began", source=name)
+        for name, about in COUNTERS.items()
+    ),
     _histogram("acquire_wait_seconds", "time in the queue of the acquires that had to wait"),
     _histogram("release_lateness_seconds", "how long after their deadline keys were released"),
     _histogram("expiry_lateness_seconds", "how long after their deadline keys were purged"),
@@ -109,12 +89,12 @@ METRICS = (
     _histogram("pipeline_seconds", "time from sending a pipeline to Valkey to its last reply"),
     _histogram("pipeline_commands", "commands per pipeline to Valkey"),
     _histogram("loop_stall_seconds", "how late the event loop ran a timer"),
-    Described("process_resident_memory_bytes", "gauge", "memory of the server process, without the writer"),
-    Described("process_virtual_memory_bytes", "gauge", "address space of the server process"),
-    Described("process_cpu_seconds_total", "counter", "processor time of the server process"),
-    Described("process_open_fds", "gauge", "open files, connections included"),
-    Described("process_max_fds", "gauge", "limit of open files"),
-    Described("process_start_time_seconds", "gauge", "Unix time at which the process started"),
+    MetricRow("process_resident_memory_bytes", "gauge", "memory of the server process, without the writer"),
+    MetricRow("process_virtual_memory_bytes", "gauge", "address space of the server process"),
+    MetricRow("process_cpu_seconds_total", "counter", "processor time of the server process"),
+    MetricRow("process_open_fds", "gauge", "open files, connections included"),
+    MetricRow("process_max_fds", "gauge", "limit of open files"),
+    MetricRow("process_start_time_seconds", "gauge", "Unix time at which the process started"),
 )
 """Every metric, in the order of the docs. Those of the process exist on Linux only."""
 

@@ -1,7 +1,7 @@
 """What asks a server process to stop, and what it reports its state to.
 
-Standalone  the only process: signals stop it; it reports to the log and the service manager
-Worker      one of `--processes`: its supervisor (supervisor.py) stops it, and it reports there, over a socket
+Standalone  the only process: signals stop it; it reports to the log and the service manager Worker      one
+of `--processes`: its supervisor (supervisor.py) stops it, and it reports there, over a socket
 """
 
 from __future__ import annotations

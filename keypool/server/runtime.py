@@ -1,9 +1,9 @@
 """Garbage collector and event-loop tuning.
 
-A full garbage collection visits every object: with a million keys, for seconds. So the old generation is never
-collected; the young generations are. keypool's own objects are all freed by reference count and need no collector (a
-test checks that). On uvloop a cancelled timer is freed at once, whereas asyncio's loop keeps it in a heap that it
-rebuilds from time to time.
+A full garbage collection visits every object: with a million keys, for seconds. So the old generation is
+never collected; the young generations are. keypool's own objects are all freed by reference count and need no
+collector (a test checks that). On uvloop a cancelled timer is freed at once, whereas asyncio's loop keeps it
+in a heap that it rebuilds from time to time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """State reports to systemd: ready, alive, stopping. The protocol of sd_notify, without its library.
 
 A message is one datagram to the socket that `NOTIFY_SOCKET` names; without this variable nothing is sent. The
-watchdog's datagram comes from a timer of the loop, so it stops when the loop hangs, and systemd kills the server. A
-service manager that isn't listening must not make the server fail: what can't be sent is dropped.
+watchdog's datagram comes from a timer of the loop, so it stops when the loop hangs, and systemd kills the
+server. A service manager that isn't listening must not make the server fail: what can't be sent is dropped.
 """
 
 from __future__ import annotations

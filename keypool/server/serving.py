@@ -4,8 +4,8 @@
                                                           |
                                         a second signal: status 1, at once
 
-A drain stops accepting connections, answers waiting acquires with 503, lets requests in flight be answered, and cuts
-what is left after `drain_seconds`.
+A drain stops accepting connections, answers waiting acquires with 503, lets requests in flight be answered,
+and cuts what is left after `drain_seconds`.
 """
 
 from __future__ import annotations

@@ -10,19 +10,20 @@ A worker goes through these states:
       ^                    |                   |
       +--- after a pause --+-- died, or killed as its beats stopped
 
-The first worker is started alone, so that an error of the start is logged once; then the others. A worker that dies is
-restarted after a pause that doubles while it keeps dying. A worker whose beats stop, since its loop hangs or it was
-frozen, is killed: the system would go on giving it its share of the connections. If one dies before all were ready for
-the first time, the supervisor gives up.
+The first worker is started alone, so that an error of the start is logged once; then the others. A worker
+that dies is restarted after a pause that doubles while it keeps dying. A worker whose beats stop, since its
+loop hangs or it was frozen, is killed: the system would go on giving it its share of the connections. If one
+dies before all were ready for the first time, the supervisor gives up.
 
-However the supervisor ends, its workers end: it asks them to drain over their sockets, and they exit at once when these
-close or, on Linux, when the system signals the supervisor's death. Signals that a terminal or a service manager sends
-to the whole group are the supervisor's to handle: workers ignore them. SIGHUP is forwarded to all.
+However the supervisor ends, its workers end: it asks them to drain over their sockets, and they exit at once
+when these close or, on Linux, when the system signals the supervisor's death. Signals that a terminal or a
+service manager sends to the whole group are the supervisor's to handle: workers ignore them. SIGHUP is
+forwarded to all.
 
 Tornado's fork_processes forks and restarts too, but has no beats, forwards no signal, and doesn't drain.
 
-Workers are forked, from a process that has no loop, and no thread but the log's, which holds nothing that a child needs
-(log_writer.py). So settings are read once, and tokens again at SIGHUP.
+Workers are forked, from a process that has no loop, and no thread but the log's, which holds nothing that a
+child needs (log_writer.py). So settings are read once, and tokens again at SIGHUP.
 """
 
 from __future__ import annotations

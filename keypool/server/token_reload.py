@@ -2,8 +2,8 @@
 
     ask() -> read and check all sources, in a thread -> replace the tokens in Access, in one turn of the loop
 
-Calls in flight keep the role they began with; every later call is checked against the new tokens. If a source is wrong,
-the old tokens stay.
+Calls in flight keep the role they began with; every later call is checked against the new tokens. If a source
+is wrong, the old tokens stay.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     /static/3f9a0c12d4e5/js/main.js
 
-The second part is a digest of all files together. So browsers may cache a file for ever, modules that import each other
-by relative paths are of one version, and a page that was open during an upgrade never gets a mixture of versions. A
-changed file takes a restart.
+The second part is a digest of all files together. So browsers may cache a file for ever, modules that import
+each other by relative paths are of one version, and a page that was open during an upgrade never gets a
+mixture of versions. A changed file takes a restart.
 """
 
 from __future__ import annotations

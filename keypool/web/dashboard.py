@@ -2,8 +2,8 @@
 
     Dashboard = history + feed + sessions + loop stall + templates and assets
 
-Once a second it takes a sample of the engine; everything else happens at a request. Pages are rendered here; their
-scripts keep them live from the feed, and poll `/figures` for what the feed doesn't have.
+Once a second it takes a sample of the engine; everything else happens at a request. Pages are rendered here;
+their scripts keep them live from the feed, and poll `/figures` for what the feed doesn't have.
 """
 
 from __future__ import annotations

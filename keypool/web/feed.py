@@ -2,15 +2,16 @@
 
     engine --(polled 4 times a second while there are viewers)--> Feed --(one frame at a time)--> viewer
 
-The engine pushes nothing: its counters show whether anything has changed, and its latest events what. So no call pays
-for the feed, and 2,000 calls a second make no more than four frames. The text of a frame is encoded once for all
-viewers, but for its number `seq`, which grows by one a frame for each viewer.
+The engine pushes nothing: its counters show whether anything has changed, and its latest events what. So no
+call pays for the feed, and 2,000 calls a second make no more than four frames. The text of a frame is encoded
+once for all viewers, but for its number `seq`, which grows by one a frame for each viewer.
 
-A viewer has at most one frame in flight. Until that has been handed to the network, the viewer is skipped; its next
-frame has the state of that moment and the count of the events that it missed. So a slow viewer gets fewer and fresher
-frames, and one that never reads costs one frame.
+A viewer has at most one frame in flight. Until that has been handed to the network, the viewer is skipped;
+its next frame has the state of that moment and the count of the events that it missed. So a slow viewer gets
+fewer and fresher frames, and one that never reads costs one frame.
 
-A Viewer is anything that can be written to: this module knows no websockets, HTTP or cookies (feed_handler.py).
+A Viewer is anything that can be written to: this module knows no websockets, HTTP or cookies
+(feed_handler.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The feed's websocket.
 
-Up to the upgrade it is a page like the others, with the same checks and errors. A page of another site can't open it
-with a session's cookie: browsers send an Origin with every websocket, which must be this server's.
+Up to the upgrade it is a page like the others, with the same checks and errors. A page of another site can't
+open it with a session's cookie: browsers send an Origin with every websocket, which must be this server's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The dashboard's pages. They only read: their scripts make changes through the API.
 
-A page can be read before its script runs and without one, but for the charts. A browser that isn't signed in is
-redirected to /login and back; other clients get 401.
+A page can be read before its script runs and without one, but for the charts. A browser that isn't signed in
+is redirected to /login and back; other clients get 401.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The data of the charts: the last 15 minutes by the second, the last 24 hours by the minute.
 
-A sample holds gauges (at its end) and counts (what happened during it). Samples are taken on whole seconds; one that
-the loop was too busy to take is filled in with its share of what happened meanwhile, so that the time axis is never
-wrong. Memory is bounded: 2,340 samples of 12 small numbers, about 1 MB. A restart begins with an empty history.
+A sample holds gauges (at its end) and counts (what happened during it). Samples are taken on whole seconds;
+one that the loop was too busy to take is filled in with its share of what happened meanwhile, so that the
+time axis is never wrong. Memory is bounded: 2,340 samples of 12 small numbers, about 1 MB. A restart begins
+with an empty history.
 """
 
 from __future__ import annotations

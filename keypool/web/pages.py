@@ -169,7 +169,7 @@ class PageHandler(RequestHandler):
         try:
             self.check()
             if status_code == 403:
-                raise CrossSite("another site sent this form, or one that is out of date: load the page anew")
+                raise CrossSite("another site sent this form, or it is out of date: reload the page")
             raise BadRequest("the query, or the form that was sent, is not percent-encoded UTF-8")
         except WrongToken as error:
             self._count_token(error)
@@ -220,7 +220,7 @@ class Ready(PageHandler):
         self.answer({"status": "ready"} | ({"detail": degraded} if degraded else {}))
 
 
-class Nothing(PageHandler):
+class UnknownPath(PageHandler):
     """Every other path: 404 whatever the method."""
 
     def check(self) -> None:

@@ -2,19 +2,21 @@
 
     token --POST /login--> cookie [mark of the token, session id, end], signed --> Caller
 
-The cookie holds no token, and the server stores no sessions: it checks its own signature and looks the token up by its
-mark, so removing a token ends its sessions. The signing key is derived from the token's digest, so neither a restart
-nor a change of other tokens ends a session, and several processes accept each other's. scrypt makes it expensive to
-guess a token from a stolen cookie.
+The cookie holds no token, and the server stores no sessions: it checks its own signature and looks the token
+up by its mark, so removing a token ends its sessions. The signing key is derived from the token's digest, so
+neither a restart nor a change of other tokens ends a session, and several processes accept each other's.
+scrypt makes it expensive to guess a token from a stolen cookie.
 
-The dashboard's scripts make changes through the API, with its role checks and audit log. The dispatcher accepts the
-cookie only together with the header `X-Keypool-Xsrf`, whose value is bound to the session and is in the dashboard's own
-pages. A page of another site can neither read the value nor send the header (and its Origin is refused besides). A
-websocket can't carry the header: there the Origin, which browsers always send, must be this server's.
+The dashboard's scripts make changes through the API, with its role checks and audit log. The dispatcher
+accepts the cookie only together with the header `X-Keypool-Xsrf`, whose value is bound to the session and is
+in the dashboard's own pages. A page of another site can neither read the value nor send the header (and its
+Origin is refused besides). A websocket can't carry the header: there the Origin, which browsers always send,
+must be this server's.
 
-A sign-out is kept as a note among the pool's data until the cookie would have expired, so that it holds after a restart
-and on all servers of the pool. There are at most `MOST_ENDED` such notes for a token. With one more, the note of the
-session that began first is replaced by a moment before which all sessions of that token have ended:
+A sign-out is kept as a note among the pool's data until the cookie would have expired, so that it holds after
+a restart and on all servers of the pool. There are at most `MOST_ENDED` such notes for a token. With one
+more, the note of the session that began first is replaced by a moment before which all sessions of that token
+have ended:
 
     session.MARK.ID    the session's natural end    a session that was signed out
     void.MARK          a moment                     sessions of this token that began by then have ended

@@ -1,7 +1,8 @@
 """Sign-in and sign-out: the dashboard's only forms, in plain HTML without scripts.
 
-A form of another site can't sign anybody in or out: the Origin that browsers send with a form must be this server's
-(Access.check_site, Tornado's cross_origin_protection), and a sign-out needs the session's XSRF value.
+A form of another site can't sign anybody in or out: the Origin that browsers send with a form must be this
+server's (Access.check_site, Tornado's cross_origin_protection), and a sign-out needs the session's XSRF
+value.
 """
 
 from __future__ import annotations
