@@ -25,7 +25,7 @@ from bench.process import rss
 from bench.report import Table, Targets, machine, megabytes, size, span
 from keypool.core.keys import random_text
 from keypool.engine.durable import datafile
-from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable.compaction import BatchLog
 from keypool.engine.durable.datafile import Batch, encode
 
 QUICK = ["--keys=200000"]
@@ -86,7 +86,7 @@ def _write(path: Path, keys: int) -> None:
         database.execute("BEGIN")
         database.executemany(datafile.UPSERT, islice(made, keys - _UNFOLDED))
         database.executemany(datafile.SET_POOL, numbers.items())
-        batches = Batches(database)
+        batches = BatchLog(database)
         while some := list(islice(made, _BATCH)):
             batches.commit([encode(Batch(some, [], numbers))])
         database.execute("COMMIT")

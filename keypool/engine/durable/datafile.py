@@ -7,18 +7,17 @@ changed. A file of a newer version, or not ours by its application id, is refuse
 Moments are whole milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes.
 Rows are written by id with their whole new state, so that writing one twice is the same as once.
 
-What is committed is first written as a whole batch, behind the others in `batches`; batches.py brings it into
-the other tables later. So what the file says is the tables, and over them its batches, in order: whoever reads
-keys reads both, by `read_rows`. A file that was closed in peace has no batches. The number `grace_until` is the
-end of the last grace after an outage of storage: no key expires before it, whatever its row says. So a grace for
-a million keys is one number, and `read_rows` applies it.
+A commit appends a whole batch to `batches`; compaction.py brings it into the other tables later. So the content of the
+file is its tables, and over them its batches, in order: `read_rows` reads both. After a clean shutdown `batches` is
+empty. The number `grace_until` is the end of the last grace after an outage of storage: no key expires before it,
+whatever its row has. So a grace for a million keys is one number, which `read_rows` applies.
 
-A file in use is marked, so that a copy of it without its log (`-wal`) is refused instead of taken for whole. The
-mark stands in bytes of the header that SQLite keeps for later versions, and is written past SQLite, once the log
-holds a newer first page without it. Therefore everything that reads the file with its log (a backup, a recovery)
-doesn't see it, and everything that brings the log into the file, by which the file is whole, removes it. Left are
-only copies of the file alone. What is not noticed: a copy made between such a checkpoint and the next commit, which is
-whole and only old; and a log that was copied at another moment than its file.
+A file in use is marked, so that a copy of it without its write-ahead log (`-wal`) is refused instead of taken for whole.
+The mark stands in bytes of the header that SQLite reserves for later versions, and is written past SQLite, once the log
+holds a newer first page without it. Therefore whatever reads the file with its log (a backup, a recovery) doesn't see
+it, and a checkpoint, which makes the file whole, removes it. Only copies of the file alone have it. Two cases are not
+noticed: a copy made between a checkpoint and the next commit, which is whole and only old; and a log that was copied at
+another moment than its file.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Batch).decode
 
 
-class Gathered:
-    """What a number of batches comes to: of each key the last row, None if it is purged, and the last numbers."""
+class Memtable:
+    """What batches come to: the last row of each key, None if it was purged, and the last numbers."""
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
         self.rows: dict[int, Row | None] = {}
@@ -95,7 +94,7 @@ class Gathered:
             self.add(batch)
 
     def add(self, batch: Batch) -> None:
-        """One more, which is later than all before. O(its rows)."""
+        """Apply one that is later than all before. O(its rows)."""
         for row in batch.rows:
             self.rows[row[0]] = row
         for id in batch.purged:
@@ -245,11 +244,11 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
         try:
             if not _has(database, "keys"):
                 return
-            gathered = read_batches(database)
-            grace = gathered.numbers.get(GRACE) or _grace_of(database)
+            memtable = read_batches(database)
+            grace = memtable.numbers.get(GRACE) or _grace_of(database)
             rows: Iterator[Row] = database.execute(_ROWS, {"grace": grace})
-            if gathered.rows:
-                rows = _over(rows, gathered.rows, grace)
+            if memtable.rows:
+                rows = _over(rows, memtable.rows, grace)
             while some := list(islice(rows, slice_size)):
                 yield some
         except sqlite3.Error:  # whose words may quote a key
@@ -268,12 +267,12 @@ def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> It
     return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
 
 
-def read_batches(database: sqlite3.Connection) -> Gathered:
+def read_batches(database: sqlite3.Connection) -> Memtable:
     """What the batches of a file come to. O(batches), which are few. Raises sqlite3.Error."""
     if not _has(database, "batches"):
-        return Gathered()
+        return Memtable()
     try:
-        return Gathered(map(decode, (batch for (batch,) in database.execute(_BATCHES))))
+        return Memtable(map(decode, (batch for (batch,) in database.execute(_BATCHES))))
     except msgspec.DecodeError:
         raise sqlite3.DatabaseError("a batch can't be read") from None
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from keypool.engine.durable import datafile
-from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable.compaction import BatchLog
 from keypool.engine.durable.file_lock import log_of
 from keypool.engine.durable.wire import Figures, Kind, Verdict, decode_moment, frame, read_frame
 from keypool.pdeathsig import end_with_parent
@@ -56,11 +56,11 @@ class Writer:
         self._name, self._log_name = str(path), str(self._log_path)
         self._check_seconds = check_seconds
         self._file = _identity(held)
-        self._log: tuple[int, int] | None = None  # which file the log is, of this connection
+        self._wal: tuple[int, int] | None = None  # which file the write-ahead log is
         self._check_at = self._measure_at = 0.0
         self._database: sqlite3.Connection | None = None
         self._marked = False
-        self._batches: Batches
+        self._log: BatchLog
         self._failed: str | None = None
 
     def probe(self) -> Verdict:
@@ -80,12 +80,12 @@ class Writer:
         self._check_at = 0.0
         return self._try(lambda _: None)
 
-    def fold(self) -> None:
+    def flush(self) -> None:
         """Bring some of what is committed into the tables. If that fails, the next batch does, which says why."""
         try:
             if self._database is not None:
                 self._mark(self._database)
-                self._batches.fold()
+                self._log.flush()
         except sqlite3.Error as failure:
             self._drop()
             self._failed = datafile.line_of(failure)
@@ -94,7 +94,7 @@ class Writer:
         """Close, and so bring all into the tables, and what the log holds into the file."""
         try:
             if self._database is not None:
-                self._batches.finish()
+                self._log.flush_all()
         except sqlite3.Error:
             pass  # the batches are there: the next open finds them
         finally:
@@ -119,7 +119,7 @@ class Writer:
         """What became of the names of the file and its log, if they name others by now. A few microseconds."""
         if _identity(self._name) != self._file:
             wrong = _GONE
-        elif self._database is not None and _identity(self._log_name) != self._log:
+        elif self._database is not None and _identity(self._log_name) != self._wal:
             wrong = _LOG_GONE
         else:
             return None
@@ -148,8 +148,8 @@ class Writer:
         if self._database is None:
             self._database = datafile.connect(self._path)
             self._marked = False
-            self._batches = Batches(self._database)
-            self._log = _identity(self._log_name)
+            self._log = BatchLog(self._database)
+            self._wal = _identity(self._log_name)
         return self._database
 
     def _commit(self, database: sqlite3.Connection, encoded: list[bytes]) -> None:
@@ -158,7 +158,7 @@ class Writer:
             # before there is one, since a file that is refused stays as it is.
             self._mark(database)
             self._marked = True
-        self._batches.commit(encoded)
+        self._log.commit(encoded)
 
     def _mark(self, database: sqlite3.Connection) -> None:
         with contextlib.suppress(OSError):  # a file without the mark is as good
@@ -170,9 +170,9 @@ class Writer:
         database.execute("COMMIT")
 
     def _grant(self, database: sqlite3.Connection, until: int) -> None:
-        self._batches.finish()
+        self._log.flush_all()
         database.execute(datafile.GRANT_GRACE, {"until": until})
-        self._batches = Batches(database)
+        self._log = BatchLog(database)
 
     def _drop(self) -> None:
         """Close the connection. A transaction under way is rolled back."""
@@ -218,7 +218,7 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
         stream.write(frame(Kind.VERDICT, datafile.encode(verdict)))
         stream.flush()
         if kind in (Kind.BATCH, Kind.GRACE):
-            writer.fold()  # after the answer: nobody waits for it but who comes next
+            writer.flush()  # after the answer: only a call that comes meanwhile waits for it
 
 
 def main() -> None:
