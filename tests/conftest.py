@@ -10,16 +10,21 @@ ways the test fails if the server logged an error, a traceback, a key or a token
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import inspect
 import itertools
 import signal
+import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
+from app_client import Browser
+from engine_support import quiet
 from support import (
     ADMIN_TOKEN,
     CLIENT_TOKEN,
@@ -31,35 +36,34 @@ from support import (
     Client,
     ServerProcess,
 )
+from tornado.httpclient import AsyncHTTPClient
+from tornado.ioloop import IOLoop
+from tornado.web import Application
 from valkeys import Cluster, Valkey, with_pool
+
+from keypool.api.auth import Access
+from keypool.config.settings import Settings, load
+from keypool.server.app import make_app
+from keypool.server.serving import SERVERS, open_engine
 
 # --------------------------------------------------------------------------------------------- ways to run it
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the server; `flags` makes the flags,
-    given a new directory for what this one server keeps.
+    """One way to run the server; `flags` makes the flags, given a new directory for what this one server keeps.
+
+    `quick` and `thorough` are the beginnings of the paths below tests/ of what runs on it, in the two tiers.
     """
 
     name: str
     flags: Callable[[Path], list[str]]
-    runs: tuple[str, ...] = ("",)
-    """What else than the first variant runs, by the beginning of its path below tests/."""
+    quick: tuple[str, ...]
+    thorough: tuple[str, ...] = ()
 
 
 _CALLS = tuple(f"test_api_{what}" for what in ("batch", "keys", "legacy", "lists", "stats", "waiting"))
 _LIFE = ("test_fuzz", "test_process", "test_feed")
-# The client and the command are tested against one server: the tests vary how the client sends. Its calls run on both.
-_OVER_HTTP = (
-    "test_api_",
-    *_LIFE,
-    "test_client_calls",
-    "test_dashboard",
-    "browser/",
-    "test_hostile",
-    "test_metrics",
-)
 
 _pools = itertools.count()
 
@@ -80,30 +84,56 @@ def _shared_cluster() -> Cluster:
 
 
 VARIANTS = [
-    Variant("memory", lambda directory: ["--data=:memory:"]),
-    # What is refused by its head or its form doesn't come as far as the file.
+    # All that is neither storage's nor another HTTP server's shows here.
+    Variant("memory", lambda directory: ["--data=:memory:"], ("",)),
+    # The same engine with a journal, which has tests of its own.
     Variant(
         "file",
         lambda directory: [f"--data={directory / 'keypool.db'}"],
+        ("test_api_batch", "test_process"),
         (*_CALLS, *_LIFE),
     ),
     # Errors and access are decided before any engine is asked: the dispatcher may not even import one.
     Variant(
         "valkey",
         lambda directory: [f"--engine={with_pool(_shared_valkey().url, next(_pools))}"],
-        (*_CALLS, *_LIFE, "test_dashboard", "test_metrics"),
+        _CALLS,
+        (*_LIFE, "test_dashboard", "test_metrics"),
     ),
     # The same engine once more: what a cluster adds shows in the calls.
     Variant(
         "cluster",
         lambda directory: [f"--engine={with_pool(_shared_cluster().url, next(_pools))}"],
+        (),
         _CALLS,
     ),
-    Variant("tornado", lambda directory: ["--data=:memory:", "--http=tornado"], _OVER_HTTP),
+    # The client and the command are tested against one server: the tests vary how the client sends.
+    Variant(
+        "tornado",
+        lambda directory: ["--data=:memory:", "--http=tornado"],
+        ("test_api_errors", "test_api_access", "test_api_keys", "test_hostile"),
+        ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/", "test_metrics"),
+    ),
 ]
 
 
-@pytest.fixture(scope="session", params=VARIANTS, ids=lambda variant: variant.name)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test that takes a server on the variants that its file and its marks name."""
+    if "variant" not in metafunc.fixturenames:
+        return
+    path = metafunc.definition.path.relative_to(Path(__file__).parent).as_posix()
+    once = metafunc.definition.get_closest_marker("once") is not None
+    params = [
+        pytest.param(
+            variant, id=variant.name, marks=() if path.startswith(variant.quick) else pytest.mark.thorough
+        )
+        for variant in VARIANTS[: 1 if once else None]
+        if path.startswith(variant.quick + variant.thorough)
+    ]
+    metafunc.parametrize("variant", params, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def variant(request: pytest.FixtureRequest) -> Variant:
     """The way in which this test's servers run."""
     chosen: Variant = request.param
@@ -287,16 +317,81 @@ def guarded_server(lend: Start) -> ServerProcess:
     return server
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the further ways to run the server where they show nothing new."""
-    here = Path(__file__).parent
+# --------------------------------------------------------------------------------------------- in this process
 
-    def needed(item: pytest.Item) -> bool:
-        callspec = getattr(item, "callspec", None)
-        way = callspec.params.get("variant") if callspec is not None else None
-        return way is None or item.path.relative_to(here).as_posix().startswith(way.runs)
 
-    left_out = [item for item in items if not needed(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if needed(item)]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have pytest-tornado run each `async def` test on its loop."""
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+            item.add_marker(pytest.mark.gen_test(timeout=60))
+
+
+@pytest.fixture
+def io_loop() -> Iterator[IOLoop]:
+    """The loop of one test, in place of pytest-tornado's, which Tornado warns of; fails on a logged error."""
+    raw = asyncio.new_event_loop()
+    asyncio.set_event_loop(raw)
+    loop = IOLoop(asyncio_loop=raw, make_current=False)
+    with quiet():
+        yield loop
+    asyncio.set_event_loop(None)
+    loop.close(all_fds=True)
+
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Those of `app`: an open server with a pool in memory, or what the test's mark `serves` says."""
+    mark = request.node.get_closest_marker("serves")
+    flags, variables = (mark.args, mark.kwargs) if mark else ((), {})
+    return load(["--data=:memory:", *flags], variables)
+
+
+@pytest.fixture
+def app(io_loop: IOLoop, settings: Settings) -> Iterator[Application]:
+    """The application, made on the loop that it runs on."""
+
+    async def make() -> Application:
+        access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
+        app = make_app(await open_engine(settings), access, settings)
+        await app.settings["dashboard"].counting.wait()
+        return app
+
+    async def stop() -> None:
+        made.settings["dashboard"].drain()
+        made.settings["dispatcher"].wrong_tokens.close()
+        await made.settings["dispatcher"].engine.close()
+        assert not made.settings["in_flight"].count, "a request is still being answered"
+
+    made = io_loop.run_sync(make)
+    yield made
+    io_loop.run_sync(stop)
+
+
+@pytest.fixture(params=list(SERVERS))
+def http_server(
+    request: pytest.FixtureRequest, io_loop: IOLoop, app: Application, _unused_port: tuple[socket.socket, int]
+) -> Iterator[object]:
+    """Each of the two HTTP servers in turn, in place of pytest-tornado's."""
+
+    async def start() -> Any:
+        made: Any = SERVERS[request.param](app, None)
+        made.add_sockets([_unused_port[0]])
+        return made
+
+    made = io_loop.run_sync(start)
+    yield made
+    made.stop()
+    io_loop.run_sync(made.close_all_connections)
+
+
+@pytest.fixture
+def base_url(http_port: int) -> str:
+    """An open server answers to loopback names only, and `localhost` may be IPv6."""
+    return f"http://127.0.0.1:{http_port}"
+
+
+@pytest.fixture
+def pages(http_client: AsyncHTTPClient, base_url: str) -> Browser:
+    """Fetches pages of `app`."""
+    return Browser(http_client, base_url)

@@ -29,6 +29,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
+import fork_server
+from fork_server import ForkedServer
+
 T = TypeVar("T")
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -40,6 +43,8 @@ OTHER_CLIENT_TOKEN: Final = "client-token-b2-99f0e3"
 VIEWER_TOKEN: Final = "viewer-token-77a1c5d2"
 ADMIN_TOKEN: Final = "admin-token-0f5be8d36"
 TOKENS: Final = {"client": CLIENT_TOKEN, "viewer": VIEWER_TOKEN, "admin": ADMIN_TOKEN}
+
+JSON: Final = {"Content-Type": "application/json"}
 
 KEY_TEXT: Final = re.compile(r"[A-Za-z0-9]{20}")
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -568,23 +573,38 @@ def run_server(
     flags: Sequence[str], env: Mapping[str, str] | None = None, limit: float = 60.0
 ) -> tuple[int, str]:
     """Run a server that is expected to end by itself: its exit status and all that it printed."""
-    with tempfile.TemporaryDirectory(prefix="keypool-test-") as cwd:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "server.py"), *flags],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=clean_environment(env), cwd=cwd, start_new_session=True,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="keypool-test-") as cwd, tempfile.TemporaryFile() as output:
+        process = _start_server(flags, env, Path(cwd), output.fileno())
         try:
-            output, _ = process.communicate(timeout=limit)
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            _kill_group(process.pid)
-            output, _ = process.communicate()
-            raise AssertionError(
-                f"server.py {' '.join(flags)} did not end in {limit} s: {output!r}"
-            ) from None
+            status = None
         finally:
             _kill_group(process.pid)
-        return process.returncode, output.decode("utf-8", "backslashreplace")
+            process.wait()
+            _release(process)
+        output.seek(0)
+        printed = output.read().decode("utf-8", "backslashreplace")
+        assert status is not None, f"server.py {' '.join(flags)} did not end in {limit} s: {printed!r}"
+        return status, printed
+
+
+def _start_server(
+    flags: Sequence[str], env: Mapping[str, str] | None, cwd: Path, output: int, *, forked: bool = True
+) -> subprocess.Popen[bytes] | ForkedServer:
+    """Start `server.py` with no other environment; forked where that makes no difference."""
+    environment = clean_environment(env)
+    if forked and fork_server.AVAILABLE and not any(name.startswith("PYTHON") for name in environment):
+        return ForkedServer(flags, environment, cwd, output)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "server.py"), *flags],
+        stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, cwd=cwd, start_new_session=True,
+    )  # fmt: skip
+
+
+def _release(process: subprocess.Popen[bytes] | ForkedServer) -> None:
+    if isinstance(process, ForkedServer):
+        process.release()
 
 
 def _kill_group(group: int) -> None:
@@ -614,8 +634,12 @@ class ServerProcess:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         admin_token: str | None = None,
+        forked: bool = True,
     ) -> None:
-        """Start `server.py` with these flags and no other setting; returns once it says that it is ready."""
+        """Start `server.py` with these flags and no other setting; returns once it says that it is ready.
+
+        Without `forked` it is a new interpreter, as its user's would be (fork_server.py has the difference).
+        """
         self.flags = list(flags)
         self.cwd = cwd
         self.address = ""
@@ -630,14 +654,17 @@ class ServerProcess:
         self._changed = threading.Condition()
         self._ended = False
         self._end_expected = False
+        self._closed = False
         self._clients: list[Client | Wire] = []
         self._lifeline: subprocess.Popen[bytes] | None = None
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "server.py"), *flags],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=clean_environment(env), cwd=cwd, start_new_session=True,
-        )  # fmt: skip
-        self._lifeline = _lifeline(self._process.pid)
+        read, write = os.pipe()
+        self._output = os.fdopen(read, "rb")
+        try:
+            self._process = _start_server(flags, env, cwd, write, forked=forked)
+        finally:
+            os.close(write)
+        if not isinstance(self._process, ForkedServer):
+            self._lifeline = _lifeline(self._process.pid)
         self._reader = threading.Thread(target=self._read_log, name="server log", daemon=True)
         self._reader.start()
         try:
@@ -647,8 +674,7 @@ class ServerProcess:
             raise
 
     def _read_log(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._output:
             with self._changed:
                 self._lines.append(line.decode("utf-8", "backslashreplace").rstrip("\r\n"))
                 self._changed.notify_all()
@@ -801,10 +827,17 @@ class ServerProcess:
         """The server stands still inside, so that its timers are late when it goes on."""
         self.signal(signal.SIGSTOP)
         try:
-            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)  # until it really does
+            self._wait_until_stopped()
             yield
         finally:
             self.signal(signal.SIGCONT)
+
+    def _wait_until_stopped(self) -> None:
+        if not isinstance(self._process, ForkedServer):
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+            return
+        stat = Path(f"/proc/{self.pid}/stat")
+        eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the server stands still")
 
     def wait(self, within: float = 60.0) -> int:
         """The exit status, once it has ended, as the test expects, and its log is complete."""
@@ -848,11 +881,14 @@ class ServerProcess:
             self._lifeline.kill()
             self._lifeline.communicate()
             self._lifeline = None
+        if self._closed:
+            return
+        self._closed = True
         _kill_group(self._process.pid)
         self._process.wait()
+        _release(self._process)
         self._reader.join(5)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._output.close()
 
     def __enter__(self) -> Self:
         return self

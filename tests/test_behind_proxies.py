@@ -279,6 +279,7 @@ def stranger(rng: random.Random, port: int) -> Callable[[], None]:
     return attack
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PROXIES)
 def test_strangers_cannot_reach_into_the_requests_of_others(name: str, tmp_path: Path) -> None:
     """Every good answer is one's own, the counters are what good clients did, and nothing smuggled was served."""

@@ -2,160 +2,92 @@
 
 from __future__ import annotations
 
-import http.client
+import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from html import unescape
 from urllib.parse import urlencode
 
 import pytest
+from app_client import Browser, guarded, serves
 from conftest import Start
-from support import (
-    ADMIN_TOKEN,
-    API,
-    CLIENT_TOKEN,
-    VIEWER_TOKEN,
-    Client,
-    ServerProcess,
-)
+from support import ADMIN_TOKEN, API, CLIENT_TOKEN, VIEWER_TOKEN, ServerProcess
 from viewing import Closed, Viewer
 
 PAGES = (
-    "/",
-    "/keys",
-    "/keys?tab=blocked",
-    "/keys?tab=available",
-    "/keys?tab=expiring",
-    "/events",
-    "/system",
-    "/calls",
-)
-BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-
-
-@dataclass
-class Page:
-    """One answer."""
-
-    status: int
-    headers: http.client.HTTPMessage
-    text: str
-
-    @property
-    def cookie(self) -> str:
-        """What Set-Cookie asks the browser to keep, without its attributes."""
-        return (self.headers["Set-Cookie"] or "").split(";")[0]
-
-
-def fetch(
-    server: ServerProcess,
-    path: str,
-    method: str = "GET",
-    form: Mapping[str, str] | None = None,
-    **headers: str,
-) -> Page:
-    """One request as a browser sends it; underscores in a header's name stand for dashes."""
-    sent = BROWSER | {name.replace("_", "-"): value for name, value in headers.items()}
-    body = None
-    if form is not None:
-        method, body = "POST", urlencode(form)
-        sent["Content-Type"] = "application/x-www-form-urlencoded"
-    connection = http.client.HTTPConnection(server.address, server.port, timeout=20)
-    try:
-        connection.request(method, path, body, sent)
-        response = connection.getresponse()
-        return Page(response.status, response.headers, response.read().decode())
-    finally:
-        connection.close()
-
-
-def sign_in(server: ServerProcess, token: str) -> str:
-    """The cookie of a new session."""
-    page = fetch(server, "/login", form={"token": token, "next": "/"}, Origin=f"http://{server.host}")
-    assert page.status == 303, page.text
-    return page.cookie
-
-
-def proof(server: ServerProcess, cookie: str) -> str:
-    """What the session's pages prove themselves with."""
-    found = re.search(r'<meta name="xsrf" content="(\w+)"', fetch(server, "/", Cookie=cookie).text)
-    assert found
-    return found[1]
-
+    "/", "/keys", "/keys?tab=blocked", "/keys?tab=available", "/keys?tab=expiring", "/events", "/system", "/calls",
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- pages
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_every_page_comes_whole_and_guarded(server: ServerProcess, client: Client, path: str) -> None:
+async def test_every_page_is_complete_and_guarded(pages: Browser) -> None:
     """With a strict policy, nothing inline, and nothing for a cache to keep."""
-    client.make_many(3)
-    client.acquire(owner="<b>worker</b>")
-    page = fetch(server, path)
-    assert page.status == 200
-    assert page.headers["Content-Type"] == "text/html; charset=UTF-8"
-    assert page.headers["Cache-Control"] == "no-store"
-    assert page.headers["X-Content-Type-Options"] == "nosniff"
-    assert page.headers["X-Frame-Options"] == "DENY"
-    policy = page.headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy
-    assert "script-src 'self'" in policy
-    assert "unsafe" not in policy
-    assert "frame-ancestors 'none'" in policy
-    assert re.search(r"<title>.+ · keypool</title>", page.text)
-    assert not re.search(r"<script(?![^>]*\bsrc=)[^>]*>|<style|\sstyle=|\son\w+=|javascript:", page.text)
-    assert "<b>worker" not in page.text
+    await pages.make(3)
+    await pages.acquire(owner="<b>worker</b>")
+    for path in PAGES:
+        page = await pages.fetch(path)
+        assert page.status == 200, path
+        assert page.headers["Content-Type"] == "text/html; charset=UTF-8"
+        assert page.headers["Cache-Control"] == "no-store"
+        assert page.headers["X-Content-Type-Options"] == "nosniff"
+        assert page.headers["X-Frame-Options"] == "DENY"
+        policy = page.headers["Content-Security-Policy"]
+        for rule in ("default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"):
+            assert rule in policy
+        assert "unsafe" not in policy
+        assert re.search(r"<title>.+ · keypool</title>", page.text)
+        inline = r"<script(?![^>]*\bsrc=)[^>]*>|<style|\sstyle=|\son\w+=|javascript:"
+        assert not re.search(inline, page.text), path
+        assert "<b>worker" not in page.text
 
 
-def test_no_page_shows_a_key(server: ServerProcess, client: Client) -> None:
-    """Hints do; a script gets a key by reveal alone."""
-    keys = client.make_many(30)
-    client.acquire(owner="worker-7")
-    pages = [fetch(server, path).text for path in (*PAGES, f"/keys/{keys[0]['id']}", "/figures?state")]
+async def test_no_page_shows_a_key(pages: Browser) -> None:
+    """Pages show hints; a script gets a key by reveal alone."""
+    keys = await pages.make(30)
+    await pages.acquire()
+    paths = (*PAGES, f"/keys/{keys[0]['id']}", "/figures?state")
+    texts = [(await pages.fetch(path)).text for path in paths]
     for key in keys:
-        assert not any(key["key"] in text or key["key"][:6] in text for text in pages)
-    hint = f"{keys[0]['key'][:4]}…{keys[0]['key'][-4:]}"
-    assert hint in pages[1]
+        assert not any(key["key"] in text or key["key"][:6] in text for text in texts)
+    assert f"{keys[0]['key'][:4]}…{keys[0]['key'][-4:]}" in texts[1]
 
 
-def test_the_overview_is_right_before_any_script_runs(server: ServerProcess, client: Client) -> None:
-    """Numbers, what is released next, and the latest events are in its HTML."""
-    client.make_many(5)
-    lease = client.acquire(owner="worker-7")
-    text = fetch(server, "/").text
-    figures = re.findall(r'class="figure">([\d,]+)<', text)
-    assert figures[:3] == ["4", "1", "0"]
+async def test_the_overview_is_right_before_any_script_runs(pages: Browser) -> None:
+    """Numbers, the next releases, and the latest events are in its HTML."""
+    await pages.make(5)
+    lease = await pages.acquire(owner="worker-7")
+    text = (await pages.fetch("/")).text
+    assert re.findall(r'class="figure">([\d,]+)<', text)[:3] == ["4", "1", "0"]
     assert "worker-7" in text
     assert f"lease {lease['lease']}" in text
-    assert 'id="empty" hidden' in text or re.search(r'id="empty"\s+hidden', text)
+    assert re.search(r'id="empty"\s+hidden', text)
 
 
-def test_an_empty_pool_says_what_to_do(server: ServerProcess) -> None:
+async def test_an_empty_pool_says_what_to_do(pages: Browser) -> None:
     """Generate, here or from a shell."""
     for path in ("/", "/keys"):
-        text = unescape(fetch(server, path).text)
+        text = unescape((await pages.fetch(path)).text)
         assert "The pool is empty" in text
         assert '"op":"generate"' in text
         assert not re.search(r'id="empty"[^>]*hidden', text)
 
 
-def test_an_exhausted_pool_says_so(server: ServerProcess, client: Client) -> None:
-    """And when it ends."""
-    client.make()
-    client.acquire()
-    text = fetch(server, "/").text
+async def test_an_exhausted_pool_says_when_a_key_is_free_again(pages: Browser) -> None:
+    """By the earliest release."""
+    await pages.make()
+    await pages.acquire()
+    text = (await pages.fetch("/")).text
     assert not re.search(r'id="exhausted"[^>]*hidden', text)
     assert re.search(r'id="next-release"[^>]*>(1:00|0:59)<', text)
 
 
-def test_pages_of_fifty_by_cursor(server: ServerProcess, client: Client) -> None:
-    """Every key stands on one of them, once."""
-    made = {key["id"] for key in client.make_many(120)}
+async def test_keys_are_listed_in_pages_of_fifty_by_cursor(pages: Browser) -> None:
+    """Every key is on one of them, once."""
+    made = {key["id"] for key in await pages.make(120)}
     seen: list[int] = []
     path = "/keys"
     for _ in range(3):
-        text = fetch(server, path).text
+        text = (await pages.fetch(path)).text
         seen += [int(number) for number in re.findall(r'class="key-row" data-id="(\d+)"', text)]
         following = re.search(r'rel="next" href="([^"]+)"', text)
         if following is None:
@@ -165,51 +97,42 @@ def test_pages_of_fifty_by_cursor(server: ServerProcess, client: Client) -> None
     assert set(seen) == made
 
 
-def test_search_by_prefix_and_by_id(server: ServerProcess, client: Client) -> None:
-    """A prefix lists; an id goes to the key."""
-    key = client.make_many(10)[3]
-    text = fetch(server, "/keys?" + urlencode({"q": key["key"][:4]})).text
+async def test_search_by_prefix_and_by_id(pages: Browser) -> None:
+    """A prefix lists; an id leads to the key; anything else is 400 with what would be right, in the page."""
+    key = (await pages.make(10))[3]
+    text = (await pages.fetch("/keys?" + urlencode({"q": key["key"][:4]}))).text
     assert re.findall(r'class="key-row" data-id="(\d+)"', text) == [str(key["id"])]
-    page = fetch(server, f"/keys?q=id:{key['id']}")
+    page = await pages.fetch(f"/keys?q=id:{key['id']}")
     assert (page.status, page.headers["Location"]) == (303, f"/keys/{key['id']}")
-    none = fetch(server, "/keys?q=zz").text
+    none = (await pages.fetch("/keys?q=zz")).text
     assert "key starts with" in none
     assert "Clear the search" in none
+    for wrong in ("abcde", "a-b", "id:", "id:x"):
+        page = await pages.fetch("/keys?" + urlencode({"q": wrong}))
+        assert page.status == 400
+        assert "1 to 4 characters" in page.text
 
 
-@pytest.mark.parametrize("wrong", ["abcde", "a-b", "id:", "id:x"])
-def test_a_search_that_makes_no_sense_is_told_what_would(server: ServerProcess, wrong: str) -> None:
-    """In the page, which goes on."""
-    page = fetch(server, "/keys?" + urlencode({"q": wrong}))
-    assert page.status == 400
-    assert "1 to 4 characters" in page.text
-
-
-def test_one_key_on_a_page_of_its_own(server: ServerProcess, client: Client) -> None:
+async def test_a_key_has_a_page(pages: Browser) -> None:
     """State, holder, deadlines, its events, and the calls as lines for a shell."""
-    made = client.make()
-    client.acquire(owner="worker-7")
-    text = unescape(fetch(server, f"/keys/{made['id']}").text)
+    [made] = await pages.make()
+    await pages.acquire(owner="worker-7")
+    text = unescape((await pages.fetch(f"/keys/{made['id']}")).text)
     assert "worker-7" in text
     assert text.count('class="event"') >= 2
     assert f"/api/v1/keys/id:{made['id']}/unblock" in text
-    gone = fetch(server, "/keys/999999")
+    gone = await pages.fetch("/keys/999999")
     assert gone.status == 404
     assert "No live key has this id" in gone.text
-    assert fetch(server, "/keys/nonsense").status == 404
+    assert (await pages.fetch("/keys/nonsense")).status == 404
 
 
-def test_system_shows_settings_and_where_they_came_from(lend: Start) -> None:
+@serves("--block-seconds=31", KEYPOOL_ADMIN_TOKEN=ADMIN_TOKEN, KEYPOOL_MAX_WAITERS="77")
+async def test_system_shows_settings_and_where_they_came_from(pages: Browser) -> None:
     """A flag, a variable and a default; tokens never."""
-    env = {"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN, "KEYPOOL_MAX_WAITERS": "77"}
-    server = lend("--block-seconds=31", env=env, admin_token=ADMIN_TOKEN)
-    text = fetch(server, "/system", Authorization=f"Bearer {ADMIN_TOKEN}").text
-    rows = {
-        flag: (value, origin)
-        for flag, value, origin in re.findall(
-            r"<code>([^<]+)</code></th><td><code>([^<]*)</code></td><td><span[^>]*>(\w+)<", text
-        )
-    }
+    text = (await pages.fetch("/system", Authorization=f"Bearer {ADMIN_TOKEN}")).text
+    found = re.findall(r"<code>([^<]+)</code></th><td><code>([^<]*)</code></td><td><span[^>]*>(\w+)<", text)
+    rows = {flag: (value, origin) for flag, value, origin in found}
     assert rows["--block-seconds"] == ("31", "flag")
     assert rows["--max-waiters"] == ("77", "environment")
     assert rows["--max-viewers"] == ("200", "default")
@@ -218,261 +141,265 @@ def test_system_shows_settings_and_where_they_came_from(lend: Start) -> None:
     assert ADMIN_TOKEN not in text
 
 
-def test_the_calls_are_those_of_the_api(server: ServerProcess) -> None:
+async def test_the_calls_are_those_of_the_api(pages: Browser) -> None:
     """Each with its line for a shell."""
-    text = unescape(fetch(server, "/calls").text)
-    for path in (
-        "/keys/acquire",
-        "/keys/{key}/unblock",
-        "/keys/{key}/keepalive",
-        "/batch",
-        "/stats",
-        "/keys/{key}/reveal",
-    ):
+    text = unescape((await pages.fetch("/calls")).text)
+    for path in ("/keys/acquire", "/keys/{key}/unblock", "/keys/{key}/keepalive", "/batch", "/stats"):
         assert f"<code>/api/v1{path}</code>" in text
     assert text.count("curl -sS") >= 10
 
 
-def test_a_browser_gets_a_page_for_an_error(server: ServerProcess) -> None:
-    """Outside /api/; everybody else a problem."""
-    page = fetch(server, "/nothing-here")
+async def test_a_browser_gets_a_page_for_an_error(pages: Browser) -> None:
+    """Outside /api/; any other client gets a problem."""
+    page = await pages.fetch("/nothing-here")
     assert page.status == 404
     assert page.headers["Content-Type"].startswith("text/html")
     assert "Not found" in page.text
-    assert fetch(server, "/nothing-here", Accept="*/*").headers["Content-Type"] == "application/problem+json"
-    assert fetch(server, API + "/nothing").headers["Content-Type"] == "application/problem+json"
+    for path, accept in (("/nothing-here", "*/*"), (API + "/nothing", "text/html")):
+        page = await pages.fetch(path, Accept=accept)
+        assert page.headers["Content-Type"] == "application/problem+json"
 
 
-def test_static_files_may_be_kept_for_ever(server: ServerProcess) -> None:
-    """Their address changes with what is in them; another address has nothing."""
-    paths = re.findall(r'(?:href|src)="(/static/[^"]+)"', fetch(server, "/").text)
+async def test_static_files_may_be_kept_for_ever(pages: Browser) -> None:
+    """Their address changes with their content; no other address has anything."""
+    paths = re.findall(r'(?:href|src)="(/static/[^"]+)"', (await pages.fetch("/")).text)
     assert len(paths) >= 5
     for path in paths:
-        page = fetch(server, path)
+        page = await pages.fetch(path)
         assert page.status == 200, path
         assert "immutable" in page.headers["Cache-Control"]
     version = paths[0].split("/")[2]
-    assert fetch(server, paths[0].replace(version, "0" * 12)).status == 404
-    assert fetch(server, f"/static/{version}/../app.py").status == 404
-    assert fetch(server, f"/static/{version}/%2e%2e/server.py").status == 404
+    for path in (
+        paths[0].replace(version, "0" * 12),
+        f"/static/{version}/../app.py",
+        f"/static/{version}/%2e%2e/server.py",
+    ):
+        assert (await pages.fetch(path)).status == 404
 
 
-def test_every_module_that_a_module_imports_is_there(server: ServerProcess) -> None:
-    """A path that is wrong would only be seen by who opens that page."""
-    entry = re.search(r'src="(/static/\w+/js/)main.js"', fetch(server, "/").text)
+async def test_every_module_that_a_module_imports_is_there(pages: Browser) -> None:
+    """A wrong path would only be noticed by a user who opens that page."""
+    entry = re.search(r'src="(/static/\w+/js/)main.js"', (await pages.fetch("/")).text)
     assert entry
-    seen, todo = (
-        set[str](),
-        ["main.js", "login.js", *(f"pages/{page}.js" for page in ("overview", "keys", "events", "system"))],
-    )
+    seen: set[str] = set()
+    todo = ["main.js", "login.js", *(f"pages/{page}.js" for page in ("overview", "keys", "events", "system"))]
     while todo:
         name = todo.pop()
         if name in seen:
             continue
         seen.add(name)
-        page = fetch(server, entry[1] + name)
+        page = await pages.fetch(entry[1] + name)
         assert page.status == 200, name
-        folder = name.rpartition("/")[0]
-        for found in re.findall(r'^import .*?"(\.[^"]+)";$', page.text, re.MULTILINE):
-            todo.append(found.removeprefix("./") if not found.startswith("..") else found.removeprefix("../"))
-            assert folder in ("", "pages")
+        assert name.rpartition("/")[0] in ("", "pages")
+        imports = re.findall(r'^import .*?"(\.[^"]+)";$', page.text, re.MULTILINE)
+        todo += [re.sub(r"^\.\.?/", "", found) for found in imports]
 
 
-def test_a_chosen_theme_is_drawn_by_the_server(server: ServerProcess) -> None:
-    """So that no page flashes; anything else in the cookie is none."""
-    assert '<html lang="en" data-theme="dark">' in fetch(server, "/", Cookie="keypool_theme=dark").text
-    assert '<html lang="en">' in fetch(server, "/", Cookie='keypool_theme="><script>').text
+async def test_a_chosen_theme_is_rendered_by_the_server(pages: Browser) -> None:
+    """So that no page flashes; any other value of the cookie is ignored."""
+    dark = await pages.fetch("/", Cookie="keypool_theme=dark")
+    assert '<html lang="en" data-theme="dark">' in dark.text
+    assert '<html lang="en">' in (await pages.fetch("/", Cookie='keypool_theme="><script>')).text
 
 
 # -------------------------------------------------------------------------------------------- who gets them
 
 
-def test_strangers_are_sent_to_the_sign_in_and_back(guarded_server: ServerProcess) -> None:
+@guarded
+async def test_a_browser_without_a_session_is_sent_to_the_sign_in_and_back(pages: Browser) -> None:
     """A page by a redirect, a script's call by 401."""
-    page = fetch(guarded_server, "/keys?tab=blocked")
+    page = await pages.fetch("/keys?tab=blocked")
     assert (page.status, page.headers["Location"]) == (303, "/login?next=%2Fkeys%3Ftab%3Dblocked")
-    form = fetch(guarded_server, page.headers["Location"])
+    form = await pages.fetch(page.headers["Location"])
     assert '<input type="hidden" name="next" value="/keys?tab=blocked">' in form.text
-    done = fetch(guarded_server, "/login", form={"token": VIEWER_TOKEN, "next": "/keys?tab=blocked"})
+    done = await pages.fetch("/login", form={"token": VIEWER_TOKEN, "next": "/keys?tab=blocked"})
     assert (done.status, done.headers["Location"]) == (303, "/keys?tab=blocked")
-    assert fetch(guarded_server, "/figures", Accept="application/json").status == 401
+    assert (await pages.fetch("/figures", Accept="application/json")).status == 401
 
 
+@guarded
 @pytest.mark.parametrize(
     "wanted", ["https://evil.example/", "//evil.example", "/\\evil.example", "javascript:1", "/login"]
 )
-def test_nobody_is_sent_elsewhere(guarded_server: ServerProcess, wanted: str) -> None:
+async def test_the_sign_in_redirects_to_no_other_server(pages: Browser, wanted: str) -> None:
     """`next` is a path of this server, or it is the overview."""
-    done = fetch(guarded_server, "/login", form={"token": VIEWER_TOKEN, "next": wanted})
+    done = await pages.fetch("/login", form={"token": VIEWER_TOKEN, "next": wanted})
     assert (done.status, done.headers["Location"]) == (303, "/")
 
 
-def test_the_cookie_is_kept_from_scripts_and_other_sites(guarded_server: ServerProcess) -> None:
+@guarded
+async def test_the_cookie_is_kept_from_scripts_and_other_sites(pages: Browser) -> None:
     """And holds no token."""
-    page = fetch(guarded_server, "/login", form={"token": ADMIN_TOKEN})
+    page = await pages.fetch("/login", form={"token": ADMIN_TOKEN})
     given = page.headers["Set-Cookie"]
-    assert "HttpOnly" in given
-    assert "SameSite=Strict" in given
-    assert "Path=/" in given
+    for attribute in ("HttpOnly", "SameSite=Strict", "Path=/"):
+        assert attribute in given
     assert ADMIN_TOKEN not in given
     assert "Secure" not in given
-    forged = fetch(guarded_server, "/login", form={"token": ADMIN_TOKEN}, X_Forwarded_Proto="https")
+    forged = await pages.fetch("/login", form={"token": ADMIN_TOKEN}, X_Forwarded_Proto="https")
     assert "Secure" not in forged.headers["Set-Cookie"]  # of a trusted proxy only: tests/test_audit.py
-    assert fetch(guarded_server, "/", Cookie=page.cookie).status == 200
+    assert (await pages.fetch("/", Cookie=page.cookie)).status == 200
 
 
-def test_a_cookie_that_was_changed_is_worth_nothing(guarded_server: ServerProcess) -> None:
-    """Its signature tells."""
-    cookie = sign_in(guarded_server, VIEWER_TOKEN)
+@guarded
+async def test_a_cookie_that_was_changed_is_worth_nothing(pages: Browser) -> None:
+    """Its signature doesn't fit."""
+    cookie = await pages.sign_in(VIEWER_TOKEN)
+    last = "0" if cookie[-1] != "0" else "1"
     for changed in (
-        cookie[:-1] + ("0" if cookie[-1] != "0" else "1"),
-        cookie.replace("=", "=x", 1),
-        "keypool_session=",
-        "keypool_session=a.b",
-    ):
-        assert fetch(guarded_server, "/", Cookie=changed).status == 303
+        cookie[:-1] + last, cookie.replace("=", "=x", 1), "keypool_session=", "keypool_session=a.b",
+    ):  # fmt: skip
+        assert (await pages.fetch("/", Cookie=changed)).status == 303
 
 
-def test_a_wrong_token_and_a_clients_token_open_nothing(lend: Start) -> None:
-    """401 and 403 on the form again, which says why."""
-    server = lend(
-        env={
-            "KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN,
-            "KEYPOOL_CLIENT_TOKEN": CLIENT_TOKEN,
-            "KEYPOOL_KEY": "wrong",
-        },
-        admin_token=ADMIN_TOKEN,
-    )
-    wrong = fetch(server, "/login", form={"token": "no-such-token-000"})
+@guarded
+async def test_a_wrong_token_and_a_clients_token_open_nothing(pages: Browser) -> None:
+    """401 and 403 with the form again, which says why; nor does a client token in a header open a page."""
+    wrong = await pages.fetch("/login", form={"token": "no-such-token-000"})
     assert wrong.status == 401
     assert "not known" in wrong.text
-    assert wrong.headers["Set-Cookie"] is None
-    client = fetch(server, "/login", form={"token": CLIENT_TOKEN})
+    assert "Set-Cookie" not in wrong.headers
+    client = await pages.fetch("/login", form={"token": CLIENT_TOKEN})
     assert client.status == 403
     assert "client token" in client.text
-    assert (
-        fetch(server, "/login", form={"token": "no-such"}, Accept="*/*").headers["Content-Type"]
-        == "application/problem+json"
-    )
+    problem = await pages.fetch("/login", form={"token": "no-such"}, Accept="*/*")
+    assert problem.headers["Content-Type"] == "application/problem+json"
+    assert (await pages.fetch("/", Authorization=f"Bearer {CLIENT_TOKEN}")).status == 403
 
 
-def test_guessing_is_throttled_and_locks_nobody_out(start_server: Start) -> None:
+@guarded
+async def test_guessing_is_throttled_and_locks_nobody_out(pages: Browser) -> None:
     """After a few wrong tokens the next wrong one gets 429, with when; a right one gets in at any time."""
-    server = start_server(env={"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}, admin_token=ADMIN_TOKEN)
-    statuses = [fetch(server, "/login", form={"token": f"guess-number-{i:08}"}).status for i in range(6)]
-    assert statuses == [401] * 5 + [429]
-    page = fetch(server, "/login", form={"token": "guess-number-99"})
+    guesses = [await pages.fetch("/login", form={"token": f"guess-number-{i:08}"}) for i in range(6)]
+    assert [page.status for page in guesses] == [401] * 5 + [429]
+    page = await pages.fetch("/login", form={"token": "guess-number-99"})
     assert page.status == 429
     assert int(page.headers["Retry-After"]) >= 1
     assert f"in {page.headers['Retry-After']} s" in page.text
-    assert fetch(server, "/login", form={"token": ADMIN_TOKEN}).status == 303
-    assert server.client(ADMIN_TOKEN).get(API + "/stats").status == 200
+    assert (await pages.fetch("/login", form={"token": ADMIN_TOKEN})).status == 303
+    (await pages.call("GET", "/stats")).expect(200)
 
 
-def test_a_viewer_is_offered_nothing_that_it_may_not_do(guarded_server: ServerProcess) -> None:
-    """Absent, not greyed."""
-    key = guarded_server.client(ADMIN_TOKEN).make()
-    guarded_server.client(ADMIN_TOKEN).acquire()
-    cookie = sign_in(guarded_server, VIEWER_TOKEN)
+@guarded
+async def test_a_viewer_is_offered_nothing_that_it_may_not_do(pages: Browser) -> None:
+    """Those controls are absent, not greyed."""
+    [key] = await pages.make()
+    await pages.acquire()
+    cookie = await pages.sign_in(VIEWER_TOKEN)
     for path in ("/", "/keys", f"/keys/{key['id']}"):
-        text = fetch(guarded_server, path, Cookie=cookie).text
+        text = (await pages.fetch(path, Cookie=cookie)).text
         body = re.sub(r"<dialog.*?</dialog>", "", text, flags=re.DOTALL)
         assert not re.search(r"data-act=|data-generate|data-bulk|data-reveal|type=\"checkbox\"", body), path
-    text = fetch(guarded_server, "/keys", Cookie=sign_in(guarded_server, ADMIN_TOKEN)).text
+    text = (await pages.fetch("/keys", Cookie=await pages.sign_in(ADMIN_TOKEN))).text
     assert 'data-act="delete"' in text
     assert "data-generate" in text
-
-
-def test_a_client_token_reads_no_page(guarded_server: ServerProcess) -> None:
-    """403."""
-    assert fetch(guarded_server, "/", Authorization=f"Bearer {CLIENT_TOKEN}").status == 403
 
 
 # ---------------------------------------------------------------------------------------- actions by cookie
 
 
-def test_the_cookie_alone_moves_nothing(guarded_server: ServerProcess) -> None:
-    """The API takes it only with the proof that stands in the session's own pages."""
-    cookie = sign_in(guarded_server, ADMIN_TOKEN)
-    client = guarded_server.client()
-    client.post(API + "/keys", headers={"Cookie": cookie}).expect_problem(401, "unauthorized")
-    client.get(API + "/keys", headers={"Cookie": cookie}).expect_problem(401, "unauthorized")
-    for wrong in ("", "0" * 32, proof(guarded_server, sign_in(guarded_server, ADMIN_TOKEN))):
-        sent = {"Cookie": cookie, "X-Keypool-Xsrf": wrong}
-        client.post(API + "/keys", headers=sent).expect_problem(401, "unauthorized")
-    right = {"Cookie": cookie, "X-Keypool-Xsrf": proof(guarded_server, cookie)}
-    client.post(API + "/keys", headers=right).expect(201)
-    evil = right | {"Origin": "https://evil.example"}
-    client.post(API + "/keys", headers=evil).expect_problem(403, "cross-site")
+@guarded
+async def test_the_cookie_alone_changes_nothing(pages: Browser) -> None:
+    """The API takes it only with the proof that the session's own pages hold."""
+    cookie = await pages.sign_in(ADMIN_TOKEN)
+    other = await pages.proof(await pages.sign_in(ADMIN_TOKEN))
+    for method in ("POST", "GET"):
+        (await pages.call(method, "/keys", token=None, Cookie=cookie)).expect(401, "unauthorized")
+    for wrong in ("", "0" * 32, other):
+        page = await pages.call("POST", "/keys", token=None, Cookie=cookie, X_Keypool_Xsrf=wrong)
+        page.expect(401, "unauthorized")
+    right = {"Cookie": cookie, "X_Keypool_Xsrf": await pages.proof(cookie)}
+    (await pages.call("POST", "/keys", token=None, **right)).expect(201)
+    evil = await pages.call("POST", "/keys", token=None, Origin="https://evil.example", **right)
+    evil.expect(403, "cross-site")
 
 
-def test_the_role_of_the_session_counts(guarded_server: ServerProcess) -> None:
+@guarded
+async def test_the_role_of_the_session_counts(pages: Browser) -> None:
     """A viewer with all proofs still generates nothing."""
-    cookie = sign_in(guarded_server, VIEWER_TOKEN)
-    sent = {"Cookie": cookie, "X-Keypool-Xsrf": proof(guarded_server, cookie)}
-    client = guarded_server.client()
-    client.get(API + "/keys", headers=sent).expect(200)
-    client.post(API + "/keys", headers=sent).expect_problem(403, "forbidden")
+    cookie = await pages.sign_in(VIEWER_TOKEN)
+    sent = {"Cookie": cookie, "X_Keypool_Xsrf": await pages.proof(cookie)}
+    (await pages.call("GET", "/keys", token=None, **sent)).expect(200)
+    (await pages.call("POST", "/keys", token=None, **sent)).expect(403, "forbidden")
 
 
-def test_the_audit_log_names_whose_session_it_was(guarded_server: ServerProcess) -> None:
-    """Signing in, and what was done with the session."""
-    cookie = sign_in(guarded_server, ADMIN_TOKEN)
-    sent = {"Cookie": cookie, "X-Keypool-Xsrf": proof(guarded_server, cookie)}
-    guarded_server.client().post(API + "/keys", headers=sent).expect(201)
-    log = guarded_server.log
-    signed = re.findall(r"sign-in by admin \(token (\w+)\) from 127", log)
-    made = re.findall(r"generate by admin \(token (\w+)\) from 127", log)
-    assert signed
-    assert signed[-1] == made[-1]
+@guarded
+async def test_the_audit_log_names_the_token_of_the_session(
+    pages: Browser, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For the sign-in, and for what was done with the session."""
+    with caplog.at_level(logging.INFO, "keypool.audit"):
+        cookie = await pages.sign_in(ADMIN_TOKEN)
+        sent = {"Cookie": cookie, "X_Keypool_Xsrf": await pages.proof(cookie)}
+        (await pages.call("POST", "/keys", token=None, **sent)).expect(201)
+    [signed] = re.findall(r"sign-in by admin \(token (\w+)\) from 127", caplog.text)
+    assert re.findall(r"generate by admin \(token (\w+)\) from 127", caplog.text) == [signed]
 
 
-def test_a_form_of_another_site_signs_nobody_in_or_out(guarded_server: ServerProcess) -> None:
-    """403, by the Origin or by what the browser says of where it comes from."""
-    evil = {"Origin": "https://evil.example"}
-    assert fetch(guarded_server, "/login", form={"token": VIEWER_TOKEN}, **evil).status == 403
-    assert fetch(guarded_server, "/login", form={"token": VIEWER_TOKEN}, Origin="null").status == 403
-    assert (
-        fetch(guarded_server, "/login", form={"token": VIEWER_TOKEN}, Sec_Fetch_Site="cross-site").status
-        == 403
-    )
-    cookie = sign_in(guarded_server, VIEWER_TOKEN)
-    assert fetch(guarded_server, "/logout", form={"xsrf": "wrong"}, Cookie=cookie).status == 403
-    assert fetch(guarded_server, "/", Cookie=cookie).status == 200
+@guarded
+async def test_a_form_of_another_site_signs_nobody_in_or_out(pages: Browser) -> None:
+    """403, by the Origin or by Sec-Fetch-Site."""
+    foreign = [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"}]
+    for headers in foreign:
+        assert (await pages.fetch("/login", form={"token": VIEWER_TOKEN}, **headers)).status == 403
+    cookie = await pages.sign_in(VIEWER_TOKEN)
+    assert (await pages.fetch("/logout", form={"xsrf": "wrong"}, Cookie=cookie)).status == 403
+    assert (await pages.fetch("/", Cookie=cookie)).status == 200
 
 
-def test_signing_out_ends_the_session_everywhere(guarded_server: ServerProcess) -> None:
-    """The cookie is worth nothing then, even to who has copied it, and an open feed is closed."""
-    cookie = sign_in(guarded_server, VIEWER_TOKEN)
-    origin = f"http://{guarded_server.host}"
-    with Viewer(guarded_server, headers={"Cookie": cookie, "Origin": origin}) as viewer:
+@guarded
+async def test_signing_out_ends_the_session_for_every_copy_of_the_cookie(pages: Browser) -> None:
+    """The next page with it is the sign-in."""
+    cookie = await pages.sign_in(VIEWER_TOKEN)
+    page = await pages.fetch("/logout", form={"xsrf": await pages.proof(cookie)}, Cookie=cookie)
+    assert (page.status, page.headers["Location"]) == (303, "/login")
+    assert (await pages.fetch("/", Cookie=cookie)).status == 303
+
+
+# ------------------------------------------------------------------------------------- with a server process
+
+
+def cookie_of(server: ServerProcess, token: str) -> tuple[str, str]:
+    """The cookie of a new session, and its proof."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"} | {"Accept": "text/html"}
+    with server.client() as client:
+        page = client.post("/login", body=urlencode({"token": token}).encode(), headers=headers)
+        assert page.status == 303, str(page)
+        cookie = page.headers["Set-Cookie"].partition(";")[0]
+        overview = client.get("/", headers={"Cookie": cookie, "Accept": "text/html"})
+        found = re.search(rb'<meta name="xsrf" content="(\w+)"', overview.body)
+    assert found
+    return cookie, found[1].decode()
+
+
+def test_signing_out_closes_an_open_feed(guarded_server: ServerProcess) -> None:
+    """With 4401."""
+    cookie, proof = cookie_of(guarded_server, VIEWER_TOKEN)
+    headers = {"Cookie": cookie, "Origin": f"http://{guarded_server.host}"}
+    form = urlencode({"xsrf": proof}).encode()
+    with Viewer(guarded_server, headers=headers) as viewer:
         assert viewer.frame()["type"] == "hello"
-        page = fetch(guarded_server, "/logout", form={"xsrf": proof(guarded_server, cookie)}, Cookie=cookie)
-        assert (page.status, page.headers["Location"]) == (303, "/login")
+        headers["Content-Type"] = "application/x-www-form-urlencoded"
+        assert guarded_server.client().post("/logout", body=form, headers=headers).status == 303
         with pytest.raises(Closed) as closed:
             viewer.until("never")
         assert closed.value.code == 4401
-    assert fetch(guarded_server, "/", Cookie=cookie).status == 303
 
 
 def test_a_cookie_opens_the_feed_for_our_own_pages_only(guarded_server: ServerProcess) -> None:
-    """With another's Origin, which browsers send with every websocket, it doesn't. A program sends none."""
-    cookie = sign_in(guarded_server, VIEWER_TOKEN)
+    """Not with another's Origin, which browsers send with every websocket. A program sends none."""
+    cookie, _ = cookie_of(guarded_server, VIEWER_TOKEN)
     with Viewer(guarded_server, headers={"Cookie": cookie, "Sec-Fetch-Site": "cross-site"}) as viewer:
         assert viewer.status == 101
     with Viewer(guarded_server, headers={"Cookie": cookie, "Origin": "https://evil.example"}) as viewer:
         assert viewer.status == 403
 
 
+@pytest.mark.once
 def test_a_session_lives_through_a_restart(start_server: Start) -> None:
     """As long as its own token holds, whatever others do: an operator's page is left open all day."""
-    env = {"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}
-    cookie = sign_in(start_server(env=env, admin_token=ADMIN_TOKEN), ADMIN_TOKEN)
-    again = start_server(env=env, admin_token=ADMIN_TOKEN)
-    assert fetch(again, "/", Cookie=cookie).status == 200
-    more = start_server(env=env | {"KEYPOOL_VIEWER_TOKEN": VIEWER_TOKEN}, admin_token=ADMIN_TOKEN)
-    assert fetch(more, "/", Cookie=cookie).status == 200
-    other = start_server(
-        env={"KEYPOOL_ADMIN_TOKEN": "another-admin-token-1"}, admin_token="another-admin-token-1"
-    )
-    assert fetch(other, "/", Cookie=cookie).status == 303
+    admin, another = {"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}, {"KEYPOOL_ADMIN_TOKEN": "another-admin-token-1"}
+    cookie, _ = cookie_of(start_server(env=admin), ADMIN_TOKEN)
+    headers = {"Cookie": cookie, "Accept": "text/html"}
+    for env, status in ((admin, 200), (admin | {"KEYPOOL_VIEWER_TOKEN": VIEWER_TOKEN}, 200), (another, 303)):
+        assert start_server(env=env).client().get("/", headers=headers).status == status

@@ -62,7 +62,7 @@ def traffic(server: ServerProcess) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------- frames
 
 
-def test_the_first_frame_tells_the_whole_state(start_server: Start) -> None:
+def test_the_first_frame_has_the_whole_state(start_server: Start) -> None:
     """A hello: numbers, the charts' history, the latest events, the oldest first, and no key."""
     server = start_server()
     client = server.client()
@@ -81,7 +81,7 @@ def test_the_first_frame_tells_the_whole_state(start_server: Start) -> None:
     assert not any(key["key"] in text for key in made)
 
 
-def test_history_goes_on_while_nobody_watches(start_server: Start) -> None:
+def test_history_goes_on_without_viewers(start_server: Start) -> None:
     """What happened before the first viewer came is in the charts."""
     server = start_server()
     server.client().make_many(7)
@@ -94,7 +94,7 @@ def test_history_goes_on_while_nobody_watches(start_server: Start) -> None:
     eventually(generated, "a second with seven generated keys", within=5)
 
 
-def test_a_change_is_told_within_half_a_second(server: ServerProcess, client: Client) -> None:
+def test_a_change_is_sent_within_half_a_second(server: ServerProcess, client: Client) -> None:
     """Each thing that happens to a key is an event, in order, with the numbers after it."""
     with Viewer(server) as viewer:
         viewer.frame()
@@ -119,7 +119,7 @@ def test_a_change_is_told_within_half_a_second(server: ServerProcess, client: Cl
         assert frame["dropped"] == 0
 
 
-def test_a_number_that_changes_without_an_event_is_told(server: ServerProcess, client: Client) -> None:
+def test_a_number_that_changes_without_an_event_is_sent(server: ServerProcess, client: Client) -> None:
     """A keepalive and a refusal are no events, but numbers."""
     key = client.make()
     with Viewer(server) as viewer:
@@ -157,6 +157,7 @@ def test_a_thousand_changes_are_one_frame(server: ServerProcess, client: Client)
     assert told["stats"]["total"] == 1000
 
 
+@pytest.mark.once
 def test_under_load_four_frames_a_second_and_no_more(start_server: Start) -> None:
     """However much happens."""
     server = start_server()
@@ -169,6 +170,7 @@ def test_under_load_four_frames_a_second_and_no_more(start_server: Start) -> Non
     assert all(later - earlier > 0.1 for earlier, later in itertools.pairwise(made)), made
 
 
+@pytest.mark.once
 def test_a_quiet_pool_beats(server: ServerProcess) -> None:
     """After five seconds without news, and with nothing else in between."""
     with Viewer(server) as viewer:
@@ -239,7 +241,8 @@ def resident(server: ServerProcess) -> int:
     return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * 4096
 
 
-def test_one_who_never_reads_costs_little_and_holds_up_nobody(start_server: Start) -> None:
+@pytest.mark.once
+def test_a_viewer_that_never_reads_costs_one_frame_and_delays_no_other(start_server: Start) -> None:
     """The others have their four frames; the server's memory grows by less than a megabyte for each."""
     server = start_server()
     with traffic(server):
@@ -258,7 +261,8 @@ def test_one_who_never_reads_costs_little_and_holds_up_nobody(start_server: Star
     assert grown < 1_000_000, f"{grown:.0f} bytes each"
 
 
-def test_a_slow_viewer_gets_the_present_and_the_count_of_what_it_missed(start_server: Start) -> None:
+@pytest.mark.once
+def test_a_slow_viewer_gets_the_latest_state_and_the_count_of_what_it_missed(start_server: Start) -> None:
     """Between two frames that it reads late, nothing is lost from the counts."""
     server = start_server()
     client = server.client()
@@ -277,7 +281,7 @@ def test_a_slow_viewer_gets_the_present_and_the_count_of_what_it_missed(start_se
 # -------------------------------------------------------------------------------------------- who may watch
 
 
-def test_a_plain_get_is_told_to_upgrade(server: ServerProcess, client: Client) -> None:
+def test_a_plain_get_is_answered_426(server: ServerProcess, client: Client) -> None:
     """426, with the header that says to what; HEAD and OPTIONS as everywhere."""
     answer = client.get(FEED)
     answer.expect_problem(426, "upgrade-required")
@@ -295,7 +299,7 @@ def test_half_a_handshake_is_a_bad_request(server: ServerProcess, missing: str) 
         assert viewer.problem()["code"] == "bad-request"
 
 
-def test_another_version_of_websocket_is_told_which(server: ServerProcess) -> None:
+def test_another_version_of_websocket_is_refused_with_the_right_one(server: ServerProcess) -> None:
     """426 names version 13."""
     with Viewer(server, headers={"Sec-WebSocket-Version": "8"}) as viewer:
         assert viewer.status == 426
@@ -309,7 +313,7 @@ def test_viewers_and_admins_may_watch(guarded_server: ServerProcess) -> None:
             assert viewer.frame()["type"] == "hello"
 
 
-def test_clients_and_strangers_may_not(guarded_server: ServerProcess) -> None:
+def test_clients_and_callers_without_a_token_may_not_watch(guarded_server: ServerProcess) -> None:
     """403 and 401, before any upgrade."""
     with Viewer(guarded_server, CLIENT_TOKEN) as viewer:
         assert (viewer.status, viewer.problem()["code"]) == (403, "forbidden")
@@ -325,13 +329,13 @@ def test_a_page_of_another_site_may_not_watch(server: ServerProcess, origin: str
         assert (viewer.status, viewer.problem()["code"]) == (403, "cross-site")
 
 
-def test_this_servers_own_page_may(server: ServerProcess) -> None:
+def test_this_servers_own_page_may_watch(server: ServerProcess) -> None:
     """Its Origin is the Host."""
     with Viewer(server, headers={"Origin": f"http://{server.host}"}) as viewer:
         assert viewer.frame()["type"] == "hello"
 
 
-def test_one_viewer_too_many_is_told_so(lend: Start) -> None:
+def test_a_viewer_over_the_limit_is_refused(lend: Start) -> None:
     """429 with when to ask again; a place that is given up can be taken."""
     server = lend("--max-viewers=2")
     with Viewer(server) as first, Viewer(server) as second:
@@ -350,7 +354,7 @@ def test_one_viewer_too_many_is_told_so(lend: Start) -> None:
         eventually(room, "room for another viewer")
 
 
-def test_no_viewer_at_all_may_be_wanted(lend: Start) -> None:
+def test_the_limit_may_be_no_viewers_at_all(lend: Start) -> None:
     """--max-viewers=0 closes the feed."""
     with Viewer(lend("--max-viewers=0")) as viewer:
         assert viewer.status == 429
@@ -376,7 +380,7 @@ def test_a_stop_closes_with_1001(start_server: Start) -> None:
     assert time.monotonic() - started < 5
 
 
-def test_what_a_viewer_says_is_not_heard(server: ServerProcess) -> None:
+def test_what_a_viewer_sends_is_ignored(server: ServerProcess) -> None:
     """A message, then a frame as ever."""
     with Viewer(server) as viewer:
         viewer.frame()
@@ -385,7 +389,7 @@ def test_what_a_viewer_says_is_not_heard(server: ServerProcess) -> None:
         assert viewer.until("delta")["stats"]["total"] == 1
 
 
-def test_viewers_who_go_without_a_word_leave_nothing(server: ServerProcess) -> None:
+def test_viewers_that_vanish_leave_nothing_behind(server: ServerProcess) -> None:
     """A reset is no error, and the server goes on."""
     for _ in range(5):
         viewer = Viewer(server)

@@ -18,7 +18,7 @@ from bench import workers
 _pools = itertools.count()
 
 
-@pytest.fixture(scope="module", params=["one", "cluster"])
+@pytest.fixture(scope="module", params=["one", pytest.param("cluster", marks=pytest.mark.thorough)])
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of a Valkey, or of a cluster of three."""
     with Valkey() if request.param == "one" else Cluster(3) as made:
@@ -73,6 +73,7 @@ def test_a_rolling_restart_loses_nothing(url: str, tmp_path: Path) -> None:
         assert fleet.tally.refused == 0
 
 
+@pytest.mark.thorough
 def test_workers_of_three_servers_never_share_a_key(url: str) -> None:
     """6 processes with 2 keys, each asking any server, through a kill; bench/workers.py takes 50 and 10."""
     workers.trial(6, 2, 0.5, 1, url, servers=3)
@@ -159,6 +160,7 @@ def test_a_waiter_whose_server_is_killed_takes_no_key(servers: list[ServerProces
 # --------------------------------------------------------------------------------------------------- failing over
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("behind", [0, 60], ids=["in-step", "behind"])
 def test_servers_go_on_after_a_failover(tmp_path: Path, behind: int) -> None:
     """A primary is killed under load and its replica promoted: the servers go on by themselves.

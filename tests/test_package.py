@@ -89,6 +89,7 @@ def _keypool(fresh: Path, cwd: Path, word: str, *, check: bool) -> subprocess.Co
     )
 
 
+@pytest.mark.thorough
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
@@ -113,6 +114,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert all(name.startswith(("keypool/", "keypool_service-")) for name in names), names
 
 
+@pytest.mark.thorough
 def test_its_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [described] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
@@ -161,6 +163,7 @@ def test_the_lock_holds_what_the_requirements_ask_for() -> None:
     assert reached == set(locked), "requirements.lock has packages that nothing asks for"
 
 
+@pytest.mark.thorough
 def test_client_and_command_need_nothing_else(fresh: Path, tmp_path: Path) -> None:
     code = "import keypool.client; print(keypool.client.KeyPool())"
     ran = subprocess.run([fresh / "python", "-W", "error", "-c", code], capture_output=True, text=True,
@@ -177,6 +180,7 @@ def test_client_and_command_need_nothing_else(fresh: Path, tmp_path: Path) -> No
     assert "tornado" in events.stderr
 
 
+@pytest.mark.thorough
 def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
     """The dependencies are this environment's, made visible by path: nothing is downloaded for the test."""
     site = next(fresh.parent.glob("lib/python*/site-packages"))

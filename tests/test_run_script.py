@@ -167,6 +167,7 @@ def test_sets_up_once_and_says_so_and_is_quiet_and_quick_the_next_time(checkout:
     assert not checkout.lock.exists()
 
 
+@pytest.mark.thorough
 def test_sets_up_in_earnest(bare: Checkout) -> None:
     pytest.importorskip("ensurepip")
     (bare.bin / "python3").symlink_to(os.path.realpath(sys.executable))
@@ -383,6 +384,7 @@ def test_becomes_the_server_with_its_flags_untouched(checkout: Checkout) -> None
     assert process.wait(20) == 7
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shell", SHELLS)
 def test_any_posix_shell_will_do(checkout: Checkout, shell: str) -> None:
     command = (str(shutil.which(shell)), "./run")
@@ -409,16 +411,17 @@ def test_runs_from_another_folder_and_through_links(checkout: Checkout, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "passed"),
     [
-        ([], "-n auto"),
-        (["-k", "pool"], "-n auto -k pool"),
-        (["-n0", "-x"], "-n0 -x"),
-        (["-x", "-n", "4"], "-x -n 4"),
-        (["--numprocesses=2"], "--numprocesses=2"),
-        (["-p", "no:xdist"], "-p no:xdist"),
-        (["--no-header"], "-n auto --no-header"),
+        ([], "-m not thorough -n auto"),
+        (["--all"], "-n auto"),
+        (["-k", "pool", "--all", "-x"], "-n auto -k pool -x"),
+        (["-n0", "-x"], "-m not thorough -n0 -x"),
+        (["-x", "-n", "4"], "-m not thorough -x -n 4"),
+        (["--all", "--numprocesses=2"], "--numprocesses=2"),
+        (["-p", "no:xdist"], "-m not thorough -p no:xdist"),
+        (["--no-header"], "-m not thorough -n auto --no-header"),
     ],
 )
-def test_tests_run_on_all_cores_unless_told_otherwise(
+def test_tests_of_the_quick_tier_run_on_all_cores_by_default(
     checkout: Checkout, arguments: list[str], passed: str
 ) -> None:
     assert checkout.run("test", *arguments).returncode == 0

@@ -1,7 +1,6 @@
 """The application under Tornado's own tools: its test fixtures (pytest-tornado) and its HTTP client.
 
-The rest of the suite speaks to a server process over plain sockets; this says that whoever tests a Tornado
-application in the framework's way can test this one, in process.
+What most of the suite asks of a server process over plain sockets, a Tornado application can be asked in process.
 """
 
 from __future__ import annotations
@@ -9,60 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engine_support import quiet, turns_until
+from engine_support import turns_until
+from support import JSON
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
-from tornado.ioloop import IOLoop
 from tornado.web import Application
 
-from keypool.api.auth import Access
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.server.app import make_app
-
-pytestmark = pytest.mark.gen_test(timeout=60)
-
-JSON = {"Content-Type": "application/json"}  # Tornado's client says that a body is a form, unless it is told
-
-
-@pytest.fixture
-def io_loop() -> Iterator[IOLoop]:
-    """A loop of this test's own; pytest-tornado's asks for what newer Tornados warn of."""
-    raw = asyncio.new_event_loop()
-    asyncio.set_event_loop(raw)
-    loop = IOLoop(asyncio_loop=raw, make_current=False)
-    with quiet():
-        yield loop
-    asyncio.set_event_loop(None)
-    loop.close(all_fds=True)
-
-
-@pytest.fixture
-def app(io_loop: IOLoop) -> Iterator[Application]:
-    """The application over an engine in memory, which is made on the loop that it lives on."""
-
-    async def make() -> Application:
-        return make_app(EmbeddedEngine(), Access())
-
-    async def stop() -> None:
-        made.settings["dashboard"].drain()
-        await asyncio.sleep(0)  # for its task to hear of it
-
-    made: Application = io_loop.run_sync(make)
-    yield made
-    io_loop.run_sync(stop)
-
-
-@pytest.fixture
-def base_url(http_port: int) -> str:
-    """An open server answers only to loopback names."""
-    return f"http://127.0.0.1:{http_port}"
 
 
 async def call(client: AsyncHTTPClient, url: str, method: str = "GET", body: Any = None) -> HTTPResponse:
-    """A call with a JSON body, whatever its status."""
+    """A call with a JSON body, whatever its status. Tornado's client takes a body without a type for a form."""
     content = json.dumps(body or {}) if method == "POST" else None
     return await client.fetch(url, method=method, body=content, headers=JSON, raise_error=False)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from client_support import clean, environment, url_of
 from support import ROOT, ServerProcess
 from test_client_keeper import durable
@@ -24,6 +25,7 @@ def test_workers_never_share_a_key_at_one_time() -> None:
     assert summary["lost"] == 0
 
 
+@pytest.mark.thorough
 def test_workers_through_two_kills_of_the_server(tmp_path: Path) -> None:
     """Every worker makes progress after each; what a kill swallowed is free again by its deadline."""
     durable(tmp_path)

@@ -33,7 +33,10 @@ def axe(page: Any) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+THEMES = pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])
+
+
+@THEMES
 def test_accessible(server: ServerProcess, client: Client, tabs: Tabs, theme: str) -> None:
     """axe finds nothing on any screen, with the key's panel and each dialog open as well."""
     lease = fill(client, 12)
@@ -57,7 +60,7 @@ def test_accessible(server: ServerProcess, client: Client, tabs: Tabs, theme: st
     assert axe(page) == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@THEMES
 def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: str) -> None:
     """With the error that a wrong token gets, too."""
     tabs.allow("401")
@@ -69,7 +72,9 @@ def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: st
     assert axe(page) == []
 
 
-@pytest.mark.parametrize("width", [320, 390, 770])
+@pytest.mark.parametrize(
+    "width", [320, *(pytest.param(width, marks=pytest.mark.thorough) for width in (390, 770))]
+)
 def test_a_phone_scrolls_one_way_only(server: ServerProcess, client: Client, tabs: Tabs, width: int) -> None:
     """Nor does a small tablet, empty or full, and what can be pressed is large enough."""
     tabs.allow("404")
