@@ -170,7 +170,7 @@ def test_a_crowd_of_changes_is_flushed_in_bounded_steps(path: Path, monkeypatch:
 
 
 def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
-    """So that whoever looks into the file of a stopped server sees its keys; one with nothing to flush isn't written."""
+    """So that the tables of a stopped server's file have its keys; one with nothing to flush isn't written."""
     model, writer = Model(4), Writer(path, open_held(path))
     work(writer, model, 60)
     writer.close()

@@ -12,12 +12,12 @@ file is its tables, and over them its batches, in order: `read_rows` reads both.
 empty. The number `grace_until` is the end of the last grace after an outage of storage: no key expires before it,
 whatever its row has. So a grace for a million keys is one number, which `read_rows` applies.
 
-A file in use is marked, so that a copy of it without its write-ahead log (`-wal`) is refused instead of taken for whole.
-The mark stands in bytes of the header that SQLite reserves for later versions, and is written past SQLite, once the log
-holds a newer first page without it. Therefore whatever reads the file with its log (a backup, a recovery) doesn't see
-it, and a checkpoint, which makes the file whole, removes it. Only copies of the file alone have it. Two cases are not
-noticed: a copy made between a checkpoint and the next commit, which is whole and only old; and a log that was copied at
-another moment than its file.
+A file in use is marked, so that a copy of it without its write-ahead log (`-wal`) is refused, not taken for whole.
+The mark stands in bytes of the header that SQLite reserves for later versions, and is written past SQLite, once the
+log holds a newer first page without it. Therefore whatever reads the file with its log (a backup, a recovery) doesn't
+see it, and a checkpoint, which makes the file whole, removes it. Only copies of the file alone have it. Two cases are
+not noticed: a copy made between a checkpoint and the next commit, which is whole and only old; and a log that was
+copied at another moment than its file.
 """
 
 from __future__ import annotations
