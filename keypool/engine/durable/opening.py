@@ -30,19 +30,26 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
     started = time.monotonic()
     loop = asyncio.get_running_loop()
     lock = await loop.run_in_executor(None, file_lock.hold, path)
-    numbers = await loop.run_in_executor(None, datafile.inspect, path)
+    try:
+        numbers = await loop.run_in_executor(None, datafile.inspect, path)
+    except BaseException:
+        file_lock.release(lock)
+        raise
     clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
     engine = EmbeddedEngine(rules, clock=clock, start_timers=False)
     journal = FileJournal(path, lock, engine)
-    await journal.open()
-    grace_until = clock() + rules.restart_grace if rules.restart_grace else None
-    engine.restore_numbers(numbers)
     try:
+        await journal.open()
+        grace_until = clock() + rules.restart_grace if rules.restart_grace else None
+        engine.restore_numbers(numbers)
         await _restore_keys(engine, path, grace_until or 0.0)
+        await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
     except (ValueError, KeyError) as error:
         await journal.abandon()
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
-    await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
+    except BaseException:
+        await journal.abandon()
+        raise
     engine.journal = journal
     await _process_due(engine)
     engine.start()
