@@ -259,7 +259,7 @@ def set_clocks(monkeypatch: pytest.MonkeyPatch, wall: Moment, monotonic: Moment)
     def clock(not_before: float) -> Callable[[], float]:
         return make_clock(wall, monotonic, not_before)
 
-    monkeypatch.setattr(durable, "make_clock", clock)
+    monkeypatch.setattr(opening, "make_clock", clock)
 
 
 def states(engine: EmbeddedEngine) -> list[tuple[object, ...]]:

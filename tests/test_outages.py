@@ -2,7 +2,7 @@
 
 The engine, its journal and the data file are the program's own; the writer is the test's (`HeldWriter`), so that a
 commit takes as long as the test says. Disks that are full, and processes that are stopped or killed, are in
-test_journal.py.
+test_disk_faults.py.
 """
 
 from __future__ import annotations
