@@ -243,7 +243,7 @@ class EmbeddedEngine:
         return gone
 
     async def get(self, ref: Ref) -> Row:
-        """How a key stands. O(1)."""
+        """The row of a key. O(1)."""
         now = self.now()
         row = _row(self._find(ref, now) or await self._gone(ref), now)
         self._waiters.serve(now)
@@ -253,7 +253,7 @@ class EmbeddedEngine:
         return row
 
     async def reveal(self, ref: Ref) -> Revealed:
-        """A key's text, told as an event. O(1)."""
+        """A key's text; recorded as an event. O(1)."""
         now = self.now()
         key = self._find(ref, now) or await self._gone(ref)
         revealed = Revealed(key.id, key.text)
@@ -265,7 +265,7 @@ class EmbeddedEngine:
         return revealed
 
     async def page(self, query: ListQuery) -> Page:
-        """A page of rows. O(log n + page). May lead the disk by the commit under way."""
+        """A page of rows. O(log n + page). May be ahead of the disk by the commit in flight."""
         now = self.now()
         asked = page_query(query)
         found = self.pool.page(asked, now)
@@ -275,7 +275,7 @@ class EmbeddedEngine:
         return page
 
     async def stats(self) -> Stats:
-        """All counts. O(1). May lead the disk by the commit under way."""
+        """All counts. O(1). May be ahead of the disk by the commit in flight."""
         pool, counters = self.pool, self.pool.counters
         return Stats(
             pool.total,
@@ -296,7 +296,7 @@ class EmbeddedEngine:
         )
 
     async def notes(self) -> Mapping[str, int]:
-        """What `keep_notes` was given. O(1)."""
+        """The notes of `keep_notes`. O(1)."""
         return self._notes
 
     async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
@@ -315,7 +315,7 @@ class EmbeddedEngine:
 
     @property
     def told(self) -> int:
-        """How many events there have been: the counters know, so that no change pays for it. O(1)."""
+        """How many events there were, derived from the counters, so that no change pays for it. O(1)."""
         return self.pool.counters.changes + self._revealed
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
@@ -399,7 +399,7 @@ class EmbeddedEngine:
         return changed
 
     def _end_lease(self, key: Key, lease: int | None, ended: list[EndedLease]) -> bool:
-        """The same, with a note of the lease that ends without its number shown."""
+        """The same; adds to `ended` a lease that ends without its number given."""
         latest = key.lease  # a waiter may be served in the same step, under the next number
         changed = self._unblock(key, lease)
         if changed and lease is None:

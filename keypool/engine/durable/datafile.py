@@ -1,4 +1,4 @@
-"""The data file: its schema, its rules, and how it is opened, checked and read.
+"""The data file: its schema and format, and how it is opened, checked and read.
 
 Rule of the format: `PRAGMA user_version` is the version of the schema below. A change of the schema adds a
 step to `MIGRATIONS` that takes a file of the version before to the next one; a released step is never
@@ -66,11 +66,11 @@ MIGRATIONS = (
 VERSION = len(MIGRATIONS)
 
 Row = tuple[int, str, int, int, int | None, int, str | None]
-"""A key as it stands in the file, columns in the order of the schema."""
+"""A key in the file, columns in the order of the schema."""
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
+    """What is committed together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
 
     It stands in files as `encode` makes it: fields may be added at its end, none may be changed.
     """
@@ -120,7 +120,7 @@ GRACE = "grace_until"
 """Name of the number that ends a grace, in milliseconds."""
 
 _MARK = b"kpIU"  # in use
-_MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite keeps what it finds there
+_MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite doesn't change them
 _HEADER = 100  # bytes of the file's header
 _LOG_HEADER = 32  # bytes of a log without a frame
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
@@ -155,7 +155,7 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
     except OSError as error:
         raise StartError(f"can't open the data file {path}: {error.strerror}") from None
     if start and not start.startswith(_MAGIC):  # SQLite itself takes a file of one byte for an empty one
-        raise StartError(f"the data file {path} is damaged, or no SQLite file")
+        raise StartError(f"the data file {path} is damaged, or not an SQLite file")
     if start[_MARK_AT:].startswith(_MARK) and not _has_log(path):
         raise StartError(
             f"the data file {path} is incomplete: it was copied from a running server, or lost its log: "
@@ -175,13 +175,15 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
             verdict = database.execute(f"PRAGMA {check}(1)").fetchone()[0]
             numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
             if not all(isinstance(number, int) for number in numbers.values()):
-                raise StartError(f"the data file {path} is damaged: a number of the pool's is none")
+                raise StartError(
+                    f"the data file {path} is damaged: one of the pool's numbers is not a number"
+                )
             numbers |= read_batches(database).numbers
     except sqlite3.Error as error:
         raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
     if verdict != "ok":
         raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
-    numbers.pop(GRACE, None)  # is in the rows, as they are read
+    numbers.pop(GRACE, None)  # read_rows applies it
     return numbers
 
 
@@ -230,12 +232,12 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
-    """The keys in order of id, so many at a time. O(1) memory beside the keys. Raises ValueError."""
+    """The keys in order of id, `slice_size` at a time. O(1) memory beside the keys. Raises ValueError."""
     try:
         for some in read_rows(path, slice_size):
             yield [_key(row) for row in some]
     except TypeError:
-        raise ValueError("a row of it holds what is no number where one is due") from None
+        raise ValueError("a row of it has something else where a number must be") from None
 
 
 def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
@@ -251,7 +253,7 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
                 rows = _over(rows, memtable.rows, grace)
             while some := list(islice(rows, slice_size)):
                 yield some
-        except sqlite3.Error:  # whose words may quote a key
+        except sqlite3.Error:  # not quoted: its message may contain a key
             raise ValueError("a row of it can't be read") from None
 
 
@@ -261,7 +263,7 @@ def _grace_of(database: sqlite3.Connection) -> int:
 
 
 def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> Iterator[Row]:
-    """Rows in order of id, and those that are changed or new in their places."""
+    """Rows in order of id, with changed and new ones in their places."""
     ordered = sorted(changed.items(), key=itemgetter(0))
     there = ((*row[:3], max(row[3], grace), *row[4:]) for _, row in ordered if row is not None)
     return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
@@ -282,7 +284,7 @@ def _has(database: sqlite3.Connection, table: str) -> bool:
 
 
 def version_of(path: Path) -> int:
-    """The version of a file that `examine` has passed. O(1). Raises sqlite3.Error."""
+    """The version of a file that `examine` accepted. O(1). Raises sqlite3.Error."""
     with _reading(path) as database:
         version: int = database.execute("PRAGMA user_version").fetchone()[0]
         return version
@@ -297,7 +299,7 @@ def count(path: Path) -> int:
 
 
 class Filling:
-    """A new file, filled by whoever holds it, without a writer process. Raises StartError."""
+    """Fills a new file that the caller holds, without a writer process. Raises StartError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -307,7 +309,7 @@ class Filling:
             raise self._failed(error) from None
 
     def write(self, rows: list[Row]) -> None:
-        """Some more rows, in one transaction."""
+        """Add rows, in one transaction."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(UPSERT, rows)
@@ -316,7 +318,7 @@ class Filling:
             raise self._failed(error) from None
 
     def finish(self, numbers: dict[str, int]) -> None:
-        """The pool's numbers, and everything into the one file."""
+        """Add the pool's numbers, and bring everything from the log into the file."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(SET_POOL, numbers.items())
@@ -335,15 +337,15 @@ class Filling:
 
 
 def line_of(error: Exception) -> str:
-    """What SQLite says, in one line: it may quote the schema."""
+    """SQLite's message in one line: it may quote the schema."""
     return " ".join(str(error).split())[:200]
 
 
 class _reading:  # noqa: N801 - used as a function
-    """A connection that can't write, not even by closing: SQLite's own `with` doesn't close. It sees one moment."""
+    """A connection that can't write, not even by closing, and sees a snapshot. sqlite3's own `with` doesn't close."""
 
     def __init__(self, path: Path) -> None:
-        # A file that nothing stands beside is all there is: so nothing need be put beside it, either.
+        # Without a log or journal beside it the file is all there is, and SQLite needn't create them.
         alone = not any(path.with_name(f"{path.name}-{name}").exists() for name in ("wal", "journal"))
         self._database = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}",
@@ -369,7 +371,7 @@ def _key(row: Row) -> Key:
 
 
 def row_of(key: Key) -> Row:
-    """The row that keeps a key."""
+    """The row of a key."""
     release = key.release_deadline
     return (
         key.id,

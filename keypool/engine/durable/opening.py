@@ -1,7 +1,6 @@
-"""Opening the embedded engine on its data file: hold, inspect, start the writer, read, settle, arm.
+"""Opening the embedded engine on its data file: lock, inspect, start the writer, read, process what is due, set timers.
 
-Nothing is answered before it is all done. The loop goes on meanwhile, in slices, so that /healthz and /readyz
-can tell how it stands.
+No call is served before all of it is done. It is done in slices, so that the loop can answer /healthz and /readyz.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
 
 
 async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) -> None:
-    """All keys into the pool, which is proved to hold together. No timer is set yet, so nothing moves."""
+    """Read all keys into the pool, and check it. No timer is set yet, so nothing changes meanwhile."""
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
             key.expires_deadline = max(key.expires_deadline, grace_until)
@@ -69,7 +68,7 @@ async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) 
 
 
 async def _process_due(engine: EmbeddedEngine) -> None:
-    """Purge and release what passed its deadline while no server ran."""
+    """Purge and release keys whose deadlines passed while no server ran."""
     now = engine.now()
     while engine.pool.overdue(now) or engine.pool.next_release(now) == 0:
         engine.pool.process_due(now)
