@@ -2096,7 +2096,9 @@ def test_a_stop_while_it_loads(whole_file: Path, tmp_path: Path, number: signal.
 
 def _servers_of(path: Path) -> list[int]:
     """The process ids of the servers that this process started on a file."""
-    return [child for child in children_of(os.getpid()) if f"--data={path}" in command_of(child)]
+    children = children_of(os.getpid())
+    forked = [pid for child in children for pid in children_of(child)]  # by fork_server.py
+    return [pid for pid in children + forked if f"--data={path}" in command_of(pid)]
 
 
 class _Address:
