@@ -74,11 +74,9 @@ async def opened(path: Path, restart_grace: float = 0.0, **rules: Any) -> AsyncI
         await engine.close()
 
 
-def durable_server(
-    path: Path, *flags: str, env: dict[str, str] | None = None, forked: bool = True
-) -> ServerProcess:
+def durable_server(path: Path, *flags: str, env: dict[str, str] | None = None) -> ServerProcess:
     """A server on a data file, as its user starts it."""
-    return ServerProcess([f"--data={path}", "--port=0", *flags], cwd=path.parent, env=env, forked=forked)
+    return ServerProcess([f"--data={path}", "--port=0", *flags], cwd=path.parent, env=env)
 
 
 def refused_start(path: Path, *flags: str, env: dict[str, str] | None = None) -> str:

@@ -429,6 +429,17 @@ class Client:
         """Wait until exactly so many calls wait for a key."""
         eventually(lambda: self.stats()["waiting"] == count, f"{count} waiters in stats")
 
+    def page(self, path: str, cookie: str = "") -> Answer:
+        """A page of the dashboard, as a browser with this cookie asks for it."""
+        return self.get(path, headers={"Accept": "text/html", "Cookie": cookie})
+
+    def sign_in(self, token: str) -> str:
+        """The cookie of a new session."""
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        answer = self.post("/login", body=f"token={token}".encode(), headers=form | {"Accept": "text/html"})
+        assert answer.status == 303, str(answer)
+        return answer.headers["Set-Cookie"].partition(";")[0]
+
     @contextlib.contextmanager
     def expect_moved(self, **deltas: int) -> Iterator[None]:
         """Fails unless what is done inside moves these numbers of stats by so much, and no other."""
@@ -758,11 +769,7 @@ class ServerProcess:
 
     def note(self, answer: Answer) -> None:
         """Remember the keys that an answer shows."""
-        if (
-            b'key"' not in answer.body
-            or answer.status not in (200, 201)
-            or answer.path.startswith("/metrics")
-        ):
+        if b'key"' not in answer.body or answer.headers.get_content_type() != "application/json":
             return
         found: list[Any] = [answer.json]
         while found:

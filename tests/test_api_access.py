@@ -5,7 +5,6 @@ and what browsers send for other sites.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -364,62 +363,3 @@ def test_the_dashboards_own_host_counts_on_a_guarded_server(guarded_server: Serv
     admin.post(API + "/keys", headers=headers).expect(201)
     headers["Origin"] = "https://keys.example.org"
     admin.post(API + "/keys", headers=headers).expect_problem(403, "cross-site")
-
-
-# ------------------------------------------------------------------------------------------------- no secrets
-
-
-@pytest.mark.parametrize(("level", "form"), [("debug", "text"), ("info", "json")])
-def test_no_key_and_no_token_stands_in_the_log(start_server: Start, level: str, form: str) -> None:
-    """Every call, right and wrong, with keys in path, query and body, at both levels, in both formats."""
-    server = start_server(
-        f"--log-level={level}",
-        f"--log-format={form}",
-        env={f"KEYPOOL_{role.upper()}_TOKEN": token for role, token in TOKENS.items()},
-        admin_token=ADMIN_TOKEN,
-    )
-    wrong = "wrong-token-of-good-length"
-    server.secrets.update([*TOKENS.values(), wrong])
-    admin = server.client(ADMIN_TOKEN)
-    made = admin.make_many(10)
-    key = made[0]["key"]
-    client = server.client(CLIENT_TOKEN)
-    lease = client.acquire()["lease"]
-    calls: list[Callable[[Client], Answer]] = [
-        lambda c: c.get(f"{API}/keys/{key}"),
-        lambda c: c.get(f"{API}/keys/{key}/nope"),
-        lambda c: c.put(f"{API}/keys/{key}"),
-        lambda c: c.get(f"/nope/{key}"),
-        lambda c: c.get(f"/{key}"),
-        lambda c: c.get(f"{API}/keys?after={key}"),
-        lambda c: c.get(f"{API}/keys?{key}=1"),
-        lambda c: c.post(f"{API}/keys/{key}/unblock", json={"lease": lease + 10**6}),
-        lambda c: c.post(f"{API}/keys/{key}/unblock", json={key: 1}),
-        lambda c: c.post(f"{API}/keys/{key}/unblock", body=f'{{"lease": {key}'.encode()),
-        lambda c: c.post(f"{API}/keys/{key}/keepalive"),
-        lambda c: c.post(f"{API}/keys/{key}/reveal"),
-        lambda c: c.put(f"{LEGACY}?api_key={key}"),
-        lambda c: c.put(f"{LEGACY}?api_key={key}&api_key={key}"),
-        lambda c: c.get(LEGACY),
-        lambda c: c.post(LEGACY),
-        lambda c: c.batch(op="keepalive", keys=[one["key"] for one in made]),
-        lambda c: c.batch(op="nope", keys=[one["key"] for one in made]),
-        lambda c: c.batch(op="acquire", count=2),
-        lambda c: c.get(f"{API}/keys/{key}", headers={"Origin": "null"}),
-        lambda c: c.delete(f"{API}/keys/{key}"),
-        lambda c: c.delete(f"{API}/keys/{key}"),
-        lambda c: c.delete(f"{LEGACY}?api_key={key}"),
-    ]
-    for token in (None, wrong, CLIENT_TOKEN, VIEWER_TOKEN, ADMIN_TOKEN):
-        asker = server.client(token)
-        for call in calls:
-            assert call(asker).status < 500
-    for junk in (
-        f"GET /{key}",
-        f"GET {API}/keys/{key}\0 HTTP/1.1\r\n\r\n",
-        f"{key}\r\n\r\n",
-        f"BREW /{key} HTTP/1.1\r\n\r\n",
-    ):
-        server.raw(junk.encode(), half_close=True)
-    server.finish()  # whose check reads the whole log for keys and tokens
-    assert server.log, "nothing was logged at all"

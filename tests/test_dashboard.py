@@ -359,28 +359,18 @@ async def test_signing_out_ends_the_session_for_every_copy_of_the_cookie(pages: 
 # ------------------------------------------------------------------------------------- with a server process
 
 
-def cookie_of(server: ServerProcess, token: str) -> tuple[str, str]:
-    """The cookie of a new session, and its proof."""
-    headers = {"Content-Type": "application/x-www-form-urlencoded"} | {"Accept": "text/html"}
-    with server.client() as client:
-        page = client.post("/login", body=urlencode({"token": token}).encode(), headers=headers)
-        assert page.status == 303, str(page)
-        cookie = page.headers["Set-Cookie"].partition(";")[0]
-        overview = client.get("/", headers={"Cookie": cookie, "Accept": "text/html"})
-        found = re.search(rb'<meta name="xsrf" content="(\w+)"', overview.body)
-    assert found
-    return cookie, found[1].decode()
-
-
 def test_signing_out_closes_an_open_feed(guarded_server: ServerProcess) -> None:
     """With 4401."""
-    cookie, proof = cookie_of(guarded_server, VIEWER_TOKEN)
+    client = guarded_server.client()
+    cookie = client.sign_in(VIEWER_TOKEN)
     headers = {"Cookie": cookie, "Origin": f"http://{guarded_server.host}"}
-    form = urlencode({"xsrf": proof}).encode()
+    proof = re.search(rb'<meta name="xsrf" content="(\w+)"', client.page("/", cookie).body)
+    assert proof
+    form = b"xsrf=" + proof[1]
     with Viewer(guarded_server, headers=headers) as viewer:
         assert viewer.frame()["type"] == "hello"
         headers["Content-Type"] = "application/x-www-form-urlencoded"
-        assert guarded_server.client().post("/logout", body=form, headers=headers).status == 303
+        assert client.post("/logout", body=form, headers=headers).status == 303
         with pytest.raises(Closed) as closed:
             viewer.until("never")
         assert closed.value.code == 4401
@@ -388,7 +378,7 @@ def test_signing_out_closes_an_open_feed(guarded_server: ServerProcess) -> None:
 
 def test_a_cookie_opens_the_feed_for_our_own_pages_only(guarded_server: ServerProcess) -> None:
     """Not with another's Origin, which browsers send with every websocket. A program sends none."""
-    cookie, _ = cookie_of(guarded_server, VIEWER_TOKEN)
+    cookie = guarded_server.client().sign_in(VIEWER_TOKEN)
     with Viewer(guarded_server, headers={"Cookie": cookie, "Sec-Fetch-Site": "cross-site"}) as viewer:
         assert viewer.status == 101
     with Viewer(guarded_server, headers={"Cookie": cookie, "Origin": "https://evil.example"}) as viewer:
@@ -399,7 +389,6 @@ def test_a_cookie_opens_the_feed_for_our_own_pages_only(guarded_server: ServerPr
 def test_a_session_lives_through_a_restart(start_server: Start) -> None:
     """As long as its own token holds, whatever others do: an operator's page is left open all day."""
     admin, another = {"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}, {"KEYPOOL_ADMIN_TOKEN": "another-admin-token-1"}
-    cookie, _ = cookie_of(start_server(env=admin), ADMIN_TOKEN)
-    headers = {"Cookie": cookie, "Accept": "text/html"}
+    cookie = start_server(env=admin).client().sign_in(ADMIN_TOKEN)
     for env, status in ((admin, 200), (admin | {"KEYPOOL_VIEWER_TOKEN": VIEWER_TOKEN}, 200), (another, 303)):
-        assert start_server(env=env).client().get("/", headers=headers).status == status
+        assert start_server(env=env).client().page("/", cookie).status == status

@@ -132,11 +132,11 @@ def test_a_server_whose_file_another_holds_exits_after_5_s(tmp_path: Path) -> No
 def test_a_file_is_waited_for_while_its_server_dies(tmp_path: Path) -> None:
     """The next one starts as soon as the one before is gone, and has all that it kept."""
     path = tmp_path / "keypool.db"
-    first = durable_server(path, forked=False)
+    first = durable_server(path)
     followed: list[ServerProcess] = []
     try:
         key = first.client().make()
-        following = threading.Thread(target=lambda: followed.append(durable_server(path, forked=False)))
+        following = threading.Thread(target=lambda: followed.append(durable_server(path)))
         following.start()
         eventually(lambda: len(_servers_of(path)) == 2, "the next server")
         crash(first)
@@ -360,7 +360,9 @@ def test_a_stop_while_it_loads(whole_file: Path, tmp_path: Path, number: signal.
 
 def _servers_of(path: Path) -> list[int]:
     """The process ids of the servers that this process started on a file."""
-    return [child for child in children_of(os.getpid()) if f"--data={path}" in command_of(child)]
+    children = children_of(os.getpid())
+    forked = [pid for child in children for pid in children_of(child)]  # by fork_server.py
+    return [pid for pid in children + forked if f"--data={path}" in command_of(pid)]
 
 
 class _Address:

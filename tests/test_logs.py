@@ -33,7 +33,7 @@ from keypool.ops import logs
 from keypool.ops.logs import JsonFormatter, TextFormatter
 
 SHOTS = 1500
-FORMATS = pytest.mark.parametrize("form", ["text", "json"])
+FORMATS = pytest.mark.parametrize("form", ["text", pytest.param("json", marks=pytest.mark.thorough)])
 ENV = {f"KEYPOOL_{role.upper()}_TOKEN": token for role, token in TOKENS.items()}
 UNKNOWN_TOKEN = "unknown-token-31c0ffee"
 
@@ -156,7 +156,7 @@ def test_no_key_and_no_token_is_ever_written(start_server: Start, form: str) -> 
             json.loads(line)
 
 
-@FORMATS
+@pytest.mark.parametrize("form", ["text", "json"])
 def test_each_call_has_one_access_line_with_its_request_id(start_server: Start, form: str) -> None:
     """Refused, unknown and beside the API too; the id is the one in the answer; in JSON the facts are members."""
     server = start(start_server, form)

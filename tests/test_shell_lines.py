@@ -21,7 +21,6 @@ from support import (
     ServerProcess,
     clean_environment,
 )
-from test_dashboard import fetch, sign_in
 
 from keypool.api.operations import OPERATIONS
 
@@ -44,9 +43,9 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProc
 
 
 def shown(server: ServerProcess, path: str, token: str = ADMIN_TOKEN) -> dict[str, str]:
-    """The lines of a page by name, as whoever signs in with this token sees them."""
-    cookie = sign_in(server, token) if server.admin_token else ""
-    page = fetch(server, path, Cookie=cookie).text
+    """The lines of a page by name, as a user who signs in with this token sees them."""
+    client = server.client()
+    page = client.page(path, client.sign_in(token) if server.admin_token else "").body.decode()
     return {
         name: unescape(line)
         for name, line in re.findall(r'aria-label="Command: ([^"]+)">([^<]+)</code>', page)

@@ -29,7 +29,6 @@ from support import (
     eventually,
     run_server,
 )
-from test_dashboard import fetch, sign_in
 from viewing import Closed, Viewer
 
 SERVER = [sys.executable, str(ROOT / "server.py")]
@@ -212,7 +211,9 @@ def test_sighup_reads_the_tokens_again(tmp_path: Path) -> None:
             removed.post(ACQUIRE).expect_problem(404, "no-key-available")
             stays.get(API + "/stats").expect(200)
             new.post(ACQUIRE).expect_problem(401, "unauthorized")
-        sessions = {token: sign_in(server, token) for token in (VIEWER_TOKEN, "viewer-who-stays-1234")}
+        sessions = {
+            token: server.client().sign_in(token) for token in (VIEWER_TOKEN, "viewer-who-stays-1234")
+        }
         feed, kept_feed = (Viewer(server, headers={"Cookie": cookie}) for cookie in sessions.values())
         with feed, kept_feed:
             feed.until("hello")
@@ -237,14 +238,14 @@ def test_sighup_reads_the_tokens_again(tmp_path: Path) -> None:
             removed.post(ACQUIRE).expect_problem(401, "unauthorized")
             new.post(ACQUIRE).expect_problem(404, "no-key-available")
             stays.get(API + "/stats").expect(200)
-            assert fetch(server, "/", Cookie=sessions[VIEWER_TOKEN]).status == 303
-            assert fetch(server, "/", Cookie=sessions["viewer-who-stays-1234"]).status == 200
-            assert fetch(server, "/", Cookie=sign_in(server, "viewer-new-here-99")).status == 200
+            assert server.client().page("/", sessions[VIEWER_TOKEN]).status == 303
+            assert server.client().page("/", sessions["viewer-who-stays-1234"]).status == 200
+            assert server.client().page("/", server.client().sign_in("viewer-new-here-99")).status == 200
             with pytest.raises(Closed) as closed:
                 feed.until("the end")
             assert closed.value.code == 4401
             server.client(ADMIN_TOKEN).make()
             kept_feed.until("delta")
     with ServerProcess(flags, cwd=tmp_path, env=files.env, admin_token=ADMIN_TOKEN) as server:
-        assert fetch(server, "/", Cookie=sessions["viewer-who-stays-1234"]).status == 200
-        assert fetch(server, "/", Cookie=sessions[VIEWER_TOKEN]).status == 303
+        assert server.client().page("/", sessions["viewer-who-stays-1234"]).status == 200
+        assert server.client().page("/", sessions[VIEWER_TOKEN]).status == 303
