@@ -21,6 +21,7 @@ BENCHES = (
     "workers",
     "scaling",
     "fleet",
+    "walk",
 )
 
 

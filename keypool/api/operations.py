@@ -349,6 +349,9 @@ def _refs(texts: Sequence[str], call: Call) -> list[Ref]:
     """What each text means; one that can't be an id is a text that nobody has. Raises Forbidden."""
     refs: list[Ref] = []
     for text in texts:
+        if not text.startswith(_ID):
+            refs.append(text)
+            continue
         try:
             refs.append(key_ref(text, call.caller))
         except UnknownKey:

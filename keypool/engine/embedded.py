@@ -47,6 +47,7 @@ RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
 
 _GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: some 2 ms
+_SLICE_SECONDS = 0.00015  # of a batch, before the loop may serve other callers
 _NEGLIGIBLE_DELAY = 0.005  # seconds: as early as a release may be
 _COUNTERS = tuple(
     field.name for field in dataclasses.fields(Counters)
@@ -101,6 +102,7 @@ class EmbeddedEngine:
         )
         self._started_at = self.now()
         self._draining = False
+        self._reserved = 0  # keys that batches in progress will still generate
         self._revealed = 0
         if start_timers:
             self.start()
@@ -111,14 +113,25 @@ class EmbeddedEngine:
         """Make keys, all or none. O(count · log n)."""
         self.journal.require()
         now = self.now()
-        while self.pool.total + count > self.pool.max_keys and self.pool.overdue(now):
+        while self.pool.total + self._reserved + count > self.pool.max_keys and self.pool.overdue(now):
             self.pool.process_due(now)
             if self.pool.overdue(now):
                 await self._next_turn()  # a backlog of them
                 now = self.now()
+        made: list[GeneratedKey] = []
         try:
-            self.pool.require_room(count, now)
-            made = [self._generate(now) for _ in range(count)]
+            self.pool.require_room(self._reserved + count, now)
+            self._reserved += count  # nobody else may take this room between two slices
+            try:
+                until = now + _SLICE_SECONDS
+                while len(made) < count:
+                    made.append(self._generate(now))
+                    self._reserved -= 1
+                    if (now := self.now()) > until:
+                        until = await self._pause()
+                        now = self.now()
+            finally:
+                self._reserved -= count - len(made)
         finally:
             self._waiters.serve(now)
             late = await self._all_kept()
@@ -151,13 +164,16 @@ class EmbeddedEngine:
         """Serve up to `count` keys. O(count · log n)."""
         self.journal.require()
         leases: list[Lease] = []
-        while len(leases) < count and (lease := await self._take(owner)) is not None:
-            leases.append(lease)
-        if not leases:
-            await self._refuse()
+        until = self.now() + _SLICE_SECONDS
         try:
+            while len(leases) < count and (lease := await self._take(owner)) is not None:
+                leases.append(lease)
+                if self.now() > until:
+                    until = await self._pause()
+            if not leases:
+                await self._refuse()
             delay = await self._all_kept()
-        except (GeneratorExit, asyncio.CancelledError):
+        except (GeneratorExit, asyncio.CancelledError):  # hung up: nobody has these leases
             for lease in leases:
                 self._give_back(lease)
             raise
@@ -182,8 +198,12 @@ class EmbeddedEngine:
         """Free keys one by one. O(items · log n)."""
         self.journal.require()
         outcomes = []
+        until = self.now() + _SLICE_SECONDS
         for ref, lease in items:
-            key = self._find(ref, self.now())
+            if (now := self.now()) > until:
+                until = await self._pause()
+                now = self.now()
+            key = self._find(ref, now)
             try:
                 if key is not None:
                     self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
@@ -210,14 +230,17 @@ class EmbeddedEngine:
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
         """Put off expiries one by one. O(items · log n)."""
         self.journal.require()
-        now = self.now()
         known = []
+        until = self.now() + _SLICE_SECONDS
         for ref in refs:
+            if (now := self.now()) > until:
+                until = await self._pause()
+                now = self.now()
             key = self._find(ref, now)
             if key is not None:
                 self.pool.keepalive(key, now)
             known.append(key is not None)
-        self._waiters.serve(now)
+        self._waiters.serve(self.now())
         await self._all_kept()
         return known
 
@@ -234,8 +257,12 @@ class EmbeddedEngine:
         """Purge keys one by one. O(items · log n)."""
         self.journal.require()
         gone: list[Identity | None] = []
+        until = self.now() + _SLICE_SECONDS
         for ref in refs:
-            key = self._find(ref, self.now())
+            if (now := self.now()) > until:
+                until = await self._pause()
+                now = self.now()
+            key = self._find(ref, now)
             if key is not None:
                 self.pool.delete(key)
             gone.append(None if key is None else Identity(key.id, key.hint))
@@ -432,6 +459,16 @@ class EmbeddedEngine:
         await self._all_kept()
         seconds = self.pool.next_release(self.now())
         raise NoKeyAvailable(None if seconds is None else _seconds(seconds))
+
+    async def _pause(self) -> float:
+        """Between two slices of a batch, let the loop serve other calls; when the next slice ends.
+
+        A bare yield, on which a task and `http.api_call.CoroutineDriver` both go on later. Raises StorageUnavailable
+        if storage failed meanwhile.
+        """
+        await asyncio.sleep(0)
+        self.journal.require()
+        return self.now() + _SLICE_SECONDS
 
     async def _next_turn(self) -> None:
         """Let the loop do its other work once. By a future, since the caller need not be a task."""
