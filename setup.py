@@ -1,6 +1,6 @@
 """What pyproject.toml can't say: the wheel has templates/ and static/ inside the package, as keypool/_web/.
 
-keypool/web/resources.py finds them in either place. All the rest is in pyproject.toml.
+keypool/web/assets.py finds them in either place. All the rest is in pyproject.toml.
 """
 
 from __future__ import annotations

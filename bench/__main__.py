@@ -1,4 +1,4 @@
-"""`python -m bench NAME [options]` runs a benchmark; without a name all are listed, and a quick set runs."""
+"""`python -m bench NAME [options]` runs a benchmark; without a name, all are listed and run with short options."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from importlib import import_module
 BENCHES = (
     "pool",
     "http",
+    "durable",
     "share",
     "expiry",
-    "soak",
-    "attack",
-    "endure",
-    "crash",
-    "durable",
     "restore",
-    "viewers",
+    "attack",
+    "crash",
     "workers",
     "scaling",
     "fleet",
@@ -26,7 +23,7 @@ BENCHES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what is asked for. Exit status 1 if a target was missed, 2 for a name that there isn't."""
+    """Run what is asked for. Exit status 1 if a target was missed, 2 for an unknown name."""
     if arguments and arguments[0] in BENCHES:
         return run(arguments[0], arguments[1:])
     print("python -m bench NAME [--help]\n")
@@ -36,13 +33,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments[0] in ("-h", "--help") else 2
     failed = 0
     for name in BENCHES:
-        print(f"\n== {name}, quick\n")
+        print(f"\n== {name}, with short options\n")
         failed |= run(name, import_module(f"bench.{name}").QUICK)
     return failed
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """One benchmark; its exit status."""
+    """Run one benchmark and return its exit status."""
     status: int = import_module(f"bench.{name}").main(arguments)
     return status
 

@@ -1,4 +1,4 @@
--- wrk's part of `bench http`. The first argument says what is asked for, the second names a file with the texts of keys.
+-- The load of `bench http` for wrk. The first argument is the kind of load, the second a file with keys, one a line.
 -- "mixed" is acquire, unblock under the lease that it gave, and keepalive, a third of each.
 local freed, first, last, turn = {}, 1, 0, 0
 local keepalives, count = {}, 0

@@ -1,9 +1,8 @@
 """Load over HTTP: keep-alive connections on raw asyncio protocols, each of which follows a script.
 
-A script is a generator: it yields a request and is sent the response, and a connection has one request under
-way at a time. A script asks whether to go on, so that it can end what it has begun; the round is over when
-all scripts are. Nothing is decoded but status and length, so that the load costs a fraction of what serving it does.
-It belongs into a process, and on a core, of its own.
+A script is a generator that yields a request and is sent the response; a connection has one request in flight. A
+script asks whether to go on, so that it can end what it has begun; a round is over when all scripts have ended. Only
+status and length of a response are decoded, so that the load costs a fraction of what serving it does.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _LATEST = 30.0  # seconds that a round may go on after its time
 
 @dataclass(frozen=True)
 class Address:
-    """A server on this machine: its port, and its process."""
+    """A server on this machine: its port and its process id."""
 
     port: int
     pid: int
@@ -36,28 +35,18 @@ class Address:
 
 @dataclass
 class Round:
-    """What one round of load came to. Times are seconds."""
+    """The result of one round of load. Times are seconds."""
 
     requests: int = 0
     seconds: float = 0.0
     latencies: array[float] = field(default_factory=lambda: array("f"))
     errors: int = 0
-    """Answers of 400 and above that the round didn't allow, and connections lost."""
+    """Answers of 400 and above that weren't allowed, and lost connections."""
     cpu: float = 0.0
-    """Processor time of the server, where that can be told."""
-
-    @property
-    def rate(self) -> float:
-        """Requests a second."""
-        return self.requests / self.seconds if self.seconds else 0.0
-
-    @property
-    def cost(self) -> float:
-        """What a request cost the server: processor time, or where that isn't told time on the wall."""
-        return (self.cpu or self.seconds) / max(1, self.requests)
+    """Processor time of the server's main thread; 0 if unknown."""
 
     def add(self, other: Round) -> None:
-        """Take another round's figures in."""
+        """Add another round that ran after this one."""
         self.requests += other.requests
         self.seconds += other.seconds
         self.latencies.extend(other.latencies)
@@ -83,7 +72,7 @@ class Connections:
         return cls(server, protocols)
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         for protocol in self._protocols:
             protocol.close()
 
@@ -94,9 +83,9 @@ class Connections:
         allowed: Container[int] = (),
         count: int | None = None,
     ) -> Round:
-        """Let every connection, or only `count` of them, follow a script of its own.
+        """Let every connection, or the first `count`, follow a script of its own.
 
-        `allowed` are statuses of 400 and above that are right.
+        `allowed` are statuses of 400 and above that are no errors.
         """
         measured = Round()
         started, cpu = time.perf_counter(), cpu_of(self._server.pid)
@@ -104,8 +93,8 @@ class Connections:
         def going() -> bool:
             return time.perf_counter() - started < seconds
 
-        silent = [each.follow(script(going), allowed, measured) for each in self._protocols[:count]]
-        await asyncio.wait_for(asyncio.gather(*silent), seconds + _LATEST)
+        ended = [each.follow(script(going), allowed, measured) for each in self._protocols[:count]]
+        await asyncio.wait_for(asyncio.gather(*ended), seconds + _LATEST)
         measured.seconds = time.perf_counter() - started
         measured.cpu = cpu_of(self._server.pid) - cpu
         measured.requests = len(measured.latencies)
@@ -113,13 +102,13 @@ class Connections:
 
 
 class _Connection(asyncio.Protocol):
-    """The client's end: sends what the script says as soon as the answer before is whole."""
+    """The client's end: sends the script's next request as soon as the response before is complete."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._received = b""
         self._script: Script | None = None
-        self._silent: asyncio.Future[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
         self._sent_at = 0.0
         self._allowed: Container[int] = ()
         self._round = Round()
@@ -127,22 +116,22 @@ class _Connection(asyncio.Protocol):
     def follow(self, script: Script, allowed: Container[int], measured: Round) -> asyncio.Future[None]:
         """Begin a script. The future is done when it has ended."""
         self._script, self._allowed, self._round = script, allowed, measured
-        self._silent = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.get_running_loop().create_future()
         self._send(None)
-        return self._silent
+        return self._ended
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its class
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's isn't a subclass
 
     def connection_lost(self, exception: Exception | None) -> None:
         self._transport = None
-        if self._silent is not None and not self._silent.done():
+        if self._ended is not None and not self._ended.done():
             self._round.errors += 1
-            self._silent.set_result(None)
+            self._ended.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         received = self._received + data if self._received else data
@@ -160,17 +149,17 @@ class _Connection(asyncio.Protocol):
 
     def _send(self, response: Response | None) -> None:
         assert self._script is not None
-        assert self._silent is not None
+        assert self._ended is not None
         try:
             request = next(self._script) if response is None else self._script.send(response)
         except StopIteration:
-            self._silent.set_result(None)
+            self._ended.set_result(None)
             return
         except Exception as error:
-            self._silent.set_exception(error)
+            self._ended.set_exception(error)
             return
         if self._transport is None:
-            self._silent.set_exception(ConnectionError("the server closed a connection before a request"))
+            self._ended.set_exception(ConnectionError("the server closed a connection before a request"))
             return
         self._sent_at = time.perf_counter()
         self._transport.write(request)
@@ -178,7 +167,7 @@ class _Connection(asyncio.Protocol):
 
 def _length(received: bytes, head: int) -> int:
     at = received.find(b"Content-Length: ", 0, head)
-    if at < 0:  # uvicorn's way to write it
+    if at < 0:  # uvicorn writes it in lower case
         at = received.find(b"content-length: ", 0, head)
     if at < 0:
         return 0
@@ -186,7 +175,7 @@ def _length(received: bytes, head: int) -> int:
 
 
 def request(target: str, body: bytes = b"", method: str = "POST") -> bytes:
-    """The bytes of a request, as most clients send one."""
+    """The bytes of a request with the headers that most clients send."""
     kind = "Content-Type: application/json\r\n" if body else ""
     length = f"Content-Length: {len(body)}\r\n"
     return f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n{kind}{length}\r\n".encode() + body

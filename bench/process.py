@@ -1,8 +1,4 @@
-"""Processes: every measurement has one of its own, so that none inherits another's memory.
-
-A child runs one function and sends back what it returned. It is pinned to a core where that is possible, and
-killed when it takes longer than it may.
-"""
+"""Child processes, so that no measurement inherits the memory or the event loop of another, and their cost."""
 
 from __future__ import annotations
 
@@ -16,8 +12,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from keypool.server import runtime
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -30,109 +24,63 @@ class ChildFailed(Exception):
 
 
 class Child(Generic[T]):
-    """One function in a process of its own. Function, arguments and result must be picklable."""
+    """A function that runs in a process of its own. Function, arguments and result must be picklable."""
 
-    def __init__(self, cpu: int | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
+    def __init__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
         self._name = function.__name__
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_run, args=(theirs, cpu, function, args, kwargs), daemon=True)
+        self._process = _context.Process(target=_run, args=(theirs, function, args, kwargs), daemon=True)
         self._process.start()
         theirs.close()
 
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        assert self._process.pid is not None
-        return self._process.pid
-
     def wait(self, seconds: float) -> T:
-        """What the function returned. Raises ChildFailed; the process is gone either way."""
+        """Return what the function returned. Raises ChildFailed; the process is gone either way."""
         try:
             if not self._pipe.poll(seconds):
                 raise ChildFailed(f"{self._name} took longer than {seconds:.0f} s")
-            result, trouble = self._pipe.recv()
+            result, failure = self._pipe.recv()
         except EOFError:
             raise ChildFailed(f"{self._name} died") from None
         finally:
             self.end()
-        if trouble is not None:
-            raise ChildFailed(trouble)
-        return result  # type: ignore[no-any-return] # what came through the pipe is what went in
+        if failure is not None:
+            raise ChildFailed(failure)
+        return result  # type: ignore[no-any-return] # what was sent is what the function returned
 
     def end(self) -> None:
-        """Kill it if it is still there."""
+        """Kill the process if it still runs."""
         self._process.join(1)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
 
-def in_child(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a function in a process of its own, on the first core, for at most `seconds`."""
-    return Child(first_core(), function, *args, **kwargs).wait(seconds)
-
-
-def on_loop(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on the loop that the server runs on, if it is here, and return its result.
-
-    keypool's own runtime.run ends the process, and so can't be what measures.
-    """
-    try:
-        import uvloop  # noqa: PLC0415 - where there is one
-    except ImportError:
-        return asyncio.run(_as_the_server_does(main))
-    return uvloop.run(_as_the_server_does(main))
-
-
-async def _as_the_server_does(main: Coroutine[Any, Any, T]) -> T:
-    runtime.collect_the_young(asyncio.get_running_loop())
-    return await main
-
-
-def pipe() -> tuple[Connection, Connection]:
-    """Two ends; one may be given to a child."""
-    return _context.Pipe()
-
-
 def _run(
-    pipe: Connection,
-    cpu: int | None,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    pin(cpu)
     try:
         pipe.send((function(*args, **kwargs), None))
     except Exception:
         pipe.send((None, traceback.format_exc()))
 
 
-def cores() -> list[int]:
-    """The cores that this process may use; none where that can't be told."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+def on_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on uvloop, as the server does, or on asyncio's loop if uvloop isn't installed."""
+    try:
+        import uvloop  # noqa: PLC0415 - optional
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
-def first_core() -> int | None:
-    """Where what is measured runs: it stays there, if there is another core for what measures it."""
-    found = cores()
-    return found[0] if len(found) > 1 else None
-
-
-def last_core() -> int | None:
-    """Where load comes from."""
-    found = cores()
-    return found[-1] if len(found) > 1 else None
-
-
-def pin(cpu: int | None) -> None:
-    """Keep this process on one core, if one is named."""
-    if cpu is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cpu})
+def pin_to_first_core() -> None:
+    """Keep this process on one core, if it may use several, so that it isn't moved while it is measured."""
+    if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def rss(pid: int | None = None) -> int:
-    """Bytes of memory that a process (this one) has in use; 0 where /proc doesn't tell."""
+    """Resident memory of a process (by default this one) in bytes; 0 without /proc."""
     try:
         return int(Path(f"/proc/{pid or 'self'}/statm").read_text().split()[1]) * _PAGE
     except OSError:
@@ -140,9 +88,18 @@ def rss(pid: int | None = None) -> int:
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds of processor time that the main thread of a process has had; 0 where /proc doesn't tell."""
+    """Processor time of the main thread of a process, in seconds; 0 without /proc."""
+    return _schedstat(pid, 0)
+
+
+def waited_for_core(pid: int) -> float:
+    """How long the main thread of a process was ready to run and had no core, in seconds; 0 without /proc."""
+    return _schedstat(pid, 1)
+
+
+def _schedstat(pid: int, field: int) -> float:
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[field]) / 1e9
     except (OSError, ValueError):
         return 0.0
 

@@ -1,31 +1,27 @@
-"""What a benchmark prints: tables of figures, the machine they were taken on, and whether targets were met."""
+"""Output of the benchmarks: tables of figures, the machine they were taken on, and whether targets were met."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value that `percent` of the values don't exceed; they are in order, and there is at least one."""
+    """The value that `percent` of the values don't exceed. `ordered` is ascending and not empty."""
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean of at least one value."""
-    return sum(values) / len(values)
-
-
-def median(values: Sequence[float]) -> float:
-    """The value in the middle of at least one; of two, the smaller."""
-    return sorted(values)[(len(values) - 1) // 2]
+def median(values: Iterable[float]) -> float:
+    """The middle one of at least one value; of two, the smaller."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def span(seconds: float) -> str:
-    """A length of time with three digits and the unit that they fit."""
+    """A length of time with three digits and a unit that fits."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if abs(seconds) * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
@@ -33,7 +29,7 @@ def span(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """A number of keys in words: 1k, 100k, 1M."""
+    """A number of keys in short: 1k, 100k, 1M."""
     for unit, factor in (("M", 1_000_000), ("k", 1000)):
         if count >= factor and count * 10 % factor == 0:
             return f"{count / factor:g}{unit}"
@@ -46,13 +42,13 @@ def megabytes(count: float) -> str:
 
 
 class Table:
-    """Rows of text, aligned: the first column to the left, the others to the right."""
+    """Aligned rows of text: the first column to the left, the others to the right."""
 
     def __init__(self, *headings: str) -> None:
         self._rows: list[tuple[str, ...]] = [headings]
 
     def row(self, *cells: str) -> None:
-        """One more row, with a cell for each heading."""
+        """Add a row, with a cell for each heading."""
         assert len(cells) == len(self._rows[0])
         self._rows.append(cells)
 
@@ -70,37 +66,44 @@ class Table:
 
 
 class Targets:
-    """What must hold. `check` prints a line for each, and the exit status is 1 if one didn't."""
+    """The targets of a benchmark. `check` prints a line for each; `status` is 1 if one was missed."""
 
     def __init__(self) -> None:
-        self._failed = 0
+        self._missed = 0
 
     def check(self, name: str, holds: bool, found: str, wanted: str) -> None:
         """Print PASS or FAIL."""
-        self._failed += not holds
+        self._missed += not holds
         print(f"{'PASS' if holds else 'FAIL'}  {name}: {found}, wanted {wanted}", flush=True)
 
+    def at_least(self, name: str, found: float, limit: float) -> None:
+        """Check a ratio."""
+        self.check(name, found >= limit, f"{found:.2f}", f"at least {limit:g}")
+
     def at_most(self, name: str, seconds: float, limit: float) -> None:
-        """A length of time that must not exceed a limit."""
+        """Check a length of time."""
         self.check(name, seconds <= limit, span(seconds), f"at most {span(limit)}")
+
+    def none(self, name: str, count: int) -> None:
+        """Check that something didn't happen."""
+        self.check(name, count == 0, str(count), "none")
 
     @property
     def status(self) -> int:
         """The exit status."""
-        return 1 if self._failed else 0
+        return 1 if self._missed else 0
 
 
 def machine() -> str:
-    """One line on what the figures were taken on. A load average near the number of cores means noise."""
+    """One line about the machine. A load average near the number of cores means noisy figures."""
     packages = []
     for package in ("tornado", "uvloop", "msgspec"):
         try:
             packages.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             packages.append(f"no {package}")
-    load = os.getloadavg()[0]
     python = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"{_processor()}, {os.cpu_count()} cores, load {load:.1f}; {python}, {', '.join(packages)}"
+    return f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {python}, {', '.join(packages)}"
 
 
 def _processor() -> str:

@@ -1,197 +1,113 @@
-"""How much of a bare server's rate the API keeps, at a thousand keys and at a million, watched or not.
+"""Each call of the API next to a RequestHandler that writes a constant, at several sizes of the pool, watched or not.
 
-The real application over the embedded engine, in a process with the real server's settings, and in another process
-a RequestHandler that writes a constant on Tornado's server, which the application has too, unless --http=fast.
-A third process loads them in turn, so that what else the machine does falls on both: each call is compared
-with the constant measured just before it, asked for with the same method, headers and body. What is judged is
-the processor time of a request, which is what bounds the rate of a server that has a core for itself, and
-which, unlike the rate, can be measured while others are at work on it.
+The constant is served by Tornado, as is the application unless `--http=fast`. Each call is compared with the constant
+measured in the same round. What is judged is the processor time of a request: it bounds the rate of a server that
+has a core for itself, and can be measured while the machine does other work.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import asyncio
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from multiprocessing.synchronize import Event
 
-from bench.load import Address, Connections, Round, request
-from bench.process import Child, last_core, on_loop
-from bench.report import Table, Targets, machine, median, percentile, size, span
-from bench.scripts import bursts, generates, keepalives, mixed, pairs, same, some_texts
-from bench.server import Pool, Report, Server
-from bench.viewers import viewers
+from bench.attack import HANDSHAKE
+from bench.baselines import serving
+from bench.load import Address
+from bench.process import on_loop
+from bench.race import Race, Sample
+from bench.report import Targets, machine, size
+from bench.scripts import fill, load
+from bench.servers import Server
 
 QUICK = ["--sizes=1000", "--rounds=2", "--seconds=0.5"]
 SHARE = 0.8
-STALL = 0.025
 JUDGED = ("acquire", "unblock", "unblock with lease", "keepalive")
-
-CONSTANT = request("/constant")
-CONSTANT_WITH_BODY = request("/constant", b'{"lease":123456}')
-BARE = request("/bare")
-
-
-@dataclass
-class Figures:
-    """All rounds of one call."""
-
-    rates: list[float] = field(default_factory=list)
-    costs: list[float] = field(default_factory=list)  # seconds of the server's processor, a request
-    rate_shares: list[float] = field(default_factory=list)  # of the constant's rate just before
-    cost_shares: list[float] = field(default_factory=list)  # what the constant cost, of what this cost
-    latencies: list[float] = field(default_factory=list)
-    errors: int = 0
-
-    def add(self, measured: Round, constant: Round) -> None:
-        """One more round."""
-        self.rates.append(measured.rate)
-        self.costs.append(measured.cost)
-        self.rate_shares.append(measured.rate / constant.rate)
-        self.cost_shares.append(constant.cost / measured.cost)
-        self.latencies.extend(measured.latencies)
-        self.errors += measured.errors
+CALLS = (*JUDGED, "acquire and unblock", "generate", "mixed")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, judge."""
-    options = _options(arguments)
-    print(machine())
+    parser = argparse.ArgumentParser("bench share", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", default="1000,100000,1000000", metavar="N,N", help="keys in the pool")
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--http", choices=("fast", "tornado"), default="tornado", help="of the application")
+    parser.add_argument("--viewers", type=int, default=0, help="of the feed, meanwhile")
+    parser.add_argument("--rounds", type=int, default=5, help="the median counts")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of load, of each call, a round")
+    options = parser.parse_args(arguments)
+    print(machine() + "\n", flush=True)
     targets = Targets()
-    for keys in options.sizes:
-        with (
-            Server() as constant,
-            Server(Pool(keys), http=options.http) as server,
-            _watched(server, options.viewers),
-        ):
-            server.report()
-            load = Child(
-                last_core(),
-                measure,
-                (constant.addresses[0], server.addresses[0]),
-                keys,
-                options.connections,
-                options.rounds,
-                options.seconds,
-            )
-            found = load.wait(60 + options.rounds * options.seconds * 30)
-            report = server.report()
-            _show(keys, found, report, constant.report())
-        targets.at_most(f"the longest stall at {size(keys)}, its own", report.stall.own, STALL)
-        _judge(targets, keys, found)
+    for keys in map(int, options.sizes.split(",")):
+        flags = (
+            "--data=:memory:",
+            f"--http={options.http}",
+            "--keepalive-seconds=36000",
+            "--max-keys=3000000",
+        )
+        with serving("tornado") as constant, Server(*flags) as server:
+            fill(server.address, keys)
+            with viewers(server.address, options.viewers) if options.viewers else nullcontext():
+                race = _race(constant, server.address, options)
+            print(f"{race.table(f'at {size(keys)} keys', ['constant'])}\n")
+            stalls = [
+                name for name in server.metrics() if name.startswith("keypool_loop_stall_seconds_bucket")
+            ]
+            total, samples = server.metrics()["keypool_loop_stall_seconds_count"], server.metrics()
+            longest = next(name for name in stalls if samples[name] >= total).partition('"')[2].rstrip('"}')
+            print(f"      no timer of the loop was later than {longest} s, the wait for a core included")
+        for name in JUDGED:
+            share = race.found[name].cheaper(race.found["constant"])
+            targets.at_least(f"{name} at {size(keys)}, of the constant's rate a core", share, SHARE)
+        targets.none(f"errors at {size(keys)}", sum(each.errors for each in race.found.values()))
     return targets.status
 
 
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench share", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sizes", type=_sizes, default=[1000, 100_000, 1_000_000], metavar="N,N")
-    parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--http", choices=("fast", "tornado"), default="tornado", help="of the application")
-    parser.add_argument("--viewers", type=int, default=0, help="of the dashboard, meanwhile")
-    parser.add_argument("--rounds", type=int, default=5, help="the median counts")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of load, of each call, a round")
-    return parser.parse_args(arguments)
+def _race(constant: Address, server: Address, options: argparse.Namespace) -> Race:
+    def one(address: Address, kind: str) -> Callable[[], Sample]:
+        return lambda: Sample.of(load(address, kind, options.connections, options.seconds))
+
+    race = Race()
+    race.add("constant", one(constant, "POST /constant"))
+    for name in CALLS:
+        race.add(name, one(server, name))
+    return race.run(options.rounds)
 
 
-def _watched(server: Server, count: int) -> AbstractContextManager[None]:
-    return viewers(server.addresses[0].port, count) if count else nullcontext()
+@contextmanager
+def viewers(server: Address, count: int) -> Iterator[None]:
+    """So many websockets that follow the feed from a process of their own, until the block ends."""
+    context = multiprocessing.get_context("spawn")
+    ready, stop = context.Event(), context.Event()
+    process = context.Process(target=_watch, args=(server.port, count, ready, stop), daemon=True)
+    process.start()
+    try:
+        assert ready.wait(60), "the viewers got no frames"
+        yield
+    finally:
+        stop.set()
+        process.join(10)
 
 
-def _sizes(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _watch(port: int, count: int, ready: Event, stop: Event) -> None:
+    seen: set[int] = set()
 
+    async def view(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HANDSHAKE)
+        while await reader.read(65536):
+            seen.add(number)
 
-def measure(
-    addresses: tuple[Address, Address], keys: int, connections: int, rounds: int, seconds: float
-) -> dict[str, Figures]:
-    """The load, in a process of its own. `addresses` are those of the constant and of the application."""
-    return on_loop(_measure(addresses, keys, connections, rounds, seconds))
+    async def main() -> None:
+        tasks = [asyncio.create_task(view(number)) for number in range(count)]
+        while not stop.is_set():
+            if len(seen) == count:
+                ready.set()
+            await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
 
-
-async def _measure(
-    addresses: tuple[Address, Address], keys: int, connections: int, rounds: int, seconds: float
-) -> dict[str, Figures]:
-    constant = await Connections.open(addresses[0], connections)
-    server = await Connections.open(addresses[1], connections)
-    turn = _Turn(constant, server, await some_texts(server, keys), keys, seconds)
-    await turn.warm_up()
-    for _ in range(rounds):
-        await turn.take()
-    constant.close()
-    server.close()
-    return turn.found
-
-
-@dataclass
-class _Turn:
-    """One round of every call, each after the constant."""
-
-    constant: Connections
-    server: Connections
-    texts: list[str]
-    keys: int
-    seconds: float
-    found: dict[str, Figures] = field(default_factory=dict)
-
-    async def warm_up(self) -> None:
-        await self.constant.run(same(CONSTANT), self.seconds)
-        await self.server.run(pairs, self.seconds)
-
-    async def take(self) -> None:
-        await self._constant(BARE, "constant, bare delegate")
-        constant = await self._constant(CONSTANT, "constant")
-        self._keep("constant", constant, constant)
-        acquired, unblocked = await bursts(self.server, 2 * self.seconds, self.keys, with_lease=False)
-        self._keep("acquire", acquired, constant)
-        self._keep("unblock", unblocked, constant)
-        with_body = await self._constant(CONSTANT_WITH_BODY, "constant, asked with a body")
-        _, unblocked = await bursts(self.server, 2 * self.seconds, self.keys, with_lease=True)
-        self._keep("unblock with lease", unblocked, with_body)
-        await self._beside("keepalive", lambda: self.server.run(keepalives(self.texts), self.seconds))
-        await self._beside("acquire and unblock", lambda: self.server.run(pairs, self.seconds))
-        await self._beside("generate", lambda: generates(self.server, self.seconds))
-        await self._beside("mixed", self._mixed)
-
-    async def _beside(self, name: str, load: Callable[[], Awaitable[Round]]) -> None:
-        constant = await self.constant.run(same(CONSTANT), self.seconds)
-        self._keep("constant", constant, constant)
-        self._keep(name, await load(), constant)
-
-    async def _mixed(self) -> Round:
-        # A key that one connection made and is about to delete may have been served to another: 404.
-        return await self.server.run(mixed(self.texts), self.seconds, {404})
-
-    async def _constant(self, asked: bytes, name: str) -> Round:
-        measured = await self.constant.run(same(asked), self.seconds)
-        if name != "constant":
-            plain = await self.constant.run(same(CONSTANT), self.seconds)
-            self._keep(name, measured, plain)
-        return measured
-
-    def _keep(self, name: str, measured: Round, constant: Round) -> None:
-        self.found.setdefault(name, Figures()).add(measured, constant)
-
-
-def _show(keys: int, found: dict[str, Figures], server: Report, constant: Report) -> None:
-    percents = "p50", "p99", "p99.9", "worst"
-    table = Table("call", "a second", "of constant", "cpu each", "of constant", *percents, "errors")
-    for name, figures in found.items():
-        ordered = sorted(figures.latencies)
-        spans = [span(percentile(ordered, percent)) for percent in (50, 99, 99.9, 100)]
-        rate = f"{median(figures.rates):,.0f}", f"{median(figures.rate_shares):.0%}"
-        cost = span(median(figures.costs)), f"{median(figures.cost_shares):.0%}"
-        table.row(name, *rate, *cost, *spans, str(figures.errors))
-    print(f"\n{size(keys)} keys\n\n{table}\n")
-    for name, report in (("the application", server), ("the constant", constant)):
-        wall, own = span(report.stall.wall), span(report.stall.own)
-        print(f"worst stall of {name}: {wall} (its own {own}); longest collection {span(report.collection)}")
-    print(flush=True)
-
-
-def _judge(targets: Targets, keys: int, found: dict[str, Figures]) -> None:
-    for name in JUDGED:
-        share = median(found[name].cost_shares)
-        what = f"{name} at {size(keys)}, of the constant's rate a core"
-        targets.check(what, share >= SHARE, f"{share:.0%}", f"{SHARE:.0%}")
-    errors = sum(figures.errors for figures in found.values())
-    targets.check(f"errors at {size(keys)}", errors == 0, str(errors), "none")
+    on_loop(main())

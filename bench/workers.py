@@ -1,14 +1,13 @@
-"""Many worker processes share few keys through the client, while the server is killed and started again.
+"""Many worker processes share a few keys through the client, while the server is killed and started again.
 
     python -m bench.workers [--workers 50] [--keys 10] [--seconds 30] [--kills 2] [--data FILE]
     python -m bench.workers --engine valkey://127.0.0.1:6379/0 --servers 3 --kills 10
 
-What it shows: no key is ever used by two at once, every worker makes progress, and nothing is left blocked at
-the end. Whether two use one key at once is asked of the operating system, not of keypool: a worker that holds a
-key locks a file that stands for it, and finds it locked if anybody else is in there.
+It shows that no key is ever used by two at once, that every worker makes progress, and that nothing stays blocked at
+the end. The operating system decides whether two use one key at once, not keypool: a worker that holds a key locks a
+file that stands for the key, and finds it locked if another one is using it.
 
-With --engine there are --servers of them over one Valkey or cluster, each worker asks any of them for each use, and
-any is killed.
+With --engine, --servers of them share one Valkey or cluster; each use goes to any of them, and any may be killed.
 """
 
 from __future__ import annotations
@@ -19,31 +18,26 @@ import fcntl
 import hashlib
 import json
 import random
-import re
 import select
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench.real import without_settings
+from bench.servers import ROOT, Server
 from keypool.client import KeyPool, KeyPoolError, LeaseLost, Retry
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SECONDS = 5.0
 QUICK = ["--workers", "10", "--keys", "3", "--seconds", "2"]
-_READY = re.compile(r"ready on http://\S+:(\d+)/")
 
 
 def work(urls: Sequence[str], locks: Path, number: int) -> dict[str, int]:
-    """Lease, use and give back until standard input ends; what came of it. Uses stay well within a lease.
+    """Lease, use and give back until standard input ends; the counts of what happened.
 
-    Each use asks any of the servers, and gives back to the same.
-
-    Each line of standard input asks for a sign of life: it is answered by a line after the next use of a key.
+    Uses are much shorter than a lease; each asks any of the servers, and gives back to the same one. A line of
+    standard input asks for a sign of life: a line is printed after the next use of a key.
     """
     counts = {"used": 0, "clashes": 0, "errors": 0, "lost": 0}
     rng = random.Random(number)
@@ -57,7 +51,9 @@ def work(urls: Sequence[str], locks: Path, number: int) -> dict[str, int]:
                 asked = True
             try:
                 with rng.choice(pools).lease(owner=f"worker-{number}", wait=5) as key:
-                    _use(locks / hashlib.sha256(str(key).encode()).hexdigest(), counts, rng.uniform(0, 0.02))
+                    _use(
+                        locks / hashlib.sha256(key.secret.encode()).hexdigest(), counts, rng.uniform(0, 0.02)
+                    )
                 if asked:
                     print("used", flush=True)
                     asked = False
@@ -78,82 +74,34 @@ def _use(lock: Path, counts: dict[str, int], seconds: float) -> None:
         counts["used"] += 1
 
 
-class Server:
-    """A server that is killed and comes back on the same port."""
-
-    def __init__(self, where: str, keepalive_seconds: float = 300.0) -> None:
-        """`where` is the path of a data file, or the URL of an engine."""
-        self._flags = [
-            f"--engine={where}" if "://" in where else f"--data={where}",
-            f"--block-seconds={BLOCK_SECONDS}",
-            f"--keepalive-seconds={keepalive_seconds}",
-        ]
-        self.port = 0
-        self.start()
-
-    def start(self) -> None:
-        """Returns when it is ready."""
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "server.py"), f"--port={self.port}", *self._flags],
-            stderr=subprocess.PIPE, text=True, env=without_settings(),
-        )  # fmt: skip
-        assert self._process.stderr is not None
-        log = []
-        for line in self._process.stderr:
-            log.append(line)
-            found = _READY.search(line)
-            if found:
-                self.port = int(found[1])
-                return
-        raise SystemExit(f"the server did not start:\n{''.join(log)}")
-
-    def kill(self) -> None:
-        """As a crash would."""
-        self.end(signal.SIGKILL)
-
-    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """And wait for it."""
-        self._process.send_signal(number)
-        self._process.wait()
-        assert self._process.stderr is not None
-        self._process.stderr.close()
-
-
-@contextlib.contextmanager
-def running(where: str, count: int = 1) -> Iterator[list[Server]]:
-    """Servers that are gone at the end."""
-    servers: list[Server] = []
-    try:
-        servers.extend(Server(where) for _ in range(count))  # one by one
-        yield servers
-    finally:
-        for server in servers:
-            server.end()
-
-
 def trial(
     workers: int, keys: int, seconds: float, kills: int, where: str | None = None, *, servers: int = 1
 ) -> dict[str, object]:
-    """One run; what it has shown. Raises AssertionError if a promise was broken.
+    """One run; returns its counts. Raises AssertionError if a promise was broken.
 
-    The data file is the run's own unless one is named.
     Between two kills each worker has to use a key at least once, however long that takes; `seconds` is how long
-    the whole goes on beyond that. `where` is a data file, or an engine that the `servers` share.
+    the run goes on beyond that. `where` is a data file, by default a temporary one, or the URL of an engine that the
+    `servers` share.
     """
     draw = random.Random(workers)
-    with (
-        tempfile.TemporaryDirectory(prefix="keypool-workers-") as folder,
-        running(where or f"{folder}/keypool.db", servers) as running_servers,
-    ):
-        urls = [f"http://127.0.0.1:{server.port}" for server in running_servers]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="keypool-workers-"))
+        where = where or f"{folder}/keypool.db"
+        flags = (
+            f"--engine={where}" if "://" in where else f"--data={where}",
+            f"--block-seconds={BLOCK_SECONDS}",
+        )
+        running = [stack.enter_context(Server(*flags)) for _ in range(servers)]
+        urls = [f"http://127.0.0.1:{server.address.port}" for server in running]
         with KeyPool(urls[0]) as pool:
             pool.generate_many(keys)
         processes = [_spawn(urls, Path(folder), number) for number in range(workers)]
         for phase in range(kills + 1):
             if phase:
-                victim = draw.choice(running_servers)
+                victim = draw.choice(running)
                 victim.kill()
                 victim.start()
+                victim.wait_until_ready()
             _signs_of_life(processes)
             time.sleep(seconds / (kills + 1))
         results = [json.loads(process.communicate()[0]) for process in processes]
@@ -177,7 +125,7 @@ def _spawn(urls: Sequence[str], folder: Path, number: int) -> subprocess.Popen[s
 def _signs_of_life(processes: list[subprocess.Popen[str]]) -> None:
     for process in processes:
         assert process.stdin is not None
-        process.stdin.write("still there?\n")
+        process.stdin.write("sign of life\n")
         process.stdin.flush()
     for process in processes:
         assert process.stdout is not None
@@ -185,7 +133,7 @@ def _signs_of_life(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def _wait_until_free(pool: KeyPool) -> None:
-    """Acquires whose answers a kill has swallowed are left to the deadline; nothing may be blocked after it."""
+    """Keys whose acquire lost its answer in a kill come back by their deadline; after that nothing may be blocked."""
     deadline = time.monotonic() + BLOCK_SECONDS + 10
     while pool.stats().blocked:
         assert time.monotonic() < deadline, f"left blocked: {list(pool.rows(state='blocked'))}"
@@ -193,7 +141,7 @@ def _wait_until_free(pool: KeyPool) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """See the module. Raises AssertionError if a promise was broken."""
+    """Run, print. Raises AssertionError if a promise was broken."""
     if arguments[:1] == ["--work"]:
         folder, number, *urls = arguments[1:]
         print(json.dumps(work(urls, Path(folder), int(number))))
@@ -205,8 +153,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--keys", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--data", help="a file, in place of one in a temporary folder")
-    parser.add_argument("--engine", help="the URL of an empty Valkey or cluster, in place of --data")
+    parser.add_argument("--data", help="a data file instead of a temporary one")
+    parser.add_argument("--engine", help="the URL of an empty Valkey or cluster, instead of --data")
     parser.add_argument("--servers", type=int, default=1, help="over that engine")
     args = parser.parse_args(arguments)
     servers = args.servers if args.engine else 1

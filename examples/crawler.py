@@ -2,38 +2,34 @@
 
     python examples/crawler.py [PAGES]      against the server at $KEYPOOL_URL, which makes three keys for it
 
-With a token of the role admin: generating keys is the admin's.
+$KEYPOOL_TOKEN needs the role admin, which may generate keys.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 
 from keypool.client import AsyncKeyPool
 
-URL = os.environ.get("KEYPOOL_URL", "http://127.0.0.1:8888")
-TOKEN = os.environ.get("KEYPOOL_TOKEN")
-
 
 async def fetch(pool: AsyncKeyPool, page: int) -> str:
     """One page, fetched with a key of its own for as long as that takes."""
-    async with pool.lease(owner=f"crawler, page {page}", wait=60) as key:
+    async with pool.lease(owner=f"crawler, page {page}", wait=None) as key:
         key.check(5)  # LeaseLost, unless there are 5 more seconds to use it in
-        await asyncio.sleep(0.01)  # stands for the request, with str(key) in its headers
+        await asyncio.sleep(0.01)  # stands for the request, with key.secret in its headers
         return f"page {page}: fetched under lease {key.lease}"
 
 
 async def main(pages: int) -> None:
     """Fetch them all."""
-    async with AsyncKeyPool(URL, TOKEN) as pool:
+    async with AsyncKeyPool.from_env() as pool:
         keys = await pool.generate_many(3)
 
-        def buried(key: str) -> None:
+        def died(key: str) -> None:
             print(f"a key died: {key[:4]}…", file=sys.stderr)
 
-        async with pool.keeper(keys, on_dead=buried):
+        async with pool.keeper(keys, on_dead=died):
             for line in await asyncio.gather(*(fetch(pool, page) for page in range(pages))):
                 print(line)
         await pool.delete_many(keys)

@@ -2,23 +2,19 @@
 
     python examples/worker_pool.py [WORKERS] [JOBS]      against the server at $KEYPOOL_URL
 
-Each worker takes jobs from a queue, and for each job a key from the server, for as long as the job takes. What
-it must be ready for: no key in time, and a server that is away for a moment. What it needn't care about: giving
-keys back, also when it is stopped by a signal.
+Each worker takes jobs from a queue, and for each job a key from the server, for as long as the job takes. It
+waits for a key as long as necessary, also through a restart of the server. A job whose lease ended before it was
+done is repeated. Keys are given back by themselves, also when a worker is stopped by SIGTERM.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 import time
 from typing import Any
 
-from keypool.client import AnswerLost, KeyPool, LeaseLost, NoKeyAvailable, Unreachable
-
-URL = os.environ.get("KEYPOOL_URL", "http://127.0.0.1:8888")
-TOKEN = os.environ.get("KEYPOOL_TOKEN")
+from keypool.client import KeyPool, LeaseLost, exit_on_sigterm
 
 
 def do(job: int, key: str) -> str:
@@ -28,15 +24,16 @@ def do(job: int, key: str) -> str:
 
 
 def work(name: str, jobs: Any, results: Any) -> None:
-    """Do jobs until there is none."""
-    with KeyPool(URL, TOKEN) as pool:
+    """Do jobs until there are no more."""
+    exit_on_sigterm()
+    with KeyPool.from_env() as pool:
         while (job := jobs.get()) is not None:
             while True:
                 try:
-                    with pool.lease(owner=name, wait=30) as key:
-                        result = do(job, str(key))
+                    with pool.lease(owner=name, wait=None) as key:
+                        result = do(job, key.secret)
                     break
-                except (NoKeyAvailable, Unreachable, AnswerLost, LeaseLost) as error:
+                except LeaseLost as error:
                     print(f"{name}: job {job} again, {error}", file=sys.stderr)
             results.put(result)
 

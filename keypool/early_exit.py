@@ -1,6 +1,6 @@
-"""What Ctrl-C does while a program still imports: it ends it without a traceback.
+"""Ctrl-C and SIGTERM while a program still imports its modules: it ends without a traceback.
 
-Nothing else is imported here, so that this is in force after some milliseconds.
+This module imports nothing else of keypool, so that the handlers are set within milliseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from types import FrameType
 
 
 def end_quietly() -> None:
-    """Let SIGINT and SIGTERM end the process with status 0 until the server handles them: nothing is begun yet."""
+    """Let SIGINT and SIGTERM end the process with status 0 until the server sets its own handlers.
+
+    Nothing has begun by then, so there is nothing to end in order.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
 

@@ -1,4 +1,4 @@
-"""A child that doesn't outlive its parent: what the system can be asked for, where it is Linux."""
+"""Have the kernel send a child process a signal when its parent dies (prctl PR_SET_PDEATHSIG; Linux only)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int, number: int) -> Callable[[], None]:
-    """What a child calls, first thing, to get signal `number` when its parent dies. Nothing but on Linux."""
+    """A function for the child to call first, so that it gets signal `number` when process `parent` dies.
+
+    It does nothing on other systems than Linux.
+    """
     if sys.platform != "linux":
         return lambda: None
     libc = ctypes.CDLL(None)  # before the fork: loading isn't safe after it
 
     def follow() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if os.getppid() != parent:  # it died before the request
+        if os.getppid() != parent:  # the parent died before the call
             os._exit(128 + number)
 
     return follow

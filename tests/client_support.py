@@ -1,8 +1,8 @@
-"""What the tests of the client need: the three ways to call, one interface; and a proxy that misbehaves on purpose.
+"""What the tests of the client need: both clients behind one interface, and a proxy that misbehaves on purpose.
 
-`Driver` makes the asynchronous client look like the synchronous one, so that one test holds all three to the same
-promises. `Proxy` stands between a client and a real server and does to each request what it is told next: so what the
-server did can be compared with what the client was told.
+`Driver` makes the asynchronous client look like the blocking one, so that one test holds both to the same promises.
+`Proxy` stands between a client and a real server and does to each request what the test says: so what the server did
+can be compared with what the client returned.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from typing import Any, Self
 from support import ROOT, ServerProcess, clean_environment
 
 from keypool.client import AsyncKeyPool, KeyPool, Retry
-from keypool.client.by_aiohttp import AiohttpTransport
-from keypool.client.by_tornado import TornadoTransport
 
-KINDS = ("sync", "aiohttp", "tornado")
+KINDS = ("sync", "async")
 QUICK = Retry(seconds=5, first=0.01, most=0.05)
 
 
 class Driver:
-    """A client of one of the three kinds. Every call of KeyPool is a method here, whichever it is."""
+    """A client of one of the two kinds. Every call of KeyPool is a method here."""
 
     def __init__(self, kind: str, url: str, token: str | None = None, **options: Any) -> None:
         self.kind = kind
@@ -41,9 +39,8 @@ class Driver:
         if kind == "sync":
             self.pool: KeyPool | AsyncKeyPool = KeyPool(url, token, **options)
         else:
-            transport = AiohttpTransport if kind == "aiohttp" else TornadoTransport
             self._runner = asyncio.Runner()
-            self.pool = AsyncKeyPool(url, token, transport=transport, **options)
+            self.pool = AsyncKeyPool(url, token, **options)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args, **options: self.wait(getattr(self.pool, name)(*args, **options))
@@ -56,21 +53,24 @@ class Driver:
             return self._runner.run(_awaited(result))
         return list(result) if inspect.isgenerator(result) else result
 
-    @contextlib.contextmanager
-    def lease(self, **options: Any) -> Iterator[Any]:
+    def lease(self, **options: Any) -> contextlib.AbstractContextManager[Any]:
         """`with` or `async with pool.lease(…)`."""
-        lease = self.pool.lease(**options)
+        return self.entered(self.pool.lease(**options))
+
+    @contextlib.contextmanager
+    def entered(self, lease: Any) -> Iterator[Any]:
+        """`with` or `async with` for a context manager of this pool."""
         if self.kind == "sync":
-            with lease as key:  # type: ignore[union-attr]
+            with lease as key:
                 yield key
             return
-        key = self.wait(lease.__aenter__())  # type: ignore[union-attr]
+        key = self.wait(lease.__aenter__())
         error: BaseException | None = None
         try:
             yield key
         except BaseException as raised:
             error = raised
-        self.wait(lease.__aexit__(type(error) if error else None, error, None))  # type: ignore[union-attr]
+        self.wait(lease.__aexit__(type(error) if error else None, error, None))
         if error is not None:
             raise error
 
@@ -125,6 +125,7 @@ class Proxy:
     | lose | a reset instead of the answer | the request |
     | cut | half of the answer, then the end | the request |
     | mute | no answer at all | nothing |
+    | trickle | a byte now and then | nothing |
     | garbage | something that isn't HTTP | nothing |
     | 502, 503, 504, … | that status, from a proxy | nothing |
     | 503 N | the same with Retry-After: N | nothing |
@@ -179,6 +180,9 @@ class Proxy:
             sock.sendall(answer[: len(answer) // 2])
         elif word == "mute":
             self._closed.wait()
+        elif word == "trickle":
+            while not self._closed.wait(0.2):
+                sock.sendall(b"H")
         elif word == "garbage":
             sock.sendall(b"\x00\x01 this is no HTTP\r\n\r\n")
         elif word == "pass":

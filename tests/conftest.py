@@ -11,14 +11,11 @@ ways the test fails if the server logged an error, a traceback, a key or a token
 from __future__ import annotations
 
 import asyncio
-import atexit
 import inspect
-import itertools
 import signal
 import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +36,7 @@ from support import (
 from tornado.httpclient import AsyncHTTPClient
 from tornado.ioloop import IOLoop
 from tornado.web import Application
-from valkeys import Cluster, Valkey, with_pool
+from valkeys import new_pool, shared_cluster, shared_valkey
 
 from keypool.api.auth import Access
 from keypool.config.settings import Settings, load
@@ -65,24 +62,6 @@ class Variant:
 _CALLS = tuple(f"test_api_{what}" for what in ("batch", "keys", "legacy", "lists", "stats", "waiting"))
 _LIFE = ("test_fuzz", "test_process", "test_feed")
 
-_pools = itertools.count()
-
-
-@cache
-def _shared_valkey() -> Valkey:
-    """One for all servers of this process; each has a pool of its own there."""
-    valkey = Valkey()
-    atexit.register(valkey.close)
-    return valkey
-
-
-@cache
-def _shared_cluster() -> Cluster:
-    cluster = Cluster()
-    atexit.register(cluster.close)
-    return cluster
-
-
 VARIANTS = [
     # All that is neither storage's nor another HTTP server's shows here.
     Variant("memory", lambda directory: ["--data=:memory:"], ("",)),
@@ -96,14 +75,14 @@ VARIANTS = [
     # Errors and access are decided before any engine is asked: the dispatcher may not even import one.
     Variant(
         "valkey",
-        lambda directory: [f"--engine={with_pool(_shared_valkey().url, next(_pools))}"],
+        lambda directory: [f"--engine={new_pool(shared_valkey())}"],
         _CALLS,
         (*_LIFE, "test_dashboard", "test_metrics"),
     ),
     # The same engine once more: what a cluster adds shows in the calls.
     Variant(
         "cluster",
-        lambda directory: [f"--engine={with_pool(_shared_cluster().url, next(_pools))}"],
+        lambda directory: [f"--engine={new_pool(shared_cluster())}"],
         (),
         _CALLS,
     ),

@@ -1,19 +1,18 @@
-"""A program that holds a key and ends in the way that it is told; run by test_client_leases.py.
+"""A program that holds a key and ends in the way that its arguments say; run by test_client_leases.py.
 
-Prints `held` when it holds a key, and then ends: by returning, raising, a signal that somebody sends it, writing to a
-closed pipe, or in a daemon thread that is cut off.
+Prints `held` when it holds a key, and then ends: by returning, raising, a signal, writing to a closed pipe, or in a
+daemon thread that is cut off.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import threading
 import time
 
-from keypool.client import AsyncKeyPool, KeyPool
+from keypool.client import AsyncKeyPool, KeyPool, exit_on_sigterm
 
 URL = os.environ["KEYPOOL_URL"]
 
@@ -38,15 +37,7 @@ def end(how: str) -> None:
         time.sleep(60)
 
 
-async def end_async(how: str) -> None:
-    """The same on a loop."""
-    if how == "sleep":
-        say("held")
-        await asyncio.sleep(60)
-    end(how)
-
-
-def synchronous(how: str) -> None:
+def blocking(how: str) -> None:
     """In the main thread."""
     with KeyPool(URL, timeout=5) as pool, pool.lease(owner="program"):
         end(how)
@@ -67,17 +58,16 @@ def thread(how: str) -> None:
             held.set()
             time.sleep(60)
 
-    with KeyPool(URL):
-        threading.Thread(target=hold, daemon=True).start()
-        held.wait(30)
-        end(how)
+    threading.Thread(target=hold, daemon=True).start()
+    held.wait(30)
+    end(how)
 
 
 def waiting(how: str) -> None:
     """Waits for a key that doesn't come."""
     with KeyPool(URL, timeout=5) as pool:
         say("held")
-        with pool.lease(wait=60):
+        with pool.lease(wait=None):
             pass
 
 
@@ -87,7 +77,7 @@ def forked(how: str) -> None:
         pool.stats()
         child = os.fork()
         if child == 0:
-            assert str(key)
+            assert key.secret
             assert pool.stats().blocked == 1
             sys.exit(0)
         _, status = os.waitpid(child, 0)
@@ -96,46 +86,12 @@ def forked(how: str) -> None:
         say(f"blocked {stats.blocked} unblocked {stats.unblocked}")
 
 
-def disturbed(times: str) -> None:
-    """Is sent so many Ctrl-C while it leases one key again and again, and survives each."""
-    stop, main_thread = threading.Event(), threading.main_thread().ident
-    interrupted = leased = 0
-    armed = False
-
-    def interrupt(*_: object) -> None:
-        nonlocal armed
-        if armed:  # what hits this program's own bookkeeping says nothing about the library
-            armed = False
-            raise KeyboardInterrupt
-
-    def disturb() -> None:
-        pause = 0.001
-        while not stop.wait(pause):
-            pause = pause * 1.1 if pause < 0.02 else 0.001
-            if not stop.is_set():
-                signal.pthread_kill(main_thread or 0, signal.SIGINT)
-
-    pool = KeyPool(URL, timeout=5)
-    thread = threading.Thread(target=disturb, daemon=True)
-    signal.signal(signal.SIGINT, interrupt)
-    thread.start()
-    while interrupted < int(times):
-        try:
-            armed = True
-            with pool.lease(wait=30):
-                leased += 1
-            armed = False
-        except KeyboardInterrupt:
-            interrupted += 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stop.set()
-    thread.join()
-    say(f"{interrupted} {leased}")
-
-
 async def _asynchronous(how: str) -> None:
     async with AsyncKeyPool(URL, timeout=5) as pool, pool.lease(owner="program"):
-        await end_async(how)
+        if how == "sleep":
+            say("held")
+            await asyncio.sleep(60)
+        end(how)
 
 
 def asynchronous(how: str) -> None:
@@ -159,4 +115,5 @@ def on_uvloop(how: str) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     globals()[sys.argv[1]](sys.argv[2])

@@ -1,4 +1,8 @@
-"""The `keypool` command as its user has it: processes, pipes, a terminal; tables, lines, JSON; exit statuses."""
+"""The `keypool` command: tables, lines and JSON; exit statuses; pipes, terminals and signals.
+
+Most tests call `main` in this process (cli_support). A process is started where signals, pipes, a terminal or
+the time of the start are the point.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli_support import run_command
 from client_support import Proxy, clean, environment, keypool, started, unused_port, url_of
 from conftest import Start
 from support import ADMIN_TOKEN, CLIENT_TOKEN, ROOT, ServerProcess, eventually
 
+from keypool.cli import keys
 from keypool.cli.status import Status
 from keypool.client import KeyPool
 
@@ -29,132 +35,268 @@ def pool(server: ServerProcess) -> Iterator[KeyPool]:
     clean(server)
 
 
-def lines(text: str) -> list[list[str]]:
-    """Plain output as its columns."""
-    return [line.split("\t") for line in text.splitlines()]
-
-
-# ----------------------------------------------------------------------------------------------- one after another
+# --------------------------------------------------------------------------------------------------- each command
 
 
 def test_every_command_in_a_pipe(server: ServerProcess, pool: KeyPool) -> None:
-    made = keypool(server, "generate", "2", "-k")
-    assert (made.returncode, made.stderr) == (0, "")
-    [[key, number, _], _] = lines(made.stdout)
+    made = run_command(server, "generate", "2")
+    assert (made.status, made.err) == (0, "")
+    [[key, number, _], _] = made.lines
     assert pool.get(key).id == int(number)
 
-    [[masked, lease, *_]] = lines(keypool(server, "acquire", "--owner", "me").stdout)
-    assert "…" in masked
+    [[leased, lease, *_]] = run_command(server, "acquire", "--owner", "me").lines
     [row] = list(pool.rows(state="blocked"))
-    assert (row.owner, str(row.lease), row.hint) == ("me", lease, masked)
+    assert (row.owner, str(row.lease), row.id) == ("me", lease, pool.get(leased).id)
 
-    listed = lines(keypool(server, "list").stdout)
+    listed = run_command(server, "list").lines
     assert [int(columns[0]) for columns in listed] == sorted(row.id for row in pool.rows())
-    assert len(lines(keypool(server, "list", "--limit", "1").stdout)) == 1
-    assert len(lines(keypool(server, "list", "--state", "blocked").stdout)) == 1
+    assert len(run_command(server, "list", "--limit", "1").lines) == 1
+    assert len(run_command(server, "list", "--state", "blocked").lines) == 1
 
-    shown = dict(lines(keypool(server, "show", f"id:{row.id}").stdout))
+    shown = run_command(server, "show", f"id:{row.id}").fields
     assert (shown["state"], shown["owner"]) == ("blocked", "me")
     assert "key" not in shown
-    shown = dict(lines(keypool(server, "show", "-k", f"id:{row.id}").stdout))
-    assert pool.get(shown["key"]).id == row.id
+    assert run_command(server, "show", "-k", f"id:{row.id}").fields["key"] == leased
+    assert run_command(server, "show", "-", stdin=leased).fields["id"] == str(row.id)
 
-    stale = keypool(server, "unblock", shown["key"], "--lease", "999999")
-    assert stale.returncode == Status.LEASE_OVER
-    assert "stale-lease" in stale.stderr
-    freed = keypool(server, "unblock", shown["key"], "--lease", lease)
-    assert dict(lines(freed.stdout))["changed"] == "True"
-    assert keypool(server, "keepalive", key).returncode == 0
-    assert dict(lines(keypool(server, "stats").stdout))["total"] == "2"
-    gone = keypool(server, "delete", *(f"id:{columns[0]}" for columns in listed))
-    assert dict(lines(gone.stdout))["done"] == "2"
+    stale = run_command(server, "unblock", leased, "--lease", "999999")
+    assert stale.status == Status.LEASE_OVER
+    assert "stale-lease" in stale.err
+    assert run_command(server, "unblock", leased, "--lease", lease).fields["changed"] == "True"
+    assert run_command(server, "keepalive", key).status == 0
+    assert run_command(server, "stats").fields["total"] == "2"
+    gone = run_command(server, "delete", *(f"id:{columns[0]}" for columns in listed))
+    assert gone.fields["done"] == "2"
     assert pool.stats().total == 0
 
 
 def test_json(server: ServerProcess, pool: KeyPool) -> None:
     for words in (["--json", "generate", "3"], ["generate", "3", "--json"]):
-        made = [json.loads(line) for line in keypool(server, *words).stdout.splitlines()]
+        made = [json.loads(line) for line in run_command(server, *words).out.splitlines()]
         assert [set(row) for row in made] == [{"id", "key", "state", "expires_in"}] * 3
-        assert all("…" in row["key"] for row in made)
-    served = json.loads(keypool(server, "acquire", "-k", "--json").stdout)
+    served = json.loads(run_command(server, "acquire", "--json").out)
     assert pool.get(served["key"]).lease == served["lease"]
-    assert len(keypool(server, "list", "--json").stdout.splitlines()) == 6
-    assert json.loads(keypool(server, "show", "--json", served["key"]).stdout)["state"] == "blocked"
-    assert json.loads(keypool(server, "stats", "--json").stdout)["total"] == 6
-    assert json.loads(keypool(server, "unblock", "--json", served["key"]).stdout)["changed"] is True
-    assert json.loads(keypool(server, "keepalive", "--json", served["key"]).stdout)["expires_in"] == 300.0
-    assert json.loads(keypool(server, "delete", "--json", served["key"]).stdout)["done"] == 1
+    assert len(run_command(server, "list", "--json").lines) == 6
+    assert json.loads(run_command(server, "show", "--json", served["key"]).out)["state"] == "blocked"
+    assert json.loads(run_command(server, "stats", "--json").out)["total"] == 6
+    assert json.loads(run_command(server, "unblock", "--json", served["key"]).out)["changed"] is True
+    assert json.loads(run_command(server, "keepalive", "--json", served["key"]).out)["expires_in"] == 300.0
+    assert json.loads(run_command(server, "delete", "--json", served["key"]).out)["done"] == 1
 
 
 def test_keys_by_standard_input(server: ServerProcess, pool: KeyPool) -> None:
-    made = keypool(server, "generate", "1200", "-k").stdout
-    assert keypool(server, "keepalive", "-", stdin=made).stdout == "done\t1200\nunknown\t0\nstale\t0\n"
-    served = keypool(server, "acquire", "1200", "-k").stdout
+    """So that no key has to be an argument, which others can see."""
+    made = run_command(server, "generate", "1200").out
+    assert run_command(server, "keepalive", "-", stdin=made).out == "done\t1200\nunknown\t0\nstale\t0\n"
+    served = run_command(server, "acquire", "1200").out
     assert pool.stats().blocked == 1200
-    assert keypool(server, "unblock", "-", stdin=served).returncode == 0
+    assert run_command(server, "unblock", "-", stdin=served).status == 0
     assert pool.stats().blocked == 0
-    masked = keypool(server, "list").stdout
-    refused = keypool(
-        server, "delete", "-", stdin="\n".join(line.split("\t")[1] for line in masked.splitlines())
-    )
-    assert refused.returncode == Status.USAGE
-    assert "--show-keys" in refused.stderr
-    assert keypool(server, "delete", "-", stdin=made + "nobody\n").returncode == Status.UNKNOWN_KEY
+    # The second column of what generate prints is an id, not a lease number.
+    assert run_command(server, "unblock", "-", stdin=made).fields["stale"] == "0"
+    masked = "\n".join(hint for _, hint, *_ in run_command(server, "list").lines)
+    assert run_command(server, "delete", "-", stdin=masked).status == Status.USAGE
+    assert run_command(server, "delete", "-", stdin=made + "nobody\n").status == Status.UNKNOWN_KEY
     assert pool.stats().total == 0
-    assert keypool(server, "delete", "-", stdin="").returncode == Status.USAGE
+    assert run_command(server, "delete", "-", stdin="").status == Status.USAGE
+
+
+@pytest.mark.parametrize("command", ["unblock", "keepalive", "delete", "show"])
+def test_a_masked_key_is_recognised(command: str) -> None:
+    refused = run_command(None, command, "SPyr…mEqp")
+    assert refused.status == Status.USAGE
+    assert "masked" in refused.err
+    assert "--show-keys" in refused.err
+
+
+def test_a_client_gives_back_what_it_acquired(guarded_server: ServerProcess) -> None:
+    with KeyPool(url_of(guarded_server), ADMIN_TOKEN) as pool:
+        pool.generate()
+        served = run_command(guarded_server, "acquire", KEYPOOL_TOKEN=CLIENT_TOKEN).out
+        back = run_command(guarded_server, "unblock", "-", stdin=served, KEYPOOL_TOKEN=CLIENT_TOKEN)
+        assert back.fields["done"] == "1"
+        assert pool.stats().blocked == 0
+    clean(guarded_server, ADMIN_TOKEN)
+
+
+# --------------------------------------------------------------------------------------- usage, statuses, variables
 
 
 def test_exit_statuses(server: ServerProcess, pool: KeyPool) -> None:
-    assert keypool(server, "acquire").returncode == Status.NO_KEY
-    assert keypool(server, "show", "nobody").returncode == Status.UNKNOWN_KEY
-    assert keypool(server, "delete", "nobody").returncode == Status.UNKNOWN_KEY
-    assert keypool(server, "nonsense").returncode == Status.USAGE
-    assert keypool(server, "acquire", "--wait", "soon").returncode == Status.USAGE
-    assert keypool(server, "acquire", "--wait", "61").returncode == Status.USAGE
-    assert keypool(server, "--url", "nonsense", "stats").returncode == Status.USAGE
-    away = f"http://127.0.0.1:{unused_port()}"
-    gone = keypool(server, "--url", away, "--retry", "0", "stats")
-    assert gone.returncode == Status.UNREACHABLE
-    assert gone.stderr == f"keypool: can't reach {away}: Connection refused\n"
+    def status(*words: str) -> int:
+        return run_command(server, *words).status
+
+    assert status("acquire") == Status.NO_KEY
+    assert status("show", "nobody") == Status.UNKNOWN_KEY
+    assert status("delete", "nobody") == Status.UNKNOWN_KEY
+    assert status("--help") == 0
     with Proxy(server) as proxy:
         proxy.faults[:] = ["lose"]
-        lost = keypool(server, "--url", proxy.url, "generate")
-    assert lost.returncode == Status.UNCERTAIN
-    assert "may have happened" in lost.stderr
-    shown = keypool(None, "--help").stdout
+        lost = run_command(server, "--url", proxy.url, "generate")
+    assert lost.status == Status.UNCERTAIN
+    assert "may have taken effect" in lost.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["nonsense"],
+        ["acquire", "--wait", "soon"],
+        ["acquire", "--wait", "-1"],
+        ["acquire", "2", "--wait", "1"],
+        ["generate", "0"],
+        ["list", "--stat", "blocked"],
+        ["--url", "nonsense", "stats"],
+        ["--url", "nonsense", "events"],
+        ["unblock", "one", "two", "--lease", "1"],
+        ["--url", "http://127.0.0.1:1", "serve", "--port", "8888"],
+        ["--json", "serve"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_line(words: list[str]) -> None:
+    refused = run_command(None, *words)
+    assert (refused.status, refused.out) == (Status.USAGE, "")
+    assert len(refused.err.splitlines()) == 1
+    assert refused.err.startswith("keypool: ")
+
+
+def test_every_status_stands_in_help_and_docs() -> None:
+    shown = run_command(None, "--help").out
+    shown_for_run = run_command(None, "run", "--help").out
     documented = (ROOT / "docs" / "client.md").read_text(encoding="utf-8")
     for status in Status:
         assert f"{status.value:>3}  {status.about}" in shown
         assert f"| {status.value} | {status.about} |" in documented
+        assert (f"{status.value:>3}  {status.about}" in shown_for_run) == status.about.startswith("run:")
 
 
 def test_tokens_come_from_the_environment_or_a_file(guarded_server: ServerProcess, tmp_path: Path) -> None:
     server, file = guarded_server, tmp_path / "token"
     file.write_text(ADMIN_TOKEN + "\n")
-    assert keypool(server, "generate").returncode == Status.DENIED
-    assert keypool(server, "generate", KEYPOOL_TOKEN=CLIENT_TOKEN).returncode == Status.DENIED
-    assert keypool(server, "generate", KEYPOOL_TOKEN=ADMIN_TOKEN).returncode == 0
-    assert keypool(server, "generate", KEYPOOL_TOKEN_FILE=str(file)).returncode == 0
-    assert (
-        keypool(server, "generate", "--token-file", str(file), KEYPOOL_TOKEN="wrong-wrong-wrong").returncode
-        == 0
-    )
+    assert run_command(server, "generate").status == Status.DENIED
+    assert run_command(server, "generate", KEYPOOL_TOKEN=CLIENT_TOKEN).status == Status.DENIED
+    assert run_command(server, "generate", KEYPOOL_TOKEN=ADMIN_TOKEN).status == 0
+    assert run_command(server, "generate", KEYPOOL_TOKEN_FILE=str(file)).status == 0
+    assert run_command(server, "generate", KEYPOOL_TOKEN_FILE="~/token", HOME=str(tmp_path)).status == 0
+    by_flag = ["generate", "--token-file", str(file)]
+    assert run_command(server, *by_flag, KEYPOOL_TOKEN="wrong-wrong-wrong").status == 0
     for words in (["--token", ADMIN_TOKEN, "stats"], ["stats", f"--token={ADMIN_TOKEN}"]):
-        refused = keypool(server, *words)
-        assert refused.returncode == Status.USAGE
-        assert "KEYPOOL_TOKEN" in refused.stderr
-        assert ADMIN_TOKEN not in refused.stderr
+        refused = run_command(server, *words)
+        assert refused.status == Status.USAGE
+        assert "KEYPOOL_TOKEN" in refused.err
+        assert ADMIN_TOKEN not in refused.err
     file.write_text("two\nlines\n")
     for words in (["--token-file", str(file), "stats"], ["--token-file", str(tmp_path), "stats"]):
-        assert keypool(server, *words).returncode == Status.USAGE
+        assert run_command(server, *words).status == Status.USAGE
     clean(server, ADMIN_TOKEN)
 
 
-def test_an_owner_cannot_write_on_the_terminal(server: ServerProcess, pool: KeyPool) -> None:
-    """An owner's name is whatever a client sent; the server refuses control characters, others may not show."""
+def test_the_base_path_may_stand_in_the_url(server: ServerProcess) -> None:
+    assert run_command(None, "--url", f"{url_of(server)}/api/v1/", "stats").status == 0
+
+
+def test_a_misspelled_variable_is_noted(server: ServerProcess) -> None:
+    noted = run_command(server, "stats", KEYPOOL_TOKN="x", KEYPOOL_ADMIN_TOKEN_FILE="x", KEYPOOL_KEY="x")
+    assert noted.status == 0
+    assert [line.split()[1] for line in noted.err.splitlines()] == ["KEYPOOL_TOKN"]
+    assert "KEYPOOL_TOKEN?" in noted.err
+
+
+def test_an_unreachable_server() -> None:
+    away = f"http://127.0.0.1:{unused_port()}"
+    gone = run_command(None, "--url", away, "--retry", "0", "stats")
+    assert gone.status == Status.UNREACHABLE
+    assert gone.err == f"keypool: can't reach {away}: Connection refused\n"
+    gone = run_command(None, "--url", away, "--retry", "0.2", "stats")
+    assert gone.err.splitlines()[0] == "keypool: no answer from the server; retrying for 0.2 s"
+    assert len(gone.err.splitlines()) == 2
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client and most commands don't need the server's packages."""
+    monkeypatch.delitem(sys.modules, "keypool.cli.events", raising=False)
+    monkeypatch.setitem(sys.modules, "tornado.httpclient", None)
+    ran = run_command(None, "events")
+    assert ran.status == Status.FAILED
+    assert ran.err.count("\n") == 1
+    assert "keypool-service[server]" in ran.err
+
+
+# ------------------------------------------------------------------------------------------- masked keys, large N
+
+
+def test_keys_on_a_terminal_are_masked(server: ServerProcess, pool: KeyPool) -> None:
+    made = run_command(server, "generate", columns=80)
+    [row] = list(pool.rows())
+    assert row.hint in made.out
+    assert "--show-keys" in made.err
+    [key] = run_command(server, "show", "-k", f"id:{row.id}").fields["key"].split()
+    assert key not in made.out + made.err
+    refused = run_command(server, "acquire", columns=80)
+    assert refused.status == Status.USAGE
+    assert "--show-keys" in refused.err
+    assert pool.stats().blocked == 0, "a key whose text nobody has seen"
+    assert key in run_command(server, "acquire", "-k", columns=80).out
+
+
+def test_a_large_number_is_confirmed(
+    server: ServerProcess, pool: KeyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_UNASKED", 2)
+    assert run_command(server, "generate", "3").status == Status.USAGE
+    assert run_command(server, "generate", "3", columns=80, typed="n\n").status == Status.FAILED
+    assert pool.stats().total == 0
+    assert run_command(server, "generate", "3", "--yes").status == 0
+    assert run_command(server, "generate", "3", columns=80, typed="y\n").status == 0
+    assert pool.stats().total == 6
+
+
+def test_an_interrupted_generate_has_printed_all_its_keys(server: ServerProcess, pool: KeyPool) -> None:
+    with started(server, ["-m", "keypool", "generate", "500000", "--yes"]) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        printed = [first, *process.stdout]
+        assert process.wait(30) == Status.INTERRUPTED
+        noted = process.stderr.read()
+    assert len(printed) == pool.stats().total
+    assert all(line.count("\t") == 2 and line.endswith("\n") for line in printed)
+    assert f"{len(printed)} of 500000 keys were generated, {len(printed)} of them printed" in noted
+    assert "Traceback" not in noted
+
+
+def test_a_batch_that_fails_half_way_has_printed_what_it_made(start_server: Start) -> None:
+    made = run_command(start_server("--max-keys=1500"), "generate", "2000")
+    assert made.status == Status.FAILED
+    assert "pool-full" in made.err
+    assert len(made.lines) == 1000
+
+
+def test_a_key_that_nobody_could_read_is_given_back(server: ServerProcess, pool: KeyPool) -> None:
     pool.generate()
-    pool.acquire(owner="a\u202eb")
-    assert "\u202e" not in in_terminal(server, "list")[1]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with started(server, ["-m", "keypool", "acquire"], stdout=writer) as process:
+        os.close(writer)
+        assert process.wait(30) == Status.BROKEN_PIPE
+    assert pool.stats().blocked == 0
+
+
+def test_waiting_for_longer_than_one_call_may(
+    server: ServerProcess, pool: KeyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keypool.client.attempts._LONGEST_WAIT", 0.1)
+    before = pool.stats().refused
+    assert run_command(server, "acquire", "--wait", "0.35").status == Status.NO_KEY
+    assert pool.stats().refused >= before + 3
+    with started(server, ["-m", "keypool", "acquire", "--wait", "forever"]) as process:
+        eventually(lambda: pool.stats().waiting == 1, "a waiter")
+        made = pool.generate()
+        assert process.stdout is not None
+        assert process.stdout.read().split("\t")[0] == made.secret
 
 
 # ------------------------------------------------------------------------------------------------- on a terminal
@@ -186,26 +328,61 @@ def test_tables_on_a_terminal(server: ServerProcess, pool: KeyPool) -> None:
     heading, row = shown.strip().splitlines()
     assert status == 0
     assert "ID" in heading
-    assert "EXPIRES IN" in heading
+    assert "CREATED AT" in heading
     assert heading.startswith("\x1b[1m")
     assert made.hint in row
     assert "\t" not in row
-    assert made.key not in shown
-    assert json.loads(in_terminal(server, "list", "--json")[1])["id"] == made.id
+    assert made.secret not in shown
+
+
+def test_a_table_fits_the_terminal(server: ServerProcess, pool: KeyPool) -> None:
+    pool.generate_many(2)
+    served = pool.acquire(owner="an owner whose name is long " * 7)
+    pool.unblock(pool.acquire())
+    heading, *rows = run_command(server, "list", columns=80).out.splitlines()
+    assert max(map(len, [heading.replace("\x1b[1m", "").replace("\x1b[0m", ""), *rows])) <= 80
+    assert "EXPIRES" in heading
+    [held] = [row for row in rows if "blocked" in row]
+    [free] = [row for row in rows if "available" in row]
+    assert held.split()[-3] == str(served.lease)
+    assert free.split()[-3] == "-", "an old lease"
+    assert json.loads(run_command(server, "list", "--json", columns=80).out.splitlines()[0])["id"]
+
+
+def test_an_owner_cannot_write_on_the_terminal(server: ServerProcess, pool: KeyPool) -> None:
+    """An owner's name is whatever a client sent; the server refuses control characters, others may not show."""
+    pool.generate()
+    pool.acquire(owner="a\u202eb")
+    assert "\u202e" not in run_command(server, "list", columns=80).out
 
 
 def test_a_bar_for_long_batches_only(server: ServerProcess, pool: KeyPool) -> None:
-    _, shown = in_terminal(server, "generate", "2500", "--json")
-    assert "generating [" in shown
+    made = "".join(f"{key.secret}\n" for key in pool.generate_many(2500))
+    shown = run_command(server, "keepalive", "-", columns=80, typed=made).err
+    assert "keeping alive [" in shown
     assert "2000/2500" in shown
-    assert "generating [" not in in_terminal(server, "generate", "2", "--json")[1]
-    assert "generating" not in keypool(server, "generate", "1001").stderr
+    assert "keeping" not in run_command(server, "keepalive", "-", columns=80, typed=made[:100]).err
+    assert "keeping" not in run_command(server, "keepalive", "-", stdin=made).err
 
 
 def test_watching_stats_until_ctrl_c(server: ServerProcess, pool: KeyPool) -> None:
     status, shown = in_terminal(server, "stats", "--watch", "0.05", keys=b"\x03", until="\x1b[J")
     assert status == 130
     assert shown.count("available") >= 1
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_is_never_a_traceback() -> None:
+    """While modules are imported, too. Python's own start is left out: it may print one."""
+    code = """
+import os, signal, sys
+from keypool.cli import main as entry
+sys.argv[1:] = ["stats"]
+entry._run = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+entry.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), check=False)
+    assert (ran.returncode, ran.stderr) == (-signal.SIGINT, b"")
 
 
 # ----------------------------------------------------------------------------------------------------------- pipes
@@ -222,34 +399,16 @@ def test_a_reader_that_goes_away_ends_it_quietly(server: ServerProcess, pool: Ke
         assert process.stderr.read() == ""
 
 
-def test_a_key_that_nobody_could_read_is_given_back(server: ServerProcess, pool: KeyPool) -> None:
-    pool.generate()
-    reader, writer = os.pipe()
-    os.close(reader)
-    with started(server, ["-m", "keypool", "acquire", "-k"], stdout=writer) as process:
-        os.close(writer)
-        assert process.wait(30) == Status.BROKEN_PIPE
-    assert pool.stats().blocked == 0
-
-
-def test_a_batch_that_fails_half_way_prints_what_it_made(start_server: Start) -> None:
-    server = start_server("--max-keys=1500")
-    made = keypool(server, "generate", "2000", "-k")
-    assert made.returncode == Status.FAILED
-    assert "pool-full" in made.stderr
-    assert len(made.stdout.splitlines()) == 1000
-
-
 # -------------------------------------------------------------------------------------------------------- keepalive
 
 
-def test_keepalive_watch_keeps_on_and_tells_of_the_dead(start_server: Start) -> None:
+def test_keepalive_watch_reports_the_dead(start_server: Start) -> None:
     server = start_server("--keepalive-seconds=1.5")
     with KeyPool(url_of(server)) as pool:
         made = pool.generate_many(2)
         left = pool.generate()
         with started(
-            server, ["-m", "keypool", "keepalive", "--watch", *(key.key for key in made)]
+            server, ["-m", "keypool", "keepalive", "--watch", *(key.secret for key in made)]
         ) as process:
             eventually(lambda: pool.stats().kept_alive >= 2, "a first round")
             eventually(lambda: pool.stats().expired == 1, f"the end of {left.hint}")
@@ -260,12 +419,18 @@ def test_keepalive_watch_keeps_on_and_tells_of_the_dead(start_server: Start) -> 
             assert process.wait(30) == Status.UNKNOWN_KEY
 
 
+def test_keepalive_watch_ends_by_a_wrong_token(guarded_server: ServerProcess) -> None:
+    ran = run_command(guarded_server, "keepalive", "--watch", "nobody", KEYPOOL_TOKEN="wrong-wrong-wrong")
+    assert ran.status == Status.DENIED
+    assert "unauthorized" in ran.err
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_keepalive_watch_ends_by_a_signal(
     server: ServerProcess, pool: KeyPool, number: signal.Signals, status: int
 ) -> None:
     made, before = pool.generate(), pool.stats().kept_alive
-    with started(server, ["-m", "keypool", "keepalive", "--watch", made.key]) as process:
+    with started(server, ["-m", "keypool", "keepalive", "--watch", made.secret]) as process:
         eventually(lambda: pool.stats().kept_alive > before, "a first round")
         process.send_signal(number)
         assert process.wait(30) == status
@@ -275,32 +440,46 @@ def test_keepalive_watch_ends_by_a_signal(
 
 
 def test_completion_in_bash(tmp_path: Path) -> None:
-    def completed(*words: str) -> list[str]:
-        script = f"""
-            source {tmp_path}/keypool.bash
-            COMP_WORDS=({" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words) - 1}
-            _keypool; printf '%s\\n' "${{COMPREPLY[@]}}"
-        """
-        ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-        assert ran.stderr == ""
-        return ran.stdout.split()
-
-    (tmp_path / "keypool.bash").write_text(keypool(None, "completion", "bash").stdout)
-    assert {"serve", "acquire", "run", "events"} <= set(completed("keypool", ""))
-    assert completed("keypool", "acq") == ["acquire"]
-    assert completed("keypool", "list", "--st") == ["--state"]
-    assert completed("keypool", "list", "--state", "b") == ["blocked"]
-    assert completed("keypool", "--json", "completion", "f") == ["fish"]
+    cases = {
+        "keypool acq": {"acquire"},
+        "keypool list --st": {"--state"},
+        "keypool list --state b": {"blocked"},
+        "keypool list --state = b": {"blocked"},
+        "keypool --json completion f": {"fish"},
+        "keypool --url http://x li": {"list"},
+        "keypool --tok": {"--token-file"},
+        "keypool serve --http ": {"fast", "tornado"},
+        "keypool serve --key-": {"--key-length"},
+        "keypool serve --ur": set(),
+        "keypool run --overrun ": {"stop", "warn"},
+        "keypool run -- bas": {"bash"},
+        "keypool run --owner me bas": {"bash"},
+        "keypool run -- ls --ur": set(),
+    }
+    (tmp_path / "keypool.bash").write_text(run_command(None, "completion", "bash").out)
+    script = [f"PATH={tmp_path}", "enable compgen", f"source {tmp_path}/keypool.bash"]
+    (tmp_path / "bash").touch(mode=0o755)
+    for line in cases:
+        words = [*line.split(" ")]
+        quoted = " ".join(f"'{word}'" for word in words)
+        script.append(
+            f'COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _keypool; echo "${{COMPREPLY[@]}}"'
+        )
+    bash = shutil.which("bash") or "bash"
+    ran = subprocess.run([bash, "-c", "\n".join(script)], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+    completed = dict(zip(cases, (set(line.split()) for line in ran.stdout.split("\n")), strict=False))
+    assert completed == cases
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_syntactically_right(shell: str, tmp_path: Path) -> None:
-    script = keypool(None, "completion", shell)
-    assert script.returncode == 0
-    assert "acquire" in script.stdout
+    script = run_command(None, "completion", shell)
+    assert script.status == 0
+    assert "acquire" in script.out
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed here")
-    (tmp_path / "script").write_text(script.stdout)
+    (tmp_path / "script").write_text(script.out)
     subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
 
 
@@ -308,18 +487,20 @@ def test_completion_scripts_are_syntactically_right(shell: str, tmp_path: Path) 
 
 
 def test_serve_is_the_server(tmp_path: Path) -> None:
-    for words in (
-        ["serve", "--port=0", "--data=:memory:"],
-        ["serve", "--json", "--port=0", "--data=:memory:"],
-    ):
-        with started(None, ["-m", "keypool", *words]) as process:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if "ready on http://" in line:
-                    break
-            assert line.startswith("{") == ("--json" in words)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+    relative = os.path.relpath(tmp_path / "keys.db", ROOT / "tests")
+    words = ["serve", "--json", "--port=0", f"--data={relative}"]
+    with started(None, ["-m", "keypool", *words], more={"KEYPOOL_PROT": "1"}) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "ready on http://" in line:
+                break
+        assert line.startswith("{")
+        assert any("restored from /" in each for each in lines), "the data file's absolute path"
+        assert any("did you mean KEYPOOL_PORT?" in each for each in lines)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
     wrong = keypool(None, "serve", "--nonsense")
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
@@ -330,9 +511,20 @@ def test_serve_is_the_server(tmp_path: Path) -> None:
     ).stdout.splitlines()[1:]  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", ["--help", "--print-config"])
+def test_serve_without_a_reader(flag: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with started(None, ["-m", "keypool", "serve", flag], stdout=writer) as process:
+        os.close(writer)
+        assert process.wait(30) == Status.BROKEN_PIPE
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 def test_starting_takes_no_longer_than_it_must() -> None:
-    """A small command imports neither asyncio nor any package: it is in scripts, in loops."""
-    code = "import sys; from keypool.cli.main import main; main(['completion', 'bash'])"
+    """A small command imports neither asyncio nor any package of the server: it is in scripts, in loops."""
+    code = "import sys; from keypool.cli.main import main; main(['show', 'a…b'])"
     code += "; print(*sys.modules, file=sys.stderr)"
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True

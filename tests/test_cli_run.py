@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from client_support import clean, keypool, started, unused_port, url_of
+from cli_support import run_command
+from client_support import Proxy, clean, keypool, started, unused_port, url_of
 from conftest import Start
 from support import ServerProcess, eventually
 from test_cli import in_terminal
 
+from keypool.cli.status import Status
 from keypool.client import KeyPool
 
 
@@ -31,18 +33,16 @@ def test_the_command_has_the_key_and_its_status_is_passed_on(server: ServerProce
     )
     assert ran.returncode == 7
     row = pool.get(made)
-    assert ran.stdout == f"{made.key} {row.lease}\ninput"
+    assert ran.stdout == f"{made.secret} {row.lease}\ninput"
     assert ran.stderr == ""
     assert row.state == "available"
-    assert (
-        keypool(server, "run", "--env", "API_KEY", "--", "sh", "-c", "echo $API_KEY").stdout
-        == f"{made.key}\n"
-    )
-    assert keypool(server, "run", "--", "sh", "-c", "kill -9 $$").returncode == 128 + 9
+    by_name = keypool(server, "run", "--env", "API_KEY", "--", "sh", "-c", "echo $API_KEY")
+    assert by_name.stdout == f"{made.secret}\n"
+    assert run_command(server, "run", "--", "sh", "-c", "kill -9 $$").status == 128 + 9
     assert pool.stats().blocked == 0
 
 
-def test_who_holds_it_is_seen(server: ServerProcess, pool: KeyPool) -> None:
+def test_the_holder_is_named(server: ServerProcess, pool: KeyPool) -> None:
     made = pool.generate()
     with started(server, ["-m", "keypool", "run", "--", "sleep", "60"]):
         eventually(lambda: pool.get(made).state == "blocked", "a key at work")
@@ -52,15 +52,40 @@ def test_who_holds_it_is_seen(server: ServerProcess, pool: KeyPool) -> None:
         eventually(lambda: pool.get(made).owner == "night", "its owner")
 
 
-def test_what_can_not_be_run(server: ServerProcess, pool: KeyPool) -> None:
-    assert keypool(server, "run", "--", "true").returncode == 125  # no key
-    assert keypool(server, "run", "--").returncode == 2
+def test_each_failure_has_its_own_status(server: ServerProcess, pool: KeyPool) -> None:
+    def status(*words: str) -> int:
+        return run_command(server, *words).status
+
+    assert status("run", "--", "true") == Status.RUN_NO_KEY
     pool.generate()
-    assert keypool(server, "run", "--", "no-such-command").returncode == 127
-    assert keypool(server, "run", "--", "/dev/null").returncode == 126
-    away = keypool(server, "--url", f"http://127.0.0.1:{unused_port()}", "--retry", "0", "run", "--", "true")
-    assert away.returncode == 125
-    assert pool.stats().blocked == 0
+    assert status("run", "--", "no-such-command") == Status.RUN_NOT_FOUND
+    assert status("run", "--", "/dev/null") == Status.RUN_NOT_EXECUTABLE
+    away = f"http://127.0.0.1:{unused_port()}"
+    assert status("--url", away, "--retry", "0", "run", "--", "true") == Status.RUN_UNREACHABLE
+    with Proxy(server) as proxy:
+        proxy.faults[:] = ["lose"]
+        assert status("--url", proxy.url, "run", "--", "true") == Status.RUN_UNCERTAIN
+    assert pool.stats().blocked == 1, "the key of the answer that was lost"
+
+
+def test_a_refused_token_has_its_own_status(guarded_server: ServerProcess) -> None:
+    refused = run_command(guarded_server, "run", "--", "true", KEYPOOL_TOKEN="wrong-wrong-wrong")
+    assert refused.status == Status.RUN_DENIED
+    assert "true was not run" in refused.err
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["run", "--"], ["run", "--env", "A=B", "--", "env"], ["run", "--env", "", "--", "env"],
+              ["run", "--nonsense", "--", "true"], ["run", "--token-file", "/none", "--", "true"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_leases_nothing(server: ServerProcess, pool: KeyPool, words: list[str]) -> None:
+    pool.generate()
+    before = pool.stats().acquired
+    refused = run_command(server, *words)
+    assert refused.status == Status.RUN_FAILED
+    assert len(refused.err.splitlines()) == 1
+    assert pool.stats().acquired == before
 
 
 def test_it_waits_for_a_key(server: ServerProcess, pool: KeyPool) -> None:
@@ -76,7 +101,14 @@ def test_it_waits_for_a_key(server: ServerProcess, pool: KeyPool) -> None:
 TRAPS = "trap 'echo got {0}; exit 3' {0}; echo ready; while :; do sleep 0.05; done"
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TERM",
+        "INT",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("HUP", "QUIT", "USR1", "USR2")),
+    ],
+)
 def test_signals_are_passed_on_once(server: ServerProcess, pool: KeyPool, name: str) -> None:
     pool.generate()
     with started(server, ["-m", "keypool", "run", "--", "bash", "-c", TRAPS.format(name)]) as process:
@@ -88,9 +120,11 @@ def test_signals_are_passed_on_once(server: ServerProcess, pool: KeyPool, name: 
     assert pool.stats().blocked == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.thorough)]
+)
 def test_a_command_that_a_signal_ends(server: ServerProcess, pool: KeyPool, number: signal.Signals) -> None:
-    """It goes to all that the command started, too."""
+    """Its whole process group gets the signal."""
     pool.generate()
     script = "sleep 60 & echo $!; wait"
     with started(server, ["-m", "keypool", "run", "--", "sh", "-c", script]) as process:
@@ -128,7 +162,7 @@ def test_ended_while_it_waits_for_a_key(server: ServerProcess, pool: KeyPool, nu
 
 
 def test_ctrl_c_reaches_the_command_once(server: ServerProcess, pool: KeyPool) -> None:
-    """The terminal sends it to both; so keypool doesn't pass it on, and outlives the command."""
+    """The terminal sends it to both, so keypool doesn't pass it on. It outlives the command."""
     pool.generate()
     script = "n=0; trap 'n=$((n+1))' INT; echo ready; while [ $n = 0 ]; do sleep 0.05; done; sleep 0.3; echo got $n"
     status, shown = in_terminal(server, "run", "--", "bash", "-c", script, keys=b"\x03", until="ready")
@@ -139,7 +173,7 @@ def test_ctrl_c_reaches_the_command_once(server: ServerProcess, pool: KeyPool) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do it")
 def test_a_kill_that_can_not_be_caught_ends_the_command(server: ServerProcess, pool: KeyPool) -> None:
-    """The key comes free by its deadline; until then, and after, nobody goes on using it."""
+    """Nobody goes on using the key, which its deadline releases."""
     pool.generate()
     script = "trap 'kill %1; exit' TERM; sleep 60 & echo $$; wait"
     with started(server, ["-m", "keypool", "run", "--", "bash", "-c", script]) as process:
@@ -154,9 +188,20 @@ def test_a_command_that_outlives_its_lease(start_server: Start) -> None:
     server = start_server("--block-seconds=0.5")
     with KeyPool(url_of(server)) as pool:
         pool.generate()
-        ran = keypool(server, "run", "--", "sleep", "1")
-        assert ran.returncode == 0
-        assert "the lease is over" in ran.stderr
-        stopped = keypool(server, "run", "--overrun", "stop", "--", "sleep", "60")
-        assert stopped.returncode == 128 + signal.SIGTERM
-        assert "it is ended" in stopped.stderr
+        stopped = run_command(server, "run", "--", "sleep", "60")
+        assert stopped.status == Status.RUN_LEASE_OVER
+        assert stopped.err.count("the lease is over") == 1
+        assert "it is stopped" in stopped.err
+        ran = run_command(server, "run", "--overrun", "warn", "--", "sh", "-c", "sleep 1; exit 3")
+        assert ran.status == 3
+        assert "it goes on" in ran.err
+
+
+def test_a_lease_that_was_ended_by_somebody_else(server: ServerProcess, pool: KeyPool) -> None:
+    """The command ended by itself, but somebody else may have used the key meanwhile."""
+    made = pool.generate()
+    with started(server, ["-m", "keypool", "run", "--", "sh", "-c", "echo started; sleep 1"]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        pool.unblock(made)
+        assert process.wait(30) == Status.RUN_LEASE_OVER

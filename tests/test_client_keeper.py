@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
@@ -15,9 +16,10 @@ from client_support import KINDS, Proxy, clean, started, unused_port, url_of
 from conftest import Start
 from support import ServerProcess, eventually
 
-from keypool.client import AsyncKeyPool, KeyPool, Retry
-from keypool.client.by_tornado import TornadoTransport
+from keypool.client import AsyncKeyPool, KeyPool, KeyPoolError, Retry, Unauthorized, Unreachable
+from keypool.client.attempts import Answer, Pause, Send
 from keypool.client.rounds import Rounds
+from keypool.client.settings import Settings
 from keypool.config.settings import load
 from keypool.core.errors import SettingsError
 
@@ -42,28 +44,23 @@ class Kept:
     def __init__(self, kind: str, url: str, keys: list[Any], **options: Any) -> None:
         self.dead: list[str] = []
         self.errors: list[Exception] = []
+        self._token = options.pop("token", None)
         options |= {"on_dead": self.dead.append, "on_error": self.errors.append}
         self._stop = threading.Event()
         self._ready = threading.Event()
         self.keeper: Any = None
         target: Callable[..., object] = (
-            self._sync if kind == "sync" else lambda *a: asyncio.run(self._async(kind, *a))
+            self._sync if kind == "sync" else lambda *a: asyncio.run(self._async(*a))
         )
         self._thread = threading.Thread(target=target, args=(url, keys, options))
 
     def _sync(self, url: str, keys: list[Any], options: dict[str, Any]) -> None:
-        with KeyPool(url) as pool, pool.keeper(keys, **options) as self.keeper:
+        with KeyPool(url, self._token) as pool, pool.keeper(keys, **options) as self.keeper:
             self._ready.set()
             self._stop.wait()
 
-    async def _async(self, kind: str, url: str, keys: list[Any], options: dict[str, Any]) -> None:
-        from keypool.client.by_aiohttp import AiohttpTransport
-
-        transport: Any = AiohttpTransport if kind == "aiohttp" else TornadoTransport
-        async with (
-            AsyncKeyPool(url, transport=transport) as pool,
-            pool.keeper(keys, **options) as self.keeper,
-        ):
+    async def _async(self, url: str, keys: list[Any], options: dict[str, Any]) -> None:
+        async with AsyncKeyPool(url, self._token) as pool, pool.keeper(keys, **options) as self.keeper:
             self._ready.set()
             await asyncio.to_thread(self._stop.wait)
         assert len(asyncio.all_tasks()) == 1
@@ -85,7 +82,7 @@ def test_keys_live_on_and_dead_ones_are_told_once(start_server: Start, kind: str
     server = start_server(f"--keepalive-seconds={LIFE}")
     with KeyPool(url_of(server)) as pool:
         kept, left = pool.generate_many(20), pool.generate()
-        with Kept(kind, pool._caller.address.url, [*kept, "never-there"]) as work:
+        with Kept(kind, url_of(server), [*kept, "never-there"]) as work:
             eventually(lambda: work.dead == ["never-there"], "the key that never was to be told")
             work.keeper.discard(kept[1])
             work.keeper.discard("unheard of")
@@ -95,10 +92,10 @@ def test_keys_live_on_and_dead_ones_are_told_once(start_server: Start, kind: str
             assert work.dead == ["never-there"]
             pool.delete(kept[0])
             eventually(lambda: len(work.dead) == 2, "the deleted key to be told")
-            assert work.dead[1] == kept[0].key
-            assert sorted(work.keeper.keys) == sorted(key.key for key in kept[2:])
+            assert work.dead[1] == kept[0].secret
+            assert sorted(work.keeper.keys) == sorted(key.secret for key in kept[2:])
             assert not work.errors
-        assert left.key not in work.dead
+        assert left.secret not in work.dead
         assert len(work.dead) == 2
 
 
@@ -146,7 +143,7 @@ def test_a_failed_round_is_tried_again_until_it_works(start_server: Start) -> No
         assert not work.dead
 
 
-@pytest.mark.parametrize("kind", ["sync", "aiohttp"])
+@pytest.mark.parametrize("kind", ["sync", "async"])
 def test_it_survives_a_restart_and_tells_what_did_not(start_server: Start, kind: str) -> None:
     """A server in memory forgets its keys: the keeper goes on until it is back, and then reports each."""
     port = unused_port()
@@ -160,10 +157,10 @@ def test_it_survives_a_restart_and_tells_what_did_not(start_server: Start, kind:
             start_server(f"--port={port}", "--keepalive-seconds=3")
             eventually(lambda: len(work.dead) == 3, "the dead keys to be told")
             assert work.keeper.running
-            assert sorted(work.dead) == sorted(key.key for key in made)
+            assert sorted(work.dead) == sorted(key.secret for key in made)
 
 
-@pytest.mark.parametrize("kind", ["sync", "aiohttp"])
+@pytest.mark.parametrize("kind", ["sync", "async"])
 def test_keys_survive_a_restart_with_a_keeper(start_server: Start, tmp_path: Path, kind: str) -> None:
     flags = [*durable(tmp_path), f"--port={unused_port()}", "--keepalive-seconds=10"]
     first = start_server(*flags)
@@ -188,7 +185,7 @@ def test_stopping_does_not_wait_for_a_silent_server(server: ServerProcess) -> No
             keeper.stop()
             keeper.stop()
             assert not keeper.running
-            with pytest.raises(RuntimeError, match="once"):
+            with pytest.raises(KeyPoolError, match="once"):
                 keeper.start()
 
 
@@ -201,7 +198,7 @@ def test_a_callback_that_fails_is_logged_and_no_more(
     with KeyPool(url_of(server)) as pool:
         made = pool.generate()
         with pool.keeper(["dead", made], on_dead=fail) as keeper:
-            eventually(lambda: keeper.keys == [made.key], "the dead key to go")
+            eventually(lambda: keeper.keys == [made.secret], "the dead key to go")
             eventually(lambda: pool.stats().kept_alive >= 2, "the other one")
             assert keeper.running
     assert "callback" in caplog.text
@@ -256,19 +253,34 @@ print("end")
 
 def test_rounds_without_any_server() -> None:
     """The rule alone: batches of a thousand, a pause of a third less a tenth at most, shorter after a failure."""
-    rounds = Rounds([f"key-{number}" for number in range(2500)], None, None, 300.0)
-    asked = rounds.round()
-    sizes = [len((next(asked).body or {})["keys"])]
-    from keypool.client import Done, Unreachable
-
-    sizes.extend(len((asked.send(Done(1000, [])).body or {})["keys"]) for _ in range(2))
-    with pytest.raises(StopIteration):
-        asked.send(Done(500, ["key-2400"]))
+    rounds = Rounds(Settings.of(), [f"key-{number}" for number in range(2500)], keepalive_seconds=300.0)
+    steps = rounds.steps()
+    step = next(steps)
+    sizes = []
+    for unknown in ([], [], ["key-2400"]):
+        assert isinstance(step, Send)
+        keys = json.loads(step.body or b"")["keys"]
+        sizes.append(len(keys))
+        done = {"done": len(keys) - len(unknown), "unknown": unknown}
+        step = steps.send(Answer(200, {}, json.dumps(done).encode()))
     assert sizes == [1000, 1000, 500]
+    assert isinstance(step, Pause)
     assert "key-2400" not in rounds.keys
-    assert {90 <= (rounds.pause() or 0) <= 100 for _ in range(50)} == {True}
-    failing = rounds.round()
-    next(failing)
+    assert {90 <= rounds.pause() <= 100 for _ in range(50)} == {True}
+    rounds.add("one-more")
+    assert isinstance(steps.send(None), Send)
+    pause = steps.throw(Unreachable("away"))
+    assert isinstance(pause, Pause)
+    assert 0 < (pause.seconds or 0) <= 5
+    rounds.add("another")
+    assert isinstance(steps.send(None), Send)
     with pytest.raises(StopIteration):
-        failing.send(Unreachable("away"))
-    assert 0 < (rounds.pause() or 0) <= 5
+        steps.throw(Unauthorized("no"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_token_stops_the_keeper(guarded_server: ServerProcess, kind: str) -> None:
+    with Kept(kind, url_of(guarded_server), ["some-key"], token="wrong-token-0123456789") as work:
+        eventually(lambda: work.keeper.running is False, "the keeper to stop")
+        assert isinstance(work.keeper.error, Unauthorized)
+        assert [type(error) for error in work.errors] == [Unauthorized]

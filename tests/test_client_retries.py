@@ -1,8 +1,12 @@
-"""What the client sends again after which failure, told by what a real server did and what a bad proxy saw."""
+"""What the client sends again after which failure, seen by what a real server did and what a bad proxy received."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +22,17 @@ from keypool.client import (
     GatewayError,
     KeyPool,
     KeyPoolError,
+    NoKeyAvailable,
+    PoolClosed,
     Retry,
     StaleLease,
     UnexpectedAnswer,
     UnknownKey,
     Unreachable,
+    calls,
 )
-from keypool.client.retry import Attempts
-from keypool.client.wire import Answer
+from keypool.client.attempts import Answer, Pause, Send, perform
+from keypool.client.settings import Settings
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def driver(request: pytest.FixtureRequest, proxy: Proxy) -> Iterator[Driver]:
 Ask = Callable[[Driver, Any], Any]
 
 SAFE: dict[str, Ask] = {
-    "get": lambda driver, key: driver.get(key.key),
+    "get": lambda driver, key: driver.get(key.secret),
     "stats": lambda driver, key: driver.stats(),
     "page": lambda driver, key: driver.page(),
     "reveal": lambda driver, key: driver.reveal(key.id),
@@ -54,16 +61,22 @@ SAFE: dict[str, Ask] = {
     "unblock_many with lease": lambda driver, key: driver.unblock_many([key]),
     "delete": lambda driver, key: driver.delete(key),
     "delete_many": lambda driver, key: driver.delete_many([key]),
+    "acquire that waits": lambda driver, key: driver.acquire(wait=5),
+    "acquire without end": lambda driver, key: driver.acquire(wait=None),
 }
 UNSAFE: dict[str, Ask] = {
     "generate": lambda driver, key: driver.generate(),
     "generate_many": lambda driver, key: driver.generate_many(2),
     "acquire": lambda driver, key: driver.acquire(),
-    "acquire_many": lambda driver, key: driver.acquire_many(2),
-    "unblock": lambda driver, key: driver.unblock(key.key),
-    "unblock_many": lambda driver, key: driver.unblock_many([key, key.key]),
+    "acquire_many": lambda driver, key: driver.wait(_many(driver)),
+    "unblock": lambda driver, key: driver.unblock(key.secret),
+    "unblock_many": lambda driver, key: driver.unblock_many([key, key.secret]),
 }
 UNCERTAIN = ("reset", "swallow", "lose", "cut", "502", "503", "504")
+
+
+def _many(driver: Driver) -> Any:
+    return driver.pool.acquire_many(2)
 
 
 def _held(server: ServerProcess) -> Any:
@@ -73,7 +86,7 @@ def _held(server: ServerProcess) -> Any:
 
 
 @pytest.mark.parametrize("name", SAFE)
-def test_what_is_safe_is_repeated(server: ServerProcess, proxy: Proxy, driver: Driver, name: str) -> None:
+def test_safe_calls_are_repeated(server: ServerProcess, proxy: Proxy, driver: Driver, name: str) -> None:
     key = _held(server)
     proxy.faults[:] = ["lose"]
     SAFE[name](driver, key)
@@ -82,7 +95,7 @@ def test_what_is_safe_is_repeated(server: ServerProcess, proxy: Proxy, driver: D
 
 
 @pytest.mark.parametrize("fault", UNCERTAIN)
-def test_until_it_works(server: ServerProcess, proxy: Proxy, driver: Driver, fault: str) -> None:
+def test_until_they_succeed(server: ServerProcess, proxy: Proxy, driver: Driver, fault: str) -> None:
     key = _held(server)
     proxy.faults[:] = [fault] * 3
     assert driver.keepalive(key).id == key.id
@@ -91,7 +104,7 @@ def test_until_it_works(server: ServerProcess, proxy: Proxy, driver: Driver, fau
 
 @pytest.mark.parametrize("fault", ["lose", "502"])
 @pytest.mark.parametrize("name", UNSAFE)
-def test_what_is_not_safe_is_never_repeated(
+def test_unsafe_calls_are_never_repeated(
     server: ServerProcess, proxy: Proxy, driver: Driver, name: str, fault: str
 ) -> None:
     key = _held(server)
@@ -102,81 +115,122 @@ def test_what_is_not_safe_is_never_repeated(
     assert len(proxy.requests) == 1
 
 
-def test_unblocking_without_a_number_robs_nobody(server: ServerProcess, proxy: Proxy) -> None:
-    """The reason: after the lost answer somebody else may hold the key. With its number, a repetition is harmless."""
+def test_why_an_unblock_without_a_number_is_not_repeated(server: ServerProcess, proxy: Proxy) -> None:
+    """After the lost answer someone else may hold the key. With its number, a repetition is harmless."""
     with KeyPool(url_of(server)) as direct, KeyPool(proxy.url, retry=QUICK) as pool:
         direct.generate()
         mine = direct.acquire()
         proxy.faults[:] = ["lose"]
         with pytest.raises(AnswerLost):
-            pool.unblock(mine.key)
+            pool.unblock(mine.secret)
         theirs = direct.acquire()
-        assert theirs.key == mine.key
+        assert theirs.secret == mine.secret
         proxy.faults[:] = ["swallow"]
         with pytest.raises(StaleLease) as stale:
             pool.unblock(mine)
         assert stale.value.repeated
-        assert direct.get(mine.key).lease == theirs.lease
+        assert direct.get(mine.secret).lease == theirs.lease
         assert direct.unblock(theirs).changed
 
 
-def test_a_repetition_says_so(server: ServerProcess, proxy: Proxy, driver: Driver) -> None:
+def test_the_result_of_a_repetition_is_marked(server: ServerProcess, proxy: Proxy, driver: Driver) -> None:
     key = _held(server)
     proxy.faults[:] = ["lose"]
     answer = driver.unblock(key)
     assert (answer.changed, answer.repeated) == (False, True)
     proxy.faults[:] = ["lose"]
     gone = driver.delete_many([key])
-    assert (gone.done, gone.unknown, gone.repeated) == (0, [key.key], True)
+    assert (gone.done, gone.unknown, gone.repeated) == (0, [key.secret], True)
     with pytest.raises(UnknownKey):
         driver.delete(key)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_connection_refused_is_tried_again_for_every_call(server: ServerProcess, kind: str) -> None:
-    """Somebody listens at last: even generate, which is never repeated once it was sent, gets through, once."""
+def test_a_refused_connection_is_tried_again_for_every_call(server: ServerProcess, kind: str) -> None:
+    """When a server listens at last, even generate gets through, once."""
     port = unused_port()
-    failures: list[KeyPoolError] = []
-
-    class Watched(Retry):
-        def pause(self, count: int) -> float:
-            failures.append(KeyPoolError(str(count)))
-            return 0.05
-
+    before = server.client().stats()["generated"]
     with (
         contextlib.ExitStack() as stack,
-        Driver(kind, f"http://127.0.0.1:{port}", retry=Watched(60)) as driver,
+        Driver(kind, f"http://127.0.0.1:{port}", timeout=60, retry=Retry(60, 0.05, 0.05)) as driver,
     ):
-        before = server.client().stats()["generated"]
-
-        def listen() -> None:
-            eventually(lambda: len(failures) >= 3, "some refused connections")
-            stack.enter_context(Proxy(server, port))
-
-        thread = threading.Thread(target=listen)
-        thread.start()
+        timer = threading.Timer(0.5, lambda: stack.enter_context(Proxy(server, port)))
+        timer.start()
         driver.generate()
-        thread.join()
-        assert server.client().stats()["generated"] == before + 1
+        timer.join()
+    assert server.client().stats()["generated"] == before + 1
     clean(server)
 
 
+# -------------------------------------------------------------------------------------------------- limits of time
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_patience_ends(kind: str) -> None:
-    patience = Retry(0.2, first=0.01)
+@pytest.mark.parametrize("retry", [Retry(0.2, first=0.01), 0, 2])
+def test_retries_end(kind: str, retry: Retry | int) -> None:
     with (
-        Driver(kind, f"http://127.0.0.1:{unused_port()}", retry=patience) as driver,
+        Driver(kind, f"http://127.0.0.1:{unused_port()}", retry=retry) as driver,
         pytest.raises(Unreachable) as refused,
     ):
         driver.stats()
     assert not refused.value.may_have_happened
 
 
-def test_no_patience_at_all(proxy: Proxy) -> None:
-    proxy.faults[:] = ["503"]
-    with KeyPool(proxy.url, retry=Retry(0)) as pool, pytest.raises(GatewayError):
+@pytest.mark.parametrize(("retry", "requests"), [(0, 1), (Retry(0), 1), (2, 3)])
+def test_a_number_of_retries(proxy: Proxy, retry: Retry | int, requests: int) -> None:
+    proxy.faults[:] = ["503"] * 5
+    with KeyPool(proxy.url, retry=retry) as pool, pytest.raises(GatewayError):
         pool.stats()
-    assert len(proxy.requests) == 1
+    assert len(proxy.requests) == requests
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_timeout_bounds_a_call_with_all_its_retries(
+    server: ServerProcess, proxy: Proxy, kind: str
+) -> None:
+    """Against a silent server, one that sends a byte now and then, and one that refuses again and again."""
+    with Driver(kind, proxy.url, timeout=0.5) as driver:
+        for faults in (["mute"] * 9, ["trickle"] * 9, ["503"] * 999):
+            proxy.faults[:] = faults
+            began = time.monotonic()
+            with pytest.raises((AnswerLost, GatewayError)):
+                driver.stats()
+            assert time.monotonic() - began < 1.5
+
+
+def test_a_host_that_does_not_answer_is_unreachable_in_time() -> None:
+    """A full listen queue swallows connections as a dead host does."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        for kind in KINDS:
+            driver = stack.enter_context(
+                Driver(kind, f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5)
+            )
+            with pytest.raises(Unreachable) as refused:
+                driver.generate()
+            assert not refused.value.may_have_happened
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"timeout": 0}, {"timeout": -1}, {"timeout": math.nan}, {"retry": -1}, {"retry": 1.5}, {"retry": True}],
+)
+def test_limits_that_make_no_sense(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        KeyPool(**options)
+
+
+@pytest.mark.parametrize("wait", [-1, math.inf, math.nan])
+def test_waits_that_make_no_sense(wait: float) -> None:
+    with KeyPool() as pool:
+        with pytest.raises(ValueError, match="wait"):
+            pool.acquire(wait=wait)
+        with pytest.raises(ValueError, match="wait"), pool.lease(wait=wait):
+            pass
 
 
 def test_retry_after_is_waited_for(proxy: Proxy, driver: Driver) -> None:
@@ -187,7 +241,7 @@ def test_retry_after_is_waited_for(proxy: Proxy, driver: Driver) -> None:
     assert len(proxy.requests) == 2
 
 
-def test_a_retry_after_beyond_all_patience_ends_it_at_once(proxy: Proxy, driver: Driver) -> None:
+def test_a_retry_after_beyond_all_limits_ends_the_call_at_once(proxy: Proxy, driver: Driver) -> None:
     proxy.faults[:] = ["503 3600"]
     with pytest.raises(GatewayError) as refused:
         driver.stats()
@@ -195,80 +249,33 @@ def test_a_retry_after_beyond_all_patience_ends_it_at_once(proxy: Proxy, driver:
     assert len(proxy.requests) == 1
 
 
-def test_a_retry_after_in_the_form_of_a_date(server: ServerProcess) -> None:
-    """It counts from the answer's own date, however wrong that clock is."""
-    with KeyPool("http://127.0.0.1:1") as pool:
-        from keypool.client import calls
-
-        attempts = Attempts(calls.stats(), pool._caller.address, None, 1, Retry(60, first=0.01))
-    headers = {"Date": "Tue, 01 Jan 2030 00:00:00 GMT", "retry-after": "Tue, 01 Jan 2030 00:00:30 GMT"}
-    assert attempts.answered(Answer(503, headers, b"", 0, 0)) == 30
-    for nonsense in ("soon", "-1", "", "9" * 400):
-        answer = Answer(503, {"Retry-After": nonsense}, b"", 0, 0)
-        with contextlib.suppress(KeyPoolError):  # where it is beyond all patience
-            assert (attempts.answered(answer) or 0) < 60
-
-
 @pytest.mark.parametrize(
     "body", ["garbage", "200 {}", "200 <html>", "200 [1]", "301", "200 " + "[" * 100_000]
 )
 def test_garbage_is_an_error_and_not_repeated(proxy: Proxy, driver: Driver, body: str) -> None:
     proxy.faults[:] = [body]
-    if body == "garbage" and driver.kind == "tornado":
-        driver.stats()  # Tornado tells it as a closed connection, after which a safe call is sent again
-        return
     with pytest.raises(UnexpectedAnswer) as wrong:
         driver.stats()
     assert "URL" in str(wrong.value)
     assert len(proxy.requests) == 1
 
 
-def test_a_silent_server_is_left(server: ServerProcess, proxy: Proxy) -> None:
-    for kind in KINDS:
-        proxy.faults[:] = ["mute", "mute"]
-        with Driver(kind, proxy.url, timeout=0.3, retry=Retry(0)) as driver:
-            with pytest.raises(AnswerLost, match="in time"):
-                driver.generate()
-            with pytest.raises(AnswerLost, match="in time"):
-                driver.stats()
+# -------------------------------------------------------------------------------------------- the rules by themselves
 
 
-def test_draining_is_no_reason_to_stop_waiting(start_server: Start) -> None:
-    """A waiter who is told that the server stops has been leased nothing: it asks the next server."""
-    port = unused_port()
-    with KeyPool(f"http://127.0.0.1:{port}", retry=Retry(60, most=0.1)) as pool:
-        first = start_server(f"--port={port}")
-        got: list[str] = []
-        thread = threading.Thread(target=lambda: got.append(pool.acquire(wait=60).key))
-        thread.start()
-        with KeyPool(f"http://127.0.0.1:{port}") as other:
-            eventually(lambda: other.stats().waiting == 1, "a waiter")
-        first.finish()
-        second = start_server(f"--port={port}")
-        made = second.client().make()
-        thread.join(60)
-        assert got == [made["key"]]
+def _steps(**options: Any) -> Any:
+    return perform(calls.stats(), Settings.of(**options))
 
 
-def test_a_connection_that_the_server_closed_is_noticed(start_server: Start) -> None:
-    """Keep-alive over a restart: the end of the old connection is seen before a call is entrusted to it."""
-    port = unused_port()
-    with KeyPool(f"http://127.0.0.1:{port}", retry=Retry(0)) as pool:
-        first = start_server(f"--port={port}")
-        pool.generate()
-        first.finish()
-        start_server(f"--port={port}")
-        pool.generate()
-        assert pool.stats().generated == 1
-
-
-def test_connections_are_kept(server: ServerProcess) -> None:
-    with KeyPool(url_of(server)) as pool:
-        for _ in range(3):
-            pool.stats()
-        [connection] = pool._caller._transport._idle
-        pool.stats()
-        assert pool._caller._transport._idle == [connection]
+def test_a_retry_after_that_is_a_date() -> None:
+    """It counts from the answer's own date, however wrong that clock is."""
+    steps = _steps(timeout=100, retry=Retry(100, first=0.01))
+    next(steps)
+    headers = {"date": "Tue, 01 Jan 2030 00:00:00 GMT", "retry-after": "Tue, 01 Jan 2030 00:00:30 GMT"}
+    assert steps.send(Answer(503, headers, b"")) == Pause(30)
+    for nonsense in ("soon", "-1", ""):
+        assert isinstance(steps.send(None), Send)
+        assert steps.send(Answer(503, {"retry-after": nonsense}, b"")).seconds < 60
 
 
 def test_pauses_grow_and_differ() -> None:
@@ -277,3 +284,78 @@ def test_pauses_grow_and_differ() -> None:
         pauses = {retry.pause(failures) for _ in range(50)}
         assert len(pauses) > 10
         assert all(whole / 2 <= pause <= whole for pause in pauses)
+
+
+def test_a_wait_of_more_than_a_minute_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("keypool.client.attempts.now", lambda: clock[0])
+    problem = {
+        "type": "urn:keypool:problem:x",
+        "code": "no-key-available",
+        "detail": "none",
+        "retry_after": 5,
+    }
+    steps = perform(calls.acquire("me", 150), Settings.of(timeout=2))
+    waits = []
+    send = next(steps)
+    with pytest.raises(NoKeyAvailable):  # noqa: PT012 - any of the steps
+        while True:
+            assert isinstance(send, Send)
+            waits.append((json.loads(send.body or b"")["wait"], send.timeout))
+            clock[0] += waits[-1][0]
+            send = steps.send(Answer(404, {}, json.dumps(problem).encode()))
+    assert waits == [(60, 62), (60, 62), (30, 32)]
+
+
+# ----------------------------------------------------------------------------------------------- outages
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+@pytest.mark.parametrize("wait", [60, None])
+def test_waiting_survives_the_end_of_the_server(start_server: Start, how: str, wait: float | None) -> None:
+    port = unused_port()
+    with KeyPool(f"http://127.0.0.1:{port}", retry=Retry(60, most=0.1)) as pool:
+        first = start_server(f"--port={port}")
+        got: list[str] = []
+        thread = threading.Thread(target=lambda: got.append(pool.acquire(wait=wait).secret))
+        thread.start()
+        eventually(lambda: first.client().stats()["waiting"] == 1, "a waiter")
+        if how == "kill":
+            first.signal(signal.SIGKILL)
+            first.wait()
+        else:
+            first.finish()
+        second = start_server(f"--port={port}")
+        made = second.client().make()
+        thread.join(60)
+        assert got == [made["key"]]
+
+
+def test_closing_ends_a_wait(server: ServerProcess) -> None:
+    pool = KeyPool(url_of(server))
+    errors: list[KeyPoolError] = []
+
+    def wait() -> None:
+        with pytest.raises(PoolClosed) as closed:
+            pool.acquire(wait=None)
+        errors.append(closed.value)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    eventually(lambda: server.client().stats()["waiting"] == 1, "a waiter")
+    pool.close()
+    thread.join(5)
+    assert len(errors) == 1
+    eventually(lambda: server.client().stats()["waiting"] == 0, "the waiter to leave")
+
+
+def test_a_connection_that_the_server_closed_is_noticed(start_server: Start) -> None:
+    """Over a restart: the end of the old connection is seen before a call is entrusted to it."""
+    port = unused_port()
+    with KeyPool(f"http://127.0.0.1:{port}", retry=0) as pool:
+        first = start_server(f"--port={port}")
+        pool.generate()
+        first.finish()
+        start_server(f"--port={port}")
+        pool.generate()
+        assert pool.stats().generated == 1

@@ -123,7 +123,7 @@ async def test_a_key_has_a_page(pages: Browser) -> None:
     assert f"/api/v1/keys/id:{made['id']}/unblock" in text
     gone = await pages.fetch("/keys/999999")
     assert gone.status == 404
-    assert "No live key has this id" in gone.text
+    assert "No key has this id" in gone.text
     assert (await pages.fetch("/keys/nonsense")).status == 404
 
 

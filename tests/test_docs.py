@@ -1,10 +1,12 @@
-"""The documentation tells the truth: its transcripts are run, its tables are those of the code."""
+"""The documentation is true: its transcripts and programs are run, and its tables are generated from the code."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from support import Answer, Client, ServerProcess
 from keypool.api.first_version import LEGACY
 from keypool.api.operations import OPERATIONS, Operation
 from keypool.api.reference import DOCS, TABLES, with_tables
+from keypool.client import KeyPool
 from keypool.config.settings import OPTIONS, Option
 from keypool.core import errors
 
@@ -22,7 +25,7 @@ KEY = re.compile(r"\b[A-Za-z0-9]{20}\b")
 
 
 def curl(client: Client, command: str) -> Answer:
-    """What a curl command line of the documentation asks, asked of this server."""
+    """Make the request of a curl command line from the documentation, to this server."""
     words = shlex.split(command)[1:]
     method, body, path = "GET", None, ""
     while words:
@@ -38,12 +41,12 @@ def curl(client: Client, command: str) -> Answer:
 
 
 def transcript(page: Path) -> list[tuple[str, str]]:
-    """The curl commands of a page with the answer that it shows for each."""
+    """The curl commands of a page, each with the answer shown below it."""
     return re.findall(r"^\$ (curl .*)\n(\{.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def shape(text: str) -> object:
-    """An answer with all that differs from run to run left out."""
+    """An answer without what differs from run to run."""
     text = KEY.sub("KEY", text)
     text = re.sub(r'("(?:release_in|expires_in|retry_after|id|lease)":)[0-9.]+', r"\g<1>0", text)
     text = re.sub(r'("request_id":)"[^"]*"', r'\g<1>""', text)
@@ -51,7 +54,7 @@ def shape(text: str) -> object:
 
 
 def test_the_readme_transcript_runs_as_it_is_shown(server: ServerProcess) -> None:
-    """Each command of README gives the answer that stands under it, but for the numbers."""
+    """Each command of README gives the answer shown below it, except for numbers and keys."""
     commands = transcript(ROOT / "README.md")
     assert len(commands) == 5, "README shows five calls"
     shown_key = KEY.search(commands[0][1])
@@ -59,10 +62,27 @@ def test_the_readme_transcript_runs_as_it_is_shown(server: ServerProcess) -> Non
     client, real_key = server.client(), ""
     for command, shown in commands:
         answer = curl(client, command.replace(shown_key.group(), real_key or "none"))
-        told = answer.body.decode()
-        assert shape(told) == shape(shown), f"{command}: README shows {shown}, the server said {told}"
-        found = KEY.search(told)
+        text = answer.body.decode()
+        assert shape(text) == shape(shown), f"{command}: README shows {shown}, the server answered {text}"
+        found = KEY.search(text)
         real_key = real_key or (found.group() if found else "")
+
+
+@pytest.mark.skipif(not hasattr(KeyPool, "from_env"), reason="README shows the client that has from_env")
+def test_the_readme_program_runs_as_it_is_shown(server: ServerProcess) -> None:
+    """README's Python block leases a key, prints it and gives it back."""
+    [program] = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    made = json.loads(server.client().request("POST", "/api/v1/keys").body)
+    program = program.replace("http://127.0.0.1:8888", f"http://127.0.0.1:{server.port}")
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"X-Api-Key: {made['key']}\n", "")
+    row = json.loads(server.client().request("GET", f"/api/v1/keys/{made['key']}").body)
+    assert row["state"] == "available"
+    assert row["lease"] > 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -73,27 +93,27 @@ def test_tables_are_those_of_the_code(page: Path) -> None:
 
 
 def test_every_table_stands_in_a_page() -> None:
-    """A table that no page shows is one that nobody reads."""
+    """No generated table is left out of the pages."""
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [name for name in TABLES if f"<!-- {name} -->" not in text] == []
 
 
 @pytest.mark.parametrize("operation", OPERATIONS + LEGACY, ids=lambda each: each.name)
 def test_every_call_stands_in_the_api_page(operation: Operation) -> None:
-    """Method and path of each."""
+    """docs/api.md has the method and path of each call."""
     assert f"`{operation.method} {operation.path}`" in (DOCS / "api.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda each: each.name)
 def test_every_setting_stands_in_the_operations_page(option: Option) -> None:
-    """Flag and variable of each."""
+    """docs/operations.md has the flag and the variable of each setting."""
     text = (DOCS / "operations.md").read_text(encoding="utf-8")
     assert f"`{option.flag}`" in text
     assert f"`{option.variable}`" in text
 
 
 def test_every_error_code_stands_in_the_api_page() -> None:
-    """Each code that a program may compare."""
+    """docs/api.md has every code of the error classes."""
     codes = {error.code for error in vars(errors).values() if hasattr(error, "code")}
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     assert [code for code in sorted(codes) if f"`{code}`" not in text] == []
@@ -101,7 +121,7 @@ def test_every_error_code_stands_in_the_api_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    """A relative link names a file of the repo; so does every path in backticks that looks like one of ours."""
+    """Relative links, and paths in backticks that start with a folder of ours, name files that exist."""
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(((?!https?:)[^)#]+)", text)
     paths = re.findall(r"`((?:keypool|tests|docs|bench)/[\w./]*)`", text)

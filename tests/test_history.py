@@ -1,4 +1,4 @@
-"""What the dashboard counts with: history, throttle, charts, keys that expire soon. No server, no clock."""
+"""What the dashboard counts with: history, throttle, keys that expire soon. No server, no clock."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from keypool.api.throttle import ADDRESSES, OF_ALL, TokenBuckets
 from keypool.core.answers import Stats
 from keypool.core.pool import Pool
 from keypool.core.rules import PoolRules
-from keypool.web.charts import HEIGHT, area, composition, means, nice, path
-from keypool.web.history import MINUTES, SECONDS, History, Series
+from keypool.web.history import MINUTES, SECONDS, History
 
 NOON = 1_800_000_000.0  # a whole minute
 
@@ -102,38 +101,6 @@ def test_it_is_told_as_json_made_once_a_second() -> None:
     assert told["seconds"]["counted"]["acquired"] == 2
     assert told["minutes"]["acquired"] == []
     assert bytes(history.encoded()) == bytes(history.encoded())
-
-
-# --------------------------------------------------------------------------------------------------- charts
-
-
-@pytest.mark.parametrize(
-    ("largest", "top"), [(0, 4), (3.2, 4), (5, 5), (7, 8), (99, 100), (258, 300), (1001, 1500)]
-)
-def test_scales_end_on_round_numbers(largest: float, top: float) -> None:
-    """Never below what is shown."""
-    assert nice(largest) == top
-
-
-def test_points_are_means_of_five_by_the_clock() -> None:
-    """So that a new second moves only the last of them."""
-    series = Series(1, 100)
-    series.end = 12
-    assert means(series, [1, 2, 3, 4, 5, 6, 7, 8]) == [sum(range(1, 6)) / 5, 7.0]
-    assert means(series, []) == []
-
-
-def test_a_line_ends_at_the_right_edge() -> None:
-    """And one point is no line."""
-    assert path([0, 10], 10, 10).endswith("300.0 0.0")
-    assert path([0, 10], 10, 10).startswith(f"M0.0 {HEIGHT}")
-    assert path([1], 10, 10) == ""
-    assert area([1], [0], 10, 10) == ""
-
-
-def test_an_empty_history_draws_nothing() -> None:
-    """Not even an error."""
-    assert set(composition(History()).paths.values()) == {""}
 
 
 # ------------------------------------------------------------------------------------------------- throttle

@@ -191,7 +191,6 @@ def test_settings_reach_nobody_but_those_who_start_the_server_and_document_it() 
         "keypool.server.app",
         "keypool.server.backup_command",
         "keypool.web.dashboard",
-        "keypool.config.effective_settings",
         "keypool.server.launch",
         "keypool.api.reference",
         "keypool.server.serving",

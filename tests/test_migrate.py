@@ -1,68 +1,57 @@
-"""`keypool migrate`: a pool moves from a data file to Valkey and back, whole, or not at all."""
+"""`keypool migrate`: a pool moves from a data file to Valkey and back, as a whole or not at all."""
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+import contextlib
+import io
 import os
 import pty
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGKILL
 from typing import Any
 
 import pytest
-from support import API, ROOT, ServerProcess, clean_environment, eventually
-from valkeys import Cluster, Valkey, with_pool
+from support import API, ROOT, ServerProcess, clean_environment, eventually, run_server
+from valkeys import Valkey, new_pool, shared_cluster, shared_valkey
 
+from keypool.cli.main import main
+from keypool.core.counters import COUNTERS
+from keypool.engine.durable import datafile
+from keypool.engine.migrate.moving import FileSource, FileTarget, Source, Target, move
+from keypool.engine.migrate.moving_valkey import ValkeyPool
 from keypool.engine.valkey.scripts import keys_of
 
-_pools = itertools.count()
-COUNTERS = ("generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused")
 
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    """A Valkey that keeps nothing."""
-    with Valkey() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Three of them."""
-    with Cluster(3) as made:
-        yield made
-
-
-@pytest.fixture(params=["valkey", "cluster"])
+@pytest.fixture(params=["valkey", pytest.param("cluster", marks=pytest.mark.thorough)])
 def url(request: pytest.FixtureRequest) -> str:
     """Of a place in either where no pool is."""
-    return with_pool(request.getfixturevalue(request.param).url, next(_pools))
+    return new_pool(shared_valkey() if request.param == "valkey" else shared_cluster())
 
 
 @pytest.fixture
-def empty(valkey: Valkey) -> str:
+def empty() -> str:
     """The URL of a place where no pool is."""
-    return with_pool(valkey.url, next(_pools))
+    return new_pool(shared_valkey())
 
 
 def command(*words: str) -> list[str]:
-    """What runs keypool migrate."""
+    """What runs keypool migrate as a process."""
     return [sys.executable, "-m", "keypool", "migrate", *words]
 
 
 def migrate(source: str | Path, target: str | Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
-    return subprocess.run(
-        command("--from", str(source), "--to", str(target), *flags),
-        capture_output=True, text=True, env=clean_environment({"PYTHONPATH": str(ROOT)}), timeout=120, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    """Run it in this process."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        status = main(["migrate", "--from", str(source), "--to", str(target), *flags])
+    return subprocess.CompletedProcess([], status, output.getvalue(), errors.getvalue())
 
 
 def refused(ran: subprocess.CompletedProcess[str], status: int, *words: str) -> str:
@@ -259,8 +248,11 @@ def test_a_pool_that_is_served_is_refused(url: str, data: Path, tmp_path: Path) 
     assert not (tmp_path / "new.db").exists()
 
 
-def test_a_file_that_is_served_is_refused(empty: str, data: Path, tmp_path: Path) -> None:
-    """After the 5 s in which a server may end."""
+def test_a_file_that_is_served_is_refused(
+    empty: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the seconds in which a server may end."""
+    monkeypatch.setattr(datafile, "_LOCK_SECONDS", 0.2)
     with ServerProcess([f"--data={data}", "--port=0"], cwd=tmp_path):
         refused(migrate(data, empty), 1, "held by another server")
 
@@ -290,93 +282,102 @@ def test_a_package_that_is_missing_is_named(data: Path, tmp_path: Path) -> None:
     refused(ran, 1, "hiredis", "keypool-service[server]")
 
 
-def test_a_wrong_password_is_one_line(data: Path) -> None:
+def test_a_wrong_password_is_one_line(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which names no password."""
     with Valkey("--requirepass", "right-password") as guarded:
         url = guarded.url.replace("://", "://:wrong-password@")
         assert "wrong-password" not in refused(migrate(data, url), 1, "WRONGPASS")
         right = guarded.url.replace("://", "://:right-password@")
-        ran = subprocess.run(
-            command("--from", str(data), "--to", "env:KEYPOOL_ENGINE"), capture_output=True, text=True, check=False,
-            env=clean_environment({"PYTHONPATH": str(ROOT), "KEYPOOL_ENGINE": right}), timeout=60,
-        )  # fmt: skip
+        monkeypatch.setenv("KEYPOOL_ENGINE", right)
+        ran = migrate(data, "env:KEYPOOL_ENGINE")
         assert (ran.returncode, ran.stderr) == (0, "")
         refused(migrate(data, "env:KEYPOOL_NOTHING"), 2, "KEYPOOL_NOTHING")
 
 
-# -------------------------------------------------------------------------------------------------- broken off
+# ------------------------------------------------------------------------------------------------- interrupted
 
 
-def broken_off(words: list[str], when: Callable[[], bool], number: int) -> tuple[int, str]:
-    """Run it, and end it by a signal at some moment; its status and what it said."""
+class _Interrupted(Exception):
+    """Raised in the middle of a move."""
+
+
+def interrupt(opening: Callable[[], Any]) -> None:
+    """Begin a move and stop after its first batch."""
+
+    def progress(done: int) -> None:
+        raise _Interrupted
+
+    async def run() -> None:
+        source, target = await opening()
+        try:
+            await move(source, target, progress)
+        finally:
+            await target.close()
+            await source.close()
+
+    with pytest.raises(_Interrupted):
+        asyncio.run(run())
+
+
+def test_an_interrupted_move_to_valkey_is_run_again_with_clear(empty: str, tmp_path: Path) -> None:
+    """No server takes what is there by then; with --clear nothing is there twice."""
+    path = a_file(tmp_path / "keypool.db", 4500)
+
+    async def opening() -> tuple[Source, Target]:
+        return FileSource(path), await ValkeyPool.target(empty, None, clear=False)
+
+    interrupt(opening)
+    refused(migrate(path, empty), 1, "--clear")
+    refused(migrate(empty, tmp_path / "new.db"), 1, "--clear")
+    status, printed = run_server([f"--engine={empty}", "--port=0"])
+    assert status == 1
+    assert "--clear" in printed
+    assert printed.count("\n") == 1, printed
+    ran = migrate(path, empty, "--clear")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "keys\t4500\n" in ran.stdout
+    refused(migrate(path, empty, "--clear"), 1, "already")
+
+
+def test_an_interrupted_move_to_a_file_leaves_none(empty: str, tmp_path: Path) -> None:
+    """The file has its name only when it is complete; what a kill left beside it is in nobody's way."""
+    assert migrate(a_file(tmp_path / "keypool.db", 4500), empty).returncode == 0
+    target, temporary = tmp_path / "new.db", tmp_path / "new.db.migrating"
+
+    async def opening() -> tuple[Source, Target]:
+        return await ValkeyPool.source(empty), FileTarget(target)
+
+    interrupt(opening)
+    assert not target.exists()
+    assert not temporary.exists()
+    temporary.write_text("of a move that was killed")
+    ran = migrate(empty, target)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "keys\t4500\n" in ran.stdout
+    assert not temporary.exists()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("number", "status"), [(SIGINT, 130), (SIGKILL, -9)])
+def test_a_move_is_ended_by_signals(empty: str, tmp_path: Path, number: int, status: int) -> None:
+    """Ctrl-C is one line that says what to do next."""
+    path = a_file(tmp_path / "keypool.db", 60_000)
     process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command("--from", str(path), "--to", empty), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=clean_environment({"PYTHONPATH": str(ROOT)}), stdin=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        eventually(when, "it is at work")
+        eventually(partial(_has_some, shared_valkey(), empty.partition("pool=")[2]), "keys are moved")
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    return process.returncode, said
-
-
-def test_a_move_to_valkey_that_is_broken_off_is_done_again(valkey: Valkey, tmp_path: Path) -> None:
-    """No server takes what is there by then; with --clear it is done anew, and nothing is there twice."""
-    path = a_file(tmp_path / "keypool.db", 60_000)
-    for number, status in ((SIGINT, 130), (SIGKILL, -9)):
-        url = with_pool(valkey.url, next(_pools))
-        words = command("--from", str(path), "--to", url)
-        left, said = broken_off(words, partial(_has_some, valkey, url.partition("pool=")[2]), number)
-        assert left == status, said
-        if number == SIGINT:
-            assert said.count("\n") == 1, said
-            assert "interrupted" in said
-            assert "--clear" in said
-        refused(migrate(path, url), 1, "--clear")
-        refused(migrate(url, tmp_path / "new.db"), 1, "--clear")
-        _refuses_to_serve(url, tmp_path)
-        ran = migrate(path, url, "--clear")
-        assert (ran.returncode, ran.stderr) == (0, "")
-        assert "keys\t60000\n" in ran.stdout
-        refused(migrate(path, url, "--clear"), 1, "already")
+    assert process.returncode == status, printed
+    assert number == SIGKILL or (
+        printed.count("\n") == 1 and "interrupted" in printed and "--clear" in printed
+    )
 
 
 def _has_some(valkey: Valkey, pool: str) -> bool:
     return bool(valkey.ask("HLEN", keys_of(pool, 0, 1)[1]))
-
-
-def _refuses_to_serve(url: str, folder: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "server.py"), f"--engine={url}", "--port=0"], cwd=folder,
-        capture_output=True, text=True, env=clean_environment(), timeout=60, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 1
-    assert "--clear" in ran.stderr
-    assert ran.stderr.count("\n") == 1, ran.stderr
-
-
-def test_a_move_to_a_file_that_is_broken_off_leaves_none(valkey: Valkey, tmp_path: Path) -> None:
-    """The file has its name only when it is whole; what a kill left beside it is in nobody's way."""
-    url = with_pool(valkey.url, next(_pools))
-    assert migrate(a_file(tmp_path / "keypool.db", 60_000), url).returncode == 0
-    target, beside = tmp_path / "new.db", tmp_path / "new.db.migrating"
-    words = command("--from", url, "--to", str(target))
-    log = tmp_path / "new.db.migrating-wal"  # which the rows are written to
-
-    def at_work() -> bool:
-        return log.exists() and log.stat().st_size > 100_000
-
-    status, said = broken_off(words, at_work, SIGINT)
-    assert status == 130, said
-    assert "run it again" in said
-    assert not beside.exists()
-    status, said = broken_off(words, at_work, SIGKILL)
-    assert status == -9, said
-    assert not target.exists()
-    ran = migrate(url, target)
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert "keys\t60000\n" in ran.stdout
-    assert not beside.exists()

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from client_support import environment
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import ROOT
 
 from keypool import __version__
-from keypool.web import resources
+from keypool.web import assets
 
 pytest.importorskip("setuptools")
 
@@ -57,7 +58,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the programs of an environment with that wheel, and with nothing else: no dependency."""
+    """The folder of the programs of an environment with that wheel and its own dependencies, and with nothing else.
+
+    The dependencies are those of this environment, made visible by links: nothing is downloaded for the test.
+    """
     folder = tmp_path_factory.mktemp("fresh") / "env"
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -73,7 +77,27 @@ def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-index",
     ]
     subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in _needed_by("httpx2"):
+        files = metadata.files(name) or ()
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            (site / top).symlink_to(Path(str(metadata.distribution(name).locate_file(top))))
     return python.parent
+
+
+def _needed_by(name: str) -> set[str]:
+    """A package and all that it requires, here and now."""
+    found: set[str] = set()
+    wanted = [name]
+    while wanted:
+        each = canonicalize_name(wanted.pop())
+        if each not in found:
+            found.add(each)
+            requirements = map(Requirement, metadata.requires(each) or ())
+            wanted += [
+                one.name for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})
+            ]
+    return found
 
 
 def _environment() -> dict[str, str]:
@@ -107,7 +131,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert lua
     assert lua <= names
     assert {"keypool/_web/templates/probe/page.html", "keypool/_web/static/probe/style.css"} <= names
-    for folder in resources.FOLDERS:
+    for folder in assets.FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file():
                 assert f"keypool/_web/{path.relative_to(ROOT).as_posix()}" in names
@@ -128,7 +152,10 @@ def test_its_metadata(wheel: Path) -> None:
     assert "License-File: LICENSE" in described
     assert "Description-Content-Type: text/markdown" in described
     needed = [line for line in described.splitlines() if line.startswith("Requires-Dist: ")]
-    assert [line for line in needed if "extra ==" not in line] == [], "bare, it is the client and the command"
+    bare = [line.removeprefix("Requires-Dist: ") for line in needed if "extra ==" not in line]
+    assert [Requirement(line) for line in bare] == [Requirement("httpx2>=2,<3")], (
+        "bare: the client and the command"
+    )
     for name in ("tornado", "hiredis"):
         assert any(line.startswith(f"Requires-Dist: {name}") and "server" in line for line in needed)
 
@@ -136,10 +163,14 @@ def test_its_metadata(wheel: Path) -> None:
 def test_the_lock_holds_what_the_requirements_ask_for() -> None:
     """Every requirement, and what it requires in turn, is in the lock in a version that it allows, with hashes."""
     locked: dict[str, tuple[str, str]] = {}
+    elsewhere = set()  # what other platforms and Pythons need
     for block in (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines():
         if "==" in block and not block.startswith("#"):
             name, _, rest = block.partition("==")
             locked[canonicalize_name(name)] = (rest.split()[0], block)
+            _, _, marker = block.partition(" --hash")[0].partition(";")
+            if marker and not Marker(marker).evaluate():
+                elsewhere.add(canonicalize_name(name))
     wanted = [
         Requirement(line)
         for line in (ROOT / "requirements.txt").read_text().splitlines()
@@ -160,11 +191,11 @@ def test_the_lock_holds_what_the_requirements_ask_for() -> None:
                 if inner.marker is None or inner.marker.evaluate({"extra": ""})
             ]
         reached.add(name)
-    assert reached == set(locked), "requirements.lock has packages that nothing asks for"
+    assert reached | elsewhere == set(locked), "requirements.lock has packages that nothing asks for"
 
 
 @pytest.mark.thorough
-def test_client_and_command_need_nothing_else(fresh: Path, tmp_path: Path) -> None:
+def test_client_and_command_need_only_their_own_dependencies(fresh: Path, tmp_path: Path) -> None:
     code = "import keypool.client; print(keypool.client.KeyPool())"
     ran = subprocess.run([fresh / "python", "-W", "error", "-c", code], capture_output=True, text=True,
                          cwd=tmp_path, env=_environment(), check=True)  # fmt: skip
@@ -208,7 +239,7 @@ def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
         if process.stderr is not None:
             process.stderr.close()
         link.unlink()
-    code = "from keypool.web import resources; print(resources.folder('templates')); print(resources.folder('static'))"
+    code = "from keypool.web import assets; print(assets.folder('templates')); print(assets.folder('static'))"
     ran = subprocess.run(
         [fresh / "python", "-c", code],
         capture_output=True,
@@ -225,12 +256,10 @@ def test_serving_from_an_empty_folder(fresh: Path, tmp_path: Path) -> None:
 def test_resources_of_a_checkout_come_first(tmp_path: Path) -> None:
     package = tmp_path / "keypool"
     packed, top = package / "_web" / "static", tmp_path / "static"
-    assert resources.folder("static", package) == packed
+    assert assets.folder("static", package) == packed
     top.mkdir()
-    assert (
-        resources.folder("static", package) == packed
-    )  # some folder of that name beside an installed package
+    assert assets.folder("static", package) == packed  # some folder of that name beside an installed package
     (tmp_path / "server.py").write_text("")
-    assert resources.folder("static", package) == top
+    assert assets.folder("static", package) == top
     with pytest.raises(ValueError, match="templates"):
-        resources.folder("secrets")
+        assets.folder("secrets")

@@ -200,7 +200,7 @@ def test_a_process_that_dies_is_started_again_while_the_others_serve(start: Star
     )
     eventually(lambda: server.log.count("serves, pid") == COUNT + 2, "both serve")
     for victim in victims[:2]:
-        assert f"pid {victim}, was ended by signal 9: started again" in server.log
+        assert f"pid {victim}, was killed by signal 9: restarting" in server.log
 
 
 def test_a_process_that_hangs_is_killed_and_started_again(start: Start) -> None:
@@ -210,9 +210,9 @@ def test_a_process_that_hangs_is_killed_and_started_again(start: Start) -> None:
     server = start("--drain-seconds=120")
     victim = min(children_of(server.pid))
     os.kill(victim, signal.SIGSTOP)
-    eventually(lambda: f"pid {victim}, was ended by signal 9: started again" in server.log, "its end")
+    eventually(lambda: f"pid {victim}, was killed by signal 9: restarting" in server.log, "its end")
     eventually(lambda: server.log.count("serves, pid") == COUNT + 1, "another in its place")
-    assert server.log.count("started again") == 1, "those that beat are left alone"
+    assert server.log.count("restarting in") == 1, "those that beat are left alone"
     os.kill(max(children_of(server.pid)), signal.SIGSTOP)
     stopped_at = time.monotonic()
     server.signal(signal.SIGTERM)
@@ -235,7 +235,7 @@ def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> No
         for child in children_of(server.pid):
             os.kill(child, number)
     server.client().get("/readyz").expect(200)
-    assert "started again" not in server.log
+    assert "restarting in" not in server.log
 
 
 def test_sighup_reaches_all_of_them_and_those_that_come_later(start: Start, tmp_path: Path) -> None:

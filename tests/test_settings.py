@@ -324,13 +324,13 @@ def test_underscores_between_digits_are_fine_as_in_toml() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_flag_without_a_value_says_what_it_takes(option: Option) -> None:
-    assert refusal(option.flag) == f"{option.flag} takes {option.kind.takes}, and nothing follows it"
+    assert refusal(option.flag) == f"{option.flag} takes {option.kind.takes}, but no value follows it"
 
 
 @pytest.mark.parametrize("word", ["--prot", "--por", "-p", "--", "--block_seconds", "--Port", "-"])
 def test_unknown_or_shortened_flag_is_named_with_the_flags_there_are(word: str) -> None:
     line = refusal(word)
-    assert line.startswith(f"there is no flag '{word}'; the flags are --address, --port, ")
+    assert line.startswith(f"unknown flag '{word}'; the flags are --address, --port, ")
     assert all(option.flag in line for option in OPTIONS)
 
 
@@ -400,7 +400,7 @@ def test_unknown_toml_key_is_named_with_the_keys_there_are(key: str, tmp_path: P
     config = toml(tmp_path, f"port = 1\n{key} = 'x'")
     line = refusal("--config", config)
     assert key.strip("'\"") in line
-    assert f" in {config} is no setting; the keys are address, port, " in line
+    assert f" in {config} is not a setting; the keys are address, port, " in line
     assert all(option.name in line for option in IN_TOML)
 
 
@@ -412,13 +412,13 @@ def test_toml_tables_are_no_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"port = ", "is none: Invalid value (at end of document)"),
-        (b"port = 1\nport = 2", "is none: Cannot overwrite a value"),
-        (b"port = 1 x\n", "is none: Expected newline or end of document"),
+        (b"port = ", "is not valid TOML: Invalid value (at end of document)"),
+        (b"port = 1\nport = 2", "is not valid TOML: Cannot overwrite a value"),
+        (b"port = 1 x\n", "is not valid TOML: Expected newline or end of document"),
         (b"\xff = 1", "is not text in UTF-8"),
-        (b"port = " + b"[" * 5000, "is none: "),
-        (b"port = " + b"9" * 5000, "is none: "),
-        (b"\x00", "is none: "),
+        (b"port = " + b"[" * 5000, "is not valid TOML: "),
+        (b"port = " + b"9" * 5000, "is not valid TOML: "),
+        (b"\x00", "is not valid TOML: "),
     ],
     ids=["half", "twice", "more", "bytes", "deep", "long", "nul"],
 )
@@ -427,7 +427,7 @@ def test_broken_toml_file_is_named_with_what_is_wrong_in_it(
 ) -> None:
     config = toml(tmp_path, content)
     line = refusal("--config", config) if source == "--config" else refusal(KEYPOOL_CONFIG=config)
-    assert line.startswith(f"{source} takes the path of a TOML file, and {config} {why}")
+    assert line.startswith(f"{source} takes the path of a TOML file, but {config} {why}")
 
 
 @pytest.mark.parametrize("source", ["--config", "KEYPOOL_CONFIG"])
@@ -447,7 +447,7 @@ def test_file_that_cannot_be_read_is_named_with_the_reason(
 ) -> None:
     config = f"{tmp_path}/{name}"
     line = refusal("--config", config) if source == "--config" else refusal(KEYPOOL_CONFIG=config)
-    assert line.startswith(f"{source} takes the path of a TOML file, and ")
+    assert line.startswith(f"{source} takes the path of a TOML file, but ")
     assert line.endswith(why)
 
 
@@ -507,7 +507,7 @@ def test_token_has_sixteen_characters_at_least() -> None:
     assert load([], {"KEYPOOL_CLIENT_TOKEN": "a" * 16}).client_tokens == ("a" * 16,)
     assert refusal(KEYPOOL_CLIENT_TOKEN=f"{TOKEN},{'b' * 15}") == (
         "KEYPOOL_CLIENT_TOKEN takes tokens of at least 16 visible ASCII characters, separated by commas, "
-        "and token 2 has 15"
+        "but token 2 has 15"
     )
 
 
@@ -516,7 +516,7 @@ def test_token_has_visible_ascii_only_and_is_never_shown(character: str, tmp_pat
     token = f"secret-secret{character}secret-secret"
     line = refusal(KEYPOOL_CLIENT_TOKEN=token)
     assert line.startswith("KEYPOOL_CLIENT_TOKEN takes tokens of at least 16 visible ASCII characters")
-    assert line.endswith("token 1 has a character that is not")
+    assert line.endswith("token 1 has another character")
     assert "secret" not in line
 
 
@@ -554,8 +554,8 @@ def test_token_file_that_cannot_be_read_is_named(content: bytes | None, why: str
 
 
 def test_tokens_are_no_flags_and_no_toml_keys(tmp_path: Path) -> None:
-    assert "there is no flag '--client-tokens'" in refusal(f"--client-tokens={TOKEN}")
-    assert "is no setting" in refusal("--config", toml(tmp_path, f"client_tokens = ['{TOKEN}']"))
+    assert "unknown flag '--client-tokens'" in refusal(f"--client-tokens={TOKEN}")
+    assert "is not a setting" in refusal("--config", toml(tmp_path, f"client_tokens = ['{TOKEN}']"))
 
 
 def test_repr_shows_no_token() -> None:

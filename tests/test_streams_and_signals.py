@@ -226,15 +226,15 @@ def test_sighup_reads_the_tokens_again(tmp_path: Path) -> None:
                     lambda: any(line in each for each in server.log_since(before)), f"a line with {line!r}"
                 )
 
-            server.allow("tokens before hold")
+            server.allow("tokens before stay valid")
             files.write(client="short")
-            reload("tokens before hold: KEYPOOL_CLIENT_TOKEN_FILE")
+            reload("tokens before stay valid: KEYPOOL_CLIENT_TOKEN_FILE")
             (tmp_path / "client").unlink()
             reload("cannot be read")
             removed.post(ACQUIRE).expect_problem(404, "no-key-available")
 
             files.write(client=OTHER_CLIENT_TOKEN, viewer="viewer-who-stays-1234,viewer-new-here-99")
-            reload("4 tokens hold, 2 of them new; 2 hold no more")
+            reload("4 valid tokens, 2 of them new; 2 were removed")
             removed.post(ACQUIRE).expect_problem(401, "unauthorized")
             new.post(ACQUIRE).expect_problem(404, "no-key-available")
             stays.get(API + "/stats").expect(200)

@@ -8,72 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 from engine_support import Call, turns_until
-from support import chance_of
 from test_pool_machine import Fact
-from valkey_support import age, check, engine_on, eventually, on_loop, script_calls
-from valkeys import Cluster, Valkey, with_pool
+from valkey_support import Place, age, check, engine_on, eventually, new_place, on_loop, with_constants
+from valkeys import new_pool, shared_cluster
 
 from keypool.core.answers import Lease
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
 from keypool.core.keys import State
-from keypool.engine.valkey import poller as valkey_looks
-from keypool.engine.valkey import scripts as valkey_scripts
-from keypool.engine.valkey.creation import Turns
+from keypool.engine.valkey import poller as valkey_poller
+from keypool.engine.valkey.calls import ScriptCall
 from keypool.engine.valkey.engine import ValkeyEngine
-from keypool.engine.valkey.link import Lost
-from keypool.engine.valkey.nodes import Job
-from keypool.engine.valkey.scripts import Script, keys_of
+from keypool.engine.valkey.link import ConnectionLost
+from keypool.engine.valkey.scripts import keys_of
 
 BLOCK, KEEPALIVE = 60.0, 300.0
-_UNLIKELY = 1e-7
-
-_pools = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Valkey]:
-    """One for all of these tests."""
-    with Valkey() as valkey:
-        yield valkey
-
-
-@dataclass
-class Place:
-    """A pool of one's own in the shared Valkey."""
-
-    valkey: Valkey
-    pool: str
-    url: str
 
 
 @pytest.fixture
-def place(shared: Valkey) -> Place:
+def place() -> Place:
     """See Place."""
-    number = next(_pools)
-    return Place(shared, f"test{number}", with_pool(shared.url, number))
-
-
-def settling(patch: pytest.MonkeyPatch, at_once: int) -> None:
-    """Let scripts deal with so few overdue keys at once that any more are a crowd."""
-    made = {}
-    for script in valkey_scripts.scripts().values():
-        text = script.text.replace("local SETTLED = 32", f"local SETTLED = {at_once}")
-        sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
-        made[script.name] = Script(script.name, text, sha)
-    patch.setattr("keypool.engine.valkey.nodes.scripts", lambda: made)
-    patch.setattr(valkey_looks, "_SWEPT", at_once)
+    return new_place()
 
 
 # -------------------------------------------------------------------------------------------------- the rules
@@ -301,74 +264,35 @@ class Model:
         check(self.place.valkey, self.place.pool, self.partitions)
 
 
+@on_loop
 @pytest.mark.parametrize(("partitions", "at_once"), [(1, 1), (4, 1), (16, 32), (7, 3)])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_engine_agrees_with_the_plain_model(
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2))])
+async def test_the_engine_agrees_with_the_plain_model(
     place: Place, partitions: int, at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In random order, also while crowds of overdue keys stand that no sweep has dealt with yet."""
-    settling(monkeypatch, at_once)
-
-    @on_loop
-    async def main() -> None:
-        async with engine_on(
-            place.url, partitions, block_seconds=BLOCK, keepalive_seconds=KEEPALIVE
-        ) as engine:
-            await engine.stats()
-            engine._looks._stopped = True  # no sweep but those of the calls
-            model = Model(place, partitions, engine, seed)
-            steps = [
-                *[model.generate] * 4, *[model.acquire] * 6, *[model.unblock] * 4, *[model.keepalive] * 3,
-                model.delete, model.get, model.get, model.batches, *[model.walk] * 3, model.time_passes,
-            ]  # fmt: skip
-            for number in range(250):
-                await model.random.choice(steps)()
-                if number % 50 == 49:
-                    await model.look()
-
-    main()
+    with_constants(monkeypatch, MAX_DUE=at_once)
+    monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
+    async with engine_on(place.url, partitions, block_seconds=BLOCK, keepalive_seconds=KEEPALIVE) as engine:
+        await engine.stats()
+        engine._poller._stopped = True  # no sweep but those of the calls
+        model = Model(place, partitions, engine, seed)
+        steps = [
+            *[model.generate] * 4, *[model.acquire] * 6, *[model.unblock] * 4, *[model.keepalive] * 3,
+            model.delete, model.get, model.get, model.batches, *[model.walk] * 3, model.time_passes,
+        ]  # fmt: skip
+        for number in range(250):
+            await model.random.choice(steps)()
+            if number % 50 == 49:
+                await model.look()
 
 
 # ---------------------------------------------------------------------------------------------------- acquire
 
 
-def unlikely(counts: Counter[int], choices: int) -> list[tuple[int, int]]:
-    """Those of the keys that were served too often or too seldom to be of equal chance."""
-    draws = counts.total()
-    return [
-        (key, counts[key])
-        for key in counts
-        if chance_of(counts[key], draws, 1 / choices) < _UNLIKELY / choices
-    ]
-
-
-@pytest.mark.parametrize(("partitions", "keys"), [(16, 40), (64, 5), (1, 20), (5, 1)])
-def test_every_available_key_has_the_same_chance(place: Place, partitions: int, keys: int) -> None:
-    """Over all partitions, also when most are empty, at hardly more than one script an acquire."""
-
-    @on_loop
-    async def main() -> None:
-        async with engine_on(place.url, partitions) as engine:
-            made = [key.id for key in await engine.generate(keys)]
-            await engine.stats()
-            counts: Counter[int] = Counter()
-            draws = 100 * keys if keys > 1 else 50
-            before = script_calls(place.valkey)
-            for _ in range(draws):
-                lease = await engine.acquire(None, 0)
-                counts[lease.id] += 1
-                await engine.unblock(lease.key, lease.lease)
-            calls = script_calls(place.valkey) - before
-            assert set(counts) == set(made)
-            assert keys == 1 or not unlikely(counts, keys)
-            assert calls <= 2.5 * draws + 40 * partitions  # with sweeps: a look at each partition a second
-
-    main()
-
-
-def chi_squared(counts: Counter[int], choices: int) -> float:
+def deviations(counts: Counter[int], choices: int) -> float:
     """How far the counts are from equal, in standard deviations of the chi-squared distribution's cube root
-    (Wilson and Hilferty's approximation).
+    (Wilson and Hilferty's approximation). Over 5 is a chance of one in three million.
     """
     expected, freedom = counts.total() / choices, choices - 1
     found = sum((count - expected) ** 2 / expected for count in counts.values())
@@ -378,9 +302,36 @@ def chi_squared(counts: Counter[int], choices: int) -> float:
 
 
 @on_loop
-async def test_servers_draw_from_the_same_keys_with_the_same_chance(shared: Valkey) -> None:
+@pytest.mark.parametrize(("partitions", "keys"), [(16, 40), (64, 5), (1, 20), (5, 1)])
+async def test_every_available_key_has_the_same_chance(place: Place, partitions: int, keys: int) -> None:
+    """Over all partitions, also when most are empty, at hardly more than one script an acquire."""
+    async with engine_on(place.url, partitions) as engine:
+        made = [key.id for key in await engine.generate(keys)]
+        await engine.stats()
+        acquires, call = 0, engine._partitions.call
+
+        def counted(partition: int, script: str, *words: Any) -> ScriptCall:
+            nonlocal acquires
+            acquires += script == "acquire"
+            return call(partition, script, *words)
+
+        engine._partitions.call = counted  # type: ignore[assignment]
+        counts: Counter[int] = Counter()
+        draws = 50 * keys
+        for _ in range(draws):
+            lease = await engine.acquire(None, 0)
+            counts[lease.id] += 1
+            await engine.unblock(lease.key, lease.lease)
+        assert set(counts) == set(made)
+        assert keys == 1 or deviations(counts, keys) < 5
+        assert acquires <= 1.25 * draws
+
+
+@on_loop
+@pytest.mark.parametrize("draws", [2000, pytest.param(8000, marks=pytest.mark.thorough)])
+async def test_servers_draw_from_the_same_keys_with_the_same_chance(place: Place, draws: int) -> None:
     """Although one never knows what the other has freed; also with half of the keys held, by changing holders."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url) as one, engine_on(url) as other:
         await one.generate(40)
         await other.stats()
@@ -389,18 +340,18 @@ async def test_servers_draw_from_the_same_keys_with_the_same_chance(shared: Valk
             if held:
                 leases += await other.acquire_many(None, held)
             counts: Counter[int] = Counter()
-            for _ in range(2000):
+            for _ in range(draws):
                 leases.append(await one.acquire(None, 0))
                 counts[leases[-1].id] += 1
                 back = leases.pop(random.randrange(len(leases)))
                 await other.unblock(back.key, back.lease)
-            assert chi_squared(counts, 40) < 4.0
+            assert deviations(counts, 40) < 5
 
 
 @on_loop
-async def test_the_last_key_is_found_whoever_freed_it(shared: Valkey) -> None:
+async def test_the_last_key_is_found_whoever_freed_it(place: Place) -> None:
     """A server that believes that there is none asks all partitions before it says so."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url) as one, engine_on(url) as other:
         with pytest.raises(NoKeyAvailable):
             await other.acquire(None, 0)
@@ -415,10 +366,9 @@ async def test_the_last_key_is_found_whoever_freed_it(shared: Valkey) -> None:
 
 
 @on_loop
-async def test_lease_numbers_grow_over_servers_and_lost_writes(shared: Valkey) -> None:
+async def test_lease_numbers_grow_over_servers_and_lost_writes(place: Place) -> None:
     """They go with the clock, so that none comes again when a failover has lost the latest of them."""
-    number = next(_pools)
-    url = with_pool(shared.url, number)
+    url = place.url
     last = 0
     async with engine_on(url) as one, engine_on(url) as other:
         await one.generate(20)
@@ -428,21 +378,20 @@ async def test_lease_numbers_grow_over_servers_and_lost_writes(shared: Valkey) -
             last = lease.lease
             await other.unblock(lease.key, lease.lease)
     for partition in range(16):
-        shared.ask("HDEL", keys_of(f"test{number}", partition, 16)[0], "tick")
+        place.valkey.ask("HDEL", keys_of(place.pool, partition, 16)[0], "tick")
     async with engine_on(url) as third:
         assert (await third.acquire(None, 0)).lease > last
 
 
 @on_loop
-async def test_ids_and_leases_go_on_from_a_pool_that_was_moved_in(shared: Valkey) -> None:
+async def test_ids_and_leases_go_on_from_a_pool_that_was_moved_in(place: Place) -> None:
     """The pool says what was given before; an id that was moved in is found in whatever partition it is."""
-    number = next(_pools)
-    url, pool = with_pool(shared.url, number), f"test{number}"
+    url, pool = place.url, place.pool
     async with engine_on(url, 4) as engine:
         moved = (await engine.generate(1))[0]
         await engine.acquire(None, 0)
     base_id, base_tick = 26, 51  # 100 ids and 203 leases were given there
-    shared.ask("HSET", f"{{{pool}}}:pool", "base_id", base_id, "base_tick", base_tick)
+    place.valkey.ask("HSET", f"{{{pool}}}:pool", "base_id", base_id, "base_tick", base_tick)
     async with engine_on(url, 4) as engine:
         assert (await engine.get(moved.id)).id == moved.id
         new = await engine.generate(8)
@@ -454,9 +403,9 @@ async def test_ids_and_leases_go_on_from_a_pool_that_was_moved_in(shared: Valkey
 
 
 @on_loop
-async def test_a_pool_is_filled_to_its_last_key_and_no_further(shared: Valkey) -> None:
+async def test_a_pool_is_filled_to_its_last_key_and_no_further(place: Place) -> None:
     """Calls at once on one server make as many keys as fit, all or none each."""
-    async with engine_on(with_pool(shared.url, next(_pools)), max_keys=50) as engine:
+    async with engine_on(place.url, max_keys=50) as engine:
         results = await asyncio.gather(*(engine.generate(4) for _ in range(30)), return_exceptions=True)
         made = [result for result in results if not isinstance(result, BaseException)]
         refused = [result for result in results if isinstance(result, PoolFull)]
@@ -469,9 +418,9 @@ async def test_a_pool_is_filled_to_its_last_key_and_no_further(shared: Valkey) -
 
 
 @on_loop
-async def test_servers_together_fill_a_pool_to_its_last_key_and_no_further(shared: Valkey) -> None:
+async def test_servers_together_fill_a_pool_to_its_last_key_and_no_further(place: Place) -> None:
     """One at a time fills the last of it."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url, max_keys=50) as one, engine_on(url, max_keys=50) as other:
         calls = [engine.generate(3) for engine in (one, other) * 15]
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -481,75 +430,69 @@ async def test_servers_together_fill_a_pool_to_its_last_key_and_no_further(share
         assert (await one.stats()).total == 48
 
 
+@on_loop
 @pytest.mark.parametrize("partitions", [1, 4])
-def test_servers_that_know_nothing_of_each_other_do_not_overfill_a_pool(
+async def test_servers_that_know_nothing_of_each_other_do_not_overfill_a_pool(
     place: Place, partitions: int
 ) -> None:
     """Batches at once, all sent while each server believes that there is ample room: all or none each."""
 
-    @on_loop
-    async def main() -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            engines = [
-                await stack.enter_async_context(engine_on(place.url, partitions, max_keys=20_000))
-                for _ in range(3)
-            ]
-            for engine in engines:
-                await engine.stats()
-            calls = [engine.generate(1000) for engine in engines for _ in range(8)]
-            results = await asyncio.gather(*calls, return_exceptions=True)
-            made = [result for result in results if not isinstance(result, BaseException)]
-            refused = {type(result) for result in results if isinstance(result, BaseException)}
-            assert refused == {PoolFull}
+    async with contextlib.AsyncExitStack() as stack:
+        engines = [
+            await stack.enter_async_context(engine_on(place.url, partitions, max_keys=20_000))
+            for _ in range(3)
+        ]
+        for engine in engines:
+            await engine.stats()
+        calls = [engine.generate(1000) for engine in engines for _ in range(8)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        made = [result for result in results if not isinstance(result, BaseException)]
+        refused = {type(result) for result in results if isinstance(result, BaseException)}
+        assert refused == {PoolFull}
 
-            async def settled() -> bool:
-                return (await engines[0].stats()).total == 1000 * len(made)
+        async def settled() -> bool:
+            return (await engines[0].stats()).total == 1000 * len(made)
 
-            await eventually(settled, "a refused batch leaves nothing behind")
-            assert len(made) <= 20
-            for _ in range(20 - len(made)):
-                await engines[0].generate(1000)
-            with pytest.raises(PoolFull):
-                await engines[1].generate(1)
-
-    main()
+        await eventually(settled, "a refused batch leaves nothing behind")
+        assert len(made) <= 20
+        for _ in range(20 - len(made)):
+            await engines[0].generate(1000)
+        with pytest.raises(PoolFull):
+            await engines[1].generate(1)
 
 
 @on_loop
-async def test_a_turn_is_passed_on_by_a_caller_who_hangs_up_when_it_comes() -> None:
-    """Or every later generate near the limit would wait for ever."""
-    turns = Turns()
-    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    async def use() -> None:
-        async with turns:
-            await gate
-
-    first, second, third, fourth = (Call(use()) for _ in range(4))
-    third.hang_up()
-    gate.set_result(None)
-    await turns_until(lambda: first.over, "the first is done")
-    second.hang_up()
-    await turns_until(lambda: fourth.over, "the fourth has had its turn", most=10)
-    assert Call(use()).over
+async def test_callers_who_hang_up_near_the_limit_do_not_stop_the_others(place: Place) -> None:
+    """Whenever they do; and each batch is generated as a whole or not at all."""
+    async with engine_on(place.url, max_keys=200) as engine:
+        for turns in range(12):
+            calls = [Call(engine.generate(3)) for _ in range(4)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for call in calls[:3]:
+                call.hang_up()
+            await turns_until(lambda: calls[3].over, "the last one has its keys", most=100_000)  # noqa: B023
+            assert len(calls[3].answer) == 3
+        async with asyncio.timeout(10):
+            await engine.generate(2)
+        assert (await engine.stats()).total % 3 == 2
 
 
 @on_loop
-async def test_a_restart_grace_keeps_the_keys_that_nobody_could_keep_alive(shared: Valkey) -> None:
+async def test_a_restart_grace_keeps_the_keys_that_nobody_could_keep_alive(place: Place) -> None:
     """If no other server was there meanwhile; the others' deadlines stay."""
-    number = next(_pools)
-    url = with_pool(shared.url, number)
+    url = place.url
     async with engine_on(url) as engine:
         late = [key.key for key in await engine.generate(700)]
-    age(shared, f"test{number}", 16, 250, unseen=True)
+    age(place.valkey, place.pool, 16, 250, unseen=True)
     async with engine_on(url) as engine:
         fresh = (await engine.generate(1))[0].key
-    age(shared, f"test{number}", 16, 100, unseen=True)
+    age(place.valkey, place.pool, 16, 100, unseen=True)
     async with engine_on(url, grace=30.0) as engine:
         assert await engine.keepalive_many(late[1:]) == [True] * 699
         assert (await engine.get(late[0])).expires_in == pytest.approx(30, abs=5)
         assert (await engine.get(fresh)).expires_in == pytest.approx(200, abs=5)
-        check(shared, f"test{number}", 16)
+        check(place.valkey, place.pool, 16)
         async with engine_on(url, grace=250.0) as another:
             assert (await another.get(late[0])).expires_in < 31, "a server was there"
 
@@ -558,16 +501,16 @@ async def test_a_restart_grace_keeps_the_keys_that_nobody_could_keep_alive(share
 
 
 @on_loop
-async def test_a_key_that_another_server_frees_goes_to_whoever_waits(shared: Valkey) -> None:
+async def test_a_key_that_another_server_frees_goes_to_whoever_waits(place: Place) -> None:
     """To and fro between two servers."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url) as first, engine_on(url) as second:
         await first.generate(1)
         lease = await first.acquire(None, 0)
         for holder, other in [(first, second), (second, first)] * 20:
             waiting = asyncio.ensure_future(other.acquire("w", 30))
             waiters = other._waiters
-            await eventually(partial(getattr, waiters, "_told"), "the pool knows")
+            await eventually(partial(getattr, waiters, "announced"), "the pool knows")
             await holder.unblock(lease.key, lease.lease)
             lease = await waiting
         stats = await first.stats()
@@ -575,9 +518,9 @@ async def test_a_key_that_another_server_frees_goes_to_whoever_waits(shared: Val
 
 
 @on_loop
-async def test_no_key_is_held_by_two_over_three_servers(shared: Valkey) -> None:
+async def test_no_key_is_held_by_two_over_three_servers(place: Place) -> None:
     """More workers than keys, all waiting for each other's; some hang up. All get their turns."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     chance = random.Random(5)
     held: dict[int, int] = {}
     turns = Counter[int]()
@@ -613,9 +556,9 @@ async def test_no_key_is_held_by_two_over_three_servers(shared: Valkey) -> None:
 
 
 @on_loop
-async def test_waiting_counts_those_of_all_servers(shared: Valkey) -> None:
+async def test_waiting_counts_those_of_all_servers(place: Place) -> None:
     """And no longer those of one that is gone."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url) as one:
         async with engine_on(url) as other:
             calls = [asyncio.ensure_future(other.acquire(None, 30)) for _ in range(3)]
@@ -638,9 +581,9 @@ async def test_waiting_counts_those_of_all_servers(shared: Valkey) -> None:
 
 
 @on_loop
-async def test_a_released_key_goes_to_whoever_waits(shared: Valkey) -> None:
+async def test_a_released_key_goes_to_whoever_waits(place: Place) -> None:
     """When its block runs out, however it was acquired."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url, block_seconds=0.2) as engine:
         made = (await engine.generate(1))[0]
         first = await engine.acquire(None, 0)
@@ -649,43 +592,39 @@ async def test_a_released_key_goes_to_whoever_waits(shared: Valkey) -> None:
         assert second.lease > first.lease
 
 
+@on_loop
 @pytest.mark.parametrize("turns", range(6))
-def test_a_caller_who_hangs_up_is_leased_nothing(place: Place, turns: int) -> None:
+async def test_a_caller_who_hangs_up_is_leased_nothing(place: Place, turns: int) -> None:
     """At whatever moment: the key is available again at once, and the next in the queue has it."""
+    async with engine_on(place.url, 2) as engine:
+        await engine.generate(1)
+        for wait in (0, 30):
+            call = Call(engine.acquire("gone", wait))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if call.over:
+                await engine.unblock(call.answer.key, call.answer.lease)
+            call.hang_up()
 
-    @on_loop
-    async def main() -> None:
-        async with engine_on(place.url, 2) as engine:
-            await engine.generate(1)
-            for wait in (0, 30):
-                call = Call(engine.acquire("gone", wait))
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-                if call.over:
-                    await engine.unblock(call.answer.key, call.answer.lease)
-                call.hang_up()
+            async def available() -> bool:
+                return (await engine.stats()).available == 1
 
-                async def available() -> bool:
-                    return (await engine.stats()).available == 1
-
-                await eventually(available, "the key is back")
-                task = asyncio.ensure_future(engine.acquire("gone", wait))
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-                task.cancel()
-                await asyncio.wait([task])
-                if not task.cancelled():
-                    lease = task.result()
-                    await engine.unblock(lease.key, lease.lease)
-                await eventually(available, "the key is back")
-
-    main()
+            await eventually(available, "the key is back")
+            task = asyncio.ensure_future(engine.acquire("gone", wait))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                lease = task.result()
+                await engine.unblock(lease.key, lease.lease)
+            await eventually(available, "the key is back")
 
 
 @on_loop
-async def test_a_waiter_gets_the_key_that_one_before_it_left(shared: Valkey) -> None:
+async def test_a_waiter_gets_the_key_that_one_before_it_left(place: Place) -> None:
     """And is its owner from then on."""
-    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+    async with engine_on(place.url) as engine:
         made = (await engine.generate(1))[0]
         held = await engine.acquire("first", 0)
         waiters = [Call(engine.acquire(name, 30)) for name in ("a", "b", "c")]
@@ -704,9 +643,9 @@ async def test_a_waiter_gets_the_key_that_one_before_it_left(shared: Valkey) -> 
 
 
 @on_loop
-async def test_behind_many_waiters_nobody_waits_longer_than_asked(shared: Valkey) -> None:
+async def test_behind_many_waiters_nobody_waits_longer_than_asked(place: Place) -> None:
     """Acquires with wait 0, with a short wait, and batches: they stand behind more than are served at once."""
-    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+    async with engine_on(place.url) as engine:
         waiting = [asyncio.ensure_future(engine.acquire(None, 300)) for _ in range(150)]
         await eventually(lambda: len(engine._waiters) == 150, "all wait")
         async with asyncio.timeout(30):
@@ -719,9 +658,9 @@ async def test_behind_many_waiters_nobody_waits_longer_than_asked(shared: Valkey
 
 
 @on_loop
-async def test_an_acquire_without_wait_is_answered_while_waiters_are_served(shared: Valkey) -> None:
+async def test_an_acquire_without_wait_is_answered_while_waiters_are_served(place: Place) -> None:
     """In a busy pool it waits for a look, not until everybody before it has had a turn."""
-    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+    async with engine_on(place.url) as engine:
         await engine.generate(1)
         served = 0
 
@@ -746,9 +685,9 @@ async def test_an_acquire_without_wait_is_answered_while_waiters_are_served(shar
 
 
 @on_loop
-async def test_the_feed_names_the_owner_of_each_key_that_waiters_got(shared: Valkey) -> None:
+async def test_the_feed_names_the_owner_of_each_key_that_waiters_got(place: Place) -> None:
     """Also when many are served at once; and keys go to the first in the queue."""
-    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+    async with engine_on(place.url) as engine:
         await engine.generate(40)
         leases = await engine.acquire_many("before", 40)
         waiting = [asyncio.ensure_future(engine.acquire(f"w{number}", 60)) for number in range(60)]
@@ -764,19 +703,19 @@ async def test_the_feed_names_the_owner_of_each_key_that_waiters_got(shared: Val
 
 
 @on_loop
-async def test_an_acquire_whose_answer_was_lost_is_not_made_again_for_a_waiter(shared: Valkey) -> None:
+async def test_an_acquire_whose_answer_was_lost_is_not_made_again_for_a_waiter(place: Place) -> None:
     """It may have served a key: the waiter gets 503, and no second key is taken for it."""
-    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+    async with engine_on(place.url) as engine:
         waiting = asyncio.ensure_future(engine.acquire("w", 30))
-        await eventually(lambda: engine._waiters._told, "the pool knows")
-        replied = Job.replied
+        await eventually(lambda: engine._waiters.announced, "the pool knows")
+        replied = ScriptCall.replied
 
-        def lose(job: Job, reply: Any) -> None:
-            lost = job.script.name == "acquire" and type(reply) is list and len(reply) > 3
-            replied(job, Lost("cut") if lost else reply)
+        def lose(call: ScriptCall, reply: Any) -> None:
+            lost = call.script == "acquire" and type(reply) is list and len(reply) > 3
+            replied(call, ConnectionLost("cut") if lost else reply)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Job, "replied", lose)
+            patch.setattr(ScriptCall, "replied", lose)
             await engine.generate(3)
             with pytest.raises(StorageUnavailable, match="not known"):
                 await waiting
@@ -785,14 +724,14 @@ async def test_an_acquire_whose_answer_was_lost_is_not_made_again_for_a_waiter(s
 
 
 @on_loop
-async def test_lengths_of_time_are_as_of_the_answer_although_a_call_was_held(shared: Valkey) -> None:
+async def test_lengths_of_time_are_as_of_the_answer_although_a_call_was_held(place: Place) -> None:
     """What passes before a call can be sent is not taken off."""
-    async with engine_on(with_pool(shared.url, next(_pools))) as engine:
+    async with engine_on(place.url) as engine:
         key = (await engine.generate(1))[0].key
         await engine.acquire(None, 0)
-        submit, loop = engine._nodes._submit, asyncio.get_running_loop()
+        submit, loop = engine._client._submit, asyncio.get_running_loop()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine._nodes, "_submit", lambda job: loop.call_later(1.5, submit, job))
+            patch.setattr(engine._client, "_submit", lambda call: loop.call_later(1.5, submit, call))
             kept, made, page = await asyncio.gather(
                 engine.keepalive(key), engine.generate(2), engine.page(ListQuery(order="expiry"))
             )
@@ -805,29 +744,28 @@ async def test_lengths_of_time_are_as_of_the_answer_although_a_call_was_held(sha
 
 
 @on_loop
-async def test_deadlines_are_swept_on_time_whichever_server_set_them(shared: Valkey) -> None:
+async def test_deadlines_are_swept_on_time_whichever_server_set_them(place: Place) -> None:
     """Another server than the one that served the key releases it, though no call comes."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     rules: dict[str, Any] = {"block_seconds": 0.3, "keepalive_seconds": 1.0}
     async with engine_on(url, **rules) as sweeper, engine_on(url, **rules) as other:
-        other._looks._stopped = True  # it sweeps nothing
+        other._poller._stopped = True  # it sweeps nothing
         await other.generate(30)
         await other.acquire_many(None, 30)
         await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "released"], "it is released")
         await eventually(lambda: [e for e in sweeper.recent(99) if e.event == "expired"], "it is purged")
-        assert sweeper.tallies()["release_lateness_seconds"].count
-        assert sweeper.tallies()["expiry_lateness_seconds"].count
+        assert sweeper.histograms()["release_lateness_seconds"].count
+        assert sweeper.histograms()["expiry_lateness_seconds"].count
         assert (await other.stats()).total == 0
 
 
 @on_loop
-async def test_a_crowd_that_expires_at_once_is_purged_in_slices(shared: Valkey) -> None:
+async def test_a_crowd_that_expires_at_once_is_purged_in_slices(place: Place) -> None:
     """And never shown or served meanwhile."""
-    number = next(_pools)
-    async with engine_on(with_pool(shared.url, number)) as engine:
+    async with engine_on(place.url) as engine:
         for _ in range(5):
             await engine.generate(1000)
-        age(shared, f"test{number}", 16, 301)
+        age(place.valkey, place.pool, 16, 301)
         with pytest.raises(NoKeyAvailable):
             await engine.acquire(None, 0)
         assert (await engine.page(ListQuery())).keys == []
@@ -837,13 +775,13 @@ async def test_a_crowd_that_expires_at_once_is_purged_in_slices(shared: Valkey) 
 
         await eventually(purged, "all are purged")
         assert (await engine.stats()).expired == 5000
-        check(shared, f"test{number}", 16)
+        check(place.valkey, place.pool, 16)
 
 
 @on_loop
-async def test_one_server_sweeps_and_another_stands_in_for_it(shared: Valkey) -> None:
+async def test_one_server_sweeps_and_another_stands_in_for_it(place: Place) -> None:
     """So more servers make hardly more looks, and one that dies makes no release late."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     rules: dict[str, Any] = {"block_seconds": 1.0, "keepalive_seconds": 60.0}
     async with contextlib.AsyncExitStack() as stack:
         engines = []
@@ -853,21 +791,25 @@ async def test_one_server_sweeps_and_another_stands_in_for_it(shared: Valkey) ->
             engines.append(engine)
         first, second, *others = engines
         await first.generate(200)
-        before = [engine._looks._looks for engine in engines]
+        before = [engine._poller.polls for engine in engines]
         for _ in range(200):
             await first.acquire(None, 0)
             await asyncio.sleep(0.005)
-        await eventually(lambda: first.tallies()["release_lateness_seconds"].count > 20, "they are released")
-        looks = [engine._looks._looks - was for engine, was in zip(engines, before, strict=True)]
+        await eventually(
+            lambda: first.histograms()["release_lateness_seconds"].count > 20, "they are released"
+        )
+        looks = [engine._poller.polls - was for engine, was in zip(engines, before, strict=True)]
         assert sum(looks[2:]) < looks[0] / 2, looks
-        first._looks.stop()  # as if it had died
-        known = second.tallies()["release_lateness_seconds"].count
+        first._poller.stop()  # as if it had died
+        known = second.histograms()["release_lateness_seconds"].count
         await others[0].acquire_many(None, 200)
 
         async def free() -> bool:
             return (await others[1].stats()).blocked == 0
 
-        await eventually(lambda: second.tallies()["release_lateness_seconds"].count > known, "it stands in")
+        await eventually(
+            lambda: second.histograms()["release_lateness_seconds"].count > known, "it stands in"
+        )
         await eventually(free, "all are released")
 
 
@@ -897,42 +839,38 @@ async def _walk(engine: ValkeyEngine, after: str | None = None, **query: Any) ->
     return pages
 
 
+@on_loop
 @pytest.mark.parametrize("partitions", [1, 16])
-def test_keys_with_the_same_deadline_are_all_listed(place: Place, partitions: int) -> None:
+async def test_keys_with_the_same_deadline_are_all_listed(place: Place, partitions: int) -> None:
     """As those of a pool that was moved in have it, whose deadlines are milliseconds."""
-
-    @on_loop
-    async def main() -> None:
-        async with engine_on(place.url, partitions) as engine:
-            made = [*await engine.generate(1000), *await engine.generate(800)]
-            blocked = {lease.id for _ in range(2) for lease in await engine.acquire_many(None, 700)}
-            seconds, _ = place.valkey.ask("TIME")
-            _tie(place, partitions, (int(seconds) + 100) * 1_000_000)
-            shown = list(itertools.chain(*await _walk(engine, order="expiry", limit=137)))
-            assert sorted(shown) == sorted(key.id for key in made)
-            shown = list(itertools.chain(*await _walk(engine, order="release", limit=137)))
-            assert sorted(shown) == sorted(blocked)
-            # The key that a page ended with may be gone when the next one is asked for.
-            page = await engine.page(ListQuery(order="expiry", limit=50))
-            await engine.delete(page.keys[-1].id)
-            shown = [row.id for row in page.keys]
-            for rows in await _walk(engine, page.next, order="expiry", limit=500):
-                shown += rows
-            assert {key.id for key in made} <= set(shown)
-
-    main()
+    async with engine_on(place.url, partitions) as engine:
+        made = [*await engine.generate(1000), *await engine.generate(800)]
+        blocked = {lease.id for _ in range(2) for lease in await engine.acquire_many(None, 700)}
+        seconds, _ = place.valkey.ask("TIME")
+        _tie(place, partitions, (int(seconds) + 100) * 1_000_000)
+        shown = list(itertools.chain(*await _walk(engine, order="expiry", limit=137)))
+        assert sorted(shown) == sorted(key.id for key in made)
+        shown = list(itertools.chain(*await _walk(engine, order="release", limit=137)))
+        assert sorted(shown) == sorted(blocked)
+        # The key that a page ended with may be gone when the next one is asked for.
+        page = await engine.page(ListQuery(order="expiry", limit=50))
+        await engine.delete(page.keys[-1].id)
+        shown = [row.id for row in page.keys]
+        for rows in await _walk(engine, page.next, order="expiry", limit=500):
+            shown += rows
+        assert {key.id for key in made} <= set(shown)
 
 
 @on_loop
-async def test_a_page_costs_its_rows_and_not_as_many_of_every_partition(shared: Valkey) -> None:
+async def test_a_page_costs_its_rows_and_not_as_many_of_every_partition(place: Place) -> None:
     """And is full all the same."""
-    async with engine_on(with_pool(shared.url, next(_pools)), 64) as engine:
+    async with engine_on(place.url, 64) as engine:
         for _ in range(3):
             await engine.generate(1000)
         await engine.acquire_many(None, 900)
 
         def read() -> int:
-            words = shared.ask("INFO", "commandstats").decode().split()
+            words = place.valkey.ask("INFO", "commandstats").decode().split()
             return next(int(w.split("calls=")[1].split(",")[0]) for w in words if "cmdstat_hget:" in w)
 
         for query in ({}, {"order": "expiry"}, {"order": "release"}):
@@ -943,17 +881,16 @@ async def test_a_page_costs_its_rows_and_not_as_many_of_every_partition(shared: 
 
 
 @on_loop
-async def test_records_that_valkey_threw_away_are_purged_where_they_are_met(shared: Valkey) -> None:
+async def test_records_that_valkey_threw_away_are_purged_where_they_are_met(place: Place) -> None:
     """As one with a maxmemory-policy that evicts does: no call fails for it."""
-    number = next(_pools)
-    pool = f"test{number}"
-    async with engine_on(with_pool(shared.url, number), 2) as engine:
+    pool = place.pool
+    async with engine_on(place.url, 2) as engine:
         made = await engine.generate(60)
         leases = await engine.acquire_many(None, 20)
         records = keys_of(pool, 0, 2)[1]
-        lost = {text.decode() for text in shared.ask("HKEYS", records)}
+        lost = {text.decode() for text in place.valkey.ask("HKEYS", records)}
         assert 0 < len(lost) < 60
-        shared.ask("DEL", records)
+        place.valkey.ask("DEL", records)
         assert {row.id for row in (await engine.page(ListQuery(limit=500))).keys} == {
             key.id for key in made if key.key not in lost
         }
@@ -965,22 +902,22 @@ async def test_records_that_valkey_threw_away_are_purged_where_they_are_met(shar
         held = {lease.key for lease in (*leases, *served)}
         assert {lease.key for lease in served}.isdisjoint(lost)
         assert held | lost == {key.key for key in made}
-        age(shared, pool, 2, 61)
+        age(place.valkey, pool, 2, 61)
         for number, text in enumerate(sorted(lost & held)):  # known by the sets alone, and overdue
-            shared.ask("ZADD", keys_of(pool, 0, 2)[2 + number % 2], "XX", 1, text)
+            place.valkey.ask("ZADD", keys_of(pool, 0, 2)[2 + number % 2], "XX", 1, text)
 
         async def settled() -> bool:
             stats = await engine.stats()
             return (stats.total, stats.available) == (60 - len(lost), 60 - len(lost))
 
         await eventually(settled, "the rest of them is purged")
-        check(shared, pool, 2)
+        check(place.valkey, pool, 2)
 
 
 @on_loop
-async def test_every_server_hears_of_every_servers_changes(shared: Valkey) -> None:
+async def test_every_server_hears_of_every_servers_changes(place: Place) -> None:
     """With owner, lease and hint, in order, and each once; the counters are the pool's."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url) as one, engine_on(url) as other:
         key = (await one.generate(1))[0]
         lease = await other.acquire("w", 0)
@@ -994,16 +931,16 @@ async def test_every_server_hears_of_every_servers_changes(shared: Valkey) -> No
             assert [event.event for event in events] == wanted
             assert [event.owner for event in events] == [None, "w", "w", None, None]
             assert {event.hint for event in events} == {f"{key.key[:4]}…{key.key[-4:]}"}
-            assert engine.told == len(wanted)
+            assert engine.event_seq == len(wanted)
             assert (stats.generated, stats.acquired, stats.unblocked, stats.deleted) == (1, 1, 1, 1)
             await engine.stats()
-            assert engine.told == len(engine.recent(99)) == len(wanted)
+            assert engine.event_seq == len(engine.recent(99)) == len(wanted)
 
 
 @on_loop
-async def test_a_new_server_knows_the_latest_events(shared: Valkey) -> None:
+async def test_a_new_server_knows_the_latest_events(place: Place) -> None:
     """Of those before its time."""
-    url = with_pool(shared.url, next(_pools))
+    url = place.url
     async with engine_on(url) as one:
         await one.generate(100)
     async with engine_on(url) as other:
@@ -1013,26 +950,25 @@ async def test_a_new_server_knows_the_latest_events(shared: Valkey) -> None:
 
 
 @on_loop
-async def test_refusals_are_counted_for_all_servers() -> None:
+async def test_refusals_are_counted_for_all_servers(place: Place) -> None:
     """Also those of a server that stops."""
-    with Valkey() as valkey:
-        async with engine_on(valkey.url) as one:
-            for _ in range(5):
-                with pytest.raises(NoKeyAvailable):
-                    await one.acquire(None, 0)
-        async with engine_on(valkey.url) as other:
-            assert (await other.stats()).refused == 5
+    async with engine_on(place.url) as one:
+        for _ in range(5):
+            with pytest.raises(NoKeyAvailable):
+                await one.acquire(None, 0)
+    async with engine_on(place.url) as other:
+        assert (await other.stats()).refused == 5
 
 
 @on_loop
 async def test_a_cluster_serves_every_partition_from_its_node() -> None:
     """Keys, pages and counts over three nodes, none of which has all."""
-    with Cluster() as cluster:
-        async with engine_on(cluster.url) as engine:
-            made = [key.key for key in await engine.generate(300)]
-            assert len(set(engine._nodes._of_partition)) == 3
-            assert all(node.ask("DBSIZE") for node in cluster.nodes)
-            leases = await engine.acquire_many("w", 500)
-            assert sorted(lease.key for lease in leases) == sorted(made)
-            rows = (await engine.page(ListQuery(limit=500))).keys
-            assert [row.id for row in rows] == sorted(lease.id for lease in leases)
+    cluster = shared_cluster()
+    async with engine_on(new_pool(cluster)) as engine:
+        made = [key.key for key in await engine.generate(300)]
+        assert len(set(map(engine._client.node_of, range(16)))) == 3
+        assert all(node.ask("DBSIZE") for node in cluster.nodes)
+        leases = await engine.acquire_many("w", 500)
+        assert sorted(lease.key for lease in leases) == sorted(made)
+        rows = (await engine.page(ListQuery(limit=500))).keys
+        assert [row.id for row in rows] == sorted(lease.id for lease in leases)

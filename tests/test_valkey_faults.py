@@ -25,6 +25,7 @@ from valkeys import Cluster, Valkey
 
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import KeypoolError, StartError, StorageUnavailable
+from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.link import Link
 from keypool.engine.valkey.scripts import keys_of, slot_of
@@ -101,8 +102,11 @@ async def test_a_call_that_could_not_be_sent_waits_for_the_connection(valkey: Va
 
 
 @on_loop
-async def test_a_silent_valkey_is_given_up_and_taken_again(valkey: Valkey) -> None:
+async def test_a_silent_valkey_is_given_up_and_taken_again(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that stands still with its connections open: calls end within seconds, and it is back when it goes on."""
+    monkeypatch.setattr(valkey_link, "SILENCE", 0.8)
     async with engine_on(valkey.url) as engine:
         key = (await engine.generate(1))[0].key
         with valkey.paused():
@@ -166,7 +170,7 @@ async def test_a_full_valkey_with_blocks_that_ran_out_can_be_emptied(valkey: Val
     what would need memory is refused.
     """
     async with engine_on(valkey.url, 1, block_seconds=60) as engine:
-        engine._looks.stop()  # whatever is dealt with is by the calls
+        engine._poller.stop()  # whatever is dealt with is by the calls
         keys = [key.key for key in await engine.generate(400)]
         leases = await engine.acquire_many("w", 300)
         age(valkey, "keypool", 1, 55)
@@ -293,7 +297,7 @@ async def test_slots_that_move_are_followed() -> None:
             await asyncio.gather(*loads)
             assert not failed, failed[:3]
             await serves(engine)
-            assert engine._nodes._of_partition[2] == ("127.0.0.1", target.port)
+            assert engine._client.node_of(2) == ("127.0.0.1", target.port)
             assert (await engine.stats()).total == 40
 
 
@@ -457,7 +461,7 @@ async def test_without_a_right_to_channels_keys_are_freed_and_waiters_served(
         key = (await engine.generate(1))[0].key
         lease = await engine.acquire(None, 0)
         waiting = asyncio.ensure_future(other.acquire("w", 30))
-        await eventually(lambda: other._waiters._told, "the pool knows")
+        await eventually(lambda: other._waiters.announced, "the pool knows")
         assert (await engine.unblock(key, lease.lease)).changed
         assert (await waiting).key == key
         await eventually(lambda: "refuses the channels" in caplog.text, "it is logged")

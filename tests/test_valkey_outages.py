@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import ServerProcess, run_server
 from support import eventually as eventually_blocking
-from valkey_support import age, check, engine_on, eventually, on_loop
+from valkey_support import age, check, engine_on, eventually, on_loop, with_constants
 from valkeys import Cluster, Commands, Valkey
 
 from keypool.core.cursor import ListQuery
@@ -205,15 +205,18 @@ async def test_a_server_that_alone_lost_its_connection_gives_nothing(valkey: Val
 
 
 @on_loop
-async def test_a_valkey_that_stood_still_purges_nothing_when_it_goes_on(valkey: Valkey) -> None:
+async def test_a_valkey_that_stood_still_purges_nothing_when_it_goes_on(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not by the calls either that had come while it stood still, or were sent before anybody noticed."""
-    async with engine_on(valkey.url, 1, keepalive_seconds=4.0) as engine:
+    with_constants(monkeypatch, AWAY=1_600_000)
+    async with engine_on(valkey.url, 1, keepalive_seconds=1.6) as engine:
         keys = [key.key for key in await engine.generate(100)]
         started = time.monotonic()
         with valkey.paused():
             with contextlib.suppress(StorageUnavailable):
                 await engine.stats()
-            await asyncio.sleep(6.2 - (time.monotonic() - started))
+            await asyncio.sleep(2.2 - (time.monotonic() - started))
 
         async def kept() -> bool:
             return await engine.keepalive_many(keys) == [True] * 100
@@ -232,7 +235,7 @@ async def test_a_step_of_valkeys_clock_is_counted(valkey: Valkey) -> None:
             at, moment = engine._presence._clocks or (0, 0.0)
             with logged(shown, logging.WARNING):
                 engine._presence._clocks = (at + step * 1_000_000, moment)
-                await engine._presence.check()
+                await engine._presence.verify()
             assert engine.clock_steps == before + 1
 
 
@@ -392,7 +395,7 @@ async def test_one_dead_primary_takes_out_its_own_keys_only() -> None:
             there = [
                 text
                 for text in texts
-                if engine._nodes._of_partition[engine._partitions.of(text)] == ("127.0.0.1", dead.port)
+                if engine._client.node_of(engine._partitions.of(text)) == ("127.0.0.1", dead.port)
             ]
             dead.kill()
             detail = await eventually(lambda: engine.degraded, "it says what is missing")
@@ -405,7 +408,7 @@ async def test_one_dead_primary_takes_out_its_own_keys_only() -> None:
                 await engine.keepalive(there[0])
             for node in (cluster.nodes[0], cluster.nodes[2]):
                 node.kill()
-            await eventually(lambda: len(engine._nodes.unreachable) == 16, "none is left")
+            await eventually(lambda: len(engine._client.unreachable) == 16, "none is left")
             with pytest.raises(StorageUnavailable):
                 engine.ready()
 
@@ -415,7 +418,7 @@ async def test_a_call_is_held_for_its_own_second(valkey: Valkey) -> None:
     """That a connection was lost just before, and mended, doesn't shorten it."""
 
     def links(engine: ValkeyEngine) -> list[Link]:
-        return list(engine._nodes._serving.values())
+        return list(engine._nodes.serving.values())
 
     async with engine_on(valkey.url, 1) as engine:
         loop = asyncio.get_running_loop()

@@ -5,21 +5,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, ParamSpec
 
 import msgspec
+import pytest
 from engine_support import quiet
-from valkeys import Valkey
+from valkeys import Valkey, new_pool, shared_valkey
 
 from keypool.core.errors import KeypoolError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.opening import open_valkey
-from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.scripts import Script, keys_of, scripts
 from keypool.engine.valkey.url import parse
 
 P = ParamSpec("P")
+
+
+@dataclass
+class Place:
+    """Where a test's pool is: in the Valkey that all tests of this process share."""
+
+    valkey: Valkey
+    pool: str
+    url: str
+
+
+def new_place() -> Place:
+    """One that no other test has."""
+    url = new_pool(shared_valkey())
+    return Place(shared_valkey(), url.partition("pool=")[2], url)
 
 
 def on_loop(test: Callable[P, Awaitable[None]], within: float = 60.0) -> Callable[P, None]:
@@ -69,12 +88,18 @@ async def eventually(condition: Callable[[], Any], what: str, within: float = 20
         await asyncio.sleep(0.005)
 
 
-def script_calls(valkey: Valkey) -> int:
-    """How many scripts it has run."""
-    words = valkey.ask("INFO", "commandstats").decode().split()
-    return next(
-        (int(word.split("calls=")[1].split(",")[0]) for word in words if "cmdstat_evalsha:" in word), 0
-    )
+def with_constants(patch: pytest.MonkeyPatch, **constants: int) -> None:
+    """Let scripts have other constants than those in common.lua."""
+    made = {}
+    for script in scripts().values():
+        text = script.text
+        for name, value in constants.items():
+            text, found = re.subn(rf"local {name} = \d+", f"local {name} = {value}", text)
+            assert found == 1, name
+        sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
+        made[script.name] = Script(script.name, text, sha)
+    for module in ("nodes", "calls"):
+        patch.setattr(f"keypool.engine.valkey.{module}.scripts", lambda: made)
 
 
 _AGE = """

@@ -6,7 +6,9 @@ tests is, however that ended. `commands` speaks to one over its own protocol; no
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -15,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -88,7 +91,8 @@ class Valkey:
             self._process = subprocess.Popen(
                 [
                     str(binary()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-                    "--dir", self._folder.name, "--databases", "64", *self._flags,
+                    "--dir", self._folder.name, "--databases", "64", "--repl-diskless-sync-delay", "0",
+                    *self._flags,
                 ],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
@@ -199,7 +203,7 @@ class Cluster:
         ports = free_ports(primaries * (1 + replicas))
         settings = [
             "--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout),
-            "--cluster-config-file", "nodes.conf", "--repl-diskless-sync-delay", "0",
+            "--cluster-config-file", "nodes.conf",
         ]  # fmt: skip
         self.nodes: list[Valkey] = []
         self._primaries = primaries
@@ -303,3 +307,29 @@ def flush(nodes: Sequence[Valkey]) -> None:
     """Leave nothing in them."""
     for node in nodes:
         node.ask("FLUSHALL")
+
+
+# -------------------------------------------------------------------------- one for all tests of this process
+
+_pools = itertools.count()
+
+
+@cache
+def shared_valkey() -> Valkey:
+    """A Valkey that no test may break: each has a pool of its own there (`new_pool`)."""
+    valkey = Valkey()
+    atexit.register(valkey.close)
+    return valkey
+
+
+@cache
+def shared_cluster() -> Cluster:
+    """Three primaries, for the same use."""
+    cluster = Cluster()
+    atexit.register(cluster.close)
+    return cluster
+
+
+def new_pool(valkey: Valkey | Cluster) -> str:
+    """The URL of a pool there that no other test has."""
+    return with_pool(valkey.url, next(_pools))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keypool.api.auth import Role
-from keypool.api.operations import OPERATIONS, Operation
+from keypool.api.operations import BASE, OPERATIONS, Operation
 
 _BODIES = {
     "acquire": '{"owner":"worker-7","wait":10}',
@@ -40,7 +40,7 @@ def call_lines(site: str, is_open: bool) -> list[CallLine]:
         CallLine(
             operation.name,
             operation.method,
-            f"/api/v1{operation.path}",
+            BASE + operation.path,
             sorted(role.value for role in operation.roles),
             operation.summary,
             [error.code for error in operation.errors],
@@ -99,7 +99,7 @@ def curl(site: str, operation: Operation, *, path: str, body: str | None, role: 
     if role is not None:
         words += ["-H", f'"Authorization: Bearer $KEYPOOL_{role.value.upper()}_TOKEN"']
     words.append(
-        '"$KEY"'.join(shlex.quote(part) if part else "" for part in f"{site}/api/v1{path}".split("$KEY"))
+        '"$KEY"'.join(shlex.quote(part) if part else "" for part in f"{site}{BASE}{path}".split("$KEY"))
     )
     return " ".join(words)
 

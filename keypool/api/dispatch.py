@@ -19,7 +19,7 @@ import msgspec
 
 from keypool.api.auth import NOBODY, Access, Caller, Role
 from keypool.api.decoding import Reader
-from keypool.api.operations import Call, Operation, audit_refused, ends_with_caller, require_may_name
+from keypool.api.operations import BASE, Call, Operation, audit_refused, ends_with_caller, require_may_name
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.api.wrong_tokens import WrongTokens
 from keypool.config.limits import MAX_BODY, MAX_HEADERS, MAX_TARGET
@@ -35,10 +35,8 @@ from keypool.core.errors import (
     UriTooLong,
 )
 from keypool.engine import Engine
-from keypool.ops.access import access_line, access_log
-from keypool.ops.calls import NO_OPERATION, CallTallies
-
-BASE = "/api/v1"
+from keypool.ops.histogram import NO_OPERATION, CallMetrics
+from keypool.ops.logs import access_line, access_log
 
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = logging.getLogger("keypool.api")
@@ -141,7 +139,7 @@ class Dispatcher:
         self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
         for operation in operations:
             self._add(Route(operation, Reader(operation)))
-        self.calls = CallTallies(
+        self.calls = CallMetrics(
             {operation.name: [error.code for error in operation.errors] for operation in operations}
         )
         self.wrong_tokens = WrongTokens()

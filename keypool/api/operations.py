@@ -57,6 +57,9 @@ VIEWER = frozenset({Role.VIEWER, Role.ADMIN})
 ADMIN = frozenset({Role.ADMIN})
 CLIENT_OR_VIEWER = CLIENT | VIEWER
 
+BASE = "/api/v1"
+"""What every path of the API begins with."""
+
 MAX_BATCH = 1000
 MAX_WAIT = 60
 
@@ -168,7 +171,7 @@ Run = Callable[[Engine, Call], Answering[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call of the API. `path` is below /api/v1; `{key}` in it is one segment."""
+    """One call of the API. `path` is below BASE; `{key}` in it is one segment."""
 
     name: str
     method: str
@@ -438,7 +441,7 @@ OPERATIONS: tuple[Operation, ...] = (
         GeneratedKey,
         created=(GeneratedKey,),
         errors=(PoolFull,),
-        location=lambda made: f"/api/v1/keys/id:{made.id}",
+        location=lambda made: f"{BASE}/keys/id:{made.id}",
     ),
     Operation(
         "acquire",

@@ -1,17 +1,16 @@
-"""The `keypool` command: what its modules are.
+"""The `keypool` command.
 
-    main.py         words to a command, errors to an exit status
-    words.py        every subcommand and flag, once; help and completion derive from it
-    status.py       the exit statuses
-    connect.py      where the server is, and the token: environment and files, never arguments
-    output.py       tables on a terminal, plain lines in a pipe, JSON if asked; keys masked unless asked
-    progress.py     the bar of long batches
-    keys.py         generate, acquire, unblock, keepalive, delete, list, show
-    watching.py     stats --watch, keepalive --watch
-    running.py      run -- COMMAND
-    following.py    events
-    completing.py   completion for bash, zsh and fish
+    main.py               entry point: dispatches a command, turns errors into an exit status
+    arguments.py          the table of commands and flags; parser, help and completion derive from it
+    status.py             exit statuses
+    connection.py         the server's URL and the token, from environment and files
+    output.py             tables on a terminal, tab-separated lines in a pipe, JSON, masked keys; notes and progress
+    keys.py               generate, acquire, unblock, keepalive, delete, list, show, stats
+    run.py                run -- COMMAND
+    signal_forwarding.py  signals that `run` passes on; signals that wait until a call is answered
+    events.py             follows the server's feed
+    completion.py         completion scripts for bash, zsh and fish
 
-A command that talks to a server needs the standard library only; `serve`, `events` and `migrate` (which is
-keypool/server/migrate_command.py) import what they need when they are asked for.
+The package imports the client and nothing of the server. `serve`, `migrate`, `backup` and `verify` live in
+keypool/server/ and are imported when they are called, as is Tornado, which `events` needs.
 """

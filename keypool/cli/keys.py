@@ -1,164 +1,254 @@
-"""The commands of one call or one batch: generate, acquire, unblock, keepalive, delete, list, show."""
+"""The commands about keys: generate, acquire, unblock, keepalive, delete, list, show; and stats."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import itertools
+import queue
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
-from keypool.cli.connect import connect
-from keypool.cli.output import Output
-from keypool.cli.progress import Progress
-from keypool.cli.status import CommandError, Status
-from keypool.client import Done, KeyPool, KeyPoolError
-from keypool.client.shapes import LeasedKey
+from keypool.cli.connection import connect
+from keypool.cli.output import BATCH, Output, Progress, note
+from keypool.cli.signal_forwarding import answer_first
+from keypool.cli.status import TRANSIENT, CommandError, Status
+from keypool.client import Done, KeyPoolError, LeasedKey, Refused, UnblockItem
 
 GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in")
 LISTED = ("id", "hint", "state", "owner", "lease", "release_in", "expires_in", "created_at")
 
-
-def output_of(args: argparse.Namespace) -> Output:
-    """The form that this command's results are wanted in."""
-    return Output(as_json=args.json, show_keys=args.show_keys)
+_UNASKED = 100_000  # keys that `generate` makes without --yes
+_CLEAR_SCREEN = "\x1b[H\x1b[J"
 
 
 def generate(args: argparse.Namespace) -> Status:
-    """Make keys. What was made before a failure is printed too."""
-    output = output_of(args)
-    with connect(args) as pool, Progress("generating", args.count) as bar:
+    """Generate keys and print them batch by batch, so that an interrupt or a failure loses none."""
+    if args.count > _UNASKED and not args.yes:
+        _confirm(args.count)
+    output = _output_for_new_keys(args)
+    generated = printed = 0
+    bar = Progress("generating", args.count, shown=not sys.stdout.isatty())
+    with connect(args) as pool, bar, answer_first() as signals:
         try:
-            made = [pool.generate()] if args.count == 1 else pool.generate_many(args.count, progress=bar)
-        except KeyPoolError as error:
-            output.rows(GENERATED, map(_members, error.partial or []))
-            raise
-    output.rows(GENERATED, map(_members, made))
+            while generated < args.count and not signals:
+                batch = pool.generate_many(min(BATCH, args.count - generated))
+                generated += len(batch)
+                output.rows(GENERATED, map(_members, batch))
+                printed = generated
+                bar(generated)
+        finally:
+            if printed < args.count and args.count > 1:
+                note(f"{generated} of {args.count} keys were generated, {printed} of them printed")
+    for number in signals:
+        signal.raise_signal(number)
+    if not output.show_keys:
+        note("the keys are masked: --show-keys (-k) prints them")
     return Status.OK
+
+
+def _confirm(count: int) -> None:
+    question = f"{count} are a lot of keys"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise CommandError(f"{question}: add --yes if that is meant", Status.USAGE)
+    print(f"keypool: {question}. Generate them? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CommandError("no key was generated", Status.FAILED)
 
 
 def acquire(args: argparse.Namespace) -> Status:
-    """Acquire a key, or several at once; given back if nobody can read what is printed."""
-    output = output_of(args)
+    """Acquire a key, or several at once. They are given back if they can't be printed."""
+    output = _output_for_new_keys(args)
+    if not output.show_keys:
+        raise CommandError(
+            "on a terminal keys are masked, and nobody could use a masked one: add --show-keys (-k), "
+            "or use keypool run -- COMMAND; nothing was acquired",
+            Status.USAGE,
+        )
+    if args.count > 1 and args.wait != 0:
+        raise CommandError("--wait goes with one key only", Status.USAGE)
     with connect(args) as pool:
-        if args.count == 1:
-            served = [pool.acquire(owner=args.owner, wait=args.wait)]
-        elif args.wait:
-            raise CommandError("--wait goes with one key only", Status.USAGE)
-        else:
-            served = pool.acquire_many(args.count, owner=args.owner)
-        _hand_over(pool, output, served)
+        with answer_first(enabled=args.wait == 0) as signals:
+            if args.count == 1:
+                leased: Sequence[LeasedKey] = [pool.acquire(owner=args.owner, wait=args.wait)]
+            else:
+                leased = pool.acquire_many(args.count, owner=args.owner)
+        try:
+            for number in signals:
+                signal.raise_signal(number)
+            output.rows(LEASED, map(_members, leased))
+        except BaseException:
+            pool.unblock_many(leased)
+            raise
     return Status.OK
 
 
-def _hand_over(pool: KeyPool, output: Output, served: list[LeasedKey]) -> None:
-    try:
-        output.rows(LEASED, map(_members, served))
-    except BaseException:
-        pool.unblock_many(served)
-        raise
-
-
 def unblock(args: argparse.Namespace) -> Status:
-    """Give keys back, by their lease numbers where those are known."""
-    output = output_of(args)
-    if args.lease is not None and len(args.keys) != 1:
+    """Give keys back, under their lease numbers where they are known."""
+    named = _named(args.keys)
+    if args.lease is not None and len(named) != 1:
         raise CommandError("--lease goes with one key only", Status.USAGE)
     with connect(args) as pool:
-        if len(args.keys) == 1 and args.keys != ["-"]:
-            output.fields(_members(pool.unblock(args.keys[0], args.lease)))
+        if args.keys == [named[0][0]]:
+            output_of(args).fields(_members(pool.unblock(named[0][0], args.lease)))
             return Status.OK
-        items = [(words[0], int(words[1])) if len(words) > 1 else words[0] for words in _named(args.keys)]
+        leases = ((key, args.lease or lease) for key, lease in named)
+        items: list[UnblockItem] = [key if lease is None else (key, lease) for key, lease in leases]
         with Progress("giving back", len(items)) as bar:
-            done = pool.unblock_many(items, progress=bar)
-    return _tell(output, done)
+            return _report(args, pool.unblock_many(items, progress=bar))
 
 
 def keepalive(args: argparse.Namespace) -> Status:
-    """Put off expiries, once."""
-    output = output_of(args)
+    """Put off expiries, once, or with --watch until all keys are dead."""
+    keys = [key for key, _ in _named(args.keys)]
+    if args.watch:
+        return _keep_alive(args, keys)
     with connect(args) as pool:
-        if len(args.keys) == 1 and args.keys != ["-"]:
-            output.fields(_members(pool.keepalive(args.keys[0])))
+        if args.keys == [keys[0]]:
+            output_of(args).fields(_members(pool.keepalive(keys[0])))
             return Status.OK
-        keys = names(args.keys)
         with Progress("keeping alive", len(keys)) as bar:
-            done = pool.keepalive_many(keys, progress=bar)
-    return _tell(output, done)
+            return _report(args, pool.keepalive_many(keys, progress=bar))
+
+
+def _keep_alive(args: argparse.Namespace, keys: list[str]) -> Status:
+    """Print a line for each key that dies. Raises KeyPoolError if the server refuses, a wrong token say."""
+    output = output_of(args)
+    events: queue.SimpleQueue[str | KeyPoolError] = queue.SimpleQueue()
+    with connect(args) as pool, pool.keeper(keys, on_dead=events.put, on_error=events.put) as keeper:
+        note(f"keeping {len(keeper.keys)} keys alive")
+        while keeper.keys or not events.empty():
+            event = events.get()
+            if isinstance(event, str):
+                output.rows(("event", "key"), [{"event": "dead", "key": event}])
+            elif isinstance(event, Refused) and not isinstance(event, TRANSIENT):
+                raise event
+            else:
+                note(f"retrying: {event}")
+    note("no key is left")
+    return Status.UNKNOWN_KEY
 
 
 def delete(args: argparse.Namespace) -> Status:
-    """Purge keys."""
-    output = output_of(args)
-    keys = names(args.keys)
+    """Delete keys."""
+    keys = [key for key, _ in _named(args.keys)]
     with connect(args) as pool, Progress("deleting", len(keys)) as bar:
         done = pool.delete_many(keys, progress=bar)
     if done.repeated and done.unknown:
-        output.note("an answer was lost: what is unknown now may have been deleted just before")
-    return _tell(output, done)
+        note("an answer was lost and the call repeated: unknown keys may have been deleted by the first")
+    return _report(args, done)
 
 
 def list_keys(args: argparse.Namespace) -> Status:
     """List keys, page by page as they are read."""
+    output = output_of(args)
     with connect(args) as pool:
-        rows: Iterable[Any] = pool.rows(state=args.state, prefix=args.prefix, order=args.order)
-        if args.limit is not None:
-            rows = itertools.islice(rows, args.limit)
-        output_of(args).rows(LISTED, map(_members, rows))
+        rows = pool.rows(state=args.state, prefix=args.prefix, order=args.order)
+        members = map(_members, itertools.islice(rows, args.limit))
+        # JSON has the API's members unchanged: there a key that nobody holds has its latest lease.
+        output.rows(LISTED, members if args.json else map(_without_old_lease, members))
     return Status.OK
 
 
 def show(args: argparse.Namespace) -> Status:
-    """One key; its text too if keys are to be shown, which admins may see and the audit log records."""
+    """Print one key's state; with --show-keys its text, too, which is for admins and is audited."""
+    [(key, _)] = _named([args.key])
     with connect(args) as pool:
-        row = _members(pool.get(args.key))
+        row = _members(pool.get(key))
         if args.show_keys:
-            row["key"] = pool.reveal(args.key).key
+            row["key"] = pool.reveal(key).secret
     output_of(args).fields(row)
     return Status.OK
 
 
-def names(keys: list[str]) -> list[str]:
-    """The keys that are named, `-` meaning those on standard input. Raises CommandError if there is none."""
-    return [words[0] for words in _named(keys)]
+def stats(args: argparse.Namespace) -> Status:
+    """Print the counts, once, or with --watch every so many seconds, through outages of the server."""
+    output = output_of(args)
+    with connect(args) as pool:
+        output.fields(_members(pool.stats()))
+        while args.watch is not None:
+            time.sleep(args.watch)
+            try:
+                now = _members(pool.stats())
+            except TRANSIENT as error:
+                note(f"retrying: {error}")
+                continue
+            if output.as_table:
+                sys.stdout.write(_CLEAR_SCREEN)
+            output.fields(now)
+    return Status.OK
 
 
-def _named(keys: list[str]) -> list[list[str]]:
-    """The keys that are named, each with what else stands on its line; `-` is for lines of standard input.
+def output_of(args: argparse.Namespace) -> Output:
+    """The output that this command's flags ask for."""
+    return Output(as_json=args.json, show_keys=args.show_keys)
 
-    The lines are those that generate and acquire print: the key first, then for acquire its lease.
+
+def _output_for_new_keys(args: argparse.Namespace) -> Output:
+    """In a pipe, generate and acquire print keys as they are: a program is to use them."""
+    return Output(as_json=args.json, show_keys=args.show_keys or not sys.stdout.isatty())
+
+
+def _named(keys: list[str]) -> list[tuple[str, int | None]]:
+    """The keys that the arguments name, each with its lease number if that is known.
+
+    `-` stands for the lines of standard input, as generate and acquire print them: the key comes first, then
+    for acquire its lease. Raises CommandError if there is no key, or a masked one.
     """
-    named = [words for key in keys for words in (_lines(sys.stdin) if key == "-" else [[key]])]
+    named = [each for key in keys for each in (_lines(sys.stdin) if key == "-" else [(key, None)])]
     if not named:
         raise CommandError("no key on standard input", Status.USAGE)
+    for key, _ in named:
+        if "…" in key:
+            raise CommandError(
+                f"{key} is a masked key: use the key itself, which --show-keys (-k) prints, or its id, "
+                "written id:N (admin)",
+                Status.USAGE,
+            )
     return named
 
 
-def _lines(lines: Iterable[str]) -> Iterator[list[str]]:
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if words and "…" in words[0]:
-            raise CommandError(f"line {number} holds a masked key: print them with --show-keys", Status.USAGE)
-        if words:
-            yield words
+def _lines(lines: Iterable[str]) -> Iterator[tuple[str, int | None]]:
+    for line in lines:
+        if words := line.split():
+            yield words[0], _lease(words)
 
 
-def _tell(output: Output, done: Done) -> Status:
-    """Print a batch's counts; keys that it didn't know are notes, masked."""
+def _lease(words: list[str]) -> int | None:
+    # acquire's lines have five columns; those of generate have the id where the lease would be.
+    return int(words[1]) if len(words) != len(GENERATED) and words[1:] and words[1].isdecimal() else None
+
+
+def _report(args: argparse.Namespace, done: Done) -> Status:
+    """Print the counts of a batch, and a note for the first of the keys that weren't done."""
+    output = output_of(args)
     output.fields({"done": done.done, "unknown": len(done.unknown), "stale": len(done.stale)})
     for word, keys in (("unknown", done.unknown), ("stale", done.stale)):
         for key in keys[:10]:
-            output.note(f"{word}: {key if key.startswith('id:') else output.masked(key)}")
+            note(f"{word}: {output.masked(key)}")
         if len(keys) > 10:
-            output.note(f"{word}: {len(keys) - 10} more")
+            note(f"{word}: {len(keys) - 10} more")
     if done.unknown:
         return Status.UNKNOWN_KEY
     return Status.LEASE_OVER if done.stale else Status.OK
 
 
+def _without_old_lease(row: dict[str, Any]) -> dict[str, Any]:
+    return row if row["release_in"] is not None else row | {"lease": None}
+
+
 def _members(value: Any) -> dict[str, Any]:
-    members = dataclasses.asdict(value)
-    members.pop("repeated", None)
+    """The members of an answer as JSON has them."""
+    members = {}
+    for each in dataclasses.fields(value):
+        member = getattr(value, each.name)
+        if isinstance(member, datetime):
+            member = member.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if each.name != "repeated":
+            members[each.metadata.get("json", each.name)] = member
     return members

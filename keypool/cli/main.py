@@ -1,113 +1,95 @@
-"""The `keypool` command: from words to a command, and from errors to an exit status.
+"""The entry point of the `keypool` command: dispatches a command, turns errors into an exit status.
 
-What this module needs is imported in its functions: it takes half a second on a slow machine, in which Ctrl-C
-would be a traceback.
+Imports stand in functions: they take half a second on a slow machine, in which Ctrl-C must not print a
+traceback. Before a command begins, and after it, SIGINT has its default action: it ends the process at once.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as in typing, which takes milliseconds
 if TYPE_CHECKING:
-    from keypool.client import KeyPoolError
-
-_INTERRUPTED = 130  # Status.INTERRUPTED, before that is imported
+    import argparse
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the words ask for, those of the process by default; the exit status."""
+    """Run the command that the arguments name; its exit status.
+
+    Without `argv` they are those of the process, whose signals are then handled as well.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
+    own_process = argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    if own_process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if words[:1] == ["serve"]:
         return _serve(words[1:])
     try:
-        return _run(words)
+        try:
+            return _run(words, own_process)
+        finally:
+            if own_process:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return 130
 
 
-def _run(words: Sequence[str]) -> int:
-    from keypool.cli.status import Status  # noqa: PLC0415 - see the module
-    from keypool.cli.words import parser  # noqa: PLC0415 - see the module
+def _run(words: Sequence[str], own_process: bool) -> int:
+    from keypool.cli.arguments import parse  # noqa: PLC0415 - see the module
+    from keypool.cli.output import note  # noqa: PLC0415
+    from keypool.cli.signal_forwarding import handle_signals  # noqa: PLC0415
+    from keypool.cli.status import CommandError, Status, command_error, status_of_run  # noqa: PLC0415
+    from keypool.client import KeyPoolError  # noqa: PLC0415
 
-    if any(word == "--token" or word.startswith("--token=") for word in _before_command(words)):
-        return _fail("a token is never an argument: use KEYPOOL_TOKEN or --token-file", Status.USAGE)
-    args = parser().parse_args(words)
-    return guarded(lambda: _load(args.do)(args))
-
-
-def guarded(do: Callable[[], int]) -> int:
-    """Run a command; what it raises becomes a line on standard error and an exit status."""
-    from keypool.cli.status import CommandError, Status, status_of  # noqa: PLC0415 - see the module
-    from keypool.client import KeyPoolError  # noqa: PLC0415 - see the module
-
+    args: argparse.Namespace | None = None
     try:
-        status = do()
+        if own_process:
+            handle_signals()
+        args = parse(words)
+        status = _load(args.do)(args)
         sys.stdout.flush()
+        return int(status)
     except BrokenPipeError:
-        _silence_stdout()
+        # Nobody reads any more: the interpreter would fail at its end to write what is still buffered.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Status.BROKEN_PIPE
-    except KeyboardInterrupt:
-        return Status.INTERRUPTED
     except CommandError as error:
-        return _fail(str(error), error.status)
+        failure = error
     except KeyPoolError as error:
-        return _fail(_said(error), status_of(error))
+        failure = command_error(error)
     except ValueError as error:
-        return _fail(str(error), Status.USAGE)
-    except ImportError as error:  # commands import what they need when they are asked for
-        return _missing(error)
-    return int(status)
-
-
-def _said(error: KeyPoolError) -> str:
-    from keypool.client import Refused  # noqa: PLC0415 - see the module
-
-    if isinstance(error, Refused):
-        return f"{error.detail} ({error.code})"
-    return f"{error}; it may have happened all the same" if error.may_have_happened else str(error)
-
-
-def _before_command(words: Sequence[str]) -> Sequence[str]:
-    """The words that are keypool's own: what `run` runs may take a --token."""
-    return words[: words.index("--")] if "--" in words else words
+        failure = CommandError(str(error), Status.USAGE)
+    except ImportError as error:
+        failure = CommandError(_missing(error), Status.FAILED)
+    note(str(failure))
+    command = args.command if args is not None else next((word for word in words if word[:1] != "-"), "")
+    return status_of_run(failure.status) if command == "run" else failure.status
 
 
 def _load(name: str) -> Callable[..., Any]:
+    import importlib  # noqa: PLC0415
+
     module, _, function = name.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 
 
 def _serve(words: Sequence[str]) -> int:
-    from keypool.early_exit import end_quietly  # noqa: PLC0415 - not for other commands
+    from keypool.early_exit import end_quietly  # noqa: PLC0415
 
     end_quietly()
     try:
         launch = _load("keypool.server.launch:main")
     except ImportError as error:
-        return _missing(error)
+        print(f"keypool: {_missing(error)}", file=sys.stderr)
+        return 1
     words = ["--log-format=json" if word == "--json" else word for word in words]
     return int(launch(words, "keypool serve"))
 
 
-def _missing(error: ImportError) -> int:
-    """Say which package isn't installed: the client and most commands need none."""
-    from keypool.cli.status import Status  # noqa: PLC0415 - see the module
-
-    return _fail(
-        f"this command needs the package {error.name}: install keypool-service[server]", Status.FAILED
-    )
-
-
-def _fail(line: str, status: int) -> int:
-    print(f"keypool: {' '.join(line.split())}", file=sys.stderr)
-    return int(status)
-
-
-def _silence_stdout() -> None:
-    """Nobody reads any more: what is still buffered goes nowhere, instead of failing again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _missing(error: ImportError) -> str:
+    return f"this command needs the package {error.name}: install keypool-service[server]"

@@ -1,8 +1,7 @@
-"""What a command prints: a table for people on a terminal, tab-separated lines in a pipe, JSON if asked.
+"""What a command prints: a table on a terminal, tab-separated lines in a pipe, JSON with `--json`.
 
-Plain lines have no heading and the same columns always, so that `cut -f` and `while read` work on them. JSON
-is one document a line. Keys are masked in all three unless `--show-keys` asks for them. Everything that is no
-result (notes, progress, errors) goes to standard error.
+Lines in a pipe have no heading and always the same columns, for `cut -f` and `while read`. JSON is one
+document a line. Notes, progress and errors go to standard error.
 """
 
 from __future__ import annotations
@@ -12,45 +11,41 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, Self
 
-from keypool.client.shapes import hint
+from keypool.client.answers import hint
 
 Row = dict[str, Any]
 
-_BATCH = 500  # rows that a table's widths are reckoned from
+BATCH = 1000
+"""Items that one call of a batch may have."""
+
+_ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
+_WIDEST_OWNER = 20  # characters in a table; a name may have 200
 
 
 class Output:
-    """Prints results in the form that was asked for. Values are JSON's; `key` is the text of a key."""
+    """Prints the results of one command. Values are JSON's; the member `key` is masked unless `show_keys`."""
 
-    def __init__(self, *, as_json: bool, show_keys: bool) -> None:
-        self.as_json = as_json
+    def __init__(self, *, as_json: bool, show_keys: bool = False) -> None:
         self.show_keys = show_keys
-        self.terminal = sys.stdout.isatty()
+        self.as_json = as_json
+        self.as_table = sys.stdout.isatty() and not as_json
+        self._widths: list[int] = []
 
-    def rows(self, columns: Sequence[str], rows: Iterable[Row]) -> int:
-        """Print rows as they come; how many there were."""
-        count = 0
-        pending: list[Row] = []
-        headed = False
-        for row in rows:
-            count += 1
-            if not self.terminal or self.as_json:
-                self.line(columns, row)
-                continue
-            pending.append(row)
-            if len(pending) == _BATCH:
-                self._table(columns, pending, heading=not headed)
-                headed = True
-                pending.clear()
-        if pending:
-            self._table(columns, pending, heading=not headed)
+    def rows(self, columns: Sequence[str], rows: Iterable[Row]) -> None:
+        """Print rows as they come. May be called again for more rows of the same table."""
+        if self.as_table:
+            remaining = iter(rows)
+            while part := list(islice(remaining, _ROWS_MEASURED)):
+                self._table(columns, part)
+        else:
+            for row in rows:
+                self._line(columns, row)
         sys.stdout.flush()
-        return count
 
-    def line(self, columns: Sequence[str], row: Row) -> None:
-        """Print one row by itself, whole as JSON, or its columns."""
+    def _line(self, columns: Sequence[str], row: Row) -> None:
         shown = self._masked(row)
         if self.as_json:
             print(json.dumps(shown, ensure_ascii=False))
@@ -58,41 +53,49 @@ class Output:
             print("\t".join(_plain(shown.get(column)) for column in columns))
 
     def fields(self, row: Row) -> None:
-        """Print one thing with many members: a line a member, its name first."""
-        shown = self._masked(row)
-        if self.as_json:
-            print(json.dumps(shown, ensure_ascii=False))
-        elif self.terminal:
-            width = max(map(len, shown))
-            print("\n".join(f"{name:<{width}}  {_nice(value)}" for name, value in shown.items()))
+        """Print one object: a line for each member, with its name first."""
+        if self.as_table:
+            width = max(map(len, row))
+            print("\n".join(f"{name:<{width}}  {_cell(value)}" for name, value in self._masked(row).items()))
+        elif self.as_json:
+            self._line((), row)
         else:
-            print("\n".join(f"{name}\t{_plain(value)}" for name, value in shown.items()))
+            print("\n".join(f"{name}\t{_plain(value)}" for name, value in self._masked(row).items()))
         sys.stdout.flush()
 
-    def note(self, text: str) -> None:
-        """Tell the user something that is no result."""
-        print(f"keypool: {text}", file=sys.stderr)
-
     def masked(self, key: str) -> str:
-        """A key as it may be shown."""
-        return key if self.show_keys else hint(key)
+        """A key's text as this command may show it."""
+        return key if self.show_keys or key.startswith("id:") else hint(key)
 
     def _masked(self, row: Row) -> Row:
-        return {name: self.masked(value) if name == "key" else value for name, value in row.items()}
+        return row | {"key": self.masked(row["key"])} if "key" in row else row
 
-    def _table(self, columns: Sequence[str], rows: Sequence[Row], *, heading: bool) -> None:
-        lines = [[_nice(self._masked(row).get(column)) for column in columns] for row in rows]
-        names = [column.replace("_", " ").upper() for column in columns]
-        widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
-        across = shutil.get_terminal_size().columns
-        if heading:
-            print(_bold(_laid_out(names, widths)[:across]))
+    def _table(self, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        lines = [[_cell(row.get(column), column) for column in columns] for row in map(self._masked, rows)]
+        if not self._widths:
+            names = [column.removesuffix("_in").replace("_", " ").upper() for column in columns]
+            self._widths = _fitting([max(map(len, cells)) for cells in zip(names, *lines, strict=True)])
+            print(_bold(self._laid_out(names)))
         for line in lines:
-            print(_laid_out(line, widths).rstrip())
+            print(self._laid_out(line))
+
+    def _laid_out(self, cells: Sequence[str]) -> str:
+        # Columns that don't fit the terminal have no width, and are left out.
+        padded = (f"{cell:<{width}}" for cell, width in zip(cells, self._widths, strict=False))
+        return "  ".join(padded).rstrip()
 
 
-def _laid_out(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+def note(text: str) -> None:
+    """Print one line that isn't a result, to standard error."""
+    print(f"keypool: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def _fitting(widths: list[int]) -> list[int]:
+    """As many widths, from the left, as fit the terminal's columns; one at least."""
+    available = shutil.get_terminal_size().columns
+    while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > available:
+        widths = widths[:-1]
+    return widths
 
 
 def _bold(text: str) -> str:
@@ -101,18 +104,46 @@ def _bold(text: str) -> str:
 
 
 def _plain(value: object) -> str:
-    """A value in a line: empty for none; tabs and line breaks can't be in it."""
-    if value is None:
-        return ""
-    return str(value).replace("\t", " ").replace("\n", " ")
+    return "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
 
 
-def _nice(value: object) -> str:
+def _cell(value: object, column: str = "") -> str:
     if value is None:
         return "-"
-    return f"{value:.1f}" if isinstance(value, float) else printable(str(value))
+    text = f"{value:.1f}" if isinstance(value, float) else printable(str(value))
+    shortened = column == "owner" and len(text) > _WIDEST_OWNER
+    return f"{text[: _WIDEST_OWNER - 1]}…" if shortened else text
 
 
 def printable(text: str) -> str:
-    """Text that can't move the cursor: an owner's name is whatever its client sent."""
+    """The text without control characters: an owner's name is whatever its client sent."""
     return "".join(character if character.isprintable() else "�" for character in text)
+
+
+class Progress:
+    """`with Progress("deleting", 5000) as bar: …progress=bar`: a bar on standard error, erased at the end.
+
+    Only for batches that take several calls, and on a terminal.
+    """
+
+    def __init__(self, doing: str, total: int, *, shown: bool = True) -> None:
+        self._doing, self._total = doing, total
+        self._shown = shown and total > BATCH and sys.stderr.isatty()
+
+    def __call__(self, done: int) -> None:
+        """Show that so many items are done."""
+        if self._shown:
+            share = min(1.0, done / self._total)
+            width = max(10, min(40, shutil.get_terminal_size().columns - 40))
+            bar = "#" * round(share * width)
+            sys.stderr.write(f"\r{self._doing} [{bar:<{width}}] {done}/{self._total} {share:4.0%}")
+            sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        self(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The exit statuses of the `keypool` command. They are in `keypool --help` and in docs/client.md."""
+"""The exit statuses of the `keypool` command. `keypool --help` and docs/client.md list them."""
 
 from __future__ import annotations
 
@@ -11,43 +11,50 @@ from keypool.client import (
     KeyPoolError,
     LeaseLost,
     NoKeyAvailable,
+    Refused,
     StaleLease,
     StorageUnavailable,
     Unauthorized,
+    Unavailable,
     UnknownKey,
     Unreachable,
 )
 
 
 class Status(IntEnum):
-    """What a script can tell apart."""
+    """An exit status, with the line that help and docs show for it."""
 
-    OK = 0, "done"
-    FAILED = 1, "anything not listed here"
-    USAGE = 2, "a wrong flag, argument, URL or token"
+    OK = 0, "success"
+    FAILED = 1, "any other failure"
+    USAGE = 2, "wrong flag, argument, URL or token file"
     NO_KEY = 3, "no key is available"
-    UNKNOWN_KEY = 4, "the key, or one of several, is not known: never generated, deleted or expired"
-    LEASE_OVER = 5, "the lease is over: the key was not this holder's any more"
-    DENIED = 6, "no token, an unknown one, or one of the wrong role"
-    UNREACHABLE = 7, "the server could not be asked: nothing has happened"
-    UNCERTAIN = 8, "the server was asked and its answer was lost: it may have happened"
-    RUN_FAILED = 125, "run: keypool itself failed, and the command was not started"
+    UNKNOWN_KEY = 4, "a key is unknown: never generated, deleted or expired"
+    LEASE_OVER = 5, "the lease had ended: the key may be held by somebody else"
+    DENIED = 6, "no token, an unknown token, or a token without the role for this call"
+    UNREACHABLE = 7, "the server can't be reached; nothing has changed"
+    UNCERTAIN = 8, "the answer was lost: the call may have taken effect"
+    RUN_UNCERTAIN = 120, "run: the answer was lost and the command not started; a key may stay blocked"
+    RUN_UNREACHABLE = 121, "run: the server can't be reached; the command was not started"
+    RUN_DENIED = 122, "run: the token is missing or refused; the command was not started"
+    RUN_NO_KEY = 123, "run: no key is available; the command was not started"
+    RUN_LEASE_OVER = 124, "run: the lease ended before the command did, and the command was stopped"
+    RUN_FAILED = 125, "run: wrong usage, or any other failure of keypool; the command was not started"
     RUN_NOT_EXECUTABLE = 126, "run: the command can't be executed"
-    RUN_NOT_FOUND = 127, "run: there is no such command"
+    RUN_NOT_FOUND = 127, "run: the command was not found"
     INTERRUPTED = 130, "ended by Ctrl-C (128 + n: by signal n)"
-    BROKEN_PIPE = 141, "whoever read the output has gone"
+    BROKEN_PIPE = 141, "the reader of the output has gone"
 
     about: str
 
     def __new__(cls, value: int, about: str) -> Status:
-        """A number with its explanation."""
+        """An int that carries its explanation."""
         made = int.__new__(cls, value)
         made._value_ = value
         made.about = about
         return made
 
 
-_STATUSES: list[tuple[type[KeyPoolError], Status]] = [
+_BY_ERROR: list[tuple[type[KeyPoolError], Status]] = [
     (NoKeyAvailable, Status.NO_KEY),
     (UnknownKey, Status.UNKNOWN_KEY),
     (StaleLease, Status.LEASE_OVER),
@@ -60,15 +67,35 @@ _STATUSES: list[tuple[type[KeyPoolError], Status]] = [
     (StorageUnavailable, Status.UNCERTAIN),
 ]
 
+_OF_RUN = {
+    Status.NO_KEY: Status.RUN_NO_KEY,
+    Status.DENIED: Status.RUN_DENIED,
+    Status.UNREACHABLE: Status.RUN_UNREACHABLE,
+    Status.UNCERTAIN: Status.RUN_UNCERTAIN,
+    Status.INTERRUPTED: Status.INTERRUPTED,
+}
 
-def status_of(error: KeyPoolError) -> Status:
-    """The exit status that an error ends a command with."""
-    return next((status for kind, status in _STATUSES if isinstance(error, kind)), Status.FAILED)
+TRANSIENT = (Unreachable, AnswerLost, GatewayError, Unavailable)
+"""Errors that may go away by themselves: commands that run on and on retry after them."""
 
 
 class CommandError(Exception):
-    """A command can't go on: one line for the user, and the exit status."""
+    """Ends a command with one line for the user and an exit status."""
 
     def __init__(self, message: str, status: Status) -> None:
         super().__init__(message)
         self.status = status
+
+
+def command_error(error: KeyPoolError, prefix: str = "") -> CommandError:
+    """The line and the status for an error of the client."""
+    status = next((status for kind, status in _BY_ERROR if isinstance(error, kind)), Status.FAILED)
+    if isinstance(error, Refused):
+        return CommandError(f"{prefix}{error.detail} ({error.code})", status)
+    suffix = "; the call may have taken effect" if error.may_have_happened else ""
+    return CommandError(f"{prefix}{error}{suffix}", status)
+
+
+def status_of_run(status: Status) -> Status:
+    """The status for a failure of `run` itself: the low numbers are those of its command."""
+    return _OF_RUN.get(status, Status.RUN_FAILED)

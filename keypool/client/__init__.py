@@ -2,11 +2,19 @@
 
     >>> from keypool.client import KeyPool, NoKeyAvailable
     >>> with KeyPool("http://127.0.0.1:8888", token="…") as pool:
-    ...     with pool.lease(owner="worker-7", wait=10) as key:
-    ...         fetch(headers={"X-Api-Key": str(key)})
+    ...     with pool.lease(wait=10) as key:
+    ...         fetch(headers={"X-Api-Key": key.secret})
 
-`KeyPool` needs nothing but the standard library; `AsyncKeyPool` needs aiohttp or Tornado, and imports it when
-it is made. Nothing of the server is imported by either. docs/client.md shows all of it by example.
+`KeyPool` blocks, `AsyncKeyPool` is for asyncio; both send with httpx2. Nothing of the server is imported.
+docs/client.md is the guide. The modules, from the bottom up:
+
+    errors.py       every way to fail            answers.py      the shapes of the answers
+    settings.py     arguments, checked           calls.py        every call as data
+    attempts.py     retries and deadlines        held.py         a key while it is held
+    rounds.py       the rounds of a keeper       signals.py      exit_on_sigterm
+    blocking.py, pool.py                         the blocking client
+    asynchronous.py, async_pool.py               the asynchronous one
+    testing.py      a pool in memory, for the tests of your program
 """
 
 from __future__ import annotations
@@ -14,6 +22,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from keypool.client.answers import (
+    Done,
+    GeneratedKey,
+    HasSecret,
+    KeptAlive,
+    KeyLike,
+    LeasedKey,
+    Page,
+    Revealed,
+    Row,
+    State,
+    Stats,
+    Unblocked,
+)
+from keypool.client.calls import Order, Progress, StateName, UnblockItem
 from keypool.client.errors import (
     AnswerLost,
     BadRequest,
@@ -50,32 +73,19 @@ from keypool.client.errors import (
     WrongHost,
 )
 from keypool.client.held import HeldKey
-from keypool.client.keeper import Keeper
-from keypool.client.lease import Lease
-from keypool.client.pool import KeyPool
-from keypool.client.retry import Retry
-from keypool.client.shapes import (
-    Done,
-    GeneratedKey,
-    KeptAlive,
-    LeasedKey,
-    Page,
-    Revealed,
-    Row,
-    Stats,
-    Unblocked,
-)
+from keypool.client.pool import Keeper, KeyPool, Lease, LeasedKeys
+from keypool.client.settings import Retry
+from keypool.client.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from keypool.client.async_keeper import AsyncKeeper
-    from keypool.client.async_lease import AsyncLease
-    from keypool.client.async_pool import AsyncKeyPool
+    from keypool.client.async_pool import AsyncKeeper, AsyncKeyPool, AsyncLease, AsyncLeasedKeys
 
 __all__ = [
     "AnswerLost",
     "AsyncKeeper",
     "AsyncKeyPool",
     "AsyncLease",
+    "AsyncLeasedKeys",
     "BadRequest",
     "CrossSite",
     "Done",
@@ -83,30 +93,37 @@ __all__ = [
     "Forbidden",
     "GatewayError",
     "GeneratedKey",
+    "HasSecret",
     "HeadersTooLarge",
     "HeldKey",
     "Internal",
     "Keeper",
     "KeptAlive",
+    "KeyLike",
     "KeyPool",
     "KeyPoolError",
     "Lease",
     "LeaseLost",
     "LeasedKey",
+    "LeasedKeys",
     "Loading",
     "MethodNotAllowed",
     "NoKeyAvailable",
     "NotFound",
+    "Order",
     "Page",
     "PayloadTooLarge",
     "PoolClosed",
     "PoolFull",
+    "Progress",
     "Refused",
     "RequestTimeout",
     "Retry",
     "Revealed",
     "Row",
     "StaleLease",
+    "State",
+    "StateName",
     "Stats",
     "StorageUnavailable",
     "TooManySignIns",
@@ -114,6 +131,7 @@ __all__ = [
     "TooManyWaiters",
     "Unauthorized",
     "Unavailable",
+    "UnblockItem",
     "Unblocked",
     "UnexpectedAnswer",
     "UnknownKey",
@@ -122,13 +140,12 @@ __all__ = [
     "UpgradeRequired",
     "UriTooLong",
     "WrongHost",
+    "exit_on_sigterm",
 ]
-
-# asyncio takes longer to import than all the rest; whoever uses the synchronous client doesn't wait for it.
-_ASYNC = {"AsyncKeeper": "async_keeper", "AsyncLease": "async_lease", "AsyncKeyPool": "async_pool"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ASYNC:
+    # asyncio takes a while to import; programs of the blocking client do not wait for it.
+    if not name.startswith("Async") or name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"keypool.client.{_ASYNC[name]}"), name)
+    return getattr(importlib.import_module("keypool.client.async_pool"), name)

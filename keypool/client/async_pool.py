@@ -3,30 +3,26 @@
     >>> from keypool.client import AsyncKeyPool
     >>> async with AsyncKeyPool("http://127.0.0.1:8888") as pool:
     ...     async with pool.lease(wait=10) as key:
-    ...         await use(str(key))
+    ...         await use(key.secret)
 
-On aiohttp if it is installed, else on Tornado's client (sending.py). Belongs to the event loop it is used on.
+Belongs to the event loop that it is used on. What the calls do and raise is in the docstrings of KeyPool.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
+import os
 import ssl
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Self, TypeVar
+from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx2
 
 from keypool.client import calls
-from keypool.client.async_caller import AsyncCaller, to_the_end
-from keypool.client.async_keeper import AsyncKeeper
-from keypool.client.async_lease import AsyncLease, give_back
-from keypool.client.calls import Call, UnblockItem
-from keypool.client.gather import Gather, gather_done, gather_lists
-from keypool.client.held import held_of
-from keypool.client.pool import Progress
-from keypool.client.retry import Retry
-from keypool.client.rounds import OnDead, OnError, Rounds
-from keypool.client.sending import Transport, best_transport
-from keypool.client.shapes import (
+from keypool.client.answers import (
     Done,
     GeneratedKey,
     KeptAlive,
@@ -38,64 +34,77 @@ from keypool.client.shapes import (
     Stats,
     Unblocked,
 )
-from keypool.client.wire import Address, address
+from keypool.client.asynchronous import AsyncRunner
+from keypool.client.attempts import perform, result, results
+from keypool.client.blocking import Runner
+from keypool.client.calls import Batch, Call, Order, Progress, StateName, UnblockItem
+from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
+from keypool.client.held import LAST_TRY, HeldKey, hold, raise_or_note
+from keypool.client.pool import lost_of
+from keypool.client.rounds import OnDead, OnError, Rounds
+from keypool.client.settings import (
+    DEFAULT_TIMEOUT,
+    DEFAULT_URL,
+    Retry,
+    Settings,
+    default_owner,
+    from_environment,
+)
 
 T = TypeVar("T")
 
 
 class AsyncKeyPool:
-    """A client of the server at `url`, for the tasks of one event loop.
+    """A client of the server at `url`, for the tasks of one event loop. The arguments are those of KeyPool.
 
-    `timeout` is seconds, for connecting and for an answer (beyond what an acquire waits); `retry` says how
-    long failing calls are repeated. `signals` is whether SIGTERM and SIGHUP, where nothing else is set for
-    them, end the program in order while a lease is open, instead of at once. `transport` is what sends,
-    if neither aiohttp nor Tornado is to.
-
-    `close` it, or use it in an `async with`: that ends its keepers and gives back what is still leased.
+    `close` it, or use it in an `async with`: that stops its keepers and gives back what its leases still hold.
     """
 
     def __init__(
         self,
-        url: str = "http://127.0.0.1:8888",
+        url: str = DEFAULT_URL,
         token: str | None = None,
         *,
-        timeout: float = 10.0,
-        retry: Retry | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        retry: Retry | int | None = None,
         ssl_context: ssl.SSLContext | None = None,
-        signals: bool = True,
-        transport: Callable[[Address], Transport] = best_transport,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        place = address(url, ssl_context)
-        self._caller = AsyncCaller(place, token, timeout, retry or Retry(), transport(place))
-        self._signals = signals
+        self._settings = Settings.of(url, token, timeout, retry)
+        self._runner = AsyncRunner(self._settings, ssl_context, transport)
+        self._ssl_context = ssl_context
+        self._transport = transport
         self._keepers: weakref.WeakSet[AsyncKeeper] = weakref.WeakSet()
+        self._held: weakref.WeakSet[HeldKey] = weakref.WeakSet()
+        self._lease_keeper: AsyncKeeper | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
+        """A client as KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE say; see KeyPool."""
+        return cls(**from_environment(environ), **options)
 
     def __repr__(self) -> str:
-        return f"AsyncKeyPool({self._caller.address.url!r})"
+        return f"AsyncKeyPool({self._settings.url!r})"
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await to_the_end(self.close())
+        await self.close()
 
     async def close(self) -> None:
-        """End the keepers, give back open leases, close the connections. Later calls raise PoolClosed."""
+        """Stop the keepers, give back what leases hold, close the connections. Later calls raise PoolClosed."""
         for keeper in list(self._keepers):
             await keeper.stop()
-        for held in held_of(self._caller):
-            await give_back(self._caller, held)
-        await self._caller.close()
+        for held in list(self._held):
+            await self._give_back(held, LAST_TRY)
+        await self._runner.close()
 
     # -- leases and keepers
 
-    def lease(self, *, owner: str | None = None, wait: float = 0.0) -> AsyncLease:
-        """`async with pool.lease() as key`: a HeldKey inside, given back under its lease number at the end.
-
-        Waits up to `wait` seconds (0 to 60) for a key. Entering raises NoKeyAvailable, TooManyWaiters;
-        leaving raises LeaseLost if the lease was over before, unless another error is on its way.
-        """
-        return AsyncLease(self._caller, owner, wait, self._signals)
+    def lease(self, *, owner: str | None = None, wait: float | None = 0.0) -> AsyncLease:
+        """`async with pool.lease() as key`: see KeyPool. A cancelled task gives its key back."""
+        return AsyncLease(self, owner, wait)
 
     def keeper(
         self,
@@ -105,14 +114,35 @@ class AsyncKeyPool:
         on_error: OnError | None = None,
         keepalive_seconds: float | None = None,
     ) -> AsyncKeeper:
-        """Keeps keys alive in a background task, between `start` and `stop` or in an `async with`.
-
-        About one call a thousand keys each third of the keepalive time, which the server tells unless it is
-        given here. Never lengthens a lease.
-        """
-        keeper = AsyncKeeper(self._caller, Rounds(keys, on_dead, on_error, keepalive_seconds))
+        """Keeps keys alive in a background task, between `start` and `stop` or in an `async with`."""
+        rounds = Rounds(self._settings, keys, on_dead, on_error, keepalive_seconds)
+        keeper = AsyncKeeper(self._runner, rounds)
         self._keepers.add(keeper)
         return keeper
+
+    async def _hold(self, owner: str | None, wait: float | None) -> HeldKey:
+        held = await self._runner.acquire(hold(self._settings, owner, wait), self._give_back)
+        held.register(lambda: self._give_back_without_loop(held))
+        self._held.add(held)
+        if held.expires_first:
+            if self._lease_keeper is None or not self._lease_keeper.running:
+                self._lease_keeper = self.keeper().start()
+            self._lease_keeper.add(held)
+        return held
+
+    async def _give_back(self, held: HeldKey, within: float = math.inf) -> LeaseLost | None:
+        if self._lease_keeper is not None:
+            self._lease_keeper.discard(held)
+        lost = await self._runner.run_to_end(held.give_back(self._settings, within))
+        self._held.discard(held)
+        return lost
+
+    def _give_back_without_loop(self, held: HeldKey) -> None:
+        transport = self._transport
+        if transport is None or isinstance(transport, httpx2.BaseTransport):
+            runner = Runner(self._settings, self._ssl_context, transport)
+            runner.run(held.give_back(self._settings, LAST_TRY))
+            runner.close()
 
     # -- single calls
 
@@ -120,16 +150,15 @@ class AsyncKeyPool:
         """Make a key (admin). Raises PoolFull."""
         return await self._call(calls.generate())
 
-    async def acquire(self, *, owner: str | None = None, wait: float = 0.0) -> LeasedKey:
-        """Be served a key, which nobody gives back for you: see `lease`. Raises NoKeyAvailable."""
-        return await self._call(calls.acquire(owner, wait))
+    async def acquire(self, *, owner: str | None = None, wait: float | None = 0.0) -> LeasedKey:
+        """Acquire a key, to be given back by `unblock`. Raises NoKeyAvailable. A cancelled one gives it back."""
+        owner = default_owner() if owner is None else owner
+        steps = perform(calls.acquire(owner, wait), self._settings)
+        acquired = await self._runner.acquire(steps, lambda late: self._give_back(HeldKey(late, owner)))
+        return acquired.result
 
     async def unblock(self, key: KeyLike, lease: int | None = None) -> Unblocked:
-        """Give a key back. Raises UnknownKey, StaleLease.
-
-        With a lease number, given here or known by `key`, only if it is still yours. Without one it frees the
-        key whoever has it, and is not repeated after a lost answer.
-        """
+        """Give a key back. Raises UnknownKey, StaleLease."""
         return await self._call(calls.unblock(key, lease))
 
     async def keepalive(self, key: KeyLike) -> KeptAlive:
@@ -141,7 +170,7 @@ class AsyncKeyPool:
         return await self._call(calls.delete(key))
 
     async def get(self, key: KeyLike) -> Row:
-        """How a key stands. Raises UnknownKey."""
+        """The state of a key. Raises UnknownKey."""
         return await self._call(calls.get(key))
 
     async def reveal(self, key: KeyLike) -> Revealed:
@@ -151,19 +180,19 @@ class AsyncKeyPool:
     async def page(
         self,
         *,
-        state: str | None = None,
+        state: StateName | None = None,
         prefix: str | None = None,
-        order: str | None = None,
+        order: Order | None = None,
         limit: int | None = None,
         after: str | None = None,
     ) -> Page:
-        """One page of keys (viewer): see the contract for what goes with what. Raises BadRequest."""
+        """One page of keys (viewer). Raises BadRequest."""
         return await self._call(calls.page(state, prefix, order, limit, after))
 
     async def rows(
-        self, *, state: str | None = None, prefix: str | None = None, order: str | None = None
+        self, *, state: StateName | None = None, prefix: str | None = None, order: Order | None = None
     ) -> AsyncIterator[Row]:
-        """All keys (viewer), a page of 500 a call, as they are asked for."""
+        """All keys (viewer), one call for each 500, as they are read."""
         after: str | None = None
         while True:
             page = await self.page(state=state, prefix=prefix, order=order, limit=500, after=after)
@@ -181,37 +210,146 @@ class AsyncKeyPool:
 
     async def generate_many(self, count: int, *, progress: Progress | None = None) -> list[GeneratedKey]:
         """Make keys (admin). Raises PoolFull; what was made before is in the error's `partial`."""
-        asked = map(calls.generate_batch, calls.counts(count))
-        return await self._gather(asked, gather_lists(list[GeneratedKey]), progress)
+        return await self._batch(calls.generate_many(count, progress))
 
-    async def acquire_many(
+    def acquire_many(
         self, count: int, *, owner: str | None = None, progress: Progress | None = None
-    ) -> list[LeasedKey]:
-        """Be served up to `count` keys, fewer if fewer are free. Raises NoKeyAvailable if none is."""
-        asked = (calls.acquire_batch(each, owner) for each in calls.counts(count))
-        return await self._gather(asked, gather_lists(list[LeasedKey], wanted=count), progress)
+    ) -> AsyncLeasedKeys:
+        """Acquire up to `count` keys: `async with` gives them all back, `await` leaves that to you."""
+        batch = calls.acquire_many(count, default_owner() if owner is None else owner, progress)
+        return AsyncLeasedKeys(self, batch)
 
     async def keepalive_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
         """Put off expiries."""
-        return await self._gather(map(calls.keepalive_batch, calls.parts(keys)), gather_done(), progress)
+        return await self._batch(calls.keepalive_many(keys, progress))
 
     async def unblock_many(self, items: Iterable[UnblockItem], *, progress: Progress | None = None) -> Done:
         """Give keys back, each a key or a pair of key and lease number."""
-        return await self._gather(map(calls.unblock_batch, calls.parts(items)), gather_done(), progress)
+        return await self._batch(calls.unblock_many(items, progress))
 
     async def delete_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
         """Purge keys (admin)."""
-        return await self._gather(map(calls.delete_batch, calls.parts(keys)), gather_done(), progress)
+        return await self._batch(calls.delete_many(keys, progress))
 
     async def _call(self, call: Call[T]) -> T:
-        return await self._caller.call(call)
+        return await self._runner.run(result(call, self._settings))
 
-    async def _gather(self, asked: Iterable[Call[T]], gather: Gather[T], progress: Progress | None) -> T:
-        for call in asked:
-            with gather.keeping():
-                gather.add(await self._caller.call(call))
-            if progress is not None:
-                progress(gather.count)
-            if gather.complete:
-                break
-        return gather.result
+    async def _batch(self, batch: Batch[T]) -> T:
+        return await self._runner.run(results(batch, self._settings))
+
+    async def _acquire_batch(self, batch: Batch[list[LeasedKey]]) -> list[LeasedKey]:
+        return await self._runner.acquire(results(batch, self._settings), self._unblock_batch)
+
+    async def _unblock_batch(self, keys: list[LeasedKey]) -> Done:
+        return await self._runner.run_to_end(results(calls.unblock_many(keys), self._settings))
+
+
+class AsyncLease:
+    """A context manager, for one `async with` at a time; each acquires anew."""
+
+    def __init__(self, pool: AsyncKeyPool, owner: str | None, wait: float | None) -> None:
+        self._pool = pool
+        self._owner = owner
+        self._wait = wait
+        self._held: HeldKey | None = None
+
+    async def __aenter__(self) -> HeldKey:
+        if self._held is not None:
+            raise KeyPoolError("this lease is in use; ask the pool for another one")
+        self._held = await self._pool._hold(self._owner, self._wait)  # noqa: SLF001 - a part of it
+        return self._held
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            raise_or_note(await self._pool._give_back(held), error)  # noqa: SLF001 - a part of it
+
+
+class AsyncLeasedKeys:
+    """Keys to be acquired together: `await` acquires them, `async with` gives them back as well.
+
+    Leaving it raises LeaseLost if any was lost meanwhile, unless another error is propagating.
+    """
+
+    def __init__(self, pool: AsyncKeyPool, batch: Batch[list[LeasedKey]]) -> None:
+        self._pool = pool
+        self._batch = batch
+        self._keys: list[LeasedKey] = []
+
+    def __await__(self) -> Generator[Any, Any, list[LeasedKey]]:
+        return self._pool._acquire_batch(self._batch).__await__()  # noqa: SLF001 - a part of it
+
+    async def __aenter__(self) -> list[LeasedKey]:
+        self._keys = await self
+        return self._keys
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        raise_or_note(lost_of(await self._pool._unblock_batch(self._keys)), error)  # noqa: SLF001 - a part of it
+
+
+class AsyncKeeper:
+    """Keeps keys alive from `start`, or `async with`, to `stop`, in one task.
+
+    `on_dead(key)` is called on the loop, once for each key that the server does not know any more;
+    `on_error(error)` after each round that failed. A round is repeated until it succeeds; a refused token or
+    a wrong URL stops the keeper: then `running` is False and `error` says why.
+    """
+
+    def __init__(self, runner: AsyncRunner, rounds: Rounds) -> None:
+        self._runner = runner
+        self._rounds = rounds
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """The texts of the keys that are kept alive, without those that died."""
+        return list(self._rounds.keys)
+
+    @property
+    def error(self) -> KeyPoolError | None:
+        """Why the latest round failed; None if it did not."""
+        return self._rounds.error
+
+    @property
+    def running(self) -> bool:
+        """Whether the task runs."""
+        return self._task is not None and not self._task.done()
+
+    def add(self, key: KeyLike) -> None:
+        """Keep one more alive, from now on."""
+        self._rounds.add(key)
+        self._wake.set()
+
+    def discard(self, key: KeyLike) -> None:
+        """Stop keeping a key alive, if it is kept."""
+        self._rounds.discard(key)
+
+    def start(self) -> Self:
+        """Begin, with a round at once. Raises KeyPoolError if it was started before."""
+        if self._task is not None:
+            raise KeyPoolError("a keeper is started once; make another one")
+        self._task = asyncio.ensure_future(self._run())
+        return self
+
+    async def stop(self) -> None:
+        """End it, and wait for its task; a call in progress is cut off. May be called again."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def __aenter__(self) -> Self:
+        return self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _run(self) -> None:
+        try:
+            await self._runner.run(self._rounds.steps(), self._wake)
+        except PoolClosed:
+            return

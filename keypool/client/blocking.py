@@ -1,254 +1,218 @@
-"""The synchronous transport, on the standard library alone: keep-alive connections, each with a deadline.
+"""Sends for the blocking client: runs the steps of attempts.py over an httpx2 transport.
 
-A connection is written to here and read by http.client's HTTPResponse. http.client's own connection class is
-not used because it doesn't tell the failures apart that matter: whether the whole request was handed to the
-system before something broke. Nor does it bound the time of a whole answer, only of each piece of it.
-
-Thread-safe without a lock: a connection is taken out of the list by whoever uses it. So nothing can be left
-locked in a forked child, which notices that it is one, and opens connections of its own.
+httpx2 bounds each read and write, not the whole of a call, so a server that sends a byte a second would hold
+a caller for ever. Its connections are therefore opened through a network backend that knows the deadline of
+the call in this thread. The same backend cuts connections in use when the client is closed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import io
 import math
 import os
-import select
 import socket
 import ssl
-from typing import TYPE_CHECKING, cast
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
-from keypool.client.clock import now
-from keypool.client.errors import AnswerLost, PoolClosed, UnexpectedAnswer, Unreachable
-from keypool.client.wire import LARGEST_ANSWER, LEAVING_SECONDS, QUEUED_SECONDS, Address, Answer, Request
+import httpcore2
+import httpx2
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from keypool.client.attempts import Answer, Pause, Send, Steps, failure
+from keypool.client.errors import KeyPoolError, PoolClosed
+from keypool.client.settings import Settings, now
 
-_IDLE_KEPT = 8
-_TRUSTED_SECONDS = 2.0
-"""A connection that was idle for longer isn't given a call that can't be repeated: the server may be closing
-it at this very moment, and nobody could tell whether it had read the call."""
+T = TypeVar("T")
 
-_TICK = 0.2  # seconds between looks at the deadline, which a signal handler may have moved
+LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=2.0)
+"""A connection that was idle for longer than 2 s is not used again: the server may be closing it at this very
+moment, and a call that is not safe to repeat would be lost with it."""
 
 
-class BlockingTransport:
-    """Sends requests over connections that are kept for the next one. See the module."""
+def verify(settings: Settings, context: ssl.SSLContext | None) -> ssl.SSLContext | bool:
+    """What a transport takes as `verify`. Certificates are read from disk only where they are needed."""
+    return settings.url.startswith("https:") if context is None else context
 
-    def __init__(self, address: Address) -> None:
-        self._address = address
-        self._idle: list[_Connection] = []
-        self._busy: set[_Connection] = set()
-        self._pid = os.getpid()
+
+class Runner:
+    """Runs steps, in any thread. After a fork, the child's calls open connections of their own.
+
+    `transport` is the user's, and is never closed here; by default one is made.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ssl_context: ssl.SSLContext | None = None,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self.settings = settings
+        self._given = transport
+        self._ssl_context = ssl_context
+        self._wake = threading.Event()
         self._closed = False
+        self._open()
 
-    def exchange(self, request: Request) -> Answer:
-        """The answer to a request. Raises Unreachable, AnswerLost, UnexpectedAnswer."""
+    def _open(self) -> None:
+        self._pid = os.getpid()
+        self._backend = _Backend()
+        self._transport = self._given
+        if self._transport is None:
+            made = httpx2.HTTPTransport(verify=verify(self.settings, self._ssl_context), limits=LIMITS)
+            made._pool._network_backend = self._backend  # noqa: SLF001 - httpx2 has no argument for it
+            self._transport = made
+
+    def another(self) -> Runner:
+        """One with the same settings and connections of its own."""
+        return Runner(self.settings, self._ssl_context, self._given)
+
+    def run(self, steps: Steps[T]) -> T:
+        """The result of the steps. Raises KeyPoolError."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    answer = self._do(step)
+                except KeyPoolError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+    def wake(self) -> None:
+        """End a pause early."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Close all connections. Calls in other threads end with PoolClosed."""
+        self._closed = True
+        self._wake.set()
+        if self._given is None and self._pid == os.getpid():
+            self._backend.cut()
+            assert self._transport is not None
+            self._transport.close()
+
+    def _do(self, step: Send | Pause) -> Answer | None:
+        if isinstance(step, Send):
+            return self._send(step)
+        self._wake.wait(step.seconds)
+        self._check()
+        self._wake.clear()
+        return None
+
+    def _send(self, send: Send) -> Answer:
+        self._check()
+        if self._pid != os.getpid():
+            self._open()
+        assert self._transport is not None
+        limit = None if send.timeout == math.inf else send.timeout
+        request = send.request(timeout=dict.fromkeys(("connect", "read", "write", "pool"), limit))
+        _call.deadline = None if limit is None else now() + limit
+        try:
+            response = self._transport.handle_request(request)
+            try:
+                body = response.read()
+            finally:
+                response.close()
+        except Exception as error:
+            self._check()
+            raise failure(error, self.settings.url) from None
+        return Answer(response.status_code, response.headers, body)
+
+    def _check(self) -> None:
         if self._closed:
             raise PoolClosed("this client was closed")
-        connection = self._take(request)
-        self._busy.add(connection)
-        try:
-            answer, reusable = connection.exchange(request)
-        except BaseException:
-            connection.close()
-            raise
-        finally:
-            self._busy.discard(connection)
-        self._put_back(connection, reusable)
-        return answer
-
-    def close(self) -> None:
-        """Close all connections. Calls under way in other threads end with AnswerLost."""
-        self._closed = True
-        self._leave_to_parent()
-        for connection in list(self._busy):
-            connection.cut()
-        while self._idle:
-            self._idle.pop().close()
-
-    def _take(self, request: Request) -> _Connection:
-        self._leave_to_parent()
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                connection = self._idle.pop()
-                if connection.fit(request.repeatable):
-                    return connection
-                connection.close()
-        return _Connection(self._address, request.timeout)
-
-    def _put_back(self, connection: _Connection, reusable: bool) -> None:
-        if reusable and not self._closed and len(self._idle) < _IDLE_KEPT:
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def _leave_to_parent(self) -> None:
-        """In a forked child: the connections are the parent's. Closing our copies doesn't disturb it."""
-        if self._pid == os.getpid():
-            return
-        self._pid = os.getpid()
-        theirs, self._idle, self._busy = {*self._idle, *self._busy}, [], set()
-        for connection in theirs:
-            connection.close()
 
 
-class _Connection:
-    """One connection. `deadline` is a moment of clock.now after which nothing is waited for."""
+class _Call(threading.local):
+    deadline: float | None = None
 
-    def __init__(self, address: Address, timeout: float) -> None:
-        self.deadline = now() + timeout
-        self._idle_since = now()
-        self._half_close_at: float | None = None
-        self._sock = _connect(address, timeout)
 
-    def exchange(self, request: Request) -> tuple[Answer, bool]:
-        """The answer, and whether the connection can be used again."""
-        self.deadline = now() + request.timeout + request.wait
-        sent_at = now()
-        if request.leaving is not None:
-            request.leaving.sending(lambda: self._leave(sent_at, half_close=request.wait > 0))
-        try:
-            self._send(_encode(request))
-            return self._receive(request.method, sent_at)
-        finally:
-            if request.leaving is not None:
-                request.leaving.over()
+_call = _Call()  # the call that this thread is making
 
-    def fit(self, repeatable: bool) -> bool:
-        """Whether an idle connection may be used: nothing has come on it, not even its end."""
-        trusted = repeatable or now() - self._idle_since < _TRUSTED_SECONDS
-        return trusted and not _readable(self._sock, 0)
+
+def _within(timeout: float | None, error: type[Exception]) -> float | None:
+    """What is left of a timeout at the deadline of the call."""
+    if _call.deadline is None:
+        return timeout
+    left = _call.deadline - now()
+    if left <= 0:
+        raise error("the time of the call is up")
+    return left if timeout is None else min(timeout, left)
+
+
+class _Backend(httpcore2.NetworkBackend):
+    """Opens connections that keep to the deadline of a call."""
+
+    def __init__(self) -> None:
+        self._inner = httpcore2.SyncBackend()
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self._cut = False
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.NetworkStream:
+        """A new connection. Raises httpcore2.ConnectError, ConnectTimeout."""
+        left = _within(timeout, httpcore2.ConnectTimeout)
+        return self._stream(self._inner.connect_tcp(host, port, left, local_address, socket_options))
+
+    def _stream(self, inner: httpcore2.NetworkStream) -> _Stream:
+        stream = _Stream(inner, self._stream)
+        self._streams.add(stream)
+        if self._cut:
+            stream.cut()
+        return stream
 
     def cut(self) -> None:
-        """End what another thread does on it."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        """Break all connections, so that threads that read from them notice."""
+        self._cut = True
+        for stream in list(self._streams):
+            stream.cut()
+
+
+class _Stream(httpcore2.NetworkStream):
+    """A connection whose reads and writes keep to the deadline of the call in their thread."""
+
+    def __init__(self, inner: httpcore2.NetworkStream, wrap: Any) -> None:
+        self._inner = inner
+        self._wrap = wrap
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Some bytes, none at the end. Raises httpcore2.ReadTimeout, ReadError."""
+        return self._inner.read(max_bytes, _within(timeout, httpcore2.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Raises httpcore2.WriteTimeout, WriteError."""
+        self._inner.write(buffer, _within(timeout, httpcore2.WriteTimeout))
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        """The same connection, encrypted. Raises httpcore2.ConnectError, ConnectTimeout."""
+        left = _within(timeout, httpcore2.ConnectTimeout)
+        encrypted: httpcore2.NetworkStream = self._wrap(
+            self._inner.start_tls(ssl_context, server_hostname, left)
+        )
+        return encrypted
+
+    def get_extra_info(self, info: str) -> Any:
+        """As of the connection inside."""
+        return self._inner.get_extra_info(info)
 
     def close(self) -> None:
-        """Close the socket, and in this process only."""
-        self._sock.close()
+        """Close it."""
+        self._inner.close()
 
-    def _leave(self, sent_at: float, *, half_close: bool) -> None:
-        self.deadline = min(self.deadline, now() + LEAVING_SECONDS)
-        if half_close and self._half_close_at is None:
-            self._half_close_at = sent_at + QUEUED_SECONDS
-
-    def _half_close(self) -> None:
-        if self._half_close_at is not None and now() >= self._half_close_at:
-            self._half_close_at = math.inf  # once
-            with contextlib.suppress(OSError):
-                # The plain socket's: SSLSocket.shutdown would forget that there is TLS to read.
-                socket.socket.shutdown(self._sock, socket.SHUT_WR)
-
-    def _send(self, data: bytes) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                self._sock.settimeout(self._left())
-                view = view[self._sock.send(view) :]
-        except OSError as error:
-            # The system took less than the whole request, so the server can't act on it.
-            raise Unreachable(f"the connection broke while sending: {error}") from None
-
-    def _receive(self, method: str, sent_at: float) -> tuple[Answer, bool]:
-        response = http.client.HTTPResponse(cast("socket.socket", _Readable(self)), method=method)
-        try:
-            response.begin()
-            body = response.read(LARGEST_ANSWER + 1)
-        except TimeoutError:
-            raise AnswerLost("no answer in time") from None
-        except (OSError, http.client.IncompleteRead) as error:
-            raise AnswerLost(f"the connection broke before the answer was whole: {error}") from None
-        except http.client.HTTPException as error:
-            raise UnexpectedAnswer(
-                f"what answers there doesn't speak HTTP ({type(error).__name__}): is the URL right?"
-            ) from None
-        finally:
-            response.close()  # or Python 3.13 does it later, and complains of what is closed by then
-        if len(body) > LARGEST_ANSWER:
-            raise UnexpectedAnswer(f"an answer of more than {LARGEST_ANSWER} bytes", response.status)
-        framed = response.length == 0 or response.chunked or response.status in (204, 304)
-        if not framed:  # also a head that was cut off, which HTTPResponse takes for a whole one
-            raise AnswerLost("the connection ended before the answer was known to be whole")
-        self._idle_since = now()
-        answer = Answer(response.status, dict(response.headers), body, sent_at, self._idle_since)
-        return answer, not response.will_close and self._half_close_at is None
-
-    def _left(self) -> float:
-        left = self.deadline - now()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        return left
-
-    def read_into(self, buffer: WriteableBuffer) -> int:
-        """Bytes that have come, at least one unless the connection ended. Raises TimeoutError, OSError."""
-        pending = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
-        while not pending and not _readable(self._sock, min(_TICK, self._left())):
-            self._half_close()
-        self._sock.settimeout(self._left())
-        return self._sock.recv_into(buffer)
-
-
-class _Readable(io.RawIOBase):
-    """What HTTPResponse takes for a socket, and reads from as a file."""
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """See the class."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        """See _Connection.read_into."""
-        return self._connection.read_into(buffer)
-
-
-def _connect(address: Address, timeout: float) -> socket.socket:
-    sock: socket.socket | None = None
-    try:
-        sock = socket.create_connection((address.host, address.port), timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if address.ssl is not None:
-            return address.ssl.wrap_socket(sock, server_hostname=address.host)
-        return sock
-    except BaseException as error:
-        if sock is not None:
-            sock.close()
-        if isinstance(error, OSError | UnicodeError):
-            raise unreachable(address, error) from None
-        raise
-
-
-def unreachable(address: Address, error: BaseException) -> Unreachable:
-    """The error of a connection that couldn't be made."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    made = Unreachable(f"can't reach {address.url}: {reason}")
-    unknown_name = isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
-    # A name that doesn't exist, or a certificate that isn't trusted, will not be better in a second.
-    made.transient = not unknown_name and not isinstance(error, ssl.SSLCertVerificationError | UnicodeError)
-    return made
-
-
-def _encode(request: Request) -> bytes:
-    lines = [f"{request.method} {request.target} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in request.headers.items()]
-    if request.body is not None or request.method == "POST":
-        lines.append(f"Content-Length: {len(request.body or b'')}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (request.body or b"")
-
-
-def _readable(sock: socket.socket, seconds: float) -> bool:
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-    return bool(select.select([sock], [], [], seconds)[0])
+    def cut(self) -> None:
+        """Break it. A plain close would leave a thread that reads from it waiting."""
+        sock = self._inner.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)

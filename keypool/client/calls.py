@@ -1,28 +1,32 @@
 """Every call of the API once, as data: what is sent, how the answer is read, and whether it may be repeated.
 
-The synchronous and the asynchronous client share all of this; neither knows a path. What matters most here
-is `repeatable`: whether a call may be sent again after one whose fate is unknown.
+The blocking and the asynchronous client share all of this. What matters most is `repeatable`: whether a call
+may be sent again after an attempt whose outcome is not known.
 
 | call | after a lost answer | because |
 | --- | --- | --- |
 | get, list, stats, reveal | repeated | they change no key |
-| keepalive | repeated | twice is as good as once: 300 s from the later one |
-| unblock with a lease number | repeated | the number protects whoever has the key by then |
-| delete | repeated | gone is gone: no key comes back, none is made twice |
-| unblock without one | never | by then the key may be somebody else's, whom it would rob |
-| acquire, generate | never | a second key would be taken or made, and the first left with nobody |
+| keepalive | repeated | the later one counts: 300 s from then |
+| unblock with a lease number | repeated | the number protects whoever holds the key by then |
+| delete | repeated | a deleted key never comes back |
+| acquire that waits | repeated | a waiter must survive a restart; the first key, if any, is released by its deadline |
+| acquire that does not wait, generate | not repeated | a second key would be taken or made, and the first be lost |
+| unblock without a number | not repeated | it could free a key that someone else holds by then |
 
-Calls of which it is known that they didn't happen are all repeated alike (retry.py).
+Calls that are known not to have happened are all repeated alike (attempts.py).
 """
+
+# ruff: noqa: D103 - what a call does, and raises, is said by the method of KeyPool that has its name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
-from keypool.client.shapes import (
+from keypool.client.answers import (
     Done,
     GeneratedKey,
     KeptAlive,
@@ -31,27 +35,33 @@ from keypool.client.shapes import (
     Page,
     Revealed,
     Row,
+    State,
     Stats,
     Unblocked,
     read,
     read_list,
     read_page,
 )
+from keypool.client.errors import KeyPoolError, NoKeyAvailable
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-BASE = "/api/v1"
 MOST_ITEMS = 1000
 """Items that the server takes in one batch."""
 
 UnblockItem = KeyLike | tuple[KeyLike, int]
 """A key of a batch unblock, with or without its lease number."""
 
+StateName = State | Literal["available", "blocked"]
+Order = Literal["id", "release", "expiry"]
+Progress = Callable[[int], object]
+"""Called with the number of items done, after each call of a batch in several."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One call: `path` is below /api/v1, `wait` the seconds that the server may take before it answers."""
+    """One call. `path` is below /api/v1. `wait` is how long an acquire may wait, in seconds; None is for ever."""
 
     name: str
     method: str
@@ -59,25 +69,26 @@ class Call(Generic[T]):
     read: Callable[[object], T]
     body: Mapping[str, Any] | None = None
     repeatable: bool = False
-    wait: float = 0.0
-    gone: Callable[[], T] | None = None  # the result, if a repetition finds the key gone
+    wait: float | None = 0.0
+    gone: Callable[[], T] | None = None  # the result, if a retry finds the key gone
 
 
 def generate() -> Call[GeneratedKey]:
-    """Make a key."""
     return Call("generate", "POST", "/keys", lambda value: read(GeneratedKey, value))
 
 
-def acquire(owner: str | None, wait: float) -> Call[LeasedKey]:
-    """Be served a key, now or within `wait` seconds."""
-    body: dict[str, Any] = {} if owner is None else {"owner": owner}
-    if not 0 <= wait <= 60:
-        raise ValueError(f"wait is from 0 to 60 seconds, not {wait!r}")
-    return Call("acquire", "POST", "/keys/acquire", lambda value: read(LeasedKey, value), body, wait=wait)
+def acquire(owner: str, wait: float | None) -> Call[LeasedKey]:
+    """Raises ValueError for a wait that is not a number of seconds from 0, or None."""
+    if wait is not None and not 0 <= wait < math.inf:
+        raise ValueError(f"wait is a number of seconds, or None to wait for ever, not {wait!r}")
+    path = "/keys/acquire"
+    return Call(
+        "acquire", "POST", path, lambda value: read(LeasedKey, value), {"owner": owner}, wait != 0, wait
+    )
 
 
 def unblock(key: KeyLike, lease: int | None) -> Call[Unblocked]:
-    """Give a key back; a LeasedKey, or what else knows its number, brings its lease along."""
+    """A LeasedKey, or whatever else knows its lease number, brings it along."""
     number = _number(key) if lease is None else lease
     body = {} if number is None else {"lease": number}
     path = f"{_path(key)}/unblock"
@@ -85,86 +96,137 @@ def unblock(key: KeyLike, lease: int | None) -> Call[Unblocked]:
 
 
 def keepalive(key: KeyLike) -> Call[KeptAlive]:
-    """Put off a key's expiry."""
     path = f"{_path(key)}/keepalive"
     return Call("keepalive", "POST", path, lambda value: read(KeptAlive, value), repeatable=True)
 
 
 def delete(key: KeyLike) -> Call[None]:
-    """Purge a key."""
-    return Call("delete", "DELETE", _path(key), _nothing, repeatable=True, gone=lambda: None)
+    return Call("delete", "DELETE", _path(key), lambda value: None, repeatable=True, gone=lambda: None)
 
 
 def get(key: KeyLike) -> Call[Row]:
-    """How a key stands."""
     return Call("get", "GET", _path(key), lambda value: read(Row, value), repeatable=True)
 
 
 def reveal(key: KeyLike) -> Call[Revealed]:
-    """A key's text."""
     path = f"{_path(key)}/reveal"
     return Call("reveal", "POST", path, lambda value: read(Revealed, value), repeatable=True)
 
 
 def page(
-    state: str | None, prefix: str | None, order: str | None, limit: int | None, after: str | None
+    state: StateName | None,
+    prefix: str | None,
+    order: Order | None,
+    limit: int | None,
+    after: str | None,
 ) -> Call[Page]:
-    """One page of a list."""
     query = {"state": state, "prefix": prefix, "order": order, "limit": limit, "after": after}
     given = urlencode({name: value for name, value in query.items() if value is not None})
     return Call("list", "GET", f"/keys?{given}" if given else "/keys", read_page, repeatable=True)
 
 
 def stats() -> Call[Stats]:
-    """All counts."""
     return Call("stats", "GET", "/stats", lambda value: read(Stats, value), repeatable=True)
 
 
-# -- batches, of at most MOST_ITEMS each
+# -- batches of any size: generators of calls, which are sent each call's result and return the total
+
+Batch = Generator[Call[Any], Any, T]
 
 
-def generate_batch(count: int) -> Call[list[GeneratedKey]]:
-    """Make keys, all or none."""
-    body = {"op": "generate", "count": count}
-    return Call("generate", "POST", "/batch", lambda value: read_list(GeneratedKey, value), body)
+def generate_many(count: int, progress: Progress | None) -> Batch[list[GeneratedKey]]:
+    made: list[GeneratedKey] = []
+    for size in _sizes(count):
+        body = {"op": "generate", "count": size}
+        with_keys = Call("generate", "POST", "/batch", lambda value: read_list(GeneratedKey, value), body)
+        made += yield from _part(with_keys, made)
+        _report(progress, len(made))
+    return made
 
 
-def acquire_batch(count: int, owner: str | None) -> Call[list[LeasedKey]]:
-    """Be served up to `count` keys."""
-    body = {"op": "acquire", "count": count} | ({} if owner is None else {"owner": owner})
-    return Call("acquire", "POST", "/batch", lambda value: read_list(LeasedKey, value), body)
+def acquire_many(count: int, owner: str, progress: Progress | None) -> Batch[list[LeasedKey]]:
+    """Fewer keys if fewer are available. Raises NoKeyAvailable if none is."""
+    held: list[LeasedKey] = []
+    for size in _sizes(count):
+        body = {"op": "acquire", "count": size, "owner": owner}
+        try:
+            part = yield from _part(
+                Call("acquire", "POST", "/batch", lambda value: read_list(LeasedKey, value), body), held
+            )
+        except NoKeyAvailable:
+            if held:
+                break
+            raise
+        held += part
+        _report(progress, len(held))
+        if len(part) < size:
+            break
+    return held
 
 
-def keepalive_batch(keys: Sequence[KeyLike]) -> Call[Done]:
-    """Put off expiries."""
-    return _batch("keepalive", [text(key) for key in keys], repeatable=True)
+def keepalive_many(keys: Iterable[KeyLike], progress: Progress | None = None) -> Batch[Done]:
+    return _many("keepalive", [(text(key), True) for key in keys], progress)
 
 
-def unblock_batch(items: Sequence[UnblockItem]) -> Call[Done]:
-    """Give keys back. Repeatable only if each has its lease number."""
+def unblock_many(items: Iterable[UnblockItem], progress: Progress | None = None) -> Batch[Done]:
+    """A part is repeatable only if each of its keys has its lease number."""
     pairs = [item if isinstance(item, tuple) else (item, _number(item)) for item in items]
-    sent = [text(key) if lease is None else {"key": text(key), "lease": lease} for key, lease in pairs]
-    return _batch("unblock", sent, repeatable=all(lease is not None for _, lease in pairs))
+    sent: list[tuple[Any, bool]] = [
+        (text(key) if lease is None else {"key": text(key), "lease": lease}, lease is not None)
+        for key, lease in pairs
+    ]
+    return _many("unblock", sent, progress)
 
 
-def delete_batch(keys: Sequence[KeyLike]) -> Call[Done]:
-    """Purge keys."""
-    return _batch("delete", [text(key) for key in keys], repeatable=True)
+def delete_many(keys: Iterable[KeyLike], progress: Progress | None = None) -> Batch[Done]:
+    return _many("delete", [(text(key), True) for key in keys], progress)
 
 
-def _batch(op: str, keys: Sequence[Any], *, repeatable: bool) -> Call[Done]:
-    body = {"op": op, "keys": keys}
-    return Call(op, "POST", "/batch", lambda value: read(Done, value), body, repeatable)
+def keepalive_part(keys: Sequence[str]) -> Call[Done]:
+    """One batch of at most MOST_ITEMS keys."""
+    body = {"op": "keepalive", "keys": keys}
+    return Call("keepalive", "POST", "/batch", lambda value: read(Done, value), body, repeatable=True)
 
 
-def parts(items: Iterable[Item]) -> list[list[Item]]:
-    """The items in lists that the server takes in one batch each."""
-    whole = list(items)
-    return [whole[at : at + MOST_ITEMS] for at in range(0, len(whole), MOST_ITEMS)]
+def _many(op: str, items: list[tuple[Any, bool]], progress: Progress | None) -> Batch[Done]:
+    """`items` are what is sent for each key, and whether that may be repeated."""
+    done, repeated = 0, False
+    unknown: list[str] = []
+    stale: list[str] = []
+    for part in parts(items):
+        body = {"op": op, "keys": [sent for sent, _ in part]}
+        repeatable = all(safe for _, safe in part)
+        so_far = Done(done, unknown, stale, repeated)
+        answer = yield from _part(
+            Call(op, "POST", "/batch", lambda value: read(Done, value), body, repeatable), so_far
+        )
+        done, repeated = done + answer.done, repeated or answer.repeated
+        unknown += answer.unknown
+        stale += answer.stale
+        _report(progress, done + len(unknown) + len(stale))
+    return Done(done, unknown, stale, repeated)
 
 
-def counts(count: int) -> list[int]:
-    """A number of keys in numbers that the server takes in one batch each. Raises ValueError below 1."""
+def _part(call: Call[T], so_far: object) -> Generator[Call[T], T, T]:
+    """One call of a batch; a failure carries what was done before it."""
+    try:
+        return (yield call)
+    except KeyPoolError as error:
+        error.partial = so_far
+        raise
+
+
+def _report(progress: Progress | None, count: int) -> None:
+    if progress is not None:
+        progress(count)
+
+
+def parts(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """The items in parts that the server takes in one batch each."""
+    return [items[at : at + MOST_ITEMS] for at in range(0, len(items), MOST_ITEMS)]
+
+
+def _sizes(count: int) -> list[int]:
     if count < 1:
         raise ValueError(f"count is at least 1, not {count}")
     whole, rest = divmod(count, MOST_ITEMS)
@@ -178,20 +240,17 @@ def text(key: KeyLike) -> str:
     """How a key is named to the server. Raises ValueError for an empty text."""
     if isinstance(key, int):
         return f"id:{key}"
-    name = key if isinstance(key, str) else key.key
+    name = key if isinstance(key, str) else key.secret
     if not name:
         raise ValueError("a key's text is not empty")
     return name
 
 
 def _path(key: KeyLike) -> str:
-    return "/keys/" + quote(text(key), safe="")
+    # Dots too: a text like ".." must not be taken for a step in the path.
+    return "/keys/" + quote(text(key), safe="").replace(".", "%2E")
 
 
 def _number(key: object) -> int | None:
     number = getattr(key, "lease", None)
     return number if isinstance(number, int) else None
-
-
-def _nothing(value: object) -> None:
-    return None

@@ -1,68 +1,68 @@
-"""Every way in which a call can fail, as its caller sees it.
+"""Every way in which a call can fail.
 
     KeyPoolError
-    ├── Refused                    the server said no; `code`, `status`, `detail`, `request_id`
+    ├── Refused                    the server said no: `code`, `status`, `detail`, `request_id`
     │   ├── UnknownKey             never generated, deleted or expired
     │   ├── NoKeyAvailable         `retry_after`: seconds to the earliest release, a hint
-    │   ├── StaleLease             the key was served again since, or never with this number
+    │   ├── StaleLease             the key was served again since, or never under this number
     │   ├── PoolFull
-    │   ├── Unavailable            not now; the client has tried again by itself
-    │   │   ├── StorageUnavailable     the outcome isn't known
+    │   ├── Unavailable            temporarily; the client has retried already
+    │   │   ├── StorageUnavailable     the outcome is not known
     │   │   ├── Loading  Draining  TooManyWaiters
     │   ├── Unauthorized  Forbidden  CrossSite  WrongHost
     │   ├── BadRequest  NotFound  MethodNotAllowed  RequestTimeout  PayloadTooLarge  UriTooLong
     │   ├── UnsupportedMediaType  UpgradeRequired  HeadersTooLarge
     │   ├── TooManyViewers  TooManySignIns
-    │   └── Internal               a bug of the server; its log knows the `request_id`
-    ├── Unreachable                nobody could be asked: the call didn't happen
-    ├── AnswerLost                 asked, and no whole answer came: the outcome isn't known
-    ├── UnexpectedAnswer           what answered doesn't speak like a keypool server
-    │   └── GatewayError           502, 503 or 504 of something in between
-    ├── LeaseLost                  a key was used, or given back, after its lease was over
-    └── PoolClosed                 a call after `close`
+    │   └── Internal               a bug of the server; its log has the details under `request_id`
+    ├── Unreachable                no connection: the call did not happen
+    ├── AnswerLost                 the request was sent and no whole answer came: the outcome is not known
+    ├── UnexpectedAnswer           an answer that no keypool server gives
+    │   └── GatewayError           502, 503 or 504 from a proxy
+    ├── LeaseLost                  a key was used, or given back, after its lease had ended
+    └── PoolClosed                 a call during or after `close`
 
-What matters after a failure is whether the call may have happened all the same. Every error says so in
-`may_have_happened`, and the client's own retries go by it (retry.py). The classes below `Refused` are one a
-code of the server; an unknown code, of a newer server, is a plain Refused.
+After a failure the question is whether the call took effect all the same. Every error answers it in
+`may_have_happened`, and the client's own retries follow it (attempts.py). Below `Refused` there is one class
+for each code of the server; an unknown code, from a newer server, is a plain Refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from typing import Any
 
 
 class KeyPoolError(Exception):
-    """The root. All of them survive pickling, since worker processes send them home."""
+    """The base class. All of them can be pickled, as worker processes pass errors to their parent."""
 
     may_have_happened: bool = False
-    """Whether the call may have taken effect, although it failed."""
+    """Whether the call may have taken effect although it failed."""
 
     retry_after: float | None = None
     """Seconds after which the server suggests another try, if it said so."""
 
     repeated: bool = False
-    """Whether the client had sent the call before and lost the answer: this one tells of a repetition."""
+    """Whether this is the result of a retry whose earlier attempt may have taken effect."""
 
     partial: Any = None
     """What a batch of several calls had done before one of them failed."""
 
 
 class Unreachable(KeyPoolError):
-    """No connection, so nobody was asked. `transient` is whether another try may help."""
+    """No connection could be made. `transient` is whether another try may help."""
 
     transient: bool = True
 
 
 class AnswerLost(KeyPoolError):
-    """The call was sent, then the connection broke or time was up."""
+    """The request was sent, then the connection broke or the time was up."""
 
     may_have_happened = True
 
 
 class UnexpectedAnswer(KeyPoolError):
-    """An answer that no keypool server gives: a proxy's, or another server's. `status` is 0 if not HTTP."""
+    """An answer that no keypool server gives: from a proxy, or another server. `status` is 0 if not HTTP."""
 
     may_have_happened = True
 
@@ -75,11 +75,11 @@ class UnexpectedAnswer(KeyPoolError):
 
 
 class GatewayError(UnexpectedAnswer):
-    """Something in between answered 502, 503 or 504; the server may have done the call nevertheless."""
+    """A proxy answered 502, 503 or 504; the server may have done the call nevertheless."""
 
 
 class LeaseLost(KeyPoolError):
-    """The lease is over: the key may be somebody else's by now."""
+    """The lease has ended: the key may be someone else's by now."""
 
 
 class PoolClosed(KeyPoolError):
@@ -94,177 +94,129 @@ class Refused(KeyPoolError):
     title: str = ""
     request_id: str = ""
 
+    def __init_subclass__(cls) -> None:
+        cls.code = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+        BY_CODE[cls.code] = cls
+
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
         self.detail = detail
 
 
+BY_CODE: dict[str, type[Refused]] = {}
+"""The class of each code, which is the class's name in lower case with hyphens."""
+
+
 class UnknownKey(Refused):
     """No live key has this text or id."""
 
-    code = "unknown-key"
-
 
 class NoKeyAvailable(Refused):
-    """Every key is held, or there is none."""
-
-    code = "no-key-available"
+    """Every key is held, or the pool is empty."""
 
 
 class StaleLease(Refused):
-    """The lease number isn't the key's latest: it is somebody else's now, or was never yours."""
-
-    code = "stale-lease"
+    """The lease number is not the key's latest: someone else holds the key now, or the number was never valid."""
 
 
 class PoolFull(Refused):
     """The server holds as many keys as it may."""
 
-    code = "pool-full"
-
 
 class Unavailable(Refused):
-    """Not now. Tried again by the client, as long as its patience lasts."""
+    """Temporarily. The client has retried for as long as its settings allow."""
 
 
 class StorageUnavailable(Unavailable):
-    """The server couldn't write it down: the outcome isn't known."""
+    """The server could not store the change: the outcome is not known."""
 
-    code = "storage-unavailable"
     may_have_happened = True
 
 
 class Loading(Unavailable):
     """The server is still reading its keys."""
 
-    code = "loading"
-
 
 class Draining(Unavailable):
     """The server is stopping."""
 
-    code = "draining"
-
 
 class TooManyWaiters(Unavailable):
-    """As many wait for a key as may."""
-
-    code = "too-many-waiters"
+    """The server's limit of waiting acquires is reached."""
 
 
 class Unauthorized(Refused):
     """No token, or an unknown one."""
 
-    code = "unauthorized"
-
 
 class Forbidden(Refused):
-    """The token's role doesn't have this call."""
-
-    code = "forbidden"
+    """The token's role does not allow this call."""
 
 
 class CrossSite(Refused):
     """The server takes this for a browser's request from another site."""
 
-    code = "cross-site"
-
 
 class WrongHost(Refused):
     """A server without tokens answers to loopback names only."""
-
-    code = "wrong-host"
 
 
 class BadRequest(Refused):
     """A wrong field or value; `detail` names it."""
 
-    code = "bad-request"
-
 
 class NotFound(Refused):
-    """No such path: is the URL right?"""
-
-    code = "not-found"
+    """No such path: the URL is probably wrong."""
 
 
 class MethodNotAllowed(Refused):
-    """The path doesn't have this method: is the URL right?"""
-
-    code = "method-not-allowed"
+    """The path does not have this method: the URL is probably wrong."""
 
 
 class RequestTimeout(Refused):
-    """The request came too slowly."""
-
-    code = "request-timeout"
+    """The request arrived too slowly."""
 
 
 class PayloadTooLarge(Refused):
     """The body is larger than the server reads."""
 
-    code = "payload-too-large"
-
 
 class UriTooLong(Refused):
     """The request target is longer than the server reads."""
 
-    code = "uri-too-long"
-
 
 class UnsupportedMediaType(Refused):
-    """The server didn't take the body for JSON."""
-
-    code = "unsupported-media-type"
+    """The server did not take the body for JSON."""
 
 
 class UpgradeRequired(Refused):
     """This path is a websocket."""
 
-    code = "upgrade-required"
-
 
 class HeadersTooLarge(Refused):
     """The headers are larger than the server reads."""
 
-    code = "headers-too-large"
-
 
 class TooManyViewers(Refused):
-    """As many follow the feed as may."""
-
-    code = "too-many-viewers"
+    """The server's limit of followers of the feed is reached."""
 
 
 class TooManySignIns(Refused):
     """Too many sign-ins in a short time."""
 
-    code = "too-many-sign-ins"
-
 
 class Internal(Refused):
-    """The server failed; its log has the story under `request_id`."""
-
-    code = "internal"
+    """The server failed; its log has the details under `request_id`."""
 
 
-def _refusals(kind: type[Refused]) -> Iterator[type[Refused]]:
-    for each in kind.__subclasses__():
-        yield each
-        yield from _refusals(each)
-
-
-BY_CODE: dict[str, type[Refused]] = {each.code: each for each in _refusals(Refused) if each.code}
-"""The class of each code of the contract."""
-
-_GATEWAY = frozenset({502, 503, 504})
+del BY_CODE["unavailable"]  # a base class, not a code
 
 
 def from_answer(status: int, body: bytes) -> KeyPoolError:
-    """The error that an answer of status 400 or more is. Never raises, whatever the body."""
+    """The error for an answer of status 400 or more. Never raises, whatever the body."""
     problem = _problem(body)
     if problem is None:
-        kind = GatewayError if status in _GATEWAY else UnexpectedAnswer
+        kind = GatewayError if status in (502, 503, 504) else UnexpectedAnswer
         return kind(f"answered {status}, and not by a keypool server: is the URL right?", status)
     error = BY_CODE.get(problem["code"], Unavailable if status == 503 else Refused)(problem["detail"])
     error.code, error.status = problem["code"], status
@@ -284,5 +236,5 @@ def _problem(body: bytes) -> dict[str, Any] | None:
     if not isinstance(problem, dict):
         return None
     texts = all(isinstance(problem.get(name), str) for name in ("code", "detail"))
-    # A problem of somebody else's has another type; only keypool's codes mean what the classes say.
+    # Another service's problem has another type, and its codes mean other things.
     return problem if texts and str(problem.get("type", "")).startswith("urn:keypool:") else None

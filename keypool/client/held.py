@@ -1,60 +1,65 @@
-"""A key while it is held: what `with pool.lease() as key` gives, synchronous or not.
+"""A key while it is held: what `with pool.lease() as key` gives, blocking or not. No I/O.
 
-It knows when its block ends and refuses to be used after. The end is reckoned from the moment at which the
-answer can at the latest have left the server, never from a server's clock, so that it comes a little early
-rather than late. It belongs to the process that acquired it: a forked child may use it, and doesn't give it
-back.
+It knows when its lease ends and refuses to be used after. The end is counted from the moment at which the
+answer can have left the server at the latest, never from a clock of the server, so that it comes a little
+early rather than late. It belongs to the process that acquired it: a forked child may use it, and does not
+give it back.
 
-What is still held when the interpreter ends is given back then (`atexit`): by daemon threads that were cut
-off, and by event loops that were stopped with their tasks still waiting.
+Keys that are still held when the interpreter ends are given back then (`atexit`): those of daemon threads
+that were cut off, and of event loops that were stopped with their tasks still waiting.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 from collections.abc import Callable
 
-from keypool.client.clock import now
+from keypool.client import calls
+from keypool.client.answers import LeasedKey, Unblocked, hint
+from keypool.client.attempts import Outcome, Steps, perform, result
 from keypool.client.errors import KeyPoolError, LeaseLost, StaleLease, UnknownKey
-from keypool.client.shapes import LeasedKey, Unblocked, hint
-from keypool.client.wire import Answer
+from keypool.client.settings import Settings, default_owner, now
 
 log = logging.getLogger("keypool.client")
 
-_LATEST_ON_THE_WAY = 0.5  # seconds that an answer to a waiting call is thought to travel, at most
-_LAST_PATIENCE = 2.0
+_LATEST_ON_THE_WAY = 0.5  # seconds that an answer to a waiting call is assumed to travel, at most
+_SHORTEST_TRY = 0.5  # seconds for giving back a key whose lease has just ended
+LAST_TRY = 2.0
+"""Seconds for giving back a key at exit, or when its client is closed."""
 
 _held: set[HeldKey] = set()
 
 
 class HeldKey:
-    """A key that is yours until `remaining` is 0. `str(key)` is its text, as long as that is so."""
+    """A key that is yours until `remaining` is 0. Its text is in `secret`, as long as that is so."""
 
-    def __init__(self, leased: LeasedKey, answer: Answer, owner: str | None) -> None:
+    def __init__(self, acquired: Outcome[LeasedKey], owner: str) -> None:
+        leased = acquired.result
         self.id = leased.id
         self.lease = leased.lease
         self.owner = owner
         self.release_in = leased.release_in
-        self.pid = os.getpid()
-        self._text = leased.key
-        # When the answer to a call that waited has left, nobody says; it can't have travelled for long.
+        self._text = leased.secret
+        # When the answer to a call that waited left the server is not known; it can't have travelled for long.
         travelled = min(_LATEST_ON_THE_WAY, leased.release_in / 20)
-        self._ends_at = max(answer.sent_at, answer.received_at - travelled) + leased.release_in
+        answered_at = max(acquired.sent_at, acquired.received_at - travelled)
+        self._released_at = answered_at + leased.release_in
+        self._expires_at = answered_at + leased.expires_in
+        self._over = ""
         self._returned = False
+        self._pid = os.getpid()
 
     @property
-    def key(self) -> str:
-        """The text. Raises LeaseLost if the lease is over."""
+    def secret(self) -> str:
+        """The key's text. Raises LeaseLost if the lease has ended."""
         self.check()
         return self._text
 
-    def __str__(self) -> str:
-        return self.key
-
     def __repr__(self) -> str:
-        state = "given back" if self._returned else f"{self.remaining:.1f} s remaining"
+        state = self._over or f"{self.remaining:.1f} s remaining"
         return f"<HeldKey {self.hint} id={self.id} lease={self.lease}, {state}>"
 
     @property
@@ -64,75 +69,119 @@ class HeldKey:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the lease is over: 0 if it is, or if the key was given back."""
-        return 0.0 if self._returned else max(0.0, self._ends_at - now())
+        """Seconds until the key may no longer be used: 0 once its lease has ended or it has expired."""
+        return 0.0 if self._over else max(0.0, min(self._released_at, self._expires_at) - now())
+
+    @property
+    def expires_in(self) -> float:
+        """Seconds until the key expires, unless it is kept alive. The lease does that where it is needed."""
+        return 0.0 if self._over else max(0.0, self._expires_at - now())
 
     @property
     def over(self) -> bool:
-        """Whether the key may be somebody else's by now."""
+        """Whether the key may be someone else's by now, or has expired."""
         return self.remaining <= 0
 
     def check(self, seconds: float = 0.0) -> None:
-        """Raise LeaseLost unless more than so many seconds remain: ask before what takes that long."""
-        if self._returned:
-            raise LeaseLost(f"key {self.hint} was given back")
-        if self.remaining <= seconds:
-            raise LeaseLost(
-                f"the lease of key {self.hint} is over after its {self.release_in:.1f} s"
-                if self.over
-                else f"the lease of key {self.hint} has only {self.remaining:.1f} s left"
-            )
+        """Raise LeaseLost unless more than so many seconds remain: ask before work that takes that long."""
+        if self._over:
+            raise LeaseLost(f"key {self.hint} {self._over}")
+        if self.remaining > seconds:
+            return
+        if not self.over:
+            raise LeaseLost(f"the lease of key {self.hint} has only {self.remaining:.1f} s left")
+        if self._expires_at < self._released_at:
+            raise LeaseLost(f"key {self.hint} expired while it was held")
+        raise LeaseLost(f"the lease of key {self.hint} ended after its {self.release_in:.1f} s")
 
-    # -- giving it back
+    # -- for the clients
 
-    def register(self, home: object, give_back: Callable[[float], object]) -> None:
-        """From now on it is given back at exit at the latest, by a call with the seconds of patience."""
-        self.home = home
+    @property
+    def expires_first(self) -> bool:
+        """Whether the key would expire before its lease ends: then it has to be kept alive."""
+        return self._expires_at <= self._released_at
+
+    def kept_alive(self, until: float) -> None:
+        """A keepalive succeeded: the key lives until that moment."""
+        self._expires_at = max(self._expires_at, until)
+
+    def died(self) -> None:
+        """The server does not know the key any more."""
+        self._over = self._over or "was deleted or expired while it was held"
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a forked child, which leaves the key to its parent."""
+        return self._pid == os.getpid()
+
+    def register(self, give_back: Callable[[], object]) -> None:
+        """From now on `give_back` is called when the interpreter ends, if that was not done before."""
         self._give_back = give_back
         _held.add(self)
 
-    def begin_return(self) -> bool:
-        """Whether it is this caller's to give back: True once, and only in the process that acquired it."""
-        _held.discard(self)
-        mine = not self._returned and self.pid == os.getpid()
-        self._returned = True
-        return mine
+    def give_back(self, settings: Settings, within: float = math.inf) -> Steps[LeaseLost | None]:
+        """Unblock it under its lease number; the result is an error if the lease was lost. Never raises it.
 
-    def returned(self, answer: Unblocked) -> LeaseLost | None:
-        """What the server's answer to giving it back means: None if it was still ours."""
-        if answer.changed or answer.repeated:  # repeated: the lost answer may have freed it
+        An outcome that is not known is a warning: the work was done with the key held, and it is released by
+        its deadline.
+        """
+        if self._returned or not self.is_of_this_process:
+            _held.discard(self)
             return None
-        return LeaseLost(f"the lease of key {self.hint} was over before the key was given back")
+        left = max(0.0, self._released_at - now())
+        self._over = self._over or "was given back"
+        try:
+            call = calls.unblock(self._text, self.lease)
+            answer = yield from result(call, settings, min(within, max(left, _SHORTEST_TRY)))
+        except KeyPoolError as error:
+            lost = self._not_returned(error)
+        else:
+            lost = self._was_returned(answer)
+        self._returned = True  # not before: what interrupts the call leaves it to the end of the interpreter
+        _held.discard(self)
+        return lost
 
-    def not_returned(self, error: KeyPoolError) -> LeaseLost | None:
-        """What a failure to give it back means: None if it was ours, and comes free by itself."""
+    def _was_returned(self, answer: Unblocked) -> LeaseLost | None:
+        if answer.changed or answer.repeated:  # repeated: the attempt whose answer was lost may have freed it
+            return None
+        return LeaseLost(f"the lease of key {self.hint} had ended before the key was given back")
+
+    def _not_returned(self, error: KeyPoolError) -> LeaseLost | None:
         if isinstance(error, UnknownKey):
             return LeaseLost(f"key {self.hint} was deleted or expired while it was held")
         if isinstance(error, StaleLease):
             if error.repeated:
                 return None
-            return LeaseLost(f"key {self.hint} was served to somebody else before it was given back")
-        left = max(0.0, self._ends_at - now())
-        log.warning("key %s not given back (%s); it comes free in %.0f s", self.hint, error, left)
+            return LeaseLost(f"key {self.hint} was leased to someone else before it was given back")
+        left = max(0.0, self._released_at - now())
+        log.warning("key %s not given back (%s); it is released in %.0f s", self.hint, error, left)
         return None
 
-    def patience(self) -> float:
-        """Seconds for which trying to give it back makes sense: afterwards it is free anyway."""
-        return max(0.0, self._ends_at - now())
+
+def hold(settings: Settings, owner: str | None, wait: float | None) -> Steps[HeldKey]:
+    """Acquire a key to be held."""
+    owner = default_owner() if owner is None else owner
+    return HeldKey((yield from perform(calls.acquire(owner, wait), settings)), owner)
 
 
-def give_all_back(home: object = None) -> None:
-    """Give back what this process holds, or what it holds of one client. Never raises."""
-    for each in held_of(home):
+def raise_or_note(lost: LeaseLost | None, error: BaseException | None) -> None:
+    """Raise what giving back has shown, or note it on the error that is already propagating."""
+    if lost is None:
+        return
+    if error is None:
+        raise lost
+    error.add_note(f"besides: {lost}")
+
+
+def held_by_this_process() -> list[HeldKey]:
+    """All keys that are held here, of any client."""
+    return [each for each in list(_held) if each.is_of_this_process]
+
+
+@atexit.register
+def _give_all_back() -> None:
+    for each in held_by_this_process():
         try:
-            each._give_back(_LAST_PATIENCE)  # noqa: SLF001 - of this module
+            each._give_back()  # noqa: SLF001 - of this module
         except Exception:
             log.exception("key %s not given back", each.hint)
-
-
-def held_of(home: object = None) -> list[HeldKey]:
-    """The keys that this process holds, or holds of one client."""
-    return [each for each in list(_held) if each.pid == os.getpid() and home in (None, each.home)]
-
-
-atexit.register(give_all_back)

@@ -1,46 +1,59 @@
 """Keeping keys alive, without any I/O: which keys are due, what an answer means, when the next round is.
 
 A round sends every key once, in batches of a thousand, at a third of the keepalive time: two rounds may fail
-before a key dies. How long that time is, the server says, in its answer to the keepalive of a single key: so
-the first round has one call more. The pause is shortened at random by up to a tenth, so that many keepers
-don't fall into step. A round that failed is tried again soon, with growing pauses, for as long as it takes.
+before a key dies. The server tells that time in its answer to the keepalive of a single key, so the first
+round has one call more. The pause is shortened at random by up to a tenth, so that many keepers do not fall
+into step. A round that failed is repeated, with growing pauses, until one succeeds; but one that the server
+refuses for the token or the URL ends the keeper, as no repetition could help.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from keypool.client import calls
-from keypool.client.calls import Call
-from keypool.client.errors import KeyPoolError, UnknownKey
-from keypool.client.retry import Retry
-from keypool.client.shapes import Done, KeptAlive, KeyLike
+from keypool.client.answers import KeyLike
+from keypool.client.attempts import Pause, Steps, result
+from keypool.client.errors import (
+    Forbidden,
+    KeyPoolError,
+    MethodNotAllowed,
+    NotFound,
+    Unauthorized,
+    UnknownKey,
+    WrongHost,
+)
+from keypool.client.held import HeldKey
+from keypool.client.settings import Retry, Settings, now
 
 OnDead = Callable[[str], object]
 OnError = Callable[[KeyPoolError], object]
 
 log = logging.getLogger("keypool.client")
 
-Told = Done | KeptAlive | KeyPoolError
-Asked = Generator[Call[Done] | Call[KeptAlive], Told, None]
+_FINAL = (Unauthorized, Forbidden, WrongHost, NotFound, MethodNotAllowed)
 
 
 class Rounds:
-    """The keys of one keeper. Not for use by two threads at once, but for `add`, `discard` and reading."""
+    """The keys of one keeper. Other threads may call `add` and `discard` and read, while one runs `steps`."""
 
     def __init__(
         self,
-        keys: Iterable[KeyLike],
-        on_dead: OnDead | None,
-        on_error: OnError | None,
-        keepalive_seconds: float | None,
+        settings: Settings,
+        keys: Iterable[KeyLike] = (),
+        on_dead: OnDead | None = None,
+        on_error: OnError | None = None,
+        keepalive_seconds: float | None = None,
     ) -> None:
-        self.keys = dict.fromkeys(calls.text(key) for key in keys)
-        self.fresh: dict[str, None] = {}
-        self.keepalive_seconds = keepalive_seconds
+        # The rounds have their own retries, without end.
+        self._settings = replace(settings, retry=Retry(0))
+        self.keys: dict[str, KeyLike] = {calls.text(key): key for key in keys}
         self.error: KeyPoolError | None = None
+        self.keepalive_seconds = keepalive_seconds
+        self._fresh: dict[str, None] = {}
         self._on_dead = on_dead
         self._on_error = on_error
         self._failures = 0
@@ -49,76 +62,82 @@ class Rounds:
     def add(self, key: KeyLike) -> None:
         """Keep one more alive, from the next moment on."""
         text = calls.text(key)
-        self.keys[text] = self.fresh[text] = None
+        self.keys[text] = key
+        self._fresh[text] = None
 
     def discard(self, key: KeyLike) -> None:
-        """Leave one to itself, if it is kept."""
-        text = calls.text(key)
-        self.keys.pop(text, None)
-        self.fresh.pop(text, None)
+        """Leave a key to itself, if it is kept."""
+        if not isinstance(key, HeldKey):
+            self._forget(calls.text(key))
+        elif self.keys.get(key._text) is key:  # noqa: SLF001 - its lease may have ended, and another begun
+            self._forget(key._text)  # noqa: SLF001
 
-    def round(self) -> Asked:
-        """The calls of a round; each is to be answered with its result, or the error that it ended with.
+    def steps(self) -> Steps[None]:
+        """Round after round, until one fails for good. A pause may be cut short, after `add`."""
+        next_at = 0.0
+        while not isinstance(self.error, _FINAL):
+            due = now() >= next_at
+            if due or self._fresh:
+                keys = list(self.keys if due else self._fresh)
+                self._fresh.clear()
+                yield from self._round(keys)
+                next_at = now() + self.pause() if due else min(next_at, now() + self.pause())
+            else:
+                yield Pause(next_at - now() if self.keys else None)
 
-        A generator, so that the same rounds are driven by a thread and by a task.
-        """
-        self.fresh.clear()
-        return self._send(list(self.keys))
-
-    def fresh_round(self) -> Asked:
-        """The same for the keys that were added since."""
-        fresh = list(self.fresh)
-        self.fresh.clear()
-        return self._send(fresh)
-
-    def pause(self) -> float | None:
-        """Seconds to the next round after one is over, None if there is nothing to do."""
+    def pause(self) -> float:
+        """Seconds to the next round after one is over."""
+        third = (300.0 if self.keepalive_seconds is None else self.keepalive_seconds) / 3
         if self.error is not None:
-            longest = self._third() / 4
-            return min(longest, self._pauses.pause(self._failures))
-        return self._third() * random.uniform(0.9, 1.0) if self.keys else None  # noqa: S311 - see the module
+            return min(third / 4, self._pauses.pause(self._failures))
+        return third * random.uniform(0.9, 1.0)  # noqa: S311 - see the module
 
-    def _third(self) -> float:
-        return (300.0 if self.keepalive_seconds is None else self.keepalive_seconds) / 3
-
-    def _send(self, keys: list[str]) -> Asked:
+    def _round(self, keys: list[str]) -> Steps[None]:
         error: KeyPoolError | None = None
-        for part in calls.parts(keys):
-            answer = yield calls.keepalive_batch(part)
-            if isinstance(answer, Done):
-                self._bury(answer.unknown)
-            elif isinstance(answer, KeyPoolError):
-                error = answer
-                break
-        while error is None and self.keepalive_seconds is None and self.keys:
-            error = yield from self._learn(next(iter(self.keys)))
+        began = now()
+        try:
+            for part in calls.parts(keys):
+                self._bury((yield from result(calls.keepalive_part(part), self._settings)).unknown)
+            while self.keepalive_seconds is None and self.keys:
+                yield from self._learn(next(iter(self.keys)))
+            self._prolong(keys, began)
+        except KeyPoolError as failed:
+            error = failed
         self._note(error)
 
-    def _learn(
-        self, key: str
-    ) -> Generator[Call[KeptAlive], Done | KeptAlive | KeyPoolError, KeyPoolError | None]:
-        answer = yield calls.keepalive(key)
-        if isinstance(answer, KeptAlive):
-            self.keepalive_seconds = answer.expires_in
-        elif isinstance(answer, UnknownKey):
+    def _learn(self, key: str) -> Steps[None]:
+        try:
+            self.keepalive_seconds = (yield from result(calls.keepalive(key), self._settings)).expires_in
+        except UnknownKey:
             self._bury([key])
-        elif isinstance(answer, KeyPoolError):
-            return answer
-        return None
+
+    def _prolong(self, keys: Sequence[str], since: float) -> None:
+        for text in keys:
+            key = self.keys.get(text)
+            if isinstance(key, HeldKey) and self.keepalive_seconds is not None:
+                key.kept_alive(since + self.keepalive_seconds)
 
     def _bury(self, dead: Iterable[str]) -> None:
-        for key in dead:
-            if key in self.keys:
-                self.discard(key)
-                self._report(self._on_dead, key)
+        for text in dead:
+            key = self._forget(text)
+            if key is not None:
+                if isinstance(key, HeldKey):
+                    key.died()
+                self._report(self._on_dead, text)
+
+    def _forget(self, text: str) -> KeyLike | None:
+        self._fresh.pop(text, None)
+        return self.keys.pop(text, None)
 
     def _note(self, error: KeyPoolError | None) -> None:
         self.error = error
         self._failures = 0 if error is None else self._failures + 1
-        if error is not None and self._on_error is not None:
+        if isinstance(error, _FINAL):
+            log.error("the keeper stops: %s", error)
+        elif self._failures == 1 and self._on_error is None:
+            log.warning("keepalive failed, retrying: %s", error)
+        if error is not None:
             self._report(self._on_error, error)
-        elif self._failures == 1:
-            log.warning("keepalive failed, trying on: %s", error)
 
     def _report(self, callback: Callable[..., object] | None, about: object) -> None:
         if callback is None:

@@ -1,9 +1,9 @@
 """Which proxies are trusted, and what their headers say about the caller behind them.
 
-One rule for both HTTP servers. When the direct peer is trusted, `X-Forwarded-For` is read from its right end, where
-each trusted proxy has written whom it heard from, to the first address that is not trusted itself: that is the
-caller. What stands left of it anybody may have written. `X-Forwarded-Proto` says whether the caller came by TLS.
-No other header counts, and none at all from a peer that is not trusted.
+One rule for both HTTP servers. If the peer of the connection is trusted, `X-Forwarded-For` is read from its right end,
+where each trusted proxy has appended the address of its own peer, to the first address that is not trusted: that is the
+caller. Everything left of it may be forged. `X-Forwarded-Proto` says whether the caller used TLS. No other header
+counts, and none from a peer that is not trusted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class TrustedProxies:
-    """Addresses and networks, separated by commas. Raises ValueError for any other text, and for none at all."""
+    """Addresses and networks, separated by commas. Raises ValueError for any other text, the empty one too."""
 
     def __init__(self, text: str) -> None:
         self._networks = tuple(ipaddress.ip_network(part.strip()) for part in text.split(","))
         self._trusts = lru_cache(maxsize=1024)(self._look_up)
 
     def __contains__(self, address: object) -> bool:
-        """Whether an address belongs to a trusted proxy. 0.1 µs for one that was seen before."""
+        """Whether an address belongs to a trusted proxy. 0.1 µs if it was looked up before."""
         return isinstance(address, str) and len(address) < 64 and self._trusts(address)
 
     def _look_up(self, address: str) -> bool:
@@ -41,7 +41,7 @@ class TrustedProxies:
         address = peer
         for hop in (part.strip() for part in reversed(hops.split(","))):
             if not _is_address(hop):
-                break  # whatever a proxy wrote there, the last address before it is all that is known
+                break  # not an address: the one before it is the last that is known
             address = hop
             if hop not in self:
                 break
@@ -60,7 +60,7 @@ def _is_address(text: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Whether a host, without brackets or port, is this machine: `localhost`, 127.0.0.0/8 or ::1. No look-up.
 
-    An IPv4 address in the clothes of IPv6 (`::ffff:127.0.0.1`) is not: versions of Python disagree about it.
+    An IPv4-mapped IPv6 address (`::ffff:127.0.0.1`) is not: versions of Python disagree about it.
     """
     if host.lower() == "localhost":
         return True

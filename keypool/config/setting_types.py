@@ -1,10 +1,8 @@
-"""The kinds of value that settings take: how each is spelled, what it allows, how a wrong one is refused.
+"""The types of value that settings take: how each is written, what it allows, how a wrong value is refused.
 
-A kind has two ways in, because the sources differ: `spelled` takes the text of a flag or a variable, `typed`
-a value that has a type already, from TOML or from code. Both return the value as a setting keeps it. What a
-kind takes is said once, in `takes`, for errors, `--help` and the docs alike.
-
-What this module does not do: know any setting, or where values come from.
+A type has two ways in, because the sources differ: `spelled` takes the text of a flag or a variable, `typed` a value
+that has a type already, from TOML or from code. Both return the value as a setting keeps it. `takes` describes the
+allowed values for error messages, `--help` and the docs alike.
 """
 
 from __future__ import annotations
@@ -25,24 +23,24 @@ ONE_DAY = 86_400.0
 
 
 class Text:
-    """Any text that is not empty. Other kinds narrow it in `_parse` and `_check`, which raise ValueError."""
+    """Any text that is not empty. Subclasses narrow it in `_parse` and `_check`, which raise ValueError."""
 
     def __init__(self, takes: str) -> None:
         self.takes = takes
 
     def spelled(self, source: str, text: str) -> object:
-        """The value that a text spells. Raises SettingsError, which names the setting as `source`."""
-        return self._taken(self._parse, source, text)
+        """The value that a text stands for. Raises SettingsError, which names the setting as `source`."""
+        return self._read(self._parse, source, text)
 
     def typed(self, source: str, value: object) -> object:
-        """The setting's own form of a typed value. Raises SettingsError, as `spelled` does."""
-        return self._taken(self._check, source, value)
+        """The same of a value that has a type. Raises SettingsError."""
+        return self._read(self._check, source, value)
 
-    def _taken(self, read: Callable[[Given], object], source: str, given: Given) -> object:
+    def _read(self, read: Callable[[Given], object], source: str, given: Given) -> object:
         try:
             return read(given)
         except ValueError:
-            raise SettingsError(f"{source} takes {self.takes}, not {shown(given)}") from None
+            raise SettingsError(f"{source} takes {self.takes}, not {self._shown(given)}") from None
 
     def _parse(self, text: str) -> object:
         return self._check(text)
@@ -52,9 +50,12 @@ class Text:
             return value
         raise ValueError(value)
 
+    def _shown(self, given: object) -> str:
+        return shown(given)
+
 
 class Choice(Text):
-    """One of a few words, case and all, listed in the order in which they are given here."""
+    """One of a few words, case-sensitive."""
 
     def __init__(self, *words: str) -> None:
         *others, last = words
@@ -68,7 +69,7 @@ class Choice(Text):
 
 
 class DataFile(Text):
-    """The path of a file of ours, which need not exist yet, in characters that a log line can show."""
+    """The path of a data file, which need not exist yet. It has to be printable, for log lines."""
 
     def _check(self, value: object) -> object:
         if isinstance(value, str) and value and value.isprintable():
@@ -77,17 +78,10 @@ class DataFile(Text):
 
 
 class EngineName(Text):
-    """The embedded engine, or the URL of a Valkey. What is refused is shown without its password."""
+    """The embedded engine, or the URL of a Valkey. A URL that is refused is shown without its password."""
 
     def __init__(self) -> None:
         super().__init__(TAKES)
-
-    def _taken(self, read: Callable[[Given], object], source: str, given: Given) -> object:
-        try:
-            return read(given)
-        except ValueError:
-            seen = shown(without_password(given) if isinstance(given, str) else given)
-            raise SettingsError(f"{source} takes {self.takes}, not {seen}") from None
 
     def _check(self, value: object) -> object:
         text = super()._check(value)
@@ -95,9 +89,12 @@ class EngineName(Text):
             parse(str(text))
         return text
 
+    def _shown(self, given: object) -> str:
+        return shown(without_password(given) if isinstance(given, str) else given)
+
 
 class Whole(Text):
-    """A whole number in decimal, both bounds included. A bool or a float is none, not even 8888.0."""
+    """A whole number in decimal, both bounds included. Neither a bool nor a float is one, not even 8888.0."""
 
     def __init__(self, low: int, high: int) -> None:
         super().__init__(f"a whole number from {low} to {high}")
@@ -115,7 +112,7 @@ class Whole(Text):
 class Seconds(Text):
     """A length of time in seconds, kept as a float, both bounds included.
 
-    A day is the usual end, because what is longer is most often meant as milliseconds.
+    The default upper bound is a day: a longer time is most often meant as milliseconds.
     """
 
     def __init__(self, low: float = 0.001, high: float = ONE_DAY) -> None:
@@ -126,16 +123,16 @@ class Seconds(Text):
         return self._check(float(_plain(text)))
 
     def _check(self, value: object) -> object:
-        # A bool is an int to isinstance; nan lies within no bounds.
+        # A bool is an int to isinstance; nan is within no bounds.
         if isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high:
             return float(value)
         raise ValueError(value)
 
 
 class Address(Text):
-    """What a socket can listen on: an IP address without brackets, or a host name. Nothing is looked up."""
+    """What a socket can listen on: an IP address without brackets, or a host name. It isn't resolved here."""
 
-    # The last label is never all digits, so that 300.0.0.1 and 127.1 are seen as the typing errors they are.
+    # The last label is never all digits, so that 300.0.0.1 and 127.1 are refused as the typing errors they are.
     _label = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
     _host_name = re.compile(rf"(?=.{{1,253}}\Z)(?:{_label}\.)*(?![0-9]+\Z){_label}")
 
@@ -143,15 +140,14 @@ class Address(Text):
         super().__init__("an IP address or a host name, without a port")
 
     def _check(self, value: object) -> object:
-        if not isinstance(value, str) or not value:
-            raise ValueError(value)
-        if not self._host_name.fullmatch(value):
-            ipaddress.ip_address(value)
-        return value
+        text = str(super()._check(value))
+        if not self._host_name.fullmatch(text):
+            ipaddress.ip_address(text)
+        return text
 
 
 class Proxies(Text):
-    """Addresses and networks of proxies; `none` for none, in place of what a file or a variable has."""
+    """Addresses and networks of proxies, or `none`, which overrides what a file or a variable has."""
 
     def __init__(self) -> None:
         super().__init__("addresses or networks (10.0.0.0/8, fd00::/8), separated by commas, or none")
@@ -170,7 +166,7 @@ class File(Text):
         super().__init__(f"the path of {content}")
 
     def read(self, source: str, path: str) -> str:
-        """The file's text. Raises SettingsError if there is none to be had, or if it is not UTF-8."""
+        """The file's text. Blocks. Raises SettingsError if it can't be read or isn't UTF-8."""
         try:
             return Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -182,18 +178,18 @@ class File(Text):
             raise self.refused(source, path, "cannot be the name of a file") from None
 
     def refused(self, source: str, path: str, why: str) -> SettingsError:
-        """The error that says why this file won't do; line breaks in `why` become spaces."""
-        return SettingsError(f"{source} takes {self.takes}, and {shown_path(path)} {' '.join(why.split())}")
+        """The error for this file; line breaks in `why` become spaces."""
+        return SettingsError(f"{source} takes {self.takes}, but {shown_path(path)} {' '.join(why.split())}")
 
 
 def shown(given: object) -> str:
-    """What the user gave, on one line and not too long; text in quotes, so that a TOML string is seen."""
+    """A given value on one line and not too long; text in quotes, so that a TOML string can be seen as one."""
     if isinstance(given, bool):
         return str(given).lower()
     if isinstance(given, dict | list):
         return "a table" if isinstance(given, dict) else "an array"
     if isinstance(given, int) and abs(given) > 10**50:
-        # Python refuses to spell a number of thousands of digits, which hexadecimal TOML may hold.
+        # Python refuses to print a number of thousands of digits, which hexadecimal TOML may hold.
         return "a number that large"
     text = repr(given) if isinstance(given, str) else str(given)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,26 +1,23 @@
 """The settings of a server: what they are, where they come from and which values they take.
 
-Every setting is one field of `Settings`, and the field's metadata holds all there is to know about it. The
-flag, the `KEYPOOL_` variable, the key of the TOML file, the lines of `--help` and the row in the docs derive
-from it, so a new setting is one new field, and its rule is changed in one place. The defaults of the pool's own
-settings stand in core/rules.py.
+A setting is one field of `Settings`. The flag, the `KEYPOOL_` variable, the key of the TOML file, the lines of `--help`
+and the row in the docs derive from it. The pool's own settings have their defaults in core/rules.py.
 
-Flags are read here and not by argparse because a wrong one has to give one line that names the values it
-takes, the same on every Python: argparse prints its usage as well, and words its errors anew with each
-version.
+Flags are parsed here and not by argparse because a wrong one has to give one line that names the values it takes, the
+same on every Python: argparse prints its usage as well, and words its errors anew with each version.
 
-What this module does not do: act on a setting, log, or choose an exit status (server.py does). The files it
-reads are the TOML file and those of the tokens, once, in `load`. No error and no repr shows a token.
+`load` reads the TOML file and the files of the tokens, once. No error and no repr shows a token.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from keypool import __version__
@@ -41,18 +38,19 @@ from keypool.config.setting_types import (
 from keypool.config.tokens import ROLES, TOKENS_TAKE, read_tokens, token_variables
 from keypool.core.errors import SettingsError
 from keypool.core.rules import PoolRules
+from keypool.engine.valkey.url import without_password
 
 Origin = Literal["default", "toml", "environment", "flag"]
 Default = TypeVar("Default")
 
+PRINT_CONFIG = "--print-config"
 _TOML_FILE = File("a TOML file")
 
 
 def _setting(default: Default, kind: Text, about: str) -> Default:
-    # Like dataclasses.field itself, this claims to return the default and returns the field that holds it.
-    # The engine's URL may hold a password.
-    shown = not isinstance(kind, EngineName)
-    made: Any = field(default=default, repr=shown, metadata={"kind": kind, "about": about})
+    # Like dataclasses.field itself, this claims to return the default and returns a field.
+    no_password = not isinstance(kind, EngineName)
+    made: Any = field(default=default, repr=no_password, metadata={"kind": kind, "about": about})
     return made  # type: ignore[no-any-return]
 
 
@@ -64,13 +62,11 @@ def _all_default() -> dict[str, Origin]:
 class Settings:
     """Every setting of one server. Lengths of time are seconds.
 
-    `load` makes one from what the user gave. Code may make one too, `Settings(port=0)`: a wrong value, or an
-    open server that other machines reach, is a SettingsError there as well; tokens are taken as they are.
+    `load` makes one of flags, environment and file; code may make one too, `Settings(port=0)`. Raises SettingsError
+    for a wrong value, and for a server without tokens that other machines can reach. Tokens are not checked.
     """
 
-    address: str = _setting(
-        "127.0.0.1", Address(), "where to listen; any but a loopback address needs tokens"
-    )
+    address: str = _setting("127.0.0.1", Address(), "where to listen; any address but loopback needs tokens")
     port: int = _setting(8888, Whole(0, 65535), "TCP port; 0 takes a free one")
     data: str = _setting(
         "data/keypool.db",
@@ -81,21 +77,21 @@ class Settings:
     partitions: int | None = _setting(
         None,
         Whole(1, 1024),
-        "parts of a pool in Valkey, fixed when it is made. Without it, an existing pool keeps its number, and a "
-        "new one gets 1, or 16 in a cluster",
+        "partitions of a pool in Valkey, fixed when the pool is created. Without it, an existing pool keeps its "
+        "number, and a new one gets 1, or 16 in a cluster",
     )
     http: str = _setting(
         "fast",
         Choice("fast", "tornado"),
-        "which HTTP server: keypool's own, or Tornado's, slower, with the same answers",
+        "which HTTP server: keypool's own, or Tornado's, which is slower and gives the same answers",
     )
     processes: int = _setting(
-        1, Whole(1, 256), "server processes on one address; more than 1 takes an engine that they can share"
+        1, Whole(1, 256), "server processes on one address; more than 1 needs an engine that they can share"
     )
     process_port: int = _setting(
         0,
         Whole(0, 65535),
-        "with several processes, the first of as many ports more, each of one process alone; 0 for none",
+        "with several processes: process N listens on this port + N - 1 as well, alone; 0 for no such ports",
     )
     block_seconds: float = _setting(
         PoolRules.block_seconds, Seconds(), "how long an acquired key stays blocked"
@@ -111,17 +107,19 @@ class Settings:
     restart_grace: float = _setting(
         PoolRules.restart_grace,
         Seconds(low=0.0),
-        "keys that would be dead by then live until so long after the start",
+        "keys whose keepalive would run out before it live until so long after the start",
     )
-    max_viewers: int = _setting(200, Whole(0, 100_000), "websockets of the feed open at a time at most")
+    max_viewers: int = _setting(200, Whole(0, 100_000), "open websockets of the feed at most")
     drain_seconds: float = _setting(10.0, Seconds(), "how long a stop may take")
-    log_level: str = _setting("info", Choice("debug", "info", "warning", "error"), "the least that is logged")
-    log_format: str = _setting("text", Choice("text", "json"), "how the log is written")
+    log_level: str = _setting(
+        "info", Choice("debug", "info", "warning", "error"), "the lowest level that is logged"
+    )
+    log_format: str = _setting("text", Choice("text", "json"), "format of the log")
     trusted_proxies: str = _setting(
         "none", Proxies(), "proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` count"
     )
     config: str | None = _setting(
-        None, _TOML_FILE, "where to read settings that no flag and no variable gives"
+        None, _TOML_FILE, "file with the settings that no flag and no variable gives"
     )
 
     client_tokens: tuple[str, ...] = field(default=(), repr=False)
@@ -134,7 +132,7 @@ class Settings:
     def __post_init__(self) -> None:
         for option in OPTIONS:
             value = getattr(self, option.name)
-            # A default is right as it is, and None, that of some, is what nobody can give.
+            # None, the default of some, is a value that can't be given.
             if value != option.default:
                 option.kind.typed(option.name, value)
         if self.processes > 1:
@@ -144,17 +142,22 @@ class Settings:
 
     @property
     def open(self) -> bool:
-        """Whether there are no tokens, so that whoever reaches the server may do everything."""
+        """Whether there are no tokens, so that everybody who reaches the server may do everything."""
         return not (self.client_tokens or self.viewer_tokens or self.admin_tokens)
 
     @property
     def rules(self) -> PoolRules:
-        """Those of the settings that are the pool's."""
+        """The settings of the pool."""
         return PoolRules(**{each.name: getattr(self, each.name) for each in fields(PoolRules)})
+
+    def with_tokens(self, tokens: Mapping[str, tuple[str, ...]]) -> Settings:
+        """These settings with the tokens that `read_tokens` returned."""
+        given: dict[str, Any] = {f"{role}_tokens": tokens.get(role, ()) for role in ROLES}
+        return replace(self, **given)
 
 
 class Option(NamedTuple):
-    """One setting as flags, environment, TOML file and docs know it."""
+    """One setting: its name in each source, its default, type and description."""
 
     name: str
     default: object
@@ -173,25 +176,26 @@ class Option(NamedTuple):
 
     @property
     def default_text(self) -> str:
-        """The default as a user would spell it, `none` if there is none."""
-        if self.default is None:
-            return "none"
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        """The default as a user would write it."""
+        return self.text(self.default)
+
+    @staticmethod
+    def text(value: object) -> str:
+        """A value as a user would write it, `none` for None."""
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 OPTIONS = tuple(
     Option(each.name, each.default, **each.metadata) for each in fields(Settings) if each.metadata
 )
-"""Every setting but the tokens, which have rules of their own, in the order of the docs."""
+"""Every setting but the tokens, in the order of the docs."""
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str], program: str = "python server.py") -> Settings:
-    """The settings that flags (without the program's name), environment and TOML file ask for.
+    """The settings from flags (without the program's name), environment and TOML file, in this order of precedence.
 
-    A flag beats a variable, a variable beats the file; a value that is overridden has to be right
-    nevertheless. Raises SettingsError at the first that is wrong. `--help` and `--version` print and raise
-    SystemExit(0); `program` is what --help calls the program. Reads files, so it blocks: call it before the loop
-    runs.
+    Raises SettingsError at the first wrong value, even if another source overrides it. `--help` and `--version` print
+    and raise SystemExit(0); `program` is the program's name in --help. Blocks, as it reads files.
     """
     flags, variables = _from_flags(argv, program), _from_environment(environ)
     toml = _from_toml(flags, variables)
@@ -204,7 +208,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], program: str = "python
 
 
 def data_file(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """The data file that a server with these settings has; its tokens aren't looked at. Raises SettingsError."""
+    """The path of the data file of a server with these settings, whose tokens aren't read. Raises SettingsError."""
     flags, variables = _from_flags(argv, "keypool serve"), _from_environment(environ)
     given = {**_from_toml(flags, variables), **variables, **flags}
     engine, data = (
@@ -233,22 +237,21 @@ def _from_flags(argv: Sequence[str], program: str) -> dict[str, Any]:
         option = options[flag]
         value = text if equals else next(words, None)
         if value is None:
-            raise SettingsError(f"{flag} takes {option.kind.takes}, and nothing follows it")
+            raise SettingsError(f"{flag} takes {option.kind.takes}, but no value follows it")
         given[option.name] = option.kind.spelled(flag, value)
     return given
 
 
 def _no_flag(word: str) -> str:
-    # What stands behind "=" doesn't get here: it may be a token, from one who takes tokens for flags.
-    wrong = "there is no flag" if word.startswith("-") else "every setting is a flag, and none takes the word"
-    return (
-        f"{wrong} {shown(word)}; the flags are {', '.join(each.flag for each in OPTIONS)}, "
-        "--print-config, --help, --version"
-    )
+    # The text behind "=" is left out: it may be a token, if somebody takes tokens for flags.
+    flags = f"the flags are {', '.join(each.flag for each in OPTIONS)}, {PRINT_CONFIG}, --help, --version"
+    if word.startswith("-"):
+        return f"unknown flag {shown(word)}; {flags}"
+    return f"unexpected argument {shown(word)}; settings are given as --name=value; {flags}"
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    # Variables that are no setting are left alone: ./run has one, and other versions of the server have more.
+    # Other KEYPOOL_ variables are ignored: ./run has one, and other versions of the server have more.
     given = [option for option in OPTIONS if option.variable in environ]
     return {option.name: option.kind.spelled(option.variable, environ[option.variable]) for option in given}
 
@@ -261,15 +264,13 @@ def _from_toml(flags: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[s
     text = _TOML_FILE.read(source, path)
     try:
         found = tomllib.loads(text)
-    # RecursionError: brackets within brackets, a thousand deep.
-    except (ValueError, RecursionError) as error:
-        raise _TOML_FILE.refused(source, path, f"is none: {error}") from None
+    except (ValueError, RecursionError) as error:  # the latter by a thousand nested brackets
+        raise _TOML_FILE.refused(source, path, f"is not valid TOML: {error}") from None
     file = shown_path(path)
-    # A file doesn't name another one.
     options = {option.name: option for option in OPTIONS if option.name != "config"}
     for key in found:
         if key not in options:
-            raise SettingsError(f"{shown(key)} in {file} is no setting; the keys are {', '.join(options)}")
+            raise SettingsError(f"{shown(key)} in {file} is not a setting; the keys are {', '.join(options)}")
     return {key: options[key].kind.typed(f"{key} in {file}", value) for key, value in found.items()}
 
 
@@ -277,8 +278,8 @@ def _check_processes(settings: Settings) -> None:
     source = _source(settings, "processes")
     if settings.engine == "embedded":
         raise SettingsError(
-            f"{source} takes 1 with the embedded engine, whose pool is one process's own, not "
-            f"{settings.processes}: more share a pool by --engine=valkey://HOST:PORT/DB"
+            f"{source} takes 1 with the embedded engine, whose pool can't be shared, not {settings.processes}: "
+            "several processes need --engine=valkey://HOST:PORT/DB"
         )
     if not (hasattr(os, "fork") and hasattr(socket, "SO_REUSEPORT")):
         raise SettingsError(f"{source} takes 1 on this system, which has no fork or no SO_REUSEPORT")
@@ -290,7 +291,7 @@ def _check_processes(settings: Settings) -> None:
 
 
 def _source(settings: Settings, name: str) -> str:
-    """What the user gave this setting by."""
+    """The flag, variable or key of the file that the value came from."""
     option = next(each for each in OPTIONS if each.name == name)
     file = shown_path(settings.config or "the TOML file")
     names = {"flag": option.flag, "environment": option.variable, "toml": f"{name} in {file}"}
@@ -302,12 +303,50 @@ def _no_token(settings: Settings) -> str:
     variables = ", ".join(token_variables(role)[0] for role in ROLES)
     return (
         f"{source} takes a loopback address (127.0.0.1, ::1, localhost) as long as there is no token, "
-        f"not {shown(settings.address)}: set one of {variables}, or of the same with _FILE"
+        f"not {shown(settings.address)}: set one of {variables}, or the matching ..._FILE variable"
     )
 
 
+def effective_settings(settings: Settings) -> str:
+    """What `--print-config` prints: every setting and where it comes from, as a TOML file for `--config`.
+
+    Tokens are counted and not shown.
+    """
+    assignments = [_assignment(option, settings) for option in OPTIONS]
+    width = max(map(len, assignments))
+    lines = ["# keypool: the effective settings, and where each comes from"]
+    for option, assignment in zip(OPTIONS, assignments, strict=True):
+        origin = settings.origins[option.name]
+        sources = {
+            "toml": f"config file {settings.config}",
+            "environment": option.variable,
+            "flag": option.flag,
+        }
+        lines.append(f"{assignment:{width}}  # {sources.get(origin, origin)}")
+    for role in ROLES:
+        count = len(getattr(settings, f"{role}_tokens"))
+        where = " or ".join(token_variables(role))
+        lines.append(
+            f"# tokens of the role {role}: {count or 'none'} from {where}{', not shown' if count else ''}"
+        )
+    if settings.open:
+        lines.append("# no tokens: open to everybody who reaches it, on loopback only")
+    return "\n".join(lines)
+
+
+def _assignment(option: Option, settings: Settings) -> str:
+    value = getattr(settings, option.name)
+    if option.name == "engine":
+        value = without_password(value)
+    if value is None:  # TOML has no null
+        return f"# {option.name} = none"
+    # JSON's strings and numbers are valid TOML.
+    assignment = f"{option.name} = {json.dumps(value, ensure_ascii=False)}"
+    return f"# {assignment}" if option.name == "config" else assignment
+
+
 def settings_table() -> str:
-    """The Markdown table of all settings, for the docs: a row a setting, no line break at the end."""
+    """The Markdown table of all settings, for the docs."""
     rows = [("flag", "variable", "default", "what it is", "what it takes"), ("---",) * 5]
     for each in OPTIONS:
         default = "none" if each.default is None else f"`{each.default_text}`"
@@ -334,9 +373,9 @@ _HELP_HEAD = """\
 Leases API keys over HTTP. Each flag is also an environment variable (--block-seconds is
 KEYPOOL_BLOCK_SECONDS) and a key of the TOML file (block_seconds); a flag beats a variable, a
 variable beats the file. Tokens come from KEYPOOL_CLIENT_TOKEN, KEYPOOL_VIEWER_TOKEN and
-KEYPOOL_ADMIN_TOKEN, or from files that the same names with _FILE tell.
+KEYPOOL_ADMIN_TOKEN, or from the files named by KEYPOOL_CLIENT_TOKEN_FILE and so on.
 
   --print-config
-      print the settings in force and where each comes from, tokens counted and not shown, and exit
+      print the effective settings and where each comes from, without the tokens, and exit
   --help, --version
       print this, or the version, and exit"""

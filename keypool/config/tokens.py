@@ -1,11 +1,8 @@
-"""The tokens that a server is given: where they come from and what one looks like.
+"""The server's tokens: where they come from and which are valid.
 
-They come from the environment or from files that it names, never from flags or the TOML file: a command line
-is seen by everybody on the machine, and a settings file is soon copied. Errors say which token is wrong by
-its number and never show it.
-
-What this module does not do: compare what a caller sends (auth.py does), or ask for tokens where there are
-none (settings.py does, on addresses that other machines reach).
+They come from environment variables or from files named by variables, never from flags or the TOML file: everybody on
+the machine can see a command line, and a settings file is soon copied. Errors name a token by its number and never
+show it. `auth.py` compares what callers send.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ _TOKEN_FILE = File(f"a file of {TOKENS_TAKE} or line breaks")
 
 
 def read_tokens(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The tokens of each role that has any, each once. Raises SettingsError. Reads files, so it blocks."""
+    """The tokens by role, without duplicates; a role without tokens is missing. Blocks. Raises SettingsError."""
     found: dict[str, tuple[str, ...]] = {}
     role_of: dict[str, str] = {}
     for role in ROLES:
@@ -43,12 +40,12 @@ def read_tokens(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def token_variables(role: str) -> tuple[str, str]:
-    """The variable that holds the tokens of a role, and the one that names a file of them."""
+    """The variable that holds the tokens of a role, and the variable that names a file of them."""
     return f"KEYPOOL_{role.upper()}_TOKEN", f"KEYPOOL_{role.upper()}_TOKEN_FILE"
 
 
 def exposed_files(environ: Mapping[str, str]) -> list[str]:
-    """A line for each file of tokens that others than its owner can read or write. Looks at files, so it blocks."""
+    """A warning for each file of tokens that others than its owner can read or write. Blocks."""
     lines = []
     for role in ROLES:
         variable = token_variables(role)[1]
@@ -70,21 +67,18 @@ def _source(role: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
         )
     if not path:
         return variable, text.split(",") if text else []
-    # An empty variable is as none, but an empty file goes on to be refused: somebody named it on purpose, and
-    # a secret that failed to arrive must not leave the server open.
+    # An empty variable counts as unset, but an empty file is refused: somebody named it on purpose, and a secret
+    # that failed to arrive must not leave the server open.
     return f"{file_variable} ({shown_path(path)})", re.split(r"[,\n]", _TOKEN_FILE.read(file_variable, path))
 
 
 def _checked(source: str, pieces: Sequence[str]) -> tuple[str, ...]:
     tokens = [token for piece in pieces if (token := piece.strip())]
     if not tokens:
-        raise SettingsError(f"{source} takes {TOKENS_TAKE}, and has none")
+        raise SettingsError(f"{source} takes {TOKENS_TAKE}, but has none")
     for number, token in enumerate(tokens, 1):
-        # The visible ones of ASCII, without the space, from ! to ~; the comma is gone by now.
         if not re.fullmatch(r"[!-~]+", token):
-            raise SettingsError(
-                f"{source} takes {TOKENS_TAKE}, and token {number} has a character that is not"
-            )
+            raise SettingsError(f"{source} takes {TOKENS_TAKE}, but token {number} has another character")
         if len(token) < MIN_TOKEN_LENGTH:
-            raise SettingsError(f"{source} takes {TOKENS_TAKE}, and token {number} has {len(token)}")
+            raise SettingsError(f"{source} takes {TOKENS_TAKE}, but token {number} has {len(token)}")
     return tuple(dict.fromkeys(tokens))

@@ -26,6 +26,7 @@ from math import inf, nextafter
 from operator import attrgetter
 from typing import NamedTuple
 
+from keypool.core.counters import Counters
 from keypool.core.errors import PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change
 from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
@@ -39,25 +40,6 @@ PAGE_SCAN_LIMIT = 1000
 """Keys that one page examines, at most."""
 
 Listener = Callable[[Change, Key, str | None], None]
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since the pool began. `unblocked` counts only calls that changed a key, `released` deadlines."""
-
-    generated: int = 0
-    acquired: int = 0
-    unblocked: int = 0
-    released: int = 0
-    deleted: int = 0
-    expired: int = 0
-    kept_alive: int = 0
-    refused: int = 0
-
-    @property
-    def changes(self) -> int:
-        """How often a key was made, went from one state to the other, or was purged."""
-        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
 
 
 @dataclass(slots=True)

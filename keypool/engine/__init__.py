@@ -30,7 +30,7 @@ from keypool.core.answers import (
 )
 from keypool.core.cursor import ListQuery
 from keypool.core.events import Event
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 
 NOTE = "note."
 """The prefix of notes (`keep_notes`) where they are kept among the pool's own numbers."""
@@ -124,8 +124,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def told(self) -> int:
-        """How many events there were. Only differences have a meaning. O(1)."""
+    def event_seq(self) -> int:
+        """The number of the latest event: grows by one with each, from an arbitrary start. O(1)."""
         ...
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
@@ -153,8 +153,16 @@ class Engine(Protocol):
         """How many times the clock of the deadlines was stepped by more than 5 s. O(1)."""
         ...
 
-    def tallies(self) -> dict[str, Tally]:
-        """Histograms by the name of their metric (ops/metrics.py)."""
+    def histograms(self) -> dict[str, Histogram]:
+        """What was measured, by the name of its metric (metrics.py)."""
+        ...
+
+    def figures(self) -> Mapping[str, float]:
+        """Figures of the engine's own work for the dashboard, by name: of its commits, or its pipelines. O(1)."""
+        ...
+
+    def measures(self) -> Mapping[str, float | Mapping[str, float]]:
+        """Further metrics by full name, one with a label by the label's values (metrics.py). O(1)."""
         ...
 
     def oldest_wait(self) -> float:
@@ -185,7 +193,7 @@ class Loading:
         """Not yet."""
         return False
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """Nothing yet."""
         return {}
 

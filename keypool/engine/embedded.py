@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -30,18 +29,19 @@ from keypool.core.answers import (
     Stats,
     Unblocked,
 )
+from keypool.core.counters import COUNTERS
 from keypool.core.cursor import ListQuery, encode, page_query
 from keypool.core.errors import Draining, NoKeyAvailable, StaleLease, StorageUnavailable, UnknownKey
 from keypool.core.events import Change, Event, Happened, latest
 from keypool.core.keys import Key, State, moment, random_text
-from keypool.core.pool import Counters, Pool
+from keypool.core.pool import Pool
 from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine import NOTE, Timed
 from keypool.engine.clock import make_clock
 from keypool.engine.journal import Journal, NullJournal
 from keypool.engine.timers import Timers
 from keypool.engine.waiters import Waiters
-from keypool.ops.histogram import SECONDS, Tally
+from keypool.ops.histogram import SECONDS, Histogram
 
 RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
@@ -49,9 +49,6 @@ _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATE
 _GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: some 2 ms
 _SLICE_SECONDS = 0.00015  # of a batch, before the loop may serve other callers
 _NEGLIGIBLE_DELAY = 0.005  # seconds: as early as a release may be
-_COUNTERS = tuple(
-    field.name for field in dataclasses.fields(Counters)
-)  # asdict() copies deeply, at every batch
 
 
 class EmbeddedEngine:
@@ -85,8 +82,8 @@ class EmbeddedEngine:
             on_closed=self.timers.closed,
         )
         self.journal: Journal = NullJournal()
-        self.release_lateness = Tally(SECONDS)
-        self.expiry_lateness = Tally(SECONDS)
+        self.release_lateness = Histogram(SECONDS)
+        self.expiry_lateness = Histogram(SECONDS)
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
         self._notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
@@ -303,23 +300,16 @@ class EmbeddedEngine:
 
     async def stats(self) -> Stats:
         """All counts. O(1). May be ahead of the disk by the commit in flight."""
-        pool, counters = self.pool, self.pool.counters
+        pool = self.pool
         return Stats(
-            pool.total,
-            pool.available,
-            pool.blocked,
-            len(self._waiters.queue),
-            counters.generated,
-            counters.acquired,
-            counters.unblocked,
-            counters.released,
-            counters.deleted,
-            counters.expired,
-            counters.kept_alive,
-            counters.refused,
-            _seconds(self.now() - self._started_at),
-            self.name,
-            __version__,
+            total=pool.total,
+            available=pool.available,
+            blocked=pool.blocked,
+            waiting=len(self._waiters.queue),
+            **pool.counters.by_name(),
+            uptime=_seconds(self.now() - self._started_at),
+            engine=self.name,
+            version=__version__,
         )
 
     async def notes(self) -> Mapping[str, int]:
@@ -341,8 +331,8 @@ class EmbeddedEngine:
         return self.pool.expiring(self.now() + seconds)
 
     @property
-    def told(self) -> int:
-        """How many events there were, derived from the counters, so that no change pays for it. O(1)."""
+    def event_seq(self) -> int:
+        """How many events there have been: the sum of counters, so that no change pays for it. O(1)."""
         return self.pool.counters.changes + self._revealed
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
@@ -363,21 +353,21 @@ class EmbeddedEngine:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
         return self._waiters.oldest_wait()
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """All histograms by metric name. O(1)."""
         return {
             "acquire_wait_seconds": self._waiters.wait_seconds,
             "release_lateness_seconds": self.release_lateness,
             "expiry_lateness_seconds": self.expiry_lateness,
-            **self.journal.tallies(),
+            **self.journal.histograms(),
         }
 
     def figures(self) -> dict[str, float]:
         """The journal's last commit and how many there were, for the dashboard. O(1)."""
-        tallies = self.journal.tallies()
-        if not tallies:
+        histograms = self.journal.histograms()
+        if not histograms:
             return {}
-        seconds, rows = tallies["commit_seconds"], tallies["commit_rows"]
+        seconds, rows = histograms["commit_seconds"], histograms["commit_rows"]
         return {"commits": seconds.count, "commit_seconds": round(seconds.last, 6), "commit_rows": rows.last}
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
@@ -505,19 +495,19 @@ class EmbeddedEngine:
 
     def numbers(self) -> dict[str, int]:
         """The pool's numbers that are kept with each batch. O(1)."""
-        pool, counters = self.pool, self.pool.counters
+        pool = self.pool
         return {
             "last_id": pool.last_id,
             "last_lease": pool.last_lease,
             "moment": round(self.now() * 1000),
-            **{name: getattr(counters, name) for name in _COUNTERS},
+            **pool.counters.by_name(),
         }
 
     def restore_numbers(self, numbers: Mapping[str, int]) -> None:
         """Take over what `numbers` and `keep_notes` kept. O(numbers)."""
         pool = self.pool
         pool.last_id, pool.last_lease = numbers.get("last_id", 0), numbers.get("last_lease", 0)
-        for name in _COUNTERS:
+        for name in COUNTERS:
             setattr(pool.counters, name, numbers.get(name, 0))
         self._notes = {
             name.removeprefix(NOTE): number

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from keypool.core.errors import StorageUnavailable
 from keypool.core.keys import Key
-from keypool.ops.histogram import Tally
+from keypool.ops.histogram import Histogram
 
 
 class Commit(asyncio.Future[None]):
@@ -108,7 +108,7 @@ class Journal(Protocol):
         """What to await before answering about the pool as a whole. O(1)."""
         ...
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """The journal's histograms by metric name."""
         ...
 
@@ -148,7 +148,7 @@ class NullJournal:
     def commit_of_all(self) -> None:
         """Nothing to wait for."""
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """No metrics."""
         return {}
 

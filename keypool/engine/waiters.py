@@ -16,7 +16,7 @@ from keypool.core.keys import Key
 from keypool.core.pool import Pool
 from keypool.engine import Timed
 from keypool.engine.timers import Timers
-from keypool.ops.histogram import SECONDS_OF_WAIT, Tally
+from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
 
 class Waiter:
@@ -61,7 +61,7 @@ class Waiters:
         """The pending acquires, in order. Read elsewhere, changed here only."""
         self._draining = False
         self._serving_soon = False
-        self.wait_seconds = Tally(SECONDS_OF_WAIT)
+        self.wait_seconds = Histogram(SECONDS_OF_WAIT)
 
     def oldest_wait(self) -> float:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""

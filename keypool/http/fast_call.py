@@ -12,13 +12,14 @@ from time import monotonic, time
 import msgspec
 
 from keypool.api.dispatch import CachedChecks, Dispatcher, Reply, too_large
+from keypool.api.operations import BASE
 from keypool.config.limits import REMEMBERED_NAME
 from keypool.http.api_call import ApiCall, InFlight
 from keypool.http.http1 import ANSWERED, RawDelegate, Request
 from keypool.http.http1.responses import Headers, date_at
 
 _API = b"/api"
-_FEED = b"/api/v1/feed"
+_FEED = f"{BASE}/feed".encode()
 _ENDS = (b"", b"/", b"?")
 
 

@@ -1,12 +1,13 @@
-"""A histogram that costs a fifth of a microsecond to add to: counts by bucket, and their sum.
+"""Histograms for hot paths: no labels, locks or library. An observation costs a fifth of a microsecond.
 
-Metrics are made from these when somebody asks for them (metrics.py); what is counted on hot paths is counted
-here, without labels, locks or a library.
+`metrics.py` turns them into Prometheus metrics at a scrape.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 SECONDS = (
     0.0001,
@@ -30,8 +31,8 @@ SECONDS_OF_WAIT = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
 ROWS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0)
 
 
-class Tally:
-    """How often which size was seen. `bounds` are inclusive upper ends, ascending; the last bucket has none."""
+class Histogram:
+    """Observations by size. `bounds` are inclusive upper ends, ascending; the last bucket has none."""
 
     __slots__ = ("bounds", "counts", "largest", "last", "sum")
 
@@ -43,7 +44,7 @@ class Tally:
         self.last = 0.0
 
     def add(self, value: float) -> None:
-        """Count one. O(log buckets)."""
+        """Add an observation. O(log buckets)."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
         self.last = value
@@ -52,14 +53,42 @@ class Tally:
 
     @property
     def count(self) -> int:
-        """How many were added. O(buckets)."""
+        """Observations. O(buckets)."""
         return sum(self.counts)
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """The buckets as Prometheus has them: upper end, and how many were no larger."""
+        """Prometheus's buckets: the upper end, and how many observations are no larger."""
         ends = [*map(str, self.bounds), "+Inf"]
         buckets, so_far = [], 0
         for end, count in zip(ends, self.counts, strict=True):
             so_far += count
             buckets.append((end, float(so_far)))
         return buckets
+
+
+NO_OPERATION = "none"
+"""The operation of a request that named no call: an unknown path, say."""
+
+_FROM_THE_START = ("ok", "unauthorized", "forbidden", "storage-unavailable", "internal")
+
+
+class CallMetrics:
+    """Calls by operation and outcome (`ok` or the code of an error), and how long they took.
+
+    Bounded: operations times codes. `operations` has the codes of each operation's own errors. These and
+    `_FROM_THE_START` have a count of zero from the start: Prometheus takes the first value of a series for what it
+    has always been, so an alert would miss the first burst of a series that begins with it.
+    """
+
+    def __init__(self, operations: Mapping[str, Iterable[str]]) -> None:
+        codes = {**operations, NO_OPERATION: ()}
+        self.outcomes: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.seconds = {operation: Histogram(SECONDS) for operation in codes}
+        for operation, own in codes.items():
+            for outcome in (*_FROM_THE_START, *own):
+                self.outcomes[operation, outcome] = 0
+
+    def add(self, operation: str, outcome: str, seconds: float) -> None:
+        """Count one call. About 0.4 µs."""
+        self.outcomes[operation, outcome] += 1
+        self.seconds[operation].add(seconds)

@@ -15,6 +15,8 @@ import msgspec
 from keypool.core.keys import hint, moment
 from keypool.ops.log_writer import LogWriter
 
+access_log = logging.getLogger("keypool.access")
+
 _process: int | None = None  # which of several this one is
 
 _LONG = re.compile(r"[A-Za-z0-9]{16,}")  # as keys are
@@ -109,6 +111,23 @@ def configure(level: str, format: str) -> None:
     for name in ("keypool.audit", "keypool.ready"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+def access_line(request_id: str, operation: str, status: int, outcome: str, seconds: float) -> None:
+    """Log a request that was answered, at level debug; 0.1 µs if that isn't logged.
+
+    The line names the call and never the path, which may hold a key.
+    """
+    if not access_log.isEnabledFor(logging.DEBUG):
+        return
+    fields = {
+        "request_id": request_id,
+        "operation": operation,
+        "status": status,
+        "outcome": outcome,
+        "milliseconds": round(seconds * 1000, 1),
+    }
+    access_log.debug("%s %s %d %s %.1f ms", *fields.values(), extra={"fields": fields})
 
 
 def name_process(number: int) -> None:

@@ -1,14 +1,14 @@
-"""What Prometheus is told, made when it asks: nothing here is kept beside what it is made from.
+"""The metrics for Prometheus, made at each scrape.
 
-Counters and gauges are read off the engine at the scrape, so they can't drift from it; every state has its
-line, also at zero. No label holds a key, an owner or a path. `METRICS` has every metric once: the docs, and the
-test of the dashboard and the alerts, are made from it.
+Counters and gauges are read from the engine then, so they can't drift from it; every state has its sample, also at
+zero. No label holds a key, an owner or a path. The table in the docs is made from `METRICS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -16,64 +16,80 @@ from prometheus_client.registry import Collector
 
 from keypool import __version__
 from keypool.core.answers import Stats
-from keypool.ops.calls import CallTallies
-from keypool.ops.histogram import Tally
+from keypool.core.counters import COUNTERS
+from keypool.ops.histogram import CallMetrics, Histogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """One metric by its full name. `source` is where its value stands: a member of stats, or a tally."""
+    """One metric by its full name. `source` is a field of Stats or the name of a histogram, if it has its value."""
 
     name: str
     kind: str
     about: str
-    labels: str = ""
+    labels: str = ""  # `NAME; NAME: values`
     source: str = ""
+
+    @property
+    def label_names(self) -> list[str]:
+        """In order."""
+        return [label.partition(":")[0].strip() for label in self.labels.split(";") if label]
 
 
 def _counter(member: str, about: str) -> Described:
     return Described(f"keypool_{member}_total", "counter", f"{about}, since the pool began", source=member)
 
 
-def _histogram(tally: str, about: str) -> Described:
-    return Described(f"keypool_{tally}", "histogram", about, source=tally)
+def _histogram(name: str, about: str) -> Described:
+    return Described(f"keypool_{name}", "histogram", about, source=name)
 
 
 METRICS = (
     Described("keypool_keys", "gauge", "keys", "state: available, blocked"),
-    Described("keypool_waiting", "gauge", "acquires that wait for a key", source="waiting"),
-    Described("keypool_oldest_wait_seconds", "gauge", "how long the first in this server's queue has waited"),
+    Described("keypool_waiting", "gauge", "acquires waiting for a key", source="waiting"),
+    Described(
+        "keypool_oldest_wait_seconds", "gauge", "how long the first acquire in this server's queue has waited"
+    ),
     Described(
         "keypool_limit",
         "gauge",
-        "upper limits in force",
+        "configured limits",
         "limit: max_keys, max_waiters, max_viewers, connections",
     ),
-    Described("keypool_viewers", "gauge", "open feeds of dashboards"),
-    Described("keypool_connections", "gauge", "open connections, those of viewers among them"),
-    Described("keypool_connections_refused_total", "counter", "connections closed for want of room"),
+    Described("keypool_viewers", "gauge", "open websockets of the feed"),
+    Described("keypool_connections", "gauge", "open connections, the feed's included"),
+    Described(
+        "keypool_connections_refused_total", "counter", "connections rejected because a limit was reached"
+    ),
     Described("keypool_storage_up", "gauge", "1 while the data file can be written, else 0"),
     Described(
-        "keypool_storage_failing_seconds", "gauge", "for how long the data file can't be written; 0 if it can"
+        "keypool_storage_failing_seconds",
+        "gauge",
+        "how long the data file has been unwritable; 0 while it can be written",
     ),
     Described(
         "keypool_commit_age_seconds",
         "gauge",
-        "since the commit under way was sent to the writer; 0 if none is",
+        "age of the commit in flight; 0 if there is none",
+    ),
+    Described("keypool_writer_restarts_total", "counter", "writer processes restarted because one died"),
+    Described(
+        "keypool_data_file_bytes",
+        "gauge",
+        "size of the data file and of its write-ahead log",
+        "file: data, log",
     ),
     Described(
-        "keypool_writer_restarts_total", "counter", "writer processes started in place of one that died"
+        "keypool_disk_free_bytes", "gauge", "free space on the data file's disk, at the writer's last look"
     ),
-    Described("keypool_data_file_bytes", "gauge", "size of the data file, and of its log", "file: data, log"),
     Described(
-        "keypool_disk_free_bytes", "gauge", "room left where the data file is, as the writer saw it last"
+        "keypool_log_dropped_total", "counter", "log lines dropped because standard error was not read"
     ),
-    Described("keypool_log_dropped_total", "counter", "log lines dropped: standard error did not take them"),
     Described("keypool_clock_steps_total", "counter", "steps of Valkey's clock by more than 5 s"),
-    Described("keypool_uptime_seconds", "gauge", "since this server started", source="uptime"),
-    Described("keypool_build_info", "gauge", "always 1", "version, engine"),
+    Described("keypool_uptime_seconds", "gauge", "time since this server started", source="uptime"),
+    Described("keypool_build_info", "gauge", "always 1", "version; engine"),
     Described(
         "keypool_calls_total", "counter", "calls answered", "operation; outcome: ok or an error's code"
     ),
@@ -81,98 +97,82 @@ METRICS = (
     Described(
         "keypool_call_seconds",
         "histogram",
-        "from a call's head to its answer, without the time spent waiting for a key",
+        "from a call's head to its answer, without the time in the queue for a key",
         "operation",
     ),
-    _counter("generated", "keys made"),
-    _counter("acquired", "keys served"),
-    _counter("unblocked", "keys given back"),
-    _counter("released", "keys taken back when their block ran out"),
-    _counter("deleted", "keys deleted"),
-    _counter("expired", "keys purged for want of a keepalive"),
-    _counter("kept_alive", "keepalives"),
-    _counter("refused", "acquires answered that no key is available"),
-    _histogram("acquire_wait_seconds", "how long those acquires waited that waited at all"),
-    _histogram("release_lateness_seconds", "how late blocks that ran out were released"),
-    _histogram("expiry_lateness_seconds", "how late keys that expired were purged"),
-    _histogram("commit_seconds", "from sending a batch to the writer until it was on disk"),
-    _histogram("commit_rows", "keys in a batch"),
-    _histogram("pipeline_seconds", "from sending commands to Valkey until all were answered"),
-    _histogram("pipeline_commands", "commands to Valkey sent in one go"),
-    _histogram("loop_stall_seconds", "how late the loop came to a callback that was due"),
-    Described("process_resident_memory_bytes", "gauge", "memory of the server, its writer not counted"),
-    Described("process_virtual_memory_bytes", "gauge", "address space of the server"),
-    Described("process_cpu_seconds_total", "counter", "processor time of the server"),
-    Described("process_open_fds", "gauge", "open files, connections among them"),
-    Described("process_max_fds", "gauge", "open files at most"),
-    Described("process_start_time_seconds", "gauge", "when the server started, by the wall clock"),
+    *(_counter(name, about) for name, about in COUNTERS.items()),
+    _histogram("acquire_wait_seconds", "time in the queue of the acquires that had to wait"),
+    _histogram("release_lateness_seconds", "how long after their deadline keys were released"),
+    _histogram("expiry_lateness_seconds", "how long after their deadline keys were purged"),
+    _histogram("commit_seconds", "time to commit a batch to disk"),
+    _histogram("commit_rows", "keys per committed batch"),
+    _histogram("pipeline_seconds", "time from sending a pipeline to Valkey to its last reply"),
+    _histogram("pipeline_commands", "commands per pipeline to Valkey"),
+    _histogram("loop_stall_seconds", "how late the event loop ran a timer"),
+    Described("process_resident_memory_bytes", "gauge", "memory of the server process, without the writer"),
+    Described("process_virtual_memory_bytes", "gauge", "address space of the server process"),
+    Described("process_cpu_seconds_total", "counter", "processor time of the server process"),
+    Described("process_open_fds", "gauge", "open files, connections included"),
+    Described("process_max_fds", "gauge", "limit of open files"),
+    Described("process_start_time_seconds", "gauge", "Unix time at which the process started"),
 )
-"""Every metric, in the order of the docs. Those of the process are there on Linux only."""
+"""Every metric, in the order of the docs. Those of the process exist on Linux only."""
 
 
 Numbers = Mapping[str, float | Mapping[str, float]]
 """Values by the full name of their metric; of one with a label, by the label's value."""
 
+Samples = Mapping[Any, float | Histogram]
+"""The values of one metric, by the values of its labels, a tuple."""
 
-def exposition(stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Numbers) -> bytes:
-    """The whole page in Prometheus's text format. O(1) in the number of keys; some 2 ms.
 
-    `numbers` are the metrics that neither `stats` nor `tallies` has.
+def exposition(
+    stats: Stats, calls: CallMetrics, histograms: Mapping[str, Histogram], numbers: Numbers
+) -> bytes:
+    """All metrics in Prometheus's text format. O(1) in the number of keys; some 2 ms.
+
+    `numbers` are the metrics that are neither in `stats` nor in `histograms`.
     """
+    samples: dict[str, Samples] = {}
+    for each in METRICS:
+        if each.source in histograms:
+            samples[each.name] = {(): histograms[each.source]}
+        elif hasattr(stats, each.source):
+            samples[each.name] = {(): getattr(stats, each.source)}
+    for name, value in numbers.items():
+        samples[name] = (
+            {(label,): number for label, number in value.items()}
+            if isinstance(value, Mapping)
+            else {(): value}
+        )
+    samples |= {
+        "keypool_keys": {("available",): stats.available, ("blocked",): stats.blocked},
+        "keypool_build_info": {(__version__, stats.engine): 1},
+        "keypool_calls_total": dict(calls.outcomes),
+        "keypool_call_seconds": {(operation,): each for operation, each in calls.seconds.items()},
+    }
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(stats, calls, tallies, numbers))
+    registry.register(_Snapshot(samples))
     ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 
 class _Snapshot(Collector):
-    def __init__(
-        self, stats: Stats, calls: CallTallies, tallies: Mapping[str, Tally], numbers: Numbers
-    ) -> None:
-        self._stats = stats
-        self._calls = calls
-        self._tallies = tallies
-        self._numbers = numbers
+    def __init__(self, samples: Mapping[str, Samples]) -> None:
+        self._samples = samples
 
     def collect(self) -> Iterator[Metric]:
-        for described in METRICS:
-            if described.kind == "histogram" and described.source in self._tallies:
-                family = HistogramMetricFamily(described.name, described.about)
-                family.add_metric([], *_parts(self._tallies[described.source]))
+        families = {
+            "counter": CounterMetricFamily,
+            "gauge": GaugeMetricFamily,
+            "histogram": HistogramMetricFamily,
+        }
+        for each in METRICS:
+            if each.name in self._samples:
+                family = families[each.kind](each.name, each.about, labels=each.label_names)
+                for labels, value in self._samples[each.name].items():
+                    if isinstance(value, Histogram):
+                        family.add_metric(labels, value.cumulative(), value.sum)
+                    else:
+                        family.add_metric(labels, value)
                 yield family
-            elif described.name in self._numbers or hasattr(self._stats, described.source):
-                yield self._single(described)
-        yield from self._labelled()
-
-    def _single(self, described: Described) -> Metric:
-        value = self._numbers.get(described.name)
-        if value is None:
-            value = getattr(self._stats, described.source)
-        kind = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
-        if not isinstance(value, Mapping):
-            return kind(described.name, described.about, value=value)
-        family = kind(described.name, described.about, labels=[described.labels.partition(":")[0]])
-        for label, each in value.items():
-            family.add_metric([label], each)
-        return family
-
-    def _labelled(self) -> Iterator[Metric]:
-        keys = GaugeMetricFamily("keypool_keys", "keys", labels=["state"])
-        keys.add_metric(["available"], self._stats.available)
-        keys.add_metric(["blocked"], self._stats.blocked)
-        yield keys
-        build = GaugeMetricFamily("keypool_build_info", "always 1", labels=["version", "engine"])
-        build.add_metric([__version__, self._stats.engine], 1)
-        yield build
-        counts = CounterMetricFamily("keypool_calls", "calls answered", labels=["operation", "outcome"])
-        for (operation, outcome), count in self._calls.outcomes.items():
-            counts.add_metric([operation, outcome], count)
-        yield counts
-        seconds = HistogramMetricFamily("keypool_call_seconds", "service time of calls", labels=["operation"])
-        for operation, tally in self._calls.seconds.items():
-            seconds.add_metric([operation], *_parts(tally))
-        yield seconds
-
-
-def _parts(tally: Tally) -> tuple[list[tuple[str, float]], float]:
-    return tally.cumulative(), tally.sum

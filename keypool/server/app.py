@@ -14,7 +14,7 @@ from keypool.api.auth import Access
 from keypool.api.dispatch import Dispatcher
 from keypool.api.first_version import LEGACY
 from keypool.api.openapi import describing
-from keypool.api.operations import ANYONE, OPERATIONS, Call, Operation
+from keypool.api.operations import ANYONE, BASE, OPERATIONS, Call, Operation
 from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors
@@ -24,11 +24,10 @@ from keypool.http.fast_call import FastApi
 from keypool.http.tornado_call import ApiRouter
 from keypool.web.dashboard import Dashboard
 from keypool.web.feed_handler import FeedHandler
-from keypool.web.handlers import Calls, Events, Figures, KeyPanel, Keys, Overview, System
+from keypool.web.handlers import Calls, Events, Figures, KeyPanel, Keys, Overview, Static, System
 from keypool.web.pages import Health, Nothing, Ready
-from keypool.web.scrape import Metrics, Scraped
+from keypool.web.scrape import Metrics, MetricSources
 from keypool.web.signin import SignIn, SignOut
-from keypool.web.static import Static
 
 
 class KeypoolApplication(Application):
@@ -62,7 +61,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     """The Tornado application over an engine. Needs a running loop.
 
     Of its settings, `in_flight` counts the requests being answered, `dispatcher` has the calls, `dashboard` is
-    to be drained at a stop, and `scraped` is what /metrics shows beside the engine's.
+    to be drained at a stop, and `metric_sources` is what /metrics shows beside the engine's.
     """
     in_flight = InFlight()
     calls = OPERATIONS + LEGACY
@@ -70,11 +69,11 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
     shared = {"engine": engine, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
     settings = settings or Settings()
     dashboard = Dashboard(engine, access, settings)
-    scraped = Scraped({"loop_stall_seconds": dashboard.stall.tally}, lambda: dashboard.feed.viewers)
-    scraped.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
+    sources = MetricSources({"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.feed.viewers)
+    sources.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
     return KeypoolApplication(
         [
-            (r"/api/v1/feed", FeedHandler, shared),
+            (f"{BASE}/feed", FeedHandler, shared),
             Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight)),
             (r"/healthz", Health, shared),
             (r"/readyz", Ready, shared),
@@ -94,7 +93,7 @@ def make_app(engine: Engine, access: Access, settings: Settings | None = None) -
         in_flight=in_flight,
         dispatcher=dispatcher,
         dashboard=dashboard,
-        scraped=scraped,
+        metric_sources=sources,
         cross_origin_protection=True,
         websocket_ping_interval=60,  # a viewer that isn't there any more leaves within two minutes
         websocket_max_message_size=4096,  # viewers have nothing to say

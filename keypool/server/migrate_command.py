@@ -1,7 +1,7 @@
-"""`keypool migrate --from PLACE --to PLACE`: a pool moves from a data file to Valkey, or back.
+"""`keypool migrate --from PLACE --to PLACE`: moves a pool from a data file to Valkey, or back.
 
-It talks to no server: it opens both places itself, while no server has either. So it needs the server's packages, and
-stands beside the command instead of in it.
+It opens both places itself, while no server uses either. It needs the server's packages, so it is here and not
+in keypool/cli/.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keypool.cli.output import Output
-from keypool.cli.progress import Progress
+from keypool.cli.output import Output, Progress
 from keypool.cli.status import CommandError, Status
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
 
 def migrate(args: argparse.Namespace) -> Status:
-    """Move a pool; print what was moved. Raises CommandError."""
-    # One end is always in Valkey. Both need packages that the command alone doesn't.
+    """Move a pool and print what was moved. Raises CommandError."""
     from keypool.core.errors import SettingsError, StartError  # noqa: PLC0415
     from keypool.engine.migrate import moving, moving_valkey  # noqa: F401, PLC0415
 
@@ -36,25 +34,25 @@ def migrate(args: argparse.Namespace) -> Status:
             "migrate takes a data file on one side and valkey://HOST:PORT/DB (or valkey+cluster://…) on the other",
             Status.USAGE,
         )
-    left = _Left("nothing was moved: run it again")
-    # What is wrong is one line, said at the end: without a handler, warnings would be printed as well.
+    advice = _Advice("nothing was moved: run it again")
+    # An error is one line, printed at the end. Without a handler, warnings would be printed as well.
     logging.getLogger("keypool").addHandler(logging.NullHandler())
     try:
-        moved = asyncio.run(_move(args, left))
+        moved = asyncio.run(_move(args, advice))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        raise CommandError(f"interrupted; {left.behind}", Status.INTERRUPTED) from None
+        raise CommandError(f"interrupted; {advice.text}", Status.INTERRUPTED) from None
     except SettingsError as error:
         raise CommandError(str(error), Status.USAGE) from None
     except StartError as error:
         raise CommandError(str(error), Status.FAILED) from None
     fields: dict[str, object] = {"keys": moved.keys, "blocked": moved.blocked}
     fields |= {name: number for name, number in moved.numbers.items() if name != "moment"}
-    Output(as_json=args.json, show_keys=False).fields(fields)
+    Output(as_json=args.json).fields(fields)
     return Status.OK
 
 
 def _place(word: str) -> str:
-    """What a word names: itself, or what the variable holds that it names. Raises CommandError."""
+    """The place: the word itself, or with env:NAME the content of a variable. Raises CommandError."""
     if not word.startswith("env:"):
         return word
     found = os.environ.get(word.removeprefix("env:"))
@@ -68,31 +66,32 @@ def _is_url(place: str) -> bool:
 
 
 @dataclass
-class _Left:
-    """What a user does about what a move has left `behind` if it ends now."""
+class _Advice:
+    """What the user should do if the move ends now. It changes while the move goes on."""
 
-    behind: str
+    text: str
 
 
-async def _move(args: argparse.Namespace, left: _Left) -> Moved:
+async def _move(args: argparse.Namespace, advice: _Advice) -> Moved:
     """Raises StartError, SettingsError, CommandError, and CancelledError after a Ctrl-C."""
     from keypool.core.errors import StartError  # noqa: PLC0415
     from keypool.engine.migrate import moving  # noqa: PLC0415
 
     task = asyncio.current_task()
     assert task is not None
-    # asyncio.run's own handler cancels from within whatever the signal interrupts, the setting of a result included.
+    # asyncio.run's own handler cancels the task inside whatever code the signal interrupts, even while a result is
+    # being set; a handler of the loop runs between two callbacks.
     with contextlib.suppress(NotImplementedError):
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     source = await _source(args)
     try:
         target = await _target(args)
-        left.behind = target.unfinished
+        advice.text = target.unfinished
         try:
             with Progress("moving", source.total) as bar:
                 return await moving.move(source, target, bar)
         except StartError as error:
-            raise CommandError(f"{error}; {left.behind}", Status.FAILED) from None
+            raise CommandError(f"{error}; {advice.text}", Status.FAILED) from None
         finally:
             await target.close()
     finally:
@@ -103,7 +102,7 @@ async def _source(args: argparse.Namespace) -> Source:
     from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
 
     if _is_url(args.source):
-        return await moving_valkey.ValkeySource.open(args.source)
+        return await moving_valkey.ValkeyPool.source(args.source)
     return moving.FileSource(Path(args.source))
 
 
@@ -111,5 +110,5 @@ async def _target(args: argparse.Namespace) -> Target:
     from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
 
     if _is_url(args.target):
-        return await moving_valkey.ValkeyTarget.open(args.target, args.partitions, clear=args.clear)
+        return await moving_valkey.ValkeyPool.target(args.target, args.partitions, clear=args.clear)
     return moving.FileTarget(Path(args.target))

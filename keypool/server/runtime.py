@@ -1,9 +1,9 @@
-"""What the interpreter must not do behind the server's back.
+"""Garbage collector and event-loop tuning.
 
-A full garbage collection visits every object that there is: with a million keys, for seconds. So the
-old generation is never collected. The young ones are, as ever, and what dies by reference count, which is
-everything that keypool makes, needs no collector at all (a test holds the code to it). On uvloop, besides, a
-cancelled timer is gone, where the stock loop keeps it in a heap that it rebuilds from time to time.
+A full garbage collection visits every object: with a million keys, for seconds. So the old generation is never
+collected; the young generations are. keypool's own objects are all freed by reference count and need no collector (a
+test checks that). On uvloop a cancelled timer is freed at once, whereas asyncio's loop keeps it in a heap that it
+rebuilds from time to time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("keypool")
 
 
 def spare_the_old_generation() -> None:
-    """Keep full collections from happening, and what exists by now from being visited by any."""
+    """Prevent full collections, and exempt all objects that exist by now from any collection."""
     gc.collect()
     gc.freeze()
     young, middle, _ = gc.get_threshold()
@@ -33,10 +33,10 @@ def spare_the_old_generation() -> None:
 
 
 def collect_the_young(loop: asyncio.AbstractEventLoop) -> None:
-    """Collect the young generations 20 times a second, for as long as the loop runs. 0.1 ms a time, or less.
+    """Collect the young generations 20 times a second, for as long as the loop runs. At most 0.1 ms each time.
 
-    Left alone, the interpreter does it when allocations exceed frees by a number; where as many objects go as
-    come, survivors pile up by the hundred thousand before it does, and then it visits them all at once.
+    By default the interpreter does it when allocations exceed frees by a threshold. Where as many objects are freed as
+    allocated, survivors would pile up by the hundred thousand before, and then all be visited at once.
     """
     times = itertools.count(1)
 
@@ -48,15 +48,14 @@ def collect_the_young(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def run(main: Coroutine[Any, Any, int]) -> NoReturn:
-    """Run the coroutine on uvloop, or where there is none, slower, on the stock loop; exit with its result.
+    """Run the coroutine on uvloop, or on asyncio's loop if uvloop is missing; exit with its result.
 
-    Raises what it raises. Its result ends the process on the spot: to free a million keys one by one
-    would take seconds that a stop doesn't have.
+    Raises what it raises. The process exits without any clean-up: to free a million keys one by one would take seconds.
     """
     try:
-        import uvloop  # noqa: PLC0415 - where there is one
+        import uvloop  # noqa: PLC0415 - optional
     except ImportError:
-        _log.warning("uvloop is not installed: serving on the stock loop, slower, with stalls at many keys")
+        _log.warning("uvloop is not installed: asyncio's loop is slower, and stalls with many keys")
         asyncio.run(_to_the_end(main))
     else:
         uvloop.run(_to_the_end(main))
@@ -67,6 +66,6 @@ async def _to_the_end(main: Coroutine[Any, Any, int]) -> NoReturn:
     collect_the_young(asyncio.get_running_loop())
     status = await main
     logging.shutdown()
-    with contextlib.suppress(OSError):  # whoever read it has gone
+    with contextlib.suppress(OSError):  # nobody reads it any more
         sys.stdout.flush()
     os._exit(status)

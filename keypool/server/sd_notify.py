@@ -1,8 +1,8 @@
-"""Telling systemd how the server is: ready, alive, stopping. The protocol of sd_notify, without its library.
+"""State reports to systemd: ready, alive, stopping. The protocol of sd_notify, without its library.
 
-It is one datagram a message to the socket that `NOTIFY_SOCKET` names; where there is none, nothing is sent. The
-watchdog's datagram comes from a timer of the loop, so it stops when the loop does, and systemd ends a server that
-hangs. A service manager that doesn't listen is no reason to fail: what can't be sent is dropped.
+A message is one datagram to the socket that `NOTIFY_SOCKET` names; without this variable nothing is sent. The
+watchdog's datagram comes from a timer of the loop, so it stops when the loop hangs, and systemd kills the server. A
+service manager that isn't listening must not make the server fail: what can't be sent is dropped.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tornado.ioloop import IOLoop
 
 
 class Notifier:
-    """The service manager, if one started this process."""
+    """The service manager that started this process, if any."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._address = environ.get("NOTIFY_SOCKET", "")
         self.interval = _watchdog_seconds(environ) / 2
-        """Seconds between two signs of life; 0 if nobody waits for them."""
+        """Seconds between two watchdog messages; 0 if the watchdog is off."""
         self._socket: socket.socket | None = None
         if self._address.startswith(("/", "@")) and hasattr(socket, "AF_UNIX"):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -32,20 +32,17 @@ class Notifier:
         self._send(f"STATUS={text}")
 
     def ready(self, text: str, *, feed: bool = True) -> None:
-        """The server serves; from now on the watchdog is fed, twice in the time that it waits.
-
-        `feed=False` leaves that to the caller, who has no loop.
-        """
+        """The server serves. From now on the loop feeds the watchdog, or with `feed=False` the caller."""
         self._send(f"READY=1\nSTATUS={text}\nMAINPID={os.getpid()}")
         if feed and self._socket is not None and self.interval > 0:
             self._feed()
 
     def alive(self) -> None:
-        """A sign of life."""
+        """Feed the watchdog."""
         self._send("WATCHDOG=1")
 
     def stopping(self, text: str) -> None:
-        """The server stops. The watchdog is fed on: a drain hangs, if it does, like anything else."""
+        """The server stops. The watchdog is still fed, as a drain can hang, too."""
         self._send(f"STOPPING=1\nSTATUS={text}")
 
     def _feed(self) -> None:
@@ -55,14 +52,14 @@ class Notifier:
     def _send(self, message: str) -> None:
         if self._socket is None:
             return
-        # A leading @ stands for the NUL of Linux's abstract namespace.
+        # A leading @ stands for the NUL of Linux's abstract socket names.
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         with contextlib.suppress(OSError):
             self._socket.sendto(message.encode(), address)
 
 
 def _watchdog_seconds(environ: Mapping[str, str]) -> float:
-    """How long systemd waits for a sign of life; 0 if it doesn't, or means another process."""
+    """How long systemd waits for a watchdog message; 0 if it doesn't, or if the variables are for another process."""
     microseconds, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
     if not (microseconds.isascii() and microseconds.isdigit()):
         return 0.0

@@ -1,11 +1,11 @@
-"""One server's life: bind, open the engine, serve until a signal, drain, stop.
+"""The life of one server: bind, open the engine, serve until a signal, drain, stop.
 
-    bind -> load -> ready -> (SIGTERM or SIGINT) -> draining -> stopped
-                                                       |
-                                     a second signal: status 1, at once
+    bind -> loading -> ready -> (SIGTERM or SIGINT) -> draining -> stopped
+                                                          |
+                                        a second signal: status 1, at once
 
-Draining stops accepting, tells waiters, lets what is in flight be answered, and cuts what is left when
-`drain_seconds` are over.
+A drain stops accepting connections, answers waiting acquires with 503, lets requests in flight be answered, and cuts
+what is left after `drain_seconds`.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ from keypool.http.http1_server import FastServer
 from keypool.http.tornado_server import TornadoServer
 from keypool.ops import logs
 from keypool.server.app import make_app, make_loading_app
-from keypool.server.supervision import Alone, Member, Station
+from keypool.server.lifecycle import Lifecycle, State, Worker
 from keypool.server.token_reload import TokenReload
-from keypool.web.scrape import Scraped
+from keypool.web.scrape import MetricSources
 
-_QUIET_TURNS = 3  # turns of the loop without a new request, after which what had come has been read
-_LINGER = 0.02  # seconds a turn: a caller who was just answered may ask once more, and is told of the end
+_QUIET_ROUNDS = 3  # rounds without a new request, after which all that had arrived has been read
+_ROUND_SECONDS = (
+    0.02  # time for a client that was just answered to send its next request, and learn of the end
+)
 _CLOSING_SECONDS = 1.0  # of --drain-seconds, left for the last commit
 _log = logging.getLogger("keypool")
 
 
 class HttpServer(Protocol):
-    """What a server is asked for here: to listen, and to stop step by step."""
+    """What serving.py needs of an HTTP server: to listen, and to stop step by step."""
 
     limiter: ConnectionLimiter
     began: int
@@ -64,7 +66,7 @@ class HttpServer(Protocol):
 
 
 class ServerClass(Protocol):
-    """Either server's class: what makes one."""
+    """The class of an HTTP server."""
 
     def __call__(  # noqa: D102
         self, app: Application, limits: Limits | None, trusted: TrustedProxies | None = None
@@ -75,26 +77,27 @@ SERVERS: dict[str, ServerClass] = {
     "fast": FastServer,
     "tornado": TornadoServer,
 }
-"""Each server by the value of --http."""
+"""By the value of --http."""
 
 
-async def serve(settings: Settings, station: Station) -> int:
-    """Serve until told to stop; the exit status. Raises StartError."""
-    asked_to_stop = station.stop_asked()
-    # One of several takes no connection before it can serve it: the others do.
-    sockets = _bind(settings) if isinstance(station, Alone) else []
+async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
+    """Serve until asked to stop; the exit status. Raises StartError."""
+    asked_to_stop = lifecycle.stop_asked()
+    # A worker doesn't listen until it is ready; its siblings take the traffic.
+    sockets = [] if isinstance(lifecycle, Worker) else _listen(settings.address, settings.port)
     access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
     app = make_loading_app(access)
-    server = SERVERS[settings.http](app, None, _trusted(settings))
+    trusted = None if settings.trusted_proxies == "none" else TrustedProxies(settings.trusted_proxies)
+    server = SERVERS[settings.http](app, None, trusted)
 
     def callers_changed() -> None:
         app.forget_callers()
         server.serve_app(app)
 
     tokens = TokenReload(access, os.environ, callers_changed)
-    station.on_reload(tokens.ask)
+    lifecycle.on_reload(tokens.ask)
     server.add_sockets(sockets)
-    station.loading()
+    lifecycle.report(State.LOADING)
     stop = asyncio.ensure_future(asked_to_stop.wait())
     loading = asyncio.ensure_future(open_engine(settings))
     await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
@@ -103,28 +106,28 @@ async def serve(settings: Settings, station: Station) -> int:
         return 0
     engine = await loading
     app = make_app(engine, access, settings)
-    await app.settings["dashboard"].counting.wait()  # or what happens first would be in no chart
+    await app.settings[
+        "dashboard"
+    ].counting.wait()  # otherwise the first calls would be missing from the charts
     tokens.sessions = app.settings["dashboard"].sessions
     server.serve_app(app)
-    _measure(server, app.settings["scraped"])
-    if isinstance(station, Member):
-        sockets = _bind_shared(settings, station)
+    _add_metrics(server, app.settings["metric_sources"])
+    if isinstance(lifecycle, Worker):
+        sockets = _listen(settings.address, lifecycle.port, shared=True)
+        if settings.process_port:
+            sockets += _listen(settings.address, settings.process_port + lifecycle.index)
         server.add_sockets(sockets)
-    station.ready(_url(settings, sockets))
+    lifecycle.report(State.READY, _url(settings, sockets))
     await stop
-    station.draining()
-    seconds = max(settings.drain_seconds / 2, settings.drain_seconds - station.reserve)
+    lifecycle.report(State.DRAINING)
+    seconds = max(settings.drain_seconds / 2, settings.drain_seconds - lifecycle.reserve)
     kept = await _drain(server, sockets, app, engine, seconds)
-    station.stopped()
+    lifecycle.report(State.STOPPED)
     return 0 if kept else 1
 
 
-def _trusted(settings: Settings) -> TrustedProxies | None:
-    return None if settings.trusted_proxies == "none" else TrustedProxies(settings.trusted_proxies)
-
-
 async def open_engine(settings: Settings) -> Engine:
-    """The engine that the settings name, with its keys. Raises StartError."""
+    """The engine that the settings name, with its keys loaded. O(keys). Raises StartError."""
     if settings.engine != "embedded":
         return await _open_valkey(settings)
     if settings.data == ":memory:":
@@ -135,7 +138,7 @@ async def open_engine(settings: Settings) -> Engine:
 
 async def _open_valkey(settings: Settings) -> Engine:
     try:
-        from keypool.engine.valkey.opening import open_valkey  # noqa: PLC0415 - only who uses it needs hiredis
+        from keypool.engine.valkey.opening import open_valkey  # noqa: PLC0415 - hiredis is needed for this only
     except ImportError:
         raise StartError(
             f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
@@ -144,23 +147,11 @@ async def _open_valkey(settings: Settings) -> Engine:
     return await open_valkey(parse(settings.engine), settings.partitions, settings.rules)
 
 
-def _bind(settings: Settings) -> list[socket.socket]:
-    return _listen(settings.address, settings.port)
-
-
-def _bind_shared(settings: Settings, member: Member) -> list[socket.socket]:
-    """The address that all processes share, and the one that is this one's own."""
-    sockets = _listen(settings.address, member.port, shared=True)
-    if settings.process_port:
-        sockets += _listen(settings.address, settings.process_port + member.index)
-    return sockets
-
-
 def _listen(address: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     try:
         return bind_sockets(port, address, backlog=1024, reuse_port=shared)
     except OSError as error:
-        resolving = isinstance(error, socket.gaierror)  # whose numbers are not the system's
+        resolving = isinstance(error, socket.gaierror)  # its numbers are not errnos
         reason = os.strerror(error.errno) if error.errno and not resolving else error.strerror or str(error)
         raise StartError(f"can't listen on {address}, port {port}: {reason}") from None
 
@@ -170,18 +161,18 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
     return f"http://{host}:{sockets[0].getsockname()[1]}/"
 
 
-def _measure(server: HttpServer, scraped: Scraped) -> None:
-    """Let /metrics show how many connections there are and may be, and log lines that were dropped."""
-    scraped.connections = lambda: server.limiter.count
-    scraped.refused_connections = lambda: server.limiter.refused
-    scraped.limits["connections"] = server.limiter.most
-    scraped.log_dropped = lambda: logs.STDERR.dropped
+def _add_metrics(server: HttpServer, sources: MetricSources) -> None:
+    """Let /metrics show the numbers of connections and of dropped log lines."""
+    sources.connections = lambda: server.limiter.count
+    sources.refused_connections = lambda: server.limiter.refused
+    sources.limits["connections"] = server.limiter.most
+    sources.log_dropped = lambda: logs.STDERR.dropped
 
 
 async def _drain(
     server: HttpServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
 ) -> bool:
-    """Stop within `seconds`: whoever was accepted is answered, as far as that goes. Whether all could be kept."""
+    """Answer what is in flight and close the engine, within `seconds`; whether all changes are kept."""
     deadline = time.monotonic() + seconds
     server.drain_accept_queue(sockets)
     server.stop()
@@ -191,7 +182,7 @@ async def _drain(
     in_flight: InFlight = app.settings["in_flight"]
     if not await _wait_idle(server, in_flight, deadline - min(_CLOSING_SECONDS, seconds / 4)):
         _log.warning("%d requests were cut: not answered within --drain-seconds", in_flight.count)
-    # In this turn, before anybody asks again: what would be done now could not be answered any more.
+    # In this turn of the loop: a request that began now could not be answered any more.
     server.cut_all()
     app.settings["dispatcher"].wrong_tokens.close()
     cutting = asyncio.ensure_future(server.close_all_connections())
@@ -199,7 +190,7 @@ async def _drain(
     await asyncio.wait([cutting, keeping], timeout=max(0.1, deadline - time.monotonic()))
     if cutting.done():
         cutting.result()
-    keeping.cancel()  # if the time is up: it says then what it could not keep
+    keeping.cancel()  # once the time is up: it then raises for what it could not keep
     try:
         await keeping
     except StorageUnavailable as error:
@@ -211,17 +202,16 @@ async def _drain(
 
 
 async def _wait_idle(server: HttpServer, in_flight: InFlight, deadline: float) -> bool:
-    """Wait until all that had come is answered; whether it was by the deadline.
+    """Wait until every request that had arrived is answered; whether it was by the deadline.
 
-    A request that had come may not be read yet: only when no new one has begun for some turns of the loop have
-    all been.
+    A request that had arrived may not be read yet: all have been once no new one has begun for some rounds.
     """
     quiet = 0
-    while quiet < _QUIET_TURNS:
+    while quiet < _QUIET_ROUNDS:
         began = server.began
-        # It may say no because others came just when it was idle: only the deadline is the end.
+        # Its result doesn't matter: new requests may have come just when it was idle.
         await in_flight.wait_idle(deadline - time.monotonic())
-        await asyncio.sleep(_LINGER)
+        await asyncio.sleep(_ROUND_SECONDS)
         if time.monotonic() > deadline:
             return not in_flight.count
         idle = server.began == began and not in_flight.count and not server.writing()

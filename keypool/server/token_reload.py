@@ -1,9 +1,9 @@
-"""Reading the tokens' files again while the server runs, without a restart and without signing anybody out.
+"""Reload of the token files at SIGHUP, without a restart and without signing anybody out.
 
     ask() -> read and check all sources, in a thread -> replace the tokens in Access, in one turn of the loop
 
-Calls that have begun are answered as they were let in; every later one is asked for its token anew. Sources that
-can't be used, or that disagree, change nothing.
+Calls in flight keep the role they began with; every later call is checked against the new tokens. If a source is wrong,
+the old tokens stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = logging.getLogger("keypool")
 
 
 class TokenReload:
-    """The tokens of one server. `changed` is called when others hold; `sessions` is set once there are any."""
+    """`changed` is called after each reload. `sessions` is set once the dashboard exists."""
 
     def __init__(self, access: Access, environ: Mapping[str, str], changed: Callable[[], None]) -> None:
         self.sessions: Sessions | None = None
@@ -33,7 +33,7 @@ class TokenReload:
         self._asked = False
 
     def ask(self) -> None:
-        """Read them again, soon; once more if that is under way. Needs a running loop."""
+        """Reload soon; once more if a reload is under way. Needs a running loop."""
         self._asked = True
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
@@ -44,30 +44,31 @@ class TokenReload:
                 self._asked = False
                 await self._read()
         except Exception:
-            _log.exception("the tokens could not be read again; those before hold")
+            _log.exception("the token files could not be reloaded: the tokens before stay valid")
         finally:
             self._task = None
 
     async def _read(self) -> None:
         if not any(self._environ.get(token_variables(role)[1]) for role in ROLES):
-            _log.info("asked to read the tokens' files again: no tokens come from files")
+            _log.info("asked to reload the token files, but no tokens come from files")
             return
         try:
             tokens = await asyncio.to_thread(read_tokens, self._environ)
         except SettingsError as error:
-            _log.error(
-                "the tokens' files were read again and are wrong, so the tokens before hold: %s", error
-            )
+            _log.error("the token files are wrong, so the tokens before stay valid: %s", error)
             return
-        client, viewer, admin = (tokens.get(role, ()) for role in ROLES)
         if self.sessions is not None:
-            digests = [hashlib.sha256(token.encode()).digest() for token in (*viewer, *admin)]
+            digests = [
+                hashlib.sha256(token.encode()).digest()
+                for role in ("viewer", "admin")
+                for token in tokens.get(role, ())
+            ]
             await asyncio.to_thread(self.sessions.prepare, digests)
         before = self._access.callers().keys()
-        self._access.replace(client, viewer, admin)
+        self._access.replace(**tokens)
         self._changed()
         after = self._access.callers().keys()
         _log.info(
-            "the tokens' files were read again: %d tokens hold, %d of them new; %d hold no more",
+            "the token files were reloaded: %d valid tokens, %d of them new; %d were removed",
             len(after), len(after - before), len(before - after),
         )  # fmt: skip

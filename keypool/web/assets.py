@@ -1,10 +1,10 @@
-"""The dashboard's style sheets and scripts: read once, served from memory under a name that changes.
+"""The dashboard's style sheets and scripts: read once, served from memory under a versioned path.
 
     /static/3f9a0c12d4e5/js/main.js
 
-The second part is a digest of all files together. So a browser may keep a file for ever, modules that import
-each other by relative paths stay of one version, and a page that was open over an upgrade gets what it asked
-for or nothing, never a mixture. What this module does not do: watch the files; a change takes a restart.
+The second part is a digest of all files together. So browsers may cache a file for ever, modules that import each other
+by relative paths are of one version, and a page that was open during an upgrade never gets a mixture of versions. A
+changed file takes a restart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from keypool.web.resources import folder
+FOLDERS = ("templates", "static")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 TYPES = {
     ".css": "text/css; charset=UTF-8",
@@ -32,8 +33,22 @@ class Asset:
     compressed: bytes
 
 
+def folder(name: str, package: Path = _PACKAGE) -> Path:
+    """The folder `templates` or `static`. It may not exist, if this copy of keypool has no dashboard.
+
+    In a checkout both are at the top, beside server.py; a wheel has copies inside the package (setup.py). A
+    checkout's are found first, so that an edit shows without building anything.
+    """
+    if name not in FOLDERS:
+        raise ValueError(f"{name!r} is not one of {', '.join(FOLDERS)}")
+    top = package.parent
+    if (top / "server.py").is_file() and (top / name).is_dir():
+        return top / name
+    return package / "_web" / name
+
+
 class Assets:
-    """All files of `static/`, by path. Reading them blocks; that is done once."""
+    """All files of `static/`, by path. Blocks while it reads them, once."""
 
     def __init__(self, root: Path | None = None) -> None:
         root = root or folder("static")
@@ -47,7 +62,7 @@ class Assets:
         self.version = digest.hexdigest()[:12]
 
     def url(self, name: str) -> str:
-        """Where a browser finds the file. Raises KeyError for one that isn't there."""
+        """The URL path of a file. Raises KeyError if there is no such file."""
         if name not in self._files:
             raise KeyError(name)
         return f"/static/{self.version}/{name}"

@@ -1,12 +1,9 @@
-"""The dashboard's one object: what its handlers share, and the second hand that drives it.
+"""What the dashboard's handlers share, and its one-second ticker.
 
     Dashboard = history + feed + sessions + loop stall + templates and assets
 
-Once a second it takes a sample of the engine. Everything else happens when somebody asks. The pages are
-server-rendered from these facts and work for reading without scripts; the scripts then keep them live from
-the feed, and poll `/figures` for what the feed doesn't tell.
-
-What this module does not do: answer requests (handlers/dashboard.py), or change the pool: the API does.
+Once a second it takes a sample of the engine; everything else happens at a request. Pages are rendered here; their
+scripts keep them live from the feed, and poll `/figures` for what the feed doesn't have.
 """
 
 from __future__ import annotations
@@ -27,11 +24,10 @@ from keypool.config.tokens import ROLES, token_variables
 from keypool.core.errors import KeypoolError
 from keypool.engine import Engine
 from keypool.engine.valkey.url import without_password
-from keypool.web.assets import Assets
+from keypool.web.assets import Assets, folder
 from keypool.web.feed import Feed
 from keypool.web.history import History
-from keypool.web.loop_lag import LoopStall, engine_figures
-from keypool.web.resources import folder
+from keypool.web.loop_lag import LoopStall
 from keypool.web.session import Sessions
 
 HTML = "text/html; charset=UTF-8"
@@ -79,25 +75,25 @@ class Dashboard:
         self._templates.filters.update(number=number, length_of=length)
         self._templates.globals.update(asset=self.assets.url, version=__version__, settings=settings)
         self.counting = asyncio.Event()
-        """Set once the first sample is taken, which the later ones are counted from."""
+        """Set once the first sample is taken, from which later ones are counted."""
         self._task = asyncio.create_task(self._count_seconds())
 
     def drain(self) -> None:
-        """The server stops: viewers are told, and nothing is counted any more."""
+        """Close the feed and stop counting."""
         self.feed.drain()
         self.stall.close()
         self._task.cancel()
 
     def render(self, template: str, **facts: Any) -> bytes:
-        """A page."""
+        """The page of a template."""
         return self._templates.get_template(template).render(facts).encode()
 
     def error_page(self, error: KeypoolError, status: int, request_id: str) -> bytes:
-        """The page that says why there is no other."""
+        """The page for an error."""
         return self.render("error.html", error=error, status=status, request_id=request_id, theme="")
 
     async def figures(self) -> dict[str, Any]:
-        """What the feed doesn't tell. O(1)."""
+        """What the feed doesn't have. O(1)."""
         return {
             "ready": self.readiness(),
             "expiring": self.expiring,
@@ -105,7 +101,7 @@ class Dashboard:
             "viewers": self.feed.viewers,
             "max_viewers": self.settings.max_viewers,
             "loop_stall_seconds": round(self.stall.worst, 4),
-            "engine": dict(engine_figures(self.engine)),
+            "engine": self.engine.figures(),
         }
 
     def readiness(self) -> dict[str, str] | None:
@@ -122,9 +118,9 @@ class Dashboard:
                 self.history.add(time.time(), await self.engine.stats())
                 self.expiring = await self.engine.expiring(EXPIRING)
             except KeypoolError as error:
-                _log.debug("a second without numbers: %s", error.detail)
+                _log.debug("no sample this second: %s", error.detail)
             except Exception:
-                _log.exception("a second could not be counted")
+                _log.exception("no sample this second")
             await self._share_sign_outs()
             self.counting.set()
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
@@ -139,11 +135,11 @@ class Dashboard:
 
 
 def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]]:
-    """Every setting with its value and where it came from; of secrets, that they are there."""
+    """Every setting with its value and origin; of tokens, how many and the start of their digests."""
     rows = [
         {
             "flag": option.flag,
-            "value": without_password(_spelled(getattr(settings, option.name))),
+            "value": without_password(option.text(getattr(settings, option.name))),
             "origin": settings.origins.get(option.name, "default"),
             "about": option.about,
         }
@@ -162,17 +158,13 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
     return rows
 
 
-def _spelled(value: object) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def number(value: float) -> str:
-    """A count as people read it: thousands apart."""
+    """A count with thousands separators."""
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def length(seconds: float | None) -> str:
-    """A length of time as a countdown shows it, 4:07; static/js/clock.js goes on from there."""
+    """A length of time as a countdown shows it, 4:07; static/js/clock.js counts on from there."""
     if seconds is None:
         return ""
     whole = max(0, math.ceil(seconds))

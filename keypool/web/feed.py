@@ -1,17 +1,16 @@
-"""The feed: what happens to the pool, told to many viewers at a bounded cost.
+"""The feed: changes of the pool for many viewers, at a bounded cost.
 
-    engine --(asked 4 times a second while somebody watches)--> Feed --(one frame at a time)--> viewer
+    engine --(polled 4 times a second while there are viewers)--> Feed --(one frame at a time)--> viewer
 
-The engine pushes nothing: its counters say whether anything has changed, and its latest events what. So a
-call pays nothing for the feed, whether or not anybody watches, and 2,000 calls a second make no more frames
-than four. A frame's text is made once and shared by all viewers but for its number.
+The engine pushes nothing: its counters show whether anything has changed, and its latest events what. So no call pays
+for the feed, and 2,000 calls a second make no more than four frames. The text of a frame is encoded once for all
+viewers, but for its number `seq`, which grows by one a frame for each viewer.
 
-A viewer has one frame under way at most. As long as that has not been handed to the network, it is passed
-over; its next frame tells the state of that moment and counts what it missed, however long it took. So a slow
-viewer gets fewer and fresher frames, and one that never reads costs one frame.
+A viewer has at most one frame in flight. Until that has been handed to the network, the viewer is skipped; its next
+frame has the state of that moment and the count of the events that it missed. So a slow viewer gets fewer and fresher
+frames, and one that never reads costs one frame.
 
-`seq` grows by one a frame, by viewer. What this module does not do: know websockets, HTTP or cookies; a
-Viewer is whatever can be written to (handlers/feed.py).
+A Viewer is anything that can be written to: this module knows no websockets, HTTP or cookies (feed_handler.py).
 """
 
 from __future__ import annotations
@@ -24,56 +23,57 @@ from typing import Any, Protocol
 import msgspec
 
 from keypool.core.answers import Stats
+from keypool.core.counters import counter_values
 from keypool.core.errors import Draining, KeypoolError, TooManyViewers
 from keypool.core.keys import moment
 from keypool.engine import Engine
 from keypool.web.history import History
 
 INTERVAL = 0.25  # seconds between frames
-QUIET = 5.0  # seconds without a frame after which a beat says that the line is alive
+QUIET = 5.0  # seconds without a frame after which a beat shows that the connection is alive
 EVENTS = 50  # in a frame at most
 
 GOING_AWAY, FAILED = 1001, 1011
 SIGNED_OUT = 4401
-"""Close code of a viewer whose session has ended: of those that RFC 6455 leaves to applications."""
+"""Close code for a viewer whose session has ended, from the range that RFC 6455 leaves to applications."""
 
 _log = logging.getLogger("keypool.feed")
 _encode = msgspec.json.Encoder().encode
 
 
 class Viewer(Protocol):
-    """Somebody who watches."""
+    """A subscriber of the feed."""
 
     def send(self, frame: bytes) -> Awaitable[None]:
         """Send a frame; done when it has left this process."""
         ...
 
     def leave(self, code: int, reason: str) -> None:
-        """Close."""
+        """Close the connection."""
         ...
 
     def signed_in(self) -> bool:
-        """Whether it may still watch. Cheap."""
+        """Whether its session is still valid. Cheap."""
         ...
 
 
 class _Seat:
-    """What one viewer has been told."""
+    """What one viewer has been sent."""
 
-    __slots__ = ("busy", "greeted", "numbers", "seq", "told", "viewer", "written_at")
+    __slots__ = ("busy", "events_seen", "greeted", "numbers", "seq", "viewer", "written_at")
 
     def __init__(self, viewer: Viewer) -> None:
         self.viewer = viewer
         self.greeted = False
         self.seq = 0
         self.busy = False
-        self.told = 0
+        self.events_seen = 0
         self.numbers: tuple[int, ...] = ()
         self.written_at = 0.0
 
 
 class Feed:
-    """Everybody who watches one engine. Lives on one loop."""
+    """The viewers of one engine. Lives on one loop."""
 
     def __init__(self, engine: Engine, history: History, max_viewers: int, now: Callable[[], float]) -> None:
         self._engine = engine
@@ -87,18 +87,18 @@ class Feed:
 
     @property
     def viewers(self) -> int:
-        """How many watch."""
+        """Open viewers."""
         return len(self._seats)
 
     def require_room(self) -> None:
-        """Raise Draining or TooManyViewers if nobody more may watch."""
+        """Raise Draining or TooManyViewers if no further viewer may join."""
         if self._closed:
             raise Draining
         if len(self._seats) >= self._max_viewers:
             raise TooManyViewers(self._max_viewers)
 
     async def join(self, viewer: Viewer) -> None:
-        """A viewer has come: it is sent a hello. Raises TooManyViewers."""
+        """Add a viewer and send it a hello. Raises TooManyViewers."""
         if self._closed:
             viewer.leave(GOING_AWAY, "draining")
             return
@@ -109,16 +109,16 @@ class Feed:
         try:
             stats = await self._engine.stats()
         except KeypoolError:
-            return  # storage is away: `_tick` greets it when there are numbers
+            return  # storage is down: `_tick` sends the hello once there are numbers
         if viewer in self._seats and not seat.greeted:
             self._greet(seat, stats)
 
     def part(self, viewer: Viewer) -> None:
-        """A viewer has gone."""
+        """Remove a viewer."""
         self._seats.pop(viewer, None)
 
     def drain(self) -> None:
-        """The server stops: everybody is told to come back later, and nobody is let in any more."""
+        """Close all viewers, and refuse new ones."""
         self._closed = True
         for viewer in list(self._seats):
             viewer.leave(GOING_AWAY, "draining")
@@ -126,7 +126,7 @@ class Feed:
             self._task.cancel()
 
     async def snapshot(self) -> dict[str, Any]:
-        """What a delta would tell somebody who knows nothing, for those who poll."""
+        """The current state, for browsers that poll."""
         return {
             "now": moment(self._now()),
             "stats": await self._engine.stats(),
@@ -136,34 +136,35 @@ class Feed:
     # -- frames
 
     async def _run(self) -> None:
-        """Tell the viewers, four times a second, until there is none."""
+        """Send frames four times a second, while there are viewers."""
         try:
             while self._seats:
                 started = self._loop.time()
-                self._send_off()
+                self._close_signed_out()
                 try:
                     self._tick(await self._engine.stats())
-                except KeypoolError as error:  # storage is away: a beat says that the server isn't
+                except KeypoolError as error:  # storage is down: beats show that the server isn't
                     _log.debug("no numbers to send: %s", error.detail)
-                    self._beat()
+                self._beat()
                 await asyncio.sleep(max(INTERVAL / 5, started + INTERVAL - self._loop.time()))
         except Exception:
-            _log.exception("the feed failed; viewers are told to come again")
+            _log.exception("the feed failed; its viewers have to reconnect")
             for viewer in list(self._seats):
                 self.part(viewer)
                 viewer.leave(FAILED, "internal")
         finally:
             self._task = None
 
-    def _send_off(self) -> None:
+    def _close_signed_out(self) -> None:
         for viewer in [viewer for viewer in self._seats if not viewer.signed_in()]:
             self.part(viewer)
             viewer.leave(SIGNED_OUT, "signed out")
 
     def _tick(self, stats: Stats) -> None:
-        numbers, told = _numbers(stats), self._engine.told
-        now = self._loop.time()
-        tails: dict[int, bytes] = {}  # by how many events are new to a viewer: nearly always one
+        numbers, events_seen = _numbers(stats), self._engine.event_seq
+        tails: dict[
+            int, bytes
+        ] = {}  # by the number of events that are new to a viewer; nearly always one entry
         text = moment(self._now())
         for seat in list(self._seats.values()):
             if seat.busy:
@@ -171,20 +172,18 @@ class Feed:
             if not seat.greeted:
                 self._greet(seat, stats)
                 continue
-            new = told - seat.told
+            new = events_seen - seat.events_seen
             if new or numbers != seat.numbers:
                 if new not in tails:
                     events = self._engine.recent(min(new, EVENTS))
                     tails[new] = _tail(
                         {"now": text, "stats": stats, "events": events, "dropped": new - len(events)}
                     )
-                seat.told, seat.numbers = told, numbers
+                seat.events_seen, seat.numbers = events_seen, numbers
                 self._send(seat, "delta", tails[new])
-            elif now - seat.written_at >= QUIET:
-                self._send(seat, "beat", _tail({"now": text}))
 
     def _beat(self) -> None:
-        """Send a beat to those who have had no frame for QUIET seconds, hello excepted: that is the first."""
+        """Send a beat to the viewers that have had no frame for QUIET seconds."""
         now = self._loop.time()
         tail = _tail({"now": moment(self._now())})
         for seat in list(self._seats.values()):
@@ -193,7 +192,7 @@ class Feed:
 
     def _greet(self, seat: _Seat, stats: Stats) -> None:
         seat.greeted = True
-        seat.told, seat.numbers = self._engine.told, _numbers(stats)
+        seat.events_seen, seat.numbers = self._engine.event_seq, _numbers(stats)
         hello = {
             "now": moment(self._now()),
             "stats": stats,
@@ -212,25 +211,13 @@ class Feed:
 
     def _sent(self, seat: _Seat, future: asyncio.Future[None]) -> None:
         seat.busy = False
-        if future.cancelled() or future.exception() is not None:  # closed meanwhile: nobody's error
+        if future.cancelled() or future.exception() is not None:  # closed meanwhile, which is not an error
             self.part(seat.viewer)
 
 
 def _numbers(stats: Stats) -> tuple[int, ...]:
-    """What a frame is sent for when it changes: every count, and not the uptime."""
-    return (
-        stats.available,
-        stats.blocked,
-        stats.waiting,
-        stats.generated,
-        stats.acquired,
-        stats.unblocked,
-        stats.released,
-        stats.deleted,
-        stats.expired,
-        stats.kept_alive,
-        stats.refused,
-    )
+    """The numbers whose change is worth a frame: all but the uptime."""
+    return (stats.available, stats.blocked, stats.waiting, *counter_values(stats))
 
 
 def _tail(members: dict[str, Any]) -> bytes:

@@ -1,8 +1,7 @@
-"""The feed's websocket: HTTP up to the handshake, frames after it.
+"""The feed's websocket.
 
-It is a page like the others until it has been upgraded: the same checks, the same problems. A page of another
-site can't open it with a session's cookie: browsers send an Origin with every websocket, which must be this
-server's.
+Up to the upgrade it is a page like the others, with the same checks and errors. A page of another site can't open it
+with a session's cookie: browsers send an Origin with every websocket, which must be this server's.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ _MASKED, _TEXT, _CLOSE = 0x80, 0x1, 0x8
 
 
 class StrictProtocol(WebSocketProtocol13):
-    """Tornado's websocket, strict about what a viewer sends, as RFC 6455 has it.
+    """Tornado's websocket, as strict as RFC 6455 about what a viewer sends.
 
-    Tornado accepts unmasked frames, echoes any close code, and drops the connection without one at a frame that is
-    malformed. It has no public hooks for that: the private methods below are held in place by tests.
+    Tornado accepts unmasked frames, echoes any close code, and drops the connection without a close code at a malformed
+    frame. It has no public hooks for that; tests watch the private methods below.
     """
 
     _at_header = False
@@ -59,14 +58,14 @@ class StrictProtocol(WebSocketProtocol13):
         return None
 
     def _abort(self) -> None:
-        # What Tornado gives up is malformed, or gone already, or has been sent a close code.
+        # Tornado aborts for a malformed frame, a closed stream, or after a close code, and only the first needs one.
         if self.stream is not None:
             self.close(_PROTOCOL_ERROR)
         super()._abort()
 
 
 def _fault(opcode: int, data: bytes) -> int | None:
-    """The code to close with because of a whole message or control frame, None if it is in order."""
+    """The close code for a wrong message or control frame, None if it is right."""
     if opcode == _CLOSE and data:
         code = int.from_bytes(data[:2]) if len(data) > 1 else 0
         if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or (3000 <= code <= 4999)):
@@ -86,12 +85,10 @@ class FeedHandler(PageHandler, WebSocketHandler):
 
     @property
     def dashboard(self) -> Dashboard:
-        """What the dashboard's handlers share."""
         dashboard: Dashboard = self.application.settings["dashboard"]
         return dashboard
 
     def check(self) -> None:
-        """Host, site, method, role, then the handshake."""
         super().check()
         if self.request.method == "OPTIONS":
             return
@@ -107,50 +104,44 @@ class FeedHandler(PageHandler, WebSocketHandler):
         self.dashboard.feed.require_room()
 
     def get_websocket_protocol(self) -> WebSocketProtocol:
-        """The protocol of an upgraded connection."""
         protocol = super().get_websocket_protocol()
         assert isinstance(protocol, WebSocketProtocol13)
         return StrictProtocol(self, False, protocol.params)
 
     def check_origin(self, origin: str) -> bool:
-        """`check` has done it."""
-        return True
+        return True  # `check` has compared it
 
     def _check_cross_origin(self, check: Callable[[str], bool]) -> str | None:
-        # Private to Tornado. It refuses, in its own words, the Sec-Fetch-Site of who sends no Origin: no browser.
+        # Private to Tornado: it would refuse by Sec-Fetch-Site a client that sends no Origin, so isn't a browser.
         return None
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
-        """Shake hands."""
         self.set_header("Cache-Control", "no-store")
         self.set_header("X-Request-Id", self.request_id)
         await WebSocketHandler.get(self, *args, **kwargs)
 
     async def open(self, *args: str, **kwargs: str) -> None:
-        """Upgraded: no request in flight any more, but a viewer."""
+        """The connection is upgraded: no longer a request in flight, but a viewer."""
         self._leave()
         self.set_nodelay(True)
         try:
             await self.dashboard.feed.join(self)
-        except TooManyViewers as error:  # two shook hands for the last place
+        except TooManyViewers as error:  # two handshakes for the last seat
             self.close(1013, error.code)
 
     def on_message(self, message: str | bytes) -> None:
-        """A viewer has nothing to say."""
+        """Messages from viewers are ignored."""
 
     def on_close(self) -> None:
-        """The viewer is gone."""
         self.dashboard.feed.part(self)
 
     def on_connection_close(self) -> None:
-        """The connection is gone, before or after the upgrade."""
         self._leave()
         WebSocketHandler.on_connection_close(self)
 
     # -- what the feed calls
 
     def send(self, frame: bytes) -> Awaitable[None]:
-        """Send a frame; done when it has left this process. A closed socket fails the future."""
         try:
             return self.write_message(frame)
         except WebSocketClosedError:
@@ -160,9 +151,7 @@ class FeedHandler(PageHandler, WebSocketHandler):
         raise WebSocketClosedError
 
     def leave(self, code: int, reason: str) -> None:
-        """Close."""
         self.close(code, reason)
 
     def signed_in(self) -> bool:
-        """Whether the session that opened this socket still holds."""
         return self.dashboard.sessions.alive(self.session)

@@ -1,7 +1,7 @@
-"""The dashboard's pages. Reading only: what they offer to do is done by the API, from their scripts.
+"""The dashboard's pages. They only read: their scripts make changes through the API.
 
-Each page is whole when it arrives, so that it can be read before its script runs and without one. Who isn't
-signed in is sent to /login and back; a call by a script is answered 401.
+A page can be read before its script runs and without one, but for the charts. A browser that isn't signed in is
+redirected to /login and back; other clients get 401.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from msgspec import ValidationError, convert
 from keypool.api.auth import Role
 from keypool.api.curl import call_lines, generate_line, key_lines
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import BadRequest, KeypoolError, Unauthorized, UnknownKey, WrongToken
+from keypool.core.errors import BadRequest, KeypoolError, NotFound, Unauthorized, UnknownKey, WrongToken
 from keypool.core.events import Change
 from keypool.core.keys import moment
-from keypool.web import charts
 from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, settings_in_force
-from keypool.web.loop_lag import engine_figures
 from keypool.web.pages import PageHandler
 from keypool.web.session import Session
 
@@ -30,26 +28,24 @@ TABS = {
     "blocked": ("Blocked", {"order": "release"}),
     "expiring": ("Expiring soon", {"order": "expiry"}),
 }
-RATES = ("acquired", "unblocked", "kept_alive", "refused")
 SHOWN = 10  # rows of the overview's lists; static/js/pages/overview.js has the same
 SHOWN_EVENTS = 200
 THEMES = ("light", "dark")
 
 
 class DashboardHandler(PageHandler):
-    """The root of the pages: who asks, and what every page shows."""
+    """The root of the dashboard's pages: the session, and what every page shows."""
 
     public = False
     session: Session | None
 
     @property
     def dashboard(self) -> Dashboard:
-        """What the handlers share."""
         dashboard: Dashboard = self.application.settings["dashboard"]
         return dashboard
 
     def check(self) -> None:
-        """Who isn't signed in may see nothing but `public` pages."""
+        """Require a session, but for `public` pages."""
         super().check()
         self.session = None
         try:
@@ -61,34 +57,20 @@ class DashboardHandler(PageHandler):
                 raise
 
     def refuse(self, error: KeypoolError) -> None:
-        """A browser that isn't signed in is sent to the sign-in, and back from there."""
+        """Redirect a browser that isn't signed in to the sign-in, which leads back."""
         if isinstance(error, Unauthorized) and not isinstance(error, WrongToken) and self.wants_page:
             back = "" if self.request.uri == "/" else f"?next={quote(self.request.uri or '/', safe='')}"
             self.redirect(f"/login{back}", status=303)
             return
         super().refuse(error)
 
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """An error of ours, raised after `prepare`, is told as such."""
-        error = kwargs.get("exc_info", (None, None))[1]
-        if isinstance(error, KeypoolError):
-            self.refuse(error)
-        else:
-            super().write_error(status_code, **kwargs)
-
-    def log_exception(self, *args: Any) -> None:
-        """What is told to the caller isn't logged."""
-        if not isinstance(args[1], KeypoolError):
-            super().log_exception(*args)
-
     @property
     def site(self) -> str:
-        """How this server is reached, for lines to copy."""
+        """The URL of this server as the client knows it, for shell lines."""
         return f"{self.request.protocol}://{self.request.host}"
 
     @property
     def role(self) -> Role | None:
-        """What whoever asks may do."""
         return self.session.caller.role if self.session is not None else None
 
     def show(self, template: str, **facts: Any) -> None:
@@ -110,10 +92,9 @@ class DashboardHandler(PageHandler):
 
 
 class Overview(DashboardHandler):
-    """/: how the pool stands."""
+    """/: the state of the pool."""
 
     async def get(self, *args: str) -> None:
-        """See the class."""
         dashboard = self.dashboard
         soonest = await self.engine.page(ListQuery(order="release", limit=SHOWN))
         self.show(
@@ -122,8 +103,6 @@ class Overview(DashboardHandler):
             title="Overview",
             stats=await self.engine.stats(),
             figures=await dashboard.figures(),
-            composition=charts.composition(dashboard.history),
-            rates=charts.rates(dashboard.history, RATES),
             events=self.engine.recent(SHOWN)[::-1],
             soonest=soonest.keys,
         )
@@ -133,7 +112,6 @@ class Keys(DashboardHandler):
     """/keys: the table, a page of 50 at a time."""
 
     async def get(self, *args: str) -> None:
-        """See the class."""
         tab = self.get_query_argument("tab", "all")
         search = self.get_query_argument("q", "")
         after = self.get_query_argument("after", "") or None
@@ -170,7 +148,7 @@ class Keys(DashboardHandler):
 
 
 def list_query(tab: str, search: str, after: str | None) -> ListQuery:
-    """What the API is asked for a tab and a search by prefix. Raises BadRequest."""
+    """The API's query for a tab and a search by prefix. Raises BadRequest."""
     asked = dict(TABS[tab][1])
     if search:
         state = "blocked" if tab == "blocked" else asked.get("state")
@@ -182,12 +160,11 @@ def list_query(tab: str, search: str, after: str | None) -> ListQuery:
 
 
 class KeyPanel(DashboardHandler):
-    """/keys/ID: all that may be told of one key; with `?part` only its panel, for a dialog."""
+    """/keys/ID: one key without its text; with `?part` only its panel, for a dialog."""
 
     async def get(self, *args: str) -> None:
-        """See the class."""
         key_id = int(args[0][:18])
-        await self.engine.stats()  # an engine that shares its pool hears of events when it looks
+        await self.engine.stats()  # an engine on Valkey fetches events with its stats
         events = self.engine.recent(20, key_id)[::-1]
         part = self.get_query_argument("part", None) is not None
         try:
@@ -219,14 +196,13 @@ class Events(DashboardHandler):
     """/events: the latest, newest first."""
 
     async def get(self, *args: str) -> None:
-        """See the class."""
         kind = self.get_query_argument("kind", "")
         kinds = [change.value for change in Change if change is not Change.KEPT_ALIVE]
         if kind and kind not in kinds:
             raise BadRequest(f"kind takes {', '.join(kinds)}")
         await self.engine.stats()  # as in KeyPanel
-        told = self.engine.recent(1000 if kind else SHOWN_EVENTS)
-        events = [event for event in told if not kind or event.event == kind]
+        latest = self.engine.recent(1000 if kind else SHOWN_EVENTS)
+        events = [event for event in latest if not kind or event.event == kind]
         self.show(
             "events.html",
             page="events",
@@ -238,35 +214,52 @@ class Events(DashboardHandler):
 
 
 class System(DashboardHandler):
-    """/system: what runs here, under which settings, and how it is."""
+    """/system: version, settings, and how the server is doing."""
 
     async def get(self, *args: str) -> None:
-        """See the class."""
         self.show(
             "system.html",
             page="system",
             title="System",
             stats=await self.engine.stats(),
             figures=await self.dashboard.figures(),
-            engine_figures=dict(engine_figures(self.engine)),
+            engine_figures=self.engine.figures(),
             rows=settings_in_force(self.dashboard.settings, self.access),
         )
 
 
 class Calls(DashboardHandler):
-    """/calls: the API, from its table."""
+    """/calls: the API, from the table of operations."""
 
     def get(self, *args: str) -> None:
-        """See the class."""
         self.show("calls.html", page="calls", title="API", calls=call_lines(self.site, self.access.open))
 
 
 class Figures(DashboardHandler):
-    """/figures: what the feed doesn't tell, as JSON; with `?state` what it does too, for who must poll."""
+    """/figures: what the feed doesn't have, as JSON; with `?state` the feed's part too, for browsers that poll."""
 
     async def get(self, *args: str) -> None:
-        """See the class."""
         body: dict[str, Any] = await self.dashboard.figures()
         if self.get_query_argument("state", None) is not None:
             body["state"] = await self.dashboard.feed.snapshot()
         self.answer(body)
+
+
+class Static(PageHandler):
+    """/static/VERSION/NAME, for anyone: a file of the dashboard. A changed file has a new name, so caches keep it."""
+
+    def get(self, *args: str) -> None:
+        version, name = args
+        dashboard: Dashboard = self.application.settings["dashboard"]
+        asset = dashboard.assets.get(version, name)
+        if asset is None:
+            raise NotFound
+        self.set_header("Content-Type", asset.content_type)
+        self.set_header("Cache-Control", "public, max-age=31536000, immutable")
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Vary", "Accept-Encoding")
+        if "gzip" in self.request.headers.get("Accept-Encoding", ""):
+            self.set_header("Content-Encoding", "gzip")
+            self.finish(asset.compressed)
+        else:
+            self.finish(asset.body)

@@ -1,11 +1,8 @@
-"""What the charts show: the last 15 minutes by the second, the last 24 hours by the minute.
+"""The data of the charts: the last 15 minutes by the second, the last 24 hours by the minute.
 
-A sample holds gauges (as they were at its end) and counts (what happened during it). Samples lie on whole
-seconds; one that the loop was too busy to take is filled in with its share of what happened meanwhile, so
-that a chart's time axis is never wrong. Memory is bounded: 2,340 samples of 12 small numbers, about 1 MB. It
-begins anew with each start of the server.
-
-What this module does not do: read a clock or an engine (dashboard.py does, once a second).
+A sample holds gauges (at its end) and counts (what happened during it). Samples are taken on whole seconds; one that
+the loop was too busy to take is filled in with its share of what happened meanwhile, so that the time axis is never
+wrong. Memory is bounded: 2,340 samples of 12 small numbers, about 1 MB. A restart begins with an empty history.
 """
 
 from __future__ import annotations
@@ -16,19 +13,11 @@ from collections.abc import Iterable
 import msgspec
 
 from keypool.core.answers import Stats
+from keypool.core.counters import COUNTERS, counter_values
 from keypool.core.keys import moment
 
 GAUGES = ("available", "blocked", "waiting")
-COUNTS = (
-    "generated",
-    "acquired",
-    "unblocked",
-    "released",
-    "deleted",
-    "expired",
-    "kept_alive",
-    "refused",
-)
+COUNTS = tuple(COUNTERS)
 SECONDS, MINUTES = 15 * 60, 24 * 60
 
 Sample = tuple[int, ...]
@@ -36,7 +25,7 @@ Sample = tuple[int, ...]
 
 
 class Series:
-    """Samples a fixed length of time apart, the oldest forgotten. `end` is the moment of the latest."""
+    """The latest `size` samples, `step` seconds apart. `end` is the moment of the last one."""
 
     def __init__(self, step: int, size: int) -> None:
         self.step = step
@@ -69,10 +58,10 @@ class History:
         self._encoded: tuple[int, bytes] | None = None
 
     def add(self, now: float, stats: Stats) -> None:
-        """Take the sample of this moment; a second that already has one is left as it is."""
+        """Add the sample of this moment, unless its second already has one."""
         second = int(now)
         gauges = tuple(getattr(stats, name) for name in GAUGES)
-        counters = tuple(getattr(stats, name) for name in COUNTS)
+        counters = counter_values(stats)
         before, passed = self._before, second - self.seconds.end
         if before is not None and passed <= 0:
             return
@@ -81,7 +70,7 @@ class History:
             self.seconds.end = second
             return
         happened = [max(0, new - old) for new, old in zip(counters, before, strict=True)]
-        # A laptop that slept is not filled in by the second for longer than the series goes back.
+        # After a long sleep of the machine no more is filled in than the series can hold.
         for left in range(min(passed, SECONDS), 0, -1):
             share = [count // left for count in happened]
             happened = [count - part for count, part in zip(happened, share, strict=True)]
@@ -96,15 +85,15 @@ class History:
             self._minute = [0] * len(COUNTS)
 
     def within(self, seconds: int, name: str) -> int:
-        """How often something was counted in the last `seconds`, 15 minutes at most. O(seconds)."""
+        """The sum of a count over the last `seconds`, 15 minutes at most. O(seconds)."""
         column = (GAUGES + COUNTS).index(name)
         recent = list(self.seconds.samples)[-seconds:]
         return sum(sample[column] for sample in recent)
 
     def encoded(self) -> msgspec.Raw:
-        """Both series as JSON, made once a second at most: `{"seconds":{"step","end",…},"minutes":{…}}`.
+        """Both series as JSON, encoded at most once a second: `{"seconds":{"step","end",…},"minutes":{…}}`.
 
-        `counted` are the counters at the latest second, from which a viewer goes on counting.
+        `counted` are the counters at the latest second, from which a viewer continues the series.
         """
         if self._encoded is None or self._encoded[0] != self.seconds.end:
             counted = dict(zip(COUNTS, self._before or (0,) * len(COUNTS), strict=True))

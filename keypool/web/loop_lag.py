@@ -1,29 +1,25 @@
-"""How the server itself is: how long its loop was held up, and what the engine tells of its own work.
+"""How long the event loop is held up: a timer that should run 20 times a second records how late it ran.
 
-A timer that wants to run 20 times a second and notes how late it was: so long did every call have to wait, at
-that moment, before its turn came. What this module does not do: keep a history, or judge.
+By so much was every call delayed at that moment.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
 
-from keypool.engine import Engine
-from keypool.ops.histogram import SECONDS, Tally
+from keypool.ops.histogram import SECONDS, Histogram
 
 _PERIOD = 0.05
 _SECONDS = 60
 
 
 class LoopStall:
-    """The longest that the loop was held up, by the second, over the last minute. Costs a timer of 50 ms."""
+    """The longest delay of each second of the last minute, and a histogram of all."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.tally = Tally(SECONDS)
-        """Every lateness, for metrics."""
+        self.histogram = Histogram(SECONDS)
         self._worst: deque[float] = deque([0.0], maxlen=_SECONDS)
         self._second = 0
         self._due = 0.0
@@ -32,22 +28,22 @@ class LoopStall:
 
     @property
     def worst(self) -> float:
-        """Seconds, over the last minute."""
+        """The longest delay of the last minute, in seconds."""
         return max(self._worst)
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop the timer."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
 
     def _arm(self) -> None:
         self._due = self._loop.time() + _PERIOD
-        self._handle = self._loop.call_at(self._due, self._look)
+        self._handle = self._loop.call_at(self._due, self._measure)
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         late = max(0.0, self._loop.time() - self._due)
-        self.tally.add(late)
+        self.histogram.add(late)
         second = int(self._due)
         if second != self._second:
             self._second = second
@@ -55,15 +51,3 @@ class LoopStall:
         elif late > self._worst[-1]:
             self._worst[-1] = late
         self._arm()
-
-
-def engine_figures(engine: Engine) -> Mapping[str, float]:
-    """What an engine offers to tell of its work, by name (`commit_seconds`, …); nothing if it offers none."""
-    figures = getattr(engine, "figures", None)
-    return figures() if callable(figures) else {}
-
-
-def engine_measures(engine: Engine) -> Mapping[str, float | Mapping[str, float]]:
-    """What an engine offers for metrics beside its tallies, by full name (metrics.py); nothing if it offers none."""
-    measures = getattr(engine, "measures", None)
-    return measures() if callable(measures) else {}

@@ -1,4 +1,4 @@
-"""What is served beside the API: health for anyone, and a clear error for every other path."""
+"""The root of all handlers that are not the API's, with the same checks and errors; health, and unknown paths."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ from keypool.core.errors import (
 from keypool.engine import Engine
 from keypool.http.api_call import InFlight
 from keypool.http.http1.responses import http_date
-from keypool.ops.access import access_line
+from keypool.ops.logs import access_line
 from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard
 
 
 class _AnyMethod(tuple[str, ...]):
-    """All methods reach `prepare`, which refuses those that the path doesn't have."""
+    """Lets every method reach `prepare`, which refuses those that the path doesn't have."""
 
     def __contains__(self, method: object) -> bool:
         return True
 
 
 class PageHandler(RequestHandler):
-    """The root of what isn't the API: the same checks of host and site, the same problems."""
+    """The root of all pages: counts requests in flight, checks them as the API does, answers errors as problems."""
 
     SUPPORTED_METHODS = _AnyMethod()
     allowed: tuple[str, ...] = ("GET", "HEAD", "OPTIONS")
     name = "none"
-    roles: frozenset[Role] = frozenset()  # none: for anyone
+    roles: frozenset[Role] = frozenset()  # empty: no token needed
 
     def initialize(self, engine: Engine, access: Access, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-        """Count the request, and name it."""
         self.engine = engine
         self.dispatcher = dispatcher
         self.access = access
@@ -57,12 +56,10 @@ class PageHandler(RequestHandler):
         in_flight.enter()
 
     def set_default_headers(self) -> None:
-        """No Server header, and a Date made once a second."""
         self.clear_header("Server")
         self.set_header("Date", http_date())
 
     def prepare(self) -> Awaitable[None] | None:
-        """Refuse what the checks refuse, before any method."""
         try:
             self.check()
         except WrongToken as error:
@@ -79,7 +76,7 @@ class PageHandler(RequestHandler):
         return self.dispatcher.wrong_tokens.token(error.mark, self.request.remote_ip or "?", self.request_id)
 
     async def hold_back(self, seconds: float) -> None:
-        """Wait before an answer to a wrong token; if too many wait already, end the connection with it instead."""
+        """Delay the answer to a wrong token; if too many are delayed already, close the connection with it instead."""
         wrong = self.dispatcher.wrong_tokens
         if not seconds:
             return
@@ -93,7 +90,7 @@ class PageHandler(RequestHandler):
             wrong.held -= 1
 
     def check(self) -> None:
-        """Raise what refuses this request, in the order of the contract."""
+        """Raise the error that this request is refused with, in the order of the contract."""
         method = self.request.method or ""
         self.access.check_site(self.request.headers, method not in ("GET", "HEAD", "OPTIONS"))
         if method not in self.allowed:
@@ -113,7 +110,7 @@ class PageHandler(RequestHandler):
             raise Forbidden(f"{self.name} needs the role {wanted}; this token is a {caller.role.value}'s")
 
     def refuse(self, error: KeypoolError) -> None:
-        """Answer with the problem that this error is."""
+        """Answer with an error: a page for browsers, a problem for others."""
         self._outcome = error.code
         self.set_status(int(status_of(type(error))))
         for name, value in problem_headers(error):
@@ -126,12 +123,12 @@ class PageHandler(RequestHandler):
 
     @property
     def wants_page(self) -> bool:
-        """Whether a browser asks."""
+        """Whether the client is a browser."""
         return "text/html" in self.request.headers.get("Accept", "")
 
     def error_page(self, error: KeypoolError) -> bytes | None:
-        """The page that a browser gets for an error; None for everybody else, and under /api/."""
-        dashboard: Dashboard | None = self.application.settings.get("dashboard")  # none while loading
+        """The page that a browser gets for an error; None for other clients, and under /api/."""
+        dashboard: Dashboard | None = self.application.settings.get("dashboard")  # None while loading
         if dashboard is None or not self.wants_page or self.request.path.startswith("/api/"):
             return None
         for name, value in PAGE_HEADERS:
@@ -149,7 +146,6 @@ class PageHandler(RequestHandler):
         self.finish(body)
 
     def options(self, *args: str) -> None:
-        """The methods of the path."""
         self.set_status(204)
         self.set_header("Allow", ", ".join(self.allowed))
         self.set_header("Cache-Control", "no-store")
@@ -157,19 +153,19 @@ class PageHandler(RequestHandler):
         self.finish()
 
     def head(self, *args: str) -> Any:
-        """As GET; Tornado leaves the body out."""
+        # Tornado leaves the body out.
         return self.get(*args)
 
     def compute_etag(self) -> None:
-        """None: these answers are not for caches."""
-        return
+        return  # these answers are not for caches
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """What Tornado refuses, or else what nobody expected: 500, and no trace to the caller."""
-        if status_code >= 500:
-            self.refuse(unexpected())
+        """Answer with an error of ours that a method raised, one of Tornado's, or 500 without a trace."""
+        raised = kwargs.get("exc_info", (None, None))[1]
+        if isinstance(raised, KeypoolError) or status_code >= 500:
+            self.refuse(raised if isinstance(raised, KeypoolError) else unexpected())
             return
-        # Tornado reads a form before it asks `prepare`, whose checks come first all the same.
+        # Tornado parses a form before it calls `prepare`, whose checks come first all the same.
         try:
             self.check()
             if status_code == 403:
@@ -177,27 +173,25 @@ class PageHandler(RequestHandler):
             raise BadRequest("the query, or the form that was sent, is not percent-encoded UTF-8")
         except WrongToken as error:
             self._count_token(error)
-            self.set_header("Connection", "close")  # there is no waiting here
+            self.set_header("Connection", "close")  # instead of a delay, which is not possible here
             self.refuse(error)
         except KeypoolError as error:
             self.refuse(error)
 
     def log_exception(self, *args: Any) -> None:
-        """Log it under the request id, unless it is the caller's, or the connection is gone."""
-        if isinstance(args[1], StreamClosedError):
+        """Log an error of the server's, by the request id: Tornado's own line has the target, perhaps with a key."""
+        error = args[1]
+        if isinstance(error, StreamClosedError | KeypoolError):
             return
-        if isinstance(args[1], HTTPError) and args[1].status_code < 500:
+        if isinstance(error, HTTPError) and error.status_code < 500:
             return
-        # Tornado's own line shows the request, and so its target.
         self.application.settings["log"].error("page failed, request %s", self.request_id, exc_info=args)
 
     def on_finish(self) -> None:
-        """Answered."""
         access_line(self.request_id, self.name, self.get_status(), self._outcome, self.request.request_time())
         self._leave()
 
     def on_connection_close(self) -> None:
-        """The caller is gone."""
         self._leave()
 
     def _leave(self) -> None:
@@ -212,30 +206,23 @@ class Health(PageHandler):
     name = "health"
 
     def get(self, *args: str) -> None:
-        """See the class."""
         self.answer({"status": "ok"})
 
 
 class Ready(PageHandler):
-    """/readyz: 200 when calls are served, with what isn't if that is a part; else 503 with the reason."""
+    """/readyz: 200 when calls are served, with the part that can't be reached if there is one; else 503, and why."""
 
     name = "ready"
 
     def get(self, *args: str) -> None:
-        """See the class."""
-        try:
-            self.engine.ready()
-        except KeypoolError as error:
-            self.refuse(error)
-        else:
-            degraded = self.engine.degraded
-            self.answer({"status": "ready"} | ({"detail": degraded} if degraded else {}))
+        self.engine.ready()
+        degraded = self.engine.degraded
+        self.answer({"status": "ready"} | ({"detail": degraded} if degraded else {}))
 
 
 class Nothing(PageHandler):
-    """Every other path."""
+    """Every other path: 404 whatever the method."""
 
     def check(self) -> None:
-        """No path, no method: not found."""
         self.access.check_site(self.request.headers, self.request.method not in ("GET", "HEAD", "OPTIONS"))
         raise NotFound

@@ -1,27 +1,25 @@
-"""Signing in to the dashboard: a token once, a signed cookie from then on.
+"""Sessions of the dashboard: a token once, a signed cookie from then on.
 
     token --POST /login--> cookie [mark of the token, session id, end], signed --> Caller
 
-The cookie holds no token and is kept nowhere: the server believes its own signature, and looks the token up
-by its mark, so a token that is taken away takes its sessions with it. The signing key of a session is made of
-its token's digest, so neither a restart nor a change of other tokens signs anybody out, and several processes
-agree without a word. It is stretched by scrypt: a stolen cookie is no cheap way to try out guesses of the token.
+The cookie holds no token, and the server stores no sessions: it checks its own signature and looks the token up by its
+mark, so removing a token ends its sessions. The signing key is derived from the token's digest, so neither a restart
+nor a change of other tokens ends a session, and several processes accept each other's. scrypt makes it expensive to
+guess a token from a stolen cookie.
 
-How the dashboard's actions reach the engine: through the API's own paths, and so through the one table of
-operations with its role check and audit log. The dispatcher takes the cookie only together with the header
-`X-Keypool-Xsrf`, whose value is bound to the session and stands in the dashboard's own pages. A page of
-another site can neither read the value nor send the header (and its Origin is refused besides). The feed
-can't carry the header: there the Origin, which browsers always send with a websocket, must be this server's.
+The dashboard's scripts make changes through the API, with its role checks and audit log. The dispatcher accepts the
+cookie only together with the header `X-Keypool-Xsrf`, whose value is bound to the session and is in the dashboard's own
+pages. A page of another site can neither read the value nor send the header (and its Origin is refused besides). A
+websocket can't carry the header: there the Origin, which browsers always send, must be this server's.
 
-A sign-out is a note that is kept with the pool's data until the cookie would have ended, so that it holds after a
-restart and on all servers of the pool. For each token there are `MOST_ENDED` such notes at most. With one more, the
-session that began first gives way to a moment, before which all sessions of that token have ended:
+A sign-out is kept as a note among the pool's data until the cookie would have expired, so that it holds after a restart
+and on all servers of the pool. There are at most `MOST_ENDED` such notes for a token. With one more, the note of the
+session that began first is replaced by a moment before which all sessions of that token have ended:
 
     session.MARK.ID    the session's natural end    a session that was signed out
     void.MARK          a moment                     sessions of this token that began by then have ended
 
-Both are in milliseconds of the wall clock. What this module does not do: know paths or pages (handlers/signin.py has
-them), or how notes are kept (the engine does).
+Both are in milliseconds of the wall clock.
 """
 
 from __future__ import annotations
@@ -47,14 +45,14 @@ LIFE = 12 * 3600.0
 """Seconds until somebody who signed in has to sign in again: a working day."""
 
 MOST_ENDED = 64
-"""Sign-outs that are kept one by one for each token."""
+"""Sign-outs of one token that are kept one by one."""
 
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and 30 to 60 ms, once a token
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Somebody who signed in. `id` is None on an open server, where nobody has to. `mark` is that of the token."""
+    """A signed-in caller. `id` is None without a cookie: for a bearer token, or on an open server."""
 
     caller: Caller
     id: str | None = None
@@ -63,17 +61,17 @@ class Session:
 
     @property
     def note(self) -> str:
-        """The name of the note that says that this session was signed out."""
+        """The name of the note of this session's sign-out."""
         return f"session.{self.mark}.{self.id}"
 
     @property
     def began(self) -> int:
-        """When, in milliseconds."""
+        """The moment of the sign-in, in milliseconds."""
         return _milliseconds(self.ends_at - LIFE)
 
 
 class Sessions:
-    """Makes, reads and ends sessions; with the tokens of `access`."""
+    """Makes, checks and ends sessions of the tokens in `access`."""
 
     def __init__(self, access: Access, wall: Callable[[], float] = time.time) -> None:
         self._access = access
@@ -85,7 +83,7 @@ class Sessions:
         access.by_session = self._caller_of_call
 
     def prepare(self, digests: Iterable[bytes]) -> None:
-        """Make the signing keys of these tokens, and forget others. Blocks 30 to 60 ms a new token; any thread."""
+        """Derive the signing keys of these tokens, and drop others. Blocks 30 to 60 ms a new token; any thread."""
         known = self._keys
         self._keys = {
             mark: known.get(mark) or hashlib.scrypt(digest, salt=b"keypool session", **_SCRYPT)
@@ -93,7 +91,7 @@ class Sessions:
         }
 
     def sign_in(self, token: str) -> tuple[Session, str]:
-        """A new session for whom this token stands, and its cookie. Raises Unauthorized, Forbidden."""
+        """A new session for this token, and its cookie. Raises Unauthorized, Forbidden."""
         caller = self._access.identify(f"Bearer {token}")
         if caller.role is Role.CLIENT:
             raise Forbidden("this is a client token: the dashboard wants a viewer or an admin token")
@@ -103,7 +101,7 @@ class Sessions:
         return session, f"{payload}.{self._sign(mark, payload)}"
 
     def of(self, headers: Mapping[str, str]) -> Session:
-        """Whose request this is: by bearer token, else by cookie. 20 µs. Raises Unauthorized, Forbidden."""
+        """The session of a request: by bearer token, else by cookie. 20 µs. Raises Unauthorized, Forbidden."""
         if self._access.open:
             return Session(ANYONE)
         if "Authorization" in headers:
@@ -117,7 +115,7 @@ class Sessions:
         return session
 
     def alive(self, session: Session) -> bool:
-        """Whether a session, once believed, still holds. O(1)."""
+        """Whether a session is still valid. O(1)."""
         if not self._access.knows(session.caller):
             return False
         if session.id is None:
@@ -129,7 +127,7 @@ class Sessions:
         )
 
     def end(self, session: Session) -> None:
-        """Sign out: the cookie is worth nothing here from now on, and elsewhere once it is shared. O(notes)."""
+        """Sign out: at once at this server, and at others after `share`. O(notes)."""
         if session.id is None:
             return
         life, now = _milliseconds(LIFE), _milliseconds(self._wall())
@@ -153,9 +151,9 @@ class Sessions:
             self._notes[name] = moment
 
     async def share(self, engine: Engine) -> None:
-        """Have the pool keep the sign-outs of this process, and learn of the others'. Raises StorageUnavailable.
+        """Store this process's sign-outs with the pool, and load those of others. O(notes). Raises StorageUnavailable.
 
-        To be called again and again: what could not be kept goes with the next time. O(notes).
+        To be called repeatedly: what could not be stored is stored by the next call.
         """
         if self._unshared:
             sent = dict(self._unshared)
@@ -172,11 +170,11 @@ class Sessions:
         self._notes = notes
 
     def xsrf(self, session: Session) -> str:
-        """What the session's own pages prove themselves with."""
+        """The value of XSRF_HEADER for this session."""
         return self._sign(session.mark, f"xsrf {session.id}")[:32] if session.id else "open"
 
     def proven(self, session: Session, given: str) -> bool:
-        """Whether this is the proof of this session's pages."""
+        """Whether this is that value."""
         return hmac.compare_digest(self.xsrf(session).encode(), given.encode())
 
     def _caller_of_call(self, headers: Mapping[str, str]) -> Caller:
@@ -196,7 +194,7 @@ class Sessions:
         except (ValueError, binascii.Error):
             return None
         caller = self._access.marked(mark)
-        # Nothing of it is believed before this: that it names a key to check it by gives nobody that key.
+        # Nothing in the cookie is trusted before this: naming the key that it is checked with doesn't reveal the key.
         if caller is None or mark not in self._keys:
             return None
         if not hmac.compare_digest(self._sign(mark, payload).encode(), signature.encode()):

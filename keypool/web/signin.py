@@ -1,7 +1,7 @@
-"""Signing in and out. The only forms of the dashboard; both are plain HTML and need no script.
+"""Sign-in and sign-out: the dashboard's only forms, in plain HTML without scripts.
 
-A form of another site can't sign anybody in or out: the Origin that browsers send with a form must be this
-server's (Access.check_site, Tornado's cross_origin_protection), and signing out wants the session's proof.
+A form of another site can't sign anybody in or out: the Origin that browsers send with a form must be this server's
+(Access.check_site, Tornado's cross_origin_protection), and a sign-out needs the session's XSRF value.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SignIn(DashboardHandler):
     public = True
 
     def get(self, *args: str) -> None:
-        """The form; on to the page that was wanted if there is nothing to sign in for."""
+        """The form, or a redirect if there is a session already."""
         wanted = own_path(self.get_query_argument("next", "/"))
         if self.session is not None:
             self.redirect(wanted, status=303)
@@ -38,7 +38,7 @@ class SignIn(DashboardHandler):
         self._form(wanted, None)
 
     async def post(self, *args: str) -> None:
-        """Try a token. A right one is taken whatever was tried before; the answer to a wrong one may take a second."""
+        """Try a token. A right one is accepted whatever was tried before; the answer to a wrong one may be delayed."""
         wanted = own_path(self.get_body_argument("next", "/"))
         if self.access.open:
             self.redirect(wanted, status=303)
@@ -88,15 +88,15 @@ class SignOut(DashboardHandler):
     allowed = ("GET", "HEAD", "POST", "OPTIONS")
 
     def get(self, *args: str) -> None:
-        """Ask: a link must not sign anybody out."""
+        """A form that asks, since a link must not sign anybody out."""
         self.show("logout.html", page="logout", title="Sign out")
 
     async def post(self, *args: str) -> None:
-        """Sign out. It holds at once on this server, and on the others within a second or two."""
+        """Sign out: at once at this server, and at others within a second or two."""
         session: Session | None = self.session
         if session is not None and session.id is not None:
             if not self.dashboard.sessions.proven(session, self.get_body_argument("xsrf", "")):
-                raise CrossSite("this form is not of this session's pages: load the page again")
+                raise CrossSite("this form is not from this session's pages: reload the page")
             await self._end(session)
         self.clear_cookie(COOKIE, path="/")
         self.redirect("/login", status=303)
@@ -107,14 +107,14 @@ class SignOut(DashboardHandler):
         try:
             await sessions.share(self.engine)
         except StorageUnavailable as error:
-            outcome = error.code  # it is shared when the storage is back
+            outcome = error.code  # the dashboard's ticker stores it once storage is back
         write_audit(
             Call(session.caller, self.request.remote_ip or "?", self.request_id), "sign-out", [], outcome
         )
 
 
 def own_path(wanted: str) -> str:
-    """A path of this server, to go on to; `/` for anything that leads elsewhere."""
+    """The path to redirect to after the sign-in; `/` for anything that leads to another site."""
     parts = urlsplit(wanted)
     if parts.scheme or parts.netloc or not wanted.startswith("/") or wanted.startswith(("//", "/\\")):
         return "/"

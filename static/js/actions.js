@@ -1,15 +1,15 @@
-// What an admin can do to keys: each asks first what is worth asking, and then makes the API's own call.
+// An admin's actions on keys: each asks for confirmation where that is needed, and then makes a call of the API.
 //
-// An action names its keys by id, explicitly, and an unblock goes with the lease that was on the screen: if the key
-// was served to somebody else meanwhile, the server refuses instead of taking it from them. What this module does
-// not do: draw keys; whoever calls gets true if something was done.
+// An action names its keys by id, and an unblock sends the lease that was on the screen: if the key was leased to
+// another holder meanwhile, the server refuses. This module doesn't draw keys; functions return true if something
+// was done.
 
 import { call } from "./api.js";
 import { ask, confirm, number, toast } from "./ui.js";
 
-const holder = (key) => key.owner || "Somebody who gave no name";
+const holder = (key) => key.owner || "A holder without a name";
 const named = (key) => `${key.id} ${key.hint}`;
-const whose = (key) => (key.state === "blocked" ? `held by ${key.owner || "no name"}` : "available");
+const whose = (key) => (key.state === "blocked" ? `held by ${key.owner || "a holder without a name"}` : "available");
 
 async function done(work, said) {
   try {
@@ -21,7 +21,7 @@ async function done(work, said) {
   }
 }
 
-/** Make keys: asks how many. */
+/** Generate keys; asks how many. */
 export async function generate() {
   const dialog = document.getElementById("generate");
   if (!(await ask(dialog))) return false;
@@ -32,48 +32,48 @@ export async function generate() {
   );
 }
 
-/** Put off a key's expiry. Nothing to ask. */
+/** Put off a key's expiry, without confirmation. */
 export function keepalive(key) {
   return done(
     () => call("POST", `/keys/id:${key.id}/keepalive`),
-    (answer) => `Key ${key.id} lives another ${Math.round(answer.expires_in)} s.`,
+    (answer) => `Key ${key.id} now expires in ${Math.round(answer.expires_in)} s.`,
   );
 }
 
-/** Take a key from whoever holds it. */
+/** End a key's lease. */
 export async function unblock(key) {
   const sure = await confirm({
     title: `Unblock key ${named(key)}?`,
-    text: `${holder(key)} holds it under lease ${key.lease} and is not told. The key is available at once and may be served to somebody else while ${key.owner || "they"} still use it.`,
+    text: `${holder(key)} has lease ${key.lease} and is not notified. The key is available at once, and may be leased to someone else while ${key.owner || "the holder"} still uses it.`,
     go: "Unblock",
   });
   if (!sure) return false;
   return done(
     () => call("POST", `/keys/id:${key.id}/unblock`, { lease: key.lease }),
-    (answer) => (answer.changed ? `Key ${key.id} is available.` : `Key ${key.id} was available already.`),
+    (answer) => (answer.changed ? `Key ${key.id} is available.` : `Key ${key.id} was already available.`),
   );
 }
 
 /** Purge a key. */
 export async function remove(key) {
-  const held = key.state === "blocked" ? `${holder(key)} holds it and is not told: their next call with it is answered 404. ` : "";
+  const held = key.state === "blocked" ? `${holder(key)} has it and is not notified; the next call with it gets 404. ` : "";
   const sure = await confirm({
     title: `Delete key ${named(key)}?`,
-    text: `${held}The key is purged for ever. This can't be undone.`,
+    text: `${held}The key is permanently deleted. This can't be undone.`,
     go: "Delete",
     danger: true,
   });
   if (!sure) return false;
   return done(
     () => call("DELETE", `/keys/id:${key.id}`),
-    () => `Key ${key.id} is deleted.`,
+    () => `Key ${key.id} was deleted.`,
   );
 }
 
 const counted = (answer) => {
   const missed = (answer.unknown?.length ?? 0) + (answer.stale?.length ?? 0);
-  const stale = answer.stale?.length ? `, ${answer.stale.length} served again meanwhile and left alone` : "";
-  return missed ? ` ${number(answer.unknown.length)} gone already${stale}.` : "";
+  const stale = answer.stale?.length ? `, ${answer.stale.length} leased again in the meantime and left alone` : "";
+  return missed ? ` ${number(answer.unknown.length)} already gone${stale}.` : "";
 };
 
 /** Put off the expiry of several keys. */
@@ -84,7 +84,7 @@ export function keepaliveMany(keys) {
   );
 }
 
-/** Take several keys from whoever holds them. */
+/** End the leases of several keys. */
 export async function unblockMany(keys) {
   const held = keys.filter((key) => key.state === "blocked");
   if (held.length === 0) {
@@ -93,7 +93,7 @@ export async function unblockMany(keys) {
   }
   const sure = await confirm({
     title: `Unblock ${held.length === 1 ? "one key" : `${held.length} keys`}?`,
-    text: "Who holds them is not told, and may still use them while they are served to somebody else.",
+    text: "Their holders are not notified, and may still use the keys while they are leased to someone else.",
     list: held.map((key) => [named(key), whose(key)]),
     go: "Unblock",
   });
@@ -104,13 +104,13 @@ export async function unblockMany(keys) {
   );
 }
 
-/** Purge several keys: their number has to be typed. */
+/** Purge several keys; their number has to be typed. */
 export async function removeMany(keys) {
   if (keys.length === 1) return remove(keys[0]);
   const held = keys.filter((key) => key.state === "blocked").length;
   const sure = await confirm({
     title: `Delete ${keys.length} keys?`,
-    text: `${held ? `${held} of them are held, and their holders are not told: their next call is answered 404. ` : ""}The keys are purged for ever. This can't be undone.`,
+    text: `${held ? `${held} of them are held; their holders are not notified, and their next call gets 404. ` : ""}The keys are permanently deleted. This can't be undone.`,
     list: keys.map((key) => [named(key), whose(key)]),
     word: `delete ${keys.length}`,
     go: `Delete ${keys.length} keys`,

@@ -1,11 +1,11 @@
 // The API as the page calls it: the session's own proof in a header, problems as errors.
 //
-// What this module does not do: say anything to the reader (ui.js), or try again: whoever clicked decides.
+// This module neither shows messages (ui.js does) nor retries: that is the user's decision.
 
 const proof = document.querySelector('meta[name="xsrf"]')?.content ?? "";
 let onSignedOut = () => {};
 
-/** An answer that is none: the problem that the server told, or that it couldn't be reached. */
+/** A failed request: the problem that the server answered with, or that it couldn't be reached. */
 export class Problem extends Error {
   constructor(status, body) {
     super(body.detail || body.title || "The server can't be reached.");
@@ -28,7 +28,7 @@ export async function request(method, path, body) {
   try {
     response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
   } catch {
-    throw new Problem(0, { title: "No connection", detail: "The server can't be reached; nothing is known of what was asked." });
+    throw new Problem(0, { title: "No connection", detail: "The server can't be reached; whether the call took effect isn't known." });
   }
   if (response.status === 401) onSignedOut();
   const text = await response.text();

@@ -1,5 +1,5 @@
-// The charts, drawn over and over into the paths that the server has drawn first (keypool/web/charts.py): what is changed
-// here is changed there. Once a second, and only what is in sight.
+// The charts, drawn once a second and only while in sight. A point is the mean of five samples, aligned to the clock, so
+// that only the last one moves.
 //
 // Pointing at a chart, or the arrow keys when it has the focus, tells the numbers of a moment in its legend. What
 // this module does not do: know where numbers come from.

@@ -7,7 +7,6 @@
 import { now } from "./clock.js";
 
 const GAUGES = ["available", "blocked", "waiting"];
-const COUNTS = ["generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused"];
 const SIZES = { seconds: 900, minutes: 1440 };
 
 export const model = {
@@ -17,7 +16,10 @@ export const model = {
   events: [],
 };
 
+/** The counters, by name, at the latest second of the series. */
 let counted = {};
+/** Their names. */
+let counts = [];
 
 /** A whole state: forget what was. */
 export function begin(hello) {
@@ -26,6 +28,7 @@ export function begin(hello) {
   model.events = hello.events.slice().reverse();
   for (const series of Object.values(model.history)) series.end = Math.floor(Date.parse(series.end) / 1000);
   counted = hello.history.seconds.counted;
+  counts = Object.keys(counted);
 }
 
 /** What has changed since. A `whole` delta, from polling, brings the latest events again. */
@@ -43,7 +46,7 @@ export function countSecond() {
   const passed = Math.min(second - history.seconds.end, SIZES.seconds);
   if (passed <= 0) return;
   for (const name of GAUGES) extend(history.seconds[name], Array(passed).fill(stats[name]), SIZES.seconds);
-  for (const name of COUNTS) {
+  for (const name of counts) {
     const happened = Math.max(0, stats[name] - counted[name]);
     const share = Math.floor(happened / passed);
     const part = Array(passed).fill(share);
@@ -61,7 +64,7 @@ function countMinute(second) {
   if (minutes.end === second - late) return;
   const until = seconds.available.length - late;
   for (const name of GAUGES) extend(minutes[name], [seconds[name][until - 1]], SIZES.minutes);
-  for (const name of COUNTS) {
+  for (const name of counts) {
     extend(minutes[name], [seconds[name].slice(Math.max(0, until - 60), until).reduce((a, b) => a + b, 0)], SIZES.minutes);
   }
   minutes.end = second - late;

@@ -74,7 +74,7 @@ function hide() {
   article.querySelector(".reveal-on").hidden = true;
   article.querySelector("[data-hide]").hidden = true;
   article.querySelector("[data-reveal]").hidden = false;
-  setText(article.querySelector(".reveal-off"), "Hidden again. Showing it is written to the audit log.");
+  setText(article.querySelector(".reveal-off"), "Hidden again. Revealing it is recorded in the audit log.");
 }
 
 async function reveal(article) {
@@ -95,7 +95,7 @@ function countDown() {
   if (!revealed) return;
   const left = Math.ceil((revealed.until - performance.now()) / 1000);
   if (left <= 0) hide();
-  else setText(revealed.article.querySelector(".reveal-off"), `Written to the audit log. Hidden again in ${left} s.`);
+  else setText(revealed.article.querySelector(".reveal-off"), `Recorded in the audit log. Hidden again in ${left} s.`);
 }
 
 const ACTS = { unblock: actions.unblock, keepalive: actions.keepalive, delete: actions.remove };

@@ -1,7 +1,7 @@
-// How the page stands with the server: the pill, and the banner that says what to do about it.
+// The state of the connection to the server: the pill, and the banner that says what to do.
 //
-// Losing the server greys what is shown and says how old it is; nothing is taken away. What this module does not
-// do: mend the connection (feed.js).
+// When the connection is lost, what is shown is greyed and its age is given; nothing is removed. feed.js
+// reconnects.
 
 import * as feed from "./feed.js";
 import { setText } from "./ui.js";
@@ -16,7 +16,7 @@ const back = () => (location.pathname === "/" && !location.search ? "/login" : `
 const PILLS = {
   connecting: () => "Connecting…",
   live: () => "Live",
-  polling: () => "Every 5 s",
+  polling: () => "Polling every 5 s",
   draining: () => `Stopping · ${old()}`,
   lost: () => `No connection · ${old()}`,
   paused: () => "Paused",
@@ -24,10 +24,10 @@ const PILLS = {
 };
 
 const BANNERS = {
-  lost: () => ["danger", "The server can't be reached", `What you see is from ${heard()}. This page keeps trying, more and more rarely.`, "Try now", feed.retryNow],
-  draining: () => ["warn", "The server is stopping", "It answers what is under way and takes nothing new. This page comes back when it does, or when another one takes its place.", "Try now", feed.retryNow],
-  polling: () => ["info", "As many watch as may", "This page asks every 5 s instead of being told; --max-viewers raises the limit.", "", null],
-  "signed-out": () => ["danger", "You are signed out", "What you see is the last that you were told. Sign in to come back to this page.", "Sign in", () => location.assign(back())],
+  lost: () => ["danger", "The server can't be reached", `The data shown is from ${heard()}. This page keeps trying, less and less often.`, "Try now", feed.retryNow],
+  draining: () => ["warn", "The server is stopping", "It finishes the calls in progress and accepts no new ones. This page reconnects when it is back, or when another server takes its place.", "Try now", feed.retryNow],
+  polling: () => ["info", "Too many viewers for live updates", "This page polls every 5 s instead; --max-viewers raises the limit.", "", null],
+  "signed-out": () => ["danger", "You are signed out", "The data shown is no longer updated. Sign in to return to this page.", "Sign in", () => location.assign(back())],
 };
 
 function old() {
@@ -35,7 +35,7 @@ function old() {
   return age < 90 ? `${age} s` : age < 5400 ? `${Math.round(age / 60)} min` : `${Math.round(age / 3600)} h`;
 }
 
-/** When the server was last heard. It doesn't change, as an age would: the banner is read aloud. */
+/** The time of the last message. Unlike an age it doesn't change, so screen readers read the banner only once. */
 function heard() {
   return new Date(Date.now() - feed.age() * 1000).toLocaleTimeString();
 }
@@ -47,7 +47,7 @@ function show() {
   document.body.classList.toggle("stale", state === "lost" || state === "draining" || state === "signed-out");
   let wanted = BANNERS[state]?.() ?? null;
   if (!wanted && ready) {
-    const next = ready.code === "storage-unavailable" ? "Reading goes on; calls that change something are answered 503 until a write gets through. Look at the disk and at the server's log." : "";
+    const next = ready.code === "storage-unavailable" ? "Reads go on; calls that change something get 503 until a write succeeds. Check the disk and the server's log." : "";
     wanted = ["danger", ready.title, `${ready.detail[0].toUpperCase()}${ready.detail.slice(1)}. ${next}`, "", null];
   }
   if (wanted && banner.dataset.title !== wanted[1]) fill(...wanted);

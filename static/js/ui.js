@@ -30,7 +30,7 @@ export async function copy(text, what) {
     await navigator.clipboard.writeText(text);
     toast(`Copied: ${what}`);
   } catch {
-    toast("The browser didn't let this page copy: select the text instead.", "danger");
+    toast("The browser didn't allow copying: select the text instead.", "danger");
   }
 }
 

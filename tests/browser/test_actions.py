@@ -82,7 +82,7 @@ def test_keep_alive_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> 
     key = client.make()
     page = tabs.live(server, "/keys")
     row(page, key["id"]).locator("[data-act=keepalive]").click()
-    page.get_by_text("lives another 300 s").wait_for()
+    page.get_by_text("now expires in 300 s").wait_for()
     assert client.stats()["kept_alive"] >= 1
 
 
@@ -94,7 +94,7 @@ def test_delete_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None
     page.locator("#confirm").get_by_role("button", name="Cancel").click()
     assert client.stats()["total"] == 2
     row(page, gone["id"]).locator("[data-act=delete]").click()
-    confirm(page, str(gone["id"]), "for ever")
+    confirm(page, str(gone["id"]), "permanently")
     client.get(f"{API}/keys/{kept['key']}").expect(200)
     eventually(lambda: client.stats()["total"] == 1, "one key")
     page.mouse.move(0, 0)
@@ -178,8 +178,8 @@ def test_act_from_the_panel(server: ServerProcess, client: Client, tabs: Tabs) -
     row(page, key["id"]).locator(".key-link").click()
     tabs.allow("404")
     page.locator("#panel [data-act=delete]").click()
-    confirm(page, "for ever")
-    page.get_by_text("No live key has this id").wait_for()
+    confirm(page, "permanently")
+    page.get_by_text("No key has this id").wait_for()
 
 
 def test_reveal_is_audited_and_hidden_again(server: ServerProcess, client: Client, tabs: Tabs) -> None:
@@ -233,15 +233,15 @@ def test_the_stream_pauses_and_is_filtered(server: ServerProcess, client: Client
     page.wait_for_selector(f"#stream .event[data-id='{key['id']}']")
     page.get_by_role("button", name="Pause").click()
     client.acquire(owner="a-holder-like-no-other")
-    page.get_by_text("1 came since you paused.").wait_for()
+    page.get_by_text("1 arrived since you paused.").wait_for()
     acquired = page.locator(f"#stream .event[data-kind=acquired][data-id='{key['id']}']")
     assert acquired.count() == 0
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Resume").click()
     acquired.wait_for()
     page.locator("#search").fill("A-HOLDER-LIKE-NO-OTHER")
     assert page.locator("#stream .event:visible").count() == 1
     page.locator("#search").fill("nothing like it")
-    assert page.get_by_text("No such event").is_visible()
+    assert page.get_by_text("No matching events").is_visible()
     page.get_by_role("link", name="generated").click()
     assert page.url.endswith("/events?kind=generated")
     assert set(page.locator("#stream .event").evaluate_all("rows => rows.map(row => row.dataset.kind)")) == {

@@ -132,17 +132,6 @@ def test_everything_can_be_read_without_scripts(server: ServerProcess, client: C
     assert page.locator(".event").count() > 50
 
 
-def test_the_first_paint_has_a_past(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """The server has drawn the charts already."""
-    client.make_many(10)
-    page = tabs.open(server, script=False)
-    page.wait_for_timeout(2500)
-    page.reload()
-    drawn = page.locator("#chart-composition path[data-tone=available]").get_attribute("d")
-    assert drawn.startswith("M") or len(drawn) == 0  # a server that has just started has a second or two
-    assert page.locator("#chart-rates svg").is_visible()
-
-
 def test_the_overview_is_live(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Tiles, events, what is released next, and the charts follow what others do."""
     page = tabs.live(server)

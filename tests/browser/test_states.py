@@ -119,7 +119,7 @@ def test_storage_is_down(server: ServerProcess, tabs: Tabs) -> None:
     page.goto(f"http://{server.host}/")
     banner = page.locator("#banner")
     banner.get_by_text("The disk is full").wait_for()
-    assert "Reading goes on" in banner.inner_text()
+    assert "Reads go on" in banner.inner_text()
     state(page, "live")
 
 
@@ -131,7 +131,7 @@ def test_no_room_for_another_viewer(lend: Start, tabs: Tabs) -> None:
         viewer.frame()
         page = tabs.open(server)
         state(page, "polling")
-        assert "As many watch as may" in page.locator("#banner").inner_text()
+        assert "Too many viewers for live updates" in page.locator("#banner").inner_text()
         server.client().make_many(4)
         figure(page, "available", "4")
         assert page.locator("#latest .event").count() >= 4

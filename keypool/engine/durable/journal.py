@@ -35,7 +35,7 @@ from keypool.engine.durable.datafile import Batch, encode
 from keypool.engine.durable.wire import Figures, Kind, Verdict
 from keypool.engine.durable.writer_link import WriterLink
 from keypool.engine.journal import Commit, JournaledEngine
-from keypool.ops.histogram import ROWS, SECONDS, Tally
+from keypool.ops.histogram import ROWS, SECONDS, Histogram
 
 _PART_ROWS = 5000  # encoded in one turn of the loop: some 4 ms
 _FIRST_BACK_OFF = 0.05  # seconds; doubled up to the longest
@@ -156,8 +156,8 @@ class FileJournal:
         self._figures = Figures(0, 0, 0)
         self._writer_restarts = 0
         self.failing: str | None = None
-        self.commit_seconds = Tally(SECONDS)
-        self.commit_rows = Tally(ROWS)
+        self.commit_seconds = Histogram(SECONDS)
+        self.commit_rows = Histogram(ROWS)
 
     # -- the engine's calls, see the protocol
 
@@ -202,7 +202,7 @@ class FileJournal:
         """What to await before answering about the pool as a whole."""
         return self._open_commit() if self._open.keys else self._sent.commit
 
-    def tallies(self) -> dict[str, Tally]:
+    def histograms(self) -> dict[str, Histogram]:
         """Seconds and rows of each commit."""
         return {"commit_seconds": self.commit_seconds, "commit_rows": self.commit_rows}
 

@@ -52,7 +52,9 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
     engine.journal = journal
     await _process_due(engine)
     engine.start()
-    _log.info("%d keys restored from %s in %.1f s", engine.pool.total, path, time.monotonic() - started)
+    absolute = path.absolute()  # noqa: ASYNC240 - reads the working directory's name only
+    seconds = time.monotonic() - started
+    _log.info("%d keys restored from %s in %.1f s", engine.pool.total, absolute, seconds)
     return engine
 
 

@@ -1,14 +1,13 @@
-"""Moving a pool from one place that keeps it to another: what both ends are, and the order of the steps.
+"""Moving a pool from one place to another: the two ends, and the order of the steps.
 
-    source: held, so that nobody serves it meanwhile     target: empty, and nobody serves it
-        rows, some thousands at a time  ------------------->  written under a mark that it isn't whole
-        numbers: last id and lease, counters  ------------->  written, counted, compared; the mark is taken away
+    source: held, so that no server serves it meanwhile   target: empty, and no server serves it
+        rows, some thousands at a time  ------------------->  written under a mark that they are not complete
+        numbers: last id and lease, counters  ------------->  written; keys are counted; the mark is removed
 
-What moves is whole: ids, texts, owners, leases, and deadlines as moments of the wall clock, which is the clock of
-either end across a stop. Nothing of the source is changed, so that a move that was broken off is just begun anew.
+What is moved is complete: ids, texts, owners, leases, and deadlines as moments of the wall clock, which both ends keep
+to across a stop. The source isn't changed, so an interrupted move is simply run again.
 
-A move is one coroutine, so that Ctrl-C cancels it where it waits, with one loop from its first command to its last.
-What a file does blocks: nothing else runs meanwhile.
+A move is one coroutine, so that Ctrl-C cancels it where it waits. File operations block; nothing else runs meanwhile.
 """
 
 from __future__ import annotations
@@ -23,51 +22,51 @@ from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.datafile import Row
 
 ROWS_AT_ONCE = 2000
-"""Keys in a batch: what is in memory at a time."""
+"""Keys in a batch, which is what is in memory at a time."""
 
 
 class Source(Protocol):
-    """Where a pool comes from. Made, it is held: nobody serves it."""
+    """Where a pool comes from. While it is open, no server can serve it. All raise StartError."""
 
     total: int
     numbers: dict[str, int]
     """`last_id`, `last_lease`, `moment` (ms) and the counters of stats, by name."""
 
     def rows(self) -> AsyncIterator[list[Row]]:
-        """All keys, some at a time. Raises StartError."""
+        """All keys, in batches."""
         ...
 
     async def close(self) -> None:
-        """Let go of it."""
+        """Let servers have it again."""
         ...
 
 
 class Target(Protocol):
-    """Where a pool goes. Made, it is known to be empty, and to be nobody else's meanwhile."""
+    """Where a pool goes. It was empty when it was opened, and nobody else can use it. All raise StartError."""
 
     unfinished: str
-    """What a user does about it after a move that was broken off."""
+    """What a user does about a move to it that was interrupted."""
 
     async def write(self, rows: list[Row]) -> None:
-        """Some more keys. Raises StartError."""
+        """Add keys."""
         ...
 
     async def count(self) -> int:
-        """How many keys it holds by now. Raises StartError."""
+        """How many keys it has."""
         ...
 
     async def finish(self, numbers: dict[str, int]) -> None:
-        """All is there: let it be served. Raises StartError."""
+        """All keys are there: let servers have it."""
         ...
 
     async def close(self) -> None:
-        """Let go of it; what isn't finished isn't served."""
+        """Release it; unless it was finished, no server will serve what is there."""
         ...
 
 
 @dataclass
 class Moved:
-    """What has been moved."""
+    """What was moved."""
 
     keys: int
     blocked: int
@@ -75,24 +74,24 @@ class Moved:
 
 
 async def move(source: Source, target: Target, progress: Callable[[int], None]) -> Moved:
-    """Move all, and prove that it is there. O(n), in O(batch) memory. Raises StartError."""
+    """Move all keys, and check that they are there. O(n), in O(batch) memory. Raises StartError."""
     moved = Moved(0, 0, source.numbers)
     async for rows in source.rows():
         await target.write(rows)
         moved.keys += len(rows)
         moved.blocked += sum(row[4] is not None for row in rows)
         progress(moved.keys)
-    there = await target.count()
-    if not moved.keys == there == source.total:
+    found = await target.count()
+    if not moved.keys == found == source.total:
         raise StartError(
-            f"{source.total} keys were to be moved, {moved.keys} were read and {there} are there"
+            f"the source has {source.total} keys, of which {moved.keys} were read, and the target has {found}"
         )
     await target.finish(source.numbers)
     return moved
 
 
 class FileSource:
-    """A data file that no server has. Raises StartError, after 5 s if one has it."""
+    """A data file that no server holds; waits 5 s for one to end."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -120,28 +119,26 @@ class FileSource:
 
 
 class FileTarget:
-    """A data file that isn't there yet. It is written beside its place, and gets its name when it is whole."""
+    """A new data file. It is written under another name, and renamed when it is complete."""
 
     unfinished = "nothing was left behind: run it again"
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._beside = path.with_name(f"{path.name}.migrating")
-        self._refuse_if_there()
-        self._lock = file_lock.hold(self._beside)
+        self._temporary = path.with_name(f"{path.name}.migrating")
+        self._refuse_existing()
+        self._lock = file_lock.hold(self._temporary)
         try:
-            file_lock.clear(self._beside)  # of a move that was killed
-            self._database = datafile.Filling(self._beside)
+            file_lock.clear(self._temporary)  # of a move that was killed
+            self._database = datafile.Filling(self._temporary)
         except BaseException:
-            file_lock.remove(self._beside)
+            file_lock.remove(self._temporary)
             file_lock.release(self._lock)
             raise
 
-    def _refuse_if_there(self) -> None:
+    def _refuse_existing(self) -> None:
         if self._path.exists():
-            raise StartError(
-                f"there is a file {self._path} already: move the pool to one that isn't there yet"
-            )
+            raise StartError(f"the file {self._path} exists already: move the pool to a new file")
 
     async def write(self, rows: list[Row]) -> None:
         """See Target."""
@@ -149,16 +146,16 @@ class FileTarget:
 
     async def count(self) -> int:
         """See Target."""
-        return datafile.count(self._beside)
+        return datafile.count(self._temporary)
 
     async def finish(self, numbers: dict[str, int]) -> None:
         """See Target."""
         self._database.finish(numbers)
-        self._refuse_if_there()
-        file_lock.rename(self._beside, self._path)
+        self._refuse_existing()
+        file_lock.rename(self._temporary, self._path)
 
     async def close(self) -> None:
         """See Target."""
         self._database.close()
-        file_lock.remove(self._beside)
+        file_lock.remove(self._temporary)
         file_lock.release(self._lock)

@@ -1,273 +1,238 @@
 """A pool in Valkey as the source or the target of a move (moving.py).
 
-That servers serve it is seen by the channels that each of them listens on; what is served all the same meanwhile,
-through a connection that was just lost, say, is not seen: stop the servers first.
+That servers serve it is seen by the channels to which each of them subscribes; a server that has just lost that
+connection isn't seen: stop the servers first.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import zlib
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Self
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from keypool.core.counters import COUNTERS
 from keypool.core.errors import KeypoolError, SettingsError, StartError
 from keypool.engine import NOTE
 from keypool.engine.durable.datafile import Row
-from keypool.engine.valkey import opening as valkey_open
-from keypool.engine.valkey.link import Lost, Measured, Reply, ReplyError
-from keypool.engine.valkey.look import COUNTERS
+from keypool.engine.valkey.calls import ScriptClient
+from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
+from keypool.engine.valkey.opening import LAYOUT, MOVING
+from keypool.engine.valkey.partitions import partition_of
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.url import parse, without_password
 
-LAYOUT, MOVING = str(valkey_open.LAYOUT), str(valkey_open.MOVING)
+_KEYS_A_CALL = 500  # some 10 ms in which Valkey does nothing else
 
-_AT_ONCE = 500  # keys in one call of a script: some 10 ms in which Valkey does nothing else
-
-
-@contextlib.contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Have what went wrong there be a StartError that names the place."""
-    try:
-        yield
-    except KeypoolError as error:
-        raise StartError(f"{place}: {error}") from None
-    except (OSError, ReplyError, Lost) as error:
-        raise StartError(f"{place} can't be asked: {error}") from None
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class _Pool:
-    """A pool's names, and the way to it. All raise StartError."""
+def _with_place(
+    method: Callable[Concatenate[ValkeyPool, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[ValkeyPool, P], Coroutine[Any, Any, T]]:
+    """Raise a StartError that names the place, whatever goes wrong there."""
 
-    def __init__(self, url: str) -> None:
+    @functools.wraps(method)
+    async def run(self: ValkeyPool, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            self.url = parse(url)
-        except ValueError as error:
-            shown = without_password(url)
-            raise SettingsError(
-                f"{shown} is no place of a pool ({error}): valkey://HOST:PORT/DB is"
-            ) from None
-        self.place = without_password(url)
-        self.facts_key = f"{{{self.url.pool}}}:pool"
-        self.partitions = 0
-        self._nodes = Nodes(self.url, Measured())
-
-    async def connect(self) -> None:
-        """Before all else."""
-        with _naming(self.place):
-            await self._nodes.open()
-
-    async def ask(self, key: str, *words: str | int) -> Reply:
-        """The reply to a command about a key."""
-        with _naming(self.place):
-            return await self._nodes.ask(key, *words)
-
-    async def facts(self) -> dict[str, str]:
-        """What the pool's own hash says; nothing if there is no pool."""
-        flat = await self.ask(self.facts_key, "HGETALL", self.facts_key)
-        words = [word.decode() for word in flat]
-        return dict(zip(words[::2], words[1::2], strict=True))
-
-    async def have(self, partitions: int) -> None:
-        """So many partitions are there to be called."""
-        self.partitions = partitions
-        with _naming(self.place):
-            await self._nodes.set_partitions(partitions)
-
-    def meta(self, partition: int) -> str:
-        """The name of a partition's meta hash."""
-        return keys_of(self.url.pool, partition, self.partitions)[0]
-
-    async def call(self, partition: int, script: str, *words: str | int) -> Reply:
-        """A script's answer."""
-        with _naming(self.place):
-            return await self._nodes.call(partition, script, words)
-
-    async def call_all(self, calls: list[tuple[int, str, list[str | int]]]) -> None:
-        """Run several at once."""
-        with _naming(self.place):
-            await asyncio.gather(*(self._nodes.call(*call) for call in calls))
-
-    async def count(self) -> int:
-        """Keys that are there."""
-        total = 0
-        for partition in range(self.partitions):
-            records = keys_of(self.url.pool, partition, self.partitions)[1]
-            total += await self.ask(records, "HLEN", records)
-        return total
-
-    async def refuse_if_served(self) -> None:
-        """Raise StartError if some server listens for freed keys."""
-        channel = keys_of(self.url.pool, 0, self.partitions)[-1]
-        with _naming(self.place):
-            replies = await self._nodes.everywhere("PUBSUB", "NUMSUB", channel)
-        if sum(reply[1] for reply in replies):
-            raise StartError(f"{self.place} is being served: stop its servers first")
-
-    async def clear(self) -> None:
-        """Delete all that the pool has, some at a time. O(n)."""
-        for partition in range(self.partitions):
-            for name in keys_of(self.url.pool, partition, self.partitions):
-                await self.ask(name, "UNLINK", name)
-        await self.ask(self.facts_key, "DEL", self.facts_key)
-
-    async def close(self) -> None:
-        """Hang up."""
-        await self._nodes.close()
-
-
-class ValkeySource:
-    """A pool in Valkey that nobody serves. Made by `open`."""
-
-    def __init__(self, pool: _Pool) -> None:
-        self._pool = pool
-        self.total = 0
-        self.numbers: dict[str, int] = {}
-
-    @classmethod
-    async def open(cls, url: str) -> Self:
-        """Connect, and see that there is a pool to be moved. Raises SettingsError, StartError."""
-        made = cls(_Pool(url))
-        try:
-            await made._pool.connect()
-            facts = await made._hold()
-            made.total = await made._pool.count()
-            made.numbers = await made._numbers(facts)
-        except BaseException:
-            await made.close()
+            return await method(self, *args, **kwargs)
+        except StartError:
             raise
-        return made
+        except KeypoolError as error:
+            raise StartError(f"{self.place}: {error}") from None
+        except UNREACHABLE as error:
+            raise StartError(f"{self.place} can't be reached: {error}") from None
 
-    async def _hold(self) -> dict[str, str]:
-        """See that there is a pool to be moved; its facts."""
-        pool, facts = self._pool, await self._pool.facts()
-        if not facts:
-            raise StartError(f"there is no pool in {pool.place}")
-        if facts["layout"] == MOVING:
-            raise StartError(_unfinished(pool))
-        if facts["layout"] != LAYOUT:
-            raise StartError(f"the pool in {pool.place} is of another version of keypool")
-        await pool.have(int(facts["partitions"]))
-        await pool.refuse_if_served()
-        return facts
-
-    async def _numbers(self, facts: dict[str, str]) -> dict[str, int]:
-        seconds, microseconds = await self._pool.ask(self._pool.facts_key, "TIME")
-        numbers = dict.fromkeys(("last_id", "last_lease", *COUNTERS), 0)
-        numbers |= {name: int(facts.get(f"moved_{name}", 0)) for name in ("last_id", "last_lease")}
-        numbers |= {name: int(number) for name, number in facts.items() if name.startswith(NOTE)}
-        numbers["moment"] = int(seconds) * 1000 + int(microseconds) // 1000
-        partitions = self._pool.partitions
-        for partition in range(partitions):
-            meta = self._pool.meta(partition)
-            found = await self._pool.ask(meta, "HMGET", meta, "id", "tick", *COUNTERS)
-            number, tick, *counts = found
-            if number is not None:
-                numbers["last_id"] = max(numbers["last_id"], int(number) * partitions + partition + 1)
-            if tick is not None:
-                numbers["last_lease"] = max(numbers["last_lease"], int(tick) * partitions + partition)
-            for name, count in zip(COUNTERS, counts, strict=True):
-                numbers[name] += int(count or 0)
-        return numbers
-
-    async def rows(self) -> AsyncIterator[list[Row]]:
-        """See Source."""
-        for partition in range(self._pool.partitions):
-            rank = 0
-            while found := (await self._pool.call(partition, "move_out", rank, rank + _AT_ONCE - 1))[1:]:
-                rank += len(found)
-                yield [_row(words) for words in found]
-
-    async def close(self) -> None:
-        """See Source."""
-        await self._pool.close()
+    return run
 
 
-class ValkeyTarget:
-    """A place in Valkey where no pool is. Made by `open`."""
+class ValkeyPool:
+    """See the module, and moving.Source and moving.Target. Made by `source` or `target`; all raise StartError."""
 
     unfinished = "run it again with --clear, which first deletes what was moved so far"
 
-    def __init__(self, pool: _Pool) -> None:
-        self._pool = pool
+    def __init__(self, url: str) -> None:
+        self.place = without_password(url)
+        try:
+            self._url = parse(url)
+        except ValueError as error:
+            raise SettingsError(
+                f"{self.place} is not a valid pool location ({error}): use valkey://HOST:PORT/DB"
+            ) from None
+        self.total = 0
+        self.numbers: dict[str, int] = {}
+        self._facts_key = f"{{{self._url.pool}}}:pool"
+        self._partitions = 0
+        self._nodes = Nodes(self._url)
+        self._client: ScriptClient | None = None
 
     @classmethod
-    async def open(cls, url: str, partitions: int | None, *, clear: bool) -> Self:
-        """Connect, see that there is no pool, and mark the place. Raises SettingsError, StartError."""
-        made = cls(_Pool(url))
+    async def source(cls, url: str) -> Self:
+        """A pool that is to be moved. Raises SettingsError."""
+        pool = cls(url)
+        return await pool._opened(pool._open_as_source())
+
+    @classmethod
+    async def target(cls, url: str, partitions: int | None, *, clear: bool) -> Self:
+        """A place that has no pool, marked as one to which a pool is being moved. Raises SettingsError."""
+        pool = cls(url)
+        return await pool._opened(
+            pool._open_as_target(partitions or pool._url.default_partitions, clear=clear)
+        )
+
+    async def _opened(self, opening: Coroutine[Any, Any, None]) -> Self:
         try:
-            await made._pool.connect()
-            await made._take(partitions or made._pool.url.default_partitions, clear)
+            await opening
         except BaseException:
-            await made.close()
+            await self.close()
             raise
-        return made
+        return self
 
-    async def _take(self, partitions: int, clear: bool) -> None:
-        pool, facts = self._pool, await self._pool.facts()
-        await pool.have(int(facts.get("partitions", partitions)))
-        await pool.refuse_if_served()
-        if facts.get("layout") == MOVING and clear:
-            await pool.clear()
-            await pool.have(partitions)
-        elif facts.get("layout") == MOVING:
-            raise StartError(_unfinished(pool))
+    @_with_place
+    async def _open_as_source(self) -> None:
+        await self._nodes.open()
+        facts = await self._facts()
+        if not facts:
+            raise StartError(f"there is no pool in {self.place}")
+        self._refuse_unfinished(facts)
+        if facts["layout"] != str(LAYOUT):
+            raise StartError(f"the pool in {self.place} is of another version of keypool")
+        await self._connect(int(facts["partitions"]))
+        self.total = await self.count()
+        self.numbers = await self._numbers(facts)
+
+    @_with_place
+    async def _open_as_target(self, partitions: int, *, clear: bool) -> None:
+        await self._nodes.open()
+        facts = await self._facts()
+        await self._connect(int(facts.get("partitions", partitions)))
+        if clear and facts.get("layout") == str(MOVING):
+            await self._clear()
+            await self._connect(partitions)
         elif facts:
+            self._refuse_unfinished(facts)
             raise StartError(
-                f"there is a pool in {pool.place} already: move to another ?pool=NAME or database"
+                f"there is a pool in {self.place} already: move to another ?pool=NAME or database"
             )
-        # Taken by one only, and by no server either: it would start a pool of its own.
-        if not await pool.ask(pool.facts_key, "HSETNX", pool.facts_key, "layout", MOVING):
-            raise StartError(f"another pool was created in {pool.place} in the meantime")
-        await pool.ask(pool.facts_key, "HSET", pool.facts_key, "partitions", pool.partitions)
+        # Only one migrate can do this, and no server that would create a pool there.
+        if not await self._execute(self._facts_key, "HSETNX", "layout", MOVING):
+            raise StartError(f"another pool was created in {self.place} in the meantime")
+        await self._execute(self._facts_key, "HSET", "partitions", self._partitions)
 
+    def _refuse_unfinished(self, facts: dict[str, str]) -> None:
+        if facts["layout"] == str(MOVING):
+            raise StartError(
+                f"{self.place} has a part of a pool: keypool migrate is running, or was interrupted; in that case run "
+                "it again with --clear"
+            )
+
+    async def _connect(self, partitions: int) -> None:
+        """Connect to so many partitions, and raise StartError if a server subscribes to them."""
+        self._partitions = partitions
+        self._client = ScriptClient(self._nodes, self._url.pool, partitions)
+        await self._client.open()
+        replies = await self._nodes.execute_on_all("PUBSUB", "NUMSUB", self._keys(0)[-1])
+        if sum(reply[1] for reply in replies):
+            raise StartError(f"{self.place} is being served: stop its servers first")
+
+    async def _clear(self) -> None:
+        """Delete what an interrupted move has left. O(n), in Valkey's background."""
+        for partition in range(self._partitions):
+            for name in self._keys(partition):
+                await self._execute(name, "UNLINK")
+        await self._execute(self._facts_key, "DEL")
+
+    async def rows(self) -> AsyncIterator[list[Row]]:
+        """See moving.Source."""
+        for partition in range(self._partitions):
+            rank = 0
+            while found := await self._move_out(partition, rank):
+                rank += len(found)
+                yield [_row(words) for words in found]
+
+    @_with_place
+    async def _move_out(self, partition: int, rank: int) -> Reply:
+        return await self._scripts.call(partition, "move_out", (rank, rank + _KEYS_A_CALL - 1))
+
+    @_with_place
     async def write(self, rows: list[Row]) -> None:
-        """See Target."""
-        words: dict[int, list[str | int]] = {}
+        """See moving.Target."""
+        words: dict[int, list[Word]] = {}
         for row in rows:
-            words.setdefault(zlib.crc32(row[1].encode()) % self._pool.partitions, []).extend(_words(row))
-        await self._pool.call_all([
-            (partition, "move_in", some[at : at + 7 * _AT_ONCE])
+            words.setdefault(partition_of(row[1], self._partitions), []).extend(_words(row))
+        step = 7 * _KEYS_A_CALL
+        await asyncio.gather(*(
+            self._scripts.call(partition, "move_in", some[at : at + step])
             for partition, some in words.items()
-            for at in range(0, len(some), 7 * _AT_ONCE)
-        ])  # fmt: skip
+            for at in range(0, len(some), step)
+        ))  # fmt: skip
 
+    @_with_place
     async def count(self) -> int:
-        """See Target."""
-        return await self._pool.count()
+        """See moving.Target."""
+        return sum([await self._execute(self._keys(n)[1], "HLEN") for n in range(self._partitions)])
 
+    @_with_place
     async def finish(self, numbers: dict[str, int]) -> None:
-        """See Target."""
-        pool = self._pool
-        meta = pool.meta(0)
-        counts = [word for name in COUNTERS for word in (name, numbers.get(name, 0))]
-        await pool.ask(meta, "HSET", meta, *counts)
-        seconds, microseconds = await pool.ask(pool.facts_key, "TIME")
+        """See moving.Target."""
+        counts = {name: numbers.get(name, 0) for name in COUNTERS}
+        await self._execute(self._keys(0)[0], "HSET", *_flat(counts))
+        seconds, microseconds = await self._nodes.execute(self._facts_key, "TIME")
         last_id, last_lease = numbers.get("last_id", 0), numbers.get("last_lease", 0)
-        facts: dict[str, str | int] = {
+        facts = {
             "born": int(seconds) * 1_000_000 + int(microseconds),
-            "base_tick": last_lease // pool.partitions + 1 if last_lease else 0,
-            "base_id": last_id // pool.partitions + 1 if last_id else 0,
+            "base_tick": last_lease // self._partitions + 1 if last_lease else 0,
+            "base_id": last_id // self._partitions + 1 if last_id else 0,
             "moved_last_id": last_id,
             "moved_last_lease": last_lease,
             "layout": LAYOUT,
         }
-        facts |= {name: number for name, number in numbers.items() if name.startswith(NOTE) and number}
-        words = [word for pair in facts.items() for word in pair]
-        await pool.ask(pool.facts_key, "HSET", pool.facts_key, *words)
+        notes = {name: number for name, number in numbers.items() if name.startswith(NOTE) and number}
+        await self._execute(self._facts_key, "HSET", *_flat(facts | notes))
 
     async def close(self) -> None:
-        """See Target."""
-        await self._pool.close()
+        """Disconnect."""
+        await (self._client or self._nodes).close()
+
+    async def _facts(self) -> dict[str, str]:
+        """The pool's own hash; empty if there is no pool."""
+        flat = [word.decode() for word in await self._execute(self._facts_key, "HGETALL")]
+        return dict(zip(flat[::2], flat[1::2], strict=True))
+
+    async def _numbers(self, facts: dict[str, str]) -> dict[str, int]:
+        seconds, microseconds = await self._nodes.execute(self._facts_key, "TIME")
+        numbers = dict.fromkeys(COUNTERS, 0)
+        numbers |= {name: int(facts.get(f"moved_{name}", 0)) for name in ("last_id", "last_lease")}
+        numbers |= {name: int(number) for name, number in facts.items() if name.startswith(NOTE)}
+        numbers["moment"] = int(seconds) * 1000 + int(microseconds) // 1000
+        for partition in range(self._partitions):
+            found = await self._execute(self._keys(partition)[0], "HMGET", "id", "tick", *COUNTERS)
+            number, tick, *counts = found
+            if number is not None:
+                numbers["last_id"] = max(numbers["last_id"], int(number) * self._partitions + partition + 1)
+            if tick is not None:
+                lease = int(tick) * self._partitions + partition
+                numbers["last_lease"] = max(numbers["last_lease"], lease)
+            for name, count in zip(COUNTERS, counts, strict=True):
+                numbers[name] += int(count or 0)
+        return numbers
+
+    @property
+    def _scripts(self) -> ScriptClient:
+        assert self._client is not None
+        return self._client
+
+    def _keys(self, partition: int) -> list[str]:
+        return keys_of(self._url.pool, partition, self._partitions)
+
+    async def _execute(self, key: str, command: str, *words: Word) -> Reply:
+        return await self._nodes.execute(key, command, key, *words)
 
 
-def _unfinished(pool: _Pool) -> str:
-    return (
-        f"{pool.place} holds a part of a pool: a migrate is at work, or was broken off; then run it again "
-        "with --clear"
-    )
+def _flat(fields: dict[str, int]) -> list[Word]:
+    return [word for pair in fields.items() for word in pair]
 
 
 def _row(words: list[Any]) -> Row:
@@ -278,6 +243,6 @@ def _row(words: list[Any]) -> Row:
     )  # fmt: skip
 
 
-def _words(row: Row) -> list[str | int]:
+def _words(row: Row) -> list[Word]:
     id, text, created, expires, release, lease, owner = row
     return [text, id, created * 1000, expires * 1000, (release or 0) * 1000, lease, owner or ""]

@@ -1,12 +1,12 @@
-"""Lists over partitions: each gives rows of its own, in order, and these are merged.
+"""Lists over partitions: each returns its own rows in order, and these are merged.
 
-Keys are spread evenly, so each partition is asked for little more than its share of a page. A row counts only up
-to the place that every partition has come to; where that is too few, the partitions that are behind are
-asked for more. No row is missed. A page costs O(partitions * log n + rows).
+Keys are spread evenly, so each partition is asked for little more than its share of a page. A row counts only up to
+the place that every partition has come to; where that is too few, the partitions that are behind are asked for more.
+No row is missed. A page costs O(partitions * log n + rows).
 
 Keys with the same deadline are in order of their texts, as Valkey has them. A position names such a key by its id,
-since a cursor holds no key text; if that key is gone, those of the same deadline that share its first four
-characters are walked again.
+since a cursor holds no key text; if that key is gone, those of the same deadline that share its first four characters
+are walked again.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ from keypool.core.answers import Row
 from keypool.core.index import Position, rank_of, shown_of
 from keypool.core.keys import State, hint, moment
 from keypool.core.pool import PAGE_SCAN_LIMIT, PageQuery
-from keypool.engine.valkey.partitions import Partitions, all_of
+from keypool.engine.valkey.calls import ScriptCall, all_of, seconds_left
+from keypool.engine.valkey.partitions import Partitions
 
-_LEAST_EXAMINED = (
-    50  # keys that a partition looks at for an answer, whatever the share of PAGE_SCAN_LIMIT comes to
-)
-_ROUNDS = 4  # of asking, after which a page is as short as it is
-_TEXT, _ID, _PLACE = 0, 1, 7  # of a row in page.lua's answer
+_MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
+_MAX_ROUNDS = 4  # of calls, after which a page is as short as it is
+_TEXT, _ID, _PLACE = 0, 1, 7  # of a row in page.lua's reply
+_ORDERS: dict[str, Callable[[Any], Any]] = {
+    "id": itemgetter(_ID),
+    "expiry": itemgetter(_PLACE, _TEXT),
+    "release": itemgetter(_PLACE, _TEXT),
+    "text": itemgetter(_TEXT),
+}
+"""The orders of page.lua, and what rows are compared by in each."""
 
 _Start = tuple[int | str, str, str]
 """The words of page.lua that say where to begin."""
 
 
 class _Walk:
-    """How far one partition has come: its rows, the key it has looked at last, and where to go on."""
+    """How far one partition has come."""
 
     def __init__(self, start: _Start) -> None:
         self.start = start
-        self.rows: list[tuple[Any, float]] = []
-        """Each with the moment of the question that it answers."""
-        self.end: Any = None
-        """The last key that it has looked at; None if there are no more."""
+        self.rows: list[tuple[Any, ScriptCall]] = []  # with the call that each is from
+        self.end: Any = None  # the key examined last; None if there are no more
 
 
 class Pages:
@@ -48,17 +52,17 @@ class Pages:
 
     def __init__(self, partitions: Partitions) -> None:
         self._partitions = partitions
-        self._examined = max(_LEAST_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
+        self._examined = max(_MIN_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
 
     async def page(self, query: PageQuery) -> tuple[list[Row], Position | None]:
         """Rows, as of now, and the position that the next page goes on from."""
         order = "text" if query.prefix is not None else query.order
-        key = _KEYS[order]
+        key = _ORDERS[order]
         start = await self._start_of(query)
         walks = [_Walk(start) for _ in range(self._partitions.count)]
-        behind = list(range(self._partitions.count))
-        for _ in range(_ROUNDS):
-            await self._go_on(walks, behind, query, order)
+        behind = list(range(len(walks)))
+        for _ in range(_MAX_ROUNDS):
+            await self._advance(walks, behind, query, order)
             horizon = min((walk.end for walk in walks if walk.end is not None), key=key, default=None)
             rows = sorted((row for walk in walks for row in walk.rows), key=lambda row: key(row[0]))
             # The page will end here, or further on.
@@ -70,31 +74,30 @@ class Pages:
             ]
             if not behind:
                 break
+        last = horizon
         if horizon is not None:
             rows = [row for row in rows if key(row[0]) <= key(horizon)]
-        last = None if horizon is None else _position(query, horizon)
         if len(rows) > query.limit:
             rows = rows[: query.limit]
-            last = _position(query, rows[-1][0])
-        late = self._partitions.late
-        return [row_of(row[0], row[1:], late(sent_at)) for row, sent_at in rows], last
+            last = rows[-1][0]
+        position = None if last is None else _position(query, last)
+        return [row_of(row[_TEXT].decode(), row[1:], call.age()) for row, call in rows], position
 
-    async def _go_on(self, walks: list[_Walk], behind: list[int], query: PageQuery, order: str) -> None:
-        """Let these partitions look at more keys."""
+    async def _advance(self, walks: list[_Walk], behind: list[int], query: PageQuery, order: str) -> None:
+        """Let these partitions examine more keys."""
         share = -(-query.limit // len(walks))
         most = min(query.limit, share + 3 * isqrt(share) + 2)  # three standard deviations more
         state = "" if query.state is None else str(query.state)
         calls = [
-            self._partitions.nodes.call(
+            self._partitions.call(
                 number, "page", (order, state, most, max(most, self._examined), *walks[number].start)
             )
             for number in behind
         ]
-        for number, call, (available, more, *rows) in zip(behind, calls, await all_of(calls), strict=True):
-            self._partitions.note(number, available)
+        for number, call, (more, *rows) in zip(behind, calls, await all_of(calls), strict=True):
             walk = walks[number]
             walk.end = rows.pop() if more else None
-            walk.rows += [(row, call.sent_at) for row in rows]
+            walk.rows += [(row, call) for row in rows]
             if walk.end is not None:
                 text = walk.end[_TEXT].decode()
                 walk.start = ("" if order == "text" else walk.end[_PLACE], text, query.prefix or "")
@@ -102,24 +105,16 @@ class Pages:
     async def _start_of(self, query: PageQuery) -> _Start:
         if query.after is None:
             return query.prefix or "", "", query.prefix or ""
-        if query.prefix is None and query.order == "id":
-            return int(query.after[0]), "", ""
-        if query.prefix is None:
-            place, id, rank = map(int, query.after)
+        if query.prefix is not None:
+            rank, id = map(int, query.after)
+            least = max(query.prefix, shown_of(rank))
             passed = (await self._partitions.texts_of_ids([id]))[0]
-            return place, shown_of(rank) if passed is None else passed, ""
-        rank, id = map(int, query.after)
-        least = max(query.prefix, shown_of(rank))
+            return least, passed if passed is not None and passed.startswith(least) else "", query.prefix
+        if query.order == "id":
+            return int(query.after[0]), "", ""
+        place, id, rank = map(int, query.after)
         passed = (await self._partitions.texts_of_ids([id]))[0]
-        return least, passed if passed is not None and passed.startswith(least) else "", query.prefix
-
-
-_KEYS: dict[str, Callable[[Any], Any]] = {
-    "id": itemgetter(_ID),
-    "expiry": itemgetter(_PLACE, _TEXT),
-    "release": itemgetter(_PLACE, _TEXT),
-    "text": itemgetter(_TEXT),
-}
+        return place, shown_of(rank) if passed is None else passed, ""
 
 
 def _position(query: PageQuery, row: Any) -> Position:
@@ -129,10 +124,9 @@ def _position(query: PageQuery, row: Any) -> Position:
     return (row[_PLACE], row[_ID], rank) if query.prefix is None else (rank, row[_ID])
 
 
-def row_of(text: str | bytes, found: Any, late: float) -> Row:
-    """A row as it is told, from what get.lua and page.lua say; `late` is subtracted from lengths of time."""
+def row_of(text: str, found: Any, age: float) -> Row:
+    """The row of a key from the replies of get.lua and page.lua; `age` is the call's."""
     id, created, lease, owner, expires, release = found[:6]
-    text = text.decode() if isinstance(text, bytes) else text
     return Row(
         id,
         hint(text),
@@ -140,6 +134,6 @@ def row_of(text: str | bytes, found: Any, late: float) -> Row:
         owner.decode() or None,
         lease or None,
         moment(created / 1e6),
-        round(max(0.0, expires / 1e6 - late), 3),
-        round(max(0.0, release / 1e6 - late), 3) if release else None,
+        seconds_left(expires, age),
+        seconds_left(release, age) if release else None,
     )

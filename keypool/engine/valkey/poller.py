@@ -1,12 +1,12 @@
-"""Looking at all partitions: for the counts, for events, and to sweep what is overdue.
+"""Polling all partitions: for the counts, for events, and to sweep what is overdue.
 
-A look sweeps: its script deals with what is overdue before it answers, and says when the next deadline comes,
-for which a timer is set. So a server keeps every deadline on time, also those that others have set, since
-it looks at each partition before any deadline set meanwhile can have come.
+A poll sweeps: its script (lua/poll.lua) processes what is overdue before it replies, and reports when the next
+deadline comes, for which a timer is set. So a server meets every deadline, also those that others have set, since it
+polls each partition before any deadline set meanwhile can have come.
 
-Of many servers one sweeps a partition, whichever looked first (lua/look.lua). Another one stands in for it: it
-looks a little after each deadline, so that a release is on time also when the first one dies, and takes its
-place when that has not looked for a while. All others look once a second, for the counts and events.
+Of many servers one sweeps a partition, whichever polled it first. Another one stands in for it: it polls a little
+after each deadline, so that a release is on time also when the first one dies, and takes its place when that has not
+polled for a while. All others poll once a second, for the counts and events.
 """
 
 from __future__ import annotations
@@ -16,63 +16,132 @@ import logging
 import random
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
+
+from keypool.core.counters import COUNTERS
 from keypool.core.errors import StorageUnavailable
+from keypool.core.events import Change, Event
+from keypool.core.keys import moment
 from keypool.core.rules import PoolRules
-from keypool.engine.valkey.link import Reply
-from keypool.engine.valkey.look import Look, Told, events_in, until_due
-from keypool.engine.valkey.partitions import Partitions, all_of
-from keypool.ops.histogram import SECONDS, Tally
+from keypool.engine.valkey.calls import all_of
+from keypool.engine.valkey.partitions import Partitions
+from keypool.ops.histogram import SECONDS, Histogram
 
 RECENT_EVENTS = 1000
 EXPIRING = 60.0
-"""Seconds ahead in which a look counts expiries, if nobody asks for others."""
-LATEST_LOOK = 1.0
-"""Seconds after which a partition is looked at again, whatever is due."""
+"""Seconds ahead in which a snapshot counts expiries."""
+POLL_SECONDS = 1.0
+"""Seconds after which a partition is polled again, whatever is due."""
 
-_TURN_SECONDS = 2.5  # without a look, after which another server takes the place of one that sweeps
+_EVENT_COUNTERS = tuple(change.value for change in Change if change is not Change.KEPT_ALIVE)
+_POLLED_COUNTERS = (*_EVENT_COUNTERS, *(name for name in COUNTERS if name not in _EVENT_COUNTERS))
+_STANDS_IN = 1  # a turn, between sweeping and neither
+_TURN_SECONDS = 2.5  # without a poll, after which another server takes the place of one that sweeps
 _STAND_IN_AFTER = 0.03  # seconds after a deadline at which it is swept if the server that sweeps didn't
-_EARLIEST_LOOK = 0.01  # seconds between two sweeps of one partition
-_MARGIN = 0.002  # seconds after a deadline at which it is swept
-_SWEPT = 64  # keys of each kind and partition that one sweep deals with
+_MIN_INTERVAL = 0.01  # seconds between two sweeps of one partition
+_AFTER_DEADLINE = 0.002  # seconds after a deadline at which it is swept
+_MAX_SWEPT = 64  # keys of each kind and partition that one sweep processes
 _log = logging.getLogger("keypool.valkey")
 
+_decode_event = msgspec.msgpack.Decoder(tuple[str, int, str, str, str | bool, int, int]).decode
 
-class Looks:
-    """See the module. `shortest` is the shortest time that a deadline can be set ahead."""
+
+class PartitionStatus(NamedTuple):
+    """A partition's reply to lua/poll.lua. Lengths of time are microseconds, -1 if there is no such key."""
+
+    available: int
+    total: int
+    waiting_elsewhere: int
+    expiring: int
+    next_expiry: int
+    next_release: int
+    expiry_lateness: int
+    release_lateness: int
+    last_id: int
+    event_seq: int
+    """How many events there have been; less than it was, if a failover has lost the latest changes."""
+    turn: int
+    counters: list[int]
+    events: list[bytes]
+
+    @property
+    def overdue(self) -> bool:
+        """Whether keys are overdue that the poll has not processed."""
+        return 0 in (self.next_expiry, self.next_release)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """Seconds until it; None without one."""
+        ahead = [deadline for deadline in (self.next_expiry, self.next_release) if deadline >= 0]
+        return min(ahead) / 1e6 if ahead else None
+
+
+class PoolSnapshot(NamedTuple):
+    """The sum over all partitions."""
+
+    taken_at: float
+    total: int
+    available: int
+    waiting_elsewhere: int
+    expiring: int
+    counters: dict[str, int]
+    next_release: float | None
+    """On the loop's clock, as `taken_at`; None if no key is blocked."""
+    overdue: bool
+
+    @classmethod
+    def of(cls, statuses: Sequence[PartitionStatus], taken_at: float) -> PoolSnapshot:
+        """Sum up the statuses of all partitions."""
+        releases = [status.next_release for status in statuses if status.next_release >= 0]
+        counters = map(sum, zip(*(status.counters for status in statuses), strict=True))
+        sums = dict(zip(_POLLED_COUNTERS, counters, strict=True))
+        return cls(
+            taken_at,
+            sum(status.total for status in statuses),
+            sum(status.available for status in statuses),
+            statuses[0].waiting_elsewhere,  # which all partitions know
+            sum(status.expiring for status in statuses),
+            {name: sums[name] for name in COUNTERS},
+            taken_at + min(releases) / 1e6 if releases else None,
+            any(status.overdue for status in statuses),
+        )
+
+
+class PartitionPoller:
+    """See the module. `server` is this server's name in Valkey."""
 
     def __init__(self, partitions: Partitions, server: str, rules: PoolRules) -> None:
         self._partitions = partitions
         self._server = server
-        shortest = min(rules.block_seconds, rules.keepalive_seconds)
-        self._latest = min(LATEST_LOOK, max(0.02, shortest / 2))
+        # Half of the shortest time that a deadline can be set ahead, if that is less.
+        self._interval = min(POLL_SECONDS, max(0.02, min(rules.block_seconds, rules.keepalive_seconds) / 2))
         self._loop = asyncio.get_running_loop()
         count = partitions.count
         self.totals = [rules.max_keys] * count
-        """How many keys each has at most, but for what other servers made since the last look; `max_keys` until it
-        has been asked."""
-        self.totals_changed = 0
-        """How many times."""
+        """An upper bound of each partition's keys, but for what other servers generated since the last poll."""
+        self.totals_version = 0
+        """Changes with `totals`."""
         self.id_number = partitions.facts.base_id - 1
         """Of the latest id that this server knows of."""
-        self.elsewhere = 0
+        self.waiting_elsewhere = 0
         """Acquires that wait at other servers."""
         self.refused = 0
-        """Acquires refused here, and not told to the pool yet."""
-        self.events: deque[Told] = deque(maxlen=RECENT_EVENTS)
-        self.told = 0
-        """Events that there had been at the last look."""
-        self.last: tuple[float, Look] | None = None
-        self.release_lateness = Tally(SECONDS)
-        self.expiry_lateness = Tally(SECONDS)
-        self._heard = [-1] * count
-        self._askers: list[asyncio.Future[Look]] = []
+        """Acquires refused here that the pool has not counted yet."""
+        self.event_seq = 0
+        """How many events there had been at the last poll. Only grows."""
+        self.last: PoolSnapshot | None = None
+        self.release_lateness = Histogram(SECONDS)
+        self.expiry_lateness = Histogram(SECONDS)
+        self.polls = 0
+        self._events: deque[bytes] = deque(maxlen=RECENT_EVENTS)  # decoded only where they are shown
+        self._seen_seq = [-1] * count
+        self._callers: list[asyncio.Future[PoolSnapshot]] = []
+        self._snapshotting = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._looking = False
-        self._looks = 0
-        self._latest_look = [0] * count
-        self._made = [0] * count  # keys that this server made
+        self._latest_poll = [0] * count
+        self._generated = [0] * count  # keys that this server generated
         self._due = [0.0] * count
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -87,130 +156,148 @@ class Looks:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def ended(self) -> None:
-        """Wait until nothing is under way any more."""
+    async def join(self) -> None:
+        """Wait until no poll is under way."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def made(self, partition: int, count: int) -> None:
-        """This server made so many keys there."""
-        self._made[partition] += count
+    def generated(self, partition: int, count: int) -> None:
+        """This server generated so many keys there."""
+        self._generated[partition] += count
         self.totals[partition] += count
-        self.totals_changed += 1
+        self.totals_version += 1
 
-    def look(self) -> asyncio.Future[Look]:
-        """How all partitions stand, at a moment after this one. Who asks in the meantime shares it."""
-        asker: asyncio.Future[Look] = self._loop.create_future()
-        self._askers.append(asker)
-        if not self._looking:
-            self._looking = True
-            self._start(self._look_for_askers())
-        return asker
+    def recent(self, count: int, key_id: int | None) -> list[Event]:
+        """The latest `count` events, oldest first; with `key_id`, of that key only. O(RECENT_EVENTS)."""
+        found: list[Event] = []
+        for packed in reversed(self._events):
+            if len(found) >= count:
+                break
+            change, id, start, end, owner, lease, at = _decode_event(packed)
+            if key_id is None or id == key_id:
+                name = owner if isinstance(owner, str) else None
+                found.append(
+                    Event(Change(change), id, f"{start}…{end}", name, lease or None, moment(at / 1e6))
+                )
+        return found[::-1]
 
-    async def _look_for_askers(self) -> None:
-        while self._askers:
-            askers, self._askers = self._askers, []
+    # -- polling
+
+    def snapshot(self) -> asyncio.Future[PoolSnapshot]:
+        """Poll all partitions. Callers who come while a poll is under way share the next one."""
+        caller: asyncio.Future[PoolSnapshot] = self._loop.create_future()
+        self._callers.append(caller)
+        if not self._snapshotting:
+            self._snapshotting = True
+            self._start(self._serve_callers())
+        return caller
+
+    async def _serve_callers(self) -> None:
+        while self._callers:
+            callers, self._callers = self._callers, []
             try:
-                look = await self._look_everywhere()
+                snapshot = await self._snapshot()
             except Exception as error:
-                for asker in askers:
-                    if not asker.done():
-                        asker.set_exception(error)
-                        asker.exception()  # whether or not somebody still waits for it
+                for caller in callers:
+                    if not caller.done():
+                        caller.set_exception(error)
+                        caller.exception()  # whether or not it is still awaited
             else:
-                for asker in askers:
-                    if not asker.done():
-                        asker.set_result(look)
-        self._looking = False
+                for caller in callers:
+                    if not caller.done():
+                        caller.set_result(snapshot)
+        self._snapshotting = False
 
-    async def _look_everywhere(self) -> Look:
+    async def _snapshot(self) -> PoolSnapshot:
         refused, self.refused = self.refused, 0
         if refused:
             partition = random.randrange(self._partitions.count)  # noqa: S311 - no secret
-            self._partitions.in_background(partition, "refuse", refused)
-        look = Look()
-        for partition, reply in enumerate(await self.at(range(self._partitions.count), EXPIRING)):
-            look.add(partition, reply)
-        self.last = self._loop.time(), look
-        return look
+            self._partitions.call(partition, "refuse", (refused,))
+        statuses = await self.poll(range(self._partitions.count), EXPIRING)
+        self.last = PoolSnapshot.of(statuses, self._loop.time())
+        return self.last
 
-    async def at(self, partitions: Sequence[int], expiring: float) -> list[Reply]:
-        """What some partitions say, expiries counted so many seconds ahead. Raises StorageUnavailable."""
-        ahead = round(expiring * 1e6)
-        self._looks += 1
-        number = self._looks
-        turn = round(_TURN_SECONDS * 1e6)
-        made = [self._made[partition] for partition in partitions]
+    async def poll(self, partitions: Sequence[int], expiring: float) -> list[PartitionStatus]:
+        """Poll some partitions; expiries are counted so many seconds ahead. Raises StorageUnavailable."""
+        self.polls += 1
+        number = self.polls
+        generated = [self._generated[partition] for partition in partitions]
+        fixed = (round(expiring * 1e6), _MAX_SWEPT, round(_TURN_SECONDS * 1e6), len(_EVENT_COUNTERS))
         calls = [
-            self._partitions.nodes.call(
-                partition, "look", (self._server, self._heard[partition], ahead, _SWEPT, turn)
+            self._partitions.call(
+                partition, "poll", (self._server, self._seen_seq[partition], *fixed, *_POLLED_COUNTERS)
             )
             for partition in partitions
         ]
-        replies = await all_of(calls)
-        now = self._loop.time()
-        events: list[Told] = []
-        for partition, reply, before in zip(partitions, replies, made, strict=True):
-            if number < self._latest_look[partition]:
-                continue  # a later look was faster, as another node may be
-            self._latest_look[partition] = number
-            self._partitions.note(partition, reply[0])
-            # What was made since it was asked may have been counted or not.
-            total = reply[1] + self._made[partition] - before
-            if total != self.totals[partition]:
-                self.totals[partition] = total
-                self.totals_changed += 1
-            self.elsewhere = reply[2]
-            self.id_number = max(self.id_number, reply[17])
-            heard = self._heard[partition]
-            if heard < reply[18]:
-                events += events_in(reply)[heard - reply[18] :]
-                self.told += reply[18] - max(heard, 0)
-            # It may be less than it was, if a failover has lost the latest changes.
-            self._heard[partition] = reply[18]
-            for microseconds, tally in ((reply[6], self.expiry_lateness), (reply[7], self.release_lateness)):
-                if microseconds >= 0:
-                    tally.add(microseconds / 1e6)
-            self._due[partition] = now + self._next_look(reply)
-        events.sort(key=lambda told: told[0])
-        self.events.extend(events)
-        return replies
+        statuses = [PartitionStatus(*reply) for reply in await all_of(calls)]
+        events: list[bytes] = []
+        for partition, status, before in zip(partitions, statuses, generated, strict=True):
+            if number > self._latest_poll[partition]:  # else a later poll was faster, as another node may be
+                self._latest_poll[partition] = number
+                # What was generated since the poll was sent may have been counted or not.
+                self._update(partition, status, status.total + self._generated[partition] - before)
+                events += self._new_events(partition, status)
+        events.sort(key=_moment_of)
+        self._events.extend(events)
+        return statuses
 
-    def _next_look(self, reply: Reply) -> float:
-        """Seconds after which the partition is to be looked at again."""
-        left, turn = until_due(reply), reply[19]
-        if left is None or turn == 2:
-            return self._latest
-        if turn == 1:
-            return min(self._latest, left + _STAND_IN_AFTER)
-        # At once if a crowd is overdue.
-        return max(min(self._latest, left + _MARGIN), _EARLIEST_LOOK) if left else 0.0
+    def _update(self, partition: int, status: PartitionStatus, total: int) -> None:
+        if total != self.totals[partition]:
+            self.totals[partition] = total
+            self.totals_version += 1
+        self.waiting_elsewhere = status.waiting_elsewhere
+        self.id_number = max(self.id_number, status.last_id)
+        if status.expiry_lateness >= 0:
+            self.expiry_lateness.add(status.expiry_lateness / 1e6)
+        if status.release_lateness >= 0:
+            self.release_lateness.add(status.release_lateness / 1e6)
+        self._due[partition] = self._loop.time() + self._until_next_poll(status)
+
+    def _new_events(self, partition: int, status: PartitionStatus) -> list[bytes]:
+        """The events that no other poll has reported; several polls may be under way at a time."""
+        seen, self._seen_seq[partition] = self._seen_seq[partition], status.event_seq
+        if seen >= status.event_seq:
+            return []
+        self.event_seq += status.event_seq - max(seen, 0)
+        return status.events[seen - status.event_seq :]
+
+    # -- sweeping
+
+    def _until_next_poll(self, status: PartitionStatus) -> float:
+        """Seconds after which the partition is to be polled again."""
+        left = status.next_deadline
+        if left is None or status.turn > _STANDS_IN:
+            return self._interval
+        if status.turn == _STANDS_IN:
+            return min(self._interval, left + _STAND_IN_AFTER)
+        # At once, if more keys are overdue than one sweep processes.
+        return max(min(self._interval, left + _AFTER_DEADLINE), _MIN_INTERVAL) if left else 0.0
 
     def _sweep(self) -> None:
-        """Look at every partition that has something due, and come again when the next has."""
+        """Poll every partition that is due, and set the timer for the next."""
         now = self._loop.time()
-        due = [partition for partition in range(self._partitions.count) if self._due[partition] <= now]
+        due = [partition for partition, at in enumerate(self._due) if at <= now]
         if due:
             self._start(self._sweep_some(due))
         else:
-            self._come_again()
+            self._set_timer()
 
     async def _sweep_some(self, partitions: Sequence[int]) -> None:
         for partition in partitions:
             self._due[partition] = 0.0
         try:
-            await self.at(partitions, EXPIRING)
+            await self.poll(partitions, EXPIRING)
         except Exception as error:
             if isinstance(error, StorageUnavailable):
                 _log.debug("could not sweep: %s", error.detail)
             else:
                 _log.exception("could not sweep")
-            again = self._loop.time() + LATEST_LOOK / 4
+            retry_at = self._loop.time() + POLL_SECONDS / 4
             for partition in partitions:
-                self._due[partition] = max(self._due[partition], again)
-        self._come_again()
+                self._due[partition] = max(self._due[partition], retry_at)
+        self._set_timer()
 
-    def _come_again(self) -> None:
+    def _set_timer(self) -> None:
         if not self._stopped:
             self._timer = self._loop.call_at(min(self._due), self._sweep)
 
@@ -218,3 +305,7 @@ class Looks:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _moment_of(event: bytes) -> bytes:
+    return event[-8:]  # a big-endian number, so it sorts as bytes

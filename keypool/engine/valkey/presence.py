@@ -1,12 +1,12 @@
-"""Which servers serve a pool, and whether the pool that they opened is still there: a beat a second from each.
+"""Which servers serve a pool, and whether the pool that they opened is still there: a heartbeat a second from each.
 
-    enter -> beats -> leave            a clean stop
-                 `--> (5 s of silence) a server that was killed, or can't reach Valkey
+    join -> heartbeats -> leave            a clean stop
+                      `--> (5 s of silence) a server that was killed, or can't reach Valkey
 
-All of it is one script about the pool as a whole (lua/presence.lua). A beat that finds no pool, or one with another
-moment of birth, makes every call of this server fail from then on: Valkey was emptied or replaced, and a pool that
-began beside the one that clients know would give its lease numbers again. A beat also compares Valkey's clock, which
-deadlines go by, with this server's monotonic one.
+All of it is one script about the pool as a whole (lua/presence.lua). A heartbeat that finds no pool, or one with
+another moment of creation, makes every call of this server fail from then on: Valkey was emptied or replaced, and a
+pool created beside the one that clients know would give its lease numbers again. A heartbeat also compares Valkey's
+clock, which deadlines go by, with this server's monotonic one.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import os
 from collections.abc import Mapping
 
 from keypool.core.errors import StartError
-from keypool.engine.valkey.link import Lost, Reply, ReplyError
+from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.scripts import presence_text
 
 AWAY_SECONDS = 5.0
-"""Without a beat for so long a server is gone."""
+"""Without a heartbeat for so long a server is gone."""
 STEP_SECONDS = 5.0
-"""By how much more the clock of Valkey must have moved than time has passed, between two beats, to be a step."""
+"""By how much more the clock of Valkey must have moved than time has passed, between two heartbeats, to be a step."""
 
-_BEAT_SECONDS = 1.0
-_ASK_AGAIN = 0.1  # seconds between two looks at whether the others beat
+_HEARTBEAT_SECONDS = 1.0
+_RETRY_SECONDS = 0.1  # between two looks at whether the others send heartbeats
 _log = logging.getLogger("keypool.valkey")
 
 
 class Presence:
-    """See the module. `settings` are those that servers of a pool must share, as they are spelled as flags."""
+    """See the module. `settings` are those that servers of a pool must share, as they are written as flags."""
 
     def __init__(self, nodes: Nodes, pool: str, born: int, settings: Mapping[str, str]) -> None:
         self.server = os.urandom(8).hex()
@@ -47,13 +47,13 @@ class Presence:
         self._keys = (f"{{{pool}}}:pool", f"{{{pool}}}:servers")
         self._loop = asyncio.get_running_loop()
         self._clocks: tuple[int, float] | None = None
-        self._beats: asyncio.Task[None] | None = None
+        self._heartbeats: asyncio.Task[None] | None = None
 
-    async def enter(self, sure: bool) -> bool:
-        """Begin to serve; whether other servers do. If `sure`, one that was killed just now isn't taken for one:
-        that takes up to 5 s, until it has been silent for long enough.
+    async def join(self, wait_for_dead: bool) -> bool:
+        """Begin to serve; whether other servers do. With `wait_for_dead`, a server that was killed just now doesn't
+        count: that takes up to 5 s, until it has been silent for long enough.
 
-        Raises StartError if other servers have other settings, and OSError, ReplyError or Lost.
+        Raises StartError if other servers have other settings, and OSError, ReplyError or ConnectionLost.
         """
         words = [word for pair in self._settings.items() for word in pair]
         first = None
@@ -62,47 +62,61 @@ class Presence:
             if self._nodes.gone is not None:
                 raise StartError(self._nodes.gone)
             first = latest if first is None else first
-            live = latest > first  # it said so just now
+            live = latest > first  # another server has sent a heartbeat just now
             if name and live:
-                raise StartError(_differs(self._pool, name.decode(), value.decode(), self._settings))
-            if not name and (not others or live or not sure):
-                self._beats = self._beats or self._loop.create_task(self._beat())
-                return bool(others)
+                name = name.decode()
+                raise StartError(
+                    f"the pool {self._pool} is being served with {name}={value.decode()}, and this server has "
+                    f"{self._settings[name]}: all servers of a pool share it; to change it, stop all and start them "
+                    "again"
+                )
             if not name:
-                self._beats = self._beats or self._loop.create_task(self._beat())
-            await asyncio.sleep(_ASK_AGAIN)
+                self._heartbeats = self._heartbeats or self._loop.create_task(self._send_heartbeats())
+                if not others or live or not wait_for_dead:
+                    return bool(others)
+            await asyncio.sleep(_RETRY_SECONDS)
 
-    async def check(self) -> None:
-        """See that the pool is still there; else Nodes.lose is called. Raises OSError, ReplyError or Lost."""
+    async def verify(self) -> None:
+        """Check that the pool is still there; else Nodes.lose_pool is called. Raises OSError, ReplyError or
+        ConnectionLost.
+        """
         await self._call()
 
     async def leave(self) -> None:
-        """Stop, and have it known."""
-        if self._beats is not None:
-            self._beats.cancel()
-            await asyncio.wait([self._beats])
+        """Stop, and remove this server from the pool's list."""
+        if self._heartbeats is not None:
+            self._heartbeats.cancel()
+            await asyncio.wait([self._heartbeats])
             if self._nodes.failing is None:
-                with contextlib.suppress(OSError, ReplyError, Lost):
-                    await self._nodes.ask(self._keys[1], "ZREM", self._keys[1], self.server)
+                with contextlib.suppress(*UNREACHABLE):
+                    await self._nodes.execute(self._keys[1], "ZREM", self._keys[1], self.server)
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while self._nodes.gone is None:
             try:
                 await self._call()
-            except (OSError, ReplyError, Lost) as error:
-                _log.debug("no beat: %s", error)  # Nodes says what is wrong
-            await asyncio.sleep(_BEAT_SECONDS)
+            except UNREACHABLE as error:
+                _log.debug("no heartbeat: %s", error)  # Nodes logs what is wrong
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
 
     async def _call(self, *settings: str) -> Reply:
         away = round(AWAY_SECONDS * 1e6)
-        now, born, *rest = await self._nodes.ask(
-            self._keys[0], "EVAL", presence_text(), 2, *self._keys, self.server, self._born, away, *settings
-        )
+        words: list[Word] = [
+            "EVAL",
+            presence_text(),
+            2,
+            *self._keys,
+            self.server,
+            self._born,
+            away,
+            *settings,
+        ]
+        now, born, *rest = await self._nodes.execute(self._keys[0], *words)
         self._compare_clocks(now)
         if not born:
-            self._nodes.lose(f"the pool {self._pool} isn't in Valkey any more: it was emptied")
+            self._nodes.lose_pool(f"the pool {self._pool} isn't in Valkey any more: it was emptied")
         elif born.decode() != self._born:
-            self._nodes.lose(
+            self._nodes.lose_pool(
                 f"another pool {self._pool} is in Valkey now than the one that this server opened"
             )
         return rest
@@ -115,10 +129,3 @@ class Presence:
         if abs(step) > STEP_SECONDS:
             self.clock_steps += 1
             _log.warning("Valkey's clock was set by %+.1f s: docs/scaling.md says what that does", step)
-
-
-def _differs(pool: str, name: str, value: str, settings: Mapping[str, str]) -> str:
-    return (
-        f"the pool {pool} is being served with {name}={value}, and this server has {settings[name]}: all servers "
-        "of a pool share it; to change it, stop all and start them anew"
-    )

@@ -1,24 +1,24 @@
-"""Drawing keys: each available key of the pool with the same chance, over partitions, in few round trips.
+"""Sampling keys: each available key of the pool with the same chance, over partitions, in few round trips.
 
-The technique is rejection sampling. The server knows for each partition p a number of places B(p) that is not
-less than the keys available there; a draw chooses one of all places, B in sum, each with the same chance; and
-in the script (lua/acquire.lua) the first places of p, as many as keys are available there now, stand for these
-keys, one each. If the draw fell on another place it is void, and another draw is made.
+The technique is rejection sampling. The server knows for each partition p a bound B(p) that is not less than the keys
+available there. A draw chooses one of B places, the sum of all bounds, each with the same chance. In the script
+(lua/acquire.lua) the first places of p, as many as keys are available there now, stand for these keys, one each. If
+the draw fell on another place it is void, and another draw is made.
 
-Proof that no key is favoured: in one draw, a key of p is served with the chance
-B(p)/B * 1/B(p) = 1/B, whichever partition it is in, and however many keys are available there or elsewhere.
-So each draw that isn't void serves each available key with the same chance, and which draws are made depends on
-counts, never on which key is which. All that is needed is that B(p) is not too small.
+Proof that no key is favoured: in one draw, a key of p is served with the chance B(p)/B * 1/B(p) = 1/B, whichever
+partition it is in, and however many keys are available there or elsewhere. So each draw that isn't void serves each
+available key with the same chance, and which draws are made depends on counts, never on which key is which. All that
+is needed is that B(p) is not too small.
 
-B(p) is how many keys the partition has in all, blocked or not (Looks.totals). That changes slowly, and
+B(p) is how many keys the partition has in all, blocked or not (PartitionPoller.totals). That changes slowly, and
 never by acquire, unblock or a release, whichever server they are made at. The exception: keys that another server
-generated since the last look, a second ago at most, may not be counted yet; until then a key of their
-partition may have less than its share.
+generated since the last poll, a second ago at most, may not be counted yet; until then a key of their partition may
+have less than its share.
 
-A draw is void with the chance blocked / all. Where most keys seem to be blocked, and after some void draws,
-all partitions are looked at, and B(p) is how many keys are available there at that moment: a draw is void only
-if one of those was served to another since. With one partition none of this is needed: its script draws
-among the keys that are available.
+A draw is void with the chance blocked / all. Where most keys seem to be blocked, and after some void draws, all
+partitions are polled, and B(p) is how many keys are available there at that moment: a draw is void only if one of
+those was served to another caller since. With one partition none of this is needed: its script draws among the keys
+that are available.
 """
 
 from __future__ import annotations
@@ -26,62 +26,65 @@ from __future__ import annotations
 import random
 from bisect import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from operator import attrgetter
 
 from keypool.core.answers import Lease
 from keypool.core.errors import StorageUnavailable
 from keypool.core.rules import PoolRules
-from keypool.engine.valkey.link import Reply
-from keypool.engine.valkey.nodes import Answer, OutcomeUnknown, Word
-from keypool.engine.valkey.partitions import Partitions, all_of
-from keypool.engine.valkey.poller import Looks
+from keypool.engine.valkey.calls import OutcomeUnknown, ScriptCall, all_of, seconds_left
+from keypool.engine.valkey.link import Reply, Word
+from keypool.engine.valkey.partitions import Partitions
+from keypool.engine.valkey.poller import PartitionPoller
 
-_ROUNDS = 8  # of draws, before an acquire that always comes too late gives up
-_ROUNDS_BY_TOTALS = 4  # of these, before all partitions are looked at
-_WORTH = 0.25  # share of the keys that must be available for draws among all keys to be worth it
+_MAX_ROUNDS = 8  # of draws, before an acquire that always comes too late gives up
+_MAX_ROUNDS_BY_TOTALS = 4  # of these, before all partitions are polled
+_MIN_SHARE = 0.25  # of the keys that must be available for draws among all keys to be worthwhile
 
 
-class Draws:
+class PartitionSampler:
     """See the module."""
 
-    def __init__(self, partitions: Partitions, looks: Looks, rules: PoolRules) -> None:
+    def __init__(self, partitions: Partitions, poller: PartitionPoller, rules: PoolRules) -> None:
         self._partitions = partitions
-        self._looks = looks
+        self._available = partitions.available
+        self._poller = poller
         self._block_us = round(rules.block_seconds * 1e6)
         self._tick = 0  # of the latest lease that this server knows of
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
-        self._ends: list[int] = []  # of each partition's places among all
-        self._ends_as_of = -1
+        self._ends: list[int] = []  # cumulated totals of the partitions
+        self._ends_version = -1  # the poller's `totals_version` that they are of
 
     async def take(self, owner: str | None, count: int) -> list[Lease]:
         """Acquire up to `count` keys, in order of their leases; none only if none was available.
 
-        O(count * log n), in one round trip mostly; in a few, and O(partitions) each, if many keys are blocked.
+        O(count * log n), mostly in one round trip; in a few, and O(partitions) each, if many keys are blocked.
         """
         taken: list[Lease] = []
-        calls: list[Answer] = []
+        calls: list[ScriptCall] = []
         rounds = 0
         try:
-            while len(taken) < count and rounds < _ROUNDS:
+            while len(taken) < count and rounds < _MAX_ROUNDS:
                 missing = count - len(taken)
-                if self._worth_drawing(missing, rounds):
-                    places, takes = self._looks.totals, False
+                if by_totals := self._is_worthwhile(missing, rounds):
                     plan = self._among_all(missing)
-                elif await self._some_available(rounds):
-                    places, takes = self._partitions.available, True
+                # The only partition need not be polled: its script says whether it has keys.
+                elif (
+                    self._partitions.count == 1 and not rounds and self._available[0]
+                ) or await self._poll():
                     plan = self._among_available(missing)
                 else:
                     break
+                bounds = self._poller.totals if by_totals else self._available
                 calls = [
-                    self._ask(partition, places[partition], takes, [owner] * draws)
+                    self._acquire(partition, bounds[partition], not by_totals, [owner] * draws)
                     for partition, draws in plan.items()
                 ]
-                await all_of(calls)
-                again = False
-                for partition, call in zip(plan, calls, strict=True):
-                    taken += self._leases_in(partition, call)
-                    again = again or call.result()[1] == 1
+                again = 0
+                for call, reply in zip(calls, await all_of(calls), strict=True):
+                    taken += self._leases_in(call)
+                    again |= reply[0]
                 calls = []
                 rounds += not again
         except BaseException:  # the caller is gone, or a partition can't be reached
@@ -91,22 +94,22 @@ class Draws:
                 self.give_back(lease)
             raise
         if len(taken) > 1:
-            taken.sort(key=_number)
+            taken.sort(key=attrgetter("lease"))
         return taken
 
-    async def take_in_order(self, owners: Sequence[str | None], sure: bool) -> list[Lease | OutcomeUnknown]:
-        """What becomes of the first of these owners, in their order; of nothing for those beyond, since no more
-        keys were available. If not `sure`, only where keys are known to be.
+    async def take_in_order(self, owners: Sequence[str | None], poll: bool) -> list[Lease | OutcomeUnknown]:
+        """Acquire a key for each owner, in order: what became of the first of them, which are less than all if no more
+        keys were available. Unless `poll`, only partitions that are known to have keys are asked.
 
-        Partitions are asked one after the other, and each serves the owners in order, so that every lease is in
-        the name of its holder from the beginning. An owner whose key was asked for and not answered isn't asked
-        for again, as it may have been served. O(owners * log n), in a round trip for each partition that serves.
+        Partitions are asked one after the other, and each serves the owners in order, so that every lease has the name
+        of its holder from the beginning. An owner whose acquire was sent and not answered isn't tried again, as it may
+        have been served. O(owners * log n), in a round trip for each partition that serves.
         """
         done: list[Lease | OutcomeUnknown] = []
         rounds = 0
         try:
-            while len(done) < len(owners) and rounds < _ROUNDS:
-                if (rounds or not any(self._partitions.available)) and not (sure and await self._look()):
+            while len(done) < len(owners) and rounds < _MAX_ROUNDS:
+                if (rounds or not any(self._available)) and not (poll and await self._poll()):
                     break
                 again = False
                 for partition, draws in self._among_available(len(owners) - len(done)).items():
@@ -126,104 +129,93 @@ class Draws:
     async def _serve(
         self, partition: int, owners: Sequence[str | None], done: list[Lease | OutcomeUnknown]
     ) -> bool:
-        """Serve the first of these owners there; whether keys were overdue, so that asking again may help."""
-        call = self._ask(partition, self._partitions.available[partition], True, owners)
+        """Serve the first of these owners there; whether overdue keys were in the way, so that a repeat may help."""
+        call = self._acquire(partition, self._available[partition], True, owners)
         try:
-            again: bool = (await call)[1] == 1
+            again: bool = (await call)[0] == 1
         except OutcomeUnknown as error:
             done += [error] * len(owners)
             raise
         except BaseException:
             self._take_back(call)
             raise
-        done += self._leases_in(partition, call)
+        done += self._leases_in(call)
         return again
 
     # -- which partitions to draw from
 
-    def _worth_drawing(self, missing: int, rounds: int) -> bool:
-        """Whether draws among all keys are likely to serve so many, by what partitions last said."""
-        if self._partitions.count == 1 or rounds >= _ROUNDS_BY_TOTALS:
+    def _is_worthwhile(self, missing: int, rounds: int) -> bool:
+        """Whether draws among all keys will probably serve so many, by what partitions last replied."""
+        if self._partitions.count == 1 or rounds >= _MAX_ROUNDS_BY_TOTALS:
             return False
-        in_trouble = self._partitions.nodes.in_trouble
-        if in_trouble or self._ends_as_of != self._looks.totals_changed:
-            self._ends_as_of = -1 if in_trouble else self._looks.totals_changed
-            # Where a partition can't be reached, keys are drawn from the others.
-            unreachable = self._partitions.nodes.unreachable if in_trouble else ()
-            totals = enumerate(self._looks.totals)
-            self._ends = list(accumulate(0 if number in unreachable else total for number, total in totals))
-        available = sum(self._partitions.available)
-        if available < _WORTH * self._ends[-1]:
-            return False
-        return 0 < available <= self._ends[-1] and (missing == 1 or missing <= _WORTH * available)
+        client, totals = self._partitions.client, self._poller.totals
+        if client.degraded:  # keys are drawn from the partitions that can be reached
+            unreachable = set(client.unreachable)
+            self._ends = list(accumulate(0 if n in unreachable else total for n, total in enumerate(totals)))
+            self._ends_version = -1
+        elif self._ends_version != self._poller.totals_version:
+            self._ends = list(accumulate(totals))
+            self._ends_version = self._poller.totals_version
+        available, total = sum(self._available), self._ends[-1]
+        enough = _MIN_SHARE * total <= available <= total and available > 0
+        return enough and (missing == 1 or missing <= _MIN_SHARE * available)
 
-    async def _some_available(self, rounds: int) -> bool:
-        """Whether some key is available, now that all partitions were looked at. The only one says it itself."""
-        if self._partitions.count == 1 and not rounds and self._partitions.available[0]:
-            return True
-        return await self._look()
+    async def _poll(self) -> bool:
+        """Poll all partitions, until a key is available or nothing is overdue; whether one is."""
+        snapshot = await self._poller.snapshot()
+        while not snapshot.available and snapshot.overdue:
+            snapshot = await self._poller.snapshot()
+        return snapshot.available > 0
 
-    async def _look(self) -> bool:
-        """Look at all partitions, until a key is available or nothing is overdue; whether one is."""
-        look = await self._looks.look()
-        while not look.available and look.crowded:
-            look = await self._looks.look()
-        return look.available > 0
-
-    def _among_all(self, count: int) -> Counter[int] | dict[int, int]:
+    def _among_all(self, count: int) -> Mapping[int, int]:
         """How many draws fall on each partition, among all keys."""
         ends = self._ends
         if count == 1:
             return {bisect(ends, self._random.random() * ends[-1]): 1}
         return Counter(self._random.choices(range(len(ends)), cum_weights=ends, k=count))
 
-    def _among_available(self, count: int) -> Counter[int] | dict[int, int]:
+    def _among_available(self, count: int) -> Mapping[int, int]:
         """The same among the keys that are available, no more draws than there are."""
-        available = self._partitions.available
+        available = self._available
         if len(available) == 1:
             return {0: min(count, available[0])} if available[0] else {}
         most = min(count, sum(available))
         return Counter(self._random.sample(range(len(available)), counts=available, k=most) if most else ())
 
-    # -- asking
+    # -- calling acquire.lua
 
-    def _ask(self, partition: int, places: int, takes: bool, owners: Sequence[str | None]) -> Answer:
-        facts, draw = self._partitions.facts, self._random.random
+    def _acquire(self, partition: int, bound: int, takes: bool, owners: Sequence[str | None]) -> ScriptCall:
+        facts, chance = self._partitions.facts, self._random.random
         if facts.partitions == 1:
-            places = 0
-        words: list[Word] = [places, "1" if takes else "", self._tick, facts.born, facts.base_tick]
+            bound = 0
+        words: list[Word] = [bound, "1" if takes else "", self._tick, facts.born, facts.base_tick]
         words += [facts.partitions, partition, self._block_us]
         for owner in owners:
-            words += [owner or "", draw()]
-        return self._partitions.nodes.call(partition, "acquire", words, self._return_unheard)
+            words += [owner or "", chance()]
+        return self._partitions.call(partition, "acquire", words, self._give_back_leases)
 
-    def _leases_in(self, partition: int, call: Answer) -> list[Lease]:
-        """What a partition answered to `_ask`."""
-        reply = call.result()
-        self._partitions.note(partition, reply[0])
-        self._tick = max(self._tick, reply[2])
-        left = self._partitions.left
+    def _leases_in(self, call: ScriptCall) -> list[Lease]:
+        _, tick, *leases = call.result()
+        self._tick = max(self._tick, tick)
+        age = call.age()
+        block_left = seconds_left(self._block_us, age)
         return [
-            Lease(id, text.decode(), lease, left(self._block_us, call.sent_at), left(expires, call.sent_at))
-            for text, id, lease, expires in reply[3:]
+            Lease(id, text.decode(), lease, block_left, seconds_left(expires, age))
+            for text, id, lease, expires in leases
         ]
 
-    def _take_back(self, call: Answer) -> None:
-        """Nobody wants the answer any more, whether or not it has come."""
+    def _take_back(self, call: ScriptCall) -> None:
+        """Nobody wants the reply any more, whether or not it has come."""
         if not call.cancel() and not call.cancelled() and call.exception() is None:
-            self._return_unheard(call.result())
+            self._give_back_leases(call.result())
 
-    def _return_unheard(self, reply: Reply) -> None:
-        for text, _, lease, _ in reply[3:]:
+    def _give_back_leases(self, reply: Reply) -> None:
+        for text, _, lease, _ in reply[2:]:
             self._free(text.decode(), lease)
 
     def give_back(self, lease: Lease) -> None:
-        """Nobody will hear of this lease."""
+        """Free a key whose lease nobody got."""
         self._free(lease.key, lease.lease)
 
     def _free(self, text: str, lease: int) -> None:
-        self._partitions.in_background(self._partitions.of(text), "unblock", text, lease)
-
-
-def _number(lease: Lease) -> int:
-    return lease.lease
+        self._partitions.call(self._partitions.of(text), "unblock", (text, lease))

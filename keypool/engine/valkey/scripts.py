@@ -1,7 +1,7 @@
-"""The scripts that run inside Valkey: engine/lua/*.lua, each with common.lua before it.
+"""The scripts that run inside Valkey: lua/*.lua, each with common.lua before it.
 
 Those that serve have attended.lua between the two: it refuses to act on a partition that was emptied, or that no
-server looked after. `presence_text` stands by itself: it is about the pool and not about a partition.
+server has polled for a while. `presence_text` stands alone: it concerns the pool and not a partition.
 """
 
 from __future__ import annotations
@@ -13,30 +13,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-NAMES = (
-    "acquire",
-    "delete",
-    "find",
-    "generate",
-    "get",
-    "grace",
-    "keepalive",
-    "leave",
-    "look",
-    "move_in",
-    "move_out",
-    "page",
-    "refuse",
-    "room",
-    "unblock",
-    "wait",
-)
-_UNATTENDED = frozenset({"grace", "leave", "move_in", "move_out"})
-"""Scripts for a partition that nobody may be serving."""
+_UNATTENDED = frozenset({"grace", "move_in", "move_out"})
+"""Scripts for a partition that no server may be serving."""
+_NOT_CALLED = frozenset({"common", "attended", "presence"})
 
 KEYS = ("meta", "records", "states", "expiry", "ids", "texts", "events", "waiters")
-"""What a partition is kept in, in the order of common.lua."""
+"""The names of what a partition has, in the order of common.lua."""
 SLOTS = 16384
+"""Of a cluster."""
+_FOLDER = files("keypool.engine.valkey") / "lua"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +36,11 @@ class Script:
 @cache
 def scripts() -> dict[str, Script]:
     """Every script by its name. Reads files, once."""
-    folder = files("keypool.engine.valkey") / "lua"
-    common, attended = ((folder / f"{name}.lua").read_text("utf-8") for name in ("common", "attended"))
+    texts = {path.name.removesuffix(".lua"): path.read_text("utf-8") for path in _FOLDER.iterdir()}
     made = {}
-    for name in NAMES:
-        before = common if name in _UNATTENDED else f"{common}\n{attended}"
-        text = f"{before}\n{(folder / f'{name}.lua').read_text(encoding='utf-8')}"
+    for name in sorted(texts.keys() - _NOT_CALLED):
+        before = texts["common"] if name in _UNATTENDED else f"{texts['common']}\n{texts['attended']}"
+        text = f"{before}\n{texts[name]}"
         made[name] = Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - Valkey's choice
     return made
 
@@ -64,21 +48,21 @@ def scripts() -> dict[str, Script]:
 @cache
 def presence_text() -> str:
     """The script presence.lua. Reads a file, once."""
-    return (files("keypool.engine.valkey") / "lua" / "presence.lua").read_text(encoding="utf-8")
+    return (_FOLDER / "presence.lua").read_text("utf-8")
 
 
 def slot_of(key: str) -> int:
-    """The slot of a key whose name begins with a tag in braces, as cluster nodes count it."""
+    """The slot of a key whose name begins with a hash tag, as cluster nodes compute it."""
     inner = key[key.index("{") + 1 : key.index("}")]
     return binascii.crc_hqx(inner.encode(), 0) % SLOTS
 
 
 @cache
 def tag(pool: str, partition: int, partitions: int) -> str:
-    """What the names of a partition's keys start with: the part in braces decides the slot.
+    """The hash tag that the names of a partition's keys start with, and which decides their slot.
 
-    It is `{POOL:PARTITION}`, with a suffix by which the slot falls into the partition's share of all slots: so a
-    cluster whose nodes have equal ranges of them has as many partitions on each. O(partitions), once.
+    It is `{POOL:PARTITION}`, with a suffix by which the slot is in the partition's share of all slots: so each node of
+    a cluster with equal ranges of slots has as many partitions. O(partitions), once.
     """
     share = range(SLOTS * partition // partitions, SLOTS * (partition + 1) // partitions)
     for number in itertools.count():

@@ -1,8 +1,8 @@
-"""Hearing of freed keys: the channels that common.lua tells them on, one a partition.
+"""The subscriber for messages about freed keys: one channel a partition, on which lua/common.lua publishes.
 
-What is lost while the connection is down is lost; whoever waits looks by itself now and then. Ordinary
-publishing, which every node of a cluster passes on to all others: it happens only while somebody waits. A user
-without the right to these channels costs waiters up to a quarter of a second, and is a warning in the log.
+Messages that come while the connection is down are lost; a server with waiters looks for keys by itself now and then.
+Ordinary PUBLISH, which every node of a cluster passes on to all others, is enough: it is used only while somebody
+waits. A user without the right to these channels costs waiters up to a quarter of a second, and a warning is logged.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from keypool.engine.valkey.link import Link, Lost, ReplyError
+from keypool.engine.valkey.link import UNREACHABLE, Link, ReplyError
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.scripts import keys_of
 
-_SUBSCRIBED = 100  # channels a command
+_CHANNELS_A_COMMAND = 100
 _PING_SECONDS = 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds before it connects again
 _log = logging.getLogger("keypool.valkey")
 
 
-class Wake:
-    """See the module. `on_freed` is called with a partition in which keys were freed, and for whom."""
+class ReleaseSubscriber:
+    """See the module. `on_freed` is called with a partition in which keys were freed, and with the server that may
+    have them ("*": any).
+    """
 
     def __init__(
         self, nodes: Nodes, pool: str, partitions: int, on_freed: Callable[[int, str], None]
@@ -35,7 +38,7 @@ class Wake:
         self._partition_of = {name.encode(): partition for partition, name in enumerate(names)}
         self._link: Link | None = None
         self._lost = asyncio.Event()
-        self._heard_any = False
+        self._received_any = False
         self._warned = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -47,36 +50,35 @@ class Wake:
             self._link.close()
 
     async def _run(self) -> None:
-        pause = 0.1
+        pause = _FIRST_PAUSE
         while True:
             self._lost.clear()
             try:
-                self._link = await self._nodes.connection(self._nodes.any_node(), self._link_lost)
-                self._subscribe(self._link)
-                pause = 0.1
-                await self._listen(self._link)
-            except (OSError, ReplyError, Lost):
-                pause = min(2 * pause, 2.0)
+                self._link = await self._nodes.connection(
+                    self._nodes.any_node(), lambda link, reason: self._lost.set()
+                )
+                self._link.on_message = self._received
+                channels = list(self._partition_of)
+                for at in range(0, len(channels), _CHANNELS_A_COMMAND):
+                    self._link.send_only("SUBSCRIBE", *channels[at : at + _CHANNELS_A_COMMAND])
+                pause = _FIRST_PAUSE
+                await self._watch(self._link)
+            except UNREACHABLE:
+                pause = min(2 * pause, _LONGEST_PAUSE)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
 
-    async def _listen(self, link: Link) -> None:
-        """Until the connection is lost, or nothing is heard though there was something to answer."""
+    async def _watch(self, link: Link) -> None:
+        """Return when the connection is lost, or no reply has come to a ping."""
         while link.up:
-            self._heard_any = False
+            self._received_any = False
             link.send_only("PING")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._lost.wait(), _PING_SECONDS)
-            if not self._heard_any:
+            if not self._received_any:
                 link.close()
 
-    def _subscribe(self, link: Link) -> None:
-        link.on_message = self._heard
-        channels = list(self._partition_of)
-        for at in range(0, len(channels), _SUBSCRIBED):
-            link.send_only("SUBSCRIBE", *channels[at : at + _SUBSCRIBED])
-
-    def _heard(self, message: Any) -> None:
-        self._heard_any = True
+    def _received(self, message: Any) -> None:
+        self._received_any = True
         if isinstance(message, list) and message[0] == b"message":
             self._on_freed(self._partition_of[message[1]], message[2].decode())
         elif isinstance(message, ReplyError) and not self._warned:
@@ -86,6 +88,3 @@ class Wake:
                 "instead of being served at once",
                 message,
             )
-
-    def _link_lost(self, link: Link, why: str) -> None:
-        self._lost.set()

@@ -1,11 +1,11 @@
-"""Where a Valkey is: the URL that `--engine` takes, read and written without its password.
+"""The URL of a pool in Valkey, which `--engine` takes; and how it is shown without its password.
 
     valkey://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]…][/DB][?pool=NAME]    one Valkey, perhaps with its replicas
     valkey+cluster://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]…][?pool=NAME]  a cluster, by some of its nodes
     valkeys://…, valkeys+cluster://…                                          the same over TLS
 
-User and password are percent-encoded where they hold one of `:@/?,`. A pool's name (default `keypool`) starts
-the names of all that it keeps, so several pools can share a Valkey.
+User and password are percent-encoded where they contain one of `:@/?,`. The names of all that a pool stores start with
+its own name (default `keypool`), so several pools can share a Valkey.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0
 
 @dataclass(frozen=True, slots=True)
 class ValkeyUrl:
-    """What a URL says. Without `cluster`, one of `nodes` is the primary. No repr shows the password."""
+    """A parsed URL. Without `cluster`, one of `nodes` is the primary. No repr shows the password."""
 
     nodes: tuple[Address, ...]
     cluster: bool = False
@@ -40,19 +40,19 @@ class ValkeyUrl:
 
     @property
     def default_partitions(self) -> int:
-        """How many partitions a new pool there gets unless somebody says otherwise.
+        """How many partitions a new pool gets by default.
 
-        More than one only spread a pool over the nodes of a cluster: a single Valkey does no more calls with
-        more, and lists and stats ask all of them.
+        Several partitions spread a pool over the nodes of a cluster. A single Valkey serves no more calls with them,
+        and lists and stats cost a script for each.
         """
         return 16 if self.cluster else 1
 
 
 def parse(url: str) -> ValkeyUrl:
-    """Read a URL. Raises ValueError, which doesn't show it."""
+    """Parse a URL. Raises ValueError, whose message doesn't show it."""
     found = _URL.fullmatch(url)
     if found is None or not url.isprintable():
-        raise ValueError("no URL of a Valkey")
+        raise ValueError("not a Valkey URL")
     cluster = found["cluster"] is not None
     nodes = tuple(_address(text) for text in found["hosts"].split(","))
     db = int(found["db"] or 0)
@@ -71,7 +71,7 @@ def parse(url: str) -> ValkeyUrl:
 
 
 def without_password(url: str) -> str:
-    """The URL, or what was meant to be one, for people to read: what stands before an @ is left out."""
+    """The URL, valid or not, for people to read: without what stands before an @."""
     scheme, found, rest = url.partition("://")
     if not found or "@" not in rest:
         return url
@@ -82,5 +82,5 @@ def _address(text: str) -> Address:
     found = _HOST.fullmatch(text)
     port = DEFAULT_PORT if found is None or found["port"] is None else int(found["port"])
     if found is None or not 0 < port < 65536:
-        raise ValueError("no address")
+        raise ValueError("not an address")
     return found["host"].strip("[]"), port

@@ -1,34 +1,38 @@
-"""Who waits for a key at this server, and how they come by one.
+"""The local wait queue, and how it is served.
 
-First come first served here: whoever comes while somebody waits, stands behind them. A freed key is told on a
-channel by the script that frees it, to one of the servers where somebody waits, by lot: so each who waits has
-the same chance, wherever it waits (listening: valkey_wake.py). Every quarter of a second somebody looks all the
-same, so no key stays free for longer while somebody waits, also if the word of it was lost.
+First come first served here: a caller who comes while others wait stands behind them. The script that frees a key
+publishes it to one of the servers with waiters, chosen at random in proportion to its waiters: so each waiter has the
+same chance, wherever it waits (subscriber.py). Every quarter of a second a server with waiters looks for keys all the
+same, so no key stays free for longer while somebody waits, also if that message was lost.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
 from keypool.core.answers import Lease
 from keypool.core.errors import Draining, StorageUnavailable, TooManyWaiters
 from keypool.engine import Timed
-from keypool.ops.histogram import SECONDS_OF_WAIT, Tally
+from keypool.engine.valkey.partitions import Partitions
+from keypool.engine.valkey.poller import PartitionPoller
+from keypool.engine.valkey.sampler import PartitionSampler
+from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
-POLL_SECONDS = 0.25
-"""How long a free key may go unnoticed while somebody waits, if the word of it was lost."""
+LOOK_SECONDS = 0.25
+"""How long a free key may go unnoticed while somebody waits, if the message about it was lost."""
 SERVED_AT_ONCE = 64
-_TELL_SECONDS = 1.0  # after which the pool is told again that somebody waits here
+_ANNOUNCE_SECONDS = 1.0  # after which the number of waiters here is announced again
+_ANNOUNCEMENT_LASTS = 3.0  # seconds, unless it is repeated
 
 _log = logging.getLogger("keypool.valkey")
 
 
 class Waiter:
-    """Somebody who waits. `served` is answered with the lease, or with None when time is up."""
+    """A pending acquire. `served` gets the lease, or None when its time is up."""
 
     __slots__ = ("owner", "served", "since", "timer")
 
@@ -39,40 +43,41 @@ class Waiter:
         self.timer: asyncio.TimerHandle | None = None
 
 
-Take = Callable[[Sequence[str | None], bool], Awaitable[Sequence[Lease | StorageUnavailable]]]
-"""What becomes of the first of these owners, in order, if need be after looking everywhere (Draws.take_in_order)."""
-
-
 class Waiters:
-    """See the module. `take` acquires, `give_back` frees, `tell` tells the pool how many wait here."""
+    """See the module. `server` is this server's name in Valkey."""
 
     def __init__(
         self,
+        partitions: Partitions,
+        sampler: PartitionSampler,
+        poller: PartitionPoller,
+        server: str,
         max_waiters: int,
-        take: Take,
-        give_back: Callable[[Lease], None],
-        tell: Callable[[int], Awaitable[None]],
     ) -> None:
-        self.seconds = Tally(SECONDS_OF_WAIT)
+        self.seconds = Histogram(SECONDS_OF_WAIT)
+        self.announced = 0
+        """How many waiters the pool knows of here."""
+        self._partitions = partitions
+        self._sampler = sampler
+        self._poller = poller
+        self._server = server
         self._max_waiters = max_waiters
-        self._take = take
-        self._give_back = give_back
-        self._tell = tell
         self._loop = asyncio.get_running_loop()
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
         self._last_chances: dict[Waiter, None] = {}
-        """Those of the waiters who leave if the next look finds no key for them."""
-        self._pump: asyncio.Task[None] | None = None
-        self._awake = asyncio.Event()
-        self._told = 0
-        self._told_at = 0.0
+        """Those of the waiters who leave if the next look everywhere finds no key for them."""
+        self._serving: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._announced_at = 0.0
         self._draining = False
+        partitions.client.on_recovery = self._wake.set
+        partitions.client.on_available = self._keys_available
 
     def __len__(self) -> int:
         return len(self._waiters)
 
     async def wait(self, owner: str | None, seconds: float, timed: Timed | None = None) -> Lease | None:
-        """Stand in the queue for so long; 0 is for one look, after which this doesn't wait for a turn."""
+        """Stand in the queue for so long; 0 is for one look, which doesn't wait until others were served."""
         if self._draining:
             raise Draining
         if seconds > 0 and len(self._waiters) - len(self._last_chances) >= self._max_waiters:
@@ -84,11 +89,11 @@ class Waiters:
             self._last_chances[waiter] = None
         self._waiters[waiter] = None
         self._start()
-        self._awake.set()
+        self._wake.set()
         try:
             return await waiter.served
         except (GeneratorExit, asyncio.CancelledError):
-            self._forget(waiter)
+            self._abandon(waiter)
             raise
         finally:
             waited = self._loop.time() - waiter.since
@@ -101,61 +106,78 @@ class Waiters:
         first = next(iter(self._waiters), None)
         return 0.0 if first is None else self._loop.time() - first.since
 
-    def wake(self) -> None:
-        """A key may be free."""
-        self._awake.set()
+    def key_freed(self, partition: int, server: str) -> None:
+        """A message says that keys were freed there, for this server, another one, or any ("*")."""
+        if server not in (self._server, "*"):
+            return
+        if self._waiters:
+            self._partitions.available[partition] = max(1, self._partitions.available[partition])
+            self._wake.set()
+        elif server == self._server:
+            self._partitions.call(partition, "wait", (self._server, 0, 0))  # let another server have them
+
+    def _keys_available(self) -> None:
+        """A partition has available keys. If others wait elsewhere, the script that freed one chooses a server."""
+        if self._waiters and not self._poller.waiting_elsewhere:
+            self._wake.set()
 
     def drain(self) -> None:
-        """Tell all Draining, and take none any more."""
+        """Raise Draining in all waiters, and accept none from now on."""
         self._draining = True
-        while self._waiters:
-            waiter = self._pop()
-            if not waiter.served.done():
-                waiter.served.set_exception(Draining())
+        for waiter in list(self._waiters):
+            self._leave(waiter, Draining())
 
     async def close(self) -> None:
-        """Stop."""
-        if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.wait([self._pump])
+        """Stop, and let the pool know."""
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
+        if self.announced and not self._partitions.client.degraded:
+            with contextlib.suppress(StorageUnavailable):
+                await self._announce(0)
 
     # -- the queue
 
     def _time_is_up(self, waiter: Waiter) -> None:
         waiter.timer = None
         self._last_chances[waiter] = None
-        self._awake.set()
+        self._wake.set()
 
-    def _pop(self) -> Waiter:
-        waiter, _ = self._waiters.popitem(last=False)
-        self._leave(waiter)
-        return waiter
-
-    def _leave(self, waiter: Waiter) -> None:
+    def _remove(self, waiter: Waiter) -> None:
         self._waiters.pop(waiter, None)
         self._last_chances.pop(waiter, None)
         if waiter.timer is not None:
             waiter.timer.cancel()
             waiter.timer = None
 
-    def _forget(self, waiter: Waiter) -> None:
-        """It hung up. If it was just being served, nobody will hear of that lease: take it back."""
+    def _leave(self, waiter: Waiter, outcome: Lease | Exception | None) -> None:
+        """Take a waiter out of the queue, with what became of it."""
+        self._remove(waiter)
+        if waiter.served.done():
+            return
+        if isinstance(outcome, Exception):
+            waiter.served.set_exception(outcome)
+        else:
+            waiter.served.set_result(outcome)
+
+    def _abandon(self, waiter: Waiter) -> None:
+        """The caller hung up. If it was just being served, nobody gets that lease: take it back."""
         if waiter in self._waiters:
-            self._leave(waiter)
+            self._remove(waiter)
         elif waiter.served.done() and not waiter.served.cancelled() and waiter.served.exception() is None:
             lease = waiter.served.result()
             if lease is not None:
-                self._give_back(lease)
+                self._sampler.give_back(lease)
 
     # -- serving
 
     def _start(self) -> None:
-        if self._pump is None:
-            self._pump = self._loop.create_task(self._run())
-            self._pump.add_done_callback(self._ended)
+        if self._serving is None:
+            self._serving = self._loop.create_task(self._run())
+            self._serving.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._pump = None
+        self._serving = None
         if self._waiters and not task.cancelled():
             self._start()  # somebody came while it was ending
 
@@ -163,65 +185,46 @@ class Waiters:
         """Serve until nobody waits."""
         looked_at = 0.0
         while self._waiters:
-            self._awake.clear()
-            sure = bool(self._last_chances) or self._loop.time() - looked_at >= POLL_SECONDS
+            self._wake.clear()
+            everywhere = bool(self._last_chances) or self._loop.time() - looked_at >= LOOK_SECONDS
             try:
-                await self._tell_waiting(sure)
-                looked_at = self._loop.time() if sure else looked_at
-                served = await self._serve(sure)
+                if everywhere:  # first, so that every key which is freed after the look is published
+                    await self._announce(len(self._waiters))
+                    looked_at = self._loop.time()
+                served = await self._serve(everywhere)
             except Exception as error:
                 if not isinstance(error, StorageUnavailable):
                     _log.exception("serving those who wait failed")
                 served = False
-                self._told = 0
-                self._end_last_chances(list(self._last_chances), error)
+                self.announced = 0
+                for waiter in list(self._last_chances):
+                    self._leave(waiter, error)
             if not served and self._waiters:
-                await self._sleep()
-        self._told = 0
-        try:
-            await self._tell(0)
-        except StorageUnavailable:
-            _log.debug("that nobody waits could not be told: it lapses")
+                waker = self._loop.call_later(LOOK_SECONDS, self._wake.set)
+                await self._wake.wait()
+                waker.cancel()
+        with contextlib.suppress(StorageUnavailable):  # then the announcement lapses
+            await self._announce(0)
 
-    async def _tell_waiting(self, sure: bool) -> None:
-        """Before keys are looked for everywhere: so none is freed unheard of in between."""
+    async def _announce(self, count: int) -> None:
+        """Let the pool know how many wait here."""
         now = self._loop.time()
-        if sure and (self._told != len(self._waiters) or now - self._told_at >= _TELL_SECONDS):
-            self._told, self._told_at = len(self._waiters), now
-            await self._tell(self._told)
+        if not count or self.announced != count or now - self._announced_at >= _ANNOUNCE_SECONDS:
+            self.announced, self._announced_at = count, now
+            await self._partitions.all("wait", self._server, count, round(_ANNOUNCEMENT_LASTS * 1e6))
 
-    async def _serve(self, sure: bool) -> bool:
+    async def _serve(self, everywhere: bool) -> bool:
         """Serve the first in the queue, some at a time; whether anything came of it."""
         first = list(islice(self._waiters, SERVED_AT_ONCE))
-        leaving = list(self._last_chances)  # who comes later gets a look of its own
-        done = await self._take([waiter.owner for waiter in first], sure)
+        leaving = list(self._last_chances)  # those who come later get a look as well
+        done = await self._sampler.take_in_order([waiter.owner for waiter in first], everywhere)
         for waiter, outcome in zip(first, done, strict=False):
-            if (
-                waiter not in self._waiters
-            ):  # it left meanwhile: the next one gets the key under a lease of its own
-                if isinstance(outcome, Lease):
-                    self._give_back(outcome)
-                continue
-            self._leave(waiter)
-            if isinstance(outcome, Lease):
-                waiter.served.set_result(outcome)
-            else:
-                waiter.served.set_exception(outcome)
-        if sure and len(done) < len(first):
-            self._end_last_chances(leaving, None)
-        return bool(done)
-
-    def _end_last_chances(self, waiters: Sequence[Waiter], error: Exception | None) -> None:
-        for waiter in waiters:
             if waiter in self._waiters:
-                self._leave(waiter)
-                if error is None:
-                    waiter.served.set_result(None)
-                else:
-                    waiter.served.set_exception(error)
-
-    async def _sleep(self) -> None:
-        """Until a key may be free, or for a quarter of a second."""
-        waker = self._loop.call_later(POLL_SECONDS, self._awake.set)
-        await self._awake.wait()
-        waker.cancel()
+                self._leave(waiter, outcome)
+            elif isinstance(outcome, Lease):  # it left: the next one gets the key under a lease of its own
+                self._sampler.give_back(outcome)
+        if everywhere and len(done) < len(first):
+            for waiter in leaving:
+                if waiter in self._waiters:
+                    self._leave(waiter, None)
+        return bool(done)

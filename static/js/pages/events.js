@@ -1,7 +1,6 @@
-// The stream of events: filtered by kind and by text, and still while it is paused.
+// The stream of events: filtered by kind and by text; it can be paused.
 //
-// The server tells 50 a frame at most; what it left out is counted, not hidden. What this module does not do: keep
-// more than the last 200.
+// The server sends at most 50 a frame; those left out are counted. The last 200 are kept.
 
 import * as feed from "../feed.js";
 import { addEvents, eventRow } from "../rows.js";
@@ -59,15 +58,15 @@ function say(shown) {
   document.getElementById("no-events").hidden = shown > 0;
   missed.hidden = !left && !(paused && waiting.length);
   const said = [];
-  if (paused && waiting.length) said.push(`${number(waiting.length)}${waiting.length === LIMIT ? " or more" : ""} came since you paused.`);
-  if (left) said.push(`${number(left)} more came too fast to be told one by one.`);
+  if (paused && waiting.length) said.push(`${number(waiting.length)}${waiting.length === LIMIT ? " or more" : ""} arrived since you paused.`);
+  if (left) said.push(`${number(left)} more came too fast to be listed.`);
   setText(missed, said.join(" "));
 }
 
 pause.addEventListener("click", () => {
   paused = !paused;
   pause.setAttribute("aria-pressed", String(paused));
-  setText(pause.querySelector("span"), paused ? "Go on" : "Pause");
+  setText(pause.querySelector("span"), paused ? "Resume" : "Pause");
   if (!paused) {
     addEvents(stream, waiting, LIMIT);
     waiting = [];

@@ -1,21 +1,21 @@
 -- Serve random available keys, each under a new lease number.
--- ARGV    1 bound: how many of the partition's places the caller drew among (0: as many as are available),
+-- ARGV    1 bound: how many of the partition's places the caller drew from (0: as many as are available),
 --         2 '1' if each key served takes a place away, 3 the highest tick that the caller has seen, 4 moment of
---         the pool's birth, 5 tick at its birth, 6 partitions, 7 this partition, 8 microseconds that a block
+--         the pool's creation, 5 tick at its creation, 6 partitions, 7 this partition, 8 microseconds that a block
 --         lasts, 9, 10… for each key wanted: an owner ('' for none) and a random number from 0 to 1
--- answer  available; 1 if keys were overdue and stood in the way, so that asking again may help, else 0; the
+-- reply   available; 1 if overdue keys were in the way, so that a repeat may help, else 0; the
 --         highest tick; {text, id, lease, microseconds to its expiry} of each key served: the first is the first
 --         owner's, and so on
 -- cost    O(keys wanted * log n)
 --
 -- Rejection sampling: the draw falls on one of `bound` places, of which the first ones have the available keys,
--- and one that falls on an empty place, or on an expired key, is void. See valkey_draws.py for why every key of
--- the pool then has the same chance.
+-- and one that falls on an empty place, or on an expired key, is void. See sampler.py for why every key of the pool
+-- then has the same chance.
 --
 -- A lease number is tick * partitions + partition. The tick of this partition grows by one at least, beyond
 -- every tick that the caller knows of, and with the clock, 10,000 a second: so numbers grow over partitions and
 -- servers, as far as the partitions' clocks agree, and none comes twice even if a failover has lost the latest.
-settle(SETTLED)
+process_due(MAX_DUE)
 local bound, takes = tonumber(ARGV[1]), ARGV[2] == '1'
 local seen, born, base = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local partitions, partition, block = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
@@ -23,18 +23,18 @@ local last = tonumber(call('HGET', META, 'tick') or 0)
 local tick = math.max(last, seen, base + math.floor((NOW - born) / 100))
 local free_here = available()
 local served = 0
-local said = {0, 0}
+local results = {0, 0}
 
 local function draw(chance)
   local rank = math.floor(chance * math.max(bound, free_here))
   if rank >= free_here then return nil end
   local text = call('ZRANGE', STATES, rank, rank)[1]
-  local record = record_of(text) or remains(text)
+  local record = record_of(text) or tombstone(text)
   if record[4] > NOW then return text, record end
   purge(text, record, 'expired')
-  settle(SETTLED)
+  process_due(MAX_DUE)
   free_here = available()
-  said[1] = 1
+  results[1] = 1
   return nil
 end
 
@@ -47,13 +47,13 @@ for i = 9, #ARGV, 2 do
     record[3] = tick * partitions + partition
     record[5] = NOW + block + served
     record[6] = owner
-    keep(text, record)
+    save(text, record)
     call('ZADD', STATES, record[5], text)
-    tell('acquired', record, text, owner)
+    emit('acquired', record, text, owner)
     served = served + 1
     free_here = free_here - 1
     if takes then bound = bound - 1 end
-    said[#said + 1] = {text, record[1], record[3], record[4] - NOW}
+    results[#results + 1] = {text, record[1], record[3], record[4] - NOW}
   end
 end
 if served > 0 then
@@ -62,6 +62,6 @@ if served > 0 then
 else
   tick = last
 end
-said[2] = tick
-if free_here == 0 and call('ZCOUNT', STATES, '(0', NOW) > 0 then said[1] = 1 end
-return answer(said)
+results[2] = tick
+if free_here == 0 and call('ZCOUNT', STATES, '(0', NOW) > 0 then results[1] = 1 end
+return reply(results)

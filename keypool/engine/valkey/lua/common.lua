@@ -1,41 +1,41 @@
--- Stands before every script: what is overdue is dealt with first, in the partition that the call is about.
+-- Goes before every script. A script first processes what is overdue in its partition.
 --
 -- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
---             `seen`, when a server last looked, `since`, what that was when lua/grace.lua began, while it is at
---             work, `sweepers`, the two servers that sweep here (look.lua), and `reserved`, room that is kept for
---             keys on their way (room.lua)
---   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0:
---             available), owner (only while blocked and named)}
+--             `seen`, when a server last polled, `since`, what that was when grace.lua began, while it is at work,
+--             `sweepers`, the two servers that sweep here (poll.lua), and `reserved`, room that is reserved for keys
+--             to be generated (room.lua)
+--   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0: available),
+--             owner (only while blocked and named)}
 --   3 states  sorted set: text by its release deadline, so by 0 while available
 --   4 expiry  sorted set: text by its expiry deadline
 --   5 ids     sorted set: text by id
 --   6 texts   sorted set: text by 0, so that it is in order of text
 --   7 events  list: the latest changes, oldest first
---   8 waiters hash: server -> "how many wait there, until when this counts"; gone when nobody waits.
---             Its name is also the channel on which freed keys are told: to the server
---             named, or to all (*).
+--   8 waiters hash: server -> "how many acquires wait there, until when this counts"; gone when none waits. Its name
+--             is also the channel on which freed keys are published: to the server named, or to all (*).
 -- Moments are microseconds since the epoch by this Valkey's clock; records and events are msgpack.
+-- Every reply begins with the number of available keys, which calls.py takes off: -1 if it is unchanged.
 --
--- The rules are those of pool.py, once more, and the contract suite holds both to them.
--- A script that is refused for want of memory, or of a disk, is refused at its first write, so it has
--- done nothing; Valkey refuses none after that. What is overdue is dealt with whatever the memory: those steps
--- begin with a write that Valkey does without memory to spare.
+-- The rules are those of core/pool.py, once more, and the contract suite holds both to them.
+-- A script that is refused for want of memory, or of a disk, is refused at its first write, so it has done nothing;
+-- Valkey refuses none after that. What is overdue is processed whatever the memory: those steps begin with a write
+-- for which Valkey needs no memory.
 --
--- A record may be missing, if a Valkey that evicts threw it away. Its key is then purged where it is met.
+-- A record may be missing, if a Valkey that evicts removed it. Its key is then purged where it is met.
 
 if redis.replicate_commands then redis.replicate_commands() end  -- before Redis 7, to write after TIME
 
 local META, RECORDS, STATES, EXPIRY, IDS, TEXTS, EVENTS, WAITERS = unpack(KEYS)
-local KEPT_EVENTS = 64  -- what a look tells at most; some more are kept, so that most changes trim nothing
-local SETTLED = 32      -- overdue keys that a call deals with on its way, of each kind
-local AWAY = 5000000    -- microseconds without a look after which no server serves the partition
+local KEPT_EVENTS = 64  -- what a poll reports at most; some more are kept, so that most changes trim nothing
+local MAX_DUE = 32      -- overdue keys of each kind that a call processes on its way
+local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
 local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
 
-local function tell(change, record, text, owner)
+local function emit(change, record, text, owner)
   local event = {change, record[1], text:sub(1, 4), text:sub(-4), owner or false, record[3], NOW}
   if call('RPUSH', EVENTS, cmsgpack.pack(event)) > 4 * KEPT_EVENTS then
     call('LTRIM', EVENTS, -KEPT_EVENTS, -1)
@@ -47,16 +47,16 @@ local function record_of(text)
   return packed and cmsgpack.unpack(packed)
 end
 
-local function keep(text, record)
+local function save(text, record)
   call('HSET', RECORDS, text, cmsgpack.pack(record))
 end
 
--- What stands for a record that is gone: enough to purge its key, and already expired.
-local function remains(text)
+-- Stands for a record that is missing: enough to purge its key, and already expired.
+local function tombstone(text)
   return {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0}
 end
 
--- From either state to nowhere. Its first write is one that Valkey does without memory to spare.
+-- From either state to nowhere. Its first write is one for which Valkey needs no memory.
 local function purge(text, record, change)
   call('HDEL', RECORDS, text)
   call('ZREM', STATES, text)
@@ -64,7 +64,7 @@ local function purge(text, record, change)
   call('ZREM', IDS, text)
   call('ZREM', TEXTS, text)
   call('HINCRBY', META, change, 1)
-  tell(change, record, text, record[6])
+  emit(change, record, text, record[6])
 end
 
 -- From blocked to available. An HSET may be refused for want of memory, an HDEL is not, nor anything after it.
@@ -78,18 +78,18 @@ local function free(text, record, change)
   end
   call('ZADD', STATES, 0, text)
   call('HINCRBY', META, change, 1)
-  tell(change, record, text, owner)
+  emit(change, record, text, owner)
   freed = freed + 1
 end
 
 -- Purge and release what is overdue, `limit` of each at most.
-local function settle(limit)
+local function process_due(limit)
   for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
-    purge(text, record_of(text) or remains(text), 'expired')
+    purge(text, record_of(text) or tombstone(text), 'expired')
   end
   for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
     local record = record_of(text)
-    if record then free(text, record, 'released') else purge(text, remains(text), 'expired') end
+    if record then free(text, record, 'released') else purge(text, tombstone(text), 'expired') end
   end
 end
 
@@ -105,11 +105,20 @@ local function live(text)
   return record
 end
 
+-- A new key, or one that was moved in.
+local function add(text, record)
+  save(text, record)
+  call('ZADD', STATES, record[5], text)
+  call('ZADD', EXPIRY, record[4], text)
+  call('ZADD', IDS, record[1], text)
+  call('ZADD', TEXTS, 0, text)
+end
+
 local function available()
   return call('ZCOUNT', STATES, 0, 0)
 end
 
--- Room here that is reserved (room.lua) under other names than this; and those reservations, as they are kept.
+-- Room here that is reserved (room.lua) under other names than this; and those reservations, as they are stored.
 local function reserved_but(name)
   local sum, others = 0, {}
   for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
@@ -121,15 +130,14 @@ local function reserved_but(name)
   return sum, table.concat(others)
 end
 
--- Keep these reservations.
 local function reserve(reservations)
   if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
 end
 
--- Tell freed keys to a server where somebody waits: to one, by lot, with the same chance for each who waits,
--- whichever server it waits at; or to all, if there may be enough for more than one. A user without the right to
--- publish may run every script all the same: waiters look for themselves four times a second.
-local function tell_freed(count)
+-- Publish freed keys to one server, chosen at random in proportion to its waiters; or to all, if there may be enough
+-- for more than one. A user without the right to publish may run every script all the same: servers with waiters look
+-- for keys four times a second.
+local function publish_freed(count)
   local waiters, total = call('HGETALL', WAITERS), 0
   if #waiters == 0 then return end
   local counts = {}
@@ -141,10 +149,10 @@ local function tell_freed(count)
   if count > 1 then
     redis.pcall('PUBLISH', WAITERS, '*')
   elseif total > 0 then
-    local lot = NOW % total
+    local chosen = NOW % total
     for i = 2, #waiters, 2 do
-      lot = lot - counts[i]
-      if lot < 0 then
+      chosen = chosen - counts[i]
+      if chosen < 0 then
         redis.pcall('PUBLISH', WAITERS, waiters[i - 1])
         return
       end
@@ -152,16 +160,15 @@ local function tell_freed(count)
   end
 end
 
--- What every script answers: how many keys are available here, and then what it has to say.
-local function answer(said)
-  if freed > 0 then tell_freed(freed) end
-  table.insert(said, 1, available())
-  return said
+local function reply(results)
+  if freed > 0 then publish_freed(freed) end
+  table.insert(results, 1, available())
+  return results
 end
 
--- The same of a script that makes none available or unavailable: -1 spares the count, unless it settled some.
-local function answer_as_it_was(said)
-  if freed > 0 then return answer(said) end
-  table.insert(said, 1, -1)
-  return said
+-- The same of a script that doesn't make keys available or unavailable, unless it processed some that were due.
+local function reply_unchanged(results)
+  if freed > 0 then return reply(results) end
+  table.insert(results, 1, -1)
+  return results
 end

@@ -1,12 +1,12 @@
--- Purge keys for ever.
+-- Purge keys.
 -- ARGV    1… texts
--- answer  available; for each key its id, 0 if it is unknown
+-- reply   available; for each key its id, 0 if it is unknown
 -- cost    O(keys * log n)
-settle(SETTLED)
-local said = {}
+process_due(MAX_DUE)
+local results = {}
 for i, text in ipairs(ARGV) do
   local record = live(text)
   if record then purge(text, record, 'deleted') end
-  said[i] = record and record[1] or 0
+  results[i] = record and record[1] or 0
 end
-return answer(said)
+return reply(results)

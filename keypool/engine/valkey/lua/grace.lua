@@ -1,14 +1,14 @@
--- Begin to serve a partition: at a server's start, and when it is in reach again after an outage. Keys that would be
--- dead by a moment live until then, if they were alive when a server last looked; an expired key is not revived.
--- Call again while the answer says that there is more to do; no other script serves the partition meanwhile.
--- ARGV    1 'start': the partition may be new; 'stop': the same, and no other server serves the pool, so that the time
---         is given whenever one last looked; 'outage': only if none has looked for a while; 'rest': the partition is
---         served by now, and keys that have some time left are dealt with that had to wait,
+-- Begin to serve a partition: when a server starts, and when it can be reached again after an outage. Keys that would
+-- die before a moment live until then, if they were alive at the latest poll; an expired key is not revived. Call it
+-- again while the reply says that there is more to do; no other script serves the partition meanwhile.
+-- ARGV    1 why: 'start': the partition may be new; 'stop': the same, and no other server serves the pool, so the time
+--         is given whenever the latest poll was; 'outage': only if none was for a while; 'rest': the partition is
+--         served by now, and the keys that were not urgent get their time,
 --         2 microseconds to the moment, 3 that moment, or 0 for the first call, 4 microseconds ahead: keys that die
---         later than that have to wait, 5 keys given so far, 6 keys to deal with
--- answer  available, or -1; the moment, 0 if the partition was being served; how many keys were dealt with; 1 if
---         there may be more, else 0
--- cost    O(keys dealt with * log n)
+--         later than that are not urgent, 5 keys given time so far, 6 keys to process
+-- reply   available, or -1; the moment, 0 if the partition was being served; how many keys were processed; 1 if there
+--         may be more, else 0
+-- cost    O(keys processed * log n)
 local why, ends, given, limit = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local seen, since = unpack(call('HMGET', META, 'seen', 'since'))
 local may_be_new = why == 'start' or why == 'stop'
@@ -20,7 +20,7 @@ if why == 'rest' then
   since = string.format('%.0f', NOW)
 elseif not since then
   local wanted = ends == 0 and (why == 'stop' or not seen or NOW - seen > AWAY)
-  if not wanted then return answer_as_it_was({0, 0, 0}) end  -- or another server was faster
+  if not wanted then return reply_unchanged({0, 0, 0}) end  -- or another server was faster
   since = seen or '0'
   call('HSET', META, 'since', since)
 end
@@ -31,9 +31,9 @@ if ends > NOW then
   late = call('ZRANGEBYSCORE', EXPIRY, '(' .. since, upto, 'LIMIT', 0, limit)
 end
 for i, text in ipairs(late) do
-  local record = record_of(text) or remains(text)
+  local record = record_of(text) or tombstone(text)
   record[4] = ends + given + i - 1  -- a microsecond apart, so that the order by expiry has no ties
-  keep(text, record)
+  save(text, record)
   call('ZADD', EXPIRY, record[4], text)
 end
 local more = #late == limit
@@ -41,4 +41,4 @@ if not more and why ~= 'rest' then
   call('HDEL', META, 'since')
   call('HSET', META, 'seen', NOW)
 end
-return answer_as_it_was({ends, #late, more and 1 or 0})
+return reply_unchanged({ends, #late, more and 1 or 0})

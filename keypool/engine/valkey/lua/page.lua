@@ -3,11 +3,11 @@
 --         4 keys to look at, at most, 5 position: a number ('' for the first), or for text the text to begin
 --         with, 6 only keys beyond this text at that very number; for text, only keys beyond it ('' for all),
 --         7 for text: the prefix
--- answer  available; 1 if there may be more, else 0; {text, id, created, lease, owner or '', microseconds to
+-- reply   available; 1 if there may be more, else 0; {text, id, created, lease, owner or '', microseconds to
 --         expiry, to release (0: available), place in the order} of each row, in order; and at last the same
 --         of the last key that was looked at, if there may be more
 -- cost    O(log n + keys looked at), O(log² n) for a position among keys at the same number
-settle(SETTLED)
+process_due(MAX_DUE)
 local order, state, limit, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local after, passed = ARGV[5], ARGV[6]
 local set = ({id = IDS, expiry = EXPIRY, release = STATES, text = TEXTS})[order]
@@ -44,26 +44,26 @@ else
 end
 
 local function row(text, place)
-  local record = record_of(text) or remains(text)
+  local record = record_of(text) or tombstone(text)
   local left = math.max(0, record[5] - NOW)
   local shown = record[4] > NOW and (state == '' or (state == 'blocked') == (left ~= 0))
   local owner = left ~= 0 and record[6] or ''
   return shown, {text, record[1], record[2], record[3], owner, record[4] - NOW, left, place}
 end
 
-local said = {0}
+local results = {0}
 local rows, last = 0, nil
 for i = 1, #found, step do
   if rows >= limit or i > most * step then
-    said[1] = 1
+    results[1] = 1
     break
   end
   local shown, made = row(found[i], step == 2 and tonumber(found[i + 1]) or 0)
   last = made
   if shown then
     rows = rows + 1
-    said[#said + 1] = made
+    results[#results + 1] = made
   end
 end
-if said[1] == 1 then said[#said + 1] = last or false end
-return answer(said)
+if results[1] == 1 then results[#results + 1] = last or false end
+return reply(results)

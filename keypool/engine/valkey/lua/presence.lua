@@ -1,9 +1,9 @@
--- A server begins to serve the pool, or tells that it is still there. By itself, without common.lua: it is about the
--- pool, not a partition.
--- KEYS    1 hash: the pool's facts (valkey.py), 2 sorted set: servers by the moment at which they last called this
--- ARGV    1 server, 2 moment of the pool's birth, 3 microseconds without a call after which a server is gone,
+-- A server begins to serve the pool, or sends a heartbeat. Used without common.lua, since it concerns the pool, not a
+-- partition.
+-- KEYS    1 hash: the pool's facts (engine.py), 2 sorted set: servers by the moment of their latest heartbeat
+-- ARGV    1 server, 2 moment of the pool's creation, 3 microseconds without a heartbeat after which a server is gone,
 --         4… at a start: the settings that servers share, name and value
--- answer  this moment; the birth of the pool that is there ('' for none); other servers; the moment of the latest
+-- reply   this moment; the birth of the pool that is there ('' for none); other servers; the moment of the latest
 --         call of one of them, 0 for none; name and value of a setting that they don't share, '' and '' for none
 -- cost    O(log servers)
 --

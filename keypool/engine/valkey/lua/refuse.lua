@@ -1,5 +1,5 @@
--- Acquires were answered that no key is available: count them.
+-- Count acquires that were refused because no key was available.
 -- ARGV    1 how many
--- answer  available, or -1; refused so far, as counted in this partition
+-- reply   available, or -1; refused so far, as counted in this partition
 -- cost    O(log n)
-return answer_as_it_was({call('HINCRBY', META, 'refused', ARGV[1])})
+return reply_unchanged({call('HINCRBY', META, 'refused', ARGV[1])})

@@ -1,18 +1,18 @@
--- Note how many wait for a key at a server: from now on freed keys are told. None wait: note nothing, and if
--- keys are free, tell another server, since this one may have been told and had no use for them.
+-- Note how many acquires wait at a server: from now on freed keys are published. With none, forget the server, and if
+-- keys are available, publish them again: the message may have gone to this server, which has no use for them.
 -- ARGV    1 server, 2 how many wait there, 3 microseconds that this counts
--- answer  available
+-- reply   available
 -- cost    O(log n)
-settle(SETTLED)
+process_due(MAX_DUE)
 if ARGV[2] == '0' then
   call('HDEL', WAITERS, ARGV[1])
   if freed == 0 then
     local free_here = available()
-    if free_here > 0 then tell_freed(free_here) end
+    if free_here > 0 then publish_freed(free_here) end
   end
 else
   local ends = NOW + tonumber(ARGV[3])
   call('HSET', WAITERS, ARGV[1], string.format('%s %.0f', ARGV[2], ends))
   call('PEXPIRE', WAITERS, math.ceil(tonumber(ARGV[3]) / 1000))
 end
-return answer({})
+return reply({})

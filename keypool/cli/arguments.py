@@ -1,0 +1,236 @@
+"""Every command and flag of `keypool`, as a table. Parser, help and shell completion derive from it.
+
+A command's function is named as `module:function` and imported when the command is called, so that a small
+command doesn't wait for what it doesn't use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from keypool import __version__
+from keypool.cli.status import CommandError, Status
+from keypool.client.settings import DEFAULT_URL
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+class Argument(NamedTuple):
+    """A flag or a positional argument: its names, and what argparse's add_argument takes beside them."""
+
+    names: tuple[str, ...]
+    options: dict[str, Any]
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is a flag."""
+        return self.names[0].startswith("-")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it takes, if they are few."""
+        return tuple(self.options.get("choices", ()))
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether the next word is the flag's value. Not so where the value may be left out."""
+        return self.is_flag and "action" not in self.options and self.options.get("nargs") != "?"
+
+
+class Command(NamedTuple):
+    """A command: its name, the function that does it, its help text, its arguments."""
+
+    name: str
+    do: str
+    about: str
+    arguments: tuple[Argument, ...] = ()
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments as attributes; `command` is the name, `do` the function. Raises CommandError.
+
+    `--help` and `--version` print and raise SystemExit(0).
+    """
+    own = words[: words.index("--")] if "--" in words else words
+    if any(word == "--token" or word.startswith("--token=") for word in own):
+        raise _wrong("a token is never an argument: use KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE or --token-file")
+    args, unknown = _parser().parse_known_args(words)
+    if args.command == "serve":
+        raise _wrong("serve comes first, then the server's settings: keypool serve --port 8888")
+    if unknown:
+        # Without what stands behind =, which may be a secret.
+        raise _wrong(f"{args.command} doesn't take {unknown[0].partition('=')[0]}; see keypool --help")
+    return args
+
+
+def _wrong(message: str) -> CommandError:
+    return CommandError(message, Status.USAGE)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**options | layout)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print its usage, too."""
+        raise _wrong(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Leases API keys from a keypool server, and runs such a server."
+    top = _Parser(prog="keypool", description=about, epilog=_statuses(Status))
+    top.add_argument("--version", action="version", version=f"keypool {__version__}")
+    for flag in GLOBAL_FLAGS:
+        top.add_argument(*flag.names, **flag.options)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    of_run = [status for status in Status if status.about.startswith("run:")]
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.about,
+            description=f"{command.about[:1].upper()}{command.about[1:]}.",
+            epilog=_statuses(of_run) if command.name == "run" else None,
+        )
+        sub.set_defaults(do=command.do)
+        for argument in command.arguments:
+            sub.add_argument(*argument.names, **argument.options)
+        for flag in GLOBAL_FLAGS:
+            # After the command, a flag that isn't given must not undo one that was given before it.
+            sub.add_argument(*flag.names, **flag.options | {"default": argparse.SUPPRESS})
+    return top
+
+
+def _statuses(statuses: Iterable[Status]) -> str:
+    lines = [f"  {status.value:>3}  {status.about}" for status in statuses]
+    end = "run returns the status of its command, 128 + n if signal n ended it."
+    return "\n".join(["exit statuses:", *lines, end])
+
+
+# -- types of values
+
+
+def _number(convert: Callable[[str], float], low: float, high: float, takes: str) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            number = convert(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"takes {takes}, not {text!r}")
+        return number
+
+    return read
+
+
+_whole = _number(int, 0, 10**18, "a whole number")
+_positive = _number(int, 1, 10**18, "a whole number from 1")
+_seconds = _number(float, 0, 86_400, "seconds, from 0 to 86400")
+_some_seconds = _number(float, 0.01, 86_400, "seconds, from 0.01 to 86400")
+
+
+def _wait(text: str) -> float | None:
+    return None if text == "forever" else _number(float, 0, 86_400, "seconds, or forever")(text)
+
+
+def _variable(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
+        raise argparse.ArgumentTypeError(f"takes the name of a variable, not {text!r}")
+    return text
+
+
+# -- the table
+
+
+def argument(names: str, about: str, metavar: str | None = None, **options: Any) -> Argument:
+    """An argument that takes a value; `names` are separated by spaces."""
+    return Argument(tuple(names.split()), {"help": about, "metavar": metavar} | options)
+
+
+def switch(names: str, about: str) -> Argument:
+    """A flag without a value."""
+    return Argument(tuple(names.split()), {"help": about, "action": "store_true"})
+
+
+# fmt: off
+GLOBAL_FLAGS = (
+    argument("--url", f"the server; default $KEYPOOL_URL or {DEFAULT_URL}", "URL"),
+    argument("--token-file", "file that holds the token; default $KEYPOOL_TOKEN or the file "
+              "$KEYPOOL_TOKEN_FILE", "FILE"),
+    switch("--json", "print JSON, one document a line"),
+    switch("--show-keys -k", "print whole keys, not masked ones"),
+    argument("--timeout", "seconds to wait for an answer; default 10", "S", type=_some_seconds, default=10.0),
+    argument("--retry", "seconds to retry for, where that is safe; default 5", "S", type=_seconds, default=5.0),
+)
+"""Flags that every command but serve takes, before or after its name."""
+
+_COUNT = argument("count", "how many; default 1", "N", nargs="?", type=_positive, default=1)
+_KEYS = argument("keys", "keys, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
+_WAIT = argument("--wait", "seconds to wait until a key is free, or forever", "S", type=_wait, default=0.0)
+_OWNER = argument("--owner", "name of the holder, which lists show", "NAME")
+
+COMMANDS = (
+    Command("serve", "", "run a server; keypool serve --help lists its settings"),
+    Command("generate", "keypool.cli.keys:generate", "generate keys (admin); prints key, id, expires_in", (
+        _COUNT,
+        switch("--yes", "generate more than 100,000 without asking"),
+    )),
+    Command("acquire", "keypool.cli.keys:acquire", "lease keys; prints key, lease, id, release_in, expires_in",
+            (_COUNT, _WAIT, _OWNER)),
+    Command("unblock", "keypool.cli.keys:unblock", "give keys back", (
+        _KEYS,
+        argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive),
+    )),
+    Command("keepalive", "keypool.cli.keys:keepalive", "put off the expiry of keys", (
+        _KEYS,
+        switch("--watch", "go on until all keys are dead, or Ctrl-C"),
+    )),
+    Command("delete", "keypool.cli.keys:delete", "delete keys (admin)", (_KEYS,)),
+    Command("list", "keypool.cli.keys:list_keys", "list keys (viewer)", (
+        argument("--state", "only keys in this state", choices=("available", "blocked")),
+        argument("--prefix", "only keys that begin with these 1 to 4 characters", "TEXT"),
+        argument("--order", "default: id", choices=("id", "release", "expiry")),
+        argument("--limit", "this many keys at most; default: all", "N", type=_positive),
+    )),
+    Command("show", "keypool.cli.keys:show", "show the state of one key", (
+        argument("key", "the key, - for standard input, or id:N (admin, viewer)", "KEY"),
+    )),
+    Command("stats", "keypool.cli.keys:stats", "show the counts of the pool (viewer)", (
+        argument("--watch", "again every S seconds; default 2", "S", nargs="?", type=_some_seconds, const=2.0),
+    )),
+    Command("events", "keypool.cli.events:events", "follow what happens to keys (viewer)", (
+        argument("--past", "begin with N past events; default 10", "N", type=_whole, default=10),
+        argument("--count", "end after N events", "N", type=_positive),
+    )),
+    Command("run", "keypool.cli.run:run", "lease a key, run a command with it, and give the key back", (
+        _WAIT,
+        _OWNER,
+        argument("--env", "environment variable for the key; default KEYPOOL_KEY", "NAME",
+                  type=_variable, default="KEYPOOL_KEY"),
+        argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",
+                  choices=("stop", "warn"), default="stop"),
+        argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
+    )),
+    Command("backup", "keypool.server.backup_command:backup", "copy the data file while its server runs", (
+        argument("file", "the copy; must not exist yet", "FILE"),
+        argument("--data", "the data file; default as for the server: $KEYPOOL_DATA, …", "FILE"),
+        argument("--config", "TOML file of the server's settings", "FILE"),
+    )),
+    Command("verify", "keypool.server.backup_command:verify", "check a data file or a copy, without changing it", (
+        argument("file", "the file; a server may be using it", "FILE"),
+    )),
+    Command("migrate", "keypool.server.migrate_command:migrate", "move a pool from a data file to Valkey, or back", (
+        argument("--from", "a data file, a URL, or env:VARIABLE", "PLACE", dest="source", required=True),
+        argument("--to", "valkey://HOST:PORT/DB, or a new data file", "PLACE", dest="target", required=True),
+        argument("--partitions", "partitions of the pool in Valkey; default 1, 16 in a cluster", "N",
+                  type=_positive),
+        switch("--clear", "first delete what an unfinished migrate has left in Valkey"),
+    )),
+    Command("completion", "keypool.cli.completion:completion", "print the completion script of a shell", (
+        argument("shell", "bash, zsh or fish", choices=SHELLS),
+    )),
+)

@@ -1,0 +1,226 @@
+"""The answers of the calls, as frozen dataclasses with the members of the contract.
+
+Lengths of time are seconds from the moment of the answer. `repr` and `str` never contain a key's text: that
+is in `secret` alone, and `hint` stands for it in logs. Members that this version does not know are ignored, so
+that an older client reads a newer server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from functools import cache
+from typing import Any, Protocol, TypeVar, get_type_hints, runtime_checkable
+
+from keypool.client.errors import UnexpectedAnswer
+
+T = TypeVar("T")
+
+
+class State(StrEnum):
+    """The state of a key. Equal to its string; a state that this version does not know reads as well."""
+
+    AVAILABLE = "available"
+    BLOCKED = "blocked"
+
+    @classmethod
+    def _missing_(cls, value: object) -> State | None:
+        if not isinstance(value, str):
+            return None
+        unknown = str.__new__(cls, value)
+        unknown._name_ = value.upper()
+        unknown._value_ = value
+        return unknown
+
+
+@runtime_checkable
+class HasSecret(Protocol):
+    """Everything that knows a key's text: generated, leased, held and revealed keys."""
+
+    @property
+    def secret(self) -> str:
+        """The text."""
+        ...
+
+
+KeyLike = str | int | HasSecret
+"""A key as an argument: its text, its public id (admins and viewers), or an object that knows its text."""
+
+
+def hint(secret: str) -> str:
+    """What stands for a key where its text may not be shown: the first and last four characters."""
+    return f"{secret[:4]}…{secret[-4:]}" if len(secret) >= 12 else "…"
+
+
+class _WithSecret:
+    secret: str
+
+    @property
+    def hint(self) -> str:
+        """First four characters, `…`, last four."""
+        return hint(self.secret)
+
+
+_KEY = {"json": "key"}  # the member's name in JSON
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedKey(_WithSecret):
+    """A new key."""
+
+    id: int
+    secret: str = field(repr=False, metadata=_KEY)
+    state: State
+    expires_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedKey(_WithSecret):
+    """An acquired key: yours for `release_in` seconds, under the number `lease`."""
+
+    id: int
+    secret: str = field(repr=False, metadata=_KEY)
+    lease: int
+    release_in: float
+    expires_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class Revealed(_WithSecret):
+    """The text of a key."""
+
+    id: int
+    secret: str = field(repr=False, metadata=_KEY)
+
+
+@dataclass(frozen=True, slots=True)
+class Unblocked:
+    """`changed` is false if the key was available already.
+
+    After a lost answer it is also false if the lost attempt freed the key: then `repeated` is true.
+    """
+
+    id: int
+    state: State
+    changed: bool
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAlive:
+    """The key lives for `expires_in` seconds more."""
+
+    id: int
+    expires_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A key without its text. `owner` and `release_in` are None unless it is blocked."""
+
+    id: int
+    hint: str
+    state: State
+    owner: str | None
+    lease: int | None
+    created_at: datetime
+    expires_in: float
+    release_in: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Rows in order, and the cursor of the next page, None on the last one. A page may be empty."""
+
+    keys: list[Row]
+    next: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Four counts of now, eight since the pool began, and about the server. `uptime` in seconds."""
+
+    total: int
+    available: int
+    blocked: int
+    waiting: int
+    generated: int
+    acquired: int
+    unblocked: int
+    released: int
+    deleted: int
+    expired: int
+    kept_alive: int
+    refused: int
+    uptime: float
+    engine: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The result of a batch: how many keys were done, which were unknown, and which had a later lease.
+
+    `repeated` is true if an answer was lost and the batch sent again: keys that are unknown or stale then may
+    have been done by the lost attempt.
+    """
+
+    done: int
+    unknown: list[str] = field(repr=False)
+    stale: list[str] = field(default_factory=list, repr=False)
+    repeated: bool = False
+
+
+def read(kind: type[T], value: object) -> T:
+    """The dataclass `kind` from decoded JSON. Raises UnexpectedAnswer if it does not fit."""
+    if not isinstance(value, dict):
+        raise UnexpectedAnswer(f"not the expected answer: no {kind.__name__}")
+    members = {}
+    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name = each.metadata.get("json", each.name)
+        if name in value:
+            members[each.name] = _member(kind, each.name, value[name])
+        elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            raise UnexpectedAnswer(f"not the expected answer: {kind.__name__} without {name}")
+    return kind(**members)
+
+
+def read_list(kind: type[T], value: object) -> list[T]:
+    """The list of `kind` in the member `keys` of an answer. Raises UnexpectedAnswer."""
+    items = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(items, list):
+        raise UnexpectedAnswer("not the expected answer: no list of keys")
+    return [read(kind, item) for item in items]
+
+
+def read_page(value: object) -> Page:
+    """A page of a list. Raises UnexpectedAnswer."""
+    rows = read_list(Row, value)
+    after = value.get("next") if isinstance(value, dict) else None
+    if not isinstance(after, str | None):
+        raise UnexpectedAnswer("not the expected answer: next is not a string")
+    return Page(rows, after)
+
+
+def _member(kind: type, name: str, value: object) -> object:
+    wanted = _hints(kind)[name]
+    if type(value) is int and wanted in (float, float | None):
+        return float(value)
+    try:
+        if wanted is State:
+            return State(str(value))
+        if wanted is datetime:
+            return datetime.fromisoformat(str(value))
+    except ValueError:
+        wanted = ()
+    fits = isinstance(value, list) if wanted == list[str] else isinstance(value, wanted)
+    if not fits or (isinstance(value, bool) and wanted is not bool):
+        raise UnexpectedAnswer(f"not the expected answer: wrong {name} in {kind.__name__}")
+    return value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)

@@ -1,0 +1,158 @@
+"""Sends for the asynchronous client: runs the steps of attempts.py over an httpx2 transport, on one loop.
+
+A cancelled acquire is the hard case. Its request may just have been answered, and a key whose answer nobody
+reads stays blocked until its deadline. So the request goes on in the background: if a key arrives, it is given
+back at once. When none has arrived for a second, for this acquire or another cancelled one, the connection is
+closed, and the server takes the waiter off its queue. (While keys still arrive, one is likely to be on its way
+to the oldest waiter.) The cancellation itself does not wait for that; `close` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import httpx2
+
+from keypool.client.attempts import Answer, Pause, Send, Steps, failure
+from keypool.client.blocking import LIMITS, verify
+from keypool.client.errors import KeyPoolError, PoolClosed
+from keypool.client.settings import Settings
+
+T = TypeVar("T")
+
+_LATE_ANSWER = 1.0
+"""Seconds without any late key after which the requests of cancelled acquires are cut off."""
+
+_AFTER_TRANSPORT = 0.05
+"""Seconds that the whole of a call may take longer than its parts, so that a part's own timeout, which says
+more about what happened, comes first."""
+
+
+class AsyncRunner:
+    """Runs steps in tasks of one event loop. `transport` is the user's, and is never closed here."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ssl_context: ssl.SSLContext | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.settings = settings
+        self._given = transport
+        self._transport = transport or httpx2.AsyncHTTPTransport(
+            verify=verify(settings, ssl_context), limits=LIMITS
+        )
+        self._closed = False
+        self._in_progress: set[asyncio.Timeout] = set()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._late_key_at = -math.inf
+
+    async def run(self, steps: Steps[T], wake: asyncio.Event | None = None) -> T:
+        """The result of the steps. Raises KeyPoolError. `wake` ends a pause early."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    answer = await (self._send(step) if isinstance(step, Send) else self._pause(step, wake))
+                except KeyPoolError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+    async def run_to_end(self, steps: Steps[T]) -> T:
+        """The same; if the caller is cancelled it goes on in the background."""
+        task = asyncio.ensure_future(self.run(steps))
+        self._in_background(task)
+        return await asyncio.shield(task)
+
+    async def acquire(self, steps: Steps[T], give_back: Callable[[T], Coroutine[Any, Any, object]]) -> T:
+        """The same; if the caller is cancelled and a key arrives, it is given back in the background."""
+        task = asyncio.ensure_future(self.run(steps))
+        task.add_done_callback(_retrieved)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._in_background(asyncio.ensure_future(self._abandon(task, give_back)))
+            raise
+
+    async def _abandon(
+        self, task: asyncio.Task[T], give_back: Callable[[T], Coroutine[Any, Any, object]]
+    ) -> None:
+        """Wait for what a cancelled acquire brings, and give it back."""
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        while not task.done() and (left := max(since, self._late_key_at) + _LATE_ANSWER - loop.time()) > 0:
+            await asyncio.wait({task}, timeout=left)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            self._late_key_at = loop.time()
+            await give_back(task.result())
+
+    async def close(self) -> None:
+        """Finish what is in the background, then close all connections; calls end with PoolClosed."""
+        while self._background:
+            await asyncio.wait(self._background)
+        self._closed = True
+        for scope in list(self._in_progress):
+            scope.reschedule(asyncio.get_running_loop().time())
+        if self._given is None:
+            await self._transport.aclose()
+
+    def _in_background(self, task: asyncio.Task[Any]) -> None:
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        task.add_done_callback(_retrieved)
+
+    async def _send(self, send: Send) -> Answer:
+        self._check()
+        limit = None if send.timeout == math.inf else send.timeout
+        request = send.request(timeout=dict.fromkeys(("connect", "read", "write", "pool"), limit))
+        try:
+            async with self._limited(None if limit is None else limit + _AFTER_TRANSPORT):
+                response = await self._transport.handle_async_request(request)
+                try:
+                    body = await response.aread()
+                finally:
+                    await response.aclose()
+        except Exception as error:
+            self._check()
+            raise failure(error, self.settings.url) from None
+        return Answer(response.status_code, response.headers, body)
+
+    async def _pause(self, pause: Pause, wake: asyncio.Event | None) -> None:
+        wake = asyncio.Event() if wake is None else wake
+        with contextlib.suppress(TimeoutError):
+            async with self._limited(pause.seconds):
+                await wake.wait()
+        wake.clear()
+        self._check()
+
+    @contextlib.asynccontextmanager
+    async def _limited(self, seconds: float | None) -> AsyncIterator[None]:
+        """At most so many seconds, or until `close`. Raises TimeoutError."""
+        self._check()
+        async with asyncio.timeout(seconds) as scope:
+            self._in_progress.add(scope)
+            try:
+                yield
+            finally:
+                self._in_progress.discard(scope)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise PoolClosed("this client was closed")
+
+
+def _retrieved(task: asyncio.Task[Any]) -> None:
+    """Take note of an exception, so that asyncio does not log it as never retrieved."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,255 @@
+"""One call through its attempts, without any I/O: when it is sent again, and when its error stands.
+
+    the failure means that ...           the call is sent again
+    it did not happen                    always
+    it may have happened                 if the call is safe to repeat (the table in calls.py)
+    another try can't help               never
+
+"It did not happen" is a connection that could not be made, and the server's `loading`, `draining` and
+`too-many-waiters`. "It may have happened" is a connection that broke, a timeout after the connection was
+made, `storage-unavailable`, and 502, 503 or 504 from a proxy, which does not say whether it asked the
+server. Everything else (404, 409, not HTTP) is an answer and stands.
+
+The rules are generators: they yield a `Send` or a `Pause`, the client that runs them does it, and sends back
+the answer or throws in the error. So they are the same for threads and for asyncio, and tests run them alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import ssl
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, TypeVar
+
+import httpx2
+
+from keypool.client.answers import Done, Unblocked
+from keypool.client.calls import Batch, Call
+from keypool.client.errors import (
+    AnswerLost,
+    GatewayError,
+    KeyPoolError,
+    NoKeyAvailable,
+    Unavailable,
+    UnexpectedAnswer,
+    UnknownKey,
+    Unreachable,
+    from_answer,
+)
+from keypool.client.settings import BASE, Settings, now
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = 60.0  # seconds that the server lets an acquire wait; longer waits ask again
+_PROMPT = 0.02  # seconds by which a wait may seem to have ended early
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send one request, once. It fails after `timeout` seconds, whatever it was doing; inf is no limit."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes | None = field(repr=False)
+    timeout: float
+
+    def request(self, **extensions: Any) -> httpx2.Request:
+        """The request for a transport."""
+        return httpx2.Request(
+            self.method, self.url, headers=self.headers, content=self.body, extensions=extensions
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait so many seconds, None for as long as it takes until somebody wakes the client up."""
+
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+
+Steps = Generator[Send | Pause, Answer | None, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """A result, with the moments at which its request left and its answer was complete."""
+
+    result: T
+    sent_at: float
+    received_at: float
+
+
+def result(call: Call[T], settings: Settings, within: float = math.inf) -> Steps[T]:
+    """The result of a call. Raises KeyPoolError. See `perform`."""
+    return (yield from perform(call, settings, within)).result
+
+
+def results(batch: Batch[T], settings: Settings) -> Steps[T]:
+    """The result of a batch of calls."""
+    try:
+        call = next(batch)
+        while True:
+            try:
+                answer = yield from result(call, settings)
+            except KeyPoolError as error:
+                call = batch.throw(error)
+            else:
+                call = batch.send(answer)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Steps[Outcome[T]]:
+    """One call through its attempts, for `within` seconds at most, if that is less than the timeout.
+
+    The timeout bounds all attempts and pauses together; what an acquire waits for a key comes on top. An
+    acquire that waits goes on through an outage for as long as it waits, once it has reached the server.
+    """
+    began = now()
+    wait_until = began + (math.inf if call.wait is None else call.wait)
+    ends_at = min(wait_until + settings.timeout, began + within)
+    retry_until: float | None = None
+    headers = settings.headers()
+    failures, times = 0, 0
+    reached = repeated = False
+    while True:
+        sent_at = now()
+        wait = min(_LONGEST_WAIT, max(0.0, wait_until - sent_at))
+        send = _send(call, settings, headers, wait, min(wait + settings.timeout, ends_at - sent_at))
+        try:
+            answer = yield send
+            assert answer is not None
+            return Outcome(_read(call, answer, repeated=repeated), sent_at, now())
+        except NoKeyAvailable as error:
+            error.repeated = repeated
+            if wait_until - now() <= _PROMPT:
+                raise
+            # The server has waited as long as it does: ask again. Slowly, if it didn't wait at all.
+            failures, reached, retry_until = 0, True, None
+            pause = 0.0 if now() - sent_at >= wait / 2 else min(1.0, wait_until - now())
+        except KeyPoolError as error:
+            error.repeated = repeated
+            if repeated and call.gone is not None and isinstance(error, UnknownKey):
+                return Outcome(call.gone(), sent_at, now())
+            times += 1
+            too_often = settings.retry.times is not None and times > settings.retry.times
+            if too_often or not _may_help(error) or (error.may_have_happened and not call.repeatable):
+                raise
+            failures += 1
+            repeated = repeated or error.may_have_happened
+            reached = reached or not isinstance(error, Unreachable)
+            retry_until = now() + settings.retry.seconds if retry_until is None else retry_until
+            patience = max(retry_until, wait_until) if reached and settings.retry.seconds else retry_until
+            pause = max(settings.retry.pause(failures), error.retry_after or 0.0)
+            if now() + pause > min(patience, ends_at):
+                raise
+        if pause:
+            yield Pause(pause)
+
+
+def _send(
+    call: Call[Any], settings: Settings, headers: Mapping[str, str], wait: float, timeout: float
+) -> Send:
+    body = call.body
+    if wait:
+        body = {**(body or {}), "wait": round(wait, 3)}
+    content = None
+    if body is not None:
+        content = json.dumps(body, separators=(",", ":")).encode()
+        headers = {**headers, "Content-Type": "application/json"}
+    return Send(call.method, f"{settings.url}{BASE}{call.path}", headers, content, max(timeout, 0.001))
+
+
+def _read(call: Call[T], answer: Answer, *, repeated: bool) -> T:
+    if answer.status >= 400:
+        error = from_answer(answer.status, answer.body)
+        error.retry_after = _retry_after(answer) if error.retry_after is None else error.retry_after
+        raise error
+    if answer.status >= 300:
+        raise UnexpectedAnswer(f"answered {answer.status}: is the URL right?", answer.status)
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(answer.body) if answer.body else None
+    try:
+        read = call.read(value)
+    except UnexpectedAnswer as error:
+        raise UnexpectedAnswer(f"{call.name}: {error}; is the URL right?", answer.status) from None
+    if repeated and isinstance(read, Done | Unblocked):
+        return replace(read, repeated=True)
+    return read
+
+
+def _may_help(error: KeyPoolError) -> bool:
+    if isinstance(error, Unreachable):
+        return error.transient
+    return isinstance(error, AnswerLost | GatewayError | Unavailable)
+
+
+def _retry_after(answer: Answer) -> float | None:
+    """The header in seconds. A date counts from the answer's own date, since clocks disagree."""
+    given = answer.headers.get("retry-after")
+    if given is None:
+        return None
+    if given.isascii() and given.isdigit():
+        return float(given[:9])
+    try:
+        since = parsedate_to_datetime(answer.headers.get("date") or "")
+        return max(0.0, (parsedate_to_datetime(given) - since).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+_NEVER_SENT = (
+    httpx2.ConnectError,
+    httpx2.ConnectTimeout,
+    httpx2.PoolTimeout,
+    httpx2.ProxyError,
+    httpx2.LocalProtocolError,
+    httpx2.UnsupportedProtocol,
+)
+_NOT_HTTP = (httpx2.RemoteProtocolError, httpx2.DecodingError)
+
+
+def failure(error: Exception, url: str) -> KeyPoolError:
+    """What an exception of a transport means for the call."""
+    reason = str(error) or type(error).__name__
+    if isinstance(error, _NEVER_SENT):
+        causes = _causes(error)
+        reason = next(filter(None, (getattr(cause, "strerror", None) for cause in causes)), reason)
+        made = Unreachable(f"can't reach {url}: {reason}")
+        made.transient = not any(map(_permanent, causes))
+        return made
+    if isinstance(error, httpx2.TimeoutException | TimeoutError):
+        return AnswerLost("no answer in time")
+    if isinstance(error, _NOT_HTTP) and "disconnected" not in reason and "closed" not in reason:
+        return UnexpectedAnswer(f"what answers at {url} is not HTTP ({reason}): is the URL right?")
+    return AnswerLost(f"the connection broke before the answer was complete: {reason}")
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and len(found) < 10:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _permanent(cause: BaseException) -> bool:
+    """A name that does not exist, or a certificate that is not trusted, will not be better in a second."""
+    unknown_name = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
+    return unknown_name or isinstance(cause, ssl.SSLCertVerificationError | UnicodeError)

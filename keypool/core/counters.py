@@ -1,0 +1,46 @@
+"""The counters of a pool: their names, in the one order that everything else derives from.
+
+`Stats`, the data file, the metrics, the history of the charts and the feed have them by these names. The client, the
+scripts in Valkey and the dashboard's own scripts can't import this; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any
+
+
+def _counter(about: str) -> Any:
+    return field(default=0, metadata={"about": about})
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the pool began. The description of each is the help text of its metric."""
+
+    generated: int = _counter("keys generated")
+    acquired: int = _counter("keys acquired")
+    unblocked: int = _counter("blocked keys made available by unblock")
+    released: int = _counter("blocked keys made available by their deadline")
+    deleted: int = _counter("keys deleted")
+    expired: int = _counter("keys purged because no keepalive came in time")
+    kept_alive: int = _counter("keepalives")
+    refused: int = _counter("acquires answered that no key is available")
+
+    def by_name(self) -> dict[str, Any]:
+        """Their values."""
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    @property
+    def changes(self) -> int:
+        """How many keys were generated, changed their state, or were purged."""
+        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
+
+
+COUNTERS: Mapping[str, str] = {each.name: each.metadata["about"] for each in fields(Counters)}
+"""Each counter's name with its description."""
+
+counter_values = attrgetter(*COUNTERS)
+"""The values in this order, of Counters or of Stats."""

@@ -1,0 +1,375 @@
+"""Script calls on partitions: sent to the node that has the partition, held, repeated or refused.
+
+    a call that is       meets                                   and is
+    sent                 its reply                               done
+    sent                 NOSCRIPT, MOVED, ASK, TRYAGAIN          sent again, after what each asks for
+    sent                 UNATTENDED: no server looked after the  held until its keys were given time (`attend`)
+                         partition for a while
+    sent                 READONLY, LOADING, CLUSTERDOWN, OOM …   503; the node has failed until it accepts a write
+    sent                 GONE: the pool isn't there              503, and so is every later call
+    sent                 a lost connection, or 3 s of silence    503: whether it was executed is not known
+    sent                 any other error                         a bug: RuntimeError
+    new                  a node that isn't serving               held
+    held                 the node serves again                   sent
+    held                 a second after the node failed          503
+
+A call is repeated only if the reply says that nothing was executed, or if it never left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, cast
+
+import hiredis
+
+from keypool.core.errors import StorageUnavailable
+from keypool.engine.valkey.link import UNREACHABLE, ConnectionLost, Link, Reply, ReplyError, Word
+from keypool.engine.valkey.nodes import Nodes
+from keypool.engine.valkey.scripts import KEYS, keys_of, scripts, slot_of
+from keypool.engine.valkey.url import Address
+
+HELD_SECONDS = 1.0
+"""How long calls wait for a node to recover, or for a partition's keys to be given time."""
+
+_MAX_REPEATS = 20  # of one call, for whatever reasons
+_TRYAGAIN_PAUSE = 0.05
+_NEGLIGIBLE = 0.005  # seconds; a release may be early by as much
+_log = logging.getLogger("keypool.valkey")
+
+_CODE = re.compile(r"(?:ERR .*?-)?([A-Z]+)\b")
+_NOT_EXECUTED = frozenset({"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "UNATTENDED"})
+_NODE_FAILED = frozenset({
+    "READONLY", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "BUSY", "UNBLOCKED", "OOM", "MISCONF", "NOREPLICAS",
+})  # fmt: skip
+
+
+class OutcomeUnknown(StorageUnavailable):
+    """The call was sent, and its reply never came: it may have been executed."""
+
+
+class ScriptCall(asyncio.Future[Reply]):
+    """One call, and the future of its reply, without the count of available keys. Raises StorageUnavailable.
+
+    If it is cancelled before the reply comes, `on_orphaned_reply` is called with the reply.
+    """
+
+    # Filled by ScriptClient.call: an __init__ in Python would take as long as the rest of what a call costs here.
+    __slots__ = (
+        "client", "command", "held_until", "on_orphaned_reply", "partition", "repeats", "script", "sent_at",
+    )  # fmt: skip
+    client: ScriptClient
+    partition: int
+    script: str
+    command: bytes
+    on_orphaned_reply: Callable[[Reply], None] | None
+    sent_at: float
+    repeats: int
+    held_until: float
+
+    def replied(self, reply: Reply) -> None:
+        """Handle the reply, an error or a ConnectionLost."""
+        if type(reply) is not list:
+            self.client.refused(self, reply)
+            return
+        available = reply.pop(0)
+        if available >= 0:
+            self.client.available[self.partition] = available
+            if available:
+                self.client.on_available()
+        if not self.done():
+            self.set_result(reply)
+        elif self.on_orphaned_reply is not None:
+            self.on_orphaned_reply(reply)
+
+    def fail(self, error: Exception) -> None:
+        """Raise the error where the call is awaited, if it is."""
+        if not self.done():
+            self.set_exception(error)
+            self.exception()  # or asyncio would log it where nobody awaits the call
+
+    def age(self) -> float:
+        """Seconds by which lengths of time in the reply are out of date, at most; 0 if they are negligible.
+
+        They are counted from when the call was sent, so that a holder never overestimates its lease.
+        """
+        age = self.client.loop.time() - self.sent_at
+        return age if age > _NEGLIGIBLE else 0.0
+
+
+class ScriptClient:
+    """See the module."""
+
+    def __init__(self, nodes: Nodes, pool: str, partitions: int) -> None:
+        self.nodes = nodes
+        self.loop = nodes.loop
+        self.available = [0] * partitions
+        """How many keys each partition had available when it last replied; 0 while it is unreachable."""
+        self.on_available: Callable[[], None] = lambda: None
+        """Called when a partition replies that it has available keys."""
+        self.on_recovery: Callable[[], None] = lambda: None
+        """Called when calls may be served again that were not."""
+        self.attend: Callable[[int], Awaitable[None]] | None = None
+        """Gives the keys of a partition time after an outage, so that it is served again."""
+        keys = [keys_of(pool, partition, partitions) for partition in range(partitions)]
+        self._metas = [names[0] for names in keys]
+        self._slots = [slot_of(meta) for meta in self._metas]
+        # The beginning of each command, packed once: all but the number of words.
+        self._heads = {
+            script.name: [_packed(["EVALSHA", script.sha, len(KEYS), *names]) for names in keys]
+            for script in scripts().values()
+        }
+        self._held: dict[ScriptCall, asyncio.TimerHandle] = {}
+        self._attended: set[int] = set()
+        self._suspects: set[int] = set()  # partitions whose nodes refused a write
+        self._tasks: set[asyncio.Task[None]] = set()
+        nodes.on_failure = self._node_failed
+        nodes.on_recovery = self._recovered
+        nodes.prove = self._prove_writable
+
+    async def open(self) -> None:
+        """Connect to the nodes that have the partitions. Raises OSError, ReplyError or ConnectionLost."""
+        self.nodes.slots = self._slots
+        await self.nodes.recover_once()
+
+    def call(
+        self,
+        partition: int,
+        script: str,
+        arguments: Sequence[Word] = (),
+        on_orphaned_reply: Callable[[Reply], None] | None = None,
+    ) -> ScriptCall:
+        """Call a script. O(arguments), beside what the script costs."""
+        count = 3 + len(KEYS) + len(arguments)
+        command = b"*%d\r\n%b%b" % (count, self._heads[script][partition], _packed(arguments))
+        call = ScriptCall(loop=self.loop)
+        call.client, call.partition, call.script, call.command = self, partition, script, command
+        call.on_orphaned_reply = on_orphaned_reply
+        call.sent_at = call.held_until = 0.0
+        call.repeats = 0
+        self._submit(call)
+        return call
+
+    @property
+    def degraded(self) -> bool:
+        """Whether some partition can't be served. O(1)."""
+        return bool(self.nodes.failures or self._attended) or self.nodes.gone is not None
+
+    @property
+    def unreachable(self) -> list[int]:
+        """The partitions for which no call can be served. O(partitions)."""
+        if self.nodes.gone is not None:
+            return list(range(len(self._slots)))
+        return [
+            partition
+            for partition in range(len(self._slots))
+            if self.node_of(partition) in self.nodes.failures or partition in self._attended
+        ]
+
+    def node_of(self, partition: int) -> Address:
+        """The node that has a partition, as far as is known."""
+        return self.nodes.of_slot[self._slots[partition]]
+
+    async def close(self) -> None:
+        """Refuse what is held, and close all connections."""
+        self.nodes.closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._refuse_held()
+        await self.nodes.close()
+
+    # -- sending and holding
+
+    def _submit(self, call: ScriptCall) -> None:
+        nodes = self.nodes
+        link = nodes.serving.get(nodes.of_slot[self._slots[call.partition]])
+        if nodes.gone is not None:
+            call.fail(_unavailable(nodes.gone))
+        elif link is not None and link.up:
+            call.sent_at = self.loop.time()
+            link.send(call.command, call.replied)
+        else:
+            self._hold(call)
+
+    def _hold(self, call: ScriptCall) -> None:
+        """It never left, or was not executed: it may wait for a while."""
+        if self.nodes.closed:
+            call.fail(_unavailable("the server is closing its connections"))
+            return
+        address = self.node_of(call.partition)
+        if not self.nodes.recovering and call.partition not in self._attended:
+            self.nodes.fail(address, "not connected")
+        failure = self.nodes.failures.get(address)
+        now = self.loop.time()
+        if not call.held_until:
+            # What has been unreachable for long is refused at once.
+            call.held_until = (failure.since if failure else now) + HELD_SECONDS
+        if now >= call.held_until:
+            call.fail(_unavailable(self._reason(call.partition)))
+        else:
+            self._held[call] = self.loop.call_at(call.held_until, self._give_up, call)
+
+    def _give_up(self, call: ScriptCall) -> None:
+        del self._held[call]
+        call.fail(_unavailable(self._reason(call.partition)))
+
+    def _reason(self, partition: int) -> str:
+        """Why the partition isn't served."""
+        if self.nodes.gone is not None:
+            return self.nodes.gone
+        if partition in self._attended:
+            return "keys are being given time after an outage"
+        failure = self.nodes.failures.get(self.node_of(partition))
+        return failure.reason if failure else self.nodes.failing or "not connected"
+
+    def _send_held(self) -> None:
+        for call, timer in list(self._held.items()):
+            link = self.nodes.serving.get(self.node_of(call.partition))
+            if link is not None and link.up and call.partition not in self._attended:
+                timer.cancel()
+                del self._held[call]
+                self._submit(call)
+
+    def _refuse_held(self) -> None:
+        held, self._held = self._held, {}
+        for call, timer in held.items():
+            timer.cancel()
+            call.fail(_unavailable(self._reason(call.partition)))
+
+    # -- refusals
+
+    def refused(self, call: ScriptCall, error: ReplyError | ConnectionLost) -> None:
+        """Repeat the call, if that can help and it was not executed; else it fails."""
+        if isinstance(error, ConnectionLost):
+            unknown = f"{error} before it answered; whether the call was done is not known; try again"
+            call.fail(OutcomeUnknown(unknown))
+            return
+        call.repeats += 1
+        text = str(error)
+        found = _CODE.match(text)
+        code = found[1] if found else ""
+        if code in _NOT_EXECUTED and call.repeats <= _MAX_REPEATS and not self.nodes.closed:
+            self._repeat(call, code, text)
+        elif code in _NODE_FAILED or code in _NOT_EXECUTED:
+            self._suspects.add(call.partition)
+            self.nodes.fail(self.node_of(call.partition), text)
+            call.fail(_unavailable(f"Valkey refuses: {text}"))
+        elif code == "GONE":
+            reason = text.removeprefix("GONE ")
+            self.nodes.lose_pool(reason)
+            call.fail(_unavailable(reason))
+        else:
+            call.fail(RuntimeError(f"the script {call.script} failed: {text}"))
+
+    def _repeat(self, call: ScriptCall, code: str, text: str) -> None:
+        if code == "TRYAGAIN":  # the slot is moving from one node to another
+            self.loop.call_later(_TRYAGAIN_PAUSE, self._submit, call)
+        elif code == "UNATTENDED":
+            if call.partition not in self._attended:
+                self._attended.add(call.partition)
+                self._start(self._attend(call.partition))
+            self._hold(call)
+        elif code == "NOSCRIPT":
+            self._start(self._load_and_submit(call))
+        elif code == "ASK":
+            self._start(self._send_asking(call, _address_in(text)))
+        else:
+            self.nodes.of_slot[self._slots[call.partition]] = _address_in(text)
+            self.nodes.recover()
+            self._submit(call)
+
+    async def _load_and_submit(self, call: ScriptCall) -> None:
+        try:
+            link = await self.nodes.link_to(self.node_of(call.partition))
+            await link.execute("SCRIPT", "LOAD", scripts()[call.script].text)
+        except UNREACHABLE as error:
+            call.fail(_unavailable(f"Valkey doesn't load a script: {error}"))
+        else:
+            self._submit(call)
+
+    async def _send_asking(self, call: ScriptCall, address: Address) -> None:
+        try:
+            link = await self.nodes.link_to(address)
+        except UNREACHABLE as error:
+            call.fail(_unavailable(f"a node of the cluster can't be reached: {error}"))
+            return
+        call.sent_at = self.loop.time()
+        link.execute("ASKING")
+        link.send(call.command, call.replied)
+
+    async def _attend(self, partition: int) -> None:
+        try:
+            if self.attend is not None:
+                await self.attend(partition)
+        except StorageUnavailable as error:
+            _log.debug("partition %d could not be given time: %s", partition, error.detail)
+        except RuntimeError:
+            _log.exception("partition %d could not be given time", partition)
+        finally:
+            self._attended.discard(partition)
+        self._send_held()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- called by Nodes
+
+    def _node_failed(self, address: Address | None) -> None:
+        """Nothing can be acquired there, so acquires go to the other partitions."""
+        for partition in range(len(self._slots)):
+            if address in (None, self.node_of(partition)):
+                self.available[partition] = 0
+        if address is None:
+            self._refuse_held()
+
+    def _recovered(self) -> None:
+        self._send_held()
+        self.on_recovery()
+
+    async def _prove_writable(self, address: Address, link: Link) -> None:
+        """Write something that changes nothing, as what is refused first: HINCRBY needs memory."""
+        for partition in [each for each in self._suspects if self.node_of(each) == address]:
+            await link.execute("HINCRBY", self._metas[partition], "id", 0)
+            self._suspects.discard(partition)
+
+
+async def all_of(calls: Sequence[ScriptCall]) -> list[Reply]:
+    """All replies, when all calls are over. Raises what the first that failed raised."""
+    replies: list[Reply] = []
+    failed: Exception | None = None
+    for call in calls:
+        try:
+            replies.append(await call)
+        except Exception as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return replies
+
+
+def seconds_left(microseconds: int, age: float) -> float:
+    """A length of time in a reply, as of now: seconds, rounded; `age` is the call's."""
+    return round(max(0.0, microseconds / 1e6 - age), 3)
+
+
+def _unavailable(reason: str) -> StorageUnavailable:
+    return StorageUnavailable(f"{reason}; try again")
+
+
+def _address_in(text: str) -> Address:
+    """The address in `MOVED 3999 127.0.0.1:6381`."""
+    host, _, port = text.split()[2].rpartition(":")
+    return host, int(port)
+
+
+def _packed(words: Sequence[Word]) -> bytes:
+    """The words as they stand in a command, without their number."""
+    return (
+        cast("bytes", hiredis.pack_command(cast("Any", tuple(words)))).partition(b"\n")[2] if words else b""
+    )

@@ -1,0 +1,66 @@
+"""Time that keys are given after a stop or an outage, so that their holders can keep them alive (lua/grace.lua).
+
+After a stop of all servers it is what --restart-grace says. After an outage, in which servers lived on and could not
+reach Valkey, it is half of a keepalive, if that is more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from keypool.core.errors import StorageUnavailable
+from keypool.core.rules import PoolRules
+from keypool.engine.valkey.calls import ScriptClient
+
+_SLICE = 500  # keys that one call of the script processes
+_URGENT_SECONDS = 30.0  # keys that would live for longer can wait until the partition is served again
+_log = logging.getLogger("keypool.valkey")
+
+
+class Grace:
+    """See the module. All raise StorageUnavailable."""
+
+    def __init__(self, client: ScriptClient, rules: PoolRules) -> None:
+        self._client = client
+        self._restart_seconds = rules.restart_grace
+        self._outage_seconds = max(rules.restart_grace, rules.keepalive_seconds / 2)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, served: bool) -> None:
+        """Begin to serve all partitions; `served` if other servers do already. O(n log n)."""
+        count = 0
+        for partition in range(len(self._client.available)):
+            seconds = self._outage_seconds if served else self._restart_seconds
+            count += (await self._give(partition, "start" if served else "stop", seconds))[1]
+        if self._restart_seconds:
+            _log.info("%d keys were given until %.1f s after the start", count, self._restart_seconds)
+        self._client.attend = self._attend
+
+    async def _attend(self, partition: int) -> None:
+        """Have a partition served again that no server has polled for a while. O(urgent keys * log n)."""
+        seconds = self._outage_seconds
+        ends, count = await self._give(partition, "outage", seconds, urgent=_URGENT_SECONDS)
+        if ends:
+            _log.info("partition %d is served again: %d keys were given %.1f s", partition, count, seconds)
+            task = asyncio.ensure_future(self._give_others(partition, ends, count))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _give_others(self, partition: int, ends: int, count: int) -> None:
+        """Give the keys that are not urgent the same moment, while the partition is served."""
+        try:
+            await self._give(partition, "rest", 0.0, ends=ends, count=count)
+        except StorageUnavailable:
+            _log.debug("partition %d is away again: the end of the next outage gives them time", partition)
+
+    async def _give(
+        self, partition: int, why: str, seconds: float, *, ends: int = 0, count: int = 0, urgent: float = 1e6
+    ) -> tuple[int, int]:
+        """Let keys that would die before a moment live until then: that moment, and how many have it by now."""
+        more = 1
+        while more:
+            words = (why, round(seconds * 1e6), ends, round(urgent * 1e6), count, _SLICE)
+            ends, given, more = await self._client.call(partition, "grace", words)
+            count += given
+        return ends, count

@@ -1,0 +1,85 @@
+-- Sweep a partition, and report its status.
+-- ARGV    1 this server, 2 event sequence number that it knows (-1: none), 3 microseconds ahead to count expiries in,
+--         4 overdue keys of each kind to process, 5 microseconds that a turn to sweep lasts, 6 number of event
+--         counters, 7… names of these counters, and of others
+-- reply   available; as in poller.PartitionStatus: available; total; acquires that wait at other servers; keys that
+--         expire within that time; microseconds to the next expiry and to the next release (-1: there is none; 0:
+--         overdue); microseconds that the first expiry and the first release processed were late (-1: none was);
+--         number of the latest id (-1: none); event sequence number; turn: 0 this server sweeps, 1 it stands in, 2 two
+--         others do; {value of each counter}; {the latest events that the server doesn't know, oldest first}
+-- cost    O(swept * log n), O(64) for events, O(servers with waiters)
+--
+-- A deadline needs one server to sweep it, and another one in case that dies. META's `sweepers` has these two and
+-- until when their turns last; each poll prolongs its server's, and whichever server comes first takes a free one.
+local function first(set, low)
+  local found = call('ZRANGEBYSCORE', set, low, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  return found[2] and tonumber(found[2])
+end
+
+local function lateness(set, low)
+  local deadline = first(set, low)
+  return deadline and deadline <= NOW and NOW - deadline or -1
+end
+
+local function left(set, low)
+  local deadline = first(set, low)
+  return deadline and math.max(0, deadline - NOW) or -1
+end
+
+local function turn_of(server)
+  local kept = call('HGET', META, 'sweepers')
+  local one, one_ends, two, two_ends = (kept or '- 0 - 0'):match('(%S+) (%d+) (%S+) (%d+)')
+  if tonumber(two_ends) <= NOW then two, two_ends = '-', '0' end
+  if tonumber(one_ends) <= NOW then one, one_ends, two, two_ends = two, two_ends, '-', '0' end
+  local lasts = tonumber(ARGV[5])
+  local ends = string.format('%.0f', NOW + lasts)
+  local turn = 2
+  if one == server or one == '-' then
+    turn = 0
+    if tonumber(one_ends) < NOW + 0.7 * lasts then one, one_ends = server, ends end
+  elseif two == server or two == '-' then
+    turn = 1
+    if tonumber(two_ends) < NOW + 0.7 * lasts then two, two_ends = server, ends end
+  end
+  local new = table.concat({one, one_ends, two, two_ends}, ' ')
+  -- A poll replies also where it may not write.
+  if turn ~= 2 and new ~= kept then redis.pcall('HSET', META, 'sweepers', new) end
+  return turn
+end
+
+local expiry_lateness, release_lateness = lateness(EXPIRY, '-inf'), lateness(STATES, '(0')
+process_due(tonumber(ARGV[4]))
+
+local waiting = 0
+local waiters = call('HGETALL', WAITERS)
+for i = 1, #waiters, 2 do
+  local count, ends = waiters[i + 1]:match('(%d+) (%d+)')
+  if tonumber(ends) < NOW then
+    call('HDEL', WAITERS, waiters[i])
+  elseif waiters[i] ~= ARGV[1] then
+    waiting = waiting + tonumber(count)
+  end
+end
+
+local counters, event_seq = call('HMGET', META, unpack(ARGV, 7)), 0
+for i = 1, #counters do
+  counters[i] = tonumber(counters[i] or 0)
+  if i <= tonumber(ARGV[6]) then event_seq = event_seq + counters[i] end
+end
+local known, events = tonumber(ARGV[2]), {}
+local new = known < 0 and KEPT_EVENTS or math.min(event_seq - known, KEPT_EVENTS)
+if new > 0 then events = call('LRANGE', EVENTS, -new, -1) end
+
+local status = reply({
+  call('ZCARD', EXPIRY), waiting, call('ZCOUNT', EXPIRY, '-inf', NOW + tonumber(ARGV[3])),
+  left(EXPIRY, '-inf'), left(STATES, '(0'), expiry_lateness, release_lateness,
+  tonumber(call('HGET', META, 'id') or -1), event_seq, turn_of(ARGV[1]), counters, events,
+})
+table.insert(status, 2, status[1])
+-- A poll replies also where it may not write. Where memory is short, it may: a first write that needs no memory
+-- makes Valkey refuse no other. A moment in the future was noted before the clock was set back.
+if math.abs(NOW - call('HGET', META, 'seen')) > 500000 then
+  redis.pcall('HDEL', META, '')
+  redis.pcall('HSET', META, 'seen', NOW)
+end
+return status

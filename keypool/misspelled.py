@@ -1,0 +1,26 @@
+"""Environment variables whose names look like misspelled ones of keypool. Unknown others are left alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+CLIENT_VARIABLES = ("KEYPOOL_URL", "KEYPOOL_TOKEN", "KEYPOOL_TOKEN_FILE")
+"""The variables of the command, beside those of the server's settings."""
+
+
+def misspelled(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
+    """A line for each KEYPOOL_ variable that is unknown and looks like one that is known."""
+    names = {name.removeprefix("KEYPOOL_"): name for name in known}
+    lines = []
+    for given in environ:
+        word = given.removeprefix("KEYPOOL_")
+        if word != given and word not in names:
+            matches = difflib.get_close_matches(word, names, n=1, cutoff=0.75)
+            # ADMIN_TOKEN_FILE is the server's, not a misspelled TOKEN_FILE.
+            lines += [
+                f"{given} is not a variable of keypool; did you mean {names[match]}?"
+                for match in matches
+                if not word.endswith(match)
+            ]
+    return lines
