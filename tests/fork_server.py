@@ -1,8 +1,8 @@
 """Starts `server.py` by forking a process that has imported the product already: 0.3 s of CPU less a server.
 
 A forked server has the arguments, environment, folder, streams, session and signals that `subprocess.Popen` would
-give it, and runs `server.py` as `__main__`. What it can't have are settings that the interpreter itself reads as it
-starts (`PYTHON...` variables) and a command line of its own in /proc: a test of those starts the real program.
+give it, is shown by ps with its command line, and runs `server.py` as `__main__`. What it can't have are settings
+that the interpreter itself reads as it starts (`PYTHON...` variables): a test of those starts the real program.
 
 One zygote a test process. It is the parent of its servers: it waits for one when asked to, and when the test process
 is gone, however it went, it kills the session of each that was not released.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -32,6 +33,7 @@ from typing import Any, Final
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _LARGEST: Final = 1 << 17  # bytes of one request, which is one packet
+_ROOM: Final = "-" * 4000  # for the command lines of the servers, which are written over that of the zygote
 
 AVAILABLE: Final = hasattr(os, "pidfd_open")
 """Whether this system has what it takes: packets over Unix sockets, and processes as file descriptors."""
@@ -45,7 +47,7 @@ class Zygote:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), _ROOM],
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
                 env={"LANG": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)}, cwd=_ROOT,
             )  # fmt: skip
@@ -154,9 +156,20 @@ def _become(request: dict[str, Any], output: int) -> None:
     os.environ.update(request["env"])
     time.tzset()
     sys.argv = [str(_ROOT / "server.py"), *request["start"]]
+    _show([sys.executable, *sys.argv])
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.closerange(3, 1 << 16)
+
+
+def _show(words: list[str]) -> None:
+    """Have ps and /proc show these as the command line of this process."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, of proc(5)
+    line = "".join(f"{word}\0" for word in words).encode("utf-8", "surrogateescape")
+    if len(line) < end - start:
+        ctypes.memset(start, 0, end - start)
+        ctypes.memmove(start, line, len(line))
 
 
 def main() -> None:

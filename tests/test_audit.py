@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 import msgspec
 import pytest
-from engine_support import quiet
+from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets
 from tornado.web import Application
 from valkey_support import engine_on
@@ -38,7 +38,7 @@ from keypool.web.session import LIFE, MOST_ENDED, Sessions
 
 ADMIN, VIEWER, CLIENT, WRONG = "admin-token-0001", "viewer-token-001", "client-token-001", "wrong-token-0001"
 TOKENS = Access(client=[CLIENT], viewer=[VIEWER], admin=[ADMIN])
-HTTP = pytest.mark.parametrize("http", list(SERVERS))
+FAST = pytest.mark.parametrize("http", ["fast"])
 TRUSTED = "198.51.100.0/24, 127.0.0.1"
 
 
@@ -211,15 +211,19 @@ async def serving(http: str, access: Access = TOKENS, trusted: str | None = None
         await engine.close()
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test's coroutine; fails if an error is logged."""
+@pytest.fixture(params=list(SERVERS))
+def http(request: pytest.FixtureRequest) -> str:
+    """Each HTTP server in turn."""
+    name: str = request.param
+    return name
 
-    async def main() -> None:
-        async with asyncio.timeout(60):
-            await test()
 
-    with quiet():
-        asyncio.run(main())
+@pytest.fixture
+def served(io_loop: IOLoop, http: str) -> Iterator[Served]:
+    """The application on the loop of the test."""
+    context = serving(http)
+    yield io_loop.run_sync(context.__aenter__)
+    io_loop.run_sync(lambda: context.__aexit__(None, None, None))
 
 
 @pytest.fixture(autouse=True)
@@ -231,161 +235,129 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------- hanging up
 
 
-@HTTP
-def test_what_changes_something_runs_to_its_end_when_its_caller_hangs_up(http: str) -> None:
+async def test_what_changes_something_runs_to_its_end_when_its_caller_hangs_up(served: Served) -> None:
     """It is done, stands in the audit log, and is in flight until then, so that a stop waits for it."""
-
-    async def test() -> None:
-        async with serving(http) as served:
-            keys = [made.key for made in await served.engine.generate(4)]
-            while (await served.engine.stats()).available:
-                await served.engine.acquire(None, 0)
-            served.engine.kept = asyncio.get_running_loop().create_future()
-            await served.hang_up("DELETE", f"/api/v1/keys/{keys[0]}")
-            await served.hang_up("DELETE", f"/api/v1/random_api_key/?api_key={keys[1]}")
-            await served.hang_up("POST", "/api/v1/batch", {"op": "delete", "keys": [keys[2], "nobody"]})
-            await served.hang_up("POST", f"/api/v1/keys/{keys[3]}/unblock")
-            await served.hang_up("POST", "/api/v1/keys")
-            await served.hang_up("POST", "/api/v1/batch", {"op": "generate", "count": 3})
-            await until(lambda: not served.server.limiter.count)  # the server knows that they are gone
-            assert served.in_flight == 6
-            assert not served.lines
-            served.engine.kept.set_result(None)
-            await until(lambda: not served.in_flight)
-            assert [line["act"] for line in served.lines] == ["delete"] * 3 + ["unblock"] + ["generate"] * 2
-            assert all(line["outcome"] == "ok" for line in served.lines)
-            stats = await served.engine.stats()
-            assert (stats.deleted, stats.unblocked, stats.generated) == (3, 1, 8)
-
-    run(test)
+    keys = [made.key for made in await served.engine.generate(4)]
+    while (await served.engine.stats()).available:
+        await served.engine.acquire(None, 0)
+    served.engine.kept = asyncio.get_running_loop().create_future()
+    await served.hang_up("DELETE", f"/api/v1/keys/{keys[0]}")
+    await served.hang_up("DELETE", f"/api/v1/random_api_key/?api_key={keys[1]}")
+    await served.hang_up("POST", "/api/v1/batch", {"op": "delete", "keys": [keys[2], "nobody"]})
+    await served.hang_up("POST", f"/api/v1/keys/{keys[3]}/unblock")
+    await served.hang_up("POST", "/api/v1/keys")
+    await served.hang_up("POST", "/api/v1/batch", {"op": "generate", "count": 3})
+    await until(lambda: not served.server.limiter.count)  # the server knows that they are gone
+    assert served.in_flight == 6
+    assert not served.lines
+    served.engine.kept.set_result(None)
+    await until(lambda: not served.in_flight)
+    assert [line["act"] for line in served.lines] == ["delete"] * 3 + ["unblock"] + ["generate"] * 2
+    assert all(line["outcome"] == "ok" for line in served.lines)
+    stats = await served.engine.stats()
+    assert (stats.deleted, stats.unblocked, stats.generated) == (3, 1, 8)
 
 
-@HTTP
-def test_an_acquire_ends_with_its_caller(http: str) -> None:
+async def test_an_acquire_ends_with_its_caller(served: Served) -> None:
     """Whether it waits for a key or for its commit: it is closed, and gone from what is in flight."""
-
-    async def test() -> None:
-        async with serving(http) as served:
-            await served.hang_up("POST", "/api/v1/keys/acquire", {"wait": 60})
-            await until(lambda: not served.in_flight)
-            assert (await served.engine.stats()).waiting == 0
-            await served.engine.generate(2)
-            served.engine.kept = asyncio.get_running_loop().create_future()
-            await served.hang_up("POST", "/api/v1/keys/acquire")
-            await until(lambda: not served.in_flight)
-            await served.hang_up("GET", "/api/v1/random_api_key/")
-            await until(lambda: not served.in_flight)
-            assert served.engine.closed == 2
-
-    run(test)
+    await served.hang_up("POST", "/api/v1/keys/acquire", {"wait": 60})
+    await until(lambda: not served.in_flight)
+    assert (await served.engine.stats()).waiting == 0
+    await served.engine.generate(2)
+    served.engine.kept = asyncio.get_running_loop().create_future()
+    await served.hang_up("POST", "/api/v1/keys/acquire")
+    await until(lambda: not served.in_flight)
+    await served.hang_up("GET", "/api/v1/random_api_key/")
+    await until(lambda: not served.in_flight)
+    assert served.engine.closed == 2
 
 
 # ----------------------------------------------------------------------------------------------- what is written
 
 
-def test_a_failed_commit_stands_in_the_line() -> None:
+@FAST
+async def test_a_failed_commit_stands_in_the_line(served: Served) -> None:
     """503: the change may be kept all the same, so it is written, with that outcome."""
-
-    async def test() -> None:
-        async with serving("fast") as served:
-            keys = [made.key for made in await served.engine.generate(3)]
-            lease = await served.engine.acquire(None, 0)
-            kept = served.engine.kept = asyncio.get_running_loop().create_future()
-            kept.set_exception(StorageUnavailable("the disk is full"))
-            gone = next(key for key in keys if key != lease.key)
-            assert (await served.ask("DELETE", f"/api/v1/keys/{gone}")).status == 503
-            assert (await served.ask("POST", f"/api/v1/keys/{lease.key}/unblock")).status == 503
-            assert (await served.ask("POST", "/api/v1/keys")).status == 503
-            assert (await served.ask("POST", "/api/v1/batch", {"op": "generate", "count": 2})).status == 503
-            assert [line["act"] for line in served.lines] == ["delete", "unblock", "generate", "generate"]
-            assert {line["outcome"] for line in served.lines} == {"storage-unavailable"}
-            assert served.lines[0]["keys"] == [f"{gone[:4]}…{gone[-4:]}"]
-            assert served.lines[1]["lease"] == lease.lease
-            assert served.lines[3]["count"] == 2
-
-    run(test)
+    keys = [made.key for made in await served.engine.generate(3)]
+    lease = await served.engine.acquire(None, 0)
+    kept = served.engine.kept = asyncio.get_running_loop().create_future()
+    kept.set_exception(StorageUnavailable("the disk is full"))
+    gone = next(key for key in keys if key != lease.key)
+    assert (await served.ask("DELETE", f"/api/v1/keys/{gone}")).status == 503
+    assert (await served.ask("POST", f"/api/v1/keys/{lease.key}/unblock")).status == 503
+    assert (await served.ask("POST", "/api/v1/keys")).status == 503
+    assert (await served.ask("POST", "/api/v1/batch", {"op": "generate", "count": 2})).status == 503
+    assert [line["act"] for line in served.lines] == ["delete", "unblock", "generate", "generate"]
+    assert {line["outcome"] for line in served.lines} == {"storage-unavailable"}
+    assert served.lines[0]["keys"] == [f"{gone[:4]}…{gone[-4:]}"]
+    assert served.lines[1]["lease"] == lease.lease
+    assert served.lines[3]["count"] == 2
 
 
-@HTTP
-def test_a_reveal_is_written_whatever_comes_of_it(http: str) -> None:
+async def test_a_reveal_is_written_whatever_comes_of_it(served: Served) -> None:
     """Refused ones too; what was asked for is shown only as far as it is an id, or a hint of what may be a key."""
-
-    async def test() -> None:
-        async with serving(http) as served:
-            [made] = await served.engine.generate(1)
-            for key, token in (
-                ("id:1", ADMIN),
-                ("id:9", ADMIN),
-                (made.key, CLIENT),
-                ("id:1", VIEWER),
-                ("a%0Ab", VIEWER),
-            ):
-                await served.ask("POST", f"/api/v1/keys/{key}/reveal", token=token, X_Request_Id="mine")
-            hint = f"{made.key[:4]}…{made.key[-4:]}"
-            seen = [(line["outcome"], line["role"], line["keys"]) for line in served.lines]
-            assert seen == [
-                ("ok", "admin", [f"id:1 {hint}"]),
-                ("unknown-key", "admin", ["id:9"]),
-                ("forbidden", "client", [hint]),
-                ("forbidden", "viewer", ["id:1"]),
-                ("forbidden", "viewer", ["no key"]),
-            ]
-            assert {line["request_id"] for line in served.lines} == {"mine"}
-            assert {line["address"] for line in served.lines} == {"127.0.0.1"}
-
-    run(test)
+    [made] = await served.engine.generate(1)
+    for key, token in (
+        ("id:1", ADMIN),
+        ("id:9", ADMIN),
+        (made.key, CLIENT),
+        ("id:1", VIEWER),
+        ("a%0Ab", VIEWER),
+    ):
+        await served.ask("POST", f"/api/v1/keys/{key}/reveal", token=token, X_Request_Id="mine")
+    hint = f"{made.key[:4]}…{made.key[-4:]}"
+    seen = [(line["outcome"], line["role"], line["keys"]) for line in served.lines]
+    assert seen == [
+        ("ok", "admin", [f"id:1 {hint}"]),
+        ("unknown-key", "admin", ["id:9"]),
+        ("forbidden", "client", [hint]),
+        ("forbidden", "viewer", ["id:1"]),
+        ("forbidden", "viewer", ["no key"]),
+    ]
+    assert {line["request_id"] for line in served.lines} == {"mine"}
+    assert {line["address"] for line in served.lines} == {"127.0.0.1"}
 
 
-@HTTP
-def test_an_unblock_without_the_lease_is_written_if_it_ended_one(http: str) -> None:
+async def test_an_unblock_without_the_lease_is_written_if_it_ended_one(served: Served) -> None:
     """Single, in a batch, by the first version's path: with the key and the lease that ended, not the next one."""
-
-    async def test() -> None:
-        async with serving(http) as served:
-            [made] = await served.engine.generate(1)
-            path = f"/api/v1/keys/{made.key}/unblock"
-            for method, target, body in (
-                ("POST", path, None),
-                ("POST", path, {"lease": None}),
-                ("PUT", f"/api/v1/random_api_key/?api_key={made.key}", None),
-                ("POST", "/api/v1/batch", {"op": "unblock", "keys": [made.key, "nobody"]}),
-            ):
-                served.lines.clear()
-                lease = await served.engine.acquire(None, 0)
-                waiting = asyncio.ensure_future(served.engine.acquire(None, 5))
-                await asyncio.sleep(0)
-                assert (await served.ask(method, target, body, CLIENT)).status == 200
-                await served.engine.unblock(made.key, (await waiting).lease)
-                [line] = served.lines
-                assert (line["act"], line["role"]) == ("unblock", "client")
-                keys = line["keys"] if target != "/api/v1/batch" else [line["first"]]
-                assert keys == [f"id:1 {made.key[:4]}…{made.key[-4:]}"]
-                assert line.get("lease", lease.lease) == lease.lease
-            served.lines.clear()
-            lease = await served.engine.acquire(None, 0)
-            await served.ask("POST", path, {"lease": lease.lease}, CLIENT)
-            await served.ask("POST", path, None, CLIENT)  # it is free: nobody loses anything
-            assert not served.lines
-
-    run(test)
+    [made] = await served.engine.generate(1)
+    path = f"/api/v1/keys/{made.key}/unblock"
+    for method, target, body in (
+        ("POST", path, None),
+        ("POST", path, {"lease": None}),
+        ("PUT", f"/api/v1/random_api_key/?api_key={made.key}", None),
+        ("POST", "/api/v1/batch", {"op": "unblock", "keys": [made.key, "nobody"]}),
+    ):
+        served.lines.clear()
+        lease = await served.engine.acquire(None, 0)
+        waiting = asyncio.ensure_future(served.engine.acquire(None, 5))
+        await asyncio.sleep(0)
+        assert (await served.ask(method, target, body, CLIENT)).status == 200
+        await served.engine.unblock(made.key, (await waiting).lease)
+        [line] = served.lines
+        assert (line["act"], line["role"]) == ("unblock", "client")
+        keys = line["keys"] if target != "/api/v1/batch" else [line["first"]]
+        assert keys == [f"id:1 {made.key[:4]}…{made.key[-4:]}"]
+        assert line.get("lease", lease.lease) == lease.lease
+    served.lines.clear()
+    lease = await served.engine.acquire(None, 0)
+    await served.ask("POST", path, {"lease": lease.lease}, CLIENT)
+    await served.ask("POST", path, None, CLIENT)  # it is free: nobody loses anything
+    assert not served.lines
 
 
-def test_a_batch_is_one_short_line() -> None:
+@FAST
+async def test_a_batch_is_one_short_line(served: Served) -> None:
     """How many keys, the first and the last."""
-
-    async def test() -> None:
-        async with serving("fast") as served:
-            made = (await served.ask("POST", "/api/v1/batch", {"op": "generate", "count": 1000})).json["keys"]
-            await served.ask("POST", "/api/v1/batch", {"op": "delete", "keys": [key["key"] for key in made]})
-            await served.ask("POST", "/api/v1/batch", {"op": "delete", "keys": ["nobody"]})
-            assert [line["act"] for line in served.lines] == ["generate", "delete"]
-            for line in served.lines:
-                assert line["count"] == 1000
-                assert line["first"].startswith(f"id:{made[0]['id']} ")
-                assert line["last"].startswith(f"id:{made[-1]['id']} ")
-                assert len(msgspec.json.encode(line)) < 600
-
-    run(test)
+    made = (await served.ask("POST", "/api/v1/batch", {"op": "generate", "count": 1000})).json["keys"]
+    await served.ask("POST", "/api/v1/batch", {"op": "delete", "keys": [key["key"] for key in made]})
+    await served.ask("POST", "/api/v1/batch", {"op": "delete", "keys": ["nobody"]})
+    assert [line["act"] for line in served.lines] == ["generate", "delete"]
+    for line in served.lines:
+        assert line["count"] == 1000
+        assert line["first"].startswith(f"id:{made[0]['id']} ")
+        assert line["last"].startswith(f"id:{made[-1]['id']} ")
+        assert len(msgspec.json.encode(line)) < 600
 
 
 @pytest.mark.parametrize(
@@ -397,25 +369,21 @@ def test_a_batch_is_one_short_line() -> None:
         b'{"lease":1.0,"lease":1.0}',
     ],
 )
-def test_a_member_given_twice_is_refused(body: bytes) -> None:
+@FAST
+async def test_a_member_given_twice_is_refused(served: Served, body: bytes) -> None:
     """The last one would count, so that an unblock might be one without the lease that it shows."""
-
-    async def test() -> None:
-        async with serving("fast") as served:
-            [made] = await served.engine.generate(1)
-            await served.engine.acquire(None, 0)
-            answer = await served.ask("POST", f"/api/v1/keys/{made.key}/unblock", body, CLIENT)
-            assert (answer.status, answer.json["code"]) == (400, "bad-request")
-            assert "'lease' was given twice" in answer.json["detail"]
-            item = b'{"key":"%b",%b' % (made.key.encode(), body[1:])
-            batch = b'{"op":"unblock","keys":["nobody",%b]}' % item
-            answer = await served.ask("POST", "/api/v1/batch", batch, CLIENT)
-            assert "'lease' was given twice" in answer.json["detail"]
-            assert (await served.engine.stats()).blocked == 1
-            fine = b'{"owner":"a:b\\":","wait":null}'
-            assert (await served.ask("POST", "/api/v1/keys/acquire", fine, CLIENT)).status == 404
-
-    run(test)
+    [made] = await served.engine.generate(1)
+    await served.engine.acquire(None, 0)
+    answer = await served.ask("POST", f"/api/v1/keys/{made.key}/unblock", body, CLIENT)
+    assert (answer.status, answer.json["code"]) == (400, "bad-request")
+    assert "'lease' was given twice" in answer.json["detail"]
+    item = b'{"key":"%b",%b' % (made.key.encode(), body[1:])
+    batch = b'{"op":"unblock","keys":["nobody",%b]}' % item
+    answer = await served.ask("POST", "/api/v1/batch", batch, CLIENT)
+    assert "'lease' was given twice" in answer.json["detail"]
+    assert (await served.engine.stats()).blocked == 1
+    fine = b'{"owner":"a:b\\":","wait":null}'
+    assert (await served.ask("POST", "/api/v1/keys/acquire", fine, CLIENT)).status == 404
 
 
 # ------------------------------------------------------------------------------------------------- wrong tokens
@@ -428,84 +396,71 @@ async def wrong_on_each_path(served: Served) -> None:
         assert answer.status == 401, path
 
 
-@HTTP
-def test_wrong_tokens_are_counted_and_a_few_of_them_written(
-    http: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each is in the metrics, which have the family from the start; beyond the bound the log has their number."""
+@pytest.fixture
+def few_lines(_quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four lines about wrong tokens, and a burst that isn't spent. To be asked for before `served`."""
     monkeypatch.setattr(wrong_tokens, "LINES", 4)
     monkeypatch.setattr(wrong_tokens, "BURST", 100)
 
-    async def test() -> None:
-        async with serving(http) as served:
-            metrics = (await served.ask("GET", "/metrics")).body.decode()
-            assert 'keypool_auth_failures_total{kind="token"} 0.0' in metrics
-            assert 'keypool_auth_failures_total{kind="sign_in"} 0.0' in metrics
-            await wrong_on_each_path(served)
-            await served.ask("GET", "/api/v1/stats", token=None)  # none is not a wrong one
-            await served.ask("POST", "/login", form(WRONG), token=None)
-            await served.ask("POST", "/login", form(CLIENT), token=None)
-            metrics = (await served.ask("GET", "/metrics")).body.decode()
-            assert 'keypool_auth_failures_total{kind="token"} 5.0' in metrics
-            assert 'keypool_auth_failures_total{kind="sign_in"} 2.0' in metrics
-            assert [line["act"] for line in served.lines] == ["wrong-token"] * 4
-            assert all(len(line["token"]) == 8 and line["token"] not in WRONG for line in served.lines)
-            served.wrong.close()
-            assert served.lines[-1]["suppressed"] == 3
-            assert served.lines[-1]["address"] == "127.0.0.1"
 
-    run(test)
+async def test_wrong_tokens_are_counted_and_a_few_of_them_written(few_lines: None, served: Served) -> None:
+    """Each is in the metrics, which have the family from the start; beyond the bound the log has their number."""
+    metrics = (await served.ask("GET", "/metrics")).body.decode()
+    assert 'keypool_auth_failures_total{kind="token"} 0.0' in metrics
+    assert 'keypool_auth_failures_total{kind="sign_in"} 0.0' in metrics
+    await wrong_on_each_path(served)
+    await served.ask("GET", "/api/v1/stats", token=None)  # none is not a wrong one
+    await served.ask("POST", "/login", form(WRONG), token=None)
+    await served.ask("POST", "/login", form(CLIENT), token=None)
+    metrics = (await served.ask("GET", "/metrics")).body.decode()
+    assert 'keypool_auth_failures_total{kind="token"} 5.0' in metrics
+    assert 'keypool_auth_failures_total{kind="sign_in"} 2.0' in metrics
+    assert [line["act"] for line in served.lines] == ["wrong-token"] * 4
+    assert all(len(line["token"]) == 8 and line["token"] not in WRONG for line in served.lines)
+    served.wrong.close()
+    assert served.lines[-1]["suppressed"] == 3
+    assert served.lines[-1]["address"] == "127.0.0.1"
 
 
-@HTTP
-def test_wrong_tokens_are_answered_late_and_right_ones_at_once(http: str) -> None:
+async def test_wrong_tokens_are_answered_late_and_right_ones_at_once(served: Served) -> None:
     """Once the burst is spent; on one connection they come one after the other, so guessing is slow."""
-
-    async def test() -> None:
-        async with serving(http) as served:
-            await wrong_on_each_path(served)
-            loop = asyncio.get_running_loop()
-            started = loop.time()
-            waiting = [asyncio.ensure_future(wrong_on_each_path(served)) for _ in range(2)]
-            await until(lambda: served.wrong.held == 2)
-            assert (await served.ask("GET", "/api/v1/stats")).status == 200
-            assert (await served.ask("GET", "/metrics", token=VIEWER)).status == 200
-            assert served.wrong.held, "a right token waited until the wrong ones were answered"
-            await asyncio.gather(*waiting)
-            assert loop.time() - started > 2  # five times up to a second, on each of the two
-            # A caller that leaves meanwhile takes its place along.
-            for asked in (
-                request("POST", "/api/v1/batch", {"op": "keepalive", "keys": ["x"]}, WRONG),
-                request("GET", "/metrics", None, WRONG),
-                request("POST", "/login", form("another-wrong-token"), WRONG),
-            ):
-                _, writer = await served.connect()
-                writer.write(asked)
-                await until(lambda: served.wrong.held == 1)
-                writer.close()
-                await until(lambda: served.wrong.held == 0 and not served.in_flight)
-            # Tornado reads a form before anything is checked: a broken one is no way round.
-            before = served.wrong.counts["token"]
-            answer = await served.ask("POST", "/logout", b"x" * 16, WRONG, Content_Type="multipart/form-data")
-            assert (answer.status, answer.headers["Connection"]) == (401, "close")
-            assert served.wrong.counts["token"] == before + 1
-
-    run(test)
+    await wrong_on_each_path(served)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    waiting = [asyncio.ensure_future(wrong_on_each_path(served)) for _ in range(2)]
+    await until(lambda: served.wrong.held == 2)
+    assert (await served.ask("GET", "/api/v1/stats")).status == 200
+    assert (await served.ask("GET", "/metrics", token=VIEWER)).status == 200
+    assert served.wrong.held, "a right token waited until the wrong ones were answered"
+    await asyncio.gather(*waiting)
+    assert loop.time() - started > 2  # five times up to a second, on each of the two
+    # A caller that leaves meanwhile takes its place along.
+    for asked in (
+        request("POST", "/api/v1/batch", {"op": "keepalive", "keys": ["x"]}, WRONG),
+        request("GET", "/metrics", None, WRONG),
+        request("POST", "/login", form("another-wrong-token"), WRONG),
+    ):
+        _, writer = await served.connect()
+        writer.write(asked)
+        await until(lambda: served.wrong.held == 1)
+        writer.close()
+        await until(lambda: served.wrong.held == 0 and not served.in_flight)
+    # Tornado reads a form before anything is checked: a broken one is no way round.
+    before = served.wrong.counts["token"]
+    answer = await served.ask("POST", "/logout", b"x" * 16, WRONG, Content_Type="multipart/form-data")
+    assert (answer.status, answer.headers["Connection"]) == (401, "close")
+    assert served.wrong.counts["token"] == before + 1
 
 
-@HTTP
-def test_so_many_answers_are_held_back_and_no_more(http: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_so_many_answers_are_held_back_and_no_more(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next one is answered at once, and loses its connection."""
     monkeypatch.setattr(wrong_tokens, "MOST_HELD", 0)
-
-    async def test() -> None:
-        async with serving(http) as served:
-            for path in ("/api/v1/stats", "/metrics"):
-                answers = [await served.ask("GET", path, token=WRONG) for _ in range(4)]
-                assert {answer.status for answer in answers} == {401}
-                assert answers[-1].headers["Connection"] == "close"
-
-    run(test)
+    for path in ("/api/v1/stats", "/metrics"):
+        answers = [await served.ask("GET", path, token=WRONG) for _ in range(4)]
+        assert {answer.status for answer in answers} == {401}
+        assert answers[-1].headers["Connection"] == "close"
 
 
 def form(token: str) -> bytes:
@@ -513,24 +468,20 @@ def form(token: str) -> bytes:
     return urlencode({"token": token, "next": "/"}).encode()
 
 
-def test_a_right_token_gets_in_whatever_was_tried_before() -> None:
+@FAST
+async def test_a_right_token_gets_in_whatever_was_tried_before(served: Served) -> None:
     """Wrong ones beyond five get 429 with the time, in the page too, and stand in the audit log like the sign-in."""
-
-    async def test() -> None:
-        async with serving("fast") as served:
-            answers = [await served.ask("POST", "/login", form(WRONG), token=None) for _ in range(6)]
-            assert [answer.status for answer in answers] == [401] * 5 + [429]
-            assert answers[-1].json["code"] == "too-many-sign-ins"
-            page = await served.ask("POST", "/login", form(WRONG), token=None, Accept="text/html")
-            assert page.status == 429
-            assert f"in {page.headers['Retry-After']} s" in page.body.decode()
-            assert 1 <= int(page.headers["Retry-After"]) <= 12
-            assert (await served.ask("POST", "/login", form(ADMIN), token=None)).status == 303
-            acts = [line["act"] for line in served.lines]
-            assert acts == ["failed-sign-in"] * 7 + ["sign-in"]
-            assert served.lines[-1]["role"] == "admin"
-
-    run(test)
+    answers = [await served.ask("POST", "/login", form(WRONG), token=None) for _ in range(6)]
+    assert [answer.status for answer in answers] == [401] * 5 + [429]
+    assert answers[-1].json["code"] == "too-many-sign-ins"
+    page = await served.ask("POST", "/login", form(WRONG), token=None, Accept="text/html")
+    assert page.status == 429
+    assert f"in {page.headers['Retry-After']} s" in page.body.decode()
+    assert 1 <= int(page.headers["Retry-After"]) <= 12
+    assert (await served.ask("POST", "/login", form(ADMIN), token=None)).status == 303
+    acts = [line["act"] for line in served.lines]
+    assert acts == ["failed-sign-in"] * 7 + ["sign-in"]
+    assert served.lines[-1]["role"] == "admin"
 
 
 # ------------------------------------------------------------------------------------------------------ proxies
@@ -556,49 +507,38 @@ def test_the_caller_is_the_last_address_that_is_not_trusted(
     assert TrustedProxies(TRUSTED).caller(peer, "http", hops, scheme) == caller
 
 
-@HTTP
-def test_a_trusted_proxy_says_who_calls_and_how(http: str) -> None:
+async def test_a_trusted_proxy_says_who_calls_and_how(http: str) -> None:
     """In the audit log, for the cookie's Secure, and for the throttle: one caller's wrong tokens cost no other."""
-
-    async def test() -> None:
-        async with serving(http, trusted=TRUSTED) as served:
-            proxied = {"X_Forwarded_For": "6.6.6.6, 203.0.113.9", "X_Forwarded_Proto": "https"}
-            await served.ask("POST", "/api/v1/keys", **proxied)
-            signed = await served.ask("POST", "/login", form(ADMIN), token=None, **proxied)
-            assert "; Secure" in signed.headers["Set-Cookie"]
-            await served.ask("POST", "/api/v1/keys", X_Real_Ip="203.0.113.9", X_Scheme="https")
-            assert [line["address"] for line in served.lines] == ["203.0.113.9", "203.0.113.9", "127.0.0.1"]
-            for _ in range(6):
-                await served.ask("POST", "/login", form(WRONG), token=None, **proxied)
-            other = await served.ask(
-                "POST", "/login", form(WRONG), token=None, X_Forwarded_For="203.0.113.10"
-            )
-            assert other.status == 401
-        async with serving(http) as served:
-            await served.ask("POST", "/api/v1/keys", **proxied)
-            signed = await served.ask("POST", "/login", form(ADMIN), token=None, **proxied)
-            assert "; Secure" not in signed.headers["Set-Cookie"]
-            assert [line["address"] for line in served.lines] == ["127.0.0.1"] * 2
-
-    run(test)
+    async with serving(http, trusted=TRUSTED) as served:
+        proxied = {"X_Forwarded_For": "6.6.6.6, 203.0.113.9", "X_Forwarded_Proto": "https"}
+        await served.ask("POST", "/api/v1/keys", **proxied)
+        signed = await served.ask("POST", "/login", form(ADMIN), token=None, **proxied)
+        assert "; Secure" in signed.headers["Set-Cookie"]
+        await served.ask("POST", "/api/v1/keys", X_Real_Ip="203.0.113.9", X_Scheme="https")
+        assert [line["address"] for line in served.lines] == ["203.0.113.9", "203.0.113.9", "127.0.0.1"]
+        for _ in range(6):
+            await served.ask("POST", "/login", form(WRONG), token=None, **proxied)
+        other = await served.ask("POST", "/login", form(WRONG), token=None, X_Forwarded_For="203.0.113.10")
+        assert other.status == 401
+    async with serving(http) as served:
+        await served.ask("POST", "/api/v1/keys", **proxied)
+        signed = await served.ask("POST", "/login", form(ADMIN), token=None, **proxied)
+        assert "; Secure" not in signed.headers["Set-Cookie"]
+        assert [line["address"] for line in served.lines] == ["127.0.0.1"] * 2
 
 
-def test_each_request_of_a_connection_has_its_own_caller() -> None:
+async def test_each_request_of_a_connection_has_its_own_caller() -> None:
     """A proxy sends many callers' over one connection."""
-
-    async def test() -> None:
-        for http in SERVERS:
-            async with serving(http, trusted=TRUSTED) as served:
-                reader, writer = await served.connect()
-                for address in ("203.0.113.1", "203.0.113.2", None):
-                    headers = {"X_Forwarded_For": address} if address else {}
-                    writer.write(request("POST", "/api/v1/keys", None, ADMIN, **headers))
-                    await read(reader)
-                writer.close()
-                seen = [line["address"] for line in served.lines]
-                assert seen == ["203.0.113.1", "203.0.113.2", "127.0.0.1"], http
-
-    run(test)
+    for http in SERVERS:
+        async with serving(http, trusted=TRUSTED) as served:
+            reader, writer = await served.connect()
+            for address in ("203.0.113.1", "203.0.113.2", None):
+                headers = {"X_Forwarded_For": address} if address else {}
+                writer.write(request("POST", "/api/v1/keys", None, ADMIN, **headers))
+                await read(reader)
+            writer.close()
+            seen = [line["address"] for line in served.lines]
+            assert seen == ["203.0.113.1", "203.0.113.2", "127.0.0.1"], http
 
 
 def test_a_trusted_proxy_may_have_more_connections_than_an_address() -> None:
@@ -620,25 +560,19 @@ class Wall:
         return self.now
 
 
-@HTTP
-def test_a_sign_out_is_in_the_audit_log_and_ends_the_session(http: str) -> None:
+async def test_a_sign_out_is_in_the_audit_log_and_ends_the_session(served: Served) -> None:
     """With the token whose session it was; the cookie is worth nothing at once."""
-
-    async def test() -> None:
-        async with serving(http) as served:
-            signed = await served.ask("POST", "/login", form(VIEWER), token=None)
-            cookie = signed.headers["Set-Cookie"].partition(";")[0]
-            page = (await served.ask("GET", "/", token=None, Cookie=cookie)).body.decode()
-            proof = page.partition('<meta name="xsrf" content="')[2].partition('"')[0]
-            sent = {"Cookie": cookie, "Content_Type": "application/x-www-form-urlencoded"}
-            out = await served.ask("POST", "/logout", f"xsrf={proof}".encode(), token=None, **sent)
-            assert out.status == 303
-            assert (await served.ask("GET", "/figures", token=None, Cookie=cookie)).status == 401
-            assert [line["act"] for line in served.lines] == ["sign-in", "sign-out"]
-            assert {line["role"] for line in served.lines} == {"viewer"}
-            assert len({line["token"] for line in served.lines}) == 1
-
-    run(test)
+    signed = await served.ask("POST", "/login", form(VIEWER), token=None)
+    cookie = signed.headers["Set-Cookie"].partition(";")[0]
+    page = (await served.ask("GET", "/", token=None, Cookie=cookie)).body.decode()
+    proof = page.partition('<meta name="xsrf" content="')[2].partition('"')[0]
+    sent = {"Cookie": cookie, "Content_Type": "application/x-www-form-urlencoded"}
+    out = await served.ask("POST", "/logout", f"xsrf={proof}".encode(), token=None, **sent)
+    assert out.status == 303
+    assert (await served.ask("GET", "/figures", token=None, Cookie=cookie)).status == 401
+    assert [line["act"] for line in served.lines] == ["sign-in", "sign-out"]
+    assert {line["role"] for line in served.lines} == {"viewer"}
+    assert len({line["token"] for line in served.lines}) == 1
 
 
 def headers(cookie: str) -> dict[str, str]:
@@ -646,84 +580,72 @@ def headers(cookie: str) -> dict[str, str]:
     return {"Cookie": f"{session.COOKIE}={cookie}"}
 
 
-def test_a_sign_out_is_written_and_holds_after_a_restart(tmp_path: Path) -> None:
+async def test_a_sign_out_is_written_and_holds_after_a_restart(tmp_path: Path) -> None:
     """The notes come with the pool from its data file; other sessions of the token go on."""
-
-    async def test() -> None:
-        engine = await open_durable(tmp_path / "keypool.db")
-        sessions = Sessions(TOKENS)
-        (mine, cookie), (_, other) = sessions.sign_in(ADMIN), sessions.sign_in(ADMIN)
-        sessions.end(mine)
-        await sessions.share(engine)
-        await engine.close()
-        engine = await open_durable(tmp_path / "keypool.db")
-        again = Sessions(TOKENS)
-        assert again._read(headers(cookie)["Cookie"]) is not None  # the signature is good
-        await again.share(engine)
-        assert again._read(headers(cookie)["Cookie"]) is None
-        assert again._read(headers(other)["Cookie"]) is not None
-        await engine.close()
-
-    run(test)
+    engine = await open_durable(tmp_path / "keypool.db")
+    sessions = Sessions(TOKENS)
+    (mine, cookie), (_, other) = sessions.sign_in(ADMIN), sessions.sign_in(ADMIN)
+    sessions.end(mine)
+    await sessions.share(engine)
+    await engine.close()
+    engine = await open_durable(tmp_path / "keypool.db")
+    again = Sessions(TOKENS)
+    assert again._read(headers(cookie)["Cookie"]) is not None  # the signature is good
+    await again.share(engine)
+    assert again._read(headers(cookie)["Cookie"]) is None
+    assert again._read(headers(other)["Cookie"]) is not None
+    await engine.close()
 
 
-def test_a_sign_out_reaches_all_servers_of_a_pool_in_valkey() -> None:
+async def test_a_sign_out_reaches_all_servers_of_a_pool_in_valkey() -> None:
     """And one that starts later."""
-
-    async def test() -> None:
-        with Valkey() as valkey:
-            url = with_pool(valkey.url, 1)
-            async with engine_on(url) as engine, engine_on(url) as other:
-                here, there = Sessions(TOKENS), Sessions(TOKENS)
-                mine, cookie = here.sign_in(VIEWER)
-                await there.share(other)
-                assert there._read(headers(cookie)["Cookie"]) is not None
-                here.end(mine)
-                await here.share(engine)
-                await there.share(other)
-                assert there._read(headers(cookie)["Cookie"]) is None
-            async with engine_on(url) as engine:
-                later = Sessions(TOKENS)
-                await later.share(engine)
-                assert later._read(headers(cookie)["Cookie"]) is None
-
-    run(test)
+    with Valkey() as valkey:
+        url = with_pool(valkey.url, 1)
+        async with engine_on(url) as engine, engine_on(url) as other:
+            here, there = Sessions(TOKENS), Sessions(TOKENS)
+            mine, cookie = here.sign_in(VIEWER)
+            await there.share(other)
+            assert there._read(headers(cookie)["Cookie"]) is not None
+            here.end(mine)
+            await here.share(engine)
+            await there.share(other)
+            assert there._read(headers(cookie)["Cookie"]) is None
+        async with engine_on(url) as engine:
+            later = Sessions(TOKENS)
+            await later.share(engine)
+            assert later._read(headers(cookie)["Cookie"]) is None
 
 
-def test_what_is_kept_of_sign_outs_is_bounded() -> None:
+async def test_what_is_kept_of_sign_outs_is_bounded() -> None:
     """With one too many the oldest sessions of that token end, no others; all is forgotten after 12 hours."""
-
-    async def test() -> None:
-        engine, wall = EmbeddedEngine(), Wall()
-        sessions = Sessions(TOKENS, wall)
-        first, _ = sessions.sign_in(ADMIN)
-        viewer, _ = sessions.sign_in(VIEWER)
-        wall.now += 1
-        ended = [sessions.sign_in(ADMIN)[0] for _ in range(MOST_ENDED + 1)]
-        wall.now += 1
-        last, _ = sessions.sign_in(ADMIN)
-        for each in ended[:-1]:
-            sessions.end(each)
-        await sessions.share(engine)
-        assert len(await engine.notes()) == MOST_ENDED
-        assert sessions.alive(first)
-        sessions.end(ended[-1])
-        await sessions.share(engine)
-        assert len(await engine.notes()) == MOST_ENDED + 1
-        assert not any(sessions.alive(each) for each in [first, *ended])
-        assert sessions.alive(last)
-        assert sessions.alive(viewer)
-        wall.now += LIFE + 1
-        late, _ = sessions.sign_in(ADMIN)
-        sessions.end(late)
-        await sessions.share(engine)
-        assert list(await engine.notes()) == [late.note]
-        await engine.close()
-
-    run(test)
+    engine, wall = EmbeddedEngine(), Wall()
+    sessions = Sessions(TOKENS, wall)
+    first, _ = sessions.sign_in(ADMIN)
+    viewer, _ = sessions.sign_in(VIEWER)
+    wall.now += 1
+    ended = [sessions.sign_in(ADMIN)[0] for _ in range(MOST_ENDED + 1)]
+    wall.now += 1
+    last, _ = sessions.sign_in(ADMIN)
+    for each in ended[:-1]:
+        sessions.end(each)
+    await sessions.share(engine)
+    assert len(await engine.notes()) == MOST_ENDED
+    assert sessions.alive(first)
+    sessions.end(ended[-1])
+    await sessions.share(engine)
+    assert len(await engine.notes()) == MOST_ENDED + 1
+    assert not any(sessions.alive(each) for each in [first, *ended])
+    assert sessions.alive(last)
+    assert sessions.alive(viewer)
+    wall.now += LIFE + 1
+    late, _ = sessions.sign_in(ADMIN)
+    sessions.end(late)
+    await sessions.share(engine)
+    assert list(await engine.notes()) == [late.note]
+    await engine.close()
 
 
-def test_a_sign_out_that_could_not_be_kept_holds_here_and_is_kept_later() -> None:
+async def test_a_sign_out_that_could_not_be_kept_holds_here_and_is_kept_later() -> None:
     """The storage may be away just then."""
 
     class Away(EmbeddedEngine):
@@ -734,16 +656,13 @@ def test_a_sign_out_that_could_not_be_kept_holds_here_and_is_kept_later() -> Non
                 raise StorageUnavailable("away")
             await super().keep_notes(notes)
 
-    async def test() -> None:
-        engine, sessions = Away(), Sessions(TOKENS)
-        mine, _ = sessions.sign_in(ADMIN)
-        sessions.end(mine)
-        with pytest.raises(StorageUnavailable):
-            await sessions.share(engine)
-        assert not sessions.alive(mine)
-        engine.away = False
+    engine, sessions = Away(), Sessions(TOKENS)
+    mine, _ = sessions.sign_in(ADMIN)
+    sessions.end(mine)
+    with pytest.raises(StorageUnavailable):
         await sessions.share(engine)
-        assert list(await engine.notes()) == [mine.note]
-        await engine.close()
-
-    run(test)
+    assert not sessions.alive(mine)
+    engine.away = False
+    await sessions.share(engine)
+    assert list(await engine.notes()) == [mine.note]
+    await engine.close()

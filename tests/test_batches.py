@@ -1,8 +1,8 @@
-"""What is committed is in the file, however far it is folded, and whatever the power fails in the middle of.
+"""What is committed is in the file, however far it is flushed, and wherever a power failure interrupts.
 
 A plain dict says what the file must say after each batch. The batches come from a seed, over real files; the limits
-of folding are small here, so that a few hundred rows are several generations. That the server's answers survive its
-being killed while it folds is in test_crash.py.
+of a flush are small here, so that a few hundred rows are several memtables. That the server's answers survive its
+being killed during a flush is in test_crash.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import pytest
 from engine_support import open_held
 
 from keypool.core.errors import StartError
-from keypool.engine.durable import compaction as batches
-from keypool.engine.durable import datafile, file_lock
-from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable import compaction, datafile, file_lock
+from keypool.engine.durable.compaction import BatchLog
 from keypool.engine.durable.datafile import Batch, Row, encode
 from keypool.engine.durable.wire import Verdict
 from keypool.engine.durable.writer import Writer
@@ -67,22 +66,22 @@ class Model:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a file may be made, which is soon folded."""
-    monkeypatch.setattr(batches, "_WORTH", 100)
-    monkeypatch.setattr(batches, "_FEWEST", 10)
+    """Where a file may be made, which is soon flushed."""
+    monkeypatch.setattr(compaction, "FLUSH_THRESHOLD_ROWS", 100)
+    monkeypatch.setattr(compaction, "MIN_FLUSH_ROWS", 10)
     return tmp_path / "keypool.db"
 
 
 def opened(path: Path) -> contextlib.closing[sqlite3.Connection]:
-    """A connection that writes, closed without folding anything, as a writer that dies leaves it."""
+    """A connection that writes, closed without flushing anything, as a writer that dies leaves it."""
     return contextlib.closing(datafile.connect(path))
 
 
 def work(writer: Writer, model: Model, count: int) -> None:
-    """Commit so many batches, and fold after each, as the writer process does."""
+    """Commit so many batches, and flush after each, as the writer process does."""
     for _ in range(count):
         assert writer.commit([encode(model.batch())]) == Verdict()
-        writer.fold()
+        writer.flush()
 
 
 def end(writer: Writer, model: Model, path: Path) -> None:
@@ -93,85 +92,85 @@ def end(writer: Writer, model: Model, path: Path) -> None:
 
 
 def tables(database: sqlite3.Connection) -> tuple[int, int]:
-    """How many keys stand in the table of keys, and how many batches aren't folded."""
+    """How many keys stand in the table of keys, and how many batches aren't flushed."""
     (keys,) = database.execute("SELECT count(*) FROM keys").fetchone()
     (left,) = database.execute("SELECT count(*) FROM batches").fetchone()
     return keys, left
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_file_says_the_same_however_far_it_is_folded(path: Path, seed: int) -> None:
-    """After each batch, after each step of folding, and when the writer died and another one goes on."""
+def test_the_file_says_the_same_however_far_it_is_flushed(path: Path, seed: int) -> None:
+    """After each batch, after each step of a flush, and when the writer died and another goes on."""
     model, draw = Model(seed), random.Random(seed)
     seen = set()
     for _ in range(8):
         with opened(path) as database:
-            writing = Batches(database)
+            writing = BatchLog(database)
             for _ in range(draw.randrange(5, 40)):
                 writing.commit([encode(model.batch())])
                 model.expect(path)
                 before = tables(database)
-                writing.fold()
+                writing.flush()
                 after = tables(database)
                 model.expect(path)
                 seen.add(
                     "rows" if after[0] != before[0] else "batches" if after[1] < before[1] else "nothing"
                 )
-    assert seen == {"rows", "batches", "nothing"}, "not all that folding does was seen"
+    assert seen == {"rows", "batches", "nothing"}, "not all that a flush does was seen"
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_power_cut_loses_nothing_that_was_committed(path: Path, seed: int) -> None:
-    """What a commit wrote is on the disk; of what folding wrote, any part may be missing at the end of the log."""
+    """What a commit wrote is on the disk; of what a flush wrote, any part may be missing at the end of the log."""
     model, draw = Model(seed), random.Random(seed)
     log, cut = path.with_name(f"{path.name}-wal"), path.with_name("cut.db")
     torn = 0
     with opened(path) as database:
         database.execute("PRAGMA wal_autocheckpoint = 0")  # so that the log only grows
-        writing = Batches(database)
+        writing = BatchLog(database)
         for _ in range(120):
             writing.commit([encode(model.batch())])
             committed = log.stat().st_size
-            writing.fold()
+            writing.flush()
             content = log.read_bytes()
             torn += len(content) > committed
             file_lock.remove(cut)
             shutil.copy(path, cut)
             cut.with_name(f"{cut.name}-wal").write_bytes(content[: draw.randint(committed, len(content))])
             model.expect(cut)
-    assert torn > 20, "folding wrote next to nothing"
+    assert torn > 20, "a flush wrote next to nothing"
 
 
 def test_batches_do_not_pile_up(path: Path) -> None:
-    """A generation is folded before the next is as large: what isn't in the tables yet is bounded."""
+    """A memtable is flushed before the next is as large: what isn't in the tables yet is bounded."""
     with opened(path) as database:
-        writing = Batches(database)
+        writing = BatchLog(database)
         rows = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 2001)]
         most = 0
         for round in range(3000):
             writing.commit([encode(Batch([rows[round % 2000]], [], {"last_id": 2000}))])
-            writing.fold()
+            writing.flush()
             most = max(most, tables(database)[1])
-        a_generation = 100 // (1 + batches._NUMBERS_WEIGH)
+        a_generation = 100 // (1 + compaction.ROWS_PER_BATCH)
         assert a_generation <= most <= 3 * a_generation
 
 
-def test_a_crowd_of_changes_is_folded_in_bounded_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crowd_of_changes_is_flushed_in_bounded_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large a batch is: the next one waits for no more than so many rows."""
-    monkeypatch.setattr(batches, "_MOST", 50)
+    monkeypatch.setattr(compaction, "MAX_FLUSH_ROWS", 50)
     with opened(path) as database:
-        writing = Batches(database)
+        writing = BatchLog(database)
         rows: list[Row] = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 1001)]
         writing.commit([encode(Batch(rows, [], {"last_id": 1000}))])
-        folded = [0]
-        while folded[-1] < 1000:
-            writing.fold()
-            folded.append(tables(database)[0])
-        assert {later - before for before, later in pairwise(folded)} == {50}
+        flushed = [0]
+        while flushed[-1] < 1000:
+            writing.flush()
+            flushed.append(tables(database)[0])
+        assert {later - before for before, later in pairwise(flushed)} == {50}
 
 
 def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
-    """So that whoever looks into the file of a stopped server sees its keys; one with nothing to fold isn't written."""
+    """So that the tables of a stopped server's file have its keys; one with nothing to flush isn't written."""
     model, writer = Model(4), Writer(path, open_held(path))
     work(writer, model, 60)
     writer.close()
@@ -204,22 +203,22 @@ def test_a_grace_is_granted_to_keys_wherever_they_stand(path: Path) -> None:
     writer.close()
 
 
-def test_folding_that_fails_is_told_with_the_next_batch_and_begins_anew(
+def test_a_flush_that_fails_fails_the_next_batch_and_begins_anew(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is full shows when rows are folded: callers hear of it as of any batch, and nothing is lost."""
+    """A disk that is full shows when rows are flushed: calls get it as with any batch, and nothing is lost."""
     model, writer = Model(6), Writer(path, open_held(path))
-    fold = Batches._write
+    write = BatchLog._write
     for _ in range(30):
         assert writer.commit([encode(model.batch())]) == Verdict()
 
-    def full(self: Batches, *rest: object) -> None:
-        fold(self, *rest)  # type: ignore[arg-type]
+    def full(self: BatchLog, *rest: object) -> None:
+        write(self, *rest)  # type: ignore[arg-type]
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "_write", full)
-        writer.fold()
+        patch.setattr(BatchLog, "_write", full)
+        writer.flush()
     model.expect(path)
     unheard = Batch([(10**6, "x" * 20, 1, 2, None, 0, None)])
     assert writer.commit([encode(unheard)]) == Verdict("database or disk is full")
@@ -249,7 +248,7 @@ def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> Non
 def test_a_batch_that_is_none_is_damage(path: Path, damage: str) -> None:
     """In one line, which quotes nothing of it."""
     with opened(path) as database:
-        Batches(database).commit([encode(Model(8).batch())])
+        BatchLog(database).commit([encode(Model(8).batch())])
         database.execute(f"UPDATE batches SET batch = {damage}")  # noqa: S608
     with pytest.raises(StartError, match=r"keypool\.db is damaged or can't be read: a batch can't be read$"):
         datafile.inspect(path)

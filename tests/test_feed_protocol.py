@@ -6,14 +6,6 @@ import asyncio
 import os
 import struct
 
-import pytest
-from tornado.netutil import bind_sockets
-
-from keypool.api.auth import Access
-from keypool.engine.embedded import EmbeddedEngine
-from keypool.server.app import make_app
-from keypool.server.serving import SERVERS
-
 HANDSHAKE = (
     b"GET /api/v1/feed HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
@@ -45,14 +37,14 @@ ENDS: dict[str, tuple[bytes, int]] = {
     "a long ping": (struct.pack("!BBH", FINAL | PING, 0x80 | 126, 126) + bytes(130), 1002),
     "a continuation of nothing": (frame(FINAL, b"hello"), 1002),
     "a message inside another": (frame(TEXT, b"a") + frame(FINAL | TEXT, b"b"), 1002),
-    "text that is no UTF-8": (frame(FINAL | TEXT, b"\xff"), 1007),
-    "text that is no UTF-8, in fragments": (frame(TEXT, b"\xc3") + frame(FINAL, b"\x28"), 1007),
+    "text that isn't UTF-8": (frame(FINAL | TEXT, b"\xff"), 1007),
+    "text that isn't UTF-8, in fragments": (frame(TEXT, b"\xc3") + frame(FINAL, b"\x28"), 1007),
     "a close of one byte": (frame(FINAL | CLOSE, b"\x03"), 1002),
     "a close code below 1000": (closing(999), 1002),
     "a close code that is reserved": (closing(1005), 1002),
     "a close code that isn't defined": (closing(2000), 1002),
     "a close code above 4999": (closing(5000), 1002),
-    "a close reason that is no UTF-8": (closing(1000, b"\xff"), 1007),
+    "a close reason that isn't UTF-8": (closing(1000, b"\xff"), 1007),
     "a close": (closing(1000, "bye…".encode()), 1000),
     "a close with a code of its own": (closing(4000), 4000),
     "a close without a code": (frame(FINAL | CLOSE), 1005),
@@ -78,40 +70,20 @@ async def converse(port: int, sent: bytes) -> tuple[bytes, int | None]:
                 (size,) = struct.unpack("!H", await reader.readexactly(2))
             payload = await reader.readexactly(size)
             if first == FINAL | CLOSE:
-                assert await reader.read() == b"", "something comes behind the close frame"
+                assert await reader.read() == b"", "something comes after the close frame"
                 return head.partition(b"\r\n")[0], int.from_bytes(payload[:2]) if payload else 1005
     finally:
         writer.close()
 
 
-def on_a_server(name: str, *sent: bytes) -> list[tuple[bytes, int | None]]:
-    """What each of these is answered with, on a connection of its own."""
-
-    async def test() -> list[tuple[bytes, int | None]]:
-        engine = EmbeddedEngine()
-        server = SERVERS[name](make_app(engine, Access()), None)
-        sockets = bind_sockets(0, "127.0.0.1")
-        server.add_sockets(sockets)
-        try:
-            async with asyncio.timeout(30):
-                return [await converse(sockets[0].getsockname()[1], each) for each in sent]
-        finally:
-            server.stop()
-            await server.close_all_connections()
-            await engine.close()
-
-    return asyncio.run(test())
-
-
-@pytest.mark.parametrize("case", ENDS)
-def test_a_viewer_is_closed_with_the_right_code(case: str) -> None:
+async def test_a_viewer_is_closed_with_the_right_code(http_server: object, http_port: int) -> None:
     """Malformed frames end in 1002, text that can't be decoded in 1007, and a close is echoed if its code is one."""
-    sent, code = ENDS[case]
-    assert on_a_server("fast", HANDSHAKE + sent) == [(b"HTTP/1.1 101 Switching Protocols", code)]
+    for case, (sent, code) in ENDS.items():
+        answered = await converse(http_port, HANDSHAKE + sent)
+        assert answered == (b"HTTP/1.1 101 Switching Protocols", code), case
 
 
-@pytest.mark.parametrize("server", SERVERS)
-def test_http10_is_not_upgraded(server: str) -> None:
+async def test_http10_is_not_upgraded(http_server: object, http_port: int) -> None:
     """RFC 9110, 7.8: there Upgrade means nothing. The answer is that of a plain GET."""
     old = HANDSHAKE.replace(b"HTTP/1.1", b"HTTP/1.0")
-    assert on_a_server(server, old) == [(b"HTTP/1.1 426 Upgrade Required", None)]
+    assert await converse(http_port, old) == (b"HTTP/1.1 426 Upgrade Required", None)

@@ -17,6 +17,8 @@ def test_a_server_has_its_folder_environment_session_and_status(tmp_path: Path, 
     env = {"KEYPOOL_MAX_KEYS": "3"}
     with ServerProcess(["--data=keys.db", "--port=0"], cwd=tmp_path, env=env, forked=forked) as server:
         assert os.getpgid(server.pid) == os.getsid(server.pid) == server.pid
+        shown = Path(f"/proc/{server.pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        assert shown[1:] == [str(ROOT / "server.py").encode(), b"--data=keys.db", b"--port=0"]
         assert (tmp_path / "keys.db").exists()
         assert server.client().batch(op="generate", count=4).expect_problem(409, "pool-full")
         with server.paused():

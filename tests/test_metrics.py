@@ -1,4 +1,4 @@
-"""/metrics: who may have it, that it tells the truth, that it tells no secret, and that nobody asks for more."""
+"""/metrics: who may read it, its figures, that it holds no secret, and that alerts and panels fit it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import requests
+from app_client import Browser, guarded
 from prometheus_client.parser import text_string_to_metric_families
 from support import ACQUIRE, ADMIN_TOKEN, API, CLIENT_TOKEN, VIEWER_TOKEN, ServerProcess, eventually
 
@@ -19,21 +19,28 @@ SUFFIX = re.compile(r"_(bucket|sum|count)$")
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def scrape(server: ServerProcess, token: str | None = None) -> requests.Response:
-    """One GET of /metrics."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return requests.get(f"http://{server.host}/metrics", headers=headers, timeout=30)
-
-
-def samples(server: ServerProcess, token: str | None = None) -> Samples:
+def parsed(text: str) -> Samples:
     """Every sample by name and labels."""
-    response = scrape(server, token)
-    assert response.status_code == 200, response.text
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(response.text)
+        for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def samples(server: ServerProcess) -> Samples:
+    """Those of a server process."""
+    with server.client() as client:
+        answer = client.get("/metrics")
+    assert answer.status == 200, str(answer)
+    return parsed(answer.body.decode())
+
+
+async def scraped(pages: Browser) -> Samples:
+    """Those of the application in this process."""
+    page = await pages.request("/metrics", headers={"Authorization": f"Bearer {VIEWER_TOKEN}"})
+    assert page.status == 200, page.text
+    return parsed(page.text)
 
 
 def value(found: Samples, name: str, **labels: str) -> float:
@@ -44,34 +51,29 @@ def value(found: Samples, name: str, **labels: str) -> float:
 # -------------------------------------------------------------------------------------------------------- who
 
 
-@pytest.mark.parametrize(
-    ("token", "status", "code"),
-    [
+@guarded
+async def test_metrics_are_for_viewers(pages: Browser) -> None:
+    """By bearer token, as a problem for everybody else."""
+    for token, status, code in (
         (None, 401, "unauthorized"),
         ("nobody-knows-this-one", 401, "unauthorized"),
         (CLIENT_TOKEN, 403, "forbidden"),
         (VIEWER_TOKEN, 200, None),
         (ADMIN_TOKEN, 200, None),
-    ],
-    ids=["none", "unknown", "client", "viewer", "admin"],
-)
-def test_metrics_are_for_viewers(
-    guarded_server: ServerProcess, token: str | None, status: int, code: str | None
-) -> None:
-    """By bearer token, as a problem for everybody else."""
-    response = scrape(guarded_server, token)
-    assert response.status_code == status, response.text
-    if code:
-        assert response.json()["code"] == code
-        assert ("WWW-Authenticate" in response.headers) is (status == 401)
+    ):
+        page = await pages.request("/metrics", headers={"Authorization": f"Bearer {token}"} if token else {})
+        assert page.status == status, page.text
+        if code:
+            page.expect(status, code)
+            assert ("WWW-Authenticate" in page.headers) is (status == 401)
 
 
-# ------------------------------------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------------------------------- what it reports
 
 
-def test_every_metric_is_there_and_no_other(server: ServerProcess) -> None:
+async def test_every_metric_is_there_and_no_other(pages: Browser) -> None:
     """Those of the docs, from the first scrape on, each state also at zero; journal's and Valkey's only with these."""
-    found = samples(server)
+    found = await scraped(pages)
     names = {SUFFIX.sub("", name) if SUFFIX.sub("", name) in BY_NAME else name for name, _ in found}
     missing = {
         name
@@ -127,19 +129,18 @@ def test_it_counts_what_happens(server: ServerProcess) -> None:
     eventually(lambda: value(samples(server), "keypool_loop_stall_seconds_count") > 0, "stalls are probed")
 
 
-def test_refusals_count_under_their_operation(guarded_server: ServerProcess) -> None:
+@guarded
+async def test_refusals_count_under_their_operation(pages: Browser) -> None:
     """A wrong token, a role that may not: of the call that was asked for, which is how they are told apart."""
-    before = samples(guarded_server, VIEWER_TOKEN)
-    nobody, client = guarded_server.client(None), guarded_server.client(CLIENT_TOKEN)
-    nobody.post(ACQUIRE).expect_problem(401, "unauthorized")
-    client.post(API + "/keys").expect_problem(403, "forbidden")
-    client.post(ACQUIRE, headers={"Sec-Fetch-Site": "cross-site"}).expect_problem(403, "cross-site")
-    after = samples(guarded_server, VIEWER_TOKEN)
+    before = await scraped(pages)
+    (await pages.call("POST", "/keys/acquire", token=None)).expect(401, "unauthorized")
+    (await pages.call("POST", "/keys", token=CLIENT_TOKEN)).expect(403, "forbidden")
+    foreign = {"Sec_Fetch_Site": "cross-site"}
+    (await pages.call("POST", "/keys/acquire", token=CLIENT_TOKEN, **foreign)).expect(403, "cross-site")
+    after = await scraped(pages)
     for operation, outcome in (
-        ("acquire", "unauthorized"),
-        ("generate", "forbidden"),
-        ("acquire", "cross-site"),
-    ):
+        ("acquire", "unauthorized"), ("generate", "forbidden"), ("acquire", "cross-site"),
+    ):  # fmt: skip
         name, labels = "keypool_calls_total", {"operation": operation, "outcome": outcome}
         was = before.get((name, frozenset(labels.items())), 0)
         assert value(after, name, **labels) - was == 1, labels
@@ -210,22 +211,21 @@ def test_commits_are_measured_with_a_data_file(tmp_path: Path) -> None:
         assert value(found, "keypool_storage_up") == 1
 
 
-def test_no_label_holds_a_key_an_owner_or_a_path(server: ServerProcess) -> None:
+async def test_no_label_holds_a_key_an_owner_or_a_path(pages: Browser) -> None:
     """Whatever was asked, the labels are those that the docs name, and their values words of ours."""
-    client = server.client()
-    key = client.make()["key"]
-    client.acquire(owner="owner-in-a-label")
+    key = (await pages.make())[0]["key"]
+    await pages.acquire(owner="owner-in-a-label")
     for path in (f"{API}/keys/{key}", f"{API}/keys/path-in-a-label", f"/{key}", f"{API}/{key}?x={key}"):
-        client.get(path)
-        client.request("PROPFIND", path)
-    text = scrape(server).text
+        await pages.request(path)
+        await pages.request(path, "PROPFIND")
+    text = (await pages.request("/metrics")).text
     assert key not in text
     assert "in-a-label" not in text
     allowed = {"keypool_keys": {"state"}, "keypool_build_info": {"version", "engine"}}
     allowed |= {"keypool_limit": {"limit"}}
     allowed |= {"keypool_calls_total": {"operation", "outcome"}, "keypool_call_seconds": {"operation", "le"}}
     allowed |= {"keypool_auth_failures_total": {"kind"}}
-    for name, labels in samples(server):
+    for name, labels in parsed(text):
         base = name if name in BY_NAME else SUFFIX.sub("", name)
         assert {label for label, _ in labels} <= allowed.get(base, {"le"}), f"{name} {sorted(labels)}"
         for label, word in labels:
@@ -249,9 +249,16 @@ def expressions() -> list[tuple[str, str]]:
     return found + [(f"alert {name}", expression) for name, expression in alerts]
 
 
-@pytest.mark.parametrize(("where", "expression"), expressions(), ids=lambda text: text[:40])
-def test_dashboard_and_alerts_name_metrics_that_exist(where: str, expression: str) -> None:
+@pytest.mark.parametrize("what", ["panel", "alert"])
+def test_dashboard_and_alerts_name_metrics_that_exist(what: str) -> None:
     """And ask of each what its kind has: buckets of histograms, rates of counters, labels that are there."""
+    for where, expression in expressions():
+        if where.startswith(what):
+            check_expression(where, expression)
+
+
+def check_expression(where: str, expression: str) -> None:
+    """Fails unless the expression fits the metrics that it names."""
     names = re.findall(r"\b(?:keypool|process)_[a-z0-9_]+", expression)
     assert names or 'up{job="keypool"}' in expression, where
     described = {}

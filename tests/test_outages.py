@@ -2,7 +2,7 @@
 
 The engine, its journal and the data file are the program's own; the writer is the test's (`HeldWriter`), so that a
 commit takes as long as the test says. Disks that are full, and processes that are stopped or killed, are in
-test_journal.py.
+test_disk_faults.py.
 """
 
 from __future__ import annotations
@@ -433,12 +433,12 @@ def test_a_live_file_copied_without_its_log_is_refused(tmp_path: Path) -> None:
     for number in range(1, 401):
         row = (number, f"{number:020d}", 1, 2, None, 0, None)
         assert writer.commit([encode(Batch([row], [], {"last_id": number, "pad": 7}))]) == Verdict()
-        writer.fold()
+        writer.flush()
         if number % 40 == 1:
             assert writer._database is not None
             if number % 80 == 1:
                 writer._database.execute("PRAGMA wal_checkpoint(PASSIVE)")
-                writer.fold()
+                writer.flush()
             bare = copy(path, tmp_path / f"bare{number}")
             before = bare.read_bytes()
             with pytest.raises(StartError, match="incomplete"):

@@ -411,14 +411,14 @@ def test_runs_from_another_folder_and_through_links(checkout: Checkout, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "passed"),
     [
-        ([], "-m not thorough -n auto"),
-        (["--all"], "-n auto"),
-        (["-k", "pool", "--all", "-x"], "-n auto -k pool -x"),
+        ([], "-m not thorough -n auto --dist worksteal"),
+        (["--all"], "-n auto --dist worksteal"),
+        (["-k", "pool", "--all", "-x"], "-n auto --dist worksteal -k pool -x"),
         (["-n0", "-x"], "-m not thorough -n0 -x"),
         (["-x", "-n", "4"], "-m not thorough -x -n 4"),
         (["--all", "--numprocesses=2"], "--numprocesses=2"),
         (["-p", "no:xdist"], "-m not thorough -p no:xdist"),
-        (["--no-header"], "-m not thorough -n auto --no-header"),
+        (["--no-header"], "-m not thorough -n auto --dist worksteal --no-header"),
     ],
 )
 def test_tests_of_the_quick_tier_run_on_all_cores_by_default(

@@ -1,4 +1,4 @@
-"""What the calls are answered with: the shapes of the contract, one Struct each, engine to wire unchanged.
+"""The answers of the calls: the shapes of the contract, one Struct each, from the engine to the wire unchanged.
 
 Lengths of time are seconds relative to the answer, rounded to the millisecond; moments are RFC 3339 UTC with
 milliseconds. `gc=False`: these hold no cycles, and the collector is spared them.
@@ -30,7 +30,7 @@ class GeneratedKey(Answer):
 
 
 class Lease(Answer):
-    """A key served: to be given back within `release_in` seconds, or it is taken back."""
+    """An acquired key. It is available again after `release_in` seconds, unless it is unblocked before."""
 
     id: int
     key: str
@@ -55,14 +55,14 @@ class KeptAlive(Answer):
 
 
 class Identity(Answer):
-    """What may be told of a key that is gone."""
+    """What is shown of a purged key."""
 
     id: int
     hint: str
 
 
 class EndedLease(Identity):
-    """A lease that was ended by a caller who did not show its number. For the audit log; no call answers it."""
+    """A lease that was ended by a caller who didn't give its number. For the audit log; no call answers it."""
 
     lease: int
 
@@ -118,10 +118,10 @@ class Stats(Answer):
 
 
 class BatchAnswer(Answer, tag_field="op"):
-    """The root of what batches answer: `op`, first, is that of the request.
+    """The root of the answers of batches: `op`, first, is that of the request.
 
-    By their other members two of them look alike; a client that is generated from the OpenAPI document tells them
-    apart by it.
+    Two of them have the same other members; a client that is generated from the OpenAPI document needs it to
+    distinguish them.
     """
 
 
@@ -138,14 +138,14 @@ class Leases(BatchAnswer, tag="acquire"):
 
 
 class KeptAliveKeys(BatchAnswer, tag="keepalive"):
-    """How many expiries a batch put off, and which texts nobody knows."""
+    """How many keys a batch kept alive, and which texts are unknown."""
 
     done: int
     unknown: list[str]
 
 
 class UnblockedKeys(BatchAnswer, tag="unblock"):
-    """How many keys a batch freed or found free, which texts nobody knows, and which a later lease holds."""
+    """How many keys a batch freed or found free, which texts are unknown, and which have a later lease."""
 
     done: int
     unknown: list[str]
@@ -153,7 +153,7 @@ class UnblockedKeys(BatchAnswer, tag="unblock"):
 
 
 class DeletedKeys(BatchAnswer, tag="delete"):
-    """How many keys a batch purged, and which texts nobody knows."""
+    """How many keys a batch purged, and which texts are unknown."""
 
     done: int
     unknown: list[str]

@@ -1,7 +1,7 @@
-"""Lists: what may be asked, and the opaque text that the next page is asked by.
+"""Lists: their query, and the opaque cursor of the next page (keyset pagination).
 
-A cursor is a position in one order of one list, made of numbers, and holds no key text. It is checked for
-shape, not signed: one that somebody made up leads to some other place of the same list and reveals nothing.
+A cursor is a position in one order of one list, made of numbers, and holds no key text. Its shape is checked; it is
+not signed, since an invented one leads to some other place of the same list and reveals nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 
 def page_query(query: ListQuery) -> PageQuery:
-    """What the pool is asked. Raises BadRequest for combinations without sense, and for a wrong cursor."""
+    """The pool's query. Raises BadRequest for combinations that make no sense, and for a wrong cursor."""
     if query.prefix is not None and query.order is not None:
         raise BadRequest("prefix goes with no order: a list by prefix is in order of the key's text")
     if query.order == "release" and query.state == "available":
@@ -62,13 +62,13 @@ def page_query(query: ListQuery) -> PageQuery:
 
 
 def encode(query: PageQuery, position: Position) -> str:
-    """The cursor of a position in the list that was asked for."""
+    """The cursor of a position in the list of this query."""
     payload = msgspec.json.encode([_LETTER["prefix" if query.prefix else query.order], *position])
     return base64.urlsafe_b64encode(payload).rstrip(b"=").decode("ascii")
 
 
 def decode(text: str, order: str) -> Position:
-    """The position that a cursor means. Raises BadRequest unless it is one of this order."""
+    """The position of a cursor. Raises BadRequest unless it is one of this order."""
     try:
         payload = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         letter, *position = msgspec.json.decode(payload, type=list[int | float | str])

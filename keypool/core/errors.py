@@ -1,4 +1,4 @@
-"""Every way in which keypool says no.
+"""The exception hierarchy.
 
     KeypoolError                     500 internal if nothing below fits
     ├── PoolError                    what the pool's rules refuse
@@ -26,9 +26,8 @@
     StartError                       the server can't start: one line, exit status 1
     └── SettingsError                a wrong flag, variable or TOML key: exit status 2
 
-Each class names its `code`, which programs compare, and its `title`, which people read; the instance's
-`detail` says what was wrong and what would be right. There is no HTTP here: which status belongs to which
-class stands once, in handlers/problems.py.
+Each class has its `code`, which programs compare, and its `title`, which people read; the instance's `detail` tells
+what was wrong and what would be right. There is no HTTP here: api/problems.py has the status of each class.
 """
 
 from __future__ import annotations

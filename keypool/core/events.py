@@ -1,7 +1,7 @@
-"""What a change of the pool is called, and what of it may be told.
+"""The names of the pool's changes, and what of them is shown.
 
-The pool reports each change to its one listener, the engine, at the moment it has happened, by its name here.
-The engine journals it, arms timers and publishes an Event to whoever watches. An Event holds no key text.
+The pool reports each change to its one listener, the engine, as soon as it has happened. The engine journals it and
+keeps it for whoever watches, as an Event, which holds no key text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keypool.core.keys import Key, moment
 
 
 class Change(StrEnum):
-    """The seven things that can happen to a key, and the one that only looks."""
+    """What can happen to a key. REVEALED changes nothing."""
 
     GENERATED = "generated"
     ACQUIRED = "acquired"
@@ -29,11 +29,11 @@ class Change(StrEnum):
 
 
 Happened = tuple[Change, Key, str | None, int, float]
-"""A change as the engine keeps it: what, to which key, whose it was, its latest lease, when."""
+"""A change as the engine keeps it: what, the key, its owner then, its latest lease, the moment."""
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """One change as the feed tells it: `at` is an RFC 3339 moment."""
+    """One change as the feed shows it: `at` is an RFC 3339 moment."""
 
     event: Change
     id: int
@@ -44,12 +44,12 @@ class Event(msgspec.Struct, frozen=True, gc=False):
 
 
 def tell(happened: Happened) -> Event:
-    """What may be told of it. Made only for the few that somebody looks at: a microsecond each."""
+    """A change as it is shown. Made only for those that somebody looks at: a microsecond each."""
     change, key, owner, lease, at = happened
     return Event(change, key.id, key.hint, owner, lease or None, moment(at))
 
 
 def latest(events: Sequence[Happened], count: int, key_id: int | None = None) -> list[Event]:
-    """The last `count` of these, oldest first, as they are told; with `key_id`, of that key only."""
+    """The last `count` of these, oldest first; with `key_id`, of that key only. O(count), O(events) for one key."""
     backwards = (happened for happened in reversed(events) if key_id is None or happened[1].id == key_id)
     return [tell(happened) for happened in islice(backwards, count)][::-1]

@@ -1,12 +1,12 @@
 """The orders in which keys can be found and listed: by id, by text, by deadline.
 
-A dict of a million entries moves every one of them when it grows, and a sorted list pays a search for each
-move of a deadline. So keys stand in many small dicts ("buckets") and only the buckets are kept in order, by
-sortedcontainers: finding, adding, moving and discarding a key touch one bucket, and growing touches a bucket
-at a time. A page walks from a position onwards, O(log n + what it reads).
+A dict of a million entries moves all of them when it grows, and a sorted list needs a search for each move of a
+deadline. So keys stand in many small dicts ("buckets"), and only the buckets are kept in order, by sortedcontainers:
+finding, adding, moving and discarding a key touch one bucket, and growing touches a bucket at a time. A page walks from
+a position onwards, O(log n + keys read).
 
-A bucket's own order is made when it is read. For ids and deadlines it holds already in the order of
-insertion, near enough that sorting costs one pass.
+A bucket is sorted when it is read. For ids and deadlines the order of insertion is nearly that order, so sorting costs
+one pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Position = tuple[int | float, ...]
 
 
 class Bucket(dict[int, Key]):
-    """Keys by id that share a stretch of an order. `number` is its place among the buckets."""
+    """Keys by id that are neighbours in an order. `number` is the place of the bucket among the others."""
 
     __slots__ = ("number",)
 
@@ -40,9 +40,9 @@ class Bucket(dict[int, Key]):
 
 
 class DeadlineBucket(Bucket):
-    """Keys that share a stretch of deadlines, which `ends` at a moment.
+    """Keys whose deadlines lie in the same stretch of time, which `ends` at a moment.
 
-    `latest` is the largest deadline ever added, for `ordered`. `timer` is engine/timers.py's alone.
+    `latest` is the largest deadline ever added, for `ordered`. `timer` is for engine/timers.py only.
     """
 
     __slots__ = ("latest", "ordered", "timer")
@@ -60,7 +60,7 @@ class DeadlineBucket(Bucket):
 
 
 BucketListener = Callable[[DeadlineBucket], None]
-"""Is told of a bucket that was opened with a first key, or closed with its last."""
+"""Called with a bucket that was opened for its first key, or closed with its last."""
 
 
 class IdIndex:
@@ -157,7 +157,7 @@ class TextIndex:
 
     @staticmethod
     def position(key: Key) -> Position:
-        """The number that its first four characters make, and the id. The hint tells as much."""
+        """The number that its first four characters make, which the hint shows as well, and the id."""
         return (rank_of(key.text), key.id)
 
 

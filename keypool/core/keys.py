@@ -1,8 +1,8 @@
-"""A key: what is kept of it, and how its text is made.
+"""A key: its fields, and how its text is made.
 
 The durable fields are what a journal writes and restores; the in-memory ones are places in the pool's
 structures and are made anew from the durable ones. A change of the durable fields is a change of the
-journal's schema.
+journal's schema (durable/datafile.py).
 
 Moments and deadlines are seconds on the pool's clock, a float: near the Unix epoch in value, monotonic while
 the server runs (engine/clock.py). No key text is ever logged: `hint` is what people see.
@@ -30,21 +30,21 @@ _CHARACTER_OF = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256)
 _DROPPED = bytes(range(_UNBIASED, 256))
 
 DEAD = float("-inf")
-"""The `expires_deadline` of a purged key: past at every moment, so that nobody who still holds the object
-can take it for a live one."""
+"""The `expires_deadline` of a purged key: always in the past, so that an object that is still referred to can't be
+taken for a live key."""
 
 
 class State(StrEnum):
-    """Where a live key stands. The only other place is nowhere: purged."""
+    """Of a live key. A purged key has none."""
 
     AVAILABLE = "available"
     BLOCKED = "blocked"
 
 
 class Key(msgspec.Struct, gc=False, eq=False):
-    """One key of the pool, changed by pool.py and nobody else. About 130 bytes, with its text 200.
+    """One key of the pool, changed by pool.py only. About 130 bytes, with its text 200.
 
-    A Struct without `gc`: the garbage collector doesn't know of keys, so it can't walk them.
+    A Struct without `gc`: the garbage collector doesn't track keys, so a collection doesn't visit them all.
     """
 
     # durable

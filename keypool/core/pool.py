@@ -10,12 +10,12 @@
                                 v                                   v
                             (purged: never served, never valid, never generated again)
 
-Pure: no I/O, no clock, no timer. Each method takes `now`, seconds on a clock that never goes back, and brings
-its key up to that moment first: a deadline that has passed counts, whether or not a timer has said so. Each
-change is told to the one listener, `on_change(change, key, owner)`, when it has been made.
+Pure: no I/O, no clock, no timer. Each method takes `now`, seconds on a clock that never goes back, and brings its key
+up to that moment first: a deadline that has passed counts, whether or not its timer has fired. Each change is reported
+to the one listener, `on_change(change, key, owner)`, when it has been made.
 
-Nothing here walks the set: every call is O(1) or O(log n) in the number of keys, whatever is behind it
-(index.py has the how), except `check`, which is for tests and for the moment after a restore.
+Nothing here iterates over the whole set: every call is O(1) or O(log n) in the number of keys, by the structures of
+index.py, except `check`, which is for tests and for the moment after a restore.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from keypool.core.keys import DEAD, Key, State
 from keypool.core.rules import PoolRules
 
 MAX_DUE_PER_CALL = 64
-"""Overdue keys that a call deals with on its way. More than that are a crowd, which the engine drains."""
+"""Keys whose deadlines have passed that one call processes. More are a backlog, which the engine drains in slices."""
 
 PAGE_SCAN_LIMIT = 1000
-"""Keys that one page looks at, at most."""
+"""Keys that one page examines, at most."""
 
 Listener = Callable[[Change, Key, str | None], None]
 
 
 @dataclass(slots=True)
 class PageQuery:
-    """Which keys a page shows: `state` None is both; a prefix goes with no order."""
+    """Which keys a page shows: `state` None is both; with a prefix the order is that of the texts."""
 
     state: State | None = None
     prefix: str | None = None
@@ -55,7 +55,7 @@ class PageQuery:
 
 @dataclass(slots=True)
 class KeyPage:
-    """Live keys in order, and the position that the next page goes on from: None at the end."""
+    """Live keys in order, and where the next page begins; None at the end."""
 
     keys: list[Key] = field(default_factory=list)
     next: Position | None = None
@@ -107,7 +107,7 @@ class Pool:
 
     @property
     def total(self) -> int:
-        """Keys that aren't purged yet. May count overdue ones while a crowd of them is drained."""
+        """Keys that aren't purged yet, expired ones among them while a backlog is drained."""
         return self._total
 
     @property
@@ -163,8 +163,8 @@ class Pool:
     def acquire(self, now: float, owner: str | None) -> Key | None:
         """Block a uniformly random available key under a new lease; None if none is available. O(1).
 
-        Overdue keys are dealt with on the way, `MAX_DUE_PER_CALL` of them at most. After a None,
-        `may_have_more` says whether that wasn't enough, and the caller should ask again.
+        Due keys are processed on the way, `MAX_DUE_PER_CALL` of them at most. After a None, `may_have_more` tells
+        whether that wasn't enough, and the caller should try again.
         """
         if now >= self._by_release.earliest:
             self._process_releases(now)
@@ -187,7 +187,7 @@ class Pool:
         return None
 
     def may_have_more(self, now: float) -> bool:
-        """Whether an `acquire` that got None may get a key if it asks again: a crowd stood in its way. O(1)."""
+        """Whether another `acquire` may get a key: a backlog of due keys may hide an available one. O(1)."""
         return bool(self._available) or self.next_release(now) == 0
 
     def unblock(self, key: Key, lease: int | None) -> bool:
@@ -236,7 +236,7 @@ class Pool:
         return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
-        """Whether some key has passed its `expires_deadline` and may be purged, but isn't yet. O(1)."""
+        """Whether some key has expired and may be purged, but isn't yet. O(1)."""
         next_expiry = self.next_expiry()
         return next_expiry is not None and next_expiry <= min(now, self._purge_until)
 
@@ -264,34 +264,34 @@ class Pool:
         deadline = self.next_release_deadline()
         return None if deadline is None else max(0.0, deadline - now)
 
-    # -- expiry on hold: while changes can't be kept, a keepalive can't reach its key
+    # -- suspended expiry: while changes can't be kept, a keepalive can't save its key
 
     def suspend_expiry(self, now: float) -> None:
-        """Purge no key that is alive at this moment, until `resume_expiry`; nothing if a hold is on. O(1).
+        """Purge no key that is alive at this moment, until `resume_expiry`. Nothing if it is suspended already. O(1).
 
-        A held key whose `expires_deadline` has passed is unknown to `find` and is not served, but stays in the
-        orders and counts: either `grant_grace` gives it a new deadline, or it is purged after `resume_expiry`.
+        A key that expires meanwhile is unknown to `find` and is not served, but stays in the orders and counts: either
+        `grant_grace` gives it a new deadline, or it is purged after `resume_expiry`.
         """
         if self._purge_until == inf:
             self._purge_until = now
 
     @property
     def expiry_suspended(self) -> bool:
-        """Whether a hold is on. O(1)."""
+        """Whether expiry is suspended. O(1)."""
         return self._purge_until != inf
 
     def is_suspended(self, ref: int | str) -> bool:
-        """Whether a key that `find` or `find_id` doesn't know is there, and only the hold keeps it. O(1)."""
+        """Whether a key that is unknown to `find` is only kept because expiry is suspended. O(1)."""
         if not self.expiry_suspended:
             return False
         key = self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)
         return key is not None
 
     def grant_grace(self, until: float, limit: int) -> bool:
-        """Let held keys that would expire before `until` live until then, soonest first; whether more may be left.
+        """Let keys that would expire before `until` live until then, soonest first; whether more may be left.
 
-        Deals with `limit` keys at most. Keys that had expired before the hold are purged. O(limit · log n). No
-        counter moves and no listener is called for a key that lives: the caller keeps the grant by its moment.
+        Processes `limit` keys at most, O(limit · log n). Keys that had expired before the suspension are purged. No
+        counter moves and no listener is called for a key that lives: the caller keeps `until`, which says it all.
         """
         due = self._by_expiry.due(nextafter(until, -inf), limit)
         for key in due:
@@ -305,7 +305,7 @@ class Pool:
         return len(due) == limit
 
     def resume_expiry(self) -> None:
-        """End the hold: what is overdue by now is purged by `process_due` as ever. O(1)."""
+        """Expire keys again: `process_due` purges those that are due by now. O(1)."""
         self._purge_until = inf
 
     # -- pages
@@ -313,8 +313,8 @@ class Pool:
     def page(self, query: PageQuery, now: float) -> KeyPage:
         """Live keys in an order, up to date; maybe fewer than asked. O(log n + PAGE_SCAN_LIMIT) at most.
 
-        Whoever goes on from `next` meets each key that lives through the whole walk exactly once in order
-        `id`; in the orders of deadlines a key may move past the reader.
+        A walk from `next` to `next` meets each key that lives all the time exactly once in order `id`; in the orders of
+        deadlines a key may move past the reader.
         """
         self.process_due(now)
         page = KeyPage()
@@ -352,7 +352,7 @@ class Pool:
     # -- the structures, changed here only
 
     def restore(self, key: Key) -> None:
-        """Put a key back that a journal kept: no counter moves and nobody is told. Ids ascend. O(log n)."""
+        """Add a key that a journal kept: no counter moves and no listener is called. Ids ascend. O(log n)."""
         self._insert(key)
         if key.release_deadline is not None:
             self._take_slot(key)
@@ -376,7 +376,7 @@ class Pool:
         self.on_change(change, key, owner)
 
     def _purge(self, key: Key, change: Change) -> None:
-        """From either state to nowhere."""
+        """Remove a key, whatever its state."""
         if key.release_deadline is None:
             owner = None
             self._take_slot(key)
@@ -421,13 +421,13 @@ class Pool:
     def check(self) -> None:
         """Derive every count, slot and order anew from the keys and compare. O(n). Raises ValueError.
 
-        The error tells the story of the key that is wrong.
+        The error names the key that is wrong, and how.
         """
         for _ in self.check_in_slices(PAGE_SCAN_LIMIT):
             pass
 
     def check_in_slices(self, size: int) -> Iterator[None]:
-        """The same, with a pause after each `size` keys, in which the pool may not change."""
+        """The same, yielding after each `size` keys. The pool must not change meanwhile."""
         total = blocked = last = 0
         for key in self._by_id.walk(None):
             if key.id <= last:
@@ -466,7 +466,7 @@ class Pool:
 
 
 def state_of(key: Key, now: float) -> State:
-    """Where a live key stands at this moment, by its deadline."""
+    """The state of a live key at this moment, by its deadline."""
     if key.release_deadline is None or key.release_deadline <= now:
         return State.AVAILABLE
     return State.BLOCKED

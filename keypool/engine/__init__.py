@@ -1,12 +1,12 @@
-"""The engine: what holds the pool and keeps its promises. One protocol, however the keys are kept.
+"""The protocol of engines, which hold the pool: in this process, with a data file or without, or in Valkey.
 
-The calls are those of the contract, single and batch, and answer with its shapes (answers.py). All are
-coroutines, since an engine answers only when what it says is kept; an engine that has nothing to wait for
-never suspends, and the caller gets its answer in the same turn of the loop. A call may await futures and
-nothing else: whoever drives it need not be a task.
+The calls are those of the contract, single and batch, and answer with its shapes (core/answers.py). All are coroutines,
+since an engine answers only when what the answer tells is kept; with nothing to wait for they never suspend, and the
+caller has the answer in the same turn of the loop. A call may await futures and nothing else: its caller need not be a
+task.
 
-Keys are named by `Ref`: the text, or the public id as an int. Batches take their items in order, one by one
-as the single calls would, and answer item by item.
+Keys are named by `Ref`: the text, or the public id as an int. Batches take their items in order, one by one as the
+single calls would, and answer item by item.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from keypool.core.events import Event
 from keypool.ops.histogram import Histogram
 
 NOTE = "note."
-"""What the names of notes (`keep_notes`) begin with where they are kept among the pool's own numbers."""
+"""The prefix of notes (`keep_notes`) where they are kept among the pool's own numbers."""
 
 
 class Timed(Protocol):
-    """A call that notes how long it stood in the queue, so that its service time can be known apart from that."""
+    """A call that adds up its time in the queue, so that its service time can be measured apart."""
 
     waited: float
     """Seconds in the queue so far."""
@@ -55,8 +55,8 @@ class Engine(Protocol):
     async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
         """Serve a uniformly random available key, or the next one within `wait` seconds. O(log n).
 
-        Waiters are served first come first served. A caller who gives up closes the coroutine: it leaves the
-        queue, and a key that it was being given is available again. The seconds in the queue are added to
+        Waiters are served first come first served. A caller gives up by closing the coroutine: the call leaves the
+        queue, and a key that it had just been given is available again. The time in the queue is added to
         `timed.waited`. Raises NoKeyAvailable, TooManyWaiters, Draining.
         """
         ...
@@ -68,8 +68,8 @@ class Engine(Protocol):
     async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
         """O(log n). Raises UnknownKey, StaleLease.
 
-        A lease that this ends although `lease` is None is added to `ended`, as soon as the change is made: it is
-        there even if the call goes on to raise StorageUnavailable.
+        A lease that this ends although `lease` is None is added to `ended`, as soon as the change is made, and even if
+        the call then raises StorageUnavailable.
         """
         ...
 
@@ -88,11 +88,11 @@ class Engine(Protocol):
         ...
 
     async def delete(self, ref: Ref) -> Identity:
-        """Purge for ever. O(log n). Raises UnknownKey."""
+        """Purge a key. O(log n). Raises UnknownKey."""
         ...
 
     async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
-        """For each item, what was purged, or None if it was unknown. O(k log n)."""
+        """For each item, the purged key, or None if it was unknown. O(k log n)."""
         ...
 
     async def get(self, ref: Ref) -> Row:
@@ -112,15 +112,15 @@ class Engine(Protocol):
         ...
 
     async def notes(self) -> Mapping[str, int]:
-        """What `keep_notes` was given by any server of the pool, those before a restart included. O(notes)."""
+        """The notes of all servers of the pool, kept across restarts. O(notes)."""
         ...
 
     async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
-        """Keep whole numbers that are not the pool's own, by name; None forgets one. O(notes)."""
+        """Keep whole numbers that are not the pool's own, by name; None removes one. O(notes)."""
         ...
 
     async def expiring(self, seconds: float) -> int:
-        """How many keys expire within `seconds`, if nobody keeps them alive. O(seconds)."""
+        """How many keys expire within `seconds` without a keepalive. O(seconds)."""
         ...
 
     @property
@@ -129,7 +129,7 @@ class Engine(Protocol):
         ...
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
-        """The latest `count` events that are still known, oldest first; of one key, if `key_id` names it.
+        """The latest `count` events that are still known, oldest first; with `key_id`, of that key only.
 
         O(count), O(RECENT_EVENTS) for one key.
         """
@@ -140,17 +140,17 @@ class Engine(Protocol):
         ...
 
     def storage_up(self) -> bool:
-        """Whether what changes can be kept."""
+        """Whether changes can be kept."""
         ...
 
     @property
     def degraded(self) -> str | None:
-        """Which part of the pool can't be reached, and why, while others are served; None if all is well."""
+        """Which part of the pool can't be reached, and why, while others are served; None if there is none."""
         ...
 
     @property
     def clock_steps(self) -> int:
-        """How many times the clock that deadlines go by was set by more than 5 s. O(1)."""
+        """How many times the clock of the deadlines was stepped by more than 5 s. O(1)."""
         ...
 
     def histograms(self) -> dict[str, Histogram]:
@@ -170,7 +170,7 @@ class Engine(Protocol):
         ...
 
     def drain(self) -> None:
-        """The server is stopping: all waiters are told Draining, and none is taken any more."""
+        """The server stops: answer all waiters with Draining, and admit no more."""
         ...
 
     async def close(self) -> None:
@@ -179,7 +179,7 @@ class Engine(Protocol):
 
 
 class Loading:
-    """Stands where the engine will: every call is told to come again."""
+    """The engine of a server that still reads its keys: every call raises Loading."""
 
     name = "loading"
     degraded = None

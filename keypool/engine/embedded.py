@@ -47,8 +47,8 @@ RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
 
 _GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: some 2 ms
-_NEGLIGIBLE_DELAY = 0.005  # seconds: as early as a release may be
 _SLICE_SECONDS = 0.00015  # of a batch, before the loop may serve other callers
+_NEGLIGIBLE_DELAY = 0.005  # seconds: as early as a release may be
 
 
 class EmbeddedEngine:
@@ -167,15 +167,10 @@ class EmbeddedEngine:
                 leases.append(lease)
                 if self.now() > until:
                     until = await self._pause()
-        except (GeneratorExit, asyncio.CancelledError):  # hung up between two slices
-            for lease in leases:
-                self._give_back(lease)
-            raise
-        if not leases:
-            await self._refuse()
-        try:
+            if not leases:
+                await self._refuse()
             delay = await self._all_kept()
-        except (GeneratorExit, asyncio.CancelledError):
+        except (GeneratorExit, asyncio.CancelledError):  # hung up: nobody has these leases
             for lease in leases:
                 self._give_back(lease)
             raise
@@ -272,7 +267,7 @@ class EmbeddedEngine:
         return gone
 
     async def get(self, ref: Ref) -> Row:
-        """How a key stands. O(1)."""
+        """The row of a key. O(1)."""
         now = self.now()
         row = _row(self._find(ref, now) or await self._gone(ref), now)
         self._waiters.serve(now)
@@ -282,7 +277,7 @@ class EmbeddedEngine:
         return row
 
     async def reveal(self, ref: Ref) -> Revealed:
-        """A key's text, told as an event. O(1)."""
+        """A key's text; recorded as an event. O(1)."""
         now = self.now()
         key = self._find(ref, now) or await self._gone(ref)
         revealed = Revealed(key.id, key.text)
@@ -294,7 +289,7 @@ class EmbeddedEngine:
         return revealed
 
     async def page(self, query: ListQuery) -> Page:
-        """A page of rows. O(log n + page). May lead the disk by the commit under way."""
+        """A page of rows. O(log n + page). May be ahead of the disk by the commit in flight."""
         now = self.now()
         asked = page_query(query)
         found = self.pool.page(asked, now)
@@ -304,7 +299,7 @@ class EmbeddedEngine:
         return page
 
     async def stats(self) -> Stats:
-        """All counts. O(1). May lead the disk by the commit under way."""
+        """All counts. O(1). May be ahead of the disk by the commit in flight."""
         pool = self.pool
         return Stats(
             total=pool.total,
@@ -318,7 +313,7 @@ class EmbeddedEngine:
         )
 
     async def notes(self) -> Mapping[str, int]:
-        """What `keep_notes` was given. O(1)."""
+        """The notes of `keep_notes`. O(1)."""
         return self._notes
 
     async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
@@ -421,7 +416,7 @@ class EmbeddedEngine:
         return changed
 
     def _end_lease(self, key: Key, lease: int | None, ended: list[EndedLease]) -> bool:
-        """The same, with a note of the lease that ends without its number shown."""
+        """The same; adds to `ended` a lease that ends without its number given."""
         latest = key.lease  # a waiter may be served in the same step, under the next number
         changed = self._unblock(key, lease)
         if changed and lease is None:

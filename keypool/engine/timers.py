@@ -1,16 +1,14 @@
-"""The loop's timers: one `IOLoop.call_later` for each 1/64 s in which some key has a deadline.
+"""The timers of deadlines: a hashed timing wheel over `IOLoop.call_later`.
 
-A timer only wakes the server up; the deadline is the truth. So keys whose deadlines lie within the same 1/64 s
-(a bucket of index.py) share one timer, which fires when that stretch is over; it is set when the bucket gets
-its first key, and cancelled when unblock, keepalive or delete takes its last. Arming and cancelling cost a key
-nothing.
+This is the technique of Varghese and Lauck (Hashed and hierarchical timing wheels, SOSP 1987). Keys whose deadlines lie
+in the same 1/64 s (a bucket of index.py) share one timer, which fires when that stretch is over. It is set with the
+bucket's first key, and cancelled when unblock, keepalive or delete takes its last: setting and cancelling cost a key
+nothing. A timer only wakes the server up; the deadline is the truth.
 
-One timer a key, which is how this began, walks the set behind one's back: uvloop keeps its handles in a set
-that is rehashed whole as they come and go (100 ms at a million), and each handle is one more object for the
-garbage collector to visit. docs/architecture.md has what was measured.
+One timer a key, as in the first design, costs O(n) now and then: uvloop keeps its handles in a set that is rehashed
+whole (100 ms at a million), and the garbage collector visits each of them. docs/architecture.md has the measurements.
 
-What is overdue when a timer fires is dealt with in slices, so that a hundred thousand deadlines in the same
-second don't keep the loop from its other work.
+Due keys are processed in slices, so that a hundred thousand deadlines in the same second don't block the loop.
 """
 
 from __future__ import annotations
@@ -26,9 +24,9 @@ MARGIN = 0.002
 
 
 class Timers:
-    """The timers of one pool. `process` deals with some of what is overdue, and says whether there is more.
+    """The timers of one pool. `process` processes some due keys, and returns whether there are more.
 
-    Nothing fires before `start`: a pool that is being restored must not move.
+    Nothing fires before `start`: a pool that is being restored must not change.
     """
 
     def __init__(self, loop: IOLoop, now: Callable[[], float], process: Callable[[], bool]) -> None:
@@ -38,10 +36,10 @@ class Timers:
         self._running = False
         self._processing = False
         self.armed = 0
-        """Timers of buckets that are set and have neither fired nor been cancelled."""
+        """Timers that have neither fired nor been cancelled."""
 
     def start(self, buckets: Iterable[DeadlineBucket]) -> None:
-        """Set the timers of all buckets that are open. O(buckets), at most 64 a second of deadlines."""
+        """Set the timers of all buckets. O(buckets), at most 64 a second of deadlines."""
         self._running = True
         for bucket in buckets:
             self._arm(bucket)
@@ -59,22 +57,22 @@ class Timers:
             self._loop.remove_timeout(timer)
 
     def after(self, seconds: float, callback: Callable[..., None], *args: object) -> object:
-        """A timer that has nothing to do with a key. Returns the handle that `cancel` takes."""
+        """A timer that isn't for deadlines. Returns the handle for `cancel`."""
         return self._loop.call_later(seconds, callback, *args)
 
     def cancel(self, timer: object) -> None:
-        """Undo `after`; None is a timer that has fired."""
+        """Cancel a timer of `after`; None stands for one that has fired."""
         if timer is not None:
             self._loop.remove_timeout(timer)
 
     def process_soon(self) -> None:
-        """Deal with what is overdue although its timers have fired: they found that it was not to be touched."""
+        """Process keys whose timers fired while expiry was suspended."""
         if self._running and not self._processing:
             self._processing = True
             self._loop.add_callback(self._go_on)
 
     def close(self) -> None:
-        """Do nothing any more. Timers that are still set find nothing to do when they fire."""
+        """Stop. Timers that are still set do nothing when they fire."""
         self._running = False
 
     def _arm(self, bucket: DeadlineBucket) -> None:

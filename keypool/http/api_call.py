@@ -170,7 +170,7 @@ class CoroutineDriver:
         if yielded is not None:
             yielded._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to take over a future
             if type(yielded) is Commit:
-                yielded.on_done(self.run)  # in the very turn in which the commit is done
+                yielded.on_done(self.run)  # within the commit, not one turn of the loop later
             else:
                 yielded.add_done_callback(self.run)
         elif self._call is not None and self._call.turns is not None:

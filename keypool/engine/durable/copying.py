@@ -1,8 +1,8 @@
-"""Copies of a data file: made while a server has it, and checked.
+"""Backups of a data file: made while a server uses it, and verified.
 
-A copy is made page by page in one read transaction, so it is the file of one moment, with what its log holds. That
-costs the server no more than the reading: SQLite rebuilds nothing, as VACUUM INTO would. It is written under another
-name and gets its own when it is whole and on disk.
+A backup is copied page by page in one read transaction: so it is a snapshot, with what the write-ahead log holds. That
+costs the server no more than reads do, since nothing is rebuilt as by VACUUM INTO. It is written under a temporary
+name, and renamed when it is whole and on disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The data file: its schema, its rules, and how it is opened, checked and read.
+"""The data file: its schema and format, and how it is opened, checked and read.
 
 Rule of the format: `PRAGMA user_version` is the version of the schema below. A change of the schema adds a
 step to `MIGRATIONS` that takes a file of the version before to the next one; a released step is never
@@ -7,18 +7,17 @@ changed. A file of a newer version, or not ours by its application id, is refuse
 Moments are whole milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes.
 Rows are written by id with their whole new state, so that writing one twice is the same as once.
 
-What is committed is first written as a whole batch, behind the others in `batches`; batches.py brings it into
-the other tables later. So what the file says is the tables, and over them its batches, in order: whoever reads
-keys reads both, by `read_rows`. A file that was closed in peace has no batches. The number `grace_until` is the
-end of the last grace after an outage of storage: no key expires before it, whatever its row says. So a grace for
-a million keys is one number, and `read_rows` applies it.
+A commit appends a whole batch to `batches`; compaction.py brings it into the other tables later. So the content of the
+file is its tables, and over them its batches, in order: `read_rows` reads both. After a clean shutdown `batches` is
+empty. The number `grace_until` is the end of the last grace after an outage of storage: no key expires before it,
+whatever its row has. So a grace for a million keys is one number, which `read_rows` applies.
 
-A file in use is marked, so that a copy of it without its log (`-wal`) is refused instead of taken for whole. The
-mark stands in bytes of the header that SQLite keeps for later versions, and is written past SQLite, once the log
-holds a newer first page without it. Therefore everything that reads the file with its log (a backup, a recovery)
-doesn't see it, and everything that brings the log into the file, by which the file is whole, removes it. Left are
-only copies of the file alone. What is not noticed: a copy made between such a checkpoint and the next commit, which is
-whole and only old; and a log that was copied at another moment than its file.
+A file in use is marked, so that a copy of it without its write-ahead log (`-wal`) is refused, not taken for whole.
+The mark stands in bytes of the header that SQLite reserves for later versions, and is written past SQLite, once the
+log holds a newer first page without it. Therefore whatever reads the file with its log (a backup, a recovery) doesn't
+see it, and a checkpoint, which makes the file whole, removes it. Only copies of the file alone have it. Two cases are
+not noticed: a copy made between a checkpoint and the next commit, which is whole and only old; and a log that was
+copied at another moment than its file.
 """
 
 from __future__ import annotations
@@ -67,11 +66,11 @@ MIGRATIONS = (
 VERSION = len(MIGRATIONS)
 
 Row = tuple[int, str, int, int, int | None, int, str | None]
-"""A key as it stands in the file, columns in the order of the schema."""
+"""A key in the file, columns in the order of the schema."""
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """What goes to the disk together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
+    """What is committed together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
 
     It stands in files as `encode` makes it: fields may be added at its end, none may be changed.
     """
@@ -85,8 +84,8 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Batch).decode
 
 
-class Gathered:
-    """What a number of batches comes to: of each key the last row, None if it is purged, and the last numbers."""
+class Memtable:
+    """What batches come to: the last row of each key, None if it was purged, and the last numbers."""
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
         self.rows: dict[int, Row | None] = {}
@@ -95,7 +94,7 @@ class Gathered:
             self.add(batch)
 
     def add(self, batch: Batch) -> None:
-        """One more, which is later than all before. O(its rows)."""
+        """Apply one that is later than all before. O(its rows)."""
         for row in batch.rows:
             self.rows[row[0]] = row
         for id in batch.purged:
@@ -121,7 +120,7 @@ GRACE = "grace_until"
 """Name of the number that ends a grace, in milliseconds."""
 
 _MARK = b"kpIU"  # in use
-_MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite keeps what it finds there
+_MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite doesn't change them
 _HEADER = 100  # bytes of the file's header
 _LOG_HEADER = 32  # bytes of a log without a frame
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
@@ -156,7 +155,7 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
     except OSError as error:
         raise StartError(f"can't open the data file {path}: {error.strerror}") from None
     if start and not start.startswith(_MAGIC):  # SQLite itself takes a file of one byte for an empty one
-        raise StartError(f"the data file {path} is damaged, or no SQLite file")
+        raise StartError(f"the data file {path} is damaged, or not an SQLite file")
     if start[_MARK_AT:].startswith(_MARK) and not _has_log(path):
         raise StartError(
             f"the data file {path} is incomplete: it was copied from a running server, or lost its log: "
@@ -176,13 +175,15 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
             verdict = database.execute(f"PRAGMA {check}(1)").fetchone()[0]
             numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
             if not all(isinstance(number, int) for number in numbers.values()):
-                raise StartError(f"the data file {path} is damaged: a number of the pool's is none")
+                raise StartError(
+                    f"the data file {path} is damaged: one of the pool's numbers is not a number"
+                )
             numbers |= read_batches(database).numbers
     except sqlite3.Error as error:
         raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
     if verdict != "ok":
         raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
-    numbers.pop(GRACE, None)  # is in the rows, as they are read
+    numbers.pop(GRACE, None)  # read_rows applies it
     return numbers
 
 
@@ -231,12 +232,12 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
-    """The keys in order of id, so many at a time. O(1) memory beside the keys. Raises ValueError."""
+    """The keys in order of id, `slice_size` at a time. O(1) memory beside the keys. Raises ValueError."""
     try:
         for some in read_rows(path, slice_size):
             yield [_key(row) for row in some]
     except TypeError:
-        raise ValueError("a row of it holds what is no number where one is due") from None
+        raise ValueError("a row of it has something else where a number must be") from None
 
 
 def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
@@ -245,14 +246,14 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
         try:
             if not _has(database, "keys"):
                 return
-            gathered = read_batches(database)
-            grace = gathered.numbers.get(GRACE) or _grace_of(database)
+            memtable = read_batches(database)
+            grace = memtable.numbers.get(GRACE) or _grace_of(database)
             rows: Iterator[Row] = database.execute(_ROWS, {"grace": grace})
-            if gathered.rows:
-                rows = _over(rows, gathered.rows, grace)
+            if memtable.rows:
+                rows = _over(rows, memtable.rows, grace)
             while some := list(islice(rows, slice_size)):
                 yield some
-        except sqlite3.Error:  # whose words may quote a key
+        except sqlite3.Error:  # not quoted: its message may contain a key
             raise ValueError("a row of it can't be read") from None
 
 
@@ -262,18 +263,18 @@ def _grace_of(database: sqlite3.Connection) -> int:
 
 
 def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> Iterator[Row]:
-    """Rows in order of id, and those that are changed or new in their places."""
+    """Rows in order of id, with changed and new ones in their places."""
     ordered = sorted(changed.items(), key=itemgetter(0))
     there = ((*row[:3], max(row[3], grace), *row[4:]) for _, row in ordered if row is not None)
     return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
 
 
-def read_batches(database: sqlite3.Connection) -> Gathered:
+def read_batches(database: sqlite3.Connection) -> Memtable:
     """What the batches of a file come to. O(batches), which are few. Raises sqlite3.Error."""
     if not _has(database, "batches"):
-        return Gathered()
+        return Memtable()
     try:
-        return Gathered(map(decode, (batch for (batch,) in database.execute(_BATCHES))))
+        return Memtable(map(decode, (batch for (batch,) in database.execute(_BATCHES))))
     except msgspec.DecodeError:
         raise sqlite3.DatabaseError("a batch can't be read") from None
 
@@ -283,7 +284,7 @@ def _has(database: sqlite3.Connection, table: str) -> bool:
 
 
 def version_of(path: Path) -> int:
-    """The version of a file that `examine` has passed. O(1). Raises sqlite3.Error."""
+    """The version of a file that `examine` accepted. O(1). Raises sqlite3.Error."""
     with _reading(path) as database:
         version: int = database.execute("PRAGMA user_version").fetchone()[0]
         return version
@@ -298,7 +299,7 @@ def count(path: Path) -> int:
 
 
 class Filling:
-    """A new file, filled by whoever holds it, without a writer process. Raises StartError."""
+    """Fills a new file that the caller holds, without a writer process. Raises StartError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -308,7 +309,7 @@ class Filling:
             raise self._failed(error) from None
 
     def write(self, rows: list[Row]) -> None:
-        """Some more rows, in one transaction."""
+        """Add rows, in one transaction."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(UPSERT, rows)
@@ -317,7 +318,7 @@ class Filling:
             raise self._failed(error) from None
 
     def finish(self, numbers: dict[str, int]) -> None:
-        """The pool's numbers, and everything into the one file."""
+        """Add the pool's numbers, and bring everything from the log into the file."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(SET_POOL, numbers.items())
@@ -336,15 +337,15 @@ class Filling:
 
 
 def line_of(error: Exception) -> str:
-    """What SQLite says, in one line: it may quote the schema."""
+    """SQLite's message in one line: it may quote the schema."""
     return " ".join(str(error).split())[:200]
 
 
 class _reading:  # noqa: N801 - used as a function
-    """A connection that can't write, not even by closing: SQLite's own `with` doesn't close. It sees one moment."""
+    """A connection that can't write, not even by closing, and sees a snapshot. sqlite3's own `with` doesn't close."""
 
     def __init__(self, path: Path) -> None:
-        # A file that nothing stands beside is all there is: so nothing need be put beside it, either.
+        # Without a log or journal beside it the file is all there is, and SQLite needn't create them.
         alone = not any(path.with_name(f"{path.name}-{name}").exists() for name in ("wal", "journal"))
         self._database = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}",
@@ -370,7 +371,7 @@ def _key(row: Row) -> Key:
 
 
 def row_of(key: Key) -> Row:
-    """The row that keeps a key."""
+    """The row of a key."""
     release = key.release_deadline
     return (
         key.id,

@@ -1,7 +1,6 @@
-"""Opening the embedded engine on its data file: hold, inspect, start the writer, read, settle, arm.
+"""Opening the embedded engine on its data file: lock, inspect, start the writer, read, process what is due, set timers.
 
-Nothing is answered before it is all done. The loop goes on meanwhile, in slices, so that /healthz and /readyz
-can tell how it stands.
+No call is served before all of it is done. It is done in slices, so that the loop can answer /healthz and /readyz.
 """
 
 from __future__ import annotations
@@ -30,19 +29,26 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
     started = time.monotonic()
     loop = asyncio.get_running_loop()
     lock = await loop.run_in_executor(None, file_lock.hold, path)
-    numbers = await loop.run_in_executor(None, datafile.inspect, path)
+    try:
+        numbers = await loop.run_in_executor(None, datafile.inspect, path)
+    except BaseException:
+        file_lock.release(lock)
+        raise
     clock = make_clock(not_before=numbers.get("moment", 0) / 1000)
     engine = EmbeddedEngine(rules, clock=clock, start_timers=False)
     journal = FileJournal(path, lock, engine)
-    await journal.open()
-    grace_until = clock() + rules.restart_grace if rules.restart_grace else None
-    engine.restore_numbers(numbers)
     try:
+        await journal.open()
+        grace_until = clock() + rules.restart_grace if rules.restart_grace else None
+        engine.restore_numbers(numbers)
         await _restore_keys(engine, path, grace_until or 0.0)
+        await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
     except (ValueError, KeyError) as error:
         await journal.abandon()
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
-    await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
+    except BaseException:
+        await journal.abandon()
+        raise
     engine.journal = journal
     await _process_due(engine)
     engine.start()
@@ -53,7 +59,7 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
 
 
 async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) -> None:
-    """All keys into the pool, which is proved to hold together. No timer is set yet, so nothing moves."""
+    """Read all keys into the pool, and check it. No timer is set yet, so nothing changes meanwhile."""
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
             key.expires_deadline = max(key.expires_deadline, grace_until)
@@ -64,7 +70,7 @@ async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) 
 
 
 async def _process_due(engine: EmbeddedEngine) -> None:
-    """Purge and release what passed its deadline while no server ran."""
+    """Purge and release keys whose deadlines passed while no server ran."""
     now = engine.now()
     while engine.pool.overdue(now) or engine.pool.next_release(now) == 0:
         engine.pool.process_due(now)

@@ -1,17 +1,14 @@
-"""The writer process: takes batches from the server over a socket, commits them, says so.
+"""The writer process: receives batches from the server over a socket (wire.py), commits them, and confirms each.
 
-A process of its own, because a transaction in a thread of the server's takes the interpreter's lock back for every
-row, and the loop stalls (docs/architecture.md has the figures). It holds nothing worth keeping: when it dies
-the server starts another and repeats what wasn't confirmed. When the server dies, this process is killed by the
-system, even where it stands still; where the system isn't Linux, the socket closes, and it ends with the batch it
-is at.
+It is a process because a transaction in a thread takes the interpreter's lock back for every row, and stalls the loop
+(docs/architecture.md has the figures). It has no state worth keeping: when it dies the server starts another and
+repeats what wasn't confirmed. When the server dies, the kernel kills this process, even if it is stopped; where the
+system isn't Linux, the socket closes, and the process exits after the batch in hand.
 
-It also looks after what only the disk can say, so that the server's loop never waits for the disk: whether the
-file by that name is still the one that the server holds, how large it is, and how much room is left.
+It also checks what only the disk can tell, so that the server's loop never waits for the disk: whether the file of that
+name is still the one that the server holds, its size, and the room that is left.
 
-wire.py has the format of what goes over the socket.
-Signals are the server's to handle: this process ignores those that a terminal or a service manager sends to
-everybody.
+It ignores the signals that a terminal or a service manager sends to a whole group: the server handles them.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from keypool.engine.durable import datafile
-from keypool.engine.durable.compaction import Batches
+from keypool.engine.durable.compaction import BatchLog
 from keypool.engine.durable.file_lock import log_of
 from keypool.engine.durable.wire import Figures, Kind, Verdict, decode_moment, frame, read_frame
 from keypool.pdeathsig import end_with_parent
@@ -56,15 +53,15 @@ class Writer:
         self._name, self._log_name = str(path), str(self._log_path)
         self._check_seconds = check_seconds
         self._file = _identity(held)
-        self._log: tuple[int, int] | None = None  # which file the log is, of this connection
+        self._wal: tuple[int, int] | None = None  # which file the write-ahead log is
         self._check_at = self._measure_at = 0.0
         self._database: sqlite3.Connection | None = None
         self._marked = False
-        self._batches: Batches
+        self._log: BatchLog
         self._failed: str | None = None
 
     def probe(self) -> Verdict:
-        """See whether the file can be written, and write nothing."""
+        """Check that the file can be written, and write nothing."""
         return self._try(self._probe)
 
     def commit(self, encoded: list[bytes]) -> Verdict:
@@ -76,25 +73,25 @@ class Writer:
         return self._try(lambda database: self._grant(database, until))
 
     def look(self) -> Verdict:
-        """See whether the file is still there, and write nothing."""
+        """Check that the file is still there, and write nothing."""
         self._check_at = 0.0
         return self._try(lambda _: None)
 
-    def fold(self) -> None:
-        """Bring some of what is committed into the tables. If that fails, the next batch does, which says why."""
+    def flush(self) -> None:
+        """Flush some of what is committed to the tables. If that fails, the next batch fails with the reason."""
         try:
             if self._database is not None:
                 self._mark(self._database)
-                self._batches.fold()
+                self._log.flush()
         except sqlite3.Error as failure:
             self._drop()
             self._failed = datafile.line_of(failure)
 
     def close(self) -> None:
-        """Close, and so bring all into the tables, and what the log holds into the file."""
+        """Flush everything to the tables, and close, which brings the write-ahead log into the file."""
         try:
             if self._database is not None:
-                self._batches.finish()
+                self._log.flush_all()
         except sqlite3.Error:
             pass  # the batches are there: the next open finds them
         finally:
@@ -116,15 +113,15 @@ class Writer:
         return Verdict(error)
 
     def _moved(self) -> str | None:
-        """What became of the names of the file and its log, if they name others by now. A few microseconds."""
+        """Why the file or its log isn't the one that was opened, if so. A few microseconds."""
         if _identity(self._name) != self._file:
             wrong = _GONE
-        elif self._database is not None and _identity(self._log_name) != self._log:
+        elif self._database is not None and _identity(self._log_name) != self._wal:
             wrong = _LOG_GONE
         else:
             return None
-        # All into the file that is held, so that it is whole wherever it is; and nothing left in the log, which
-        # whoever opens another file by that name would take for that one's. SQLite itself leaves both undone.
+        # Checkpoint, so that the file that is held is whole wherever it is, and empty the log, which would be taken for
+        # that of another file by this name. SQLite itself does neither.
         with contextlib.suppress(sqlite3.Error):
             if self._database is not None:
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -132,7 +129,7 @@ class Writer:
         return wrong
 
     def measured(self) -> Figures | None:
-        """How large file and log are, and how much room is left; None if that was said in the last second."""
+        """Size of file and log, and the room left; None if they were reported within the last second."""
         now = time.monotonic()
         if now < self._measure_at:
             return None
@@ -148,20 +145,20 @@ class Writer:
         if self._database is None:
             self._database = datafile.connect(self._path)
             self._marked = False
-            self._batches = Batches(self._database)
-            self._log = _identity(self._log_name)
+            self._log = BatchLog(self._database)
+            self._wal = _identity(self._log_name)
         return self._database
 
     def _commit(self, database: sqlite3.Connection, encoded: list[bytes]) -> None:
         if not self._marked:
-            # Before the first commit is answered, since from then on a copy without the log lacks something; and not
-            # before there is one, since a file that is refused stays as it is.
+            # Before the first commit is answered: from then on a copy without the log lacks something. Not before
+            # there is one: a file that is refused stays as it is.
             self._mark(database)
             self._marked = True
-        self._batches.commit(encoded)
+        self._log.commit(encoded)
 
     def _mark(self, database: sqlite3.Connection) -> None:
-        with contextlib.suppress(OSError):  # a file without the mark is as good
+        with contextlib.suppress(OSError):  # a file without the mark works as well
             datafile.mark_in_use(database, self._held)
 
     @staticmethod
@@ -170,22 +167,22 @@ class Writer:
         database.execute("COMMIT")
 
     def _grant(self, database: sqlite3.Connection, until: int) -> None:
-        self._batches.finish()
+        self._log.flush_all()
         database.execute(datafile.GRANT_GRACE, {"until": until})
-        self._batches = Batches(database)
+        self._log = BatchLog(database)
 
     def _drop(self) -> None:
-        """Close the connection. A transaction under way is rolled back."""
+        """Close the connection. An open transaction is rolled back."""
         database, self._database = self._database, None
         if database is not None:
             try:
                 database.close()
             except sqlite3.Error:
-                return  # the log holds what the file lacks: the next open finds it
+                return  # the next open finds in the log what the file lacks
 
 
 def _identity(file: str | int) -> tuple[int, int] | None:
-    """Which file it is, whatever its name; None if there is none by that name, or none can be seen."""
+    """Device and inode of a file; None if there is none, or it can't be seen."""
     try:
         found = os.stat(file)  # noqa: PTH116 - a descriptor or a name
     except OSError:
@@ -194,7 +191,7 @@ def _identity(file: str | int) -> tuple[int, int] | None:
 
 
 def serve(stream: BinaryIO, writer: Writer) -> None:
-    """Do what the frames ask for until the socket closes, or a frame asks for a clean end."""
+    """Serve requests until the socket closes, or an END is received."""
     parts: list[bytes] = []
     while (received := read_frame(stream.read)) is not None:
         kind, content = received
@@ -218,23 +215,20 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
         stream.write(frame(Kind.VERDICT, datafile.encode(verdict)))
         stream.flush()
         if kind in (Kind.BATCH, Kind.GRACE):
-            writer.fold()  # after the answer: nobody waits for it but who comes next
+            writer.flush()  # after the answer: only a call that comes meanwhile waits for it
 
 
 def main() -> None:
-    """`python -m keypool.engine.durable.writer SOCKET HELD PARENT PATH`: the server starts it so.
-
-    Two descriptors, the server's process id, and the data file.
-    """
+    """`python -m keypool.engine.durable.writer SOCKET HELD PARENT PATH`: two descriptors, the server's pid, a file."""
     connection_number, held, parent = map(int, sys.argv[1:4])
-    # Here and not between fork and exec: Python code there would have the server copy its whole page table.
+    # Here and not between fork and exec: Python code there would make the server copy its whole page table.
     end_with_parent(parent, signal.SIGKILL)()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=connection_number)
-    with contextlib.suppress(OSError):  # the server is gone, in the middle of a frame
+    with contextlib.suppress(OSError):  # the server died in the middle of a frame
         serve(connection.makefile("rwb"), Writer(Path(sys.argv[4]), held))  # type: ignore[arg-type]
-    # No closing of the file here: it would take a checkpoint's time, and the next start does it as well.
+    # The file isn't closed: that would take a checkpoint, which the next start does as well.
     os._exit(0)
 
 

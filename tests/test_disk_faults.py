@@ -1,0 +1,311 @@
+"""The server on a disk that is full, fails or hangs, and on a file that is taken away from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from signal import SIGCONT, SIGSTOP, SIGTERM
+from typing import Any
+
+import pytest
+from crash import writer_of
+from durable_support import (
+    Load,
+    crash,
+    durable_server,
+    fill,
+    refused_start,
+    rows_in,
+    texts_of,
+)
+from held_writer import FULL
+from support import ACQUIRE, API, Client, eventually
+
+from keypool.engine.durable import file_lock
+
+# --------------------------------------------------------------------------------- a disk that is full or fails
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = os.geteuid() == 0 and not subprocess.run(mount, check=False, capture_output=True).returncode
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_up(disk: Path) -> Path:
+    """Leave no byte free; the file that takes them."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@contextlib.contextmanager
+def no_writing(pid: int) -> Iterator[None]:
+    """Every write of a process to a file fails meanwhile, as if the disk did."""
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("needs prlimit")
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def wait_for_refusal(client: Client) -> None:
+    """Ask for keys until it is refused: the log of a file has room for some."""
+
+    def refused() -> bool:
+        answer = client.post(API + "/keys")
+        if answer.status == 201:
+            return False
+        answer.expect_problem(503, "storage-unavailable")
+        return True
+
+    eventually(refused, "a refusal")
+
+
+def expect_only_reads(client: Client, key: dict[str, Any]) -> None:
+    """Storage is down: what changes something is refused, what is on disk is told."""
+    client.get("/healthz").expect(200)
+    client.get("/readyz").expect_problem(503, "storage-unavailable")
+    path = f"{API}/keys/{key['key']}"
+    for answer in (
+        client.post(API + "/keys"),
+        client.post(ACQUIRE),
+        client.post(f"{path}/unblock"),
+        client.post(f"{path}/keepalive"),
+        client.delete(path),
+        client.batch(op="keepalive", keys=[key["key"]]),
+    ):
+        answer.expect_problem(503, "storage-unavailable")
+    assert client.row(key["key"])["id"] == key["id"]
+    assert client.stats()["total"] >= 1
+    assert client.get(API + "/keys").expect(200)["keys"]
+    client.get(f"{API}/keys/{'x' * 20}").expect_problem(404, "unknown-key")
+
+
+def expect_all_well(client: Client) -> set[int]:
+    """Storage is back, without a restart: the ids of all keys."""
+    eventually(lambda: client.get("/readyz").status == 200, "storage that is back")
+    client.make()
+    return texts_of(client)
+
+
+@pytest.mark.parametrize("cut", ["stopped", "killed"])
+def test_a_full_disk_refuses_changes_until_there_is_room(small_disk: Path, cut: str) -> None:
+    """And loses nothing, neither then nor by a kill while it is full."""
+    path = small_disk / "keypool.db"
+    with durable_server(path) as server:
+        server.allow("can't be written")
+        client = server.client()
+        key = client.make()
+        filler = fill_up(small_disk)
+        wait_for_refusal(client)
+        expect_only_reads(client, key)
+        made = {row["id"] for row in client.get(API + "/keys?limit=500").expect(200)["keys"]}
+        if cut == "killed":
+            told = made - {max(made)}  # the last one was refused: it may be there or not
+            crash(server)
+            filler.unlink()
+        else:
+            filler.unlink()
+            told = expect_all_well(client)
+            assert "can be written again" in server.log
+            assert server.log.count(FULL) == 1
+    with durable_server(path) as server:
+        assert told <= texts_of(server.client())
+
+
+def test_an_io_error_refuses_changes_until_it_is_over(tmp_path: Path) -> None:
+    """The same on a disk that fails, and on one that fails on and on."""
+    path = tmp_path / "keypool.db"
+    with durable_server(path) as server:
+        server.allow("can't be written")
+        client = server.client()
+        key = client.make()
+        for _ in range(2):
+            with no_writing(writer_of(server)):
+                wait_for_refusal(client)
+                expect_only_reads(client, key)
+            told = expect_all_well(client)
+        crash(server)
+    with durable_server(path) as server:
+        assert texts_of(server.client()) == told
+
+
+def test_a_disk_that_fails_under_load_loses_nothing(tmp_path: Path) -> None:
+    """It comes and goes while callers generate: each is answered, and what was told is there."""
+    path = tmp_path / "keypool.db"
+    with durable_server(path) as server:
+        server.allow("can't be written")
+        with Load(server) as load:
+            for _ in range(3):
+                load.wait_for(50)
+                with no_writing(writer_of(server)):
+                    load.wait_for_refusals(20)
+                eventually(lambda: server.client().get("/readyz").status == 200, "storage that is back")
+            load.wait_for(50)
+        crash(server)
+    with durable_server(path) as server:
+        assert load.told <= texts_of(server.client())
+
+
+def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
+    """Full for more than twice the keepalive, while a keeper goes on asking; nor to a kill right after it."""
+    path = small_disk / "keypool.db"
+    with durable_server(path, "--keepalive-seconds=2") as server:
+        server.allow("can't be written")
+        client = server.client()
+        keys = [key["key"] for key in client.make_many(200)]
+        filler = fill_up(small_disk)
+        kept: list[int] = []
+
+        def keep() -> int:
+            answer = client.batch(op="keepalive", keys=keys)
+            if answer.status == 200:
+                assert answer.json == {"op": "keepalive", "done": 200, "unknown": []}
+            else:
+                answer.expect_problem(503, "storage-unavailable")
+            kept.append(answer.status)
+            time.sleep(0.1)
+            return answer.status
+
+        eventually(lambda: keep() == 503, "a disk that is full")
+        refused_at = time.monotonic()
+        eventually(lambda: keep() == 503 and time.monotonic() > refused_at + 5, "twice the keepalive")
+        assert client.stats()["expired"] == 0
+        filler.unlink()
+        eventually(lambda: keep() == 200, "storage that is back")
+        assert client.stats()["total"] == 200
+        assert client.stats()["expired"] == 0
+        crash(server)
+    assert len(rows_in(path)) == 200
+
+
+def test_a_disk_that_hangs_is_an_outage_and_over_by_itself(tmp_path: Path) -> None:
+    """Noticed within 6 s: a log line, 503 for who waits, comes, and asks /readyz; no key is lost to it."""
+    with durable_server(tmp_path / "keypool.db", "--keepalive-seconds=4") as server:
+        server.allow("can't be written")
+        client = server.client()
+        keys = [key["key"] for key in client.make_many(3)]
+        writer = writer_of(server)
+        os.kill(writer, SIGSTOP)
+        try:
+            waiting = server.wire()
+            began = time.monotonic()
+            waiting.ask("POST", f"{API}/keys/{keys[0]}/keepalive")
+            assert waiting.answer().json["code"] == "storage-unavailable"
+            assert 4.5 < time.monotonic() - began < 8
+            client.get("/readyz").expect_problem(503, "storage-unavailable")
+            client.batch(op="keepalive", keys=keys).expect_problem(503, "storage-unavailable")
+            assert "a commit has taken over 5 s" in server.log
+            assert "keypool_storage_up 0.0" in client.get("/metrics").body.decode()
+            time.sleep(1)  # the other keys' lives are over by now
+        finally:
+            os.kill(writer, SIGCONT)
+        eventually(lambda: client.get("/readyz").status == 200, "storage that is back")
+        assert client.batch(op="keepalive", keys=keys).expect(200) == {
+            "op": "keepalive",
+            "done": 3,
+            "unknown": [],
+        }
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_a_data_file_that_is_gone_is_an_outage(tmp_path: Path, how: str) -> None:
+    """Noticed within a second; over when it is back in its place. A stop before says what it didn't keep."""
+    path, away = tmp_path / "keypool.db", tmp_path / "away"
+    with durable_server(path) as server:
+        server.allow("can't be written|the last commit was not made")
+        client = server.client()
+        client.make_many(20)
+        path.rename(away)
+        if how == "replaced":
+            fill(tmp_path / "other", [])
+            (tmp_path / "other").rename(path)
+        made = 20
+        began = time.monotonic()
+        while (answer := client.post(API + "/keys")).status == 201:
+            made += 1
+            assert time.monotonic() < began + 1
+        answer.expect_problem(503, "storage-unavailable")
+        problem = client.get("/readyz").expect_problem(503, "storage-unavailable")
+        assert "deleted, moved or replaced" in problem["detail"]
+        if how == "replaced":
+            server.signal(SIGTERM)
+            assert server.wait() == 1
+            assert rows_in(path) == []
+        else:
+            away.rename(path)
+            assert len(expect_all_well(client)) == made + 2  # the one that was answered 503, and one more
+    assert len(rows_in(path if how == "moved" else away)) == made + (2 if how == "moved" else 0)
+
+
+def test_the_writer_is_given_no_setting_and_no_token(tmp_path: Path) -> None:
+    """Who reads a process's environment finds no secret in this one."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("needs /proc")
+    secret = {"KEYPOOL_ADMIN_TOKEN": "admin-token-of-this-test"}
+    with durable_server(tmp_path / "keypool.db", env=secret) as server:
+        environ = Path(f"/proc/{writer_of(server)}/environ").read_bytes()
+        assert b"PATH=" in environ
+        assert b"KEYPOOL" not in environ
+
+
+def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
+    """Whatever the umask, and those that are there stay as they are."""
+    before = os.umask(0)
+    try:
+        tmp_path.chmod(0o755)
+        os.close(file_lock.hold(tmp_path / "a" / "b" / "keypool.db"))
+    finally:
+        os.umask(before)
+    modes = [
+        stat.S_IMODE(folder.stat().st_mode) for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")
+    ]
+    assert modes == [0o755, 0o700, 0o700]
+
+
+def test_waiters_are_served_when_the_disk_is_back(tmp_path: Path) -> None:
+    """One who stood in the queue when it failed gets the key whose block ran out meanwhile, and not before."""
+    with durable_server(tmp_path / "keypool.db", "--block-seconds=1") as server:
+        server.allow("can't be written")
+        client = server.client()
+        key = client.make()
+        assert client.acquire()["lease"] == 1
+        waiter = server.wire(limit=60)
+        waiter.ask("POST", ACQUIRE, json={"wait": 60})
+        client.expect_waiting(1)
+        with no_writing(writer_of(server)):
+            client.post(f"{API}/keys/{key['key']}/keepalive").expect_problem(503, "storage-unavailable")
+            client.post(ACQUIRE, json={"wait": 60}).expect_problem(503, "storage-unavailable")
+            eventually(lambda: client.stats()["available"] == 1, "the end of the block")
+            assert client.stats()["waiting"] == 1
+        assert waiter.answer().expect(200)["lease"] == 2
+
+
+def test_a_start_on_a_full_disk_is_one_line(small_disk: Path) -> None:
+    """Status 1, and no second line in the log."""
+    fill_up(small_disk)
+    assert FULL in refused_start(small_disk / "keypool.db")
