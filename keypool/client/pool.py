@@ -61,7 +61,8 @@ class KeyPool:
     `timeout` is how many seconds a call may take with all its retries (an acquire on top of what it waits for
     a key); None is no limit. `retry` is a Retry, or how many times a failing call is sent again at most; 0 is
     never. `transport` is an httpx2 transport that sends, in place of one that is made here: for proxies, or
-    for tests (keypool.client.testing). Raises ValueError for a wrong argument.
+    for tests (keypool.client.testing). It is closed with the client, and `timeout` bounds each of its reads
+    and writes rather than their sum. Raises ValueError for a wrong argument.
 
     `close` it, or use it in a `with`: that stops its keepers and gives back what its leases still hold.
     """
