@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import logging
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -314,25 +312,6 @@ def test_the_blocking_client_imports_neither_the_server_nor_asyncio() -> None:
     )
     tops = {name.partition(".")[0] for name in ran.stdout.split()}
     assert tops.isdisjoint({"tornado", "msgspec", "uvloop", "aiohttp", "sortedcontainers", "asyncio"}), tops
-
-
-def test_no_module_of_the_client_imports_the_server() -> None:
-    for folder in ("client", "cli"):
-        for path in (ROOT / "keypool" / folder).glob("*.py"):
-            for module in _imported(path):
-                if path.name == "arguments.py" and module == "keypool":
-                    continue  # the version
-                assert not re.match(r"keypool(?!\.(client|cli|pdeathsig|early_exit|misspelled)\b)", module), (
-                    f"{path}: {module}"
-                )
-
-
-def _imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
 
 
 def test_the_guide_names_every_call() -> None:

@@ -104,8 +104,21 @@ def test_waiting_for_a_key_of_the_fake_pool() -> None:
 
 
 def test_any_transport_of_httpx2_will_do() -> None:
-    """MockTransport, for programs that want to say every answer themselves. A lease costs two requests."""
+    """MockTransport, for programs that want to say every answer themselves. A lease costs two requests.
+
+    A transport is closed with its client, and not before, though a keeper shares it.
+    """
     paths = []
+    closed: tuple[str, ...] = ()
+
+    class Mock(httpx2.MockTransport):
+        def close(self) -> None:
+            nonlocal closed
+            closed += ("sync",)
+
+        async def aclose(self) -> None:
+            nonlocal closed
+            closed += ("async",)
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         paths.append(request.url.path)
@@ -113,10 +126,16 @@ def test_any_transport_of_httpx2_will_do() -> None:
             return httpx2.Response(
                 200, json={"id": 1, "key": "k", "lease": 7, "release_in": 60, "expires_in": 300}
             )
-        return httpx2.Response(200, json={"id": 1, "state": "available", "changed": True})
+        done = {"id": 1, "state": "available", "changed": True, "done": 1, "unknown": []}
+        return httpx2.Response(200, json=done)
 
     for kind in KINDS:
-        mock = httpx2.MockTransport(answer)
+        mock = Mock(answer)
         with Driver(kind, "http://mock/api/v1", transport=mock) as pool, pool.lease() as key:
+            if kind == "sync":
+                pool.keeper(["k"]).start().stop()
             assert key.lease == 7
-    assert paths == ["/api/v1/keys/acquire", "/api/v1/keys/k/unblock"] * 2
+            assert kind not in closed
+    assert closed == KINDS
+    leases = [path for path in paths if path.endswith(("acquire", "unblock"))]
+    assert leases == ["/api/v1/keys/acquire", "/api/v1/keys/k/unblock"] * 2

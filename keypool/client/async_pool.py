@@ -39,8 +39,7 @@ from keypool.client.attempts import perform, result, results
 from keypool.client.blocking import Runner
 from keypool.client.calls import Batch, Call, Order, Progress, StateName, UnblockItem
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
-from keypool.client.held import LAST_TRY, HeldKey, hold, raise_or_note
-from keypool.client.pool import lost_of
+from keypool.client.held import LAST_TRY, HeldKey, give_back_many, hold, raise_or_note
 from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_TIMEOUT,
@@ -238,10 +237,10 @@ class AsyncKeyPool:
         return await self._runner.run(results(batch, self._settings))
 
     async def _acquire_batch(self, batch: Batch[list[LeasedKey]]) -> list[LeasedKey]:
-        return await self._runner.acquire(results(batch, self._settings), self._unblock_batch)
+        return await self._runner.acquire(results(batch, self._settings), self._give_back_many)
 
-    async def _unblock_batch(self, keys: list[LeasedKey]) -> Done:
-        return await self._runner.run_to_end(results(calls.unblock_many(keys), self._settings))
+    async def _give_back_many(self, keys: list[LeasedKey]) -> LeaseLost | None:
+        return await self._runner.run_to_end(give_back_many(keys, self._settings))
 
 
 class AsyncLease:
@@ -288,7 +287,7 @@ class AsyncLeasedKeys:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        raise_or_note(lost_of(await self._pool._unblock_batch(self._keys)), error)  # noqa: SLF001 - a part of it
+        raise_or_note(await self._pool._give_back_many(self._keys), error)  # noqa: SLF001 - a part of it
 
 
 class AsyncKeeper(KeptKeys):

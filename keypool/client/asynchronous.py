@@ -34,7 +34,7 @@ more about what happened, comes first."""
 
 
 class AsyncRunner:
-    """Runs steps in tasks of one event loop. `transport` is the user's, and is never closed here."""
+    """Runs steps in tasks of one event loop. `transport` is the user's, by default one is made."""
 
     def __init__(
         self,
@@ -43,7 +43,6 @@ class AsyncRunner:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.settings = settings
-        self._given = transport
         self._transport = transport or httpx2.AsyncHTTPTransport(
             verify=verify(settings, ssl_context), limits=LIMITS
         )
@@ -104,8 +103,7 @@ class AsyncRunner:
         self._closed = True
         for scope in list(self._in_progress):
             scope.reschedule(asyncio.get_running_loop().time())
-        if self._given is None:
-            await self._transport.aclose()
+        await self._transport.aclose()
 
     def _in_background(self, task: asyncio.Task[Any]) -> None:
         self._background.add(task)

@@ -39,7 +39,7 @@ def verify(settings: Settings, context: ssl.SSLContext | None) -> ssl.SSLContext
 class Runner:
     """Runs steps, in any thread. After a fork, the child's calls open connections of their own.
 
-    `transport` is the user's, and is never closed here; by default one is made.
+    `transport` is the user's, by default one is made. A runner made by `another` shares the user's.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Runner:
     ) -> None:
         self.settings = settings
         self._given = transport
+        self._owns = True
         self._ssl_context = ssl_context
         self._wake = threading.Event()
         self._closed = False
@@ -65,8 +66,10 @@ class Runner:
             self._transport = made
 
     def another(self) -> Runner:
-        """One with the same settings and connections of its own."""
-        return Runner(self.settings, self._ssl_context, self._given)
+        """One with the same settings that can be closed by itself."""
+        made = Runner(self.settings, self._ssl_context, self._given)
+        made._owns = self._given is None
+        return made
 
     def run(self, steps: Steps[T]) -> T:
         """The result of the steps. Raises KeyPoolError."""
@@ -90,7 +93,7 @@ class Runner:
         """Close all connections. Calls in other threads end with PoolClosed."""
         self._closed = True
         self._wake.set()
-        if self._given is None and self._pid == os.getpid():
+        if self._owns and self._pid == os.getpid():
             self._backend.cut()
             assert self._transport is not None
             self._transport.close()

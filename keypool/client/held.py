@@ -15,11 +15,11 @@ import atexit
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from keypool.client import calls
 from keypool.client.answers import LeasedKey, Unblocked, hint
-from keypool.client.attempts import Outcome, Steps, perform, result
+from keypool.client.attempts import Outcome, Steps, perform, result, results
 from keypool.client.errors import KeyPoolError, LeaseLost, StaleLease, UnknownKey
 from keypool.client.settings import Settings, default_owner, now
 
@@ -162,6 +162,17 @@ def hold(settings: Settings, owner: str | None, wait: float | None) -> Steps[Hel
     """Acquire a key to be held."""
     owner = default_owner() if owner is None else owner
     return HeldKey((yield from perform(calls.acquire(owner, wait), settings)), owner)
+
+
+def give_back_many(keys: Sequence[LeasedKey], settings: Settings) -> Steps[LeaseLost | None]:
+    """Unblock keys that were acquired together; as `HeldKey.give_back`."""
+    try:
+        done = yield from results(calls.unblock_many(keys), settings)
+    except KeyPoolError as error:
+        log.warning("%d keys not given back (%s); they are released by their deadlines", len(keys), error)
+        return None
+    count = 0 if done.repeated else len(done.unknown) + len(done.stale)
+    return LeaseLost(f"{count} of the keys were lost before they were given back") if count else None
 
 
 def raise_or_note(lost: LeaseLost | None, error: BaseException | None) -> None:

@@ -40,7 +40,7 @@ from keypool.client.attempts import result, results
 from keypool.client.blocking import Runner
 from keypool.client.calls import Batch, Call, Order, Progress, StateName, UnblockItem
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
-from keypool.client.held import LAST_TRY, HeldKey, hold, raise_or_note
+from keypool.client.held import LAST_TRY, HeldKey, give_back_many, hold, raise_or_note
 from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_TIMEOUT,
@@ -61,7 +61,8 @@ class KeyPool:
     `timeout` is how many seconds a call may take with all its retries (an acquire on top of what it waits for
     a key); None is no limit. `retry` is a Retry, or how many times a failing call is sent again at most; 0 is
     never. `transport` is an httpx2 transport that sends, in place of one that is made here: for proxies, or
-    for tests (keypool.client.testing). Raises ValueError for a wrong argument.
+    for tests (keypool.client.testing). It is closed with the client, and `timeout` bounds each of its reads
+    and writes rather than their sum. Raises ValueError for a wrong argument.
 
     `close` it, or use it in a `with`: that stops its keepers and gives back what its leases still hold.
     """
@@ -154,6 +155,9 @@ class KeyPool:
         lost = self._runner.run(held.give_back(self._settings, within))
         self._held.discard(held)
         return lost
+
+    def _give_back_many(self, keys: list[LeasedKey]) -> LeaseLost | None:
+        return self._runner.run(give_back_many(keys, self._settings))
 
     # -- single calls
 
@@ -295,13 +299,7 @@ class LeasedKeys(list[LeasedKey]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        raise_or_note(lost_of(self._pool.unblock_many(self)), error)
-
-
-def lost_of(done: Done) -> LeaseLost | None:
-    """What giving keys back together has shown."""
-    count = 0 if done.repeated else len(done.unknown) + len(done.stale)
-    return LeaseLost(f"{count} of the keys were lost before they were given back") if count else None
+        raise_or_note(self._pool._give_back_many(self), error)  # noqa: SLF001 - a part of it
 
 
 class Keeper(KeptKeys):
