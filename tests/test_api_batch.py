@@ -86,7 +86,7 @@ def test_batch_acquire_serves_fewer_when_fewer_are_free(client: Client) -> None:
         assert len(client.batch(op="acquire", count=1000).expect(200)["keys"]) == 3
 
 
-def test_batch_acquire_with_none_free_is_404(client: Client) -> None:
+def test_batch_acquire_without_a_free_key_is_404(client: Client) -> None:
     """no-key-available, one refusal, with Retry-After when some key is blocked."""
     with client.expect_moved(refused=1):
         answer = client.batch(op="acquire", count=5)
@@ -100,7 +100,7 @@ def test_batch_acquire_with_none_free_is_404(client: Client) -> None:
     assert 1 <= int(answer.headers["Retry-After"]) <= 60
 
 
-def test_batch_acquire_without_owner_or_with_null_names_none(client: Client) -> None:
+def test_batch_acquire_without_owner_or_with_null_has_no_holder(client: Client) -> None:
     """owner is optional."""
     client.make_many(2)
     for body in ({}, {"owner": None}):
@@ -111,7 +111,7 @@ def test_batch_acquire_without_owner_or_with_null_names_none(client: Client) -> 
 # ----------------------------------------------------------------------------------------------- keepalive
 
 
-def test_batch_keepalive_tells_done_and_unknown(client: Client) -> None:
+def test_batch_keepalive_answers_done_and_unknown(client: Client) -> None:
     """done counts items, a key given twice twice; unknown holds the texts as sent, in their order,
     as often as sent.
     """
@@ -192,7 +192,7 @@ def test_batch_unblock_of_a_stale_lease_then_the_latest(client: Client) -> None:
 # -------------------------------------------------------------------------------------------------- delete
 
 
-def test_batch_delete_tells_done_and_unknown(client: Client) -> None:
+def test_batch_delete_answers_done_and_unknown(client: Client) -> None:
     """A key given twice is unknown the second time; blocked keys go as well."""
     made = client.make_many(4)
     blocked = client.acquire()["key"]
