@@ -33,7 +33,7 @@ def tool(name: str) -> str:
 
 def run(*command: str) -> str:
     """What a command prints; fails unless it succeeds."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
