@@ -90,7 +90,7 @@ VARIANTS = [
     Variant(
         "tornado",
         lambda directory: ["--data=:memory:", "--http=tornado"],
-        ("test_api_errors", "test_api_access", "test_api_keys", "test_hostile"),
+        ("test_api_errors", "test_api_access", "test_api_legacy", "test_api_waiting", "test_hostile"),
         ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/", "test_metrics"),
     ),
 ]

@@ -176,7 +176,7 @@ def test_one_token_of_one_role_closes_the_server(start_server: Start) -> None:
     server.client(CLIENT_TOKEN).post(ACQUIRE).expect_problem(404, "no-key-available")
 
 
-def test_empty_tokens_are_none(start_server: Start) -> None:
+def test_empty_token_variables_leave_the_server_open(start_server: Start) -> None:
     """Variables that are set and empty leave the server open."""
     server = start_server(
         env={"KEYPOOL_CLIENT_TOKEN": "", "KEYPOOL_VIEWER_TOKEN": "", "KEYPOOL_ADMIN_TOKEN": ""}

@@ -298,7 +298,7 @@ def test_json_by_any_spelling_is_taken(client: Client) -> None:
 # ------------------------------------------------------------------------------------------------------ query
 
 
-def test_an_empty_query_is_as_none(client: Client) -> None:
+def test_an_empty_query_is_accepted(client: Client) -> None:
     """A question mark with nothing behind it asks nothing."""
     client.get(API + "/stats?").expect(200)
     client.post(API + "/keys?").expect(201)
@@ -463,7 +463,7 @@ def test_ids_are_refused_to_clients_before_the_body_is_looked_at(guarded_server:
             answer.expect_problem(403, "forbidden")
 
 
-def test_a_viewer_is_told_of_its_role_before_its_mistake(guarded_server: ServerProcess) -> None:
+def test_a_viewers_role_is_checked_before_its_body(guarded_server: ServerProcess) -> None:
     """403 before 413, 415 and 400."""
     for body, kind in ((b"{", "application/json"), (b"{}", "text/plain")):
         viewer = guarded_server.client(VIEWER_TOKEN)

@@ -94,7 +94,7 @@ def test_an_available_key_is_served_without_waiting(client: Client) -> None:
 
 
 @pytest.mark.parametrize("wait", [0.3, 1])
-def test_a_waiter_in_vain_is_told_so_when_its_wait_is_over(client: Client, wait: float) -> None:
+def test_a_wait_that_ends_without_a_key_is_404_on_time(client: Client, wait: float) -> None:
     """404 no-key-available, not early, and the waiter is out of the queue; one refusal in stats."""
     with client.expect_moved(refused=1):
         answer = client.post(ACQUIRE, json={"wait": wait})
@@ -104,7 +104,7 @@ def test_a_waiter_in_vain_is_told_so_when_its_wait_is_over(client: Client, wait:
     client.expect_waiting(0)
 
 
-def test_a_waiter_in_vain_is_told_when_a_key_is_released(client: Client) -> None:
+def test_a_wait_without_a_key_gets_the_time_of_the_next_release(client: Client) -> None:
     """Its 404 carries Retry-After as that of any acquire."""
     client.make()
     started = client.post(ACQUIRE)
@@ -115,7 +115,7 @@ def test_a_waiter_in_vain_is_told_when_a_key_is_released(client: Client) -> None
     assert 1 <= int(answer.headers["Retry-After"]) <= 60
 
 
-def test_no_wait_is_no_waiting(client: Client) -> None:
+def test_wait_0_is_answered_at_once(client: Client) -> None:
     """Without `wait`, with 0 and with null, an empty pool is told at once."""
     for body in ({}, {"wait": 0}, {"wait": 0.0}, {"wait": None}):
         answer = client.post(ACQUIRE, json=body)
@@ -123,7 +123,7 @@ def test_no_wait_is_no_waiting(client: Client) -> None:
         assert answer.answered_at - answer.asked_at < 20
 
 
-def test_stats_count_who_waits_now(client: Client) -> None:
+def test_stats_count_the_current_waiters(client: Client) -> None:
     """`waiting` grows and falls with the queue, and waiting alone moves nothing else."""
     with client.expect_moved():
         waiters = queue(client, 3)
@@ -158,7 +158,7 @@ def test_who_comes_later_without_waiting_does_not_overtake(client: Client) -> No
     assert waiters[0].answer().expect(200)["key"] == held
 
 
-def test_unblock_tells_of_its_own_effect_though_a_waiter_takes_the_key(client: Client) -> None:
+def test_unblock_reports_its_own_effect_though_a_waiter_takes_the_key(client: Client) -> None:
     """state is available and changed true, while the key is blocked again by the waiter."""
     made = client.make()
     lease = client.acquire()["lease"]
@@ -170,7 +170,7 @@ def test_unblock_tells_of_its_own_effect_though_a_waiter_takes_the_key(client: C
     client.post(f"{API}/keys/{made['key']}/unblock", json={"lease": lease}).expect_problem(409, "stale-lease")
 
 
-def test_generate_tells_of_its_own_effect_though_a_waiter_takes_the_key(client: Client) -> None:
+def test_generate_reports_its_own_effect_though_a_waiter_takes_the_key(client: Client) -> None:
     """201 with state available, as the contract has it for every generate."""
     [waiter] = queue(client)
     made = client.make()
@@ -313,7 +313,7 @@ def test_the_longest_wait_is_a_minute(client: Client) -> None:
         client.expect_waiting(0)
 
 
-def test_waiters_get_a_key_deleted_for_none_and_released_for_one(
+def test_a_deleted_key_serves_no_waiter_and_a_released_one_serves_one(
     server: ServerProcess, client: Client
 ) -> None:
     """Two keys, three waiters, a delete and a release by unblock: exactly one waiter is served."""

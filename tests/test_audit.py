@@ -507,7 +507,7 @@ def test_the_caller_is_the_last_address_that_is_not_trusted(
     assert TrustedProxies(TRUSTED).caller(peer, "http", hops, scheme) == caller
 
 
-async def test_a_trusted_proxy_says_who_calls_and_how(http: str) -> None:
+async def test_a_trusted_proxy_sets_address_and_scheme(http: str) -> None:
     """In the audit log, for the cookie's Secure, and for the throttle: one caller's wrong tokens cost no other."""
     async with serving(http, trusted=TRUSTED) as served:
         proxied = {"X_Forwarded_For": "6.6.6.6, 203.0.113.9", "X_Forwarded_Proto": "https"}

@@ -33,7 +33,7 @@ def tool(name: str) -> str:
 
 def run(*command: str) -> str:
     """What a command prints; fails unless it succeeds."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -141,7 +141,7 @@ def test_nginx_logs_no_target() -> None:
     assert re.search(r"error_log \S+ crit;", NGINX.read_text())
 
 
-def test_the_image_is_slim_and_runs_as_nobody_in_particular() -> None:
+def test_the_image_is_slim_and_runs_without_root() -> None:
     """Two stages, no root, a health check without a shell, and only files that there are."""
     text = DOCKERFILE.read_text()
     assert len(re.findall(r"^FROM python:[\d.]+-slim", text, re.MULTILINE)) == 2

@@ -48,7 +48,7 @@ def servers(url: str, tmp_path: Path) -> Iterator[list[ServerProcess]]:
 # ------------------------------------------------------------------------------------------------- nothing is lost
 
 
-def test_nothing_told_is_lost_by_kills_of_servers(url: str, tmp_path: Path) -> None:
+def test_no_acknowledged_change_is_lost_by_kills_of_servers(url: str, tmp_path: Path) -> None:
     """Three servers, any of which is killed under load, again and again, while the others go on."""
     with Fleet(url, tmp_path, 1) as fleet:
         for _ in range(2):
@@ -100,7 +100,7 @@ def test_stats_are_those_of_the_pool(servers: list[ServerProcess]) -> None:
         }  # fmt: skip
 
 
-def test_the_feed_tells_what_other_servers_did(servers: list[ServerProcess]) -> None:
+def test_the_feed_has_the_events_of_other_servers(servers: list[ServerProcess]) -> None:
     """Events and numbers, soon."""
     key = servers[0].client().make()
     with Viewer(servers[1]) as viewer:
@@ -119,7 +119,7 @@ def test_the_feed_tells_what_other_servers_did(servers: list[ServerProcess]) -> 
         assert servers[1].client().stats()["blocked"] == 1
 
 
-def test_a_key_freed_at_one_server_is_served_to_who_waits_at_another(servers: list[ServerProcess]) -> None:
+def test_a_key_freed_at_one_server_serves_a_waiter_of_another(servers: list[ServerProcess]) -> None:
     """At each of them in turn; and all count as waiting at all."""
     one = servers[0].client()
     one.make()

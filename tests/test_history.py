@@ -90,7 +90,7 @@ def test_the_last_minutes_of_one_number() -> None:
     assert history.within(300, "acquired") == 300
 
 
-def test_it_is_told_as_json_made_once_a_second() -> None:
+def test_its_json_is_made_once_a_second() -> None:
     """Columns of the same length, and the moment of the latest sample."""
     history = History()
     history.add(NOON, stats(0))

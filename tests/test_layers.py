@@ -183,7 +183,7 @@ def test_nothing_below_the_rules_imports_io_or_a_clock() -> None:
             assert not outside, f"{name} imports {outside}"
 
 
-def test_settings_reach_nobody_but_those_who_start_the_server_and_document_it() -> None:
+def test_only_start_up_and_documentation_import_the_settings() -> None:
     """Whoever else needs a setting is given its value."""
     readers = {module.name for module in modules().values() if "keypool.config.settings" in module.imports}
     # The dashboard shows the settings themselves.

@@ -71,7 +71,7 @@ def pipe() -> Iterator[Pipe]:
     os.close(made.writing)
 
 
-def test_a_pipe_that_nobody_reads_blocks_nobody_and_the_gap_is_told_where_it_is(pipe: Pipe) -> None:
+def test_a_full_pipe_blocks_nothing_and_the_gap_is_logged_in_its_place(pipe: Pipe) -> None:
     """What had room comes out whole and in order, then how many lines are missing, then what came later."""
     for number in range(1000):
         pipe.writer.put(LINE % number)
@@ -84,7 +84,7 @@ def test_a_pipe_that_nobody_reads_blocks_nobody_and_the_gap_is_told_where_it_is(
     assert pipe.read_until(LINE % 1000) == [*lines, LINE % 1000]
 
 
-def test_losses_are_told_though_no_line_comes_after(pipe: Pipe) -> None:
+def test_lost_lines_are_reported_though_none_follows(pipe: Pipe) -> None:
     """However reading and dropping meet: every line is there or counted. A line that is one byte too many, too."""
     sent = 0
     for _ in range(20):
@@ -118,7 +118,7 @@ def test_a_descriptor_made_non_blocking_by_others_loses_nothing(pipe: Pipe) -> N
     assert pipe.writer.dropped == 0
 
 
-def test_where_nobody_reads_any_more_lines_are_counted_and_nothing_is_raised(pipe: Pipe) -> None:
+def test_lines_to_a_closed_pipe_are_counted_and_raise_nothing(pipe: Pipe) -> None:
     """A closed pipe: each line is lost by itself, so a descriptor that works again is written to."""
     pipe.close_reading()
     for number in range(3):

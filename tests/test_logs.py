@@ -259,7 +259,7 @@ def test_a_trace_shows_no_key(formatter: logging.Formatter) -> None:
     assert "KeyError" in written
 
 
-def test_one_of_several_processes_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_one_of_several_processes_have_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the message, or in a member of its own; one alone says nothing."""
     record = logging.LogRecord("keypool", logging.INFO, "", 0, "started %s", ("now",), None)
     assert "process" not in TextFormatter().format(record) + JsonFormatter().format(record)

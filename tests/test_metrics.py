@@ -161,7 +161,7 @@ def test_what_alerts_count_is_there_at_zero_from_the_start(tmp_path: Path) -> No
     assert value(found, "keypool_limit", limit="connections") >= 1
 
 
-def test_waiting_is_no_part_of_the_service_time(server: ServerProcess) -> None:
+def test_the_service_time_excludes_waiting(server: ServerProcess) -> None:
     """An acquire that waits is slow because its caller wants that; meanwhile the wait of the first is shown."""
     client = server.client()
     before = samples(server)

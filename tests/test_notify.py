@@ -48,7 +48,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
     made.close()
 
 
-def test_a_server_says_that_it_loads_is_ready_lives_and_stops(manager: Manager, start_server: Start) -> None:
+def test_loading_ready_watchdog_and_stopping_are_notified(manager: Manager, start_server: Start) -> None:
     """In that order; READY comes when it answers, with its process id; no message before holds READY."""
     server = start_server(env={**manager.environ, "WATCHDOG_USEC": "200000"})
     assert manager.next() == {"STATUS": "loading"}
@@ -62,7 +62,7 @@ def test_a_server_says_that_it_loads_is_ready_lives_and_stops(manager: Manager, 
     assert manager.wait_for("STOPPING")["STOPPING"] == "1"
 
 
-def test_without_a_watchdog_none_is_fed(manager: Manager, start_server: Start) -> None:
+def test_without_a_watchdog_no_keepalive_is_sent(manager: Manager, start_server: Start) -> None:
     """Nor where it means another process."""
     server = start_server(env={**manager.environ, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"})
     server.finish()
@@ -72,7 +72,7 @@ def test_without_a_watchdog_none_is_fed(manager: Manager, start_server: Start) -
     assert not any("WATCHDOG" in message for message in messages), messages
 
 
-def test_nobody_there_is_no_trouble(tmp_path: Path, start_server: Start) -> None:
+def test_a_missing_notify_socket_is_ignored(tmp_path: Path, start_server: Start) -> None:
     """A socket that is gone, and variables that make no sense, change nothing."""
     start_server(env={"NOTIFY_SOCKET": str(tmp_path / "gone"), "WATCHDOG_USEC": "soon"}).finish()
     for environ in ({}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "vsock:2:1234"}):

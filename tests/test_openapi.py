@@ -66,7 +66,7 @@ def test_it_is_valid_by_the_standard_open_and_with_tokens(
         assert bool(secured) is (asked is not client)
 
 
-def test_what_anyone_may_call_says_so() -> None:
+def test_public_operations_have_an_empty_security() -> None:
     """`security: []`, on a server with tokens: nothing left out, from which a reader could conclude either."""
     of = {
         each["operationId"]: each["security"] for path in DOCUMENT["paths"].values() for each in path.values()
@@ -75,7 +75,7 @@ def test_what_anyone_may_call_says_so() -> None:
     assert all(security in ([], [{"token": []}]) for security in of.values())
 
 
-def test_answers_of_batches_are_told_apart_by_op() -> None:
+def test_answers_of_batches_are_discriminated_by_op() -> None:
     """One of several, by the member that each answer begins with: a generated client reads unblock's `stale`."""
     responses = DOCUMENT["paths"][f"{API}/batch"]["post"]["responses"]
     schema = responses["200"]["content"]["application/json"]["schema"]
@@ -204,7 +204,7 @@ def has_inputs(operation: Any) -> bool:
     return bool(operation.path_parameters or operation.query or operation.body)
 
 
-def test_pages_answer_what_the_document_says(server: ServerProcess) -> None:
+def test_pages_have_the_types_of_the_document(server: ServerProcess) -> None:
     """The type of each, and HEAD as GET."""
     for path in ("/healthz", "/readyz", "/metrics"):
         for method in ("GET", "HEAD"):

@@ -127,7 +127,7 @@ def test_all_serve_one_pool_on_one_address(start: Start) -> None:
     assert server.client().stats()["acquired"] == COUNT
 
 
-def test_what_cannot_start_says_so_once(tmp_path: Path) -> None:
+def test_a_failed_start_is_one_line(tmp_path: Path) -> None:
     """A Valkey that doesn't answer, or a port in use: one line and status 1, however many processes."""
     [free, taken] = free_ports(2)
     status, output = run_server([f"--engine=valkey://127.0.0.1:{free}/0", "--processes=3", "--port=0"])

@@ -182,7 +182,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_a_proxy_sets_who_calls_and_by_which_scheme(name: str, tmp_path: Path) -> None:
+def test_a_proxy_sets_address_and_scheme_of_the_caller(name: str, tmp_path: Path) -> None:
     """Whatever the caller wrote into these headers: the limit of sign-ins and the audit log go by them."""
     server = Broken()
     made_up = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "gopher"}

@@ -45,7 +45,7 @@ def test_all_that_came_before_the_signal_is_answered(data: str, tmp_path: Path) 
         assert server.wait() == 0, server.log
 
 
-def test_an_answer_during_the_drain_says_that_the_connection_ends(start_server: Start) -> None:
+def test_answers_during_the_drain_close_the_connection(start_server: Start) -> None:
     """So that a client doesn't send its next request into a closing connection."""
     server = start_server()
     half, waiter, wire = server.wire(), server.wire(), server.wire()

@@ -155,7 +155,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 # Setting up
 
 
-def test_sets_up_once_and_says_so_and_is_quiet_and_quick_the_next_time(checkout: Checkout) -> None:
+def test_sets_up_once_with_a_message_and_is_silent_the_next_time(checkout: Checkout) -> None:
     first = checkout.run()
     assert (first.returncode, first.stderr) == (
         0,
@@ -262,7 +262,7 @@ def test_without_python_it_says_what_to_install(bare: Checkout) -> None:
     assert not bare.lock.exists()
 
 
-def test_old_python_is_as_none(checkout: Checkout) -> None:
+def test_an_old_python_is_not_used(checkout: Checkout) -> None:
     done = checkout.run(STUB_OLD="1")
     assert done.returncode == 1
     assert "Python 3.11 or newer" in done.stderr

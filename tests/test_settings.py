@@ -341,7 +341,7 @@ def test_value_of_an_unknown_flag_is_not_shown_as_it_may_be_a_token() -> None:
 
 
 @pytest.mark.parametrize("word", ["8888", "", "test", "port=1", "a\nb"])
-def test_word_that_is_no_flag_is_refused(word: str) -> None:
+def test_a_word_that_is_not_a_flag_is_refused(word: str) -> None:
     line = refusal(word)
     assert repr(word) in line
     assert all(option.flag in line for option in OPTIONS)

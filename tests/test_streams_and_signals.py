@@ -98,7 +98,7 @@ def test_closed_standard_streams_are_no_trouble(tmp_path: Path, closed: str) -> 
 
 @PROGRAMS
 @pytest.mark.parametrize("flag", ["--help", "--print-config"])
-def test_a_reader_that_leaves_early_is_no_traceback(program: list[str], flag: str) -> None:
+def test_a_reader_that_leaves_early_causes_no_traceback(program: list[str], flag: str) -> None:
     """As `| true` does: nothing on standard error, and the status of a program that SIGPIPE ends."""
     reading, writing = os.pipe()
     os.close(reading)

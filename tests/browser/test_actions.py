@@ -60,7 +60,7 @@ def test_unblock_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> Non
     assert client.row(lease["key"])["state"] == "available"
 
 
-def test_an_unblock_that_comes_late_takes_it_from_nobody(
+def test_a_late_unblock_does_not_free_the_next_holders_key(
     server: ServerProcess, client: Client, tabs: Tabs
 ) -> None:
     """The key was served to somebody else while the dialog was open."""
