@@ -18,6 +18,7 @@ BENCHES = (
     "workers",
     "scaling",
     "fleet",
+    "walk",
 )
 
 

@@ -247,7 +247,7 @@ def test_what_changes_something_runs_to_its_end_when_its_caller_hangs_up(http: s
             await served.hang_up("POST", f"/api/v1/keys/{keys[3]}/unblock")
             await served.hang_up("POST", "/api/v1/keys")
             await served.hang_up("POST", "/api/v1/batch", {"op": "generate", "count": 3})
-            await until(lambda: not served.server.doorman.count)  # the server knows that they are gone
+            await until(lambda: not served.server.limiter.count)  # the server knows that they are gone
             assert served.in_flight == 6
             assert not served.lines
             served.engine.kept.set_result(None)
@@ -603,9 +603,9 @@ def test_each_request_of_a_connection_has_its_own_caller() -> None:
 
 def test_a_trusted_proxy_may_have_more_connections_than_an_address() -> None:
     """Its connections are many callers'."""
-    doorman = ConnectionLimiter(Limits(connections_per_address=2), TrustedProxies(TRUSTED))
-    assert all(doorman.enter("198.51.100.7") for _ in range(5))
-    assert [doorman.enter("203.0.113.1") for _ in range(3)] == [True, True, False]
+    limiter = ConnectionLimiter(Limits(connections_per_address=2), TrustedProxies(TRUSTED))
+    assert all(limiter.enter("198.51.100.7") for _ in range(5))
+    assert [limiter.enter("203.0.113.1") for _ in range(3)] == [True, True, False]
 
 
 # ----------------------------------------------------------------------------------------------------- sign-outs

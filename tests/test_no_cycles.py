@@ -530,7 +530,7 @@ async def left_by(kind: Kind, engine: EmbeddedEngine, times: int) -> Left:
 async def _settled(servers: list[HttpServer]) -> None:
     """Until all connections but the three are closed on the server's side as well."""
     await turns_until(
-        lambda: sum(server.doorman.count for server in servers) == 3, "connections are closed", 1_000_000
+        lambda: sum(server.limiter.count for server in servers) == 3, "connections are closed", 1_000_000
     )
 
 

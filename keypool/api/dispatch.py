@@ -1,7 +1,7 @@
 """From a request to an operation, and from its answer to a reply: HTTP's part of the API, and no socket.
 
-The checks are made in the order of the contract: host and site, path, method, token and role, size, content
-type, body. The first part needs only the head of the request (`begin`), the rest its body (`run`).
+The checks are made in the order of the contract: host and site, path, method, token and role, size, content type,
+body. The first part needs only the head of the request (`check`), the rest its body (`start`).
 """
 
 from __future__ import annotations
@@ -69,12 +69,7 @@ class Reply(msgspec.Struct, gc=False):
     body: bytes = b""
     own_headers: Sequence[tuple[str, str]] = ()
     outcome: str = "ok"  # or the code of the error
-    last: bool = False
-
-    @property
-    def closes(self) -> bool:
-        """Whether the connection has to end with it: who asks again at once must not ask a server that is leaving."""
-        return self.last or self.outcome == Draining.code
+    last: bool = False  # the connection has to end with it
 
     def headers(self) -> list[tuple[str, str]]:
         """All that is not the server's to say (Date, length, connection), in order."""
@@ -86,25 +81,11 @@ NO_STORE = ("Cache-Control", "no-store")
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What headers say that pass every check of their own, whatever they come with."""
+class CachedChecks:
+    """The result of checks that need only the headers, and would be the same for each request with these headers."""
 
     caller: Caller
     request_id: str | None
-
-
-class Begun:
-    """A request that passed the checks of its head, or the error that it met there."""
-
-    error: KeypoolError | None = None
-    # Known before its checks are made; none for OPTIONS, and where there is no call.
-    route: Route | None = None
-    call: Call | None = None
-    known: Known | None = None
-    legacy = False
-    head = False
-    allow = ""
-    request_id = ""
 
 
 @dataclass(slots=True)
@@ -113,6 +94,25 @@ class Route:
 
     operation: Operation
     reader: Reader
+
+
+class Pending(msgspec.Struct):
+    """A request whose head has been checked: it may be started, unless `error` is set."""
+
+    request_id: str
+    cached: CachedChecks | None = None
+    # Set before the checks are made; None for OPTIONS, and where there is no such call.
+    route: Route | None = None
+    call: Call | None = None
+    error: KeypoolError | None = None
+    legacy: bool = False
+    head: bool = False
+    allow: str = ""
+
+    @property
+    def operation_name(self) -> str:
+        """For metrics and logs."""
+        return NO_OPERATION if self.route is None else self.route.operation.name
 
 
 class _Path:
@@ -155,29 +155,28 @@ class Dispatcher:
 
     # -- the head
 
-    def begin(self, begun: Begun, request: Request, known: Known | None = None) -> None:
-        """Check the head of a request. Never raises: what is wrong is in `begun.error`.
+    def check(self, request: Request, cached: CachedChecks | None = None) -> Pending:
+        """Check the head of a request. Never raises: what is wrong is in the result's `error`.
 
-        `known` is what `learn` said of the same headers before, if it was asked.
+        `cached` is what `cacheable_checks` returned for the same headers before, if anything.
         """
-        begun.known = known
-        given = request.headers.get("X-Request-Id") if known is None else known.request_id
-        begun.request_id = (
-            f"{self._id_prefix}-{next(self._ids):x}" if given is None else self.request_id(given)
-        )
+        given = request.headers.get("X-Request-Id") if cached is None else cached.request_id
+        request_id = f"{self._id_prefix}-{next(self._ids):x}" if given is None else self.request_id(given)
+        pending = Pending(request_id, cached)
         try:
-            self._check_head(request, begun)
+            self._check_head(request, pending)
         except KeypoolError as error:
-            # Without its traceback, which would hold this frame, which holds `begun`, which holds it.
-            begun.error = error.with_traceback(None)
+            # Without its traceback, which would hold this frame, which holds `pending`, which holds the error.
+            pending.error = error.with_traceback(None)
         except Exception:
-            _log.exception("request %s failed before its call was known", begun.request_id)
-            begun.error = unexpected()
+            _log.exception("request %s failed before its call was known", request_id)
+            pending.error = unexpected()
+        return pending
 
-    def learn(self, headers: Mapping[str, str]) -> Known | None:
-        """What may be remembered of headers, so that the next request with the very same is spared the checks.
+    def cacheable_checks(self, headers: Mapping[str, str]) -> CachedChecks | None:
+        """Make the checks that need only the headers, so that the next request with the very same is spared them.
 
-        None if one of them doesn't pass, or if it may pass differently the next time, as a session ends.
+        None if a check fails, or if it may have another result the next time, as when a session ends.
         """
         if not self._access.open and "Authorization" not in headers:
             return None
@@ -185,7 +184,7 @@ class Dispatcher:
             check_size_of_headers(headers)
             _check_content_type(headers)
             self._access.check_site(headers, True)
-            return Known(self._access.caller(headers), headers.get("X-Request-Id"))
+            return CachedChecks(self._access.caller(headers), headers.get("X-Request-Id"))
         except KeypoolError:
             return None
 
@@ -195,136 +194,133 @@ class Dispatcher:
             return given
         return f"{self._id_prefix}-{next(self._ids):x}"
 
-    def _check_head(self, request: Request, begun: Begun) -> None:
-        method, known = request.method or "", begun.known
-        path, key = self._find(request.path)
-        begun.legacy = path.legacy
-        begun.head = method == "HEAD"
-        route = begun.route = path.methods.get("GET" if begun.head else method)
-        if known is None:
+    def _check_head(self, request: Request, pending: Pending) -> None:
+        method, cached = request.method or "", pending.cached
+        text, key = request.path, ""
+        path = self._paths.get(text)
+        if path is None:
+            path, key = self._find_with_key(text)
+        pending.legacy = path.legacy
+        pending.head = method == "HEAD"
+        route = pending.route = path.methods.get("GET" if pending.head else method)
+        if cached is None:
             changes = method not in ("GET", "HEAD", "OPTIONS")
             changes = changes or (route is not None and route.operation.changes)
             self._access.check_site(request.headers, changes)
         if route is None:
-            self._no_operation(path, method, begun)
+            self._no_operation(path, method, pending)
             return
         caller, operation = NOBODY, route.operation
         if operation.roles:
-            caller = self._access.caller(request.headers) if known is None else known.caller
+            caller = self._access.caller(request.headers) if cached is None else cached.caller
             if caller.role not in operation.roles:
                 refused = Forbidden(_needs(operation, caller.role))
                 audit_refused(
-                    operation, Call(caller, request.remote_ip or "?", begun.request_id, key), refused
+                    operation, Call(caller, request.remote_ip or "?", pending.request_id, key), refused
                 )
                 raise refused
         if key:
             require_may_name(key, caller)
-        check_target(request)
-        if known is None:
+        if len(request.uri or "") > MAX_TARGET:
+            check_target(request)
+        if cached is None:
             check_size_of_headers(request.headers)
-        begun.call = Call(caller, request.remote_ip or "?", begun.request_id, key)
+        pending.call = Call(caller, request.remote_ip or "?", pending.request_id, key)
 
     @staticmethod
-    def _no_operation(path: _Path, method: str, begun: Begun) -> None:
+    def _no_operation(path: _Path, method: str, pending: Pending) -> None:
         if path is _NOWHERE:
             raise NotFound
-        begun.allow = ", ".join(_methods(path.methods))
+        pending.allow = ", ".join(_methods(path.methods))
         if method != "OPTIONS":
-            raise MethodNotAllowed(begun.allow)
+            raise MethodNotAllowed(pending.allow)
 
-    def _find(self, text: str) -> tuple[_Path, str]:
-        """What is known of a path, and the key in it."""
-        path = self._paths.get(text)
-        if path is not None:
-            return path, ""
+    def _find_with_key(self, text: str) -> tuple[_Path, str]:
+        """What is known of a path with a key in it, and the key."""
         if not text.startswith(_KEYS):
             return _NOWHERE, ""
         segment, slash, rest = text[len(_KEYS) :].partition("/")
         if not segment:
             return _NOWHERE, ""
-        key = _decoded(segment) if "%" in segment else segment
+        key = unquote(segment, errors="replace") if "%" in segment else segment
         return self._paths_of_key.get(slash + rest, _NOWHERE), key
 
-    def answered(self, begun: Begun, reply: Reply, seconds: float) -> None:
-        """A request was answered so, after so long: count it, and write its line of the access log.
+    def answered(self, pending: Pending, reply: Reply, seconds: float) -> None:
+        """Count a request that was answered so after `seconds`, and write its line of the access log.
 
-        The access log has the whole time, the metric what the server needed: an objective of latency must not
-        depend on how long callers choose to wait for a key.
+        The access log has the whole time, the metric what the server needed: a latency objective must not depend on
+        how long callers choose to wait for a key.
         """
-        name = NO_OPERATION if begun.route is None else begun.route.operation.name
-        waited = 0.0 if begun.call is None else begun.call.waited
+        name = NO_OPERATION if pending.route is None else pending.route.operation.name
+        waited = 0.0 if pending.call is None else pending.call.waited
         self.calls.add(name, reply.outcome, seconds - waited if waited < seconds else 0.0)
         if access_log.isEnabledFor(logging.DEBUG):
-            access_line(begun.request_id, name, reply.status, reply.outcome, seconds)
+            access_line(pending.request_id, name, reply.status, reply.outcome, seconds)
 
     def refused(self, request: Request | None, error: KeypoolError, seconds: float) -> Reply:
-        """What the server refuses in the application's place; `request` is None if its head had not come.
+        """The reply to a request that the server itself refuses; `request` is None if its head hadn't come.
 
-        What the head is refused for comes before what is wrong with the body. Counted, and in the log, as all:
-        `seconds` is how long it took.
+        An error in the head comes before what is wrong with the body. The request is counted and logged as all are,
+        with `seconds` as its time.
         """
-        begun = Begun()
-        if request is None:
-            begun.request_id = self.request_id(None)
-        else:
-            self.begin(begun, request)
-            if isinstance(begun.error, NotFound):  # a page's, perhaps: not for the dispatcher to say
-                begun.error = None
-        reply = self.refusal(begun, begun.error or error)
-        self.answered(begun, reply, seconds)
+        pending = Pending(self.request_id(None)) if request is None else self.check(request)
+        if isinstance(pending.error, NotFound):  # it may be a page's path, which this class doesn't know
+            pending.error = None
+        reply = self.refusal(pending, pending.error or error)
+        self.answered(pending, reply, seconds)
         return reply
 
     # -- the body
 
-    def run(self, begun: Begun, request: Request, body: bytes) -> Coroutine[Any, Any, Any] | None:
-        """Read the body of a begun request and start its call; None if there is nothing to call.
+    def start(self, pending: Pending, request: Request, body: bytes) -> Coroutine[Any, Any, Any] | None:
+        """Read the body of a request that passed `check`, and start its call; None if there is nothing to call.
 
-        What the coroutine returns is for `reply`; what it raises, and what this does, for `failed`.
+        What the coroutine returns is for `reply`; what it raises, and what this raises, for `failed`.
         """
-        route, call = begun.route, begun.call
+        route, call = pending.route, pending.call
         if route is None or call is None:
             return None
-        if body and begun.known is None:
+        if body and pending.cached is None:
             _check_content_type(request.headers)
         operation = route.operation
         if body or request.query or operation.query is not None or operation.body_required:
             route.reader.read(call, request.query, body)
-        if begun.head and operation.head is not None:
+        if pending.head and operation.head is not None:
             return operation.head(self.engine, call)
         return operation.run(self.engine, call)
 
-    def ends_with_caller(self, begun: Begun) -> bool:
-        """Whether a call that was begun ends when its caller hangs up."""
-        route, call = begun.route, begun.call
+    def ends_with_caller(self, pending: Pending) -> bool:
+        """Whether a call that was started ends when its caller disconnects."""
+        route, call = pending.route, pending.call
         return route is None or call is None or ends_with_caller(route.operation, call)
 
-    def reply(self, begun: Begun, answer: Any) -> Reply:
-        """What a call has answered; None is nothing but that it is done."""
-        if begun.route is None:
-            return Reply(204, begun.request_id, own_headers=[("Allow", begun.allow)])
-        operation = begun.route.operation
+    def reply(self, pending: Pending, answer: Any) -> Reply:
+        """The reply to a call that returned `answer`."""
+        if pending.route is None:
+            return Reply(204, pending.request_id, own_headers=[("Allow", pending.allow)])
+        operation = pending.route.operation
         if answer is None:
-            return Reply(operation.status, begun.request_id)
+            return Reply(operation.status, pending.request_id)
         status = 201 if isinstance(answer, operation.created) else operation.status
-        reply = Reply(status, begun.request_id, "application/json", _encode(answer))
+        reply = Reply(status, pending.request_id, "application/json", _encode(answer))
         if operation.location is not None:
             reply.own_headers = [("Location", operation.location(answer))]
         return reply
 
-    def failed(self, begun: Begun, error: Exception) -> Reply:
-        """What became of a call that raised: the problem, which for what nobody foresaw tells nothing."""
+    def failed(self, pending: Pending, error: Exception) -> Reply:
+        """The problem of a call that raised; of an unexpected error it says nothing, and the log has the traceback."""
         if isinstance(error, KeypoolError):
-            return self.refusal(begun, error)
-        name = NO_OPERATION if begun.route is None else begun.route.operation.name
-        _log.error("call %s, request %s failed", name, begun.request_id, exc_info=error)
-        return self.refusal(begun, unexpected())
+            return self.refusal(pending, error)
+        _log.error("call %s, request %s failed", pending.operation_name, pending.request_id, exc_info=error)
+        return self.refusal(pending, unexpected())
 
-    def refusal(self, begun: Begun, error: KeypoolError) -> Reply:
-        """The problem that an error is told as."""
-        message = getattr(error, "message", error.detail) if begun.legacy else None
-        body = problem_body(error, begun.request_id, message)
+    def refusal(self, pending: Pending, error: KeypoolError) -> Reply:
+        """An error as a problem. The connection ends with Draining: a client that retries must reach another server."""
+        message = getattr(error, "message", error.detail) if pending.legacy else None
+        body = problem_body(error, pending.request_id, message)
         status, headers = status_of(type(error)), problem_headers(error)
-        return Reply(status, begun.request_id, CONTENT_TYPE, body, headers, error.code)
+        last = error.code == Draining.code
+        return Reply(status, pending.request_id, CONTENT_TYPE, body, headers, error.code, last)
 
 
 def too_large() -> PayloadTooLarge:
@@ -347,10 +343,6 @@ def _methods(routes: Mapping[str, Route]) -> list[str]:
 def _needs(operation: Operation, role: Role) -> str:
     roles = " or ".join(sorted(operation.roles))
     return f"{operation.name} needs the role {roles}; this token is a {role.value}'s"
-
-
-def _decoded(segment: str) -> str:
-    return unquote(segment, errors="replace")
 
 
 def check_target(request: Request) -> None:

@@ -1,96 +1,111 @@
-"""The API behind Tornado's interfaces for messages, past RequestHandler.
+"""One call of the API on an HTTP server: from a checked head to its answer.
 
-Every call of the API is answered by an `ApiCall`, on whichever HTTP server drives the application: here as a
-delegate of Tornado's, in raw.py as bytes. One path, so one behaviour. RequestHandler is for pages
-(handlers/pages.py); what it does for them (templates, cookies, ETags) costs a JSON call twice what the call
-itself does.
+`fast_call.FastCall` and `tornado_call.TornadoCall` differ in how a head is read and a reply written; all else is here,
+so both servers behave alike. RequestHandler is for pages (web/pages.py); what it does for them (templates, cookies,
+ETags) costs a JSON call twice what the call itself does.
 
-A request that is refused by its head is answered when its body has been read and thrown away, so that the
-connection can go on; one whose body is larger than `DISCARDED`, or that asks before it sends, is answered at
-once.
+Most calls never wait: they have their answer when their coroutine is first stepped. A task would cost each of them two
+more iterations of the loop and a microsecond or two. So the coroutine is stepped by hand, and only one that yields is
+given a `CoroutineDriver`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from http.client import responses as REASONS  # noqa: N812 - a table
-from typing import Any, cast
+from collections.abc import Coroutine
+from typing import Any
 
-from tornado import httputil
-from tornado.http1connection import HTTP1Connection
-from tornado.iostream import StreamClosedError
-from tornado.routing import Router
-
-from keypool.api.dispatch import Begun, Dispatcher, Known, Reply, Request, too_large
+from keypool.api.dispatch import Dispatcher, Pending, Reply, Request
 from keypool.api.wrong_tokens import WrongTokens
-from keypool.config.limits import DISCARDED, MAX_BODY
 from keypool.core.errors import WrongToken
-from keypool.http.http1.responses import http_date
+from keypool.engine.journal import Commit
 from keypool.http.http1.turns import Turns
-from keypool.http.inflight import InFlight
-from keypool.http.steps import Steps
 
 
-class ApiCall(Begun):
-    """One request of the API, from its head to its reply. A subclass knows the way that the reply goes."""
+class InFlight:
+    """How many requests are being answered: what a graceful stop waits for."""
 
-    _steps: Steps | _HeldBack | None = None
-    _ended = False
-    remote_ip: str | None
-    turns: Turns | None = None
-    """Those of its server; without them a paused call goes on in the loop's next iteration."""
+    def __init__(self) -> None:
+        self.count = 0
+        self._idle: asyncio.Future[None] | None = None
 
-    def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-        self._dispatcher = dispatcher
-        self._in_flight = in_flight
+    def enter(self) -> None:
+        """A request has come."""
+        self.count += 1
+
+    def leave(self) -> None:
+        """It was answered, or its caller is gone."""
+        self.count -= 1
+        if self._idle is not None and not self.count and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def wait_idle(self, seconds: float) -> bool:
+        """Wait until no request is in flight, `seconds` at most; whether it came to that."""
+        if self.count:
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._idle], timeout=seconds)
+        return self.count == 0
+
+
+class ApiCall:
+    """One request of the API. `request` is its head; a subclass sets all attributes, and writes the reply.
+
+    `turns` are those of the server, where a paused call waits; without them it goes on in the loop's next iteration.
+    """
+
+    __slots__ = ("_ended", "_waiting", "dispatcher", "in_flight", "pending", "request", "started", "turns")
+
+    dispatcher: Dispatcher
+    in_flight: InFlight
+    pending: Pending
+    request: Request
+    started: float
+    turns: Turns | None
+    _waiting: CoroutineDriver | _HeldBack | None
+    _ended: bool
 
     def send(self, reply: Reply) -> bool:
         """Write the reply; whether there is still somebody to write to."""
         raise NotImplementedError
 
-    def begin(self, request: Request, known: Known | None = None) -> None:
-        """Check the head."""
-        self._started = time.monotonic()
-        self._in_flight.count += 1
-        self._dispatcher.begin(self, request, known)
-
-    def run(self, request: Request, body: bytes) -> bool:
-        """Do what the request asks for; whether it waits for something."""
-        if self.error is not None:
+    def run(self, body: bytes) -> None:
+        """Do what the request asks for, now that it is whole."""
+        pending = self.pending
+        if pending.error is not None:
             self.refuse()
-            return self._steps is not None
+            return
         try:
-            call = self._dispatcher.run(self, request, body)
+            call = self.dispatcher.start(pending, self.request, body)
             if call is None:
                 answer = None
             else:
-                awaited = call.send(None)
-                self._steps = steps = Steps(call, self._done, self.turns)
-                steps.wait_for(awaited)
-                return True
-        except StopIteration as answered:
-            answer = answered.value
+                yielded = call.send(None)
+                self._waiting = driver = CoroutineDriver(call, self)
+                driver.wait_for(yielded)
+                return
+        except StopIteration as returned:
+            answer = returned.value
         except Exception as error:
-            self.answer(self._dispatcher.failed(self, error))
-            return False
-        self.answer(self._dispatcher.reply(self, answer))
-        return False
+            self.answer(self.dispatcher.failed(pending, error))
+            return
+        self.answer(self.dispatcher.reply(pending, answer))
 
     def refuse(self, *, at_once: bool = False) -> None:
-        """Answer with the error that the request has met; a little later, if it is one wrong token of many.
+        """Answer with `pending.error`; a little later, if it is one wrong token of many.
 
         `at_once` is for a request whose body is not waited for: its connection ends with the answer.
         """
-        assert self.error is not None
-        if self._steps is not None:
+        error = self.pending.error
+        assert error is not None
+        if self._waiting is not None:
             return  # held back: its body has come meanwhile
-        reply = self._dispatcher.refusal(self, self.error)
-        if isinstance(self.error, WrongToken):
-            wrong = self._dispatcher.wrong_tokens
-            seconds = wrong.token(self.error.mark, self.remote_ip or "?", self.request_id)
+        reply = self.dispatcher.refusal(self.pending, error)
+        if isinstance(error, WrongToken):
+            wrong = self.dispatcher.wrong_tokens
+            seconds = wrong.token(error.mark, self.request.remote_ip or "?", self.pending.request_id)
             if seconds and wrong.room() and not at_once:
-                self._steps = _HeldBack(wrong, seconds, self, reply)
+                self._waiting = _HeldBack(wrong, seconds, self, reply)
                 return
             reply.last = seconds > 0
         self.answer(reply)
@@ -98,30 +113,77 @@ class ApiCall(Begun):
     def answer(self, reply: Reply) -> None:
         """Send the reply, and count it if it could be sent."""
         if self.send(reply):
-            self._dispatcher.answered(self, reply, time.monotonic() - self._started)
+            self.dispatcher.answered(self.pending, reply, time.monotonic() - self.started)
         self.end()
 
     def hung_up(self) -> None:
-        """The caller is gone. A call that has begun runs to its end, unanswered, but for an acquire."""
-        if self._steps is None or self.error is not None or self._dispatcher.ends_with_caller(self):
+        """The caller is gone. A call that was started runs to its end, unanswered, unless it is an acquire."""
+        waits = self._waiting is not None and self.pending.error is None
+        if not waits or self.dispatcher.ends_with_caller(self.pending):
             self.end()
 
     def end(self) -> None:
-        """Answered, or the caller is gone: whatever the call waits for, it stops."""
+        """Answered, or the caller is gone: stop whatever the call waits for."""
         if self._ended:
-            return  # answered before its body had come, and then hung up on: one request, counted once
+            return  # answered before its body had come, and then disconnected: one request, counted once
         self._ended = True
-        if self._steps is not None:
-            self._steps.close()
-            self._steps = None
-        in_flight = self._in_flight
-        in_flight.count -= 1
-        if in_flight.idle is not None and not in_flight.count:
-            in_flight.tell_idle()
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
+        self.in_flight.leave()
 
-    def _done(self, answer: Any, error: Exception | None) -> None:
-        dispatcher = self._dispatcher
-        self.answer(dispatcher.reply(self, answer) if error is None else dispatcher.failed(self, error))
+
+class CoroutineDriver:
+    """Steps a call's coroutine whenever what it waits for is there, and has the call answered in the end.
+
+    The coroutine may await futures, but nothing that needs a current task (asyncio.timeout, locks). A bare yield
+    (`asyncio.sleep(0)`) pauses it: it goes on when its turn comes beside the connections with a backlog, as one of the
+    `turns.Served`.
+    """
+
+    __slots__ = ("_call", "_coroutine", "debt")
+
+    def __init__(self, coroutine: Coroutine[Any, None, Any], call: ApiCall) -> None:
+        self._coroutine: Coroutine[Any, None, Any] | None = coroutine
+        self._call: ApiCall | None = call
+        self.debt = 0.0
+
+    def run(self, future: asyncio.Future[Any] | None = None) -> None:
+        """Run as far as it gets: to the end, or to the next yield."""
+        coroutine, call = self._coroutine, self._call
+        if coroutine is None or call is None:
+            return
+        try:
+            yielded = coroutine.send(None)
+        except StopIteration as returned:
+            reply = call.dispatcher.reply(call.pending, returned.value)
+        except Exception as error:  # whatever it is, the caller is answered
+            reply = call.dispatcher.failed(call.pending, error)
+        else:
+            self.wait_for(yielded)
+            return
+        self._coroutine = self._call = None
+        call.answer(reply)
+
+    def wait_for(self, yielded: Any) -> None:
+        """Run on when the future that the coroutine has just yielded is done; if that is None, in a later turn."""
+        if yielded is not None:
+            yielded._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to take over a future
+            if type(yielded) is Commit:
+                yielded.on_done(self.run)  # in the very turn in which the commit is done
+            else:
+                yielded.add_done_callback(self.run)
+        elif self._call is not None and self._call.turns is not None:
+            self._call.turns.queue(self, backlog=True)
+        else:
+            asyncio.get_running_loop().call_soon(self.run)
+
+    def close(self) -> None:
+        """Nobody needs the answer any more: the coroutine ends where it waits, by GeneratorExit."""
+        coroutine, self._coroutine = self._coroutine, None
+        self._call = None
+        if coroutine is not None:
+            coroutine.close()
 
 
 class _HeldBack:
@@ -138,113 +200,3 @@ class _HeldBack:
         """It is answered, or nobody waits for it any more."""
         self._wrong.held -= 1
         self._timer.cancel()
-
-
-class ApiRouter(Router):
-    """Makes the delegate of each request."""
-
-    def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-        self._dispatcher = dispatcher
-        self._in_flight = in_flight
-
-    def find_handler(self, request: httputil.HTTPServerRequest, **kwargs: Any) -> ApiDelegate:
-        """The delegate of a request."""
-        return ApiDelegate(self._dispatcher, self._in_flight, request)
-
-
-class ApiDelegate(ApiCall, httputil.HTTPMessageDelegate):
-    """One request of the API on Tornado's server."""
-
-    def __init__(
-        self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest
-    ) -> None:
-        super().__init__(dispatcher, in_flight)
-        assert request.connection is not None
-        self._request = request
-        self.remote_ip = request.remote_ip
-        # Tornado names the base class; what it hands over is the class that knows when it closes.
-        self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
-        self._body: list[bytes] = []
-        self._size = 0
-        self._whole = False
-
-    def headers_received(
-        self,
-        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
-        headers: httputil.HTTPHeaders,
-    ) -> None:
-        """Check the head; answer at once what can't wait for the body."""
-        self.begin(self._request)
-        length = _declared_length(headers)
-        if length > MAX_BODY and self.error is None:
-            self.error = too_large()
-        if self.error is not None and (length > DISCARDED or "Expect" in headers):
-            self.refuse(at_once=True)
-
-    def data_received(self, chunk: bytes) -> None:
-        """Keep a part of the body, or throw it away if the request is refused."""
-        self._size += len(chunk)
-        if self.error is None:
-            if self._size > MAX_BODY:
-                self.error = too_large()
-                self._body.clear()
-            else:
-                self._body.append(chunk)
-        elif self._size > DISCARDED and self._connection is not None:
-            self.refuse(at_once=True)
-
-    def finish(self) -> None:
-        """The request is whole: run its call."""
-        self._whole = True
-        if self._connection is None:
-            return
-        if (
-            self._connection.stream.closed()
-        ):  # it hung up behind its last byte: nobody is there to be answered
-            self.on_connection_close()
-            return
-        if self.run(self._request, b"".join(self._body)) and self._connection is not None:
-            self._connection.set_close_callback(self.on_connection_close)
-
-    def on_connection_close(self) -> None:
-        """The caller is gone."""
-        self._connection = None
-        self.hung_up()
-
-    def send(self, reply: Reply) -> bool:
-        """Write the reply by Tornado's connection."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            write_reply(connection, self.head, reply, closes=reply.closes or not self._whole)
-        return connection is not None
-
-
-def write_reply(connection: httputil.HTTPConnection, head: bool, reply: Reply, *, closes: bool) -> None:
-    """Write a whole reply and finish. A connection that closed meanwhile is nobody's error.
-
-    `closes` says so to the caller. Tornado ends a connection by itself when the body hasn't come, and doesn't say so.
-    """
-    headers = httputil.HTTPHeaders()
-    for name, value in reply.headers():
-        headers.add(name, value)
-    headers.add("Date", http_date())
-    if reply.status != 204:
-        headers.add("Content-Length", str(len(reply.body)))
-    if closes:
-        headers.add("Connection", "close")
-    start_line = httputil.ResponseStartLine("", reply.status, REASONS.get(reply.status, "Unknown"))
-    try:
-        future = connection.write_headers(start_line, headers, b"" if head else reply.body)
-        future.add_done_callback(_heard)
-        connection.finish()
-    except StreamClosedError:
-        return
-
-
-def _heard(future: Any) -> None:
-    future.exception()
-
-
-def _declared_length(headers: httputil.HTTPHeaders) -> int:
-    given = headers.get("Content-Length", "0")
-    return int(given) if given.isascii() and given.isdigit() and len(given) < 19 else 0

@@ -1,4 +1,4 @@
-"""The fast HTTP server: http1's, with this application's answers to what the server itself refuses."""
+"""The fast HTTP server: http1's, with the API's problems as its own refusals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from keypool.api.dispatch import Dispatcher, too_large, unexpected
 from keypool.config.limits import Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.core.errors import HeadersTooLarge, KeypoolError, RequestTimeout, UriTooLong
-from keypool.http.fast_call import RawHead, wire
+from keypool.http.fast_call import head_of, wire
 from keypool.http.http1 import Refusal, Server
 
 
@@ -21,13 +21,13 @@ class FastServer(Server):
         super().__init__(app, limits=limits, trusted=trusted, on_refused=self._refused)
 
     def _refused(self, refusal: Refusal) -> bytes | None:
-        """The whole answer to a refused request; None, a bare one, where it isn't an HTTP request."""
+        """The whole answer to a refused request; None for a bare one, where it isn't an HTTP request."""
         error = _error(refusal)
         if error is None:
             return None
         assert isinstance(self.application, Application)
         dispatcher: Dispatcher = self.application.settings["dispatcher"]
-        head = RawHead(refusal.method, refusal.target, refusal.headers, None) if refusal.complete else None
+        head = head_of(refusal.method, refusal.target, refusal.headers, None) if refusal.complete else None
         seconds = self.limits.body_seconds if isinstance(error, RequestTimeout) else 0.0
         return wire(dispatcher.refused(head, error, seconds))
 

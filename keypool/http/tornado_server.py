@@ -1,14 +1,14 @@
-"""Tornado's own HTTP server, with limits to what a stranger may take.
+"""Tornado's own HTTP server, with limits for unauthenticated clients: the reference that needs no httptools.
 
-Tornado bounds sizes, and waits an hour for a head. This subclass counts connections by address, looks at each
-once a second and ends those that take too long, with 408 where a request had begun. It works by Tornado's
-interface for messages: every message's delegate is wrapped in one that knows how far the message has come.
+Tornado bounds sizes, but waits an hour for a head. This subclass counts connections by address, looks at each once a
+second and ends those that take too long, with 408 where a request had begun. It works by Tornado's interface for
+messages: every message's delegate is wrapped in one that knows how far the message has come.
 
-Tornado serves one request of each connection in each iteration of the loop, which is fair to connections that ask for
-the same, but unbounded. Here they share the time as on the fast server (http1/turns.py): a request that isn't to be
-served yet is held back by the future that a delegate may return.
+Tornado serves one request of each connection in each iteration of the loop, which is fair to connections that send the
+same, but unbounded. Here they share the time as on the fast server (http1/turns.py): a request whose turn hasn't come
+is held back by the future that a delegate may return.
 
-It isn't the place for limits of the API: what is wrong with a request as such, dispatch.py says.
+Limits of the API are not here: what is wrong with a request as such is checked in api/dispatch.py.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from keypool.api.dispatch import Dispatcher
 from keypool.config.limits import DISCARDED, MAX_BODY, MAX_HEAD, MAX_HEADERS, MAX_NAME, Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.core.errors import HeadersTooLarge, RequestTimeout
-from keypool.http.api_call import ApiDelegate
 from keypool.http.fast_call import wire
 from keypool.http.http1.connection_limiter import ConnectionLimiter, largest_first_over_budget
 from keypool.http.http1.responses import with_connection
 from keypool.http.http1.turns import QUANTUM, TASK, Turns
+from keypool.http.tornado_call import TornadoCall
 
 _API = "/api/"
 _LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # behind the request line
-_SLICE = 200  # connections looked at in one turn of the loop
-_QUEUED = 4096  # connections taken from the system's queue before it is closed
+_SLICE = 200  # connections checked in one iteration of the loop
+_QUEUED = 4096  # connections taken from the system's accept queue at a stop
 
 
 class _Phase(Enum):
@@ -55,14 +55,14 @@ class _Phase(Enum):
 
 
 class _Listener:
-    """A listening socket of which accepting never fails: Tornado logs a failure, and tries again at once.
+    """A listening socket on which `accept` raises only BlockingIOError: Tornado logs anything else and retries at once.
 
-    What can't be accepted for want of a file is closed, by means of one that is kept for that (libuv does so).
+    Out of file descriptors, it closes a spare one to accept and close the connection (as libuv does).
     """
 
-    def __init__(self, sock: socket.socket, doorman: ConnectionLimiter) -> None:
+    def __init__(self, sock: socket.socket, limiter: ConnectionLimiter) -> None:
         self._socket = sock
-        self._doorman = doorman
+        self._limiter = limiter
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
 
     def fileno(self) -> int:
@@ -70,14 +70,14 @@ class _Listener:
         return self._socket.fileno()
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection. Raises BlockingIOError if there is none, or no file for it."""
+        """The next connection. Raises BlockingIOError if there is none, or no file descriptor for it."""
         try:
             return self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             raise
         except OSError as error:
-            self._doorman.out_of_files(error)
-            self._turn_away()
+            self._limiter.out_of_files(error)
+            self._reject_one()
             raise BlockingIOError from None
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class _Listener:
         if self._spare is not None:
             os.close(self._spare)
 
-    def _turn_away(self) -> None:
+    def _reject_one(self) -> None:
         if self._spare is not None:
             os.close(self._spare)
         self._spare = None
@@ -97,20 +97,20 @@ class _Listener:
 
 
 class _Stream(IOStream):
-    """A stream that looks at a head before Tornado reads its lines."""
+    """A stream that checks the size of a head before Tornado parses it."""
 
-    def __init__(self, sock: socket.socket, server: StockServer, address: str) -> None:
+    def __init__(self, sock: socket.socket, server: TornadoServer, address: str) -> None:
         super().__init__(sock, max_buffer_size=server.max_buffer_size, read_chunk_size=server.read_chunk_size)
         self._server = server
         self._address = address
 
     def close_fd(self) -> None:
-        """Close the socket; called by IOStream, once. Until then a websocket is counted, too."""
+        """Close the socket; called by IOStream, once. Until then the connection counts, as a websocket too."""
         super().close_fd()
-        self._server.doorman.leave(self._address)
+        self._server.limiter.leave(self._address)
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
-        """A whole head; one that is too large, or has a name that is, is answered here and ends the connection."""
+        """Read a head; one that is too large, or has too long a name, is answered here and ends the connection."""
         head = await super().read_until_regex(regex, max_bytes)
         if len(head) <= MAX_NAME:
             return head
@@ -126,7 +126,7 @@ class _Stream(IOStream):
 
 
 class _Share:
-    """What a connection has had of the time, from one of its requests to the next; see `turns.Served`."""
+    """A connection's share of the loop's time, kept from one of its requests to the next; one of the `turns.Served`."""
 
     __slots__ = ("_cost", "_released", "_turns", "debt")
 
@@ -138,18 +138,18 @@ class _Share:
 
     @property
     def waits(self) -> bool:
-        """Whether its next request has to wait for its turn."""
+        """Whether the connection's next request has to wait for its turn."""
         return self._turns.over or self.debt > 0
 
     def turn(self, cost: float) -> asyncio.Future[None]:
-        """Done when the turn has come. `cost` is charged then: the seconds that the request will take, about."""
+        """Wait for the turn. `cost`, about the seconds that the request takes, is charged when it comes."""
         self._cost = cost
         self._released = asyncio.get_running_loop().create_future()
         self._turns.queue(self, backlog=self.debt > 0)
         return self._released
 
     def run(self) -> None:
-        """The turn has come: what is to be done is done in a task, right after this."""
+        """Release the request: its work is done in a task, right after this."""
         released, self._released = self._released, None
         if released is not None and not released.done():
             self._turns.charge(self._cost)
@@ -176,7 +176,7 @@ class _Message(httputil.HTTPMessageDelegate):
 
     def __init__(
         self,
-        server: StockServer,
+        server: TornadoServer,
         connection: HTTP1Connection,
         answerer: Callable[[], httputil.HTTPMessageDelegate],
         before: _Message | None,
@@ -184,10 +184,10 @@ class _Message(httputil.HTTPMessageDelegate):
         self.share: _Share = _Share(server.turns) if before is None else before.share
         self.is_first = before is None
         self._server = server
-        self._context: Any = connection.context  # Tornado's, which is private to it
+        self._context: Any = connection.context  # of a class that is private to Tornado
         self._address = _address(getattr(connection.context, "address", None))
         self._stream = connection.stream
-        # Asked when the head has come: by then another application may serve than when the one before ended.
+        # Called when the head has come: the application may have been replaced since the message before ended.
         self._answerer = answerer
         self._inner: httputil.HTTPMessageDelegate | None = None
         self._request: tuple[Any, httputil.HTTPHeaders] | None = None
@@ -196,7 +196,7 @@ class _Message(httputil.HTTPMessageDelegate):
         self._begun = False  # whether some of the head was seen, on a connection that was idle
         self._since: float | None = server.now
 
-    # -- what Tornado tells
+    # -- called by Tornado
 
     def headers_received(
         self,
@@ -224,19 +224,19 @@ class _Message(httputil.HTTPMessageDelegate):
         self._server.began += 1
         self._apply_proxy(self._request[1])
         self._inner = inner = self._answerer()
-        if isinstance(inner, ApiDelegate):
+        if isinstance(inner, TornadoCall):
             inner.turns = self._server.turns
         return self._inner.headers_received(*self._request)
 
     def _apply_proxy(self, headers: httputil.HTTPHeaders) -> None:
-        """Have the request know its caller by a trusted proxy's headers.
+        """Take the caller's address from a trusted proxy's headers.
 
-        Tornado's own way (`xheaders`) would also take them from anybody, and other headers besides.
+        Tornado's `xheaders` would also trust anybody else, and other headers.
         """
         trusted, context = self._server.trusted, self._context
         if trusted is None or self._address not in trusted:
             return
-        # The connection's own protocol: this server speaks no TLS. The next request is told anew.
+        # "http" is the connection's own protocol: this server speaks no TLS.
         context.remote_ip, context.protocol = trusted.caller(
             self._address, "http", headers.get("X-Forwarded-For", ""), headers.get("X-Forwarded-Proto", "")
         )
@@ -261,15 +261,15 @@ class _Message(httputil.HTTPMessageDelegate):
         if inner is not None:
             inner.on_connection_close()
 
-    # -- what the server asks
+    # -- called by the server
 
-    def look(self, now: float, limits: Limits) -> None:
+    def check(self, now: float, limits: Limits) -> None:
         """End the connection if this message takes too long."""
         if self._stream.closed():
             return
         if self._phase is _Phase.ANSWER:
-            self._look_at_writing(now, limits.write_seconds)
-            self._look_for_its_end()
+            self._check_writing(now, limits.write_seconds)
+            self._probe_eof()
         elif self._phase is _Phase.BODY:
             if self._over(now, limits.body_seconds):
                 self._time_out(f"the body did not come within {limits.body_seconds:g} s")
@@ -289,7 +289,7 @@ class _Message(httputil.HTTPMessageDelegate):
         return self._buffered() + (0 if self._phase is _Phase.ANSWER else min(self._body, MAX_BODY))
 
     def writing(self) -> bool:
-        """Whether an answer, or a part of it, is still to be taken in."""
+        """Whether an answer, or a part of it, isn't sent yet."""
         return not self._stream.closed() and self._stream.writing()
 
     def cut(self) -> None:
@@ -297,16 +297,16 @@ class _Message(httputil.HTTPMessageDelegate):
         self._stream.close()
 
     def _buffered(self) -> int:
-        # Tornado has no public way to ask; a test sees to it that this one is right.
+        # Tornado has no public attribute for it; a test checks that this one is right.
         return self._stream._read_buffer_size  # noqa: SLF001
 
-    def _look_for_its_end(self) -> None:
-        # Tornado doesn't notice that a caller hangs up behind bytes that nobody has read. Let it read some more,
-        # 64 KiB at most each time: the end comes behind them.
+    def _probe_eof(self) -> None:
+        # Tornado doesn't notice a disconnect behind bytes that nobody has read. Let it read some more, 64 KiB at most
+        # each time: the end comes behind them.
         if self._buffered():
             self._stream._add_io_state(self._stream.io_loop.READ)  # noqa: SLF001 - no public way either
 
-    def _look_at_writing(self, now: float, seconds: float) -> None:
+    def _check_writing(self, now: float, seconds: float) -> None:
         if not self._stream.writing():
             self._since = None
         elif self._since is None:
@@ -324,22 +324,22 @@ class _Message(httputil.HTTPMessageDelegate):
         written.add_done_callback(self._written)
 
     def _written(self, done: asyncio.Future[None]) -> None:
-        done.exception()  # heard: that the caller is gone is nobody's error
+        done.exception()  # mark it as retrieved: the caller may have disconnected
         self._stream.close()
 
 
-class StockServer(HTTPServer):
-    """See the module. `began` counts requests whose head has come; `now` is the moment of the last look."""
+class TornadoServer(HTTPServer):
+    """See the module. `began` counts requests whose head has come; `now` is the time of the last sweep."""
 
     def initialize(  # type: ignore[override]
         self, app: Application, limits: Limits | None = None, trusted: TrustedProxies | None = None
     ) -> None:
-        """What `StockServer(app, limits, trusted)` does, Tornado's way. Needs a running loop."""
-        # A head over MAX_HEAD is read to its end, up to here, so that its caller gets an answer; see _Stream.
+        """The constructor, which Tornado names so. Needs a running loop."""
+        # A head over MAX_HEAD is read to its end, up to this limit, so that its caller gets an answer; see _Stream.
         super().initialize(app, max_header_size=4 * MAX_HEAD, max_body_size=DISCARDED)
         self.limits = limits or Limits()
         self.trusted = trusted
-        self.doorman = ConnectionLimiter(self.limits, trusted or ())
+        self.limiter = ConnectionLimiter(self.limits, trusted or ())
         self.turns = Turns(asyncio.get_running_loop(), lambda: None)
         self.now = time.monotonic()
         self.began = 0
@@ -351,7 +351,7 @@ class StockServer(HTTPServer):
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
         """Accept on listening sockets, which are owned by the server from now on."""
         for sock in sockets:
-            listener = _Listener(sock, self.doorman)
+            listener = _Listener(sock, self.limiter)
             self._listeners.append(
                 (listener, add_accept_handler(cast(socket.socket, listener), self._handle_connection))
             )
@@ -371,7 +371,7 @@ class StockServer(HTTPServer):
 
     def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
         """Let a connection in, or close it."""
-        if self.doorman.enter(_address(address)):
+        if self.limiter.enter(_address(address)):
             super().handle_stream(_Stream(stream.socket, self, _address(address)), address)
         else:
             stream.close()
@@ -405,8 +405,8 @@ class StockServer(HTTPServer):
 
     # -- stopping
 
-    def take_queue(self, sockets: Iterable[socket.socket]) -> None:
-        """Accept what the system has accepted for us already; closing the sockets would reset it."""
+    def drain_accept_queue(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept what is in the system's accept queue: closing the sockets would reset those connections."""
         for listening in sockets:
             for _ in range(_QUEUED):
                 try:
@@ -415,25 +415,25 @@ class StockServer(HTTPServer):
                     break
                 self._handle_connection(connection, address)
 
-    def keep_none_alive(self) -> None:
-        """Have each connection closed with the answer to its next request, which says so."""
+    def disable_keep_alive(self) -> None:
+        """Close each connection with the answer to its next request, which announces that."""
         self.conn_params.no_keep_alive = True
 
     def writing(self) -> bool:
-        """Whether some answer isn't taken in yet. O(connections)."""
+        """Whether some answer isn't sent yet. O(connections)."""
         return any(message.writing() for message in self._messages.values())
 
     def cut_all(self) -> None:
-        """Close all connections in this turn of the loop: nothing that they send any more is read."""
+        """Close all connections now: nothing more that they send is read."""
         for message in list(self._messages.values()):
             message.cut()
 
     async def close_all_connections(self) -> None:
-        """Cut what is left, and look no more."""
+        """Cut what is left, and end the sweep."""
         self._sweeper.cancel()
         await super().close_all_connections()
 
-    # -- looking
+    # -- the sweep
 
     async def _sweep(self) -> None:
         while True:
@@ -442,7 +442,7 @@ class StockServer(HTTPServer):
             messages = iter(list(self._messages.values()))
             while some := list(islice(messages, _SLICE)):
                 for message in some:
-                    message.look(self.now, self.limits)
+                    message.check(self.now, self.limits)
                 await asyncio.sleep(0)
             for message in largest_first_over_budget(
                 ((each.held(), each) for each in self._messages.values()), self.limits

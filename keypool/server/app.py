@@ -19,9 +19,9 @@ from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors
 from keypool.engine import Engine, Loading
-from keypool.http.api_call import ApiRouter
-from keypool.http.fast_call import RawApi
-from keypool.http.inflight import InFlight
+from keypool.http.api_call import InFlight
+from keypool.http.fast_call import FastApi
+from keypool.http.tornado_call import ApiRouter
 from keypool.web.dashboard import Dashboard
 from keypool.web.feed_handler import FeedHandler
 from keypool.web.handlers import Calls, Events, Figures, KeyPanel, Keys, Overview, Static, System
@@ -48,9 +48,9 @@ class KeypoolApplication(Application):
 
     def forget_callers(self) -> None:
         """Have each request's headers checked anew, as the tokens have changed. The server has to be told, too."""
-        # What the server remembers of headers is noted by one RawApi, and worth nothing to another.
+        # What the server remembers of headers is noted by one FastApi, and worth nothing to another.
         dispatcher, in_flight = self.settings["dispatcher"], self.settings["in_flight"]
-        self.start_raw_request = RawApi(dispatcher, in_flight).start
+        self.start_raw_request = FastApi(dispatcher, in_flight).start
 
 
 # Tornado remembers names of headers, those in the parts of a form as well, and has no use for such parts here.

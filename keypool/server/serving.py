@@ -31,10 +31,10 @@ from keypool.engine import Engine
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.valkey.url import parse, without_password
+from keypool.http.api_call import InFlight
 from keypool.http.http1.connection_limiter import ConnectionLimiter
 from keypool.http.http1_server import FastServer
-from keypool.http.inflight import InFlight
-from keypool.http.tornado_server import StockServer
+from keypool.http.tornado_server import TornadoServer
 from keypool.ops import logs
 from keypool.server.app import make_app, make_loading_app
 from keypool.server.lifecycle import Lifecycle, State, Worker
@@ -52,14 +52,14 @@ _log = logging.getLogger("keypool")
 class HttpServer(Protocol):
     """What serving.py needs of an HTTP server: to listen, and to stop step by step."""
 
-    doorman: ConnectionLimiter
+    limiter: ConnectionLimiter
     began: int
 
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None: ...  # noqa: D102
     def serve_app(self, app: Application) -> None: ...  # noqa: D102
-    def take_queue(self, sockets: Iterable[socket.socket]) -> None: ...  # noqa: D102
+    def drain_accept_queue(self, sockets: Iterable[socket.socket]) -> None: ...  # noqa: D102
     def stop(self) -> None: ...  # noqa: D102
-    def keep_none_alive(self) -> None: ...  # noqa: D102
+    def disable_keep_alive(self) -> None: ...  # noqa: D102
     def writing(self) -> bool: ...  # noqa: D102
     def cut_all(self) -> None: ...  # noqa: D102
     async def close_all_connections(self) -> None: ...  # noqa: D102
@@ -75,7 +75,7 @@ class ServerClass(Protocol):
 
 SERVERS: dict[str, ServerClass] = {
     "fast": FastServer,
-    "tornado": StockServer,
+    "tornado": TornadoServer,
 }
 """By the value of --http."""
 
@@ -163,9 +163,9 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
 
 def _add_metrics(server: HttpServer, sources: MetricSources) -> None:
     """Let /metrics show the numbers of connections and of dropped log lines."""
-    sources.connections = lambda: server.doorman.count
-    sources.refused_connections = lambda: server.doorman.refused
-    sources.limits["connections"] = server.doorman.most
+    sources.connections = lambda: server.limiter.count
+    sources.refused_connections = lambda: server.limiter.refused
+    sources.limits["connections"] = server.limiter.most
     sources.log_dropped = lambda: logs.STDERR.dropped
 
 
@@ -174,9 +174,9 @@ async def _drain(
 ) -> bool:
     """Answer what is in flight and close the engine, within `seconds`; whether all changes are kept."""
     deadline = time.monotonic() + seconds
-    server.take_queue(sockets)
+    server.drain_accept_queue(sockets)
     server.stop()
-    server.keep_none_alive()
+    server.disable_keep_alive()
     engine.drain()
     app.settings["dashboard"].drain()
     in_flight: InFlight = app.settings["in_flight"]

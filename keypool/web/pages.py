@@ -24,8 +24,8 @@ from keypool.core.errors import (
     WrongToken,
 )
 from keypool.engine import Engine
+from keypool.http.api_call import InFlight
 from keypool.http.http1.responses import http_date
-from keypool.http.inflight import InFlight
 from keypool.ops.logs import access_line
 from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard
 

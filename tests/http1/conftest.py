@@ -19,6 +19,7 @@ import uvloop
 
 _SECONDS = 30
 _PHASES: tuple[Literal["setup"], Literal["call"]] = ("setup", "call")
+_BY_TRANSPORT = ("test_raw", "test_server", "test_time", "test_turns", "test_websocket", "test_writer")
 _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
@@ -27,13 +28,15 @@ _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "logs_errors: the test expects errors to be logged")
+    config.addinivalue_line("markers", "thorough: only `./run test --all` runs it")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if inspect.iscoroutinefunction(metafunc.function):
         metafunc.fixturenames.append("loop_kind")
-        parsing = metafunc.module.__name__.rpartition(".")[2] in ("test_hostile", "test_split")
-        metafunc.parametrize("loop_kind", ["uvloop"] if parsing else list(_LOOPS))
+        # Only what depends on the loop's transports runs on both loops.
+        by_transport = metafunc.module.__name__.rpartition(".")[2] in _BY_TRANSPORT
+        metafunc.parametrize("loop_kind", list(_LOOPS) if by_transport else ["uvloop"])
     if "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", ["http1", "tornado"])
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
@@ -153,8 +154,13 @@ async def serve(kind: str, application: Any, **options: Any) -> AsyncIterator[Se
         await server.close_all_connections()
         if kind == "http1":
             assert server.open_connections == 0
-            await until(lambda: server.doorman.count == 0)
+            await until(lambda: server.limiter.count == 0)
         await turns(5)
+
+
+def seeds(count: int, quick: int) -> list[Any]:
+    """Values of a seed, of which all but the first few run in a thorough run only."""
+    return [pytest.param(seed, marks=() if seed < quick else pytest.mark.thorough) for seed in range(count)]
 
 
 async def turns(count: int) -> None:

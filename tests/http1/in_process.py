@@ -17,8 +17,8 @@ from tornado import web
 
 from keypool.config.limits import Limits
 from keypool.http.http1 import RawDelegate, Refusal, Request, Server
-from keypool.http.http1.connection import Connection
-from keypool.http.http1.link import LINGERING, READING
+from keypool.http.http1.connection import LINGERING, OPEN, Connection
+from keypool.http.http1.reader import READING
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 END = b"\r\n\r\n"
@@ -48,7 +48,7 @@ class _Delegate(RawDelegate):
         self.request = request
         self.outcome = outcome
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         self.outcome.taken.append(Taken(self.request.method, self.request.target, body))
         self.request.respond(ANSWER)
 
@@ -79,9 +79,6 @@ class _Transport(asyncio.Transport):
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
-
-    def can_write_eof(self) -> bool:
-        return True
 
     def write_eof(self) -> None:
         pass
@@ -125,7 +122,7 @@ class Reader:
             connection.data_received(piece)
             await _settled(connection, transport)
         await asyncio.sleep(0)  # for the answers to be written
-        outcome.ended = transport.closed or connection.mode >= LINGERING
+        outcome.ended = transport.closed or connection.state >= LINGERING
         outcome.sent = bytes(transport.sent)
         connection.connection_lost(None)
         return outcome
@@ -134,7 +131,7 @@ class Reader:
 async def _settled(connection: Connection, transport: _Transport) -> None:
     """Let the connection go on with what it has left for later turns of the loop."""
     for _ in range(_TURNS):
-        held = connection._held and connection.mode == READING
+        held = connection._held and connection.state == OPEN and connection.reader.state == READING
         if not (transport.paused or connection._scheduled or held):
             return
         await asyncio.sleep(0)

@@ -57,11 +57,11 @@ class Kept(RawDelegate):
     def __init__(self, request: Request) -> None:
         self.request = request
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         if self.request.target == b"/raw":
             self.request.respond(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
-    def closed(self) -> None:
+    def hung_up(self) -> None:
         pass
 
 

@@ -442,23 +442,6 @@ async def test_a_delegate_learns_of_closed_connections() -> None:
         await until(lambda: len(application.closed) == 2)
 
 
-async def test_an_application_may_be_a_function(kind: str) -> None:
-    """What takes an `HTTPServerRequest` is an application."""
-
-    def application(message: httputil.HTTPServerRequest) -> None:
-        body = b"%d arguments" % len(message.arguments)
-        headers = httputil.HTTPHeaders({"Content-Length": str(len(body))})
-        start = httputil.ResponseStartLine("HTTP/1.1", 200, "OK")
-        assert message.connection is not None
-        message.connection.write_headers(start, headers, body)
-        message.connection.finish()
-
-    async with serve(kind, application) as served:
-        client = await served.connect()
-        line = "Content-Type: application/x-www-form-urlencoded"
-        assert (await client.post("/?a=1", b"b=2&c=3", line)).body == b"3 arguments"
-
-
 @pytest.mark.parametrize("text", ["a\r\nSet-Cookie: b", "a\nb", "a\rb"])
 async def test_line_breaks_in_headers_are_refused(kind: str, text: str) -> None:
     """No header can be injected into an answer."""
@@ -543,13 +526,6 @@ async def test_a_trusted_proxy_names_the_peer() -> None:
         async with serve("http1", application, trusted=trusted) as served:
             client = await served.connect()
             assert b'"ip": "127.0.0.1"' in (await client.get("/echo", *lines)).body
-
-
-async def test_protocol_can_be_set(kind: str) -> None:
-    """Behind a proxy that ends TLS, protocol says https."""
-    async with serve(kind, State().application, protocol="https") as served:
-        client = await served.connect()
-        assert b'"protocol": "https"' in (await client.get("/echo")).body
 
 
 @pytest.mark.parametrize("method", ["PROPFIND", "TRACE"])

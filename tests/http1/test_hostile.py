@@ -144,11 +144,11 @@ class Raw(RawDelegate):
         self.seen = seen
         self.request = request
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         self.seen.append(self.request.target.decode())
         self.request.respond(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
-    def closed(self) -> None:
+    def hung_up(self) -> None:
         pass
 
 

@@ -31,10 +31,10 @@ class Handler(web.RequestHandler):
 class Waiting(RawDelegate):
     """A raw request that is answered from elsewhere."""
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         pass
 
-    def closed(self) -> None:
+    def hung_up(self) -> None:
         pass
 
 

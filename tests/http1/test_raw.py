@@ -24,10 +24,10 @@ class Kept(RawDelegate):
         self.request = request
         self.calls: list[object] = []
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         self.calls.append(body)
 
-    def closed(self) -> None:
+    def hung_up(self) -> None:
         self.calls.append("closed")
 
 
@@ -287,10 +287,10 @@ async def test_a_failing_application_is_answered_for() -> None:
     """An exception from the application is a 500, and ends the connection, not the server."""
 
     class Failing(RawDelegate):
-        def body(self, body: bytes) -> None:
+        def run(self, body: bytes) -> None:
             raise RuntimeError("on purpose")
 
-        def closed(self) -> None:
+        def hung_up(self) -> None:
             raise RuntimeError("on purpose")
 
     def fail(got: Request) -> None:

@@ -1,18 +1,16 @@
-"""Starting, counting, and ending a server; TLS and Unix sockets."""
+"""Starting, counting, and ending a server."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import ssl
 from pathlib import Path
 
 import pytest
-from tornado import web, websocket
-from tornado.httpserver import HTTPServer
+from tornado import web
+from tornado.netutil import bind_sockets
 
-from http1.harness import Client, Served, request, serve, until
-from http1.test_websocket import Echo, frame, message, opened
+from http1.harness import Served, request, serve, until
+from http1.test_websocket import Echo
 from keypool.config.limits import Limits
 from keypool.http.http1 import RawDelegate, Request, Server
 
@@ -46,10 +44,10 @@ class Kept(RawDelegate):
         self.request = request
         self.is_closed = False
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         pass
 
-    def closed(self) -> None:
+    def hung_up(self) -> None:
         self.is_closed = True
 
 
@@ -62,7 +60,6 @@ class Application(web.Application):
                 ("/slow", Slow, {"go": self.go}),
                 ("/fast", Fast),
                 ("/ws", Echo, {"log": []}),
-                ("/tls", Tls),
             ],
             log_function=lambda handler: None,
         )
@@ -72,13 +69,6 @@ class Application(web.Application):
             self.kept.append(Kept(request))
             return self.kept[-1]
         return None
-
-
-class Tls(web.RequestHandler):
-    def get(self) -> None:
-        assert self.request.connection is not None
-        certificate = self.request.get_ssl_certificate(binary_form=True)
-        self.write(f"{self.request.protocol} {certificate is not None}")
 
 
 async def test_idle_connections_close_at_once_and_busy_ones_behind_their_answer() -> None:
@@ -137,7 +127,8 @@ async def test_what_takes_too_long_is_cut() -> None:
 async def test_a_server_may_end_before_it_began() -> None:
     """`stop` right behind `add_sockets` closes the sockets."""
     server = Server(Application())
-    (sock,) = server.listen(0, "127.0.0.1")
+    (sock,) = sockets = bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
     port = sock.getsockname()[1]
     server.stop()
     server.stop()
@@ -158,141 +149,13 @@ async def test_a_stopped_server_serves_its_connections() -> None:
 
 
 async def test_several_sockets_share_a_server() -> None:
-    """`listen` may be called again."""
+    """`add_sockets` may be called again."""
     server = Server(Application())
-    sockets = [*server.listen(0, "127.0.0.1"), *server.listen(0, "127.0.0.1")]
+    sockets = bind_sockets(0, "127.0.0.1") + bind_sockets(0, "127.0.0.1")
     for sock in sockets:
+        server.add_sockets([sock])
         client = await Served(server, sock.getsockname()).connect()
         assert (await client.get("/fast")).body == b"fast"
         await client.close()
     server.stop()
     await server.close_all_connections()
-
-
-async def test_unix_sockets_are_served(kind: str, tmp_path: Path) -> None:
-    """With a remote address of 0.0.0.0, as in Tornado."""
-
-    class Ip(web.RequestHandler):
-        def get(self) -> None:
-            self.write(f"{self.request.remote_ip}")
-
-    path = str(tmp_path / "http.sock")
-    sock = socket.socket(socket.AF_UNIX)
-    sock.setblocking(False)
-    sock.bind(path)
-    sock.listen()
-    application = web.Application([("/", Ip), ("/ws", Echo, {"log": []})], log_function=print)
-    server = (Server if kind == "http1" else HTTPServer)(application)
-    server.add_sockets([sock])
-    client = Client(*await asyncio.open_unix_connection(path))
-    assert (await client.get("/")).body == b"0.0.0.0"
-    await opened(client)
-    await client.close()
-    server.stop()
-    await server.close_all_connections()
-
-
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Return a server's and a client's context; the client has a certificate as well."""
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=CERTIFICATE)
-    server.load_cert_chain(CERTIFICATE)
-    server.verify_mode = ssl.CERT_OPTIONAL
-    client = ssl.create_default_context(cafile=CERTIFICATE)
-    client.load_cert_chain(CERTIFICATE)
-    return server, client
-
-
-async def test_tls_is_spoken(kind: str) -> None:
-    """The protocol is https, the client's certificate is there, connections are kept."""
-    ours, theirs = contexts()
-    option = "ssl_context" if kind == "http1" else "ssl_options"
-    async with serve(kind, Application(), **{option: ours}) as served:
-        client = await served.connect(ssl=theirs, server_hostname="localhost")
-        for _ in range(3):
-            assert (await client.get("/tls")).body == b"https True"
-
-
-async def test_a_413_arrives_over_tls() -> None:
-    """Lingering works without a half-close."""
-    ours, theirs = contexts()
-    limits = Limits(linger_seconds=0.5, sweep_seconds=0.1)
-    async with serve("http1", Application(), ssl_context=ours, limits=limits) as served:
-        client = await served.connect(ssl=theirs, server_hostname="localhost")
-        await client.send(request("/slow", method="POST", body=b"x" * 3_000_000))
-        assert (await client.response()).status == 413
-        await until(lambda: served.server.open_connections == 0)
-
-
-async def test_websockets_work_over_tls(kind: str) -> None:
-    """Through the tunnel: frames behind the upgrade, large ones, and the end."""
-    ours, theirs = contexts()
-    option = "ssl_context" if kind == "http1" else "ssl_options"
-    async with serve(kind, Application(), **{option: ours}) as served:
-        client = await served.connect(ssl=theirs, server_hostname="localhost")
-        await opened(client)
-        payload = bytes(range(256)) * 20_000
-        sending = asyncio.ensure_future(client.send(frame(payload, 2) + frame(b"last")))
-        assert await message(client) == (2, payload)
-        assert await message(client) == (1, b"last")
-        await sending
-        await client.send(frame(b"\x03\xe8", 8))
-        assert (await message(client))[0] == 8
-        assert await client.closed()
-
-
-async def test_a_tls_websocket_that_is_left_is_closed() -> None:
-    """The handler learns it, and nothing of the tunnel remains."""
-    log: list[str] = []
-    ours, theirs = contexts()
-    application = web.Application([("/ws", Echo, {"log": log})], log_function=print)
-    async with serve("http1", application, ssl_context=ours) as served:
-        client = await served.connect(ssl=theirs, server_hostname="localhost")
-        await opened(client)
-        client.writer.transport.abort()
-        await until(lambda: log == ["open", "close"])
-
-
-async def test_a_slow_tls_websocket_holds_the_sender_up() -> None:
-    """The tunnel has bounds: a flood to a client that does not read stops."""
-    sent: list[int] = []
-
-    class Flood(websocket.WebSocketHandler):
-        async def open(self, *args: str, **kwargs: str) -> None:
-            try:
-                for number in range(1000):
-                    await self.write_message(b"x" * 65536, binary=True)
-                    sent.append(number)
-            except websocket.WebSocketClosedError:
-                pass
-
-    ours, theirs = contexts()
-    application = web.Application([("/ws", Flood)], log_function=print)
-    async with serve("http1", application, ssl_context=ours) as served:
-        client = await served.connect(ssl=theirs, server_hostname="localhost", limit=1024)
-        await client.send(
-            request(
-                "/ws",
-                "Connection: Upgrade",
-                "Upgrade: websocket",
-                "Sec-WebSocket-Version: 13",
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-            )
-        )
-        assert (await client.response()).status == 101
-        before = -1
-        while len(sent) != before or not sent:
-            before = len(sent)
-            await asyncio.sleep(0.05)
-        assert len(sent) < 900
-        for _ in range(1000):
-            assert (await message(client))[1] == b"x" * 65536
-
-
-async def test_plain_bytes_to_a_tls_port_end_quietly() -> None:
-    """No handshake, no connection."""
-    ours, _ = contexts()
-    async with serve("http1", Application(), ssl_context=ours) as served:
-        client = await served.connect()
-        await client.send(request("/fast"))
-        await client.closed()
-        assert served.server.open_connections == 0

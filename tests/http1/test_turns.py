@@ -56,7 +56,7 @@ class Flow:
         self.answered_at: list[float] = []
 
     def arrive(self, calls: int = 0) -> None:
-        """As `Intake.data_received` does."""
+        """As `Connection.data_received` does."""
         self.calls += calls
         turns = self.loop.turns
         if turns.over or self.debt:

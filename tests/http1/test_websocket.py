@@ -244,10 +244,10 @@ async def test_a_websocket_is_counted_and_otherwise_left_to_the_application() ->
         assert served.server.open_connections == 0
         other = await served.connect()
         await opened(other)
-        assert served.server.doorman.count == 2
+        assert served.server.limiter.count == 2
         assert await (await served.connect()).closed()
         await other.close()
-        await until(lambda: served.server.doorman.count == 1)
+        await until(lambda: served.server.limiter.count == 1)
         await asyncio.sleep(0.5)
         served.server.stop()
         await served.server.close_all_connections()

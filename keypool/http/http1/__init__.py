@@ -1,22 +1,19 @@
 """A fast and safe HTTP/1.1 server for Tornado applications.
 
 It parses with httptools (llhttp, strict) on asyncio or uvloop transports, and drives any
-`tornado.web.Application`, or other `HTTPServerConnectionDelegate`, through Tornado's
-public interfaces: handlers, streamed bodies, websockets work unchanged. Beside that it
-has a cheap path for applications that answer in bytes; see `http1.request`.
+`HTTPServerConnectionDelegate`, such as `tornado.web.Application`, through Tornado's public interfaces: handlers,
+websockets work unchanged. Beside that it has a cheap path for applications that answer in bytes; see `http1.request`.
 
-In reading order: `keypool.config.limits` (what a peer may cost), `responses`, `peer`, `request` (the raw
-path), `exchange` (Tornado's path), `link` (writing and ending), `rules` and `reader`
-(parsing), `intake` (how much at a time), `connection` (one after the other), `stream`
-(handing the socket over), `awake` (for quick callers), `server`.
+In reading order: `keypool.config.limits` (what a peer may cost), `responses`, `request` (the raw path), `exchange`
+(Tornado's path), `rules`, `section` and `reader` (from bytes to requests), `writer`, `turns` (which connection is
+next), `connection` (which has a reader, a writer and a queue), `stream` (handing the socket over), `server`.
 
-It does not check who may be reached under which Host, compress, log accesses, or speak
-HTTP/2: the first two are the application's business, the last a proxy's.
+It does not check the Host against a list, compress, log accesses, or speak TLS or HTTP/2: the first three are the
+application's business, the others a proxy's.
 """
 
 from keypool.config.limits import Limits
-from keypool.http.http1.peer import Peer
-from keypool.http.http1.request import ANSWERED, RawApplication, RawDelegate, Request
+from keypool.http.http1.request import ANSWERED, Peer, RawApplication, RawDelegate, Request
 from keypool.http.http1.responses import OnRefused, Refusal, date_line
 from keypool.http.http1.server import Server
 

@@ -17,22 +17,22 @@ Held = TypeVar("Held")
 
 
 class ConnectionLimiter:
-    """Who is in, by address: lets a connection in or not. A websocket is in until its stream is closed."""
+    """Counts open connections per address. A websocket counts until its stream is closed."""
 
     def __init__(self, limits: Limits, trusted: Container[str] = ()) -> None:
         self._limits = limits
         self.most = allowed_connections(limits)
-        """Connections that may be in at a time."""
+        """Connections that may be open at a time."""
         self._trusted = trusted  # proxies: many callers share their addresses
         self._inside: dict[str, int] = {}
         self._warned_at = -_WARN_EVERY
         self.count = 0
-        """Connections that are in."""
+        """Connections that are open."""
         self.refused = 0
-        """Connections that were not let in, since the start."""
+        """Connections that were rejected, since the start."""
 
     def enter(self, address: str) -> bool:
-        """Whether one more connection from this address is let in. O(1)."""
+        """Count one more connection from this address, or reject it: False. O(1)."""
         place = _place(address)
         inside = self._inside.get(place, 0)
         crowded = place and inside >= self._limits.connections_per_address and address not in self._trusted
@@ -45,7 +45,7 @@ class ConnectionLimiter:
         return True
 
     def leave(self, address: str) -> None:
-        """One that was let in is gone. O(1)."""
+        """A connection that was counted is closed. O(1)."""
         place = _place(address)
         self.count -= 1
         self._inside[place] -= 1
@@ -53,7 +53,7 @@ class ConnectionLimiter:
             del self._inside[place]
 
     def out_of_files(self, error: OSError) -> None:
-        """A connection had to be closed because the system has no file for it. Logged once in a while. O(1)."""
+        """A connection was closed because there was no file descriptor for it. Logged once a minute at most. O(1)."""
         self.refused += 1
         self._warn(f"a connection was closed: {error.strerror}")
 
@@ -65,9 +65,9 @@ class ConnectionLimiter:
 
 
 def largest_first_over_budget(held: Iterable[tuple[int, Held]], limits: Limits) -> list[Held]:
-    """Who is to be cut, because all together hold more than `unfinished_bytes`: those that hold most.
+    """The connections to cut because all together hold more than `unfinished_bytes`: those that hold most.
 
-    `held` are bytes of unfinished requests and whose they are. O(held), O(held · log held) if it is too much.
+    `held` has the bytes of unfinished requests of each connection. O(held), O(held · log held) over the budget.
     """
     sizes = [(size, holder) for size, holder in held if size]
     over = sum(size for size, _ in sizes) - limits.unfinished_bytes
@@ -84,7 +84,7 @@ def largest_first_over_budget(held: Iterable[tuple[int, Held]], limits: Limits) 
 
 
 def _place(address: str) -> str:
-    """What counts as one address; empty for what isn't counted: loopback and what is no IP address."""
+    """The address or IPv6 network that counts as one; empty for what isn't counted: loopback, or not an IP address."""
     try:
         ip = ip_address(address.partition("%")[0])
     except ValueError:

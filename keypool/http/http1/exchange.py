@@ -1,15 +1,12 @@
 """A request answered through Tornado's interfaces.
 
-`Exchange` is the `httputil.HTTPConnection` that a `RequestHandler` knows as
-`request.connection`. One is made for each request that does not go the raw way. It
-feeds the `HTTPMessageDelegate` (holding the body back while a future it returned is
-pending) and frames the answer (Content-Length, chunks, 204, 304, HEAD, HTTP/1.0).
+`Exchange` is the `httputil.HTTPConnection` that a `RequestHandler` knows as `request.connection`. One is made for each
+request that does not go the raw way. It feeds the `HTTPMessageDelegate` (holding the body back while a future it
+returned is pending) and frames the answer (Content-Length, chunks, 204, 304, HEAD, HTTP/1.0).
 
-Its rules are those of `tornado.http1connection.HTTP1Connection`, which could not be
-used itself, as it reads from an `IOStream`. The futures differ: a write resolves as
-soon as the bytes are below the transport's high-water mark, and then it is one
-resolved future that all writes of the process share, so that an answer that does not
-wait costs none.
+Its rules are those of `tornado.http1connection.HTTP1Connection`, which could not be used itself, as it reads from an
+`IOStream`. The futures differ: a write resolves as soon as the transport's buffer is below its high-water mark, and
+then it is one resolved future that all writes of the process share.
 
 It knows nothing of the parser, the queue or the socket: that is `Connection`.
 """
@@ -22,30 +19,24 @@ from typing import TYPE_CHECKING
 
 from tornado import gen, httputil
 from tornado.escape import native_str
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import IOStream
 from tornado.log import app_log
 
-from keypool.http.http1.link import closed_future
 from keypool.http.http1.request import Request
 from keypool.http.http1.responses import date_line
+from keypool.http.http1.writer import closed_future
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from keypool.http.http1.connection import Connection
-    from keypool.http.http1.peer import Peer
-    from keypool.http.http1.stream import StreamView
 
 
 class Exchange(httputil.HTTPConnection):
-    """One request and its answer, as Tornado's `HTTPConnection`.
+    """One request and its answer, as Tornado's `HTTPConnection`. `context` is the `Peer`."""
 
-    `context` is the `Peer`; `stream` is enough of a stream for
-    `HTTPServerRequest.get_ssl_certificate`.
-    """
-
-    def __init__(self, connection: Connection, request: Request, peer: Peer) -> None:
-        self.context = peer
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.context = connection.peer.caller(request.headers)
         self._connection: Connection | None = connection
         self._request: Request | None = request
         self._is_head = request.method == b"HEAD"
@@ -106,7 +97,7 @@ class Exchange(httputil.HTTPConnection):
             self._connection.resume(future)
 
     def closed(self) -> None:
-        """Tell the delegate, or the handler, that no answer can arrive. Never raises."""
+        """Notify the delegate, or the handler, that no answer can arrive. Never raises."""
         delegate, callback = self._delegate, self._close_callback
         self.release()
         try:
@@ -127,16 +118,6 @@ class Exchange(httputil.HTTPConnection):
 
     # What handlers use.
 
-    @property
-    def stream(self) -> StreamView:
-        """A view of the socket: `.socket`, with TLS also `.socket.getpeercert()`.
-
-        :raises StreamClosedError: if the exchange is over.
-        """
-        if self._connection is None:
-            raise StreamClosedError
-        return self._connection.stream_view()
-
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
         """Have `callback` run if the peer leaves between its request and the answer's end."""
         self._close_callback = callback
@@ -145,11 +126,6 @@ class Exchange(httputil.HTTPConnection):
         """Set this request's body limit. In `headers_received` or `prepare`."""
         if self._request is not None:
             self._request.set_max_body_size(max_body_size)
-
-    def set_body_timeout(self, timeout: float) -> None:
-        """Set the seconds, from now, in which this request's body must be here."""
-        if self._connection is not None:
-            self._connection.set_body_timeout(timeout)
 
     def write_headers(
         self,

@@ -1,50 +1,55 @@
 """From bytes to requests: the parser, fed in pieces, and what a request may look like.
 
-`RequestReader` is the half of a connection that reads. llhttp, through httptools, does
-the grammar, strictly; no leniency is ever switched on. What it lets through and this
-server does not is refused here: no or several Host, a coding other than chunked,
-HTTP/0.9 and 2.0, a target that is no origin form (an absolute form is taken if it
-names the Host), more than `Limits` allow.
+`RequestReader` has no transport and no loop: it is given bytes, and calls its `RequestSink`, the connection. llhttp,
+through httptools, does the grammar, strictly; no leniency is ever switched on. What it lets through and this server
+does not is refused here: no or several Host, a coding other than chunked, HTTP/0.9 and 2.0, a target that isn't in
+origin form (an absolute form is taken if it names the Host), more than `Limits` allow.
 
 httptools has four traits that shape this module:
 
-- It can't be stopped but by an exception in a callback. So bytes go in by pieces of
-  8 KiB, and one read of many pipelined requests is not parsed further than is wanted.
-- It doesn't report where in a piece a message begins or ends, nor the first line as it
-  came: neither the protocol's name nor a method that it doesn't know. So a piece is cut
-  up where a message may end, and every message begins a step of its own. What is known
-  of a first line comes from there; and a header section that was read before can be
-  recognised there, past the parser. No byte is given to both, or to one of them twice.
-- It puts split header lines together without a bound. So the bytes of a head are
-  counted as they go in, not only as headers come out.
-- After a request with `Connection: Upgrade` it stops even if a body follows. Such a
-  body is read by a new parser that is told its framing; were the rest taken for the
-  next request, a body could smuggle one.
+- It can't be stopped but by an exception in a callback. So bytes go in by pieces of 8 KiB, and one read of many
+  pipelined requests is not parsed further than is wanted.
+- It doesn't report where in a piece a message begins or ends, nor the first line as it came: neither the protocol's
+  name nor a method that it doesn't know. So a piece is cut up where a message may end, and every message begins a step
+  of its own. What is known of a first line comes from there; and a header section that was read before can be found
+  in the cache there, past the parser. No byte is given to both, or to one of them twice.
+- It puts split header lines together without a bound. So the bytes of a head are counted as they go in, not only as
+  headers come out.
+- After a request with `Connection: Upgrade` it stops even if a body follows. Such a body is read by a new parser that
+  is given its framing; were the rest taken for the next request, a body could smuggle one.
 
-What becomes of requests is the business of the subclass, `Connection`.
+States of a reader:
+
+    READING   parses; the next bytes belong to a request
+    HOLDING   an upgrade request is in: what follows may be another protocol, and isn't parsed
+    STOPPED   no further request is wanted: bytes are ignored
+
+    READING --(end of an upgrade request)--> HOLDING
+    HOLDING --(it was answered as HTTP: `go_on`)--> READING
+    READING --(end of the last request, by its Connection header)--> STOPPED
+    any     --(`stop`: refused, closing, gone)--> STOPPED
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 from tornado.log import app_log
 
-from keypool.config.limits import MAX_NAME
-from keypool.http.http1.link import DEAF, HOLDING, READING, Link
-from keypool.http.http1.peer import Peer
+from keypool.config.limits import MAX_NAME, Limits
 from keypool.http.http1.request import Body, Request
 from keypool.http.http1.responses import Refusal, Refused
 from keypool.http.http1.rules import FRAMING, body_of, check_head, check_size, is_host, protocol_of
-from keypool.http.http1.section import REQUEST_LINE, HeaderSection
+from keypool.http.http1.section import REQUEST_LINE, HeaderSection, Sections
 
 if TYPE_CHECKING:
-    from keypool.http.http1.server import Server
+    from keypool.http.http1.connection import Connection
 
 PIECE = 8 * 1024
+
+READING, HOLDING, STOPPED = 0, 1, 2
 
 _TOKEN = re.compile(rb"[\r\n]*[!#$%&'*+.^_`|~0-9A-Za-z-]")
 
@@ -53,8 +58,24 @@ class Stop(Exception):
     """Raised inside a parser callback to stop at this byte, with nothing to answer."""
 
 
-class RequestReader(Link):
-    """Parses one connection's bytes; calls `request_*` and `refuse` as it goes."""
+class RequestSink(Protocol):
+    """What a reader calls as it goes, always in the order of the bytes."""
+
+    def request_started(self, request: Request) -> None:
+        """The headers of a request are in."""
+
+    def advance(self, request: Request) -> None:
+        """The request is whole: `request.received` is set."""
+
+    def refuse(self, refusal: Refusal) -> None:
+        """This isn't an acceptable request. The reader must be stopped."""
+
+    def too_large(self, request: Request) -> bool:
+        """The body is over its limit; returns whether the application has answered."""
+
+
+class RequestReader:
+    """Parses one connection's bytes."""
 
     __slots__ = (
         "_at_start",
@@ -65,23 +86,29 @@ class RequestReader(Link):
         "_head",
         "_headers",
         "_hosts",
-        "_in_head",
+        "_limits",
+        "_parser",
         "_section",
+        "_sections",
+        "_sink",
         "_tail",
         "_target",
         "incoming",
         "keeps_alive",
-        "parser",
         "piece",
+        "state",
     )
 
-    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(server, loop)
-        self.parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
+    def __init__(self, sink: RequestSink, limits: Limits, sections: Sections, *, keeps_alive: bool) -> None:
+        self.state = READING
         self.incoming: Request | None = None  # its headers are in, its end is not
         # A head that comes in one piece needs no counting: it can't be too large.
-        self.piece = min(PIECE, self.limits.head_bytes)
-        self.keeps_alive = not server.no_keep_alive
+        self.piece = min(PIECE, limits.head_bytes)
+        self.keeps_alive = keeps_alive
+        self._sink = sink
+        self._limits = limits
+        self._sections = sections
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._carry = 0  # bytes that went in since something came out, an upper bound
         self._count = 0
         self._target = b""
@@ -89,42 +116,42 @@ class RequestReader(Link):
         self._hosts = 0
         self._framing: dict[bytes, bytes] = {}
         self._section = HeaderSection(())  # of the latest request
-        self._in_head = True  # a connection's first head has its time from the opening
         self._begun = False  # a request has, and its end hasn't come
         self._at_start = True  # a request may begin in the step that is being parsed
         self._head = b""  # from the start of the request to the end of its first line, at least
         self._tail = b""  # the last three bytes of what has come of a request
 
-    # For the subclass.
+    @property
+    def begun(self) -> bool:
+        """Whether a part of a request has come, and its end hasn't."""
+        return self._begun
 
-    def request_started(self, request: Request) -> None:
-        """Take a request whose headers are in."""
-        raise NotImplementedError
+    @property
+    def in_head(self) -> bool:
+        """Whether the target of a request has come, at least in part, and the end of its head hasn't."""
+        return bool(self._target)
 
-    def request_received(self, request: Request) -> None:
-        """Take the end of a request."""
-        raise NotImplementedError
+    def unfinished(self) -> int:
+        """Bytes that are held of the request that is coming in, about. O(1)."""
+        return self._carry + (0 if self.incoming is None else self.incoming.held_bytes())
 
-    def refuse(self, refusal: Refusal) -> None:
-        """Answer what is no acceptable request; nothing more will be read."""
-        raise NotImplementedError
+    def go_on(self) -> None:
+        """Read on behind an upgrade request that was answered as HTTP."""
+        if self.state == HOLDING:
+            self.state = READING
 
-    def too_large(self, request: Request) -> bool:
-        """Let the application answer a request whose body is too large; whether it has."""
-        raise NotImplementedError
-
-    def answer(self, request: Request, response: bytes, close: bool) -> None:
-        """Send a whole response."""
-        raise NotImplementedError
-
-    def peer_of(self, request: Request) -> Peer:
-        """Return whom a request comes from."""
-        raise NotImplementedError
+    def stop(self) -> None:
+        """Parse no more. Breaks the reference cycle with the parser."""
+        self._parser = None
+        self.incoming = None
+        self._target = self._head = b""
+        self._begun = False
+        self.state = STOPPED
 
     # Feeding.
 
-    def recognise(self, data: bytes, start: int = 0) -> int:
-        """Take the request at `start` past the parser, if it is whole and its header section was read before.
+    def try_cached(self, data: bytes, start: int = 0) -> int:
+        """Take the request at `start` past the parser, if it is whole and its header section is in the cache.
 
         Returns where the request ends, or `start` if it has to be parsed. O(its length), a tenth of what the parser
         and its callbacks cost.
@@ -134,35 +161,34 @@ class RequestReader(Link):
             return start
         lines = line.end()
         body = data.find(b"\r\n\r\n", lines - 2) + 4
-        section = self.server.sections.recall(data[lines:body])
+        section = self._sections.lookup(data[lines:body])
         if section is None or not self.keeps_alive:
             return start
         length = section.length
         if length is None or (end := body + length) > len(data):
             return start
-        request = Request(self, line[1], line[2], section, True)
+        request = Request(cast("Connection", self._sink), line[1], line[2], section, True)
         request.received = True
         if length:
-            request.body = Body(length, False, self.limits)
+            request.body = Body(length, False, self._limits)
             request.body.add(data[body:end])
             request.body.size = length
-        self._in_head = False
         self._count += 1
-        self.request_started(request)
-        self.request_received(request)
+        self._sink.request_started(request)
+        self._sink.advance(request)
         return end
 
     def feed(self, piece: bytes | memoryview, at: int = 0) -> int:
         """Read a piece from `at` on, and return where what was consumed ends. O(len(piece)).
 
         Less than all of it is consumed only behind a request with an upgrade. No byte is consumed twice: neither the
-        parser nor `recognise` is given one again.
+        parser nor `try_cached` is given one again.
         """
         if self._due() > len(piece):
             return self._parse(piece)
         data = bytes(piece)
         start, count, tried = -1, self._count, False
-        while at < len(data) and self.mode == READING:
+        while at < len(data) and self.state == READING:
             if not self._begun:
                 start, count = at, self._count
             step = data[at : self._next_cut(data, at)]
@@ -173,12 +199,12 @@ class RequestReader(Link):
                 self._account(step)
                 continue
             if not start and self._count == count + 1 and self._section.length is not None:
-                self.server.sections.remember(data[:at], self._section)
+                self._sections.store(data[:at], self._section)
             if not tried:
                 tried = True  # where one isn't known the next ones hardly are
-                while at < len(data) and self.mode == READING and (end := self.recognise(data, at)) > at:
+                while at < len(data) and self.state == READING and (end := self.try_cached(data, at)) > at:
                     at = end
-        return at if self.mode <= HOLDING else len(data)
+        return at if self.state <= HOLDING else len(data)
 
     def _due(self) -> int:
         """How many bytes of a body of known length are still to come."""
@@ -210,7 +236,7 @@ class RequestReader(Link):
 
     def _parse(self, step: bytes | memoryview) -> int:
         """Feed the parser, up to the end of a message at most; return how much it consumed."""
-        parser = self.parser
+        parser = self._parser
         if parser is None:
             return len(step)
         try:
@@ -231,38 +257,30 @@ class RequestReader(Link):
         self._tail = (self._tail + step[-3:])[-3:]
         self._carry += len(step)
         # The bound is exact when the head is complete; the lines that check_size doesn't count need the slack.
-        if self._carry > self.limits.head_bytes + 2 * PIECE and self.mode == READING:
-            self.refuse(self.refusal(431, "headers-too-large", "the headers are too large"))
+        if self._carry > self._limits.head_bytes + 2 * PIECE and self.state == READING:
+            self._sink.refuse(self.refusal(431, "headers-too-large", "the headers are too large"))
 
     def refusal(self, status: int, code: str, detail: str) -> Refusal:
         """Describe why what is being read is refused. O(1)."""
-        request, parser = self.incoming, self.parser
+        request, parser = self.incoming, self._parser
         if request is not None:
             return Refusal(status, code, detail, request.method, request.target, request.headers, True)
         if not self._target or parser is None:
             return Refusal(status, code, detail)
         return Refusal(status, code, detail, parser.get_method(), self._target, self._headers)
 
-    def deafen(self) -> None:
-        """Parse no more."""
-        self.parser = None
-        self.incoming = None
-        self._target = self._head = b""
-        self._begun = False
-        self.mode = max(self.mode, DEAF)
-
     def _broken(self, error: httptools.HttpParserError | None, cause: BaseException | None) -> None:
-        if self.mode > HOLDING or isinstance(cause, Stop):
+        if self.state > HOLDING or isinstance(cause, Stop):
             return  # bytes behind the last request: nobody asked for an answer to them
         if isinstance(cause, Refused):
-            self.refuse(self.refusal(cause.status, cause.code, cause.detail))
+            self._sink.refuse(self.refusal(cause.status, cause.code, cause.detail))
         elif cause is None:
-            self.refuse(self.refusal(400, "bad-request", str(error)))
+            self._sink.refuse(self.refusal(400, "bad-request", str(error)))
         elif not isinstance(cause, Exception):
             raise cause
         else:
             app_log.error("Uncaught exception", exc_info=cause)
-            self.refuse(self.refusal(500, "internal", "the server failed"))
+            self._sink.refuse(self.refusal(500, "internal", "the server failed"))
 
     def _unknown_method(self) -> Refused:
         # The parser stops at the first byte that is wrong, which may be the last that has come. So that the answer
@@ -277,8 +295,8 @@ class RequestReader(Link):
             return
         length = request.body.length
         framing = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
 
     # Callbacks of the parser. While a request is coming in, headers are trailers, which
     # are dropped, or those that `_read_upgraded_body` made up.
@@ -298,10 +316,10 @@ class RequestReader(Link):
         """Take a piece of the target."""
         if self.incoming is not None:
             return
-        if self.mode:
+        if self.state:
             raise Stop
         self._target = self._target + url if self._target else url
-        if len(self._target) > self.limits.head_bytes:
+        if len(self._target) > self._limits.head_bytes:
             raise Refused(414, "uri-too-long", "the request target is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -323,12 +341,18 @@ class RequestReader(Link):
 
     def on_headers_complete(self) -> None:
         """Make the request, and start it."""
-        parser = self.parser
+        parser = self._parser
         if self.incoming is not None or parser is None:
             return
         target = self._target
-        section = self._section = self.server.sections.of(self._headers)
-        request = Request(self, parser.get_method(), target, section, parser.should_keep_alive())
+        section = self._section = self._sections.of(self._headers)
+        request = Request(
+            cast("Connection", self._sink),
+            parser.get_method(),
+            target,
+            section,
+            parser.should_keep_alive(),
+        )
         line_end = self._head.find(b"\r\n")
         if (
             self._hosts != 1
@@ -336,7 +360,7 @@ class RequestReader(Link):
             or self._carry
             or not target.startswith(b"/")
             or b"#" in target
-            or len(section.lines) > self.limits.header_count
+            or len(section.lines) > self._limits.header_count
             or parser.should_upgrade()
             or self._head[line_end - 9 : line_end] != b" HTTP/1.1"
         ):
@@ -347,10 +371,9 @@ class RequestReader(Link):
         self._target = self._head = b""
         self._headers = []
         self._hosts = self._carry = 0
-        self._in_head = False
         self._count += 1
         self.incoming = request
-        self.request_started(request)
+        self._sink.request_started(request)
 
     def on_body(self, chunk: bytes) -> None:
         """Take a piece of the body; count it, and drop it if the answer is out."""
@@ -360,7 +383,11 @@ class RequestReader(Link):
             return
         body = request.body
         body.size += len(chunk)
-        if body.size > body.limit and request.limited() and (request.answered or not self.too_large(request)):
+        if (
+            body.size > body.limit
+            and request.limited()
+            and (request.answered or not self._sink.too_large(request))
+        ):
             raise Refused(413, "payload-too-large", f"the body is larger than {body.limit} bytes")
         if not request.answered:
             body.add(chunk)
@@ -370,24 +397,24 @@ class RequestReader(Link):
         request = self.incoming
         if request is None:
             return
-        if request.body is not None and self.parser is not None and self.parser.should_upgrade():
+        if request.body is not None and self._parser is not None and self._parser.should_upgrade():
             return  # llhttp stops here; the body is still to come
-        if self.mode == READING and request.upgrade:
-            self.mode = HOLDING
-        elif self.mode == READING and not request.keep_alive:
-            self.mode = DEAF
+        if self.state == READING and request.upgrade:
+            self.state = HOLDING
+        elif self.state == READING and not request.keep_alive:
+            self.state = STOPPED
         self.incoming = None
         self._begun = False
         request.received = True
-        self.request_received(request)
+        self._sink.advance(request)
 
     def _examine(self, request: Request, parser: httptools.HttpRequestParser) -> None:
         """Do what only some requests need: those with a body, an odd target, a large head…"""
         framing, self._framing = self._framing, {}
         if self._carry:
-            check_size(request, self.limits)
-        check_head(request, self._hosts, protocol_of(self._head), self.limits)
-        request.body = body_of(request, framing, self.limits)
+            check_size(request, self._limits)
+        check_head(request, self._hosts, protocol_of(self._head), self._limits)
+        request.body = body_of(request, framing, self._limits)
         # RFC 9110, 7.8: in HTTP/1.0 the header means nothing.
         request.upgrade = request.body is None and not request.http10 and parser.should_upgrade()
 

@@ -1,7 +1,7 @@
 """One request, from its headers to its answer, and the cheap way to answer it.
 
-`Request` is what the parser makes and what the connection queues. An application
-that wants no more than bytes may take it as it is, past every Tornado object::
+`Request` is what the reader makes and the connection queues. An application that works on bytes may take it as it is,
+past every Tornado object::
 
     class Fast(tornado.web.Application):
         def start_raw_request(self, request: Request) -> RawDelegate | None:
@@ -10,51 +10,87 @@ that wants no more than bytes may take it as it is, past every Tornado object::
             request.respond(PONG)        # or keep it, and respond later
             return ANSWERED
 
-The method is asked first, once for each request, when the headers are in and all
-earlier requests of the connection are answered. It returns None to leave the
-request to `start_request`, or a `RawDelegate`, which gets the whole body in one
-piece, and is told if the peer leaves before the answer.
+The method is called first, once for each request, when the headers are in and all earlier requests of the connection
+are answered. It returns None to leave the request to `start_request`, or a `RawDelegate`, which gets the whole body in
+one piece, or a call of `hung_up` if the peer disconnects before the answer.
 
-No future, task or `HTTPHeaders` is made for a raw request, and it is freed by
-reference count alone: the connection lets go of the request and the delegate as
-soon as the answer is out.
+No future, task or `HTTPHeaders` is made for a raw request, and it is freed by reference count alone: the connection
+lets go of the request and the delegate as soon as the answer is out.
 """
 
 from __future__ import annotations
 
 from math import inf
+from socket import AF_INET, AF_INET6
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from keypool.config.limits import Limits
+from keypool.config.proxies import TrustedProxies
 from keypool.http.http1.responses import Headers
 from keypool.http.http1.section import HeaderSection
 
 if TYPE_CHECKING:
+    from keypool.http.http1.connection import Connection
     from keypool.http.http1.exchange import Exchange
-    from keypool.http.http1.peer import Peer
-    from keypool.http.http1.reader import RequestReader
-    from keypool.http.http1.turns import Turns
+
+
+class Peer:
+    """The other end of a connection, or the caller of one request that a trusted proxy has forwarded.
+
+    Tornado takes `remote_ip`, an IP address as text, and `protocol`, http or https, from an object like this one. Where
+    Tornado rewrites one object before each request and restores it afterwards, a forwarded request gets a new object
+    here: a late reader can never see another request's address. Which proxy is trusted is the business of
+    `keypool.config.proxies`.
+    """
+
+    __slots__ = ("address", "address_family", "protocol", "proxies", "remote_ip")
+
+    def __init__(self, address: object, trusted: TrustedProxies | None = None) -> None:
+        self.address = address
+        is_ip = isinstance(address, tuple) and len(address) >= 2
+        self.address_family = (AF_INET6 if len(address) == 4 else AF_INET) if is_ip else None  # type: ignore[arg-type]
+        self.remote_ip = str(address[0]) if is_ip else "0.0.0.0"  # type: ignore[index] # noqa: S104
+        self.protocol = "http"  # this server speaks no TLS
+        self.proxies = trusted if trusted is not None and self.remote_ip in trusted else None
+        """None unless this is a trusted proxy, whose headers name the caller."""
+
+    def __str__(self) -> str:
+        return self.remote_ip
+
+    def caller(self, headers: Headers) -> Peer:
+        """The peer, or the caller that it names if it is a trusted proxy. O(headers)."""
+        if self.proxies is None:
+            return self
+        caller = Peer(self.address)
+        caller.remote_ip, caller.protocol = self.proxies.caller(
+            self.remote_ip,
+            self.protocol,
+            _value(headers, b"x-forwarded-for"),
+            _value(headers, b"x-forwarded-proto"),
+        )
+        return caller
+
+
+def _value(headers: Headers, name: bytes) -> str:
+    return b",".join(value for key, value in headers if key == name).decode("latin-1")
 
 
 class RawDelegate:
     """Receives what follows the headers of a raw request.
 
-    After `Request.respond`, no method is called.
+    After the request was answered, no method is called.
     """
 
     __slots__ = ()
 
-    def body(self, body: bytes) -> None:
+    def run(self, body: bytes) -> None:
         """Take the whole body, `b""` if there is none. Called once, in order."""
 
     def too_large(self) -> None:
-        """Learn that the body is larger than its limit; respond, or the server does and ends the connection."""
+        """The body is larger than its limit: respond, or the server does and ends the connection."""
 
-    def closed(self) -> None:
-        """Learn that the peer is gone, or was refused: no answer can reach it.
-
-        A peer that shuts down its sending side before the answer counts as gone.
-        """
+    def hung_up(self) -> None:
+        """The peer has disconnected or half-closed, or was refused: no answer can reach it."""
 
 
 @runtime_checkable
@@ -75,13 +111,12 @@ ANSWERED = RawDelegate()
 class Body:
     """The body of a request while it comes in: what is due, and what is not yet taken."""
 
-    __slots__ = ("deadline", "expects", "held", "length", "limit", "seconds", "size")
+    __slots__ = ("deadline", "expects", "held", "length", "limit", "size")
 
     def __init__(self, length: int | None, expects: bool, limits: Limits) -> None:
         self.length = length  # None: chunked
         self.expects = expects  # a 100-continue that was not sent yet
         self.limit = limits.body_bytes
-        self.seconds = limits.body_seconds
         self.size = 0  # received so far, taken or not
         self.held: bytes | bytearray = b""
         self.deadline = inf  # set when the body is asked for
@@ -105,15 +140,15 @@ class Body:
 class Request:
     """A request whose headers are complete.
 
-    `method` and `target` are as sent (the target in origin form, `*`, or the
-    authority for CONNECT). What an application knows of the header lines, which clients
-    send again and again, it may leave in `section`.
+    `method` and `target` are as sent (the target in origin form, `*`, or the authority for CONNECT). `connection` is
+    None once no answer can reach the peer any more, or the answer is complete. In `section` an application may cache
+    what it has found out about the header lines, which clients send again and again.
     """
 
     __slots__ = (
-        "_connection",
         "answered",
         "body",
+        "connection",
         "delegate",
         "exchange",
         "http10",
@@ -127,13 +162,13 @@ class Request:
 
     def __init__(
         self,
-        connection: RequestReader,
+        connection: Connection,
         method: bytes,
         target: bytes,
         section: HeaderSection,
         keep_alive: bool,
     ) -> None:
-        self._connection: RequestReader | None = connection
+        self.connection: Connection | None = connection
         self.method = method
         self.target = target
         self.section = section
@@ -151,21 +186,18 @@ class Request:
     def respond(self, response: bytes, *, close: bool = False) -> bool:
         """Send the whole answer: status line, headers, `Content-Length`, body. False if the peer is gone.
 
-        The response must carry no `Connection` header: the server puts one in where it
-        is due, and cuts off the body if the method is HEAD. If `close`, the connection
-        ends with this answer. Once the peer is gone nothing is sent. O(size).
+        The response must carry no `Connection` header: the server puts one in where it is due, and cuts off the body
+        if the method is HEAD. If `close`, the connection ends with this answer. O(size).
 
-        The next pipelined request is never started from inside this call, unless it
-        is made inside a call of the server.
+        The next pipelined request is never started from inside this call, unless the server is calling.
 
         :raises RuntimeError: if the request was answered already.
         """
         if self.answered:
             raise RuntimeError("this request has been answered")
-        connection = self._connection
+        connection = self.connection
         if connection is None:
             return False
-        self.answered = True
         connection.answer(self, response, close)
         return True
 
@@ -177,17 +209,12 @@ class Request:
     @property
     def closed(self) -> bool:
         """Whether no answer can reach the peer any more, or one has been given."""
-        return self._connection is None or self.answered
+        return self.connection is None or self.answered
 
     @property
     def peer(self) -> Peer | None:
-        """The other end, by the headers of a trusted proxy if there is one; None when closed."""
-        return None if self._connection is None else self._connection.peer_of(self)
-
-    @property
-    def turns(self) -> Turns | None:
-        """Where work that takes long may wait for its next slice of time; None when closed."""
-        return None if self._connection is None else self._connection.server.turns
+        """The other end, or the caller that a trusted proxy names; None when closed."""
+        return None if self.connection is None else self.connection.peer.caller(self.headers)
 
     @property
     def content_length(self) -> int | None:
@@ -224,6 +251,6 @@ class Request:
 
     def release(self) -> None:
         """Let go of everything that could hold this request in a cycle."""
-        self._connection = None
+        self.connection = None
         self.delegate = None
         self.exchange = None

@@ -1,11 +1,8 @@
-"""Answers as bytes: what the server puts into them, and those it gives by itself.
+"""Answers as bytes: what the server adds to them, and its own.
 
-A refusal is an answer that the server gives because the request never reached the
-application, or must not. How it looks is the application's business: `Server` takes a
-hook `on_refused` that turns a `Refusal` into the bytes of a response. Without one, or
-for bytes that are no HTTP request, the answer is a status line without a body.
-
-This module knows nothing of sockets, parsers or Tornado's objects.
+A refusal is an answer by the server itself, because the request never reached the application, or must not. How it
+looks is the application's business: `Server` takes a hook `on_refused` that turns a `Refusal` into the bytes of a
+response. Without one, or for bytes that aren't an HTTP request, the answer is a status line without a body.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the server itself answers a request, and what is known of the request.
+    """Why the server itself answers a request, and what had been read of the request.
 
     `method`, `target` and `headers` hold what had been read. Names are in lower case.
     """
@@ -37,7 +34,7 @@ class Refusal:
     target: bytes = b""
     headers: Headers = ()
     complete: bool = False
-    """Whether all headers had come, so that it is the body that is at fault, or the application."""
+    """Whether all headers had come, so that the body or the application is at fault."""
 
 
 OnRefused = Callable[[Refusal], bytes | None]
@@ -83,17 +80,17 @@ def without_body(response: bytes) -> bytes:
     return head + end
 
 
+@lru_cache(maxsize=1)
+def date_at(second: int) -> str:
+    """The value of `Date` in this second since the epoch. O(1), about 0.1 µs but for the first call of a second."""
+    return formatdate(second, usegmt=True)
+
+
 def http_date() -> str:
-    """The value of `Date`, made once a second. O(1), about 0.2 µs."""
-    return _date(int(time.time()))[1]
+    """The value of `Date` now."""
+    return date_at(int(time.time()))
 
 
 def date_line() -> bytes:
-    """Return `Date: …` with its line end, made once a second. O(1), about 0.2 µs."""
-    return _date(int(time.time()))[0]
-
-
-@lru_cache(maxsize=1)
-def _date(second: int) -> tuple[bytes, str]:
-    text = formatdate(second, usegmt=True)
-    return b"Date: %b\r\n" % text.encode(), text
+    """`Date: …` with its line end."""
+    return b"Date: %b\r\n" % http_date().encode()

@@ -1,9 +1,8 @@
-"""What this server refuses although llhttp lets it through.
+"""Checks of a request's head beyond llhttp's.
 
-llhttp does the grammar, strictly. Left to do are the rules that need the whole head:
-exactly one Host, the versions spoken here, the form of the target, sizes, and what
-the framing headers say together. Every doubt is a refusal: a request that two servers
-understand differently is how one request is smuggled inside another.
+llhttp does the grammar, strictly. Left to do are the rules that need the whole head: exactly one Host, the versions
+spoken here, the form of the target, sizes, and the framing headers together. Every doubt is a refusal: a request that
+two servers understand differently is how one request is smuggled inside another.
 
 These functions run only for requests with something unusual about them, or a body.
 """
@@ -22,7 +21,6 @@ FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
-
 # RFC 3986, 3.2.2, without the comma.
 _HOST = re.compile(
     rb"(?:(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*"
@@ -31,7 +29,7 @@ _HOST = re.compile(
 
 
 def is_host(value: bytes) -> bool:
-    """Whether a Host header is a host and perhaps a port. A list of hosts is none. 0.1 µs for a known one."""
+    """Whether a Host header is one host, with or without a port. 0.1 µs for one in the cache."""
     return _is_known_host(value) if len(value) <= REMEMBERED_HOST else _is_host(value)
 
 

@@ -1,9 +1,9 @@
-"""Header sections that were read before, so that they need not be read again.
+"""A cache of header sections, so that those which were read before need not be read again.
 
-A client sends the same header lines with each of its requests. What llhttp and the rules made of them the first
-time is remembered by their very bytes, for some hundreds of clients, and so is what the application knows of
-them. Nothing is taken on trust by that: these bytes, from the first line's end to the empty line, can't mean
-anything else the next time.
+A client sends the same header lines with each of its requests. What llhttp and the rules made of them the first time
+is cached by their very bytes, for some hundreds of clients, and so is what the application has found out about them.
+This takes nothing on trust: the same bytes, from the end of the first line to the empty line, can't mean anything
+else the next time.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ _LONGEST = 1024  # bytes of each
 _MOST_LINES = 32  # of each: a line takes some 150 bytes beside its own
 
 REQUEST_LINE = re.compile(rb"(GET|POST|DELETE) (/[\w/:.~?=&%,-]*) HTTP/1\.1\r\n")
-"""Those that llhttp takes, too, and the rules; it takes others, which are left to it."""
+"""A subset of the request lines that llhttp and the rules accept; all others are left to them."""
 
 
 class HeaderSection:
     """The header lines of requests: in order, names in lower case, values without white space around them.
 
-    `length` is that of the body, if it is plain to see that a body of that length follows and then the next
-    request; else None. `note` is the application's, `noted_by` whoever left it.
+    `length` is that of the body, if a body of that length certainly follows, and then the next request; else None.
+    `app_cache` is for the application, `cache_owner` is the object that has filled it.
     """
 
-    __slots__ = ("length", "lines", "note", "noted_by")
+    __slots__ = ("app_cache", "cache_owner", "length", "lines")
 
     def __init__(self, lines: Headers) -> None:
         self.lines = lines
         self.length: int | None = None
-        self.note: object = None
-        self.noted_by: object = None
+        self.app_cache: object = None
+        self.cache_owner: object = None
 
 
 class Sections:
-    """A few hundred header sections. Which of them are forgotten when there are more is left to chance."""
+    """A few hundred header sections. When there are more, all are dropped."""
 
     def __init__(self) -> None:
         self._by_lines: dict[Headers, HeaderSection] = {}
         self._by_bytes: dict[bytes, HeaderSection] = {}
-        self.recall = self._by_bytes.get
-        """The section that was remembered by these bytes, or None. O(bytes)."""
+        self.lookup = self._by_bytes.get
+        """The section that was stored by these bytes, or None. O(bytes)."""
 
     def of(self, lines: Headers) -> HeaderSection:
         """The section of these lines, which may have been read before. O(lines)."""
@@ -56,8 +56,8 @@ class Sections:
                 self._by_lines[lines] = section
         return section
 
-    def remember(self, data: bytes, section: HeaderSection) -> None:
-        """Know this section by its bytes from now on. `data` is a whole request that has it. O(bytes)."""
+    def store(self, data: bytes, section: HeaderSection) -> None:
+        """Find this section by its bytes from now on. `data` is a whole request that has it. O(bytes)."""
         line = REQUEST_LINE.match(data)
         if line is None:
             return

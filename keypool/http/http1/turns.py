@@ -1,4 +1,4 @@
-"""Which connection is served next, when there is more to do than one turn of the loop should take.
+"""Which connection is served next, when there is more work than one turn of the loop should take.
 
 This is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) with processor time as what is shared out, and with
 FQ-CoDel's two lists (RFC 8290, section 4.2), which let a flow that asks for little pass those that ask for much:
@@ -19,8 +19,11 @@ quanta that follow; with a debt the connection counts as one with a backlog.
       v                        v  |
     fresh or backlog <----(quantum used)
 
-Time is added up until a turn is over, or `left` is set anew by one who knows that an iteration of the loop has passed.
-So a turn needs no beginning, and all that is added to a call are two readings of the clock.
+Time is added up until a turn is over, or until the server resets `left` because an iteration of the loop has passed.
+So a turn needs no beginning, and a call costs two readings of the clock more.
+
+A long call may give way by itself: the coroutine of a batch yields between two slices, and its driver
+(http/api_call.py) queues as a connection with a backlog does.
 """
 
 from __future__ import annotations
@@ -42,12 +45,12 @@ TASK = 0.005
 
 
 class Served(Protocol):
-    """A connection, as one of those that share the time. `debt` is its own, in seconds; it begins with none."""
+    """A connection, or a paused call, as one of those that share the time. `debt` is in seconds, 0 at first."""
 
     debt: float
 
     def run(self) -> None:
-        """Go on for a quantum; if there is work left, `queue` again."""
+        """Work for a quantum; if there is work left, `queue` again."""
         ...
 
 
@@ -72,7 +75,7 @@ class Turns:
         self._due = False
 
     def queue(self, served: Served, *, backlog: bool) -> None:
-        """Have it run in a later turn. Must not be queued already. O(1)."""
+        """Run it in a later turn. Must not be queued already. O(1)."""
         (self._backlog if backlog else self._fresh).append(served)
         self._begin_soon()
 
@@ -84,7 +87,7 @@ class Turns:
             self.overrun(served, seconds)
 
     def overrun(self, served: Served, seconds: float) -> None:
-        """A connection was served for so long, which is more than its quantum or than was left. O(1)."""
+        """Account for `seconds` that are more than a connection's quantum, or than was left. O(1)."""
         if seconds > QUANTUM:
             served.debt = seconds - QUANTUM
         if self.left < 0:

@@ -8,8 +8,8 @@ from typing import Any, cast
 from tornado import web
 
 from keypool.http.http1 import Server
-from keypool.http.http1.connection import Connection
-from keypool.http.http1.link import CLOSING, CORK
+from keypool.http.http1.connection import CLOSING, Connection
+from keypool.http.http1.writer import CORK, Writer
 
 
 class Transport(asyncio.Transport):
@@ -26,9 +26,6 @@ class Transport(asyncio.Transport):
     def write_eof(self) -> None:
         raise OSError(107, "Transport endpoint is not connected")
 
-    def can_write_eof(self) -> bool:
-        return True
-
     def is_closing(self) -> bool:
         return bool(self.written)
 
@@ -40,7 +37,8 @@ def connection(transport: Transport) -> Connection:
     server = Server(web.Application())
     server.add_sockets([])
     made = Connection(server, asyncio.get_running_loop())
-    made.transport = cast(asyncio.Transport, transport)
+    made._transport = cast(asyncio.Transport, transport)
+    made._writer = Writer(server, made._transport)
     return made
 
 
@@ -48,16 +46,16 @@ async def test_lingering_with_a_peer_that_has_gone_is_a_cut() -> None:
     """A shutdown that fails is no error of the server's."""
     transport = Transport()
     made = connection(transport)
-    made.linger()
+    made._linger()
     assert transport.aborted
-    assert made.mode == CLOSING
+    assert made.state == CLOSING
 
 
 async def test_nothing_more_is_corked_for_a_peer_that_has_gone() -> None:
     """The first write that finds the transport closed is the last (asyncio logs the others)."""
     transport = Transport()
     made = connection(transport)
-    made.busy = True
-    made.put(b"x" * (CORK + 1))
+    made.send(b"x" * (CORK + 1))
+    made.send(b"x" * (CORK + 1))
     assert len(transport.written) == 1
-    assert made.mode == CLOSING
+    assert made.state == CLOSING

@@ -1,0 +1,128 @@
+"""Calls of the API on Tornado's server, by Tornado's interfaces for messages.
+
+A request that is refused by its head is answered when its body has been read and thrown away, so that the connection
+can go on; one whose body is larger than `DISCARDED`, or that sends `Expect`, is answered at once.
+"""
+
+from __future__ import annotations
+
+import time
+from http.client import responses as REASONS  # noqa: N812 - a table
+from typing import Any, cast
+
+from tornado import httputil
+from tornado.http1connection import HTTP1Connection
+from tornado.iostream import StreamClosedError
+from tornado.routing import Router
+
+from keypool.api.dispatch import Dispatcher, Reply, too_large
+from keypool.config.limits import DISCARDED, MAX_BODY
+from keypool.http.api_call import ApiCall, InFlight
+from keypool.http.http1.responses import http_date
+
+
+class ApiRouter(Router):
+    """Makes the delegate of each request."""
+
+    def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
+        self._dispatcher = dispatcher
+        self._in_flight = in_flight
+
+    def find_handler(self, request: httputil.HTTPServerRequest, **kwargs: Any) -> TornadoCall:
+        """The delegate of a request."""
+        return TornadoCall(self._dispatcher, self._in_flight, request)
+
+
+class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
+    """One request of the API on Tornado's server."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest
+    ) -> None:
+        assert request.connection is not None
+        self.dispatcher, self.in_flight, self.turns = dispatcher, in_flight, None
+        self._waiting, self._ended = None, False
+        self.request = request
+        # Tornado's annotation is the base class; what it passes is the class that knows when it closes.
+        self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
+        self._body: list[bytes] = []
+        self._size = 0
+        self._whole = False
+
+    def headers_received(
+        self,
+        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
+        headers: httputil.HTTPHeaders,
+    ) -> None:
+        """Check the head; answer at once what can't wait for the body."""
+        self.started = time.monotonic()
+        self.in_flight.enter()
+        pending = self.pending = self.dispatcher.check(self.request)
+        length = _declared_length(headers)
+        if length > MAX_BODY and pending.error is None:
+            pending.error = too_large()
+        if pending.error is not None and (length > DISCARDED or "Expect" in headers):
+            self.refuse(at_once=True)
+
+    def data_received(self, chunk: bytes) -> None:
+        """Keep a part of the body, or throw it away if the request is refused."""
+        self._size += len(chunk)
+        if self.pending.error is None:
+            if self._size > MAX_BODY:
+                self.pending.error = too_large()
+                self._body.clear()
+            else:
+                self._body.append(chunk)
+        elif self._size > DISCARDED and self._connection is not None:
+            self.refuse(at_once=True)
+
+    def finish(self) -> None:
+        """The request is whole: run its call."""
+        self._whole = True
+        if self._connection is None:
+            return
+        if self._connection.stream.closed():  # the caller disconnected behind the last byte of its request
+            self.on_connection_close()
+            return
+        self.run(b"".join(self._body))
+        if self._waiting is not None and self._connection is not None:
+            self._connection.set_close_callback(self.on_connection_close)
+
+    def on_connection_close(self) -> None:
+        """The caller is gone."""
+        self._connection = None
+        self.hung_up()
+
+    def send(self, reply: Reply) -> bool:
+        """Write the reply by Tornado's connection. Tornado ends a connection whose body hasn't come, but silently."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            _write(connection, self.pending.head, reply, closes=reply.last or not self._whole)
+        return connection is not None
+
+
+def _write(connection: HTTP1Connection, head: bool, reply: Reply, *, closes: bool) -> None:
+    headers = httputil.HTTPHeaders()
+    for name, value in reply.headers():
+        headers.add(name, value)
+    headers.add("Date", http_date())
+    if reply.status != 204:
+        headers.add("Content-Length", str(len(reply.body)))
+    if closes:
+        headers.add("Connection", "close")
+    start_line = httputil.ResponseStartLine("", reply.status, REASONS.get(reply.status, "Unknown"))
+    try:
+        future = connection.write_headers(start_line, headers, b"" if head else reply.body)
+        future.add_done_callback(_retrieve)
+        connection.finish()
+    except StreamClosedError:
+        return  # the caller may disconnect at any time: not an error
+
+
+def _retrieve(future: Any) -> None:
+    future.exception()
+
+
+def _declared_length(headers: httputil.HTTPHeaders) -> int:
+    given = headers.get("Content-Length", "0")
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 19 else 0
