@@ -300,20 +300,21 @@ def guarded_server(lend: Start) -> ServerProcess:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have pytest-tornado run each `async def` test on its loop."""
+    """Have pytest-tornado run the `async def` tests that stand on its loop. Those of http1/ have a runner there."""
     for item in items:
-        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+        if not isinstance(item, pytest.Function) or "io_loop" not in item.fixturenames:
+            continue
+        if inspect.iscoroutinefunction(item.function):
             item.add_marker(pytest.mark.gen_test(timeout=60))
 
 
 @pytest.fixture
 def io_loop() -> Iterator[IOLoop]:
-    """The loop of one test, in place of pytest-tornado's, which Tornado warns of; fails on a logged error."""
+    """The loop of one test, in place of pytest-tornado's, which Tornado warns of."""
     raw = asyncio.new_event_loop()
     asyncio.set_event_loop(raw)
     loop = IOLoop(asyncio_loop=raw, make_current=False)
-    with quiet():
-        yield loop
+    yield loop
     asyncio.set_event_loop(None)
     loop.close(all_fds=True)
 
@@ -328,7 +329,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.fixture
 def app(io_loop: IOLoop, settings: Settings) -> Iterator[Application]:
-    """The application, made on the loop that it runs on."""
+    """The application, made on the loop that it runs on; the test fails if an error was logged meanwhile."""
 
     async def make() -> Application:
         access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
@@ -342,9 +343,10 @@ def app(io_loop: IOLoop, settings: Settings) -> Iterator[Application]:
         await made.settings["dispatcher"].engine.close()
         assert not made.settings["in_flight"].count, "a request is still being answered"
 
-    made = io_loop.run_sync(make)
-    yield made
-    io_loop.run_sync(stop)
+    with quiet():
+        made = io_loop.run_sync(make)
+        yield made
+        io_loop.run_sync(stop)
 
 
 @pytest.fixture(params=list(SERVERS))

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 
 import msgspec
 import pytest
+from engine_support import quiet
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets
 from tornado.web import Application
@@ -227,9 +228,11 @@ def served(io_loop: IOLoop, http: str) -> Iterator[Served]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A burst that is soon spent."""
+def _quick(io_loop: IOLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A burst that is soon spent. Each test fails if an error was logged."""
     monkeypatch.setattr(wrong_tokens, "BURST", 3)
+    with quiet():
+        yield
 
 
 # -------------------------------------------------------------------------------------------------- hanging up
