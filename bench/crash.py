@@ -10,8 +10,8 @@ import argparse
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,31 +25,6 @@ QUICK = ["--kills=20"]
 _ROUNDS_A_FILE = 25
 
 
-@dataclass
-class Total:
-    """The sums over all files."""
-
-    kills: int = 0
-    writer_kills: int = 0
-    answers: int = 0
-    refused: int = 0
-    most_refused: int = 0
-    keys: int = 0
-    faults: int = 0
-    seconds: float = 0.0
-
-    def add(self, crasher: Crasher, faults: Sequence[str]) -> None:
-        """Add a file."""
-        tally = crasher.tally
-        self.kills += tally.kills
-        self.writer_kills += tally.writer_kills
-        self.answers += tally.answers
-        self.refused += tally.refused
-        self.most_refused = max(self.most_refused, tally.most_refused)
-        self.keys += len(crasher.ledger.stories)
-        self.faults += len(faults)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Kill, check, judge."""
     parser = argparse.ArgumentParser("bench crash", description=(__doc__ or "").partition("\n")[0])
@@ -60,15 +35,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, help="for the data files; a temporary folder by default")
     options = parser.parse_args(arguments)
     print(machine() + "\n", flush=True)
-    total, began, seed = Total(), time.monotonic(), options.seed
-    while total.kills < options.kills and not total.faults:
+    total, most, seed, began = Counter[str](), 0, options.seed, time.monotonic()
+    while total["kills"] < options.kills and not total["faults"]:
         with tempfile.TemporaryDirectory(prefix="keypool-crash-", dir=options.folder) as folder:
-            path = Path(folder) / "keypool.db"
-            total.add(*_one_file(path, seed, options.workers, options.keys, options.kills - total.kills))
+            left = options.kills - total["kills"]
+            crasher, faults = _one_file(
+                Path(folder) / "keypool.db", seed, options.workers, options.keys, left
+            )
+        tally, keys = crasher.tally, len(crasher.ledger.stories)
+        total.update(
+            kills=tally.kills, writers=tally.writer_kills, answers=tally.answers, refused=tally.refused
+        )
+        total.update(keys=keys, faults=len(faults))
+        most = max(most, tally.most_refused)
         seed += 1
-        total.seconds = time.monotonic() - began
-        print(f"{total.kills} kills, {total.answers} answers, {total.faults} faults", flush=True)
-    return _judge(total)
+        print(f"{total['kills']} kills, {total['answers']} answers, {total['faults']} faults", flush=True)
+    table = Table("kills", "of the writer", "answers", "keys", "503", "most 503 a kill", "seconds")
+    counts = (total[name] for name in ("kills", "writers", "answers", "keys", "refused"))
+    table.row(*(f"{count:,}" for count in counts), str(most), f"{time.monotonic() - began:.0f}")
+    print(f"\n{table}\n")
+    targets = Targets()
+    targets.none(f"broken promises after {total['kills']} kills", total["faults"])
+    return targets.status
 
 
 def _one_file(path: Path, seed: int, workers: int, keys: int, kills: int) -> tuple[Crasher, list[str]]:
@@ -86,15 +74,3 @@ def _one_file(path: Path, seed: int, workers: int, keys: int, kills: int) -> tup
     for fault in faults:
         print(f"  seed {seed}: {fault}")
     return crasher, faults
-
-
-def _judge(total: Total) -> int:
-    table = Table("kills", "of the writer", "answers", "keys", "503", "most 503 a kill", "seconds")
-    table.row(
-        str(total.kills), str(total.writer_kills), f"{total.answers:,}", f"{total.keys:,}",
-        str(total.refused), str(total.most_refused), f"{total.seconds:.0f}",
-    )  # fmt: skip
-    print(f"\n{table}\n")
-    targets = Targets()
-    targets.none(f"broken promises after {total.kills} kills", total.faults)
-    return targets.status

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -200,8 +201,8 @@ async def _batched_keepalives(connections: Connections, seconds: float) -> Round
     return await connections.run(script, seconds, count=2)
 
 
-async def _bursts(connections: Connections, seconds: float, *, with_lease: bool) -> tuple[Round, Round]:
-    """Acquire a crowd of keys, unblock them, and so on: the rounds of acquire and of unblock."""
+async def _bursts(connections: Connections, seconds: float, *, call: str, with_lease: bool = False) -> Round:
+    """Acquire a crowd of keys, unblock them, and so on: the round of one of the two calls."""
     acquired, unblocked = Round(), Round()
     while acquired.seconds + unblocked.seconds < 2 * seconds:
         bodies: list[bytes] = []
@@ -211,25 +212,13 @@ async def _bursts(connections: Connections, seconds: float, *, with_lease: bool)
         leases = [lease for lease in map(_decode, bodies) if "lease" in lease]
         requests = (unblock(lease, with_lease=with_lease) for lease in leases)
         unblocked.add(await connections.run(answering(requests, bool), seconds))
-    return acquired, unblocked
+    return acquired if call == "acquire" else unblocked
 
 
-async def _acquires(connections: Connections, seconds: float) -> Round:
-    return (await _bursts(connections, seconds, with_lease=False))[0]
-
-
-async def _unblocks(connections: Connections, seconds: float) -> Round:
-    return (await _bursts(connections, seconds, with_lease=False))[1]
-
-
-async def _unblocks_with_lease(connections: Connections, seconds: float) -> Round:
-    return (await _bursts(connections, seconds, with_lease=True))[1]
-
-
-KINDS = {
-    "acquire": _acquires,
-    "unblock": _unblocks,
-    "unblock with lease": _unblocks_with_lease,
+KINDS: dict[str, Callable[[Connections, float], Awaitable[Round]]] = {
+    "acquire": partial(_bursts, call="acquire"),
+    "unblock": partial(_bursts, call="unblock"),
+    "unblock with lease": partial(_bursts, call="unblock", with_lease=True),
     "acquire and unblock": _pairs,
     "keepalive": _keepalives,
     "acquire, unblock, keepalive": _thirds,

@@ -1,89 +1,142 @@
-"""Many worker processes share a few keys through the client, while the server is killed and started again.
+"""Many workers share a few keys through the client, while the server, and workers, are killed and started again.
 
     python -m bench.workers [--workers 50] [--keys 10] [--seconds 30] [--kills 2] [--data FILE]
+    python -m bench.workers --processes 5 --kind async      10 tasks in each; --kind sync (default): 10 threads
     python -m bench.workers --engine valkey://127.0.0.1:6379/0 --servers 3 --kills 10
 
 It shows that no key is ever used by two at once, that every worker makes progress, and that nothing stays blocked at
 the end. The operating system decides whether two use one key at once, not keypool: a worker that holds a key locks a
 file that stands for the key, and finds it locked if another one is using it.
 
-With --engine, --servers of them share one Valkey or cluster; each use goes to any of them, and any may be killed.
+With each kill of the server one of the worker processes is killed too, if there are several workers in each. With
+--engine, --servers of them share one Valkey or cluster; each use goes to any of them, and any may be killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import fcntl
 import hashlib
 import json
 import random
-import select
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.servers import ROOT, Server
-from keypool.client import KeyPool, KeyPoolError, LeaseLost, Retry
+from keypool.client import AsyncKeyPool, KeyPool, KeyPoolError, LeaseLost, Retry
 
 BLOCK_SECONDS = 5.0
 QUICK = ["--workers", "10", "--keys", "3", "--seconds", "2"]
+_RETRY = Retry(seconds=20, most=0.5)
 
 
-def work(urls: Sequence[str], locks: Path, number: int) -> dict[str, int]:
-    """Lease, use and give back until standard input ends; the counts of what happened.
+class Crew:
+    """The workers of one process: threads with the blocking client, or tasks of one loop with the asynchronous one.
 
-    Uses are much shorter than a lease; each asks any of the servers, and gives back to the same one. A line of
-    standard input asks for a sign of life: a line is printed after the next use of a key.
+    Each use of a key asks any of the servers, and gives back to the same. Uses stay well within a lease.
     """
-    counts = {"used": 0, "clashes": 0, "errors": 0, "lost": 0}
-    rng = random.Random(number)
-    asked = False
-    with contextlib.ExitStack() as stack:
-        pools = [stack.enter_context(KeyPool(url, retry=Retry(seconds=20, most=0.5))) for url in urls]
-        while True:
-            if select.select([sys.stdin], [], [], 0)[0]:
-                if not sys.stdin.readline():
-                    return counts
-                asked = True
-            try:
-                with rng.choice(pools).lease(owner=f"worker-{number}", wait=5) as key:
-                    _use(
-                        locks / hashlib.sha256(key.secret.encode()).hexdigest(), counts, rng.uniform(0, 0.02)
-                    )
-                if asked:
-                    print("used", flush=True)
-                    asked = False
-            except LeaseLost:
-                counts["lost"] += 1
-            except KeyPoolError:
-                counts["errors"] += 1
 
+    def __init__(self, urls: Sequence[str], locks: Path, numbers: range) -> None:
+        self.counts = {"clashes": 0, "errors": 0, "lost": 0}
+        self.used = dict.fromkeys(numbers, 0)
+        self.stop = False
+        self._urls = urls
+        self._locks = locks
 
-def _use(lock: Path, counts: dict[str, int], seconds: float) -> None:
-    with lock.open("a") as file:
+    def thread(self, number: int, pools: Sequence[KeyPool]) -> None:
+        """One worker of the blocking client."""
+        rng = random.Random(number)
+        while not self.stop:
+            lease = rng.choice(pools).lease(owner=f"worker-{number}", wait=5)
+            with self._failures(), lease as key, self._using(key.secret, number):
+                time.sleep(rng.uniform(0, 0.02))
+
+    async def task(self, number: int, pools: Sequence[AsyncKeyPool]) -> None:
+        """One worker of the asynchronous client."""
+        rng = random.Random(number)
+        while not self.stop:
+            with self._failures():
+                async with rng.choice(pools).lease(owner=f"worker-{number}", wait=5) as key:
+                    with self._using(key.secret, number):
+                        await asyncio.sleep(rng.uniform(0, 0.02))
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            counts["clashes"] += 1
-            return
-        time.sleep(seconds)
-        counts["used"] += 1
+            yield
+        except LeaseLost:
+            self.counts["lost"] += 1
+        except KeyPoolError:
+            self.counts["errors"] += 1
+
+    @contextlib.contextmanager
+    def _using(self, key: str, number: int) -> Iterator[None]:
+        """Lock the file that stands for the key: nobody else may hold that lock."""
+        with (self._locks / hashlib.sha256(key.encode()).hexdigest()).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.counts["clashes"] += 1
+            yield
+            self.used[number] += 1
+
+    async def loop(self) -> None:
+        """All workers as tasks."""
+        async with contextlib.AsyncExitStack() as stack:
+            pools = [await stack.enter_async_context(AsyncKeyPool(url, retry=_RETRY)) for url in self._urls]
+            await asyncio.gather(*(self.task(number, pools) for number in self.used))
+
+    def run(self, kind: str) -> dict[str, int]:
+        """Work until standard input ends; the counts of what happened.
+
+        Each line of standard input asks for a sign of life: it is answered by a line after the next use of a
+        key by every worker.
+        """
+        with contextlib.ExitStack() as stack:
+            if kind == "async":
+                threads = [threading.Thread(target=asyncio.run, args=(self.loop(),))]
+            else:
+                pools = [stack.enter_context(KeyPool(url, retry=_RETRY)) for url in self._urls]
+                threads = [threading.Thread(target=self.thread, args=(each, pools)) for each in self.used]
+            for thread in threads:
+                thread.start()
+            for _ in sys.stdin:
+                before = dict(self.used)
+                while any(self.used[number] == before[number] for number in before):
+                    time.sleep(0.01)
+                print("used", flush=True)
+            self.stop = True
+            for thread in threads:
+                thread.join()
+        return self.counts | {"used": sum(self.used.values()), "least": min(self.used.values())}
 
 
 def trial(
-    workers: int, keys: int, seconds: float, kills: int, where: str | None = None, *, servers: int = 1
+    workers: int,
+    keys: int,
+    seconds: float,
+    kills: int,
+    where: str | None = None,
+    *,
+    servers: int = 1,
+    processes: int | None = None,
+    kind: str = "sync",
 ) -> dict[str, object]:
     """One run; returns its counts. Raises AssertionError if a promise was broken.
 
-    Between two kills each worker has to use a key at least once, however long that takes; `seconds` is how long
-    the run goes on beyond that. `where` is a data file, by default a temporary one, or the URL of an engine that the
-    `servers` share.
+    The workers share so many `processes`, one each by default. Between two kills each worker has to use a key at
+    least once, however long that takes; `seconds` is how long the run goes on beyond that. `where` is a data file,
+    by default a temporary one, or the URL of an engine that the `servers` share.
     """
     draw = random.Random(workers)
+    size = 1 if processes is None else -(-workers // processes)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="keypool-workers-"))
         where = where or f"{folder}/keypool.db"
@@ -95,29 +148,36 @@ def trial(
         urls = [f"http://127.0.0.1:{server.address.port}" for server in running]
         with KeyPool(urls[0]) as pool:
             pool.generate_many(keys)
-        processes = [_spawn(urls, Path(folder), number) for number in range(workers)]
+        ranges = [range(first, min(first + size, workers)) for first in range(0, workers, size)]
+        crews = [_spawn(urls, Path(folder), kind, numbers) for numbers in ranges]
         for phase in range(kills + 1):
             if phase:
                 victim = draw.choice(running)
                 victim.kill()
                 victim.start()
                 victim.wait_until_ready()
-            _signs_of_life(processes)
+            if phase and size > 1:
+                index = draw.randrange(len(crews))
+                crews[index].kill()
+                crews[index].communicate()
+                crews[index] = _spawn(urls, Path(folder), kind, ranges[index])
+            _signs_of_life(crews)
             time.sleep(seconds / (kills + 1))
-        results = [json.loads(process.communicate()[0]) for process in processes]
-        assert all(process.returncode == 0 for process in processes)
+        results = [json.loads(crew.communicate()[0]) for crew in crews]
+        assert all(crew.returncode == 0 for crew in crews)
         with KeyPool(urls[-1]) as pool:
             _wait_until_free(pool)
             stats = pool.stats()
     summary: dict[str, object] = {name: sum(each[name] for each in results) for name in results[0]}
-    summary |= {"least": min(each["used"] for each in results), "acquired": stats.acquired}
+    summary |= {"least": min(each["least"] for each in results), "acquired": stats.acquired}
     assert summary["clashes"] == 0, f"a key was used by two at once: {summary}"
     assert stats.total == keys, f"keys were lost: {stats}"
     return summary
 
 
-def _spawn(urls: Sequence[str], folder: Path, number: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "bench.workers", "--work", str(folder), str(number), *urls]
+def _spawn(urls: Sequence[str], folder: Path, kind: str, numbers: range) -> subprocess.Popen[str]:
+    first, count = str(numbers.start), str(len(numbers))
+    words = [sys.executable, "-m", "bench.workers", "--work", str(folder), kind, first, count, *urls]
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
 
@@ -143,8 +203,9 @@ def _wait_until_free(pool: KeyPool) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run, print. Raises AssertionError if a promise was broken."""
     if arguments[:1] == ["--work"]:
-        folder, number, *urls = arguments[1:]
-        print(json.dumps(work(urls, Path(folder), int(number))))
+        folder, kind, first, count, *urls = arguments[1:]
+        numbers = range(int(first), int(first) + int(count))
+        print(json.dumps(Crew(urls, Path(folder), numbers).run(kind)))
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,11 +217,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", help="a data file instead of a temporary one")
     parser.add_argument("--engine", help="the URL of an empty Valkey or cluster, instead of --data")
     parser.add_argument("--servers", type=int, default=1, help="over that engine")
+    parser.add_argument("--processes", type=int, help="that the workers share; by default each has its own")
+    parser.add_argument("--kind", choices=("sync", "async"), default="sync", help="of the client")
     args = parser.parse_args(arguments)
     servers = args.servers if args.engine else 1
     summary = trial(
-        args.workers, args.keys, args.seconds, args.kills, args.engine or args.data, servers=servers
-    )
+        args.workers, args.keys, args.seconds, args.kills, args.engine or args.data,
+        servers=servers, processes=args.processes, kind=args.kind,
+    )  # fmt: skip
     print(
         f"{args.workers} workers, {args.keys} keys, {args.seconds:g} s, {servers} servers, {args.kills} kills"
     )

@@ -39,6 +39,7 @@ def test_the_command_has_the_key_and_its_status_is_passed_on(server: ServerProce
     by_name = keypool(server, "run", "--env", "API_KEY", "--", "sh", "-c", "echo $API_KEY")
     assert by_name.stdout == f"{made.secret}\n"
     assert run_command(server, "run", "--", "sh", "-c", "kill -9 $$").status == 128 + 9
+    assert run_command(server, "run", "sh", "-c", "exit $#", "sh", "--token", "--json").status == 2
     assert pool.stats().blocked == 0
 
 
@@ -75,15 +76,23 @@ def test_a_refused_token_has_its_own_status(guarded_server: ServerProcess) -> No
 
 
 @pytest.mark.parametrize(
-    "words", [["run"], ["run", "--"], ["run", "--env", "A=B", "--", "env"], ["run", "--env", "", "--", "env"],
-              ["run", "--nonsense", "--", "true"], ["run", "--token-file", "/none", "--", "true"]],
-    ids=" ".join,
-)  # fmt: skip
-def test_wrong_usage_leases_nothing(server: ServerProcess, pool: KeyPool, words: list[str]) -> None:
+    "line",
+    [
+        "run",
+        "run --",
+        "run --env A=B -- env",
+        "run --env= -- env",
+        "run --nonsense -- true",
+        "run --token secret -- true",
+        "run --token-file /none -- true",
+    ],
+)
+def test_wrong_usage_leases_nothing(server: ServerProcess, pool: KeyPool, line: str) -> None:
     pool.generate()
     before = pool.stats().acquired
-    refused = run_command(server, *words)
+    refused = run_command(server, *line.split())
     assert refused.status == Status.RUN_FAILED
+    assert "secret" not in refused.err
     assert len(refused.err.splitlines()) == 1
     assert pool.stats().acquired == before
 

@@ -176,7 +176,9 @@ def test_keys_survive_a_restart_with_a_keeper(start_server: Start, tmp_path: Pat
             assert pool.stats().total == 3
 
 
-def test_stopping_does_not_wait_for_a_silent_server(server: ServerProcess) -> None:
+def test_stopping_does_not_wait_for_a_silent_server(
+    server: ServerProcess, caplog: pytest.LogCaptureFixture
+) -> None:
     with Proxy(server) as proxy:
         proxy.faults[:] = ["mute"]
         with KeyPool(proxy.url, timeout=300) as pool:
@@ -185,6 +187,8 @@ def test_stopping_does_not_wait_for_a_silent_server(server: ServerProcess) -> No
             keeper.stop()
             keeper.stop()
             assert not keeper.running
+            assert keeper.error is None
+            assert not caplog.messages
             with pytest.raises(KeyPoolError, match="once"):
                 keeper.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -19,9 +20,9 @@ from support import ServerProcess, eventually
 
 from keypool.client import (
     AnswerLost,
+    AsyncKeyPool,
     GatewayError,
     KeyPool,
-    KeyPoolError,
     NoKeyAvailable,
     PoolClosed,
     Retry,
@@ -331,22 +332,31 @@ def test_waiting_survives_the_end_of_the_server(start_server: Start, how: str, w
         assert got == [made["key"]]
 
 
-def test_closing_ends_a_wait(server: ServerProcess) -> None:
-    pool = KeyPool(url_of(server))
-    errors: list[KeyPoolError] = []
+@pytest.mark.parametrize("away", [False, True], ids=["waiting", "in a pause"])
+def test_closing_ends_a_wait(server: ServerProcess, away: bool) -> None:
+    url = f"http://127.0.0.1:{unused_port()}" if away else url_of(server)
+    patient = Retry(60, first=30, most=30)
+    pool = KeyPool(url, timeout=60, retry=patient)
+    errors: list[BaseException] = []
 
     def wait() -> None:
         with pytest.raises(PoolClosed) as closed:
             pool.acquire(wait=None)
         errors.append(closed.value)
 
+    async def wait_async() -> None:
+        async with AsyncKeyPool(url, timeout=60, retry=patient) as pool:
+            task = asyncio.ensure_future(pool.acquire(wait=None))
+            await asyncio.sleep(0.5)
+        errors.append((await asyncio.gather(task, return_exceptions=True))[0])  # type: ignore[arg-type]
+
     thread = threading.Thread(target=wait)
     thread.start()
-    eventually(lambda: server.client().stats()["waiting"] == 1, "a waiter")
+    asyncio.run(asyncio.wait_for(wait_async(), 10))
     pool.close()
     thread.join(5)
-    assert len(errors) == 1
-    eventually(lambda: server.client().stats()["waiting"] == 0, "the waiter to leave")
+    assert [type(error) for error in errors] == [PoolClosed, PoolClosed]
+    eventually(lambda: server.client().stats()["waiting"] == 0, "the waiters to leave")
 
 
 def test_a_connection_that_the_server_closed_is_noticed(start_server: Start) -> None:

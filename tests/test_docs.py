@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import Answer, Client, ServerProcess
+from support import Answer, Client, ServerProcess, clean_environment
 
 from keypool.api.first_version import LEGACY
 from keypool.api.operations import OPERATIONS, Operation
 from keypool.api.reference import DOCS, TABLES, with_tables
-from keypool.client import KeyPool
 from keypool.config.settings import OPTIONS, Option
 from keypool.core import errors
 
@@ -68,17 +67,15 @@ def test_the_readme_transcript_runs_as_it_is_shown(server: ServerProcess) -> Non
         real_key = real_key or (found.group() if found else "")
 
 
-@pytest.mark.skipif(not hasattr(KeyPool, "from_env"), reason="README shows the client that has from_env")
 def test_the_readme_program_runs_as_it_is_shown(server: ServerProcess) -> None:
     """README's Python block leases a key, prints it and gives it back."""
     [program] = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
     made = json.loads(server.client().request("POST", "/api/v1/keys").body)
-    program = program.replace("http://127.0.0.1:8888", f"http://127.0.0.1:{server.port}")
-    ran = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
-    )
+    env = clean_environment({"KEYPOOL_URL": f"http://127.0.0.1:{server.port}"})
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=env, cwd=ROOT)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"X-Api-Key: {made['key']}\n", "")
     row = json.loads(server.client().request("GET", f"/api/v1/keys/{made['key']}").body)
     assert row["state"] == "available"

@@ -23,7 +23,7 @@ from valkeys import Valkey, new_pool, shared_cluster, shared_valkey
 
 from keypool.cli.main import main
 from keypool.core.counters import COUNTERS
-from keypool.engine.durable import datafile
+from keypool.engine.durable import file_lock
 from keypool.engine.migrate.moving import FileSource, FileTarget, Source, Target, move
 from keypool.engine.migrate.moving_valkey import ValkeyPool
 from keypool.engine.valkey.scripts import keys_of
@@ -252,7 +252,7 @@ def test_a_file_that_is_served_is_refused(
     empty: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the seconds in which a server may end."""
-    monkeypatch.setattr(datafile, "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(file_lock.hold, "__defaults__", (0.2,))
     with ServerProcess([f"--data={data}", "--port=0"], cwd=tmp_path):
         refused(migrate(data, empty), 1, "held by another server")
 

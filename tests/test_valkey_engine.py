@@ -17,13 +17,24 @@ from typing import Any
 import pytest
 from engine_support import Call, turns_until
 from test_pool_machine import Fact
-from valkey_support import Place, age, check, engine_on, eventually, new_place, on_loop, with_constants
+from valkey_support import (
+    Place,
+    age,
+    become,
+    check,
+    engine_on,
+    eventually,
+    new_place,
+    on_loop,
+    with_constants,
+)
 from valkeys import new_pool, shared_cluster
 
 from keypool.core.answers import Lease
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
 from keypool.core.keys import State
+from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey import poller as valkey_poller
 from keypool.engine.valkey.calls import ScriptCall
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -34,8 +45,9 @@ BLOCK, KEEPALIVE = 60.0, 300.0
 
 
 @pytest.fixture
-def place() -> Place:
-    """See Place."""
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """See Place. On a busy machine a large batch may take longer than the silence that ends a connection."""
+    monkeypatch.setattr(valkey_link, "SILENCE", 30.0)
     return new_place()
 
 
@@ -328,7 +340,7 @@ async def test_every_available_key_has_the_same_chance(place: Place, partitions:
 
 
 @on_loop
-@pytest.mark.parametrize("draws", [2000, pytest.param(8000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("draws", [2000, pytest.param(4000, marks=pytest.mark.thorough)])
 async def test_servers_draw_from_the_same_keys_with_the_same_chance(place: Place, draws: int) -> None:
     """Although one never knows what the other has freed; also with half of the keys held, by changing holders."""
     url = place.url
@@ -449,11 +461,7 @@ async def test_servers_that_know_nothing_of_each_other_do_not_overfill_a_pool(
         made = [result for result in results if not isinstance(result, BaseException)]
         refused = {type(result) for result in results if isinstance(result, BaseException)}
         assert refused == {PoolFull}
-
-        async def settled() -> bool:
-            return (await engines[0].stats()).total == 1000 * len(made)
-
-        await eventually(settled, "a refused batch leaves nothing behind")
+        await become(engines[0], "a refused batch leaves nothing behind", total=1000 * len(made))
         assert len(made) <= 20
         for _ in range(20 - len(made)):
             await engines[0].generate(1000)
@@ -548,11 +556,7 @@ async def test_no_key_is_held_by_two_over_three_servers(place: Place) -> None:
         await one.generate(7)
         engines = (one, two, three)
         await asyncio.gather(*(work(number, engines[number % 3]) for number in range(30)))
-
-        async def all_back() -> bool:
-            return (await one.stats()).available == 7
-
-        await eventually(all_back, "all keys are back")
+        await become(one, "all keys are back", available=7)
 
 
 @on_loop
@@ -563,19 +567,12 @@ async def test_waiting_counts_those_of_all_servers(place: Place) -> None:
         async with engine_on(url) as other:
             calls = [asyncio.ensure_future(other.acquire(None, 30)) for _ in range(3)]
             calls.append(asyncio.ensure_future(one.acquire(None, 30)))
-
-            async def four() -> bool:
-                return (await one.stats()).waiting == 4 and (await other.stats()).waiting == 4
-
-            await eventually(four, "both count four")
+            for engine in (one, other):
+                await become(engine, "both count four", waiting=4)
             other.drain()
             results = await asyncio.gather(*calls[:3], return_exceptions=True)
             assert {type(result).__name__ for result in results} == {"Draining"}
-
-        async def one_left() -> bool:
-            return (await one.stats()).waiting == 1
-
-        await eventually(one_left, "only one waits")
+        await become(one, "only one waits", waiting=1)
         one.drain()
         await asyncio.gather(*calls, return_exceptions=True)
 
@@ -605,11 +602,7 @@ async def test_a_caller_who_hangs_up_is_leased_nothing(place: Place, turns: int)
             if call.over:
                 await engine.unblock(call.answer.key, call.answer.lease)
             call.hang_up()
-
-            async def available() -> bool:
-                return (await engine.stats()).available == 1
-
-            await eventually(available, "the key is back")
+            await become(engine, "the key is back", available=1)
             task = asyncio.ensure_future(engine.acquire("gone", wait))
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -618,7 +611,7 @@ async def test_a_caller_who_hangs_up_is_leased_nothing(place: Place, turns: int)
             if not task.cancelled():
                 lease = task.result()
                 await engine.unblock(lease.key, lease.lease)
-            await eventually(available, "the key is back")
+            await become(engine, "the key is back", available=1)
 
 
 @on_loop
@@ -769,12 +762,7 @@ async def test_a_crowd_that_expires_at_once_is_purged_in_slices(place: Place) ->
         with pytest.raises(NoKeyAvailable):
             await engine.acquire(None, 0)
         assert (await engine.page(ListQuery())).keys == []
-
-        async def purged() -> bool:
-            return (await engine.stats()).total == 0
-
-        await eventually(purged, "all are purged")
-        assert (await engine.stats()).expired == 5000
+        await become(engine, "all are purged", total=0, expired=5000)
         check(place.valkey, place.pool, 16)
 
 
@@ -803,14 +791,10 @@ async def test_one_server_sweeps_and_another_stands_in_for_it(place: Place) -> N
         first._poller.stop()  # as if it had died
         known = second.histograms()["release_lateness_seconds"].count
         await others[0].acquire_many(None, 200)
-
-        async def free() -> bool:
-            return (await others[1].stats()).blocked == 0
-
         await eventually(
             lambda: second.histograms()["release_lateness_seconds"].count > known, "it stands in"
         )
-        await eventually(free, "all are released")
+        await become(others[1], "all are released", blocked=0)
 
 
 def _tie(place: Place, partitions: int, moment: int) -> None:
@@ -905,12 +889,8 @@ async def test_records_that_valkey_threw_away_are_purged_where_they_are_met(plac
         age(place.valkey, pool, 2, 61)
         for number, text in enumerate(sorted(lost & held)):  # known by the sets alone, and overdue
             place.valkey.ask("ZADD", keys_of(pool, 0, 2)[2 + number % 2], "XX", 1, text)
-
-        async def settled() -> bool:
-            stats = await engine.stats()
-            return (stats.total, stats.available) == (60 - len(lost), 60 - len(lost))
-
-        await eventually(settled, "the rest of them is purged")
+        rest = 60 - len(lost)
+        await become(engine, "the lost ones are purged", total=rest, available=rest)
         check(place.valkey, pool, 2)
 
 

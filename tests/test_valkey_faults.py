@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from support import ACQUIRE, API, ROOT, ServerProcess, run_server
 from support import eventually as eventually_blocking
-from valkey_support import age, check, engine_on, eventually, on_loop
+from valkey_support import age, check, engine_on, eventually, on_loop, serves
 from valkeys import Cluster, Valkey
 
 from keypool.core.cursor import ListQuery
@@ -55,17 +55,6 @@ async def unready(engine: ValkeyEngine) -> str:
 
 def _is_down(link: Link) -> bool:
     return not link.up
-
-
-async def serves(engine: ValkeyEngine) -> None:
-    """Returns once calls are served and the engine says so."""
-
-    async def served() -> bool:
-        engine.ready()
-        await engine.stats()
-        return True
-
-    await eventually(served, "the engine serves again", within=15)
 
 
 # ------------------------------------------------------------------------------------------------- connection

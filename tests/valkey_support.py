@@ -88,6 +88,26 @@ async def eventually(condition: Callable[[], Any], what: str, within: float = 20
         await asyncio.sleep(0.005)
 
 
+async def become(engine: ValkeyEngine, what: str, within: float = 20.0, **wanted: int) -> None:
+    """Return when the stats are those; fail after a while, saying what never came true."""
+
+    async def reached() -> bool:
+        stats = await engine.stats()
+        return all(getattr(stats, name) == value for name, value in wanted.items())
+
+    await eventually(reached, f"{what}: {wanted}", within)
+
+
+async def serves(engine: ValkeyEngine) -> None:
+    """Return when calls are served and the engine says so."""
+
+    async def served() -> bool:
+        engine.ready()
+        return bool(await engine.stats())
+
+    await eventually(served, "the engine serves again", within=15)
+
+
 def with_constants(patch: pytest.MonkeyPatch, **constants: int) -> None:
     """Let scripts have other constants than those in common.lua."""
     made = {}

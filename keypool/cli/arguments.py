@@ -7,6 +7,7 @@ command doesn't wait for what it doesn't use.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -55,7 +56,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     `--help` and `--version` print and raise SystemExit(0).
     """
-    own = words[: words.index("--")] if "--" in words else words
+    # What follows run may be a flag of the command that it runs.
+    own = itertools.takewhile(lambda word: word not in ("--", "run"), words)
     if any(word == "--token" or word.startswith("--token=") for word in own):
         raise _wrong("a token is never an argument: use KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE or --token-file")
     args, unknown = _parser().parse_known_args(words)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import logging
 import queue
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -31,7 +32,7 @@ def generate(args: argparse.Namespace) -> Status:
     """Generate keys and print them batch by batch, so that an interrupt or a failure loses none."""
     if args.count > _UNASKED and not args.yes:
         _confirm(args.count)
-    output = _output_for_new_keys(args)
+    output = output_of(args, whole_in_pipes=True)
     generated = printed = 0
     bar = Progress("generating", args.count, shown=not sys.stdout.isatty())
     with connect(args) as pool, bar, answer_first() as signals:
@@ -63,7 +64,7 @@ def _confirm(count: int) -> None:
 
 def acquire(args: argparse.Namespace) -> Status:
     """Acquire a key, or several at once. They are given back if they can't be printed."""
-    output = _output_for_new_keys(args)
+    output = output_of(args, whole_in_pipes=True)
     if not output.show_keys:
         raise CommandError(
             "on a terminal keys are masked, and nobody could use a masked one: add --show-keys (-k), "
@@ -120,6 +121,8 @@ def _keep_alive(args: argparse.Namespace, keys: list[str]) -> Status:
     """Print a line for each key that dies. Raises KeyPoolError if the server refuses, a wrong token say."""
     output = output_of(args)
     events: queue.SimpleQueue[str | KeyPoolError] = queue.SimpleQueue()
+    # The client would log what is printed here.
+    logging.getLogger("keypool.client").addHandler(logging.NullHandler())
     with connect(args) as pool, pool.keeper(keys, on_dead=events.put, on_error=events.put) as keeper:
         note(f"keeping {len(keeper.keys)} keys alive")
         while keeper.keys or not events.empty():
@@ -184,44 +187,35 @@ def stats(args: argparse.Namespace) -> Status:
     return Status.OK
 
 
-def output_of(args: argparse.Namespace) -> Output:
-    """The output that this command's flags ask for."""
-    return Output(as_json=args.json, show_keys=args.show_keys)
-
-
-def _output_for_new_keys(args: argparse.Namespace) -> Output:
-    """In a pipe, generate and acquire print keys as they are: a program is to use them."""
-    return Output(as_json=args.json, show_keys=args.show_keys or not sys.stdout.isatty())
+def output_of(args: argparse.Namespace, *, whole_in_pipes: bool = False) -> Output:
+    """The output that the flags ask for. `whole_in_pipes`: keys are masked on a terminal only."""
+    whole = args.show_keys or (whole_in_pipes and not sys.stdout.isatty())
+    return Output(as_json=args.json, show_keys=whole)
 
 
 def _named(keys: list[str]) -> list[tuple[str, int | None]]:
     """The keys that the arguments name, each with its lease number if that is known.
 
-    `-` stands for the lines of standard input, as generate and acquire print them: the key comes first, then
-    for acquire its lease. Raises CommandError if there is no key, or a masked one.
+    `-` stands for the lines of standard input, as generate and acquire print them. Raises CommandError if
+    there is no key, or a masked one.
     """
-    named = [each for key in keys for each in (_lines(sys.stdin) if key == "-" else [(key, None)])]
-    if not named:
+    lines = [line for key in keys for line in (map(str.split, sys.stdin) if key == "-" else [[key]]) if line]
+    if not lines:
         raise CommandError("no key on standard input", Status.USAGE)
-    for key, _ in named:
+    for key, *_ in lines:
         if "…" in key:
             raise CommandError(
                 f"{key} is a masked key: use the key itself, which --show-keys (-k) prints, or its id, "
                 "written id:N (admin)",
                 Status.USAGE,
             )
-    return named
+    return [(line[0], _lease(line)) for line in lines]
 
 
-def _lines(lines: Iterable[str]) -> Iterator[tuple[str, int | None]]:
-    for line in lines:
-        if words := line.split():
-            yield words[0], _lease(words)
-
-
-def _lease(words: list[str]) -> int | None:
-    # acquire's lines have five columns; those of generate have the id where the lease would be.
-    return int(words[1]) if len(words) != len(GENERATED) and words[1:] and words[1].isdecimal() else None
+def _lease(columns: list[str]) -> int | None:
+    # generate's lines have an id in the second column, acquire's the lease.
+    known = len(columns) > 1 and len(columns) != len(GENERATED) and columns[1].isdecimal()
+    return int(columns[1]) if known else None
 
 
 def _report(args: argparse.Namespace, done: Done) -> Status:

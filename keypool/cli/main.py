@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Without `argv` they are those of the process, whose signals are then handled as well.
     """
+    from keypool.early_exit import open_standard_streams  # noqa: PLC0415 - see the module
+
     words = sys.argv[1:] if argv is None else list(argv)
+    open_standard_streams()
     own_process = argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -53,10 +56,12 @@ def _run(words: Sequence[str], own_process: bool) -> int:
         status = _load(args.do)(args)
         sys.stdout.flush()
         return int(status)
-    except BrokenPipeError:
-        # Nobody reads any more: the interpreter would fail at its end to write what is still buffered.
+    except OSError as error:
+        # The interpreter would fail at its end to write what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Status.BROKEN_PIPE
+        if isinstance(error, BrokenPipeError):
+            return Status.BROKEN_PIPE
+        failure = CommandError(f"the output can't be written: {error.strerror}", Status.FAILED)
     except CommandError as error:
         failure = error
     except KeyPoolError as error:

@@ -54,13 +54,12 @@ class Output:
 
     def fields(self, row: Row) -> None:
         """Print one object: a line for each member, with its name first."""
-        if self.as_table:
-            width = max(map(len, row))
-            print("\n".join(f"{name:<{width}}  {_cell(value)}" for name, value in self._masked(row).items()))
-        elif self.as_json:
-            self._line((), row)
-        else:
-            print("\n".join(f"{name}\t{_plain(value)}" for name, value in self._masked(row).items()))
+        if self.as_json:
+            self.rows((), [row])
+            return
+        width = max(map(len, row))
+        for name, value in self._masked(row).items():
+            print(f"{name:<{width}}  {_cell(value)}" if self.as_table else f"{name}\t{_plain(value)}")
         sys.stdout.flush()
 
     def masked(self, key: str) -> str:

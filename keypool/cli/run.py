@@ -59,12 +59,18 @@ def run(args: argparse.Namespace) -> int:
 def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, *, stop: bool) -> int:
     foreground = in_foreground()
     with CaughtSignals(foreground=foreground) as signals:
+        die_with_parent = end_with_parent(os.getpid(), signal.SIGTERM)
+
+        def prepare_child() -> None:
+            signals.restore()
+            die_with_parent()
+
         try:
             process = subprocess.Popen(  # noqa: S603 - running it is what was asked for
                 words,
                 env=os.environ | environment,
                 process_group=None if foreground else 0,
-                preexec_fn=_prepared(signals.restore),  # noqa: PLW1509 - there is one thread
+                preexec_fn=prepare_child,  # noqa: PLW1509 - there is one thread
             )
         except OSError as error:
             note(f"{words[0]} can't be run: {error.strerror or error}")
@@ -78,19 +84,6 @@ def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, 
     if overrun.stopping:
         return Status.RUN_LEASE_OVER
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
-
-
-def _prepared(restore: Callable[[], None]) -> Callable[[], None] | None:
-    """What the child does before it becomes the command."""
-    if os.name != "posix":
-        return None
-    die_with_parent = end_with_parent(os.getpid(), signal.SIGTERM)
-
-    def prepare() -> None:
-        restore()
-        die_with_parent()
-
-    return prepare
 
 
 def _send(process: subprocess.Popen[bytes], number: int, *, group: bool) -> None:

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from keypool.client import (
-    AnswerLost,
-    Forbidden,
-    GatewayError,
-    KeyPoolError,
-    LeaseLost,
-    NoKeyAvailable,
-    Refused,
-    StaleLease,
-    StorageUnavailable,
-    Unauthorized,
-    Unavailable,
-    UnknownKey,
-    Unreachable,
-)
+from keypool.client import errors
+from keypool.client.errors import KeyPoolError, Refused
 
 
 class Status(IntEnum):
@@ -54,28 +41,23 @@ class Status(IntEnum):
         return made
 
 
-_BY_ERROR: list[tuple[type[KeyPoolError], Status]] = [
-    (NoKeyAvailable, Status.NO_KEY),
-    (UnknownKey, Status.UNKNOWN_KEY),
-    (StaleLease, Status.LEASE_OVER),
-    (LeaseLost, Status.LEASE_OVER),
-    (Unauthorized, Status.DENIED),
-    (Forbidden, Status.DENIED),
-    (Unreachable, Status.UNREACHABLE),
-    (AnswerLost, Status.UNCERTAIN),
-    (GatewayError, Status.UNCERTAIN),
-    (StorageUnavailable, Status.UNCERTAIN),
-]
+_ERRORS: dict[Status, tuple[type[KeyPoolError], ...]] = {
+    Status.NO_KEY: (errors.NoKeyAvailable,),
+    Status.UNKNOWN_KEY: (errors.UnknownKey,),
+    Status.LEASE_OVER: (errors.StaleLease, errors.LeaseLost),
+    Status.DENIED: (errors.Unauthorized, errors.Forbidden),
+    Status.UNREACHABLE: (errors.Unreachable,),
+    Status.UNCERTAIN: (errors.AnswerLost, errors.GatewayError, errors.StorageUnavailable),
+}
 
 _OF_RUN = {
     Status.NO_KEY: Status.RUN_NO_KEY,
     Status.DENIED: Status.RUN_DENIED,
     Status.UNREACHABLE: Status.RUN_UNREACHABLE,
     Status.UNCERTAIN: Status.RUN_UNCERTAIN,
-    Status.INTERRUPTED: Status.INTERRUPTED,
 }
 
-TRANSIENT = (Unreachable, AnswerLost, GatewayError, Unavailable)
+TRANSIENT = (errors.Unreachable, errors.AnswerLost, errors.GatewayError, errors.Unavailable)
 """Errors that may go away by themselves: commands that run on and on retry after them."""
 
 
@@ -89,7 +71,7 @@ class CommandError(Exception):
 
 def command_error(error: KeyPoolError, prefix: str = "") -> CommandError:
     """The line and the status for an error of the client."""
-    status = next((status for kind, status in _BY_ERROR if isinstance(error, kind)), Status.FAILED)
+    status = next((status for status, kinds in _ERRORS.items() if isinstance(error, kinds)), Status.FAILED)
     if isinstance(error, Refused):
         return CommandError(f"{prefix}{error.detail} ({error.code})", status)
     suffix = "; the call may have taken effect" if error.may_have_happened else ""

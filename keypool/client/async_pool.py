@@ -41,7 +41,7 @@ from keypool.client.calls import Batch, Call, Order, Progress, StateName, Unbloc
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, HeldKey, hold, raise_or_note
 from keypool.client.pool import lost_of
-from keypool.client.rounds import OnDead, OnError, Rounds
+from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_TIMEOUT,
     DEFAULT_URL,
@@ -291,7 +291,7 @@ class AsyncLeasedKeys:
         raise_or_note(lost_of(await self._pool._unblock_batch(self._keys)), error)  # noqa: SLF001 - a part of it
 
 
-class AsyncKeeper:
+class AsyncKeeper(KeptKeys):
     """Keeps keys alive from `start`, or `async with`, to `stop`, in one task.
 
     `on_dead(key)` is called on the loop, once for each key that the server does not know any more;
@@ -300,34 +300,15 @@ class AsyncKeeper:
     """
 
     def __init__(self, runner: AsyncRunner, rounds: Rounds) -> None:
-        self._runner = runner
-        self._rounds = rounds
         self._wake = asyncio.Event()
+        super().__init__(rounds, self._wake.set)
+        self._runner = runner
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def keys(self) -> list[str]:
-        """The texts of the keys that are kept alive, without those that died."""
-        return list(self._rounds.keys)
-
-    @property
-    def error(self) -> KeyPoolError | None:
-        """Why the latest round failed; None if it did not."""
-        return self._rounds.error
 
     @property
     def running(self) -> bool:
         """Whether the task runs."""
         return self._task is not None and not self._task.done()
-
-    def add(self, key: KeyLike) -> None:
-        """Keep one more alive, from now on."""
-        self._rounds.add(key)
-        self._wake.set()
-
-    def discard(self, key: KeyLike) -> None:
-        """Stop keeping a key alive, if it is kept."""
-        self._rounds.discard(key)
 
     def start(self) -> Self:
         """Begin, with a round at once. Raises KeyPoolError if it was started before."""

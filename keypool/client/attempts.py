@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import socket
 import ssl
 from collections.abc import Generator, Mapping
@@ -140,7 +141,7 @@ def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Step
             if wait_until - now() <= _PROMPT:
                 raise
             # The server has waited as long as it does: ask again. Slowly, if it didn't wait at all.
-            failures, reached, retry_until = 0, True, None
+            failures, times, reached, retry_until = 0, 0, True, None
             pause = 0.0 if now() - sent_at >= wait / 2 else min(1.0, wait_until - now())
         except KeyPoolError as error:
             error.repeated = repeated
@@ -230,7 +231,7 @@ def failure(error: Exception, url: str) -> KeyPoolError:
     reason = str(error) or type(error).__name__
     if isinstance(error, _NEVER_SENT):
         causes = _causes(error)
-        reason = next(filter(None, (getattr(cause, "strerror", None) for cause in causes)), reason)
+        reason = next(filter(None, map(_system_reason, causes)), reason)
         made = Unreachable(f"can't reach {url}: {reason}")
         made.transient = not any(map(_permanent, causes))
         return made
@@ -247,6 +248,12 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
+
+
+def _system_reason(cause: BaseException) -> str | None:
+    if isinstance(cause, socket.gaierror | ssl.SSLError):
+        return cause.strerror
+    return os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else None
 
 
 def _permanent(cause: BaseException) -> bool:

@@ -26,7 +26,7 @@ from keypool.client.settings import Settings, now
 
 T = TypeVar("T")
 
-LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=2.0)
+LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
 """A connection that was idle for longer than 2 s is not used again: the server may be closing it at this very
 moment, and a call that is not safe to repeat would be lost with it."""
 
@@ -160,7 +160,6 @@ class _Backend(httpcore2.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.NetworkStream:
-        """A new connection. Raises httpcore2.ConnectError, ConnectTimeout."""
         left = _within(timeout, httpcore2.ConnectTimeout)
         return self._stream(self._inner.connect_tcp(host, port, left, local_address, socket_options))
 
@@ -172,7 +171,6 @@ class _Backend(httpcore2.NetworkBackend):
         return stream
 
     def cut(self) -> None:
-        """Break all connections, so that threads that read from them notice."""
         self._cut = True
         for stream in list(self._streams):
             stream.cut()
@@ -186,17 +184,14 @@ class _Stream(httpcore2.NetworkStream):
         self._wrap = wrap
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Some bytes, none at the end. Raises httpcore2.ReadTimeout, ReadError."""
         return self._inner.read(max_bytes, _within(timeout, httpcore2.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Raises httpcore2.WriteTimeout, WriteError."""
         self._inner.write(buffer, _within(timeout, httpcore2.WriteTimeout))
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
-        """The same connection, encrypted. Raises httpcore2.ConnectError, ConnectTimeout."""
         left = _within(timeout, httpcore2.ConnectTimeout)
         encrypted: httpcore2.NetworkStream = self._wrap(
             self._inner.start_tls(ssl_context, server_hostname, left)
@@ -204,15 +199,13 @@ class _Stream(httpcore2.NetworkStream):
         return encrypted
 
     def get_extra_info(self, info: str) -> Any:
-        """As of the connection inside."""
         return self._inner.get_extra_info(info)
 
     def close(self) -> None:
-        """Close it."""
         self._inner.close()
 
     def cut(self) -> None:
-        """Break it. A plain close would leave a thread that reads from it waiting."""
+        # A plain close would leave a thread that reads from it waiting.
         sock = self._inner.get_extra_info("socket")
         with contextlib.suppress(OSError):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -41,7 +41,7 @@ from keypool.client.blocking import Runner
 from keypool.client.calls import Batch, Call, Order, Progress, StateName, UnblockItem
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, HeldKey, hold, raise_or_note
-from keypool.client.rounds import OnDead, OnError, Rounds
+from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_TIMEOUT,
     DEFAULT_URL,
@@ -304,7 +304,7 @@ def lost_of(done: Done) -> LeaseLost | None:
     return LeaseLost(f"{count} of the keys were lost before they were given back") if count else None
 
 
-class Keeper:
+class Keeper(KeptKeys):
     """Keeps keys alive from `start`, or `with`, to `stop`, in one thread with connections of its own.
 
     `on_dead(key)` is called in that thread, once for each key that the server does not know any more;
@@ -314,34 +314,15 @@ class Keeper:
     """
 
     def __init__(self, runner: Runner, rounds: Rounds) -> None:
+        super().__init__(rounds, runner.wake)
         self._runner = runner
-        self._rounds = rounds
         self._pid = 0
         self._thread: threading.Thread | None = None
-
-    @property
-    def keys(self) -> list[str]:
-        """The texts of the keys that are kept alive, without those that died."""
-        return list(self._rounds.keys)
-
-    @property
-    def error(self) -> KeyPoolError | None:
-        """Why the latest round failed; None if it did not."""
-        return self._rounds.error
 
     @property
     def running(self) -> bool:
         """Whether the thread runs, in this process."""
         return self._thread is not None and self._pid == os.getpid() and self._thread.is_alive()
-
-    def add(self, key: KeyLike) -> None:
-        """Keep one more alive, from now on."""
-        self._rounds.add(key)
-        self._runner.wake()
-
-    def discard(self, key: KeyLike) -> None:
-        """Stop keeping a key alive, if it is kept."""
-        self._rounds.discard(key)
 
     def start(self) -> Self:
         """Begin, with a round at once. Raises KeyPoolError if it was started before."""

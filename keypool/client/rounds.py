@@ -22,6 +22,7 @@ from keypool.client.errors import (
     KeyPoolError,
     MethodNotAllowed,
     NotFound,
+    PoolClosed,
     Unauthorized,
     UnknownKey,
     WrongHost,
@@ -101,6 +102,8 @@ class Rounds:
             while self.keepalive_seconds is None and self.keys:
                 yield from self._learn(next(iter(self.keys)))
             self._prolong(keys, began)
+        except PoolClosed:
+            raise
         except KeyPoolError as failed:
             error = failed
         self._note(error)
@@ -146,3 +149,30 @@ class Rounds:
             callback(about)
         except Exception:
             log.exception("a callback of the keeper failed")
+
+
+class KeptKeys:
+    """What both keepers show of their rounds. `wake` ends the pause between two rounds."""
+
+    def __init__(self, rounds: Rounds, wake: Callable[[], object]) -> None:
+        self._rounds = rounds
+        self._wake_up = wake
+
+    @property
+    def keys(self) -> list[str]:
+        """The texts of the keys that are kept alive, without those that died."""
+        return list(self._rounds.keys)
+
+    @property
+    def error(self) -> KeyPoolError | None:
+        """Why the latest round failed; None if it did not."""
+        return self._rounds.error
+
+    def add(self, key: KeyLike) -> None:
+        """Keep one more alive, from now on."""
+        self._rounds.add(key)
+        self._wake_up()
+
+    def discard(self, key: KeyLike) -> None:
+        """Stop keeping a key alive, if it is kept."""
+        self._rounds.discard(key)

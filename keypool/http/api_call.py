@@ -49,17 +49,21 @@ class InFlight:
 
 
 class ApiCall:
-    """One request of the API. `request` is its head; a subclass sets the attributes and writes the reply."""
+    """One request of the API. `request` is its head; a subclass sets all attributes, and writes the reply.
+
+    `turns` are those of the server, where a paused call waits; without them it goes on in the loop's next iteration.
+    """
+
+    __slots__ = ("_ended", "_waiting", "dispatcher", "in_flight", "pending", "request", "started", "turns")
 
     dispatcher: Dispatcher
     in_flight: InFlight
     pending: Pending
     request: Request
     started: float
-    turns: Turns | None = None
-    """Of its server: where a paused call waits. Without them it goes on in the loop's next iteration."""
-    _waiting: CoroutineDriver | _HeldBack | None = None
-    _ended = False
+    turns: Turns | None
+    _waiting: CoroutineDriver | _HeldBack | None
+    _ended: bool
 
     def send(self, reply: Reply) -> bool:
         """Write the reply; whether there is still somebody to write to."""
@@ -166,7 +170,7 @@ class CoroutineDriver:
         if yielded is not None:
             yielded._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to take over a future
             if type(yielded) is Commit:
-                yielded.on_done(self.run)  # within the commit, not one turn of the loop later
+                yielded.on_done(self.run)  # in the very turn in which the commit is done
             else:
                 yielded.add_done_callback(self.run)
         elif self._call is not None and self._call.turns is not None:

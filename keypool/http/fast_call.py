@@ -78,10 +78,13 @@ class FastApi:
 class FastCall(ApiCall, RawDelegate):
     """One request of the API on the fast server."""
 
+    __slots__ = ("_request",)
+
     def __init__(self, api: FastApi, request: Request) -> None:
         connection, section = request.connection, request.section
         assert connection is not None  # it is started only while its peer is there
         self._request = request
+        self._waiting, self._ended = None, False
         self.dispatcher, self.in_flight = api.dispatcher, api.in_flight
         self.turns = connection.server.turns
         peer = connection.peer

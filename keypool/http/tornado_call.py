@@ -40,8 +40,8 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         self, dispatcher: Dispatcher, in_flight: InFlight, request: httputil.HTTPServerRequest
     ) -> None:
         assert request.connection is not None
-        self.dispatcher = dispatcher
-        self.in_flight = in_flight
+        self.dispatcher, self.in_flight, self.turns = dispatcher, in_flight, None
+        self._waiting, self._ended = None, False
         self.request = request
         # Tornado's annotation is the base class; what it passes is the class that knows when it closes.
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)

@@ -6,13 +6,13 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 
 from keypool.config.limits import SPARE_FILES, allowed_files
 from keypool.config.settings import OPTIONS, PRINT_CONFIG, Settings, effective_settings, load
 from keypool.config.tokens import ROLES, exposed_files, read_tokens, token_variables
 from keypool.core.errors import SettingsError, StartError
+from keypool.early_exit import open_standard_streams
 from keypool.misspelled import CLIENT_VARIABLES, misspelled
 from keypool.ops import logs
 from keypool.server import runtime
@@ -52,21 +52,6 @@ def main(argv: Sequence[str], program: str = "python server.py") -> int:
         # Otherwise the interpreter's own flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _BROKEN_PIPE
-
-
-def open_standard_streams() -> None:
-    """Open /dev/null as 0, 1 and 2 where these are closed.
-
-    Otherwise the next file that is opened would get that number, and log lines would go into a socket or the data file.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            # This opens the lowest free number, so this one.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - never closed
 
 
 def _require_files() -> None:

@@ -1,8 +1,7 @@
 // The charts, drawn once a second and only while in sight. A point is the mean of five samples, aligned to the clock, so
 // that only the last one moves.
 //
-// Pointing at a chart, or the arrow keys when it has the focus, tells the numbers of a moment in its legend. What
-// this module does not do: know where numbers come from.
+// Pointing at a chart, or the arrow keys while it has the focus, shows the numbers of a moment in its legend.
 
 import { number } from "./ui.js";
 
@@ -15,7 +14,7 @@ const LABELS = {
   minutes: ["24 h ago", "16", "8", "now"],
 };
 
-/** One figure of the overview. `layers` are its series in drawing order; `stack` draws areas upon each other. */
+/** One figure of the overview. `layers` are its series in drawing order; `stack` stacks areas. */
 export class Chart {
   constructor(figure, layers, stack) {
     this.figure = figure;

@@ -1,10 +1,10 @@
 // Server time in the browser, and every countdown on the page.
 //
-// The browser's own clock may be wrong or be put right meanwhile, so it is never asked: moments are the server's,
-// carried on by the monotonic clock. Each frame says what time it is there; the one that was under way the
-// shortest says it best, so the largest difference of the last minute counts.
+// The browser's own clock may be wrong, or be set meanwhile, so it isn't used: times are the server's, carried on by the
+// monotonic clock. Each frame has the server's time; the frame with the shortest delay is the most exact, so the largest
+// difference of the last minute counts.
 //
-// What this module does not do: decide what has become of a key. A countdown at zero waits for the server's word.
+// A countdown at zero waits for the server to say what became of the key.
 
 const samples = [];
 let offset = Date.parse(document.body.dataset.now || "") - monotonic() || 0;
@@ -13,12 +13,12 @@ function monotonic() {
   return performance.now();
 }
 
-/** The server's moment, in milliseconds since the epoch. */
+/** The server's time, in milliseconds since the epoch. */
 export function now() {
   return monotonic() + offset;
 }
 
-/** Take note of a moment that the server has just told. */
+/** Record the server's time from a frame that has just come. */
 export function hear(moment) {
   const at = monotonic();
   samples.push({ at, difference: Date.parse(moment) - at });
@@ -44,7 +44,7 @@ export function setLeft(element, left, asOf = now()) {
   draw(element);
 }
 
-/** Take up the countdowns that the server has drawn, which were right at the moment `asOf`. */
+/** Continue the countdowns in the server's markup, which were right at the time `asOf`. */
 export function adopt(root, asOf) {
   for (const element of root.querySelectorAll(".countdown")) {
     const left = element.dataset.left;

@@ -1,12 +1,11 @@
-// The connection to the feed: opened, watched, mended.
+// The connection to the feed: opened, watched, re-established.
 //
 //   connecting --hello--> live --silence, close, gap--> lost --back-off--> connecting
 //                                  \--1001--> draining --/
-//   polling: the server has no room for another viewer.   signed-out: the session has ended.   paused: nobody looks.
+//   polling: the server has no room for another viewer.   signed-out: the session has ended.   paused: the tab is hidden.
 //
-// A line can be dead without being closed, so the page itself listens for the heart: the server is never quiet
-// for longer than 5 s. A tab that is hidden holds no connection; one that comes back, or whose network does,
-// asks at once. What this module does not do: draw (pages), or keep numbers (model.js).
+// A connection can be dead without being closed, so the page watches for the heartbeat: the server is never silent for
+// longer than 5 s. A hidden tab holds no connection; it reconnects at once when it is shown, or when the network is back.
 
 import { Problem, request, whenSignedOut } from "./api.js";
 import { hear } from "./clock.js";
@@ -27,7 +26,7 @@ let hiddenTimer = 0;
 let figuresTimer = 0;
 let triedAt = 0;
 
-/** How the connection stands, in a word. */
+/** The state of the connection, as drawn above. */
 export let state = "connecting";
 
 /** Call `then` at each `state`, `hello`, `delta` or `figures`. */
@@ -35,18 +34,18 @@ export function on(type, then) {
   listeners[type].push(then);
 }
 
-/** Seconds since the server was last heard. */
+/** Seconds since the last frame. */
 export function age() {
   return (performance.now() - heardAt) / 1000;
 }
 
-/** Try at once, whatever the back-off says. */
+/** Reconnect at once, without waiting for the back-off. */
 export function retryNow() {
   attempt = 0;
   connect();
 }
 
-/** Begin. Called once, when all who listen do. */
+/** Begin. Called once, when all listeners are registered. */
 export function start() {
   whenSignedOut(signedOut);
   document.addEventListener("visibilitychange", seen);
@@ -115,7 +114,7 @@ function take(frame) {
   }
 }
 
-/** The heart: a line that is silent for too long is dead, whether it was alive before or never. */
+/** The heartbeat: a connection that is silent for too long is dead, even if it never delivered a frame. */
 function listen() {
   if (socket && performance.now() - Math.max(heardAt, triedAt) > SILENCE) dropped("lost");
 }
@@ -134,7 +133,7 @@ function again() {
   retryTimer = setTimeout(connect, wait);
 }
 
-/** A browser doesn't tell why a websocket was refused; the figures do. */
+/** Browsers don't say why a websocket was refused, so ask for the figures. */
 async function whyNot() {
   try {
     const figures = await request("GET", "/figures?state");
@@ -160,7 +159,7 @@ function told(figures) {
   tell("figures", figures);
 }
 
-/** What the feed doesn't tell, every few seconds; and all of it, when there is no feed to be had. */
+/** Every few seconds, fetch what the feed doesn't send; while polling, fetch everything. */
 async function poll() {
   clearTimeout(figuresTimer);
   figuresTimer = setTimeout(poll, POLL);

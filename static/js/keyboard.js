@@ -1,5 +1,5 @@
-// The keyboard: single keys that go somewhere, and none that changes anything. They can be switched off, since
-// speech input types them by accident (WCAG 2.1.4). What this module does not do: what the browser does already.
+// Keyboard shortcuts: single keys that navigate; none changes anything. They can be switched off, since speech input
+// types them by accident (WCAG 2.1.4).
 
 const help = document.getElementById("help");
 const choice = document.getElementById("shortcuts");

@@ -1,5 +1,5 @@
-// Who follows a link from another site comes here without the cookie, which is only sent to our own pages' requests.
-// This page is one: if the session holds, go on.
+// A user who follows a link from another site comes here without the cookie, because it is SameSite=Strict. This page's own
+// request has it: if the session is valid, go on.
 
 const next = document.querySelector("[name=next]").value;
 if (!document.getElementById("wrong")) {

@@ -1,4 +1,4 @@
-// Every page starts here: what all have in common, then the page's own module, then the connection.
+// Every page starts here: what all of them share, then the page's own module, then the connection.
 
 import "./clock.js";
 import "./keyboard.js";

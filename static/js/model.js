@@ -1,8 +1,8 @@
-// What the page knows of the pool: the latest numbers, the series behind the charts, the latest events.
+// The page's model of the pool: the latest numbers, the series behind the charts, the latest events.
 //
 // It begins with a hello and goes on with deltas. Rates are counted here, second by second, from the counters that
-// each frame brings, in the shape that the server keeps them (keypool/web/history.py). What this module does not do:
-// connect (feed.js), or draw (pages).
+// each frame brings, in the shape that the server keeps them (keypool/web/history.py). feed.js connects, the
+// pages draw.
 
 import { now } from "./clock.js";
 
@@ -21,7 +21,7 @@ let counted = {};
 /** Their names. */
 let counts = [];
 
-/** A whole state: forget what was. */
+/** A complete state, which replaces the model. */
 export function begin(hello) {
   model.stats = hello.stats;
   model.history = hello.history;
@@ -31,7 +31,7 @@ export function begin(hello) {
   counts = Object.keys(counted);
 }
 
-/** What has changed since. A `whole` delta, from polling, brings the latest events again. */
+/** What has changed since the last one. A `whole` delta, from polling, brings the latest events again. */
 export function go(delta) {
   model.stats = delta.stats;
   const fresh = delta.events.slice().reverse();

@@ -1,7 +1,7 @@
 // The panel of one key: the server's own markup (/keys/ID?part) in a drawer, kept up to date while it is open.
 //
-// A revealed key is in the page for 30 s at most, is never part of its URL or title, and goes when the panel closes
-// or the tab is hidden. What this module does not do: decide what may be done; the server leaves out what may not.
+// A revealed key is in the page for 30 s at most, is never part of its URL or title, and is removed when the panel closes
+// or the tab is hidden. The server leaves out actions that aren't allowed.
 
 import * as actions from "./actions.js";
 import { call } from "./api.js";

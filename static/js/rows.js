@@ -1,10 +1,10 @@
-// Rows of keys and events: templates of the page, filled. Used for what comes in live; the server draws the first ones
-// with the same markup (templates/parts.html).
+// Rows of keys and events: templates of the page, filled. Used for rows that arrive live; the server draws the first ones with
+// the same markup (templates/parts.html).
 
 import { setLeft } from "./clock.js";
 import { made, setText } from "./ui.js";
 
-/** Fill a row of the table of keys, or of the list of the soonest. `asOf` is the server's moment of the answer. */
+/** Fill a row of the table of keys, or of the list of the next releases. `asOf` is the server's time of the answer. */
 export function fillKey(element, key, asOf) {
   for (const name of ["id", "hint", "owner", "lease"]) {
     for (const field of element.querySelectorAll(`[data-f="${name}"]`)) setText(field, String(key[name] ?? ""));

@@ -1,6 +1,6 @@
 // Small things that pages share: numbers, toasts, copying, the confirm dialog, filling a template.
 //
-// Text is always set as text, never as HTML. What this module does not do: know keys or calls.
+// Text is always set as text, never as HTML.
 
 const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 1 });
 
@@ -9,12 +9,12 @@ export function number(value) {
   return grouped.format(value);
 }
 
-/** Set an element's text, if it isn't that already: what doesn't change is not drawn again. */
+/** Set an element's text, only if it differs, so that nothing is redrawn without need. */
 export function setText(element, text) {
   if (element && element.textContent !== text) element.textContent = text;
 }
 
-/** Say something that goes away by itself; `tone` danger stays a little longer. */
+/** Show a message that disappears by itself; with `tone` danger it stays a little longer. */
 export function toast(text, tone = "") {
   const element = document.createElement("div");
   element.className = "toast";
@@ -24,7 +24,7 @@ export function toast(text, tone = "") {
   setTimeout(() => element.remove(), tone === "danger" ? 9000 : 4500);
 }
 
-/** Copy, and say so. */
+/** Copy to the clipboard, and show a message. */
 export async function copy(text, what) {
   try {
     await navigator.clipboard.writeText(text);
@@ -49,7 +49,7 @@ export function ask(dialog) {
 }
 
 /**
- * Ask before something is done. `word` has to be typed; `list` are pairs of what is concerned and whose it is.
+ * Ask for confirmation. `word` has to be typed; `list` has pairs of a key and its holder.
  */
 export function confirm({ title, text, list = [], word = "", go, danger = false }) {
   const dialog = document.getElementById("confirm");

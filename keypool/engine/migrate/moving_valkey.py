@@ -92,7 +92,7 @@ class ValkeyPool:
 
     @_with_place
     async def _open_as_source(self) -> None:
-        await self._nodes.open()
+        await self._nodes.connect()
         facts = await self._facts()
         if not facts:
             raise StartError(f"there is no pool in {self.place}")
@@ -105,7 +105,7 @@ class ValkeyPool:
 
     @_with_place
     async def _open_as_target(self, partitions: int, *, clear: bool) -> None:
-        await self._nodes.open()
+        await self._nodes.connect()
         facts = await self._facts()
         await self._connect(int(facts.get("partitions", partitions)))
         if clear and facts.get("layout") == str(MOVING):
@@ -132,7 +132,7 @@ class ValkeyPool:
         """Connect to so many partitions, and raise StartError if a server subscribes to them."""
         self._partitions = partitions
         self._client = ScriptClient(self._nodes, self._url.pool, partitions)
-        await self._client.open()
+        await self._nodes.connect()
         replies = await self._nodes.execute_on_all("PUBSUB", "NUMSUB", self._keys(0)[-1])
         if sum(reply[1] for reply in replies):
             raise StartError(f"{self.place} is being served: stop its servers first")

@@ -2,7 +2,7 @@
 
     a call that is       meets                                   and is
     sent                 its reply                               done
-    sent                 NOSCRIPT, MOVED, ASK, TRYAGAIN          sent again, after what each asks for
+    sent                 NOSCRIPT, MOVED, ASK, TRYAGAIN          sent again, as each of these requires
     sent                 UNATTENDED: no server looked after the  held until its keys were given time (`attend`)
                          partition for a while
     sent                 READONLY, LOADING, CLUSTERDOWN, OOM …   503; the node has failed until it accepts a write
@@ -101,7 +101,7 @@ class ScriptCall(asyncio.Future[Reply]):
 
 
 class ScriptClient:
-    """See the module."""
+    """See the module. After it is made, `nodes.connect` connects to the nodes that have the partitions."""
 
     def __init__(self, nodes: Nodes, pool: str, partitions: int) -> None:
         self.nodes = nodes
@@ -116,7 +116,7 @@ class ScriptClient:
         """Gives the keys of a partition time after an outage, so that it is served again."""
         keys = [keys_of(pool, partition, partitions) for partition in range(partitions)]
         self._metas = [names[0] for names in keys]
-        self._slots = [slot_of(meta) for meta in self._metas]
+        self._slots = nodes.slots = [slot_of(meta) for meta in self._metas]
         # The beginning of each command, packed once: all but the number of words.
         self._heads = {
             script.name: [_packed(["EVALSHA", script.sha, len(KEYS), *names]) for names in keys]
@@ -130,11 +130,6 @@ class ScriptClient:
         nodes.on_recovery = self._recovered
         nodes.prove = self._prove_writable
 
-    async def open(self) -> None:
-        """Connect to the nodes that have the partitions. Raises OSError, ReplyError or ConnectionLost."""
-        self.nodes.slots = self._slots
-        await self.nodes.recover_once()
-
     def call(
         self,
         partition: int,
@@ -142,7 +137,7 @@ class ScriptClient:
         arguments: Sequence[Word] = (),
         on_orphaned_reply: Callable[[Reply], None] | None = None,
     ) -> ScriptCall:
-        """Call a script. O(arguments), beside what the script costs."""
+        """Call a script. O(arguments), plus the cost of the script."""
         count = 3 + len(KEYS) + len(arguments)
         command = b"*%d\r\n%b%b" % (count, self._heads[script][partition], _packed(arguments))
         call = ScriptCall(loop=self.loop)
@@ -209,12 +204,12 @@ class ScriptClient:
             # What has been unreachable for long is refused at once.
             call.held_until = (failure.since if failure else now) + HELD_SECONDS
         if now >= call.held_until:
-            call.fail(_unavailable(self._reason(call.partition)))
+            self._give_up(call)
         else:
             self._held[call] = self.loop.call_at(call.held_until, self._give_up, call)
 
     def _give_up(self, call: ScriptCall) -> None:
-        del self._held[call]
+        self._held.pop(call, None)
         call.fail(_unavailable(self._reason(call.partition)))
 
     def _reason(self, partition: int) -> str:
@@ -235,10 +230,9 @@ class ScriptClient:
                 self._submit(call)
 
     def _refuse_held(self) -> None:
-        held, self._held = self._held, {}
-        for call, timer in held.items():
+        for call, timer in list(self._held.items()):
             timer.cancel()
-            call.fail(_unavailable(self._reason(call.partition)))
+            self._give_up(call)
 
     # -- refusals
 

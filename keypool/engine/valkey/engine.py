@@ -15,10 +15,10 @@ lua/common.lua lists the names and what each holds. Beside them is one hash, `{P
 
 and a sorted set, `{POOL}:servers`: the running servers, by the moment of their latest heartbeat (presence.py).
 
-Ids are `number * partitions + partition + 1`, so an id tells its partition, unless it was moved in (those are at
-most `base_id * partitions`: all partitions are asked). The number grows within a partition, and over all of them with
-the calls of one server; several servers may give them out of order, but none twice. Lease numbers: see
-lua/acquire.lua.
+Ids are `number * partitions + partition + 1`, so an id determines its partition, unless it was moved in (those are
+at most `base_id * partitions`, and are looked up in all partitions). The number grows within a partition, and over
+all of them with the calls of one server; several servers may give them out of order, but none twice. Lease numbers:
+see lua/acquire.lua.
 
 Deadlines go by the clock of the Valkey that has the partition. Every script first processes what is overdue, 32 keys
 of each kind at most, and treats what is left by its deadline all the same; besides, one server sweeps each partition
@@ -27,7 +27,7 @@ alive.
 
 A call, from here:  Partitions -> ScriptClient (calls.py) -> Link -> one script on one partition. A uniformly random
 key over partitions is drawn by rejection sampling (sampler.py); before an acquire is answered that no key is
-available, all partitions have said so: a bounded number of round trips, nearly always one while most keys are
+available, all partitions have replied so: a bounded number of round trips, nearly always one while most keys are
 available. `--max-keys` is kept by the scripts (creation.py).
 """
 
@@ -105,7 +105,7 @@ class ValkeyEngine:
         self._pages = Pages(self._partitions)
         self._waiters = Waiters(self._partitions, self._sampler, self._poller, server, rules.max_waiters)
         self._subscriber = ReleaseSubscriber(self._nodes, pool, facts.partitions, self._waiters.key_freed)
-        self._poller.start()
+        self._poller.sweep()
 
     # -- the calls
 
@@ -168,7 +168,7 @@ class ValkeyEngine:
         return replies
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
-        """Put off a key's expiry. O(log n)."""
+        """Move a key's expiry. O(log n)."""
         text = ref if isinstance(ref, str) else await self._partitions.text_of(ref)
         call = self._client.call(self._partitions.of(text), "keepalive", (self._life_us, text))
         [id] = await call
@@ -177,7 +177,7 @@ class ValkeyEngine:
         return KeptAlive(id, seconds_left(self._life_us, call.age()))
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
-        """Put off expiries one by one. O(items * log n)."""
+        """Move expiries one by one. O(items * log n)."""
         return [id != 0 for _, id in await self._each("keepalive", refs, (self._life_us,))]
 
     async def delete(self, ref: Ref) -> Identity:
@@ -221,9 +221,9 @@ class ValkeyEngine:
 
     async def page(self, query: ListQuery) -> Page:
         """A page of rows. O(partitions * log n + page)."""
-        asked = page_query(query)
-        rows, position = await self._pages.page(asked)
-        return Page(rows, None if position is None else encode(asked, position))
+        parsed = page_query(query)
+        rows, position = await self._pages.page(parsed)
+        return Page(rows, None if position is None else encode(parsed, position))
 
     async def stats(self) -> Stats:
         """All counts. O(partitions)."""
@@ -269,7 +269,7 @@ class ValkeyEngine:
         }
 
     async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
-        """Store some numbers beside the pool's own. O(notes)."""
+        """Store some numbers with the pool. O(notes)."""
         for name, value in notes.items():
             if value is None:
                 await self._execute("HDEL", self._pool_key, NOTE + name)
@@ -342,7 +342,7 @@ class ValkeyEngine:
         }
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
-        """None."""
+        """Empty: the histograms are all. O(1)."""
         return {}
 
     def drain(self) -> None:

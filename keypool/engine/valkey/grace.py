@@ -1,7 +1,7 @@
 """Time that keys are given after a stop or an outage, so that their holders can keep them alive (lua/grace.lua).
 
-After a stop of all servers it is what --restart-grace says. After an outage, in which servers lived on and could not
-reach Valkey, it is half of a keepalive, if that is more.
+After a stop of all servers it is the value of --restart-grace. After an outage, in which servers kept running and
+could not reach Valkey, it is half of a keepalive, if that is more.
 """
 
 from __future__ import annotations

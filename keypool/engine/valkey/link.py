@@ -38,7 +38,7 @@ class ConnectionLost(Exception):
 
 
 UNREACHABLE = (OSError, ReplyError, ConnectionLost)
-"""Whatever can go wrong when a node is asked something; a TimeoutError is an OSError."""
+"""The exceptions of a command that fails; a TimeoutError is an OSError."""
 
 
 class PipelineMetrics:
@@ -101,7 +101,7 @@ class Link(asyncio.Protocol):
             self._transport.write(hiredis.pack_command(cast("Any", words)))
 
     def close(self, reason: str = "closed") -> None:
-        """Close at once; whoever waits for a reply gets a ConnectionLost."""
+        """Close at once; callbacks that wait for a reply get a ConnectionLost."""
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.abort()

@@ -21,7 +21,7 @@ of other nodes are served throughout.
 `gone` is final: the pool that was opened is not there any more, and no call is served until the server restarts.
 
 Why not redis-py or valkey-glide: see docs/architecture.md; a command through redis-py's cluster client takes several
-times the processor time of one here, and it can't say whether a failed command had left.
+times the processor time of one here, and doesn't report whether a failed command was sent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Failure:
 
 
 class Nodes:
-    """See the module. `open` it, then set `slots` and `recover_once`; then there may be calls."""
+    """See the module. `connect`, set `slots`, and `connect` again; then there may be calls."""
 
     def __init__(self, url: ValkeyUrl) -> None:
         self.url = url
@@ -68,7 +68,7 @@ class Nodes:
         """Called with the address of a node that has failed just now, or with None if the pool is gone."""
         self.on_recovery: Callable[[], None] = lambda: None
         """Called after each round of recovery: calls for some nodes may be served again."""
-        self.verify: Callable[[], Awaitable[None]] | None = None
+        self.verify: Callable[[], Awaitable[object]] | None = None
         """Awaited before a new connection serves: calls `lose_pool` if another pool is there."""
         self.prove: Callable[[Address, Link], Awaitable[None]] | None = None
         """Raises, as commands do, unless the node accepts writes that it refused before."""
@@ -77,11 +77,6 @@ class Nodes:
         self._recovery: asyncio.Task[None] | None = None
         self._another_round = False
         self.closed = False
-
-    async def open(self) -> None:
-        """Connect. Raises OSError, ReplyError or ConnectionLost."""
-        await self.recover_once()
-        self._error = None
 
     async def execute(self, key: str, *words: Word) -> Reply:
         """The reply to a command about a key that has a hash tag. Raises OSError, ReplyError or ConnectionLost."""
@@ -95,8 +90,7 @@ class Nodes:
 
     def any_node(self) -> Address:
         """A node that is probably up."""
-        up = [address for address, link in self._links.items() if link.up]
-        return random.choice(up or list(self.url.nodes))  # noqa: S311 - no secret
+        return random.choice([*self.serving] or self.url.nodes)  # noqa: S311 - no secret
 
     async def connection(self, address: Address, on_lost: Callable[[Link, str], None]) -> Link:
         """A connection that no calls are sent on. Raises OSError, ReplyError or ConnectionLost."""
@@ -170,8 +164,7 @@ class Nodes:
             while self._another_round and self.gone is None:
                 self._another_round = False
                 try:
-                    await self.recover_once()
-                    self._error = None
+                    await self.connect()
                 except Exception as error:
                     if not isinstance(error, UNREACHABLE):
                         _log.exception("recovery failed")
@@ -183,8 +176,10 @@ class Nodes:
         finally:
             self._recovery = None
 
-    async def recover_once(self) -> None:
-        """One round. When all nodes have been tried, raises what the first that failed raised."""
+    async def connect(self) -> None:
+        """One round of recovery. When all nodes have been tried, raises what the first that failed raised: OSError,
+        ReplyError or ConnectionLost.
+        """
         if self.url.cluster:
             await self._read_slots()
         elif len(self.url.nodes) > 1:
@@ -192,13 +187,14 @@ class Nodes:
         wanted = {self.of_slot[slot] for slot in self.slots or (0,)}
         results = await asyncio.gather(*map(self._fit, wanted), return_exceptions=True)
         if self.verify is not None:
-            # A node that doesn't answer has no say; its own partitions aren't served meanwhile.
+            # A node that doesn't answer is ignored here: its own partitions aren't served meanwhile.
             with contextlib.suppress(*UNREACHABLE):
                 await self.verify()
         self._apply(dict(zip(wanted, results, strict=True)))
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        self._error = None
 
     def _apply(self, found: dict[Address, Link | BaseException]) -> None:
         """Let the nodes that are fit serve, and forget those that have no slots any more."""
@@ -227,7 +223,7 @@ class Nodes:
         return link
 
     async def _find_primary(self) -> Address:
-        """Which of the addresses is the primary. Raises OSError unless exactly one says so: with two of them, servers
+        """Which of the addresses is the primary. Raises OSError unless exactly one is: with two of them, servers
         could use different ones, and each would serve the same keys.
         """
         found = []
@@ -261,7 +257,7 @@ class Nodes:
             raise error
         covered, of_slot = 0, list(self.of_slot)
         for first, last, (host, port, *_), *_ in ranges:
-            # A node that doesn't know its own address gives none: it is the one that was asked.
+            # A node that doesn't know its own address gives none: it is the one that replied.
             primary = (host.decode() if host else address[0], port)
             of_slot[first : last + 1] = [primary] * (last + 1 - first)
             covered += last + 1 - first

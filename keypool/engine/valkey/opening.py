@@ -42,15 +42,15 @@ async def open_valkey(
     where = ",".join(f"{host}:{port}" for host, port in url.nodes)
     presence = client = None
     try:
-        await _when_loaded(nodes.open, where)
+        await _when_loaded(nodes.connect, where)
         facts = await read_facts(nodes, url, partitions)
         client = ScriptClient(nodes, url.pool, facts.partitions)
-        await _when_loaded(client.open, where)
+        await _when_loaded(nodes.connect, where)
         shared = {name: _as_flag(getattr(rules, name)) for name in SHARED}
         presence = Presence(nodes, url.pool, facts.born, shared)
         served = await presence.join(wait_for_dead=rules.restart_grace > 0)
         await Grace(client, rules).start(served)
-        nodes.verify = presence.verify
+        nodes.verify = presence.heartbeat
         engine = ValkeyEngine(client, facts, presence, rules)
     except BaseException as error:
         if presence is not None:
@@ -83,7 +83,7 @@ async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> No
 
 
 async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> PoolFacts:
-    """What `{POOL}:pool` holds, which is written if it is new. Raises StartError if it isn't what was asked for."""
+    """What `{POOL}:pool` holds, which is written if it is new. Raises StartError if it doesn't fit the flags."""
     pool = url.pool
     key = f"{{{pool}}}:pool"
     if not await nodes.execute(key, "EXISTS", key):

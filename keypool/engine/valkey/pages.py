@@ -1,7 +1,7 @@
 """Lists over partitions: each returns its own rows in order, and these are merged.
 
-Keys are spread evenly, so each partition is asked for little more than its share of a page. A row counts only up to
-the place that every partition has come to; where that is too few, the partitions that are behind are asked for more.
+Keys are spread evenly, so each partition returns little more than its share of a page. A row counts only up to the
+place that every partition has come to; where that is too few, more rows are read from the partitions that are behind.
 No row is missed. A page costs O(partitions * log n + rows).
 
 Keys with the same deadline are in order of their texts, as Valkey has them. A position names such a key by its id,
@@ -35,7 +35,7 @@ _ORDERS: dict[str, Callable[[Any], Any]] = {
 """The orders of page.lua, and what rows are compared by in each."""
 
 _Start = tuple[int | str, str, str]
-"""The words of page.lua that say where to begin."""
+"""The words of page.lua for the position to begin at."""
 
 
 class _Walk:

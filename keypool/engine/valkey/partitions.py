@@ -85,7 +85,7 @@ class Partitions:
         return [next(found) if isinstance(ref, int) else ref for ref in refs]
 
     async def texts_of_ids(self, ids: Sequence[int]) -> list[str | None]:
-        """The texts of ids. An id that was moved in may be in any partition: all are asked."""
+        """The texts of ids. An id that was moved in may be in any partition: all are searched."""
         if all(id > self.facts.base_id * self.count for id in ids):
             texts = await self.each("find", [((id - 1) % self.count, id) for id in ids])
         else:

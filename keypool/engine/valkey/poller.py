@@ -146,10 +146,6 @@ class PartitionPoller:
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
 
-    def start(self) -> None:
-        """Begin to sweep."""
-        self._sweep()
-
     def stop(self) -> None:
         """Sweep no more."""
         self._stopped = True
@@ -273,8 +269,8 @@ class PartitionPoller:
         # At once, if more keys are overdue than one sweep processes.
         return max(min(self._interval, left + _AFTER_DEADLINE), _MIN_INTERVAL) if left else 0.0
 
-    def _sweep(self) -> None:
-        """Poll every partition that is due, and set the timer for the next."""
+    def sweep(self) -> None:
+        """Poll every partition that is due, and set the timer for the next. Once called, it goes on until `stop`."""
         now = self._loop.time()
         due = [partition for partition, at in enumerate(self._due) if at <= now]
         if due:
@@ -299,7 +295,7 @@ class PartitionPoller:
 
     def _set_timer(self) -> None:
         if not self._stopped:
-            self._timer = self._loop.call_at(min(self._due), self._sweep)
+            self._timer = self._loop.call_at(min(self._due), self.sweep)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

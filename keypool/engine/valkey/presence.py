@@ -5,7 +5,7 @@
 
 All of it is one script about the pool as a whole (lua/presence.lua). A heartbeat that finds no pool, or one with
 another moment of creation, makes every call of this server fail from then on: Valkey was emptied or replaced, and a
-pool created beside the one that clients know would give its lease numbers again. A heartbeat also compares Valkey's
+new pool in place of the one that clients know would repeat its lease numbers. A heartbeat also compares Valkey's
 clock, which deadlines go by, with this server's monotonic one.
 """
 
@@ -58,7 +58,7 @@ class Presence:
         words = [word for pair in self._settings.items() for word in pair]
         first = None
         while True:
-            others, latest, name, value = await self._call(*words)
+            others, latest, name, value = await self.heartbeat(*words)
             if self._nodes.gone is not None:
                 raise StartError(self._nodes.gone)
             first = latest if first is None else first
@@ -76,12 +76,6 @@ class Presence:
                     return bool(others)
             await asyncio.sleep(_RETRY_SECONDS)
 
-    async def verify(self) -> None:
-        """Check that the pool is still there; else Nodes.lose_pool is called. Raises OSError, ReplyError or
-        ConnectionLost.
-        """
-        await self._call()
-
     async def leave(self) -> None:
         """Stop, and remove this server from the pool's list."""
         if self._heartbeats is not None:
@@ -94,12 +88,15 @@ class Presence:
     async def _send_heartbeats(self) -> None:
         while self._nodes.gone is None:
             try:
-                await self._call()
+                await self.heartbeat()
             except UNREACHABLE as error:
                 _log.debug("no heartbeat: %s", error)  # Nodes logs what is wrong
             await asyncio.sleep(_HEARTBEAT_SECONDS)
 
-    async def _call(self, *settings: str) -> Reply:
+    async def heartbeat(self, *settings: str) -> Reply:
+        """Call presence.lua: what it replies about other servers. Calls Nodes.lose_pool unless the pool is still there.
+        Raises OSError, ReplyError or ConnectionLost.
+        """
         away = round(AWAY_SECONDS * 1e6)
         words: list[Word] = [
             "EVAL",

@@ -36,7 +36,7 @@ from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import OutcomeUnknown, ScriptCall, all_of, seconds_left
 from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.partitions import Partitions
-from keypool.engine.valkey.poller import PartitionPoller
+from keypool.engine.valkey.poller import EXPIRING, PartitionPoller
 
 _MAX_ROUNDS = 8  # of draws, before an acquire that always comes too late gives up
 _MAX_ROUNDS_BY_TOTALS = 4  # of these, before all partitions are polled
@@ -69,7 +69,7 @@ class PartitionSampler:
                 missing = count - len(taken)
                 if by_totals := self._is_worthwhile(missing, rounds):
                     plan = self._among_all(missing)
-                # The only partition need not be polled: its script says whether it has keys.
+                # The only partition need not be polled: its script finds out whether it has keys.
                 elif (
                     self._partitions.count == 1 and not rounds and self._available[0]
                 ) or await self._poll():
@@ -99,9 +99,9 @@ class PartitionSampler:
 
     async def take_in_order(self, owners: Sequence[str | None], poll: bool) -> list[Lease | OutcomeUnknown]:
         """Acquire a key for each owner, in order: what became of the first of them, which are less than all if no more
-        keys were available. Unless `poll`, only partitions that are known to have keys are asked.
+        keys were available. Unless `poll`, only partitions that are known to have keys are called.
 
-        Partitions are asked one after the other, and each serves the owners in order, so that every lease has the name
+        Partitions are called one after the other, and each serves the owners in order, so that every lease has the name
         of its holder from the beginning. An owner whose acquire was sent and not answered isn't tried again, as it may
         have been served. O(owners * log n), in a round trip for each partition that serves.
         """
@@ -161,7 +161,17 @@ class PartitionSampler:
         return enough and (missing == 1 or missing <= _MIN_SHARE * available)
 
     async def _poll(self) -> bool:
-        """Poll all partitions, until a key is available or nothing is overdue; whether one is."""
+        """Poll all partitions, until a key is available or nothing is overdue; whether one is.
+
+        While some are unreachable the others serve what they have. If they have nothing, it is not known whether a key
+        is available: raises StorageUnavailable.
+        """
+        client = self._partitions.client
+        if client.degraded:
+            reachable = sorted({*range(self._partitions.count)} - {*client.unreachable})
+            statuses = await self._poller.poll(reachable, EXPIRING)
+            if any(status.available for status in statuses):
+                return True
         snapshot = await self._poller.snapshot()
         while not snapshot.available and snapshot.overdue:
             snapshot = await self._poller.snapshot()

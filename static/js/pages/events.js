@@ -26,7 +26,7 @@ function fits(event) {
   return !text || `${event.id} ${event.hint} ${event.owner ?? ""}`.toLowerCase().includes(text);
 }
 
-/** Few events are drawn as they come; a flood once a second, since nobody can read it anyway. */
+/** A few events are drawn as they come, a flood once a second. */
 function take(events) {
   const fresh = events.filter((event) => !kind || event.event === kind).reverse();
   waiting = fresh.concat(waiting).slice(0, LIMIT);

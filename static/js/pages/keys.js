@@ -1,8 +1,8 @@
-// The table of keys, kept live. What an event says of a row is drawn at once; the whole page is asked for again
-// every two seconds while anything happens, since keepalives and other rows' comings are not told one by one.
+// The table of keys, kept live. Events change their rows at once; the whole page is fetched again every two seconds while
+// anything happens, because the feed doesn't report keepalives and new rows one by one.
 //
-// While somebody points at the table or has rows selected, no row moves or goes: it changes in place, and one
-// that is gone is struck through. What this module does not do: change keys (actions.js).
+// While the pointer is on the table or rows are selected, rows neither move nor vanish: they change in place, and a row
+// whose key is gone is struck through.
 
 import * as actions from "../actions.js";
 import { call } from "../api.js";
@@ -41,7 +41,7 @@ function query() {
   return asked;
 }
 
-/** Ask for the page again, soon: at most every two seconds. */
+/** Fetch the page again soon, at most every two seconds. */
 function reload() {
   if (timer || document.hidden) return;
   timer = setTimeout(load, Math.max(0, loadedAt + EVERY - performance.now()));
@@ -94,7 +94,7 @@ function states(count) {
   for (const element of document.querySelectorAll("#no-rows [data-when]")) element.hidden = element.dataset.when !== which;
 }
 
-/** What an event says of a row that is shown. */
+/** Apply an event to its row, if that is shown. */
 function apply(event) {
   const row = rowOf(event.id);
   if (!row || row.classList.contains("gone")) return;

@@ -1,4 +1,4 @@
--- The texts of ids.
+-- Look up the texts of ids.
 -- ARGV    1… ids
 -- reply   available, or -1; for each id the text of its key, nothing (false) if there is none
 -- cost    O(ids * log n)

@@ -3,20 +3,20 @@
 -- KEYS    1 hash: the pool's facts (engine.py), 2 sorted set: servers by the moment of their latest heartbeat
 -- ARGV    1 server, 2 moment of the pool's creation, 3 microseconds without a heartbeat after which a server is gone,
 --         4… at a start: the settings that servers share, name and value
--- reply   this moment; the birth of the pool that is there ('' for none); other servers; the moment of the latest
---         call of one of them, 0 for none; name and value of a setting that they don't share, '' and '' for none
+-- reply   this moment; the moment of creation of the pool that is there ('' for none); number of other servers; the
+--         moment of their latest heartbeat, 0 for none; name and value of a setting that differs, '' and '' for none
 -- cost    O(log servers)
 --
--- The settings are those of the servers that are there: with no other one, they become those of this one. A server
--- that has others isn't taken in.
+-- The settings are those of the running servers: if there is no other one, they become those of this one. A server
+-- whose settings differ isn't added.
 if redis.replicate_commands then redis.replicate_commands() end
 local call = redis.call
 local clock = call('TIME')
 local now, away = clock[1] * 1000000 + clock[2], tonumber(ARGV[3])
 local born = call('HGET', KEYS[1], 'born') or ''
 if born ~= ARGV[2] then return {now, born, 0, 0, '', ''} end
--- The first write needs no memory, so Valkey refuses none of the others. What is in the future was put there before
--- the clock was set back.
+-- The first write needs no memory, so Valkey refuses none of the others. Moments in the future were written
+-- before the clock was set back.
 call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - away))
 call('ZREMRANGEBYSCORE', KEYS[2], string.format('%.0f', now + away), '+inf')
 local others, latest = call('ZCARD', KEYS[2]), 0

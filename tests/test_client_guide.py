@@ -1,0 +1,122 @@
+"""docs/client.md: every Python block is run as it stands, in order, in one program; and the pool for users' tests."""
+
+from __future__ import annotations
+
+import re
+
+import httpx2
+import pytest
+from client_support import KINDS, Driver, clean, started
+from support import ROOT, ServerProcess
+
+from keypool.client import KeyPool, NoKeyAvailable, Refused, StaleLease, UnknownKey, Unreachable
+from keypool.client.testing import FakeServer
+
+GUIDE = ROOT / "docs" / "client.md"
+PRELUDE = """
+import asyncio
+from keypool.client import KeyPool as _KeyPool
+
+_pool = _KeyPool.from_env()
+used = []
+use = used.append
+
+async def use_async(secret):
+    use(secret)
+
+_pool.generate_many(3)
+"""
+EPILOGUE = """
+asyncio.run(work())
+_pool.close()
+assert len(used) == 5, used
+print("end")
+"""
+
+
+def test_every_block_of_the_guide_runs(server: ServerProcess) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    program = "\n".join([PRELUDE, *(f"pool = _pool\n{block}" for block in blocks), EPILOGUE])
+    with started(server, ["-W", "error", "-X", "dev", "-c", program]) as process:
+        output, errors = process.communicate(timeout=60)
+        assert output.endswith("end\n"), errors
+        assert process.returncode == 0
+    clean(server)
+
+
+# ------------------------------------------------------------------------------------------------- FakeServer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fake_pool_behaves_as_the_server_does(kind: str) -> None:
+    fake = FakeServer(["first", "second"])
+    with Driver(kind, "http://fake", transport=fake) as pool:
+        made = pool.generate()
+        assert sorted(fake.keys) == sorted(["first", "second", made.secret])
+        with pool.lease() as key:
+            assert fake.blocked == [key.secret]
+            assert pool.get(key.secret).lease == key.lease == 1
+            assert [row.id for row in pool.rows(state="blocked")] == [key.id]
+        assert fake.blocked == []
+        keys = pool.wait(pool.pool.acquire_many(5))
+        assert len(keys) == 3
+        with pytest.raises(NoKeyAvailable):
+            pool.acquire(wait=0.02)
+        with pytest.raises(StaleLease):
+            pool.unblock(keys[0].secret, 99)
+        done = pool.unblock_many([*keys, "nobody"])
+        assert (done.done, done.unknown) == (3, ["nobody"])
+        assert pool.keepalive_many(["first", "nobody"]).unknown == ["nobody"]
+        pool.delete("first")
+        for call in (pool.get, pool.keepalive, pool.delete):
+            with pytest.raises(UnknownKey):
+                call("first")
+        assert pool.reveal(made.id).secret == made.secret
+        assert pool.stats().total == 2
+        assert fake.requests[:2] == [("POST", "/keys"), ("POST", "/keys/acquire")]
+        fake.advance(301)
+        assert pool.stats().expired == 2
+        assert fake.keys == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fake_pool_fails_on_request(kind: str) -> None:
+    fake = FakeServer(["first"])
+    with Driver(kind, "http://fake", transport=fake) as pool:
+        fake.fail(httpx2.ConnectError("refused"))
+        fake.fail(503, "draining")
+        assert pool.acquire().secret == "first"
+        fake.fail(500)
+        with pytest.raises(Refused) as refused:
+            pool.stats()
+        assert refused.value.code == "internal"
+    fake.fail(httpx2.ConnectError("refused"))
+    with Driver(kind, "http://fake", transport=fake, retry=0) as pool, pytest.raises(Unreachable):
+        pool.stats()
+
+
+def test_waiting_for_a_key_of_the_fake_pool() -> None:
+    fake = FakeServer(["first"], block_seconds=0.1)
+    with KeyPool(transport=fake) as pool:
+        pool.acquire()
+        assert pool.acquire(wait=None).lease == 2
+
+
+def test_any_transport_of_httpx2_will_do() -> None:
+    """MockTransport, for programs that want to say every answer themselves. A lease costs two requests."""
+    paths = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        paths.append(request.url.path)
+        if request.url.path.endswith("acquire"):
+            return httpx2.Response(
+                200, json={"id": 1, "key": "k", "lease": 7, "release_in": 60, "expires_in": 300}
+            )
+        return httpx2.Response(200, json={"id": 1, "state": "available", "changed": True})
+
+    for kind in KINDS:
+        mock = httpx2.MockTransport(answer)
+        with Driver(kind, "http://mock/api/v1", transport=mock) as pool, pool.lease() as key:
+            assert key.lease == 7
+    assert paths == ["/api/v1/keys/acquire", "/api/v1/keys/k/unblock"] * 2
