@@ -15,6 +15,7 @@ from tornado.netutil import bind_sockets
 
 from keypool.api.auth import Access
 from keypool.core.errors import PoolFull
+from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS
@@ -28,8 +29,8 @@ def slow_clock() -> Callable[[], float]:
     return lambda: next(ticks) * 50e-6
 
 
-def slow_engine(**settings: Any) -> EmbeddedEngine:
-    return EmbeddedEngine(clock=slow_clock(), **settings)
+def slow_engine(rules: PoolRules = DEFAULT_RULES) -> EmbeddedEngine:
+    return EmbeddedEngine(rules, clock=slow_clock())
 
 
 async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -60,7 +61,7 @@ async def test_other_calls_are_served_between_two_slices() -> None:
 @on_loop
 async def test_generate_stays_all_or_none() -> None:
     """Two batches that don't fit together: one has all its keys, the other none, though both have many slices."""
-    engine = slow_engine(max_keys=COUNT + 10)
+    engine = slow_engine(PoolRules(max_keys=COUNT + 10))
     answers = await together(engine.generate(COUNT), engine.generate(COUNT), engine.generate(10))
     assert [type(answer) for answer in answers] == [list, PoolFull, list]
     assert [len(answers[0]), len(answers[2])] == [COUNT, 10]

@@ -15,7 +15,7 @@ from keypool.api.auth import Access
 from keypool.api.dispatch import Dispatcher
 from keypool.api.first_version import LEGACY
 from keypool.api.openapi import describing
-from keypool.api.operations import ANYONE, BASE, OPERATIONS, Call, Operation
+from keypool.api.operations import BASE, OPERATIONS, Call, Operation
 from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors
@@ -120,12 +120,12 @@ async def _refuse_loading(engine: Engine, call: Call) -> NoReturn:
 def make_loading_app(access: Access) -> KeypoolApplication:
     """The application while the keys are loaded: /healthz, /readyz, and 503 for the rest."""
     calls = OPERATIONS + LEGACY
-    # The feed is refused as a call without a role: sessions, which could tell a dashboard, don't exist yet.
-    feed = Operation("feed", "GET", "/feed", ANYONE, "", _refuse_loading, None, changes=False)
-    all_calls = (*calls, describing(calls, access.open), feed)
+    all_calls = (*calls, describing(calls, access.open))
     return KeypoolApplication(
         Loading(),
         access,
         [replace(operation, run=_refuse_loading, head=None) for operation in all_calls],
+        # Sessions, which could admit a dashboard, don't exist yet: so the feed asks for no role.
+        before_api=[(f"{BASE}/feed", Ready)],
         pages=[(r"/healthz", Health), (r".*", Ready)],
     )
