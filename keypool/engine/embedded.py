@@ -47,7 +47,7 @@ RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
 
 _GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: some 2 ms
-_SLICE_SECONDS = 0.00015  # of a batch, before the loop may serve other callers
+_SLICE_SECONDS = 0.00008  # of a batch, before the loop serves other callers
 _NEGLIGIBLE_DELAY = 0.005  # seconds: as early as a release may be
 
 
@@ -116,6 +116,7 @@ class EmbeddedEngine:
                 await self._next_turn()  # a backlog of them
                 now = self.now()
         made: list[GeneratedKey] = []
+        moments: list[float] = []
         try:
             self.pool.require_room(self._reserved + count, now)
             self._reserved += count  # nobody else may take this room between two slices
@@ -123,6 +124,7 @@ class EmbeddedEngine:
                 until = now + _SLICE_SECONDS
                 while len(made) < count:
                     made.append(self._generate(now))
+                    moments.append(now)
                     self._reserved -= 1
                     if (now := self.now()) > until:
                         until = await self._pause()
@@ -131,9 +133,9 @@ class EmbeddedEngine:
                 self._reserved -= count - len(made)
         finally:
             self._waiters.serve(now)
-            late = await self._all_kept()
-        for answer in made if late else ():
-            answer.expires_in = _less(answer.expires_in, late)
+            await self._all_kept()
+        for answer, at in zip(made, moments, strict=True):
+            answer.expires_in = _less(answer.expires_in, self._delay(at))
         return made
 
     async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
@@ -161,21 +163,23 @@ class EmbeddedEngine:
         """Serve up to `count` keys. O(count · log n)."""
         self.journal.require()
         leases: list[Lease] = []
+        moments: list[float] = []
         until = self.now() + _SLICE_SECONDS
         try:
             while len(leases) < count and (lease := await self._take(owner)) is not None:
                 leases.append(lease)
-                if self.now() > until:
+                moments.append(now := self.now())
+                if now > until:
                     until = await self._pause()
             if not leases:
                 await self._refuse()
-            delay = await self._all_kept()
+            await self._all_kept()
         except (GeneratorExit, asyncio.CancelledError):  # hung up: nobody has these leases
             for lease in leases:
                 self._give_back(lease)
             raise
-        for lease in leases:
-            _age(lease, delay)
+        for lease, at in zip(leases, moments, strict=True):
+            _age(lease, self._delay(at))
         return leases
 
     async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
@@ -476,13 +480,10 @@ class EmbeddedEngine:
         waited = self.now() - since
         return waited if waited > _NEGLIGIBLE_DELAY else 0.0
 
-    async def _all_kept(self) -> float:
-        """Wait until all changes are on disk; the delay. Raises StorageUnavailable."""
-        if (commit := self.journal.commit_of_all()) is None:
-            return 0.0
-        started = self.now()
-        await commit
-        return self._delay(started)
+    async def _all_kept(self) -> None:
+        """Wait until all changes are on disk. Raises StorageUnavailable."""
+        if (commit := self.journal.commit_of_all()) is not None:
+            await commit
 
     def _give_back(self, lease: Lease) -> None:
         # Released and served again meanwhile, it is another's; with expiry suspended, its block runs out.
