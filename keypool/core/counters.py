@@ -31,7 +31,7 @@ class Counters:
 
     def by_name(self) -> dict[str, Any]:
         """Their values."""
-        return {name: getattr(self, name) for name in COUNTERS}
+        return dict(zip(COUNTERS, counter_values(self), strict=True))
 
     @property
     def changes(self) -> int:

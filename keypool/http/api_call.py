@@ -24,27 +24,17 @@ from keypool.http.http1.turns import Turns
 
 
 class InFlight:
-    """How many requests are being answered: what a graceful stop waits for."""
+    """How many requests are being answered, as they count themselves: what a graceful stop waits for."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._idle: asyncio.Future[None] | None = None
-
-    def enter(self) -> None:
-        """A request has come."""
-        self.count += 1
-
-    def leave(self) -> None:
-        """It was answered, or its caller is gone."""
-        self.count -= 1
-        if self._idle is not None and not self.count and not self._idle.done():
-            self._idle.set_result(None)
 
     async def wait_idle(self, seconds: float) -> bool:
         """Wait until no request is in flight, `seconds` at most; whether it came to that."""
-        if self.count:
-            self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._idle], timeout=seconds)
+        deadline = time.monotonic() + seconds
+        # An event would cost each call something; this runs once, at the end.
+        while self.count and (left := deadline - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(min(0.01, left))
         return self.count == 0
 
 
@@ -130,7 +120,7 @@ class ApiCall:
         if self._waiting is not None:
             self._waiting.close()
             self._waiting = None
-        self.in_flight.leave()
+        self.in_flight.count -= 1
 
 
 class CoroutineDriver:

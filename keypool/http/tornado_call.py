@@ -56,7 +56,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
     ) -> None:
         """Check the head; answer at once what can't wait for the body."""
         self.started = time.monotonic()
-        self.in_flight.enter()
+        self.in_flight.count += 1
         pending = self.pending = self.dispatcher.check(self.request)
         length = _declared_length(headers)
         if length > MAX_BODY and pending.error is None:

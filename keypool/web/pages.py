@@ -53,7 +53,7 @@ class PageHandler(RequestHandler):
         self._in_flight = in_flight
         self._counted = True
         self._outcome = "ok"
-        in_flight.enter()
+        in_flight.count += 1
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -197,7 +197,7 @@ class PageHandler(RequestHandler):
     def _leave(self) -> None:
         if self._counted:
             self._counted = False
-            self._in_flight.leave()
+            self._in_flight.count -= 1
 
 
 class Health(PageHandler):
