@@ -10,7 +10,6 @@ BENCHES = (
     "pool",
     "http",
     "durable",
-    "share",
     "expiry",
     "restore",
     "attack",
