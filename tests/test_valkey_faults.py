@@ -460,7 +460,7 @@ def test_the_rights_that_the_docs_name_are_enough(valkey: Valkey, tmp_path: Path
     """A user who may do that, and nothing else, serves: waiting, moving time and stopping included."""
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     found = re.search(
-        r"A user of its own needs `([^`]+)`, the keys `([^`]+)` and the channels `([^`]+)`", page
+        r"A dedicated Valkey user needs `([^`]+)`, the keys `([^`]+)` and the channels `([^`]+)`", page
     )
     assert found is not None
     rights = [word.replace("POOL", "keypool") for part in found.groups() for word in part.split()]

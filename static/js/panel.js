@@ -80,6 +80,9 @@ function hide() {
 async function reveal(article) {
   try {
     const { key } = await call("POST", `/keys/id:${article.dataset.id}/reveal`);
+    // Meanwhile the panel may have been loaded anew, or closed.
+    if (!article.isConnected) article = document.querySelector(`.key-panel[data-id="${article.dataset.id}"]`);
+    if (!article) return;
     revealed = { text: key, until: performance.now() + SHOWN_FOR, article };
     article.querySelector(".secret").textContent = key;
     article.querySelector(".reveal-on").hidden = false;

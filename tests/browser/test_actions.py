@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from conftest import Start
+from playwright.sync_api import Route
 from support import ADMIN_TOKEN, API, Client, ServerProcess, eventually
 
 from browser.conftest import Tabs, figure
@@ -212,6 +213,26 @@ def test_reveal_is_audited_and_hidden_again(server: ServerProcess, client: Clien
     page.keyboard.press("Escape")
     page.wait_for_function("() => document.querySelector('.secret') === null")
     assert key["key"] not in page.content()
+
+
+def test_a_key_revealed_while_its_panel_is_updated_is_shown(
+    server: ServerProcess, client: Client, tabs: Tabs
+) -> None:
+    """The answer belongs to the panel as it is then, not to the markup that was replaced."""
+    key = client.make()
+    page = tabs.live(server, "/keys")
+    row(page, key["id"]).locator(".key-link").click()
+    page.locator("#panel[open] .key-panel").wait_for()
+    held: list[Route] = []
+    page.route("**/reveal", lambda route: held.append(route))  # noqa: PLW0108 - it needs attributes
+    page.locator("#panel [data-reveal]").click()
+    page.locator("#panel .key-panel").evaluate("panel => { panel.old = true; }")
+    client.acquire()  # an event of this key: the panel is loaded anew
+    page.wait_for_function("() => !document.querySelector('#panel .key-panel').old")
+    page.wait_for_timeout(0)  # handles the route, if it has not come yet
+    assert held, "no request to reveal"
+    held[0].continue_()
+    page.wait_for_function("key => document.querySelector('.secret').textContent === key", arg=key["key"])
 
 
 def test_rows_hold_still_under_the_pointer(server: ServerProcess, client: Client, tabs: Tabs) -> None:
