@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from keypool.core import index
 from keypool.core.cursor import ListQuery, decode, encode, page_query
 from keypool.core.errors import BadRequest, PoolFull, StaleLease, UnknownKey
-from keypool.core.events import Change, tell
+from keypool.core.events import Change, event_of
 from keypool.core.keys import ALPHABET, DEAD, Key, State, hint, random_text
 from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, KeyPage, PageQuery, Pool, state_of
 
@@ -639,7 +639,7 @@ def _miscount(pool: Pool) -> None:
 
 CAUGHT = [
     (_swap_slots, r"<Key id:\d+ 0000….*> is available but not in its slot \d"),
-    (_free_twice, r"there are .* keys; the counts say"),
+    (_free_twice, r"there are .* keys instead of"),
     (_free_a_held_one, r"<Key id:\d+ .*> is blocked but has slot \d+ and lease \d+"),
     (_lose_a_free_one, r"<Key id:\d+ .*> is available but not in its slot -1"),
     (_name_an_owner, r"<Key id:\d+ .*> is available but has an owner"),
@@ -647,34 +647,34 @@ CAUGHT = [
     (_invent_a_release, r"<Key id:\d+ .*> is blocked but has slot \d"),
     (
         _lose_from_the_order_of_releases,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it believes to be in",
+        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
     ),
-    (_leave_in_the_order_of_releases, r"\d+ keys stand in an order of deadlines that should hold \d+"),
+    (_leave_in_the_order_of_releases, r"an order of deadlines holds \d+ keys instead of \d+"),
     (
         _lose_from_the_order_of_expiries,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it believes to be in",
+        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
     ),
     (_forget_the_place_in_the_order_of_expiries, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
     (_forget_the_place_in_the_order_of_releases, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
     (_renumber_a_bucket, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
     (_leave_an_empty_bucket, r"bucket 1 is empty or numbered 1"),
     (_lose_from_the_texts, r"<Key id:\d+ .*> is not found by its text"),
-    (_leave_among_the_texts, r"there are \(\d+, \d+, \d+\) keys; the counts say"),
+    (_leave_among_the_texts, r"there are \(\d+, \d+, \d+\) keys instead of"),
     (_change_a_text, r"<Key id:\d+ .*> is not found by its text"),
     (_share_a_text, r"<Key id:\d+ .*> is not found by its text"),
-    (_lose_from_the_ids, r"there are .* keys; the counts say"),
-    (_change_an_id, r"the walk by id is out of order or meets a key twice"),
+    (_lose_from_the_ids, r"there are .* keys instead of"),
+    (_change_an_id, r"the walk by id is out of order or returns a key twice"),
     (_run_ahead_of_the_last_id, r"<Key id:\d+ .*>: id or lease \d+ is beyond the last given"),
     (_run_ahead_of_the_last_lease, r"<Key id:\d+ .*>: id or lease 1000 is beyond the last given"),
     (_hold_without_a_lease, r"<Key id:\d+ .*> is blocked but has slot -1 and lease 0"),
     (_keep_a_dead_one, r"<Key id:\d+ .*> was purged but is still found by id"),
-    (_miscount, r"there are .* keys; the counts say"),
+    (_miscount, r"there are .* keys instead of"),
     (
         _misplace_in_the_order_of_expiries,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it believes to be in",
+        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
     ),
-    (_move_an_expiry_alone, r"<Key id:\d+ .*> has a deadline outside the stretch of its bucket"),
-    (_move_a_release_alone, r"<Key id:\d+ .*> has a deadline outside the stretch of its bucket"),
+    (_move_an_expiry_alone, r"<Key id:\d+ .*> has a deadline outside the time of its bucket"),
+    (_move_a_release_alone, r"<Key id:\d+ .*> has a deadline outside the time of its bucket"),
 ]
 
 
@@ -802,7 +802,7 @@ def test_a_hint_shows_four_characters_at_each_end() -> None:
 def test_what_can_be_printed_of_a_key_is_its_hint() -> None:
     """In a log, a trace or an event."""
     key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
-    event = tell((Change.ACQUIRED, key, "ann", 7, NOW))
+    event = event_of((Change.ACQUIRED, key, "ann", 7, NOW))
     for shown in (repr(key), str(key), f"{key}", f"{key!r}", repr(event)):
         assert "5TRx…VN9w" in shown, shown
         assert "abcd" not in shown, shown
@@ -811,7 +811,7 @@ def test_what_can_be_printed_of_a_key_is_its_hint() -> None:
 def test_an_event_tells_no_lease_of_a_key_that_was_never_served() -> None:
     """Null, not 0."""
     key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
-    assert tell((Change.GENERATED, key, None, 0, NOW)).lease is None
+    assert event_of((Change.GENERATED, key, None, 0, NOW)).lease is None
 
 
 # ---------------------------------------------------------------------------------------------------- cursors
@@ -888,7 +888,7 @@ def test_a_cursor_of_another_order_is_refused(query: ListQuery) -> None:
     text = encode(asked, position)
     own = "prefix" if query.prefix else query.order or "id"
     for order in {"prefix", "id", "release", "expiry"} - {own}:
-        with pytest.raises(BadRequest, match="after must be the next of the page before"):
+        with pytest.raises(BadRequest, match="after must be the next of the previous page"):
             decode(text, order)
 
 
@@ -926,7 +926,7 @@ GARBAGE = {
 @pytest.mark.parametrize("text", GARBAGE.values(), ids=GARBAGE.keys())
 def test_a_cursor_that_is_none_is_refused(text: str) -> None:
     """As a bad request, whatever it is."""
-    with pytest.raises(BadRequest, match="after must be the next of the page before"):
+    with pytest.raises(BadRequest, match="after must be the next of the previous page"):
         decode(text, "id")
 
 
@@ -970,8 +970,8 @@ def test_a_made_up_cursor_leads_somewhere_in_the_same_list(
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        (ListQuery(prefix="A", order="id"), "prefix goes with no order"),
-        (ListQuery(prefix="A", order="expiry"), "prefix goes with no order"),
+        (ListQuery(prefix="A", order="id"), "prefix can't be combined with order"),
+        (ListQuery(prefix="A", order="expiry"), "prefix can't be combined with order"),
         (ListQuery(order="release", state="available"), "order=release lists blocked keys only"),
     ],
     ids=repr,
