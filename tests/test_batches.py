@@ -252,9 +252,9 @@ def test_a_batch_that_is_none_is_damage(path: Path, damage: str) -> None:
         database.execute(f"UPDATE batches SET batch = {damage}")  # noqa: S608
     with pytest.raises(StartError, match=r"keypool\.db is damaged or can't be read: a batch can't be read$"):
         datafile.inspect(path)
-    with pytest.raises(ValueError, match="a row of it can't be read"):
+    with pytest.raises(ValueError, match="a row can't be read"):
         list(datafile.read_rows(path, 9))
-    with pytest.raises(StartError, match="can't be read: a row of it can't be read"):
+    with pytest.raises(StartError, match="can't be read: a row can't be read"):
         datafile.count(path)
     assert Writer(path, open_held(path)).commit([encode(Model(8).batch())]) == Verdict(
         "a batch can't be read"

@@ -784,7 +784,7 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(whole_file: Path, tmp_path:
     """One line that says why: it replaces no file, copies no other program's, nor one that lacks its log."""
     copy = tmp_path / "copy"
     copy.write_text("mine")
-    assert "replaces none" in keypool("backup", str(copy), f"--data={whole_file}", status=1)
+    assert "replaces no file" in keypool("backup", str(copy), f"--data={whole_file}", status=1)
     assert copy.read_text() == "mine"
     copy.unlink()
     assert "no data file" in keypool("backup", str(copy), f"--data={tmp_path / 'nothing'}", status=1)
