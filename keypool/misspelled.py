@@ -1,4 +1,4 @@
-"""Environment variables whose names look like misspelled ones of keypool. Unknown others are left alone."""
+"""Finds environment variables that look like misspelled ones of keypool. Other unknown variables are ignored."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 CLIENT_VARIABLES = ("KEYPOOL_URL", "KEYPOOL_TOKEN", "KEYPOOL_TOKEN_FILE")
-"""The variables of the command, beside those of the server's settings."""
+"""The variables of the command, in addition to those of the server's settings."""
 
 
 def misspelled(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
-    """A line for each KEYPOOL_ variable that is unknown and looks like one that is known."""
+    """A line for each unknown KEYPOOL_ variable that resembles a known one."""
     names = {name.removeprefix("KEYPOOL_"): name for name in known}
     lines = []
     for given in environ:

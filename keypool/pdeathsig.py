@@ -11,9 +11,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int, number: int) -> Callable[[], None]:
-    """A function for the child to call first, so that it gets signal `number` when process `parent` dies.
+    """A function that the child calls first, so that it gets signal `number` when process `parent` dies.
 
-    It does nothing on other systems than Linux.
+    On systems other than Linux it does nothing.
     """
     if sys.platform != "linux":
         return lambda: None

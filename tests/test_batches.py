@@ -27,7 +27,7 @@ from keypool.engine.durable.writer import Writer
 
 
 class Model:
-    """What the file must say, and where the batches come from."""
+    """The expected content of the file, and the source of the batches."""
 
     def __init__(self, seed: int) -> None:
         self.rows: dict[int, Row] = {}
@@ -58,7 +58,7 @@ class Model:
         return id, f"{id:020d}", 1, 10**12 + lease, 7 if held else None, lease, "me" if held else None
 
     def expect(self, path: Path) -> None:
-        """The file says what it must."""
+        """Assert that the file has the expected content."""
         assert [row for some in datafile.read_rows(path, 7) for row in some] == sorted(self.rows.values())
         assert datafile.count(path) == len(self.rows)
         assert datafile.inspect(path) == self.numbers
@@ -85,7 +85,7 @@ def work(writer: Writer, model: Model, count: int) -> None:
 
 
 def end(writer: Writer, model: Model, path: Path) -> None:
-    """In peace; the file says the same before and after."""
+    """End the writer cleanly; the content of the file is the same before and after."""
     model.expect(path)
     writer.close()
     model.expect(path)
@@ -155,7 +155,7 @@ def test_batches_do_not_pile_up(path: Path) -> None:
         assert a_generation <= most <= 3 * a_generation
 
 
-def test_a_crowd_of_changes_is_flushed_in_bounded_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_changes_are_flushed_in_bounded_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large a batch is: the next one waits for no more than so many rows."""
     monkeypatch.setattr(compaction, "MAX_FLUSH_ROWS", 50)
     with opened(path) as database:
@@ -169,7 +169,7 @@ def test_a_crowd_of_changes_is_flushed_in_bounded_steps(path: Path, monkeypatch:
         assert {later - before for before, later in pairwise(flushed)} == {50}
 
 
-def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
+def test_a_clean_end_leaves_tables_and_no_batches(path: Path) -> None:
     """So that the tables of a stopped server's file have its keys; one with nothing to flush isn't written."""
     model, writer = Model(4), Writer(path, open_held(path))
     work(writer, model, 60)
@@ -185,8 +185,8 @@ def test_a_peaceful_end_leaves_tables_and_no_batches(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_grace_is_granted_to_keys_wherever_they_stand(path: Path) -> None:
-    """To those in the tables, and to those that only a batch tells of."""
+def test_a_grace_is_granted_to_keys_in_tables_and_in_batches(path: Path) -> None:
+    """A key may be in a batch only."""
     now = round(time.time() * 1000)
     writer = Writer(path, open_held(path))
     writer.commit([encode(Batch([(1, "a" * 20, now, now + 10, None, 0, None)], [], {"last_id": 1}))])
@@ -227,7 +227,7 @@ def test_a_flush_that_fails_fails_the_next_batch_and_begins_anew(
     end(writer, model, path)
 
 
-def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> None:
+def test_a_file_of_the_first_version_is_read_and_upgraded(path: Path) -> None:
     """It has no batches yet; it gets them with the first batch that is written to it."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.executescript(datafile.MIGRATIONS[0])
@@ -245,16 +245,16 @@ def test_a_file_of_the_first_version_is_read_and_gone_on_with(path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["x'c1'", "x''", "x'91'", "x'91919101'"])
-def test_a_batch_that_is_none_is_damage(path: Path, damage: str) -> None:
+def test_an_invalid_batch_is_damage(path: Path, damage: str) -> None:
     """In one line, which quotes nothing of it."""
     with opened(path) as database:
         BatchLog(database).commit([encode(Model(8).batch())])
         database.execute(f"UPDATE batches SET batch = {damage}")  # noqa: S608
     with pytest.raises(StartError, match=r"keypool\.db is damaged or can't be read: a batch can't be read$"):
         datafile.inspect(path)
-    with pytest.raises(ValueError, match="a row of it can't be read"):
+    with pytest.raises(ValueError, match="a row can't be read"):
         list(datafile.read_rows(path, 9))
-    with pytest.raises(StartError, match="can't be read: a row of it can't be read"):
+    with pytest.raises(StartError, match="can't be read: a row can't be read"):
         datafile.count(path)
     assert Writer(path, open_held(path)).commit([encode(Model(8).batch())]) == Verdict(
         "a batch can't be read"

@@ -85,7 +85,7 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(
 
 
 def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole or not at all: the next start tries again."""
+    """A migration is atomic: the next start tries again."""
     path = tmp_path / "keypool.db"
     fill(path, [row(1)])
     broken = "ALTER TABLE keys ADD COLUMN one TEXT; ALTER TABLE nothing ADD COLUMN two TEXT;"
@@ -313,7 +313,7 @@ async def test_a_moment_is_the_same_after_a_restart(tmp_path: Path, monkeypatch:
 
 
 @on_loop
-async def test_what_ran_out_during_a_stop_is_purged_and_released(
+async def test_deadlines_that_passed_during_a_stop_are_processed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted once, written down, and told of: 404 for the dead, available for the released."""
@@ -427,7 +427,7 @@ async def test_a_wall_clock_that_jumps_moves_no_deadline(
 
 
 @on_loop
-async def test_a_file_from_the_future_is_gone_on_with(
+async def test_a_file_from_the_future_keeps_its_remaining_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Written under a wall clock that was a year ahead: keys keep what they had left."""
@@ -446,7 +446,7 @@ async def test_a_file_from_the_future_is_gone_on_with(
 
 
 def spoiled(whole: bytes, how: str) -> bytes:
-    """What has become of a file."""
+    """A file after this damage."""
     middle = len(whole) // 2 // 4096 * 4096
     return {
         "garbage": b"no database at all, but long enough to be one\n" * 1000,
@@ -573,7 +573,7 @@ def test_a_file_that_contradicts_itself_is_refused_in_one_line(
         assert path.read_bytes() == before
 
 
-def test_a_number_of_the_pool_that_is_none_is_refused(whole_file: Path, tmp_path: Path) -> None:
+def test_an_invalid_number_of_the_pool_is_refused(whole_file: Path, tmp_path: Path) -> None:
     """One line, and the file is as it was."""
     path = tmp_path / "keypool.db"
     table = "DROP TABLE pool; CREATE TABLE pool (name, value); INSERT INTO pool VALUES ('last_id', 'many')"
@@ -583,7 +583,7 @@ def test_a_number_of_the_pool_that_is_none_is_refused(whole_file: Path, tmp_path
     assert path.read_bytes() == before
 
 
-def test_no_key_is_shown_of_a_damaged_file(whole_file: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_damaged_file_shows_no_key(whole_file: Path, tmp_path: Path) -> None:
     """SQLite quotes a text that it can't decode, and that may be most of a key."""
     path = tmp_path / "keypool.db"
     script = "UPDATE keys SET text = CAST(CAST('secretsecretsecre' AS BLOB) || x'ff' AS TEXT)"
@@ -614,7 +614,7 @@ def test_a_file_of_a_newer_version_is_refused(whole_file: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["file:x.db", ":memory:", "file::memory:?cache=shared"])
-def test_a_name_that_means_more_to_sqlite_is_a_file_to_us(tmp_path: Path, name: str) -> None:
+def test_a_name_with_a_special_meaning_to_sqlite_is_a_file(tmp_path: Path, name: str) -> None:
     """Writer and reader use the one that the lock is on."""
     path = tmp_path / name
     with durable_server(path) as server:
@@ -623,14 +623,14 @@ def test_a_name_that_means_more_to_sqlite_is_a_file_to_us(tmp_path: Path, name: 
     assert [each[1] for each in rows_in(path)] == [made["key"]]
 
 
-def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
-    """Nor has a file folders in it."""
+def test_a_folder_is_not_a_data_file(tmp_path: Path) -> None:
+    """And a file can't contain folders."""
     assert "Is a directory" in refusal(tmp_path)
     (tmp_path / "file").write_text("")
     refusal(tmp_path / "file" / "keypool.db")
 
 
-def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_data_file(tmp_path: Path) -> None:
     """Nor a device: reading one may never end."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StartError):
@@ -784,7 +784,7 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(whole_file: Path, tmp_path:
     """One line that says why: it replaces no file, copies no other program's, nor one that lacks its log."""
     copy = tmp_path / "copy"
     copy.write_text("mine")
-    assert "replaces none" in keypool("backup", str(copy), f"--data={whole_file}", status=1)
+    assert "replaces no file" in keypool("backup", str(copy), f"--data={whole_file}", status=1)
     assert copy.read_text() == "mine"
     copy.unlink()
     assert "no data file" in keypool("backup", str(copy), f"--data={tmp_path / 'nothing'}", status=1)

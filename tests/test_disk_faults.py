@@ -155,7 +155,7 @@ def test_an_io_error_refuses_changes_until_it_is_over(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_under_load_loses_nothing(tmp_path: Path) -> None:
-    """It comes and goes while callers generate: each is answered, and what was told is there."""
+    """Faults come and go while callers generate: each gets an answer, and acknowledged keys are kept."""
     path = tmp_path / "keypool.db"
     with durable_server(path) as server:
         server.allow("can't be written")
@@ -203,7 +203,7 @@ def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
     assert len(rows_in(path)) == 200
 
 
-def test_a_disk_that_hangs_is_an_outage_and_over_by_itself(tmp_path: Path) -> None:
+def test_a_disk_that_hangs_is_an_outage_that_ends_by_itself(tmp_path: Path) -> None:
     """Noticed within 6 s: a log line, 503 for who waits, comes, and asks /readyz; no key is lost to it."""
     with durable_server(tmp_path / "keypool.db", "--keepalive-seconds=4") as server:
         server.allow("can't be written")
@@ -263,7 +263,7 @@ def test_a_data_file_that_is_gone_is_an_outage(tmp_path: Path, how: str) -> None
 
 
 def test_the_writer_is_given_no_setting_and_no_token(tmp_path: Path) -> None:
-    """Who reads a process's environment finds no secret in this one."""
+    """The environment of the process contains no secret."""
     if not Path("/proc/self/environ").exists():
         pytest.skip("needs /proc")
     secret = {"KEYPOOL_ADMIN_TOKEN": "admin-token-of-this-test"}
@@ -306,6 +306,6 @@ def test_waiters_are_served_when_the_disk_is_back(tmp_path: Path) -> None:
 
 
 def test_a_start_on_a_full_disk_is_one_line(small_disk: Path) -> None:
-    """Status 1, and no second line in the log."""
+    """Status 1, and no other line in the log."""
     fill_up(small_disk)
     assert FULL in refused_start(small_disk / "keypool.db")

@@ -61,14 +61,14 @@ def test_a_server_keeps_its_pool_by_default(tmp_path: Path) -> None:
 
 
 def test_missing_folders_are_made(tmp_path: Path) -> None:
-    """All of them."""
+    """Including their parents."""
     path = tmp_path / "a" / "b b" / "ü?#%" / "keypool.db"
     with ServerProcess([f"--data={path}", "--port=0"], cwd=tmp_path) as server:
         server.client().make()
     assert len(rows_in(path)) == 1
 
 
-def test_what_was_told_is_there_after_a_kill(tmp_path: Path) -> None:
+def test_acknowledged_changes_survive_a_kill(tmp_path: Path) -> None:
     """One of each call, the slow way; test_crash.py has the fast one."""
     path = tmp_path / "keypool.db"
     with durable_server(path) as server:
@@ -191,7 +191,7 @@ def test_a_writer_killed_under_load_costs_some_503_and_nothing_else(tmp_path: Pa
         assert load.told <= texts_of(server.client())
 
 
-def test_a_writer_that_stands_still_makes_callers_wait(tmp_path: Path) -> None:
+def test_a_stopped_writer_makes_callers_wait(tmp_path: Path) -> None:
     """Changes are answered when it goes on; reads of what is on disk, lists and stats don't wait."""
     with durable_server(tmp_path / "keypool.db") as server:
         client = server.client()
@@ -238,7 +238,7 @@ def test_a_killed_server_leaves_no_writer(tmp_path: Path, state: str) -> None:
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_to_everybody_is_left_to_the_server(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_all_processes_is_handled_by_the_server(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C reaches the server's group, a service manager signals every process: status 0, nothing lost."""
     path = tmp_path / "keypool.db"
     with durable_server(path) as server:
@@ -272,7 +272,7 @@ def test_a_stop_writes_the_last_commit(tmp_path: Path) -> None:
     assert stats["total"] == len(rows_in(path))
 
 
-def test_a_stop_while_the_writer_stands_still_is_over_in_time(tmp_path: Path) -> None:
+def test_a_stop_while_the_writer_is_stopped_ends_in_time(tmp_path: Path) -> None:
     """What can't be committed isn't answered; the server ends within --drain-seconds, says so, and takes it along."""
     with durable_server(tmp_path / "keypool.db", "--drain-seconds=1") as server:
         server.allow("the last commit was not made")
@@ -312,7 +312,7 @@ LOAD_GATE = """
 
 
 @pytest.mark.parametrize("while_inspecting", [True, False], ids=["inspecting", "reading"])
-def test_while_it_loads_it_says_so(whole_file: Path, tmp_path: Path, while_inspecting: bool) -> None:
+def test_while_loading_calls_get_503(whole_file: Path, tmp_path: Path, while_inspecting: bool) -> None:
     """/healthz 200, /readyz and every call 503; then all at once as ever."""
     path, gate = tmp_path / "keypool.db", tmp_path / "gate"
     shutil.copy(whole_file, path)
@@ -505,7 +505,7 @@ def test_all_that_expired_during_a_stop_is_purged_on_disk(tmp_path: Path) -> Non
 
 
 def test_keys_may_expire_while_the_server_starts(tmp_path: Path) -> None:
-    """At any rate: some do at each moment of it."""
+    """Some keys expire at each moment of the start."""
     path = tmp_path / "keypool.db"
     count = 60_000
     fill(path, [row(id, 20 * id / count) for id in range(1, count + 1)])

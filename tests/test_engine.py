@@ -68,11 +68,11 @@ class Held:
         ]
 
     def wait(self, owner: str, seconds: float = 30.0) -> Call[Lease]:
-        """Somebody who waits for a key."""
+        """A pending acquire."""
         return Call(self.engine.acquire(owner, seconds))
 
     async def check(self) -> None:
-        """The pool is whole, and while somebody waits no key is available."""
+        """The pool is consistent, and no key is available while a call waits."""
         await turns()
         self.pool.check()
         waiting = (await self.engine.stats()).waiting
@@ -300,7 +300,7 @@ async def test_a_key_that_is_deleted_while_somebody_waits_is_served_to_nobody() 
 
 
 @on_loop
-async def test_a_key_deleted_between_being_served_and_being_told_is_told_as_it_was_served() -> None:
+async def test_a_waiter_whose_key_is_deleted_before_its_answer_gets_the_lease_as_served() -> None:
     """The waiter held it for that moment; its unblock finds it gone."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
@@ -333,7 +333,7 @@ async def test_a_waiter_that_hangs_up_leaves_the_queue() -> None:
 
 @on_loop
 async def test_a_waiter_that_hangs_up_as_it_is_served_gives_the_lease_back() -> None:
-    """Nobody will hear of it: the next waiter gets the key in the same moment."""
+    """No caller has the lease: the next waiter gets the key at the same moment."""
     held, (lease,) = await held_with("ann")
     bob, carol = held.wait("bob"), held.wait("carol")
     await now(held.engine.unblock(lease.key, lease.lease))
@@ -347,7 +347,7 @@ async def test_a_waiter_that_hangs_up_as_it_is_served_gives_the_lease_back() -> 
 
 @on_loop
 async def test_the_last_waiter_that_hangs_up_as_it_is_served_leaves_the_key_available() -> None:
-    """As if it had never asked."""
+    """As if the call had never been made."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
     await now(held.engine.unblock(lease.key, lease.lease))
@@ -370,7 +370,7 @@ async def test_a_task_that_is_cancelled_as_it_is_served_gives_the_lease_back() -
 
 
 @on_loop
-async def test_hanging_up_takes_no_key_from_whoever_has_it_by_now() -> None:
+async def test_hanging_up_takes_no_key_from_its_next_holder() -> None:
     """The lease that is given back was freed and the key served again meanwhile."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
@@ -383,7 +383,7 @@ async def test_hanging_up_takes_no_key_from_whoever_has_it_by_now() -> None:
 
 
 @on_loop
-async def test_hanging_up_after_the_served_key_is_gone_is_nothing() -> None:
+async def test_hanging_up_after_the_served_key_is_gone_has_no_effect() -> None:
     """Deleted, or expired by its deadline."""
     held, (one, two) = await held_with("ann", "ann")
     bob, carol = held.wait("bob"), held.wait("carol")
@@ -397,7 +397,7 @@ async def test_hanging_up_after_the_served_key_is_gone_is_nothing() -> None:
 
 
 @on_loop
-async def test_hanging_up_serves_who_waits_though_the_lease_is_somebody_elses_by_now() -> None:
+async def test_hanging_up_with_a_stale_lease_still_serves_waiters() -> None:
     """Looking for the lease finds the block of the next holder overdue: the key is the next waiter's."""
     held, (lease,) = await held_with("ann")
     bob, dave, carol = held.wait("bob"), held.wait("dave", 60), held.wait("carol", 60)
@@ -412,7 +412,7 @@ async def test_hanging_up_serves_who_waits_though_the_lease_is_somebody_elses_by
 
 
 @on_loop
-async def test_hanging_up_after_time_is_up_is_nothing() -> None:
+async def test_hanging_up_after_the_timeout_has_no_effect() -> None:
     """Between the timer and the answer."""
     held, _ = await held_with("ann")
     bob = held.wait("bob", 5)
@@ -423,8 +423,8 @@ async def test_hanging_up_after_time_is_up_is_nothing() -> None:
 
 
 @on_loop
-async def test_hanging_up_as_the_server_stops_is_nothing() -> None:
-    """Between being told and answering."""
+async def test_hanging_up_as_the_server_stops_has_no_effect() -> None:
+    """Between the error and the answer."""
     held, _ = await held_with("ann")
     bob = held.wait("bob")
     held.engine.drain()
@@ -465,7 +465,7 @@ async def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
 
 
 @on_loop
-async def test_a_newcomer_never_overtakes_who_waits() -> None:
+async def test_a_newcomer_never_overtakes_a_waiter() -> None:
     """Even when a block ran out whose timer is late: the waiter gets that key, the newcomer none."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", 60)
@@ -478,7 +478,7 @@ async def test_a_newcomer_never_overtakes_who_waits() -> None:
 
 
 @on_loop
-async def test_a_newcomer_that_waits_queues_behind_who_waits() -> None:
+async def test_a_newcomer_that_waits_queues_behind_other_waiters() -> None:
     """Two blocks ran out with late timers: the first waiter and the newcomer are served, in this order."""
     held, _ = await held_with("ann", "ann")
     bob = held.wait("bob", 60)
@@ -490,7 +490,7 @@ async def test_a_newcomer_that_waits_queues_behind_who_waits() -> None:
 
 
 @on_loop
-async def test_a_newcomer_never_overtakes_who_waits_not_even_through_a_crowd_of_expired_keys() -> None:
+async def test_a_newcomer_never_overtakes_a_waiter_even_with_a_backlog_of_expired_keys() -> None:
     """Many blocks and keys ran out, and one key lives: it is the waiter's."""
     last = 4 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=50.0, keepalive_seconds=20.0)
@@ -511,7 +511,7 @@ async def test_a_newcomer_never_overtakes_who_waits_not_even_through_a_crowd_of_
 
 @on_loop
 async def test_more_than_max_waiters_are_refused() -> None:
-    """At once, and the others wait on; who hangs up makes room."""
+    """At once; the others keep waiting, and one that hangs up makes room."""
     held, _ = await held_with("ann", max_waiters=2)
     bob, carol = held.wait("bob"), held.wait("carol")
     with pytest.raises(TooManyWaiters, match="2 calls"):
@@ -535,7 +535,7 @@ async def test_no_waiters_at_all_may_be_allowed() -> None:
 
 
 @on_loop
-async def test_a_waiter_whose_time_is_up_gets_none() -> None:
+async def test_a_waiter_that_times_out_gets_no_key() -> None:
     """It is counted as refused, told the time to the earliest release, and waits no more."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", 5)
@@ -554,7 +554,7 @@ async def test_a_waiter_whose_time_is_up_gets_none() -> None:
 
 
 @on_loop
-async def test_a_waiter_whose_time_is_up_gets_a_key_whose_block_ran_out_before() -> None:
+async def test_a_waiter_that_times_out_gets_a_key_whose_block_ran_out_before() -> None:
     """By its deadline it is available, though the release timer is later than the waiter's."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", BLOCK + 1)
@@ -565,7 +565,7 @@ async def test_a_waiter_whose_time_is_up_gets_a_key_whose_block_ran_out_before()
 
 
 @on_loop
-async def test_a_waiter_whose_time_is_up_gets_a_key_that_a_crowd_stands_before() -> None:
+async def test_a_waiter_that_times_out_gets_a_key_hidden_by_a_backlog() -> None:
     """All blocks ran out with late timers, and all keys but one have expired: that one is available."""
     last = 4 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=50.0, keepalive_seconds=20.0)
@@ -582,7 +582,7 @@ async def test_a_waiter_whose_time_is_up_gets_a_key_that_a_crowd_stands_before()
 
 
 @on_loop
-async def test_a_generate_that_hangs_up_strands_nobody_who_waits() -> None:
+async def test_a_generate_that_hangs_up_leaves_no_waiter_unserved() -> None:
     """It was making room turn by turn, and has found a block overdue on its way."""
     held, _ = await held_with("ann", max_keys=1 + 2 * MAX_DUE_PER_CALL)
     bob = held.wait("bob", 400)
@@ -604,7 +604,7 @@ async def test_a_generate_that_hangs_up_strands_nobody_who_waits() -> None:
 
 
 @on_loop
-async def test_a_waiter_that_was_served_does_not_give_up_any_more() -> None:
+async def test_a_waiter_that_was_served_does_not_time_out() -> None:
     """Its timer is gone with the wait."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", 5)
@@ -617,7 +617,7 @@ async def test_a_waiter_that_was_served_does_not_give_up_any_more() -> None:
 
 
 @on_loop
-async def test_while_somebody_waits_no_key_stands_available() -> None:
+async def test_no_key_is_available_while_a_call_waits() -> None:
     """Through 2,000 random calls, with clocks that jump and timers that fire late or never (seeded)."""
     source = random.Random(31)
     held = Held(block_seconds=6.0, keepalive_seconds=30.0, max_keys=12, max_waiters=5)
@@ -659,7 +659,7 @@ async def test_while_somebody_waits_no_key_stands_available() -> None:
 
 
 @on_loop
-async def test_a_refused_generate_serves_who_waits() -> None:
+async def test_a_refused_generate_serves_waiters() -> None:
     """It found a block overdue on its way: the key is the waiter's."""
     held, (lease,) = await held_with("ann", max_keys=1)
     _, release = held.timers.timers
@@ -677,8 +677,8 @@ async def test_a_refused_generate_serves_who_waits() -> None:
 
 
 @on_loop
-async def test_a_server_that_stops_tells_its_waiters_at_once() -> None:
-    """And takes no more, but serves whoever needs not wait."""
+async def test_a_server_that_stops_answers_its_waiters_at_once() -> None:
+    """It admits no more, but serves calls that needn't wait."""
     held, (lease,) = await held_with("ann")
     calls = [held.wait("bob"), held.wait("carol")]
     armed = len(held.timers.timers)
@@ -724,7 +724,7 @@ async def test_a_batch_is_made_whole_or_not_at_all() -> None:
 
 
 @on_loop
-async def test_a_batch_of_acquires_gets_what_there_is() -> None:
+async def test_a_batch_of_acquires_gets_the_available_keys() -> None:
     """Fewer than asked when fewer are free, and none is an error that counts as one refusal."""
     held = Held()
     await now(held.engine.generate(3))
@@ -755,7 +755,7 @@ async def test_a_batch_takes_its_items_one_by_one_in_order() -> None:
 
 
 @on_loop
-async def test_a_batch_that_frees_keys_serves_who_waits_between_its_items() -> None:
+async def test_a_batch_of_unblocks_serves_waiters_between_its_items() -> None:
     """So a key that comes twice in it may be somebody else's the second time."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
@@ -766,7 +766,7 @@ async def test_a_batch_that_frees_keys_serves_who_waits_between_its_items() -> N
 
 
 @on_loop
-async def test_a_batch_of_generates_serves_who_waits() -> None:
+async def test_a_batch_of_generates_serves_waiters() -> None:
     """First come first served, and the rest stands available."""
     held = Held()
     calls = [held.wait(name) for name in "abc"]
@@ -978,7 +978,7 @@ async def _outcome(call: Awaitable[Any]) -> Any:
         pytest.param(HEAD, False, id=HEAD.name),
     ],
 )
-def test_no_call_sees_a_key_past_its_expiry_though_the_timer_is_late(sees: Sees, held_then: bool) -> None:
+def test_no_call_sees_a_key_past_its_expiry_even_if_the_timer_is_late(sees: Sees, held_then: bool) -> None:
     """At the deadline itself it is unknown, absent and never served; a moment before it was there."""
 
     @on_loop
@@ -1069,7 +1069,7 @@ async def _head_says(engine: EmbeddedEngine) -> str:
         ),
     ],
 )
-def test_no_call_sees_a_block_past_its_deadline_though_the_timer_is_late(
+def test_no_call_sees_a_block_past_its_deadline_even_if_the_timer_is_late(
     ask: Ask, while_held: Any, after: Any
 ) -> None:
     """At the deadline itself the key is available to everybody; a millisecond before it was held."""
@@ -1115,7 +1115,7 @@ WAKES: list[tuple[str, Ask]] = [
 
 
 @pytest.mark.parametrize(("name", "ask"), WAKES, ids=[name for name, _ in WAKES])
-def test_whatever_call_finds_a_block_overdue_serves_who_waits(name: str, ask: Ask) -> None:
+def test_every_call_that_finds_a_block_overdue_serves_waiters(name: str, ask: Ask) -> None:
     """The timer is late, and the call has cancelled it: nobody else would wake the waiter."""
 
     @on_loop
@@ -1148,7 +1148,7 @@ async def test_a_list_of_available_keys_shows_none_that_is_blocked() -> None:
 
 
 @on_loop
-async def test_head_of_the_first_version_tells_the_truth_of_a_pool_of_held_keys() -> None:
+async def test_head_of_the_first_version_is_404_in_a_pool_of_blocked_keys() -> None:
     """404, however many are held: a page that examined none available in its part says nothing of the rest."""
     count = pool_module.PAGE_SCAN_LIMIT + 1
     held = Held()
@@ -1158,8 +1158,8 @@ async def test_head_of_the_first_version_tells_the_truth_of_a_pool_of_held_keys(
 
 
 @on_loop
-async def test_head_of_the_first_version_says_when_to_come_again() -> None:
-    """As GET beside it does."""
+async def test_head_of_the_first_version_has_retry_after() -> None:
+    """As GET on the same path has."""
     held, _ = await held_with("ann")
     for call in (held.engine.acquire(None, 0), _head(held.engine)):
         with pytest.raises(NoKeyAvailable) as refusal:
@@ -1169,7 +1169,7 @@ async def test_head_of_the_first_version_says_when_to_come_again() -> None:
 
 @on_loop
 async def test_a_cursor_is_carried_from_page_to_page() -> None:
-    """As text; one that is none is a bad request."""
+    """As text; an invalid one is a bad request."""
     held = Held()
     await now(held.engine.generate(5))
     seen: list[int] = []
@@ -1188,7 +1188,7 @@ async def test_a_cursor_is_carried_from_page_to_page() -> None:
 
 
 @on_loop
-async def test_the_latest_events_are_kept_and_hold_no_more_than_happened() -> None:
+async def test_the_latest_events_are_kept() -> None:
     """Keepalives aside, with the owner that there was, and no more than so many."""
     held, (lease,) = await held_with("ann")
     await now(held.engine.keepalive(lease.id))

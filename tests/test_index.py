@@ -61,8 +61,8 @@ def test_keys_by_id_are_those_of_a_sorted_list(ids: list[int], gone: set[int], a
     assert all(index._buckets.values()), "an empty bucket was left"
 
 
-def test_a_walk_by_id_goes_on_from_a_key_that_is_gone() -> None:
-    """And from one whose whole bucket is."""
+def test_a_walk_by_id_continues_after_a_removed_key() -> None:
+    """Even if its whole bucket was removed."""
     index = IdIndex()
     made = {id: key_of(id) for id in (1, 1023, 1024, 1500, 2048, 9000)}
     for key in made.values():
@@ -111,9 +111,7 @@ def test_keys_by_text_are_those_of_a_sorted_list(texts: list[str], gone: set[int
 
 @SETTINGS
 @given(texts=TEXTS.filter(bool), which=st.integers(0, 39), prefix=PREFIXES)
-def test_a_walk_by_text_behind_a_key_that_is_gone_misses_none(
-    texts: list[str], which: int, prefix: str
-) -> None:
+def test_a_walk_by_text_after_a_removed_key_misses_none(texts: list[str], which: int, prefix: str) -> None:
     """It goes back to the first of those with the same four characters, and no further."""
     index, by_id = TextIndex(), IdIndex()
     made = [key_of(id, text) for id, text in enumerate(texts, 1)]
@@ -262,7 +260,7 @@ def expect_walks(plain: Plain) -> None:
 @SETTINGS
 @given(steps=STEPS.filter(lambda steps: any(step == "add" for step, _ in steps)), which=st.integers(0, 99))
 @pytest.mark.usefixtures("full")
-def test_a_walk_by_deadline_goes_on_from_a_key_that_is_gone(steps: list[tuple[str, int]], which: int) -> None:
+def test_a_walk_by_deadline_continues_after_a_removed_key(steps: list[tuple[str, int]], which: int) -> None:
     """Deleted, or moved to the end, where it is met again."""
     plain, now = Plain(), START
     for step, number in steps:
@@ -308,7 +306,7 @@ def test_keys_restored_out_of_order_are_out_of_turn_by_a_quantum_at_most(
 
 
 def test_the_earliest_deadline_is_the_first() -> None:
-    """And of nothing there is none."""
+    """An empty index has none."""
     plain = Plain()
     assert plain.index.first() is None
     late, early = plain.add(START + 9), plain.add(START + 3)
@@ -376,8 +374,8 @@ class Costs:
         return self.buckets.touched
 
 
-def test_adding_moving_and_discarding_a_key_looks_at_no_other_key() -> None:
-    """Nor at more than two buckets, while deadlines come in order."""
+def test_adding_moving_and_discarding_a_key_reads_no_other_key() -> None:
+    """It touches two buckets at most, while deadlines come in order."""
     costs = Costs()
     worst = max(costs.add(id, START + id / 100_000) for id in range(1, 20_000))
     costs.buckets.touched = 0
@@ -387,8 +385,8 @@ def test_adding_moving_and_discarding_a_key_looks_at_no_other_key() -> None:
     assert worst <= 2, f"{worst} buckets looked at by one add"
 
 
-def test_what_is_due_is_found_by_looking_at_no_more_than_was_asked_for() -> None:
-    """And one to see that there is no more."""
+def test_finding_due_keys_reads_at_most_one_more_than_the_limit() -> None:
+    """The last one shows that no more are due."""
     costs = Costs()
     for id in range(1, 20_000):
         costs.add(id, START + id / 1000)
@@ -414,7 +412,7 @@ def test_a_walk_reads_one_bucket_at_a_time() -> None:
     assert costs.keys <= index_module._FULL, f"{costs.keys} keys looked at for the first of a page"
 
 
-def test_coming_back_to_a_crowded_deadline_does_not_look_at_all_its_buckets(
+def test_adding_to_a_crowded_quantum_does_not_read_all_its_buckets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As when granted keys and others are restored in turn."""
@@ -427,15 +425,17 @@ def test_coming_back_to_a_crowded_deadline_does_not_look_at_all_its_buckets(
     assert touched <= 10, f"{touched} buckets looked at to add one key to a deadline that 400 share"
 
 
-def test_looking_for_what_is_due_does_not_read_a_whole_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finding_due_keys_does_not_read_a_crowded_quantum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart grace gives all keys one deadline, and every call looks whether it has passed."""
     costs = crowd_of(400, monkeypatch)
     assert costs.index.due(START - 1, 64) == []
     assert costs.read <= 100 + FULL, f"{costs.read} keys read to see that none of 400 is due"
 
 
-def test_finding_the_earliest_deadline_does_not_read_a_whole_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does anything else that asks for the first."""
+def test_finding_the_earliest_deadline_does_not_read_a_crowded_quantum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Like everything else that uses `first`."""
     costs = crowd_of(400, monkeypatch)
     assert costs.index.first() is not None
     assert costs.read <= 100 + FULL, f"{costs.read} keys read to find the first of 400"

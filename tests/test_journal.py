@@ -222,7 +222,7 @@ async def test_a_read_waits_for_its_own_key_only(writers: list[HeldWriter]) -> N
 async def test_a_read_of_a_key_that_changed_again_waits_for_the_last_change(
     writers: list[HeldWriter],
 ) -> None:
-    """What it tells is the newest, so that is what must be on disk."""
+    """The answer has the newest state, which must be on disk."""
     held = await Held(writers).open()
     [text] = await held.made()
     Call(held.engine.keepalive(text))
@@ -279,7 +279,7 @@ async def test_a_404_waits_for_the_purge(writers: list[HeldWriter], how: str) ->
 
 
 @on_loop
-async def test_refusals_wait_for_what_they_tell(writers: list[HeldWriter]) -> None:
+async def test_refusals_wait_for_the_changes_they_depend_on(writers: list[HeldWriter]) -> None:
     """409 for the lease that makes the other stale, changed:false for the unblock before, 404 for the acquire
     that took the last key.
     """
@@ -310,7 +310,7 @@ async def test_refusals_wait_for_what_they_tell(writers: list[HeldWriter]) -> No
 
 
 @on_loop
-async def test_a_release_by_its_deadline_is_on_disk_before_it_is_told(writers: list[HeldWriter]) -> None:
+async def test_a_release_by_its_deadline_is_on_disk_before_it_is_answered(writers: list[HeldWriter]) -> None:
     """The row that says available waits for the batch that frees the key."""
     held = await Held(writers).open()
     [text] = await held.made()
@@ -326,7 +326,7 @@ async def test_a_release_by_its_deadline_is_on_disk_before_it_is_told(writers: l
 
 @on_loop
 async def test_stats_and_lists_wait_for_nothing(writers: list[HeldWriter]) -> None:
-    """They may lead by the commit under way."""
+    """They may be ahead of the disk by the commit in flight."""
     held = await Held(writers).open()
     Call(held.engine.generate(3))
     assert Call(held.engine.stats()).answer.total == 3
@@ -338,7 +338,7 @@ async def test_stats_and_lists_wait_for_nothing(writers: list[HeldWriter]) -> No
 
 @on_loop
 async def test_a_waiter_is_answered_when_its_lease_is_on_disk(writers: list[HeldWriter]) -> None:
-    """Served in the turn of the generate, told with its commit."""
+    """It is served in the turn of the generate, and answered after its commit."""
     held = await Held(writers).open()
     waiter = Call(held.engine.acquire("patient", 30))
     made = Call(held.engine.generate(1))
@@ -352,7 +352,7 @@ async def test_a_waiter_is_answered_when_its_lease_is_on_disk(writers: list[Held
 
 
 @on_loop
-async def test_a_lease_that_nobody_hears_of_is_taken_back(writers: list[HeldWriter]) -> None:
+async def test_a_lease_whose_caller_hung_up_is_taken_back(writers: list[HeldWriter]) -> None:
     """The caller hung up during the commit: the key is free at once, and its lease number is spent."""
     held = await Held(writers).open()
     [text] = await held.made()
@@ -473,7 +473,7 @@ def test_while_batches_fail_nothing_changes_by_a_call(writers: list[HeldWriter],
     run(test)
 
 
-def test_deadlines_go_on_while_batches_fail_and_are_told_when_they_are_kept(
+def test_releases_continue_while_batches_fail_and_are_answered_once_on_disk(
     writers: list[HeldWriter],
 ) -> None:
     """A released key is told of when that is on disk; of one that would expire nothing is told until it is back."""
@@ -510,7 +510,7 @@ def test_deadlines_go_on_while_batches_fail_and_are_told_when_they_are_kept(
     run(test)
 
 
-def test_a_waiter_that_gives_up_while_batches_fail_is_told_so(writers: list[HeldWriter]) -> None:
+def test_a_waiter_that_times_out_while_batches_fail_gets_503(writers: list[HeldWriter]) -> None:
     """Its time is up: 503, since what it would tell isn't known to be kept; or 404 when all is on disk."""
 
     async def test() -> None:
@@ -611,8 +611,8 @@ def test_a_writer_that_dies_before_the_batch_leaves_is_replaced(writers: list[He
     run(test)
 
 
-def test_an_idle_writer_that_dies_costs_nobody_anything_later(writers: list[HeldWriter]) -> None:
-    """Nothing was to be written: the new writer is asked by an empty batch whether it can."""
+def test_an_idle_writer_that_dies_affects_no_later_call(writers: list[HeldWriter]) -> None:
+    """There is nothing to write: an empty batch checks that the new writer works."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -628,7 +628,7 @@ def test_an_idle_writer_that_dies_costs_nobody_anything_later(writers: list[Held
     run(test)
 
 
-def test_a_writer_that_dies_over_and_over_is_started_over_and_over(writers: list[HeldWriter]) -> None:
+def test_a_writer_that_dies_repeatedly_is_restarted_each_time(writers: list[HeldWriter]) -> None:
     """Each in the place of the one before, and the calls that come between are all over in the end."""
 
     async def test() -> None:
@@ -648,8 +648,8 @@ def test_a_writer_that_dies_over_and_over_is_started_over_and_over(writers: list
     run(test)
 
 
-def test_a_writer_that_dies_after_a_failed_batch_leaves_nobody_waiting(writers: list[HeldWriter]) -> None:
-    """Two troubles at once are one recovery: calls after it are answered, all of them."""
+def test_a_writer_that_dies_after_a_failed_batch_leaves_no_call_waiting(writers: list[HeldWriter]) -> None:
+    """Both failures are one outage: all calls after it are answered."""
 
     async def test() -> None:
         held = await Held(writers).open()

@@ -179,7 +179,7 @@ def test_the_grace_is_on_disk_before_anything_is_answered(writers: list[HeldWrit
 
 
 def test_an_outage_within_the_recovery_is_one_outage(writers: list[HeldWriter]) -> None:
-    """What is granted when it is really over counts from then."""
+    """The grace counts from the end of the last failure."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -200,7 +200,7 @@ def test_an_outage_within_the_recovery_is_one_outage(writers: list[HeldWriter]) 
 
 
 @on_loop
-async def test_a_grace_for_many_keys_stalls_nobody() -> None:
+async def test_a_grace_for_many_keys_does_not_stall_the_loop() -> None:
     """It is granted in slices, soonest first, and what each slice costs doesn't grow with the pool."""
     now = 1000.0
     pool = make_pool()
@@ -346,7 +346,7 @@ def test_a_large_batch_waits_for_the_writer(
 
 
 @on_loop
-async def test_an_idle_writer_says_that_the_file_is_gone(
+async def test_an_idle_writer_reports_that_the_file_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a call that changes anything."""

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from keypool.core import index
 from keypool.core.cursor import ListQuery, decode, encode, page_query
 from keypool.core.errors import BadRequest, PoolFull, StaleLease, UnknownKey
-from keypool.core.events import Change, tell
+from keypool.core.events import Change, event_of
 from keypool.core.keys import ALPHABET, DEAD, Key, State, hint, random_text
 from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, KeyPage, PageQuery, Pool, state_of
 
@@ -38,7 +38,7 @@ def before(moment: float) -> float:
 
 
 def served(pool: Pool, now: float, owner: str | None = None) -> Key:
-    """A key acquired; fails if none is available."""
+    """Acquire a key; fails if none is available."""
     key = pool.acquire(now, owner)
     assert key is not None, f"no key was served of {pool.available} available"
     return key
@@ -70,8 +70,8 @@ def test_a_late_holder_is_fenced_off_by_its_lease() -> None:
     assert (key.owner, key.release_deadline, key.lease) == ("bob", NOW + 2 * BLOCK, second)
 
 
-def test_a_holder_late_but_not_too_late_is_told_that_nothing_changed() -> None:
-    """The latest lease of a key that is free already is no error."""
+def test_unblock_of_an_available_key_by_its_latest_lease_changes_nothing() -> None:
+    """It isn't an error either."""
     pool, (key,) = pool_of(1)
     lease = served(pool, NOW).lease
     pool.find(key.text, NOW + BLOCK)
@@ -92,7 +92,7 @@ def test_no_lease_number_fits_a_key_that_was_never_served(lease: int, words: str
 
 
 def test_a_lease_number_from_the_future_is_refused() -> None:
-    """Nobody was given it."""
+    """It was never given out."""
     pool, (key,) = pool_of(1)
     lease = served(pool, NOW).lease
     with pytest.raises(StaleLease, match="its latest lease has a smaller number"):
@@ -120,7 +120,7 @@ def test_lease_numbers_grow_with_every_acquire_of_the_pool() -> None:
 
 
 def test_unblocking_without_a_lease_frees_whoever_holds_it() -> None:
-    """As the exercise has it; the second time there is nothing to change."""
+    """The second time there is nothing to change."""
     pool, (key,) = pool_of(1)
     served(pool, NOW, "ann")
     assert pool.unblock(key, None) is True
@@ -128,7 +128,7 @@ def test_unblocking_without_a_lease_frees_whoever_holds_it() -> None:
     assert (pool.available, pool.counters.unblocked) == (1, 1)
 
 
-def test_a_key_stands_among_the_available_once_only() -> None:
+def test_a_key_is_in_the_available_list_only_once() -> None:
     """However often it is freed."""
     pool, (key,) = pool_of(1)
     served(pool, NOW)
@@ -187,8 +187,8 @@ def test_keepalive_moves_the_expiry_in_either_state() -> None:
     assert blocked.release_deadline == NOW + BLOCK
 
 
-def test_being_served_and_freed_is_no_keepalive() -> None:
-    """Only keepalive is."""
+def test_acquire_and_unblock_do_not_move_the_expiry() -> None:
+    """Only keepalive moves it."""
     pool, (key,) = pool_of(1)
     for second in range(0, 290, 10):
         pool.unblock(served(pool, NOW + second), None)
@@ -222,7 +222,7 @@ def test_nothing_revives_an_expired_key(late: float) -> None:
     assert (pool.total, pool.available, pool.blocked, pool.counters.expired) == (0, 0, 0, 1)
 
 
-def test_a_purged_key_is_dead_to_whoever_still_holds_it() -> None:
+def test_a_purged_key_object_is_never_taken_for_a_live_key() -> None:
     """Its deadline is past at every moment, so that it is never taken for a live one."""
     pool, (key,) = pool_of(1)
     pool.delete(key)
@@ -244,7 +244,7 @@ def test_ids_are_never_used_again() -> None:
 # --------------------------------------------------------------------------------------------------- settling
 
 
-def test_settling_releases_at_the_deadline_and_not_before() -> None:
+def test_process_due_releases_at_the_deadline_and_not_before() -> None:
     """Whenever a timer has it called."""
     pool, (key,) = pool_of(1)
     deadline = served(pool, NOW).release_deadline
@@ -258,7 +258,7 @@ def test_settling_releases_at_the_deadline_and_not_before() -> None:
     assert (pool.available, pool.counters.released) == (1, 1)
 
 
-def test_settling_purges_at_the_deadline_and_not_before() -> None:
+def test_process_due_purges_at_the_deadline_and_not_before() -> None:
     """Likewise."""
     pool, (key,) = pool_of(1)
     deadline = key.expires_deadline
@@ -292,7 +292,7 @@ def test_a_former_expiry_deadline_purges_nothing() -> None:
 
 
 def test_the_deadlines_of_a_purged_key_do_nothing() -> None:
-    """Nothing is counted or told twice."""
+    """Nothing is counted or reported twice."""
     told: list[Change] = []
     pool, (key,) = pool_of(1, on_change=lambda change, key, owner: told.append(change))
     served(pool, NOW)
@@ -313,8 +313,8 @@ def test_a_full_pool_refuses_and_changes_nothing() -> None:
     assert (pool.total, pool.last_id, pool.counters.generated) == (3, 3, 3)
 
 
-def test_room_is_asked_for_as_a_whole() -> None:
-    """For a batch that would fit in part there is none."""
+def test_room_is_required_for_the_whole_batch() -> None:
+    """A batch that fits only in part is refused."""
     pool, _ = pool_of(3, max_keys=5)
     pool.require_room(2, NOW)
     with pytest.raises(PoolFull):
@@ -329,14 +329,14 @@ def test_deleting_makes_room() -> None:
 
 
 def test_an_expired_key_takes_no_room() -> None:
-    """Even if no timer has said so."""
+    """Even if no timer has fired."""
     pool, _ = pool_of(3, max_keys=3)
     pool.require_room(3, NOW + KEEPALIVE)
     assert pool.generate(NOW + KEEPALIVE).id == 4
 
 
-def test_a_crowd_of_expired_keys_makes_room_a_bounded_number_at_a_time() -> None:
-    """`MAX_DUE_PER_CALL` a call: whoever asks again while some are overdue gets on."""
+def test_a_backlog_of_expired_keys_makes_room_in_bounded_steps() -> None:
+    """`MAX_DUE_PER_CALL` for each call: a caller that repeats it while some are overdue gets room."""
     pool, _ = pool_of(CROWD, max_keys=CROWD)
     now = NOW + KEEPALIVE
     pool.require_room(MAX_DUE_PER_CALL, now)
@@ -352,8 +352,8 @@ def test_a_crowd_of_expired_keys_makes_room_a_bounded_number_at_a_time() -> None
 # ---------------------------------------------------------------------------------------------------- a crowd
 
 
-def test_a_crowd_of_expired_keys_never_hides_an_available_one() -> None:
-    """acquire purges those it meets, and goes on as long as the pool says that some are left."""
+def test_a_backlog_of_expired_keys_never_hides_an_available_one() -> None:
+    """acquire purges those it draws; callers repeat it while `may_have_more` is true."""
     pool, made = pool_of(CROWD)
     alive = made[CROWD // 2]
     pool.keepalive(alive, NOW + 1)
@@ -367,8 +367,8 @@ def test_a_crowd_of_expired_keys_never_hides_an_available_one() -> None:
     pool.check()
 
 
-def test_a_crowd_of_held_keys_that_expired_never_hides_one_whose_block_ran_out() -> None:
-    """Both deadlines of the many have passed, and only the release of the one."""
+def test_a_backlog_of_expired_blocked_keys_never_hides_a_released_one() -> None:
+    """Both deadlines of many keys have passed, but only the release of one."""
     pool, _ = pool_of(MAX_DUE_PER_CALL + 1, block_seconds=10.0, keepalive_seconds=20.0)
     now = NOW + 15
     for _ in range(MAX_DUE_PER_CALL + 1):
@@ -381,8 +381,8 @@ def test_a_crowd_of_held_keys_that_expired_never_hides_one_whose_block_ran_out()
     assert key is last, f"{key!r} was served, though {last!r} is available and lives"
 
 
-def test_a_crowd_is_dealt_with_a_bounded_number_at_a_time() -> None:
-    """No call does more of what time has brought than `MAX_DUE_PER_CALL` of each kind."""
+def test_a_backlog_is_processed_in_bounded_steps() -> None:
+    """No call processes more than `MAX_DUE_PER_CALL` due keys of each kind."""
     told: list[Change] = []
     pool, _ = pool_of(4 * CROWD, on_change=lambda change, key, owner: told.append(change))
     for _ in range(2 * CROWD):
@@ -406,7 +406,7 @@ def test_a_crowd_is_dealt_with_a_bounded_number_at_a_time() -> None:
             )
 
 
-def test_a_page_among_a_crowd_of_expired_keys_shows_none_of_them_and_goes_on() -> None:
+def test_a_page_within_a_backlog_of_expired_keys_shows_none_of_them_and_has_a_next() -> None:
     """It examines a bounded number, so it may be empty and still have a next."""
     count = 2 * PAGE_SCAN_LIMIT + MAX_DUE_PER_CALL
     pool, made = pool_of(count)
@@ -425,7 +425,7 @@ def test_a_page_among_a_crowd_of_expired_keys_shows_none_of_them_and_goes_on() -
 
 
 @pytest.mark.parametrize("order", ["id", "release"])
-def test_a_page_among_a_crowd_of_ended_blocks_shows_them_as_available(order: str) -> None:
+def test_a_page_within_a_backlog_of_ended_blocks_shows_them_as_available(order: str) -> None:
     """Though only some are released on the way: in order of release, where only held keys stand, none is."""
     pool, made = pool_of(CROWD)
     for _ in made:
@@ -454,7 +454,7 @@ def restored(*rows: tuple[float, float | None], last_lease: int = 999) -> tuple[
     return pool, made
 
 
-def test_restored_keys_are_as_they_were_and_nobody_is_told() -> None:
+def test_restored_keys_are_unchanged_and_not_reported() -> None:
     """No counter moves."""
     pool, (free, held) = restored((NOW + 100, None), (NOW + 200, NOW + 30))
     pool.check()
@@ -494,7 +494,7 @@ def test_the_hint_of_the_earliest_release_is_the_earliest_of_restored_keys() -> 
     assert pool.next_release(QUANTUM_START) == pytest.approx(0.002, abs=1e-6)
 
 
-def test_a_restored_crowd_past_its_deadlines_process_dues_to_what_is_true() -> None:
+def test_process_due_brings_a_restored_backlog_up_to_date() -> None:
     """As a start after a long stop does."""
     rows = [(NOW + number % 3, NOW + number % 2 if number % 5 else None) for number in range(CROWD)]
     pool, made = restored(*rows)
@@ -639,7 +639,7 @@ def _miscount(pool: Pool) -> None:
 
 CAUGHT = [
     (_swap_slots, r"<Key id:\d+ 0000….*> is available but not in its slot \d"),
-    (_free_twice, r"there are .* keys; the counts say"),
+    (_free_twice, r"there are .* keys instead of"),
     (_free_a_held_one, r"<Key id:\d+ .*> is blocked but has slot \d+ and lease \d+"),
     (_lose_a_free_one, r"<Key id:\d+ .*> is available but not in its slot -1"),
     (_name_an_owner, r"<Key id:\d+ .*> is available but has an owner"),
@@ -647,34 +647,34 @@ CAUGHT = [
     (_invent_a_release, r"<Key id:\d+ .*> is blocked but has slot \d"),
     (
         _lose_from_the_order_of_releases,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it believes to be in",
+        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
     ),
-    (_leave_in_the_order_of_releases, r"\d+ keys stand in an order of deadlines that should hold \d+"),
+    (_leave_in_the_order_of_releases, r"an order of deadlines holds \d+ keys instead of \d+"),
     (
         _lose_from_the_order_of_expiries,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it believes to be in",
+        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
     ),
     (_forget_the_place_in_the_order_of_expiries, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
     (_forget_the_place_in_the_order_of_releases, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
     (_renumber_a_bucket, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
     (_leave_an_empty_bucket, r"bucket 1 is empty or numbered 1"),
     (_lose_from_the_texts, r"<Key id:\d+ .*> is not found by its text"),
-    (_leave_among_the_texts, r"there are \(\d+, \d+, \d+\) keys; the counts say"),
+    (_leave_among_the_texts, r"there are \(\d+, \d+, \d+\) keys instead of"),
     (_change_a_text, r"<Key id:\d+ .*> is not found by its text"),
     (_share_a_text, r"<Key id:\d+ .*> is not found by its text"),
-    (_lose_from_the_ids, r"there are .* keys; the counts say"),
-    (_change_an_id, r"the walk by id is out of order or meets a key twice"),
+    (_lose_from_the_ids, r"there are .* keys instead of"),
+    (_change_an_id, r"the walk by id is out of order or returns a key twice"),
     (_run_ahead_of_the_last_id, r"<Key id:\d+ .*>: id or lease \d+ is beyond the last given"),
     (_run_ahead_of_the_last_lease, r"<Key id:\d+ .*>: id or lease 1000 is beyond the last given"),
     (_hold_without_a_lease, r"<Key id:\d+ .*> is blocked but has slot -1 and lease 0"),
     (_keep_a_dead_one, r"<Key id:\d+ .*> was purged but is still found by id"),
-    (_miscount, r"there are .* keys; the counts say"),
+    (_miscount, r"there are .* keys instead of"),
     (
         _misplace_in_the_order_of_expiries,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it believes to be in",
+        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
     ),
-    (_move_an_expiry_alone, r"<Key id:\d+ .*> has a deadline outside the stretch of its bucket"),
-    (_move_a_release_alone, r"<Key id:\d+ .*> has a deadline outside the stretch of its bucket"),
+    (_move_an_expiry_alone, r"<Key id:\d+ .*> has a deadline outside the time of its bucket"),
+    (_move_a_release_alone, r"<Key id:\d+ .*> has a deadline outside the time of its bucket"),
 ]
 
 
@@ -691,7 +691,7 @@ def corruptible() -> Pool:
 
 
 @pytest.mark.parametrize(("corrupt", "story"), CAUGHT, ids=[corrupt.__name__ for corrupt, _ in CAUGHT])
-def test_check_finds_each_kind_of_corruption_and_tells_its_story(
+def test_check_finds_each_kind_of_corruption_and_names_it(
     corrupt: Callable[[Pool], None], story: str
 ) -> None:
     """By the key that is wrong, where one is, and never by its whole text."""
@@ -702,7 +702,7 @@ def test_check_finds_each_kind_of_corruption_and_tells_its_story(
     assert not re.search(r"0{9}|Q{9}|Z{9}", str(caught.value)), f"the story shows a key: {caught.value}"
 
 
-def test_check_goes_in_slices_when_asked_to() -> None:
+def test_check_in_slices_yields_after_each_slice() -> None:
     """A pause after each so many keys, for the loop's other work."""
     pool, _ = pool_of(10)
     assert len(list(pool.check_in_slices(3))) == 3
@@ -749,7 +749,7 @@ def test_acquire_of_two_serves_each_ordered_pair_equally_likely() -> None:
     assert abs(chi_square(list(pairs.values()))) < 4, f"not uniform: {pairs}"
 
 
-def test_the_greatest_number_that_chance_gives_chooses_the_last_key() -> None:
+def test_the_largest_random_number_chooses_the_last_key() -> None:
     """Never one beyond."""
     pool, made = pool_of(3, random=lambda: math.nextafter(1.0, 0.0))
     assert pool.acquire(NOW, None) is made[-1]
@@ -799,19 +799,19 @@ def test_a_hint_shows_four_characters_at_each_end() -> None:
     assert Key(42, "5TRxabcdefghijklVN9w", NOW, NOW).hint == "5TRx…VN9w"
 
 
-def test_what_can_be_printed_of_a_key_is_its_hint() -> None:
+def test_a_printed_key_shows_its_hint_only() -> None:
     """In a log, a trace or an event."""
     key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
-    event = tell((Change.ACQUIRED, key, "ann", 7, NOW))
+    event = event_of((Change.ACQUIRED, key, "ann", 7, NOW))
     for shown in (repr(key), str(key), f"{key}", f"{key!r}", repr(event)):
         assert "5TRx…VN9w" in shown, shown
         assert "abcd" not in shown, shown
 
 
-def test_an_event_tells_no_lease_of_a_key_that_was_never_served() -> None:
-    """Null, not 0."""
+def test_the_event_of_a_key_that_was_never_served_has_no_lease() -> None:
+    """Its lease is None, not 0."""
     key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
-    assert tell((Change.GENERATED, key, None, 0, NOW)).lease is None
+    assert event_of((Change.GENERATED, key, None, 0, NOW)).lease is None
 
 
 # ---------------------------------------------------------------------------------------------------- cursors
@@ -835,7 +835,7 @@ def secret_texts() -> Callable[[], str]:
 
 @pytest.mark.parametrize("query", QUERIES, ids=repr)
 def test_a_cursor_leads_on_to_the_page_after(query: ListQuery) -> None:
-    """Through the text that the caller sees, to the end, meeting every key once."""
+    """Followed to the end, cursors return every key once."""
     pool, _ = pool_of(9, new_text=secret_texts())
     for _ in range(5):
         served(pool, NOW)
@@ -878,7 +878,7 @@ def test_a_cursor_holds_no_more_of_a_key_than_its_hint(query: ListQuery) -> None
 
 @pytest.mark.parametrize("query", QUERIES, ids=repr)
 def test_a_cursor_of_another_order_is_refused(query: ListQuery) -> None:
-    """And of a list with a prefix where there is none, and the other way round."""
+    """Also that of a list with a prefix for one without, and vice versa."""
     pool, _ = pool_of(9)
     for _ in range(5):
         served(pool, NOW)
@@ -888,7 +888,7 @@ def test_a_cursor_of_another_order_is_refused(query: ListQuery) -> None:
     text = encode(asked, position)
     own = "prefix" if query.prefix else query.order or "id"
     for order in {"prefix", "id", "release", "expiry"} - {own}:
-        with pytest.raises(BadRequest, match="after must be the next of the page before"):
+        with pytest.raises(BadRequest, match="after must be the next of the previous page"):
             decode(text, order)
 
 
@@ -924,16 +924,16 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("text", GARBAGE.values(), ids=GARBAGE.keys())
-def test_a_cursor_that_is_none_is_refused(text: str) -> None:
-    """As a bad request, whatever it is."""
-    with pytest.raises(BadRequest, match="after must be the next of the page before"):
+def test_an_invalid_cursor_is_refused(text: str) -> None:
+    """With BadRequest, whatever it is."""
+    with pytest.raises(BadRequest, match="after must be the next of the previous page"):
         decode(text, "id")
 
 
 @SETTINGS
 @given(text=st.text(min_size=1, max_size=200), order=st.sampled_from(["prefix", "id", "release", "expiry"]))
 def test_any_text_is_a_cursor_or_a_bad_request(text: str, order: str) -> None:
-    """Never another error."""
+    """It never raises another error."""
     try:
         position = decode(text, order)
     except BadRequest:
@@ -970,20 +970,20 @@ def test_a_made_up_cursor_leads_somewhere_in_the_same_list(
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        (ListQuery(prefix="A", order="id"), "prefix goes with no order"),
-        (ListQuery(prefix="A", order="expiry"), "prefix goes with no order"),
+        (ListQuery(prefix="A", order="id"), "prefix can't be combined with order"),
+        (ListQuery(prefix="A", order="expiry"), "prefix can't be combined with order"),
         (ListQuery(order="release", state="available"), "order=release lists blocked keys only"),
     ],
     ids=repr,
 )
-def test_lists_without_sense_are_refused(query: ListQuery, words: str) -> None:
-    """And the error says what would be right."""
+def test_parameters_that_exclude_each_other_are_refused(query: ListQuery, words: str) -> None:
+    """The error says what would be right."""
     with pytest.raises(BadRequest, match=words):
         page_query(query)
 
 
 def test_a_walk_goes_on_behind_a_key_that_is_gone() -> None:
-    """The cursor names a place, not a key."""
+    """The cursor is a position, not a key."""
     pool, made = pool_of(6)
     first = pool.page(PageQuery(limit=3), NOW)
     assert first.keys == made[:3]
@@ -992,7 +992,7 @@ def test_a_walk_goes_on_behind_a_key_that_is_gone() -> None:
     assert pool.page(PageQuery(limit=3, after=first.next), NOW).keys == made[4:]
 
 
-def test_a_walk_by_prefix_meets_again_rather_than_misses() -> None:
+def test_a_walk_by_prefix_may_repeat_keys_but_misses_none() -> None:
     """Those that share four characters with a key that is gone, which the cursor can't tell apart."""
     pool, made = pool_of(6)
     query = PageQuery(prefix="0000", limit=3)

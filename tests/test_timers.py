@@ -203,7 +203,7 @@ def test_nothing_fires_before_the_start() -> None:
     rig.expect(3, "a key added since")
 
 
-def test_what_is_queued_while_a_crowd_is_settled_is_settled_once() -> None:
+def test_keys_queued_while_a_backlog_is_processed_are_processed_once() -> None:
     """Timers that fire meanwhile don't each begin a round of their own."""
     rig = Held()
     for id in range(1, 10 * MAX_DUE_PER_CALL + 1):
@@ -219,7 +219,7 @@ def test_what_is_queued_while_a_crowd_is_settled_is_settled_once() -> None:
 
 
 def test_a_timer_that_has_nothing_to_do_with_a_key_can_be_cancelled() -> None:
-    """And one that is none, or has fired, is nothing to cancel."""
+    """Cancelling None or a timer that has fired has no effect."""
     rig, rang = Held(), list[str]()
     rig.timers.cancel(rig.timers.after(5, rang.append, "cancelled"))
     rig.timers.cancel(None)
@@ -245,8 +245,8 @@ def test_a_timer_for_a_deadline_that_has_passed_fires_in_the_next_turns(skewed: 
     skewed.run(test)
 
 
-def test_closing_forgets_what_is_queued_and_what_fires_later(skewed: Skewed) -> None:
-    """Nothing is settled any more."""
+def test_after_closing_nothing_queued_or_firing_later_is_processed(skewed: Skewed) -> None:
+    """No key is processed any more."""
 
     async def test() -> None:
         now = skewed.raw.time
@@ -270,7 +270,7 @@ def test_closing_forgets_what_is_queued_and_what_fires_later(skewed: Skewed) -> 
 
 
 @pytest.mark.parametrize("seconds", [0.0, 30.0], ids=["of one moment", "of 30 s"])
-def test_a_hundred_thousand_due_at_once_are_dealt_with_in_slices(skewed: Skewed, seconds: float) -> None:
+def test_a_hundred_thousand_due_at_once_are_processed_in_slices(skewed: Skewed, seconds: float) -> None:
     """Between two slices the loop does its other work: no turn deals with more than one."""
     count = 100_000
 
@@ -331,7 +331,7 @@ def told(skewed: Skewed) -> Told:
     return Told(engine, changes)
 
 
-def test_a_key_is_released_and_purged_with_nobody_asking(skewed: Skewed) -> None:
+def test_a_key_is_released_and_purged_without_any_call(skewed: Skewed) -> None:
     """At 60 s and at 300 s, by the timers alone."""
 
     async def test() -> None:
@@ -437,7 +437,7 @@ def on_uvloop(test: Test) -> None:
 
 
 def test_on_uvloop_deadlines_are_never_early_by_more_than_5_ms() -> None:
-    """A release and an expiry that nobody asks for."""
+    """A release and an expiry, without any call."""
 
     async def test() -> None:
         engine = EmbeddedEngine(PoolRules(block_seconds=0.1, keepalive_seconds=0.8))
@@ -466,7 +466,7 @@ def _set(future: asyncio.Future[None]) -> None:
     future.set_result(None)
 
 
-def test_on_uvloop_a_block_that_ends_serves_who_waits() -> None:
+def test_on_uvloop_a_block_that_ends_serves_a_waiter() -> None:
     """The second holder gets the key by the first one's timer."""
 
     async def test() -> None:
@@ -503,7 +503,7 @@ def test_on_uvloop_a_cancelled_timer_never_fires() -> None:
     on_uvloop(test)
 
 
-def test_on_uvloop_a_crowd_is_purged_while_other_work_goes_on() -> None:
+def test_on_uvloop_a_backlog_is_purged_while_other_work_goes_on() -> None:
     """20,000 keys whose deadline has passed, in slices."""
     count = 20_000
 

@@ -1,7 +1,7 @@
-"""The answers of the calls: the shapes of the contract, one Struct each, from the engine to the wire unchanged.
+"""The answers of the calls: one Struct for each shape of the contract, passed unchanged from the engine to the wire.
 
 Lengths of time are seconds relative to the answer, rounded to the millisecond; moments are RFC 3339 UTC with
-milliseconds. `gc=False`: these hold no cycles, and the collector is spared them.
+milliseconds. `gc=False`: these hold no cycles, so the collector needn't track them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Answer(msgspec.Struct, gc=False):
 
 
 class GeneratedKey(Answer):
-    """A key just made."""
+    """A key that was just generated."""
 
     id: int
     key: str
@@ -48,21 +48,21 @@ class Unblocked(Answer):
 
 
 class KeptAlive(Answer):
-    """A key whose expiry was put off."""
+    """A key whose expiry was postponed."""
 
     id: int
     expires_in: float
 
 
 class Identity(Answer):
-    """What is shown of a purged key."""
+    """A purged key, without its text."""
 
     id: int
     hint: str
 
 
 class EndedLease(Identity):
-    """A lease that was ended by a caller who didn't give its number. For the audit log; no call answers it."""
+    """A lease that was ended by a caller who didn't give its number. For the audit log; no call returns it."""
 
     lease: int
 
@@ -98,7 +98,7 @@ class Revealed(Answer):
 
 
 class Stats(Answer):
-    """Four counts of now, eight since the pool began, and what is serving."""
+    """Four current counts, eight totals since the pool began, and the server's uptime, engine and version."""
 
     total: int
     available: int
@@ -118,7 +118,7 @@ class Stats(Answer):
 
 
 class BatchAnswer(Answer, tag_field="op"):
-    """The root of the answers of batches: `op`, first, is that of the request.
+    """The root of the answers of batches. Their first member, `op`, repeats that of the request.
 
     Two of them have the same other members; a client that is generated from the OpenAPI document needs it to
     distinguish them.
@@ -126,13 +126,13 @@ class BatchAnswer(Answer, tag_field="op"):
 
 
 class GeneratedKeys(BatchAnswer, tag="generate"):
-    """What a batch made."""
+    """The keys that a batch generated."""
 
     keys: list[GeneratedKey]
 
 
 class Leases(BatchAnswer, tag="acquire"):
-    """What a batch served: fewer than asked when fewer are free."""
+    """The keys that a batch acquired: fewer than requested if fewer were available."""
 
     keys: list[Lease]
 
@@ -145,7 +145,7 @@ class KeptAliveKeys(BatchAnswer, tag="keepalive"):
 
 
 class UnblockedKeys(BatchAnswer, tag="unblock"):
-    """How many keys a batch freed or found free, which texts are unknown, and which have a later lease."""
+    """How many keys are available after a batch, which texts are unknown, and which have a later lease."""
 
     done: int
     unknown: list[str]

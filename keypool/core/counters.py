@@ -1,7 +1,7 @@
 """The counters of a pool: their names, in the one order that everything else derives from.
 
-`Stats`, the data file, the metrics, the history of the charts and the feed have them by these names. The client, the
-scripts in Valkey and the dashboard's own scripts can't import this; a test holds them equal.
+`Stats`, the data file, the metrics, the history of the charts and the feed use these names. The client, the scripts in
+Valkey and the dashboard's own scripts can't import this module; a test compares them with it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Counters:
     refused: int = _counter("acquires answered that no key is available")
 
     def by_name(self) -> dict[str, Any]:
-        """Their values."""
+        """The values by name, in the order of `COUNTERS`."""
         return dict(zip(COUNTERS, counter_values(self), strict=True))
 
     @property
@@ -43,4 +43,4 @@ COUNTERS: Mapping[str, str] = {each.name: each.metadata["about"] for each in fie
 """Each counter's name with its description."""
 
 counter_values = attrgetter(*COUNTERS)
-"""The values in this order, of Counters or of Stats."""
+"""The values of a Counters or a Stats, in the order of `COUNTERS`."""

@@ -1,7 +1,7 @@
 """Lists: their query, and the opaque cursor of the next page (keyset pagination).
 
-A cursor is a position in one order of one list, made of numbers, and holds no key text. Its shape is checked; it is
-not signed, since an invented one leads to some other place of the same list and reveals nothing.
+A cursor is a position in one order of a list. It consists of numbers, and holds no key text. Its shape is checked, but
+it isn't signed: an invented cursor leads to another place of the same list and reveals nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from keypool.core.pool import PageQuery
 
 _LETTER = {"prefix": "p", "id": "i", "release": "r", "expiry": "e"}
 _NUMBERS = {"prefix": 2, "id": 1, "release": 3, "expiry": 3}
-_WANTED = "after must be the next of the page before, of a list with the same prefix and order"
+_WRONG_CURSOR = "after must be the next of the previous page, of a list with the same prefix and order"
 
 
 class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The query of a list, one field a parameter."""
+    """The query of a list, one field for each parameter."""
 
     state: Annotated[
         Literal["available", "blocked"] | None, msgspec.Meta(description="only keys in this state")
@@ -31,7 +31,7 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     prefix: Annotated[
         Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9]{1,4}$(?!\n)")] | None,
         msgspec.Meta(
-            description="only keys whose text starts so: 1 to 4 characters of A-Z a-z 0-9; goes with no order"
+            description="only keys whose text starts with this: 1 to 4 characters of A-Z a-z 0-9; not with order"
         ),
     ] = None
     order: Annotated[
@@ -40,19 +40,19 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
             description="id (default), release (blocked keys, soonest first) or expiry (soonest first)"
         ),
     ] = None
-    limit: Annotated[int, msgspec.Meta(ge=1, le=500, description="keys a page, at most")] = 50
+    limit: Annotated[int, msgspec.Meta(ge=1, le=500, description="keys on a page, at most")] = 50
     after: Annotated[
         Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None,
-        msgspec.Meta(description="the next of the page before"),
+        msgspec.Meta(description="the next of the previous page"),
     ] = None
 
 
 def page_query(query: ListQuery) -> PageQuery:
-    """The pool's query. Raises BadRequest for combinations that make no sense, and for a wrong cursor."""
+    """The pool's query. Raises BadRequest for parameters that exclude each other, and for a wrong cursor."""
     if query.prefix is not None and query.order is not None:
-        raise BadRequest("prefix goes with no order: a list by prefix is in order of the key's text")
+        raise BadRequest("prefix can't be combined with order: a list by prefix is in order of the text")
     if query.order == "release" and query.state == "available":
-        raise BadRequest("order=release lists blocked keys only: leave state out, or ask for state=blocked")
+        raise BadRequest("order=release lists blocked keys only: leave state out, or set state=blocked")
     state = State(query.state) if query.state else None
     if query.order == "release":
         state = State.BLOCKED
@@ -68,13 +68,13 @@ def encode(query: PageQuery, position: Position) -> str:
 
 
 def decode(text: str, order: str) -> Position:
-    """The position of a cursor. Raises BadRequest unless it is one of this order."""
+    """The position of a cursor. Raises BadRequest unless it is a cursor of this order."""
     try:
         payload = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         letter, *position = msgspec.json.decode(payload, type=list[int | float | str])
     except (ValueError, binascii.Error, msgspec.MsgspecError):
-        raise BadRequest(_WANTED) from None
+        raise BadRequest(_WRONG_CURSOR) from None
     numbers = tuple(number for number in position if not isinstance(number, str) and 0 <= number < 2**63)
     if letter != _LETTER[order] or len(numbers) != len(position) or len(numbers) != _NUMBERS[order]:
-        raise BadRequest(_WANTED)
+        raise BadRequest(_WRONG_CURSOR)
     return numbers

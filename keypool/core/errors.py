@@ -1,33 +1,33 @@
 """The exception hierarchy.
 
     KeypoolError                     500 internal if nothing below fits
-    ├── PoolError                    what the pool's rules refuse
+    ├── PoolError                    the pool's rules refuse the call
     │   ├── UnknownKey               never generated, deleted or expired
     │   ├── NoKeyAvailable           carries `retry_after`, a hint in seconds
     │   ├── StaleLease               the key was served again since, or never with this number
     │   └── PoolFull                 `--max-keys` reached
-    ├── Unavailable                  not now; the same call may succeed later
-    │   ├── StorageUnavailable       the outcome is not known: it may yet reach the disk
+    ├── Unavailable                  the same call may succeed later
+    │   ├── StorageUnavailable       the outcome is unknown: the change may yet reach the disk
     │   ├── Loading                  the server is reading its keys; the call was not made
     │   ├── Draining                 the server is stopping
     │   ├── TooManyWaiters           `--max-waiters` reached
     │   └── TooMany                  carries `retry_after`, in seconds
     │       ├── TooManyViewers       `--max-viewers` reached
     │       └── TooManySignIns       too many wrong tokens from one address
-    └── RequestRefused               the request itself is wrong, or not this caller's
+    └── RequestRefused               the request is wrong, or this caller may not make it
         ├── BadRequest               malformed JSON, a wrong field or parameter, out of range
-        ├── Unauthorized             no token; WrongToken: one that nobody knows
+        ├── Unauthorized             no token; WrongToken: an unknown one
         ├── Forbidden  CrossSite  WrongHost
         ├── NotFound                 no such path
         ├── MethodNotAllowed         carries `allow`, the methods that the path has
-        ├── UpgradeRequired          the feed, asked without a websocket
-        ├── RequestTimeout           its head or body took longer than the server waits
+        ├── UpgradeRequired          a request for the feed that isn't a websocket's
+        ├── RequestTimeout           the head or body took longer than the server waits
         └── PayloadTooLarge  UriTooLong  HeadersTooLarge  UnsupportedMediaType
     StartError                       the server can't start: one line, exit status 1
     └── SettingsError                a wrong flag, variable or TOML key: exit status 2
 
-Each class has its `code`, which programs compare, and its `title`, which people read; the instance's `detail` tells
-what was wrong and what would be right. There is no HTTP here: api/problems.py has the status of each class.
+Each class has its `code`, which programs compare, and its `title`, which people read. The instance's `detail` says what
+was wrong and what would be right. This module knows nothing of HTTP: api/problems.py has the status of each class.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from typing import ClassVar
 
 
 class KeypoolError(Exception):
-    """The server failed; the request id leads to its log.
+    """The server failed; its log has the reason, under the request id.
 
-    This is the root of all errors that calls are answered with.
+    This is the root of all errors that calls may raise.
     """
 
     code: ClassVar[str] = "internal"
@@ -67,7 +67,7 @@ class UnknownKey(PoolError):
 
 
 class NoKeyAvailable(PoolError):
-    """Every key is blocked, or there is none. `retry_after` is seconds to the earliest release, if any."""
+    """Every key is blocked, or the pool is empty. `retry_after`: seconds until the earliest release, if any."""
 
     code = "no-key-available"
     title = "No key available"
@@ -98,23 +98,23 @@ class StaleLease(PoolError):
 
 
 class PoolFull(PoolError):
-    """The pool holds `--max-keys` keys, or the batch would take it beyond."""
+    """The call would take the pool beyond `--max-keys` keys."""
 
     code = "pool-full"
     title = "Pool full"
 
-    def __init__(self, total: int, asked: int, max_keys: int) -> None:
+    def __init__(self, total: int, requested: int, max_keys: int) -> None:
         super().__init__(
-            f"{asked} more would exceed --max-keys={max_keys}: the pool holds {total}; delete keys first"
+            f"{requested} more would exceed --max-keys={max_keys}: the pool holds {total}; delete keys first"
         )
 
 
 class Unavailable(KeypoolError):
-    """Not now. The same call may succeed later."""
+    """The server can't serve the call now. The same call may succeed later."""
 
 
 class StorageUnavailable(Unavailable):
-    """The data file or Valkey can't be written. Whether this call's change is kept is unknown."""
+    """The data file or Valkey can't be written. It is unknown whether this call's change is kept."""
 
     code = "storage-unavailable"
     title = "Storage unavailable"
@@ -127,33 +127,33 @@ class Loading(Unavailable):
     title = "Server is loading"
 
     def __init__(self) -> None:
-        super().__init__("the server is loading its keys; ask again in a moment")
+        super().__init__("the server is loading its keys; try again in a moment")
 
 
 class Draining(Unavailable):
-    """The server is stopping; retry after its restart, or at another server."""
+    """The server is stopping; retry after its restart, or on another server."""
 
     code = "draining"
     title = "Server is draining"
 
     def __init__(self) -> None:
-        super().__init__("the server is stopping and serves no waiter any more; try again after its restart")
+        super().__init__("the server is stopping and no longer serves waiters; try again after its restart")
 
 
 class TooManyWaiters(Unavailable):
-    """`--max-waiters` calls are waiting for a key already."""
+    """`--max-waiters` calls are already waiting for a key."""
 
     code = "too-many-waiters"
     title = "Too many waiters"
 
     def __init__(self, max_waiters: int) -> None:
         super().__init__(
-            f"{max_waiters} calls (--max-waiters) are waiting for a key already; try again later"
+            f"{max_waiters} calls (--max-waiters) are already waiting for a key; try again later"
         )
 
 
 class TooMany(Unavailable):
-    """More than the server takes at a time. `retry_after` is when to ask again, in seconds."""
+    """More than the server accepts at a time. `retry_after`: seconds after which to try again."""
 
     def __init__(self, detail: str, retry_after: float) -> None:
         super().__init__(detail)
@@ -161,14 +161,14 @@ class TooMany(Unavailable):
 
 
 class TooManyViewers(TooMany):
-    """`--max-viewers` websockets are open already."""
+    """`--max-viewers` websockets are already open."""
 
     code = "too-many-viewers"
     title = "Too many viewers"
 
     def __init__(self, max_viewers: int) -> None:
         super().__init__(
-            f"{max_viewers} viewers (--max-viewers) have the feed open already; ask GET /stats instead", 5
+            f"{max_viewers} viewers (--max-viewers) already have the feed open; poll GET /stats instead", 5
         )
 
 
@@ -187,11 +187,11 @@ class TooManySignIns(TooMany):
 
 
 class RequestRefused(KeypoolError):
-    """The request itself is wrong, or isn't this caller's to make; nothing has changed."""
+    """The request itself is wrong, or this caller may not make it; nothing has changed."""
 
 
 class BadRequest(RequestRefused):
-    """A wrong body or query: `detail` names the field and the values it takes."""
+    """A wrong body or query: `detail` names the field and the values it accepts."""
 
     code = "bad-request"
     title = "Bad request"
@@ -205,7 +205,7 @@ class Unauthorized(RequestRefused):
 
 
 class WrongToken(Unauthorized):
-    """A token that nobody knows. `mark` is the start of its digest, for the audit log."""
+    """An unknown token. `mark` is the start of its digest, for the audit log."""
 
     def __init__(self, mark: str) -> None:
         super().__init__("this token is not known to the server")
@@ -250,7 +250,7 @@ class MethodNotAllowed(RequestRefused):
     title = "Method not allowed"
 
     def __init__(self, allow: str) -> None:
-        super().__init__(f"this path takes {allow}")
+        super().__init__(f"this path accepts {allow}")
         self.allow = allow
 
 
@@ -300,8 +300,8 @@ class UnsupportedMediaType(RequestRefused):
 
 
 class StartError(Exception):
-    """The server can't start. The text is one line for the person who started it."""
+    """The server can't start. The message is one line for the person who started it."""
 
 
 class SettingsError(StartError):
-    """A wrong flag, environment variable or TOML key: the text names it and the values it takes."""
+    """A wrong flag, environment variable or TOML key: the message names it and the values it accepts."""

@@ -1,7 +1,7 @@
-"""The names of the pool's changes, and what of them is shown.
+"""The pool's changes: their names, and the events that viewers get.
 
-The pool reports each change to its one listener, the engine, as soon as it has happened. The engine journals it and
-keeps it for whoever watches, as an Event, which holds no key text.
+The pool reports each change to its one listener, the engine, as soon as it has happened. The engine hands it to the
+journal and keeps the latest ones. Viewers get them as Events, which hold no key text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keypool.core.keys import Key, moment
 
 
 class Change(StrEnum):
-    """What can happen to a key. REVEALED changes nothing."""
+    """A kind of event. REVEALED is recorded, but changes nothing."""
 
     GENERATED = "generated"
     ACQUIRED = "acquired"
@@ -29,11 +29,11 @@ class Change(StrEnum):
 
 
 Happened = tuple[Change, Key, str | None, int, float]
-"""A change as the engine keeps it: what, the key, its owner then, its latest lease, the moment."""
+"""A change as the engine keeps it: its kind, the key, the owner and latest lease at that moment, the moment."""
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """One change as the feed shows it: `at` is an RFC 3339 moment."""
+    """A change as the feed shows it: `at` is an RFC 3339 moment; `lease` is None if the key was never served."""
 
     event: Change
     id: int
@@ -43,8 +43,8 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     at: str
 
 
-def tell(happened: Happened) -> Event:
-    """A change as it is shown. Made only for those that somebody looks at: a microsecond each."""
+def event_of(happened: Happened) -> Event:
+    """The event of a change. It costs a microsecond, so it is made only when somebody looks at it."""
     change, key, owner, lease, at = happened
     return Event(change, key.id, key.hint, owner, lease or None, moment(at))
 
@@ -52,4 +52,4 @@ def tell(happened: Happened) -> Event:
 def latest(events: Sequence[Happened], count: int, key_id: int | None = None) -> list[Event]:
     """The last `count` of these, oldest first; with `key_id`, of that key only. O(count), O(events) for one key."""
     backwards = (happened for happened in reversed(events) if key_id is None or happened[1].id == key_id)
-    return [tell(happened) for happened in islice(backwards, count)][::-1]
+    return [event_of(happened) for happened in islice(backwards, count)][::-1]

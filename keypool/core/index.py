@@ -1,9 +1,9 @@
 """The orders in which keys can be found and listed: by id, by text, by deadline.
 
 A dict of a million entries moves all of them when it grows, and a sorted list needs a search for each move of a
-deadline. So keys stand in many small dicts ("buckets"), and only the buckets are kept in order, by sortedcontainers:
-finding, adding, moving and discarding a key touch one bucket, and growing touches a bucket at a time. A page walks from
-a position onwards, O(log n + keys read).
+deadline. So keys are kept in many small dicts ("buckets"), and only the buckets are kept in order, by sortedcontainers:
+finding, adding, moving and discarding a key touch one bucket, and growth rehashes one bucket at a time. A page walks
+from a position onwards, O(log n + keys read).
 
 A bucket is sorted when it is read. For ids and deadlines the order of insertion is nearly that order, so sorting costs
 one pass.
@@ -20,17 +20,17 @@ from keypool.core.keys import ALPHABET, Key
 
 _IDS_PER_BUCKET = 1024
 _TEXT_BUCKET = 2  # characters: 3,844 buckets
-_SHOWN = 4  # characters of a text that a hint shows, and so a position may hold
+_SHOWN = 4  # characters of a text that a hint shows, so that a position may hold them too
 _QUANTUM = 64  # buckets a second
 _FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
-_PARTS = 1 << 20  # buckets that a quantum may have, by their numbers
+_PARTS = 1 << 20  # bucket numbers reserved for each quantum
 
 Position = tuple[int | float, ...]
 """A place in an order that holds no key text: numbers only."""
 
 
 class Bucket(dict[int, Key]):
-    """Keys by id that are neighbours in an order. `number` is the place of the bucket among the others."""
+    """Keys that are neighbours in an order, by id. `number` is the place of the bucket among the others."""
 
     __slots__ = ("number",)
 
@@ -40,9 +40,10 @@ class Bucket(dict[int, Key]):
 
 
 class DeadlineBucket(Bucket):
-    """Keys whose deadlines lie in the same stretch of time, which `ends` at a moment.
+    """Keys whose deadlines lie in the same 1/64 s, which is over at the moment `ends`.
 
-    `latest` is the largest deadline ever added, for `ordered`. `timer` is for engine/timers.py only.
+    `latest` is the largest deadline ever added. `ordered` is true while each deadline that was added was at least as
+    late as all before it. `timer` is for engine/timers.py only.
     """
 
     __slots__ = ("latest", "ordered", "timer")
@@ -55,16 +56,16 @@ class DeadlineBucket(Bucket):
 
     @property
     def ends(self) -> float:
-        """The moment by which all deadlines in it have passed."""
+        """The moment by which all deadlines in the bucket have passed."""
         return (self.number // _PARTS + 1) / _QUANTUM
 
 
 BucketListener = Callable[[DeadlineBucket], None]
-"""Called with a bucket that was opened for its first key, or closed with its last."""
+"""Called with a bucket that was opened for its first key, or closed when its last key left."""
 
 
 class IdIndex:
-    """Keys by id. Everything O(log n), in practice a constant."""
+    """Keys by id. Every operation is O(log n), in practice constant."""
 
     def __init__(self) -> None:
         self._buckets: SortedDict[int, Bucket] = SortedDict()
@@ -99,7 +100,7 @@ class IdIndex:
 
     @staticmethod
     def position(key: Key) -> Position:
-        """Where a walk that ends at this key goes on. O(1)."""
+        """The position from which a walk that ends at this key goes on. O(1)."""
         return (key.id,)
 
 
@@ -157,12 +158,12 @@ class TextIndex:
 
     @staticmethod
     def position(key: Key) -> Position:
-        """The number that its first four characters make, which the hint shows as well, and the id."""
+        """The rank of the first four characters, which the hint shows as well, and the id. O(1)."""
         return (rank_of(key.text), key.id)
 
 
 def rank_of(text: str) -> int:
-    """The number that the first four characters of a text make: no more than a hint shows."""
+    """The first four characters of a text as a number in base 62: reveals no more than a hint does."""
     rank = 0
     for character in text[:_SHOWN]:
         rank = rank * len(ALPHABET) + ALPHABET.index(character)
@@ -170,7 +171,7 @@ def rank_of(text: str) -> int:
 
 
 def shown_of(rank: int) -> str:
-    """The characters again."""
+    """The characters that `rank_of` made a number of."""
     characters = []
     for _ in range(_SHOWN):
         rank, digit = divmod(rank, len(ALPHABET))
@@ -181,11 +182,11 @@ def shown_of(rank: int) -> str:
 class DeadlineIndex:
     """Keys by a deadline that moves often: adding, moving and discarding cost two dict operations.
 
-    A bucket is 1/64 s of deadlines (a quantum), or a part of one that has more than `_FULL` keys. Within it keys stand
-    in order of insertion, which is the order of their deadlines as long as each deadline is the same length of time
-    after a clock that never goes back. Keys restored under other settings may break that: then the bucket is not
-    `ordered`, and is sorted when it is read. `opened` and `closed` are called with buckets that come and go: a timer
-    for each is a timer for every deadline, at no cost a key.
+    A bucket is 1/64 s of deadlines (a quantum), or a part of a quantum that has more than `_FULL` keys. Its keys are in
+    order of insertion, which is the order of their deadlines as long as each deadline is the same length of time after
+    a clock that never goes back. Keys restored under other settings may break that: then the bucket is not `ordered`,
+    and is sorted when it is read. `opened` and `closed` are called with buckets that come and go: a timer for each
+    bucket covers every deadline, at no cost for each key.
     """
 
     def __init__(
@@ -197,10 +198,10 @@ class DeadlineIndex:
         self._buckets: SortedDict[int, DeadlineBucket] = SortedDict()
         self._newest: dict[int, DeadlineBucket] = {}  # by quantum: where keys are added
         self.earliest = inf
-        """No deadline comes before this moment: one comparison tells that nothing is due. It may be too early."""
+        """A lower bound of all deadlines: while `now` is before it, nothing is due, at the cost of one comparison."""
 
     def add(self, key: Key, deadline: float) -> DeadlineBucket:
-        """Add a key that isn't in the index; the bucket returned is what `discard` wants. O(1) mostly."""
+        """Add a key that isn't in the index. Returns the bucket to give to `discard`. O(1) mostly."""
         quantum = int(deadline * _QUANTUM)
         bucket = self._newest.get(quantum)
         if bucket is None or len(bucket) >= _FULL:
@@ -223,7 +224,7 @@ class DeadlineIndex:
         return bucket
 
     def discard(self, key: Key, bucket: DeadlineBucket) -> None:
-        """Take a key out of the bucket that `add` gave. O(1) mostly."""
+        """Take a key out of the bucket that `add` returned. O(1) mostly."""
         del bucket[key.id]
         if bucket:
             return
@@ -234,7 +235,7 @@ class DeadlineIndex:
         self._closed(bucket)
 
     def buckets(self) -> Iterator[DeadlineBucket]:
-        """All that are open, in order of their deadlines."""
+        """All buckets, in order of their deadlines."""
         return iter(self._buckets.values())
 
     def first(self) -> Key | None:
@@ -248,7 +249,7 @@ class DeadlineIndex:
         return min(map(self._head, self._of_quantum(quantum)), key=self._deadline)
 
     def due(self, now: float, limit: int) -> list[Key]:
-        """Keys whose deadline has passed, soonest first but within a crowded quantum, at most `limit`. O(limit)."""
+        """At most `limit` keys whose deadlines have passed, soonest first except within a crowded quantum. O(limit)."""
         if now < self.earliest:
             return []
         first = self.first()
@@ -260,7 +261,7 @@ class DeadlineIndex:
         for bucket in self._buckets.values():
             if bucket.number // _PARTS > last_quantum:
                 break
-            for key in bucket.values() if bucket.ordered else self._in_order(bucket):
+            for key in bucket.values() if bucket.ordered else sorted(bucket.values(), key=self._deadline):
                 if self._deadline(key) > now:
                     break
                 found.append(key)
@@ -269,7 +270,7 @@ class DeadlineIndex:
         return found
 
     def count_until(self, moment: float) -> int:
-        """How many deadlines come before a moment, to 1/64 s. O(buckets before it): 64 a second."""
+        """How many deadlines come before a moment, to within 1/64 s. O(buckets before it), mostly 64 a second."""
         last = int(moment * _QUANTUM) * _PARTS
         return sum(len(self._buckets[number]) for number in self._buckets.irange(None, last))
 
@@ -282,11 +283,8 @@ class DeadlineIndex:
             return next(iter(bucket.values()))
         return min(bucket.values(), key=self._deadline)
 
-    def _in_order(self, bucket: DeadlineBucket) -> list[Key]:
-        return sorted(bucket.values(), key=self._deadline)
-
     def walk(self, after: Position | None) -> Iterator[Key]:
-        """The keys in order of deadline from a position on, which need not be taken any more."""
+        """The keys in order of deadline from a position on. The key at that position may be gone."""
         number, passed = (None, None) if after is None else (int(after[0]), after[1:])
         for current in self._buckets.irange(number):
             for place, key in sorted(
@@ -296,20 +294,20 @@ class DeadlineIndex:
                     yield key
 
     def position_of(self, key: Key, bucket: DeadlineBucket) -> Position:
-        """Where a walk that ends at this key goes on. O(1)."""
+        """The position from which a walk that ends at this key goes on. O(1)."""
         return (bucket.number, self._deadline(key), key.id)
 
     def check_key(self, key: Key, bucket: DeadlineBucket | None) -> None:
-        """Raise unless the key stands in this bucket, at its place in the order. O(1)."""
+        """Raise ValueError unless the key is in this bucket, at its place in the order. O(1)."""
         if bucket is None or bucket.get(key.id) is not key or self._buckets.get(bucket.number) is not bucket:
-            raise ValueError(f"{key!r} is not in the bucket of deadlines that it believes to be in")
+            raise ValueError(f"{key!r} is not in the bucket of deadlines that it refers to")
         if int(self._deadline(key) * _QUANTUM) != bucket.number // _PARTS:
-            raise ValueError(f"{key!r} has a deadline outside the stretch of its bucket {bucket.number}")
+            raise ValueError(f"{key!r} has a deadline outside the time of its bucket {bucket.number}")
         if self._deadline(key) < self.earliest:
-            raise ValueError(f"{key!r} has a deadline before the time until which there should be none")
+            raise ValueError(f"{key!r} has a deadline before the lower bound of all deadlines")
 
     def check_in_slices(self, keys: int, size: int) -> Iterator[None]:
-        """Raise unless so many keys are here and no bucket is empty, with a pause after each `size` buckets."""
+        """Raise ValueError unless no bucket is empty and they hold `keys` keys. Yields after each `size` buckets."""
         found = 0
         for count, (number, bucket) in enumerate(self._buckets.items(), 1):
             if number != bucket.number or not bucket:
@@ -318,4 +316,4 @@ class DeadlineIndex:
             if count % size == 0:
                 yield
         if found != keys:
-            raise ValueError(f"{found} keys stand in an order of deadlines that should hold {keys}")
+            raise ValueError(f"an order of deadlines holds {found} keys instead of {keys}")

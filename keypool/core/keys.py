@@ -1,8 +1,8 @@
 """A key: its fields, and how its text is made.
 
-The durable fields are what a journal writes and restores; the in-memory ones are places in the pool's
-structures and are made anew from the durable ones. A change of the durable fields is a change of the
-journal's schema (durable/datafile.py).
+A journal writes and restores the durable fields; the in-memory ones are the key's places in the pool's structures, and
+are derived from the durable ones. To change the durable fields is to change the schema of the data file
+(durable/datafile.py).
 
 Moments and deadlines are seconds on the pool's clock, a float: near the Unix epoch in value, monotonic while
 the server runs (engine/clock.py). No key text is ever logged: `hint` is what people see.
@@ -30,38 +30,38 @@ _CHARACTER_OF = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256)
 _DROPPED = bytes(range(_UNBIASED, 256))
 
 DEAD = float("-inf")
-"""The `expires_deadline` of a purged key: always in the past, so that an object that is still referred to can't be
-taken for a live key."""
+"""The `expires_deadline` of a purged key: always in the past, so that a purged key that is still referenced can't be
+taken for a live one."""
 
 
 class State(StrEnum):
-    """Of a live key. A purged key has none."""
+    """The state of a live key. A purged key has no state."""
 
     AVAILABLE = "available"
     BLOCKED = "blocked"
 
 
 class Key(msgspec.Struct, gc=False, eq=False):
-    """One key of the pool, changed by pool.py only. About 130 bytes, with its text 200.
+    """One key of the pool, changed by pool.py only. About 130 bytes; 200 with its text.
 
-    A Struct without `gc`: the garbage collector doesn't track keys, so a collection doesn't visit them all.
+    `gc=False`: the garbage collector doesn't track keys, so a collection doesn't visit them all.
     """
 
     # durable
     id: int
-    """From 1, never used again."""
+    """Counts from 1, and is never reused."""
     text: str
     """The secret itself."""
     created_at: float
     """The moment of generate."""
     expires_deadline: float
-    """Purged when it passes; moved by keepalive; DEAD once purged."""
+    """The key is purged when this passes. Moved by keepalive; DEAD once purged."""
     release_deadline: float | None = None
-    """Available again when it passes; None unless blocked."""
+    """The key is available again when this passes. None unless blocked."""
     lease: int = 0
-    """The number of the latest acquire; 0 if it was never served."""
+    """The number of the latest acquire; 0 if the key was never served."""
     owner: str | None = None
-    """Who holds it; None unless blocked and named."""
+    """The name that the holder gave; None unless blocked and named."""
     # in memory
     slot: int = -1
     """Index in the pool's list of available keys; -1 unless available."""
@@ -72,7 +72,7 @@ class Key(msgspec.Struct, gc=False, eq=False):
 
     @property
     def hint(self) -> str:
-        """What may be shown of the key: first four characters, an ellipsis, last four."""
+        """The part of the text that may be shown: first four characters, an ellipsis, last four."""
         return hint(self.text)
 
     def __repr__(self) -> str:
@@ -80,7 +80,7 @@ class Key(msgspec.Struct, gc=False, eq=False):
 
 
 def hint(text: str) -> str:
-    """What may be shown of a key's text, which is 16 characters at least."""
+    """The hint of a key's text, which has at least 16 characters."""
     return f"{text[:4]}…{text[-4:]}"
 
 
@@ -96,12 +96,12 @@ def random_text(length: int) -> str:
 
 
 def moment(at: float) -> str:
-    """A moment as people and programs read it: RFC 3339, UTC, milliseconds. About 0.4 µs in a known second."""
-    # Rounded as a journal rounds it, so that a moment reads the same after a restart.
+    """A moment in RFC 3339, UTC, with milliseconds. About 0.4 µs if its second is cached."""
+    # Rounded as a journal rounds, so that a moment reads the same after a restart.
     second, milliseconds = divmod(round(at * 1000), 1000)
     return f"{_second(second)}.{milliseconds:03d}Z"
 
 
-@lru_cache(maxsize=4096)  # a page's keys were mostly made in few seconds
+@lru_cache(maxsize=4096)  # most keys of a page were made within a few seconds
 def _second(at: int) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")

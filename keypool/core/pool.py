@@ -1,4 +1,4 @@
-"""The rules: who may have which key, and until when.
+"""The rules of the pool: which key an acquire gets, and until when the caller may use it.
 
                 generate                  acquire (at random)
        (nothing) ------> AVAILABLE ---------------------------> BLOCKED
@@ -10,12 +10,12 @@
                                 v                                   v
                             (purged: never served, never valid, never generated again)
 
-Pure: no I/O, no clock, no timer. Each method takes `now`, seconds on a clock that never goes back, and brings its key
-up to that moment first: a deadline that has passed counts, whether or not its timer has fired. Each change is reported
-to the one listener, `on_change(change, key, owner)`, when it has been made.
+The module has no I/O, no clock and no timer. Each method takes `now`, in seconds on a clock that never goes back, and
+first applies the deadlines of its key that have passed, whether or not their timers have fired. Each change is reported
+to the one listener, `on_change(change, key, owner)`, after it has been made.
 
-Nothing here iterates over the whole set: every call is O(1) or O(log n) in the number of keys, by the structures of
-index.py, except `check`, which is for tests and for the moment after a restore.
+Nothing here iterates over the whole set: with the structures of index.py every call is O(1) or O(log n) in the number
+of keys, except `check`, which is for tests and for the moment after a restore.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from keypool.core.keys import DEAD, Key, State
 from keypool.core.rules import PoolRules
 
 MAX_DUE_PER_CALL = 64
-"""Keys whose deadlines have passed that one call processes. More are a backlog, which the engine drains in slices."""
+"""At most so many due keys of each kind are processed by one call. The engine drains a larger backlog in slices."""
 
 PAGE_SCAN_LIMIT = 1000
-"""Keys that one page examines, at most."""
+"""At most so many keys are examined for one page."""
 
 Listener = Callable[[Change, Key, str | None], None]
 
 
 @dataclass(slots=True)
 class PageQuery:
-    """Which keys a page shows: `state` None is both; with a prefix the order is that of the texts."""
+    """Which keys a page shows. `state` None means both states; with a prefix, the order is that of the texts."""
 
     state: State | None = None
     prefix: str | None = None
@@ -55,14 +55,14 @@ class PageQuery:
 
 @dataclass(slots=True)
 class KeyPage:
-    """Live keys in order, and where the next page begins; None at the end."""
+    """Live keys in order, and the position at which the next page begins; None at the end."""
 
     keys: list[Key] = field(default_factory=list)
     next: Position | None = None
 
 
 class Processed(NamedTuple):
-    """What a `process_due` found: by how many seconds the first of each was late, and whether there may be more."""
+    """The result of `process_due`: by how many seconds the first of each kind was late; whether more may be due."""
 
     release_lateness: float | None
     expiry_lateness: float | None
@@ -70,10 +70,9 @@ class Processed(NamedTuple):
 
 
 class Pool:
-    """All keys, and the three orders they are found in.
+    """All keys, and the orders in which they are found.
 
-    `new_text` makes a random key text, `random` a float in [0, 1). The numbers `last_id` and `last_lease` only
-    grow.
+    `new_text` returns a random key text, `random` a float in [0, 1). `last_id` and `last_lease` only grow.
     """
 
     def __init__(
@@ -107,27 +106,27 @@ class Pool:
 
     @property
     def total(self) -> int:
-        """Keys that aren't purged yet, expired ones among them while a backlog is drained."""
+        """Keys that aren't purged yet, including expired ones while a backlog is drained."""
         return self._total
 
     @property
     def available(self) -> int:
-        """Keys that can be acquired. Likewise."""
+        """Keys that can be acquired, including expired ones likewise."""
         return len(self._available)
 
     @property
     def blocked(self) -> int:
-        """Keys that are held. Likewise."""
+        """Keys that are blocked, including overdue ones likewise."""
         return self._total - len(self._available)
 
     # -- finding
 
     def find(self, text: str, now: float) -> Key:
-        """The live key with this text, up to date. O(1). Raises UnknownKey."""
+        """The live key with this text, its deadlines applied. O(1). Raises UnknownKey."""
         return self._live(self._by_text.get(text), now)
 
     def find_id(self, id: int, now: float) -> Key:
-        """The live key with this id, up to date. O(1). Raises UnknownKey."""
+        """The live key with this id, its deadlines applied. O(1). Raises UnknownKey."""
         return self._live(self._by_id.get(id), now)
 
     def _live(self, key: Key | None, now: float) -> Key:
@@ -163,8 +162,8 @@ class Pool:
     def acquire(self, now: float, owner: str | None) -> Key | None:
         """Block a uniformly random available key under a new lease; None if none is available. O(1).
 
-        Due keys are processed on the way, `MAX_DUE_PER_CALL` of them at most. After a None, `may_have_more` tells
-        whether that wasn't enough, and the caller should try again.
+        Up to `MAX_DUE_PER_CALL` due keys are processed first. After a None, `may_have_more` returns whether that wasn't
+        enough and the caller should try again.
         """
         if now >= self._by_release.earliest:
             self._process_releases(now)
@@ -191,11 +190,11 @@ class Pool:
         return bool(self._available) or self.next_release(now) == 0
 
     def unblock(self, key: Key, lease: int | None) -> bool:
-        """Make a live key available again; False if it was. O(1).
+        """Make a live key available again; False if it was available already. O(1).
 
-        With a lease number, only under the key's latest: raises StaleLease under any other.
+        A lease number must be that of the key's latest lease; any other raises StaleLease.
         """
-        if lease is not None and (lease != key.lease or not lease):  # 0 stands for never served: nobody's
+        if lease is not None and (lease != key.lease or not lease):  # 0: never served, so never given
             raise StaleLease(lease, key.lease or None)
         if key.release_deadline is None:
             return False
@@ -203,9 +202,9 @@ class Pool:
         return True
 
     def keepalive(self, key: Key, now: float) -> None:
-        """Move a live key's `expires_deadline`, and nothing else. O(1)."""
+        """Set a live key's `expires_deadline` to `now + keepalive_seconds`. O(1)."""
         deadline = now + self.keepalive_seconds
-        assert key.expiry_bucket is not None  # a live key stands in the order by expiry
+        assert key.expiry_bucket is not None  # a live key is in the order by expiry
         self._by_expiry.discard(key, key.expiry_bucket)
         key.expires_deadline = deadline
         key.expiry_bucket = self._by_expiry.add(key, deadline)
@@ -219,7 +218,7 @@ class Pool:
     # -- deadlines
 
     def process_due(self, now: float) -> Processed:
-        """Release and purge keys whose deadlines have passed, `MAX_DUE_PER_CALL` of each at most. O(1) if none has."""
+        """Release and purge due keys, `MAX_DUE_PER_CALL` of each kind at most. O(1) if nothing is due."""
         expired = self._by_expiry.due(min(now, self._purge_until), MAX_DUE_PER_CALL)
         expiry = now - expired[0].expires_deadline if expired else None
         for key in expired:
@@ -228,7 +227,7 @@ class Pool:
         return Processed(release, expiry, MAX_DUE_PER_CALL in (len(expired), released))
 
     def _process_releases(self, now: float) -> tuple[float | None, int]:
-        """Release keys; the lateness of the first, and how many."""
+        """Release due keys. Returns by how many seconds the first was late, and how many there were."""
         due = self._by_release.due(now, MAX_DUE_PER_CALL)
         lateness = None if not due else now - (due[0].release_deadline or now)
         for key in due:
@@ -236,7 +235,7 @@ class Pool:
         return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
-        """Whether some key has expired and may be purged, but isn't yet. O(1)."""
+        """Whether there is an expired key that may be purged. O(1)."""
         next_expiry = self.next_expiry()
         return next_expiry is not None and next_expiry <= min(now, self._purge_until)
 
@@ -251,12 +250,12 @@ class Pool:
         return None if first is None else first.release_deadline
 
     def deadline_buckets(self) -> Iterator[DeadlineBucket]:
-        """All stretches of time in which some key has a deadline. O(their number)."""
+        """All buckets of both orders by deadline. O(their number)."""
         yield from self._by_expiry.buckets()
         yield from self._by_release.buckets()
 
     def expiring(self, until: float) -> int:
-        """Keys whose `expires_deadline` comes before `until`. O(seconds until then), not O(keys)."""
+        """How many keys expire before `until`, to within 1/64 s. O(seconds until then), not O(keys)."""
         return self._by_expiry.count_until(until)
 
     def next_release(self, now: float) -> float | None:
@@ -264,12 +263,12 @@ class Pool:
         deadline = self.next_release_deadline()
         return None if deadline is None else max(0.0, deadline - now)
 
-    # -- suspended expiry: while changes can't be kept, a keepalive can't save its key
+    # -- suspended expiry: while changes can't be kept, keepalives fail, so keys must not expire
 
     def suspend_expiry(self, now: float) -> None:
-        """Purge no key that is alive at this moment, until `resume_expiry`. Nothing if it is suspended already. O(1).
+        """Purge no key that is alive at this moment, until `resume_expiry`. No effect if suspended already. O(1).
 
-        A key that expires meanwhile is unknown to `find` and is not served, but stays in the orders and counts: either
+        A key that expires meanwhile isn't found and isn't served, but stays in the orders and counts: either
         `grant_grace` gives it a new deadline, or it is purged after `resume_expiry`.
         """
         if self._purge_until == inf:
@@ -281,39 +280,38 @@ class Pool:
         return self._purge_until != inf
 
     def is_suspended(self, ref: int | str) -> bool:
-        """Whether a key that is unknown to `find` is only kept because expiry is suspended. O(1)."""
+        """Whether a key that `find` didn't find is still kept, because expiry is suspended. O(1)."""
         if not self.expiry_suspended:
             return False
-        key = self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)
-        return key is not None
+        return (self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)) is not None
 
     def grant_grace(self, until: float, limit: int) -> bool:
-        """Let keys that would expire before `until` live until then, soonest first; whether more may be left.
+        """Let keys that would expire before `until` live until then, soonest first. Returns whether more may be left.
 
-        Processes `limit` keys at most, O(limit · log n). Keys that had expired before the suspension are purged. No
-        counter moves and no listener is called for a key that lives: the caller keeps `until`, which says it all.
+        Processes `limit` keys at most, O(limit · log n). Keys that had expired before the suspension are purged. For a
+        key that gets the grace no counter changes and no listener is called: the caller keeps `until` instead.
         """
         due = self._by_expiry.due(nextafter(until, -inf), limit)
         for key in due:
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
                 continue
-            assert key.expiry_bucket is not None  # a live key stands in the order by expiry
+            assert key.expiry_bucket is not None  # a live key is in the order by expiry
             self._by_expiry.discard(key, key.expiry_bucket)
             key.expires_deadline = until
             key.expiry_bucket = self._by_expiry.add(key, until)
         return len(due) == limit
 
     def resume_expiry(self) -> None:
-        """Expire keys again: `process_due` purges those that are due by now. O(1)."""
+        """Let keys expire again: `process_due` purges those that are due by now. O(1)."""
         self._purge_until = inf
 
     # -- pages
 
     def page(self, query: PageQuery, now: float) -> KeyPage:
-        """Live keys in an order, up to date; maybe fewer than asked. O(log n + PAGE_SCAN_LIMIT) at most.
+        """Live keys in an order, their deadlines applied; maybe fewer than `limit`. O(log n + PAGE_SCAN_LIMIT) at most.
 
-        A walk from `next` to `next` meets each key that lives all the time exactly once in order `id`; in the orders of
+        A walk from page to page in order `id` returns each key that lives all the while exactly once. In the orders of
         deadlines a key may move past the reader.
         """
         self.process_due(now)
@@ -349,10 +347,10 @@ class Pool:
             return self._by_release.position_of(key, key.release_bucket)
         return self._by_id.position(key)
 
-    # -- the structures, changed here only
+    # -- the structures: only these methods change them
 
     def restore(self, key: Key) -> None:
-        """Add a key that a journal kept: no counter moves and no listener is called. Ids ascend. O(log n)."""
+        """Add a key from a journal, without counting or reporting it. Ids must ascend. O(log n)."""
         self._insert(key)
         if key.release_deadline is not None:
             self._take_slot(key)
@@ -366,7 +364,6 @@ class Pool:
         self._total += 1
 
     def _free(self, key: Key, change: Change) -> None:
-        """From BLOCKED to AVAILABLE."""
         owner = self._leave_block(key)
         self._give_slot(key)
         if change is Change.UNBLOCKED:
@@ -376,7 +373,6 @@ class Pool:
         self.on_change(change, key, owner)
 
     def _purge(self, key: Key, change: Change) -> None:
-        """Remove a key, whatever its state."""
         if key.release_deadline is None:
             owner = None
             self._take_slot(key)
@@ -396,7 +392,7 @@ class Pool:
         self.on_change(change, key, owner)
 
     def _leave_block(self, key: Key) -> str | None:
-        """Undo what `acquire` set but for the lease, which stays the key's latest. Returns the owner."""
+        """Undo what `acquire` set except the lease, which remains the key's latest. Returns the owner."""
         assert key.release_bucket is not None
         self._by_release.discard(key, key.release_bucket)
         key.release_bucket = None
@@ -416,22 +412,22 @@ class Pool:
             last.slot = key.slot
         key.slot = -1
 
-    # -- proof
+    # -- self-check
 
     def check(self) -> None:
-        """Derive every count, slot and order anew from the keys and compare. O(n). Raises ValueError.
+        """Derive every count, slot and order from the keys and compare. O(n).
 
-        The error names the key that is wrong, and how.
+        Raises ValueError, which names the wrong key and the contradiction.
         """
         for _ in self.check_in_slices(PAGE_SCAN_LIMIT):
             pass
 
     def check_in_slices(self, size: int) -> Iterator[None]:
-        """The same, yielding after each `size` keys. The pool must not change meanwhile."""
+        """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
         total = blocked = last = 0
         for key in self._by_id.walk(None):
             if key.id <= last:
-                raise ValueError("the walk by id is out of order or meets a key twice")
+                raise ValueError("the walk by id is out of order or returns a key twice")
             last = key.id
             self._check_key(key)
             total += 1
@@ -440,8 +436,8 @@ class Pool:
                 yield
         counts = (total, len(self._by_text), total - blocked)
         if counts != (self._total, self._total, len(self._available)):
-            believed = (self._total, self._total, len(self._available))
-            raise ValueError(f"by id, by text, available there are {counts} keys; the counts say {believed}")
+            expected = (self._total, self._total, len(self._available))
+            raise ValueError(f"by id, by text, available there are {counts} keys instead of {expected}")
         yield from self._by_expiry.check_in_slices(total, size)
         yield from self._by_release.check_in_slices(blocked, size)
 
@@ -466,7 +462,7 @@ class Pool:
 
 
 def state_of(key: Key, now: float) -> State:
-    """The state of a live key at this moment, by its deadline."""
+    """The state of a live key at the moment `now`, by its deadline. O(1)."""
     if key.release_deadline is None or key.release_deadline <= now:
         return State.AVAILABLE
     return State.BLOCKED

@@ -1,7 +1,7 @@
 """The settings of a pool, and their only defaults.
 
-`config/settings.py` takes flags, environment and TOML file into one PoolRules; the engines get it whole. So a new
-setting of the pool is one field here and one row there.
+`config/settings.py` reads flags, environment and TOML file into one PoolRules, which the engines get. So a new setting
+of the pool is one field here and one there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PoolRules:
-    """What every engine keeps to. Lengths of time are seconds."""
+    """The settings that every engine applies. Lengths of time are seconds."""
 
     block_seconds: float = 60.0
     """How long an acquired key stays blocked."""
@@ -23,13 +23,13 @@ class PoolRules:
     """Characters in a new key."""
 
     max_keys: int = 1_000_000
-    """Keys in the pool at most."""
+    """Most keys that the pool may hold."""
 
     max_waiters: int = 10_000
-    """Acquires that may wait at one server at a time."""
+    """Most acquires that may wait on one server at a time."""
 
     restart_grace: float = 0.0
-    """After a start, every key lives at least this long, even if it expired during the stop."""
+    """How long every key lives at least after a start, even if it expired while no server ran."""
 
 
 DEFAULT_RULES = PoolRules()

@@ -1,12 +1,12 @@
-"""The protocol of engines, which hold the pool: in this process, with a data file or without, or in Valkey.
+"""The protocol of engines. An engine holds the pool: in this process, with a data file or without, or in Valkey.
 
-The calls are those of the contract, single and batch, and answer with its shapes (core/answers.py). All are coroutines,
-since an engine answers only when what the answer tells is kept; with nothing to wait for they never suspend, and the
-caller has the answer in the same turn of the loop. A call may await futures and nothing else: its caller need not be a
-task.
+The calls are those of the contract, single and batch, and return its shapes (core/answers.py). All are coroutines,
+since an engine answers only when everything that the answer says is durable. A call that has nothing to wait for never
+suspends: its caller has the answer in the same turn of the loop. A call may await futures and nothing else, because its
+caller need not be a task.
 
-Keys are named by `Ref`: the text, or the public id as an int. Batches take their items in order, one by one as the
-single calls would, and answer item by item.
+A `Ref` names a key: the text, or the public id as an int. Batches process their items in order, one by one as the
+single calls would, and return one result for each.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from keypool.core.events import Event
 from keypool.ops.histogram import Histogram
 
 NOTE = "note."
-"""The prefix of notes (`keep_notes`) where they are kept among the pool's own numbers."""
+"""The prefix of the names of notes (`keep_notes`) where they are stored among the pool's own numbers."""
 
 
 class Timed(Protocol):
-    """A call that adds up its time in the queue, so that its service time can be measured apart."""
+    """A call whose time in the queue is added up, so that its service time can be measured without it."""
 
     waited: float
     """Seconds in the queue so far."""
 
 
 class Engine(Protocol):
-    """See the module. Every call may raise StorageUnavailable; n is the number of keys, k of items."""
+    """See the module. Every call may raise StorageUnavailable. n is the number of keys in the pool, k of items."""
 
     name: str
 
     async def generate(self, count: int) -> list[GeneratedKey]:
-        """Make `count` keys, all or none. O(k log n). Raises PoolFull."""
+        """Generate `count` keys, all or none. O(k log n). Raises PoolFull."""
         ...
 
     async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
-        """Serve a uniformly random available key, or the next one within `wait` seconds. O(log n).
+        """Serve a uniformly random available key, or wait up to `wait` seconds for one. O(log n).
 
-        Waiters are served first come first served. A caller gives up by closing the coroutine: the call leaves the
-        queue, and a key that it had just been given is available again. The time in the queue is added to
+        Waiters are served first come, first served. A caller gives up by closing the coroutine: the call leaves the
+        queue, and a key that it was just served is available again. The time in the queue, in seconds, is added to
         `timed.waited`. Raises NoKeyAvailable, TooManyWaiters, Draining.
         """
         ...
@@ -66,21 +66,21 @@ class Engine(Protocol):
         ...
 
     async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
-        """O(log n). Raises UnknownKey, StaleLease.
+        """Make a key available again. O(log n). Raises UnknownKey, StaleLease.
 
-        A lease that this ends although `lease` is None is added to `ended`, as soon as the change is made, and even if
-        the call then raises StorageUnavailable.
+        If `lease` is None and the call ends a lease, that lease is added to `ended` as soon as the change is made, even
+        if the call then raises StorageUnavailable.
         """
         ...
 
     async def unblock_many(
         self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
     ) -> list[str]:
-        """ "done", "unknown" or "stale" for each item; `ended` as for one. O(k log n)."""
+        """Unblock keys: "done", "unknown" or "stale" for each item. `ended` as for `unblock`. O(k log n)."""
         ...
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
-        """O(log n). Raises UnknownKey."""
+        """Postpone the expiry of a key. O(log n). Raises UnknownKey."""
         ...
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
@@ -96,7 +96,7 @@ class Engine(Protocol):
         ...
 
     async def get(self, ref: Ref) -> Row:
-        """O(1). Raises UnknownKey."""
+        """The row of a key. O(1). Raises UnknownKey."""
         ...
 
     async def reveal(self, ref: Ref) -> Revealed:
@@ -104,11 +104,11 @@ class Engine(Protocol):
         ...
 
     async def page(self, query: ListQuery) -> Page:
-        """O(log n + page). Raises BadRequest for a cursor that isn't one."""
+        """A page of rows. O(log n + page). Raises BadRequest for an invalid cursor."""
         ...
 
     async def stats(self) -> Stats:
-        """O(1)."""
+        """The counts of the pool. O(1)."""
         ...
 
     async def notes(self) -> Mapping[str, int]:
@@ -116,7 +116,7 @@ class Engine(Protocol):
         ...
 
     async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
-        """Keep whole numbers that are not the pool's own, by name; None removes one. O(notes)."""
+        """Store integers that are not the pool's own, by name; None removes a note. O(notes)."""
         ...
 
     async def expiring(self, seconds: float) -> int:
@@ -125,18 +125,18 @@ class Engine(Protocol):
 
     @property
     def event_seq(self) -> int:
-        """The number of the latest event: grows by one with each, from an arbitrary start. O(1)."""
+        """The number of the latest event. It grows by one with each event, from an arbitrary start. O(1)."""
         ...
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
-        """The latest `count` events that are still known, oldest first; with `key_id`, of that key only.
+        """The latest `count` events that are still in memory, oldest first; with `key_id`, of that key only.
 
         O(count), O(RECENT_EVENTS) for one key.
         """
         ...
 
     def ready(self) -> None:
-        """Raise Unavailable, with the reason, unless calls are served."""
+        """Raise Unavailable, with the reason, if calls can't be served."""
         ...
 
     def storage_up(self) -> bool:
@@ -145,7 +145,7 @@ class Engine(Protocol):
 
     @property
     def degraded(self) -> str | None:
-        """Which part of the pool can't be reached, and why, while others are served; None if there is none."""
+        """The part of the pool that can't be reached, and why, while others are served; None if all can be."""
         ...
 
     @property
@@ -154,32 +154,32 @@ class Engine(Protocol):
         ...
 
     def histograms(self) -> dict[str, Histogram]:
-        """What was measured, by the name of its metric (metrics.py)."""
+        """The histograms, by the name of their metric (ops/metrics.py) without its prefix."""
         ...
 
     def figures(self) -> Mapping[str, float]:
-        """Figures of the engine's own work for the dashboard, by name: of its commits, or its pipelines. O(1)."""
+        """Figures of the engine's own work for the dashboard, by name: its commits or its pipelines. O(1)."""
         ...
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
-        """Further metrics by full name, one with a label by the label's values (metrics.py). O(1)."""
+        """Further metrics (ops/metrics.py) by full name; with a label, one value for each of its values. O(1)."""
         ...
 
     def oldest_wait(self) -> float:
-        """Seconds that the first in this server's queue has waited, 0 if nobody waits. O(1)."""
+        """Seconds that the first in this server's queue has waited, 0 if the queue is empty. O(1)."""
         ...
 
     def drain(self) -> None:
-        """The server stops: answer all waiters with Draining, and admit no more."""
+        """Answer all waiters with Draining, and admit no more. O(waiters)."""
         ...
 
     async def close(self) -> None:
-        """Keep what isn't kept yet, and stop. No call may follow."""
+        """Make durable what isn't durable yet, and stop. No call may follow. Raises StorageUnavailable."""
         ...
 
 
 class Loading:
-    """The engine of a server that still reads its keys: every call raises Loading."""
+    """The engine of a server that is still reading its keys: every call raises Loading."""
 
     name = "loading"
     degraded = None

@@ -1,7 +1,7 @@
 """The pool's clock: the wall clock at the start, and the monotonic clock from then on.
 
-So no step of the wall clock moves a deadline while the server runs. Across a stop the wall clock counts, but never
-backwards: `not_before` is the last moment that the pool is known to have been served.
+So a step of the wall clock moves no deadline while the server runs. Across a stop the wall clock counts, but it never
+goes backwards: `not_before` is the last moment at which the pool is known to have been served.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ def make_clock(
     monotonic: Callable[[], float] = time.monotonic,
     not_before: float = 0.0,
 ) -> Callable[[], float]:
-    """A function that returns seconds since the epoch. About 0.1 µs a call."""
+    """A function that returns seconds since the epoch and never goes backwards. About 0.1 µs a call."""
     offset = max(wall(), not_before) - monotonic()
     return lambda: offset + monotonic()

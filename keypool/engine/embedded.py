@@ -1,7 +1,7 @@
-"""The engine that has the pool in this process: pool.py's rules, their timers, and the queue of pending acquires.
+"""The engine whose pool is in this process: pool.py's rules, their timers, and the queue of pending acquires.
 
-The pool reports every change to `_changed`, which hands the key to the journal and records the event. No call answers
-before the journal has kept what the answer tells.
+The pool reports every change to `_changed`, which hands the key to the journal and records the event. A call answers
+only when everything that its answer says is in the journal. Only `page` and `stats` may be ahead of it.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ from keypool.ops.histogram import SECONDS, Histogram
 RECENT_EVENTS = 1000
 _MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
 
-_GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: some 2 ms
-_SLICE_SECONDS = 0.00008  # of a batch, before the loop serves other callers
-_NEGLIGIBLE_DELAY = 0.005  # seconds: as early as a release may be
+_GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: about 2 ms
+_SLICE_SECONDS = 0.00008  # that a batch runs before the loop serves other callers
+_NEGLIGIBLE_DELAY = 0.005  # seconds by which a release may be early
 
 
 class EmbeddedEngine:
-    """See the module, and the Engine protocol for the calls. Lives on one IOLoop, and on its thread only.
+    """See the module, and the Engine protocol for the calls. It may be used on one IOLoop and its thread only.
 
-    The journal is in memory until another is set; its pool must be restored before. Without `start_timers` no deadline
-    fires before `start`.
+    The pool is in memory only until a journal is set, for which the pool must have been restored. Without
+    `start_timers`, no timer fires before `start`.
     """
 
     name = "embedded"
-    degraded = None  # it is served whole, or not at all
-    clock_steps = 0  # deadlines go by the monotonic clock
+    degraded = None  # the pool is served completely or not at all
+    clock_steps = 0  # deadlines follow the monotonic clock
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class EmbeddedEngine:
         self.pool = Pool(
             rules,
             new_text=new_text or (lambda: random_text(rules.key_length)),
-            random=random.Random().random,  # noqa: S311 - which free key is served is no secret
+            random=random.Random().random,  # noqa: S311 - which available key is served isn't secret
             on_change=self._changed,
             on_opened=self.timers.opened,
             on_closed=self.timers.closed,
@@ -107,19 +107,19 @@ class EmbeddedEngine:
     # -- the calls
 
     async def generate(self, count: int) -> list[GeneratedKey]:
-        """Make keys, all or none. O(count · log n)."""
+        """Generate keys, all or none. O(count · log n)."""
         self.journal.require()
         now = self.now()
         while self.pool.total + self._reserved + count > self.pool.max_keys and self.pool.overdue(now):
             self.pool.process_due(now)
             if self.pool.overdue(now):
-                await self._next_turn()  # a backlog of them
+                await self._next_turn()  # there is a backlog of expired keys
                 now = self.now()
         made: list[GeneratedKey] = []
         moments: list[float] = []
         try:
             self.pool.require_room(self._reserved + count, now)
-            self._reserved += count  # nobody else may take this room between two slices
+            self._reserved += count  # so that no other call takes this room between two slices
             try:
                 until = now + _SLICE_SECONDS
                 while len(made) < count:
@@ -139,7 +139,7 @@ class EmbeddedEngine:
         return made
 
     async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
-        """Serve a key, now or within `wait` seconds. O(log n)."""
+        """Acquire a key, now or within `wait` seconds. O(log n)."""
         journal = self.journal
         journal.require()
         now = self.now()
@@ -153,14 +153,14 @@ class EmbeddedEngine:
             started = self.now()
             try:
                 await commit
-            except (GeneratorExit, asyncio.CancelledError):  # hung up: nobody has this lease
+            except (GeneratorExit, asyncio.CancelledError):  # the caller hung up and never got this lease
                 self._give_back(lease)
                 raise
             _age(lease, self._delay(started))
         return lease
 
     async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
-        """Serve up to `count` keys. O(count · log n)."""
+        """Acquire up to `count` keys. O(count · log n)."""
         self.journal.require()
         leases: list[Lease] = []
         moments: list[float] = []
@@ -174,7 +174,7 @@ class EmbeddedEngine:
             if not leases:
                 await self._refuse()
             await self._all_kept()
-        except (GeneratorExit, asyncio.CancelledError):  # hung up: nobody has these leases
+        except (GeneratorExit, asyncio.CancelledError):  # the caller hung up and never got these leases
             for lease in leases:
                 self._give_back(lease)
             raise
@@ -183,9 +183,9 @@ class EmbeddedEngine:
         return leases
 
     async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
-        """Free a key. O(log n)."""
+        """Make a key available again. O(log n)."""
         self.journal.require()
-        key = self._find(ref, self.now()) or await self._gone(ref)
+        key = self._find(ref, self.now()) or await self._raise_unknown(ref)
         try:
             changed = self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
         finally:
@@ -196,7 +196,7 @@ class EmbeddedEngine:
     async def unblock_many(
         self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
     ) -> list[str]:
-        """Free keys one by one. O(items · log n)."""
+        """Make keys available again, one by one. O(items · log n)."""
         self.journal.require()
         outcomes = []
         until = self.now() + _SLICE_SECONDS
@@ -215,10 +215,10 @@ class EmbeddedEngine:
         return outcomes
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
-        """Put off a key's expiry. O(log n)."""
+        """Postpone the expiry of a key. O(log n)."""
         self.journal.require()
         now = self.now()
-        key = self._find(ref, now) or await self._gone(ref)
+        key = self._find(ref, now) or await self._raise_unknown(ref)
         self.pool.keepalive(key, now)
         answer = KeptAlive(key.id, _seconds(key.expires_deadline - now))
         if self._waiters.queue:
@@ -229,7 +229,7 @@ class EmbeddedEngine:
         return answer
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
-        """Put off expiries one by one. O(items · log n)."""
+        """Postpone the expiry of keys, one by one. O(items · log n)."""
         self.journal.require()
         known = []
         until = self.now() + _SLICE_SECONDS
@@ -248,14 +248,14 @@ class EmbeddedEngine:
     async def delete(self, ref: Ref) -> Identity:
         """Purge a key. O(log n)."""
         self.journal.require()
-        key = self._find(ref, self.now()) or await self._gone(ref)
+        key = self._find(ref, self.now()) or await self._raise_unknown(ref)
         self.pool.delete(key)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
         return Identity(key.id, key.hint)
 
     async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
-        """Purge keys one by one. O(items · log n)."""
+        """Purge keys, one by one. O(items · log n)."""
         self.journal.require()
         gone: list[Identity | None] = []
         until = self.now() + _SLICE_SECONDS
@@ -273,7 +273,7 @@ class EmbeddedEngine:
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(1)."""
         now = self.now()
-        row = _row(self._find(ref, now) or await self._gone(ref), now)
+        row = _row(self._find(ref, now) or await self._raise_unknown(ref), now)
         self._waiters.serve(now)
         if (commit := self.journal.commit_of(row.id)) is not None:
             await commit
@@ -281,9 +281,9 @@ class EmbeddedEngine:
         return row
 
     async def reveal(self, ref: Ref) -> Revealed:
-        """A key's text; recorded as an event. O(1)."""
+        """The text of a key; the call is recorded as an event. O(1)."""
         now = self.now()
-        key = self._find(ref, now) or await self._gone(ref)
+        key = self._find(ref, now) or await self._raise_unknown(ref)
         revealed = Revealed(key.id, key.text)
         self.events.append((Change.REVEALED, key, key.owner, key.lease, now))
         self._revealed += 1
@@ -299,7 +299,7 @@ class EmbeddedEngine:
         found = self.pool.page(asked, now)
         cursor = None if found.next is None else encode(asked, found.next)
         page = Page([_row(key, now) for key in found.keys], cursor)
-        self._waiters.serve(now)  # by what was found overdue
+        self._waiters.serve(now)  # with blocks that were found overdue
         return page
 
     async def stats(self) -> Stats:
@@ -321,7 +321,7 @@ class EmbeddedEngine:
         return self._notes
 
     async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
-        """Keep some numbers beside the pool's. O(notes)."""
+        """Store notes with the pool's numbers. O(notes)."""
         for name, value in notes.items():
             if value is None:
                 self._notes.pop(name, None)
@@ -336,7 +336,7 @@ class EmbeddedEngine:
 
     @property
     def event_seq(self) -> int:
-        """How many events there have been: the sum of counters, so that no change pays for it. O(1)."""
+        """How many events there have been. O(1): it is derived from the counters, so that changes needn't count it."""
         return self.pool.counters.changes + self._revealed
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
@@ -354,7 +354,7 @@ class EmbeddedEngine:
         return self.journal.failing is None
 
     def oldest_wait(self) -> float:
-        """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
+        """Seconds that the first in the queue has waited, 0 if the queue is empty. O(1)."""
         return self._waiters.oldest_wait()
 
     def histograms(self) -> dict[str, Histogram]:
@@ -367,7 +367,7 @@ class EmbeddedEngine:
         }
 
     def figures(self) -> dict[str, float]:
-        """The journal's last commit and how many there were, for the dashboard. O(1)."""
+        """The number of commits, and seconds and rows of the last one, for the dashboard. O(1)."""
         histograms = self.journal.histograms()
         if not histograms:
             return {}
@@ -375,16 +375,16 @@ class EmbeddedEngine:
         return {"commits": seconds.count, "commit_seconds": round(seconds.last, 6), "commit_rows": rows.last}
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
-        """The journal's other metrics by full name; of one with a label, by the label's values. O(1)."""
+        """The journal's other metrics by full name. O(1)."""
         return self.journal.measures()
 
     def drain(self) -> None:
-        """The server stops: answer all waiters with Draining, and admit no more. O(waiters)."""
+        """Answer all waiters with Draining, and admit no more. O(waiters)."""
         self._draining = True
         self._waiters.drain()
 
     async def close(self) -> None:
-        """Drop the timers, and keep what isn't kept yet. Raises StorageUnavailable if that can't be done."""
+        """Stop the timers, and commit all changes. Raises StorageUnavailable if they can't be committed."""
         self.timers.close()
         await self.journal.close()
 
@@ -397,7 +397,7 @@ class EmbeddedEngine:
         return made
 
     async def _take(self, owner: str | None) -> Lease | None:
-        """Block an available key, if there is one left by those who wait already."""
+        """Acquire an available key, if the waiters in the queue have left one."""
         while True:
             now = self.now()
             if self._waiters.queue:  # a block may have run out whose timer is late
@@ -409,7 +409,7 @@ class EmbeddedEngine:
             if not self.pool.may_have_more(now):
                 return None
             if self.pool.expiry_suspended:
-                raise self.journal.unknown_outcome()  # those that are left have expired, or will get a grace
+                raise self.journal.unknown_outcome()  # the keys that are left will get a grace or be purged
             await self._next_turn()  # a backlog of due keys may hide an available one
             self.journal.require()
 
@@ -420,7 +420,7 @@ class EmbeddedEngine:
         return changed
 
     def _end_lease(self, key: Key, lease: int | None, ended: list[EndedLease]) -> bool:
-        """The same; adds to `ended` a lease that ends without its number given."""
+        """Unblock; adds the lease to `ended` if it ends although `lease` is None."""
         latest = key.lease  # a waiter may be served in the same step, under the next number
         changed = self._unblock(key, lease)
         if changed and lease is None:
@@ -428,7 +428,7 @@ class EmbeddedEngine:
         return changed
 
     def _find(self, ref: Ref, now: float) -> Key | None:
-        """The live key, or None. If its block has run out, it is available now: serve waiters after the call.
+        """The live key, or None. This may release the key, so waiters must be served after it.
 
         Raises StorageUnavailable if it has expired while expiry is suspended.
         """
@@ -439,8 +439,8 @@ class EmbeddedEngine:
                 raise self.journal.unknown_outcome() from None
             return None
 
-    async def _gone(self, ref: Ref) -> NoReturn:
-        """Raise UnknownKey, when a purge of this key is on disk."""
+    async def _raise_unknown(self, ref: Ref) -> NoReturn:
+        """Raise UnknownKey, as soon as the purge of the key, if there was one, is on disk."""
         journal = self.journal
         commit = journal.commit_of(ref) if isinstance(ref, int) else journal.commit_of_text(ref)
         if commit is not None:
@@ -448,32 +448,32 @@ class EmbeddedEngine:
         raise UnknownKey
 
     async def _refuse(self) -> NoReturn:
-        """Raise NoKeyAvailable, when all that led to it is on disk."""
+        """Raise NoKeyAvailable, as soon as all changes are on disk."""
         self.pool.counters.refused += 1
         await self._all_kept()
         seconds = self.pool.next_release(self.now())
         raise NoKeyAvailable(None if seconds is None else _seconds(seconds))
 
     async def _pause(self) -> float:
-        """Between two slices of a batch, let the loop serve other calls; when the next slice ends.
+        """Let the loop serve other calls between two slices of a batch. Returns the moment when the next slice ends.
 
-        A bare yield, on which a task and `http.api_call.CoroutineDriver` both go on later. Raises StorageUnavailable
-        if storage failed meanwhile.
+        This is a bare yield, which both a task and `http.api_call.CoroutineDriver` resume later. Raises
+        StorageUnavailable if storage failed meanwhile.
         """
         await asyncio.sleep(0)
         self.journal.require()
         return self.now() + _SLICE_SECONDS
 
     async def _next_turn(self) -> None:
-        """Let the loop do its other work once. By a future, since the caller need not be a task."""
+        """Resume in the next turn of the loop. With a future, since the caller need not be a task."""
         turn = self._loop.create_future()
         self._loop.call_soon(_done, turn)
         await turn
 
-    # -- durability: nothing is answered before it is on disk
+    # -- durability: answers wait until what they say is on disk
 
     def _delay(self, since: float) -> float:
-        """Seconds that waiting for the disk took, 0 if they are negligible.
+        """Seconds that were spent waiting for the disk, 0 if negligible.
 
         Lengths of time are relative to when the answer is sent, so that a holder never overestimates its lease.
         """
@@ -486,7 +486,8 @@ class EmbeddedEngine:
             await commit
 
     def _give_back(self, lease: Lease) -> None:
-        # Released and served again meanwhile, it is another's; with expiry suspended, its block runs out.
+        # A StaleLease means that the key was served to somebody else meanwhile. While expiry is suspended, an expired
+        # key stays blocked until its deadline.
         with contextlib.suppress(StaleLease, StorageUnavailable):
             key = self._find(lease.id, self.now())
             if key is not None:
@@ -505,7 +506,7 @@ class EmbeddedEngine:
         }
 
     def restore_numbers(self, numbers: Mapping[str, int]) -> None:
-        """Take over what `numbers` and `keep_notes` kept. O(numbers)."""
+        """Take over the numbers and notes that a journal kept. O(numbers)."""
         pool = self.pool
         pool.last_id, pool.last_lease = numbers.get("last_id", 0), numbers.get("last_lease", 0)
         for name in COUNTERS:
@@ -517,14 +518,14 @@ class EmbeddedEngine:
         }
 
     def suspend_expiry(self) -> None:
-        """Changes can't be kept, or not in time: no key expires that is alive now. O(1)."""
+        """Storage is slow or down: no key expires that is alive now. O(1)."""
         self.pool.suspend_expiry(self.now())
 
     def grant_grace(self) -> Generator[None, None, int]:
-        """Let keys whose expiry was suspended, and that would die sooner, live for the grace from now on.
+        """Let the keys whose expiry was suspended live at least for the grace from now on.
 
-        Yields between slices, O(log n) a key that it is granted to; returns the end of the grace in milliseconds. No
-        call changes anything meanwhile.
+        Yields between slices; O(log n) for each key that would expire sooner. Returns the end of the grace in
+        milliseconds. No call changes anything meanwhile.
         """
         until = round((self.now() + self._outage_grace) * 1000)
         while self.pool.grant_grace(until / 1000, _GRACES_PER_TURN):
@@ -532,7 +533,7 @@ class EmbeddedEngine:
         return until
 
     def on_recovered(self) -> None:
-        """Storage works as it should: expire keys and serve waiters again."""
+        """Storage works again: expire keys and serve waiters."""
         self.pool.resume_expiry()
         self.timers.process_soon()
         self._waiters.serve_soon()
@@ -544,7 +545,6 @@ class EmbeddedEngine:
         self.timers.start(self.pool.deadline_buckets())
 
     def _changed(self, change: Change, key: Key, owner: str | None) -> None:
-        """The pool has changed a key. O(1)."""
         self.journal.touch(key)
         if change is Change.KEPT_ALIVE:
             return
@@ -553,7 +553,7 @@ class EmbeddedEngine:
             self._waiters.serve_soon()
 
     def _process_due(self) -> bool:
-        """Process some of the deadlines that have passed; whether there are more. O(MAX_DUE_PER_CALL)."""
+        """Process some of the deadlines that have passed. Returns whether there are more. O(MAX_DUE_PER_CALL)."""
         now = self.now()
         found = self.pool.process_due(now)
         if found.release_lateness is not None:
@@ -566,7 +566,7 @@ class EmbeddedEngine:
 
 def _lease(key: Key, now: float) -> Lease:
     assert key.release_deadline is not None
-    # As `_seconds` has it, at a third of what its calls would cost.
+    # `_seconds`, inlined: two calls of it would triple the cost.
     release_in = round((key.release_deadline - now) * 1000) / 1000
     return Lease(key.id, key.text, key.lease, release_in, round((key.expires_deadline - now) * 1000) / 1000)
 
@@ -583,7 +583,7 @@ def _less(length: float, delay: float) -> float:
 
 
 def _seconds(length: float) -> float:
-    return round(length * 1000) / 1000  # a third of what it costs to have `round` do it
+    return round(length * 1000) / 1000  # a third of the cost of round(length, 3)
 
 
 def _row(key: Key, now: float) -> Row:

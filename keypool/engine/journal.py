@@ -1,7 +1,7 @@
-"""What the engine needs of a journal, and the journal of a pool that is kept in memory only.
+"""The protocol of journals, and the journal of a pool that is kept in memory only.
 
-The engine hands each changed key to `touch`, and before it answers a call it awaits the commit that contains what
-the answer tells. The journal of a data file is durable/journal.py; the engine doesn't know it.
+The engine hands each changed key to `touch`, and before it answers a call it awaits the commit that contains the
+changes that the answer depends on. The journal of a data file is durable/journal.py, which the engine doesn't import.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from keypool.ops.histogram import Histogram
 
 
 class Commit(asyncio.Future[None]):
-    """Done when a batch of changes is on disk, or has failed: awaiting it may raise StorageUnavailable.
+    """A future that is done when a batch of changes is on disk; raises StorageUnavailable if the batch has failed.
 
-    Hundreds of calls may wait for one commit. A loop handle for each would cost a call a microsecond, and its answer
-    one more turn of the loop; so `on_done` callbacks run synchronously, within `finish`, in the order they were added.
+    Hundreds of calls may wait for one commit. A loop handle for each would cost each call a microsecond, and delay its
+    answer by a turn of the loop. So `on_done` callbacks run synchronously, within `finish`, in the order of `on_done`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -27,35 +27,35 @@ class Commit(asyncio.Future[None]):
         self._callbacks_on_done: list[Callable[[Commit], object]] = []
 
     def on_done(self, callback: Callable[[Commit], object]) -> None:
-        """Call this with the commit when it is done; in the next turn of the loop if it is already. O(1)."""
+        """Call `callback(commit)` when it is done; in the next turn of the loop if it is done already. O(1)."""
         if self.done():
             self.add_done_callback(callback)
         else:
             self._callbacks_on_done.append(callback)
 
     def finish(self, error: StorageUnavailable | None = None) -> None:
-        """The batch is on disk, or has failed. Nothing if that was known already. O(callbacks)."""
+        """Complete the commit: with `error` if it failed. No effect if it is done already. O(callbacks)."""
         if self.done():
             return
         if error is None:
             self.set_result(None)
         else:
             self.set_exception(error)
-            self.exception()  # retrieved, in case nobody waits
+            self.exception()  # mark it as retrieved, in case nobody awaits it
         callbacks, self._callbacks_on_done = self._callbacks_on_done, []
         for callback in callbacks:
             try:
                 callback(self)
-            except Exception as failure:  # must not keep the other calls from their answers
+            except Exception as failure:  # the other calls must get their answers all the same
                 context = {"message": "a callback of a commit failed", "exception": failure}
                 self.get_loop().call_exception_handler(context)
 
 
 class JournaledEngine(Protocol):
-    """What a journal calls on the engine whose keys it keeps."""
+    """The methods that a journal calls on the engine whose keys it keeps."""
 
     def numbers(self) -> dict[str, int]:
-        """The pool's numbers that are kept with each batch: last id and lease, the moment, counters. O(1)."""
+        """The numbers that each batch contains: last id and lease, counters, the moment in milliseconds. O(1)."""
         ...
 
     def suspend_expiry(self) -> None:
@@ -65,23 +65,23 @@ class JournaledEngine(Protocol):
     def grant_grace(self) -> Generator[None, None, int]:
         """Extend the lives of keys whose expiry was suspended, yielding between slices.
 
-        Returns the moment until which they live at least, in milliseconds.
+        Returns the end of the grace in milliseconds: all of them live at least until then.
         """
         ...
 
     def on_recovered(self) -> None:
-        """Storage works as it should: expire keys and serve waiters again."""
+        """Storage works again: expire keys and serve waiters."""
         ...
 
 
 class Journal(Protocol):
-    """Keeps changed keys, so that answers can wait until what they tell is on disk."""
+    """Makes changes durable, and lets answers wait until the changes that they depend on are on disk."""
 
     failing: str | None
-    """Why changes can't be kept; None while they can."""
+    """The reason why changes can't be kept; None while they can."""
 
     def require(self) -> None:
-        """Raise StorageUnavailable while changes can't be kept: nothing may change then. O(1)."""
+        """Raise StorageUnavailable while changes can't be kept: no call may change anything then. O(1)."""
         ...
 
     def unknown_outcome(self) -> StorageUnavailable:
@@ -89,40 +89,40 @@ class Journal(Protocol):
         ...
 
     def touch(self, key: Key) -> None:
-        """This key has changed or was purged: it goes into the next batch. O(1)."""
+        """Put a key that was changed or purged into the next batch. O(1)."""
         ...
 
     def note(self, notes: Mapping[str, int | None]) -> Commit | None:
-        """Keep numbers that are not the pool's own. What to await until they are on disk. O(notes)."""
+        """Keep numbers that are not the pool's own. Returns the commit that contains them. O(notes)."""
         ...
 
     def commit_of(self, id: int) -> Commit | None:
-        """What to await before answering about this key; None if all that happened to it is on disk. O(1)."""
+        """The commit to await before answering about this key; None if all its changes are on disk. O(1)."""
         ...
 
     def commit_of_text(self, text: str) -> Commit | None:
-        """The same for a text that no live key has. O(1)."""
+        """The commit of the purge of the key with this text; None if that is on disk. O(1)."""
         ...
 
     def commit_of_all(self) -> Commit | None:
-        """What to await before answering about the pool as a whole. O(1)."""
+        """The commit to await before answering about the pool as a whole; None if all is on disk. O(1)."""
         ...
 
     def histograms(self) -> dict[str, Histogram]:
-        """The journal's histograms by metric name."""
+        """The journal's histograms, see Engine."""
         ...
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
-        """The journal's other metrics by full name; of one with a label, by the label's values."""
+        """The journal's other metrics, see Engine."""
         ...
 
     async def close(self) -> None:
-        """Write what isn't written yet, and stop. Raises StorageUnavailable if that can't be done."""
+        """Commit all changes, and stop. Raises StorageUnavailable if they can't be committed."""
         ...
 
 
 class NullJournal:
-    """The journal of a pool in memory: keeps nothing, and nothing waits for it."""
+    """The journal of a pool in memory: it keeps nothing, so no call waits."""
 
     failing: str | None = None
 
@@ -130,7 +130,7 @@ class NullJournal:
         """Changes are always allowed."""
 
     def unknown_outcome(self) -> StorageUnavailable:
-        """Never asked for: without storage that fails no expiry is suspended."""
+        """Never called: expiry is suspended only while storage fails."""
         return StorageUnavailable("there is no storage")
 
     def touch(self, key: Key) -> None:

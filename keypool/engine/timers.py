@@ -1,12 +1,12 @@
 """The timers of deadlines: a hashed timing wheel over `IOLoop.call_later`.
 
 This is the technique of Varghese and Lauck (Hashed and hierarchical timing wheels, SOSP 1987). Keys whose deadlines lie
-in the same 1/64 s (a bucket of index.py) share one timer, which fires when that stretch is over. It is set with the
-bucket's first key, and cancelled when unblock, keepalive or delete takes its last: setting and cancelling cost a key
-nothing. A timer only wakes the server up; the deadline is the truth.
+in the same 1/64 s (a bucket of index.py) share one timer, which fires when that 1/64 s is over. It is set with the
+bucket's first key, and cancelled when unblock, keepalive or delete removes the last: most keys never set or cancel one.
+A timer only wakes the server up; the deadline is the truth.
 
-One timer a key, as in the first design, costs O(n) now and then: uvloop keeps its handles in a set that is rehashed
-whole (100 ms at a million), and the garbage collector visits each of them. docs/architecture.md has the measurements.
+A timer for each key, as in the first design, costs O(n) now and then: uvloop keeps its handles in a set, and rehashing
+it takes 100 ms at a million; the garbage collector visits each of them. docs/architecture.md has the measurements.
 
 Due keys are processed in slices, so that a hundred thousand deadlines in the same second don't block the loop.
 """
@@ -24,9 +24,9 @@ MARGIN = 0.002
 
 
 class Timers:
-    """The timers of one pool. `process` processes some due keys, and returns whether there are more.
+    """The timers of one pool. `process` processes some due keys and returns whether there are more.
 
-    Nothing fires before `start`: a pool that is being restored must not change.
+    No timer fires before `start`: a pool that is being restored must not change.
     """
 
     def __init__(self, loop: IOLoop, now: Callable[[], float], process: Callable[[], bool]) -> None:
@@ -57,16 +57,16 @@ class Timers:
             self._loop.remove_timeout(timer)
 
     def after(self, seconds: float, callback: Callable[..., None], *args: object) -> object:
-        """A timer that isn't for deadlines. Returns the handle for `cancel`."""
+        """Set a timer that isn't for deadlines. Returns the handle for `cancel`. O(log timers)."""
         return self._loop.call_later(seconds, callback, *args)
 
     def cancel(self, timer: object) -> None:
-        """Cancel a timer of `after`; None stands for one that has fired."""
+        """Cancel a timer of `after`. None stands for a timer that has fired."""
         if timer is not None:
             self._loop.remove_timeout(timer)
 
     def process_soon(self) -> None:
-        """Process keys whose timers fired while expiry was suspended."""
+        """Process due keys in the next turn: their timers may have fired while expiry was suspended."""
         if self._running and not self._processing:
             self._processing = True
             self._loop.add_callback(self._go_on)
@@ -85,13 +85,13 @@ class Timers:
         if not self._running:
             return
         if self._now() < bucket.ends:
-            self._arm(bucket)  # earlier than any loop should be, but a deadline is the truth
+            self._arm(bucket)  # no loop should be this early, but the deadline is the truth
         elif not self._processing:
             self._processing = True
             self._go_on()
 
     def _go_on(self) -> None:
-        self._processing = False  # first, so that an exception costs this round and no other
+        self._processing = False  # before `_process`, so that its exception ends this round only
         if self._running and self._process():
             self._processing = True
             self._loop.add_callback(self._go_on)

@@ -1,7 +1,8 @@
 """The queue of pending acquires: first come, first served.
 
-The invariant is that while somebody waits no key is available: a call that makes one available serves the first waiter
-before it returns, and whatever else makes one available has waiters served in the next turn of the loop.
+The invariant is that no key is available while the queue isn't empty: a call that makes a key available serves the
+first waiter before it returns, and after any other change that makes one available, waiters are served in the next turn
+of the loop.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
 
 class Waiter:
-    """A pending acquire. `served` gets the lease, or None when its time is up."""
+    """A pending acquire. The result of `served` is the lease, or None when the time to wait is over."""
 
     __slots__ = ("owner", "served", "since", "timer")
 
@@ -34,8 +35,8 @@ class Waiter:
 class Waiters:
     """See the module. All moments are those of the engine's clock, `now`.
 
-    `lease_of` makes the answer of a key that was acquired, `give_back` ends a lease whose caller has hung up,
-    `storage_up` tells whether keys may be served at all.
+    `lease_of` returns the lease of a key that was acquired, `give_back` ends a lease whose caller has hung up,
+    `storage_up` returns whether keys may be served at all.
     """
 
     def __init__(
@@ -58,18 +59,18 @@ class Waiters:
         self._storage_up = storage_up
         self._loop = asyncio.get_running_loop()
         self.queue: OrderedDict[Waiter, None] = OrderedDict()
-        """The pending acquires, in order. Read elsewhere, changed here only."""
+        """The pending acquires, in order. Only this class changes it."""
         self._draining = False
         self._serving_soon = False
         self.wait_seconds = Histogram(SECONDS_OF_WAIT)
 
     def oldest_wait(self) -> float:
-        """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
+        """Seconds that the first in the queue has waited, 0 if the queue is empty. O(1)."""
         first = next(iter(self.queue), None)
         return 0.0 if first is None else self._now() - first.since
 
     async def wait(self, owner: str | None, seconds: float, timed: Timed | None) -> Lease | None:
-        """The lease of the next key, None if there was none within `seconds`. O(log n).
+        """The lease of the next available key; None if there was none within `seconds`. O(log n).
 
         The time in the queue is added to `timed.waited`. Raises Draining, TooManyWaiters.
         """
@@ -82,7 +83,7 @@ class Waiters:
         self.queue[waiter] = None
         try:
             return await waiter.served
-        except (GeneratorExit, asyncio.CancelledError):  # hung up: whoever drove this coroutine has closed it
+        except (GeneratorExit, asyncio.CancelledError):  # hung up: the driver of this coroutine closed it
             self._forget(waiter)
             raise
         finally:
@@ -92,19 +93,19 @@ class Waiters:
                 timed.waited += waited
 
     def serve(self, now: float) -> None:
-        """Serve waiters as long as there are keys. O(log n) each."""
+        """Serve waiters as long as keys are available. O(log n) each."""
         while self.queue and self._pool.available:
             if not self._storage_up():
-                return  # served when storage has recovered
+                return  # `on_recovered` serves them
             key = self._pool.acquire(now, next(iter(self.queue)).owner)
             if key is None:
-                if not self._pool.expiry_suspended:  # otherwise they are served when it goes on
+                if not self._pool.expiry_suspended:  # otherwise `on_recovered` serves them
                     self.serve_soon()  # there is a backlog of expired keys
                 return
             self._pop().served.set_result(self._lease_of(key, now))
 
     def serve_soon(self) -> None:
-        """Serve waiters in the next turn of the loop, unless a call does it before."""
+        """Serve waiters in the next turn of the loop. O(1)."""
         if not self._serving_soon:
             self._serving_soon = True
             self._loop.call_soon(self._serve_now)
@@ -114,7 +115,7 @@ class Waiters:
         self.serve(self._now())
 
     def drain(self) -> None:
-        """The server stops: answer all waiters with Draining, and admit no more. O(waiters)."""
+        """Answer all waiters with Draining, and admit no more. O(waiters)."""
         self._draining = True
         while self.queue:
             self._pop().served.set_exception(Draining())
@@ -125,7 +126,7 @@ class Waiters:
         return waiter
 
     def _forget(self, waiter: Waiter) -> None:
-        """A waiter hung up. If it was served in this turn, nobody will learn of that lease: end it."""
+        """Remove a waiter that hung up. If it was served in this turn, its caller never gets the lease: end it."""
         if waiter in self.queue:
             del self.queue[waiter]
             self._timers.cancel(waiter.timer)
@@ -137,9 +138,9 @@ class Waiters:
                 self._give_back(lease)
 
     def _time_out(self, waiter: Waiter) -> None:
-        waiter.timer = None  # it has fired; it refers to the waiter, which mustn't refer to it
+        waiter.timer = None  # it has fired; keeping it would make a reference cycle
         now = self._now()
-        self._pool.process_due(now)  # a block may have run out whose timer is late
+        self._pool.process_due(now)  # releases whose timers are late
         self.serve(now)
         if waiter not in self.queue:
             return

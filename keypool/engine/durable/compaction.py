@@ -1,14 +1,14 @@
-"""From the batches of a data file into its tables, later and a little at a time.
+"""Commits batches to a data file, and flushes them to its tables later, a few rows at a time.
 
 This is a log-structured merge tree of two levels (O'Neil et al., The log-structured merge-tree, Acta Informatica 33,
-1996). A batch is committed by appending it to the table `batches`: a few pages at its end, where a row of each key
-would be as many pages in as many places. The memtable gathers what batches come to. When it has
-`FLUSH_THRESHOLD_ROWS`, it is flushed to the other tables while the next one gathers: of each key only the last state,
-in the order of ids, so that neighbours share a page.
+1996). A batch is committed by appending it to the table `batches`: this writes a few pages at its end, where updating
+the row of each key would write a page for each. The memtable merges the batches. When it has `FLUSH_THRESHOLD_ROWS`,
+it is flushed to the other tables while a new one gathers the next batches: only the last state of each key, in order of
+ids, so that neighbours share a page.
 
-A flush writes the rows first, and deletes its batches after that, the oldest first. So at any moment a row of the table
-may be older than what the batches say of its key, never newer, and reading the batches over the table gives the truth,
-wherever a power failure interrupts.
+A flush writes the rows first, and then deletes its batches, the oldest first. So at any moment a row of the table may
+be older than the state of its key in the batches, never newer: batches override rows, and reading both gives the
+committed state, wherever a power failure interrupts.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from keypool.engine.durable.datafile import Memtable
 
 FLUSH_THRESHOLD_ROWS = 20_000
 MIN_FLUSH_ROWS = 128
-"""Rows flushed at once, at least: 0.5 ms."""
+"""Fewest rows that one step flushes: 0.5 ms."""
 MAX_FLUSH_ROWS = 10_000
-"""At most, after a large batch: 50 ms."""
+"""Most rows that one step flushes, after a large batch: 50 ms."""
 ROWS_PER_BATCH = 4
-"""What a batch counts besides its rows: it holds the pool's numbers, too."""
+"""Rows that a batch counts for in addition to its own, since it contains the pool's numbers, too."""
 
 _NUMBERS = "SELECT coalesce(min(number), 1), coalesce(max(number), 0) FROM batches"
 
@@ -32,28 +32,28 @@ _NUMBERS = "SELECT coalesce(min(number), 1), coalesce(max(number), 0) FROM batch
 class BatchLog:
     """The batches of one data file, and how far they are flushed. Its methods raise sqlite3.Error.
 
-    After an error, and after `flush_all`, it no longer knows the state of the file: make another.
+    After an error, and after `flush_all`, its state no longer matches the file: create another.
 
-    | a flush             | `_flushing` | `_ids` | `_flushing_until` |
-    | ------------------- | ----------- | ------ | ----------------- |
-    | none                | empty       | none   | 0                 |
-    | rows are written    | rows        | left   | last batch        |
-    | batches are deleted | rows        | none   | last batch        |
+    | step of a flush     | `_flushing` | `_ids`   | `_flushing_until` |
+    | ------------------- | ----------- | -------- | ----------------- |
+    | no flush            | empty       | empty    | 0                 |
+    | rows are written    | all rows    | the rest | last batch        |
+    | batches are deleted | all rows    | empty    | last batch        |
     """
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
-        self._committed: list[bytes] = []  # and not yet in the memtable
+        self._committed: list[bytes] = []  # batches that aren't in the memtable yet
         self._memtable = datafile.read_batches(database)
-        self._weight = len(self._memtable.rows)  # in rows
+        self._weight = len(self._memtable.rows)  # of the memtable, in rows
         self._first, self._last = database.execute(_NUMBERS).fetchone()
-        self._budget = 0  # rows that may be flushed by now
+        self._budget = 0  # rows that may be flushed now
         self._flushing = Memtable()
-        self._ids: list[int] = []  # of `_flushing`, those not yet written, backwards
+        self._ids: list[int] = []  # of rows in `_flushing` that aren't written yet, descending
         self._flushing_until = 0
 
     def commit(self, encoded: list[bytes]) -> None:
-        """Append these, all or none, durably. O(their size): they aren't even decoded."""
+        """Append encoded batches, all or none, durably. O(their size): they aren't even decoded."""
         numbered = list(enumerate(encoded, self._last + 1))
         if len(numbered) == 1:
             self._database.execute(datafile.ADD_BATCH, numbered[0])
@@ -65,7 +65,7 @@ class BatchLog:
         self._committed += encoded
 
     def flush(self) -> None:
-        """Flush twice as many rows as were committed since the last time, if it is time to. O(MAX_FLUSH_ROWS)."""
+        """Do a step of a flush, if one is due: twice as many rows as were committed since. O(MAX_FLUSH_ROWS)."""
         self._gather()
         if not self._flushing_until:
             if self._weight < FLUSH_THRESHOLD_ROWS:
@@ -76,7 +76,7 @@ class BatchLog:
             return
         count = min(self._budget, MAX_FLUSH_ROWS)
         self._budget -= count
-        # This transaction may be lost: the batches have what it writes, and are deleted after it.
+        # It does no harm if this transaction is lost: its rows are in the batches, which are deleted after it.
         self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.execute("BEGIN IMMEDIATE")
         if self._ids:
@@ -87,7 +87,7 @@ class BatchLog:
         self._database.execute("PRAGMA synchronous = FULL")
 
     def flush_all(self) -> None:
-        """Flush all that there is, durably. O(FLUSH_THRESHOLD_ROWS), or more after a larger batch."""
+        """Flush everything, durably. O(FLUSH_THRESHOLD_ROWS), or more after a larger batch."""
         if not self._last:
             return
         self._gather()
@@ -101,16 +101,16 @@ class BatchLog:
         self._database.execute("COMMIT")
 
     def _gather(self) -> None:
-        """Take what was committed since the last time into the memtable. O(its rows)."""
+        """Merge the newly committed batches into the memtable. O(their rows)."""
         for batch in map(datafile.decode, self._committed):
             self._memtable.add(batch)
             weight = len(batch.rows) + len(batch.purged) + ROWS_PER_BATCH
             self._weight += weight
-            self._budget += 2 * weight  # so that a flush is over before the next memtable is as large
+            self._budget += 2 * weight  # so that a flush ends before the next memtable is full
         self._committed.clear()
 
     def _begin(self) -> None:
-        """Begin to flush the memtable. O(n log n) in its rows: some 3 ms."""
+        """Begin to flush the memtable. O(n log n) in its rows: about 3 ms."""
         self._flushing, self._memtable, self._weight = self._memtable, Memtable(), 0
         self._ids = sorted(self._flushing.rows, reverse=True)
         self._flushing_until = self._last

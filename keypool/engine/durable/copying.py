@@ -1,8 +1,8 @@
-"""Backups of a data file: made while a server uses it, and verified.
+"""Backups of a data file that a server may be using, and their verification.
 
-A backup is copied page by page in one read transaction: so it is a snapshot, with what the write-ahead log holds. That
-costs the server no more than reads do, since nothing is rebuilt as by VACUUM INTO. It is written under a temporary
-name, and renamed when it is whole and on disk.
+A backup is copied page by page in one read transaction, so it is a snapshot that includes the write-ahead log. It costs
+the server no more than reads do, since it rebuilds nothing, as VACUUM INTO does. It is written under a temporary name,
+and renamed when it is complete and on disk.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from keypool.core.errors import StartError
 from keypool.engine.durable import datafile, file_lock
 
 _READ_AT_ONCE = 5000
-_NICE = 10  # the server's two processes come first
+_NICE = 10  # the server's two processes take precedence
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a data file or a copy holds."""
+    """The format version of a data file or a copy, and its numbers of keys."""
 
     version: int
     keys: int
@@ -31,13 +31,13 @@ class Checked:
 
 
 def back_up(path: Path, copy: Path) -> Checked:
-    """Copy a data file, which a server may have, to a file that isn't there yet (mode 0600), durably. O(size).
+    """Copy a data file, which a server may be using, to a new file (mode 0600), durably. O(size).
 
-    Raises StartError; nothing is left behind then.
+    Raises StartError, and leaves no file behind then. Lowers the priority of this process.
     """
     _require_file(path)
     if os.path.lexists(copy):
-        raise StartError(f"there is a file {copy} already: a backup replaces none")
+        raise StartError(f"there is already a file {copy}: a backup replaces no file")
     os.nice(_NICE)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{copy.name}.", suffix=".part", dir=copy.parent)
@@ -56,7 +56,7 @@ def back_up(path: Path, copy: Path) -> Checked:
 
 
 def _copy_pages(path: Path, part: Path) -> None:
-    # Not by `immutable`, whatever stands beside the file: a server may start meanwhile.
+    # Without `immutable=1`, even if the file has no log: a server may start meanwhile.
     source = f"{path.absolute().as_uri()}?mode=ro"
     try:
         with (
@@ -69,7 +69,7 @@ def _copy_pages(path: Path, part: Path) -> None:
 
 
 def verify(path: Path) -> Checked:
-    """Prove that a data file or a copy is whole, without changing it. O(n log n). Raises StartError."""
+    """Check that a data file or a copy is complete and intact. Changes nothing. O(n log n). Raises StartError."""
     _require_file(path)
     return _checked(path, "integrity_check")
 

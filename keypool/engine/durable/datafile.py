@@ -1,22 +1,22 @@
 """The data file: its schema and format, and how it is opened, checked and read.
 
-Rule of the format: `PRAGMA user_version` is the version of the schema below. A change of the schema adds a
-step to `MIGRATIONS` that takes a file of the version before to the next one; a released step is never
-changed. A file of a newer version, or not ours by its application id, is refused and left as it was.
+Rule of the format: `PRAGMA user_version` is the version of the schema below. A change of the schema adds a step to
+`MIGRATIONS`, which upgrades a file from the previous version; a released step is never changed. A file of a newer
+version, or with another application id, is refused and left as it was.
 
-Moments are whole milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes.
-Rows are written by id with their whole new state, so that writing one twice is the same as once.
+Moments are integer milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes. A row that
+is written has the complete new state of its key, so writing it twice does no harm.
 
-A commit appends a whole batch to `batches`; compaction.py brings it into the other tables later. So the content of the
-file is its tables, and over them its batches, in order: `read_rows` reads both. After a clean shutdown `batches` is
-empty. The number `grace_until` is the end of the last grace after an outage of storage: no key expires before it,
-whatever its row has. So a grace for a million keys is one number, which `read_rows` applies.
+A commit appends its batch to `batches`; compaction.py flushes it to the other tables later. So the content of the file
+is its tables, overridden by its batches in order: `read_rows` reads both. After a clean shutdown `batches` is empty.
+The number `grace_until` is the end of the last grace after an outage of storage: no key expires before it, whatever its
+row says. So a grace for a million keys is one number, which `read_rows` applies.
 
-A file in use is marked, so that a copy of it without its write-ahead log (`-wal`) is refused, not taken for whole.
-The mark stands in bytes of the header that SQLite reserves for later versions, and is written past SQLite, once the
-log holds a newer first page without it. Therefore whatever reads the file with its log (a backup, a recovery) doesn't
-see it, and a checkpoint, which makes the file whole, removes it. Only copies of the file alone have it. Two cases are
-not noticed: a copy made between a checkpoint and the next commit, which is whole and only old; and a log that was
+A file in use is marked, so that a copy without its write-ahead log (`-wal`) is refused as incomplete. The mark is in
+bytes of the header that SQLite reserves for later versions. It is written without SQLite, once the log holds a newer
+first page without the mark. Therefore a program that reads the file with its log (a backup, a recovery) doesn't see the
+mark, and a checkpoint, which makes the file complete, removes it. Only copies of the file alone have it. Two cases go
+unnoticed: a copy made between a checkpoint and the next commit, which is complete and merely old; and a log that was
 copied at another moment than its file.
 """
 
@@ -66,13 +66,13 @@ MIGRATIONS = (
 VERSION = len(MIGRATIONS)
 
 Row = tuple[int, str, int, int, int | None, int, str | None]
-"""A key in the file, columns in the order of the schema."""
+"""A key in the file, with its columns in the order of the schema."""
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """What is committed together. `rows` are whole keys, `purged` ids, `pool` numbers by name.
+    """Changes that are committed together. `rows` are complete keys, `purged` ids, `pool` numbers by name.
 
-    It stands in files as `encode` makes it: fields may be added at its end, none may be changed.
+    Files contain it as `encode` writes it: fields may be added at the end, but not changed.
     """
 
     rows: list[Row] = []
@@ -85,7 +85,7 @@ decode = msgspec.msgpack.Decoder(Batch).decode
 
 
 class Memtable:
-    """What batches come to: the last row of each key, None if it was purged, and the last numbers."""
+    """Batches merged: the last row of each key, None if it was purged, and the last numbers."""
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
         self.rows: dict[int, Row | None] = {}
@@ -94,7 +94,7 @@ class Memtable:
             self.add(batch)
 
     def add(self, batch: Batch) -> None:
-        """Apply one that is later than all before. O(its rows)."""
+        """Merge a batch that is later than all before. O(its rows)."""
         for row in batch.rows:
             self.rows[row[0]] = row
         for id in batch.purged:
@@ -114,15 +114,15 @@ PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
-FORGET_NOTES = f"DELETE FROM pool WHERE name GLOB '{NOTE}*' AND value = 0"  # noqa: S608 - a constant
+_FORGET_NOTES = f"DELETE FROM pool WHERE name GLOB '{NOTE}*' AND value = 0"  # noqa: S608 - a constant
 
 GRACE = "grace_until"
-"""Name of the number that ends a grace, in milliseconds."""
+"""The name of the number that is the end of a grace, in milliseconds."""
 
-_MARK = b"kpIU"  # in use
+_MARK = b"kpIU"  # "keypool: in use"
 _MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite doesn't change them
-_HEADER = 100  # bytes of the file's header
-_LOG_HEADER = 32  # bytes of a log without a frame
+_HEADER = 100  # bytes of the header of the file
+_LOG_HEADER = 32  # bytes of a log without frames
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
 _ROWS = """
@@ -133,9 +133,9 @@ _COUNTED_AT_ONCE = 5000
 
 
 def inspect(path: Path) -> dict[str, int]:
-    """The pool's numbers by name, none for a new file. O(size of the file).
+    """The pool's numbers by name, empty for a new file. O(size of the file). Raises StartError like `examine`.
 
-    Raises StartError as `examine`. The file is closed to others (mode 0600): it holds the keys, whoever made it.
+    Makes the file inaccessible to other users (mode 0600), whoever created it, because it holds the keys.
     """
     numbers = examine(path)
     for each in (path, *companions(path)):
@@ -145,16 +145,16 @@ def inspect(path: Path) -> dict[str, int]:
 
 
 def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
-    """The same, and changes nothing. `check` is the pragma that proves the pages, "integrity_check" the indexes too.
+    """The same, without changing anything. `check` is a pragma: "quick_check", or "integrity_check" for indexes too.
 
-    Raises StartError unless the file is ours, whole, and of a version that we know.
+    Raises StartError unless the file is complete, intact, one of keypool's and of a known version.
     """
     try:
         with path.open("rb") as file:
             start = file.read(_HEADER)
     except OSError as error:
         raise StartError(f"can't open the data file {path}: {error.strerror}") from None
-    if start and not start.startswith(_MAGIC):  # SQLite itself takes a file of one byte for an empty one
+    if start and not start.startswith(_MAGIC):  # SQLite itself would accept a file of one byte as empty
         raise StartError(f"the data file {path} is damaged, or not an SQLite file")
     if start[_MARK_AT:].startswith(_MARK) and not _has_log(path):
         raise StartError(
@@ -170,7 +170,7 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
                 raise StartError(f"the data file {path} is an SQLite file of another program")
             if version > VERSION:
                 raise StartError(
-                    f"the data file {path} is of the newer version {version}; this server knows {VERSION}"
+                    f"the data file {path} is of the newer version {version}; this server supports {VERSION}"
                 )
             verdict = database.execute(f"PRAGMA {check}(1)").fetchone()[0]
             numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
@@ -195,14 +195,14 @@ def _has_log(path: Path) -> bool:
 
 
 def mark_in_use(database: sqlite3.Connection, held: int) -> None:
-    """Mark the file behind the descriptor `held`, which this connection writes, if it isn't marked.
+    """Mark the file of the descriptor `held`, which this connection writes, unless it is marked.
 
-    Two system calls mostly, a commit after each checkpoint. Raises sqlite3.Error, OSError.
+    Usually costs two system calls; after each checkpoint, a commit. Raises sqlite3.Error, OSError.
     """
     if os.pread(held, len(_MARK), _MARK_AT) == _MARK:
         return
-    # The first page goes into the log as SQLite knows it, without the mark, and must not come from there into the
-    # file before the mark is written.
+    # The first page goes into the log as SQLite has it, without the mark, and must not be checkpointed from there
+    # before the mark is written.
     database.execute("PRAGMA wal_autocheckpoint = 0")
     try:
         database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -212,8 +212,8 @@ def mark_in_use(database: sqlite3.Connection, held: int) -> None:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection that writes, to a file brought up to this version. Raises sqlite3.Error."""
-    # Absolute, so that no name means more to SQLite than a file: `file:x.db`, `:memory:`.
+    """A connection that writes; upgrades the file to this version first. Raises sqlite3.Error."""
+    # Absolute, because names such as `file:x.db` and `:memory:` have a special meaning to SQLite.
     database = sqlite3.connect(path.absolute(), isolation_level=None)
     try:
         database.execute("PRAGMA journal_mode = WAL")
@@ -224,7 +224,7 @@ def connect(path: Path) -> sqlite3.Connection:
                 f"BEGIN IMMEDIATE; {step} PRAGMA application_id = {APPLICATION_ID};"
                 f" PRAGMA user_version = {number}; COMMIT;"
             )
-        database.execute(FORGET_NOTES)
+        database.execute(_FORGET_NOTES)  # 0 stands for a removed note
     except BaseException:
         database.close()
         raise
@@ -237,11 +237,11 @@ def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
         for some in read_rows(path, slice_size):
             yield [_key(row) for row in some]
     except TypeError:
-        raise ValueError("a row of it has something else where a number must be") from None
+        raise ValueError("a row has something else where a number must be") from None
 
 
 def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
-    """The same as rows; a file without a schema has none. O(batches) memory. Raises ValueError."""
+    """The keys as rows, likewise; no rows if the file has no schema. O(batches) memory. Raises ValueError."""
     with _reading(path) as database:
         try:
             if not _has(database, "keys"):
@@ -254,7 +254,7 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
             while some := list(islice(rows, slice_size)):
                 yield some
         except sqlite3.Error:  # not quoted: its message may contain a key
-            raise ValueError("a row of it can't be read") from None
+            raise ValueError("a row can't be read") from None
 
 
 def _grace_of(database: sqlite3.Connection) -> int:
@@ -270,7 +270,7 @@ def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> It
 
 
 def read_batches(database: sqlite3.Connection) -> Memtable:
-    """What the batches of a file come to. O(batches), which are few. Raises sqlite3.Error."""
+    """The batches of a file, merged. O(batches), which are few. Raises sqlite3.Error."""
     if not _has(database, "batches"):
         return Memtable()
     try:
@@ -299,7 +299,7 @@ def count(path: Path) -> int:
 
 
 class Filling:
-    """Fills a new file that the caller holds, without a writer process. Raises StartError."""
+    """Writes a pool to a new file that the caller holds, without a writer process. Raises StartError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -318,7 +318,7 @@ class Filling:
             raise self._failed(error) from None
 
     def finish(self, numbers: dict[str, int]) -> None:
-        """Add the pool's numbers, and bring everything from the log into the file."""
+        """Add the pool's numbers, checkpoint the log, and close the file."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(SET_POOL, numbers.items())
@@ -329,7 +329,7 @@ class Filling:
             raise self._failed(error) from None
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Close the file. May be called after `finish` or twice."""
         self._database.close()
 
     def _failed(self, error: sqlite3.Error) -> StartError:
@@ -337,28 +337,19 @@ class Filling:
 
 
 def line_of(error: Exception) -> str:
-    """SQLite's message in one line: it may quote the schema."""
+    """SQLite's message in one line of at most 200 characters: it may quote the schema, which has many."""
     return " ".join(str(error).split())[:200]
 
 
-class _reading:  # noqa: N801 - used as a function
-    """A connection that can't write, not even by closing, and sees a snapshot. sqlite3's own `with` doesn't close."""
-
-    def __init__(self, path: Path) -> None:
-        # Without a log or journal beside it the file is all there is, and SQLite needn't create them.
-        alone = not any(path.with_name(f"{path.name}-{name}").exists() for name in ("wal", "journal"))
-        self._database = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}",
-            uri=True,
-            isolation_level=None,
-        )
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._database.execute("BEGIN")
-        return self._database
-
-    def __exit__(self, *error: object) -> None:
-        self._database.close()
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that sees a snapshot and can't write, not even a checkpoint when it is closed."""
+    # A file without a log or journal is complete, and with `immutable` SQLite doesn't create them.
+    alone = not any(path.with_name(f"{path.name}-{name}").exists() for name in ("wal", "journal"))
+    uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as database:
+        database.execute("BEGIN")
+        yield database
 
 
 def _key(row: Row) -> Key:
@@ -371,7 +362,7 @@ def _key(row: Row) -> Key:
 
 
 def row_of(key: Key) -> Row:
-    """The row of a key."""
+    """The row of a key: its durable fields, moments in milliseconds."""
     release = key.release_deadline
     return (
         key.id,

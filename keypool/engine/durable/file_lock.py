@@ -1,4 +1,4 @@
-"""The data file as a name on the disk: who holds it, what stands beside it, and how it gets its name."""
+"""The data file in its folder: its lock, the files beside it, and how it gets its name."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from pathlib import Path
 from keypool.core.errors import StartError
 
 LOCK_SECONDS = 5.0
-"""How long a start waits for a dying predecessor to let go of the file."""
+"""How long a start waits for a predecessor that is ending to release the file."""
 
 _LOCK_INTERVAL = 0.05
 _FOLDER_MODE = 0o700
 
 
 def hold(path: Path, lock_seconds: float = LOCK_SECONDS) -> int:
-    """Lock the file for this server, and make it if there is none (mode 0600). Returns the locking descriptor.
+    """Lock the file for this server; create it (mode 0600) if it doesn't exist. Returns the locking descriptor.
 
-    The lock belongs to the open file, not to the process: whoever inherits the descriptor holds it, too, so the file
-    is free when server and writer are both gone. Waits `lock_seconds` for another holder. Raises StartError.
+    The lock belongs to the open file, not to the process: a process that inherits the descriptor holds it, too, so the
+    file is free when server and writer are both gone. Blocks up to `lock_seconds` while another server holds it.
+    Raises StartError.
     """
     try:
         _make_folder(path.parent)
-        # O_NONBLOCK: opening a pipe by that name would wait for its other end.
+        # O_NONBLOCK: if the name is that of a pipe, opening it would wait for the other end.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -47,7 +48,7 @@ def hold(path: Path, lock_seconds: float = LOCK_SECONDS) -> int:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder and its parents where they are missing: for their owner alone, whatever the umask."""
+    """Create a folder and its missing parents, accessible to their owner only, whatever the umask."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)
@@ -55,12 +56,12 @@ def _make_folder(folder: Path) -> None:
 
 
 def release(lock: int) -> None:
-    """Let go of a file that `hold` holds."""
+    """Close the descriptor that `hold` returned. The lock ends when all inherited ones are closed, too."""
     os.close(lock)
 
 
 def log_of(path: Path) -> Path:
-    """SQLite's write-ahead log of a data file: what is committed and not yet in the file itself."""
+    """SQLite's write-ahead log of a data file: commits that aren't checkpointed into the file yet."""
     return path.with_name(f"{path.name}-wal")
 
 
@@ -70,27 +71,27 @@ def companions(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, and what SQLite may have left beside it."""
+    """Remove a file and its companions."""
     for each in (path, *companions(path)):
         each.unlink(missing_ok=True)
 
 
 def clear(path: Path) -> None:
-    """Empty a file that is held, and remove what SQLite may have left beside it."""
+    """Empty a file that is held, and remove its companions."""
     os.truncate(path, 0)
     for each in companions(path):
         each.unlink(missing_ok=True)
 
 
 def rename(path: Path, name: Path) -> None:
-    """Give a whole, closed file its name, durably. Raises StartError if there is a file of that name by now."""
+    """Rename a closed file, durably. Raises StartError if a file of that name exists by now."""
     try:
         try:
             os.link(path, name)  # unlike a rename, it replaces nothing
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP) or name.exists():
                 raise
-            path.rename(name)  # a file system without links
+            path.rename(name)  # a file system without hard links
         else:
             path.unlink()
         folder = os.open(name.parent, os.O_RDONLY)

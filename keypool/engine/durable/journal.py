@@ -1,19 +1,19 @@
-"""The journal of a data file: what has changed, when it is on disk, and what to do while it can't be.
+"""The journal of a data file: collects changes, has them committed in batches, and handles failures of the disk.
 
     touch(key) -> open changes -> sent to the writer process -> committed: the calls are answered
                       ^                      |
                       +---- not committed ---+   calls get StorageUnavailable; the batch is repeated
 
-This is group commit. One batch is in flight at a time, and what changes meanwhile makes the next one: so one fsync is
-shared by all calls of a turn of the loop, and by those that come while the commit before runs. A batch names keys, and
-is encoded when it is sent: a key that changed twice is one row. A large one is encoded in parts, one a turn of the
-loop, and still committed whole. A change that comes meanwhile may or may not be in it, and is in the next one, which
-its call waits for.
+This is group commit. One batch is in flight at a time, and changes made meanwhile go into the next one. So all calls of
+a turn of the loop, and those that come during the previous commit, share one fsync. A batch refers to keys, and is
+encoded when it is sent: a key that changed twice is one row. A large batch is encoded in parts, one in each turn of the
+loop, and still committed completely or not at all. A change made meanwhile may be in it, and is certainly in the next
+one, which its call waits for.
 
 While batches fail, the pool in memory is ahead of the disk, calls that would change it are refused, and the batch is
-repeated until it is committed. No answered change is lost by that: it was on disk before. No key expires meanwhile, as
-no keepalive could save it; when batches are committed again, the keys get a grace, and that is on disk before anything
-else is answered. `Storage` and `Activity` have the steps.
+repeated until it is committed. No answered change is lost, since it was on disk before it was answered. No key expires
+meanwhile, since keepalives fail. When batches are committed again, the keys get a grace, which is on disk before
+anything else is answered. `Storage` and `Activity` have the steps.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from keypool.engine.durable.writer_link import WriterLink
 from keypool.engine.journal import Commit, JournaledEngine
 from keypool.ops.histogram import ROWS, SECONDS, Histogram
 
-_PART_ROWS = 5000  # encoded in one turn of the loop: some 4 ms
-_FIRST_BACK_OFF = 0.05  # seconds; doubled up to the longest
+_PART_ROWS = 5000  # rows encoded in one turn of the loop: about 4 ms
+_FIRST_BACK_OFF = 0.05  # seconds; doubled up to _LONGEST_BACK_OFF
 _LONGEST_BACK_OFF = 1.0
-_WATCH = 0.25  # seconds between two looks at the commit in flight
+_WATCH = 0.25  # seconds between two checks of the commit in flight
 _SLOW = 0.5  # seconds that a commit may take before expiry is suspended: it may become an outage
-_OUTAGE = 5.0  # seconds after which it is one
-_IDLE = 2.0  # seconds without a commit after which the writer is asked whether the file is still there
+_OUTAGE = 5.0  # seconds after which a commit is an outage
+_IDLE = 2.0  # seconds without a commit after which the writer checks that the file is still there
 _log = logging.getLogger("keypool.journal")
 
 
 class Storage(enum.Enum):
-    """How storage is.
+    """The health of storage.
 
     | from           | to       | when                                                    |
     | -------------- | -------- | ------------------------------------------------------- |
     | UP             | SLOW     | a commit has taken _SLOW seconds                        |
-    | SLOW           | UP       | it is committed                                         |
+    | SLOW           | UP       | that commit is done                                     |
     | any            | DOWN     | an error, the writer died, or a commit took _OUTAGE s   |
     | DOWN           | GRANTING | a batch is committed                                    |
     | GRANTING       | UP       | the grace is committed, within _OUTAGE seconds          |
 
-    In all but UP expiry is suspended; in DOWN and GRANTING (`failing` is not None) calls that change something are
-    refused.
+    Expiry is suspended in all states but UP. In DOWN and GRANTING (`failing` is not None), calls that change something
+    are refused.
     """
 
     UP = enum.auto()
@@ -69,24 +69,24 @@ class Storage(enum.Enum):
 
 
 class Activity(enum.Enum):
-    """What the journal does with its writer.
+    """What the journal is doing with its writer.
 
     | from                      | to                | when                                                      |
     | ------------------------- | ----------------- | --------------------------------------------------------- |
-    | IDLE                      | SCHEDULED         | something changed: sent at the end of this turn           |
-    | IDLE                      | LOOKING           | there was no commit for _IDLE seconds                     |
+    | IDLE                      | SCHEDULED         | a change: it is sent at the end of this turn              |
+    | IDLE                      | LOOKING           | no commit for _IDLE seconds                               |
     | SCHEDULED                 | IN_FLIGHT         | the batch is sent, or its first part                      |
-    | IN_FLIGHT, LOOKING        | IN_FLIGHT or IDLE | the writer is done, and there are or aren't other changes |
-    | IN_FLIGHT, LOOKING        | GRANTING          | it is done after an outage: the grace goes to each key    |
-    | GRANTING                  | IN_FLIGHT         | all keys have it: it goes to disk, with all changes       |
+    | IN_FLIGHT, LOOKING        | IN_FLIGHT or IDLE | success, and there are or aren't other changes            |
+    | IN_FLIGHT, LOOKING        | GRANTING          | success after an outage: each key gets the grace          |
+    | GRANTING                  | IN_FLIGHT         | all keys have it: it is sent with all changes             |
     | any but RESTARTING        | BACKING_OFF       | the writer reports an error, or dies                      |
     | BACKING_OFF               | IN_FLIGHT         | the back-off is over: the batch is repeated               |
     | BACKING_OFF               | RESTARTING        | the back-off is over, and the writer is dead              |
-    | RESTARTING                | IN_FLIGHT         | there is another writer                                   |
-    | RESTARTING                | BACKING_OFF       | there is none                                             |
+    | RESTARTING                | IN_FLIGHT         | another writer was started: the batch is repeated         |
+    | RESTARTING                | BACKING_OFF       | no writer could be started                                |
 
-    A batch whose commit hangs stays IN_FLIGHT: its verdict is waited for, but by no call. `close` waits until the
-    activity is none of IN_FLIGHT, LOOKING, GRANTING, RESTARTING.
+    A batch whose commit hangs stays IN_FLIGHT: the journal waits for its verdict, but calls don't. `close` waits while
+    the activity is IN_FLIGHT, LOOKING, GRANTING or RESTARTING.
     """
 
     IDLE = enum.auto()
@@ -99,7 +99,7 @@ class Activity(enum.Enum):
 
 
 class Life(enum.Enum):
-    """Of the journal, each step once: an unasked end of the writer means nothing in ENDED."""
+    """The life of the journal; each step happens once. In ENDED, the end of the writer is expected."""
 
     OPENING = enum.auto()
     OPEN = enum.auto()
@@ -107,13 +107,13 @@ class Life(enum.Enum):
     ENDED = enum.auto()
 
 
-_IDLE_ACTIVITY = Activity.IDLE  # looked up at every change
+_IDLE_ACTIVITY = Activity.IDLE  # compared at every change: saves an attribute look-up
 _LIVING = (Life.OPENING, Life.OPEN)
 _BUSY = frozenset({Activity.IN_FLIGHT, Activity.LOOKING, Activity.GRANTING, Activity.RESTARTING})
 
 
 class _Changes:
-    """What is committed together: keys by id, numbers that are not the pool's, and the calls that wait for it."""
+    """Changes that are committed together: keys by id, and notes. `commit` is what calls wait for."""
 
     __slots__ = ("commit", "keys", "notes")
 
@@ -124,9 +124,9 @@ class _Changes:
 
 
 class FileJournal:
-    """See the module, and the protocol `engine.journal.Journal` for the calls. Lives on the loop's thread.
+    """See the module, and the protocol `engine.journal.Journal` for the calls. For use on its loop's thread only.
 
-    `lock` is the descriptor of the file, from `file_lock.hold`; it is closed with the journal.
+    `lock` is the descriptor of the file, from `file_lock.hold`. `close` and `abandon` close it.
     """
 
     def __init__(self, path: Path, lock: int, engine: JournaledEngine) -> None:
@@ -140,10 +140,10 @@ class FileJournal:
         self._storage = Storage.UP
         self._open = _Changes()  # since the last batch was sent
         self._sent = _Changes()  # in the batch in flight
-        self._rest: tuple[Iterator[Key], int] | None = None  # of the batch that is sent in parts
-        self._purged: dict[str, int] = {}  # texts of keys whose purge isn't on disk yet, with their ids
-        self._grant: Generator[None, None, int] | None = None  # the grace that keys are being given
-        self._grace: int | None = None  # goes with the next batch, or is in the one in flight
+        self._rest: tuple[Iterator[Key], int] | None = None  # of a batch that is sent in parts, and how many
+        self._purged: dict[str, int] = {}  # ids by text of keys whose purge isn't on disk yet
+        self._grant: Generator[None, None, int] | None = None  # gives keys their grace, in slices
+        self._grace: int | None = None  # its end: in the next batch, or in the one in flight
         self._back_off = _FIRST_BACK_OFF
         self._back_off_timer: asyncio.TimerHandle | None = None
         self._restart_task: asyncio.Task[None] | None = None
@@ -170,10 +170,10 @@ class FileJournal:
         """The error for a call about a key whose expiry is suspended."""
         if self.failing is not None:
             return self._unavailable()
-        return StorageUnavailable("whether this key has expired is known when the commit in flight is done")
+        return StorageUnavailable("whether this key has expired is unknown until the current commit is done")
 
     def touch(self, key: Key) -> None:
-        """This key has changed or was purged."""
+        """Put a key that was changed or purged into the next batch."""
         self._open.keys[key.id] = key
         if key.expires_deadline == DEAD:
             self._purged[key.text] = key.id
@@ -181,25 +181,25 @@ class FileJournal:
             self._schedule()
 
     def note(self, notes: Mapping[str, int | None]) -> Commit:
-        """Keep numbers that are not the pool's own."""
+        """Put notes into the next batch."""
         self._open.notes |= {NOTE + name: value or 0 for name, value in notes.items()}
         if self._activity is _IDLE_ACTIVITY:
             self._schedule()
         return self._open_commit()
 
     def commit_of(self, id: int) -> Commit | None:
-        """What to await before answering about this key."""
+        """The commit to await before answering about this key."""
         if id in self._open.keys:
             return self._open.commit or self._open_commit()
         return self._sent.commit if id in self._sent.keys else None
 
     def commit_of_text(self, text: str) -> Commit | None:
-        """The same for a text that no live key has."""
+        """The commit of the purge of the key with this text."""
         id = self._purged.get(text)
         return None if id is None else self.commit_of(id)
 
     def commit_of_all(self) -> Commit | None:
-        """What to await before answering about the pool as a whole."""
+        """The commit to await before answering about the pool as a whole."""
         return self._open_commit() if self._open.keys else self._sent.commit
 
     def histograms(self) -> dict[str, Histogram]:
@@ -207,7 +207,7 @@ class FileJournal:
         return {"commit_seconds": self.commit_seconds, "commit_rows": self.commit_rows}
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
-        """How storage is, and what the writer measured last."""
+        """The age of a commit, the length of an outage, restarts of the writer, sizes on the disk."""
         figures, now = self._figures, time.monotonic()
         return {
             "keypool_commit_age_seconds": now - self._sent_at
@@ -229,13 +229,13 @@ class FileJournal:
 
     def _unavailable(self) -> StorageUnavailable:
         return StorageUnavailable(
-            f"the data file can't be written ({self.failing}); calls that change nothing go on"
+            f"the data file can't be written ({self.failing}); calls that change nothing are served"
         )
 
     # -- opening
 
     async def open(self) -> None:
-        """Start the writer, have it open the file, and prove that it can write. Raises StartError."""
+        """Start the writer, and have it open the file and check that it can be written. Raises StartError."""
         try:
             self._writer = await self._new_writer()
         except OSError as error:
@@ -246,7 +246,7 @@ class FileJournal:
         await self._request(Kind.PROBE)
 
     async def start(self, grace_until: float | None) -> None:
-        """Put the restart grace on disk, if there is one, and begin to serve. Raises StartError."""
+        """Commit the end of the restart grace (seconds since the epoch), if any, and begin. Raises StartError."""
         if grace_until is not None:
             await self._request(Kind.GRACE, encode(round(grace_until * 1000)))
         self._life = Life.OPEN
@@ -276,11 +276,11 @@ class FileJournal:
         self._loop.call_soon(self._send)
 
     def _send(self) -> None:
-        """Send what is open, unless the writer is busy or dead. O(keys), in parts of _PART_ROWS."""
+        """Send the open changes, unless the writer is busy or dead. O(keys), in parts of _PART_ROWS."""
         if self._activity in _BUSY or self._writer is None or self._writer.dead:
             return
         changes = self._open
-        # While batches fail even an empty one is sent, to see whether they still do.
+        # While batches fail, even an empty one is sent, to find out whether they still do.
         if not (changes.keys or changes.notes or self.failing is not None or self._life is Life.CLOSING):
             self._activity = Activity.IDLE
             return
@@ -292,7 +292,7 @@ class FileJournal:
         self._send_part(iter(changes.keys.values()), len(changes.keys))
 
     def _send_part(self, keys: Iterator[Key], left: int) -> None:
-        """Send the next part of a batch; the one after it when the writer has taken this one. O(_PART_ROWS)."""
+        """Send the next part of a batch, and the one after it when the socket isn't full. O(_PART_ROWS)."""
         assert self._writer is not None
         self._part_sent_at = time.monotonic()
         rows, purged = [], []
@@ -308,7 +308,7 @@ class FileJournal:
             if not self._writer.full:
                 self._loop.call_soon(self._send_rest)
             return
-        # The numbers go last: so no id or lease in any part is beyond them.
+        # The numbers are read last, so that no part contains a larger id or lease.
         numbers = self._engine.numbers()
         if self._sent.notes:
             numbers |= self._sent.notes
@@ -322,7 +322,6 @@ class FileJournal:
             self._send_part(*rest)
 
     def _answered(self, verdict: Verdict) -> None:
-        """The writer has answered the request in flight."""
         if verdict.figures is not None:
             self._figures = verdict.figures
         if verdict.error is not None:
@@ -341,7 +340,7 @@ class FileJournal:
         if self._storage is not Storage.UP:
             self._recovering(seconds)
         if self._open.keys or self._open.notes:
-            self._send()  # first, so that the next fsync overlaps with the sending of the answers
+            self._send()  # first, so that the next fsync overlaps with sending the answers
         if sent.commit is not None:
             sent.commit.finish()
         self._stepped()
@@ -349,7 +348,7 @@ class FileJournal:
     # -- failures and recovery
 
     def _failed(self, reason: str) -> None:
-        """The request in flight failed, or its outcome is unknown: its changes are open again, and sent later."""
+        """The request in flight failed, or its outcome is unknown: its changes go into the next batch."""
         self._go_down(reason)
         sent, self._sent, self._rest = self._sent, _Changes(), None
         self._open.keys = {**sent.keys, **self._open.keys}
@@ -387,7 +386,7 @@ class FileJournal:
             self._send_again()
 
     async def _restart(self, dead: WriterLink) -> None:
-        """Never raises: `close` waits for it."""
+        """Replace a dead writer. Never raises, because `close` waits for the next step."""
         try:
             await dead.reap()
             self._writer = await self._new_writer()
@@ -403,16 +402,15 @@ class FileJournal:
         self._stepped()
 
     def _send_again(self) -> None:
-        self._open.commit = None  # it has failed; calls that come from now on wait for another
+        self._open.commit = None  # it has failed; calls from now on wait for another
         self._send()
 
     def _lost(self) -> None:
-        """The writer process is gone."""
         if self._life is not Life.ENDED:
             self._failed("the writer process died and is started again")
 
     def _recovering(self, seconds: float) -> None:
-        """A batch is committed after storage was slow, down or granting."""
+        """A request succeeded after `seconds`, and storage isn't UP: go on towards UP."""
         if self.failing is None or (self._grace is not None and seconds <= _OUTAGE):
             if self.failing is not None:
                 _log.warning("the data file can be written again")
@@ -428,7 +426,7 @@ class FileJournal:
         self._loop.call_soon(self._grant_slice)
 
     def _grant_slice(self) -> None:
-        """Give the next slice of keys their grace; after the last one it goes to disk, with all open changes."""
+        """Give the next slice of keys their grace; after the last one, send it with all open changes."""
         if self._grant is None:
             return
         try:
@@ -452,7 +450,7 @@ class FileJournal:
         now = time.monotonic()
         if now - self._watch_due < _SLOW or not self._watch_due:
             self._judge(now)
-        # Otherwise the loop itself stood still: the verdict may have come, and be read in this turn.
+        # Otherwise the loop itself was blocked: the verdict may have arrived, and be read in this turn.
         self._watch_due = now + _WATCH
         self._watch_timer = self._loop.call_later(_WATCH, self._watch)
 
@@ -472,7 +470,7 @@ class FileJournal:
                 self._engine.suspend_expiry()
 
     def _look(self, now: float) -> None:
-        """Ask the writer whether the file is still there. No call waits for it."""
+        """Have the writer check that the file is still there. No call waits for it."""
         if self._writer is None or self._writer.dead or self._life is not Life.OPEN:
             return
         self._activity = Activity.LOOKING
@@ -483,17 +481,17 @@ class FileJournal:
     # -- the end
 
     async def abandon(self) -> None:
-        """End the writer and leave the file as it is: it was refused."""
+        """End the writer and leave a file that was refused as it is."""
         self._life = Life.ENDED
         if self._writer is not None:
             await self._writer.reap()
         os.close(self._lock)
 
     async def close(self) -> None:
-        """Write what isn't written yet, have the file closed cleanly, and end the writer.
+        """Commit all changes, have the file closed cleanly, and end the writer.
 
-        Raises StorageUnavailable if not all could be written, or not before this was cancelled. The writer is killed
-        then.
+        Kills the writer and raises StorageUnavailable if not all changes could be committed, or not before this was
+        cancelled.
         """
         if self._writer is None:
             return

@@ -1,6 +1,6 @@
-"""Opening the embedded engine on its data file: lock, inspect, start the writer, read, process what is due, set timers.
+"""Opens the embedded engine on its data file: lock, inspect, start the writer, read, process due keys, set timers.
 
-No call is served before all of it is done. It is done in slices, so that the loop can answer /healthz and /readyz.
+No call is served before all of this is done. It is done in slices, so that the loop can answer /healthz and /readyz.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _log = logging.getLogger("keypool.journal")
 
 
 async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> EmbeddedEngine:
-    """The engine over a data file, which is made if there is none. O(n). Raises StartError.
+    """The engine over a data file, which is created if it doesn't exist. O(n). Raises StartError.
 
-    With a `restart_grace`, keys that would be dead by then live until that many seconds after the start.
+    With a `restart_grace`, all keys of the file live until at least that many seconds after the start.
     """
     started = time.monotonic()
     loop = asyncio.get_running_loop()
@@ -42,7 +42,7 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
         grace_until = clock() + rules.restart_grace if rules.restart_grace else None
         engine.restore_numbers(numbers)
         await _restore_keys(engine, path, grace_until or 0.0)
-        await journal.start(grace_until)  # not before the check: a file that is refused is left as it was
+        await journal.start(grace_until)  # after the check: a file that is refused is left as it was
     except (ValueError, KeyError) as error:
         await journal.abandon()
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
@@ -59,7 +59,7 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
 
 
 async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) -> None:
-    """Read all keys into the pool, and check it. No timer is set yet, so nothing changes meanwhile."""
+    """Read all keys into the pool, and check it. Timers are set later, so the pool doesn't change meanwhile."""
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
             key.expires_deadline = max(key.expires_deadline, grace_until)

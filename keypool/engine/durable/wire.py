@@ -1,7 +1,7 @@
 """The wire format between server and writer process.
 
-Each way, a frame is four bytes of length, one of its kind, and MessagePack. The server has one request under way at a
-time; every request but END and PART is answered by a VERDICT.
+In both directions, a frame is four bytes of length, one byte of kind, and MessagePack. The server has one request in
+flight at a time; every request except END and PART is answered with a VERDICT.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ _HEADER = struct.Struct("!IB")
 
 
 class Kind(enum.IntEnum):
-    """What a frame holds."""
+    """The kinds of frames, each with its content."""
 
-    END = 0  # nothing: close the file, and exit
-    PROBE = 1  # nothing: can the file be written?
-    BATCH = 2  # a Batch (datafile.py): commit it, with the parts before it
+    END = 0  # no content: close the file, and exit
+    PROBE = 1  # no content: check that the file can be written
+    BATCH = 2  # a Batch (datafile.py): commit it together with the parts before it
     PART = 3  # a Batch that the next frame continues
-    GRACE = 4  # a moment in milliseconds: keys that would expire before it live until then
+    GRACE = 4  # a moment in milliseconds: let keys that would expire before it live until then
     VERDICT = 5  # a Verdict
-    LOOK = 6  # nothing: is the file still there?
+    LOOK = 6  # no content: check that the file is still there
 
 
 class Figures(msgspec.Struct, array_like=True):
-    """What was measured of the disk, in bytes."""
+    """Sizes of the file and its log, and free space on the disk, in bytes."""
 
     data: int
     log: int
     free: int
-    """What is left for this user."""
+    """Free space that this user may use."""
 
 
 class Verdict(msgspec.Struct, array_like=True):
-    """How a request ended: `error` is None, or why it failed. `figures` come with it once a second at most."""
+    """The result of a request. `error` is None, or the reason of a failure. `figures`: at most once a second."""
 
     error: str | None = None
     figures: Figures | None = None
@@ -63,7 +63,7 @@ def read_frame(read: Callable[[int], bytes]) -> tuple[int, bytes] | None:
 
 
 def take_frames(buffer: bytearray) -> Iterator[bytes]:
-    """The contents of the whole frames in a buffer, which are removed from it."""
+    """Remove the complete frames from a buffer, and yield their contents."""
     while len(buffer) >= _HEADER.size:
         end = _HEADER.size + _HEADER.unpack_from(buffer)[0]
         if len(buffer) < end:

@@ -1,14 +1,14 @@
 """The writer process: receives batches from the server over a socket (wire.py), commits them, and confirms each.
 
 It is a process because a transaction in a thread takes the interpreter's lock back for every row, and stalls the loop
-(docs/architecture.md has the figures). It has no state worth keeping: when it dies the server starts another and
-repeats what wasn't confirmed. When the server dies, the kernel kills this process, even if it is stopped; where the
-system isn't Linux, the socket closes, and the process exits after the batch in hand.
+(docs/architecture.md has the figures). Its state can be lost: if it dies, the server starts another and repeats the
+batch that wasn't confirmed. If the server dies, the kernel kills this process, even a stopped one; on systems other
+than Linux the socket closes, and the process exits after the current batch.
 
-It also checks what only the disk can tell, so that the server's loop never waits for the disk: whether the file of that
-name is still the one that the server holds, its size, and the room that is left.
+It also does the other checks that may wait for the disk, so that the server's loop doesn't: whether the file of that
+name is still the one that the server holds, its size, and the free space.
 
-It ignores the signals that a terminal or a service manager sends to a whole group: the server handles them.
+It ignores the signals that a terminal or a service manager sends to a whole process group: the server handles them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from keypool.engine.durable.wire import Figures, Kind, Verdict, decode_moment, f
 from keypool.pdeathsig import end_with_parent
 
 _MEASURED_EVERY = 1.0  # seconds
-_CHECK_SECONDS = 0.5  # between two checks of the file's name, which take two system calls
+_CHECK_SECONDS = 0.5  # between two checks of the file's name, of two system calls each
 _GONE = (
     "the file by that name isn't the one that this server holds: it was deleted, moved or replaced; put it back, "
     "or restart the server"
 )
-_LOG_GONE = "its log was deleted or replaced; what it held is in the file now"
+_LOG_GONE = "its log was deleted or replaced; the commits in it are in the file now"
 
 
 class Writer:
-    """The one connection that writes. After an error it is closed, and opened anew for the next batch.
+    """The only connection that writes. After an error it is closed, and the next request opens another.
 
-    `held` is a descriptor of the file that the server holds. It is never closed here: that would end every lock
-    that this process has on the file.
+    `held` is the inherited descriptor of the file. It is never closed here: that would end every lock that this process
+    has on the file.
     """
 
     def __init__(self, path: Path, held: int, check_seconds: float = _CHECK_SECONDS) -> None:
@@ -53,7 +53,7 @@ class Writer:
         self._name, self._log_name = str(path), str(self._log_path)
         self._check_seconds = check_seconds
         self._file = _identity(held)
-        self._wal: tuple[int, int] | None = None  # which file the write-ahead log is
+        self._wal: tuple[int, int] | None = None  # the identity of the write-ahead log
         self._check_at = self._measure_at = 0.0
         self._database: sqlite3.Connection | None = None
         self._marked = False
@@ -61,24 +61,24 @@ class Writer:
         self._failed: str | None = None
 
     def probe(self) -> Verdict:
-        """Check that the file can be written, and write nothing."""
+        """Check that the file can be written, without writing to it."""
         return self._try(self._probe)
 
     def commit(self, encoded: list[bytes]) -> Verdict:
-        """Write batches in one transaction, all or none."""
+        """Commit encoded batches in one transaction, all or none."""
         return self._try(lambda database: self._commit(database, encoded))
 
     def grant(self, until: int) -> Verdict:
-        """Let all keys that would expire before this moment live until then."""
+        """Let all keys that would expire before `until` (milliseconds) live until then."""
         return self._try(lambda database: self._grant(database, until))
 
     def look(self) -> Verdict:
-        """Check that the file is still there, and write nothing."""
+        """Check that the file is still there, without writing to it."""
         self._check_at = 0.0
         return self._try(lambda _: None)
 
     def flush(self) -> None:
-        """Flush some of what is committed to the tables. If that fails, the next batch fails with the reason."""
+        """Flush some committed rows to the tables. If that fails, the next request fails with the reason."""
         try:
             if self._database is not None:
                 self._mark(self._database)
@@ -88,12 +88,12 @@ class Writer:
             self._failed = datafile.line_of(failure)
 
     def close(self) -> None:
-        """Flush everything to the tables, and close, which brings the write-ahead log into the file."""
+        """Flush everything to the tables, and close the file, which checkpoints the write-ahead log."""
         try:
             if self._database is not None:
                 self._log.flush_all()
         except sqlite3.Error:
-            pass  # the batches are there: the next open finds them
+            pass  # nothing is lost: the next start reads the batches
         finally:
             self._drop()
 
@@ -101,7 +101,7 @@ class Writer:
         error, self._failed = self._failed, None
         now = time.monotonic()
         if error is None and (self._database is None or now >= self._check_at):
-            # Always before a connection is opened: by then the name may be another file's.
+            # Always before a connection is opened, since the name may be that of another file by then.
             self._check_at = now + self._check_seconds
             error = self._moved()
         if error is None:
@@ -113,15 +113,15 @@ class Writer:
         return Verdict(error)
 
     def _moved(self) -> str | None:
-        """Why the file or its log isn't the one that was opened, if so. A few microseconds."""
+        """The reason why the file or its log isn't the one that was opened; None if it is. A few microseconds."""
         if _identity(self._name) != self._file:
             wrong = _GONE
         elif self._database is not None and _identity(self._log_name) != self._wal:
             wrong = _LOG_GONE
         else:
             return None
-        # Checkpoint, so that the file that is held is whole wherever it is, and empty the log, which would be taken for
-        # that of another file by this name. SQLite itself does neither.
+        # Checkpoint, so that the held file is complete wherever it is now, and empty the log, which could be mistaken
+        # for that of another file of this name. SQLite itself does neither.
         with contextlib.suppress(sqlite3.Error):
             if self._database is not None:
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -129,7 +129,7 @@ class Writer:
         return wrong
 
     def measured(self) -> Figures | None:
-        """Size of file and log, and the room left; None if they were reported within the last second."""
+        """Sizes of file and log, and free space; None if they were reported within the last second."""
         now = time.monotonic()
         if now < self._measure_at:
             return None
@@ -151,8 +151,8 @@ class Writer:
 
     def _commit(self, database: sqlite3.Connection, encoded: list[bytes]) -> None:
         if not self._marked:
-            # Before the first commit is answered: from then on a copy without the log lacks something. Not before
-            # there is one: a file that is refused stays as it is.
+            # At the first commit: from then on a copy without the log is incomplete. Not before it, because a file that
+            # is refused must stay as it is.
             self._mark(database)
             self._marked = True
         self._log.commit(encoded)
@@ -172,17 +172,17 @@ class Writer:
         self._log = BatchLog(database)
 
     def _drop(self) -> None:
-        """Close the connection. An open transaction is rolled back."""
+        """Close the connection, which rolls back an open transaction."""
         database, self._database = self._database, None
         if database is not None:
             try:
                 database.close()
             except sqlite3.Error:
-                return  # the next open finds in the log what the file lacks
+                return  # nothing is lost: the next connection reads the log
 
 
 def _identity(file: str | int) -> tuple[int, int] | None:
-    """Device and inode of a file; None if there is none, or it can't be seen."""
+    """Device and inode of a file; None if it doesn't exist or isn't accessible."""
     try:
         found = os.stat(file)  # noqa: PTH116 - a descriptor or a name
     except OSError:
@@ -191,7 +191,7 @@ def _identity(file: str | int) -> tuple[int, int] | None:
 
 
 def serve(stream: BinaryIO, writer: Writer) -> None:
-    """Serve requests until the socket closes, or an END is received."""
+    """Serve requests until an END or the end of the stream."""
     parts: list[bytes] = []
     while (received := read_frame(stream.read)) is not None:
         kind, content = received
@@ -215,20 +215,20 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
         stream.write(frame(Kind.VERDICT, datafile.encode(verdict)))
         stream.flush()
         if kind in (Kind.BATCH, Kind.GRACE):
-            writer.flush()  # after the answer: only a call that comes meanwhile waits for it
+            writer.flush()  # after the answer: only the next batch may have to wait for it
 
 
 def main() -> None:
     """`python -m keypool.engine.durable.writer SOCKET HELD PARENT PATH`: two descriptors, the server's pid, a file."""
     connection_number, held, parent = map(int, sys.argv[1:4])
-    # Here and not between fork and exec: Python code there would make the server copy its whole page table.
+    # Not between fork and exec: Python code there would make the server copy its whole page table.
     end_with_parent(parent, signal.SIGKILL)()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=connection_number)
     with contextlib.suppress(OSError):  # the server died in the middle of a frame
         serve(connection.makefile("rwb"), Writer(Path(sys.argv[4]), held))  # type: ignore[arg-type]
-    # The file isn't closed: that would take a checkpoint, which the next start does as well.
+    # The file isn't closed: that would checkpoint it, which the next start does as well.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The server's end of the socket to the writer process, and that process's life."""
+"""The server's side of the writer process: start, socket, end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _INHERITED_PREFIXES = ("DYLD_", "LC_", "LD_", "PYTHON")
 class WriterLink(asyncio.Protocol):
     """The writer process and the socket to it.
 
-    `answered` is called with each verdict, `lost` once, when the process is gone, `drained` when the socket takes more
-    again after it was `full`.
+    `answered` is called with each verdict, `lost` once, when the socket closes because the process ends, and `drained`
+    when the socket accepts more data after it was `full`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class WriterLink(asyncio.Protocol):
     async def start(
         cls, path: Path, lock: int, answered: Callable[[Verdict], None], lost: Callable[[], None]
     ) -> WriterLink:
-        """Start the process, in its own session: signals from a terminal don't reach it. Raises OSError."""
+        """Start the process, in its own session so that signals of a terminal don't reach it. Raises OSError."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         try:
@@ -71,7 +71,7 @@ class WriterLink(asyncio.Protocol):
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def send(self, kind: Kind, content: bytes = b"") -> None:
-        """Send a frame."""
+        """Send a frame; ignored if the process is dead. Never blocks: `full` is set if the socket is."""
         if self._transport is not None and not self.dead:
             self._transport.write(frame(kind, content))
 
@@ -85,13 +85,13 @@ class WriterLink(asyncio.Protocol):
         self.drained()
 
     def data_received(self, data: bytes) -> None:
-        """Hand over verdicts."""
+        """See `asyncio.Protocol`."""
         self._buffer += data
         for content in take_frames(self._buffer):
             self._answered(decode_verdict(content))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The process has ended, or is about to."""
+        """See `asyncio.Protocol`. The process has ended or is about to."""
         self.dead = True
         self._gone.set_result(None)
         self._lost()
@@ -114,7 +114,7 @@ class WriterLink(asyncio.Protocol):
 
 
 def _environment() -> dict[str, str]:
-    """What an interpreter needs of our environment, without settings and tokens, and the path of this package."""
+    """The variables that an interpreter needs, without settings and tokens, and the path of this package."""
     needed = {
         name: value
         for name, value in os.environ.items()
