@@ -239,7 +239,7 @@ def test_a_thousand_items_are_taken(client: Client, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["keepalive", "unblock", "delete"])
-def test_texts_that_are_no_key_are_unknown_as_they_were_sent(client: Client, op: str) -> None:
+def test_texts_that_are_not_keys_are_unknown_as_they_were_sent(client: Client, op: str) -> None:
     """Long, non-ASCII, with control characters: told back unchanged."""
     texts = ["x" * 5000, "ключ", "🦊", "a\nb", "\u0000", " ", "a/b", "%41", "\\u0041"]
     client.make()

@@ -262,7 +262,7 @@ def test_a_lease_that_no_acquire_gave_frees_nothing(client: Client) -> None:
             assert answer.status == 400 or answer.expect(200)["stale"] == [key], str(answer)
 
 
-def test_a_lone_surrogate_does_no_harm(client: Client) -> None:
+def test_a_lone_surrogate_is_refused_or_kept(client: Client) -> None:
     """JSON can write what isn't a character: refused or kept, and the pool can still be read."""
     client.make()
     for path, body in (
@@ -374,7 +374,7 @@ def test_a_head_over_the_limits_is_answered_to_head_as_well(client: Client, meth
         assert answer.json["message"]
 
 
-def test_what_a_page_is_sent_has_its_limits_too(client: Client) -> None:
+def test_requests_for_pages_have_limits_too(client: Client) -> None:
     """413 and 431 on every path, the health's and the feed's among them."""
     for method, path in (("POST", "/login"), ("GET", "/healthz"), ("GET", f"{API}/feed")):
         long = client.request(method, path, headers={"X-A": "a" * 40_000})
@@ -439,7 +439,7 @@ def test_checks_come_in_their_order(guarded_server: ServerProcess) -> None:
             assert (answer.status, answer.json["code"]) == WRONG[first], f"of {wrong}: {answer}"
 
 
-def test_the_host_is_looked_at_first(server: ServerProcess) -> None:
+def test_the_host_is_checked_first(server: ServerProcess) -> None:
     """On an open server: 421 whatever else is wrong."""
     for method, path, body, kind in (
         ("POST", API + "/nope", b"{}", "application/json"),
@@ -453,7 +453,7 @@ def test_the_host_is_looked_at_first(server: ServerProcess) -> None:
         wire.answer().expect_problem(421, "wrong-host")
 
 
-def test_ids_are_refused_to_clients_before_the_body_is_looked_at(guarded_server: ServerProcess) -> None:
+def test_ids_are_refused_to_clients_before_the_body_is_checked(guarded_server: ServerProcess) -> None:
     """403 is the role's: it comes before 415 and 400, and whether the id exists or not."""
     client = guarded_server.client(CLIENT_TOKEN)
     known = guarded_server.client(ADMIN_TOKEN).make()["id"]

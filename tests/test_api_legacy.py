@@ -181,7 +181,7 @@ def test_errors_before_the_call_have_a_message_too(client: Client, slash: str) -
 
 
 @both_spellings
-def test_roles_are_those_of_the_calls_beside(guarded_server: ServerProcess, slash: str) -> None:
+def test_roles_are_those_of_the_current_calls(guarded_server: ServerProcess, slash: str) -> None:
     """generate and delete for admins, acquire and unblock for clients, start_scheduler for viewers;
     errors with message.
     """

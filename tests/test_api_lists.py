@@ -374,7 +374,7 @@ def test_a_repeated_query_parameter_is_refused(client: Client) -> None:
             expect_refused(client, f"{name}={value}&{second}={value}")
 
 
-def test_combinations_without_sense_are_refused(client: Client) -> None:
+def test_senseless_combinations_are_refused(client: Client) -> None:
     """prefix has its own order, and no available key is ever released."""
     client.make()
     for query in ("prefix=a&order=id", "prefix=a&order=release", "prefix=a&order=expiry",

@@ -146,7 +146,7 @@ def test_waiters_are_served_in_the_order_they_came(client: Client) -> None:
     assert leases == sorted(leases), f"leases by order of coming: {leases}"
 
 
-def test_who_comes_later_without_waiting_does_not_overtake(client: Client) -> None:
+def test_an_acquire_without_wait_does_not_overtake_a_waiter(client: Client) -> None:
     """A key that is freed while somebody waits is the waiter's; an acquire just after finds nothing."""
     client.make()
     held = client.acquire()["key"]
@@ -220,7 +220,7 @@ def test_a_waiter_that_hangs_up_behind_more_bytes_is_leased_nothing(
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "end_sending"])
-def test_who_hangs_up_in_the_middle_of_the_queue_is_passed_over(client: Client, how: str) -> None:
+def test_a_waiter_that_hangs_up_in_the_middle_of_the_queue_is_skipped(client: Client, how: str) -> None:
     """The others keep their order."""
     first, second, third = queue(client, 3)
     getattr(second, how)()

@@ -253,27 +253,27 @@ def neutral(answer: bytes) -> bytes:
     )
 
 
-def test_the_life_of_a_key_is_told_alike() -> None:
+def test_calls_are_answered_alike() -> None:
     """Every call, single and in a batch, and those of the first version."""
     asyncio.run(compare(LIFE, Access()))
 
 
-def test_what_is_wrong_is_told_alike() -> None:
+def test_errors_are_answered_alike() -> None:
     """Every refusal, and the connection goes on."""
     asyncio.run(compare(WRONG, Access()))
 
 
-def test_what_ends_a_connection_is_told_alike() -> None:
+def test_errors_that_end_a_connection_are_answered_alike() -> None:
     """Each on a connection of its own, to the end of it."""
     asyncio.run(compare(ENDS, Access(), end=True))
 
 
-def test_roles_are_told_alike() -> None:
+def test_roles_are_answered_alike() -> None:
     """With tokens, and when the same headers come again."""
     asyncio.run(compare(GUARDED, Access(client=[CLIENT], viewer=[VIEWER], admin=[ADMIN])))
 
 
 @pytest.mark.parametrize("name", ["generate", "acquire", "stats"])
-def test_a_stop_is_told_alike(name: str) -> None:
+def test_calls_during_a_stop_are_answered_alike(name: str) -> None:
     """While it drains."""
     asyncio.run(compare({name: LIFE[name]}, Access(), drain=True))

@@ -47,7 +47,7 @@ def told(server: ServerProcess, *pieces: bytes) -> bytes:
     return said
 
 
-def test_what_two_servers_might_read_differently_is_refused(server: ServerProcess, client: Client) -> None:
+def test_ambiguous_requests_are_refused(server: ServerProcess, client: Client) -> None:
     """Once, and nothing behind it is read as a request."""
     if "--http=tornado" in server.flags:
         pytest.skip("how strict Tornado's own server is, is Tornado's to say")
@@ -85,7 +85,7 @@ def test_noise_is_answered_without_a_500(server: ServerProcess, client: Client, 
         client.batch(op="delete", keys=made).expect(200)
 
 
-def test_frames_behind_the_handshake_are_frames(server: ServerProcess) -> None:
+def test_frames_in_the_packet_of_the_handshake_are_read(server: ServerProcess) -> None:
     """They come in the same packet, before the server has said that it will speak so."""
     with socket.create_connection((server.address, server.port), 30) as wire:
         wire.sendall(HANDSHAKE + PING)

@@ -636,7 +636,7 @@ def test_on_the_stock_loop_a_wait_that_ends_leaves_nothing_either() -> None:
     expect_nothing_of(run_on("asyncio", main), TIMES)
 
 
-def test_this_would_see_a_cycle() -> None:
+def test_a_cycle_would_be_found() -> None:
     """The proof of the proof: one made on purpose is found, and told by its type."""
 
     async def act(session: Session) -> None:

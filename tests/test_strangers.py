@@ -188,7 +188,7 @@ def test_a_head_that_drips_is_408_all_the_same() -> None:
     run(test)
 
 
-def test_a_connection_that_asks_nothing_is_closed_without_a_word() -> None:
+def test_an_idle_connection_is_closed_without_an_answer() -> None:
     """At once when it is new, after the idle time when it has asked before; the other limit doesn't strike."""
 
     async def test() -> None:
@@ -245,7 +245,7 @@ def test_a_body_that_does_not_come_is_408(form: str) -> None:
     run(test)
 
 
-def test_what_the_head_is_refused_for_comes_before_the_slow_body() -> None:
+def test_an_error_in_the_head_is_reported_before_a_slow_body() -> None:
     """A stranger isn't told to hurry."""
 
     async def test() -> None:
@@ -286,7 +286,7 @@ def test_a_pipelined_caller_that_reads_nothing_is_cut() -> None:
     run(test)
 
 
-def test_who_waits_for_a_key_is_not_slow() -> None:
+def test_waiting_for_a_key_is_not_limited() -> None:
     """A waiter has asked all that it will: no limit of these is for it."""
 
     async def test() -> None:
@@ -376,7 +376,7 @@ def _form(name: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_nothing_long_that_a_stranger_sends_is_remembered(kind: str) -> None:
+def test_caches_keep_nothing_long_that_a_stranger_sends(kind: str) -> None:
     """Caches of names, hosts and whole heads, the framework's own among them, keep what is short."""
 
     async def test() -> None:
@@ -456,7 +456,7 @@ HANDSHAKE = (
 )
 
 
-def test_a_viewer_is_counted_until_it_has_gone() -> None:
+def test_a_viewer_is_counted_until_it_has_disconnected() -> None:
     """A websocket has a descriptor as any connection has, whoever reads from it now."""
 
     async def test() -> None:

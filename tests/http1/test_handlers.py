@@ -312,7 +312,7 @@ async def test_prepare_may_refuse_before_the_body(kind: str) -> None:
         assert "post" not in state.log
 
 
-async def test_a_client_that_leaves_mid_body_is_reported(kind: str) -> None:
+async def test_a_disconnect_in_the_body_is_reported(kind: str) -> None:
     """`on_connection_close` runs if the connection ends before the body does."""
     state = State()
     async with serve(kind, state.application) as served:
@@ -324,7 +324,7 @@ async def test_a_client_that_leaves_mid_body_is_reported(kind: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "half_close", "reset"])
-async def test_a_client_that_leaves_before_the_answer_is_reported(kind: str, how: str) -> None:
+async def test_a_disconnect_before_the_answer_is_reported(kind: str, how: str) -> None:
     """However it leaves, also if it only ends its sending side."""
     state = State()
     async with serve(kind, state.application) as served:
@@ -430,7 +430,7 @@ async def test_a_bare_delegate_answers(kind: str) -> None:
         assert (await client.post("/", b"again")).body == b"you said again"
 
 
-async def test_a_delegate_learns_of_closed_connections() -> None:
+async def test_a_delegate_is_notified_of_closed_connections() -> None:
     """`on_close` is called once a connection, as its interface says (Tornado's server forgets)."""
     application = Bare(lambda message: message.connection.finish())
     async with serve("http1", application) as served:

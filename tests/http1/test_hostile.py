@@ -154,7 +154,7 @@ class Raw(RawDelegate):
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "handler"])
 @pytest.mark.parametrize("name", REFUSED)
-async def test_it_is_refused(name: str, raw: bool) -> None:
+async def test_malformed_requests_are_refused(name: str, raw: bool) -> None:
     """400, said to be the last, nothing served of it or behind it, and an orderly end."""
     application = Application(raw)
     async with serve("http1", application) as served:
@@ -167,7 +167,7 @@ async def test_it_is_refused(name: str, raw: bool) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_it_is_refused_in_turn(name: str) -> None:
+async def test_malformed_requests_behind_good_ones_are_refused_in_turn(name: str) -> None:
     """Behind good requests, these are answered first, byte by byte as well."""
     application = Application(raw=False)
     async with serve("http1", application) as served:
@@ -200,7 +200,7 @@ async def test_it_is_refused_in_turn(name: str) -> None:
         "a chunk longer than its size",
     ],
 )
-async def test_both_servers_refuse(kind: str, name: str) -> None:
+async def test_both_servers_refuse_smuggling(kind: str, name: str) -> None:
     """The classics of smuggling are 400 on either server."""
     application = Application(raw=False)
     async with serve(kind, application) as served:
@@ -493,7 +493,7 @@ async def test_a_large_head_behind_other_bytes_is_served() -> None:
             assert (await client.response()).status == 200
 
 
-async def test_own_limits_hold() -> None:
+async def test_each_limit_can_be_set() -> None:
     """Each bound can be set."""
     limits = Limits(head_bytes=100, header_count=3, body_bytes=5)
     async with serve("http1", Application(raw=True), limits=limits) as served:

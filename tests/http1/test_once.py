@@ -74,7 +74,7 @@ async def read(reader: Reader, pieces: Sequence[bytes], eaten: list[bytes]) -> O
 
 
 @pytest.mark.parametrize("seed", seeds(SEEDS, 3))
-def test_cuts_change_nothing(seed: int, eaten: list[bytes]) -> None:
+def test_mutated_streams_are_read_alike_however_they_are_cut(seed: int, eaten: list[bytes]) -> None:
     """Mutated streams whole, byte by byte, cut behind each head, and at random: the same requests, the same end."""
     rng = random.Random(seed)
 

@@ -114,7 +114,7 @@ async def test_a_raw_body_comes_whole(size: int) -> None:
             assert (await client.response()).body == b"thanks"
 
 
-async def test_closing_is_announced_where_it_is_due() -> None:
+async def test_a_connection_header_is_added_where_it_is_due() -> None:
     """The server puts Connection into raw answers: by the client's wish, or the application's."""
 
     def end(got: Request) -> RawDelegate:
@@ -175,7 +175,7 @@ async def test_the_next_request_does_not_start_inside_an_answer() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "half_close", "reset"])
-async def test_a_waiting_request_learns_that_its_client_left(how: str) -> None:
+async def test_a_waiting_request_is_notified_of_a_disconnect(how: str) -> None:
     """`closed` is called once; answering then does nothing."""
     application = Application()
     async with serve("http1", application) as served:
@@ -194,7 +194,7 @@ async def test_a_waiting_request_learns_that_its_client_left(how: str) -> None:
         got.respond(ok(b"too late"))
 
 
-async def test_a_client_that_leaves_mid_body_is_reported() -> None:
+async def test_a_disconnect_in_the_body_is_reported() -> None:
     """`closed` without `body`."""
     application = Application()
     async with serve("http1", application) as served:
@@ -305,7 +305,7 @@ async def test_a_failing_application_is_answered_for() -> None:
             assert await client.closed()
 
 
-async def test_refusals_look_as_the_application_likes() -> None:
+async def test_the_application_makes_the_answers_to_refusals() -> None:
     """`on_refused` gets what is known of the request; None gives a bare answer."""
     seen: list[Refusal] = []
 

@@ -95,7 +95,7 @@ async def test_lines_that_decide_about_more_than_the_request_are_parsed(
 @pytest.mark.parametrize(
     "before", [b"P", b"PO", b"POST", b"POST /raw", b"\r\nP", b"\0", b"GET /r HTTP/1.1\r\nA"]
 )
-async def test_a_known_request_behind_a_part_of_another_is_no_request(before: bytes) -> None:
+async def test_a_cached_request_behind_a_part_of_another_is_not_taken(before: bytes) -> None:
     """The bytes before it belong to it, and make nonsense of it."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
@@ -107,7 +107,7 @@ async def test_a_known_request_behind_a_part_of_another_is_no_request(before: by
         assert received.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 "))
 
 
-async def test_a_known_request_inside_a_body_is_a_body() -> None:
+async def test_a_cached_request_inside_a_body_is_not_taken() -> None:
     """Even where the body comes in reads of its own."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
@@ -120,7 +120,7 @@ async def test_a_known_request_inside_a_body_is_a_body() -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-async def test_known_or_not_the_answers_are_the_same(seed: int) -> None:
+async def test_cached_requests_are_answered_as_others(seed: int) -> None:
     """Many requests with few sets of lines, a read each, cut anywhere, or all at once."""
     rng = random.Random(seed)
     sections = [
@@ -146,7 +146,7 @@ async def test_known_or_not_the_answers_are_the_same(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_hostile_requests_are_refused_behind_known_ones(name: str) -> None:
+async def test_hostile_requests_are_refused_behind_cached_ones(name: str) -> None:
     """Twice, lest the first has taught the server anything."""
     async with serve("http1", Application()) as served:
         for _ in range(2):
@@ -158,7 +158,7 @@ async def test_hostile_requests_are_refused_behind_known_ones(name: str) -> None
             assert b"smuggled" not in received
 
 
-async def test_few_sections_are_remembered() -> None:
+async def test_the_cache_is_bounded() -> None:
     """However many strangers send, and none that is long."""
     async with serve("http1", Application()) as served:
         client = await served.connect()

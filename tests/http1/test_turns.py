@@ -122,7 +122,7 @@ def test_a_turn_ends_when_its_time_is_used_up() -> None:
     assert [flow.answered_at for flow in flows] == sorted(flow.answered_at for flow in flows)
 
 
-def test_a_long_call_ends_the_turn_and_is_owed() -> None:
+def test_a_long_call_ends_the_turn_and_leaves_a_debt() -> None:
     """What can't be interrupted is the last of its turn, and its caller has to let others pass for it."""
     loop = Loop()
     long, other = Flow(loop, 3 * BUDGET), Flow(loop, SHORT)
@@ -136,7 +136,7 @@ def test_a_long_call_ends_the_turn_and_is_owed() -> None:
     assert long.served == 2
 
 
-def test_one_that_fails_takes_nobody_along() -> None:
+def test_an_exception_does_not_end_the_turns() -> None:
     """Its exception is the loop's to report; the turns go on."""
     loop = Loop()
 

@@ -196,7 +196,7 @@ async def test_a_refused_upgrade_goes_on_as_http(path: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half_close"])
-async def test_a_websocket_learns_that_its_client_left(kind: str, how: str) -> None:
+async def test_a_websocket_is_notified_of_a_disconnect(kind: str, how: str) -> None:
     """`on_close` is called, without a close frame too."""
     log: list[str] = []
     async with serve(kind, application(log)) as served:
@@ -290,7 +290,7 @@ async def test_a_socket_can_be_taken_without_upgrade(kind: str) -> None:
         assert await client.ended() == b"abc"
 
 
-async def test_a_socket_is_not_given_away_with_bytes_missing() -> None:
+async def test_a_socket_is_not_detached_with_bytes_missing() -> None:
     """Where bytes behind the request were parsed already, `detach` says so."""
     async with serve("http1", application([])) as served:
         client = await served.connect()
