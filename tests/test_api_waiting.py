@@ -68,7 +68,7 @@ def test_a_waiter_is_served_as_soon_as_a_key_is_free(client: Client, by: str) ->
 
 
 def test_a_waiter_is_served_by_the_release_of_a_key(lend: Start) -> None:
-    """The end of a block gives the key to who waits, not before, with a greater lease."""
+    """When a block ends, and not before, the waiter gets the key, with a greater lease."""
     client = lend("--block-seconds=0.5").client()
     client.make()
     with client.expect_moved(acquired=2, released=1, blocked=1, available=-1):
@@ -116,7 +116,7 @@ def test_a_wait_without_a_key_gets_the_time_of_the_next_release(client: Client) 
 
 
 def test_wait_0_is_answered_at_once(client: Client) -> None:
-    """Without `wait`, with 0 and with null, an empty pool is told at once."""
+    """Without `wait`, with 0 and with null, an empty pool is reported at once."""
     for body in ({}, {"wait": 0}, {"wait": 0.0}, {"wait": None}):
         answer = client.post(ACQUIRE, json=body)
         answer.expect_problem(404, "no-key-available")

@@ -1,7 +1,7 @@
-"""The fast server and Tornado's answer alike, to the byte, but for the moment and the id of a request.
+"""The fast server and Tornado's give the same answers, to the byte, except for the date and the id of a request.
 
-Each has an application of its own over an engine whose clock stands still and whose randomness is none, so that
-the same requests find the same pool. They are sent one after the other, on one connection as far as that lives.
+Each has an application of its own over an engine with a stopped clock and without randomness, so that the same
+requests find the same pool. They are sent one after the other, on one connection as long as that stays open.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ async def compare(
 
 
 def neutral(answer: bytes) -> bytes:
-    """An answer without what can't be the same."""
+    """An answer without the parts that may differ."""
     head, end, body = answer.partition(b"\r\n\r\n")
     id = re.search(rb"X-Request-Id: ([^\r]+)", head)
     length = re.search(rb"Content-Length: ([0-9]+)", head)

@@ -1,4 +1,4 @@
-"""Ten thousand malformed requests, each wrong by construction: all refused by the contract, without a trace.
+"""Ten thousand malformed requests, each wrong by construction: all are refused and have no effect.
 
 A `Shot` is the wire text of one request that must be refused. The makers below start from what is right and
 spoil it in a way that no reading of the contract allows; whatever is still HTTP must be answered by a problem

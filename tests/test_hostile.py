@@ -1,6 +1,6 @@
-"""Bytes that mean ill, to the real server: what they may do is nothing.
+"""Hostile bytes sent to the real server are refused, and have no effect.
 
-The HTTP server alone is tested so, case by case, in http1/; here it is with this application behind it, as it runs.
+The cases are in http1/, where the HTTP server is tested alone; here it has the real application behind it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the server makes dies by reference count: a full garbage collection, which would walk every key, finds
-nothing to do, and so the server can do without (keypool/server/runtime.py).
+"""All objects of the server are freed by reference count. A full garbage collection, which would visit every key,
+finds nothing, and so the server can do without it (keypool/server/runtime.py).
 
 The real application runs on a loopback socket in this process, with the collector off, and is driven through
 each kind of request some hundred times. Then the collector says what was left, by type: a cycle a
@@ -637,7 +637,7 @@ def test_on_the_stock_loop_a_wait_that_ends_leaves_nothing_either() -> None:
 
 
 def test_a_cycle_would_be_found() -> None:
-    """The proof of the proof: one made on purpose is found, and told by its type."""
+    """A cycle made on purpose is found, and reported by its type."""
 
     async def act(session: Session) -> None:
         await session.expect(200, "GET", API + "/stats")

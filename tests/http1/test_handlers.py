@@ -16,7 +16,7 @@ from keypool.config.proxies import TrustedProxies
 
 
 class Echo(web.RequestHandler):
-    """Tells what it saw of the request."""
+    """Answers with what it received of the request."""
 
     async def prepare(self) -> None:
         self.set_header("Content-Type", "application/json")
@@ -113,7 +113,7 @@ class Upload(web.RequestHandler):
 
 
 class Hang(web.RequestHandler):
-    """Answers when told to; says when the client left."""
+    """Answers when an event is set; records when the client disconnects."""
 
     def initialize(self, log: list[str], release: asyncio.Event) -> None:
         self.log = log
@@ -245,7 +245,7 @@ async def test_http_1_0_gets_no_chunks_and_a_close(kind: str) -> None:
 
 
 async def test_http_1_0_keeps_alive_on_request(kind: str) -> None:
-    """An HTTP/1.0 client that asks for keep-alive gets it, and is told."""
+    """An HTTP/1.0 client that asks for keep-alive gets it, and a header that announces it."""
     async with serve(kind, State().application) as served:
         client = await served.connect()
         for _ in range(3):
@@ -325,7 +325,7 @@ async def test_a_disconnect_in_the_body_is_reported(kind: str) -> None:
 
 @pytest.mark.parametrize("how", ["close", "half_close", "reset"])
 async def test_a_disconnect_before_the_answer_is_reported(kind: str, how: str) -> None:
-    """However it leaves, also if it only ends its sending side."""
+    """By a close, a reset, or the end of its sending side alone."""
     state = State()
     async with serve(kind, state.application) as served:
         client = await served.connect()
@@ -511,7 +511,7 @@ async def test_writes_to_a_gone_client_fail_without_noise(kind: str) -> None:
 
 
 async def test_a_trusted_proxy_names_the_peer() -> None:
-    """Its two headers count, per request; those of anybody else do not."""
+    """Its two headers are applied to each request; those of other peers are ignored."""
     lines = ("X-Forwarded-For: 9.9.9.9, 8.8.8.8, 10.0.0.1", "X-Forwarded-Proto: http, https")
     application = State().application
     async with serve("http1", application, trusted=TrustedProxies("127.0.0.1, 10.0.0.1")) as served:

@@ -1,4 +1,4 @@
-"""Every byte is read once, and what becomes of it doesn't depend on how the bytes are cut.
+"""Every byte is read once, and the result doesn't depend on how the bytes are cut.
 
 KEYPOOL_MUTATIONS sets how many mutated streams are read, for a longer run than the suite's.
 """
@@ -63,7 +63,7 @@ def eaten(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 async def read(reader: Reader, pieces: Sequence[bytes], eaten: list[bytes]) -> Outcome:
-    """What becomes of a stream, once it is sure that each byte was consumed once, and all if it didn't end early."""
+    """The outcome of a stream. Fails unless each byte was consumed once, and all of them if it didn't end early."""
     eaten.clear()
     outcome = await reader.read(pieces)
     consumed, stream = b"".join(eaten), b"".join(pieces)

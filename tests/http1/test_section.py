@@ -1,4 +1,4 @@
-"""A header section that was read before is not read again, and nobody can tell by the answers."""
+"""A header section that was read before is not parsed again, and the answers are the same."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ async def test_cached_requests_are_answered_as_others(seed: int) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 async def test_hostile_requests_are_refused_behind_cached_ones(name: str) -> None:
-    """Twice, lest the first has taught the server anything."""
+    """Twice, in case the server caches anything of the first."""
     async with serve("http1", Application()) as served:
         for _ in range(2):
             client = await served.connect()
@@ -159,7 +159,7 @@ async def test_hostile_requests_are_refused_behind_cached_ones(name: str) -> Non
 
 
 async def test_the_cache_is_bounded() -> None:
-    """However many strangers send, and none that is long."""
+    """It keeps a limited number of sections, and no long ones."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
         sections = served.server.sections
@@ -176,7 +176,7 @@ async def test_the_cache_is_bounded() -> None:
 
 
 async def test_a_body_over_the_limit_is_not_taken_past_the_parser() -> None:
-    """The application's limit for one request is no rule for the next."""
+    """A body limit that the application sets for one request does not apply to the next."""
 
     class Lenient(Application):
         def start_raw_request(self, request: Request) -> RawDelegate | None:

@@ -112,7 +112,7 @@ async def test_idle_connections_close_at_once_and_busy_ones_behind_their_answer(
 
 
 async def test_what_takes_too_long_is_cut() -> None:
-    """After its timeout `close_all_connections` is over, come what may."""
+    """After its timeout `close_all_connections` returns in any case."""
     application = Application()
     async with serve("http1", application) as served:
         client = await served.connect()

@@ -210,7 +210,7 @@ async def test_a_websocket_is_notified_of_a_disconnect(kind: str, how: str) -> N
 
 
 async def test_a_client_that_leaves_before_the_101_is_no_error() -> None:
-    """The handler gets a closed stream, and is told once."""
+    """The handler gets a closed stream, and is notified once."""
     log: list[str] = []
     go = asyncio.Event()
 
@@ -291,7 +291,7 @@ async def test_a_socket_can_be_taken_without_upgrade(kind: str) -> None:
 
 
 async def test_a_socket_is_not_detached_with_bytes_missing() -> None:
-    """Where bytes behind the request were parsed already, `detach` says so."""
+    """If bytes behind the request were parsed already, `detach` raises."""
     async with serve("http1", application([])) as served:
         client = await served.connect()
         await client.send(request("/takeover?slow") + request("/plain"))
