@@ -86,7 +86,7 @@ def test_an_unknown_path_is_a_problem(client: Client) -> None:
 
 
 def test_a_browser_gets_a_problem_under_api_too(client: Client) -> None:
-    """Pages are for what lies outside /api/."""
+    """Only paths outside /api/ answer with a page."""
     for path in ("/api/v1/nope", "/api/v1/keys/nope"):
         answer = client.get(path, headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
         assert answer.status == 404, str(answer)
@@ -263,7 +263,7 @@ def test_a_lease_that_no_acquire_gave_frees_nothing(client: Client) -> None:
 
 
 def test_a_lone_surrogate_is_refused_or_kept(client: Client) -> None:
-    """JSON can write what isn't a character: refused or kept, and the pool can still be read."""
+    """JSON can express text that isn't valid Unicode; the pool can still be read afterwards."""
     client.make()
     for path, body in (
         (ACQUIRE, b'{"owner":"\\ud800"}'),
@@ -299,7 +299,7 @@ def test_json_by_any_spelling_is_taken(client: Client) -> None:
 
 
 def test_an_empty_query_is_accepted(client: Client) -> None:
-    """A question mark with nothing behind it asks nothing."""
+    """A question mark with nothing behind it is ignored."""
     client.get(API + "/stats?").expect(200)
     client.post(API + "/keys?").expect(201)
 
@@ -334,7 +334,7 @@ def test_a_body_of_256_kib_is_taken(client: Client) -> None:
 @pytest.mark.parametrize("form", ["content-length", "one chunk", "chunks"])
 @pytest.mark.parametrize("size", [LIMIT + 1, 2 * LIMIT])
 def test_a_larger_body_is_refused(client: Client, form: str, size: int) -> None:
-    """413 payload-too-large, readable by who sends the whole of it, and nothing changes."""
+    """413 payload-too-large, which a client that sends the whole body can read, and nothing changes."""
     client.make()
     wire = client.server.wire()
     with client.expect_moved():

@@ -25,7 +25,7 @@ from support import (
 
 
 def queue(client: Client, count: int = 1, **body: object) -> list[Wire]:
-    """So many waiters, each known to stand in the queue before the next one asks."""
+    """Add `count` waiters, each of which is in the queue before the next one calls."""
     first = client.stats()["waiting"]
     waiters = []
     for number in range(count):
@@ -209,7 +209,7 @@ def test_a_waiter_that_hangs_up_is_leased_nothing(client: Client, how: str) -> N
 def test_a_waiter_that_hangs_up_behind_more_bytes_is_leased_nothing(
     client: Client, how: str, behind: str
 ) -> None:
-    """What it sent behind its call, and nobody has read yet, doesn't hide that it is gone."""
+    """Unread bytes that it sent behind its call don't hide the disconnect."""
     call = f"GET {API}/stats HTTP/1.1\r\nHost: {client.server.host}\r\n\r\n".encode()
     [waiter] = queue(client)
     waiter.send({"a stray line": b"\r\n", "a call": call, "many calls": 50 * call}[behind])
@@ -262,7 +262,7 @@ def test_more_waiters_than_allowed_are_refused(lend: Start) -> None:
 
 
 def test_a_deleted_key_goes_to_no_waiter(client: Client) -> None:
-    """Deleting the blocked key that somebody waits for serves nobody."""
+    """A waiter isn't served by the deletion of a blocked key."""
     client.make()
     held = client.acquire()["key"]
     [waiter] = queue(client)

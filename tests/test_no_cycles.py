@@ -468,7 +468,7 @@ class Left:
 
 
 def collected() -> Left:
-    """Collect, and say what there was to collect."""
+    """Collect, and return what was found."""
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         gc.collect()
@@ -481,7 +481,7 @@ def collected() -> Left:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Nothing is collected but by `collected`."""
+    """Turn automatic collection off: only `collected` collects."""
     gc.collect()
     gc.disable()
     try:
@@ -628,7 +628,7 @@ def test_on_the_stock_loop_requests_leave_nothing_either() -> None:
 
 
 def test_on_the_stock_loop_a_wait_that_ends_leaves_nothing_either() -> None:
-    """Its loop keeps what a timer was made with."""
+    """The stock loop keeps a timer's arguments until its time has come."""
 
     async def main() -> Left:
         return await left_by(Kind(wait_until_time_is_up, keys=0), EmbeddedEngine(), TIMES)
