@@ -33,8 +33,8 @@ TARGETS = (
 )
 
 
-def told(server: ServerProcess, *pieces: bytes) -> bytes:
-    """What the server says to these bytes until it hangs up, to a caller that then shuts its side."""
+def answers(server: ServerProcess, *pieces: bytes) -> bytes:
+    """All that the server sends to these bytes until it disconnects; the caller then shuts its side."""
     with socket.create_connection((server.address, server.port), 30) as wire:
         with contextlib.suppress(OSError):  # it may have hung up by then
             for piece in pieces:
@@ -78,10 +78,10 @@ def test_noise_is_answered_without_a_500(server: ServerProcess, client: Client, 
             data[rng.randrange(len(data))] = rng.randrange(256)
         cuts = sorted(rng.randrange(len(data)) for _ in range(rng.randint(0, 5)))
         pieces = [bytes(data[a:b]) for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
-        assert b"HTTP/1.1 5" not in told(server, *pieces).replace(b"HTTP/1.1 501 Not Implemented", b"")
+        assert b"HTTP/1.1 5" not in answers(server, *pieces).replace(b"HTTP/1.1 501 Not Implemented", b"")
     assert client.get("/healthz").status == 200
     made = [f"id:{row['id']}" for row in client.get("/api/v1/keys?limit=500").json["keys"]]
-    if made:  # what noise has made, nobody was told of who could delete it
+    if made:  # delete the keys that noise has generated
         client.batch(op="delete", keys=made).expect(200)
 
 

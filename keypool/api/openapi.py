@@ -76,7 +76,6 @@ _EVERYWHERE = (
     errors.HeadersTooLarge,
     errors.Loading,
     errors.StorageUnavailable,
-    errors.Loading,
     KeypoolError,
 )
 _WITH_ROLE = (errors.Unauthorized, errors.Forbidden)

@@ -159,14 +159,14 @@ async def test_a_request_arrives_as_it_was_sent(kind: str) -> None:
     async with serve(kind, State().application) as served:
         client = await served.connect()
         answer = await client.get("/echo?a=1&a=%C3%A9&b=", "X-One: 1", "x-one:  2 ", "X-Empty:")
-        told = answer.body.decode()
+        echoed = answer.body.decode()
         assert answer.status == 200
-        assert '"uri": "/echo?a=1&a=%C3%A9&b="' in told
-        assert '"arguments": {"a": ["1", "\\u00e9"], "b": [""]}' in told
-        assert '["X-One", "1"], ["X-One", "2"]' in told
-        assert '["X-Empty", ""]' in told
-        assert '"ip": "127.0.0.1"' in told
-        assert '"version": "HTTP/1.1"' in told
+        assert '"uri": "/echo?a=1&a=%C3%A9&b="' in echoed
+        assert '"arguments": {"a": ["1", "\\u00e9"], "b": [""]}' in echoed
+        assert '["X-One", "1"], ["X-One", "2"]' in echoed
+        assert '["X-Empty", ""]' in echoed
+        assert '"ip": "127.0.0.1"' in echoed
+        assert '"version": "HTTP/1.1"' in echoed
 
 
 async def test_answers_carry_date_and_length(kind: str) -> None:
@@ -516,12 +516,12 @@ async def test_a_trusted_proxy_names_the_peer() -> None:
     application = State().application
     async with serve("http1", application, trusted=TrustedProxies("127.0.0.1, 10.0.0.1")) as served:
         client = await served.connect()
-        told = (await client.get("/echo", *lines, "X-Real-Ip: 7.7.7.7", "X-Scheme: http")).body
-        assert b'"ip": "8.8.8.8"' in told
-        assert b'"protocol": "https"' in told
-        told = (await client.get("/echo", "X-Forwarded-For: nonsense", "X-Forwarded-Proto: ftp")).body
-        assert b'"ip": "127.0.0.1"' in told
-        assert b'"protocol": "http"' in told
+        echoed = (await client.get("/echo", *lines, "X-Real-Ip: 7.7.7.7", "X-Scheme: http")).body
+        assert b'"ip": "8.8.8.8"' in echoed
+        assert b'"protocol": "https"' in echoed
+        echoed = (await client.get("/echo", "X-Forwarded-For: nonsense", "X-Forwarded-Proto: ftp")).body
+        assert b'"ip": "127.0.0.1"' in echoed
+        assert b'"protocol": "http"' in echoed
     for trusted in (None, TrustedProxies("10.0.0.1")):
         async with serve("http1", application, trusted=trusted) as served:
             client = await served.connect()

@@ -14,7 +14,7 @@ States of a connection (those of its reader are in `reader`):
     OPEN       requests are read and answered
     LINGERING  the last answer is written and the sending side shut: what still arrives is dropped, within bounds. A
                plain close would reset the connection, and a peer that is still sending would never see the answer
-    CLOSING    the transport was told to close: what is written is sent, or dropped after a cut
+    CLOSING    the transport is closing: what is written is sent, or dropped after a cut
     GONE       the transport is closed, or was handed over as a stream
 
     OPEN --(`_linger`: answered, but more may come)--> LINGERING
