@@ -113,7 +113,7 @@ def test_a_call_is_for_its_roles_only(guarded_server: ServerProcess, call: Call)
 
 
 def expect_refused(answer: Answer, status: int, code: str) -> None:
-    """Fails unless the answer is this problem; one to HEAD has no body that could say so."""
+    """Fails unless the answer is this problem, of which HEAD has only the headers."""
     assert answer.status == status, str(answer)
     if answer.method != "HEAD":
         answer.expect_problem(status, code)
@@ -121,7 +121,7 @@ def expect_refused(answer: Answer, status: int, code: str) -> None:
 
 @pytest.mark.parametrize("call", [CALLS[1], CALLS[12], CALLS[18]], ids=lambda call: call.name)
 def test_anything_but_a_right_token_is_401(guarded_server: ServerProcess, call: Call) -> None:
-    """unauthorized with WWW-Authenticate: Bearer, and nothing moves."""
+    """unauthorized with WWW-Authenticate: Bearer, and nothing changes."""
     admin = guarded_server.client(ADMIN_TOKEN)
     made = admin.make()
     with admin.expect_moved():
@@ -136,7 +136,7 @@ def test_anything_but_a_right_token_is_401(guarded_server: ServerProcess, call: 
 
 
 def test_a_token_in_the_query_does_not_count(guarded_server: ServerProcess) -> None:
-    """It would stand in logs and histories, so it isn't read there: 401."""
+    """It would get into logs and browser histories, so it isn't read there: 401."""
     for name in ("access_token", "token"):
         answer = guarded_server.client().get(f"{API}/stats?{name}={ADMIN_TOKEN}")
         answer.expect_problem(401, "unauthorized")
@@ -168,7 +168,7 @@ def test_tokens_may_come_from_files(start_server: Start, tmp_path: Path) -> None
 
 
 def test_one_token_of_one_role_closes_the_server(start_server: Start) -> None:
-    """With a client token alone nobody is admin, and nobody is let in without a token."""
+    """With a client token alone, no caller is admin, and calls without a token are refused."""
     server = start_server(env={"KEYPOOL_CLIENT_TOKEN": CLIENT_TOKEN, "KEYPOOL_ADMIN_TOKEN": ""})
     server.client().post(ACQUIRE).expect_problem(401, "unauthorized")
     server.client().post(API + "/keys").expect_problem(401, "unauthorized")
@@ -231,7 +231,7 @@ def has_ipv6() -> bool:
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 def test_an_open_server_serves_on_the_loopback_of_ipv6(start_server: Start) -> None:
-    """The line that it is ready shows the address in brackets, as a URL has it."""
+    """The line that announces readiness shows the address in brackets, as in a URL."""
     server = start_server("--address=::1")
     assert server.host == f"[::1]:{server.port}"
     server.client().make()

@@ -80,7 +80,7 @@ def test_batch_acquire_answers_keys_as_the_single_call(client: Client) -> None:
 
 
 def test_batch_acquire_serves_fewer_when_fewer_are_free(client: Client) -> None:
-    """What there is, without an error and without counting a refusal."""
+    """All that are available, without an error and without counting a refusal."""
     client.make_many(3)
     with client.expect_moved(acquired=3, available=-3, blocked=3):
         assert len(client.batch(op="acquire", count=1000).expect(200)["keys"]) == 3
@@ -233,14 +233,14 @@ def test_ids_stand_for_keys_in_items_with_a_lease(client: Client) -> None:
 
 @pytest.mark.parametrize("op", ["keepalive", "unblock", "delete"])
 def test_a_thousand_items_are_taken(client: Client, op: str) -> None:
-    """The most that a batch takes."""
+    """The largest batch."""
     keys = [one["key"] for one in client.make_many(1000)]
     assert client.batch(op=op, keys=keys).expect(200)["done"] == 1000
 
 
 @pytest.mark.parametrize("op", ["keepalive", "unblock", "delete"])
-def test_texts_that_are_no_key_are_unknown_as_they_were_sent(client: Client, op: str) -> None:
-    """Long, non-ASCII, with control characters: told back unchanged."""
+def test_texts_that_are_not_keys_are_unknown_as_they_were_sent(client: Client, op: str) -> None:
+    """Long, non-ASCII, with control characters: returned unchanged."""
     texts = ["x" * 5000, "ключ", "🦊", "a\nb", "\u0000", " ", "a/b", "%41", "\\u0041"]
     client.make()
     with client.expect_moved():
@@ -295,7 +295,7 @@ def test_a_wrong_batch_is_refused_as_a_whole(client: Client) -> None:
 
 
 def test_a_batch_without_a_body_is_refused(client: Client) -> None:
-    """It says which op there are, or that a body is due: 400."""
+    """400 that lists the values of op, or demands a body."""
     client.post(PATH).expect_problem(400, "bad-request")
 
 

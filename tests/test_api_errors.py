@@ -86,7 +86,7 @@ def test_an_unknown_path_is_a_problem(client: Client) -> None:
 
 
 def test_a_browser_gets_a_problem_under_api_too(client: Client) -> None:
-    """Pages are for what lies outside /api/."""
+    """Only paths outside /api/ answer with a page."""
     for path in ("/api/v1/nope", "/api/v1/keys/nope"):
         answer = client.get(path, headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
         assert answer.status == 404, str(answer)
@@ -262,8 +262,8 @@ def test_a_lease_that_no_acquire_gave_frees_nothing(client: Client) -> None:
             assert answer.status == 400 or answer.expect(200)["stale"] == [key], str(answer)
 
 
-def test_a_lone_surrogate_does_no_harm(client: Client) -> None:
-    """JSON can write what isn't a character: refused or kept, and the pool can still be read."""
+def test_a_lone_surrogate_is_refused_or_kept(client: Client) -> None:
+    """JSON can express text that isn't valid Unicode; the pool can still be read afterwards."""
     client.make()
     for path, body in (
         (ACQUIRE, b'{"owner":"\\ud800"}'),
@@ -299,7 +299,7 @@ def test_json_by_any_spelling_is_taken(client: Client) -> None:
 
 
 def test_an_empty_query_is_accepted(client: Client) -> None:
-    """A question mark with nothing behind it asks nothing."""
+    """A question mark with nothing behind it is ignored."""
     client.get(API + "/stats?").expect(200)
     client.post(API + "/keys?").expect(201)
 
@@ -334,7 +334,7 @@ def test_a_body_of_256_kib_is_taken(client: Client) -> None:
 @pytest.mark.parametrize("form", ["content-length", "one chunk", "chunks"])
 @pytest.mark.parametrize("size", [LIMIT + 1, 2 * LIMIT])
 def test_a_larger_body_is_refused(client: Client, form: str, size: int) -> None:
-    """413 payload-too-large, readable by who sends the whole of it, and nothing changes."""
+    """413 payload-too-large, which a client that sends the whole body can read, and nothing changes."""
     client.make()
     wire = client.server.wire()
     with client.expect_moved():
@@ -374,7 +374,7 @@ def test_a_head_over_the_limits_is_answered_to_head_as_well(client: Client, meth
         assert answer.json["message"]
 
 
-def test_what_a_page_is_sent_has_its_limits_too(client: Client) -> None:
+def test_requests_for_pages_have_limits_too(client: Client) -> None:
     """413 and 431 on every path, the health's and the feed's among them."""
     for method, path in (("POST", "/login"), ("GET", "/healthz"), ("GET", f"{API}/feed")):
         long = client.request(method, path, headers={"X-A": "a" * 40_000})
@@ -439,7 +439,7 @@ def test_checks_come_in_their_order(guarded_server: ServerProcess) -> None:
             assert (answer.status, answer.json["code"]) == WRONG[first], f"of {wrong}: {answer}"
 
 
-def test_the_host_is_looked_at_first(server: ServerProcess) -> None:
+def test_the_host_is_checked_first(server: ServerProcess) -> None:
     """On an open server: 421 whatever else is wrong."""
     for method, path, body, kind in (
         ("POST", API + "/nope", b"{}", "application/json"),
@@ -453,7 +453,7 @@ def test_the_host_is_looked_at_first(server: ServerProcess) -> None:
         wire.answer().expect_problem(421, "wrong-host")
 
 
-def test_ids_are_refused_to_clients_before_the_body_is_looked_at(guarded_server: ServerProcess) -> None:
+def test_ids_are_refused_to_clients_before_the_body_is_checked(guarded_server: ServerProcess) -> None:
     """403 is the role's: it comes before 415 and 400, and whether the id exists or not."""
     client = guarded_server.client(CLIENT_TOKEN)
     known = guarded_server.client(ADMIN_TOKEN).make()["id"]

@@ -157,7 +157,7 @@ def test_acquire_answers_the_key_and_its_lease(client: Client) -> None:
 
 
 def test_acquire_on_an_empty_pool_is_404_without_retry_after(client: Client) -> None:
-    """With no key at all there is no release to wait for: no Retry-After, no retry_after."""
+    """An empty pool has no release to wait for, so neither Retry-After nor retry_after."""
     answer = client.post(ACQUIRE)
     problem = answer.expect_problem(404, "no-key-available")
     assert "Retry-After" not in answer.headers, str(answer)
@@ -438,7 +438,7 @@ def test_acquire_is_not_a_keepalive(client: Client) -> None:
 
 @pytest.mark.parametrize("state", ["available", "blocked", "freed"])
 def test_a_deleted_key_is_gone(client: Client, state: str) -> None:
-    """204 without a body, in every state; then unknown to every call, absent from lists, never served."""
+    """204 without a body, in every state; afterwards every call answers unknown-key, and no list has the key."""
     made = client.make()
     if state != "available":
         client.acquire()
@@ -694,7 +694,7 @@ def test_keepalive_keeps_a_key_beyond_its_first_life(short_server: ServerProcess
     client = short_server.client()
 
     def lived() -> str:
-        """`yes`, or `too slow` when this machine let more than a life pass between two calls."""
+        """`yes`, or `too slow` if more than a key's life passed between two calls on this machine."""
         started = last = client.batch(op="generate", count=2)
         single, batched = (one["key"] for one in started.expect(201)["keys"])
         while time.monotonic() < started.answered_at + 3 * SHORT_LIFE:
@@ -753,7 +753,7 @@ def test_a_block_ends_by_itself_however_often_it_is_kept_alive(short_server: Ser
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["available", "blocked"])
 def test_a_late_server_goes_by_the_deadlines(lend: Start, blocked: bool) -> None:
-    """A call that waited in the socket of a server that stood still finds what is over to be over."""
+    """A call that waited in the socket of a stopped process sees no key beyond its deadline."""
     server = lend("--block-seconds=0.5", "--keepalive-seconds=2")
     client = server.client()
     started = client.post(API + "/keys")

@@ -54,7 +54,7 @@ def test_post_generates_a_key(client: Client, slash: str) -> None:
 
 @both_spellings
 def test_get_serves_a_key(client: Client, slash: str) -> None:
-    """200 with api_key alone; the key is blocked for nobody by name, under a lease as any other."""
+    """200 with api_key alone; the key is blocked without an owner, under a lease like any other."""
     key = client.make()["key"]
     assert client.get(path(slash)).expect(200) == {"api_key": key}
     expect_row(client.row(key), state="blocked", owner=None, lease=int)
@@ -133,7 +133,7 @@ WRONG_QUERIES = [
 @pytest.mark.once
 @both_spellings
 def test_a_wrong_query_is_400_with_a_message(client: Client, slash: str) -> None:
-    """Unknown and repeated parameters are refused here too, and nothing changes."""
+    """Unknown and repeated parameters are refused as elsewhere, and nothing changes."""
     key = client.make()["key"]
     with client.expect_moved():
         for method, query in WRONG_QUERIES:
@@ -181,7 +181,7 @@ def test_errors_before_the_call_have_a_message_too(client: Client, slash: str) -
 
 
 @both_spellings
-def test_roles_are_those_of_the_calls_beside(guarded_server: ServerProcess, slash: str) -> None:
+def test_roles_are_those_of_the_current_calls(guarded_server: ServerProcess, slash: str) -> None:
     """generate and delete for admins, acquire and unblock for clients, start_scheduler for viewers;
     errors with message.
     """

@@ -101,7 +101,7 @@ def test_lists_hold_no_key(client: Client) -> None:
 
 
 def decodings(cursor: str) -> list[str]:
-    """What the usual encodings would make of a cursor."""
+    """A cursor decoded by each of the usual encodings."""
     found = []
     padded = cursor + "=" * (-len(cursor) % 4)
     for decode in (base64.urlsafe_b64decode, base64.b64decode, base64.b32decode, bytes.fromhex):
@@ -133,7 +133,7 @@ def test_a_walk_shows_every_key_once_in_order_of_id(client: Client, limit: int) 
 
 
 def test_limits_may_change_from_page_to_page(client: Client) -> None:
-    """A cursor says where to go on, not how far."""
+    """A cursor holds the place where the next page begins, not its length."""
     made = ids(client.make_many(20))
     first = page(client, limit=3)
     second = page(client, limit=500, after=first["next"])
@@ -374,7 +374,7 @@ def test_a_repeated_query_parameter_is_refused(client: Client) -> None:
             expect_refused(client, f"{name}={value}&{second}={value}")
 
 
-def test_combinations_without_sense_are_refused(client: Client) -> None:
+def test_senseless_combinations_are_refused(client: Client) -> None:
     """prefix has its own order, and no available key is ever released."""
     client.make()
     for query in ("prefix=a&order=id", "prefix=a&order=release", "prefix=a&order=expiry",
@@ -405,7 +405,7 @@ def test_what_is_not_a_cursor_is_refused(client: Client) -> None:
 
 
 def test_a_cursor_of_another_order_is_refused(client: Client) -> None:
-    """A page of one order has no place in another."""
+    """A cursor holds a place in one order, which another order doesn't have."""
     client.make_many(200)
     client.batch(op="acquire", count=150).expect(200)
     queries = ["order=id", "order=release", "order=expiry"]

@@ -25,7 +25,7 @@ from support import (
 
 
 def queue(client: Client, count: int = 1, **body: object) -> list[Wire]:
-    """So many waiters, each known to stand in the queue before the next one asks."""
+    """Add `count` waiters, each of which is in the queue before the next one calls."""
     first = client.stats()["waiting"]
     waiters = []
     for number in range(count):
@@ -68,7 +68,7 @@ def test_a_waiter_is_served_as_soon_as_a_key_is_free(client: Client, by: str) ->
 
 
 def test_a_waiter_is_served_by_the_release_of_a_key(lend: Start) -> None:
-    """The end of a block gives the key to who waits, not before, with a greater lease."""
+    """When a block ends, and not before, the waiter gets the key, with a greater lease."""
     client = lend("--block-seconds=0.5").client()
     client.make()
     with client.expect_moved(acquired=2, released=1, blocked=1, available=-1):
@@ -116,7 +116,7 @@ def test_a_wait_without_a_key_gets_the_time_of_the_next_release(client: Client) 
 
 
 def test_wait_0_is_answered_at_once(client: Client) -> None:
-    """Without `wait`, with 0 and with null, an empty pool is told at once."""
+    """Without `wait`, with 0 and with null, an empty pool is reported at once."""
     for body in ({}, {"wait": 0}, {"wait": 0.0}, {"wait": None}):
         answer = client.post(ACQUIRE, json=body)
         answer.expect_problem(404, "no-key-available")
@@ -146,7 +146,7 @@ def test_waiters_are_served_in_the_order_they_came(client: Client) -> None:
     assert leases == sorted(leases), f"leases by order of coming: {leases}"
 
 
-def test_who_comes_later_without_waiting_does_not_overtake(client: Client) -> None:
+def test_an_acquire_without_wait_does_not_overtake_a_waiter(client: Client) -> None:
     """A key that is freed while somebody waits is the waiter's; an acquire just after finds nothing."""
     client.make()
     held = client.acquire()["key"]
@@ -209,7 +209,7 @@ def test_a_waiter_that_hangs_up_is_leased_nothing(client: Client, how: str) -> N
 def test_a_waiter_that_hangs_up_behind_more_bytes_is_leased_nothing(
     client: Client, how: str, behind: str
 ) -> None:
-    """What it sent behind its call, and nobody has read yet, doesn't hide that it is gone."""
+    """Unread bytes that it sent behind its call don't hide the disconnect."""
     call = f"GET {API}/stats HTTP/1.1\r\nHost: {client.server.host}\r\n\r\n".encode()
     [waiter] = queue(client)
     waiter.send({"a stray line": b"\r\n", "a call": call, "many calls": 50 * call}[behind])
@@ -220,7 +220,7 @@ def test_a_waiter_that_hangs_up_behind_more_bytes_is_leased_nothing(
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "end_sending"])
-def test_who_hangs_up_in_the_middle_of_the_queue_is_passed_over(client: Client, how: str) -> None:
+def test_a_waiter_that_hangs_up_in_the_middle_of_the_queue_is_skipped(client: Client, how: str) -> None:
     """The others keep their order."""
     first, second, third = queue(client, 3)
     getattr(second, how)()
@@ -262,7 +262,7 @@ def test_more_waiters_than_allowed_are_refused(lend: Start) -> None:
 
 
 def test_a_deleted_key_goes_to_no_waiter(client: Client) -> None:
-    """Deleting the blocked key that somebody waits for serves nobody."""
+    """A waiter isn't served by the deletion of a blocked key."""
     client.make()
     held = client.acquire()["key"]
     [waiter] = queue(client)

@@ -1,7 +1,7 @@
-"""The fast server and Tornado's answer alike, to the byte, but for the moment and the id of a request.
+"""The fast server and Tornado's give the same answers, to the byte, except for the date and the id of a request.
 
-Each has an application of its own over an engine whose clock stands still and whose randomness is none, so that
-the same requests find the same pool. They are sent one after the other, on one connection as far as that lives.
+Each has an application of its own over an engine with a stopped clock and without randomness, so that the same
+requests find the same pool. They are sent one after the other, on one connection as long as that stays open.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ async def compare(
 
 
 def neutral(answer: bytes) -> bytes:
-    """An answer without what can't be the same."""
+    """An answer without the parts that may differ."""
     head, end, body = answer.partition(b"\r\n\r\n")
     id = re.search(rb"X-Request-Id: ([^\r]+)", head)
     length = re.search(rb"Content-Length: ([0-9]+)", head)
@@ -253,27 +253,27 @@ def neutral(answer: bytes) -> bytes:
     )
 
 
-def test_the_life_of_a_key_is_told_alike() -> None:
+def test_calls_are_answered_alike() -> None:
     """Every call, single and in a batch, and those of the first version."""
     asyncio.run(compare(LIFE, Access()))
 
 
-def test_what_is_wrong_is_told_alike() -> None:
+def test_errors_are_answered_alike() -> None:
     """Every refusal, and the connection goes on."""
     asyncio.run(compare(WRONG, Access()))
 
 
-def test_what_ends_a_connection_is_told_alike() -> None:
+def test_errors_that_end_a_connection_are_answered_alike() -> None:
     """Each on a connection of its own, to the end of it."""
     asyncio.run(compare(ENDS, Access(), end=True))
 
 
-def test_roles_are_told_alike() -> None:
+def test_roles_are_answered_alike() -> None:
     """With tokens, and when the same headers come again."""
     asyncio.run(compare(GUARDED, Access(client=[CLIENT], viewer=[VIEWER], admin=[ADMIN])))
 
 
 @pytest.mark.parametrize("name", ["generate", "acquire", "stats"])
-def test_a_stop_is_told_alike(name: str) -> None:
+def test_calls_during_a_stop_are_answered_alike(name: str) -> None:
     """While it drains."""
     asyncio.run(compare({name: LIFE[name]}, Access(), drain=True))

@@ -1,4 +1,4 @@
-"""Ten thousand malformed requests, each wrong by construction: all refused by the contract, without a trace.
+"""Ten thousand malformed requests, each wrong by construction: all are refused and have no effect.
 
 A `Shot` is the wire text of one request that must be refused. The makers below start from what is right and
 spoil it in a way that no reading of the contract allows; whatever is still HTTP must be answered by a problem
@@ -132,7 +132,7 @@ def with_trailing_garbage(rng: random.Random, body: dict[str, Any]) -> bytes:
 
 
 def of_another_root(rng: random.Random, body: dict[str, Any]) -> bytes:
-    """JSON, but no object."""
+    """JSON, but not an object."""
     return json.dumps(
         rng.choice([[], [body], "x", 0, -1, 1.5, True, False, json.dumps(body), [[[]]]])
     ).encode()
@@ -149,7 +149,7 @@ def nested(rng: random.Random, body: dict[str, Any]) -> bytes:
 
 
 def no_json(rng: random.Random, body: dict[str, Any]) -> bytes:
-    """What other languages would take, other encodings, and plain garbage."""
+    """Literals of other languages, other encodings, and plain garbage."""
     text = json.dumps(body)
     return rng.choice(
         [
@@ -343,7 +343,7 @@ def method_shot(rng: random.Random, aim: Range) -> Shot:
 
 
 def odd_method_shot(rng: random.Random, aim: Range) -> Shot:
-    """A method that nobody takes, which a parser may refuse as no HTTP at all."""
+    """A method that no path has, and which a parser may refuse as not HTTP."""
     method = rng.choice(
         [
             "BREW",
@@ -459,7 +459,7 @@ def framing_shot(rng: random.Random, aim: Range) -> Shot:
 
 
 def bytes_shot(rng: random.Random, aim: Range) -> Shot:
-    """No HTTP at all."""
+    """Bytes that aren't HTTP."""
     data: bytes = rng.choice(
         [
             rng.randbytes(rng.randint(1, 2000)),
@@ -502,7 +502,7 @@ def fire(wire: Wire, shot: Shot) -> None:
 
 
 def fire_alone(server: ServerProcess, shot: Shot) -> None:
-    """Send a shot that is no HTTP; fails unless it gets a 4xx (or 501, 505) that is bare or a problem,
+    """Send a shot that isn't HTTP; fails unless it gets a 4xx (or 501, 505) that is bare or a problem,
     or no answer.
     """
     received = server.raw(shot.data, half_close=True)

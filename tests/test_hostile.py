@@ -1,6 +1,6 @@
-"""Bytes that mean ill, to the real server: what they may do is nothing.
+"""Hostile bytes sent to the real server are refused, and have no effect.
 
-The HTTP server alone is tested so, case by case, in http1/; here it is with this application behind it, as it runs.
+The cases are in http1/, where the HTTP server is tested alone; here it has the real application behind it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TARGETS = (
 )
 
 
-def told(server: ServerProcess, *pieces: bytes) -> bytes:
-    """What the server says to these bytes until it hangs up, to a caller that then shuts its side."""
+def answers(server: ServerProcess, *pieces: bytes) -> bytes:
+    """All that the server sends to these bytes until it disconnects; the caller then shuts its side."""
     with socket.create_connection((server.address, server.port), 30) as wire:
         with contextlib.suppress(OSError):  # it may have hung up by then
             for piece in pieces:
@@ -47,7 +47,7 @@ def told(server: ServerProcess, *pieces: bytes) -> bytes:
     return said
 
 
-def test_what_two_servers_might_read_differently_is_refused(server: ServerProcess, client: Client) -> None:
+def test_ambiguous_requests_are_refused(server: ServerProcess, client: Client) -> None:
     """Once, and nothing behind it is read as a request."""
     if "--http=tornado" in server.flags:
         pytest.skip("how strict Tornado's own server is, is Tornado's to say")
@@ -78,14 +78,14 @@ def test_noise_is_answered_without_a_500(server: ServerProcess, client: Client, 
             data[rng.randrange(len(data))] = rng.randrange(256)
         cuts = sorted(rng.randrange(len(data)) for _ in range(rng.randint(0, 5)))
         pieces = [bytes(data[a:b]) for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
-        assert b"HTTP/1.1 5" not in told(server, *pieces).replace(b"HTTP/1.1 501 Not Implemented", b"")
+        assert b"HTTP/1.1 5" not in answers(server, *pieces).replace(b"HTTP/1.1 501 Not Implemented", b"")
     assert client.get("/healthz").status == 200
     made = [f"id:{row['id']}" for row in client.get("/api/v1/keys?limit=500").json["keys"]]
-    if made:  # what noise has made, nobody was told of who could delete it
+    if made:  # delete the keys that noise has generated
         client.batch(op="delete", keys=made).expect(200)
 
 
-def test_frames_behind_the_handshake_are_frames(server: ServerProcess) -> None:
+def test_frames_in_the_packet_of_the_handshake_are_read(server: ServerProcess) -> None:
     """They come in the same packet, before the server has said that it will speak so."""
     with socket.create_connection((server.address, server.port), 30) as wire:
         wire.sendall(HANDSHAKE + PING)

@@ -34,7 +34,7 @@ def slow_engine(rules: PoolRules = DEFAULT_RULES) -> EmbeddedEngine:
 
 
 async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """What the calls answered or raised, and that none was over before all had begun."""
+    """The answers or errors of the calls. Fails if one ended before all had begun."""
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
@@ -139,7 +139,7 @@ async def test_a_caller_makes_progress_beside_pipelined_batches(http: str) -> No
 @pytest.mark.parametrize("http", SERVERS)
 @on_loop
 async def test_a_batch_whose_caller_hangs_up_runs_to_its_end(http: str) -> None:
-    """What changes something does, between two slices too; only an acquire is ended, and keeps nothing."""
+    """Also if it happens between two slices; only an acquire is cancelled, and leaves no key leased."""
     engine = slow_engine()
     texts = [key.key for key in await engine.generate(COUNT)]
     app = make_app(engine, Access())

@@ -1,5 +1,5 @@
-"""What the server makes dies by reference count: a full garbage collection, which would walk every key, finds
-nothing to do, and so the server can do without (keypool/server/runtime.py).
+"""All objects of the server are freed by reference count. A full garbage collection, which would visit every key,
+finds nothing, and so the server can do without it (keypool/server/runtime.py).
 
 The real application runs on a loopback socket in this process, with the collector off, and is driven through
 each kind of request some hundred times. Then the collector says what was left, by type: a cycle a
@@ -468,7 +468,7 @@ class Left:
 
 
 def collected() -> Left:
-    """Collect, and say what there was to collect."""
+    """Collect, and return what was found."""
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         gc.collect()
@@ -481,7 +481,7 @@ def collected() -> Left:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Nothing is collected but by `collected`."""
+    """Turn automatic collection off: only `collected` collects."""
     gc.collect()
     gc.disable()
     try:
@@ -628,7 +628,7 @@ def test_on_the_stock_loop_requests_leave_nothing_either() -> None:
 
 
 def test_on_the_stock_loop_a_wait_that_ends_leaves_nothing_either() -> None:
-    """Its loop keeps what a timer was made with."""
+    """The stock loop keeps a timer's arguments until its time has come."""
 
     async def main() -> Left:
         return await left_by(Kind(wait_until_time_is_up, keys=0), EmbeddedEngine(), TIMES)
@@ -636,8 +636,8 @@ def test_on_the_stock_loop_a_wait_that_ends_leaves_nothing_either() -> None:
     expect_nothing_of(run_on("asyncio", main), TIMES)
 
 
-def test_this_would_see_a_cycle() -> None:
-    """The proof of the proof: one made on purpose is found, and told by its type."""
+def test_a_cycle_would_be_found() -> None:
+    """A cycle made on purpose is found, and reported by its type."""
 
     async def act(session: Session) -> None:
         await session.expect(200, "GET", API + "/stats")

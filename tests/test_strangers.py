@@ -1,7 +1,7 @@
-"""What a stranger may take of either HTTP server: time for a head, a body and an answer, connections, memory.
+"""Limits for unauthenticated clients on either HTTP server: time for a head, a body and an answer, connections, memory.
 
-The server is the real application with limits short enough to wait for. Nothing is timed but by them: a test waits
-for what must come, and a limit that must not strike is too long to.
+The server is the real application with limits short enough to wait for. The tests wait for events, not for times;
+a limit that must not be reached is far longer than the test.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEAD = b"POST /api/v1/keys HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def lasting(**changed: float) -> Limits:
-    """Limits of time that never strike, but for those that are given."""
+    """Time limits that are never reached, except for those that are given."""
     times = dict.fromkeys(("head_seconds", "body_seconds", "idle_seconds", "write_seconds"), NEVER)
     return Limits(**(times | {"sweep_seconds": 0.02, "linger_seconds": SOON} | changed))  # type: ignore[arg-type] # some are whole
 
@@ -188,7 +188,7 @@ def test_a_head_that_drips_is_408_all_the_same() -> None:
     run(test)
 
 
-def test_a_connection_that_asks_nothing_is_closed_without_a_word() -> None:
+def test_an_idle_connection_is_closed_without_an_answer() -> None:
     """At once when it is new, after the idle time when it has asked before; the other limit doesn't strike."""
 
     async def test() -> None:
@@ -245,8 +245,8 @@ def test_a_body_that_does_not_come_is_408(form: str) -> None:
     run(test)
 
 
-def test_what_the_head_is_refused_for_comes_before_the_slow_body() -> None:
-    """A stranger isn't told to hurry."""
+def test_an_error_in_the_head_is_reported_before_a_slow_body() -> None:
+    """Without a token the answer is 401, not 408."""
 
     async def test() -> None:
         async with serving(lasting(body_seconds=SOON), Access(admin=["a" * 16])) as served:
@@ -258,7 +258,7 @@ def test_what_the_head_is_refused_for_comes_before_the_slow_body() -> None:
 
 
 def test_a_refusal_sent_before_the_body_is_the_only_answer() -> None:
-    """Who asks first whether to send (Expect) is refused at once, once, and counted once."""
+    """A client that asks before it sends the body (Expect) is refused at once, and counted once."""
 
     async def test() -> None:
         async with serving(lasting(body_seconds=SOON), Access(admin=["a" * 16])) as served:
@@ -270,7 +270,7 @@ def test_a_refusal_sent_before_the_body_is_the_only_answer() -> None:
 
 
 def test_a_pipelined_caller_that_reads_nothing_is_cut() -> None:
-    """Answers that nobody takes in don't stay."""
+    """Answers that the peer doesn't read aren't kept."""
 
     async def test() -> None:
         async with serving(lasting(write_seconds=SOON)) as served:
@@ -286,8 +286,8 @@ def test_a_pipelined_caller_that_reads_nothing_is_cut() -> None:
     run(test)
 
 
-def test_who_waits_for_a_key_is_not_slow() -> None:
-    """A waiter has asked all that it will: no limit of these is for it."""
+def test_waiting_for_a_key_is_not_limited() -> None:
+    """A waiter has sent its whole request: none of these limits applies to it."""
 
     async def test() -> None:
         short = lasting(head_seconds=SOON, body_seconds=SOON, idle_seconds=SOON, write_seconds=SOON)
@@ -376,7 +376,7 @@ def _form(name: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_nothing_long_that_a_stranger_sends_is_remembered(kind: str) -> None:
+def test_caches_keep_nothing_long_that_a_stranger_sends(kind: str) -> None:
     """Caches of names, hosts and whole heads, the framework's own among them, keep what is short."""
 
     async def test() -> None:
@@ -456,7 +456,7 @@ HANDSHAKE = (
 )
 
 
-def test_a_viewer_is_counted_until_it_has_gone() -> None:
+def test_a_viewer_is_counted_until_it_has_disconnected() -> None:
     """A websocket has a descriptor as any connection has, whoever reads from it now."""
 
     async def test() -> None:

@@ -1,1 +1,1 @@
-"""The calls of the API, whichever HTTP server carries them: operations, authorization, errors, OpenAPI."""
+"""The API, independent of the HTTP server: operations, authorization, errors, OpenAPI."""

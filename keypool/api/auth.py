@@ -45,10 +45,10 @@ def mark_of(digest: bytes) -> str:
 
 
 NOBODY = Caller(Role.CLIENT, "none")
-"""The caller of an operation that needs no token."""
+"""The caller of an operation that requires no token."""
 
 ANYONE = Caller(Role.ADMIN, "none")
-"""Every caller of an open server."""
+"""The caller of every other operation on an open server."""
 
 XSRF_HEADER = "X-Keypool-Xsrf"
 """The header that the dashboard's scripts send beside the session cookie; pages of other sites can't."""
@@ -67,14 +67,14 @@ class Access:
         self.replace(client, viewer, admin)
         self.open = not self._callers
         self.by_session: Callable[[Mapping[str, str]], Caller] = _no_session
-        """The caller of a session cookie; session.py sets it. Raises Unauthorized."""
+        """Returns the caller of a session cookie; set by session.py. Raises Unauthorized."""
 
     def replace(
         self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
     ) -> None:
         """Replace all tokens. Cached results of `caller` become invalid.
 
-        Whether a server is open doesn't change: its answers, and the OpenAPI document, depend on it.
+        `open` stays as it is, since the OpenAPI document and other answers depend on it.
         """
         callers: dict[bytes, Caller] = {}
         for role, tokens in ((Role.CLIENT, client), (Role.VIEWER, viewer), (Role.ADMIN, admin)):
@@ -104,7 +104,7 @@ class Access:
         return self.identify(authorization)
 
     def callers(self) -> dict[bytes, Caller]:
-        """The callers by the digest of their token."""
+        """The callers by the SHA-256 digest of their token. A copy: O(tokens)."""
         return dict(self._callers)
 
     def identify(self, authorization: str | None) -> Caller:
@@ -128,7 +128,7 @@ class Access:
     def check_site(self, headers: Mapping[str, str], changes: bool) -> None:
         """Refuse a request under a foreign Host or from another site's page. Raises WrongHost, CrossSite.
 
-        A request that changes something (`changes`) is refused by Sec-Fetch-Site alone.
+        If it changes something (`changes`), a Sec-Fetch-Site of another site is enough to refuse it.
         """
         host = headers.get("Host", "")
         if self.open and not _names_this_machine(host):
@@ -169,7 +169,7 @@ def _is_known_loopback(host: str) -> bool:
 
 
 def same_site(origin: str, host: str) -> bool:
-    """Whether an Origin has the host and port of a Host header. Schemes aren't compared: a proxy may end TLS."""
+    """Whether an Origin has the host and port of a Host header. Schemes aren't compared: a proxy may terminate TLS."""
     try:
         parts = urlsplit(origin)
         name, port = parts.hostname, parts.port

@@ -1,7 +1,6 @@
 """The calls of the API as shell lines, which the dashboard's pages offer to copy.
 
-A line never holds a token or a key: it names the variable that has the token, and keys by `id:N` or a
-placeholder.
+A line never contains a token or a key, but the variable that has the token, and `id:N` or `$KEY`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class CallLine:
 
 
 def call_lines(site: str, is_open: bool) -> list[CallLine]:
-    """Every call of the API, in the order of the table."""
+    """Every call of the API, in the order of `OPERATIONS`. `site` is the server's URL without a path."""
     return [
         CallLine(
             operation.name,
@@ -78,7 +77,7 @@ def key_lines(
 
 
 def generate_line(site: str, is_open: bool) -> str:
-    """A batch that generates ten keys."""
+    """The line of a batch that generates ten keys."""
     batch = next(operation for operation in OPERATIONS if operation.name == "batch")
     return curl(
         site,

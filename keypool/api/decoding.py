@@ -1,6 +1,6 @@
-"""Decoding of bodies and queries, with errors that say what was wrong and what would be right.
+"""Decoding of bodies and queries, with errors that explain what was wrong and what would be right.
 
-msgspec decodes and validates in one pass and names the field where it stopped; the error adds the field's
+msgspec decodes and validates in one pass and names the field at which it stopped; the error adds the field's
 description from operations.py.
 """
 
@@ -20,7 +20,7 @@ from keypool.api.operations import BatchBody, Call, NoBody, Operation
 from keypool.core.errors import BadRequest
 
 _FIELD = re.compile(r"`\$\.(\w+)")
-_WHOLE = re.compile(r"-?[0-9]{1,18}", re.ASCII)
+_INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 _LONGEST = 300  # characters of a message, which may quote the request
 
 
@@ -53,9 +53,9 @@ class Reader:
         for name in pairs:
             if name not in self._query_fields:
                 raise BadRequest(f"unknown query parameter {_named(name)}: {_takes(self._query_fields)}")
-        # Only the fields that are numbers are converted: msgspec would take the text null for None.
+        # msgspec could convert numbers itself, but would then also take the text null for None.
         values: dict[str, str | int] = {
-            name: int(text) if name in self._numbers and _WHOLE.fullmatch(text) else text
+            name: int(text) if name in self._numbers and _INTEGER.fullmatch(text) else text
             for name, text in pairs.items()
         }
         try:
@@ -73,7 +73,7 @@ class Reader:
                 if (colons := body.count(b":")) > 1 and colons > _members(decoded):
                     _require_unique(body)
                 return decoded
-            # A wrong field is found before a syntax error behind it.
+            # msgspec stops at the first wrong field. A syntax error after it takes precedence, and is raised here.
             value = msgspec.json.decode(body)
             if ", got `float`" in wrong:
                 with contextlib.suppress(msgspec.ValidationError):  # then `wrong` is the error
@@ -90,7 +90,7 @@ class Reader:
 def _members(decoded: Any) -> int:
     """How many members of a body have a value. O(members), 0.2 µs for a small body.
 
-    The body has as many colons outside of strings, unless some member is null or occurs twice.
+    It is the number of colons outside of strings in the body, unless a member is null or was given twice.
     """
     values = msgspec.structs.astuple(decoded)
     count = len(values) - values.count(None)
@@ -105,7 +105,7 @@ def _members(decoded: Any) -> int:
 def _require_unique(body: bytes) -> None:
     """Raise BadRequest if an object in a JSON body has a member twice. O(body), slow.
 
-    The decoder takes the last one, so `{"lease": 1, "lease": null}` would be an unblock without a lease number.
+    The decoder uses the last one, so `{"lease": 1, "lease": null}` would be an unblock without a lease number.
     """
     json.loads(body, object_pairs_hook=_unique)
 
@@ -120,7 +120,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _with_whole_numbers(value: Any) -> Any:
-    """17.0 as 17: in JSON it is the same number, and some clients can't write it otherwise."""
+    """17.0 as 17: in JSON it is the same number, and some clients can only write it so."""
     if isinstance(value, dict):
         return {name: _with_whole_numbers(member) for name, member in value.items()}
     if isinstance(value, list):

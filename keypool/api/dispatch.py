@@ -1,7 +1,7 @@
-"""From a request to an operation, and from its answer to a reply: HTTP's part of the API, and no socket.
+"""From a request to an operation, and from its answer to a reply: HTTP without sockets.
 
-The checks are made in the order of the contract: host and site, path, method, token and role, size, content type,
-body. The first part needs only the head of the request (`check`), the rest its body (`start`).
+The checks are made in a fixed order: host and site, path, method, token and role, size, content type, body. `check`
+makes those that need only the head of the request, `start` those of its body.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Request(Protocol):
-    """What is read of a request's head: Tornado's HTTPServerRequest has it, and so may others."""
+    """The head of a request: Tornado's HTTPServerRequest, or `fast_call.Head`."""
 
     @property
     def method(self) -> str | None: ...  # noqa: D102
@@ -61,7 +61,7 @@ class Request(Protocol):
 
 
 class Reply(msgspec.Struct, gc=False):
-    """A whole answer. A reply to HEAD carries the body that GET would have had, for its length."""
+    """A whole answer. A reply to HEAD has the body of that to GET, for its length; the server removes it."""
 
     status: int
     request_id: str
@@ -69,10 +69,10 @@ class Reply(msgspec.Struct, gc=False):
     body: bytes = b""
     own_headers: Sequence[tuple[str, str]] = ()
     outcome: str = "ok"  # or the code of the error
-    last: bool = False  # the connection has to end with it
+    last: bool = False  # the connection ends with this reply
 
     def headers(self) -> list[tuple[str, str]]:
-        """All that is not the server's to say (Date, length, connection), in order."""
+        """All headers, in order, but those that the HTTP server adds: Date, Content-Length, Connection."""
         kind = [("Content-Type", self.content_type)] if self.content_type else []
         return [*kind, *self.own_headers, NO_STORE, ("X-Request-Id", self.request_id)]
 
@@ -82,7 +82,7 @@ NO_STORE = ("Cache-Control", "no-store")
 
 @dataclass(frozen=True, slots=True)
 class CachedChecks:
-    """The result of checks that need only the headers, and would be the same for each request with these headers."""
+    """The result of the checks that depend only on the headers, the same for each request with these headers."""
 
     caller: Caller
     request_id: str | None
@@ -90,18 +90,18 @@ class CachedChecks:
 
 @dataclass(slots=True)
 class Route:
-    """An operation behind a path, and who reads its bodies."""
+    """An operation of a path, and the reader of its bodies and queries."""
 
     operation: Operation
     reader: Reader
 
 
 class Pending(msgspec.Struct):
-    """A request whose head has been checked: it may be started, unless `error` is set."""
+    """A request whose head has been checked. It may be started unless `error` is set."""
 
     request_id: str
     cached: CachedChecks | None = None
-    # Set before the checks are made; None for OPTIONS, and where there is no such call.
+    # None for OPTIONS, and if the path has no such operation. Set first, so that errors are counted by operation.
     route: Route | None = None
     call: Call | None = None
     error: KeypoolError | None = None
@@ -111,12 +111,12 @@ class Pending(msgspec.Struct):
 
     @property
     def operation_name(self) -> str:
-        """For metrics and logs."""
+        """The operation's name for metrics and logs."""
         return NO_OPERATION if self.route is None else self.route.operation.name
 
 
 class _Path:
-    """A path and the operations that it has, by method."""
+    """A path and its operations by method."""
 
     __slots__ = ("legacy", "methods")
 
@@ -130,7 +130,7 @@ _KEYS = BASE + "/keys/"
 
 
 class Dispatcher:
-    """All operations behind their paths."""
+    """Finds the operation of each request, and makes its reply. See the module."""
 
     def __init__(self, engine: Engine, access: Access, operations: Sequence[Operation]) -> None:
         self.engine = engine
@@ -156,9 +156,9 @@ class Dispatcher:
     # -- the head
 
     def check(self, request: Request, cached: CachedChecks | None = None) -> Pending:
-        """Check the head of a request. Never raises: what is wrong is in the result's `error`.
+        """Check the head of a request. Never raises: an error is in the result's `error`. O(headers).
 
-        `cached` is what `cacheable_checks` returned for the same headers before, if anything.
+        `cached` is what `cacheable_checks` returned for the same headers, if anything; then O(1).
         """
         given = request.headers.get("X-Request-Id") if cached is None else cached.request_id
         request_id = f"{self._id_prefix}-{next(self._ids):x}" if given is None else self.request_id(given)
@@ -174,9 +174,9 @@ class Dispatcher:
         return pending
 
     def cacheable_checks(self, headers: Mapping[str, str]) -> CachedChecks | None:
-        """Make the checks that need only the headers, so that the next request with the very same is spared them.
+        """Make the checks that depend only on the headers, for `check` to use with each request that has the same.
 
-        None if a check fails, or if it may have another result the next time, as when a session ends.
+        None if one fails, or if its result may change, as when a session ends.
         """
         if not self._access.open and "Authorization" not in headers:
             return None
@@ -189,7 +189,7 @@ class Dispatcher:
             return None
 
     def request_id(self, given: str | None) -> str:
-        """The caller's, if it is fit to be shown, else a new one."""
+        """The given id, if it is valid (up to 64 of `A-Za-z0-9._-`), else a new one."""
         if given is not None and _CALLERS_ID.fullmatch(given):
             return given
         return f"{self._id_prefix}-{next(self._ids):x}"
@@ -236,7 +236,7 @@ class Dispatcher:
             raise MethodNotAllowed(pending.allow)
 
     def _find_with_key(self, text: str) -> tuple[_Path, str]:
-        """What is known of a path with a key in it, and the key."""
+        """A path with a key in it, and the key; `_NOWHERE` if there is no such path."""
         if not text.startswith(_KEYS):
             return _NOWHERE, ""
         segment, slash, rest = text[len(_KEYS) :].partition("/")
@@ -246,12 +246,12 @@ class Dispatcher:
         return self._paths_of_key.get(slash + rest, _NOWHERE), key
 
     def answered(self, pending: Pending, reply: Reply, seconds: float) -> None:
-        """Count a request that was answered so after `seconds`, and write its line of the access log.
+        """Count a request that got `reply` after `seconds`, and write its line of the access log.
 
-        The access log has the whole time, the metric what the server needed: a latency objective must not depend on
-        how long callers choose to wait for a key.
+        The access log has the whole time. The metric has it without the time spent waiting for a key, as a latency
+        objective must not depend on how long callers choose to wait.
         """
-        name = NO_OPERATION if pending.route is None else pending.route.operation.name
+        name = pending.operation_name
         waited = 0.0 if pending.call is None else pending.call.waited
         self.calls.add(name, reply.outcome, seconds - waited if waited < seconds else 0.0)
         if access_log.isEnabledFor(logging.DEBUG):
@@ -260,8 +260,8 @@ class Dispatcher:
     def refused(self, request: Request | None, error: KeypoolError, seconds: float) -> Reply:
         """The reply to a request that the server itself refuses; `request` is None if its head hadn't come.
 
-        An error in the head comes before what is wrong with the body. The request is counted and logged as all are,
-        with `seconds` as its time.
+        If the head has an error, that is reported instead. The request is counted and logged like any other, with
+        `seconds` as its time.
         """
         pending = Pending(self.request_id(None)) if request is None else self.check(request)
         if isinstance(pending.error, NotFound):  # it may be a page's path, which this class doesn't know
@@ -273,9 +273,9 @@ class Dispatcher:
     # -- the body
 
     def start(self, pending: Pending, request: Request, body: bytes) -> Coroutine[Any, Any, Any] | None:
-        """Read the body of a request that passed `check`, and start its call; None if there is nothing to call.
+        """Read the body of a request that passed `check`, and return the coroutine of its call; None for OPTIONS.
 
-        What the coroutine returns is for `reply`; what it raises, and what this raises, for `failed`.
+        Pass what the coroutine returns to `reply`, and what it or this method raises to `failed`.
         """
         route, call = pending.route, pending.call
         if route is None or call is None:
@@ -308,14 +308,14 @@ class Dispatcher:
         return reply
 
     def failed(self, pending: Pending, error: Exception) -> Reply:
-        """The problem of a call that raised; of an unexpected error it says nothing, and the log has the traceback."""
+        """The reply to a call that raised. An unexpected error is in the log with its traceback, not in the reply."""
         if isinstance(error, KeypoolError):
             return self.refusal(pending, error)
         _log.error("call %s, request %s failed", pending.operation_name, pending.request_id, exc_info=error)
         return self.refusal(pending, unexpected())
 
     def refusal(self, pending: Pending, error: KeypoolError) -> Reply:
-        """An error as a problem. The connection ends with Draining: a client that retries must reach another server."""
+        """An error as a problem. Draining ends the connection, so that a client that retries reaches another server."""
         message = getattr(error, "message", error.detail) if pending.legacy else None
         body = problem_body(error, pending.request_id, message)
         status, headers = status_of(type(error)), problem_headers(error)
@@ -329,7 +329,7 @@ def too_large() -> PayloadTooLarge:
 
 
 def unexpected() -> KeypoolError:
-    """The error of what nobody foresaw: its story is in the log, not in the answer."""
+    """The error that is sent for an unexpected exception, whose traceback is in the log only."""
     return KeypoolError("the server failed on this request; the request id leads to its log")
 
 

@@ -1,7 +1,7 @@
 """The paths of the first version of this service, whose clients work unchanged.
 
-They are operations like the others, each with the effect of the current call that it names. Errors have a
-`message` beside the members of a problem.
+They are operations like the others, each with the effect of the current call in its name. Errors have a `message` in
+addition to the members of a problem.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Message(Answer):
 
 
 class KeyQuery(msgspec.Struct, forbid_unknown_fields=True):
-    """The first version's way to name a key."""
+    """The query by which the first version names a key."""
 
     api_key: Annotated[str, Meta(description="the key")] = ""
 
@@ -64,7 +64,7 @@ async def _acquire(engine: Engine, call: Call) -> ApiKey:
 
 
 async def _acquire_head(engine: Engine, call: Call) -> Any:
-    """HEAD shows whether a key is available and blocks none: without the body nobody could give it back."""
+    """HEAD shows whether a key is available without blocking it, as its answer has no body to name the key."""
     soonest = await engine.page(ListQuery(order="release", limit=1))
     if not (await engine.stats()).available:
         raise NoKeyAvailable(soonest.keys[0].release_in if soonest.keys else None)

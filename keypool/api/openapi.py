@@ -1,11 +1,9 @@
 """The OpenAPI 3.1 document of the API, derived from operations.py.
 
-It is made once, at the first request. JSON Schema comes from msgspec, which validates the bodies by the same
-types. The paths that are no operations (pages, metrics, the feed) are described by hand, and a test asks each
-whether it is so.
+It is made once, at the first request. JSON Schema comes from msgspec, which validates the bodies by the same types. The
+paths that aren't operations (health, metrics, the feed) are described by hand, and a test checks each description.
 
-OpenAPI can't express which query parameters go together, and that unknown ones are refused: that is in the
-descriptions and in docs/api.md.
+OpenAPI can't express which query parameters go together, nor that unknown ones are refused; see docs/api.md.
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ _OF_STATUS = {
 
 _REF = "#/components/schemas/{name}"
 
-# What any call may be refused with.
+# The errors that any call may get.
 _EVERYWHERE = (
     errors.BadRequest,
     errors.CrossSite,
@@ -78,7 +76,6 @@ _EVERYWHERE = (
     errors.HeadersTooLarge,
     errors.Loading,
     errors.StorageUnavailable,
-    errors.Loading,
     KeypoolError,
 )
 _WITH_ROLE = (errors.Unauthorized, errors.Forbidden)
@@ -245,7 +242,7 @@ def _schemas(operations: tuple[Operation, ...]) -> tuple[dict[Any, Any], dict[st
     return found, components
 
 
-# -- the parts that all share, and the paths that are no operations
+# -- the parts that all share, and the paths that aren't operations
 
 
 def problem(codes: str, schema: Described, status: str) -> Described:
@@ -258,7 +255,7 @@ def problem(codes: str, schema: Described, status: str) -> Described:
 
 
 def _other_paths(schema: Described, open: bool) -> Described:
-    """The paths that are no operations. `schema` is that of a problem. `open`: no tokens are configured."""
+    """The paths that aren't operations. `schema` is that of a problem. `open`: no tokens are configured."""
 
     def page(
         name: str, summary: str, answers: Described, codes: dict[str, str], roles: str = ""

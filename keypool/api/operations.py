@@ -1,8 +1,8 @@
 """Every call of the API, once.
 
-Dispatch, role checks, `Allow` headers, documentation and OpenAPI derive from the table `OPERATIONS`; a new
-call is a row there. An Operation's `run` gets the engine and the Call and returns an answer of its type, or
-raises an error of errors.py. HTTP appears only in the rows of the table.
+Dispatch, role checks, `Allow` headers, documentation and OpenAPI are derived from the table `OPERATIONS`; a new call is
+a row there. An Operation's `run` gets the engine and the Call and returns an answer of its type, or raises an error of
+errors.py. HTTP appears only in the rows of the table.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ADMIN = frozenset({Role.ADMIN})
 CLIENT_OR_VIEWER = CLIENT | VIEWER
 
 BASE = "/api/v1"
-"""What every path of the API begins with."""
+"""The beginning of every path of the API."""
 
 MAX_BATCH = 1000
 MAX_WAIT = 60
@@ -72,7 +72,7 @@ _Owner = Annotated[
     Meta(
         min_length=1,
         max_length=200,
-        pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)",  # Python has $ before a last newline, too
+        pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)",  # in Python, $ also matches before a final newline
         description="who will hold the key, for lists: 1 to 200 characters, no control characters",
     ),
 ]
@@ -87,11 +87,11 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class NoBody(Body):
-    """The body of a call that takes none: an empty object is accepted."""
+    """The body of a call without members: an empty object is accepted."""
 
 
 class AcquireBody(Body):
-    """Both are optional, as is the body."""
+    """Both members are optional, as is the body."""
 
     owner: _Owner | None = None
     wait: Annotated[float, Meta(ge=0, le=MAX_WAIT, description="seconds to wait for a key")] | None = None
@@ -152,7 +152,7 @@ AnyBatch = GenerateBatch | AcquireBatch | KeepaliveBatch | UnblockBatch | Delete
 
 
 class Call(msgspec.Struct, gc=False):
-    """One call: its caller, the address, and what was sent."""
+    """One call: its caller, their address, and the decoded request."""
 
     caller: Caller
     address: str
@@ -167,7 +167,7 @@ class Call(msgspec.Struct, gc=False):
 T = TypeVar("T")
 Answering = Coroutine[Any, Any, T]
 Run = Callable[[Engine, Call], Answering[Any]]
-"""Mostly returns the engine's own coroutine: another one around it would cost each call a third of a microsecond."""
+"""Mostly returns the engine's own coroutine, as another one around it would cost a call a third of a microsecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +186,13 @@ class Operation:
     body_required: bool = False
     query: Any = None
     errors: tuple[type[KeypoolError], ...] = ()
-    created: tuple[type, ...] = ()  # answers with 201 instead of `status`
+    created: tuple[type, ...] = ()  # types of answers that have status 201 instead of `status`
     location: Callable[[Any], str] | None = None
     legacy: bool = False
     head: Run | None = None  # what HEAD does, where GET would change something
     changes: bool = True  # whether it changes anything but the feed and counters
     acquires: bool = False
-    audits_refusals: bool = False  # a caller without the role is audited, too
+    audits_refusals: bool = False  # whether the audit log also has callers refused for their role
 
 
 # -- the calls
@@ -202,7 +202,7 @@ _ID = "id:"
 
 
 def require_may_name(text: str, caller: Caller) -> None:
-    """Raise Forbidden for a client who names a key by its id."""
+    """Raise Forbidden if a client names a key by its id."""
     if caller.role is Role.CLIENT and text.startswith(_ID):
         raise Forbidden("clients name a key by its whole text: an id is for viewers and admins")
 
@@ -219,9 +219,9 @@ def key_ref(text: str, caller: Caller) -> Ref:
 
 
 def ends_with_caller(operation: Operation, call: Call) -> bool:
-    """Whether a call is cancelled when its caller hangs up. Only an acquire is: its key becomes available again.
+    """Whether a call is cancelled when its caller disconnects. Only an acquire is: its key becomes available again.
 
-    Everything else runs to its end, so that what it changes is in the audit log.
+    All others run to their end, so that the audit log has what they change.
     """
     return operation.acquires or isinstance(call.body, AcquireBatch)
 
@@ -254,7 +254,7 @@ def audit_refused(operation: Operation, call: Call, error: KeypoolError) -> None
 
 @contextmanager
 def _unknown_outcome(call: Call, act: str, keys: Sequence[str], count: int | None = None) -> Iterator[None]:
-    """Write an audit line if the storage fails, since the change may be kept all the same."""
+    """Write an audit line if the storage fails, since the change may be kept nevertheless."""
     try:
         yield
     except StorageUnavailable as error:
@@ -263,7 +263,6 @@ def _unknown_outcome(call: Call, act: str, keys: Sequence[str], count: int | Non
 
 
 def _ends(keys: Sequence[T]) -> Sequence[T]:
-    """The first and the last."""
     return [keys[0], keys[-1]] if keys else []
 
 
@@ -288,7 +287,7 @@ async def delete_audited(engine: Engine, call: Call, text: str) -> None:
 
 
 async def unblock_audited(engine: Engine, call: Call, text: str) -> Unblocked:
-    """Free a key whoever holds it, by its text or `id:N`. Raises Forbidden, UnknownKey, StorageUnavailable."""
+    """Free a key without a lease number, by its text or `id:N`. Raises Forbidden, UnknownKey, StorageUnavailable."""
     ref = key_ref(text, call.caller)
     ended: list[EndedLease] = []
     outcome = "ok"
@@ -350,7 +349,7 @@ def _stats(engine: Engine, call: Call) -> Answering[Stats]:
 
 
 def _refs(texts: Sequence[str], call: Call) -> list[Ref]:
-    """The key of each text; a malformed id is a text that no key has. Raises Forbidden."""
+    """The key of each text. A malformed id stays a text, which no key has. Raises Forbidden."""
     refs: list[Ref] = []
     for text in texts:
         if not text.startswith(_ID):
@@ -369,7 +368,7 @@ async def _batch(engine: Engine, call: Call) -> Any:
     if call.caller.role not in roles:
         op = type(body).__struct_config__.tag
         raise Forbidden(f"op {op!r} needs the role admin; this token is a {call.caller.role.value}'s")
-    await asyncio.sleep(0)  # reading it took as long as a slice of its work: others first
+    await asyncio.sleep(0)  # decoding the body took as long as a slice: let others run first
     return await run(engine, call, body)
 
 

@@ -67,7 +67,7 @@ def _call_row(operation: Operation) -> tuple[str, ...]:
 
 
 def _errors(root: type[KeypoolError]) -> Iterator[type[KeypoolError]]:
-    """All classes that define a code."""
+    """All classes of errors.py that define a code."""
     if "code" in vars(root):
         yield root
     for child in root.__subclasses__():

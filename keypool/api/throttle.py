@@ -1,9 +1,9 @@
 """Rate limits by address: a token bucket for each address, and one for all of them together.
 
-A bucket holds `burst` turns and regains one every `seconds`. It is stored as one number, the moment at which
-it is full again (the generic cell rate algorithm, GCRA). Memory is bounded: with too many addresses the least
-recently active ones are dropped, which the bucket of all makes up for. An IPv6 /64 network counts as one
-address, since one client has all of it. The time is an argument.
+A bucket holds up to `burst` tokens and regains one every `seconds`. It is stored as one number, the moment at which it
+is full again (the generic cell rate algorithm, GCRA). Memory is bounded: beyond `ADDRESSES` the least recently active
+ones are dropped; the bucket of all addresses limits what that gives away. An IPv6 /64 network counts as one address,
+since one client usually has all of it. The time is an argument.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections import OrderedDict
 
 ADDRESSES = 10_000
 OF_ALL = 40
-"""All addresses together have this many times the turns of one."""
+"""All addresses together have this many times the tokens of one."""
 
 _ALL = ""
-_ROUNDING = 1e-6  # seconds, by which a sum of floats may be off
+_ROUNDING = 1e-6  # seconds: the rounding error of sums of floats is less
 
 
 class TokenBuckets:
-    """`burst` turns for each address, one more every `seconds`, and `debt` seconds of turns on credit."""
+    """`burst` tokens for each address, one more every `seconds`, and `debt` seconds' worth of tokens on credit."""
 
     def __init__(self, burst: int, seconds: float, debt: float = 0.0) -> None:
         self._burst = burst
@@ -29,9 +29,9 @@ class TokenBuckets:
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
     def take(self, address: str, now: float) -> float:
-        """Take a turn: 0, or the seconds until there will be one. O(1).
+        """Take a token at the moment `now`, in seconds. Returns 0, or the seconds until there will be one. O(1).
 
-        In the latter case the turn is taken on credit, up to `debt`, so repeated calls return more and more seconds.
+        In the latter case the token is taken on credit, up to `debt`, so repeated calls return more and more seconds.
         """
         wait = max(
             self._take(_ALL, self._seconds / OF_ALL, self._burst * OF_ALL, now),

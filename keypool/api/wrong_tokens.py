@@ -1,13 +1,13 @@
 """The consequences of a wrong token, on the API, the pages, the feed, /metrics and /login alike.
 
 - It is counted.
-- It is written to the audit log: per address `LINES` lines at once and one more every `LINE_SECONDS`, and the number of
-  the others a minute later.
+- It is written to the audit log: for each address `LINES` lines at once and one more every `LINE_SECONDS`; the number
+  of the others follows a minute later.
 - Once an address has used up its burst, its answers are delayed, by a second at most. That slows down guessing, as a
-  connection's requests are answered in order. A right token is never delayed.
+  connection's requests are answered in order. A request with a valid token is never delayed.
 
-`MOST_HELD` answers are delayed at a time; beyond that an answer is sent at once and its connection closed.
-api_call.py and pages.py do the waiting.
+At most `MOST_HELD` answers are delayed at a time; further ones are sent at once and their connections closed.
+api_call.py and pages.py make the delay.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ KINDS = ("token", "sign_in")
 
 
 class WrongTokens:
-    """See the module. `counts` by kind are for /metrics."""
+    """See the module. `counts` has the wrong tokens since the start, by kind."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(KINDS, 0)
         self.held = 0
-        """Answers that are being delayed; the code that delays one counts it."""
+        """Answers that are being delayed. The code that delays them maintains this count."""
         self._tokens = TokenBuckets(BURST, REGAINED_SECONDS, LONGEST)
         self._sign_ins = TokenBuckets(TRIES, TRY_SECONDS)
         self._lines = TokenBuckets(LINES, LINE_SECONDS)
@@ -55,13 +55,13 @@ class WrongTokens:
         self._summary: asyncio.TimerHandle | None = None
 
     def token(self, mark: str, address: str, request_id: str) -> float:
-        """Record a request with a wrong token; the seconds to delay its answer. O(1)."""
+        """Record a request with a wrong token, and return the seconds by which to delay its answer. O(1)."""
         self.counts["token"] += 1
         self._note("wrong-token", mark, address, request_id)
         return min(LONGEST, self._tokens.take(address, time.monotonic()))
 
     def sign_in(self, mark: str, address: str, request_id: str) -> float:
-        """Record a wrong token at /login; the seconds until the next try, 0 if there was one left. O(1)."""
+        """Record a wrong token at /login, and return the seconds until the next try, 0 if one was left. O(1)."""
         self.counts["sign_in"] += 1
         self._note("failed-sign-in", mark, address, request_id)
         return self._sign_ins.take(address, time.monotonic())

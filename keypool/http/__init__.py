@@ -1,1 +1,1 @@
-"""HTTP: the API and its two servers, the fast one and Tornado's."""
+"""The two HTTP servers, the fast one and Tornado's, and the API's calls on them."""

@@ -24,24 +24,24 @@ from keypool.http.http1.turns import Turns
 
 
 class InFlight:
-    """How many requests are being answered, as they count themselves: what a graceful stop waits for."""
+    """The number of requests that are being answered. Each request counts itself; a graceful stop waits for 0."""
 
     def __init__(self) -> None:
         self.count = 0
 
     async def wait_idle(self, seconds: float) -> bool:
-        """Wait until no request is in flight, `seconds` at most; whether it came to that."""
+        """Wait until no request is in flight, for `seconds` at most. False if some still are."""
         deadline = time.monotonic() + seconds
-        # An event would cost each call something; this runs once, at the end.
+        # Polling: an event would cost each call something, and this runs only once.
         while self.count and (left := deadline - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(0.01, left))
         return self.count == 0
 
 
 class ApiCall:
-    """One request of the API. `request` is its head; a subclass sets all attributes, and writes the reply.
+    """One request of the API. `request` is its head. A subclass sets all attributes and writes the reply.
 
-    `turns` are those of the server, where a paused call waits; without them it goes on in the loop's next iteration.
+    `turns` is the server's; a paused call queues there. If it is None, the call goes on in the loop's next iteration.
     """
 
     __slots__ = ("_ended", "_waiting", "dispatcher", "in_flight", "pending", "request", "started", "turns")
@@ -56,11 +56,11 @@ class ApiCall:
     _ended: bool
 
     def send(self, reply: Reply) -> bool:
-        """Write the reply; whether there is still somebody to write to."""
+        """Write the reply. False if the caller has disconnected."""
         raise NotImplementedError
 
     def run(self, body: bytes) -> None:
-        """Do what the request asks for, now that it is whole."""
+        """Run the call, now that the request is complete, or refuse it."""
         pending = self.pending
         if pending.error is not None:
             self.refuse()
@@ -82,14 +82,14 @@ class ApiCall:
         self.answer(self.dispatcher.reply(pending, answer))
 
     def refuse(self, *, at_once: bool = False) -> None:
-        """Answer with `pending.error`; a little later, if it is one wrong token of many.
+        """Answer with `pending.error`, delayed if the caller's address has sent many wrong tokens.
 
-        `at_once` is for a request whose body is not waited for: its connection ends with the answer.
+        `at_once` forbids the delay. It is for a request whose body isn't read: its connection ends with the answer.
         """
         error = self.pending.error
         assert error is not None
         if self._waiting is not None:
-            return  # held back: its body has come meanwhile
+            return  # the refusal is delayed already, and the body has come meanwhile
         reply = self.dispatcher.refusal(self.pending, error)
         if isinstance(error, WrongToken):
             wrong = self.dispatcher.wrong_tokens
@@ -107,13 +107,13 @@ class ApiCall:
         self.end()
 
     def hung_up(self) -> None:
-        """The caller is gone. A call that was started runs to its end, unanswered, unless it is an acquire."""
-        waits = self._waiting is not None and self.pending.error is None
-        if not waits or self.dispatcher.ends_with_caller(self.pending):
+        """The caller has disconnected. A call that was started runs to its end, unless it is an acquire."""
+        runs = self._waiting is not None and self.pending.error is None
+        if not runs or self.dispatcher.ends_with_caller(self.pending):
             self.end()
 
     def end(self) -> None:
-        """Answered, or the caller is gone: stop whatever the call waits for."""
+        """End the request, which was answered or lost its caller: stop whatever the call waits for."""
         if self._ended:
             return  # answered before its body had come, and then disconnected: one request, counted once
         self._ended = True
@@ -124,11 +124,10 @@ class ApiCall:
 
 
 class CoroutineDriver:
-    """Steps a call's coroutine whenever what it waits for is there, and has the call answered in the end.
+    """Resumes a call's coroutine whenever the future it awaits is done, and sends the answer when it returns.
 
     The coroutine may await futures, but nothing that needs a current task (asyncio.timeout, locks). A bare yield
-    (`asyncio.sleep(0)`) pauses it: it goes on when its turn comes beside the connections with a backlog, as one of the
-    `turns.Served`.
+    (`asyncio.sleep(0)`) pauses it: the driver, a `turns.Served`, then queues with the connections that have a backlog.
     """
 
     __slots__ = ("_call", "_coroutine", "debt")
@@ -139,7 +138,7 @@ class CoroutineDriver:
         self.debt = 0.0
 
     def run(self, future: asyncio.Future[Any] | None = None) -> None:
-        """Run as far as it gets: to the end, or to the next yield."""
+        """Run the coroutine to its end or to its next yield."""
         coroutine, call = self._coroutine, self._call
         if coroutine is None or call is None:
             return
@@ -147,7 +146,7 @@ class CoroutineDriver:
             yielded = coroutine.send(None)
         except StopIteration as returned:
             reply = call.dispatcher.reply(call.pending, returned.value)
-        except Exception as error:  # whatever it is, the caller is answered
+        except Exception as error:  # the caller gets an answer in any case
             reply = call.dispatcher.failed(call.pending, error)
         else:
             self.wait_for(yielded)
@@ -156,11 +155,11 @@ class CoroutineDriver:
         call.answer(reply)
 
     def wait_for(self, yielded: Any) -> None:
-        """Run on when the future that the coroutine has just yielded is done; if that is None, in a later turn."""
+        """Continue when `yielded`, a future, is done; in a later turn if it is None."""
         if yielded is not None:
             yielded._asyncio_future_blocking = False  # noqa: SLF001 - what a task does to take over a future
             if type(yielded) is Commit:
-                yielded.on_done(self.run)  # within the commit, not one turn of the loop later
+                yielded.on_done(self.run)  # runs as the commit completes, not one iteration of the loop later
             else:
                 yielded.add_done_callback(self.run)
         elif self._call is not None and self._call.turns is not None:
@@ -169,7 +168,7 @@ class CoroutineDriver:
             asyncio.get_running_loop().call_soon(self.run)
 
     def close(self) -> None:
-        """Nobody needs the answer any more: the coroutine ends where it waits, by GeneratorExit."""
+        """End the coroutine where it waits, by GeneratorExit: its answer isn't needed any more."""
         coroutine, self._coroutine = self._coroutine, None
         self._call = None
         if coroutine is not None:
@@ -177,7 +176,7 @@ class CoroutineDriver:
 
 
 class _HeldBack:
-    """A reply that waits for its moment, unless `close` comes first."""
+    """A reply to a wrong token that is sent after a delay, unless `close` is called first."""
 
     __slots__ = ("_timer", "_wrong")
 
@@ -187,6 +186,5 @@ class _HeldBack:
         wrong.held += 1
 
     def close(self) -> None:
-        """It is answered, or nobody waits for it any more."""
         self._wrong.held -= 1
         self._timer.cancel()

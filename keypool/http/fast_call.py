@@ -1,6 +1,6 @@
-"""Calls of the API on the fast server: as bytes, past every object of Tornado's.
+"""Calls of the API on the fast server, read and written as bytes, without any of Tornado's objects.
 
-A request that is refused by its head is answered at once: the server reads its body and throws it away.
+A request that is refused for its head is answered at once; the server then reads and discards its body.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Head(msgspec.Struct, gc=False):
 
     @property
     def headers(self) -> dict[str, str]:
-        """By name, as Tornado writes names and joins what is repeated. O(headers): made each time."""
+        """By name, with names spelt and repeated headers joined as by Tornado. Built on each access: O(headers)."""
         made: dict[str, str] = {}
         for raw, value in self.lines:
             name, text = _name(raw), value.decode("latin-1")
@@ -44,7 +44,7 @@ class Head(msgspec.Struct, gc=False):
 
 
 def head_of(method: bytes, target: bytes, lines: Headers, remote_ip: str | None) -> Head:
-    """The head that these bytes are."""
+    """A head from the bytes of its parts."""
     uri = target.decode("latin-1")
     path, _, query = uri.partition("?")
     return Head(method.decode("latin-1"), path, query, uri, remote_ip, lines)
@@ -53,8 +53,8 @@ def head_of(method: bytes, target: bytes, lines: Headers, remote_ip: str | None)
 class FastApi:
     """Takes the requests of the API, and leaves all others to Tornado.
 
-    Clients send the same headers with each request. So the result of the checks that need only these is cached where
-    the server caches the header section.
+    Clients send the same headers with each request, so the result of the checks that need only the headers is cached
+    with the header section (http1/section.py).
     """
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
@@ -82,7 +82,7 @@ class FastCall(ApiCall, RawDelegate):
 
     def __init__(self, api: FastApi, request: Request) -> None:
         connection, section = request.connection, request.section
-        assert connection is not None  # it is started only while its peer is there
+        assert connection is not None  # requests are started only while the peer is connected
         self._request = request
         self._waiting, self._ended = None, False
         self.dispatcher, self.in_flight = api.dispatcher, api.in_flight
@@ -99,13 +99,13 @@ class FastCall(ApiCall, RawDelegate):
         self.pending = api.dispatcher.check(head, cached)
 
     def too_large(self) -> None:
-        """Its body is more than is read."""
+        """Refuse the request: its body is over the limit."""
         if self.pending.error is None:
             self.pending.error = too_large()
         self.refuse()
 
     def send(self, reply: Reply) -> bool:
-        """Write the reply."""
+        """See `ApiCall.send`."""
         request = self._request
         connection = request.connection
         if connection is None:
@@ -115,7 +115,7 @@ class FastCall(ApiCall, RawDelegate):
 
 
 def wire(reply: Reply) -> bytes:
-    """A whole reply as bytes, without what the server adds about the connection."""
+    """A whole reply as bytes, without a `Connection` header, which the server adds where it is due."""
     own = "".join([f"{name}: {value}\r\n" for name, value in reply.own_headers]) if reply.own_headers else ""
     length = "" if reply.status == 204 else f"Content-Length: {len(reply.body)}\r\n"
     head = (
@@ -132,12 +132,13 @@ def _start(status: int, content_type: str) -> str:
 
 
 def _name(raw: bytes) -> str:
-    """A name as Tornado writes it: Content-Type."""
-    return _known_name(raw) if len(raw) <= REMEMBERED_NAME else _written(raw)
+    # A stranger's long names must not fill the cache.
+    return _known_name(raw) if len(raw) <= REMEMBERED_NAME else _capitalised(raw)
 
 
-def _written(raw: bytes) -> str:
+def _capitalised(raw: bytes) -> str:
+    """A header's name as Tornado spells it: Content-Type."""
     return "-".join(part.capitalize() for part in raw.decode("latin-1").split("-"))
 
 
-_known_name = lru_cache(maxsize=1024)(_written)
+_known_name = lru_cache(maxsize=1024)(_capitalised)

@@ -1,4 +1,4 @@
-"""The fast HTTP server: http1's, with the API's problems as its own refusals."""
+"""The fast HTTP server: that of http1, answering what it refuses by itself with the API's problem details."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FastServer(Server):
         super().__init__(app, limits=limits, trusted=trusted, on_refused=self._refused)
 
     def _refused(self, refusal: Refusal) -> bytes | None:
-        """The whole answer to a refused request; None for a bare one, where it isn't an HTTP request."""
+        """The whole answer to a refused request; None for a bare one, as to bytes that aren't an HTTP request."""
         error = _error(refusal)
         if error is None:
             return None

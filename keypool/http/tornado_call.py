@@ -1,7 +1,7 @@
-"""Calls of the API on Tornado's server, by Tornado's interfaces for messages.
+"""Calls of the API on Tornado's server, as `HTTPMessageDelegate`s.
 
-A request that is refused by its head is answered when its body has been read and thrown away, so that the connection
-can go on; one whose body is larger than `DISCARDED`, or that sends `Expect`, is answered at once.
+A request that is refused for its head is answered when its body has been read and discarded, so that the connection
+can be used again; one whose body is larger than `DISCARDED`, or that sends `Expect`, is answered at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         self.dispatcher, self.in_flight, self.turns = dispatcher, in_flight, None
         self._waiting, self._ended = None, False
         self.request = request
-        # Tornado's annotation is the base class; what it passes is the class that knows when it closes.
+        # Tornado annotates the base class, but passes this one, which has a close callback.
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
         self._body: list[bytes] = []
         self._size = 0
@@ -54,7 +54,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
         headers: httputil.HTTPHeaders,
     ) -> None:
-        """Check the head; answer at once what can't wait for the body."""
+        """Check the head; refuse at once if the body won't be read."""
         self.started = time.monotonic()
         self.in_flight.count += 1
         pending = self.pending = self.dispatcher.check(self.request)
@@ -81,7 +81,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         self._whole = True
         if self._connection is None:
             return
-        if self._connection.stream.closed():  # the caller disconnected behind the last byte of its request
+        if self._connection.stream.closed():  # disconnected right after the last byte of the request
             self.on_connection_close()
             return
         self.run(b"".join(self._body))
@@ -94,7 +94,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         self.hung_up()
 
     def send(self, reply: Reply) -> bool:
-        """Write the reply by Tornado's connection. Tornado ends a connection whose body hasn't come, but silently."""
+        """See `ApiCall.send`. Tornado closes a connection whose body hasn't come without announcing it; this does."""
         connection, self._connection = self._connection, None
         if connection is not None:
             _write(connection, self.pending.head, reply, closes=reply.last or not self._whole)

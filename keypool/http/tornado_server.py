@@ -1,14 +1,14 @@
 """Tornado's own HTTP server, with limits for unauthenticated clients: the reference that needs no httptools.
 
-Tornado bounds sizes, but waits an hour for a head. This subclass counts connections by address, looks at each once a
-second and ends those that take too long, with 408 where a request had begun. It works by Tornado's interface for
-messages: every message's delegate is wrapped in one that knows how far the message has come.
+Tornado bounds sizes, but waits an hour for a head. This subclass counts connections by address, checks each once a
+second and ends those that take too long, with 408 if a request had begun. To follow the progress of each message, it
+wraps the message's delegate in a `_Message`.
 
-Tornado serves one request of each connection in each iteration of the loop, which is fair to connections that send the
-same, but unbounded. Here they share the time as on the fast server (http1/turns.py): a request whose turn hasn't come
-is held back by the future that a delegate may return.
+Tornado serves one request of each connection in each iteration of the loop. That is fair among connections, but the
+iteration has no bound. Here connections share the time as on the fast server (http1/turns.py): a request whose turn
+hasn't come is held back by the future that a delegate may return.
 
-Limits of the API are not here: what is wrong with a request as such is checked in api/dispatch.py.
+What is wrong with a call of the API is checked in api/dispatch.py, not here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from keypool.http.http1.turns import QUANTUM, TASK, Turns
 from keypool.http.tornado_call import TornadoCall
 
 _API = "/api/"
-_LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # behind the request line
+_LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # in a line after the request line
 _SLICE = 200  # connections checked in one iteration of the loop
 _QUEUED = 4096  # connections taken from the system's accept queue at a stop
 
@@ -51,7 +51,7 @@ _QUEUED = 4096  # connections taken from the system's accept queue at a stop
 class _Phase(Enum):
     HEAD = 1  # nothing, or a part of a head, has come
     BODY = 2
-    ANSWER = 3  # the request is whole: it waits for its answer, or the caller for taking it in
+    ANSWER = 3  # the request is complete: its answer is being made or sent
 
 
 class _Listener:
@@ -66,7 +66,7 @@ class _Listener:
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """See `socket.fileno`; the event loop needs it."""
         return self._socket.fileno()
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -105,7 +105,7 @@ class _Stream(IOStream):
         self._address = address
 
     def close_fd(self) -> None:
-        """Close the socket; called by IOStream, once. Until then the connection counts, as a websocket too."""
+        """Close the socket; called by IOStream, once. Until then the connection is counted, also as a websocket."""
         super().close_fd()
         self._server.limiter.leave(self._address)
 
@@ -126,7 +126,7 @@ class _Stream(IOStream):
 
 
 class _Share:
-    """A connection's share of the loop's time, kept from one of its requests to the next; one of the `turns.Served`."""
+    """A connection's share of the loop's time, a `turns.Served` that all its requests use one after the other."""
 
     __slots__ = ("_cost", "_released", "_turns", "debt")
 
@@ -142,14 +142,14 @@ class _Share:
         return self._turns.over or self.debt > 0
 
     def turn(self, cost: float) -> asyncio.Future[None]:
-        """Wait for the turn. `cost`, about the seconds that the request takes, is charged when it comes."""
+        """A future for the connection's turn. `cost`, about the seconds that the request takes, is charged then."""
         self._cost = cost
         self._released = asyncio.get_running_loop().create_future()
         self._turns.queue(self, backlog=self.debt > 0)
         return self._released
 
     def run(self) -> None:
-        """Release the request: its work is done in a task, right after this."""
+        """Release the request. Its work is done in a task, right after this, so its cost is estimated."""
         released, self._released = self._released, None
         if released is not None and not released.done():
             self._turns.charge(self._cost)
@@ -157,7 +157,7 @@ class _Share:
 
 
 class _Message(httputil.HTTPMessageDelegate):
-    """One message of a connection, on its way to the delegate that answers it."""
+    """One message of a connection: passes it on to the delegate that answers it, and checks its time limits."""
 
     __slots__ = (
         "_answerer",
@@ -192,9 +192,9 @@ class _Message(httputil.HTTPMessageDelegate):
         self._inner: httputil.HTTPMessageDelegate | None = None
         self._request: tuple[Any, httputil.HTTPHeaders] | None = None
         self._phase = _Phase.HEAD
-        self._body = 0  # bytes of it that have come
+        self._body = 0  # bytes of the body that have come
         self._begun = False  # whether some of the head was seen, on a connection that was idle
-        self._since: float | None = server.now
+        self._since: float | None = server.now  # start of the time limit that applies; None if no limit does
 
     # -- called by Tornado
 
@@ -203,11 +203,11 @@ class _Message(httputil.HTTPMessageDelegate):
         start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
         headers: httputil.HTTPHeaders,
     ) -> Awaitable[None] | None:
-        """The head is whole."""
+        """See `HTTPMessageDelegate`."""
         assert isinstance(start_line, httputil.RequestStartLine)
         self._phase, self._since = _Phase.BODY, self._server.now
         self._request = start_line, headers
-        is_page = not start_line.path.startswith(_API)  # which does its work in a task, after this turn
+        is_page = not start_line.path.startswith(_API)  # a page is made in a task, after this turn
         if self.share.waits:
             return self._begin_later(TASK if is_page else QUANTUM)
         if is_page:
@@ -231,7 +231,7 @@ class _Message(httputil.HTTPMessageDelegate):
     def _apply_proxy(self, headers: httputil.HTTPHeaders) -> None:
         """Take the caller's address from a trusted proxy's headers.
 
-        Tornado's `xheaders` would also trust anybody else, and other headers.
+        Tornado's `xheaders` would trust every peer, and more headers.
         """
         trusted, context = self._server.trusted, self._context
         if trusted is None or self._address not in trusted:
@@ -242,12 +242,12 @@ class _Message(httputil.HTTPMessageDelegate):
         )
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """A part of the body."""
+        """See `HTTPMessageDelegate`."""
         self._body += len(chunk)
         return None if self._inner is None else self._inner.data_received(chunk)
 
     def finish(self) -> None:
-        """The request is whole."""
+        """See `HTTPMessageDelegate`."""
         self._phase, self._since, self._request = _Phase.ANSWER, None, None
         self._body = 0
         if self._inner is not None:
@@ -256,7 +256,7 @@ class _Message(httputil.HTTPMessageDelegate):
             self._server.turns.spend(self.share, started)
 
     def on_connection_close(self) -> None:
-        """The caller is gone."""
+        """See `HTTPMessageDelegate`."""
         inner, self._inner = self._inner, None
         if inner is not None:
             inner.on_connection_close()
@@ -285,11 +285,11 @@ class _Message(httputil.HTTPMessageDelegate):
         return self._since is not None and now - self._since > seconds
 
     def held(self) -> int:
-        """Bytes that this message holds while it isn't whole."""
+        """Bytes held of a message that isn't complete, about."""
         return self._buffered() + (0 if self._phase is _Phase.ANSWER else min(self._body, MAX_BODY))
 
     def writing(self) -> bool:
-        """Whether an answer, or a part of it, isn't sent yet."""
+        """Whether a part of an answer isn't sent yet."""
         return not self._stream.closed() and self._stream.writing()
 
     def cut(self) -> None:
@@ -301,8 +301,8 @@ class _Message(httputil.HTTPMessageDelegate):
         return self._stream._read_buffer_size  # noqa: SLF001
 
     def _probe_eof(self) -> None:
-        # Tornado doesn't notice a disconnect behind bytes that nobody has read. Let it read some more, 64 KiB at most
-        # each time: the end comes behind them.
+        # Tornado doesn't notice a disconnect while bytes before it are unread. Let it read some more, 64 KiB at most
+        # each time, until it gets to the end.
         if self._buffered():
             self._stream._add_io_state(self._stream.io_loop.READ)  # noqa: SLF001 - no public way either
 
@@ -315,7 +315,7 @@ class _Message(httputil.HTTPMessageDelegate):
             self._stream.close()
 
     def _time_out(self, detail: str) -> None:
-        """Answer 408, unless an answer is on its way, and close."""
+        """Answer 408, unless an answer is being sent, and close."""
         self.on_connection_close()
         if self._stream.writing():
             self._stream.close()
@@ -329,12 +329,12 @@ class _Message(httputil.HTTPMessageDelegate):
 
 
 class TornadoServer(HTTPServer):
-    """See the module. `began` counts requests whose head has come; `now` is the time of the last sweep."""
+    """See the module. `began` counts requests whose head has come; `now` is the monotonic time of the last sweep."""
 
     def initialize(  # type: ignore[override]
         self, app: Application, limits: Limits | None = None, trusted: TrustedProxies | None = None
     ) -> None:
-        """The constructor, which Tornado names so. Needs a running loop."""
+        """The constructor, under the name that Tornado calls. Needs a running loop."""
         # A head over MAX_HEAD is read to its end, up to this limit, so that its caller gets an answer; see _Stream.
         super().initialize(app, max_header_size=4 * MAX_HEAD, max_body_size=DISCARDED)
         self.limits = limits or Limits()
@@ -349,7 +349,7 @@ class TornadoServer(HTTPServer):
         self._listeners: list[tuple[_Listener, Callable[[], None]]] = []
 
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
-        """Accept on listening sockets, which are owned by the server from now on."""
+        """Accept on listening sockets. The server owns them from now on."""
         for sock in sockets:
             listener = _Listener(sock, self.limiter)
             self._listeners.append(
@@ -370,7 +370,7 @@ class TornadoServer(HTTPServer):
         self._dispatcher: Dispatcher = app.settings["dispatcher"]
 
     def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
-        """Let a connection in, or close it."""
+        """Admit a connection, or close it."""
         if self.limiter.enter(_address(address)):
             super().handle_stream(_Stream(stream.socket, self, _address(address)), address)
         else:
@@ -389,12 +389,12 @@ class TornadoServer(HTTPServer):
         return message
 
     def on_close(self, server_conn: object) -> None:
-        """A connection is gone."""
+        """See `HTTPServerConnectionDelegate`."""
         super().on_close(server_conn)
         self._messages.pop(server_conn, None)
 
     def timed_out(self, request: tuple[Any, httputil.HTTPHeaders] | None, detail: str) -> bytes:
-        """The whole answer to a request that took too long; the head is there if it had come."""
+        """The whole answer to a request that took too long; `request` is its head, None if that hadn't come."""
         head = request and httputil.HTTPServerRequest(start_line=request[0], headers=request[1])
         reply = self._dispatcher.refused(head, RequestTimeout(detail), self.limits.body_seconds)
         return with_connection(wire(reply), b"close")
@@ -406,7 +406,7 @@ class TornadoServer(HTTPServer):
     # -- stopping
 
     def drain_accept_queue(self, sockets: Iterable[socket.socket]) -> None:
-        """Accept what is in the system's accept queue: closing the sockets would reset those connections."""
+        """Accept the connections in the system's accept queue: closing the sockets would reset them. Before `stop`."""
         for listening in sockets:
             for _ in range(_QUEUED):
                 try:
@@ -429,7 +429,7 @@ class TornadoServer(HTTPServer):
             message.cut()
 
     async def close_all_connections(self) -> None:
-        """Cut what is left, and end the sweep."""
+        """End the sweep, and close the connections that are left."""
         self._sweeper.cancel()
         await super().close_all_connections()
 

@@ -1,9 +1,9 @@
-"""Runs each `async def` test on both loops, within a time limit, and in quiet.
+"""Runs each `async def` test on both loops, within a time limit.
 
-What is about parsing alone runs on uvloop only: transports make no difference to it.
+Tests of parsing alone run on uvloop only: transports make no difference to them.
 
-A test fails if anything was logged as an error that it did not ask for with the marker
-``logs_errors``: an exception in a callback is otherwise only logged.
+A test fails if an error was logged that it did not expect by the marker ``logs_errors``:
+otherwise an exception in a callback would go unnoticed.
 """
 
 from __future__ import annotations

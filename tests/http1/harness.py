@@ -32,7 +32,7 @@ class Response:
 
 
 class Client:
-    """One connection. All reads are exact: what is over stays for the next."""
+    """One connection. All reads are exact: further bytes are kept for the next read."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -107,7 +107,7 @@ class Client:
         self.writer.write_eof()
 
     def reset(self) -> None:
-        """Leave rudely, with RST."""
+        """Disconnect with a RST."""
         sock = self.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.writer.transport.abort()
@@ -138,7 +138,7 @@ class Served:
 
 @asynccontextmanager
 async def serve(kind: str, application: Any, **options: Any) -> AsyncIterator[Served]:
-    """Run a server on a port of its own; check in the end that nothing of it is left."""
+    """Run a server on a port of its own; check in the end that no connection is left."""
     sockets = bind_sockets(0, "127.0.0.1")
     address = sockets[0].getsockname()
     if kind == "http1":
@@ -164,7 +164,7 @@ def seeds(count: int, quick: int) -> list[Any]:
 
 
 async def turns(count: int) -> None:
-    """Let the loop, and so the server in it, go round: reads, callbacks, writes."""
+    """Let the loop, in which the server runs, make some iterations: reads, callbacks, writes."""
     for _ in range(count):
         await asyncio.sleep(0)
 

@@ -1,7 +1,7 @@
-"""A connection of the fast server without a socket: bytes in, in given pieces, and what became of them.
+"""A connection of the fast server without a socket: feeds it bytes in given pieces, and records the requests.
 
-Thousands of streams a second can be read so. The application takes every request raw, notes it when its body is
-whole, and answers at once.
+It reads thousands of streams a second. The application takes every request raw, records it when its body is
+complete, and answers at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Taken(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What the server made of a stream: requests, in order; the statuses of its own answers; whether it ended."""
+    """The result of a stream: requests, in order; the statuses of the server's own answers; whether it ended."""
 
     taken: list[Taken] = field(default_factory=list)
     refused: list[int] = field(default_factory=list)
@@ -129,7 +129,7 @@ class Reader:
 
 
 async def _settled(connection: Connection, transport: _Transport) -> None:
-    """Let the connection go on with what it has left for later turns of the loop."""
+    """Run the loop until the connection has no work left for later turns."""
     for _ in range(_TURNS):
         held = connection._held and connection.state == OPEN and connection.reader.state == READING
         if not (transport.paused or connection._scheduled or held):

@@ -1,4 +1,4 @@
-"""The server reads request streams as RFC 9112 has it, whatever they are and however they are cut.
+"""The server reads any request stream as RFC 9112 demands, however it is cut.
 
 The streams are those that the test suites of other servers send, and the oracle is a reader written from the RFC
 alone. Both lie beside the repository: without them these tests are skipped. KEYPOOL_MUTATIONS sets how many mutated
@@ -85,13 +85,13 @@ COMPLETIONS = (
 
 
 def may_become_a_request(stream: bytes, found: int) -> bool:
-    """Whether a stream that is over too early can go on so that another request is beyond all doubt."""
+    """Whether a stream that ends too early can be continued so that it certainly contains another request."""
     whole = (oracle().read(stream + rest, 10_000)[0] for rest in COMPLETIONS)
     return any(len(requests) > found and not may_be_refused(stream, requests[found]) for requests in whole)
 
 
 def may_be_refused(stream: bytes, request: dict[str, Any]) -> bool:
-    """Whether the server's being stricter than the RFC is on purpose, or its parser's."""
+    """Whether the server, or its parser, is stricter than the RFC here on purpose."""
     trailers = {name for name, _ in request["trailers"]}
     if request["may"] or trailers & {b"content-length", b"transfer-encoding"}:
         return True
@@ -101,7 +101,7 @@ def may_be_refused(stream: bytes, request: dict[str, Any]) -> bool:
 def fault(
     stream: bytes, expected: tuple[list[dict[str, Any]], tuple[Any, ...]], outcome: Outcome
 ) -> str | None:
-    """What is wrong with what the server made of a stream; None if nothing is.
+    """The error in the server's reading of a stream, or None.
 
     A server may refuse more than it must, where the oracle has a reason (`may`) or its limits are exceeded. It must
     never take for a request what isn't one, or read one otherwise.
@@ -152,7 +152,7 @@ def test_every_stream_of_the_corpus_is_read_as_the_rfc_has_it() -> None:
 
 @pytest.mark.parametrize("seed", seeds(SEEDS, 3))
 def test_mutations_of_the_corpus_are_read_as_the_rfc_has_it(seed: int) -> None:
-    """Streams with a few changes, which nobody has thought of."""
+    """Streams with a few random changes."""
     rng = random.Random(seed)
     originals = [stream for _, stream in corpus() if len(stream) < 5000]
     streams = [

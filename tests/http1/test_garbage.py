@@ -1,4 +1,4 @@
-"""Nothing waits for the garbage collector: it is off, and all dies by reference count."""
+"""With the garbage collector off, everything is freed by reference count."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Upload(web.RequestHandler):
 
 
 class Kept(RawDelegate):
-    """Refers to its request, as most delegates will; so release must break the circle."""
+    """Refers to its request, as most delegates do, so that `release` has to break the cycle."""
 
     def __init__(self, request: Request) -> None:
         self.request = request

@@ -16,7 +16,7 @@ from keypool.config.proxies import TrustedProxies
 
 
 class Echo(web.RequestHandler):
-    """Tells what it saw of the request."""
+    """Answers with what it received of the request."""
 
     async def prepare(self) -> None:
         self.set_header("Content-Type", "application/json")
@@ -113,7 +113,7 @@ class Upload(web.RequestHandler):
 
 
 class Hang(web.RequestHandler):
-    """Answers when told to; says when the client left."""
+    """Answers when an event is set; records when the client disconnects."""
 
     def initialize(self, log: list[str], release: asyncio.Event) -> None:
         self.log = log
@@ -159,14 +159,14 @@ async def test_a_request_arrives_as_it_was_sent(kind: str) -> None:
     async with serve(kind, State().application) as served:
         client = await served.connect()
         answer = await client.get("/echo?a=1&a=%C3%A9&b=", "X-One: 1", "x-one:  2 ", "X-Empty:")
-        told = answer.body.decode()
+        echoed = answer.body.decode()
         assert answer.status == 200
-        assert '"uri": "/echo?a=1&a=%C3%A9&b="' in told
-        assert '"arguments": {"a": ["1", "\\u00e9"], "b": [""]}' in told
-        assert '["X-One", "1"], ["X-One", "2"]' in told
-        assert '["X-Empty", ""]' in told
-        assert '"ip": "127.0.0.1"' in told
-        assert '"version": "HTTP/1.1"' in told
+        assert '"uri": "/echo?a=1&a=%C3%A9&b="' in echoed
+        assert '"arguments": {"a": ["1", "\\u00e9"], "b": [""]}' in echoed
+        assert '["X-One", "1"], ["X-One", "2"]' in echoed
+        assert '["X-Empty", ""]' in echoed
+        assert '"ip": "127.0.0.1"' in echoed
+        assert '"version": "HTTP/1.1"' in echoed
 
 
 async def test_answers_carry_date_and_length(kind: str) -> None:
@@ -245,7 +245,7 @@ async def test_http_1_0_gets_no_chunks_and_a_close(kind: str) -> None:
 
 
 async def test_http_1_0_keeps_alive_on_request(kind: str) -> None:
-    """An HTTP/1.0 client that asks for keep-alive gets it, and is told."""
+    """An HTTP/1.0 client that asks for keep-alive gets it, and a header that announces it."""
     async with serve(kind, State().application) as served:
         client = await served.connect()
         for _ in range(3):
@@ -312,7 +312,7 @@ async def test_prepare_may_refuse_before_the_body(kind: str) -> None:
         assert "post" not in state.log
 
 
-async def test_a_client_that_leaves_mid_body_is_reported(kind: str) -> None:
+async def test_a_disconnect_in_the_body_is_reported(kind: str) -> None:
     """`on_connection_close` runs if the connection ends before the body does."""
     state = State()
     async with serve(kind, state.application) as served:
@@ -324,8 +324,8 @@ async def test_a_client_that_leaves_mid_body_is_reported(kind: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "half_close", "reset"])
-async def test_a_client_that_leaves_before_the_answer_is_reported(kind: str, how: str) -> None:
-    """However it leaves, also if it only ends its sending side."""
+async def test_a_disconnect_before_the_answer_is_reported(kind: str, how: str) -> None:
+    """By a close, a reset, or the end of its sending side alone."""
     state = State()
     async with serve(kind, state.application) as served:
         client = await served.connect()
@@ -430,7 +430,7 @@ async def test_a_bare_delegate_answers(kind: str) -> None:
         assert (await client.post("/", b"again")).body == b"you said again"
 
 
-async def test_a_delegate_learns_of_closed_connections() -> None:
+async def test_a_delegate_is_notified_of_closed_connections() -> None:
     """`on_close` is called once a connection, as its interface says (Tornado's server forgets)."""
     application = Bare(lambda message: message.connection.finish())
     async with serve("http1", application) as served:
@@ -511,17 +511,17 @@ async def test_writes_to_a_gone_client_fail_without_noise(kind: str) -> None:
 
 
 async def test_a_trusted_proxy_names_the_peer() -> None:
-    """Its two headers count, per request; those of anybody else do not."""
+    """Its two headers are applied to each request; those of other peers are ignored."""
     lines = ("X-Forwarded-For: 9.9.9.9, 8.8.8.8, 10.0.0.1", "X-Forwarded-Proto: http, https")
     application = State().application
     async with serve("http1", application, trusted=TrustedProxies("127.0.0.1, 10.0.0.1")) as served:
         client = await served.connect()
-        told = (await client.get("/echo", *lines, "X-Real-Ip: 7.7.7.7", "X-Scheme: http")).body
-        assert b'"ip": "8.8.8.8"' in told
-        assert b'"protocol": "https"' in told
-        told = (await client.get("/echo", "X-Forwarded-For: nonsense", "X-Forwarded-Proto: ftp")).body
-        assert b'"ip": "127.0.0.1"' in told
-        assert b'"protocol": "http"' in told
+        echoed = (await client.get("/echo", *lines, "X-Real-Ip: 7.7.7.7", "X-Scheme: http")).body
+        assert b'"ip": "8.8.8.8"' in echoed
+        assert b'"protocol": "https"' in echoed
+        echoed = (await client.get("/echo", "X-Forwarded-For: nonsense", "X-Forwarded-Proto: ftp")).body
+        assert b'"ip": "127.0.0.1"' in echoed
+        assert b'"protocol": "http"' in echoed
     for trusted in (None, TrustedProxies("10.0.0.1")):
         async with serve("http1", application, trusted=trusted) as served:
             client = await served.connect()

@@ -1,4 +1,4 @@
-"""What a hostile or broken peer sends is refused, and nothing of it is served."""
+"""Malformed requests of hostile or broken peers are refused, and no part of them is served."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ class Raw(RawDelegate):
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "handler"])
 @pytest.mark.parametrize("name", REFUSED)
-async def test_it_is_refused(name: str, raw: bool) -> None:
-    """400, said to be the last, nothing served of it or behind it, and an orderly end."""
+async def test_malformed_requests_are_refused(name: str, raw: bool) -> None:
+    """400 with Connection: close, an orderly end, and nothing served of the request or behind it."""
     application = Application(raw)
     async with serve("http1", application) as served:
         client = await served.connect()
@@ -167,7 +167,7 @@ async def test_it_is_refused(name: str, raw: bool) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_it_is_refused_in_turn(name: str) -> None:
+async def test_malformed_requests_behind_good_ones_are_refused_in_turn(name: str) -> None:
     """Behind good requests, these are answered first, byte by byte as well."""
     application = Application(raw=False)
     async with serve("http1", application) as served:
@@ -200,8 +200,8 @@ async def test_it_is_refused_in_turn(name: str) -> None:
         "a chunk longer than its size",
     ],
 )
-async def test_both_servers_refuse(kind: str, name: str) -> None:
-    """The classics of smuggling are 400 on either server."""
+async def test_both_servers_refuse_smuggling(kind: str, name: str) -> None:
+    """The well-known ways of smuggling are 400 on either server."""
     application = Application(raw=False)
     async with serve(kind, application) as served:
         client = await served.connect()
@@ -344,7 +344,7 @@ async def test_other_forms_of_target_reach_the_application(line: str) -> None:
 
 
 async def test_trailers_are_dropped() -> None:
-    """They are read, and are no headers: of this request, or of the next."""
+    """They are read, but don't become headers of this request, or of the next."""
     heads = []
 
     class Asked(Application):
@@ -365,7 +365,7 @@ async def test_trailers_are_dropped() -> None:
 
 
 async def test_a_body_behind_an_upgrade_smuggles_nothing() -> None:
-    """llhttp takes such a body for another protocol; it must be read as the body it is."""
+    """llhttp takes such a body for another protocol; the server must read it as a body."""
     application = Application(raw=True)
     upgrade = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
     async with serve("http1", application) as served:
@@ -416,7 +416,7 @@ async def test_what_follows_connection_close_is_not_served() -> None:
 )
 @pytest.mark.parametrize("rude", [True, False], ids=["reset", "end"])
 async def test_truncated_requests_end_quietly(data: bytes, rude: bool) -> None:
-    """A peer that leaves in the midst of a request is forgotten, and nothing was served."""
+    """If a peer disconnects in the middle of a request, the connection ends and nothing is served."""
     application = Application(raw=False)
     async with serve("http1", application) as served:
         client = await served.connect()
@@ -453,7 +453,7 @@ async def test_truncated_requests_end_quietly(data: bytes, rude: bool) -> None:
 )
 @pytest.mark.parametrize("step", [1000, 10_000, 1_000_000])
 async def test_too_much_is_refused(name: str, data: bytes, status: int, step: int) -> None:
-    """In whatever pieces it comes; and the answer arrives though all was sent."""
+    """In whatever pieces it comes; and the answer arrives although the client has sent everything."""
     application = Application(raw=False)
     async with serve("http1", application) as served:
         client = await served.connect()
@@ -493,7 +493,7 @@ async def test_a_large_head_behind_other_bytes_is_served() -> None:
             assert (await client.response()).status == 200
 
 
-async def test_own_limits_hold() -> None:
+async def test_each_limit_can_be_set() -> None:
     """Each bound can be set."""
     limits = Limits(head_bytes=100, header_count=3, body_bytes=5)
     async with serve("http1", Application(raw=True), limits=limits) as served:

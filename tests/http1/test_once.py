@@ -1,4 +1,4 @@
-"""Every byte is read once, and what becomes of it doesn't depend on how the bytes are cut.
+"""Every byte is read once, and the result doesn't depend on how the bytes are cut.
 
 KEYPOOL_MUTATIONS sets how many mutated streams are read, for a longer run than the suite's.
 """
@@ -63,7 +63,7 @@ def eaten(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 async def read(reader: Reader, pieces: Sequence[bytes], eaten: list[bytes]) -> Outcome:
-    """What becomes of a stream, once it is sure that each byte was consumed once, and all if it didn't end early."""
+    """The outcome of a stream. Fails unless each byte was consumed once, and all of them if it didn't end early."""
     eaten.clear()
     outcome = await reader.read(pieces)
     consumed, stream = b"".join(eaten), b"".join(pieces)
@@ -74,7 +74,7 @@ async def read(reader: Reader, pieces: Sequence[bytes], eaten: list[bytes]) -> O
 
 
 @pytest.mark.parametrize("seed", seeds(SEEDS, 3))
-def test_cuts_change_nothing(seed: int, eaten: list[bytes]) -> None:
+def test_mutated_streams_are_read_alike_however_they_are_cut(seed: int, eaten: list[bytes]) -> None:
     """Mutated streams whole, byte by byte, cut behind each head, and at random: the same requests, the same end."""
     rng = random.Random(seed)
 

@@ -18,7 +18,7 @@ def ok(body: bytes, *lines: bytes) -> bytes:
 
 
 class Kept(RawDelegate):
-    """Keeps a request until the test answers it, and notes what it is told."""
+    """Keeps a request until the test answers it, and records the calls of its methods."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -86,7 +86,7 @@ async def test_a_raw_request_shows_what_was_sent() -> None:
 
 
 async def test_raw_and_tornado_requests_share_a_connection() -> None:
-    """What the raw path leaves goes the Tornado way, in order."""
+    """Requests that aren't taken raw go through Tornado's interfaces, in order."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
         await client.send((request("/now") + request("/plain")) * 3)
@@ -114,7 +114,7 @@ async def test_a_raw_body_comes_whole(size: int) -> None:
             assert (await client.response()).body == b"thanks"
 
 
-async def test_closing_is_announced_where_it_is_due() -> None:
+async def test_a_connection_header_is_added_where_it_is_due() -> None:
     """The server puts Connection into raw answers: by the client's wish, or the application's."""
 
     def end(got: Request) -> RawDelegate:
@@ -175,8 +175,8 @@ async def test_the_next_request_does_not_start_inside_an_answer() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "half_close", "reset"])
-async def test_a_waiting_request_learns_that_its_client_left(how: str) -> None:
-    """`closed` is called once; answering then does nothing."""
+async def test_a_waiting_request_is_notified_of_a_disconnect(how: str) -> None:
+    """`hung_up` is called once; answering then does nothing."""
     application = Application()
     async with serve("http1", application) as served:
         client = await served.connect()
@@ -194,8 +194,8 @@ async def test_a_waiting_request_learns_that_its_client_left(how: str) -> None:
         got.respond(ok(b"too late"))
 
 
-async def test_a_client_that_leaves_mid_body_is_reported() -> None:
-    """`closed` without `body`."""
+async def test_a_disconnect_in_the_body_is_reported() -> None:
+    """`hung_up` is called, and `run` is not."""
     application = Application()
     async with serve("http1", application) as served:
         client = await served.connect()
@@ -253,7 +253,7 @@ async def test_raw_requests_get_100_continue() -> None:
 
 @pytest.mark.parametrize("size", [262_145, 10_000_000])
 async def test_a_raw_body_over_the_limit_is_refused(size: int) -> None:
-    """The delegate is told that it is over, and the server answers."""
+    """`too_large` is called, and the server answers."""
     application = Application()
     async with serve("http1", application) as served:
         client = await served.connect()
@@ -305,7 +305,7 @@ async def test_a_failing_application_is_answered_for() -> None:
             assert await client.closed()
 
 
-async def test_refusals_look_as_the_application_likes() -> None:
+async def test_the_application_makes_the_answers_to_refusals() -> None:
     """`on_refused` gets what is known of the request; None gives a bare answer."""
     seen: list[Refusal] = []
 

@@ -1,4 +1,4 @@
-"""A header section that was read before is not read again, and nobody can tell by the answers."""
+"""A header section that was read before is not parsed again, and the answers are the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return pieces
 
 
-async def told(client: Client, data: bytes) -> bytes:
+async def ask(client: Client, data: bytes) -> bytes:
     """Send a request whole; the body of its answer."""
     await client.send(data)
     answer = await client.response()
@@ -44,15 +44,15 @@ async def test_a_second_request_with_the_same_lines_is_not_parsed(parsed: list[b
     """Whatever its method, target and body, and on whichever connection."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
-        assert await told(client, PLAIN + b"abc") == b"POST /raw 3"
-        assert await told(client, BARE) == b"GET /raw 0"
+        assert await ask(client, PLAIN + b"abc") == b"POST /raw 3"
+        assert await ask(client, BARE) == b"GET /raw 0"
         assert parsed == [PLAIN + b"abc", BARE]
         other = await served.connect()
         for target in (b"/raw", b"/raw/~a:b.c-d_e?f=1&g=%20", b"/late", b"/told"):
             for who in (client, other):
-                shown = await told(who, PLAIN.replace(b"/raw", target) + b"xyz")
+                shown = await ask(who, PLAIN.replace(b"/raw", target) + b"xyz")
                 assert shown == b"POST %b 3" % target
-                shown = await told(who, BARE.replace(b"GET /raw", b"DELETE " + target))
+                shown = await ask(who, BARE.replace(b"GET /raw", b"DELETE " + target))
                 assert shown == b"DELETE %b 0" % target
         assert parsed == [PLAIN + b"abc", BARE]
 
@@ -68,7 +68,7 @@ async def test_what_is_not_the_same_is_parsed(parsed: list[bytes]) -> None:
             BARE.replace(b"/raw", b"http://localhost/raw"),
             BARE.replace(b"Host", b"HOST"),
         ):
-            await told(client, data)
+            await ask(client, data)
             assert parsed[-1] == data
         await client.send(BARE.replace(b"HTTP/1.1", b"HTTP/1.0"))
         assert (await client.response())["content-length"] == "10"
@@ -95,32 +95,32 @@ async def test_lines_that_decide_about_more_than_the_request_are_parsed(
 @pytest.mark.parametrize(
     "before", [b"P", b"PO", b"POST", b"POST /raw", b"\r\nP", b"\0", b"GET /r HTTP/1.1\r\nA"]
 )
-async def test_a_known_request_behind_a_part_of_another_is_no_request(before: bytes) -> None:
+async def test_a_cached_request_behind_a_part_of_another_is_not_taken(before: bytes) -> None:
     """The bytes before it belong to it, and make nonsense of it."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
         for _ in range(2):
-            await told(client, BARE)
+            await ask(client, BARE)
         await client.dribble(before, BARE)
         received = await client.ended()
         assert received.count(b"HTTP/1.1 ") == 1
         assert received.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 "))
 
 
-async def test_a_known_request_inside_a_body_is_a_body() -> None:
+async def test_a_cached_request_inside_a_body_is_not_taken() -> None:
     """Even where the body comes in reads of its own."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
         for _ in range(2):
-            await told(client, BARE)
+            await ask(client, BARE)
         head = PLAIN.replace(b"Length: 3", b"Length: %d" % (2 * len(BARE)))
         await client.dribble(head, BARE, BARE)
         assert (await client.response()).body == b"POST /raw %d" % (2 * len(BARE))
-        assert await told(client, BARE) == b"GET /raw 0"
+        assert await ask(client, BARE) == b"GET /raw 0"
 
 
 @pytest.mark.parametrize("seed", range(40))
-async def test_known_or_not_the_answers_are_the_same(seed: int) -> None:
+async def test_cached_requests_are_answered_as_others(seed: int) -> None:
     """Many requests with few sets of lines, a read each, cut anywhere, or all at once."""
     rng = random.Random(seed)
     sections = [
@@ -146,37 +146,37 @@ async def test_known_or_not_the_answers_are_the_same(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_hostile_requests_are_refused_behind_known_ones(name: str) -> None:
-    """Twice, lest the first has taught the server anything."""
+async def test_hostile_requests_are_refused_behind_cached_ones(name: str) -> None:
+    """Twice, in case the server caches anything of the first."""
     async with serve("http1", Application()) as served:
         for _ in range(2):
             client = await served.connect()
-            await told(client, SMUGGLED.replace(b"/smuggled", b"/raw"))
+            await ask(client, SMUGGLED.replace(b"/smuggled", b"/raw"))
             await client.dribble(REFUSED[name], SMUGGLED)
             received = await client.ended()
             assert received.startswith(b"HTTP/1.1 4")
             assert b"smuggled" not in received
 
 
-async def test_few_sections_are_remembered() -> None:
-    """However many strangers send, and none that is long."""
+async def test_the_cache_is_bounded() -> None:
+    """It keeps a limited number of sections, and no long ones."""
     async with serve("http1", Application()) as served:
         client = await served.connect()
         sections = served.server.sections
         for number in range(1200):
-            await told(client, request("/raw", f"X: {number}", method="GET"))
+            await ask(client, request("/raw", f"X: {number}", method="GET"))
         assert 0 < len(sections._by_lines) <= 512
         assert 0 < len(sections._by_bytes) <= 512
         sections._by_lines.clear()
         sections._by_bytes.clear()
         for _ in range(2):
-            await told(client, request("/raw", "X: " + 1100 * "y", method="GET"))
+            await ask(client, request("/raw", "X: " + 1100 * "y", method="GET"))
         assert not sections._by_lines
         assert not sections._by_bytes
 
 
 async def test_a_body_over_the_limit_is_not_taken_past_the_parser() -> None:
-    """The application's limit for one request is no rule for the next."""
+    """A body limit that the application sets for one request does not apply to the next."""
 
     class Lenient(Application):
         def start_raw_request(self, request: Request) -> RawDelegate | None:
@@ -188,6 +188,6 @@ async def test_a_body_over_the_limit_is_not_taken_past_the_parser() -> None:
         large = request("/raw/large", method="POST", body=100 * b"x")
         client = await served.connect()
         for _ in range(2):
-            assert await told(client, large) == b"POST /raw/large 100"
+            assert await ask(client, large) == b"POST /raw/large 100"
         await client.send(large.replace(b"/raw/large", b"/raw/small"))
         assert (await client.response()).status == 413

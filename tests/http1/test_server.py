@@ -112,7 +112,7 @@ async def test_idle_connections_close_at_once_and_busy_ones_behind_their_answer(
 
 
 async def test_what_takes_too_long_is_cut() -> None:
-    """After its timeout `close_all_connections` is over, come what may."""
+    """After its timeout `close_all_connections` returns in any case."""
     application = Application()
     async with serve("http1", application) as served:
         client = await served.connect()
@@ -124,7 +124,7 @@ async def test_what_takes_too_long_is_cut() -> None:
         assert application.kept[0].is_closed
 
 
-async def test_a_server_may_end_before_it_began() -> None:
+async def test_a_server_may_stop_before_it_accepts() -> None:
     """`stop` right behind `add_sockets` closes the sockets."""
     server = Server(Application())
     (sock,) = sockets = bind_sockets(0, "127.0.0.1")

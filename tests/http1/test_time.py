@@ -203,7 +203,7 @@ async def test_connections_are_bounded() -> None:
 
 
 @pytest.mark.logs_errors
-async def test_a_connection_that_fails_when_it_is_looked_at_ends_nobody_elses_time() -> None:
+async def test_a_connection_that_fails_in_the_sweep_does_not_end_the_sweep() -> None:
     """It is cut and logged, once; the others are closed when their time has passed."""
 
     class Failing(Connection):

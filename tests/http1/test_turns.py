@@ -1,4 +1,4 @@
-"""Time is shared out fairly: among connections with much to do, and so that little never waits for much."""
+"""Time is shared fairly among connections with a backlog, and others don't wait for these."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def test_a_turn_ends_when_its_time_is_used_up() -> None:
     assert [flow.answered_at for flow in flows] == sorted(flow.answered_at for flow in flows)
 
 
-def test_a_long_call_ends_the_turn_and_is_owed() -> None:
-    """What can't be interrupted is the last of its turn, and its caller has to let others pass for it."""
+def test_a_long_call_ends_the_turn_and_leaves_a_debt() -> None:
+    """A call that can't be interrupted is the last of its turn, and its connection then waits for others."""
     loop = Loop()
     long, other = Flow(loop, 3 * BUDGET), Flow(loop, SHORT)
     loop.iterate((long, other))
@@ -136,8 +136,8 @@ def test_a_long_call_ends_the_turn_and_is_owed() -> None:
     assert long.served == 2
 
 
-def test_one_that_fails_takes_nobody_along() -> None:
-    """Its exception is the loop's to report; the turns go on."""
+def test_an_exception_does_not_end_the_turns() -> None:
+    """The loop reports the exception, and the others are served."""
     loop = Loop()
 
     class Failing(Flow):

@@ -196,7 +196,7 @@ async def test_a_refused_upgrade_goes_on_as_http(path: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half_close"])
-async def test_a_websocket_learns_that_its_client_left(kind: str, how: str) -> None:
+async def test_a_websocket_is_notified_of_a_disconnect(kind: str, how: str) -> None:
     """`on_close` is called, without a close frame too."""
     log: list[str] = []
     async with serve(kind, application(log)) as served:
@@ -210,7 +210,7 @@ async def test_a_websocket_learns_that_its_client_left(kind: str, how: str) -> N
 
 
 async def test_a_client_that_leaves_before_the_101_is_no_error() -> None:
-    """The handler gets a closed stream, and is told once."""
+    """The handler gets a closed stream, and is notified once."""
     log: list[str] = []
     go = asyncio.Event()
 
@@ -290,8 +290,8 @@ async def test_a_socket_can_be_taken_without_upgrade(kind: str) -> None:
         assert await client.ended() == b"abc"
 
 
-async def test_a_socket_is_not_given_away_with_bytes_missing() -> None:
-    """Where bytes behind the request were parsed already, `detach` says so."""
+async def test_a_socket_is_not_detached_with_bytes_missing() -> None:
+    """If bytes behind the request were parsed already, `detach` raises."""
     async with serve("http1", application([])) as served:
         client = await served.connect()
         await client.send(request("/takeover?slow") + request("/plain"))

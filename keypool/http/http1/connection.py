@@ -1,21 +1,20 @@
 """One connection: it has a reader, a writer and a queue of requests, and serves these one after the other.
 
 Requests are answered in order: the next is started when the answer before it is complete and the peer keeps up with
-reading. That is less than HTTP allows (they could be worked on at once), but it is what Tornado does, it orders the
-effects as well as the answers, and it bounds the memory: a connection parses ahead only a little, holds at most one
-read of bytes unparsed, and then stops reading. A peer that pipelines many requests gets them served in turns with
-other peers (see `turns`).
+reading. HTTP would allow working on several at once, but Tornado does the same, it orders the effects as well as the
+answers, and it bounds the memory: a connection parses ahead only a little, holds at most one read of bytes unparsed,
+and then stops reading. A peer that pipelines many requests gets them served in turns with other peers (see `turns`).
 
-A request that is `current` was given to the application: first to `start_raw_request`, if there is that, else the
-Tornado way. Reading goes on while an answer is pending, so that a disconnect is noticed. A peer that half-closes is
-treated as disconnected, as in Tornado.
+The `current` request is the one that was given to the application: to `start_raw_request`, if there is one, or through
+Tornado's interfaces. Reading goes on while an answer is pending, so that a disconnect is noticed. A peer that
+half-closes is treated as disconnected, as in Tornado.
 
 States of a connection (those of its reader are in `reader`):
 
     OPEN       requests are read and answered
-    LINGERING  the last answer is written and the sending side shut: what still comes is dropped, within bounds. A
+    LINGERING  the last answer is written and the sending side shut: what still arrives is dropped, within bounds. A
                plain close would reset the connection, and a peer that is still sending would never see the answer
-    CLOSING    the transport was told to close: what is written is sent, or dropped after a cut
+    CLOSING    the transport is closing: what is written is sent, or dropped after a cut
     GONE       the transport is closed, or was handed over as a stream
 
     OPEN --(`_linger`: answered, but more may come)--> LINGERING
@@ -24,8 +23,8 @@ States of a connection (those of its reader are in `reader`):
     LINGERING --(the peer ends)--> CLOSING
     any  --(`connection_lost`; OPEN only: `detach`)--> GONE
 
-There are no timers here: `deadline` is looked at by the server's sweep. It belongs to writing while the peer doesn't
-read, to the body of the current request, to the head that is coming in, or to idleness, in this order.
+There are no timers here: the server's sweep checks `deadline`. It is, by the first of these that applies, the deadline
+of writing while the peer doesn't read, of the current request's body, of the head that is coming in, or of idleness.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ _HIGH = 64 * 1024  # bytes of bodies held before reading stops
 
 
 class Connection(asyncio.Protocol):
-    """One peer and its requests, of which `current` may be answered."""
+    """One peer and its requests. Only `current`, if it isn't None, may be answered."""
 
     __slots__ = (
         "_busy",
@@ -97,23 +96,23 @@ class Connection(asyncio.Protocol):
         self.peer: Peer
         self._transport: asyncio.Transport
         self._writer: Writer
-        self.current: Request | None = None  # the one that may be answered
-        self._queue: deque[Request] = deque()  # those behind it
+        self.current: Request | None = None
+        self._queue: deque[Request] = deque()  # the requests behind it
         self._refusal: Refusal | None = None  # to be answered behind the queue
         self._held: bytes | memoryview = b""  # read, not yet parsed
-        self._busy = False  # inside the parser or the queue: these go on by themselves
-        self._in_head = True  # a connection's first head has its time from the opening
+        self._busy = False  # in `data_received` or `run`, which start the next request themselves
+        self._in_head = True  # the deadline is a head's; that of the first head begins with the connection
         self._read_paused = False
         self._scheduled = False  # queued for a later turn
         self._turns = server.turns
-        self._until = 0.0  # when this connection has had its quantum
+        self._until = 0.0  # when this connection's quantum ends, by the clock of the turns
         self._lingered = 0  # bytes that came behind the last request
         self.debt = 0.0  # see `turns.Served`
 
     # -- called by the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, unless there are too many connections."""
+        """Set the connection up, or close it if there are too many."""
         self._transport = cast(asyncio.Transport, transport)
         self._writer = Writer(self.server, self._transport)
         self.peer = Peer(transport.get_extra_info("peername"), self.server.trusted)
@@ -148,7 +147,7 @@ class Connection(asyncio.Protocol):
             turns.left -= seconds
             if seconds > QUANTUM or turns.left < 0:
                 turns.overrun(self, seconds)
-            return  # answered: that has settled all
+            return  # answered, and `_done` has set the deadline
         if self._queue or consumed != len(data) or self._refusal is not None:
             self._held = data[consumed:]
             self._work()
@@ -164,7 +163,7 @@ class Connection(asyncio.Protocol):
         elif self.state > LINGERING:
             return
         elif self.reader.state > HOLDING:
-            self._lingered += len(data)  # that there was any is a reason to linger, see `done`
+            self._lingered += len(data)  # a reason to linger, see `_done`
         else:
             self._held = bytes(self._held) + data if self._held else data
             if self.reader.state == READING and not self._scheduled:
@@ -185,7 +184,7 @@ class Connection(asyncio.Protocol):
             self._await_closing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Notify the application, and let go of everything."""
+        """Notify the application, and drop all references."""
         if self.state != GONE:
             self.state = GONE
             self._leave()
@@ -199,17 +198,17 @@ class Connection(asyncio.Protocol):
         self.deadline = self.server.clock + self.limits.write_seconds
 
     def resume_writing(self) -> None:
-        """The peer has read: start what had to wait for that."""
+        """The peer has read: start what was waiting for that."""
         self._writer.resume()
         if self.state == OPEN:
-            self._in_head = False  # whatever has come of a head meanwhile: its time begins now
+            self._in_head = False  # the time limit of a head that has begun meanwhile starts now
             self.deadline = self.server.clock + self.limits.idle_seconds
             self._schedule()
 
     # -- called by the sweep, and by a graceful shutdown
 
     def expire(self) -> None:
-        """Do what is due when `deadline` has passed."""
+        """End the connection, since `deadline` has passed: with 408 if a request had begun."""
         if self.state != OPEN or self._writer.paused:
             self.cut()
         elif self.current is not None or self.reader.begun:
@@ -219,7 +218,7 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def shut_down(self) -> None:
-        """Close now if idle, else behind the answer under way."""
+        """Close now if idle, else after the answer in progress."""
         self.disable_keep_alive()
         current = self.current
         if current is None:
@@ -244,7 +243,7 @@ class Connection(asyncio.Protocol):
         return self._writer.unsent()
 
     def probe_eof(self) -> None:
-        """Resume reading once although enough is held, while an answer is pending: a disconnect comes behind that."""
+        """Read once more although reading is paused, if an answer is pending: else a disconnect would go unnoticed."""
         current = self.current
         if self._read_paused and current is not None and current.received and not self._writer.paused:
             self._read_paused = False
@@ -253,7 +252,7 @@ class Connection(asyncio.Protocol):
     # -- called by the turns
 
     def run(self) -> None:
-        """Go on with what is queued and held, for a quantum."""
+        """Work on what is queued and held, for a quantum."""
         self._scheduled = False
         if self.state == OPEN:
             self._busy = True
@@ -269,17 +268,17 @@ class Connection(asyncio.Protocol):
             self._turns.queue(self, backlog=backlog)
 
     def _try_cached_held(self) -> None:
-        """Spare the parser a single request that had to wait."""
+        """Take a request that had to wait from the cache, as `data_received` would have."""
         held = self._held
         idle = self.current is None and not self._queue
         if held and type(held) is bytes and self.reader.state == READING and idle:
             self._held = b""
             end = self.reader.try_cached(held)
-            if self._reads():  # else nothing more is wanted
+            if self._reads():  # else the rest is dropped
                 self._held = held[end:]
 
     def _work(self) -> None:
-        """Start what is queued and parse what is held, as far as may be now."""
+        """Start what is queued and parse what is held, until the quantum or a bound is reached."""
         self._run_queue()
         while self._held and self._reads() and not self._congested():
             if self._turns.clock() >= self._until:
@@ -287,7 +286,7 @@ class Connection(asyncio.Protocol):
                 break
             held = memoryview(self._held)
             consumed = self.reader.feed(held[: self.reader.piece])
-            if self._held:  # else nothing more is wanted
+            if self._held:  # else `_stop_reading` was called meanwhile, and the rest is dropped
                 self._held = held[consumed:] or b""
             self._run_queue()
 
@@ -295,7 +294,7 @@ class Connection(asyncio.Protocol):
         return self.state == OPEN and self.reader.state == READING
 
     def _run_queue(self) -> None:
-        """Start requests while none is under way, and answer a refusal behind the last."""
+        """Start requests while there is no current one, and answer a refusal after the last."""
         queue = self._queue
         while queue and self.current is None and not self._writer.paused and self.state == OPEN:
             if queue[0].upgrade and not self._writer.sent_all():
@@ -337,7 +336,7 @@ class Connection(asyncio.Protocol):
         elif not (held or reader.incoming or self._queue):
             pause = False
         else:
-            # What only waits for its turn, and is small, costs less to hold than to stop reading for.
+            # Pausing and resuming costs more than holding a few bytes that only wait for the connection's turn.
             pause = held > reader.piece or (held > 0 and not self._scheduled) or self._congested()
         if pause != self._read_paused:
             self._read_paused = pause
@@ -349,7 +348,7 @@ class Connection(asyncio.Protocol):
     # -- called by the reader
 
     def request_started(self, request: Request) -> None:
-        """Start a request if it is its turn; an upgrade waits until all before it is sent."""
+        """Start a request if its turn has come, else queue it. An upgrade waits until all before it are answered."""
         self.server.began += 1
         self._in_head = False
         if (
@@ -364,7 +363,7 @@ class Connection(asyncio.Protocol):
             self._queue.append(request)
 
     def advance(self, request: Request) -> None:
-        """Hand over what has come of a body, and its end; be done with a request that was answered early."""
+        """Hand over what has come of the body, and its end; finish a request that was answered before its end."""
         if request is not self.current:
             return
         if request.answered:
@@ -381,7 +380,7 @@ class Connection(asyncio.Protocol):
             self._failed(request, error)
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer by the server itself, in order, and end the connection."""
+        """Answer with a refusal, after the requests before it, and end the connection."""
         broken = self.reader.incoming
         self._stop_reading()
         if broken is not None and broken is self.current:
@@ -394,7 +393,7 @@ class Connection(asyncio.Protocol):
             self._schedule()
 
     def too_large(self, request: Request) -> bool:
-        """Let a raw delegate answer a request whose body is too large; whether it has."""
+        """Let a raw delegate answer a request whose body is too large. True if it has."""
         if request.delegate is not None and not request.answered:
             try:
                 request.delegate.too_large()
@@ -413,7 +412,7 @@ class Connection(asyncio.Protocol):
         if not request.received and request.body is not None:
             self._prepare_early(request)
         if not request.keep_alive or request.http10 or request.method == b"HEAD":
-            response = _dress(request, response)
+            response = _adapted(request, response)
         writer = self._writer
         writer.put(response)
         if writer.failed:
@@ -428,11 +427,11 @@ class Connection(asyncio.Protocol):
         writer = self._writer
         writer.put(data)
         if writer.failed:
-            self.state = CLOSING  # the peer is gone: write no more until `connection_lost`
+            self.state = CLOSING  # the peer has disconnected: write no more until `connection_lost`
         return writer.written()
 
     def written(self) -> asyncio.Future[None]:
-        """The future of the writes so far."""
+        """See `Writer.written`."""
         return self._writer.written()
 
     def finished(self, request: Request) -> None:
@@ -446,7 +445,7 @@ class Connection(asyncio.Protocol):
             self._done(request)
 
     def resume(self, future: asyncio.Future[object]) -> None:
-        """Go on with a body whose taker is ready again."""
+        """Continue handing over a body when `future`, for which its delegate had it held back, is done."""
         request = self.current
         if request is None or request.answered:
             return
@@ -460,7 +459,7 @@ class Connection(asyncio.Protocol):
         self._schedule()
 
     def detach(self) -> IOStream:
-        """Hand the socket over as a stream."""
+        """Hand the socket over as a stream. Raises as `Exchange.detach`."""
         request = self.current
         assert request is not None
         reader = self.reader
@@ -482,10 +481,10 @@ class Connection(asyncio.Protocol):
         self.server.forget(self, counted=True)
         return stream
 
-    # -- the request under way
+    # -- the current request
 
     def _start(self, request: Request) -> None:
-        """Give a request to the application, the raw way first."""
+        """Give a request to the application: to `start_raw_request` first, if there is one."""
         self.current = request
         try:
             take = self.server.start_raw
@@ -519,19 +518,19 @@ class Connection(asyncio.Protocol):
                     self._writer.put(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _prepare_early(self, request: Request) -> None:
-        """Decide whether the connection outlives a request answered before its end."""
+        """Decide whether the connection can go on after a request that was answered before its end."""
         body = request.body
         assert body is not None
         body.held = b""
-        if body.deadline == inf:  # nobody has asked for it, and it is to end all the same
+        if body.deadline == inf:  # the body wasn't asked for, but is read to its end
             body.deadline = self.server.clock + self.limits.body_seconds
         spare = self.limits.discarded_bytes
         if body.expects or (body.length is not None and body.length - body.size > spare):
-            request.keep_alive = False  # it is cheaper to end than to read it all
+            request.keep_alive = False  # a new connection is cheaper than reading it all
         body.limit = body.size + spare
 
     def _done(self, request: Request) -> None:
-        """Let go of a request, and end the connection or go on."""
+        """Release a request that is received and answered, then end the connection or go on."""
         self.current = None
         request.connection = request.delegate = request.exchange = None
         if not request.keep_alive:
@@ -569,7 +568,7 @@ class Connection(asyncio.Protocol):
             self._give_up(request, refusal)
 
     def _give_up(self, request: Request, refusal: Refusal) -> None:
-        """Answer in the application's place, if no part of an answer is out."""
+        """Answer in place of the application, unless a part of its answer is sent already, and end the connection."""
         exchange = request.exchange
         silent = request.answered or (exchange is not None and exchange.started)
         self._leave()
@@ -579,7 +578,7 @@ class Connection(asyncio.Protocol):
             self._answer_refusal(refusal)
 
     def _answer_refusal(self, refusal: Refusal) -> None:
-        """Answer by the server itself, and end."""
+        """Answer with a refusal, and end the connection."""
         if self.state != OPEN:
             return
         gen_log.info("Refused a request from %s: %d %s", self.peer, refusal.status, refusal.detail)
@@ -594,7 +593,7 @@ class Connection(asyncio.Protocol):
         self._held = b""
 
     def _leave(self) -> None:
-        """Let go of all requests, and notify the one under way that no answer can arrive."""
+        """Release all requests, and notify the current one that no answer can reach the peer."""
         current, self.current = self.current, None
         self._stop_reading()
         self._queue.clear()
@@ -613,7 +612,7 @@ class Connection(asyncio.Protocol):
                 app_log.error("Uncaught exception", exc_info=True)
 
     def _close(self) -> None:
-        """End the connection when what is written has been sent; a peer that doesn't take it in is cut."""
+        """End the connection when what is written has been sent. A peer that doesn't read it in time is cut."""
         if self.state == OPEN:
             self._writer.flush()
             self._await_closing()
@@ -624,14 +623,14 @@ class Connection(asyncio.Protocol):
         self.deadline = self.server.clock + self.limits.write_seconds
 
     def _linger(self) -> None:
-        """End the connection when what is written has been received, or within bounds."""
+        """Shut the sending side, and end the connection when the peer does, within bounds; see LINGERING."""
         if self.state == OPEN:
             self._writer.flush()
             self.state = LINGERING
             self.deadline = self.server.clock + self.limits.linger_seconds
             try:
                 self._transport.write_eof()
-            except OSError:  # the peer has gone already, and asyncio's shutdown raises that
+            except OSError:  # the peer has disconnected already, so that asyncio's shutdown fails
                 self.cut()
             else:
                 self._transport.resume_reading()
@@ -646,9 +645,9 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-def _dress(request: Request, response: bytes) -> bytes:
+def _adapted(request: Request, response: bytes) -> bytes:
     if request.method == b"HEAD":
         response = without_body(response)
-    if request.http10:  # closes unless it is told otherwise
+    if request.http10:  # without a Connection header it means close
         return with_connection(response, b"Keep-Alive") if request.keep_alive else response
     return response if request.keep_alive else with_connection(response, b"close")

@@ -1,4 +1,4 @@
-"""Admits or rejects connections, in all and per address, and picks what to cut when memory runs out."""
+"""Limits open connections, in all and per address, and picks those to cut when unfinished requests hold too much."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from keypool.config.limits import Limits, allowed_connections
 
-_WARN_EVERY = 60.0  # seconds between two lines about connections that were refused
+_WARN_EVERY = 60.0  # seconds between two log lines about rejected connections, at least
 _log = logging.getLogger("keypool.connections")
 
 Held = TypeVar("Held")
@@ -23,8 +23,8 @@ class ConnectionLimiter:
         self._limits = limits
         self.most = allowed_connections(limits)
         """Connections that may be open at a time."""
-        self._trusted = trusted  # proxies: many callers share their addresses
-        self._inside: dict[str, int] = {}
+        self._trusted = trusted  # proxies, which have no limit: many callers share their addresses
+        self._open: dict[str, int] = {}
         self._warned_at = -_WARN_EVERY
         self.count = 0
         """Connections that are open."""
@@ -32,28 +32,28 @@ class ConnectionLimiter:
         """Connections that were rejected, since the start."""
 
     def enter(self, address: str) -> bool:
-        """Count one more connection from this address, or reject it: False. O(1)."""
+        """Count one more connection from this address. False, and not counted, if a limit is reached. O(1)."""
         place = _place(address)
-        inside = self._inside.get(place, 0)
-        crowded = place and inside >= self._limits.connections_per_address and address not in self._trusted
+        count = self._open.get(place, 0)
+        crowded = place and count >= self._limits.connections_per_address and address not in self._trusted
         if self.count >= self.most or crowded:
             self.refused += 1
             self._warn(f"a connection from {address} was refused")
             return False
-        self._inside[place] = inside + 1
+        self._open[place] = count + 1
         self.count += 1
         return True
 
     def leave(self, address: str) -> None:
-        """A connection that was counted is closed. O(1)."""
+        """Uncount a connection that is closed. O(1)."""
         place = _place(address)
         self.count -= 1
-        self._inside[place] -= 1
-        if not self._inside[place]:
-            del self._inside[place]
+        self._open[place] -= 1
+        if not self._open[place]:
+            del self._open[place]
 
     def out_of_files(self, error: OSError) -> None:
-        """A connection was closed because there was no file descriptor for it. Logged once a minute at most. O(1)."""
+        """Count a connection closed for lack of a file descriptor. Logged once a minute at most. O(1)."""
         self.refused += 1
         self._warn(f"a connection was closed: {error.strerror}")
 
@@ -65,9 +65,9 @@ class ConnectionLimiter:
 
 
 def largest_first_over_budget(held: Iterable[tuple[int, Held]], limits: Limits) -> list[Held]:
-    """The connections to cut because all together hold more than `unfinished_bytes`: those that hold most.
+    """The connections to cut so that the others hold at most `unfinished_bytes` together, largest first.
 
-    `held` has the bytes of unfinished requests of each connection. O(held), O(held · log held) over the budget.
+    `held` has each connection with the bytes it holds of unfinished requests. O(n), and O(n log n) over the budget.
     """
     sizes = [(size, holder) for size, holder in held if size]
     over = sum(size for size, _ in sizes) - limits.unfinished_bytes
@@ -84,7 +84,7 @@ def largest_first_over_budget(held: Iterable[tuple[int, Held]], limits: Limits) 
 
 
 def _place(address: str) -> str:
-    """The address or IPv6 network that counts as one; empty for what isn't counted: loopback, or not an IP address."""
+    """What connections are counted by: the IPv4 address or IPv6 /64 network. Empty for loopback, which has no limit."""
     try:
         ip = ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,14 +1,14 @@
 """A request answered through Tornado's interfaces.
 
-`Exchange` is the `httputil.HTTPConnection` that a `RequestHandler` knows as `request.connection`. One is made for each
-request that does not go the raw way. It feeds the `HTTPMessageDelegate` (holding the body back while a future it
+`Exchange` is the `httputil.HTTPConnection` that a `RequestHandler` has as `request.connection`. One is made for each
+request that isn't taken raw. It feeds the `HTTPMessageDelegate` (holding the body back while a future that the delegate
 returned is pending) and frames the answer (Content-Length, chunks, 204, 304, HEAD, HTTP/1.0).
 
 Its rules are those of `tornado.http1connection.HTTP1Connection`, which could not be used itself, as it reads from an
-`IOStream`. The futures differ: a write resolves as soon as the transport's buffer is below its high-water mark, and
-then it is one resolved future that all writes of the process share.
+`IOStream`. The futures differ: a write resolves as soon as the transport's buffer is below its high-water mark, and if
+it is so already, all writes return the same resolved future.
 
-It knows nothing of the parser, the queue or the socket: that is `Connection`.
+Parser, queue and socket are the business of `Connection`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Exchange(httputil.HTTPConnection):
     # The request, towards the delegate.
 
     def start(self, delegate: httputil.HTTPMessageDelegate) -> None:
-        """Hand over the headers. Whatever the delegate raises comes out."""
+        """Hand over the headers. Raises whatever the delegate raises."""
         request = self._request
         assert request is not None
         self._delegate = delegate
@@ -62,7 +62,7 @@ class Exchange(httputil.HTTPConnection):
         self._wait(delegate.headers_received(start_line, _headers(request)))
 
     def advance(self) -> None:
-        """Hand over what has come of the body, and its end. Delegate's errors come out."""
+        """Hand over what has come of the body, and its end. Raises whatever the delegate raises."""
         while self._waiting is None and self._delegate is not None:
             request = self._request
             if request is None or request.answered:
@@ -109,7 +109,7 @@ class Exchange(httputil.HTTPConnection):
             app_log.error("Uncaught exception", exc_info=True)
 
     def release(self) -> None:
-        """Let go of everything that could hold this exchange in a cycle."""
+        """Drop all references that could hold this exchange in a cycle."""
         if self._waiting is not None:
             self._waiting.remove_done_callback(self._resume)
             self._waiting.add_done_callback(_retrieve)
@@ -119,11 +119,11 @@ class Exchange(httputil.HTTPConnection):
     # What handlers use.
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
-        """Have `callback` run if the peer leaves between its request and the answer's end."""
+        """Have `callback` run if the peer disconnects between its request and the end of the answer."""
         self._close_callback = callback
 
     def set_max_body_size(self, max_body_size: int) -> None:
-        """Set this request's body limit. In `headers_received` or `prepare`."""
+        """Set this request's body limit, in bytes. Call it in `headers_received` or `prepare`."""
         if self._request is not None:
             self._request.set_max_body_size(max_body_size)
 
@@ -191,16 +191,16 @@ class Exchange(httputil.HTTPConnection):
         delegate = self._delegate
         connection.finished(request)
         if delegate is not None:
-            # Answered before the body was in. Tornado's delegates are promised one of
-            # finish() and on_connection_close(), but not from inside their own answer.
+            # Answered before the body had come. Tornado promises its delegates either finish() or
+            # on_connection_close(), but doesn't call them from inside their own answer.
             connection.loop.call_soon(_dismiss, delegate)
 
     def detach(self) -> IOStream:
-        """Take the socket over; no more HTTP on it. Bytes read already come first.
+        """Hand the socket over as a stream, which begins with bytes that were read already.
 
-        :raises RuntimeError: if bytes behind this request were parsed as HTTP already:
-            only a request with `Connection: Upgrade`, CONNECT, or the last one is safe.
-        :raises StreamClosedError: if there is no descriptor left; the connection is cut.
+        :raises RuntimeError: if bytes behind this request were parsed as HTTP already, which can't happen after
+            `Connection: Upgrade`, CONNECT or a last request.
+        :raises StreamClosedError: if no file descriptor is left; the connection is cut.
         """
         connection = self._connection
         switching = self._switching or []
@@ -263,7 +263,7 @@ def _serialise(start_line: httputil.ResponseStartLine, headers: httputil.HTTPHea
     lines = [f"HTTP/1.1 {start_line.code} {start_line.reason}"]
     try:
         lines += [name + ": " + value for name, value in headers.get_all()]
-    except TypeError:  # bytes still slip into headers here and there
+    except TypeError:  # some handlers set headers as bytes
         lines += [f"{native_str(name)}: {native_str(value)}" for name, value in headers.get_all()]
     breaks = len(lines) - 1
     head = "\r\n".join(lines).encode("latin-1")

@@ -1,22 +1,22 @@
-"""From bytes to requests: the parser, fed in pieces, and what a request may look like.
+"""From bytes to requests: feeds the parser in pieces, and applies this server's own rules to what it accepts.
 
 `RequestReader` has no transport and no loop: it is given bytes, and calls its `RequestSink`, the connection. llhttp,
-through httptools, does the grammar, strictly; no leniency is ever switched on. What it lets through and this server
-does not is refused here: no or several Host, a coding other than chunked, HTTP/0.9 and 2.0, a target that isn't in
-origin form (an absolute form is taken if it names the Host), more than `Limits` allow.
+through httptools, checks the grammar strictly; no leniency is ever switched on. Refused here, although llhttp accepts
+it: a missing or repeated Host, a coding other than chunked, HTTP/0.9 and 2.0, a target that isn't in origin form (an
+absolute form is accepted if it names the Host), and more than `Limits` allow.
 
 httptools has four traits that shape this module:
 
-- It can't be stopped but by an exception in a callback. So bytes go in by pieces of 8 KiB, and one read of many
-  pipelined requests is not parsed further than is wanted.
+- Only an exception in a callback stops it. So bytes go in by pieces of 8 KiB, and a read of many pipelined requests is
+  not parsed further than needed.
 - It doesn't report where in a piece a message begins or ends, nor the first line as it came: neither the protocol's
-  name nor a method that it doesn't know. So a piece is cut up where a message may end, and every message begins a step
-  of its own. What is known of a first line comes from there; and a header section that was read before can be found
-  in the cache there, past the parser. No byte is given to both, or to one of them twice.
+  name nor a method that it doesn't know. So a piece is cut into steps where a message may end, and every message begins
+  with a step of its own. The first line is taken from that step, and so is a header section that is in the cache, which
+  then needs no parser. No byte is given to both, or to one of them twice.
 - It puts split header lines together without a bound. So the bytes of a head are counted as they go in, not only as
   headers come out.
 - After a request with `Connection: Upgrade` it stops even if a body follows. Such a body is read by a new parser that
-  is given its framing; were the rest taken for the next request, a body could smuggle one.
+  is given its framing. If the body were read as the next request, a peer could smuggle one in it.
 
 States of a reader:
 
@@ -25,7 +25,7 @@ States of a reader:
     STOPPED   no further request is wanted: bytes are ignored
 
     READING --(end of an upgrade request)--> HOLDING
-    HOLDING --(it was answered as HTTP: `go_on`)--> READING
+    HOLDING --(the request was answered as HTTP: `go_on`)--> READING
     READING --(end of the last request, by its Connection header)--> STOPPED
     any     --(`stop`: refused, closing, gone)--> STOPPED
 """
@@ -59,16 +59,16 @@ class Stop(Exception):
 
 
 class RequestSink(Protocol):
-    """What a reader calls as it goes, always in the order of the bytes."""
+    """Receives a reader's calls, always in the order of the bytes."""
 
     def request_started(self, request: Request) -> None:
         """The headers of a request are in."""
 
     def advance(self, request: Request) -> None:
-        """The request is whole: `request.received` is set."""
+        """The request is complete: `request.received` is set."""
 
     def refuse(self, refusal: Refusal) -> None:
-        """This isn't an acceptable request. The reader must be stopped."""
+        """The request isn't acceptable. The sink must stop the reader."""
 
     def too_large(self, request: Request) -> bool:
         """The body is over its limit; returns whether the application has answered."""
@@ -101,22 +101,22 @@ class RequestReader:
 
     def __init__(self, sink: RequestSink, limits: Limits, sections: Sections, *, keeps_alive: bool) -> None:
         self.state = READING
-        self.incoming: Request | None = None  # its headers are in, its end is not
-        # A head that comes in one piece needs no counting: it can't be too large.
+        self.incoming: Request | None = None  # a request whose headers have come, and its end hasn't
+        # With this bound, a head that comes in one piece can't be too large.
         self.piece = min(PIECE, limits.head_bytes)
         self.keeps_alive = keeps_alive
         self._sink = sink
         self._limits = limits
         self._sections = sections
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
-        self._carry = 0  # bytes that went in since something came out, an upper bound
-        self._count = 0
+        self._carry = 0  # bytes fed since the last header section or piece of a body came out, at most
+        self._count = 0  # requests read
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._hosts = 0
         self._framing: dict[bytes, bytes] = {}
         self._section = HeaderSection(())  # of the latest request
-        self._begun = False  # a request has, and its end hasn't come
+        self._begun = False  # a part of a request has come, and its end hasn't
         self._at_start = True  # a request may begin in the step that is being parsed
         self._head = b""  # from the start of the request to the end of its first line, at least
         self._tail = b""  # the last three bytes of what has come of a request
@@ -128,7 +128,7 @@ class RequestReader:
 
     @property
     def in_head(self) -> bool:
-        """Whether the target of a request has come, at least in part, and the end of its head hasn't."""
+        """Whether some of a request's target has come, and the end of its head hasn't."""
         return bool(self._target)
 
     def unfinished(self) -> int:
@@ -136,7 +136,7 @@ class RequestReader:
         return self._carry + (0 if self.incoming is None else self.incoming.held_bytes())
 
     def go_on(self) -> None:
-        """Read on behind an upgrade request that was answered as HTTP."""
+        """Continue reading after an upgrade request that was answered as HTTP."""
         if self.state == HOLDING:
             self.state = READING
 
@@ -151,16 +151,16 @@ class RequestReader:
     # Feeding.
 
     def try_cached(self, data: bytes, start: int = 0) -> int:
-        """Take the request at `start` past the parser, if it is whole and its header section is in the cache.
+        """Read the request at `start` without the parser, if it is complete and its header section is in the cache.
 
-        Returns where the request ends, or `start` if it has to be parsed. O(its length), a tenth of what the parser
-        and its callbacks cost.
+        Returns where the request ends, or `start` if it has to be parsed. O(its length), at a tenth of the parser's
+        cost.
         """
         line = None if self._begun else REQUEST_LINE.match(data, start)
         if line is None:
             return start
         lines = line.end()
-        body = data.find(b"\r\n\r\n", lines - 2) + 4
+        body = data.find(b"\r\n\r\n", lines - 2) + 4  # from -2: there may be no header lines
         section = self._sections.lookup(data[lines:body])
         if section is None or not self.keeps_alive:
             return start
@@ -179,10 +179,10 @@ class RequestReader:
         return end
 
     def feed(self, piece: bytes | memoryview, at: int = 0) -> int:
-        """Read a piece from `at` on, and return where what was consumed ends. O(len(piece)).
+        """Read a piece from `at` on, and return where the consumed part ends. O(len(piece)).
 
-        Less than all of it is consumed only behind a request with an upgrade. No byte is consumed twice: neither the
-        parser nor `try_cached` is given one again.
+        All of it is consumed, except what follows an upgrade request. Neither the parser nor `try_cached` is given a
+        byte again.
         """
         if self._due() > len(piece):
             return self._parse(piece)
@@ -201,25 +201,25 @@ class RequestReader:
             if not start and self._count == count + 1 and self._section.length is not None:
                 self._sections.store(data[:at], self._section)
             if not tried:
-                tried = True  # where one isn't known the next ones hardly are
+                tried = True  # where one lookup fails, the next ones hardly succeed
                 while at < len(data) and self.state == READING and (end := self.try_cached(data, at)) > at:
                     at = end
         return at if self.state <= HOLDING else len(data)
 
     def _due(self) -> int:
-        """How many bytes of a body of known length are still to come."""
+        """Bytes of a body of known length that are still to come."""
         body = None if self.incoming is None else self.incoming.body
         return 0 if body is None or body.length is None else body.length - body.size
 
     def _next_cut(self, data: bytes, start: int) -> int:
-        """Where the parser has to stop: no later than where the message under way ends.
+        """Where the parser has to stop: no later than at the end of the current message.
 
-        A head ends with an empty line, and so does a chunked body, behind its trailers. An empty line inside of
-        chunked data is one cut more, which changes nothing.
+        A head ends with an empty line, and so does a chunked body, after its trailers. An empty line inside chunked
+        data only makes one more cut, which does no harm.
         """
         if due := self._due():
             return start + due
-        if self._tail and not start:  # else what came before ended with a cut
+        if self._tail and not start:  # else `start` is a cut, and no empty line spans it
             seam = (self._tail + data[:3]).find(b"\r\n\r\n")
             if seam >= 0:
                 return seam + 4 - len(self._tail)
@@ -227,7 +227,7 @@ class RequestReader:
         return len(data) if end < 0 else end + 4
 
     def _keep_line(self, step: bytes) -> None:
-        """Keep a part of a head until its first line is whole: llhttp doesn't report all of that."""
+        """Keep a head's bytes until its first line is complete, as llhttp doesn't report all of that."""
         self._at_start = not self._begun
         if self._at_start:
             self._head = step
@@ -235,7 +235,7 @@ class RequestReader:
             self._head += step
 
     def _parse(self, step: bytes | memoryview) -> int:
-        """Feed the parser, up to the end of a message at most; return how much it consumed."""
+        """Feed the parser with bytes of one message at most; return how many it consumed."""
         parser = self._parser
         if parser is None:
             return len(step)
@@ -253,7 +253,7 @@ class RequestReader:
         return len(step)
 
     def _account(self, step: bytes) -> None:
-        """Remember what may be a part of an empty line, and bound the bytes of a head."""
+        """Keep what may begin an empty line, and bound the bytes of a head."""
         self._tail = (self._tail + step[-3:])[-3:]
         self._carry += len(step)
         # The bound is exact when the head is complete; the lines that check_size doesn't count need the slack.
@@ -261,7 +261,7 @@ class RequestReader:
             self._sink.refuse(self.refusal(431, "headers-too-large", "the headers are too large"))
 
     def refusal(self, status: int, code: str, detail: str) -> Refusal:
-        """Describe why what is being read is refused. O(1)."""
+        """Describe a refusal of the request that is being read. O(1)."""
         request, parser = self.incoming, self._parser
         if request is not None:
             return Refusal(status, code, detail, request.method, request.target, request.headers, True)
@@ -271,7 +271,7 @@ class RequestReader:
 
     def _broken(self, error: httptools.HttpParserError | None, cause: BaseException | None) -> None:
         if self.state > HOLDING or isinstance(cause, Stop):
-            return  # bytes behind the last request: nobody asked for an answer to them
+            return  # bytes after the last request get no answer
         if isinstance(cause, Refused):
             self._sink.refuse(self.refusal(cause.status, cause.code, cause.detail))
         elif cause is None:
@@ -283,8 +283,8 @@ class RequestReader:
             self._sink.refuse(self.refusal(500, "internal", "the server failed"))
 
     def _unknown_method(self) -> Refused:
-        # The parser stops at the first byte that is wrong, which may be the last that has come. So that the answer
-        # doesn't depend on how much has come, it is the first byte of the request that decides.
+        # The parser stops at the first wrong byte, and how much has come behind that is by chance. The first byte of
+        # the request decides, so that the answer doesn't depend on it.
         if _TOKEN.match(self._head):
             return Refused(501, "not-implemented", "the method is not known")
         return Refused(400, "bad-request", "this is not an HTTP request")
@@ -298,8 +298,8 @@ class RequestReader:
         self._parser = httptools.HttpRequestParser(self)
         self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
 
-    # Callbacks of the parser. While a request is coming in, headers are trailers, which
-    # are dropped, or those that `_read_upgraded_body` made up.
+    # Callbacks of the parser. While `incoming` is set, headers are trailers or those that `_read_upgraded_body` has
+    # made up, and are dropped.
 
     def on_message_begin(self) -> None:
         """Note that the bytes of a request have begun.
@@ -333,7 +333,7 @@ class RequestReader:
         if name == b"host":
             self._hosts += 1
             if not is_host(value):
-                raise Refused(400, "bad-request", "the Host header is no host")
+                raise Refused(400, "bad-request", "the Host header isn't a valid host")
         elif name in FRAMING:
             if name in self._framing:
                 raise Refused(400, "bad-request", f"more than one {name.decode()} header")
@@ -376,7 +376,7 @@ class RequestReader:
         self._sink.request_started(request)
 
     def on_body(self, chunk: bytes) -> None:
-        """Take a piece of the body; count it, and drop it if the answer is out."""
+        """Take a piece of the body; count it, and drop it if the request was answered."""
         request = self.incoming
         self._carry = 0
         if request is None or request.body is None:
@@ -409,7 +409,7 @@ class RequestReader:
         self._sink.advance(request)
 
     def _examine(self, request: Request, parser: httptools.HttpRequestParser) -> None:
-        """Do what only some requests need: those with a body, an odd target, a large head…"""
+        """Make the checks that only unusual requests need: those with a body, an odd target, a large head…"""
         framing, self._framing = self._framing, {}
         if self._carry:
             check_size(request, self._limits)
@@ -420,7 +420,7 @@ class RequestReader:
 
 
 def _plain_length(body: Body | None) -> int | None:
-    """The length of a body that comes right behind its head, None of one that may not."""
+    """The length of a body that follows its head unasked, 0 without a body; None if it is chunked or too large."""
     if body is None:
         return 0
     return None if body.expects or body.length is None or body.length > body.limit else body.length

@@ -1,12 +1,12 @@
 """One request, from its headers to its answer, and the cheap way to answer it.
 
-`Request` is what the reader makes and the connection queues. An application that works on bytes may take it as it is,
-past every Tornado object::
+The reader makes a `Request`, and the connection queues it. An application that works on bytes may take it raw, without
+any of Tornado's objects::
 
     class Fast(tornado.web.Application):
         def start_raw_request(self, request: Request) -> RawDelegate | None:
             if request.target != b"/ping":
-                return None              # the Tornado way
+                return None              # leave it to Tornado's interfaces
             request.respond(PONG)        # or keep it, and respond later
             return ANSWERED
 
@@ -15,7 +15,7 @@ are answered. It returns None to leave the request to `start_request`, or a `Raw
 one piece, or a call of `hung_up` if the peer disconnects before the answer.
 
 No future, task or `HTTPHeaders` is made for a raw request, and it is freed by reference count alone: the connection
-lets go of the request and the delegate as soon as the answer is out.
+drops its references to the request and the delegate as soon as the request is answered.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 class Peer:
     """The other end of a connection, or the caller of one request that a trusted proxy has forwarded.
 
-    Tornado takes `remote_ip`, an IP address as text, and `protocol`, http or https, from an object like this one. Where
-    Tornado rewrites one object before each request and restores it afterwards, a forwarded request gets a new object
-    here: a late reader can never see another request's address. Which proxy is trusted is the business of
-    `keypool.config.proxies`.
+    Tornado takes `remote_ip`, an IP address as text, and `protocol`, http or https, from an object like this one.
+    Tornado itself rewrites one object before each request and restores it afterwards. Here a forwarded request gets a
+    new object, so that code that reads it late never sees another request's address. Which proxy is trusted is decided
+    by `keypool.config.proxies`.
     """
 
     __slots__ = ("address", "address_family", "protocol", "proxies", "remote_ip")
@@ -58,7 +58,7 @@ class Peer:
         return self.remote_ip
 
     def caller(self, headers: Headers) -> Peer:
-        """The peer, or the caller that it names if it is a trusted proxy. O(headers)."""
+        """The peer itself or, if it is a trusted proxy, the caller that the headers name. O(headers)."""
         if self.proxies is None:
             return self
         caller = Peer(self.address)
@@ -76,10 +76,7 @@ def _value(headers: Headers, name: bytes) -> str:
 
 
 class RawDelegate:
-    """Receives what follows the headers of a raw request.
-
-    After the request was answered, no method is called.
-    """
+    """Receives what follows the headers of a raw request. No method is called after the request was answered."""
 
     __slots__ = ()
 
@@ -87,7 +84,7 @@ class RawDelegate:
         """Take the whole body, `b""` if there is none. Called once, in order."""
 
     def too_large(self) -> None:
-        """The body is larger than its limit: respond, or the server does and ends the connection."""
+        """The body is over its limit. If this doesn't respond, the server does, and ends the connection."""
 
     def hung_up(self) -> None:
         """The peer has disconnected or half-closed, or was refused: no answer can reach it."""
@@ -98,7 +95,7 @@ class RawApplication(Protocol):
     """An `HTTPServerConnectionDelegate` that answers some requests by itself."""
 
     def start_raw_request(self, request: Request) -> RawDelegate | None:
-        """Take the request, or return None to have it go the Tornado way.
+        """Take the request, or return None to leave it to Tornado's interfaces.
 
         An exception is logged and answered with 500.
         """
@@ -109,15 +106,15 @@ ANSWERED = RawDelegate()
 
 
 class Body:
-    """The body of a request while it comes in: what is due, and what is not yet taken."""
+    """The body of a request while it comes in: its framing and limits, and the bytes that aren't handed over yet."""
 
     __slots__ = ("deadline", "expects", "held", "length", "limit", "size")
 
     def __init__(self, length: int | None, expects: bool, limits: Limits) -> None:
         self.length = length  # None: chunked
-        self.expects = expects  # a 100-continue that was not sent yet
+        self.expects = expects  # whether a 100 Continue is due and not sent yet
         self.limit = limits.body_bytes
-        self.size = 0  # received so far, taken or not
+        self.size = 0  # bytes received so far, handed over or not
         self.held: bytes | bytearray = b""
         self.deadline = inf  # set when the body is asked for
 
@@ -142,7 +139,7 @@ class Request:
 
     `method` and `target` are as sent (the target in origin form, `*`, or the authority for CONNECT). `connection` is
     None once no answer can reach the peer any more, or the answer is complete. In `section` an application may cache
-    what it has found out about the header lines, which clients send again and again.
+    results that depend on the header lines only, which clients send again and again.
     """
 
     __slots__ = (
@@ -186,8 +183,8 @@ class Request:
     def respond(self, response: bytes, *, close: bool = False) -> bool:
         """Send the whole answer: status line, headers, `Content-Length`, body. False if the peer is gone.
 
-        The response must carry no `Connection` header: the server puts one in where it is due, and cuts off the body
-        if the method is HEAD. If `close`, the connection ends with this answer. O(size).
+        The response must not have a `Connection` header: the server adds it where it is due, and removes the body if
+        the method is HEAD. If `close`, the connection ends with this answer. O(size).
 
         The next pipelined request is never started from inside this call, unless the server is calling.
 
@@ -203,12 +200,12 @@ class Request:
 
     @property
     def headers(self) -> Headers:
-        """In order, names in lower case, values without the white space around them."""
+        """The header lines in order, names in lower case, values without surrounding white space."""
         return self.section.lines
 
     @property
     def closed(self) -> bool:
-        """Whether no answer can reach the peer any more, or one has been given."""
+        """Whether the request was answered, or no answer can reach the peer any more."""
         return self.connection is None or self.answered
 
     @property
@@ -218,7 +215,7 @@ class Request:
 
     @property
     def content_length(self) -> int | None:
-        """What the request announces: 0 without a body, None if it is chunked."""
+        """The length of the body in bytes: 0 without a body, None if it is chunked."""
         return 0 if self.body is None else self.body.length
 
     def header(self, name: bytes) -> bytes | None:
@@ -229,14 +226,14 @@ class Request:
         return None
 
     def set_max_body_size(self, size: int) -> None:
-        """Let this request's body be of up to `size` bytes. Before the body comes."""
+        """Set this request's body limit, in bytes. Call it in `start_raw_request`."""
         if self.body is not None:
             self.body.limit = size
 
     # What the connection uses.
 
     def waits(self) -> bool:
-        """Whether the body is held back because its taker is not there or not ready."""
+        """Whether the body is held back because there is no delegate yet, or it isn't ready for more."""
         if self.exchange is not None:
             return self.exchange.waits()
         return self.delegate is None
@@ -250,7 +247,7 @@ class Request:
         return 0 if self.body is None else len(self.body.held)
 
     def release(self) -> None:
-        """Let go of everything that could hold this request in a cycle."""
+        """Drop all references that could hold this request in a cycle."""
         self.connection = None
         self.delegate = None
         self.exchange = None

@@ -1,8 +1,8 @@
-"""Answers as bytes: what the server adds to them, and its own.
+"""Answers as bytes: the headers that the server adds to them, and its own answers, the refusals.
 
-A refusal is an answer by the server itself, because the request never reached the application, or must not. How it
-looks is the application's business: `Server` takes a hook `on_refused` that turns a `Refusal` into the bytes of a
-response. Without one, or for bytes that aren't an HTTP request, the answer is a status line without a body.
+A refusal is an answer by the server itself to a request that doesn't, or must not, reach the application. Its form is
+up to the application: the `on_refused` hook of `Server` turns a `Refusal` into the bytes of a response. Without a hook,
+or if it returns None, the answer is a status line without a body.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the server itself answers a request, and what had been read of the request.
+    """Why the server itself answers a request.
 
-    `method`, `target` and `headers` hold what had been read. Names are in lower case.
+    `method`, `target` and `headers` are as far as they had been read, the headers' names in lower case.
     """
 
     status: int
@@ -34,11 +34,11 @@ class Refusal:
     target: bytes = b""
     headers: Headers = ()
     complete: bool = False
-    """Whether all headers had come, so that the body or the application is at fault."""
+    """Whether all headers had come, so that the refusal is about the body, its time or the application."""
 
 
 OnRefused = Callable[[Refusal], bytes | None]
-"""Gives the whole response to a refusal, or None for a bare one. Must not block."""
+"""Returns the whole response to a refusal, or None for a bare one. Must not block."""
 
 
 class Refused(Exception):
@@ -52,7 +52,7 @@ class Refused(Exception):
 
 
 def refuse_with(refusal: Refusal, on_refused: OnRefused | None) -> bytes:
-    """Return the last answer of a connection, by the hook or bare. Never raises."""
+    """Return the answer to a refusal, from the hook or bare. Never raises."""
     response = None
     if on_refused is not None:
         try:
@@ -69,20 +69,20 @@ def _bare(status: int) -> bytes:
 
 
 def with_connection(response: bytes, value: bytes) -> bytes:
-    """Return a serialised response with a `Connection` line put in. Copies it: O(size)."""
+    """Return a serialised response with a `Connection` line added. Copies it: O(size)."""
     head, _, body = response.partition(b"\r\n\r\n")
     return b"%b\r\nConnection: %b\r\n\r\n%b" % (head, value, body)
 
 
 def without_body(response: bytes) -> bytes:
-    """Return a serialised response cut off behind its headers, as HEAD wants it. O(size)."""
+    """Return a serialised response without its body, as the answer to HEAD. O(size)."""
     head, end, _ = response.partition(b"\r\n\r\n")
     return head + end
 
 
 @lru_cache(maxsize=1)
 def date_at(second: int) -> str:
-    """The value of `Date` in this second since the epoch. O(1), about 0.1 µs but for the first call of a second."""
+    """The value of `Date` for seconds since the epoch. O(1), about 0.1 µs if `second` is that of the last call."""
     return formatdate(second, usegmt=True)
 
 

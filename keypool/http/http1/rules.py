@@ -1,10 +1,10 @@
 """Checks of a request's head beyond llhttp's.
 
-llhttp does the grammar, strictly. Left to do are the rules that need the whole head: exactly one Host, the versions
-spoken here, the form of the target, sizes, and the framing headers together. Every doubt is a refusal: a request that
-two servers understand differently is how one request is smuggled inside another.
+llhttp checks the grammar, strictly. Here are the rules that need the whole head: exactly one Host, the supported
+versions, the form of the target, sizes, and the framing headers together. Anything ambiguous is refused: if two servers
+understand a request differently, another request can be smuggled inside it.
 
-These functions run only for requests with something unusual about them, or a body.
+All but `is_host` run only for requests with something unusual about them, or a body.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HOST = re.compile(
 
 
 def is_host(value: bytes) -> bool:
-    """Whether a Host header is one host, with or without a port. 0.1 µs for one in the cache."""
+    """Whether a Host header is one host, with or without a port. 0.1 µs if it is in the cache."""
     return _is_known_host(value) if len(value) <= REMEMBERED_HOST else _is_host(value)
 
 
@@ -50,7 +50,7 @@ def _is_ipv6(address: bytes) -> bool:
 
 
 def protocol_of(head: bytes) -> bytes:
-    """The last word of a request line, which may have empty lines before it. O(len(head)).
+    """The last word of a request line, before which `head` may have empty lines. O(len(head)).
 
     llhttp doesn't report the protocol's name, and accepts RTSP and ICE as well.
     """
@@ -64,19 +64,19 @@ def check_head(request: Request, hosts: int, protocol: bytes, limits: Limits) ->
     :raises Refused: with 400 or 431.
     """
     if protocol not in (b"HTTP/1.1", b"HTTP/1.0"):
-        raise Refused(400, "bad-request", "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        raise Refused(400, "bad-request", "only HTTP/1.1 and HTTP/1.0 are supported")
     request.http10 = protocol == b"HTTP/1.0"
     if hosts > 1 or (hosts == 0 and not request.http10):
         raise Refused(400, "bad-request", "exactly one Host header is needed")
     if len(request.headers) > limits.header_count:
-        raise Refused(431, "headers-too-large", "the headers are too many")
+        raise Refused(431, "headers-too-large", "there are too many headers")
     if request.http10 and request.keep_alive:
         # RFC 9112, 9.3: close takes precedence. llhttp sees to that in HTTP/1.1 only.
         options = b",".join(value for name, value in request.headers if name == b"connection").lower()
         request.keep_alive = b"close" not in (option.strip() for option in options.split(b","))
     if request.method == b"CONNECT":
         _check_authority(request.target)
-        # What follows may be meant for a tunnel, which there isn't: it must not become a request.
+        # What follows may be meant for a tunnel, which isn't supported: it must not become a request.
         request.keep_alive = False
     elif not request.target.startswith(b"/") or b"#" in request.target:
         request.target = _origin_form(request)
@@ -102,7 +102,7 @@ def _origin_form(request: Request) -> bytes:
     """Return the target as `/path?query`. An absolute form must name the Host."""
     target = request.target
     if b"#" in target:
-        raise Refused(400, "bad-request", "a request target has no fragment")
+        raise Refused(400, "bad-request", "a request target must not have a fragment")
     if target == b"*" and request.method == b"OPTIONS":
         return target
     absolute = _ABSOLUTE.fullmatch(target)
@@ -113,14 +113,16 @@ def _origin_form(request: Request) -> bytes:
 
 
 def body_of(request: Request, framing: dict[bytes, bytes], limits: Limits) -> Body | None:
-    """Return the body that `framing` announces, None if there is none to come. O(1).
+    """Return the body that `framing` announces, None if no body follows. O(1).
 
-    :raises Refused: with 400, if the coding is other than chunked, or not alone.
+    :raises Refused: with 400, if there is a transfer coding other than chunked, a length beside it, or HTTP/1.0.
     """
     coding = framing.get(b"transfer-encoding")
     length = framing.get(b"content-length")
     if coding is not None and (coding.lower() != b"chunked" or request.http10 or length):
-        raise Refused(400, "bad-request", "the transfer coding must be chunked, and HTTP/1.1")
+        raise Refused(
+            400, "bad-request", "the transfer coding must be chunked, in HTTP/1.1, without a length"
+        )
     if coding is None and (length is None or int(length) == 0):
         return None
     expects = framing.get(b"expect", b"").lower() == b"100-continue" and not request.http10

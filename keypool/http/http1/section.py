@@ -1,9 +1,8 @@
-"""A cache of header sections, so that those which were read before need not be read again.
+"""A cache of header sections, so that the same header lines are parsed and checked once.
 
-A client sends the same header lines with each of its requests. What llhttp and the rules made of them the first time
-is cached by their very bytes, for some hundreds of clients, and so is what the application has found out about them.
-This takes nothing on trust: the same bytes, from the end of the first line to the empty line, can't mean anything
-else the next time.
+A client sends the same header lines with each of its requests. The result of parsing and checking them is cached by
+their exact bytes, for some hundreds of clients, together with the application's own results. That is safe: the same
+bytes, from the end of the first line to the empty line, always mean the same.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from keypool.http.http1.responses import Headers
 
 _MOST = 512  # sections
 _LONGEST = 1024  # bytes of each
-_MOST_LINES = 32  # of each: a line takes some 150 bytes beside its own
+_MOST_LINES = 32  # of each: a line takes some 150 bytes more than its text
 
 REQUEST_LINE = re.compile(rb"(GET|POST|DELETE) (/[\w/:.~?=&%,-]*) HTTP/1\.1\r\n")
 """A subset of the request lines that llhttp and the rules accept; all others are left to them."""
 
 
 class HeaderSection:
-    """The header lines of requests: in order, names in lower case, values without white space around them.
+    """The header lines of requests: in order, names in lower case, values without surrounding white space.
 
-    `length` is that of the body, if a body of that length certainly follows, and then the next request; else None.
-    `app_cache` is for the application, `cache_owner` is the object that has filled it.
+    `length` is the body's in bytes, or None if a request with these lines has to be parsed. `app_cache` is for the
+    application, `cache_owner` is the object that has filled it.
     """
 
     __slots__ = ("app_cache", "cache_owner", "length", "lines")
@@ -37,13 +36,13 @@ class HeaderSection:
 
 
 class Sections:
-    """A few hundred header sections. When there are more, all are dropped."""
+    """Up to 512 header sections. When there would be more, all are dropped."""
 
     def __init__(self) -> None:
         self._by_lines: dict[Headers, HeaderSection] = {}
         self._by_bytes: dict[bytes, HeaderSection] = {}
         self.lookup = self._by_bytes.get
-        """The section that was stored by these bytes, or None. O(bytes)."""
+        """The section that was stored under these bytes, or None. O(bytes)."""
 
     def of(self, lines: Headers) -> HeaderSection:
         """The section of these lines, which may have been read before. O(lines)."""
@@ -57,7 +56,7 @@ class Sections:
         return section
 
     def store(self, data: bytes, section: HeaderSection) -> None:
-        """Find this section by its bytes from now on. `data` is a whole request that has it. O(bytes)."""
+        """Make `lookup` find this section from now on. `data` is a whole request that has it. O(bytes)."""
         line = REQUEST_LINE.match(data)
         if line is None:
             return

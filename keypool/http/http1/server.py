@@ -10,11 +10,11 @@
 
 If the application has `start_raw_request` (see `http1.request`), that is called for each request first.
 
-Deadlines are attributes of connections, looked at by one timer for all of them, once in `Limits.sweep_seconds`:
-O(connections) a sweep, 0.2 us each, and nothing per request. In return they are coarse: never cut short, and run over
-by up to two sweeps.
+Deadlines are attributes of connections. One timer checks all of them every `Limits.sweep_seconds`: O(connections) a
+sweep, 0.2 µs each, and nothing per request. In return they are coarse: a connection is never ended early, and up to
+two sweeps late.
 
-Not here: forking, TLS and HTTP/2 (a proxy's business), gzipped request bodies.
+Not supported: forking, TLS and HTTP/2 (which a proxy can provide), gzipped request bodies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from keypool.http.http1.section import Sections
 from keypool.http.http1.turns import BUDGET, Turns
 from keypool.http.http1.writer import Writer
 
-_QUEUED = 4096  # connections taken from the system's queue before it is closed
+_QUEUED = 4096  # connections taken from the system's accept queue before it is closed
 
 Application = httputil.HTTPServerConnectionDelegate
 
@@ -45,8 +45,8 @@ Application = httputil.HTTPServerConnectionDelegate
 class Server:
     """An HTTP/1.1 server for one Tornado application.
 
-    `trusted` are the proxies whose headers name the caller; of anybody else they are ignored. `on_refused` makes the
-    answer to a request that the server itself refuses (see `Refusal`).
+    `trusted` are the proxies whose headers name the caller; those headers are ignored from other peers. `on_refused`
+    makes the answer to a request that the server itself refuses (see `Refusal`).
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Server:
         self.sections = Sections()
         self.no_keep_alive = no_keep_alive
         self.on_refused = on_refused
-        self.resolved: asyncio.Future[None]  # the future of every write that need not wait
-        self.clock = 0.0  # the loop's time as of the last sweep, one sweep ahead
+        self.resolved: asyncio.Future[None]  # returned by every write that need not wait
+        self.clock = 0.0  # the loop's time of the next sweep, about: deadlines set from it are never early
         self.trusted = trusted
         self._connections: set[Connection] = set()
         self._accepting: set[asyncio.Task[object]] = set()
@@ -88,7 +88,7 @@ class Server:
     def add_sockets(self, sockets: Iterable[socket], *, backlog: int = 1024) -> None:
         """Accept on listening sockets from the next turn of the loop on.
 
-        They are owned by the server now, and closed by `stop`.
+        The server owns them from now on; `stop` closes them.
         """
         loop = asyncio.get_running_loop()
         self._loop = loop
@@ -115,18 +115,18 @@ class Server:
 
     @property
     def open_connections(self) -> int:
-        """How many connections are open, those handed over not counted. O(1)."""
+        """Open connections, without those handed over as streams. O(1)."""
         return len(self._connections)
 
     @property
     def requests_in_flight(self) -> int:
-        """How many requests are being answered. O(connections)."""
+        """Requests that are being answered. O(connections)."""
         return sum(connection.current is not None for connection in self._connections)
 
     async def close_all_connections(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Close idle connections now and the others behind their answers; wait for all.
+        """Close idle connections now and the others after their answers; wait for all.
 
-        After `timeout` seconds what is left is cut. Call `stop` before. O(connections).
+        Connections that are left after `timeout` seconds are cut. Call `stop` before. O(connections).
         """
         if self._accepting:
             await asyncio.wait(self._accepting, timeout=timeout)
@@ -145,14 +145,14 @@ class Server:
             self._emptied = None
 
     def flush_soon(self, writer: Writer) -> None:
-        """Have a connection's answers written when all that has come in this turn is read. O(1)."""
+        """Flush a writer when all that came in this iteration of the loop is read. O(1)."""
         if not self._unsent:
             self._loop.call_soon(self._flush_at_last)
         self._unsent.append(writer)
 
     def _flush_at_last(self) -> None:
         self._flush()
-        self.turns.left = BUDGET  # an iteration of the loop is over, and nobody had to wait for the next
+        self.turns.left = BUDGET  # an iteration of the loop is over within the budget
 
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
@@ -162,7 +162,7 @@ class Server:
     # Steps of a graceful shutdown.
 
     def drain_accept_queue(self, sockets: Iterable[socket]) -> None:
-        """Accept what is in the system's accept queue, as `stop` would reset it. Before `stop`."""
+        """Accept the connections in the system's accept queue, which `stop` would reset. Before `stop`."""
         for listening in sockets:
             for _ in range(_QUEUED):
                 try:
@@ -196,7 +196,7 @@ class Server:
             connection.cut()
 
     def admit(self, connection: Connection) -> bool:
-        """Add a connection, unless it is one too many. O(1)."""
+        """Add a connection. False if a limit is reached. O(1)."""
         if not self.limiter.enter(connection.peer.remote_ip):
             return False
         if self._sweeper is None:
@@ -206,11 +206,11 @@ class Server:
         return True
 
     def handed_over(self, connection: Connection) -> Callable[[], None]:
-        """A callback for the end of the stream that the connection is handed over as: until then it counts."""
+        """The callback for the end of the stream that a connection became. Until then the connection is counted."""
         return partial(self.limiter.leave, connection.peer.remote_ip)
 
     def forget(self, connection: Connection, *, counted: bool = False) -> None:
-        """Remove a connection that is closed or handed over; in that case it stays `counted`. O(1)."""
+        """Remove a connection that is closed, or handed over and still to be `counted`. O(1)."""
         if connection not in self._connections:
             return
         self._connections.remove(connection)
@@ -232,8 +232,8 @@ class Server:
 
     def _sweep(self) -> None:
         now = self._loop.time()
-        self.clock = now + self.limits.sweep_seconds  # so that no time is cut short
-        # Armed first: the time-outs of all must not end with what one connection raises.
+        self.clock = now + self.limits.sweep_seconds
+        # Armed first, so that an exception can't end the sweeps.
         self._sweeper = self._loop.call_later(self.limits.sweep_seconds, self._sweep)
         for connection in list(self._connections):
             try:

@@ -1,4 +1,4 @@
-"""The socket handed over as an IOStream, for websockets and their like."""
+"""Hands a connection's socket over as an IOStream, for websockets and the like."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tornado.iostream import IOStream
 
 
 class HandedOverStream(IOStream):
-    """An IOStream that first serves bytes which were read before it existed. `on_closed` is called once."""
+    """An IOStream that begins with bytes which were read before it was made. `on_closed` is called once."""
 
     def __init__(self, sock: socket.socket, head: bytes, on_closed: Callable[[], None]) -> None:
         self._head = memoryview(head)
@@ -25,7 +25,7 @@ class HandedOverStream(IOStream):
         self._on_closed()
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
-        """Read into `buf`: of the bytes that came before, then of the socket's."""
+        """Read into `buf`: first the bytes that were read before, then from the socket."""
         if not self._head:
             return super().read_from_fd(buf)
         size = min(len(buf), len(self._head))
@@ -37,11 +37,11 @@ class HandedOverStream(IOStream):
 def hand_over(transport: asyncio.Transport, head: bytes, on_closed: Callable[[], None]) -> IOStream:
     """Take the socket from `transport` and return it as a stream that begins with `head`.
 
-    The descriptor is duplicated and the transport given up, which closes only its own copy. `head` is what was read
-    behind the upgrade request, perhaps the first frames. `on_closed` is called when the stream is closed. The transport
+    The descriptor is duplicated and the transport aborted, which closes only its own copy. `head` is what was read
+    after the upgrade request, perhaps the first frames. `on_closed` is called when the stream is closed. The transport
     must have nothing left to send.
 
-    :raises OSError: if there is no descriptor left; the transport is as it was.
+    :raises OSError: if no descriptor is left; the transport is as before.
     """
     descriptor = os.dup(cast(socket.socket, transport.get_extra_info("socket")).fileno())
     transport.abort()

@@ -1,29 +1,29 @@
 """Which connection is served next, when there is more work than one turn of the loop should take.
 
-This is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) with processor time as what is shared out, and with
-FQ-CoDel's two lists (RFC 8290, section 4.2), which let a flow that asks for little pass those that ask for much:
+This is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) that shares out processor time, with the two lists of
+FQ-CoDel (RFC 8290, section 4.2), which let a flow that asks for little pass those that ask for much:
 
-- A connection without a backlog is served as soon as its bytes arrive, for `QUANTUM` seconds at most. One that has
-  work left then goes to the end of `backlog`, and waits there for its next quantum. What arrives meanwhile is held.
-- All connections together get `BUDGET` seconds. When they are used up the turn is over: what arrives is held, and its
-  connection goes to the end of `fresh`. The loop looks for news, and the next turn begins, with `fresh`.
-- Behind that, each turn has one quantum for the backlog: a caller who waits for each answer before the next request
+- A connection without a backlog is served as soon as its bytes arrive, for `QUANTUM` seconds at most. If it then has
+  work left, it goes to the end of `backlog`, and waits there for its next quantum. What arrives meanwhile is held.
+- All connections together get `BUDGET` seconds. When these are used up, the turn is over: what arrives is held, and its
+  connection goes to the end of `fresh`. The loop polls for input, and the next turn begins, with `fresh`.
+- After that, each turn has one quantum for the backlog: a caller who waits for each answer before the next request
   waits for one quantum of a flood at most, however many connections the flood has, and the flood is never starved.
 
-A call can't be interrupted. One that takes longer than a quantum leaves its connection a debt, which is paid off by the
-quanta that follow; with a debt the connection counts as one with a backlog.
+A call can't be interrupted. If it takes longer than a quantum, its connection gets a debt, which is deducted from the
+quanta that follow. A connection in debt is treated as one with a backlog.
 
     idle --(bytes arrive)--> served --(nothing left)--> idle
       |                        |  ^
-      | turn over, or debt     |  | its turn
+      | turn over, or debt     |  | its turn comes
       v                        v  |
     fresh or backlog <----(quantum used)
 
 Time is added up until a turn is over, or until the server resets `left` because an iteration of the loop has passed.
-So a turn needs no beginning, and a call costs two readings of the clock more.
+So nothing has to mark the beginning of a turn, and a call costs only two readings of the clock more.
 
-A long call may give way by itself: the coroutine of a batch yields between two slices, and its driver
-(http/api_call.py) queues as a connection with a backlog does.
+A long call may pause: the coroutine of a batch yields between two slices, and its driver (http/api_call.py) queues as a
+connection with a backlog does.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ QUANTUM = 0.001
 """Seconds that a connection is served at a time."""
 
 BUDGET = 0.005
-"""Seconds that all connections together are served before the loop looks for news."""
+"""Seconds that all connections together are served before the loop polls for input."""
 
 TASK = 0.005
-"""Seconds that are charged for what is done in a task, after the turn: a page takes 2 to 5 ms, so one a turn."""
+"""Seconds charged for work done in a task, after the turn: a page takes 2 to 5 ms, so a turn has one at most."""
 
 
 class Served(Protocol):
-    """A connection, or a paused call, as one of those that share the time. `debt` is in seconds, 0 at first."""
+    """A connection or a paused call, which share the time. `debt` is in seconds, 0 at first."""
 
     debt: float
 
@@ -55,7 +55,7 @@ class Served(Protocol):
 
 
 class Turns:
-    """The turns of one server's loop. `flush` is called before and after what was queued is served."""
+    """The turns of one server's loop. `flush` is called before and after the queues are served."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Turns:
     ) -> None:
         self.clock = clock
         self.over = False
-        """Whether this turn's time is used up: only hold what arrives."""
+        """Whether this turn's time is used up, so that what arrives has to be held."""
         self.left = BUDGET
-        """Seconds of it that are left."""
+        """Seconds left of this turn's time; below 0 if overrun."""
         self._loop = loop
         self._flush = flush
         self._fresh: deque[Served] = deque()
@@ -75,7 +75,7 @@ class Turns:
         self._due = False
 
     def queue(self, served: Served, *, backlog: bool) -> None:
-        """Run it in a later turn. Must not be queued already. O(1)."""
+        """Call `served.run` in a later turn. It must not be queued already. O(1)."""
         (self._backlog if backlog else self._fresh).append(served)
         self._begin_soon()
 
@@ -87,7 +87,7 @@ class Turns:
             self.overrun(served, seconds)
 
     def overrun(self, served: Served, seconds: float) -> None:
-        """Account for `seconds` that are more than a connection's quantum, or than was left. O(1)."""
+        """Account for more than a quantum, already deducted from `left`, or for a `left` below 0. O(1)."""
         if seconds > QUANTUM:
             served.debt = seconds - QUANTUM
         if self.left < 0:
@@ -109,7 +109,7 @@ class Turns:
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        self._flush()  # answers given meanwhile don't wait for what follows
+        self._flush()  # so that answers given before don't wait for what follows
         self.left, self.over, self._due = BUDGET, False, False
         try:
             while self._fresh and not self.over:
@@ -120,7 +120,7 @@ class Turns:
                 if self.left <= until:
                     break
             self._flush()
-        finally:  # whatever one of them raises, the others go on
+        finally:  # if one raises, the others are still served
             if self._fresh or self._backlog:
                 self._begin_soon()
 

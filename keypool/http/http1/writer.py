@@ -1,8 +1,8 @@
 """The writing half of a connection: corked writes, and backpressure.
 
-Answers given in one turn of the loop leave together, in one system call, when the turn is over (or at 64 KiB): with
-pipelining that is most of the speed. `written` returns a future that resolves when the transport's buffer is below its
-high-water mark; mostly that is the one resolved future of the server.
+Answers given in one iteration of the loop are sent together, in one system call, when it is over (or at 64 KiB). With
+pipelining, that is most of the speed. `written` returns a future that resolves when the transport's buffer is below its
+high-water mark: mostly the server's one resolved future.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CORK = 64 * 1024
 
 
 class Writer:
-    """What is on its way out through a transport. Knows nothing of requests."""
+    """Collects what a connection writes, for its transport."""
 
     __slots__ = ("_corked", "_corked_bytes", "_drained", "_server", "failed", "paused", "transport")
 
@@ -29,13 +29,13 @@ class Writer:
         self.paused = False
         """Whether the transport's buffer is over its high-water mark."""
         self.failed = False
-        """Whether the transport was found closing: nothing that is written arrives any more."""
+        """Whether the transport was found closing, so that nothing more can be sent."""
         self._corked: list[bytes] = []
         self._corked_bytes = 0
         self._drained: asyncio.Future[None] | None = None
 
     def put(self, data: bytes) -> None:
-        """Write at the end of this turn of the loop. O(1)."""
+        """Write at the end of this iteration of the loop. O(1)."""
         if not self._corked:
             self._server.flush_soon(self)
         self._corked.append(data)
@@ -45,7 +45,7 @@ class Writer:
             self.failed = self.transport.is_closing()
 
     def written(self) -> asyncio.Future[None]:
-        """The future of the writes so far: resolves when more may follow. O(1)."""
+        """A future that resolves when more may be written; fails with StreamClosedError. O(1)."""
         if not self.paused:
             return self._server.resolved
         if self._drained is None or self._drained.done():
@@ -53,7 +53,7 @@ class Writer:
         return self._drained
 
     def flush(self) -> None:
-        """Hand what is corked to the transport, in one piece."""
+        """Hand the corked bytes to the transport, in one piece."""
         corked = self._corked
         if corked:
             data = corked[0] if len(corked) == 1 else b"".join(corked)
@@ -66,7 +66,7 @@ class Writer:
         return bool(self._corked) or self.transport.get_write_buffer_size() > 0
 
     def sent_all(self) -> bool:
-        """Flush, and return whether all is sent; if not, `resume` comes only when it is, until `reset_limits`."""
+        """Flush, and return whether all is sent. If not, `resume` is called only when it is, until `reset_limits`."""
         self.flush()
         if not self.transport.get_write_buffer_size():
             return True
@@ -74,7 +74,7 @@ class Writer:
         return False
 
     def reset_limits(self) -> None:
-        """Undo what `sent_all` did to the transport."""
+        """Restore the buffer limits that `sent_all` has set to 0."""
         self.transport.set_write_buffer_limits()
 
     def resume(self) -> None:
@@ -85,25 +85,25 @@ class Writer:
             drained.set_result(None)
 
     def drop(self) -> None:
-        """Forget what is corked."""
+        """Discard the corked bytes."""
         self._corked = []
 
     def fail(self) -> None:
-        """Fail the future of writes that the peer will not read, with StreamClosedError."""
+        """Fail the pending future of `written`, with StreamClosedError."""
         drained, self._drained = self._drained, None
         if drained is not None and not drained.done():
             drained.set_exception(StreamClosedError())
             drained.exception()  # mark it as retrieved: nobody has to await it
 
     def close(self) -> None:
-        """The transport is gone: let go of it, and so of the cycle with it."""
+        """Drop the transport, which is closed, and with it a reference cycle."""
         self.fail()
         self._corked = []
         del self.transport
 
 
 def closed_future() -> asyncio.Future[None]:
-    """Return a future, of the running loop, that failed with `StreamClosedError`."""
+    """Return a future of the running loop that has failed with `StreamClosedError`."""
     future: asyncio.Future[None] = asyncio.Future()
     future.set_exception(StreamClosedError())
     future.exception()  # mark it as retrieved: nobody has to await it
