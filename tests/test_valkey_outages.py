@@ -428,13 +428,13 @@ async def test_a_call_is_held_for_its_own_second(valkey: Valkey) -> None:
         before = loop.time()
         await engine.keepalive(key)
         await asyncio.sleep(before + 0.85 - loop.time())
-        fit, mended = engine._nodes._fit, asyncio.Event()
+        usable_link, mended = engine._nodes._usable_link, asyncio.Event()
 
         async def slow(address: Any) -> Link:
             await mended.wait()
-            return await fit(address)
+            return await usable_link(address)
 
-        engine._nodes._fit = slow  # type: ignore[method-assign]
+        engine._nodes._usable_link = slow  # type: ignore[method-assign]
         for link in links(engine):
             link.close()
         call = asyncio.ensure_future(engine.keepalive(key))
@@ -460,7 +460,7 @@ async def test_a_valkey_that_loads_its_file_is_waited_for() -> None:
         valkey.kill()
         valkey._flags += ("--key-load-delay", "300")
         valkey.start()
-        with logged("is loading: waiting for it", logging.INFO):
+        with logged("is loading its file: waiting", logging.INFO):
             async with engine_on(valkey.url, 1) as engine:
                 assert (await engine.acquire(None, 0)).key == key
 
