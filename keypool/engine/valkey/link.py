@@ -115,7 +115,7 @@ class Link(asyncio.Protocol):
         self._watchdog = self._loop.call_later(SILENCE / 4, self._check_silence)
 
     def data_received(self, data: bytes) -> None:
-        """Pass replies to their callbacks."""
+        """Parse replies, and call their callbacks."""
         self._reader.feed(data)
         expected = self._expected
         try:
