@@ -16,8 +16,8 @@ from keypool.client import AsyncKeyPool
 async def fetch(pool: AsyncKeyPool, page: int) -> str:
     """One page, fetched with a key of its own for as long as that takes."""
     async with pool.lease(owner=f"crawler, page {page}", wait=None) as key:
-        key.check(5)  # LeaseLost, unless there are 5 more seconds to use it in
-        await asyncio.sleep(0.01)  # stands for the request, with key.secret in its headers
+        key.check(5)  # raises LeaseLost unless more than 5 s remain
+        await asyncio.sleep(0.01)  # in place of a request, with key.secret in its headers
         return f"page {page}: fetched under lease {key.lease}"
 
 

@@ -3,8 +3,8 @@
     python examples/worker_pool.py [WORKERS] [JOBS]      against the server at $KEYPOOL_URL
 
 Each worker takes jobs from a queue, and for each job a key from the server, for as long as the job takes. It
-waits for a key as long as necessary, also through a restart of the server. A job whose lease ended before it was
-done is repeated. Keys are given back by themselves, also when a worker is stopped by SIGTERM.
+waits for a key as long as necessary, even through a restart of the server. A job whose lease ended before it was
+done is repeated. Keys are given back automatically, also if a worker is stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from keypool.client import KeyPool, LeaseLost, exit_on_sigterm
 
 
 def do(job: int, key: str) -> str:
-    """Stands for a request to the service that the keys are for."""
+    """In place of a request to the service that the keys are for."""
     time.sleep(0.01)
     return f"job {job} done with a key of {len(key)} characters"
 

@@ -104,7 +104,7 @@ def test_waiting_for_a_key_of_the_fake_pool() -> None:
 
 
 def test_any_transport_of_httpx2_will_do() -> None:
-    """MockTransport, for programs that want to say every answer themselves. A lease costs two requests.
+    """MockTransport, for programs that define every answer themselves. A lease costs two requests.
 
     A transport is closed with its client, and not before, though a keeper shares it.
     """

@@ -1,4 +1,4 @@
-"""The keeper: keys stay alive at the price that it promises, dead ones are told, and nothing of it is left behind."""
+"""The keeper: keys stay alive at the promised cost, dead ones are reported, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Kept:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_live_on_and_dead_ones_are_told_once(start_server: Start, kind: str) -> None:
+def test_keys_live_on_and_dead_ones_are_reported_once(start_server: Start, kind: str) -> None:
     server = start_server(f"--keepalive-seconds={LIFE}")
     with KeyPool(url_of(server)) as pool:
         kept, left = pool.generate_many(20), pool.generate()
@@ -144,7 +144,7 @@ def test_a_failed_round_is_tried_again_until_it_works(start_server: Start) -> No
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_it_survives_a_restart_and_tells_what_did_not(start_server: Start, kind: str) -> None:
+def test_it_survives_a_restart_and_reports_lost_keys(start_server: Start, kind: str) -> None:
     """A server in memory forgets its keys: the keeper goes on until it is back, and then reports each."""
     port = unused_port()
     first = start_server(f"--port={port}", "--keepalive-seconds=3")
@@ -211,7 +211,7 @@ def test_a_callback_that_fails_is_logged_and_no_more(
 
 @pytest.mark.parametrize("how", ["exit", "fork"])
 def test_no_thread_keeps_a_program_from_ending(server: ServerProcess, how: str) -> None:
-    """Nobody stops the keeper; and a forked child has none, nor waits for one."""
+    """With a keeper that is not stopped; a forked child has none, and does not wait for one."""
     code = (
         "import os, sys\nfrom keypool.client import KeyPool\n"
         "keeper = KeyPool(os.environ['KEYPOOL_URL']).keeper(['x', 'y']).start()\n"

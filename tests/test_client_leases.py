@@ -1,4 +1,4 @@
-"""`with pool.lease()`: what it knows, and that its key is given back in every way that a program can end."""
+"""`with pool.lease()`: its members, and that its key is given back in every way that a program can end."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_lease_keeps_its_key_alive(start_server: Start, kind: str) -> None:
         eventually(lambda: other.stats().total == 0, "the key to die that nobody keeps")
 
 
-def test_a_lease_knows_that_its_key_was_purged(start_server: Start) -> None:
+def test_a_lease_fails_once_its_key_was_purged(start_server: Start) -> None:
     server = start_server("--keepalive-seconds=3", "--block-seconds=60")
     with KeyPool(url_of(server)) as pool:
         made = pool.generate()

@@ -1,4 +1,4 @@
-"""What the client sends again after which failure, seen by what a real server did and what a bad proxy received."""
+"""What the client sends again after which failure, seen in a real server and a faulty proxy."""
 
 from __future__ import annotations
 

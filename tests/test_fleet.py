@@ -1,4 +1,4 @@
-"""Several servers over one pool: what one has told holds for all, whoever is killed, restarted, or fails over."""
+"""Several servers over one pool: an answer of one holds for all, even if servers are killed or Valkey fails over."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def url(place: str) -> str:
 
 @pytest.fixture
 def servers(url: str, tmp_path: Path) -> Iterator[list[ServerProcess]]:
-    """Three servers over it; each must end in peace."""
+    """Three servers over it; each must exit cleanly."""
     made: list[ServerProcess] = []
     try:
         made.extend(ServerProcess([f"--engine={url}", "--port=0"], cwd=tmp_path) for _ in range(3))
@@ -83,7 +83,7 @@ def test_workers_of_three_servers_never_share_a_key(url: str) -> None:
 
 
 def test_stats_are_those_of_the_pool(servers: list[ServerProcess]) -> None:
-    """Whichever server is asked: what the others did is in them at once."""
+    """Those of each server include at once what the others did."""
     one, two, three = (server.client() for server in servers)
     made = one.make_many(10)
     lease = two.acquire()
@@ -120,7 +120,7 @@ def test_the_feed_has_the_events_of_other_servers(servers: list[ServerProcess]) 
 
 
 def test_a_key_freed_at_one_server_serves_a_waiter_of_another(servers: list[ServerProcess]) -> None:
-    """At each of them in turn; and all count as waiting at all."""
+    """At each of them in turn; and every server counts all waiters."""
     one = servers[0].client()
     one.make()
     lease = one.acquire()
@@ -140,7 +140,7 @@ def test_a_key_freed_at_one_server_serves_a_waiter_of_another(servers: list[Serv
 
 
 def test_a_waiter_whose_server_is_killed_takes_no_key(servers: list[ServerProcess]) -> None:
-    """Whoever waits elsewhere gets it."""
+    """A waiter at another server gets it."""
     one = servers[0].client()
     one.make()
     lease = one.acquire()

@@ -31,7 +31,7 @@ from keypool.engine.valkey.scripts import keys_of
 
 @pytest.fixture(params=["valkey", pytest.param("cluster", marks=pytest.mark.thorough)])
 def url(request: pytest.FixtureRequest) -> str:
-    """Of a place in either where no pool is."""
+    """The URL of a place without a pool, on a single Valkey or a cluster."""
     return new_pool(shared_valkey() if request.param == "valkey" else shared_cluster())
 
 
@@ -185,7 +185,7 @@ def test_a_pool_moves_there_and_back_whole(url: str, tmp_path: Path) -> None:
 
 
 def test_deadlines_go_on_during_a_move(empty: str, tmp_path: Path) -> None:
-    """What dies or is released meanwhile is dead or free at the other end, and counted there."""
+    """Keys that expire or are released meanwhile are purged or available at the target, and counted there."""
     path = tmp_path / "keypool.db"
     flags = ["--port=0", "--block-seconds=0.4", "--keepalive-seconds=1.5"]
     with ServerProcess([f"--data={path}", *flags], cwd=tmp_path) as server:
@@ -320,7 +320,7 @@ def interrupt(opening: Callable[[], Any]) -> None:
 
 
 def test_an_interrupted_move_to_valkey_is_run_again_with_clear(empty: str, tmp_path: Path) -> None:
-    """No server takes what is there by then; with --clear nothing is there twice."""
+    """No server serves the incomplete pool; with --clear no key is moved twice."""
     path = a_file(tmp_path / "keypool.db", 4500)
 
     async def opening() -> tuple[Source, Target]:
@@ -340,7 +340,7 @@ def test_an_interrupted_move_to_valkey_is_run_again_with_clear(empty: str, tmp_p
 
 
 def test_an_interrupted_move_to_a_file_leaves_none(empty: str, tmp_path: Path) -> None:
-    """The file has its name only when it is complete; what a kill left beside it is in nobody's way."""
+    """The file has its name only when it is complete; a temporary file left by a kill doesn't matter."""
     assert migrate(a_file(tmp_path / "keypool.db", 4500), empty).returncode == 0
     target, temporary = tmp_path / "new.db", tmp_path / "new.db.migrating"
 
@@ -360,7 +360,7 @@ def test_an_interrupted_move_to_a_file_leaves_none(empty: str, tmp_path: Path) -
 @pytest.mark.thorough
 @pytest.mark.parametrize(("number", "status"), [(SIGINT, 130), (SIGKILL, -9)])
 def test_a_move_is_ended_by_signals(empty: str, tmp_path: Path, number: int, status: int) -> None:
-    """Ctrl-C is one line that says what to do next."""
+    """Ctrl-C prints one line with what to do next."""
     path = a_file(tmp_path / "keypool.db", 60_000)
     process = subprocess.Popen(
         command("--from", str(path), "--to", empty), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

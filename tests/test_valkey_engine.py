@@ -1,4 +1,4 @@
-"""The Valkey engine beyond what the contract suite sees: partitions, several servers, crowds of overdue keys.
+"""The Valkey engine beyond the contract tests: partitions, several servers, crowds of overdue keys.
 
 The engine is held against the plainest model of the contract in random order; time passes by making the pool
 older in Valkey (`age`), so no test waits for it.
@@ -55,7 +55,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Place:
 
 
 class Model:
-    """The plainest table of keys, by deadlines alone, beside an engine."""
+    """A reference model of the pool, a table of keys and deadlines, to compare an engine with."""
 
     def __init__(self, place: Place, partitions: int, engine: ValkeyEngine, seed: int) -> None:
         self.place = place
@@ -282,7 +282,7 @@ class Model:
 async def test_the_engine_agrees_with_the_plain_model(
     place: Place, partitions: int, at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In random order, also while crowds of overdue keys stand that no sweep has dealt with yet."""
+    """Calls in random order, also while many overdue keys have not been swept yet."""
     with_constants(monkeypatch, MAX_DUE=at_once)
     monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
     async with engine_on(place.url, partitions, block_seconds=BLOCK, keepalive_seconds=KEEPALIVE) as engine:
@@ -316,7 +316,7 @@ def deviations(counts: Counter[int], choices: int) -> float:
 @on_loop
 @pytest.mark.parametrize(("partitions", "keys"), [(16, 40), (64, 5), (1, 20), (5, 1)])
 async def test_every_available_key_has_the_same_chance(place: Place, partitions: int, keys: int) -> None:
-    """Over all partitions, also when most are empty, at hardly more than one script an acquire."""
+    """Over all partitions, even if most are empty, at little more than one script per acquire."""
     async with engine_on(place.url, partitions) as engine:
         made = [key.id for key in await engine.generate(keys)]
         await engine.stats()
@@ -342,7 +342,7 @@ async def test_every_available_key_has_the_same_chance(place: Place, partitions:
 @on_loop
 @pytest.mark.parametrize("draws", [2000, pytest.param(4000, marks=pytest.mark.thorough)])
 async def test_servers_draw_from_the_same_keys_with_the_same_chance(place: Place, draws: int) -> None:
-    """Although one never knows what the other has freed; also with half of the keys held, by changing holders."""
+    """Although each learns late what the other has freed; also with half of the keys held, by changing holders."""
     url = place.url
     async with engine_on(url) as one, engine_on(url) as other:
         await one.generate(40)
@@ -362,7 +362,7 @@ async def test_servers_draw_from_the_same_keys_with_the_same_chance(place: Place
 
 @on_loop
 async def test_the_last_key_is_found_whoever_freed_it(place: Place) -> None:
-    """A server that believes that there is none asks all partitions before it says so."""
+    """A server calls all partitions before it answers that no key is available."""
     url = place.url
     async with engine_on(url) as one, engine_on(url) as other:
         with pytest.raises(NoKeyAvailable):
@@ -379,7 +379,7 @@ async def test_the_last_key_is_found_whoever_freed_it(place: Place) -> None:
 
 @on_loop
 async def test_lease_numbers_grow_over_servers_and_lost_writes(place: Place) -> None:
-    """They go with the clock, so that none comes again when a failover has lost the latest of them."""
+    """They follow the clock, so that none is repeated when a failover has lost the latest of them."""
     url = place.url
     last = 0
     async with engine_on(url) as one, engine_on(url) as other:
@@ -397,7 +397,7 @@ async def test_lease_numbers_grow_over_servers_and_lost_writes(place: Place) -> 
 
 @on_loop
 async def test_ids_and_leases_go_on_from_a_pool_that_was_moved_in(place: Place) -> None:
-    """The pool says what was given before; an id that was moved in is found in whatever partition it is."""
+    """The pool stores where numbers continue; an id that was moved in is found in any partition."""
     url, pool = place.url, place.pool
     async with engine_on(url, 4) as engine:
         moved = (await engine.generate(1))[0]
@@ -416,7 +416,7 @@ async def test_ids_and_leases_go_on_from_a_pool_that_was_moved_in(place: Place) 
 
 @on_loop
 async def test_a_pool_is_filled_to_its_last_key_and_no_further(place: Place) -> None:
-    """Calls at once on one server make as many keys as fit, all or none each."""
+    """Concurrent calls on one server generate as many keys as fit, each call all or none."""
     async with engine_on(place.url, max_keys=50) as engine:
         results = await asyncio.gather(*(engine.generate(4) for _ in range(30)), return_exceptions=True)
         made = [result for result in results if not isinstance(result, BaseException)]
@@ -447,7 +447,7 @@ async def test_servers_together_fill_a_pool_to_its_last_key_and_no_further(place
 async def test_servers_that_know_nothing_of_each_other_do_not_overfill_a_pool(
     place: Place, partitions: int
 ) -> None:
-    """Batches at once, all sent while each server believes that there is ample room: all or none each."""
+    """Concurrent batches, all sent while each server assumes ample room: each is all or none."""
 
     async with contextlib.AsyncExitStack() as stack:
         engines = [
@@ -471,7 +471,7 @@ async def test_servers_that_know_nothing_of_each_other_do_not_overfill_a_pool(
 
 @on_loop
 async def test_callers_who_hang_up_near_the_limit_do_not_stop_the_others(place: Place) -> None:
-    """Whenever they do; and each batch is generated as a whole or not at all."""
+    """At any moment; and each batch is generated as a whole or not at all."""
     async with engine_on(place.url, max_keys=200) as engine:
         for turns in range(12):
             calls = [Call(engine.generate(3)) for _ in range(4)]
@@ -527,7 +527,7 @@ async def test_a_key_that_another_server_frees_goes_to_whoever_waits(place: Plac
 
 @on_loop
 async def test_no_key_is_held_by_two_over_three_servers(place: Place) -> None:
-    """More workers than keys, all waiting for each other's; some hang up. All get their turns."""
+    """More workers than keys, some of which hang up. All get keys in turn."""
     url = place.url
     chance = random.Random(5)
     held: dict[int, int] = {}
@@ -592,7 +592,7 @@ async def test_a_released_key_goes_to_whoever_waits(place: Place) -> None:
 @on_loop
 @pytest.mark.parametrize("turns", range(6))
 async def test_a_caller_who_hangs_up_is_leased_nothing(place: Place, turns: int) -> None:
-    """At whatever moment: the key is available again at once, and the next in the queue has it."""
+    """At any moment: the key is available again at once, and the next waiter gets it."""
     async with engine_on(place.url, 2) as engine:
         await engine.generate(1)
         for wait in (0, 30):
@@ -616,7 +616,7 @@ async def test_a_caller_who_hangs_up_is_leased_nothing(place: Place, turns: int)
 
 @on_loop
 async def test_a_waiter_gets_the_key_that_one_before_it_left(place: Place) -> None:
-    """And is its owner from then on."""
+    """And is its owner."""
     async with engine_on(place.url) as engine:
         made = (await engine.generate(1))[0]
         held = await engine.acquire("first", 0)
@@ -652,7 +652,7 @@ async def test_behind_many_waiters_nobody_waits_longer_than_asked(place: Place) 
 
 @on_loop
 async def test_an_acquire_without_wait_is_answered_while_waiters_are_served(place: Place) -> None:
-    """In a busy pool it waits for a look, not until everybody before it has had a turn."""
+    """In a busy pool it waits for one look at the partitions, not for every waiter ahead of it."""
     async with engine_on(place.url) as engine:
         await engine.generate(1)
         served = 0
@@ -717,8 +717,8 @@ async def test_an_acquire_whose_answer_was_lost_is_not_made_again_for_a_waiter(p
 
 
 @on_loop
-async def test_lengths_of_time_are_as_of_the_answer_although_a_call_was_held(place: Place) -> None:
-    """What passes before a call can be sent is not taken off."""
+async def test_durations_are_as_of_the_answer_even_if_a_call_was_held(place: Place) -> None:
+    """The time before the call was sent is not subtracted."""
     async with engine_on(place.url) as engine:
         key = (await engine.generate(1))[0].key
         await engine.acquire(None, 0)
@@ -738,7 +738,7 @@ async def test_lengths_of_time_are_as_of_the_answer_although_a_call_was_held(pla
 
 @on_loop
 async def test_deadlines_are_swept_on_time_whichever_server_set_them(place: Place) -> None:
-    """Another server than the one that served the key releases it, though no call comes."""
+    """A server releases a key that another one leased, without any call."""
     url = place.url
     rules: dict[str, Any] = {"block_seconds": 0.3, "keepalive_seconds": 1.0}
     async with engine_on(url, **rules) as sweeper, engine_on(url, **rules) as other:
@@ -753,8 +753,8 @@ async def test_deadlines_are_swept_on_time_whichever_server_set_them(place: Plac
 
 
 @on_loop
-async def test_a_crowd_that_expires_at_once_is_purged_in_slices(place: Place) -> None:
-    """And never shown or served meanwhile."""
+async def test_many_keys_that_expire_at_once_are_purged_in_slices(place: Place) -> None:
+    """And never shown or leased meanwhile."""
     async with engine_on(place.url) as engine:
         for _ in range(5):
             await engine.generate(1000)
@@ -768,7 +768,7 @@ async def test_a_crowd_that_expires_at_once_is_purged_in_slices(place: Place) ->
 
 @on_loop
 async def test_one_server_sweeps_and_another_stands_in_for_it(place: Place) -> None:
-    """So more servers make hardly more looks, and one that dies makes no release late."""
+    """So more servers cost few more polls, and no release is late when one dies."""
     url = place.url
     rules: dict[str, Any] = {"block_seconds": 1.0, "keepalive_seconds": 60.0}
     async with contextlib.AsyncExitStack() as stack:
@@ -826,7 +826,7 @@ async def _walk(engine: ValkeyEngine, after: str | None = None, **query: Any) ->
 @on_loop
 @pytest.mark.parametrize("partitions", [1, 16])
 async def test_keys_with_the_same_deadline_are_all_listed(place: Place, partitions: int) -> None:
-    """As those of a pool that was moved in have it, whose deadlines are milliseconds."""
+    """As in a pool that was moved in, whose deadlines are whole milliseconds."""
     async with engine_on(place.url, partitions) as engine:
         made = [*await engine.generate(1000), *await engine.generate(800)]
         blocked = {lease.id for _ in range(2) for lease in await engine.acquire_many(None, 700)}
@@ -865,8 +865,8 @@ async def test_a_page_costs_its_rows_and_not_as_many_of_every_partition(place: P
 
 
 @on_loop
-async def test_records_that_valkey_threw_away_are_purged_where_they_are_met(place: Place) -> None:
-    """As one with a maxmemory-policy that evicts does: no call fails for it."""
+async def test_keys_whose_records_valkey_evicted_are_purged_when_met(place: Place) -> None:
+    """No call fails because of a missing record."""
     pool = place.pool
     async with engine_on(place.url, 2) as engine:
         made = await engine.generate(60)
@@ -895,7 +895,7 @@ async def test_records_that_valkey_threw_away_are_purged_where_they_are_met(plac
 
 
 @on_loop
-async def test_every_server_hears_of_every_servers_changes(place: Place) -> None:
+async def test_every_server_gets_the_events_of_all_servers(place: Place) -> None:
     """With owner, lease and hint, in order, and each once; the counters are the pool's."""
     url = place.url
     async with engine_on(url) as one, engine_on(url) as other:
@@ -919,7 +919,7 @@ async def test_every_server_hears_of_every_servers_changes(place: Place) -> None
 
 @on_loop
 async def test_a_new_server_knows_the_latest_events(place: Place) -> None:
-    """Of those before its time."""
+    """Those from before it started."""
     url = place.url
     async with engine_on(url) as one:
         await one.generate(100)

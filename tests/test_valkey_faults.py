@@ -1,4 +1,4 @@
-"""What the engine does when Valkey fails it: 503 and no more, and back by itself when Valkey is.
+"""Failures of Valkey: calls get 503, and the engine recovers by itself when Valkey does.
 
 Every fault is made in a real Valkey: killed, stopped, filled up, made a replica, or taken the slot away from.
 """
@@ -91,10 +91,10 @@ async def test_a_call_that_could_not_be_sent_waits_for_the_connection(valkey: Va
 
 
 @on_loop
-async def test_a_silent_valkey_is_given_up_and_taken_again(
+async def test_a_silent_valkey_is_dropped_and_reconnected_to(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that stands still with its connections open: calls end within seconds, and it is back when it goes on."""
+    """Valkey is stopped with its connections open: calls end within seconds, and are served when it continues."""
     monkeypatch.setattr(valkey_link, "SILENCE", 0.8)
     async with engine_on(valkey.url) as engine:
         key = (await engine.generate(1))[0].key
@@ -136,7 +136,7 @@ async def test_scripts_that_were_forgotten_are_loaded_again(valkey: Valkey) -> N
 
 @on_loop
 async def test_a_full_valkey_refuses_changes_and_keeps_what_there_is(valkey: Valkey) -> None:
-    """OOM: nothing is done by halves, deletes make room, and with room all goes on."""
+    """OOM: no call is half executed, deletes free memory, and then all calls are served."""
     async with engine_on(valkey.url, 4) as engine:
         keys = [key.key for key in await engine.generate(50)]
         valkey.ask("CONFIG", "SET", "maxmemory", 1)
@@ -206,8 +206,8 @@ async def test_too_few_replicas_refuse_changes(valkey: Valkey) -> None:
 
 
 @on_loop
-async def test_those_who_wait_are_served_when_valkey_is_back(valkey: Valkey) -> None:
-    """A waiter outlives the trouble."""
+async def test_waiters_are_served_when_valkey_is_back(valkey: Valkey) -> None:
+    """An outage does not end a wait."""
     async with engine_on(valkey.url) as engine:
         waiting = asyncio.ensure_future(engine.acquire("w", 30))
         await eventually(lambda: len(engine._waiters), "somebody waits")
@@ -220,8 +220,8 @@ async def test_those_who_wait_are_served_when_valkey_is_back(valkey: Valkey) -> 
 
 
 @on_loop
-async def test_a_replica_that_is_promoted_is_taken_for_the_primary(valkey: Valkey) -> None:
-    """Of several addresses the one that says so; none while two do."""
+async def test_a_promoted_replica_is_used_as_the_primary(valkey: Valkey) -> None:
+    """Of several addresses, the one whose role is primary; none while two have it."""
     with Valkey() as other:
         other.ask("REPLICAOF", "127.0.0.1", valkey.port)
         url = f"valkey://127.0.0.1:{other.port},127.0.0.1:{valkey.port}"
@@ -358,8 +358,8 @@ def test_a_password_is_used_and_never_shown() -> None:
         assert "s3cret" not in server.log
 
 
-def test_readyz_and_retry_after_tell_while_valkey_is_away(valkey: Valkey, tmp_path: Path) -> None:
-    """The server itself goes on, says why it isn't ready, and is ready by itself when Valkey is back."""
+def test_readyz_and_retry_after_while_valkey_is_down(valkey: Valkey, tmp_path: Path) -> None:
+    """The server keeps running, reports why it isn't ready, and is ready again when Valkey is back."""
     with ServerProcess([f"--engine={valkey.url}", "--port=0"], cwd=tmp_path) as server:
         client = server.client()
         key = client.make()["key"]
@@ -425,8 +425,8 @@ def tls_before(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
         thread.join()
 
 
-def test_tls_is_spoken_to_whom_the_system_trusts_and_nobody_else(valkey: Valkey, tmp_path: Path) -> None:
-    """SSL_CERT_FILE names another authority, as everywhere."""
+def test_tls_connects_only_to_certificates_that_the_system_trusts(valkey: Valkey, tmp_path: Path) -> None:
+    """SSL_CERT_FILE names another authority, as for other programs."""
     with tls_before(valkey.port, tmp_path) as (port, certificate):
         url = f"valkeys://127.0.0.1:{port}"
         status, output = run_server([f"--engine={url}", "--port=0"])
@@ -443,7 +443,7 @@ def test_tls_is_spoken_to_whom_the_system_trusts_and_nobody_else(valkey: Valkey,
 async def test_without_a_right_to_channels_keys_are_freed_and_waiters_served(
     valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The waiters find keys by themselves, and the log says why they are late."""
+    """Waiters get keys by polling, and a warning gives the reason for the delay."""
     valkey.ask("ACL", "SETUSER", "mute", "reset", "on", ">pass", "+@all", "~*", "resetchannels")
     url = f"valkey://mute:pass@127.0.0.1:{valkey.port}"
     async with engine_on(url) as engine, engine_on(url) as other:

@@ -107,7 +107,7 @@ async def test_a_quick_restart_of_the_only_server_gives_grace(valkey: Valkey) ->
 
 
 @on_loop
-async def test_a_server_that_was_killed_is_not_taken_for_one_that_serves(
+async def test_a_killed_server_does_not_count_as_running(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one waits until the other has been silent for long enough, and gives grace."""
@@ -124,7 +124,7 @@ async def test_a_server_that_was_killed_is_not_taken_for_one_that_serves(
 
 @on_loop
 async def test_without_grace_deadlines_go_on_during_a_stop(valkey: Valkey) -> None:
-    """Half a keepalive is for outages, in which servers lived and could not reach Valkey."""
+    """Half a keepalive is only for outages, in which servers run but can't reach Valkey."""
     async with engine_on(valkey.url, 4) as engine:
         key = (await engine.generate(1))[0].key
     age(valkey, POOL, 4, 400, unseen=True)
@@ -167,7 +167,7 @@ async def test_keys_that_nobody_could_keep_alive_outlive_an_outage(valkey: Valke
 
 
 @on_loop
-async def test_keys_in_no_hurry_get_their_time_while_calls_are_served(valkey: Valkey) -> None:
+async def test_keys_that_are_not_urgent_get_time_while_calls_are_served(valkey: Valkey) -> None:
     """Those that have some time left needn't hold up the first calls; each gets the same in the end."""
     async with engine_on(valkey.url, 1) as engine:
         await engine.generate(600)
@@ -207,10 +207,10 @@ async def test_a_server_that_alone_lost_its_connection_gives_nothing(valkey: Val
 
 
 @on_loop
-async def test_a_valkey_that_stood_still_purges_nothing_when_it_goes_on(
+async def test_a_valkey_that_was_stopped_purges_nothing_when_it_continues(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by the calls either that had come while it stood still, or were sent before anybody noticed."""
+    """Not even by calls that arrived while it was stopped, or were sent before that was noticed."""
     with_constants(monkeypatch, AWAY=1_600_000)
     async with engine_on(valkey.url, 1, keepalive_seconds=1.6) as engine:
         keys = [key.key for key in await engine.generate(100)]
@@ -229,7 +229,7 @@ async def test_a_valkey_that_stood_still_purges_nothing_when_it_goes_on(
 
 @on_loop
 async def test_a_step_of_valkeys_clock_is_counted(valkey: Valkey) -> None:
-    """With a line in the log, whichever way it went; a beat or two late is none."""
+    """And logged, in either direction; a late heartbeat is not a step."""
     async with engine_on(valkey.url, 1) as engine:
         await eventually(lambda: engine._presence._clocks, "a heartbeat")
         for step, shown in ((3600, "-3600"), (-7200, "+7200")):
@@ -293,7 +293,7 @@ async def test_another_pool_of_that_name_is_an_outage(valkey: Valkey) -> None:
 
 
 @on_loop
-async def test_a_valkey_that_throws_keys_away_is_refused(valkey: Valkey) -> None:
+async def test_a_valkey_that_evicts_keys_is_refused(valkey: Valkey) -> None:
     """At the start, naming the setting; and when the connection is made anew, as an outage that ends."""
     async with engine_on(valkey.url, 1) as engine:
         await engine.generate(1)
@@ -311,8 +311,8 @@ async def test_a_valkey_that_throws_keys_away_is_refused(valkey: Valkey) -> None
 
 
 @on_loop
-async def test_a_policy_that_throws_nothing_away_yet_is_a_warning(valkey: Valkey) -> None:
-    """Without maxmemory nothing is thrown away."""
+async def test_an_evicting_policy_without_maxmemory_is_a_warning(valkey: Valkey) -> None:
+    """Without maxmemory nothing is evicted."""
     valkey.ask("CONFIG", "SET", "maxmemory-policy", "volatile-ttl")
     with logged("volatile-ttl", logging.WARNING):
         async with engine_on(valkey.url, 1) as engine:
@@ -321,7 +321,7 @@ async def test_a_policy_that_throws_nothing_away_yet_is_a_warning(valkey: Valkey
 
 @on_loop
 async def test_full_memory_is_left_by_deleting_however_long_it_lasts(valkey: Valkey) -> None:
-    """That nobody could note when the partition was looked at must not take it out of service."""
+    """Polls that can't store their moment must not make the partition count as unattended."""
     async with engine_on(valkey.url, 1) as engine:
         keys = [key.key for key in await engine.generate(50)]
         valkey.ask("CONFIG", "SET", "maxmemory", 1)
@@ -349,7 +349,7 @@ async def test_full_memory_is_left_by_deleting_however_long_it_lasts(valkey: Val
 async def test_servers_of_a_pool_have_the_same_settings(
     valkey: Valkey, name: str, value: float, shown: str
 ) -> None:
-    """Another one is refused, saying in what; when none serves any more, its settings are the pool's."""
+    """A server that differs is refused, naming the setting; once no other runs, its settings are the pool's."""
     rules: dict[str, Any] = {
         "block_seconds": 60.0, "keepalive_seconds": 300.0, "key_length": 20, "max_keys": 1_000_000
     }  # fmt: skip
@@ -415,7 +415,7 @@ async def test_one_dead_primary_takes_out_its_own_keys_only() -> None:
 
 @on_loop
 async def test_a_call_is_held_for_its_own_second(valkey: Valkey) -> None:
-    """That a connection was lost just before, and mended, doesn't shorten it."""
+    """An earlier loss of the connection, from which it recovered, doesn't shorten that."""
 
     def links(engine: ValkeyEngine) -> list[Link]:
         return list(engine._nodes.serving.values())
@@ -428,13 +428,13 @@ async def test_a_call_is_held_for_its_own_second(valkey: Valkey) -> None:
         before = loop.time()
         await engine.keepalive(key)
         await asyncio.sleep(before + 0.85 - loop.time())
-        fit, mended = engine._nodes._fit, asyncio.Event()
+        usable_link, mended = engine._nodes._usable_link, asyncio.Event()
 
         async def slow(address: Any) -> Link:
             await mended.wait()
-            return await fit(address)
+            return await usable_link(address)
 
-        engine._nodes._fit = slow  # type: ignore[method-assign]
+        engine._nodes._usable_link = slow  # type: ignore[method-assign]
         for link in links(engine):
             link.close()
         call = asyncio.ensure_future(engine.keepalive(key))
@@ -460,14 +460,14 @@ async def test_a_valkey_that_loads_its_file_is_waited_for() -> None:
         valkey.kill()
         valkey._flags += ("--key-load-delay", "300")
         valkey.start()
-        with logged("is loading: waiting for it", logging.INFO):
+        with logged("is loading its file: waiting", logging.INFO):
             async with engine_on(valkey.url, 1) as engine:
                 assert (await engine.acquire(None, 0)).key == key
 
 
 @on_loop
-async def test_who_waits_is_told_when_the_pool_is_lost(valkey: Valkey) -> None:
-    """Nobody waits for what can't come."""
+async def test_waiters_fail_when_the_pool_is_lost(valkey: Valkey) -> None:
+    """At once, as no key can come."""
     with logged("emptied"):
         async with engine_on(valkey.url, 1) as engine:
             waiting = asyncio.ensure_future(engine.acquire("w", 2))

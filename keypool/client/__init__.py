@@ -8,7 +8,7 @@
 `KeyPool` blocks, `AsyncKeyPool` is for asyncio; both send with httpx2. Nothing of the server is imported.
 docs/client.md is the guide. The modules, from the bottom up:
 
-    errors.py       every way to fail            answers.py      the shapes of the answers
+    errors.py       the exceptions               answers.py      the types of the results
     settings.py     arguments, checked           calls.py        every call as data
     attempts.py     retries and deadlines        held.py         a key while it is held
     rounds.py       the rounds of a keeper       signals.py      exit_on_sigterm
@@ -145,7 +145,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # asyncio takes a while to import; programs of the blocking client do not wait for it.
+    # Imported on demand, since asyncio takes a while to import and the blocking client doesn't need it.
     if not name.startswith("Async") or name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("keypool.client.async_pool"), name)

@@ -1,8 +1,8 @@
 """The answers of the calls, as frozen dataclasses with the members of the contract.
 
-Lengths of time are seconds from the moment of the answer. `repr` and `str` never contain a key's text: that
-is in `secret` alone, and `hint` stands for it in logs. Members that this version does not know are ignored, so
-that an older client reads a newer server.
+Durations are in seconds, counted from the moment of the answer. `repr` and `str` never contain a key's text: only
+`secret` does; logs should show `hint`. Members that this version does not know are ignored, so that an older client
+works with a newer server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class State(StrEnum):
-    """The state of a key. Equal to its string; a state that this version does not know reads as well."""
+    """The state of a key. Equal to its string; also takes a state that this version does not know."""
 
     AVAILABLE = "available"
     BLOCKED = "blocked"
@@ -37,7 +37,7 @@ class State(StrEnum):
 
 @runtime_checkable
 class HasSecret(Protocol):
-    """Everything that knows a key's text: generated, leased, held and revealed keys."""
+    """Any object with a key's text: a generated, leased, held or revealed key."""
 
     @property
     def secret(self) -> str:
@@ -46,11 +46,11 @@ class HasSecret(Protocol):
 
 
 KeyLike = str | int | HasSecret
-"""A key as an argument: its text, its public id (admins and viewers), or an object that knows its text."""
+"""A key as an argument: its text, its public id (admins and viewers), or an object with its text."""
 
 
 def hint(secret: str) -> str:
-    """What stands for a key where its text may not be shown: the first and last four characters."""
+    """The first and last four characters of a key, to show in place of its text; only `…` below 12 characters."""
     return f"{secret[:4]}…{secret[-4:]}" if len(secret) >= 12 else "…"
 
 
@@ -68,7 +68,7 @@ _KEY = {"json": "key"}  # the member's name in JSON
 
 @dataclass(frozen=True, slots=True)
 class GeneratedKey(_WithSecret):
-    """A new key."""
+    """A new key. Unless it is kept alive, it expires in `expires_in` seconds."""
 
     id: int
     secret: str = field(repr=False, metadata=_KEY)
@@ -97,9 +97,9 @@ class Revealed(_WithSecret):
 
 @dataclass(frozen=True, slots=True)
 class Unblocked:
-    """`changed` is false if the key was available already.
+    """The result of an unblock. `changed` is false if the key was available already.
 
-    After a lost answer it is also false if the lost attempt freed the key: then `repeated` is true.
+    If `repeated` is true, an earlier attempt whose answer was lost may have freed it.
     """
 
     id: int
@@ -110,7 +110,7 @@ class Unblocked:
 
 @dataclass(frozen=True, slots=True)
 class KeptAlive:
-    """The key lives for `expires_in` seconds more."""
+    """The key now expires in `expires_in` seconds."""
 
     id: int
     expires_in: float
@@ -140,7 +140,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Four counts of now, eight since the pool began, and about the server. `uptime` in seconds."""
+    """Four current counts, eight counters since the pool began, and the server. `uptime` is in seconds."""
 
     total: int
     available: int
@@ -161,10 +161,10 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The result of a batch: how many keys were done, which were unknown, and which had a later lease.
+    """The result of a batch: how many keys were changed, which were unknown, and which had a later lease.
 
-    `repeated` is true if an answer was lost and the batch sent again: keys that are unknown or stale then may
-    have been done by the lost attempt.
+    `repeated` is true if an answer was lost and the batch was sent again: then the first attempt may have changed
+    keys that are listed as unknown or stale.
     """
 
     done: int
@@ -174,9 +174,9 @@ class Done:
 
 
 def read(kind: type[T], value: object) -> T:
-    """The dataclass `kind` from decoded JSON. Raises UnexpectedAnswer if it does not fit."""
+    """Make a dataclass `kind` from decoded JSON. Raises UnexpectedAnswer if it does not match."""
     if not isinstance(value, dict):
-        raise UnexpectedAnswer(f"not the expected answer: no {kind.__name__}")
+        raise UnexpectedAnswer(f"not the expected answer: not a {kind.__name__}")
     members = {}
     for each in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = each.metadata.get("json", each.name)

@@ -5,7 +5,7 @@
     ...     async with pool.lease(wait=10) as key:
     ...         await use(key.secret)
 
-Belongs to the event loop that it is used on. What the calls do and raise is in the docstrings of KeyPool.
+A client belongs to the event loop on which it is used. KeyPool documents what the calls do and raise.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class AsyncKeyPool:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
-        """A client as KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE say; see KeyPool."""
+        """A client configured by KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE; see KeyPool.from_env."""
         return cls(**from_environment(environ), **options)
 
     def __repr__(self) -> str:
@@ -113,7 +113,7 @@ class AsyncKeyPool:
         on_error: OnError | None = None,
         keepalive_seconds: float | None = None,
     ) -> AsyncKeeper:
-        """Keeps keys alive in a background task, between `start` and `stop` or in an `async with`."""
+        """A keeper: keeps keys alive in a background task, between `start` and `stop` or in an `async with`."""
         rounds = Rounds(self._settings, keys, on_dead, on_error, keepalive_seconds)
         keeper = AsyncKeeper(self._runner, rounds)
         self._keepers.add(keeper)
@@ -150,7 +150,7 @@ class AsyncKeyPool:
         return await self._call(calls.generate())
 
     async def acquire(self, *, owner: str | None = None, wait: float | None = 0.0) -> LeasedKey:
-        """Acquire a key, to be given back by `unblock`. Raises NoKeyAvailable. A cancelled one gives it back."""
+        """Acquire a key, to be given back by `unblock`. Raises NoKeyAvailable. If cancelled, gives it back."""
         owner = default_owner() if owner is None else owner
         steps = perform(calls.acquire(owner, wait), self._settings)
         acquired = await self._runner.acquire(steps, lambda late: self._give_back(HeldKey(late, owner)))
@@ -161,11 +161,11 @@ class AsyncKeyPool:
         return await self._call(calls.unblock(key, lease))
 
     async def keepalive(self, key: KeyLike) -> KeptAlive:
-        """Put off a key's expiry. Raises UnknownKey."""
+        """Postpone a key's expiry. Raises UnknownKey."""
         return await self._call(calls.keepalive(key))
 
     async def delete(self, key: KeyLike) -> None:
-        """Purge a key for ever (admin). Raises UnknownKey."""
+        """Delete a key permanently (admin). Raises UnknownKey."""
         return await self._call(calls.delete(key))
 
     async def get(self, key: KeyLike) -> Row:
@@ -219,7 +219,7 @@ class AsyncKeyPool:
         return AsyncLeasedKeys(self, batch)
 
     async def keepalive_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
-        """Put off expiries."""
+        """Postpone expiries."""
         return await self._batch(calls.keepalive_many(keys, progress))
 
     async def unblock_many(self, items: Iterable[UnblockItem], *, progress: Progress | None = None) -> Done:
@@ -227,7 +227,7 @@ class AsyncKeyPool:
         return await self._batch(calls.unblock_many(items, progress))
 
     async def delete_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
-        """Purge keys (admin)."""
+        """Delete keys permanently (admin)."""
         return await self._batch(calls.delete_many(keys, progress))
 
     async def _call(self, call: Call[T]) -> T:
@@ -293,8 +293,8 @@ class AsyncLeasedKeys:
 class AsyncKeeper(KeptKeys):
     """Keeps keys alive from `start`, or `async with`, to `stop`, in one task.
 
-    `on_dead(key)` is called on the loop, once for each key that the server does not know any more;
-    `on_error(error)` after each round that failed. A round is repeated until it succeeds; a refused token or
+    `on_dead(key)` is called on the loop, once for each key that was deleted or has expired; `on_error(error)`
+    after each round that failed. A round is repeated until it succeeds; a refused token or
     a wrong URL stops the keeper: then `running` is False and `error` says why.
     """
 
@@ -317,7 +317,7 @@ class AsyncKeeper(KeptKeys):
         return self
 
     async def stop(self) -> None:
-        """End it, and wait for its task; a call in progress is cut off. May be called again."""
+        """End it, and wait for its task; a call in progress is aborted. May be called again."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task})

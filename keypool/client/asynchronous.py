@@ -1,10 +1,10 @@
-"""Sends for the asynchronous client: runs the steps of attempts.py over an httpx2 transport, on one loop.
+"""I/O of the asynchronous client: runs the steps of attempts.py over an httpx2 transport, on one loop.
 
-A cancelled acquire is the hard case. Its request may just have been answered, and a key whose answer nobody
-reads stays blocked until its deadline. So the request goes on in the background: if a key arrives, it is given
-back at once. When none has arrived for a second, for this acquire or another cancelled one, the connection is
-closed, and the server takes the waiter off its queue. (While keys still arrive, one is likely to be on its way
-to the oldest waiter.) The cancellation itself does not wait for that; `close` does.
+A cancelled acquire is the hard case. The server may just have answered, and a key whose answer is not read stays
+blocked until its deadline. So the request continues in the background, and a key that arrives is given back at
+once. If no cancelled acquire has received a key for a second, the connection is closed, and the server removes
+the waiter from its queue. (While keys still arrive, one may be in transit to the oldest waiter.) The cancellation
+itself does not wait for that; `close` does.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from keypool.client.settings import Settings
 T = TypeVar("T")
 
 _LATE_ANSWER = 1.0
-"""Seconds without any late key after which the requests of cancelled acquires are cut off."""
+"""Seconds without a key for any cancelled acquire, after which their connections are closed."""
 
 _AFTER_TRANSPORT = 0.05
-"""Seconds that the whole of a call may take longer than its parts, so that a part's own timeout, which says
-more about what happened, comes first."""
+"""Seconds added to the limit of a whole request, so that a timeout of one of its parts, which tells more about what
+happened, comes first."""
 
 
 class AsyncRunner:
-    """Runs steps in tasks of one event loop. `transport` is the user's, by default one is made."""
+    """Runs steps in tasks of one event loop, over `transport` or one that it makes, and closes either."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class AsyncRunner:
         self._late_key_at = -math.inf
 
     async def run(self, steps: Steps[T], wake: asyncio.Event | None = None) -> T:
-        """The result of the steps. Raises KeyPoolError. `wake` ends a pause early."""
+        """Run steps, and return their result. Raises KeyPoolError. Setting `wake` ends a pause early."""
         try:
             step = next(steps)
             while True:
@@ -66,13 +66,13 @@ class AsyncRunner:
             return end.value  # type: ignore[no-any-return]
 
     async def run_to_end(self, steps: Steps[T]) -> T:
-        """The same; if the caller is cancelled it goes on in the background."""
+        """Like `run`, but if the caller is cancelled, the steps continue in the background."""
         task = asyncio.ensure_future(self.run(steps))
         self._in_background(task)
         return await asyncio.shield(task)
 
     async def acquire(self, steps: Steps[T], give_back: Callable[[T], Coroutine[Any, Any, object]]) -> T:
-        """The same; if the caller is cancelled and a key arrives, it is given back in the background."""
+        """Like `run`, but if the caller is cancelled, a key that still arrives is given back in the background."""
         task = asyncio.ensure_future(self.run(steps))
         task.add_done_callback(_retrieved)
         try:
@@ -84,7 +84,7 @@ class AsyncRunner:
     async def _abandon(
         self, task: asyncio.Task[T], give_back: Callable[[T], Coroutine[Any, Any, object]]
     ) -> None:
-        """Wait for what a cancelled acquire brings, and give it back."""
+        """Wait for the result of a cancelled acquire, and give it back."""
         loop = asyncio.get_running_loop()
         since = loop.time()
         while not task.done() and (left := max(since, self._late_key_at) + _LATE_ANSWER - loop.time()) > 0:
@@ -97,7 +97,7 @@ class AsyncRunner:
             await give_back(task.result())
 
     async def close(self) -> None:
-        """Finish what is in the background, then close all connections; calls end with PoolClosed."""
+        """Finish background work, then close all connections; calls in progress raise PoolClosed."""
         while self._background:
             await asyncio.wait(self._background)
         self._closed = True
@@ -136,7 +136,7 @@ class AsyncRunner:
 
     @contextlib.asynccontextmanager
     async def _limited(self, seconds: float | None) -> AsyncIterator[None]:
-        """At most so many seconds, or until `close`. Raises TimeoutError."""
+        """Limit the block to so many seconds, and until `close`. Raises TimeoutError."""
         self._check()
         async with asyncio.timeout(seconds) as scope:
             self._in_progress.add(scope)
@@ -151,6 +151,6 @@ class AsyncRunner:
 
 
 def _retrieved(task: asyncio.Task[Any]) -> None:
-    """Take note of an exception, so that asyncio does not log it as never retrieved."""
+    """Retrieve a task's exception, or asyncio would log it where nobody awaits the task."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""One call through its attempts, without any I/O: when it is sent again, and when its error stands.
+"""The attempts of a call, without any I/O: when it is sent again, and when its error is final.
 
     the failure means that ...           the call is sent again
     it did not happen                    always
@@ -7,11 +7,11 @@
 
 "It did not happen" is a connection that could not be made, and the server's `loading`, `draining` and
 `too-many-waiters`. "It may have happened" is a connection that broke, a timeout after the connection was
-made, `storage-unavailable`, and 502, 503 or 504 from a proxy, which does not say whether it asked the
-server. Everything else (404, 409, not HTTP) is an answer and stands.
+made, `storage-unavailable`, and 502, 503 or 504 from a proxy, which may or may not have passed the request on.
+Everything else (404, 409, not HTTP) is an answer and final.
 
-The rules are generators: they yield a `Send` or a `Pause`, the client that runs them does it, and sends back
-the answer or throws in the error. So they are the same for threads and for asyncio, and tests run them alone.
+The rules are generators ("steps"): they yield a `Send` or a `Pause`, which a runner executes; it sends back the
+answer or throws in the error. So threads and asyncio share the rules, and tests need no I/O.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from keypool.client.settings import BASE, Settings, now
 
 T = TypeVar("T")
 
-_LONGEST_WAIT = 60.0  # seconds that the server lets an acquire wait; longer waits ask again
-_PROMPT = 0.02  # seconds by which a wait may seem to have ended early
+_LONGEST_WAIT = 60.0  # seconds that the server lets an acquire wait; a longer wait takes several requests
+_WAIT_TOLERANCE = 0.02  # seconds by which a wait may seem to have ended early
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Wait so many seconds, None for as long as it takes until somebody wakes the client up."""
+    """Wait so many seconds, or until the runner is woken up; None is no limit."""
 
     seconds: float | None
 
@@ -88,7 +88,7 @@ Steps = Generator[Send | Pause, Answer | None, T]
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
-    """A result, with the moments at which its request left and its answer was complete."""
+    """A result, with the moments (`settings.now`) when its request was sent and its answer complete."""
 
     result: T
     sent_at: float
@@ -96,12 +96,12 @@ class Outcome(Generic[T]):
 
 
 def result(call: Call[T], settings: Settings, within: float = math.inf) -> Steps[T]:
-    """The result of a call. Raises KeyPoolError. See `perform`."""
+    """Like `perform`, but the result alone."""
     return (yield from perform(call, settings, within)).result
 
 
 def results(batch: Batch[T], settings: Settings) -> Steps[T]:
-    """The result of a batch of calls."""
+    """Perform the calls of a batch, and return its result. Raises KeyPoolError."""
     try:
         call = next(batch)
         while True:
@@ -116,10 +116,11 @@ def results(batch: Batch[T], settings: Settings) -> Steps[T]:
 
 
 def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Steps[Outcome[T]]:
-    """One call through its attempts, for `within` seconds at most, if that is less than the timeout.
+    """Perform a call, with retries. Raises KeyPoolError.
 
-    The timeout bounds all attempts and pauses together; what an acquire waits for a key comes on top. An
-    acquire that waits goes on through an outage for as long as it waits, once it has reached the server.
+    The timeout, or `within` seconds if that is less, bounds all attempts and pauses together; the time that an
+    acquire waits for a key is added. An acquire that waits is retried during an outage for as long as it waits,
+    once it has reached the server.
     """
     began = now()
     wait_until = began + (math.inf if call.wait is None else call.wait)
@@ -138,18 +139,18 @@ def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Step
             return Outcome(_read(call, answer, repeated=repeated), sent_at, now())
         except NoKeyAvailable as error:
             error.repeated = repeated
-            if wait_until - now() <= _PROMPT:
+            if wait_until - now() <= _WAIT_TOLERANCE:
                 raise
-            # The server has waited as long as it does: ask again. Slowly, if it didn't wait at all.
+            # The server's longest wait has passed: send it again; after a pause, if the server didn't wait.
             failures, times, reached, retry_until = 0, 0, True, None
             pause = 0.0 if now() - sent_at >= wait / 2 else min(1.0, wait_until - now())
         except KeyPoolError as error:
             error.repeated = repeated
-            if repeated and call.gone is not None and isinstance(error, UnknownKey):
-                return Outcome(call.gone(), sent_at, now())
+            if repeated and call.result_if_gone is not None and isinstance(error, UnknownKey):
+                return Outcome(call.result_if_gone(), sent_at, now())
             times += 1
             too_often = settings.retry.times is not None and times > settings.retry.times
-            if too_often or not _may_help(error) or (error.may_have_happened and not call.repeatable):
+            if too_often or not _retry_may_help(error) or (error.may_have_happened and not call.repeatable):
                 raise
             failures += 1
             repeated = repeated or error.may_have_happened
@@ -195,14 +196,14 @@ def _read(call: Call[T], answer: Answer, *, repeated: bool) -> T:
     return read
 
 
-def _may_help(error: KeyPoolError) -> bool:
+def _retry_may_help(error: KeyPoolError) -> bool:
     if isinstance(error, Unreachable):
         return error.transient
     return isinstance(error, AnswerLost | GatewayError | Unavailable)
 
 
 def _retry_after(answer: Answer) -> float | None:
-    """The header in seconds. A date counts from the answer's own date, since clocks disagree."""
+    """The header in seconds. A date is relative to the answer's own Date, as clocks may differ."""
     given = answer.headers.get("retry-after")
     if given is None:
         return None
@@ -227,7 +228,7 @@ _NOT_HTTP = (httpx2.RemoteProtocolError, httpx2.DecodingError)
 
 
 def failure(error: Exception, url: str) -> KeyPoolError:
-    """What an exception of a transport means for the call."""
+    """The KeyPoolError for an exception of a transport."""
     reason = str(error) or type(error).__name__
     if isinstance(error, _NEVER_SENT):
         causes = _causes(error)
@@ -238,7 +239,7 @@ def failure(error: Exception, url: str) -> KeyPoolError:
     if isinstance(error, httpx2.TimeoutException | TimeoutError):
         return AnswerLost("no answer in time")
     if isinstance(error, _NOT_HTTP) and "disconnected" not in reason and "closed" not in reason:
-        return UnexpectedAnswer(f"what answers at {url} is not HTTP ({reason}): is the URL right?")
+        return UnexpectedAnswer(f"{url} does not speak HTTP ({reason}): is the URL right?")
     return AnswerLost(f"the connection broke before the answer was complete: {reason}")
 
 
@@ -257,6 +258,6 @@ def _system_reason(cause: BaseException) -> str | None:
 
 
 def _permanent(cause: BaseException) -> bool:
-    """A name that does not exist, or a certificate that is not trusted, will not be better in a second."""
+    """Whether a retry can't help: the host name does not exist, or its certificate is not trusted."""
     unknown_name = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
     return unknown_name or isinstance(cause, ssl.SSLCertVerificationError | UnicodeError)

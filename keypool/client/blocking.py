@@ -1,8 +1,8 @@
-"""Sends for the blocking client: runs the steps of attempts.py over an httpx2 transport.
+"""I/O of the blocking client: runs the steps of attempts.py over an httpx2 transport.
 
-httpx2 bounds each read and write, not the whole of a call, so a server that sends a byte a second would hold
-a caller for ever. Its connections are therefore opened through a network backend that knows the deadline of
-the call in this thread. The same backend cuts connections in use when the client is closed.
+httpx2 bounds each read and write, not the whole of a call, so a server that sends a byte a second could block a
+caller forever. So its connections are opened through a network backend that applies the deadline of the current
+thread's call. The same backend shuts down connections in use when the client is closed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from keypool.client.settings import Settings, now
 T = TypeVar("T")
 
 LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
-"""A connection that was idle for longer than 2 s is not used again: the server may be closing it at this very
-moment, and a call that is not safe to repeat would be lost with it."""
+"""A connection that was idle for more than 2 s is not reused: the server may be closing it at this very moment, and
+a call that is not safe to repeat would fail."""
 
 
 def verify(settings: Settings, context: ssl.SSLContext | None) -> ssl.SSLContext | bool:
-    """What a transport takes as `verify`. Certificates are read from disk only where they are needed."""
+    """The `verify` argument of a transport. For http, False: reading the certificates takes a while."""
     return settings.url.startswith("https:") if context is None else context
 
 
 class Runner:
     """Runs steps, in any thread. After a fork, the child's calls open connections of their own.
 
-    `transport` is the user's, by default one is made. A runner made by `another` shares the user's.
+    Uses `transport`, or one that it makes. A runner made by `another` shares a given transport, and doesn't close it.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Runner:
             self._transport = made
 
     def another(self) -> Runner:
-        """One with the same settings that can be closed by itself."""
+        """A runner with the same settings that can be closed separately."""
         made = Runner(self.settings, self._ssl_context, self._given)
         made._owns = self._given is None
         return made
 
     def run(self, steps: Steps[T]) -> T:
-        """The result of the steps. Raises KeyPoolError."""
+        """Run steps, and return their result. Raises KeyPoolError."""
         try:
             step = next(steps)
             while True:
@@ -90,7 +90,7 @@ class Runner:
         self._wake.set()
 
     def close(self) -> None:
-        """Close all connections. Calls in other threads end with PoolClosed."""
+        """Close all connections. Calls in progress in other threads raise PoolClosed."""
         self._closed = True
         self._wake.set()
         if self._owns and self._pid == os.getpid():
@@ -138,17 +138,17 @@ _call = _Call()  # the call that this thread is making
 
 
 def _within(timeout: float | None, error: type[Exception]) -> float | None:
-    """What is left of a timeout at the deadline of the call."""
+    """A timeout, shortened to the deadline of this thread's call. Raises `error` if that has passed."""
     if _call.deadline is None:
         return timeout
     left = _call.deadline - now()
     if left <= 0:
-        raise error("the time of the call is up")
+        raise error("the timeout of the call has passed")
     return left if timeout is None else min(timeout, left)
 
 
 class _Backend(httpcore2.NetworkBackend):
-    """Opens connections that keep to the deadline of a call."""
+    """Opens connections whose operations end at the deadline of the call."""
 
     def __init__(self) -> None:
         self._inner = httpcore2.SyncBackend()
@@ -180,7 +180,7 @@ class _Backend(httpcore2.NetworkBackend):
 
 
 class _Stream(httpcore2.NetworkStream):
-    """A connection whose reads and writes keep to the deadline of the call in their thread."""
+    """A connection whose reads and writes end at the deadline of their thread's call."""
 
     def __init__(self, inner: httpcore2.NetworkStream, wrap: Any) -> None:
         self._inner = inner
@@ -208,7 +208,7 @@ class _Stream(httpcore2.NetworkStream):
         self._inner.close()
 
     def cut(self) -> None:
-        # A plain close would leave a thread that reads from it waiting.
+        # close() would not wake up a thread that is reading from it.
         sock = self._inner.get_extra_info("socket")
         with contextlib.suppress(OSError):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)

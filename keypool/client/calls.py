@@ -1,22 +1,22 @@
-"""Every call of the API once, as data: what is sent, how the answer is read, and whether it may be repeated.
+"""Every call of the API as data: what is sent, how the answer is read, and whether it may be repeated.
 
-The blocking and the asynchronous client share all of this. What matters most is `repeatable`: whether a call
-may be sent again after an attempt whose outcome is not known.
+The blocking and the asynchronous client share it. The table is that of `repeatable`: whether a call may be sent
+again after an attempt whose outcome is not known.
 
 | call | after a lost answer | because |
 | --- | --- | --- |
 | get, list, stats, reveal | repeated | they change no key |
-| keepalive | repeated | the later one counts: 300 s from then |
+| keepalive | repeated | the last one counts |
 | unblock with a lease number | repeated | the number protects whoever holds the key by then |
 | delete | repeated | a deleted key never comes back |
 | acquire that waits | repeated | a waiter must survive a restart; the first key, if any, is released by its deadline |
 | acquire that does not wait, generate | not repeated | a second key would be taken or made, and the first be lost |
 | unblock without a number | not repeated | it could free a key that someone else holds by then |
 
-Calls that are known not to have happened are all repeated alike (attempts.py).
+Any call that is known not to have happened is repeated (attempts.py).
 """
 
-# ruff: noqa: D103 - what a call does, and raises, is said by the method of KeyPool that has its name
+# ruff: noqa: D103 - calls are documented by the methods of KeyPool with the same names
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Call(Generic[T]):
     body: Mapping[str, Any] | None = None
     repeatable: bool = False
     wait: float | None = 0.0
-    gone: Callable[[], T] | None = None  # the result, if a retry finds the key gone
+    result_if_gone: Callable[[], T] | None = None  # makes the result if a retry gets unknown-key
 
 
 def generate() -> Call[GeneratedKey]:
@@ -81,14 +81,14 @@ def acquire(owner: str, wait: float | None) -> Call[LeasedKey]:
     """Raises ValueError for a wait that is not a number of seconds from 0, or None."""
     if wait is not None and not 0 <= wait < math.inf:
         raise ValueError(f"wait is a number of seconds, or None to wait for ever, not {wait!r}")
-    path = "/keys/acquire"
+    body = {"owner": owner}
     return Call(
-        "acquire", "POST", path, lambda value: read(LeasedKey, value), {"owner": owner}, wait != 0, wait
+        "acquire", "POST", "/keys/acquire", lambda value: read(LeasedKey, value), body, wait != 0, wait
     )
 
 
 def unblock(key: KeyLike, lease: int | None) -> Call[Unblocked]:
-    """A LeasedKey, or whatever else knows its lease number, brings it along."""
+    """Without `lease`, uses the lease number of `key`, if it has one."""
     number = _number(key) if lease is None else lease
     body = {} if number is None else {"lease": number}
     path = f"{_path(key)}/unblock"
@@ -101,7 +101,9 @@ def keepalive(key: KeyLike) -> Call[KeptAlive]:
 
 
 def delete(key: KeyLike) -> Call[None]:
-    return Call("delete", "DELETE", _path(key), lambda value: None, repeatable=True, gone=lambda: None)
+    return Call(
+        "delete", "DELETE", _path(key), lambda value: None, repeatable=True, result_if_gone=lambda: None
+    )
 
 
 def get(key: KeyLike) -> Call[Row]:
@@ -114,11 +116,7 @@ def reveal(key: KeyLike) -> Call[Revealed]:
 
 
 def page(
-    state: StateName | None,
-    prefix: str | None,
-    order: Order | None,
-    limit: int | None,
-    after: str | None,
+    state: StateName | None, prefix: str | None, order: Order | None, limit: int | None, after: str | None
 ) -> Call[Page]:
     query = {"state": state, "prefix": prefix, "order": order, "limit": limit, "after": after}
     given = urlencode({name: value for name, value in query.items() if value is not None})
@@ -169,7 +167,7 @@ def keepalive_many(keys: Iterable[KeyLike], progress: Progress | None = None) ->
 
 
 def unblock_many(items: Iterable[UnblockItem], progress: Progress | None = None) -> Batch[Done]:
-    """A part is repeatable only if each of its keys has its lease number."""
+    """Each call is repeatable only if all of its keys have a lease number."""
     pairs = [item if isinstance(item, tuple) else (item, _number(item)) for item in items]
     sent: list[tuple[Any, bool]] = [
         (text(key) if lease is None else {"key": text(key), "lease": lease}, lease is not None)
@@ -189,7 +187,7 @@ def keepalive_part(keys: Sequence[str]) -> Call[Done]:
 
 
 def _many(op: str, items: list[tuple[Any, bool]], progress: Progress | None) -> Batch[Done]:
-    """`items` are what is sent for each key, and whether that may be repeated."""
+    """`items`: for each key, its JSON and whether its call may be repeated."""
     done, repeated = 0, False
     unknown: list[str] = []
     stale: list[str] = []
@@ -208,7 +206,7 @@ def _many(op: str, items: list[tuple[Any, bool]], progress: Progress | None) -> 
 
 
 def _part(call: Call[T], so_far: object) -> Generator[Call[T], T, T]:
-    """One call of a batch; a failure carries what was done before it."""
+    """One call of a batch; if it fails, the error's `partial` is `so_far`."""
     try:
         return (yield call)
     except KeyPoolError as error:
@@ -222,7 +220,7 @@ def _report(progress: Progress | None, count: int) -> None:
 
 
 def parts(items: Sequence[Item]) -> list[Sequence[Item]]:
-    """The items in parts that the server takes in one batch each."""
+    """Split items into batches that the server accepts."""
     return [items[at : at + MOST_ITEMS] for at in range(0, len(items), MOST_ITEMS)]
 
 
@@ -237,7 +235,7 @@ def _sizes(count: int) -> list[int]:
 
 
 def text(key: KeyLike) -> str:
-    """How a key is named to the server. Raises ValueError for an empty text."""
+    """The name of a key in requests. Raises ValueError for an empty text."""
     if isinstance(key, int):
         return f"id:{key}"
     name = key if isinstance(key, str) else key.secret

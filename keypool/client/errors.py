@@ -1,7 +1,7 @@
-"""Every way in which a call can fail.
+"""The exceptions of the client.
 
     KeyPoolError
-    ├── Refused                    the server said no: `code`, `status`, `detail`, `request_id`
+    ├── Refused                    the server refused the call: `code`, `status`, `detail`, `request_id`
     │   ├── UnknownKey             never generated, deleted or expired
     │   ├── NoKeyAvailable         `retry_after`: seconds to the earliest release, a hint
     │   ├── StaleLease             the key was served again since, or never under this number
@@ -15,14 +15,14 @@
     │   ├── TooManyViewers  TooManySignIns
     │   └── Internal               a bug of the server; its log has the details under `request_id`
     ├── Unreachable                no connection: the call did not happen
-    ├── AnswerLost                 the request was sent and no whole answer came: the outcome is not known
+    ├── AnswerLost                 the request was sent, no complete answer came: the outcome is not known
     ├── UnexpectedAnswer           an answer that no keypool server gives
     │   └── GatewayError           502, 503 or 504 from a proxy
     ├── LeaseLost                  a key was used, or given back, after its lease had ended
     └── PoolClosed                 a call during or after `close`
 
-After a failure the question is whether the call took effect all the same. Every error answers it in
-`may_have_happened`, and the client's own retries follow it (attempts.py). Below `Refused` there is one class
+`may_have_happened` of every error is whether the call may have taken effect nevertheless; the client's own retries
+depend on it (attempts.py). Below `Refused` there is one class
 for each code of the server; an unknown code, from a newer server, is a plain Refused.
 """
 
@@ -40,7 +40,7 @@ class KeyPoolError(Exception):
     """Whether the call may have taken effect although it failed."""
 
     retry_after: float | None = None
-    """Seconds after which the server suggests another try, if it said so."""
+    """Seconds after which the server suggests a retry, if it does."""
 
     repeated: bool = False
     """Whether this is the result of a retry whose earlier attempt may have taken effect."""
@@ -50,13 +50,13 @@ class KeyPoolError(Exception):
 
 
 class Unreachable(KeyPoolError):
-    """No connection could be made. `transient` is whether another try may help."""
+    """No connection could be made. `transient` is whether a retry may help."""
 
     transient: bool = True
 
 
 class AnswerLost(KeyPoolError):
-    """The request was sent, then the connection broke or the time was up."""
+    """The request was sent, then the connection broke or the timeout passed."""
 
     may_have_happened = True
 
@@ -75,7 +75,7 @@ class UnexpectedAnswer(KeyPoolError):
 
 
 class GatewayError(UnexpectedAnswer):
-    """A proxy answered 502, 503 or 504; the server may have done the call nevertheless."""
+    """A proxy answered 502, 503 or 504; the server may have executed the call nevertheless."""
 
 
 class LeaseLost(KeyPoolError):
@@ -104,7 +104,7 @@ class Refused(KeyPoolError):
 
 
 BY_CODE: dict[str, type[Refused]] = {}
-"""The class of each code, which is the class's name in lower case with hyphens."""
+"""The classes by code: the name of the class in lower case with hyphens."""
 
 
 class UnknownKey(Refused):
@@ -154,7 +154,7 @@ class Forbidden(Refused):
 
 
 class CrossSite(Refused):
-    """The server takes this for a browser's request from another site."""
+    """The server considers this a browser's request from another site."""
 
 
 class WrongHost(Refused):
@@ -186,7 +186,7 @@ class UriTooLong(Refused):
 
 
 class UnsupportedMediaType(Refused):
-    """The server did not take the body for JSON."""
+    """The server did not recognise the body as JSON."""
 
 
 class UpgradeRequired(Refused):

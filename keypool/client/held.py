@@ -1,9 +1,8 @@
 """A key while it is held: what `with pool.lease() as key` gives, blocking or not. No I/O.
 
-It knows when its lease ends and refuses to be used after. The end is counted from the moment at which the
-answer can have left the server at the latest, never from a clock of the server, so that it comes a little
-early rather than late. It belongs to the process that acquired it: a forked child may use it, and does not
-give it back.
+Once its lease has ended, `secret` raises LeaseLost. The end is counted from the earliest moment at which the answer
+can have left the server, by this machine's clock alone, so it comes a little early rather than late. A key belongs
+to the process that acquired it: a forked child may use it, but does not give it back.
 
 Keys that are still held when the interpreter ends are given back then (`atexit`): those of daemon threads
 that were cut off, and of event loops that were stopped with their tasks still waiting.
@@ -25,16 +24,16 @@ from keypool.client.settings import Settings, default_owner, now
 
 log = logging.getLogger("keypool.client")
 
-_LATEST_ON_THE_WAY = 0.5  # seconds that an answer to a waiting call is assumed to travel, at most
-_SHORTEST_TRY = 0.5  # seconds for giving back a key whose lease has just ended
+_LATEST_ON_THE_WAY = 0.5  # seconds in transit, at most, assumed for the answer to a call that waited
+_SHORTEST_TRY = 0.5  # seconds allowed for giving back a key whose lease has just ended
 LAST_TRY = 2.0
-"""Seconds for giving back a key at exit, or when its client is closed."""
+"""Seconds allowed for giving back a key at exit, or when its client is closed."""
 
 _held: set[HeldKey] = set()
 
 
 class HeldKey:
-    """A key that is yours until `remaining` is 0. Its text is in `secret`, as long as that is so."""
+    """A key that is yours until `remaining` is 0; until then `secret` is its text."""
 
     def __init__(self, acquired: Outcome[LeasedKey], owner: str) -> None:
         leased = acquired.result
@@ -43,7 +42,7 @@ class HeldKey:
         self.owner = owner
         self.release_in = leased.release_in
         self._text = leased.secret
-        # When the answer to a call that waited left the server is not known; it can't have travelled for long.
+        # When the server sent the answer to a call that waited is not known; it can't have been in transit for long.
         travelled = min(_LATEST_ON_THE_WAY, leased.release_in / 20)
         answered_at = max(acquired.sent_at, acquired.received_at - travelled)
         self._released_at = answered_at + leased.release_in
@@ -74,7 +73,7 @@ class HeldKey:
 
     @property
     def expires_in(self) -> float:
-        """Seconds until the key expires, unless it is kept alive. The lease does that where it is needed."""
+        """Seconds until the key expires, unless it is kept alive, which a lease does if necessary."""
         return 0.0 if self._over else max(0.0, self._expires_at - now())
 
     @property
@@ -83,7 +82,7 @@ class HeldKey:
         return self.remaining <= 0
 
     def check(self, seconds: float = 0.0) -> None:
-        """Raise LeaseLost unless more than so many seconds remain: ask before work that takes that long."""
+        """Raise LeaseLost unless more than `seconds` remain; call it before work that takes that long."""
         if self._over:
             raise LeaseLost(f"key {self.hint} {self._over}")
         if self.remaining > seconds:
@@ -102,11 +101,11 @@ class HeldKey:
         return self._expires_at <= self._released_at
 
     def kept_alive(self, until: float) -> None:
-        """A keepalive succeeded: the key lives until that moment."""
+        """Record a successful keepalive: the key expires at `until`."""
         self._expires_at = max(self._expires_at, until)
 
     def died(self) -> None:
-        """The server does not know the key any more."""
+        """Record that the key was deleted or expired."""
         self._over = self._over or "was deleted or expired while it was held"
 
     @property
@@ -115,14 +114,14 @@ class HeldKey:
         return self._pid == os.getpid()
 
     def register(self, give_back: Callable[[], object]) -> None:
-        """From now on `give_back` is called when the interpreter ends, if that was not done before."""
+        """Have `give_back` called when the interpreter ends, unless the key was given back before."""
         self._give_back = give_back
         _held.add(self)
 
     def give_back(self, settings: Settings, within: float = math.inf) -> Steps[LeaseLost | None]:
-        """Unblock it under its lease number; the result is an error if the lease was lost. Never raises it.
+        """Unblock it under its lease number. Returns a LeaseLost if the lease was lost, and raises no KeyPoolError.
 
-        An outcome that is not known is a warning: the work was done with the key held, and it is released by
+        Other failures are logged as warnings: the work was done with the key held, and the server releases it at
         its deadline.
         """
         if self._returned or not self.is_of_this_process:
@@ -137,7 +136,7 @@ class HeldKey:
             lost = self._not_returned(error)
         else:
             lost = self._was_returned(answer)
-        self._returned = True  # not before: what interrupts the call leaves it to the end of the interpreter
+        self._returned = True  # only now: if the call is interrupted, it is repeated at exit
         _held.discard(self)
         return lost
 
@@ -159,13 +158,13 @@ class HeldKey:
 
 
 def hold(settings: Settings, owner: str | None, wait: float | None) -> Steps[HeldKey]:
-    """Acquire a key to be held."""
+    """Acquire a key. `owner` None is `host:pid`. Raises KeyPoolError, and ValueError for a wrong `wait`."""
     owner = default_owner() if owner is None else owner
     return HeldKey((yield from perform(calls.acquire(owner, wait), settings)), owner)
 
 
 def give_back_many(keys: Sequence[LeasedKey], settings: Settings) -> Steps[LeaseLost | None]:
-    """Unblock keys that were acquired together; as `HeldKey.give_back`."""
+    """Unblock keys that were acquired together. Results as of `HeldKey.give_back`."""
     try:
         done = yield from results(calls.unblock_many(keys), settings)
     except KeyPoolError as error:
@@ -176,7 +175,7 @@ def give_back_many(keys: Sequence[LeasedKey], settings: Settings) -> Steps[Lease
 
 
 def raise_or_note(lost: LeaseLost | None, error: BaseException | None) -> None:
-    """Raise what giving back has shown, or note it on the error that is already propagating."""
+    """Raise `lost`, or add it as a note to the error that is already propagating."""
     if lost is None:
         return
     if error is None:
@@ -185,7 +184,7 @@ def raise_or_note(lost: LeaseLost | None, error: BaseException | None) -> None:
 
 
 def held_by_this_process() -> list[HeldKey]:
-    """All keys that are held here, of any client."""
+    """All keys that this process holds, of all clients."""
     return [each for each in list(_held) if each.is_of_this_process]
 
 

@@ -5,9 +5,9 @@
     ...     with pool.lease(wait=10) as key:
     ...         use(key.secret)
 
-A thin shell: what is sent, and when it is sent again, is in calls.py and attempts.py. Each call is one HTTP
-request, repeated only when that is safe, and raises a KeyPoolError if it fails; docstrings name the errors
-beside those that any call may raise.
+A thin layer: calls.py and attempts.py decide what is sent and when it is sent again. Each call is one HTTP request,
+repeated only when that is safe, and raises a KeyPoolError if it fails; docstrings name the errors in addition to
+those that any call may raise.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ T = TypeVar("T")
 class KeyPool:
     """A client of the server at `url`. Threads may share it; a forked child may go on using it.
 
-    `timeout` is how many seconds a call may take with all its retries (an acquire on top of what it waits for
-    a key); None is no limit. `retry` is a Retry, or how many times a failing call is sent again at most; 0 is
-    never. `transport` is an httpx2 transport that sends, in place of one that is made here: for proxies, or
-    for tests (keypool.client.testing). It is closed with the client, and `timeout` bounds each of its reads
-    and writes rather than their sum. Raises ValueError for a wrong argument.
+    `timeout` is how many seconds a call may take with all its retries (for an acquire, in addition to its wait);
+    None is no limit. `retry` is a Retry, or how many times a failing call is sent again at most; 0 is never.
+    `transport` is an httpx2 transport to use instead of the default one: for proxies, or for tests
+    (keypool.client.testing). It is closed with the client, and `timeout` bounds each of its reads and writes
+    rather than their sum. Raises ValueError for a wrong argument.
 
     `close` it, or use it in a `with`: that stops its keepers and gives back what its leases still hold.
     """
@@ -86,7 +86,7 @@ class KeyPool:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
-        """A client as KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE say; `options` are KeyPool's.
+        """A client configured by KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE; `options` are KeyPool's.
 
         Raises ValueError, also for a token file that cannot be read.
         """
@@ -128,10 +128,10 @@ class KeyPool:
         on_error: OnError | None = None,
         keepalive_seconds: float | None = None,
     ) -> Keeper:
-        """Keeps keys alive in a background thread, between `start` and `stop` or in a `with`.
+        """A keeper: keeps keys alive in a background thread, between `start` and `stop` or in a `with`.
 
-        About one call for a thousand keys, each third of the keepalive time, which the server tells unless it
-        is given here. Never lengthens a lease.
+        Makes about one call for each thousand keys every third of `keepalive_seconds`, which it asks the server
+        for by default. Never extends a lease.
         """
         rounds = Rounds(self._settings, keys, on_dead, on_error, keepalive_seconds)
         keeper = Keeper(self._runner.another(), rounds)
@@ -176,17 +176,17 @@ class KeyPool:
     def unblock(self, key: KeyLike, lease: int | None = None) -> Unblocked:
         """Give a key back. Raises UnknownKey, StaleLease.
 
-        With a lease number, given here or known by `key`, only if that lease is still its latest. Without
-        one it frees the key whoever holds it, and is not repeated after a lost answer.
+        With a lease number, from `lease` or from `key` itself, only if that lease is still its latest. Without
+        one, frees the key whoever holds it, and is not repeated after a lost answer.
         """
         return self._call(calls.unblock(key, lease))
 
     def keepalive(self, key: KeyLike) -> KeptAlive:
-        """Put off a key's expiry. Raises UnknownKey."""
+        """Postpone a key's expiry. Raises UnknownKey."""
         return self._call(calls.keepalive(key))
 
     def delete(self, key: KeyLike) -> None:
-        """Purge a key for ever (admin). Raises UnknownKey."""
+        """Delete a key permanently (admin). Raises UnknownKey."""
         return self._call(calls.delete(key))
 
     def get(self, key: KeyLike) -> Row:
@@ -242,7 +242,7 @@ class KeyPool:
         return LeasedKeys(self, self._batch(calls.acquire_many(count, owner, progress)))
 
     def keepalive_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
-        """Put off expiries."""
+        """Postpone expiries. Keys that do not exist are in the result's `unknown`."""
         return self._batch(calls.keepalive_many(keys, progress))
 
     def unblock_many(self, items: Iterable[UnblockItem], *, progress: Progress | None = None) -> Done:
@@ -250,7 +250,7 @@ class KeyPool:
         return self._batch(calls.unblock_many(items, progress))
 
     def delete_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
-        """Purge keys (admin)."""
+        """Delete keys permanently (admin)."""
         return self._batch(calls.delete_many(keys, progress))
 
     def _call(self, call: Call[T]) -> T:
@@ -305,8 +305,8 @@ class LeasedKeys(list[LeasedKey]):
 class Keeper(KeptKeys):
     """Keeps keys alive from `start`, or `with`, to `stop`, in one thread with connections of its own.
 
-    `on_dead(key)` is called in that thread, once for each key that the server does not know any more;
-    `on_error(error)` after each round that failed. A round is repeated until it succeeds; a refused token or
+    `on_dead(key)` is called in that thread, once for each key that was deleted or has expired; `on_error(error)`
+    after each round that failed. A round is repeated until it succeeds; a refused token or
     a wrong URL stops the keeper: then `running` is False and `error` says why. At exit it stops by itself. A
     forked child has no keeper: the parent's goes on.
     """
@@ -333,7 +333,7 @@ class Keeper(KeptKeys):
         return self
 
     def stop(self) -> None:
-        """End it, and wait for its thread; a call in progress is cut off. May be called again, by any thread."""
+        """End it, and wait for its thread; a call in progress is aborted. May be called again, by any thread."""
         _running.discard(self)
         self._runner.close()
         if self.running and self._thread is not threading.current_thread():

@@ -1,10 +1,10 @@
-"""Keeping keys alive, without any I/O: which keys are due, what an answer means, when the next round is.
+"""Keeping keys alive, without any I/O: which keys are due, how answers are handled, when the next round is.
 
 A round sends every key once, in batches of a thousand, at a third of the keepalive time: two rounds may fail
-before a key dies. The server tells that time in its answer to the keepalive of a single key, so the first
-round has one call more. The pause is shortened at random by up to a tenth, so that many keepers do not fall
-into step. A round that failed is repeated, with growing pauses, until one succeeds; but one that the server
-refuses for the token or the URL ends the keeper, as no repetition could help.
+before a key expires. That time is in the answer to the keepalive of a single key, so the first round has one
+more call. The pause is shortened at random by up to a tenth, so that keepers do not synchronise. A round that
+failed is repeated, with growing pauses, until one succeeds; but if the token or the URL is refused, the keeper
+stops, as no repetition could help.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Rounds:
         on_error: OnError | None = None,
         keepalive_seconds: float | None = None,
     ) -> None:
-        # The rounds have their own retries, without end.
+        # No retries within a call: rounds are repeated instead, without end.
         self._settings = replace(settings, retry=Retry(0))
         self.keys: dict[str, KeyLike] = {calls.text(key): key for key in keys}
         self.error: KeyPoolError | None = None
@@ -61,20 +61,20 @@ class Rounds:
         self._pauses = Retry(first=0.2, most=5.0)
 
     def add(self, key: KeyLike) -> None:
-        """Keep one more alive, from the next moment on."""
+        """Keep another key alive, from now on. O(1)."""
         text = calls.text(key)
         self.keys[text] = key
         self._fresh[text] = None
 
     def discard(self, key: KeyLike) -> None:
-        """Leave a key to itself, if it is kept."""
+        """Stop keeping a key alive. O(1)."""
         if not isinstance(key, HeldKey):
             self._forget(calls.text(key))
         elif self.keys.get(key._text) is key:  # noqa: SLF001 - its lease may have ended, and another begun
             self._forget(key._text)  # noqa: SLF001
 
     def steps(self) -> Steps[None]:
-        """Round after round, until one fails for good. A pause may be cut short, after `add`."""
+        """Rounds and pauses, until the token or the URL is refused. After `add`, the runner ends the pause early."""
         next_at = 0.0
         while not isinstance(self.error, _FINAL):
             due = now() >= next_at
@@ -87,7 +87,7 @@ class Rounds:
                 yield Pause(next_at - now() if self.keys else None)
 
     def pause(self) -> float:
-        """Seconds to the next round after one is over."""
+        """Seconds between the end of a round and the next one."""
         third = (300.0 if self.keepalive_seconds is None else self.keepalive_seconds) / 3
         if self.error is not None:
             return min(third / 4, self._pauses.pause(self._failures))
@@ -98,21 +98,21 @@ class Rounds:
         began = now()
         try:
             for part in calls.parts(keys):
-                self._bury((yield from result(calls.keepalive_part(part), self._settings)).unknown)
+                self._remove_dead((yield from result(calls.keepalive_part(part), self._settings)).unknown)
             while self.keepalive_seconds is None and self.keys:
-                yield from self._learn(next(iter(self.keys)))
+                yield from self._read_keepalive_seconds(next(iter(self.keys)))
             self._prolong(keys, began)
         except PoolClosed:
             raise
         except KeyPoolError as failed:
             error = failed
-        self._note(error)
+        self._record_outcome(error)
 
-    def _learn(self, key: str) -> Steps[None]:
+    def _read_keepalive_seconds(self, key: str) -> Steps[None]:
         try:
             self.keepalive_seconds = (yield from result(calls.keepalive(key), self._settings)).expires_in
         except UnknownKey:
-            self._bury([key])
+            self._remove_dead([key])
 
     def _prolong(self, keys: Sequence[str], since: float) -> None:
         for text in keys:
@@ -120,7 +120,7 @@ class Rounds:
             if isinstance(key, HeldKey) and self.keepalive_seconds is not None:
                 key.kept_alive(since + self.keepalive_seconds)
 
-    def _bury(self, dead: Iterable[str]) -> None:
+    def _remove_dead(self, dead: Iterable[str]) -> None:
         for text in dead:
             key = self._forget(text)
             if key is not None:
@@ -132,7 +132,7 @@ class Rounds:
         self._fresh.pop(text, None)
         return self.keys.pop(text, None)
 
-    def _note(self, error: KeyPoolError | None) -> None:
+    def _record_outcome(self, error: KeyPoolError | None) -> None:
         self.error = error
         self._failures = 0 if error is None else self._failures + 1
         if isinstance(error, _FINAL):
@@ -152,7 +152,7 @@ class Rounds:
 
 
 class KeptKeys:
-    """What both keepers show of their rounds. `wake` ends the pause between two rounds."""
+    """The members that both keepers share. `wake` ends the pause between two rounds."""
 
     def __init__(self, rounds: Rounds, wake: Callable[[], object]) -> None:
         self._rounds = rounds
@@ -169,7 +169,7 @@ class KeptKeys:
         return self._rounds.error
 
     def add(self, key: KeyLike) -> None:
-        """Keep one more alive, from now on."""
+        """Keep another key alive, from now on."""
         self._rounds.add(key)
         self._wake_up()
 

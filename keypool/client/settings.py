@@ -1,4 +1,4 @@
-"""How a client is set up: the server's URL, the token, time limits. All arguments are checked here."""
+"""A client's settings: the server's URL, the token, time limits. All arguments are checked here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def now() -> float:
-    """Seconds on the clock that leases are measured by. It counts time asleep where the system can.
+    """Seconds on the clock that leases are measured by, which includes suspended time where the system can.
 
-    `time.monotonic` stands still while a laptop sleeps and the server's clock does not: a lease would look
-    alive that has ended.
+    `time.monotonic` stops while a laptop is suspended, and the server's clock does not: so a lease that has
+    ended would seem to last.
     """
     return time.monotonic() if _BOOT_CLOCK is None else time.clock_gettime(_BOOT_CLOCK)
 
@@ -36,10 +36,10 @@ def now() -> float:
 class Retry:
     """How long, and how often, a failing call is sent again.
 
-    `seconds` after its first failure a call is not sent again, nor after `times` repetitions; 0 of either is
-    never. Pauses begin at `first` seconds and double up to `most`; each is shortened at random by up to a
-    half, so that many clients of one server do not come back at the same moment. A `Retry-After` makes a
-    pause longer; one that goes beyond the limits ends the call at once.
+    A call is sent again for up to `seconds` after its first failure, and at most `times` times; 0 of either means
+    never. Pauses begin at `first` seconds and double up to `most`; each is shortened at random by up to half, so
+    that clients of one server do not return at the same moment. A `Retry-After` extends a pause; if that exceeds
+    the limits, the call fails at once.
     """
 
     seconds: float = 15.0
@@ -48,7 +48,7 @@ class Retry:
     times: int | None = None
 
     def pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures."""
+        """Seconds to wait after the given number of failures in a row."""
         whole = min(self.most, self.first * 2.0 ** min(failures - 1, 30))
         return whole * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, hides nothing
 
@@ -70,7 +70,7 @@ class Settings:
         timeout: float | None = DEFAULT_TIMEOUT,
         retry: Retry | int | None = None,
     ) -> Self:
-        """Check the arguments of a client. Raises ValueError, without ever showing the token."""
+        """Check the arguments of a client. Raises ValueError, whose message never contains the token."""
         return cls(_url(url), _token(token), _timeout(timeout), _retry(retry))
 
     def headers(self) -> dict[str, str]:
@@ -87,7 +87,7 @@ class Settings:
 
 
 def default_owner() -> str:
-    """Who holds a key, if the program does not say: `host:pid`."""
+    """The owner of a key if the program gives none: `host:pid`."""
     return f"{socket.gethostname()}:{os.getpid()}"[-200:]
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, for programs that ask for it. The library sets no signal handler by itself."""
+"""SIGTERM as an exception, on request. The library sets no signal handler by itself."""
 
 from __future__ import annotations
 

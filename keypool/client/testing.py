@@ -4,9 +4,8 @@
     >>> with KeyPool(transport=server) as pool, pool.lease() as key:
     ...     assert server.blocked == [key.secret]
 
-It answers the calls as the server does, as far as a program can tell: leases and their numbers, blocks and
-expiries, the errors. It has one token for all roles (none), and neither a queue nor the feed: an acquire that
-waits polls.
+It answers calls as the server does: leases and their numbers, blocks and expiries, errors. It checks no token, and
+has neither a queue nor the feed: an acquire that waits polls.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import httpx2
 from keypool.client.answers import hint
 from keypool.client.settings import BASE
 
-_POLL = 0.005  # seconds between looks for a key
+_POLL_SECONDS = 0.005
 
 
 @dataclass
@@ -84,7 +83,7 @@ class FakeServer(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return [key.text for key in self._live() if key.release is not None]
 
     def advance(self, seconds: float) -> None:
-        """Let so much time pass for the keys: blocks end, keys expire. Leases in the client do not notice."""
+        """Advance the clock of the keys: blocks end, keys expire. The client's own clock is not affected."""
         self._skipped += seconds
 
     def fail(self, failure: int | Exception, code: str = "internal", times: int = 1) -> None:
@@ -99,7 +98,7 @@ class FakeServer(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         request.read()
         until = self._wait(request)
         while (response := self._answer(request, last=time.monotonic() >= until)) is None:
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
         return response
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -107,7 +106,9 @@ class FakeServer(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         await request.aread()
         until = self._wait(request)
         while (response := self._answer(request, last=time.monotonic() >= until)) is None:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL)  # an event would have to wake waiters of other loops and threads too
+            await asyncio.sleep(
+                _POLL_SECONDS
+            )  # an event would have to wake waiters of other loops and threads too
         return response
 
     def _wait(self, request: httpx2.Request) -> float:
@@ -130,8 +131,6 @@ class FakeServer(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
                 "type": f"urn:keypool:problem:{refused.code}",
                 "code": refused.code,
                 "title": refused.code,
-            }
-            problem |= {
                 "status": str(refused.status),
                 "detail": f"a fake {refused.code}",
                 "request_id": "fake",

@@ -1,13 +1,13 @@
 """Moving a pool from one place to another: the two ends, and the order of the steps.
 
-    source: held, so that no server serves it meanwhile   target: empty, and no server serves it
-        rows, some thousands at a time  ------------------->  written under a mark that they are not complete
+    source: locked, so that no server serves it           target: empty, and no server serves it
+        rows, some thousands at a time  ------------------->  written, and marked as incomplete
         numbers: last id and lease, counters  ------------->  written; keys are counted; the mark is removed
 
-What is moved is complete: ids, texts, owners, leases, and deadlines as moments of the wall clock, which both ends keep
-to across a stop. The source isn't changed, so an interrupted move is simply run again.
+Everything is moved: ids, texts, owners, leases, and deadlines, as moments of the wall clock, by which both engines go
+after a restart. The source isn't changed, so an interrupted move can simply be run again.
 
-A move is one coroutine, so that Ctrl-C cancels it where it waits. File operations block; nothing else runs meanwhile.
+A move is one coroutine, which Ctrl-C cancels where it waits. File operations block, as nothing else runs meanwhile.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.datafile import Row
 
 ROWS_AT_ONCE = 2000
-"""Keys in a batch, which is what is in memory at a time."""
+"""Keys in a batch; one batch is in memory at a time."""
 
 
 class Source(Protocol):
-    """Where a pool comes from. While it is open, no server can serve it. All raise StartError."""
+    """Where a pool comes from. While it is open, no server can serve it. All methods raise StartError."""
 
     total: int
     numbers: dict[str, int]
@@ -37,36 +37,36 @@ class Source(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let servers have it again."""
+        """Release it, so that servers can serve it again."""
         ...
 
 
 class Target(Protocol):
-    """Where a pool goes. It was empty when it was opened, and nobody else can use it. All raise StartError."""
+    """Where a pool goes. Empty when opened; not served before `finish`. All methods raise StartError."""
 
     unfinished: str
-    """What a user does about a move to it that was interrupted."""
+    """What to tell a user about an interrupted move to this target."""
 
     async def write(self, rows: list[Row]) -> None:
         """Add keys."""
         ...
 
     async def count(self) -> int:
-        """How many keys it has."""
+        """How many keys it has by now."""
         ...
 
     async def finish(self, numbers: dict[str, int]) -> None:
-        """All keys are there: let servers have it."""
+        """Write the numbers, and let servers serve it."""
         ...
 
     async def close(self) -> None:
-        """Release it; unless it was finished, no server will serve what is there."""
+        """Release it. Unless it was finished, no server will serve what was written."""
         ...
 
 
 @dataclass
 class Moved:
-    """What was moved."""
+    """The result of a move: counts of keys, and the source's `numbers`."""
 
     keys: int
     blocked: int
@@ -74,7 +74,10 @@ class Moved:
 
 
 async def move(source: Source, target: Target, progress: Callable[[int], None]) -> Moved:
-    """Move all keys, and check that they are there. O(n), in O(batch) memory. Raises StartError."""
+    """Move all keys, and compare the counts. Calls `progress` with the keys moved so far. O(n) time, O(batch) memory.
+
+    Raises StartError.
+    """
     moved = Moved(0, 0, source.numbers)
     async for rows in source.rows():
         await target.write(rows)
@@ -91,7 +94,7 @@ async def move(source: Source, target: Target, progress: Callable[[int], None]) 
 
 
 class FileSource:
-    """A data file that no server holds; waits 5 s for one to end."""
+    """A data file. Waits up to 5 s for a server to release it."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -119,7 +122,7 @@ class FileSource:
 
 
 class FileTarget:
-    """A new data file. It is written under another name, and renamed when it is complete."""
+    """A new data file, written under a temporary name and renamed when it is complete."""
 
     unfinished = "nothing was left behind: run it again"
 

@@ -1,7 +1,7 @@
 """A pool in Valkey as the source or the target of a move (moving.py).
 
-That servers serve it is seen by the channels to which each of them subscribes; a server that has just lost that
-connection isn't seen: stop the servers first.
+Whether servers serve the pool is detected by their subscriptions. A server that has just lost that connection isn't
+detected, so users are told to stop the servers first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from keypool.engine.valkey.partitions import partition_of
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.url import parse, without_password
 
-_KEYS_A_CALL = 500  # some 10 ms in which Valkey does nothing else
+_KEYS_A_CALL = 500  # which block Valkey for some 10 ms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def _with_place(
     method: Callable[Concatenate[ValkeyPool, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[ValkeyPool, P], Coroutine[Any, Any, T]]:
-    """Raise a StartError that names the place, whatever goes wrong there."""
+    """Turn the errors of a method into StartErrors that name the place."""
 
     @functools.wraps(method)
     async def run(self: ValkeyPool, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -49,7 +49,7 @@ def _with_place(
 
 
 class ValkeyPool:
-    """See the module, and moving.Source and moving.Target. Made by `source` or `target`; all raise StartError."""
+    """See the module, moving.Source and moving.Target. Made by `source` or `target`. All methods raise StartError."""
 
     unfinished = "run it again with --clear, which first deletes what was moved so far"
 
@@ -70,13 +70,16 @@ class ValkeyPool:
 
     @classmethod
     async def source(cls, url: str) -> Self:
-        """A pool that is to be moved. Raises SettingsError."""
+        """Open a pool that is to be moved. Raises SettingsError for an invalid URL."""
         pool = cls(url)
         return await pool._opened(pool._open_as_source())
 
     @classmethod
     async def target(cls, url: str, partitions: int | None, *, clear: bool) -> Self:
-        """A place that has no pool, marked as one to which a pool is being moved. Raises SettingsError."""
+        """Open a place that has no pool, and mark it as being moved to. Raises SettingsError for an invalid URL.
+
+        `clear` deletes what an interrupted move left there first.
+        """
         pool = cls(url)
         return await pool._opened(
             pool._open_as_target(partitions or pool._url.default_partitions, clear=clear)
@@ -116,7 +119,7 @@ class ValkeyPool:
             raise StartError(
                 f"there is a pool in {self.place} already: move to another ?pool=NAME or database"
             )
-        # Only one migrate can do this, and no server that would create a pool there.
+        # HSETNX: fails if a server, or another migrate, has created a pool there meanwhile.
         if not await self._execute(self._facts_key, "HSETNX", "layout", MOVING):
             raise StartError(f"another pool was created in {self.place} in the meantime")
         await self._execute(self._facts_key, "HSET", "partitions", self._partitions)
@@ -124,12 +127,12 @@ class ValkeyPool:
     def _refuse_unfinished(self, facts: dict[str, str]) -> None:
         if facts["layout"] == str(MOVING):
             raise StartError(
-                f"{self.place} has a part of a pool: keypool migrate is running, or was interrupted; in that case run "
+                f"{self.place} has an incomplete pool: keypool migrate is running, or was interrupted; if so, run "
                 "it again with --clear"
             )
 
     async def _connect(self, partitions: int) -> None:
-        """Connect to so many partitions, and raise StartError if a server subscribes to them."""
+        """Connect to a pool of `partitions`. Raises StartError if a server subscribes to it."""
         self._partitions = partitions
         self._client = ScriptClient(self._nodes, self._url.pool, partitions)
         await self._nodes.connect()
@@ -138,7 +141,7 @@ class ValkeyPool:
             raise StartError(f"{self.place} is being served: stop its servers first")
 
     async def _clear(self) -> None:
-        """Delete what an interrupted move has left. O(n), in Valkey's background."""
+        """Delete what an interrupted move has left. O(n), in a background thread of Valkey."""
         for partition in range(self._partitions):
             for name in self._keys(partition):
                 await self._execute(name, "UNLINK")
@@ -197,7 +200,7 @@ class ValkeyPool:
         await (self._client or self._nodes).close()
 
     async def _facts(self) -> dict[str, str]:
-        """The pool's own hash; empty if there is no pool."""
+        """The hash `{POOL}:pool` (see engine.py); empty if there is no pool."""
         flat = [word.decode() for word in await self._execute(self._facts_key, "HGETALL")]
         return dict(zip(flat[::2], flat[1::2], strict=True))
 

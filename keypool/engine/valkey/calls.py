@@ -1,9 +1,9 @@
-"""Script calls on partitions: sent to the node that has the partition, held, repeated or refused.
+"""Script calls on partitions: sent to the node that has the partition, held, resent or refused.
 
     a call that is       meets                                   and is
     sent                 its reply                               done
     sent                 NOSCRIPT, MOVED, ASK, TRYAGAIN          sent again, as each of these requires
-    sent                 UNATTENDED: no server looked after the  held until its keys were given time (`attend`)
+    sent                 UNATTENDED: no server has polled the    held until its keys were given time (`attend`)
                          partition for a while
     sent                 READONLY, LOADING, CLUSTERDOWN, OOM …   503; the node has failed until it accepts a write
     sent                 GONE: the pool isn't there              503, and so is every later call
@@ -13,7 +13,7 @@
     held                 the node serves again                   sent
     held                 a second after the node failed          503
 
-A call is repeated only if the reply says that nothing was executed, or if it never left.
+A call is resent only if the reply shows that nothing was executed; a held call was never sent, or not executed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HELD_SECONDS = 1.0
 
 _MAX_REPEATS = 20  # of one call, for whatever reasons
 _TRYAGAIN_PAUSE = 0.05
-_NEGLIGIBLE = 0.005  # seconds; a release may be early by as much
+_NEGLIGIBLE = 0.005  # seconds; a duration in a reply may be too long by this
 _log = logging.getLogger("keypool.valkey")
 
 _CODE = re.compile(r"(?:ERR .*?-)?([A-Z]+)\b")
@@ -52,12 +52,12 @@ class OutcomeUnknown(StorageUnavailable):
 
 
 class ScriptCall(asyncio.Future[Reply]):
-    """One call, and the future of its reply, without the count of available keys. Raises StorageUnavailable.
+    """One call: the future of its reply, from which the count of available keys is removed. Raises StorageUnavailable.
 
     If it is cancelled before the reply comes, `on_orphaned_reply` is called with the reply.
     """
 
-    # Filled by ScriptClient.call: an __init__ in Python would take as long as the rest of what a call costs here.
+    # Filled by ScriptClient.call: a Python __init__ would double the cost of a call.
     __slots__ = (
         "client", "command", "held_until", "on_orphaned_reply", "partition", "repeats", "script", "sent_at",
     )  # fmt: skip
@@ -92,9 +92,9 @@ class ScriptCall(asyncio.Future[Reply]):
             self.exception()  # or asyncio would log it where nobody awaits the call
 
     def age(self) -> float:
-        """Seconds by which lengths of time in the reply are out of date, at most; 0 if they are negligible.
+        """Seconds by which durations in the reply are out of date, at most; 0 if that is under 5 ms.
 
-        They are counted from when the call was sent, so that a holder never overestimates its lease.
+        Counted from when the call was sent, so that a holder never overestimates its lease.
         """
         age = self.client.loop.time() - self.sent_at
         return age if age > _NEGLIGIBLE else 0.0
@@ -111,24 +111,24 @@ class ScriptClient:
         self.on_available: Callable[[], None] = lambda: None
         """Called when a partition replies that it has available keys."""
         self.on_recovery: Callable[[], None] = lambda: None
-        """Called when calls may be served again that were not."""
+        """Called when a node or a partition may be serving again."""
         self.attend: Callable[[int], Awaitable[None]] | None = None
-        """Gives the keys of a partition time after an outage, so that it is served again."""
+        """Awaited before a partition is served again after an outage: gives its keys time (grace.py)."""
         keys = [keys_of(pool, partition, partitions) for partition in range(partitions)]
         self._metas = [names[0] for names in keys]
         self._slots = nodes.slots = [slot_of(meta) for meta in self._metas]
-        # The beginning of each command, packed once: all but the number of words.
+        # Packed once: each command up to its arguments, except the count of its words.
         self._heads = {
             script.name: [_packed(["EVALSHA", script.sha, len(KEYS), *names]) for names in keys]
             for script in scripts().values()
         }
         self._held: dict[ScriptCall, asyncio.TimerHandle] = {}
-        self._attended: set[int] = set()
+        self._attended: set[int] = set()  # partitions for which `attend` is running
         self._suspects: set[int] = set()  # partitions whose nodes refused a write
         self._tasks: set[asyncio.Task[None]] = set()
         nodes.on_failure = self._node_failed
         nodes.on_recovery = self._recovered
-        nodes.prove = self._prove_writable
+        nodes.check_writable = self._check_writable
 
     def call(
         self,
@@ -150,7 +150,7 @@ class ScriptClient:
 
     @property
     def degraded(self) -> bool:
-        """Whether some partition can't be served. O(1)."""
+        """Whether any partition can't be served. O(1)."""
         return bool(self.nodes.failures or self._attended) or self.nodes.gone is not None
 
     @property
@@ -169,7 +169,7 @@ class ScriptClient:
         return self.nodes.of_slot[self._slots[partition]]
 
     async def close(self) -> None:
-        """Refuse what is held, and close all connections."""
+        """Fail all held calls, and close all connections."""
         self.nodes.closed = True
         for task in self._tasks:
             task.cancel()
@@ -191,7 +191,7 @@ class ScriptClient:
             self._hold(call)
 
     def _hold(self, call: ScriptCall) -> None:
-        """It never left, or was not executed: it may wait for a while."""
+        """Keep a call that was not executed for up to HELD_SECONDS, until it can be sent."""
         if self.nodes.closed:
             call.fail(_unavailable("the server is closing its connections"))
             return
@@ -201,7 +201,7 @@ class ScriptClient:
         failure = self.nodes.failures.get(address)
         now = self.loop.time()
         if not call.held_until:
-            # What has been unreachable for long is refused at once.
+            # Counted from the node's failure: if it failed longer ago, the call is refused at once.
             call.held_until = (failure.since if failure else now) + HELD_SECONDS
         if now >= call.held_until:
             self._give_up(call)
@@ -237,9 +237,9 @@ class ScriptClient:
     # -- refusals
 
     def refused(self, call: ScriptCall, error: ReplyError | ConnectionLost) -> None:
-        """Repeat the call, if that can help and it was not executed; else it fails."""
+        """Resend the call if it was not executed and resending can help; otherwise fail it."""
         if isinstance(error, ConnectionLost):
-            unknown = f"{error} before it answered; whether the call was done is not known; try again"
+            unknown = f"{error} before it answered; whether the call was executed is not known; try again"
             call.fail(OutcomeUnknown(unknown))
             return
         call.repeats += 1
@@ -315,7 +315,7 @@ class ScriptClient:
     # -- called by Nodes
 
     def _node_failed(self, address: Address | None) -> None:
-        """Nothing can be acquired there, so acquires go to the other partitions."""
+        """Assume that no key is available there, so that acquires go to the other partitions."""
         for partition in range(len(self._slots)):
             if address in (None, self.node_of(partition)):
                 self.available[partition] = 0
@@ -326,15 +326,15 @@ class ScriptClient:
         self._send_held()
         self.on_recovery()
 
-    async def _prove_writable(self, address: Address, link: Link) -> None:
-        """Write something that changes nothing, as what is refused first: HINCRBY needs memory."""
+    async def _check_writable(self, address: Address, link: Link) -> None:
+        """Make a write that changes nothing. HINCRBY, as commands that need memory are the first to be refused."""
         for partition in [each for each in self._suspects if self.node_of(each) == address]:
             await link.execute("HINCRBY", self._metas[partition], "id", 0)
             self._suspects.discard(partition)
 
 
 async def all_of(calls: Sequence[ScriptCall]) -> list[Reply]:
-    """All replies, when all calls are over. Raises what the first that failed raised."""
+    """The replies, once every call has ended. Raises the error of the first call that failed."""
     replies: list[Reply] = []
     failed: Exception | None = None
     for call in calls:
@@ -348,7 +348,7 @@ async def all_of(calls: Sequence[ScriptCall]) -> list[Reply]:
 
 
 def seconds_left(microseconds: int, age: float) -> float:
-    """A length of time in a reply, as of now: seconds, rounded; `age` is the call's."""
+    """A duration in a reply, as of now, in seconds rounded to ms; `age` is that of the call."""
     return round(max(0.0, microseconds / 1e6 - age), 3)
 
 
@@ -363,7 +363,7 @@ def _address_in(text: str) -> Address:
 
 
 def _packed(words: Sequence[Word]) -> bytes:
-    """The words as they stand in a command, without their number."""
+    """The words in wire format, without the leading count."""
     return (
         cast("bytes", hiredis.pack_command(cast("Any", tuple(words)))).partition(b"\n")[2] if words else b""
     )

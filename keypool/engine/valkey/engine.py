@@ -1,34 +1,34 @@
 """The pool in a Valkey or Redis (6.2 and newer), or a cluster of them, shared by any number of servers.
 
-How it is stored. The pool has `--partitions` partitions, and a key is in the one that the CRC-32 of its text gives.
-All that a partition has lies under names that start with its tag (`{POOL:3.17}:`), so it lies in one slot of a
-cluster, and a call is one script (lua/*.lua) on one partition, which is executed as a whole or not at all;
-lua/common.lua lists the names and what each holds. Beside them is one hash, `{POOL}:pool`:
+How it is stored. The pool has `--partitions` partitions, and a key is in partition CRC-32(text) mod partitions. The
+names of a partition's Valkey keys start with its hash tag (`{POOL:3.17}:`), so they are all in one slot of a cluster,
+and a call is one script (lua/*.lua) on one partition, executed as a whole or not at all; lua/common.lua lists the names
+and what each holds. In addition there is one hash, `{POOL}:pool`:
 
     layout      1: what this page describes
-    partitions  how many there are; never changes
+    partitions  their number; never changes
     born        moment of the first start, in microseconds since the epoch
-    base_tick   what lease numbers go on from: 0, or (last lease of the pool that was moved in) // partitions + 1
-    base_id     what ids go on from: 0, or (last id of the pool that was moved in) // partitions + 1
-    note.NAME   numbers that are not the pool's own: see web/session.py
+    base_tick   where lease numbers start: 0, or (last lease of the pool that was moved in) // partitions + 1
+    base_id     where ids start: 0, or (last id of the pool that was moved in) // partitions + 1
+    note.NAME   numbers that other parts of a server store: see web/session.py
     and the settings that all servers of the pool share, by their names
 
 and a sorted set, `{POOL}:servers`: the running servers, by the moment of their latest heartbeat (presence.py).
 
 Ids are `number * partitions + partition + 1`, so an id determines its partition, unless it was moved in (those are
 at most `base_id * partitions`, and are looked up in all partitions). The number grows within a partition, and over
-all of them with the calls of one server; several servers may give them out of order, but none twice. Lease numbers:
+all partitions with the calls of one server; several servers may assign ids out of order, but none twice. Lease numbers:
 see lua/acquire.lua.
 
 Deadlines go by the clock of the Valkey that has the partition. Every script first processes what is overdue, 32 keys
-of each kind at most, and treats what is left by its deadline all the same; besides, one server sweeps each partition
-when its next deadline has come, and another one stands in for it (poller.py). So a deadline holds with no server
-alive.
+of each kind at most, and goes by the deadlines of the rest as well; so deadlines hold even if no server is running.
+In addition, one server sweeps each partition when its next deadline has come, and another one stands in for it
+(poller.py).
 
-A call, from here:  Partitions -> ScriptClient (calls.py) -> Link -> one script on one partition. A uniformly random
-key over partitions is drawn by rejection sampling (sampler.py); before an acquire is answered that no key is
-available, all partitions have replied so: a bounded number of round trips, nearly always one while most keys are
-available. `--max-keys` is kept by the scripts (creation.py).
+The path of a call: Partitions -> ScriptClient (calls.py) -> Link -> one script on one partition. A uniformly random key
+over partitions is drawn by rejection sampling (sampler.py). An acquire fails for want of a key only when all partitions
+have replied that they have none; that takes a bounded number of round trips, nearly always one while most keys are
+available. The scripts enforce `--max-keys` (creation.py).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from keypool.ops.histogram import Histogram
 
 _NOTE_SECONDS = 2.0
 _OUTCOMES = {1: "done", 0: "done", -1: "unknown", -2: "stale"}
-"""Those of unblock.lua."""
+"""The outcomes of unblock.lua."""
 _log = logging.getLogger("keypool.valkey")
 
 
@@ -81,13 +81,7 @@ class ValkeyEngine:
 
     name = "valkey"
 
-    def __init__(
-        self,
-        client: ScriptClient,
-        facts: PoolFacts,
-        presence: Presence,
-        rules: PoolRules,
-    ) -> None:
+    def __init__(self, client: ScriptClient, facts: PoolFacts, presence: Presence, rules: PoolRules) -> None:
         self._client = client
         self._nodes = client.nodes
         pool = self._nodes.url.pool
@@ -114,7 +108,7 @@ class ValkeyEngine:
         return await self._generator.generate(count)
 
     async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
-        """Serve a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
+        """Lease a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
         if not self._waiters:
             taken = await self._sampler.take(owner, 1)
             if taken:
@@ -124,7 +118,7 @@ class ValkeyEngine:
         return await self._waiters.wait(owner, wait, timed) or self._refuse()
 
     async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
-        """Serve up to `count` keys. O(count * log n)."""
+        """Lease up to `count` keys. O(count * log n)."""
         if not self._waiters:
             return await self._sampler.take(owner, count) or self._refuse()
         first = await self._waiters.wait(owner, 0) or self._refuse()
@@ -168,7 +162,7 @@ class ValkeyEngine:
         return replies
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
-        """Move a key's expiry. O(log n)."""
+        """Postpone a key's expiry. O(log n)."""
         text = ref if isinstance(ref, str) else await self._partitions.text_of(ref)
         call = self._client.call(self._partitions.of(text), "keepalive", (self._life_us, text))
         [id] = await call
@@ -177,7 +171,7 @@ class ValkeyEngine:
         return KeptAlive(id, seconds_left(self._life_us, call.age()))
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
-        """Move expiries one by one. O(items * log n)."""
+        """Postpone expiries one by one. O(items * log n)."""
         return [id != 0 for _, id in await self._each("keepalive", refs, (self._life_us,))]
 
     async def delete(self, ref: Ref) -> Identity:
@@ -194,7 +188,7 @@ class ValkeyEngine:
     async def _each(
         self, script: str, refs: Sequence[Ref], common: Sequence[int] = ()
     ) -> list[tuple[str, int]]:
-        """The text and id of each key after a script that takes texts and replies ids; id 0 for unknown keys."""
+        """Call a script that takes texts and replies ids. Returns each key's text and id; id 0 for unknown keys."""
         texts = await self._partitions.texts_of(refs)
         known = [(self._partitions.of(text), text) for text in texts if text is not None]
         ids = iter(await self._partitions.each(script, known, common))
@@ -211,7 +205,7 @@ class ValkeyEngine:
         return Revealed(found[0], text)
 
     async def _get(self, ref: Ref, revealed: str) -> tuple[str, Reply, ScriptCall]:
-        """The key's text, and get.lua's reply of what the key is like."""
+        """Call get.lua. Returns the key's text, the row in the reply, and the call. Raises UnknownKey."""
         text = await self._partitions.text_of(ref)
         call = self._client.call(self._partitions.of(text), "get", (text, revealed))
         found = await call
@@ -250,7 +244,6 @@ class ValkeyEngine:
         return sum(status.expiring for status in statuses)
 
     def _refuse(self) -> NoReturn:
-        """Raise NoKeyAvailable."""
         self._poller.refused += 1
         next_release = self._poller.last.next_release if self._poller.last is not None else None
         raise NoKeyAvailable(
@@ -260,7 +253,7 @@ class ValkeyEngine:
     # -- notes
 
     async def notes(self) -> Mapping[str, int]:
-        """What `keep_notes` was given by any server of the pool. O(notes)."""
+        """The numbers that servers of the pool stored by `keep_notes`. O(notes)."""
         flat = await self._execute("HGETALL", self._pool_key)
         return {
             name.decode().removeprefix(NOTE): int(value)
@@ -269,7 +262,7 @@ class ValkeyEngine:
         }
 
     async def keep_notes(self, notes: Mapping[str, int | None]) -> None:
-        """Store some numbers with the pool. O(notes)."""
+        """Store numbers with the pool; None removes one. O(notes)."""
         for name, value in notes.items():
             if value is None:
                 await self._execute("HDEL", self._pool_key, NOTE + name)
@@ -299,7 +292,9 @@ class ValkeyEngine:
         if self._draining:
             raise Draining
         if len(self._client.unreachable) == self._partitions.count:
-            raise StorageUnavailable(f"Valkey: {self._nodes.failing or 'keys are being given time'}")
+            raise StorageUnavailable(
+                f"Valkey: {self._nodes.failing or 'keys are being given time after an outage'}"
+            )
 
     @property
     def degraded(self) -> str | None:
@@ -342,7 +337,7 @@ class ValkeyEngine:
         }
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
-        """Empty: the histograms are all. O(1)."""
+        """Empty: this engine has histograms only. O(1)."""
         return {}
 
     def drain(self) -> None:
@@ -351,7 +346,7 @@ class ValkeyEngine:
         self._waiters.drain()
 
     async def close(self) -> None:
-        """Report what isn't counted yet, and stop."""
+        """Count the refusals of the last second, leave the pool and disconnect. Call `drain` first."""
         self._poller.stop()
         await self._waiters.close()
         if self._poller.refused and self._nodes.failing is None:

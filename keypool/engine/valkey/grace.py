@@ -1,7 +1,7 @@
-"""Time that keys are given after a stop or an outage, so that their holders can keep them alive (lua/grace.lua).
+"""Time that keys are given after a stop or an outage, so that their keepers can catch up (lua/grace.lua).
 
-After a stop of all servers it is the value of --restart-grace. After an outage, in which servers kept running and
-could not reach Valkey, it is half of a keepalive, if that is more.
+After a stop of all servers it is --restart-grace. After an outage, in which servers kept running but could not reach
+Valkey, it is half of --keepalive-seconds, if that is more.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from keypool.core.errors import StorageUnavailable
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import ScriptClient
 
-_SLICE = 500  # keys that one call of the script processes
-_URGENT_SECONDS = 30.0  # keys that would live for longer can wait until the partition is served again
+_SLICE = 500  # keys that one call of the script processes, in some 10 ms
+_URGENT_SECONDS = 30.0  # keys with more time left than this get theirs once the partition is served again
 _log = logging.getLogger("keypool.valkey")
 
 
 class Grace:
-    """See the module. All raise StorageUnavailable."""
+    """See the module. All methods raise StorageUnavailable."""
 
     def __init__(self, client: ScriptClient, rules: PoolRules) -> None:
         self._client = client
@@ -28,7 +28,7 @@ class Grace:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, served: bool) -> None:
-        """Begin to serve all partitions; `served` if other servers do already. O(n log n)."""
+        """Begin to serve all partitions; `served` is whether other servers do already. O(n log n)."""
         count = 0
         for partition in range(len(self._client.available)):
             seconds = self._outage_seconds if served else self._restart_seconds
@@ -38,7 +38,7 @@ class Grace:
         self._client.attend = self._attend
 
     async def _attend(self, partition: int) -> None:
-        """Have a partition served again that no server has polled for a while. O(urgent keys * log n)."""
+        """Give the urgent keys of an unattended partition time, after which it is served. O(urgent keys * log n)."""
         seconds = self._outage_seconds
         ends, count = await self._give(partition, "outage", seconds, urgent=_URGENT_SECONDS)
         if ends:
@@ -48,16 +48,16 @@ class Grace:
             task.add_done_callback(self._tasks.discard)
 
     async def _give_others(self, partition: int, ends: int, count: int) -> None:
-        """Give the keys that are not urgent the same moment, while the partition is served."""
+        """Give the other keys the same time, while the partition is served."""
         try:
             await self._give(partition, "rest", 0.0, ends=ends, count=count)
         except StorageUnavailable:
-            _log.debug("partition %d is away again: the end of the next outage gives them time", partition)
+            _log.debug("partition %d is unreachable again: its keys get time after this outage", partition)
 
     async def _give(
         self, partition: int, why: str, seconds: float, *, ends: int = 0, count: int = 0, urgent: float = 1e6
     ) -> tuple[int, int]:
-        """Let keys that would die before a moment live until then: that moment, and how many have it by now."""
+        """Extend the life of keys to a moment. Returns that moment (Valkey's clock, µs) and how many have it now."""
         more = 1
         while more:
             words = (why, round(seconds * 1e6), ends, round(urgent * 1e6), count, _SLICE)

@@ -1,8 +1,8 @@
 """One connection to one Valkey: commands out, replies in, in order.
 
-Commands of one turn of the loop leave in one write, and each has a callback for its reply: a call costs a few
-microseconds, where a client library's coroutine for each command costs several times that. hiredis parses the
-replies. This module knows nothing of scripts, partitions and clusters, and never repeats a command.
+All commands of one turn of the loop are sent in one write (a pipeline), and each has a callback for its reply. So a
+command costs a few microseconds; client libraries, with a coroutine for each command, take several times that.
+hiredis parses the replies. Scripts, partitions and clusters are not handled here, and no command is ever repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OnReply = Callable[[Reply], None]
 """Called with the reply, or with a ConnectionLost."""
 
 SILENCE = 3.0
-"""Seconds without an expected reply after which the other side counts as gone."""
+"""Seconds to wait for a reply before the connection counts as lost."""
 
 _CONNECT_SECONDS = 1.5
 
@@ -42,13 +42,13 @@ UNREACHABLE = (OSError, ReplyError, ConnectionLost)
 
 
 class PipelineMetrics:
-    """What all connections of one engine have measured."""
+    """Histograms that all connections of one engine share."""
 
     def __init__(self) -> None:
         self.seconds = Histogram(SECONDS)
-        """From the write of commands to the last of their replies."""
+        """Seconds from the write of a pipeline to the last of its replies."""
         self.commands = Histogram(ROWS)
-        """How many left in one write."""
+        """Commands in a pipeline."""
 
 
 class Link(asyncio.Protocol):
@@ -64,10 +64,10 @@ class Link(asyncio.Protocol):
         self._expected: deque[OnReply] = deque()
         self._replies = 0  # so far
         self._sent = 0  # commands so far
-        self._writes: deque[tuple[int, float]] = deque()  # commands sent by then, when
+        self._writes: deque[tuple[int, float]] = deque()  # of each pipeline: `_sent` after it, moment
         self._watchdog: asyncio.TimerHandle | None = None
         self.on_message: Callable[[list[Any]], None] | None = None
-        """Set for a connection that subscribes: it has messages where others have replies."""
+        """Set on a connection that subscribes: gets each message. Such a connection has no replies."""
 
     @property
     def up(self) -> bool:
@@ -96,7 +96,7 @@ class Link(asyncio.Protocol):
         return future
 
     def send_only(self, *words: Word) -> None:
-        """Send a command that has no reply, since the connection subscribes."""
+        """Send a command at once, on a connection that subscribes: its reply comes as a message."""
         if self._transport is not None:
             self._transport.write(hiredis.pack_command(cast("Any", words)))
 
@@ -110,12 +110,12 @@ class Link(asyncio.Protocol):
     # -- called by the loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to watch for silence."""
+        """Start the watchdog."""
         self._transport = cast("asyncio.Transport", transport)
         self._watchdog = self._loop.call_later(SILENCE / 4, self._check_silence)
 
     def data_received(self, data: bytes) -> None:
-        """Pass replies to their callbacks."""
+        """Parse replies, and call their callbacks."""
         self._reader.feed(data)
         expected = self._expected
         try:
@@ -150,7 +150,7 @@ class Link(asyncio.Protocol):
     def _check_silence(self) -> None:
         if self._transport is None:
             return
-        # A subscriber expects no replies: it checks by itself that messages come.
+        # A subscriber has no replies to wait for; it has a watchdog of its own.
         if self._writes and time.monotonic() - self._writes[0][1] > SILENCE and self.on_message is None:
             self.close(f"no reply within {SILENCE:g} s")
             return
@@ -175,7 +175,7 @@ async def connect(
     metrics: PipelineMetrics,
     on_lost: Callable[[Link, str], None],
 ) -> Link:
-    """A connection on which the commands of `hello` have succeeded. Raises OSError, ReplyError, ConnectionLost."""
+    """Connect, and execute the commands of `hello`, which must succeed. Raises OSError, ReplyError, ConnectionLost."""
     loop = asyncio.get_running_loop()
     context = ssl.create_default_context() if tls else None
     try:
@@ -196,6 +196,6 @@ def _settle(future: asyncio.Future[Reply], reply: Reply) -> None:
         return
     if isinstance(reply, (ReplyError, ConnectionLost)):
         future.set_exception(reply)
-        future.exception()  # whether or not somebody still waits for it
+        future.exception()  # or asyncio would log it where nobody awaits the future
     else:
         future.set_result(reply)

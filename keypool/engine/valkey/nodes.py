@@ -3,20 +3,20 @@
 A node, by its address, is in one of these states:
 
     state       means                                    leaves it by
-    unknown     has none of the pool's slots, or no      a slot of the pool moves there: recovery connects
-                round of recovery has reached it yet
+    unknown     has none of the pool's slots, or wasn't  a slot of the pool moves there: recovery connects
+                tried yet
     serving     in `serving`: its connection is up, and  the connection is lost, or a call is refused: failed
                 it has proved that it is a primary
-    failed      in `failures`, with reason and moment;   a round of recovery finds it fit: serving;
+    failed      in `failures`, with reason and moment;   a round of recovery can use it: serving;
                 its partitions are unreachable           it has no slots any more: forgotten
 
 What happens to a call that meets a node in each of these states is in calls.py.
 
-A round of recovery reads which node has which slot (in a cluster; of several addresses it looks for the one
-primary), connects, checks that each is a primary that doesn't evict, that the pool is still the one that was opened
-(`verify`), and that nodes which refused a write accept one again (`prove`). Rounds go on, with exponential back-off
-and jitter, until one succeeds, whether or not calls come meanwhile. Failures are kept by address, so the partitions
-of other nodes are served throughout.
+A round of recovery finds out which node has which slot in a cluster, or which of several addresses is the primary,
+and connects. It checks that each node is a primary that doesn't evict, that the pool is still the one that was opened
+(`verify`), and that nodes which refused a write accept one again (`check_writable`). Rounds are repeated, with
+exponential back-off and jitter, until one succeeds, whether or not calls arrive meanwhile. Failures are kept by
+address, so the partitions of other nodes are served throughout.
 
 `gone` is final: the pool that was opened is not there any more, and no call is served until the server restarts.
 
@@ -50,7 +50,7 @@ class Failure:
 
 
 class Nodes:
-    """See the module. `connect`, set `slots`, and `connect` again; then there may be calls."""
+    """See the module. Usage: `connect`, set `slots`, `connect` again; then calls can be sent."""
 
     def __init__(self, url: ValkeyUrl) -> None:
         self.url = url
@@ -69,17 +69,17 @@ class Nodes:
         self.on_recovery: Callable[[], None] = lambda: None
         """Called after each round of recovery: calls for some nodes may be served again."""
         self.verify: Callable[[], Awaitable[object]] | None = None
-        """Awaited before a new connection serves: calls `lose_pool` if another pool is there."""
-        self.prove: Callable[[Address, Link], Awaitable[None]] | None = None
-        """Raises, as commands do, unless the node accepts writes that it refused before."""
+        """Awaited in each round of recovery: calls `lose_pool` unless the pool is still there."""
+        self.check_writable: Callable[[Address, Link], Awaitable[None]] | None = None
+        """Raises, as commands do, while a node that refused a write still refuses it."""
         self._links: dict[Address, Link] = {}
-        self._error: str | None = "not connected yet"  # the last round's, which no address may explain
+        self._error: str | None = "not connected yet"  # of the latest round; it needn't concern any one node
         self._recovery: asyncio.Task[None] | None = None
         self._another_round = False
         self.closed = False
 
     async def execute(self, key: str, *words: Word) -> Reply:
-        """The reply to a command about a key that has a hash tag. Raises OSError, ReplyError or ConnectionLost."""
+        """The reply of the node that has `key`, a name with a hash tag. Raises OSError, ReplyError, ConnectionLost."""
         link = await self.link_to(self.of_slot[slot_of(key)])
         return await link.execute(*words)
 
@@ -93,7 +93,7 @@ class Nodes:
         return random.choice([*self.serving] or self.url.nodes)  # noqa: S311 - no secret
 
     async def connection(self, address: Address, on_lost: Callable[[Link, str], None]) -> Link:
-        """A connection that no calls are sent on. Raises OSError, ReplyError or ConnectionLost."""
+        """A new connection, without scripts loaded. Raises OSError, ReplyError or ConnectionLost."""
         hello: list[tuple[Word, ...]] = [("CLIENT", "SETNAME", "keypool")]
         if self.url.db:
             hello.insert(0, ("SELECT", self.url.db))
@@ -104,7 +104,7 @@ class Nodes:
 
     @property
     def failing(self) -> str | None:
-        """Why some calls can't be served, by address; None while all can. O(failed nodes)."""
+        """Why some calls can't be served, for each failed address; None while all can. O(failed nodes)."""
         if self.gone is not None or not self.failures:
             return self.gone or self._error
         return "; ".join(
@@ -114,27 +114,27 @@ class Nodes:
         )
 
     def lose_pool(self, reason: str) -> None:
-        """The pool isn't there any more: refuse all calls until the server is restarted."""
+        """Refuse all calls until the server is restarted, as the pool that was opened is not there any more."""
         if self.gone is None:
-            _log.error("%s: no call is served until this server is started again", reason)
+            _log.error("%s: no call is served until this server is restarted", reason)
             self.gone = reason
             self.on_failure(None)
 
     def fail(self, address: Address, reason: str) -> None:
-        """A node can't serve: recover it."""
+        """Mark a node as failed, and start recovery."""
         if not self.closed:
             self._note_failure(address, reason)
             self.recover()
 
     def recover(self) -> None:
-        """Have another round of recovery."""
+        """Start recovery, or have it make another round."""
         self._another_round = True
         if self._recovery is None and not self.closed:
             self._recovery = self.loop.create_task(self._recover())
 
     @property
     def recovering(self) -> bool:
-        """Whether rounds of recovery are going on."""
+        """Whether recovery is running."""
         return self._recovery is not None
 
     async def close(self) -> None:
@@ -145,7 +145,7 @@ class Nodes:
             await asyncio.wait([self._recovery])
         for link in list(self._links.values()):
             link.close()
-        await asyncio.sleep(0)  # in which the loop closes them
+        await asyncio.sleep(0)  # one turn, in which the loop closes them
 
     # -- recovery
 
@@ -177,17 +177,17 @@ class Nodes:
             self._recovery = None
 
     async def connect(self) -> None:
-        """One round of recovery. When all nodes have been tried, raises what the first that failed raised: OSError,
-        ReplyError or ConnectionLost.
+        """One round of recovery. Tries every node, then raises the error of the first that failed: OSError, ReplyError
+        or ConnectionLost.
         """
         if self.url.cluster:
             await self._read_slots()
         elif len(self.url.nodes) > 1:
             self.of_slot = [await self._find_primary()] * SLOTS
         wanted = {self.of_slot[slot] for slot in self.slots or (0,)}
-        results = await asyncio.gather(*map(self._fit, wanted), return_exceptions=True)
+        results = await asyncio.gather(*map(self._usable_link, wanted), return_exceptions=True)
         if self.verify is not None:
-            # A node that doesn't answer is ignored here: its own partitions aren't served meanwhile.
+            # A node that doesn't answer must not stop the others: only its own partitions aren't served.
             with contextlib.suppress(*UNREACHABLE):
                 await self.verify()
         self._apply(dict(zip(wanted, results, strict=True)))
@@ -197,11 +197,11 @@ class Nodes:
         self._error = None
 
     def _apply(self, found: dict[Address, Link | BaseException]) -> None:
-        """Let the nodes that are fit serve, and forget those that have no slots any more."""
+        """Let usable nodes serve, record failed ones, and forget those that have no slots any more."""
         for address, result in found.items():
             if isinstance(result, BaseException):
                 self._note_failure(address, str(result))
-            elif result.up:  # else it was lost during this round: its failure is noted already, and stays
+            elif result.up:  # else it was lost during this round, and its failure is recorded already
                 self.serving[address] = result
                 if self.failures.pop(address, None) is not None and self.slots:
                     _log.info("Valkey at %s:%d serves again", *address)
@@ -212,26 +212,26 @@ class Nodes:
                 self.serving.pop(address, None)
                 self._links.pop(address).close()
 
-    async def _fit(self, address: Address) -> Link:
-        """A connection to a node that may serve its partitions. Raises OSError, ReplyError or ConnectionLost."""
+    async def _usable_link(self, address: Address) -> Link:
+        """A connection to a node that can serve its partitions. Raises OSError, ReplyError or ConnectionLost."""
         link = await self.link_to(address)
-        await _prove_primary(link)
+        await _require_primary(link)
         if self.serving.get(address) is not link:
             await _refuse_eviction(link)
-        if self.prove is not None:
-            await self.prove(address, link)
+        if self.check_writable is not None:
+            await self.check_writable(address, link)
         return link
 
     async def _find_primary(self) -> Address:
-        """Which of the addresses is the primary. Raises OSError unless exactly one is: with two of them, servers
-        could use different ones, and each would serve the same keys.
+        """The address of the primary. Raises OSError unless exactly one is: with two primaries, servers could use
+        different ones, and lease the same key to two clients.
         """
         found = []
         links = await asyncio.gather(*map(self.link_to, self.url.nodes), return_exceptions=True)
         for address, link in zip(self.url.nodes, links, strict=True):
             if isinstance(link, Link):
                 try:
-                    await _prove_primary(link)
+                    await _require_primary(link)
                     found.append(address)
                 except UNREACHABLE as error:
                     _log.debug("%s:%s isn't the primary: %s", *address, error)
@@ -243,7 +243,7 @@ class Nodes:
         return found[0]
 
     async def _read_slots(self) -> None:
-        """Read from some node which node has which slots. Raises what the last one that was tried raised."""
+        """Read `of_slot` from the first node that answers. Raises the error of the last one tried."""
         up = [address for address, link in self._links.items() if link.up]
         known = dict.fromkeys([*up, *self._links, *self.of_slot[:: SLOTS // 64], *self.url.nodes])
         error: Exception = OSError("no node of the cluster is known")
@@ -257,7 +257,7 @@ class Nodes:
             raise error
         covered, of_slot = 0, list(self.of_slot)
         for first, last, (host, port, *_), *_ in ranges:
-            # A node that doesn't know its own address gives none: it is the one that replied.
+            # An empty host is the address that the command was sent to.
             primary = (host.decode() if host else address[0], port)
             of_slot[first : last + 1] = [primary] * (last + 1 - first)
             covered += last + 1 - first
@@ -266,7 +266,7 @@ class Nodes:
         self.of_slot = of_slot
 
     async def link_to(self, address: Address) -> Link:
-        """The connection to a node, made if need be, with all scripts loaded. Raises OSError, ReplyError or
+        """The connection to a node, with all scripts loaded; connects if need be. Raises OSError, ReplyError or
         ConnectionLost.
         """
         link = self._links.get(address)
@@ -296,7 +296,7 @@ class Nodes:
                 return
 
 
-async def _prove_primary(link: Link) -> None:
+async def _require_primary(link: Link) -> None:
     """Raise OSError if the node is a replica, ReplyError while it is loading."""
     await link.execute("PING")
     try:
@@ -310,11 +310,11 @@ async def _prove_primary(link: Link) -> None:
 
 
 async def _refuse_eviction(link: Link) -> None:
-    """Raise OSError if Valkey would evict keys when memory is short. Not every Valkey shows its policy."""
+    """Raise OSError if Valkey would evict keys when memory is short. Logs a warning if its policy can't be read."""
     try:
         info = (await link.execute("INFO", "memory")).decode()
     except ReplyError as error:
-        _log.warning("whether Valkey's maxmemory-policy is noeviction, as it must be, isn't known: %s", error)
+        _log.warning("can't check that Valkey's maxmemory-policy is noeviction, as it must be: %s", error)
         return
     found = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     policy = found.get("maxmemory_policy", "noeviction")

@@ -1,4 +1,4 @@
-"""Opening the engine on a Valkey: connect, check that the pool there is the one that is meant, begin to serve it."""
+"""Opening the engine: connect to Valkey, check the pool there or create it, begin to serve it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from keypool.engine.valkey.url import ValkeyUrl
 
 LAYOUT = 1
 MOVING = 0
-"""What keypool migrate writes in place of the layout until all keys are there."""
+"""The layout that keypool migrate writes until all keys are there."""
 
 SHARED = ("block_seconds", "keepalive_seconds", "key_length", "max_keys")
-"""The settings that all servers of a pool must have alike: they decide what a key's holder may rely on."""
+"""The settings that must be the same on all servers of a pool."""
 
-_LOADING_SECONDS = 60.0  # that a Valkey may take to load its file
+_LOADING_SECONDS = 60.0  # to wait for a Valkey that loads its file
 _LOADING_PAUSE = 0.25
-_DYING_SECONDS = 2.0  # that servers which were just ended may take to disappear
+_DYING_SECONDS = 2.0  # to wait until the subscriptions of servers that just ended are gone
 _log = logging.getLogger("keypool.valkey")
 
 
 async def open_valkey(
     url: ValkeyUrl, partitions: int | None = None, rules: PoolRules = DEFAULT_RULES
 ) -> ValkeyEngine:
-    """The engine over the pool in a Valkey, which is created if there is none. Raises StartError.
+    """Open the pool in a Valkey, or create it. Raises StartError.
 
-    Without `partitions` there are as many as the pool has, or `url.default_partitions` of a new one. Waits for up to a
-    minute while Valkey loads its file.
+    `partitions` must be the pool's number, if it exists; None means that, or `url.default_partitions` for a new pool.
+    Waits for up to a minute while Valkey loads its file, and up to 5 s for a server that was killed just now.
     """
     nodes = Nodes(url)
     where = ",".join(f"{host}:{port}" for host, port in url.nodes)
@@ -65,7 +65,7 @@ async def open_valkey(
 
 
 async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> None:
-    """Connect, as soon as Valkey has loaded its file. Raises what `connect` does."""
+    """Connect, repeatedly while Valkey loads its file. Raises what `connect` raises."""
     loop = asyncio.get_running_loop()
     until = loop.time() + _LOADING_SECONDS
     waiting = False
@@ -77,13 +77,13 @@ async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> No
             if not str(error).startswith("LOADING") or loop.time() > until:
                 raise
             if not waiting:
-                _log.info("the Valkey at %s is loading: waiting for it", where)
+                _log.info("the Valkey at %s is loading its file: waiting", where)
             waiting = True
         await asyncio.sleep(_LOADING_PAUSE)
 
 
 async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> PoolFacts:
-    """What `{POOL}:pool` holds, which is written if it is new. Raises StartError if it doesn't fit the flags."""
+    """Read `{POOL}:pool`, or write it if it is missing. Raises StartError if it doesn't match the flags."""
     pool = url.pool
     key = f"{{{pool}}}:pool"
     if not await nodes.execute(key, "EXISTS", key):
@@ -96,7 +96,7 @@ async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> Po
             "base_tick": 0,
             "base_id": 0,
         }
-        for field, value in new.items():  # of servers that start together, each field is the first one's
+        for field, value in new.items():  # servers that start together agree on the first one's values
             await nodes.execute(key, "HSETNX", key, field, value)
     layout, *values = await nodes.execute(
         key, "HMGET", key, "layout", "partitions", "born", "base_tick", "base_id"
@@ -117,8 +117,8 @@ async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> Po
 
 
 async def _refuse_new_pool_if_served(nodes: Nodes, pool: str, key: str) -> None:
-    """Raise StartError if servers subscribe to channels of a pool that isn't there: Valkey was emptied while they ran,
-    and a new pool would give their clients' lease numbers again.
+    """Raise StartError if servers subscribe to a pool that isn't there: Valkey was emptied while they ran, and a new
+    pool would repeat the lease numbers that their clients hold.
     """
     loop = asyncio.get_running_loop()
     until = loop.time() + _DYING_SECONDS
@@ -127,7 +127,7 @@ async def _refuse_new_pool_if_served(nodes: Nodes, pool: str, key: str) -> None:
             return  # another server that started together with this one has created it
         if loop.time() > until:
             raise StartError(
-                f"the pool {pool} isn't in Valkey any more, and servers still run that served it: stop them first"
+                f"the pool {pool} isn't in Valkey any more, and its servers still run: stop them first"
             )
         await asyncio.sleep(_LOADING_PAUSE)
 

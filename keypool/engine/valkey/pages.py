@@ -1,12 +1,12 @@
 """Lists over partitions: each returns its own rows in order, and these are merged.
 
-Keys are spread evenly, so each partition returns little more than its share of a page. A row counts only up to the
-place that every partition has come to; where that is too few, more rows are read from the partitions that are behind.
-No row is missed. A page costs O(partitions * log n + rows).
+Keys are spread evenly, so each partition returns little more than its share of a page. Only rows up to the point that
+every partition has reached are used (the horizon), so no row is missed; if they are too few, more are read from the
+partitions that are behind. A page costs O(partitions * log n + rows).
 
-Keys with the same deadline are in order of their texts, as Valkey has them. A position names such a key by its id,
-since a cursor holds no key text; if that key is gone, those of the same deadline that share its first four characters
-are walked again.
+Keys with the same deadline are ordered by their texts, as in Valkey. A position identifies such a key by its id, since
+a cursor holds no key text; if that key is gone, the keys with the same deadline and the same first four characters are
+listed again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from keypool.engine.valkey.calls import ScriptCall, all_of, seconds_left
 from keypool.engine.valkey.partitions import Partitions
 
 _MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
-_MAX_ROUNDS = 4  # of calls, after which a page is as short as it is
+_MAX_ROUNDS = 4  # of calls, after which a page may be short
 _TEXT, _ID, _PLACE = 0, 1, 7  # of a row in page.lua's reply
 _ORDERS: dict[str, Callable[[Any], Any]] = {
     "id": itemgetter(_ID),
@@ -32,14 +32,14 @@ _ORDERS: dict[str, Callable[[Any], Any]] = {
     "release": itemgetter(_PLACE, _TEXT),
     "text": itemgetter(_TEXT),
 }
-"""The orders of page.lua, and what rows are compared by in each."""
+"""The orders of page.lua, and the sort key of a row in each."""
 
 _Start = tuple[int | str, str, str]
-"""The words of page.lua for the position to begin at."""
+"""The arguments of page.lua for a position."""
 
 
 class _Walk:
-    """How far one partition has come."""
+    """The rows read from one partition so far, and where to go on."""
 
     def __init__(self, start: _Start) -> None:
         self.start = start
@@ -55,7 +55,7 @@ class Pages:
         self._examined = max(_MIN_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
 
     async def page(self, query: PageQuery) -> tuple[list[Row], Position | None]:
-        """Rows, as of now, and the position that the next page goes on from."""
+        """A page, and the position that the next one starts after; None on the last. Raises StorageUnavailable."""
         order = "text" if query.prefix is not None else query.order
         key = _ORDERS[order]
         start = await self._start_of(query)
@@ -65,7 +65,7 @@ class Pages:
             await self._advance(walks, behind, query, order)
             horizon = min((walk.end for walk in walks if walk.end is not None), key=key, default=None)
             rows = sorted((row for walk in walks for row in walk.rows), key=lambda row: key(row[0]))
-            # The page will end here, or further on.
+            # The page ends at `goal` or before it: rows that are read later can only come before it.
             goal = key(rows[query.limit - 1][0]) if len(rows) >= query.limit else None
             behind = [
                 number
@@ -84,7 +84,7 @@ class Pages:
         return [row_of(row[_TEXT].decode(), row[1:], call.age()) for row, call in rows], position
 
     async def _advance(self, walks: list[_Walk], behind: list[int], query: PageQuery, order: str) -> None:
-        """Let these partitions examine more keys."""
+        """Read more rows from the partitions that are behind."""
         share = -(-query.limit // len(walks))
         most = min(query.limit, share + 3 * isqrt(share) + 2)  # three standard deviations more
         state = "" if query.state is None else str(query.state)
@@ -125,7 +125,7 @@ def _position(query: PageQuery, row: Any) -> Position:
 
 
 def row_of(text: str, found: Any, age: float) -> Row:
-    """The row of a key from the replies of get.lua and page.lua; `age` is the call's."""
+    """A Row from a reply of get.lua or page.lua; `age` is that of the call."""
     id, created, lease, owner, expires, release = found[:6]
     return Row(
         id,

@@ -1,4 +1,4 @@
-"""The partitions of a pool: which one a key is in, and calls that concern several of them."""
+"""The partitions of a pool: which one a key is in, and calls to several of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def partition_of(text: str, partitions: int) -> int:
 
 
 class Partitions:
-    """See the module. All calls raise StorageUnavailable."""
+    """See the module. All coroutines raise StorageUnavailable."""
 
     def __init__(self, client: ScriptClient, facts: PoolFacts) -> None:
         self.client = client
@@ -38,11 +38,11 @@ class Partitions:
         self.count = facts.partitions
 
     def of(self, text: str) -> int:
-        """The partition of a key."""
+        """The partition of a key of this pool."""
         return partition_of(text, self.count)
 
     async def all(self, script: str, *arguments: Word) -> list[Reply]:
-        """The replies of all partitions to the same call, sent at once."""
+        """Send the same call to all partitions at once. Returns their replies."""
         return await all_of([self.call(partition, script, arguments) for partition in range(self.count)])
 
     async def each(
@@ -51,8 +51,8 @@ class Partitions:
         items: Sequence[tuple[int, Word] | tuple[int, Word, Word]],
         common: Sequence[Word] = (),
     ) -> list[Reply]:
-        """What a script replies for each item (partition, words), in their order, by one call a partition; `common`
-        goes before the items' words.
+        """Call a script once for each partition of `items` (partition, words). Returns the replies, one per item, in
+        their order; `common` goes before the items' words.
         """
         if len(items) == 1:
             partition, *words = items[0]
@@ -72,20 +72,20 @@ class Partitions:
         return replies
 
     async def text_of(self, ref: Ref) -> str:
-        """The text that a key has or would have. Raises UnknownKey."""
+        """The text of a key; one given by its text may not exist. Raises UnknownKey for an id that no key has."""
         text = ref if isinstance(ref, str) else (await self.texts_of_ids([ref]))[0]
         if text is None:
             raise UnknownKey
         return text
 
     async def texts_of(self, refs: Sequence[Ref]) -> list[str | None]:
-        """The same for many; None for an id that no key has."""
+        """The same for several keys; None for an id that no key has."""
         ids = [ref for ref in refs if isinstance(ref, int)]
         found = iter(await self.texts_of_ids(ids)) if ids else iter(())
         return [next(found) if isinstance(ref, int) else ref for ref in refs]
 
     async def texts_of_ids(self, ids: Sequence[int]) -> list[str | None]:
-        """The texts of ids. An id that was moved in may be in any partition: all are searched."""
+        """The texts of ids, None if there is no such key. Searches all partitions if some id may have been moved in."""
         if all(id > self.facts.base_id * self.count for id in ids):
             texts = await self.each("find", [((id - 1) % self.count, id) for id in ids])
         else:

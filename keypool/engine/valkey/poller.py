@@ -1,12 +1,12 @@
 """Polling all partitions: for the counts, for events, and to sweep what is overdue.
 
-A poll sweeps: its script (lua/poll.lua) processes what is overdue before it replies, and reports when the next
-deadline comes, for which a timer is set. So a server meets every deadline, also those that others have set, since it
-polls each partition before any deadline set meanwhile can have come.
+A poll sweeps: its script (lua/poll.lua) processes what is overdue, then reports the next deadline, for which a timer is
+set. Deadlines that other servers set are met, too: a partition is polled again before any deadline that was set after
+the last poll can have passed.
 
-Of many servers one sweeps a partition, whichever polled it first. Another one stands in for it: it polls a little
-after each deadline, so that a release is on time also when the first one dies, and takes its place when that has not
-polled for a while. All others poll once a second, for the counts and events.
+Of several servers, one sweeps a partition: the one that polled it first. A second one stands in for it: it polls a
+little after each deadline, so that releases are on time even if the first one dies, and takes its place if that has not
+polled for 2.5 s. All others poll once a second, for counts and events.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ RECENT_EVENTS = 1000
 EXPIRING = 60.0
 """Seconds ahead in which a snapshot counts expiries."""
 POLL_SECONDS = 1.0
-"""Seconds after which a partition is polled again, whatever is due."""
+"""Seconds after which a partition is polled again, even if nothing is due."""
 
 _EVENT_COUNTERS = tuple(change.value for change in Change if change is not Change.KEPT_ALIVE)
 _POLLED_COUNTERS = (*_EVENT_COUNTERS, *(name for name in COUNTERS if name not in _EVENT_COUNTERS))
-_STANDS_IN = 1  # a turn, between sweeping and neither
-_TURN_SECONDS = 2.5  # without a poll, after which another server takes the place of one that sweeps
-_STAND_IN_AFTER = 0.03  # seconds after a deadline at which it is swept if the server that sweeps didn't
+_STANDS_IN = 1  # the turn of poll.lua's reply between 0, sweeps, and 2, neither
+_TURN_SECONDS = 2.5  # without a poll after which another server takes a sweeper's place
+_STAND_IN_AFTER = 0.03  # seconds after a deadline at which the stand-in polls
 _MIN_INTERVAL = 0.01  # seconds between two sweeps of one partition
 _AFTER_DEADLINE = 0.002  # seconds after a deadline at which it is swept
 _MAX_SWEPT = 64  # keys of each kind and partition that one sweep processes
@@ -49,7 +49,7 @@ _decode_event = msgspec.msgpack.Decoder(tuple[str, int, str, str, str | bool, in
 
 
 class PartitionStatus(NamedTuple):
-    """A partition's reply to lua/poll.lua. Lengths of time are microseconds, -1 if there is no such key."""
+    """A partition's reply to lua/poll.lua. Durations are in microseconds, -1 if there is no such key."""
 
     available: int
     total: int
@@ -61,19 +61,19 @@ class PartitionStatus(NamedTuple):
     release_lateness: int
     last_id: int
     event_seq: int
-    """How many events there have been; less than it was, if a failover has lost the latest changes."""
+    """How many events there have been. Can decrease: a failover may lose the latest changes."""
     turn: int
     counters: list[int]
     events: list[bytes]
 
     @property
     def overdue(self) -> bool:
-        """Whether keys are overdue that the poll has not processed."""
+        """Whether more keys are overdue than the poll processed."""
         return 0 in (self.next_expiry, self.next_release)
 
     @property
     def next_deadline(self) -> float | None:
-        """Seconds until it; None without one."""
+        """Seconds until the next deadline; None without one."""
         ahead = [deadline for deadline in (self.next_expiry, self.next_release) if deadline >= 0]
         return min(ahead) / 1e6 if ahead else None
 
@@ -88,7 +88,7 @@ class PoolSnapshot(NamedTuple):
     expiring: int
     counters: dict[str, int]
     next_release: float | None
-    """On the loop's clock, as `taken_at`; None if no key is blocked."""
+    """By the loop's clock, like `taken_at`; None if no key is blocked."""
     overdue: bool
 
     @classmethod
@@ -101,7 +101,7 @@ class PoolSnapshot(NamedTuple):
             taken_at,
             sum(status.total for status in statuses),
             sum(status.available for status in statuses),
-            statuses[0].waiting_elsewhere,  # which all partitions know
+            statuses[0].waiting_elsewhere,  # announced to every partition alike
             sum(status.expiring for status in statuses),
             {name: sums[name] for name in COUNTERS},
             taken_at + min(releases) / 1e6 if releases else None,
@@ -115,16 +115,16 @@ class PartitionPoller:
     def __init__(self, partitions: Partitions, server: str, rules: PoolRules) -> None:
         self._partitions = partitions
         self._server = server
-        # Half of the shortest time that a deadline can be set ahead, if that is less.
+        # At most half the shortest time that a deadline can lie ahead, so that none is missed between two polls.
         self._interval = min(POLL_SECONDS, max(0.02, min(rules.block_seconds, rules.keepalive_seconds) / 2))
         self._loop = asyncio.get_running_loop()
         count = partitions.count
         self.totals = [rules.max_keys] * count
-        """An upper bound of each partition's keys, but for what other servers generated since the last poll."""
+        """Each partition's keys, at most; except for those that other servers generated since the last poll."""
         self.totals_version = 0
-        """Changes with `totals`."""
+        """Incremented when `totals` change."""
         self.id_number = partitions.facts.base_id - 1
-        """Of the latest id that this server knows of."""
+        """The number (see engine.py) of the highest id that this server knows."""
         self.waiting_elsewhere = 0
         """Acquires that wait at other servers."""
         self.refused = 0
@@ -136,29 +136,29 @@ class PartitionPoller:
         self.expiry_lateness = Histogram(SECONDS)
         self.polls = 0
         self._events: deque[bytes] = deque(maxlen=RECENT_EVENTS)  # decoded only where they are shown
-        self._seen_seq = [-1] * count
+        self._seen_seq = [-1] * count  # of each partition, the `event_seq` up to which events were reported
         self._callers: list[asyncio.Future[PoolSnapshot]] = []
         self._snapshotting = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._latest_poll = [0] * count
-        self._generated = [0] * count  # keys that this server generated
-        self._due = [0.0] * count
+        self._latest_poll = [0] * count  # number of the poll that each partition last replied to
+        self._generated = [0] * count  # keys that this server generated, ever
+        self._due = [0.0] * count  # when to poll each partition next
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
 
     def stop(self) -> None:
-        """Sweep no more."""
+        """Stop sweeping. O(1)."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
 
     async def join(self) -> None:
-        """Wait until no poll is under way."""
+        """Wait for the polls that are under way."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
     def generated(self, partition: int, count: int) -> None:
-        """This server generated so many keys there."""
+        """Record that this server generated `count` keys in a partition."""
         self._generated[partition] += count
         self.totals[partition] += count
         self.totals_version += 1
@@ -180,7 +180,7 @@ class PartitionPoller:
     # -- polling
 
     def snapshot(self) -> asyncio.Future[PoolSnapshot]:
-        """Poll all partitions. Callers who come while a poll is under way share the next one."""
+        """Poll all partitions. Callers during a poll share the next one. Raises StorageUnavailable."""
         caller: asyncio.Future[PoolSnapshot] = self._loop.create_future()
         self._callers.append(caller)
         if not self._snapshotting:
@@ -197,7 +197,7 @@ class PartitionPoller:
                 for caller in callers:
                     if not caller.done():
                         caller.set_exception(error)
-                        caller.exception()  # whether or not it is still awaited
+                        caller.exception()  # or asyncio would log it where nobody awaits it
             else:
                 for caller in callers:
                     if not caller.done():
@@ -214,7 +214,7 @@ class PartitionPoller:
         return self.last
 
     async def poll(self, partitions: Sequence[int], expiring: float) -> list[PartitionStatus]:
-        """Poll some partitions; expiries are counted so many seconds ahead. Raises StorageUnavailable."""
+        """Poll some partitions, counting the keys that expire within `expiring` seconds. Raises StorageUnavailable."""
         self.polls += 1
         number = self.polls
         generated = [self._generated[partition] for partition in partitions]
@@ -228,9 +228,9 @@ class PartitionPoller:
         statuses = [PartitionStatus(*reply) for reply in await all_of(calls)]
         events: list[bytes] = []
         for partition, status, before in zip(partitions, statuses, generated, strict=True):
-            if number > self._latest_poll[partition]:  # else a later poll was faster, as another node may be
+            if number > self._latest_poll[partition]:  # else a later poll was answered first
                 self._latest_poll[partition] = number
-                # What was generated since the poll was sent may have been counted or not.
+                # Keys generated here since the poll was sent may be missing in its total, an upper bound: add them.
                 self._update(partition, status, status.total + self._generated[partition] - before)
                 events += self._new_events(partition, status)
         events.sort(key=_moment_of)
@@ -250,7 +250,7 @@ class PartitionPoller:
         self._due[partition] = self._loop.time() + self._until_next_poll(status)
 
     def _new_events(self, partition: int, status: PartitionStatus) -> list[bytes]:
-        """The events that no other poll has reported; several polls may be under way at a time."""
+        """The events that no other poll has reported, as several may be under way at a time."""
         seen, self._seen_seq[partition] = self._seen_seq[partition], status.event_seq
         if seen >= status.event_seq:
             return []
@@ -260,7 +260,7 @@ class PartitionPoller:
     # -- sweeping
 
     def _until_next_poll(self, status: PartitionStatus) -> float:
-        """Seconds after which the partition is to be polled again."""
+        """Seconds until the partition is to be polled again."""
         left = status.next_deadline
         if left is None or status.turn > _STANDS_IN:
             return self._interval
@@ -270,7 +270,7 @@ class PartitionPoller:
         return max(min(self._interval, left + _AFTER_DEADLINE), _MIN_INTERVAL) if left else 0.0
 
     def sweep(self) -> None:
-        """Poll every partition that is due, and set the timer for the next. Once called, it goes on until `stop`."""
+        """Poll every partition that is due, then set a timer to do so again; from then on until `stop`."""
         now = self._loop.time()
         due = [partition for partition, at in enumerate(self._due) if at <= now]
         if due:

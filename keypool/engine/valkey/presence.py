@@ -3,9 +3,9 @@
     join -> heartbeats -> leave            a clean stop
                       `--> (5 s of silence) a server that was killed, or can't reach Valkey
 
-All of it is one script about the pool as a whole (lua/presence.lua). A heartbeat that finds no pool, or one with
-another moment of creation, makes every call of this server fail from then on: Valkey was emptied or replaced, and a
-new pool in place of the one that clients know would repeat its lease numbers. A heartbeat also compares Valkey's
+All three are one script on the pool as a whole (lua/presence.lua). If a heartbeat finds no pool, or one with another
+moment of creation, Valkey was emptied or replaced, and every call of this server fails from then on: a new pool would
+repeat the lease numbers that clients hold. A heartbeat also compares Valkey's
 clock, which deadlines go by, with this server's monotonic one.
 """
 
@@ -23,17 +23,17 @@ from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.scripts import presence_text
 
 AWAY_SECONDS = 5.0
-"""Without a heartbeat for so long a server is gone."""
+"""Seconds without a heartbeat after which a server counts as gone."""
 STEP_SECONDS = 5.0
-"""By how much more the clock of Valkey must have moved than time has passed, between two heartbeats, to be a step."""
+"""Seconds by which Valkey's clock and this server's must differ between two heartbeats to count as a step."""
 
 _HEARTBEAT_SECONDS = 1.0
-_RETRY_SECONDS = 0.1  # between two looks at whether the others send heartbeats
+_RETRY_SECONDS = 0.1  # between checks whether other servers send heartbeats
 _log = logging.getLogger("keypool.valkey")
 
 
 class Presence:
-    """See the module. `settings` are those that servers of a pool must share, as they are written as flags."""
+    """See the module. `settings` are those that all servers of a pool must share, as values of flags."""
 
     def __init__(self, nodes: Nodes, pool: str, born: int, settings: Mapping[str, str]) -> None:
         self.server = os.urandom(8).hex()
@@ -50,8 +50,8 @@ class Presence:
         self._heartbeats: asyncio.Task[None] | None = None
 
     async def join(self, wait_for_dead: bool) -> bool:
-        """Begin to serve; whether other servers do. With `wait_for_dead`, a server that was killed just now doesn't
-        count: that takes up to 5 s, until it has been silent for long enough.
+        """Start sending heartbeats. Returns whether other servers serve the pool. With `wait_for_dead`, waits up to 5 s
+        to tell a server that was killed just now, which doesn't count, from a running one.
 
         Raises StartError if other servers have other settings, and OSError, ReplyError or ConnectionLost.
         """
@@ -67,8 +67,8 @@ class Presence:
                 name = name.decode()
                 raise StartError(
                     f"the pool {self._pool} is being served with {name}={value.decode()}, and this server has "
-                    f"{self._settings[name]}: all servers of a pool share it; to change it, stop all and start them "
-                    "again"
+                    f"{self._settings[name]}: all servers of a pool share this setting; to change it, stop them "
+                    "all, then start them"
                 )
             if not name:
                 self._heartbeats = self._heartbeats or self._loop.create_task(self._send_heartbeats())
@@ -77,7 +77,7 @@ class Presence:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def leave(self) -> None:
-        """Stop, and remove this server from the pool's list."""
+        """Stop sending heartbeats, and remove this server from the pool's list."""
         if self._heartbeats is not None:
             self._heartbeats.cancel()
             await asyncio.wait([self._heartbeats])
@@ -94,7 +94,7 @@ class Presence:
             await asyncio.sleep(_HEARTBEAT_SECONDS)
 
     async def heartbeat(self, *settings: str) -> Reply:
-        """Call presence.lua: what it replies about other servers. Calls Nodes.lose_pool unless the pool is still there.
+        """Call presence.lua. Returns its reply about other servers. Calls Nodes.lose_pool unless the pool is there.
         Raises OSError, ReplyError or ConnectionLost.
         """
         away = round(AWAY_SECONDS * 1e6)

@@ -1,24 +1,23 @@
-"""Sampling keys: each available key of the pool with the same chance, over partitions, in few round trips.
+"""Sampling keys uniformly: every available key of the pool has the same chance, in few round trips.
 
-The technique is rejection sampling. The server knows for each partition p a bound B(p) that is not less than the keys
-available there. A draw chooses one of B places, the sum of all bounds, each with the same chance. In the script
-(lua/acquire.lua) the first places of p, as many as keys are available there now, stand for these keys, one each. If
-the draw fell on another place it is void, and another draw is made.
+The technique is rejection sampling. For each partition p the server has an upper bound B(p) of the keys available
+there. A draw chooses one of B places, B being the sum of all bounds, each with the same probability. The first places
+of p stand for the keys that are available there when the script runs (lua/acquire.lua), one each. A draw of any other
+place is void, and another draw is made.
 
-Proof that no key is favoured: in one draw, a key of p is served with the chance B(p)/B * 1/B(p) = 1/B, whichever
-partition it is in, and however many keys are available there or elsewhere. So each draw that isn't void serves each
-available key with the same chance, and which draws are made depends on counts, never on which key is which. All that
-is needed is that B(p) is not too small.
+Proof of uniformity: one draw serves a given key of p with probability B(p)/B * 1/B(p) = 1/B, whichever partition it is
+in, and however many keys are available there or elsewhere. So a draw that isn't void serves each available key with
+the same probability, and whether another draw is made depends on counts only. All that is required is that B(p) is
+not too small.
 
-B(p) is how many keys the partition has in all, blocked or not (PartitionPoller.totals). That changes slowly, and
-never by acquire, unblock or a release, whichever server they are made at. The exception: keys that another server
-generated since the last poll, a second ago at most, may not be counted yet; until then a key of their partition may
-have less than its share.
+B(p) is the number of keys in the partition, blocked or not (PartitionPoller.totals). That changes slowly, and never by
+acquire, unblock or a release, at whichever server. The exception: keys that another server generated since the last
+poll, a second ago at most, may not be counted yet; until then a key of their partition may have a smaller chance.
 
-A draw is void with the chance blocked / all. Where most keys seem to be blocked, and after some void draws, all
-partitions are polled, and B(p) is how many keys are available there at that moment: a draw is void only if one of
-those was served to another caller since. With one partition none of this is needed: its script draws among the keys
-that are available.
+A draw is void with probability blocked / all. So if most keys seem to be blocked, and after some void draws, all
+partitions are polled, and B(p) is the number of keys available there at that moment: then a draw is void only if one of
+those was served to another caller since. With one partition none of this is needed: its script draws among the
+available keys.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import EXPIRING, PartitionPoller
 
-_MAX_ROUNDS = 8  # of draws, before an acquire that always comes too late gives up
-_MAX_ROUNDS_BY_TOTALS = 4  # of these, before all partitions are polled
-_MIN_SHARE = 0.25  # of the keys that must be available for draws among all keys to be worthwhile
+_MAX_ROUNDS = 8  # of draws, after which an acquire gives up: other callers were faster each time
+_MAX_ROUNDS_BY_TOTALS = 4  # of these by `totals`, after which all partitions are polled
+_MIN_SHARE = 0.25  # of available keys from which draws among all keys are worthwhile
 
 
 class PartitionSampler:
@@ -51,15 +50,15 @@ class PartitionSampler:
         self._available = partitions.available
         self._poller = poller
         self._block_us = round(rules.block_seconds * 1e6)
-        self._tick = 0  # of the latest lease that this server knows of
+        self._tick = 0  # the highest tick of a lease (acquire.lua) that this server knows
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
-        self._ends: list[int] = []  # cumulated totals of the partitions
-        self._ends_version = -1  # the poller's `totals_version` that they are of
+        self._ends: list[int] = []  # cumulative totals of the partitions
+        self._ends_version = -1  # the `totals_version` that they were computed from
 
     async def take(self, owner: str | None, count: int) -> list[Lease]:
-        """Acquire up to `count` keys, in order of their leases; none only if none was available.
+        """Acquire up to `count` keys, in order of their leases. Raises StorageUnavailable.
 
-        O(count * log n), mostly in one round trip; in a few, and O(partitions) each, if many keys are blocked.
+        O(count * log n), mostly in one round trip; if many keys are blocked, a few of O(partitions) each.
         """
         taken: list[Lease] = []
         calls: list[ScriptCall] = []
@@ -87,7 +86,7 @@ class PartitionSampler:
                     again |= reply[0]
                 calls = []
                 rounds += not again
-        except BaseException:  # the caller is gone, or a partition can't be reached
+        except BaseException:  # the caller hung up, or a partition can't be reached
             for call in calls:
                 self._take_back(call)
             for lease in taken:
@@ -98,12 +97,12 @@ class PartitionSampler:
         return taken
 
     async def take_in_order(self, owners: Sequence[str | None], poll: bool) -> list[Lease | OutcomeUnknown]:
-        """Acquire a key for each owner, in order: what became of the first of them, which are less than all if no more
-        keys were available. Unless `poll`, only partitions that are known to have keys are called.
+        """Acquire a key for each owner, in order. Returns the outcomes, fewer than owners if keys ran out. Without
+        `poll`, calls only partitions known to have keys. Raises StorageUnavailable if nobody was served.
 
-        Partitions are called one after the other, and each serves the owners in order, so that every lease has the name
-        of its holder from the beginning. An owner whose acquire was sent and not answered isn't tried again, as it may
-        have been served. O(owners * log n), in a round trip for each partition that serves.
+        Partitions are called one after the other, and each serves the owners in order, so that every lease has its
+        holder's name from the beginning. An acquire that was sent but not answered isn't repeated, as it may have been
+        executed. O(owners * log n), in a round trip for each partition that serves.
         """
         done: list[Lease | OutcomeUnknown] = []
         rounds = 0
@@ -129,7 +128,7 @@ class PartitionSampler:
     async def _serve(
         self, partition: int, owners: Sequence[str | None], done: list[Lease | OutcomeUnknown]
     ) -> bool:
-        """Serve the first of these owners there; whether overdue keys were in the way, so that a repeat may help."""
+        """Serve owners from one partition. Returns whether overdue keys were in the way, so that a repeat may help."""
         call = self._acquire(partition, self._available[partition], True, owners)
         try:
             again: bool = (await call)[0] == 1
@@ -145,7 +144,7 @@ class PartitionSampler:
     # -- which partitions to draw from
 
     def _is_worthwhile(self, missing: int, rounds: int) -> bool:
-        """Whether draws among all keys will probably serve so many, by what partitions last replied."""
+        """Whether draws among all keys will probably serve `missing` keys, going by the latest replies."""
         if self._partitions.count == 1 or rounds >= _MAX_ROUNDS_BY_TOTALS:
             return False
         client, totals = self._partitions.client, self._poller.totals
@@ -161,10 +160,10 @@ class PartitionSampler:
         return enough and (missing == 1 or missing <= _MIN_SHARE * available)
 
     async def _poll(self) -> bool:
-        """Poll all partitions, until a key is available or nothing is overdue; whether one is.
+        """Poll all partitions until a key is available or nothing is overdue. Returns whether a key is available.
 
-        While some are unreachable the others serve what they have. If they have nothing, it is not known whether a key
-        is available: raises StorageUnavailable.
+        While some partitions are unreachable, the others serve what they have. If that is nothing, whether a key is
+        available isn't known: raises StorageUnavailable.
         """
         client = self._partitions.client
         if client.degraded:
@@ -178,14 +177,14 @@ class PartitionSampler:
         return snapshot.available > 0
 
     def _among_all(self, count: int) -> Mapping[int, int]:
-        """How many draws fall on each partition, among all keys."""
+        """Draw `count` times among all keys. Returns how many draws fell on each partition."""
         ends = self._ends
         if count == 1:
             return {bisect(ends, self._random.random() * ends[-1]): 1}
         return Counter(self._random.choices(range(len(ends)), cum_weights=ends, k=count))
 
     def _among_available(self, count: int) -> Mapping[int, int]:
-        """The same among the keys that are available, no more draws than there are."""
+        """The same among the available keys, with at most one draw for each."""
         available = self._available
         if len(available) == 1:
             return {0: min(count, available[0])} if available[0] else {}
@@ -215,7 +214,7 @@ class PartitionSampler:
         ]
 
     def _take_back(self, call: ScriptCall) -> None:
-        """Nobody wants the reply any more, whether or not it has come."""
+        """Give back the keys that a call acquires or has acquired."""
         if not call.cancel() and not call.cancelled() and call.exception() is None:
             self._give_back_leases(call.result())
 
@@ -224,7 +223,7 @@ class PartitionSampler:
             self._free(text.decode(), lease)
 
     def give_back(self, lease: Lease) -> None:
-        """Free a key whose lease nobody got."""
+        """Free a key whose lease was not delivered."""
         self._free(lease.key, lease.lease)
 
     def _free(self, text: str, lease: int) -> None:

@@ -1,7 +1,7 @@
 """The scripts that run inside Valkey: lua/*.lua, each with common.lua before it.
 
-Those that serve have attended.lua between the two: it refuses to act on a partition that was emptied, or that no
-server has polled for a while. `presence_text` stands alone: it concerns the pool and not a partition.
+Scripts that serve calls have attended.lua between the two: it refuses to act on a partition that was emptied, or that
+no server has polled for a while. presence.lua stands alone, as it concerns the pool and not a partition.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from functools import cache
 from importlib.resources import files
 
 _UNATTENDED = frozenset({"grace", "move_in", "move_out"})
-"""Scripts for a partition that no server may be serving."""
+"""Scripts that also run on partitions that no server serves."""
 _NOT_CALLED = frozenset({"common", "attended", "presence"})
 
 KEYS = ("meta", "records", "states", "expiry", "ids", "texts", "events", "waiters")
-"""The names of what a partition has, in the order of common.lua."""
+"""The names of a partition's Valkey keys, in the order of common.lua."""
 SLOTS = 16384
-"""Of a cluster."""
+"""Slots of a cluster."""
 _FOLDER = files("keypool.engine.valkey") / "lua"
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One script, and the name that Valkey knows it by."""
+    """One script, and the SHA-1 by which EVALSHA calls it."""
 
     name: str
     text: str
@@ -41,7 +41,7 @@ def scripts() -> dict[str, Script]:
     for name in sorted(texts.keys() - _NOT_CALLED):
         before = texts["common"] if name in _UNATTENDED else f"{texts['common']}\n{texts['attended']}"
         text = f"{before}\n{texts[name]}"
-        made[name] = Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - Valkey's choice
+        made[name] = Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - as EVALSHA has it
     return made
 
 

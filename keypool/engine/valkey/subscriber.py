@@ -1,8 +1,8 @@
 """The subscriber for messages about freed keys: one channel a partition, on which lua/common.lua publishes.
 
-Messages that come while the connection is down are lost; a server with waiters looks for keys by itself now and then.
-Ordinary PUBLISH, which every node of a cluster passes on to all others, is enough: it is used only while somebody
-waits. A user without the right to these channels costs waiters up to a quarter of a second, and a warning is logged.
+Messages published while the connection is down are lost, so a server with waiters also looks for keys every quarter of
+a second (waiters.py). That is all that is left if the user has no right to these channels; a warning is logged then.
+Ordinary PUBLISH, which a cluster's node passes on to all others, is cheap enough: it is used only while clients wait.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _log = logging.getLogger("keypool.valkey")
 
 
 class ReleaseSubscriber:
-    """See the module. `on_freed` is called with a partition in which keys were freed, and with the server that may
-    have them ("*": any).
+    """See the module. `on_freed` is called with the partition in which keys were freed, and the server that may take
+    them ("*": any).
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ReleaseSubscriber:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop, and close the connection."""
         self._task.cancel()
         await asyncio.wait([self._task])
         if self._link is not None:
@@ -68,7 +68,7 @@ class ReleaseSubscriber:
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
 
     async def _watch(self, link: Link) -> None:
-        """Return when the connection is lost, or no reply has come to a ping."""
+        """Return when the connection is lost; a ping without a reply within 5 s closes it."""
         while link.up:
             self._received_any = False
             link.send_only("PING")

@@ -1,11 +1,11 @@
-"""The URL of a pool in Valkey, which `--engine` takes; and how it is shown without its password.
+"""The URL of a pool in Valkey, as `--engine` takes it, and as it is shown, without its password.
 
     valkey://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]…][/DB][?pool=NAME]    one Valkey, perhaps with its replicas
     valkey+cluster://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]…][?pool=NAME]  a cluster, by some of its nodes
     valkeys://…, valkeys+cluster://…                                          the same over TLS
 
-User and password are percent-encoded where they contain one of `:@/?,`. The names of all that a pool stores start with
-its own name (default `keypool`), so several pools can share a Valkey.
+A user or password that contains one of `:@/?,` is percent-encoded. All Valkey keys of a pool start with its name
+(default `keypool`), so several pools can share a Valkey.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0
 
 @dataclass(frozen=True, slots=True)
 class ValkeyUrl:
-    """A parsed URL. Without `cluster`, one of `nodes` is the primary. No repr shows the password."""
+    """A parsed URL. Without `cluster`, one of `nodes` is the primary. The repr doesn't show the password."""
 
     nodes: tuple[Address, ...]
     cluster: bool = False
@@ -42,14 +42,14 @@ class ValkeyUrl:
     def default_partitions(self) -> int:
         """How many partitions a new pool gets by default.
 
-        Several partitions spread a pool over the nodes of a cluster. A single Valkey serves no more calls with them,
-        and lists and stats cost a script for each.
+        Several partitions spread a pool over the nodes of a cluster. On a single Valkey they only cost: lists and
+        stats call a script for each.
         """
         return 16 if self.cluster else 1
 
 
 def parse(url: str) -> ValkeyUrl:
-    """Parse a URL. Raises ValueError, whose message doesn't show it."""
+    """Parse a URL. Raises ValueError, whose message doesn't contain the URL."""
     found = _URL.fullmatch(url)
     if found is None or not url.isprintable():
         raise ValueError("not a Valkey URL")
@@ -71,7 +71,7 @@ def parse(url: str) -> ValkeyUrl:
 
 
 def without_password(url: str) -> str:
-    """The URL, valid or not, for people to read: without what stands before an @."""
+    """The URL, valid or not, with everything up to the last @ masked."""
     scheme, found, rest = url.partition("://")
     if not found or "@" not in rest:
         return url

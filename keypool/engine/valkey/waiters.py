@@ -1,9 +1,9 @@
 """The local wait queue, and how it is served.
 
-First come first served here: a caller who comes while others wait stands behind them. The script that frees a key
-publishes it to one of the servers with waiters, chosen at random in proportion to its waiters: so each waiter has the
-same chance, wherever it waits (subscriber.py). Every quarter of a second a server with waiters looks for keys all the
-same, so no key stays free for longer while somebody waits, also if that message was lost.
+First come, first served at this server: a new acquire queues behind those that wait. The script that frees a key
+publishes that to one of the servers with waiters, chosen at random in proportion to its waiters, so each waiter has the
+same chance, wherever it waits (subscriber.py). In case such a message was lost, a server with waiters also looks for
+keys every quarter of a second.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from keypool.engine.valkey.sampler import PartitionSampler
 from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
 LOOK_SECONDS = 0.25
-"""How long a free key may go unnoticed while somebody waits, if the message about it was lost."""
+"""Seconds between two looks at all partitions while acquires wait, in case a message was lost."""
 SERVED_AT_ONCE = 64
-_ANNOUNCE_SECONDS = 1.0  # after which the number of waiters here is announced again
-_ANNOUNCEMENT_LASTS = 3.0  # seconds, unless it is repeated
+_ANNOUNCE_SECONDS = 1.0  # between two announcements of the same number of waiters
+_ANNOUNCEMENT_LASTS = 3.0  # seconds, after which an announcement lapses
 
 _log = logging.getLogger("keypool.valkey")
 
@@ -56,7 +56,7 @@ class Waiters:
     ) -> None:
         self.seconds = Histogram(SECONDS_OF_WAIT)
         self.announced = 0
-        """How many waiters the pool knows of here."""
+        """How many waiters this server has announced to the partitions."""
         self._partitions = partitions
         self._sampler = sampler
         self._poller = poller
@@ -65,7 +65,7 @@ class Waiters:
         self._loop = asyncio.get_running_loop()
         self._waiters: OrderedDict[Waiter, None] = OrderedDict()
         self._last_chances: dict[Waiter, None] = {}
-        """Those of the waiters who leave if the next look everywhere finds no key for them."""
+        """The waiters whose time is up: they leave unless the next look at all partitions finds a key for them."""
         self._serving: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._announced_at = 0.0
@@ -77,7 +77,10 @@ class Waiters:
         return len(self._waiters)
 
     async def wait(self, owner: str | None, seconds: float, timed: Timed | None = None) -> Lease | None:
-        """Stand in the queue for so long; 0 is for one look, which doesn't wait until others were served."""
+        """Queue for up to `seconds`; None if no key came. With 0, for one look at all partitions, whoever is ahead.
+
+        Raises Draining, TooManyWaiters and StorageUnavailable. O(1), besides the look.
+        """
         if self._draining:
             raise Draining
         if seconds > 0 and len(self._waiters) - len(self._last_chances) >= self._max_waiters:
@@ -107,17 +110,17 @@ class Waiters:
         return 0.0 if first is None else self._loop.time() - first.since
 
     def key_freed(self, partition: int, server: str) -> None:
-        """A message says that keys were freed there, for this server, another one, or any ("*")."""
+        """Handle a message that keys were freed in a partition, for the named server or any ("*")."""
         if server not in (self._server, "*"):
             return
         if self._waiters:
             self._partitions.available[partition] = max(1, self._partitions.available[partition])
             self._wake.set()
         elif server == self._server:
-            self._partitions.call(partition, "wait", (self._server, 0, 0))  # let another server have them
+            self._partitions.call(partition, "wait", (self._server, 0, 0))  # offer them to another server
 
     def _keys_available(self) -> None:
-        """A partition has available keys. If others wait elsewhere, the script that freed one chooses a server."""
+        """Serve waiters, as a reply reported available keys; but not if servers compete for them by messages."""
         if self._waiters and not self._poller.waiting_elsewhere:
             self._wake.set()
 
@@ -128,7 +131,7 @@ class Waiters:
             self._leave(waiter, Draining())
 
     async def close(self) -> None:
-        """Stop, and let the pool know."""
+        """Stop serving, and withdraw the announcement."""
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.wait([self._serving])
@@ -151,7 +154,7 @@ class Waiters:
             waiter.timer = None
 
     def _leave(self, waiter: Waiter, outcome: Lease | Exception | None) -> None:
-        """Take a waiter out of the queue, with what became of it."""
+        """Take a waiter out of the queue, and give it its outcome."""
         self._remove(waiter)
         if waiter.served.done():
             return
@@ -161,7 +164,7 @@ class Waiters:
             waiter.served.set_result(outcome)
 
     def _abandon(self, waiter: Waiter) -> None:
-        """The caller hung up. If it was just being served, nobody gets that lease: take it back."""
+        """Remove a waiter whose caller hung up. If it has just been served, give its lease back."""
         if waiter in self._waiters:
             self._remove(waiter)
         elif waiter.served.done() and not waiter.served.cancelled() and waiter.served.exception() is None:
@@ -179,22 +182,22 @@ class Waiters:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._serving = None
         if self._waiters and not task.cancelled():
-            self._start()  # somebody came while it was ending
+            self._start()  # a waiter came while the task was ending
 
     async def _run(self) -> None:
-        """Serve until nobody waits."""
+        """Serve until the queue is empty."""
         looked_at = 0.0
         while self._waiters:
             self._wake.clear()
             everywhere = bool(self._last_chances) or self._loop.time() - looked_at >= LOOK_SECONDS
             try:
-                if everywhere:  # first, so that every key which is freed after the look is published
+                if everywhere:  # announce first, so that any key freed after the look is published
                     await self._announce(len(self._waiters))
                     looked_at = self._loop.time()
                 served = await self._serve(everywhere)
             except Exception as error:
                 if not isinstance(error, StorageUnavailable):
-                    _log.exception("serving those who wait failed")
+                    _log.exception("serving waiters failed")
                 served = False
                 self.announced = 0
                 for waiter in list(self._last_chances):
@@ -203,25 +206,25 @@ class Waiters:
                 waker = self._loop.call_later(LOOK_SECONDS, self._wake.set)
                 await self._wake.wait()
                 waker.cancel()
-        with contextlib.suppress(StorageUnavailable):  # then the announcement lapses
+        with contextlib.suppress(StorageUnavailable):  # the announcement then lapses by itself
             await self._announce(0)
 
     async def _announce(self, count: int) -> None:
-        """Let the pool know how many wait here."""
+        """Announce the number of waiters here to all partitions, if it changed or a second has passed."""
         now = self._loop.time()
         if not count or self.announced != count or now - self._announced_at >= _ANNOUNCE_SECONDS:
             self.announced, self._announced_at = count, now
             await self._partitions.all("wait", self._server, count, round(_ANNOUNCEMENT_LASTS * 1e6))
 
     async def _serve(self, everywhere: bool) -> bool:
-        """Serve the first in the queue, some at a time; whether anything came of it."""
+        """Serve the first waiters of the queue. Returns whether any of them has an outcome."""
         first = list(islice(self._waiters, SERVED_AT_ONCE))
-        leaving = list(self._last_chances)  # those who come later get a look as well
+        leaving = list(self._last_chances)  # taken before the look, as it doesn't cover those who come later
         done = await self._sampler.take_in_order([waiter.owner for waiter in first], everywhere)
         for waiter, outcome in zip(first, done, strict=False):
             if waiter in self._waiters:
                 self._leave(waiter, outcome)
-            elif isinstance(outcome, Lease):  # it left: the next one gets the key under a lease of its own
+            elif isinstance(outcome, Lease):  # it hung up: the next one gets a lease of its own
                 self._sampler.give_back(outcome)
         if everywhere and len(done) < len(first):
             for waiter in leaving:

@@ -1,20 +1,21 @@
--- Serve random available keys, each under a new lease number.
+-- Lease random available keys, each under a new lease number.
 -- ARGV    1 bound: how many of the partition's places the caller drew from (0: as many as are available),
 --         2 '1' if each key served takes a place away, 3 the highest tick that the caller has seen, 4 moment of
 --         the pool's creation, 5 tick at its creation, 6 partitions, 7 this partition, 8 microseconds that a block
 --         lasts, 9, 10… for each key wanted: an owner ('' for none) and a random number from 0 to 1
 -- reply   available; 1 if overdue keys were in the way, so that a repeat may help, else 0; the
---         highest tick; {text, id, lease, microseconds to its expiry} of each key served: the first is the first
---         owner's, and so on
+--         highest tick; {text, id, lease, microseconds to its expiry} of each key served, in the order of
+--         the owners
 -- cost    O(keys wanted * log n)
 --
--- Rejection sampling: the draw falls on one of `bound` places, of which the first ones have the available keys,
--- and one that falls on an empty place, or on an expired key, is void. See sampler.py for why every key of the pool
--- then has the same chance.
+-- Rejection sampling: a draw falls on one of `bound` places, of which the first ones stand for the available keys. One
+-- that falls on an empty place, or on an expired key, is void. sampler.py proves that every key of the pool then has
+-- the same chance.
 --
--- A lease number is tick * partitions + partition. The tick of this partition grows by one at least, beyond
--- every tick that the caller knows of, and with the clock, 10,000 a second: so numbers grow over partitions and
--- servers, as far as the partitions' clocks agree, and none comes twice even if a failover has lost the latest.
+-- A lease number is tick * partitions + partition. Each lease gets a tick that is larger than this partition's last one
+-- and every one that the caller knows, and at least the clock's, which advances 10,000 ticks a second. So numbers grow
+-- over partitions and servers, as far as the partitions' clocks agree, and none is repeated even if a failover has lost
+-- the latest.
 process_due(MAX_DUE)
 local bound, takes = tonumber(ARGV[1]), ARGV[2] == '1'
 local seen, born, base = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])

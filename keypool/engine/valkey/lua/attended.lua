@@ -1,6 +1,7 @@
--- Goes between common.lua and every script that serves. A partition that no server has polled for a while was out of
--- reach: nobody could keep its keys alive, so none may be purged before grace.lua has given them time. One that doesn't
--- know when it was polled was emptied. In both cases nothing is executed, so the caller may repeat.
+-- Included after common.lua in every script that serves calls. If no server has polled this partition for a while, it was
+-- unreachable: nobody could keep its keys alive, so none may be purged before grace.lua has given them time. If the
+-- moment of the latest poll is missing, the partition was emptied. In both cases nothing is executed, so the caller may
+-- repeat the call.
 do
   local seen, since = unpack(call('HMGET', META, 'seen', 'since'))
   if not seen then

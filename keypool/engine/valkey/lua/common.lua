@@ -1,10 +1,10 @@
--- Goes before every script. A script first processes what is overdue in its partition.
+-- Included at the top of every script. A script first processes what is overdue in its partition.
 --
 -- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
---             `seen`, when a server last polled, `since`, what that was when grace.lua began, while it is at work,
---             `sweepers`, the two servers that sweep here (poll.lua), and `reserved`, room that is reserved for keys
---             to be generated (room.lua)
+--             `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it is
+--             at work), `sweepers`, the two servers that sweep here (poll.lua), and `reserved`, room reserved for keys
+--             that are about to be generated (room.lua)
 --   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0: available),
 --             owner (only while blocked and named)}
 --   3 states  sorted set: text by its release deadline, so by 0 while available
@@ -12,22 +12,21 @@
 --   5 ids     sorted set: text by id
 --   6 texts   sorted set: text by 0, so that it is in order of text
 --   7 events  list: the latest changes, oldest first
---   8 waiters hash: server -> "how many acquires wait there, until when this counts"; gone when none waits. Its name
---             is also the channel on which freed keys are published: to the server named, or to all (*).
+--   8 waiters hash: server -> "number of acquires that wait there, moment at which this lapses"; missing if none waits.
+--             Its name is also the channel on which freed keys are published: for the server named, or for all (*).
 -- Moments are microseconds since the epoch by this Valkey's clock; records and events are msgpack.
--- Every reply begins with the number of available keys, which calls.py takes off: -1 if it is unchanged.
+-- Every reply begins with the number of available keys, -1 if it is unchanged, which calls.py removes.
 --
--- The rules are those of core/pool.py, once more, and the contract suite holds both to them.
--- A script that is refused for want of memory, or of a disk, is refused at its first write, so it has done nothing;
--- Valkey refuses none after that. What is overdue is processed whatever the memory: those steps begin with a write
--- for which Valkey needs no memory.
+-- The rules are those of core/pool.py, implemented a second time; the contract tests check both.
+-- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after that.
+-- What is overdue is processed even if memory is short, as those steps begin with a write that needs none.
 --
--- A record may be missing, if a Valkey that evicts removed it. Its key is then purged where it is met.
+-- A record may be missing, if Valkey evicted it. Its key is then purged when a script comes across it.
 
 if redis.replicate_commands then redis.replicate_commands() end  -- before Redis 7, to write after TIME
 
 local META, RECORDS, STATES, EXPIRY, IDS, TEXTS, EVENTS, WAITERS = unpack(KEYS)
-local KEPT_EVENTS = 64  -- what a poll reports at most; some more are kept, so that most changes trim nothing
+local KEPT_EVENTS = 64  -- events that a poll reports at most; up to four times as many are kept, to trim rarely
 local MAX_DUE = 32      -- overdue keys of each kind that a call processes on its way
 local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
 local call = redis.call
@@ -51,12 +50,12 @@ local function save(text, record)
   call('HSET', RECORDS, text, cmsgpack.pack(record))
 end
 
--- Stands for a record that is missing: enough to purge its key, and already expired.
+-- A substitute for a missing record: expired, with the id, which is enough to purge its key.
 local function tombstone(text)
   return {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0}
 end
 
--- From either state to nowhere. Its first write is one for which Valkey needs no memory.
+-- Remove a key, available or blocked. The first write is one for which Valkey needs no memory.
 local function purge(text, record, change)
   call('HDEL', RECORDS, text)
   call('ZREM', STATES, text)
@@ -67,7 +66,7 @@ local function purge(text, record, change)
   emit(change, record, text, record[6])
 end
 
--- From blocked to available. An HSET may be refused for want of memory, an HDEL is not, nor anything after it.
+-- Make a blocked key available. If memory is short, HSET may be refused, but neither HDEL nor any write after it.
 local function free(text, record, change)
   local owner = record[6]
   record[5], record[6] = 0, nil
@@ -105,7 +104,7 @@ local function live(text)
   return record
 end
 
--- A new key, or one that was moved in.
+-- Add a key, a new one or one that is moved in.
 local function add(text, record)
   save(text, record)
   call('ZADD', STATES, record[5], text)
@@ -118,7 +117,7 @@ local function available()
   return call('ZCOUNT', STATES, 0, 0)
 end
 
--- Room here that is reserved (room.lua) under other names than this; and those reservations, as they are stored.
+-- The room that is reserved (room.lua) under names other than `name`, and those reservations as they are stored.
 local function reserved_but(name)
   local sum, others = 0, {}
   for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
@@ -134,9 +133,9 @@ local function reserve(reservations)
   if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
 end
 
--- Publish freed keys to one server, chosen at random in proportion to its waiters; or to all, if there may be enough
--- for more than one. A user without the right to publish may run every script all the same: servers with waiters look
--- for keys four times a second.
+-- Publish freed keys: one key to one server, chosen at random in proportion to its waiters; several to all servers.
+-- Errors are ignored, as the user may have no right to publish: servers with waiters look for keys four times a second
+-- anyway.
 local function publish_freed(count)
   local waiters, total = call('HGETALL', WAITERS), 0
   if #waiters == 0 then return end
@@ -166,7 +165,7 @@ local function reply(results)
   return results
 end
 
--- The same of a script that doesn't make keys available or unavailable, unless it processed some that were due.
+-- The reply of a script that itself changes no key's availability; what it processed that was overdue may have.
 local function reply_unchanged(results)
   if freed > 0 then return reply(results) end
   table.insert(results, 1, -1)

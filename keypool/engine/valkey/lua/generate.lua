@@ -1,13 +1,13 @@
 -- Generate keys, available at once; all, or none if there is no room for them.
 -- ARGV    1 microseconds that a key lives, 2 partitions, 3 this partition, 4 keys that it may hold at most,
 --         5 name of the reservation that this uses up ('' for none), 6, 7… for each key: the smallest number
---         that its id may be made of, and its text
--- reply   available; for each key its id, nothing more if there is no room
+--         for its id, and its text
+-- reply   available; for each key its id, none if there is no room
 -- cost    O(keys * log n)
 --
--- An id is number * partitions + partition + 1, so it is one of this partition's. The number grows with
--- every key here, and the caller passes one beyond all that it knows of, so ids grow with each of a server's calls.
-call('HINCRBY', META, 'generated', 0)  -- refused for want of memory before a purge could have made it possible
+-- An id is number * partitions + partition + 1, so it determines the partition. The number grows with every key of the
+-- partition, and the caller passes one beyond all that it knows, so ids grow with each of a server's calls.
+call('HINCRBY', META, 'generated', 0)  -- if memory is short, fail here: after a purge, writes would no longer be refused
 process_due(MAX_DUE)
 local life, partitions, partition = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local count = (#ARGV - 5) / 2

@@ -1,7 +1,7 @@
 -- Read a key.
 -- ARGV    1 text, 2 '1' if its text is being revealed, which is an event
 -- reply   available, or -1; {id, created, lease, owner or '', microseconds to expiry, to release (0: available)};
---         nothing more if it is unknown
+--         or no row, if it is unknown
 -- cost    O(log n)
 process_due(MAX_DUE)
 local text = ARGV[1]

@@ -1,10 +1,10 @@
--- Begin to serve a partition: when a server starts, and when it can be reached again after an outage. Keys that would
--- die before a moment live until then, if they were alive at the latest poll; an expired key is not revived. Call it
--- again while the reply says that there is more to do; no other script serves the partition meanwhile.
--- ARGV    1 why: 'start': the partition may be new; 'stop': the same, and no other server serves the pool, so the time
---         is given whenever the latest poll was; 'outage': only if none was for a while; 'rest': the partition is
---         served by now, and the keys that were not urgent get their time,
---         2 microseconds to the moment, 3 that moment, or 0 for the first call, 4 microseconds ahead: keys that die
+-- Begin to serve a partition, when a server starts, or after an outage. Keys that were alive at the latest poll and would
+-- expire before a certain moment live until then; an expired key is not revived. Repeat the call while the reply says
+-- that there is more to do; until then no other script serves the partition.
+-- ARGV    1 why: 'start': the partition may be new, and time is given only if it was not polled for a while; 'stop': the
+--         partition may be new, and time is given in any case, as no other server serves the pool; 'outage': only if it
+--         was not polled for a while; 'rest': the partition is served already, and its other keys get their time,
+--         2 microseconds to the moment, 3 that moment, or 0 in the first call, 4 microseconds ahead: keys that expire
 --         later than that are not urgent, 5 keys given time so far, 6 keys to process
 -- reply   available, or -1; the moment, 0 if the partition was being served; how many keys were processed; 1 if there
 --         may be more, else 0

@@ -1,4 +1,4 @@
--- Move the expiry of keys.
+-- Postpone the expiry of keys.
 -- ARGV    1 microseconds that they live from now, 2… texts
 -- reply   available, or -1; for each key its id, 0 if it is unknown
 -- cost    O(keys * log n)

@@ -1,12 +1,12 @@
--- List keys in an order, from a position on. Keys at the same number are in order of their texts, byte by byte.
+-- List keys in an order, from a position on. Keys with the same score are in order of their texts, byte by byte.
 -- ARGV    1 order: id, expiry, release or text, 2 state: available, blocked or '' for both, 3 rows at most,
---         4 keys to examine at most, 5 position: a number ('' for the first), or for text the text to begin
---         with, 6 only keys beyond this text at that very number; for text, only keys beyond it ('' for all),
---         7 for text: the prefix
+--         4 keys to examine at most, 5 position: a score ('' for the first), or in order of text the text to begin
+--         with, 6 of the keys with that score, only those after this text; in order of text, only keys after it ('' for
+--         all), 7 in order of text: the prefix
 -- reply   available; 1 if there may be more, else 0; {text, id, created, lease, owner or '', microseconds to
---         expiry, to release (0: available), place in the order} of each row, in order; and finally the same
---         of the last key that was examined, if there may be more
--- cost    O(log n + keys examined), O(log² n) for a position among keys at the same number
+--         expiry, to release (0: available), score in the order} of each row; if there may be more, also
+--         the same of the last key that was examined
+-- cost    O(log n + keys examined), O(log² n) for a position among keys with the same score
 process_due(MAX_DUE)
 local order, state, limit, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local after, passed = ARGV[5], ARGV[6]

@@ -1,16 +1,16 @@
 -- Sweep a partition, and report its status.
--- ARGV    1 this server, 2 event sequence number that it knows (-1: none), 3 microseconds ahead to count expiries in,
+-- ARGV    1 this server, 2 event sequence number up to which it has events (-1: none), 3 microseconds ahead to count expiries in,
 --         4 overdue keys of each kind to process, 5 microseconds that a turn to sweep lasts, 6 number of event
 --         counters, 7… names of these counters, and of others
 -- reply   available; as in poller.PartitionStatus: available; total; acquires that wait at other servers; keys that
 --         expire within that time; microseconds to the next expiry and to the next release (-1: there is none; 0:
 --         overdue); microseconds that the first expiry and the first release processed were late (-1: none was);
 --         number of the latest id (-1: none); event sequence number; turn: 0 this server sweeps, 1 it stands in, 2 two
---         others do; {value of each counter}; {the latest events that the server doesn't know, oldest first}
+--         others do; {value of each counter}; {the latest events that the server doesn't have, oldest first}
 -- cost    O(swept * log n), O(64) for events, O(servers with waiters)
 --
--- A deadline needs one server to sweep it, and another one in case that dies. META's `sweepers` has these two and
--- until when their turns last; each poll prolongs its server's, and whichever server comes first takes a free one.
+-- Each deadline is swept by one server, or by a second one if the first has died. META's `sweepers` has these two and the
+-- moments at which their turns end; each poll of theirs extends its turn, and the first server to poll takes a free one.
 local function first(set, low)
   local found = call('ZRANGEBYSCORE', set, low, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
   return found[2] and tonumber(found[2])
@@ -42,7 +42,7 @@ local function turn_of(server)
     if tonumber(two_ends) < NOW + 0.7 * lasts then two, two_ends = server, ends end
   end
   local new = table.concat({one, one_ends, two, two_ends}, ' ')
-  -- A poll replies also where it may not write.
+  -- pcall, as a poll must reply even if Valkey refuses writes.
   if turn ~= 2 and new ~= kept then redis.pcall('HSET', META, 'sweepers', new) end
   return turn
 end
@@ -76,8 +76,8 @@ local status = reply({
   tonumber(call('HGET', META, 'id') or -1), event_seq, turn_of(ARGV[1]), counters, events,
 })
 table.insert(status, 2, status[1])
--- A poll replies also where it may not write. Where memory is short, it may: a first write that needs no memory
--- makes Valkey refuse no other. A moment in the future was noted before the clock was set back.
+-- pcall, as a poll must reply even if Valkey refuses writes. If only memory is short, the HDEL, which needs none, makes
+-- Valkey accept the HSET. A `seen` in the future was written before the clock was set back: hence math.abs.
 if math.abs(NOW - call('HGET', META, 'seen')) > 500000 then
   redis.pcall('HDEL', META, '')
   redis.pcall('HSET', META, 'seen', NOW)

@@ -1,4 +1,4 @@
--- A server begins to serve the pool, or sends a heartbeat. Used without common.lua, since it concerns the pool, not a
+-- A server begins to serve the pool, or sends a heartbeat. Used without common.lua, as it concerns the pool and not a
 -- partition.
 -- KEYS    1 hash: the pool's facts (engine.py), 2 sorted set: servers by the moment of their latest heartbeat
 -- ARGV    1 server, 2 moment of the pool's creation, 3 microseconds without a heartbeat after which a server is gone,
@@ -7,7 +7,7 @@
 --         moment of their latest heartbeat, 0 for none; name and value of a setting that differs, '' and '' for none
 -- cost    O(log servers)
 --
--- The settings are those of the running servers: if there is no other one, they become those of this one. A server
+-- The stored settings are those of the running servers. If there is no other server, this one's are stored. A server
 -- whose settings differ isn't added.
 if redis.replicate_commands then redis.replicate_commands() end
 local call = redis.call

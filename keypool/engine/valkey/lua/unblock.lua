@@ -12,7 +12,7 @@ for i = 1, #ARGV, 2 do
     results[#results + 1] = {-1, 0, 0}
   else
     local outcome = 0
-    -- Compared as texts, since a number from a client may be larger than a number can be here. 0: never served.
+    -- Compared as texts, since a client's number may exceed what Lua can represent. 0 is not a lease: never served.
     if lease == '0' or (lease ~= '' and lease ~= string.format('%.0f', record[3])) then
       outcome = -2
     elseif record[5] ~= 0 then

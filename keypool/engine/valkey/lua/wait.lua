@@ -1,6 +1,6 @@
--- Note how many acquires wait at a server: from now on freed keys are published. With none, forget the server, and if
--- keys are available, publish them again: the message may have gone to this server, which has no use for them.
--- ARGV    1 server, 2 how many wait there, 3 microseconds that this counts
+-- Announce how many acquires wait at a server, so that freed keys are published. If none waits, remove the server, and
+-- publish available keys again: the message about them may have gone to this server, which has no use for them.
+-- ARGV    1 server, 2 how many wait there, 3 microseconds after which this lapses
 -- reply   available
 -- cost    O(log n)
 process_due(MAX_DUE)
