@@ -244,7 +244,7 @@ def test_keys_on_a_terminal_are_masked(server: ServerProcess, pool: KeyPool) -> 
 def test_a_large_number_is_confirmed(
     server: ServerProcess, pool: KeyPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys, "_UNASKED", 2)
+    monkeypatch.setattr(keys, "_CONFIRM_ABOVE", 2)
     assert run_command(server, "generate", "3").status == Status.USAGE
     assert run_command(server, "generate", "3", columns=80, typed="n\n").status == Status.FAILED
     assert pool.stats().total == 0
