@@ -92,7 +92,7 @@ class Dashboard:
         """The page for an error."""
         return self.render("error.html", error=error, status=status, request_id=request_id, theme="")
 
-    async def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """The members of /figures: numbers that the feed doesn't send. O(1)."""
         return {
             "ready": self.readiness(),

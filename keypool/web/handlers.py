@@ -102,7 +102,7 @@ class Overview(DashboardHandler):
             page="overview",
             title="Overview",
             stats=await self.engine.stats(),
-            figures=await dashboard.figures(),
+            figures=dashboard.figures(),
             events=self.engine.recent(SHOWN)[::-1],
             soonest=soonest.keys,
         )
@@ -222,7 +222,7 @@ class System(DashboardHandler):
             page="system",
             title="System",
             stats=await self.engine.stats(),
-            figures=await self.dashboard.figures(),
+            figures=self.dashboard.figures(),
             engine_figures=self.engine.figures(),
             rows=settings_in_force(self.dashboard.settings, self.access),
         )
@@ -239,7 +239,7 @@ class Figures(DashboardHandler):
     """/figures: numbers that the feed doesn't send, as JSON; with `?state` also the feed's state, for polling."""
 
     async def get(self, *args: str) -> None:
-        body: dict[str, Any] = await self.dashboard.figures()
+        body: dict[str, Any] = self.dashboard.figures()
         if self.get_query_argument("state", None) is not None:
             body["state"] = await self.dashboard.feed.snapshot()
         self.answer(body)
