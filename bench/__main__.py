@@ -22,7 +22,7 @@ BENCHES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what is asked for. Exit status 1 if a target was missed, 2 for an unknown name."""
+    """Run the benchmark that is named, or all. Exit status 1 if a target was missed, 2 for an unknown name."""
     if arguments and arguments[0] in BENCHES:
         return run(arguments[0], arguments[1:])
     print("python -m bench NAME [--help]\n")

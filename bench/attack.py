@@ -1,4 +1,4 @@
-"""What attackers cost everybody else: connections that idle, drip or don't read, and floods that aim at one resource.
+"""How attackers affect other clients: connections that idle, drip or don't read, and floods that aim at one resource.
 
 First a thousand connections against the real server, in equal parts of each kind of `KINDS`; one that is cut comes
 back at once. Quiet and attacked rounds take turns; acquire's p99 and the server's memory are judged between them. Then
@@ -67,7 +67,7 @@ class Found:
 
 
 async def _calls(server: Address, seconds: float, callers: int) -> tuple[list[float], int]:
-    """Acquire and unblock over so many connections: how long each acquire took, ascending, and errors."""
+    """Acquire and unblock over so many connections: the time of each acquire in seconds, ascending, and errors."""
     connections = await Connections.open(server, callers)
     taken: list[float] = []
 

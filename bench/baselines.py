@@ -1,4 +1,4 @@
-"""What keypool is compared with: a constant on other servers, plain code for the same job, and a Valkey alone.
+"""The baselines: a constant on other servers, plain code for the same job, and a Valkey alone.
 
     python -m bench.baselines NAME [VALKEY-PORT]
 

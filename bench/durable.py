@@ -1,4 +1,4 @@
-"""What durability costs: calls over HTTP on a data file, next to the same in memory.
+"""The cost of durability: calls over HTTP on a data file, next to the same in memory.
 
 Both servers are loaded in turns; server, writer and load share the cores as the kernel schedules them. Calls one at a
 time are compared with a bare fdatasync on the same disk. With `--old PATH`, the data file of that checkout's server
@@ -23,7 +23,7 @@ from bench.servers import Server, add_old
 
 QUICK = ["--keys=20000", "--rounds=3", "--seconds=1"]
 SHARE, BYTES = 0.7, 150
-STALL, STALLS = "0.025", 0.01  # at most so many of the loop's timers may be later than so many seconds
+STALL, STALLS = "0.025", 0.01  # seconds late, and the share of the loop's timers that may be later
 FSYNCS, BESIDE = 1.5, 0.001
 """A single call may take so many times a bare fdatasync, and so many seconds more: SQLite syncs once, and
 writes twice."""

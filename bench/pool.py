@@ -320,7 +320,7 @@ class _Load:
         await self._engine.stats()
 
 
-# -- what comes of it
+# -- the report
 
 
 def _costs_table(found: Measured, smallest: Measured, old: Measured | None) -> Table:

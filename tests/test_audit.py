@@ -44,7 +44,7 @@ TRUSTED = "198.51.100.0/24, 127.0.0.1"
 
 
 class HeldEngine(EmbeddedEngine):
-    """Changes the pool at once, and says so when `kept` is done, as if the commit took so long."""
+    """Changes the pool at once, and answers when `kept` is done, as if the commit took so long."""
 
     kept: asyncio.Future[None] | None = None
     closed = 0
@@ -239,7 +239,7 @@ def _quick(io_loop: IOLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def test_what_changes_something_runs_to_its_end_when_its_caller_hangs_up(served: Served) -> None:
-    """It is done, stands in the audit log, and is in flight until then, so that a stop waits for it."""
+    """The change is made and audited, and is in flight until then, so that a stop waits for it."""
     keys = [made.key for made in await served.engine.generate(4)]
     while (await served.engine.stats()).available:
         await served.engine.acquire(None, 0)
@@ -262,7 +262,7 @@ async def test_what_changes_something_runs_to_its_end_when_its_caller_hangs_up(s
 
 
 async def test_an_acquire_ends_with_its_caller(served: Served) -> None:
-    """Whether it waits for a key or for its commit: it is closed, and gone from what is in flight."""
+    """Whether it waits for a key or for its commit, it ends and no longer counts as in flight."""
     await served.hang_up("POST", "/api/v1/keys/acquire", {"wait": 60})
     await until(lambda: not served.in_flight)
     assert (await served.engine.stats()).waiting == 0
@@ -280,7 +280,7 @@ async def test_an_acquire_ends_with_its_caller(served: Served) -> None:
 
 @FAST
 async def test_a_failed_commit_stands_in_the_line(served: Served) -> None:
-    """503: the change may be kept all the same, so it is written, with that outcome."""
+    """After a 503 the change may have been kept, so it is audited, with that outcome."""
     keys = [made.key for made in await served.engine.generate(3)]
     lease = await served.engine.acquire(None, 0)
     kept = served.engine.kept = asyncio.get_running_loop().create_future()
@@ -298,7 +298,7 @@ async def test_a_failed_commit_stands_in_the_line(served: Served) -> None:
 
 
 async def test_a_reveal_is_written_whatever_comes_of_it(served: Served) -> None:
-    """Refused ones too; what was asked for is shown only as far as it is an id, or a hint of what may be a key."""
+    """Also if refused; of the requested text only an id, or the hint of a possible key, is shown."""
     [made] = await served.engine.generate(1)
     for key, token in (
         ("id:1", ADMIN),
@@ -374,7 +374,7 @@ async def test_a_batch_is_one_short_line(served: Served) -> None:
 )
 @FAST
 async def test_a_member_given_twice_is_refused(served: Served, body: bytes) -> None:
-    """The last one would count, so that an unblock might be one without the lease that it shows."""
+    """The last value would count, so an unblock could ignore the lease number that it also has."""
     [made] = await served.engine.generate(1)
     await served.engine.acquire(None, 0)
     answer = await served.ask("POST", f"/api/v1/keys/{made.key}/unblock", body, CLIENT)
@@ -401,13 +401,13 @@ async def wrong_on_each_path(served: Served) -> None:
 
 @pytest.fixture
 def few_lines(_quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four lines about wrong tokens, and a burst that isn't spent. To be asked for before `served`."""
+    """Allow four lines about wrong tokens and a large burst. Request this fixture before `served`."""
     monkeypatch.setattr(wrong_tokens, "LINES", 4)
     monkeypatch.setattr(wrong_tokens, "BURST", 100)
 
 
 async def test_wrong_tokens_are_counted_and_a_few_of_them_written(few_lines: None, served: Served) -> None:
-    """Each is in the metrics, which have the family from the start; beyond the bound the log has their number."""
+    """The metrics count each, from zero on; beyond the limit the log has their number."""
     metrics = (await served.ask("GET", "/metrics")).body.decode()
     assert 'keypool_auth_failures_total{kind="token"} 0.0' in metrics
     assert 'keypool_auth_failures_total{kind="sign_in"} 0.0' in metrics
@@ -458,7 +458,7 @@ async def test_wrong_tokens_are_answered_late_and_right_ones_at_once(served: Ser
 async def test_so_many_answers_are_held_back_and_no_more(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one is answered at once, and loses its connection."""
+    """One more is answered at once, and its connection is closed."""
     monkeypatch.setattr(wrong_tokens, "MOST_HELD", 0)
     for path in ("/api/v1/stats", "/metrics"):
         answers = [await served.ask("GET", path, token=WRONG) for _ in range(4)]
@@ -506,7 +506,7 @@ async def test_a_right_token_gets_in_whatever_was_tried_before(served: Served) -
 def test_the_caller_is_the_last_address_that_is_not_trusted(
     peer: str, hops: str, scheme: str, caller: tuple[str, str]
 ) -> None:
-    """As far as every proxy behind it is; headers of anybody else count for nothing."""
+    """Only if every proxy after it is trusted; headers of other peers are ignored."""
     assert TrustedProxies(TRUSTED).caller(peer, "http", hops, scheme) == caller
 
 
@@ -531,7 +531,7 @@ async def test_a_trusted_proxy_sets_address_and_scheme(http: str) -> None:
 
 
 async def test_each_request_of_a_connection_has_its_own_caller() -> None:
-    """A proxy sends many callers' over one connection."""
+    """A proxy sends requests of many callers over one connection."""
     for http in SERVERS:
         async with serving(http, trusted=TRUSTED) as served:
             reader, writer = await served.connect()
@@ -545,7 +545,7 @@ async def test_each_request_of_a_connection_has_its_own_caller() -> None:
 
 
 def test_a_trusted_proxy_may_have_more_connections_than_an_address() -> None:
-    """Its connections are many callers'."""
+    """Its connections belong to many callers."""
     limiter = ConnectionLimiter(Limits(connections_per_address=2), TrustedProxies(TRUSTED))
     assert all(limiter.enter("198.51.100.7") for _ in range(5))
     assert [limiter.enter("203.0.113.1") for _ in range(3)] == [True, True, False]
@@ -555,7 +555,7 @@ def test_a_trusted_proxy_may_have_more_connections_than_an_address() -> None:
 
 
 class Wall:
-    """A clock that stands until a test moves it."""
+    """A clock that only the test advances."""
 
     now = 1_800_000_000.0
 
@@ -564,7 +564,7 @@ class Wall:
 
 
 async def test_a_sign_out_is_in_the_audit_log_and_ends_the_session(served: Served) -> None:
-    """With the token whose session it was; the cookie is worth nothing at once."""
+    """The line has the session's token; the cookie is refused at once."""
     signed = await served.ask("POST", "/login", form(VIEWER), token=None)
     cookie = signed.headers["Set-Cookie"].partition(";")[0]
     page = (await served.ask("GET", "/", token=None, Cookie=cookie)).body.decode()
@@ -584,7 +584,7 @@ def headers(cookie: str) -> dict[str, str]:
 
 
 async def test_a_sign_out_is_written_and_holds_after_a_restart(tmp_path: Path) -> None:
-    """The notes come with the pool from its data file; other sessions of the token go on."""
+    """The notes are loaded from the data file; other sessions of the token go on."""
     engine = await open_durable(tmp_path / "keypool.db")
     sessions = Sessions(TOKENS)
     (mine, cookie), (_, other) = sessions.sign_in(ADMIN), sessions.sign_in(ADMIN)
@@ -601,7 +601,7 @@ async def test_a_sign_out_is_written_and_holds_after_a_restart(tmp_path: Path) -
 
 
 async def test_a_sign_out_reaches_all_servers_of_a_pool_in_valkey() -> None:
-    """And one that starts later."""
+    """It also reaches a server that starts later."""
     with Valkey() as valkey:
         url = with_pool(valkey.url, 1)
         async with engine_on(url) as engine, engine_on(url) as other:
@@ -620,7 +620,7 @@ async def test_a_sign_out_reaches_all_servers_of_a_pool_in_valkey() -> None:
 
 
 async def test_what_is_kept_of_sign_outs_is_bounded() -> None:
-    """With one too many the oldest sessions of that token end, no others; all is forgotten after 12 hours."""
+    """Beyond the limit the oldest sessions of that token end, no others; notes are deleted after 12 hours."""
     engine, wall = EmbeddedEngine(), Wall()
     sessions = Sessions(TOKENS, wall)
     first, _ = sessions.sign_in(ADMIN)
@@ -649,7 +649,7 @@ async def test_what_is_kept_of_sign_outs_is_bounded() -> None:
 
 
 async def test_a_sign_out_that_could_not_be_kept_holds_here_and_is_kept_later() -> None:
-    """The storage may be away just then."""
+    """Storage may be down at that moment."""
 
     class Away(EmbeddedEngine):
         away = True

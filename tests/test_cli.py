@@ -85,7 +85,7 @@ def test_json(server: ServerProcess, pool: KeyPool) -> None:
 
 
 def test_keys_by_standard_input(server: ServerProcess, pool: KeyPool) -> None:
-    """So that no key has to be an argument, which others can see."""
+    """Keys need not be arguments, which other users can see."""
     made = run_command(server, "generate", "1200").out
     assert run_command(server, "keepalive", "-", stdin=made).out == "done\t1200\nunknown\t0\nstale\t0\n"
     served = run_command(server, "acquire", "1200").out
@@ -244,7 +244,7 @@ def test_keys_on_a_terminal_are_masked(server: ServerProcess, pool: KeyPool) -> 
 def test_a_large_number_is_confirmed(
     server: ServerProcess, pool: KeyPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys, "_UNASKED", 2)
+    monkeypatch.setattr(keys, "_CONFIRM_ABOVE", 2)
     assert run_command(server, "generate", "3").status == Status.USAGE
     assert run_command(server, "generate", "3", columns=80, typed="n\n").status == Status.FAILED
     assert pool.stats().total == 0
@@ -350,7 +350,7 @@ def test_a_table_fits_the_terminal(server: ServerProcess, pool: KeyPool) -> None
 
 
 def test_an_owner_cannot_write_on_the_terminal(server: ServerProcess, pool: KeyPool) -> None:
-    """An owner's name is whatever a client sent; the server refuses control characters, others may not show."""
+    """Control characters in an owner's name, which clients choose, are not printed."""
     pool.generate()
     pool.acquire(owner="a\u202eb")
     assert "\u202e" not in run_command(server, "list", columns=80).out
@@ -373,7 +373,7 @@ def test_watching_stats_until_ctrl_c(server: ServerProcess, pool: KeyPool) -> No
 
 
 def test_ctrl_c_is_never_a_traceback() -> None:
-    """While modules are imported, too. Python's own start is left out: it may print one."""
+    """Not even while modules are imported. Python's own start is left out, since it may print one."""
     code = """
 import os, signal, sys
 from keypool.cli import main as entry
@@ -535,7 +535,7 @@ def test_serve_without_a_reader(flag: str) -> None:
 
 
 def test_starting_takes_no_longer_than_it_must() -> None:
-    """A small command imports neither asyncio nor any package of the server: it is in scripts, in loops."""
+    """A small command imports neither asyncio nor a package of the server, since scripts run it in loops."""
     code = "import sys; from keypool.cli.main import main; main(['show', 'a…b'])"
     code += "; print(*sys.modules, file=sys.stderr)"
     ran = subprocess.run(

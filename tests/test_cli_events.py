@@ -34,7 +34,7 @@ def happened(number: int, event: str = "acquired", **more: Any) -> dict[str, Any
 
 
 class Feed:
-    """A feed that sends each new viewer the next script of frames, and then hangs up, or waits if it is the last."""
+    """A feed that sends each new viewer the next script of frames, and then closes, or waits after the last one."""
 
     def __init__(self, *scripts: list[dict[str, Any]], status: int = 0) -> None:
         self.scripts = list(scripts)
@@ -88,7 +88,7 @@ def hello(*events: dict[str, Any]) -> dict[str, Any]:
 
 
 def delta(*events: dict[str, Any], dropped: int = 0) -> dict[str, Any]:
-    """A frame of news."""
+    """A frame with changes."""
     return {"type": "delta", "seq": 2, "now": "…", "stats": {}, "events": list(events), "dropped": dropped}
 
 

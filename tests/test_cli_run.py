@@ -171,7 +171,7 @@ def test_ended_while_it_waits_for_a_key(server: ServerProcess, pool: KeyPool, nu
 
 
 def test_ctrl_c_reaches_the_command_once(server: ServerProcess, pool: KeyPool) -> None:
-    """The terminal sends it to both, so keypool doesn't pass it on. It outlives the command."""
+    """The terminal sends it to both, so keypool doesn't forward it; keypool exits after the command."""
     pool.generate()
     script = "n=0; trap 'n=$((n+1))' INT; echo ready; while [ $n = 0 ]; do sleep 0.05; done; sleep 0.3; echo got $n"
     status, shown = in_terminal(server, "run", "--", "bash", "-c", script, keys=b"\x03", until="ready")
@@ -182,7 +182,7 @@ def test_ctrl_c_reaches_the_command_once(server: ServerProcess, pool: KeyPool) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do it")
 def test_a_kill_that_can_not_be_caught_ends_the_command(server: ServerProcess, pool: KeyPool) -> None:
-    """Nobody goes on using the key, which its deadline releases."""
+    """The command stops using the key, which is released at its deadline."""
     pool.generate()
     script = "trap 'kill %1; exit' TERM; sleep 60 & echo $$; wait"
     with started(server, ["-m", "keypool", "run", "--", "bash", "-c", script]) as process:
@@ -207,7 +207,7 @@ def test_a_command_that_outlives_its_lease(start_server: Start) -> None:
 
 
 def test_a_lease_that_was_ended_by_somebody_else(server: ServerProcess, pool: KeyPool) -> None:
-    """The command ended by itself, but somebody else may have used the key meanwhile."""
+    """The command ended by itself, but another holder may have used the key meanwhile."""
     made = pool.generate()
     with started(server, ["-m", "keypool", "run", "--", "sh", "-c", "echo started; sleep 1"]) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The dashboard's pages as they leave the server, without a browser: what they hold, and who gets them."""
+"""The dashboard's pages as the server sends them, without a browser: their content, and who may read them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGES = (
 
 
 async def test_every_page_is_complete_and_guarded(pages: Browser) -> None:
-    """With a strict policy, nothing inline, and nothing for a cache to keep."""
+    """Each has a strict Content-Security-Policy, nothing inline, and Cache-Control: no-store."""
     await pages.make(3)
     await pages.acquire(owner="<b>worker</b>")
     for path in PAGES:
@@ -53,7 +53,7 @@ async def test_no_page_shows_a_key(pages: Browser) -> None:
 
 
 async def test_the_overview_is_right_before_any_script_runs(pages: Browser) -> None:
-    """Numbers, the next releases, and the latest events are in its HTML."""
+    """Its HTML has the numbers, the next releases and the latest events."""
     await pages.make(5)
     lease = await pages.acquire(owner="worker-7")
     text = (await pages.fetch("/")).text
@@ -64,7 +64,7 @@ async def test_the_overview_is_right_before_any_script_runs(pages: Browser) -> N
 
 
 async def test_an_empty_pool_says_what_to_do(pages: Browser) -> None:
-    """Generate, here or from a shell."""
+    """Its page offers to generate keys, there or from a shell."""
     for path in ("/", "/keys"):
         text = unescape((await pages.fetch(path)).text)
         assert "The pool is empty" in text
@@ -73,7 +73,7 @@ async def test_an_empty_pool_says_what_to_do(pages: Browser) -> None:
 
 
 async def test_an_exhausted_pool_says_when_a_key_is_free_again(pages: Browser) -> None:
-    """By the earliest release."""
+    """The page shows the time until the earliest release."""
     await pages.make()
     await pages.acquire()
     text = (await pages.fetch("/")).text
@@ -129,7 +129,7 @@ async def test_a_key_has_a_page(pages: Browser) -> None:
 
 @serves("--block-seconds=31", KEYPOOL_ADMIN_TOKEN=ADMIN_TOKEN, KEYPOOL_MAX_WAITERS="77")
 async def test_system_shows_settings_and_where_they_came_from(pages: Browser) -> None:
-    """A flag, a variable and a default; tokens never."""
+    """A flag, a variable and a default are shown with their origin; tokens are not shown."""
     text = (await pages.fetch("/system", Authorization=f"Bearer {ADMIN_TOKEN}")).text
     found = re.findall(r"<code>([^<]+)</code></th><td><code>([^<]*)</code></td><td><span[^>]*>(\w+)<", text)
     rows = {flag: (value, origin) for flag, value, origin in found}
@@ -142,7 +142,7 @@ async def test_system_shows_settings_and_where_they_came_from(pages: Browser) ->
 
 
 async def test_the_calls_are_those_of_the_api(pages: Browser) -> None:
-    """Each with its line for a shell."""
+    """Each call has its shell line."""
     text = unescape((await pages.fetch("/calls")).text)
     for path in ("/keys/acquire", "/keys/{key}/unblock", "/keys/{key}/keepalive", "/batch", "/stats"):
         assert f"<code>/api/v1{path}</code>" in text
@@ -150,7 +150,7 @@ async def test_the_calls_are_those_of_the_api(pages: Browser) -> None:
 
 
 async def test_a_browser_gets_a_page_for_an_error(pages: Browser) -> None:
-    """Outside /api/; any other client gets a problem."""
+    """This holds outside /api/; other clients get a problem."""
     page = await pages.fetch("/nothing-here")
     assert page.status == 404
     assert page.headers["Content-Type"].startswith("text/html")
@@ -161,7 +161,7 @@ async def test_a_browser_gets_a_page_for_an_error(pages: Browser) -> None:
 
 
 async def test_static_files_may_be_kept_for_ever(pages: Browser) -> None:
-    """Their address changes with their content; no other address has anything."""
+    """Their URL changes with their content; other URLs get 404."""
     paths = re.findall(r'(?:href|src)="(/static/[^"]+)"', (await pages.fetch("/")).text)
     assert len(paths) >= 5
     for path in paths:
@@ -196,7 +196,7 @@ async def test_every_module_that_a_module_imports_is_there(pages: Browser) -> No
 
 
 async def test_a_chosen_theme_is_rendered_by_the_server(pages: Browser) -> None:
-    """So that no page flashes; any other value of the cookie is ignored."""
+    """Then pages don't flash; invalid values of the cookie are ignored."""
     dark = await pages.fetch("/", Cookie="keypool_theme=dark")
     assert '<html lang="en" data-theme="dark">' in dark.text
     assert '<html lang="en">' in (await pages.fetch("/", Cookie='keypool_theme="><script>')).text
@@ -207,7 +207,7 @@ async def test_a_chosen_theme_is_rendered_by_the_server(pages: Browser) -> None:
 
 @guarded
 async def test_a_browser_without_a_session_is_sent_to_the_sign_in_and_back(pages: Browser) -> None:
-    """A page by a redirect, a script's call by 401."""
+    """A page redirects; a script's call gets 401."""
     page = await pages.fetch("/keys?tab=blocked")
     assert (page.status, page.headers["Location"]) == (303, "/login?next=%2Fkeys%3Ftab%3Dblocked")
     form = await pages.fetch(page.headers["Location"])
@@ -222,14 +222,14 @@ async def test_a_browser_without_a_session_is_sent_to_the_sign_in_and_back(pages
     "wanted", ["https://evil.example/", "//evil.example", "/\\evil.example", "javascript:1", "/login"]
 )
 async def test_the_sign_in_redirects_to_no_other_server(pages: Browser, wanted: str) -> None:
-    """`next` is a path of this server, or it is the overview."""
+    """`next` must be a path of this server; otherwise the overview is used."""
     done = await pages.fetch("/login", form={"token": VIEWER_TOKEN, "next": wanted})
     assert (done.status, done.headers["Location"]) == (303, "/")
 
 
 @guarded
 async def test_the_cookie_is_kept_from_scripts_and_other_sites(pages: Browser) -> None:
-    """And holds no token."""
+    """It holds no token either."""
     page = await pages.fetch("/login", form={"token": ADMIN_TOKEN})
     given = page.headers["Set-Cookie"]
     for attribute in ("HttpOnly", "SameSite=Strict", "Path=/"):
@@ -242,7 +242,7 @@ async def test_the_cookie_is_kept_from_scripts_and_other_sites(pages: Browser) -
 
 
 @guarded
-async def test_a_cookie_that_was_changed_is_worth_nothing(pages: Browser) -> None:
+async def test_a_cookie_that_was_changed_is_refused(pages: Browser) -> None:
     """Its signature doesn't fit."""
     cookie = await pages.sign_in(VIEWER_TOKEN)
     last = "0" if cookie[-1] != "0" else "1"
@@ -269,7 +269,7 @@ async def test_a_wrong_token_and_a_clients_token_open_nothing(pages: Browser) ->
 
 @guarded
 async def test_guessing_is_throttled_and_locks_nobody_out(pages: Browser) -> None:
-    """After a few wrong tokens the next wrong one gets 429, with when; a right one gets in at any time."""
+    """After a few wrong tokens the next gets 429 with Retry-After; a valid one is accepted at any time."""
     guesses = [await pages.fetch("/login", form={"token": f"guess-number-{i:08}"}) for i in range(6)]
     assert [page.status for page in guesses] == [401] * 5 + [429]
     page = await pages.fetch("/login", form={"token": "guess-number-99"})
@@ -282,7 +282,7 @@ async def test_guessing_is_throttled_and_locks_nobody_out(pages: Browser) -> Non
 
 @guarded
 async def test_a_viewer_is_offered_nothing_that_it_may_not_do(pages: Browser) -> None:
-    """Those controls are absent, not greyed."""
+    """Such controls are absent, not disabled."""
     [key] = await pages.make()
     await pages.acquire()
     cookie = await pages.sign_in(VIEWER_TOKEN)
@@ -300,7 +300,7 @@ async def test_a_viewer_is_offered_nothing_that_it_may_not_do(pages: Browser) ->
 
 @guarded
 async def test_the_cookie_alone_changes_nothing(pages: Browser) -> None:
-    """The API takes it only with the proof that the session's own pages hold."""
+    """The API accepts it only with the XSRF value from the session's own pages."""
     cookie = await pages.sign_in(ADMIN_TOKEN)
     other = await pages.proof(await pages.sign_in(ADMIN_TOKEN))
     for method in ("POST", "GET"):
@@ -316,7 +316,7 @@ async def test_the_cookie_alone_changes_nothing(pages: Browser) -> None:
 
 @guarded
 async def test_the_role_of_the_session_counts(pages: Browser) -> None:
-    """A viewer with all proofs still generates nothing."""
+    """A viewer with cookie and XSRF value still may not generate."""
     cookie = await pages.sign_in(VIEWER_TOKEN)
     sent = {"Cookie": cookie, "X_Keypool_Xsrf": await pages.proof(cookie)}
     (await pages.call("GET", "/keys", token=None, **sent)).expect(200)
@@ -349,7 +349,7 @@ async def test_a_form_of_another_site_signs_nobody_in_or_out(pages: Browser) -> 
 
 @guarded
 async def test_signing_out_ends_the_session_for_every_copy_of_the_cookie(pages: Browser) -> None:
-    """The next page with it is the sign-in."""
+    """The next page with that cookie redirects to the sign-in."""
     cookie = await pages.sign_in(VIEWER_TOKEN)
     page = await pages.fetch("/logout", form={"xsrf": await pages.proof(cookie)}, Cookie=cookie)
     assert (page.status, page.headers["Location"]) == (303, "/login")
@@ -360,7 +360,7 @@ async def test_signing_out_ends_the_session_for_every_copy_of_the_cookie(pages: 
 
 
 def test_signing_out_closes_an_open_feed(guarded_server: ServerProcess) -> None:
-    """With 4401."""
+    """The close code is 4401."""
     client = guarded_server.client()
     cookie = client.sign_in(VIEWER_TOKEN)
     headers = {"Cookie": cookie, "Origin": f"http://{guarded_server.host}"}
@@ -377,7 +377,7 @@ def test_signing_out_closes_an_open_feed(guarded_server: ServerProcess) -> None:
 
 
 def test_a_cookie_opens_the_feed_for_our_own_pages_only(guarded_server: ServerProcess) -> None:
-    """Not with another's Origin, which browsers send with every websocket. A program sends none."""
+    """Another site's Origin, which browsers send with every websocket, is refused. Programs send no Origin."""
     cookie = guarded_server.client().sign_in(VIEWER_TOKEN)
     with Viewer(guarded_server, headers={"Cookie": cookie, "Sec-Fetch-Site": "cross-site"}) as viewer:
         assert viewer.status == 101
@@ -387,7 +387,7 @@ def test_a_cookie_opens_the_feed_for_our_own_pages_only(guarded_server: ServerPr
 
 @pytest.mark.once
 def test_a_session_lives_through_a_restart(start_server: Start) -> None:
-    """As long as its own token holds, whatever others do: an operator's page is left open all day."""
+    """It lasts as long as its own token is valid, whatever happens to other tokens."""
     admin, another = {"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}, {"KEYPOOL_ADMIN_TOKEN": "another-admin-token-1"}
     cookie = start_server(env=admin).client().sign_in(ADMIN_TOKEN)
     for env, status in ((admin, 200), (admin | {"KEYPOOL_VIEWER_TOKEN": VIEWER_TOKEN}, 200), (another, 303)):

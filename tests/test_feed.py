@@ -82,7 +82,7 @@ def test_the_first_frame_has_the_whole_state(start_server: Start) -> None:
 
 
 def test_history_goes_on_without_viewers(start_server: Start) -> None:
-    """What happened before the first viewer came is in the charts."""
+    """The charts include the time before the first viewer came."""
     server = start_server()
     server.client().make_many(7)
 
@@ -95,7 +95,7 @@ def test_history_goes_on_without_viewers(start_server: Start) -> None:
 
 
 def test_a_change_is_sent_within_half_a_second(server: ServerProcess, client: Client) -> None:
-    """Each thing that happens to a key is an event, in order, with the numbers after it."""
+    """Each change of a key is an event, in order, with the numbers after it."""
     with Viewer(server) as viewer:
         viewer.frame()
         key = client.make()
@@ -120,7 +120,7 @@ def test_a_change_is_sent_within_half_a_second(server: ServerProcess, client: Cl
 
 
 def test_a_number_that_changes_without_an_event_is_sent(server: ServerProcess, client: Client) -> None:
-    """A keepalive and a refusal are no events, but numbers."""
+    """Keepalives and refusals are not events, but change the numbers."""
     key = client.make()
     with Viewer(server) as viewer:
         before = viewer.frame()["stats"]["kept_alive"]
@@ -131,7 +131,7 @@ def test_a_number_that_changes_without_an_event_is_sent(server: ServerProcess, c
 
 
 def test_deadlines_are_events(short_server: ServerProcess) -> None:
-    """Released and expired, without anybody asking."""
+    """Releases and expiries are events, without any call."""
     client = short_server.client()
     with Viewer(short_server) as viewer:
         viewer.frame()
@@ -159,7 +159,7 @@ def test_a_thousand_changes_are_one_frame(server: ServerProcess, client: Client)
 
 @pytest.mark.once
 def test_under_load_four_frames_a_second_and_no_more(start_server: Start) -> None:
-    """However much happens."""
+    """The rate of frames doesn't depend on the rate of calls."""
     server = start_server()
     with traffic(server), Viewer(server) as viewer:
         viewer.frame()
@@ -172,7 +172,7 @@ def test_under_load_four_frames_a_second_and_no_more(start_server: Start) -> Non
 
 @pytest.mark.once
 def test_a_quiet_pool_beats(server: ServerProcess) -> None:
-    """After five seconds without news, and with nothing else in between."""
+    """A beat comes after five seconds without changes, and no other frame before it."""
     with Viewer(server) as viewer:
         viewer.frame()
         started = time.monotonic()
@@ -210,7 +210,7 @@ class Watching:
 
 @on_loop
 async def test_a_feed_beats_while_storage_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A viewer that is there gets beats, one that comes gets its hello when there are numbers again."""
+    """An existing viewer gets beats; a new one gets its hello once storage is back."""
     monkeypatch.setattr(feed, "INTERVAL", 0.01)
     monkeypatch.setattr(feed, "QUIET", 0.03)
     engine = make_engine(Moment())
@@ -282,7 +282,7 @@ def test_a_slow_viewer_gets_the_latest_state_and_the_count_of_what_it_missed(sta
 
 
 def test_a_plain_get_is_answered_426(server: ServerProcess, client: Client) -> None:
-    """426, with the header that says to what; HEAD and OPTIONS as everywhere."""
+    """426 has an Upgrade header; HEAD and OPTIONS are answered as everywhere."""
     answer = client.get(FEED)
     answer.expect_problem(426, "upgrade-required")
     assert answer.headers["Upgrade"] == "websocket"
@@ -293,7 +293,7 @@ def test_a_plain_get_is_answered_426(server: ServerProcess, client: Client) -> N
 
 @pytest.mark.parametrize("missing", ["Connection", "Sec-WebSocket-Key"])
 def test_half_a_handshake_is_a_bad_request(server: ServerProcess, missing: str) -> None:
-    """With a problem, as everything."""
+    """The answer is a problem."""
     with Viewer(server, headers={missing: ""}) as viewer:
         assert viewer.status == 400
         assert viewer.problem()["code"] == "bad-request"
@@ -307,14 +307,14 @@ def test_another_version_of_websocket_is_refused_with_the_right_one(server: Serv
 
 
 def test_viewers_and_admins_may_watch(guarded_server: ServerProcess) -> None:
-    """By bearer token."""
+    """A bearer token is enough."""
     for token in (VIEWER_TOKEN, ADMIN_TOKEN):
         with Viewer(guarded_server, token) as viewer:
             assert viewer.frame()["type"] == "hello"
 
 
 def test_clients_and_callers_without_a_token_may_not_watch(guarded_server: ServerProcess) -> None:
-    """403 and 401, before any upgrade."""
+    """They get 403 and 401, before the upgrade."""
     with Viewer(guarded_server, CLIENT_TOKEN) as viewer:
         assert (viewer.status, viewer.problem()["code"]) == (403, "forbidden")
     with Viewer(guarded_server) as viewer:
@@ -324,7 +324,7 @@ def test_clients_and_callers_without_a_token_may_not_watch(guarded_server: Serve
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
 def test_a_page_of_another_site_may_not_watch(server: ServerProcess, origin: str) -> None:
-    """Browsers let any page open a websocket to anywhere: the Origin tells."""
+    """Browsers let any page open a websocket to any server, so the Origin is checked."""
     with Viewer(server, headers={"Origin": origin}) as viewer:
         assert (viewer.status, viewer.problem()["code"]) == (403, "cross-site")
 
@@ -336,7 +336,7 @@ def test_this_servers_own_page_may_watch(server: ServerProcess) -> None:
 
 
 def test_a_viewer_over_the_limit_is_refused(lend: Start) -> None:
-    """429 with when to ask again; a place that is given up can be taken."""
+    """It gets 429 with Retry-After; after a viewer has left, another is accepted."""
     server = lend("--max-viewers=2")
     with Viewer(server) as first, Viewer(server) as second:
         first.frame()
@@ -364,7 +364,7 @@ def test_the_limit_may_be_no_viewers_at_all(lend: Start) -> None:
 
 
 def test_a_stop_closes_with_1001(start_server: Start) -> None:
-    """And doesn't wait for those who watch."""
+    """The stop doesn't wait for viewers."""
     server = start_server()
     viewers = [Viewer(server) for _ in range(3)]
     for viewer in viewers:
@@ -381,7 +381,7 @@ def test_a_stop_closes_with_1001(start_server: Start) -> None:
 
 
 def test_what_a_viewer_sends_is_ignored(server: ServerProcess) -> None:
-    """A message, then a frame as ever."""
+    """After a message, frames come as before."""
     with Viewer(server) as viewer:
         viewer.frame()
         viewer.socket.sendall(b"\x81\x85\x00\x00\x00\x00hello")

@@ -1,4 +1,4 @@
-"""The feed's websocket takes what RFC 6455 lets a client send, and closes with the right code at all else."""
+"""The feed's websocket accepts what RFC 6455 allows, and closes with the right code otherwise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def closing(code: int, reason: bytes = b"") -> bytes:
     return frame(FINAL | CLOSE, struct.pack("!H", code) + reason)
 
 
-# What a viewer sends, and the close code that it gets.
+# Bytes that a viewer sends, and the close code that it gets.
 ENDS: dict[str, tuple[bytes, int]] = {
     "an unmasked frame": (frame(FINAL | TEXT, b"hello", masked=False), 1002),
     "an unmasked close": (frame(FINAL | CLOSE, b"\x03\xe8", masked=False), 1002),

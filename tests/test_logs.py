@@ -39,7 +39,7 @@ UNKNOWN_TOKEN = "unknown-token-31c0ffee"
 
 
 def start(start_server: Start, form: str, **env: str) -> ServerProcess:
-    """A server that writes down all it can."""
+    """A server at log level debug."""
     server = start_server(
         "--log-level=debug", f"--log-format={form}", env=env, admin_token=ADMIN_TOKEN if env else None
     )
@@ -48,7 +48,7 @@ def start(start_server: Start, form: str, **env: str) -> ServerProcess:
 
 
 def strays(secret: str, host: str) -> list[bytes]:
-    """Malformed requests with a secret in them: HTTP of a kind, and none."""
+    """Malformed requests with a secret in them, some of them not even HTTP."""
     s, h = secret.encode(), host.encode()
     head = b"POST /api/v1/keys/acquire HTTP/1.1\r\nHost: " + h + b"\r\n"
     page = b"POST /metrics HTTP/1.1\r\nHost: " + h + b"\r\n"
@@ -85,7 +85,7 @@ def strays(secret: str, host: str) -> list[bytes]:
 
 
 def drive_calls(server: ServerProcess, key: str, headers: dict[str, str]) -> int:
-    """Every call by its path, with every method, a secret in each place; how many requests that were."""
+    """Send every call with every method and a secret in each place; returns the number of requests."""
     asked = 0
     with server.client() as client:
         for template in ROUTES:
@@ -158,7 +158,7 @@ def test_no_key_and_no_token_is_ever_written(start_server: Start, form: str) -> 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_each_call_has_one_access_line_with_its_request_id(start_server: Start, form: str) -> None:
-    """Refused, unknown and beside the API too; the id is the one in the answer; in JSON the facts are members."""
+    """Also refused and unknown requests, and those outside the API; the id is that of the answer."""
     server = start(start_server, form)
     client = server.client()
     ids: dict[str, tuple[str, int, str]] = {}
@@ -193,7 +193,7 @@ def test_each_call_has_one_access_line_with_its_request_id(start_server: Start, 
 
 
 def test_audit_lines_have_their_facts_as_members(start_server: Start) -> None:
-    """Who did what to which keys: act, role, the token's digest, address, request id, ids with hints."""
+    """Act, role, the token's digest, address, request id, and ids with hints."""
     server = start(start_server, "json", **ENV)
     admin = server.client(ADMIN_TOKEN)
     key = admin.make()
@@ -218,7 +218,7 @@ def test_audit_lines_have_their_facts_as_members(start_server: Start) -> None:
 
 
 def test_no_level_silences_the_audit_log_and_the_ready_line(start_server: Start) -> None:
-    """Everything else below the level is left out."""
+    """All other lines below the level are left out."""
     server = start_server("--log-level=error")
     server.client().make()
     server.finish()
@@ -228,7 +228,7 @@ def test_no_level_silences_the_audit_log_and_the_ready_line(start_server: Start)
 
 
 def test_access_lines_are_for_debug_only(start_server: Start) -> None:
-    """At info a busy server writes none."""
+    """At info there are none."""
     server = start_server()
     server.client().stats()
     server.raw(encode_request("GET", "/nope", server.host, headers={"Connection": "close"}))
@@ -260,7 +260,7 @@ def test_a_trace_shows_no_key(formatter: logging.Formatter) -> None:
 
 
 def test_lines_of_one_of_several_processes_have_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the message, or in a member of its own; one alone says nothing."""
+    """Before the message, or in a JSON member; a single process has no number."""
     record = logging.LogRecord("keypool", logging.INFO, "", 0, "started %s", ("now",), None)
     assert "process" not in TextFormatter().format(record) + JsonFormatter().format(record)
     monkeypatch.setattr(logs, "_process", None)  # put back afterwards

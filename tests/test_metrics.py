@@ -53,7 +53,7 @@ def value(found: Samples, name: str, **labels: str) -> float:
 
 @guarded
 async def test_metrics_are_for_viewers(pages: Browser) -> None:
-    """By bearer token, as a problem for everybody else."""
+    """A viewer token gets them; other callers get a problem."""
     for token, status, code in (
         (None, 401, "unauthorized"),
         ("nobody-knows-this-one", 401, "unauthorized"),
@@ -72,7 +72,7 @@ async def test_metrics_are_for_viewers(pages: Browser) -> None:
 
 
 async def test_every_metric_is_there_and_no_other(pages: Browser) -> None:
-    """Those of the docs, from the first scrape on, each state also at zero; journal's and Valkey's only with these."""
+    """All documented metrics are in the first scrape, each state even at zero; those of an engine only with it."""
     found = await scraped(pages)
     names = {SUFFIX.sub("", name) if SUFFIX.sub("", name) in BY_NAME else name for name, _ in found}
     missing = {
@@ -131,7 +131,7 @@ def test_it_counts_what_happens(server: ServerProcess) -> None:
 
 @guarded
 async def test_refusals_count_under_their_operation(pages: Browser) -> None:
-    """A wrong token, a role that may not: of the call that was asked for, which is how they are told apart."""
+    """A wrong token or a missing role counts under the operation that was requested."""
     before = await scraped(pages)
     (await pages.call("POST", "/keys/acquire", token=None)).expect(401, "unauthorized")
     (await pages.call("POST", "/keys", token=CLIENT_TOKEN)).expect(403, "forbidden")
@@ -147,7 +147,7 @@ async def test_refusals_count_under_their_operation(pages: Browser) -> None:
 
 
 def test_what_alerts_count_is_there_at_zero_from_the_start(tmp_path: Path) -> None:
-    """A series that is born with its first burst has no increase: the alert on it would miss that burst."""
+    """A series that begins with its first burst has no increase, so the alert would miss that burst."""
     with ServerProcess(["--port=0", "--data=:memory:"], cwd=tmp_path) as server:
         found = samples(server)
     for outcome in ("ok", "internal", "storage-unavailable", "unauthorized", "forbidden"):
@@ -162,7 +162,7 @@ def test_what_alerts_count_is_there_at_zero_from_the_start(tmp_path: Path) -> No
 
 
 def test_the_service_time_excludes_waiting(server: ServerProcess) -> None:
-    """An acquire that waits is slow because its caller wants that; meanwhile the wait of the first is shown."""
+    """The wait of an acquire is not service time; meanwhile the oldest wait is shown."""
     client = server.client()
     before = samples(server)
     with ThreadPoolExecutor() as threads:
@@ -212,7 +212,7 @@ def test_commits_are_measured_with_a_data_file(tmp_path: Path) -> None:
 
 
 async def test_no_label_holds_a_key_an_owner_or_a_path(pages: Browser) -> None:
-    """Whatever was asked, the labels are those that the docs name, and their values words of ours."""
+    """Whatever was requested, labels are the documented ones, and their values are from fixed sets."""
     key = (await pages.make())[0]["key"]
     await pages.acquire(owner="owner-in-a-label")
     for path in (f"{API}/keys/{key}", f"{API}/keys/path-in-a-label", f"/{key}", f"{API}/{key}?x={key}"):
@@ -251,7 +251,7 @@ def expressions() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("what", ["panel", "alert"])
 def test_dashboard_and_alerts_name_metrics_that_exist(what: str) -> None:
-    """And ask of each what its kind has: buckets of histograms, rates of counters, labels that are there."""
+    """Each is used as its kind allows: buckets of histograms, rates of counters, existing labels."""
     for where, expression in expressions():
         if where.startswith(what):
             check_expression(where, expression)
@@ -275,7 +275,7 @@ def check_expression(where: str, expression: str) -> None:
 
 
 def test_alerts_and_panels_find_their_metrics_in_a_real_scrape(tmp_path: Path) -> None:
-    """Every series name that an expression has is there from the start, those of Valkey's engine apart."""
+    """Every series name in an expression exists from the start, except those of the Valkey engine."""
     asked = {
         name
         for _, expression in expressions()
@@ -288,14 +288,14 @@ def test_alerts_and_panels_find_their_metrics_in_a_real_scrape(tmp_path: Path) -
 
 
 def test_every_metric_of_ours_stands_in_the_dashboard() -> None:
-    """What is worth counting is worth a look."""
+    """Every metric has a panel."""
     shown = " ".join(expression for where, expression in expressions() if where.startswith("panel"))
     names = [name for name in BY_NAME if name.startswith("keypool_")]
     assert [name for name in names if name not in shown] == []
 
 
 def test_every_alert_links_to_its_place_in_the_runbook() -> None:
-    """The address names the page and an anchor in it, which stands at the alert's own row."""
+    """The URL names the page and the anchor of the alert's own row."""
     rules = (DEPLOY / "prometheus" / "alerts.yml").read_text()
     alerts = re.findall(r"- alert: (\w+)", rules)
     links = re.findall(r"runbook_url: https://\S+/(docs/\S+\.md)#(\w+)\n", rules)

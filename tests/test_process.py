@@ -30,7 +30,7 @@ def expect_one_line(output: str, *words: str) -> None:
 
 
 def test_the_line_that_it_is_ready_ends_with_its_address(start_server: Start) -> None:
-    """One such line, with the port that the system chose for 0, on which it answers at once."""
+    """Port 0: exactly one such line, with the port that the system chose; the server answers there at once."""
     server = start_server()
     client = server.client()
     assert client.get("/readyz").status == client.get("/healthz").status == 200
@@ -42,7 +42,7 @@ def test_the_line_that_it_is_ready_ends_with_its_address(start_server: Start) ->
 
 
 def test_two_servers_with_port_0_get_different_ports(start_server: Start) -> None:
-    """And their own pools."""
+    """Each has a pool of its own."""
     one, other = start_server(), start_server()
     assert one.port != other.port
     key = one.client().make()["key"]
@@ -50,7 +50,7 @@ def test_two_servers_with_port_0_get_different_ports(start_server: Start) -> Non
 
 
 def test_it_serves_on_the_port_that_it_is_given(start_server: Start) -> None:
-    """--port says which."""
+    """The port of --port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -67,7 +67,7 @@ def test_a_pool_in_memory_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_variables_of_its_name_are_left_alone(start_server: Start) -> None:
-    """KEYPOOL_SOMETHING may be somebody else's."""
+    """Another program may own KEYPOOL_SOMETHING."""
     server = start_server(env={"KEYPOOL_SOMETHING": "x", "KEYPOOL_": "y", "KEYPOOL_DATABASE_PASSWORD": "z"})
     assert server.client().get("/readyz").status == 200
 
@@ -121,7 +121,7 @@ def test_a_port_in_use_is_one_line_and_status_1(
 
 @STOPS
 def test_an_idle_server_stops_with_status_0(start_server: Start, signum: signal.Signals) -> None:
-    """At once, though idle connections are open, and nobody is served after."""
+    """It stops at once although idle connections are open, and serves nothing afterwards."""
     server = start_server()
     client = server.client()
     client.make()
@@ -165,7 +165,7 @@ def hold_drain(server: ServerProcess, client: Client) -> list[Wire]:
 
 
 def test_what_is_left_unanswered_is_cut_when_the_drain_is_over(start_server: Start) -> None:
-    """Within --drain-seconds, whatever is stuck, with status 0."""
+    """The server exits with status 0 within --drain-seconds, whatever is stuck."""
     server = start_server("--drain-seconds=1")
     client = server.client()
     hold_drain(server, client)
@@ -177,7 +177,7 @@ def test_what_is_left_unanswered_is_cut_when_the_drain_is_over(start_server: Sta
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_second_signal_stops_the_drain_with_status_1(start_server: Start, second: signal.Signals) -> None:
-    """Now, not after --drain-seconds, and without a traceback."""
+    """The process exits at once, before --drain-seconds, and without a traceback."""
     server = start_server("--drain-seconds=60")
     client = server.client()
     waiter = server.wire()
@@ -224,7 +224,7 @@ def test_a_draining_server_takes_no_new_connections(start_server: Start) -> None
 
 
 def test_a_request_in_flight_is_answered_before_the_stop(start_server: Start) -> None:
-    """One whose last byte comes after the signal is answered, or refused as draining, not just cut."""
+    """A request whose last byte comes after the signal is answered or refused as draining, not cut."""
     server = start_server()
     client = server.client()
     wire = server.wire()

@@ -1,4 +1,4 @@
-"""`--processes`: several servers on one address, and the parent that starts, watches and ends them."""
+"""`--processes`: several workers on one address, and the supervisor that starts, watches and stops them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def valkey() -> Iterator[Valkey]:
 
 @pytest.fixture
 def start(valkey: Valkey, tmp_path: Path) -> Iterator[Start]:
-    """Starts a group on an empty pool; it must end in peace."""
+    """Starts a group on an empty pool; it must stop cleanly."""
     valkey.ask("FLUSHALL")
     started: list[ServerProcess] = []
 
@@ -77,7 +77,7 @@ def at(server: ServerProcess, port: int) -> Iterator[Client]:
 
 
 def own_ports() -> int:
-    """The first of as many free ports as there are processes, below those that the system gives to anybody."""
+    """The first of N consecutive free ports, below the ephemeral range."""
     while True:
         first = random.randrange(11_000, 19_000)
         if all(_free(first + number) for number in range(COUNT)):
@@ -97,7 +97,7 @@ def _free(port: int) -> bool:
 
 
 def test_one_process_only_over_the_embedded_engine(tmp_path: Path) -> None:
-    """One line that says what to do, and status 2; by any source."""
+    """Other values, from any source, give status 2 and one line that explains what to do."""
     file = tmp_path / "keypool.toml"
     file.write_text("processes = 2\n")
     for flags, env in (
@@ -112,7 +112,7 @@ def test_one_process_only_over_the_embedded_engine(tmp_path: Path) -> None:
 
 
 def test_all_serve_one_pool_on_one_address(start: Start) -> None:
-    """Ready is said once, by the parent, when all are; what one makes, all know; stats are of all."""
+    """The supervisor logs `ready` once, when all are; keys of one are served by all; stats cover the whole pool."""
     first = own_ports()
     server = start(f"--process-port={first}")
     assert server.log.count("ready on http://") == 1
@@ -143,7 +143,7 @@ def test_a_failed_start_is_one_line(tmp_path: Path) -> None:
 
 
 def test_two_groups_do_not_share_a_port(start: Start, valkey: Valkey) -> None:
-    """The system would let them; the second one says that it is in use."""
+    """SO_REUSEPORT would allow it, but the second group reports that the port is in use."""
     server = start()
     engine = f"--engine={valkey.url}/0"
     status, output = run_server([engine, "--processes=2", f"--port={server.port}"])
@@ -152,7 +152,7 @@ def test_two_groups_do_not_share_a_port(start: Start, valkey: Valkey) -> None:
 
 
 def test_a_session_holds_at_every_process(start: Start) -> None:
-    """The cookie that one process has signed, the others believe."""
+    """A cookie signed by one process is accepted by the others."""
     first = own_ports()
     tokens = {"CLIENT": CLIENT_TOKEN, "VIEWER": VIEWER_TOKEN, "ADMIN": ADMIN_TOKEN}
     start(f"--process-port={first}", env={f"KEYPOOL_{role}_TOKEN": token for role, token in tokens.items()})
@@ -185,7 +185,7 @@ def get_stats(server: ServerProcess) -> Answer:
 
 
 def test_a_process_that_dies_is_started_again_while_the_others_serve(start: Start) -> None:
-    """They answer all calls meanwhile; the log says which process died."""
+    """The others answer all calls meanwhile; the log has the process that died."""
     server = start()
     server.client().make()
     victims = sorted(children_of(server.pid))
@@ -221,7 +221,7 @@ def test_a_process_that_hangs_is_killed_and_started_again(start: Start) -> None:
 
 
 def test_log_lines_name_their_process(start: Start) -> None:
-    """Those of the processes; the parent's name the process that they are about."""
+    """Workers' lines carry their number; the supervisor's lines name the worker that they are about."""
     server = start()
     for number in range(1, COUNT + 1):
         assert f" keypool.valkey: process={number} serving the pool" in server.log
@@ -229,7 +229,7 @@ def test_log_lines_name_their_process(start: Start) -> None:
 
 
 def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> None:
-    """A service manager that signals all of them means the parent."""
+    """A service manager signals the whole group; only the supervisor acts on it."""
     server = start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for child in children_of(server.pid):
@@ -239,7 +239,7 @@ def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> No
 
 
 def test_sighup_reaches_all_of_them_and_those_that_come_later(start: Start, tmp_path: Path) -> None:
-    """A token that was taken away is refused by every process, one that is started after it too."""
+    """A removed token is refused by every process, including one that is started later."""
     first = own_ports()
     file = tmp_path / "client-tokens"
     file.write_text(CLIENT_TOKEN)
@@ -269,7 +269,7 @@ def test_sighup_reaches_all_of_them_and_those_that_come_later(start: Start, tmp_
 
 
 def waiters(server: ServerProcess, first: int) -> list[Wire]:
-    """One acquire that waits at each process."""
+    """One waiting acquire at each process."""
     found = []
     for number in range(COUNT):
         shared, server.port = server.port, first + number
@@ -284,7 +284,7 @@ def waiters(server: ServerProcess, first: int) -> list[Wire]:
 
 @pytest.mark.parametrize("whom", ["parent", "group"])
 def test_a_signal_drains_all_of_them(start: Start, whom: str) -> None:
-    """Waiters at each are told so, and the exit status is 0; Ctrl-C, which reaches all, is the same."""
+    """Waiters at each get 503 and the exit status is 0; the same for Ctrl-C, which the whole group gets."""
     first = own_ports()
     server = start(f"--process-port={first}")
     wires = waiters(server, first)
@@ -298,7 +298,7 @@ def test_a_signal_drains_all_of_them(start: Start, whom: str) -> None:
 
 
 def test_a_second_signal_stops_all_of_them_now(start: Start) -> None:
-    """With status 1, though half a request keeps one of them from its end."""
+    """The exit status is 1, although an incomplete request holds up the drain of one process."""
     server = start("--drain-seconds=60")
     half = server.wire()
     half.send(f"POST {API}/keys HTTP/1.1\r\nHost: {server.host}\r\nContent-Length: 2\r\n\r\n{{".encode())
@@ -312,10 +312,10 @@ def test_a_second_signal_stops_all_of_them_now(start: Start) -> None:
 
 
 def test_processes_go_with_a_parent_that_is_killed(start: Start) -> None:
-    """Within 2 s, whatever they are at."""
+    """All exit within 2 s, even one that is stopped by SIGSTOP."""
     server = start()
     children = children_of(server.pid)
-    os.kill(children[0], signal.SIGSTOP)  # one that can't even notice
+    os.kill(children[0], signal.SIGSTOP)  # this one can't read end of file
     server.signal(signal.SIGKILL)
     server.wait()
     killed_at = time.monotonic()
@@ -324,7 +324,7 @@ def test_processes_go_with_a_parent_that_is_killed(start: Start) -> None:
 
 
 def test_a_service_manager_is_notified_by_the_parent_alone(start: Start, tmp_path: Path) -> None:
-    """READY once all serve, signs of life, STOPPING."""
+    """READY once all serve, watchdog messages, STOPPING."""
     manager = Manager(str(tmp_path / "notify"))
     try:
         server = start(env={**manager.environ, "WATCHDOG_USEC": "400000"})

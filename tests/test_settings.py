@@ -1,4 +1,4 @@
-"""Settings: every rule of every source, and what a user reads who broke one.
+"""Settings: every rule of every source, and the error message for each violation.
 
 What holds for all settings is tested for each of them, by its kind of value, so that a new field is covered
 as it is written. A new kind has to say here which of its values are right and which are wrong.
@@ -42,7 +42,7 @@ IN_TOML = [option for option in OPTIONS if option.name != "config"]
 
 
 def refusal(*argv: str, **environ: str) -> str:
-    """The one line that these flags and variables are refused with."""
+    """The error message for these flags and variables."""
     with pytest.raises(SettingsError) as caught:
         load(argv, environ)
     line = str(caught.value)
@@ -62,7 +62,7 @@ def spelled(value: object) -> str:
 
 
 def right_values(option: Option, directory: Path) -> list[object]:
-    """Three values that the setting takes, different ones as far as there are any."""
+    """Three valid values of the setting, different if it has as many."""
     match option.kind:
         case Choice(words=words):
             return [words[i % len(words)] for i in range(3)]
@@ -92,7 +92,7 @@ def right_values(option: Option, directory: Path) -> list[object]:
 
 
 def wrong_texts(kind: Text) -> list[str]:
-    """What a flag or a variable must not say."""
+    """Invalid texts of a flag or a variable."""
     match kind:
         case Choice(words=words):
             return ["", "x", words[0].upper() + "!", words[0] + " "]
@@ -177,7 +177,7 @@ def wrong_texts(kind: Text) -> list[str]:
 
 
 def wrong_toml(kind: Text) -> list[str]:
-    """What stands in a TOML file behind the equals sign, and must not."""
+    """Invalid values in a TOML file, as written after the equals sign."""
     everywhere = ["true", "[]", "{}", "1979-05-27", "'\\n'"]
     match kind:
         case Whole(low=low, high=high):
@@ -657,7 +657,7 @@ WORDS = st.one_of(st.text(), FLAGS, VALUES, st.builds("{}={}".format, FLAGS, VAL
 
 
 def outcome(argv: list[str], environ: dict[str, str]) -> Settings | str | SystemExit:
-    """What `load` makes of it: settings, the line of a refusal, or a clean exit."""
+    """The result of `load`: settings, an error message, or a clean exit."""
     try:
         return load(argv, environ)
     except SettingsError as error:
@@ -693,7 +693,7 @@ def test_no_environment_gives_anything_but_settings_or_one_line(environ: dict[st
 def test_a_token_file_that_others_can_open_is_worth_a_warning(
     tmp_path: Path, mode: int, can: str | None
 ) -> None:
-    """Whoever reads it has the token; whoever writes it has the server."""
+    """A reader of the file gets the token; a writer of it controls the server."""
     path = tmp_path / "tokens"
     path.write_text(TOKEN)
     path.chmod(mode)
@@ -704,7 +704,7 @@ def test_a_token_file_that_others_can_open_is_worth_a_warning(
 
 
 def test_a_server_without_an_admin_token_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody can generate keys there."""
+    """No caller can generate keys on such a server."""
     launch._warn(Settings(client_tokens=(TOKEN,)))
     assert "no admin token" in caplog.text
     caplog.clear()

@@ -226,9 +226,9 @@ def test_sighup_reads_the_tokens_again(tmp_path: Path) -> None:
                     lambda: any(line in each for each in server.log_since(before)), f"a line with {line!r}"
                 )
 
-            server.allow("tokens before stay valid")
+            server.allow("previous tokens stay valid")
             files.write(client="short")
-            reload("tokens before stay valid: KEYPOOL_CLIENT_TOKEN_FILE")
+            reload("previous tokens stay valid: KEYPOOL_CLIENT_TOKEN_FILE")
             (tmp_path / "client").unlink()
             reload("cannot be read")
             removed.post(ACQUIRE).expect_problem(404, "no-key-available")

@@ -1,7 +1,7 @@
 """Every command and flag of `keypool`, as a table. Parser, help and shell completion derive from it.
 
-A command's function is named as `module:function` and imported when the command is called, so that a small
-command doesn't wait for what it doesn't use.
+A command's function is named as `module:function` and imported when the command is called, so that a command
+loads only what it uses.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 class Argument(NamedTuple):
-    """A flag or a positional argument: its names, and what argparse's add_argument takes beside them."""
+    """A flag or a positional argument: its names, and the keyword arguments for argparse's add_argument."""
 
     names: tuple[str, ...]
     options: dict[str, Any]
 
     @property
     def is_flag(self) -> bool:
-        """Whether it is a flag."""
+        """False for a positional argument."""
         return self.names[0].startswith("-")
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it takes, if they are few."""
+        """The words that it takes, empty if any are allowed."""
         return tuple(self.options.get("choices", ()))
 
     @property
     def takes_value(self) -> bool:
-        """Whether the next word is the flag's value. Not so where the value may be left out."""
+        """Whether the next word must be the flag's value; False if the value is optional."""
         return self.is_flag and "action" not in self.options and self.options.get("nargs") != "?"
 
 
@@ -56,7 +56,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     `--help` and `--version` print and raise SystemExit(0).
     """
-    # What follows run may be a flag of the command that it runs.
+    # Words after `run` may be flags of the command that it runs.
     own = itertools.takewhile(lambda word: word not in ("--", "run"), words)
     if any(word == "--token" or word.startswith("--token=") for word in own):
         raise _wrong("a token is never an argument: use KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE or --token-file")
@@ -64,7 +64,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if args.command == "serve":
         raise _wrong("serve comes first, then the server's settings: keypool serve --port 8888")
     if unknown:
-        # Without what stands behind =, which may be a secret.
+        # The text after "=" is left out: it may be a secret.
         raise _wrong(f"{args.command} doesn't take {unknown[0].partition('=')[0]}; see keypool --help")
     return args
 
@@ -79,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options | layout)
 
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print its usage, too."""
+        """One line, without the usage that argparse would print."""
         raise _wrong(f"{message}; see {self.prog} --help")
 
 

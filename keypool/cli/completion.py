@@ -4,8 +4,8 @@
     zsh    eval "$(keypool completion zsh)"           in ~/.zshrc, after compinit
     fish   keypool completion fish > ~/.config/fish/completions/keypool.fish
 
-The words are written into the script: completing starts no keypool and asks no server. After `run --` the
-shell completes the command that is to be run.
+The script contains all words: completing neither starts keypool nor calls a server. After `run --` the shell
+completes the command to run.
 """
 
 from __future__ import annotations
@@ -137,4 +137,4 @@ def _arguments(command: Command) -> list[Argument]:
         )
         for each in options
     ]
-    return [*flags, switch("--print-config", "print the settings in force"), _HELP]
+    return [*flags, switch("--print-config", "print the effective settings"), _HELP]

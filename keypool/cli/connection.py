@@ -15,7 +15,7 @@ from keypool.misspelled import CLIENT_VARIABLES, misspelled
 
 
 class _NotedRetry(Retry):
-    """Says at once that a call is retried, instead of being silent for as long as that takes."""
+    """Reports the first failure at once, instead of staying silent while a call is retried."""
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures."""

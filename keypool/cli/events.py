@@ -23,14 +23,14 @@ from keypool.cli.status import CommandError, Status
 from keypool.client.settings import BASE, Settings
 
 COLUMNS = ("at", "event", "id", "hint", "owner", "lease")
-_SILENCE = 20.0  # seconds without a frame after which the server is taken for dead: it sends one every 5
+_SILENCE = 20.0  # seconds without a frame after which the feed counts as lost: one comes every 5 s
 _LONGEST_PAUSE = 3.0  # seconds between attempts to connect
 _DENIED = (401, 403)
 _UNAVAILABLE = (502, 503, 504, 599)
 
 
 class _Disconnected(Exception):
-    """There is no connection, or no longer; another attempt may help."""
+    """The connection failed or was lost; another attempt may succeed."""
 
 
 def events(args: argparse.Namespace) -> Status:
@@ -40,7 +40,7 @@ def events(args: argparse.Namespace) -> Status:
 
 
 async def _follow(args: argparse.Namespace) -> None:
-    """Raises CommandError if there is no feed to follow."""
+    """Print events across reconnects. Raises CommandError if the feed is refused or can't be reached at first."""
     client, output = settings(args), output_of(args)
     printed: deque[str] = deque(maxlen=200)
     remaining: int = -1 if args.count is None else args.count
@@ -78,7 +78,7 @@ async def _messages(client: Settings) -> AsyncGenerator[dict[str, Any], None]:
             if frame is None:
                 raise _Disconnected("the server closed the feed")
             message = json.loads(frame)
-            message["type"]  # raises KeyError if there is none
+            message["type"]  # KeyError if it is missing
             yield message
     except TimeoutError:
         raise _Disconnected("the feed has gone silent") from None
@@ -109,7 +109,7 @@ async def _connect(client: Settings) -> WebSocketClientConnection:
 
 
 def _unprinted(message: dict[str, Any], printed: deque[str], past: int) -> list[dict[str, Any]]:
-    """The events of a message; of a first message that are new, or at the very beginning as many as asked for."""
+    """The events to print. After a reconnect a hello repeats events; the very first one is cut to the last `past`."""
     reported: list[dict[str, Any]] = message.get("events", [])
     if message["type"] == "delta":
         return reported

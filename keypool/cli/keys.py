@@ -24,13 +24,13 @@ GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in")
 LISTED = ("id", "hint", "state", "owner", "lease", "release_in", "expires_in", "created_at")
 
-_UNASKED = 100_000  # keys that `generate` makes without --yes
+_CONFIRM_ABOVE = 100_000  # keys; for more, `generate` asks unless --yes is given
 _CLEAR_SCREEN = "\x1b[H\x1b[J"
 
 
 def generate(args: argparse.Namespace) -> Status:
     """Generate keys and print them batch by batch, so that an interrupt or a failure loses none."""
-    if args.count > _UNASKED and not args.yes:
+    if args.count > _CONFIRM_ABOVE and not args.yes:
         _confirm(args.count)
     output = output_of(args, whole_in_pipes=True)
     generated = printed = 0
@@ -54,9 +54,9 @@ def generate(args: argparse.Namespace) -> Status:
 
 
 def _confirm(count: int) -> None:
-    question = f"{count} are a lot of keys"
+    question = f"{count} is a lot of keys"
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CommandError(f"{question}: add --yes if that is meant", Status.USAGE)
+        raise CommandError(f"{question}: add --yes to generate them", Status.USAGE)
     print(f"keypool: {question}. Generate them? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise CommandError("no key was generated", Status.FAILED)
@@ -67,7 +67,7 @@ def acquire(args: argparse.Namespace) -> Status:
     output = output_of(args, whole_in_pipes=True)
     if not output.show_keys:
         raise CommandError(
-            "on a terminal keys are masked, and nobody could use a masked one: add --show-keys (-k), "
+            "keys are masked on a terminal, and a masked key can't be used: add --show-keys (-k), "
             "or use keypool run -- COMMAND; nothing was acquired",
             Status.USAGE,
         )
@@ -90,7 +90,7 @@ def acquire(args: argparse.Namespace) -> Status:
 
 
 def unblock(args: argparse.Namespace) -> Status:
-    """Give keys back, under their lease numbers where they are known."""
+    """Give keys back, with their lease numbers where these are known."""
     named = _named(args.keys)
     if args.lease is not None and len(named) != 1:
         raise CommandError("--lease goes with one key only", Status.USAGE)
@@ -118,10 +118,10 @@ def keepalive(args: argparse.Namespace) -> Status:
 
 
 def _keep_alive(args: argparse.Namespace, keys: list[str]) -> Status:
-    """Print a line for each key that dies. Raises KeyPoolError if the server refuses, a wrong token say."""
+    """Print a line for each key that dies. Raises KeyPoolError if the server refuses, for a wrong token for example."""
     output = output_of(args)
     events: queue.SimpleQueue[str | KeyPoolError] = queue.SimpleQueue()
-    # The client would log what is printed here.
+    # Otherwise the client would also log what is printed here.
     logging.getLogger("keypool.client").addHandler(logging.NullHandler())
     with connect(args) as pool, pool.keeper(keys, on_dead=events.put, on_error=events.put) as keeper:
         note(f"keeping {len(keeper.keys)} keys alive")
@@ -153,13 +153,13 @@ def list_keys(args: argparse.Namespace) -> Status:
     with connect(args) as pool:
         rows = pool.rows(state=args.state, prefix=args.prefix, order=args.order)
         members = map(_members, itertools.islice(rows, args.limit))
-        # JSON has the API's members unchanged: there a key that nobody holds has its latest lease.
+        # JSON has the API's members unchanged, so there a key that isn't blocked still has its latest lease.
         output.rows(LISTED, members if args.json else map(_without_old_lease, members))
     return Status.OK
 
 
 def show(args: argparse.Namespace) -> Status:
-    """Print one key's state; with --show-keys its text, too, which is for admins and is audited."""
+    """Print the state of one key; with --show-keys also its text, which needs an admin token and is audited."""
     [(key, _)] = _named([args.key])
     with connect(args) as pool:
         row = _members(pool.get(key))
@@ -170,7 +170,7 @@ def show(args: argparse.Namespace) -> Status:
 
 
 def stats(args: argparse.Namespace) -> Status:
-    """Print the counts, once, or with --watch every so many seconds, through outages of the server."""
+    """Print the counts once, or with --watch every so many seconds, also across outages of the server."""
     output = output_of(args)
     with connect(args) as pool:
         output.fields(_members(pool.stats()))
@@ -188,13 +188,13 @@ def stats(args: argparse.Namespace) -> Status:
 
 
 def output_of(args: argparse.Namespace, *, whole_in_pipes: bool = False) -> Output:
-    """The output that the flags ask for. `whole_in_pipes`: keys are masked on a terminal only."""
+    """The output for these flags. With `whole_in_pipes`, keys are masked on a terminal only."""
     whole = args.show_keys or (whole_in_pipes and not sys.stdout.isatty())
     return Output(as_json=args.json, show_keys=whole)
 
 
 def _named(keys: list[str]) -> list[tuple[str, int | None]]:
-    """The keys that the arguments name, each with its lease number if that is known.
+    """The keys in the arguments, each with its lease number if that is known.
 
     `-` stands for the lines of standard input, as generate and acquire print them. Raises CommandError if
     there is no key, or a masked one.
@@ -213,13 +213,13 @@ def _named(keys: list[str]) -> list[tuple[str, int | None]]:
 
 
 def _lease(columns: list[str]) -> int | None:
-    # generate's lines have an id in the second column, acquire's the lease.
+    # The second column is an id in generate's lines, and the lease in acquire's.
     known = len(columns) > 1 and len(columns) != len(GENERATED) and columns[1].isdecimal()
     return int(columns[1]) if known else None
 
 
 def _report(args: argparse.Namespace, done: Done) -> Status:
-    """Print the counts of a batch, and a note for the first of the keys that weren't done."""
+    """Print the counts of a batch, and a note for each of the first ten keys that failed."""
     output = output_of(args)
     output.fields({"done": done.done, "unknown": len(done.unknown), "stale": len(done.stale)})
     for word, keys in (("unknown", done.unknown), ("stale", done.stale)):
@@ -237,7 +237,7 @@ def _without_old_lease(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _members(value: Any) -> dict[str, Any]:
-    """The members of an answer as JSON has them."""
+    """The members of an answer, under their names in JSON."""
     members = {}
     for each in dataclasses.fields(value):
         member = getattr(value, each.name)

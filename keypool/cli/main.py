@@ -1,7 +1,7 @@
 """The entry point of the `keypool` command: dispatches a command, turns errors into an exit status.
 
-Imports stand in functions: they take half a second on a slow machine, in which Ctrl-C must not print a
-traceback. Before a command begins, and after it, SIGINT has its default action: it ends the process at once.
+Imports are inside functions: they take half a second on a slow machine, and Ctrl-C must not print a traceback
+meanwhile. Before and after a command SIGINT has its default action, which ends the process at once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _run(words: Sequence[str], own_process: bool) -> int:
         sys.stdout.flush()
         return int(status)
     except OSError as error:
-        # The interpreter would fail at its end to write what is still buffered.
+        # Otherwise the interpreter would fail at exit to write what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return Status.BROKEN_PIPE

@@ -19,7 +19,7 @@ from keypool.client.answers import hint
 Row = dict[str, Any]
 
 BATCH = 1000
-"""Items that one call of a batch may have."""
+"""Items per batch call."""
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
 _WIDEST_OWNER = 20  # characters in a table; a name may have 200
@@ -85,12 +85,12 @@ class Output:
 
 
 def note(text: str) -> None:
-    """Print one line that isn't a result, to standard error."""
+    """Print one line to standard error, for anything that isn't a result."""
     print(f"keypool: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def _fitting(widths: list[int]) -> list[int]:
-    """As many widths, from the left, as fit the terminal's columns; one at least."""
+    """The widths of the leading columns that fit the terminal; at least one."""
     available = shutil.get_terminal_size().columns
     while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > available:
         widths = widths[:-1]
@@ -115,7 +115,7 @@ def _cell(value: object, column: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: an owner's name is whatever its client sent."""
+    """The text with control characters replaced: clients choose owners' names."""
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
@@ -130,7 +130,7 @@ class Progress:
         self._shown = shown and total > BATCH and sys.stderr.isatty()
 
     def __call__(self, done: int) -> None:
-        """Show that so many items are done."""
+        """Redraw the bar for this number of items."""
         if self._shown:
             share = min(1.0, done / self._total)
             width = max(10, min(40, shutil.get_terminal_size().columns - 40))

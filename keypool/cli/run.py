@@ -31,7 +31,7 @@ _GRACE = 5.0  # seconds between SIGTERM and SIGKILL for a command that outlives 
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command's exit status, 128 + n if signal n ended it. Raises CommandError if it wasn't started."""
+    """Run the command. Returns its exit status, 128 + n after signal n. Raises CommandError if it wasn't started."""
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     if not words:
         raise CommandError("run takes a command: keypool run -- COMMAND ...", Status.USAGE)
@@ -66,7 +66,7 @@ def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, 
             die_with_parent()
 
         try:
-            process = subprocess.Popen(  # noqa: S603 - running it is what was asked for
+            process = subprocess.Popen(  # noqa: S603 - the user's own command
                 words,
                 env=os.environ | environment,
                 process_group=None if foreground else 0,
@@ -103,7 +103,7 @@ class _Overrun:
         self._steps = self._next_steps()
 
     def act(self) -> float | None:
-        """Do what is due; the seconds until something else will be, None if nothing will."""
+        """Do what is due. Returns the seconds until the next step, None if there is no further step."""
         return next(self._steps, None)
 
     def _next_steps(self) -> Iterator[float]:

@@ -1,4 +1,4 @@
-"""Signals: those that `run` passes on to its command, and those that wait until a call is answered.
+"""Signals: those that `run` forwards to its command, and those that are delayed until a call is answered.
 
 `run` blocks the signals and fetches them one by one. sigtimedwait also returns who sent each: the terminal
 sends Ctrl-C to its whole foreground process group, so the command has it already. Where there is no
@@ -21,14 +21,14 @@ _PASSED_ON = [
     if hasattr(signal, name)
 ]
 _BY_TERMINAL = (signal.SIGINT, getattr(signal, "SIGQUIT", None))
-_POLL_SECONDS = 0.5  # between looks at the command, should a SIGCHLD be missed
+_POLL_SECONDS = 0.5  # between checks of the command, in case a SIGCHLD is missed
 _ENDING = [signal.SIGINT, *(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))]
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
 def handle_signals() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt, SIGTERM and SIGHUP SystemExit, unless they are ignored."""
+    """Let SIGINT raise KeyboardInterrupt, and SIGTERM and SIGHUP raise SystemExit, unless they are ignored."""
     for number in _ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _exit)
@@ -42,15 +42,15 @@ def _exit(number: int, frame: FrameType | None) -> None:
 def answer_first(*, enabled: bool = True) -> Iterator[list[int]]:
     """Delay Ctrl-C, SIGTERM and SIGHUP: the first is appended to the list, a second one acts at once.
 
-    For calls whose answer must not be lost. The caller looks at the list after each call, and hands its signal
-    to `signal.raise_signal` after the block.
+    For calls whose answer must not be lost. The caller checks the list after each call, and after the block raises
+    its signals again with `signal.raise_signal`.
     """
-    noted: list[int] = []
+    delayed: list[int] = []
     before: dict[int, Handler] = {}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        if len(noted) > 1:
+    def delay(number: int, frame: FrameType | None) -> None:
+        delayed.append(number)
+        if len(delayed) > 1:
             before[number](number, frame)
         else:
             # Not through sys.stderr, which the signal may have interrupted.
@@ -58,11 +58,11 @@ def answer_first(*, enabled: bool = True) -> Iterator[list[int]]:
 
     for number in _ENDING if enabled else ():
         handler = signal.getsignal(number)
-        if callable(handler):  # not the default, nor ignored
+        if callable(handler):  # neither the default nor ignored
             before[number] = handler
-            signal.signal(number, note)
+            signal.signal(number, delay)
     try:
-        yield noted
+        yield delayed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -95,13 +95,13 @@ class CaughtSignals:
         return self
 
     def restore(self, *_: object) -> None:
-        """Unblock the signals; a child does it, too, before it becomes the command."""
+        """Unblock the signals; called in the child as well, before the exec."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     __exit__ = restore
 
     def wait(self, seconds: float | None) -> int | None:
-        """The next signal to pass on, or None after so many seconds or if the command may have ended."""
+        """The next signal to forward, or None after the timeout or when the command may have ended."""
         timeout = _POLL_SECONDS if seconds is None else max(0.0, min(seconds, _POLL_SECONDS))
         if hasattr(signal, "sigtimedwait"):
             info = signal.sigtimedwait(self._blocked, timeout)

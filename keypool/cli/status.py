@@ -29,7 +29,7 @@ class Status(IntEnum):
     RUN_NOT_EXECUTABLE = 126, "run: the command can't be executed"
     RUN_NOT_FOUND = 127, "run: the command was not found"
     INTERRUPTED = 130, "ended by Ctrl-C (128 + n: by signal n)"
-    BROKEN_PIPE = 141, "the reader of the output has gone"
+    BROKEN_PIPE = 141, "the reader of the output closed the pipe"
 
     about: str
 
@@ -58,7 +58,7 @@ _OF_RUN = {
 }
 
 TRANSIENT = (errors.Unreachable, errors.AnswerLost, errors.GatewayError, errors.Unavailable)
-"""Errors that may go away by themselves: commands that run on and on retry after them."""
+"""Errors that may be temporary: long-running commands retry after them."""
 
 
 class CommandError(Exception):
@@ -70,7 +70,7 @@ class CommandError(Exception):
 
 
 def command_error(error: KeyPoolError, prefix: str = "") -> CommandError:
-    """The line and the status for an error of the client."""
+    """The message and the exit status for an error of the client."""
     status = next((status for status, kinds in _ERRORS.items() if isinstance(error, kinds)), Status.FAILED)
     if isinstance(error, Refused):
         return CommandError(f"{prefix}{error.detail} ({error.code})", status)
@@ -79,5 +79,5 @@ def command_error(error: KeyPoolError, prefix: str = "") -> CommandError:
 
 
 def status_of_run(status: Status) -> Status:
-    """The status for a failure of `run` itself: the low numbers are those of its command."""
+    """The status for a failure of `run` itself, since low numbers are its command's statuses."""
     return _OF_RUN.get(status, Status.RUN_FAILED)

@@ -67,9 +67,9 @@ class Limits:
     """Of incomplete heads and bodies, of all connections together."""
 
     sweep_seconds: float = 1.0
-    """The interval of the sweep that enforces these limits: how late a limit may take effect."""
+    """The interval of the sweep that enforces these limits; a limit takes effect up to this much late."""
 
-    # The fast server only: Tornado's counts no headers, and closes where this one lingers.
+    # The fast server only: Tornado's doesn't count headers, and closes at once instead of lingering.
 
     head_bytes: int = MAX_HEAD
     """Bytes of a head that are read."""
@@ -87,7 +87,7 @@ class Limits:
     """Read and discarded after the last answer of a connection, so that a reset doesn't destroy the answer."""
 
     linger_seconds: float = 5.0
-    """How long that may take."""
+    """How long reading and discarding may take."""
 
 
 def allowed_connections(limits: Limits) -> int:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import ipaddress
 from functools import lru_cache
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
 
 class TrustedProxies:
     """Addresses and networks, separated by commas. Raises ValueError for any other text, the empty one too."""
@@ -35,13 +33,13 @@ class TrustedProxies:
         return any(found in network for network in self._networks)
 
     def caller(self, peer: str, protocol: str, hops: str, scheme: str) -> tuple[str, str]:
-        """Address and protocol of the caller, by the values of the two headers. O(hops)."""
+        """Address and protocol of the caller: `hops` and `scheme` are the values of the two headers. O(hops)."""
         if peer not in self:
             return peer, protocol
         address = peer
         for hop in (part.strip() for part in reversed(hops.split(","))):
             if not _is_address(hop):
-                break  # not an address: the one before it is the last that is known
+                break  # not an address: the previous one counts
             address = hop
             if hop not in self:
                 break

@@ -33,7 +33,7 @@ class Text:
         return self._read(self._parse, source, text)
 
     def typed(self, source: str, value: object) -> object:
-        """The same of a value that has a type. Raises SettingsError."""
+        """The value, checked, of one that has a type already. Raises SettingsError."""
         return self._read(self._check, source, value)
 
     def _read(self, read: Callable[[Given], object], source: str, given: Given) -> object:
@@ -130,7 +130,7 @@ class Seconds(Text):
 
 
 class Address(Text):
-    """What a socket can listen on: an IP address without brackets, or a host name. It isn't resolved here."""
+    """An IP address without brackets, or a host name, to listen on. It isn't resolved here."""
 
     # The last label is never all digits, so that 300.0.0.1 and 127.1 are refused as the typing errors they are.
     _label = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"

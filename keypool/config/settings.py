@@ -134,7 +134,7 @@ class Settings:
     def __post_init__(self) -> None:
         for option in OPTIONS:
             value = getattr(self, option.name)
-            # None, the default of some, is a value that can't be given.
+            # Defaults aren't checked: some are None, which no source can give.
             if value != option.default:
                 option.kind.typed(option.name, value)
         if self.processes > 1:
@@ -210,7 +210,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], program: str = "python
 
 
 def data_file(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """The path of the data file of a server with these settings, whose tokens aren't read. Raises SettingsError."""
+    """The path of the data file for these settings. Blocks; reads no tokens. Raises SettingsError if there is none."""
     flags, variables = _from_flags(argv, "keypool serve"), _from_environment(environ)
     given = {**_from_toml(flags, variables), **variables, **flags}
     engine, data = (
@@ -245,7 +245,7 @@ def _from_flags(argv: Sequence[str], program: str) -> dict[str, Any]:
 
 
 def _no_flag(word: str) -> str:
-    # The text behind "=" is left out: it may be a token, if somebody takes tokens for flags.
+    # The text after "=" is left out: it may be a token that was passed as if there were a flag for it.
     flags = f"the flags are {', '.join(each.flag for each in OPTIONS)}, {PRINT_CONFIG}, --help, --version"
     if word.startswith("-"):
         return f"unknown flag {shown(word)}; {flags}"

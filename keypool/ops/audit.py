@@ -1,7 +1,7 @@
 """The audit log: which token did what to which keys, on the logger `keypool.audit`.
 
-A line is written when the change is made, whether or not its caller still waits for the answer, and at any
-`--log-level` (logs.py). It has ids and hints, never the text of a key, and of a token the first 8 hex digits
+A line is written when the change is made, even if its caller has disconnected, and at any `--log-level`
+(logs.py). It has ids and hints, never the text of a key, and of a token the first 8 hex digits
 of its digest. A batch is one line with the number of keys, the first and the last. operations.py, signin.py
 and wrong_tokens.py decide what is audited.
 """
@@ -35,7 +35,7 @@ def audit(
 ) -> None:
     """Write one line. About 20 µs.
 
-    `outcome` is `ok` or the code of an error; `storage-unavailable` means that the change may be kept all the same.
+    `outcome` is `ok` or the code of an error; after `storage-unavailable` the change may still have been kept.
     `keys` are those of a single call, or with `count` the first and the last of a batch. `facts` are further fields.
     """
     fields: dict[str, Any] = {
@@ -72,7 +72,7 @@ def known(key: Identity) -> str:
 
 
 def asked_for(text: str) -> str:
-    """The same for a text that a caller sent as a key, which need not be one: only an id or a hint is shown."""
+    """The name of a text that a caller sent as a key, whether it is one or not: its id or hint, else `no key`."""
     if _ID.fullmatch(text):
         return text
     return hint(text) if _KEY.fullmatch(text) else "no key"

@@ -32,7 +32,7 @@ ROWS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0)
 
 
 class Histogram:
-    """Observations by size. `bounds` are inclusive upper ends, ascending; the last bucket has none."""
+    """Observations by size. `bounds` are inclusive upper bounds, ascending; the last bucket has no bound."""
 
     __slots__ = ("bounds", "counts", "largest", "last", "sum")
 
@@ -57,7 +57,7 @@ class Histogram:
         return sum(self.counts)
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Prometheus's buckets: the upper end, and how many observations are no larger."""
+        """Prometheus's buckets: each upper bound with the number of observations up to it."""
         ends = [*map(str, self.bounds), "+Inf"]
         buckets, so_far = [], 0
         for end, count in zip(ends, self.counts, strict=True):
@@ -67,7 +67,7 @@ class Histogram:
 
 
 NO_OPERATION = "none"
-"""The operation of a request that named no call: an unknown path, say."""
+"""The operation of a request that named no call, such as an unknown path."""
 
 _FROM_THE_START = ("ok", "unauthorized", "forbidden", "storage-unavailable", "internal")
 
@@ -75,9 +75,9 @@ _FROM_THE_START = ("ok", "unauthorized", "forbidden", "storage-unavailable", "in
 class CallMetrics:
     """Calls by operation and outcome (`ok` or the code of an error), and how long they took.
 
-    Bounded: operations times codes. `operations` has the codes of each operation's own errors. These and
-    `_FROM_THE_START` have a count of zero from the start: Prometheus takes the first value of a series for what it
-    has always been, so an alert would miss the first burst of a series that begins with it.
+    Bounded by operations times codes. `operations` maps each operation to the codes of its own errors. These and
+    `_FROM_THE_START` have a count of zero from the start: Prometheus computes no increase for the first sample of a
+    series, so an alert would miss a burst that creates the series.
     """
 
     def __init__(self, operations: Mapping[str, Iterable[str]]) -> None:

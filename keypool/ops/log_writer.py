@@ -6,7 +6,7 @@ A pipe that nobody reads, or a terminal stopped by Ctrl-S, blocks the writing th
 Making the descriptor non-blocking instead would affect every other program that shares it.
 
 A line that doesn't fit into the queue is dropped and counted, and so are all lines after it until the queue
-is empty; then one line tells the number. So each gap in the log is marked where it is.
+is empty; then one line gives their number. So each gap in the log is marked where it is.
 
 No lock is held by Python code: a garbage collection may log from anywhere, in this thread as well.
 """
@@ -49,7 +49,7 @@ class LogWriter:
         self._written = 0
         self._failed = 0
         self._noticed = 0  # refused lines after which lines were taken again
-        self._said = 0  # lost lines that a notice has counted
+        self._reported = 0  # lost lines that a notice has counted
 
     @property
     def dropped(self) -> int:
@@ -70,7 +70,7 @@ class LogWriter:
             self._start()
 
     def flush(self, seconds: float = FLUSH_SECONDS) -> None:
-        """Wait until all lines are written, at most so long."""
+        """Wait until all lines are written, for at most so many seconds."""
         if self._thread is not None:
             written = Event()
             self._queue.put(written)
@@ -80,7 +80,7 @@ class LogWriter:
         thread = Thread(target=self._run, name="log", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # the system gives no thread: better a log that may block than none
+        except RuntimeError:  # no thread can be created: write here, although that may block
             self._write_queued(self._queue.get())
         else:
             self._thread = thread
@@ -90,7 +90,7 @@ class LogWriter:
             self._write_queued(self._queue.get())
 
     def _write_queued(self, item: bytes | Event) -> None:
-        """Write this and what else is there by now."""
+        """Write this item and all that are queued by now."""
         lines: list[bytes] = []
         flushes: list[Event] = []
         while True:
@@ -105,34 +105,34 @@ class LogWriter:
             self._failed += self._lost(piece)
             self._written += len(piece)
         if self._queue.empty():
-            self._say_losses()
+            self._report_losses()
         for flush in flushes:
             flush.set()
 
-    def _say_losses(self) -> None:
+    def _report_losses(self) -> None:
         noticed = self._refused
-        unsaid = noticed + self._failed - self._said
+        unreported = noticed + self._failed - self._reported
         self._noticed = noticed
-        if unsaid and not self._lost(self.notice(unsaid)):
-            self._said += unsaid
+        if unreported and not self._lost(self.notice(unreported)):
+            self._reported += unreported
 
     def _lost(self, data: bytes) -> int:
-        """Write all of it; how many lines could not be."""
+        """Write all of it; returns how many lines were lost."""
         left = memoryview(data)
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # somebody who shares it has made it non-blocking
+            except BlockingIOError:  # another program that shares it has made it non-blocking
                 poll = select.poll()
                 poll.register(self._descriptor, select.POLLOUT)
                 poll.poll()
-            except OSError:  # closed, nobody there any more, disk full
+            except OSError:  # closed, reader gone, disk full
                 return bytes(left).count(b"\n")
         return 0
 
 
 def _pieces(lines: Sequence[bytes]) -> list[bytes]:
-    """The lines joined, as many each time as are written in one go. O(lines)."""
+    """The lines joined into pieces of at most _AT_ONCE bytes, unless one line is longer. O(lines)."""
     pieces: list[list[bytes]] = []
     size = 0
     for line in lines:

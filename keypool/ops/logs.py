@@ -68,7 +68,7 @@ class JsonFormatter(_Formatter):
 
 
 class QueueingHandler(logging.Handler):
-    """Formats a record in the calling thread and queues the line; words the writer's notices."""
+    """Formats a record in the calling thread and queues the line. Also formats the writer's notices."""
 
     def __init__(self, writer: LogWriter, formatter: logging.Formatter) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The metrics for Prometheus, made at each scrape.
 
-Counters and gauges are read from the engine then, so they can't drift from it; every state has its sample,
-also at zero. No label holds a key, an owner or a path. The table in the docs is made from `METRICS`.
+Counters and gauges are read from the engine then, so they can't drift from it. Every state has a sample, even
+at zero. No label holds a key, an owner or a path. The table in the docs is made from `METRICS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """One metric by its full name. `source` is a field of Stats or the name of a histogram, if it has its value."""
+    """One metric by its full name. `source` names the field of Stats or the histogram that holds its value, if any."""
 
     name: str
     kind: str
@@ -34,7 +34,7 @@ class MetricRow:
 
     @property
     def label_names(self) -> list[str]:
-        """In order."""
+        """The names in `labels`, in order."""
         return [label.partition(":")[0].strip() for label in self.labels.split(";") if label]
 
 
@@ -100,7 +100,7 @@ METRICS = (
 
 
 Numbers = Mapping[str, float | Mapping[str, float]]
-"""Values by the full name of their metric; of one with a label, by the label's value."""
+"""Values by the full name of their metric; for a metric with a label, by the label's value."""
 
 Samples = Mapping[Any, float | Histogram]
 """The values of one metric, by the values of its labels, a tuple."""

@@ -37,7 +37,7 @@ Pages = Sequence[tuple[str, type[PageHandler]]]
 class KeypoolApplication(Application):
     """A Tornado application that also takes API calls as bytes (`start_raw_request`), from the http1 server.
 
-    Among its settings `in_flight` counts the requests being answered, and `dispatcher` has the calls.
+    `settings["in_flight"]` counts the requests being answered; `settings["dispatcher"]` has the calls.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class KeypoolApplication(Application):
         self.forget_callers()
 
     def forget_callers(self) -> None:
-        """Invalidate cached checks of headers, as the tokens have changed. The server's `serve_app` must follow."""
+        """Invalidate cached header checks after a change of tokens. Call the server's `serve_app` afterwards."""
         # Entries of the server's cache belong to one FastApi, and another one ignores them.
         self.start_raw_request = FastApi(self.settings["dispatcher"], self.settings["in_flight"]).start
 
@@ -77,7 +77,7 @@ set_parse_body_config(ParseBodyConfig(multipart=ParseMultipartConfig(max_part_he
 def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> KeypoolApplication:
     """The application over an engine. Needs a running loop.
 
-    Among its settings `dashboard` has to be drained at a stop, and `metric_sources` feeds /metrics.
+    `settings["dashboard"]` has to be drained at a stop; `settings["metric_sources"]` feeds /metrics.
     """
     settings = settings or Settings()
     calls = OPERATIONS + LEGACY
@@ -125,7 +125,7 @@ def make_loading_app(access: Access) -> KeypoolApplication:
         Loading(),
         access,
         [replace(operation, run=_refuse_loading, head=None) for operation in all_calls],
-        # Sessions, which could admit a dashboard, don't exist yet: so the feed asks for no role.
+        # Sessions don't exist yet, so the feed can't check a role: it is refused like a page.
         before_api=[(f"{BASE}/feed", Ready)],
         pages=[(r"/healthz", Health), (r".*", Ready)],
     )

@@ -1,6 +1,6 @@
 """`keypool backup FILE` and `keypool verify FILE`: copies of a data file, on the machine that has it.
 
-They talk to no server, but need its packages, so they are here and not in keypool/cli/.
+They need the server's packages, though no running server, so they are here and not in keypool/cli/.
 """
 
 from __future__ import annotations

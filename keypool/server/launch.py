@@ -20,7 +20,7 @@ from keypool.server.lifecycle import IGNORED_SIGNALS, Standalone, Worker
 from keypool.server.serving import serve
 from keypool.server.supervisor import Supervisor
 
-_BROKEN_PIPE = 128 + 13  # as a shell reports a program that SIGPIPE ended
+_BROKEN_PIPE = 128 + 13  # the status that a shell reports for SIGPIPE
 _log = logging.getLogger("keypool")
 
 
@@ -64,7 +64,7 @@ def _require_files() -> None:
 
 
 def _warn(settings: Settings) -> None:
-    """Warn about what is allowed and yet hardly meant."""
+    """Warn about settings that are valid but probably a mistake."""
     known = [option.variable for option in OPTIONS]
     known += [variable for role in ROLES for variable in token_variables(role)]
     for line in misspelled(os.environ, [*known, *CLIENT_VARIABLES]):
@@ -101,7 +101,7 @@ def _serve_in_workers(settings: Settings) -> int:
 
 
 def _fail(error: StartError, status: int) -> int:
-    # By the log's writer, so that the line comes after those of the log, and an unread pipe can't block the exit.
+    # Through the log's writer: the line comes after those of the log, and an unread pipe can't block the exit.
     logs.STDERR.put(f"keypool: {error}\n".encode(errors="backslashreplace"))
     logs.STDERR.flush()
     return status

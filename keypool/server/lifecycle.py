@@ -1,7 +1,7 @@
-"""What asks a server process to stop, and what it reports its state to.
+"""The two kinds of server process: where stop requests come from, and where the state is reported.
 
-Standalone  the only process: signals stop it; it reports to the log and the service manager Worker      one
-of `--processes`: its supervisor (supervisor.py) stops it, and it reports there, over a socket
+- Standalone, the only process: signals stop it, and it reports to the log and the service manager.
+- Worker, one of `--processes`: the supervisor (supervisor.py) stops it over a socket and gets its reports.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Lifecycle(Protocol):
     """What serving.py needs of either kind of process."""
 
     reserve: float
-    """Seconds of --drain-seconds that the server leaves for its end to be noticed."""
+    """Seconds of --drain-seconds left over, so that the supervisor sees the exit before it kills the process."""
 
     def stop_asked(self) -> asyncio.Event:
-        """An event that is set once the server should stop. To be called once, first, on the running loop."""
+        """An event that is set once the server should stop. Call it once, before the others, on the running loop."""
         ...
 
     def on_reload(self, reload: Callable[[], None]) -> None:
-        """Have `reload` called each time that the token files should be read again. After `stop_asked`."""
+        """Register the callback for reloads of the token files. Call it after `stop_asked`."""
         ...
 
     def report(self, state: State, url: str = "") -> None:
@@ -106,8 +106,8 @@ class Standalone:
 class Worker:
     """The process number `index` (from 0) of several that share `port`.
 
-    `link` is a socket to the supervisor: it sends RELOAD and DRAIN, and its end means that the supervisor is gone. The
-    worker sends READY once, and BEAT every second.
+    `link` is a socket to the supervisor, which sends RELOAD and DRAIN; end of file means that the supervisor is gone.
+    The worker sends READY once, and BEAT every second.
     """
 
     index: int
@@ -143,7 +143,7 @@ class Worker:
         except OSError:
             order = b""
         if not order:
-            exit_now(1)  # the supervisor was killed: whatever started it starts all of us again
+            exit_now(1)  # the supervisor was killed: the service manager restarts the whole group
         if RELOAD in order:
             self._reload()
         if DRAIN in order:

@@ -52,7 +52,7 @@ def migrate(args: argparse.Namespace) -> Status:
 
 
 def _place(word: str) -> str:
-    """The place: the word itself, or with env:NAME the content of a variable. Raises CommandError."""
+    """A data file or URL as given, or for env:NAME the value of that variable. Raises CommandError."""
     if not word.startswith("env:"):
         return word
     found = os.environ.get(word.removeprefix("env:"))
@@ -73,7 +73,7 @@ class _Advice:
 
 
 async def _move(args: argparse.Namespace, advice: _Advice) -> Moved:
-    """Raises StartError, SettingsError, CommandError, and CancelledError after a Ctrl-C."""
+    """Move the pool. Raises StartError, SettingsError, CommandError, and CancelledError after a Ctrl-C."""
     from keypool.core.errors import StartError  # noqa: PLC0415
     from keypool.engine.migrate import moving  # noqa: PLC0415
 

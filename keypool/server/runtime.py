@@ -35,8 +35,8 @@ def spare_the_old_generation() -> None:
 def collect_the_young(loop: asyncio.AbstractEventLoop) -> None:
     """Collect the young generations 20 times a second, for as long as the loop runs. At most 0.1 ms each time.
 
-    By default the interpreter does it when allocations exceed frees by a threshold. Where as many objects are freed as
-    allocated, survivors would pile up by the hundred thousand before, and then all be visited at once.
+    By default the interpreter collects when allocations exceed frees by a threshold. A steady load frees as many
+    objects as it allocates, so survivors would pile up by the hundred thousand and then all be visited at once.
     """
     times = itertools.count(1)
 
@@ -50,7 +50,7 @@ def collect_the_young(loop: asyncio.AbstractEventLoop) -> None:
 def run(main: Coroutine[Any, Any, int]) -> NoReturn:
     """Run the coroutine on uvloop, or on asyncio's loop if uvloop is missing; exit with its result.
 
-    Raises what it raises. The process exits without any clean-up: to free a million keys one by one would take seconds.
+    Raises what it raises. The process exits without clean-up: freeing a million keys one by one would take seconds.
     """
     try:
         import uvloop  # noqa: PLC0415 - optional

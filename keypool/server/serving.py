@@ -42,9 +42,7 @@ from keypool.server.token_reload import TokenReload
 from keypool.web.scrape import MetricSources
 
 _QUIET_ROUNDS = 3  # rounds without a new request, after which all that had arrived has been read
-_ROUND_SECONDS = (
-    0.02  # time for a client that was just answered to send its next request, and learn of the end
-)
+_ROUND_SECONDS = 0.02  # enough for a client that was just answered to send one more request and get its 503
 _CLOSING_SECONDS = 1.0  # of --drain-seconds, left for the last commit
 _log = logging.getLogger("keypool")
 
@@ -106,10 +104,9 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
         return 0
     engine = await loading
     app = make_app(engine, access, settings)
-    await app.settings[
-        "dashboard"
-    ].counting.wait()  # otherwise the first calls would be missing from the charts
-    tokens.sessions = app.settings["dashboard"].sessions
+    dashboard = app.settings["dashboard"]
+    await dashboard.counting.wait()  # otherwise the first calls would be missing from the charts
+    tokens.sessions = dashboard.sessions
     server.serve_app(app)
     _add_metrics(server, app.settings["metric_sources"])
     if isinstance(lifecycle, Worker):
@@ -127,7 +124,7 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
 
 
 async def open_engine(settings: Settings) -> Engine:
-    """The engine that the settings name, with its keys loaded. O(keys). Raises StartError."""
+    """Open the engine that the settings name, and load its keys. O(keys). Raises StartError."""
     if settings.engine != "embedded":
         return await _open_valkey(settings)
     if settings.data == ":memory:":
@@ -162,7 +159,7 @@ def _url(settings: Settings, sockets: list[socket.socket]) -> str:
 
 
 def _add_metrics(server: HttpServer, sources: MetricSources) -> None:
-    """Let /metrics show the numbers of connections and of dropped log lines."""
+    """Connect the metrics of the HTTP server and of the log writer."""
     sources.connections = lambda: server.limiter.count
     sources.refused_connections = lambda: server.limiter.refused
     sources.limits["connections"] = server.limiter.most
@@ -172,7 +169,7 @@ def _add_metrics(server: HttpServer, sources: MetricSources) -> None:
 async def _drain(
     server: HttpServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
 ) -> bool:
-    """Answer what is in flight and close the engine, within `seconds`; whether all changes are kept."""
+    """Finish requests in flight and close the engine, within `seconds`; True if all changes were committed."""
     deadline = time.monotonic() + seconds
     server.drain_accept_queue(sockets)
     server.stop()
@@ -182,7 +179,7 @@ async def _drain(
     in_flight: InFlight = app.settings["in_flight"]
     if not await _wait_idle(server, in_flight, deadline - min(_CLOSING_SECONDS, seconds / 4)):
         _log.warning("%d requests were cut: not answered within --drain-seconds", in_flight.count)
-    # In this turn of the loop: a request that began now could not be answered any more.
+    # Without an await since `_wait_idle`: a request that began in between would be cut without an answer.
     server.cut_all()
     app.settings["dispatcher"].wrong_tokens.close()
     cutting = asyncio.ensure_future(server.close_all_connections())
@@ -190,7 +187,7 @@ async def _drain(
     await asyncio.wait([cutting, keeping], timeout=max(0.1, deadline - time.monotonic()))
     if cutting.done():
         cutting.result()
-    keeping.cancel()  # once the time is up: it then raises for what it could not keep
+    keeping.cancel()  # no effect if it is done; else it raises StorageUnavailable for what isn't committed
     try:
         await keeping
     except StorageUnavailable as error:
@@ -202,14 +199,14 @@ async def _drain(
 
 
 async def _wait_idle(server: HttpServer, in_flight: InFlight, deadline: float) -> bool:
-    """Wait until every request that had arrived is answered; whether it was by the deadline.
+    """Wait until every request that has arrived is answered; False if the deadline passes first.
 
-    A request that had arrived may not be read yet: all have been once no new one has begun for some rounds.
+    Requests may still be unread in socket buffers: all have been read once no new one has begun for some rounds.
     """
     quiet = 0
     while quiet < _QUIET_ROUNDS:
         began = server.began
-        # Its result doesn't matter: new requests may have come just when it was idle.
+        # Its result doesn't matter: new requests may have come since.
         await in_flight.wait_idle(deadline - time.monotonic())
         await asyncio.sleep(_ROUND_SECONDS)
         if time.monotonic() > deadline:

@@ -22,8 +22,8 @@ forwarded to all.
 
 Tornado's fork_processes forks and restarts too, but has no beats, forwards no signal, and doesn't drain.
 
-Workers are forked, from a process that has no loop, and no thread but the log's, which holds nothing that a
-child needs (log_writer.py). So settings are read once, and tokens again at SIGHUP.
+Forking is safe here: the supervisor runs no event loop, and its only thread is the log's, which holds no lock
+(log_writer.py). Settings are read once, before the fork; tokens again at SIGHUP.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from keypool.server.sd_notify import Notifier
 
 _FIRST_PAUSE = 0.1  # seconds between a death and the next start; doubled up to the longest
 _LONGEST_PAUSE = 10.0
-_STABLE_AFTER = 30.0  # seconds of serving after which a death counts as the first again
-_HANGS_AFTER = 5.0  # seconds without a beat: several of them, so that a busy machine kills none
+_STABLE_AFTER = 30.0  # seconds of serving after which the pause starts from the shortest again
+_HANGS_AFTER = 5.0  # seconds without a beat: several intervals, so that a busy machine causes no kill
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _log = logging.getLogger("keypool")
 _ready_log = logging.getLogger("keypool.ready")
@@ -84,7 +84,7 @@ class _Child:
 
 
 class Supervisor:
-    """`run` is the supervisor's whole life; `serve` is a worker's, and returns its exit status.
+    """Starts and watches `count` workers. `serve` runs in each worker, and returns its exit status.
 
     `reload` is called at SIGHUP, for the workers that are started later. Lengths of time are seconds.
     """
@@ -194,7 +194,7 @@ class Supervisor:
     # -- starting
 
     def _startable(self) -> Iterable[_Child]:
-        """The workers that are absent: only the first until it is ready, so that an error is logged once."""
+        """The absent workers that may be started: only the first until it is ready, so that an error is logged once."""
         if self._status is not None:
             return []
         some = self._children if self._all_were_ready or self._children[0].ready else self._children[:1]
@@ -222,7 +222,7 @@ class Supervisor:
         follow: Callable[[], None],
         before: set[int | signal.Signals],
     ) -> NoReturn:
-        """The worker's life, from the fork to its exit."""
+        """In the child: undo what it inherited from the supervisor, serve, and exit."""
         status = 1
         try:
             follow()
@@ -232,7 +232,7 @@ class Supervisor:
                 signal.signal(number, signal.SIG_IGN)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            # The supervisor's ends of the sockets must be open in no other process, or its death would close none.
+            # Else other workers' sockets would stay open in this child when the supervisor dies.
             ours.close()
             self._selector.close()
             self._wakeup.close()
@@ -271,7 +271,7 @@ class Supervisor:
         except OSError:
             received = b""
         child.heard_at = time.monotonic()
-        if not received:  # it is dead or dying: `_reap` does the rest
+        if not received:  # it has exited or is about to; `_reap` collects its status
             self._disconnect(child)
         elif READY in received:
             child.ready = True
@@ -318,28 +318,27 @@ class Supervisor:
             self._fed_at = now
 
     def _kill_hung(self) -> None:
-        """Kill workers whose loop doesn't turn any more, also while they drain."""
+        """Kill workers that no longer send beats, also while they drain."""
         now = time.monotonic()
-        stood_still, self._watched_at = now - self._watched_at > _HANGS_AFTER / 2, now
+        was_frozen, self._watched_at = now - self._watched_at > _HANGS_AFTER / 2, now
         for child in self._children:
-            if stood_still:  # the supervisor itself was frozen, perhaps with all workers
+            if was_frozen:  # the supervisor itself was frozen, perhaps with all workers
                 child.heard_at = now
             if child.pid is not None and now - child.heard_at > _HANGS_AFTER:
                 _log.warning("process %d of %d hangs and is killed", child.index + 1, len(self._children))
-                child.heard_at = now
+                child.heard_at = now  # one kill, and one log line, per interval
                 child.kill()
 
 
 @contextlib.contextmanager
 def reserved(address: str, port: int) -> Iterator[int]:
-    """Hold a port for workers that will share it; the port, chosen by the system for 0. Raises StartError.
+    """Reserve a port for workers that will share it; yields its number, chosen by the system for 0. Raises StartError.
 
-    A socket that is bound and doesn't listen gets no connection, and keeps other users' programs away.
+    A bound socket that doesn't listen gets no connections, and prevents programs of other users from binding the port.
     """
     try:
-        if (
-            port
-        ):  # whether somebody listens there shows without SO_REUSEPORT only: another supervisor would share
+        if port:
+            # Only a bind without SO_REUSEPORT fails if another supervisor has the port.
             for each in _bound(address, port, share=False):
                 each.close()
         sockets = _bound(address, port, share=True)
@@ -374,7 +373,7 @@ def _bound(address: str, port: int, *, share: bool) -> list[socket.socket]:
 
 @contextlib.contextmanager
 def _signals_as_bytes() -> Iterator[socket.socket]:
-    """A socket that receives the number of each signal meanwhile, so that signals are events of the selector."""
+    """A socket that receives the number of each signal within the block, so that the selector wakes for signals."""
     reading, writing = socket.socketpair()
     reading.setblocking(False)
     writing.setblocking(False)

@@ -1,6 +1,6 @@
 """Reload of the token files at SIGHUP, without a restart and without signing anybody out.
 
-    ask() -> read and check all sources, in a thread -> replace the tokens in Access, in one turn of the loop
+    ask() -> read and check all sources, in a thread -> replace the tokens in Access, without an await
 
 Calls in flight keep the role they began with; every later call is checked against the new tokens. If a source
 is wrong, the old tokens stay.
@@ -44,18 +44,18 @@ class TokenReload:
                 self._asked = False
                 await self._read()
         except Exception:
-            _log.exception("the token files could not be reloaded: the tokens before stay valid")
+            _log.exception("the token files could not be reloaded: the previous tokens stay valid")
         finally:
             self._task = None
 
     async def _read(self) -> None:
         if not any(self._environ.get(token_variables(role)[1]) for role in ROLES):
-            _log.info("asked to reload the token files, but no tokens come from files")
+            _log.info("SIGHUP: no token files to reload, as no tokens come from files")
             return
         try:
             tokens = await asyncio.to_thread(read_tokens, self._environ)
         except SettingsError as error:
-            _log.error("the token files are wrong, so the tokens before stay valid: %s", error)
+            _log.error("the token files are wrong, so the previous tokens stay valid: %s", error)
             return
         if self.sessions is not None:
             digests = [

@@ -2,9 +2,9 @@
 
     /static/3f9a0c12d4e5/js/main.js
 
-The second part is a digest of all files together. So browsers may cache a file for ever, modules that import
-each other by relative paths are of one version, and a page that was open during an upgrade never gets a
-mixture of versions. A changed file takes a restart.
+The second part is a digest of all files together. So browsers may cache a file for ever, and modules that
+import each other by relative paths are always of the same version, even in a page that was open during an
+upgrade. A changed file is served after a restart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One file, as it is and compressed."""
+    """One file: its content, plain and gzipped."""
 
     content_type: str
     body: bytes
@@ -68,5 +68,5 @@ class Assets:
         return f"/static/{self.version}/{name}"
 
     def get(self, version: str, name: str) -> Asset | None:
-        """The file, if the version is this one."""
+        """The file, or None if there is no such file in this version."""
         return self._files.get(name) if version == self.version else None

@@ -46,13 +46,13 @@ PAGE_HEADERS = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
 )
 
-EXPIRING = 60  # seconds
-REFUSED = 300
+EXPIRING = 60  # seconds: keys that expire within this time are counted
+REFUSED = 300  # seconds: refused acquires are counted over this time
 _log = logging.getLogger("keypool.dashboard")
 
 
 class Dashboard:
-    """See the module. Lives on the running loop."""
+    """The state behind the dashboard's pages. Needs a running loop; `drain` stops its timers."""
 
     def __init__(self, engine: Engine, access: Access, settings: Settings) -> None:
         self.engine = engine
@@ -75,11 +75,11 @@ class Dashboard:
         self._templates.filters.update(number=number, length_of=length)
         self._templates.globals.update(asset=self.assets.url, version=__version__, settings=settings)
         self.counting = asyncio.Event()
-        """Set once the first sample is taken, from which later ones are counted."""
+        """Set after the first sample; calls before it are missing from the charts."""
         self._task = asyncio.create_task(self._count_seconds())
 
     def drain(self) -> None:
-        """Close the feed and stop counting."""
+        """Close the feed and stop the timers."""
         self.feed.drain()
         self.stall.close()
         self._task.cancel()
@@ -92,8 +92,8 @@ class Dashboard:
         """The page for an error."""
         return self.render("error.html", error=error, status=status, request_id=request_id, theme="")
 
-    async def figures(self) -> dict[str, Any]:
-        """What the feed doesn't have. O(1)."""
+    def figures(self) -> dict[str, Any]:
+        """The members of /figures: numbers that the feed doesn't send. O(1)."""
         return {
             "ready": self.readiness(),
             "expiring": self.expiring,
@@ -135,7 +135,7 @@ class Dashboard:
 
 
 def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]]:
-    """Every setting with its value and origin; of tokens, how many and the start of their digests."""
+    """Every setting with its value and origin; for tokens, their number and the first digits of their digests."""
     rows = [
         {
             "flag": option.flag,

@@ -2,16 +2,15 @@
 
     engine --(polled 4 times a second while there are viewers)--> Feed --(one frame at a time)--> viewer
 
-The engine pushes nothing: its counters show whether anything has changed, and its latest events what. So no
-call pays for the feed, and 2,000 calls a second make no more than four frames. The text of a frame is encoded
-once for all viewers, but for its number `seq`, which grows by one a frame for each viewer.
+The engine pushes nothing: its counters show whether anything has changed, its latest events what has. So the
+feed adds no cost to a call, and 2,000 calls a second cause at most four frames. The text of a frame is encoded
+once for all viewers, except its number `seq`, which each viewer counts separately.
 
 A viewer has at most one frame in flight. Until that has been handed to the network, the viewer is skipped;
-its next frame has the state of that moment and the count of the events that it missed. So a slow viewer gets
+its next frame has the current state and the number of events that it missed. So a slow viewer gets
 fewer and fresher frames, and one that never reads costs one frame.
 
-A Viewer is anything that can be written to: this module knows no websockets, HTTP or cookies
-(feed_handler.py).
+A Viewer is anything that frames can be sent to; websockets, HTTP and cookies are in feed_handler.py.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Viewer(Protocol):
     """A subscriber of the feed."""
 
     def send(self, frame: bytes) -> Awaitable[None]:
-        """Send a frame; done when it has left this process."""
+        """Send a frame; the result is done when the frame has been handed to the network."""
         ...
 
     def leave(self, code: int, reason: str) -> None:
@@ -59,7 +58,7 @@ class Viewer(Protocol):
 
 
 class _Seat:
-    """What one viewer has been sent."""
+    """The state of one viewer's stream: what it has been sent, and whether a frame is in flight."""
 
     __slots__ = ("busy", "events_seen", "greeted", "numbers", "seq", "viewer", "written_at")
 
@@ -74,7 +73,7 @@ class _Seat:
 
 
 class Feed:
-    """The viewers of one engine. Lives on one loop."""
+    """Sends changes of one engine to its viewers. `now` is the wall clock, in seconds. Needs a running loop."""
 
     def __init__(self, engine: Engine, history: History, max_viewers: int, now: Callable[[], float]) -> None:
         self._engine = engine
@@ -88,7 +87,7 @@ class Feed:
 
     @property
     def viewers(self) -> int:
-        """Open viewers."""
+        """The number of open viewers."""
         return len(self._seats)
 
     def require_room(self) -> None:
@@ -99,7 +98,7 @@ class Feed:
             raise TooManyViewers(self._max_viewers)
 
     async def join(self, viewer: Viewer) -> None:
-        """Add a viewer and send it a hello. Raises TooManyViewers."""
+        """Add a viewer and send it a hello; while draining, close it instead. Raises TooManyViewers."""
         if self._closed:
             viewer.leave(GOING_AWAY, "draining")
             return
@@ -110,12 +109,12 @@ class Feed:
         try:
             stats = await self._engine.stats()
         except KeypoolError:
-            return  # storage is down: `_tick` sends the hello once there are numbers
+            return  # storage is down: `_tick` sends the hello once stats can be read
         if viewer in self._seats and not seat.greeted:
             self._greet(seat, stats)
 
     def part(self, viewer: Viewer) -> None:
-        """Remove a viewer."""
+        """Remove a viewer; harmless if it isn't there."""
         self._seats.pop(viewer, None)
 
     def drain(self) -> None:
@@ -144,7 +143,7 @@ class Feed:
                 self._close_signed_out()
                 try:
                     self._tick(await self._engine.stats())
-                except KeypoolError as error:  # storage is down: beats show that the server isn't
+                except KeypoolError as error:  # storage is down, but beats go on
                     _log.debug("no numbers to send: %s", error.detail)
                 self._beat()
                 await asyncio.sleep(max(INTERVAL / 5, started + INTERVAL - self._loop.time()))
@@ -163,9 +162,8 @@ class Feed:
 
     def _tick(self, stats: Stats) -> None:
         numbers, events_seen = _numbers(stats), self._engine.event_seq
-        tails: dict[
-            int, bytes
-        ] = {}  # by the number of events that are new to a viewer; nearly always one entry
+        # By the number of events that are new to a viewer; nearly always one entry.
+        tails: dict[int, bytes] = {}
         text = moment(self._now())
         for seat in list(self._seats.values()):
             if seat.busy:

@@ -1,7 +1,7 @@
 """The feed's websocket.
 
-Up to the upgrade it is a page like the others, with the same checks and errors. A page of another site can't
-open it with a session's cookie: browsers send an Origin with every websocket, which must be this server's.
+Before the upgrade the request gets the same checks and errors as a page. A page of another site can't open it
+with a session's cookie: browsers send an Origin with every websocket handshake, which must be this server's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StrictProtocol(WebSocketProtocol13):
     """Tornado's websocket, as strict as RFC 6455 about what a viewer sends.
 
     Tornado accepts unmasked frames, echoes any close code, and drops the connection without a close code at a malformed
-    frame. It has no public hooks for that; tests watch the private methods below.
+    frame. It has no public hooks for that, so this overrides private methods; tests notice if Tornado renames them.
     """
 
     _at_header = False
@@ -58,14 +58,14 @@ class StrictProtocol(WebSocketProtocol13):
         return None
 
     def _abort(self) -> None:
-        # Tornado aborts for a malformed frame, a closed stream, or after a close code, and only the first needs one.
+        # Tornado also aborts when the stream is closed or a close code was sent; only a malformed frame needs a code.
         if self.stream is not None:
             self.close(_PROTOCOL_ERROR)
         super()._abort()
 
 
 def _fault(opcode: int, data: bytes) -> int | None:
-    """The close code for a wrong message or control frame, None if it is right."""
+    """The close code for an invalid message or control frame, None if it is valid."""
     if opcode == _CLOSE and data:
         code = int.from_bytes(data[:2]) if len(data) > 1 else 0
         if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or (3000 <= code <= 4999)):
@@ -109,10 +109,10 @@ class FeedHandler(PageHandler, WebSocketHandler):
         return StrictProtocol(self, False, protocol.params)
 
     def check_origin(self, origin: str) -> bool:
-        return True  # `check` has compared it
+        return True  # `check` has verified it
 
     def _check_cross_origin(self, check: Callable[[str], bool]) -> str | None:
-        # Private to Tornado: it would refuse by Sec-Fetch-Site a client that sends no Origin, so isn't a browser.
+        # Private to Tornado: it would refuse clients without an Origin by Sec-Fetch-Site, but these aren't browsers.
         return None
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +121,7 @@ class FeedHandler(PageHandler, WebSocketHandler):
         await WebSocketHandler.get(self, *args, **kwargs)
 
     async def open(self, *args: str, **kwargs: str) -> None:
-        """The connection is upgraded: no longer a request in flight, but a viewer."""
+        """After the upgrade the connection counts as a viewer and no longer as a request in flight."""
         self._leave()
         self.set_nodelay(True)
         try:

@@ -1,7 +1,7 @@
 """The dashboard's pages. They only read: their scripts make changes through the API.
 
-A page can be read before its script runs and without one, but for the charts. A browser that isn't signed in
-is redirected to /login and back; other clients get 401.
+Pages are complete without scripts, except for the charts. A browser that isn't signed in is redirected to
+/login and back; other clients get 401.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ THEMES = ("light", "dark")
 
 
 class DashboardHandler(PageHandler):
-    """The root of the dashboard's pages: the session, and what every page shows."""
+    """Base class of the dashboard's pages: checks the session, and adds what every page shows."""
 
     public = False
     session: Session | None
@@ -45,7 +45,7 @@ class DashboardHandler(PageHandler):
         return dashboard
 
     def check(self) -> None:
-        """Require a session, but for `public` pages."""
+        """Require a session, except for `public` pages."""
         super().check()
         self.session = None
         try:
@@ -74,7 +74,7 @@ class DashboardHandler(PageHandler):
         return self.session.caller.role if self.session is not None else None
 
     def show(self, template: str, **facts: Any) -> None:
-        """Answer with a page."""
+        """Answer with the page of a template; `facts` are its variables."""
         for name, value in PAGE_HEADERS:
             self.set_header(name, value)
         theme = self.get_cookie("keypool_theme", "")
@@ -102,14 +102,14 @@ class Overview(DashboardHandler):
             page="overview",
             title="Overview",
             stats=await self.engine.stats(),
-            figures=await dashboard.figures(),
+            figures=dashboard.figures(),
             events=self.engine.recent(SHOWN)[::-1],
             soonest=soonest.keys,
         )
 
 
 class Keys(DashboardHandler):
-    """/keys: the table, a page of 50 at a time."""
+    """/keys: the table of keys, 50 a page."""
 
     async def get(self, *args: str) -> None:
         tab = self.get_query_argument("tab", "all")
@@ -164,7 +164,7 @@ class KeyPanel(DashboardHandler):
 
     async def get(self, *args: str) -> None:
         key_id = int(args[0][:18])
-        await self.engine.stats()  # an engine on Valkey fetches events with its stats
+        await self.engine.stats()  # the Valkey engine fetches events together with stats
         events = self.engine.recent(20, key_id)[::-1]
         part = self.get_query_argument("part", None) is not None
         try:
@@ -193,7 +193,7 @@ class KeyPanel(DashboardHandler):
 
 
 class Events(DashboardHandler):
-    """/events: the latest, newest first."""
+    """/events: the latest events, newest first."""
 
     async def get(self, *args: str) -> None:
         kind = self.get_query_argument("kind", "")
@@ -222,7 +222,7 @@ class System(DashboardHandler):
             page="system",
             title="System",
             stats=await self.engine.stats(),
-            figures=await self.dashboard.figures(),
+            figures=self.dashboard.figures(),
             engine_figures=self.engine.figures(),
             rows=settings_in_force(self.dashboard.settings, self.access),
         )
@@ -236,10 +236,10 @@ class Calls(DashboardHandler):
 
 
 class Figures(DashboardHandler):
-    """/figures: what the feed doesn't have, as JSON; with `?state` the feed's part too, for browsers that poll."""
+    """/figures: numbers that the feed doesn't send, as JSON; with `?state` also the feed's state, for polling."""
 
     async def get(self, *args: str) -> None:
-        body: dict[str, Any] = await self.dashboard.figures()
+        body: dict[str, Any] = self.dashboard.figures()
         if self.get_query_argument("state", None) is not None:
             body["state"] = await self.dashboard.feed.snapshot()
         self.answer(body)

@@ -1,8 +1,8 @@
 """The data of the charts: the last 15 minutes by the second, the last 24 hours by the minute.
 
-A sample holds gauges (at its end) and counts (what happened during it). Samples are taken on whole seconds;
-one that the loop was too busy to take is filled in with its share of what happened meanwhile, so that the
-time axis is never wrong. Memory is bounded: 2,340 samples of 12 small numbers, about 1 MB. A restart begins
+A sample holds gauges (at its end) and counts (of what happened during it). Samples are taken on whole seconds.
+If the loop was too busy to take one, it is filled in later with its share of the counts, so that the time axis
+is always right. Memory is bounded: 2,340 samples of 12 small numbers, about 1 MB. A restart begins
 with an empty history.
 """
 
@@ -94,7 +94,7 @@ class History:
     def encoded(self) -> msgspec.Raw:
         """Both series as JSON, encoded at most once a second: `{"seconds":{"step","end",…},"minutes":{…}}`.
 
-        `counted` are the counters at the latest second, from which a viewer continues the series.
+        `counted` has the counters at the latest second, from which a viewer continues the series.
         """
         if self._encoded is None or self._encoded[0] != self.seconds.end:
             counted = dict(zip(COUNTS, self._before or (0,) * len(COUNTS), strict=True))

@@ -1,6 +1,6 @@
 """How long the event loop is held up: a timer that should run 20 times a second records how late it ran.
 
-By so much was every call delayed at that moment.
+Every call at that moment was delayed by the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SECONDS = 60
 
 
 class LoopStall:
-    """The longest delay of each second of the last minute, and a histogram of all."""
+    """The longest delay in each second of the last minute, and a histogram of all delays. Times are seconds."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The root of all handlers that are not the API's, with the same checks and errors; health, and unknown paths."""
+"""Base class of all handlers outside the API, with the same checks and errors; health, and unknown paths."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard
 
 
 class _AnyMethod(tuple[str, ...]):
-    """Lets every method reach `prepare`, which refuses those that the path doesn't have."""
+    """Lets every method reach `prepare`, which refuses those that the path doesn't support."""
 
     def __contains__(self, method: object) -> bool:
         return True
 
 
 class PageHandler(RequestHandler):
-    """The root of all pages: counts requests in flight, checks them as the API does, answers errors as problems."""
+    """Base class of all pages: counts requests in flight, checks them as the API does, answers errors as problems."""
 
     SUPPORTED_METHODS = _AnyMethod()
     allowed: tuple[str, ...] = ("GET", "HEAD", "OPTIONS")
@@ -76,7 +76,7 @@ class PageHandler(RequestHandler):
         return self.dispatcher.wrong_tokens.token(error.mark, self.request.remote_ip or "?", self.request_id)
 
     async def hold_back(self, seconds: float) -> None:
-        """Delay the answer to a wrong token; if too many are delayed already, close the connection with it instead."""
+        """Delay the answer to a wrong token; if too many are delayed already, close the connection instead."""
         wrong = self.dispatcher.wrong_tokens
         if not seconds:
             return
@@ -90,7 +90,7 @@ class PageHandler(RequestHandler):
             wrong.held -= 1
 
     def check(self) -> None:
-        """Raise the error that this request is refused with, in the order of the contract."""
+        """Raise the error for an invalid request; the checks have the contract's order of precedence."""
         method = self.request.method or ""
         self.access.check_site(self.request.headers, method not in ("GET", "HEAD", "OPTIONS"))
         if method not in self.allowed:
@@ -157,15 +157,15 @@ class PageHandler(RequestHandler):
         return self.get(*args)
 
     def compute_etag(self) -> None:
-        return  # these answers are not for caches
+        return  # the answers are no-store
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer with an error of ours that a method raised, one of Tornado's, or 500 without a trace."""
+        """Answer with a KeypoolError that a method raised, an error of Tornado's, or 500 without a trace."""
         raised = kwargs.get("exc_info", (None, None))[1]
         if isinstance(raised, KeypoolError) or status_code >= 500:
             self.refuse(raised if isinstance(raised, KeypoolError) else unexpected())
             return
-        # Tornado parses a form before it calls `prepare`, whose checks come first all the same.
+        # Tornado parses a form before it calls `prepare`, but the errors of `check` take precedence.
         try:
             self.check()
             if status_code == 403:
@@ -179,7 +179,7 @@ class PageHandler(RequestHandler):
             self.refuse(error)
 
     def log_exception(self, *args: Any) -> None:
-        """Log an error of the server's, by the request id: Tornado's own line has the target, perhaps with a key."""
+        """Log an internal error with the request id. Tornado's own line has the target, which may hold a key."""
         error = args[1]
         if isinstance(error, StreamClosedError | KeypoolError):
             return
@@ -201,7 +201,7 @@ class PageHandler(RequestHandler):
 
 
 class Health(PageHandler):
-    """/healthz: 200 while the loop turns."""
+    """/healthz: 200 while the event loop runs."""
 
     name = "health"
 
@@ -210,7 +210,7 @@ class Health(PageHandler):
 
 
 class Ready(PageHandler):
-    """/readyz: 200 when calls are served, with the part that can't be reached if there is one; else 503, and why."""
+    """/readyz: 200 when calls are served, naming a part that can't be reached, if any; else 503 with the reason."""
 
     name = "ready"
 

@@ -1,4 +1,4 @@
-"""/metrics, and the sources of those metrics that the engine doesn't have."""
+"""/metrics, and the sources of the metrics that the engine doesn't provide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _zero() -> int:
 
 @dataclass
 class MetricSources:
-    """Filled by the parts of the server that have the numbers."""
+    """Functions and histograms that other parts of the server register for /metrics."""
 
     histograms: dict[str, Histogram] = field(default_factory=dict)
     viewers: Callable[[], int] = _zero

@@ -1,4 +1,4 @@
-"""Sessions of the dashboard: a token once, a signed cookie from then on.
+"""Sessions of the dashboard: a user signs in with a token once, and gets a signed cookie.
 
     token --POST /login--> cookie [mark of the token, session id, end], signed --> Caller
 
@@ -44,10 +44,10 @@ from keypool.engine import Engine
 
 COOKIE = "keypool_session"
 LIFE = 12 * 3600.0
-"""Seconds until somebody who signed in has to sign in again: a working day."""
+"""Seconds until a session ends: a working day."""
 
 MOST_ENDED = 64
-"""Sign-outs of one token that are kept one by one."""
+"""Sign-outs of one token that are stored individually."""
 
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and 30 to 60 ms, once a token
 
@@ -63,7 +63,7 @@ class Session:
 
     @property
     def note(self) -> str:
-        """The name of the note of this session's sign-out."""
+        """The name of the note that records this session's sign-out."""
         return f"session.{self.mark}.{self.id}"
 
     @property
@@ -96,7 +96,7 @@ class Sessions:
         """A new session for this token, and its cookie. Raises Unauthorized, Forbidden."""
         caller = self._access.identify(f"Bearer {token}")
         if caller.role is Role.CLIENT:
-            raise Forbidden("this is a client token: the dashboard wants a viewer or an admin token")
+            raise Forbidden("this is a client token: the dashboard needs a viewer or an admin token")
         mark = mark_of(hashlib.sha256(token.strip().encode()).digest())
         session = Session(caller, secrets.token_hex(12), mark, self._wall() + LIFE)
         payload = urlsafe_b64encode(msgspec.json.encode([mark, session.id, session.ends_at])).decode()
@@ -129,7 +129,7 @@ class Sessions:
         )
 
     def end(self, session: Session) -> None:
-        """Sign out: at once at this server, and at others after `share`. O(notes)."""
+        """End a session: at once at this server, and at others after `share`. O(notes)."""
         if session.id is None:
             return
         life, now = _milliseconds(LIFE), _milliseconds(self._wall())
@@ -155,7 +155,7 @@ class Sessions:
     async def share(self, engine: Engine) -> None:
         """Store this process's sign-outs with the pool, and load those of others. O(notes). Raises StorageUnavailable.
 
-        To be called repeatedly: what could not be stored is stored by the next call.
+        Call it repeatedly: notes that could not be stored are stored by the next call.
         """
         if self._unshared:
             sent = dict(self._unshared)
@@ -176,7 +176,7 @@ class Sessions:
         return self._sign(session.mark, f"xsrf {session.id}")[:32] if session.id else "open"
 
     def proven(self, session: Session, given: str) -> bool:
-        """Whether this is that value."""
+        """Whether `given` is the XSRF value of this session. Takes constant time."""
         return hmac.compare_digest(self.xsrf(session).encode(), given.encode())
 
     def _caller_of_call(self, headers: Mapping[str, str]) -> Caller:
@@ -196,7 +196,7 @@ class Sessions:
         except (ValueError, binascii.Error):
             return None
         caller = self._access.marked(mark)
-        # Nothing in the cookie is trusted before this: naming the key that it is checked with doesn't reveal the key.
+        # Nothing in the cookie is trusted until its signature is checked; the mark only selects the signing key.
         if caller is None or mark not in self._keys:
             return None
         if not hmac.compare_digest(self._sign(mark, payload).encode(), signature.encode()):

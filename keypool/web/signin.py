@@ -25,7 +25,7 @@ from keypool.web.session import COOKIE, LIFE, Session
 
 
 class SignIn(DashboardHandler):
-    """/login: a token once, a cookie from then on."""
+    """/login: checks a token and sets the session's cookie."""
 
     allowed = ("GET", "HEAD", "POST", "OPTIONS")
     public = True
@@ -39,7 +39,7 @@ class SignIn(DashboardHandler):
         self._form(wanted, None)
 
     async def post(self, *args: str) -> None:
-        """Try a token. A right one is accepted whatever was tried before; the answer to a wrong one may be delayed."""
+        """Check a token. A valid one is always accepted; the answer to a wrong one may be delayed."""
         wanted = own_path(self.get_body_argument("next", "/"))
         if self.access.open:
             self.redirect(wanted, status=303)
@@ -89,7 +89,7 @@ class SignOut(DashboardHandler):
     allowed = ("GET", "HEAD", "POST", "OPTIONS")
 
     def get(self, *args: str) -> None:
-        """A form that asks, since a link must not sign anybody out."""
+        """A confirmation form, since a link must not sign a user out."""
         self.show("logout.html", page="logout", title="Sign out")
 
     async def post(self, *args: str) -> None:

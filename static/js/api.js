@@ -1,4 +1,4 @@
-// The API as the page calls it: the session's own proof in a header, problems as errors.
+// The API as the page calls it: the session's XSRF value in a header, problems as errors.
 //
 // This module neither shows messages (ui.js does) nor retries: that is the user's decision.
 
@@ -15,7 +15,7 @@ export class Problem extends Error {
   }
 }
 
-/** Call `then` when the server says that the session has ended. */
+/** Call `then` when the server answers that the session has ended. */
 export function whenSignedOut(then) {
   onSignedOut = then;
 }

@@ -22,7 +22,7 @@ export class Chart {
     this.stack = stack;
     this.plot = figure.querySelector(".plot");
     this.when = figure.querySelector(".when");
-    this.at = null; // the place pointed at, from the right
+    this.at = null; // the place that the pointer is at, counted from the right
     this.plot.addEventListener("pointermove", (event) => this.point(event));
     this.plot.addEventListener("pointerleave", () => this.leave());
     this.plot.addEventListener("blur", () => this.leave());

@@ -1,10 +1,10 @@
 // Server time in the browser, and every countdown on the page.
 //
-// The browser's own clock may be wrong, or be set meanwhile, so it isn't used: times are the server's, carried on by the
-// monotonic clock. Each frame has the server's time; the frame with the shortest delay is the most exact, so the largest
-// difference of the last minute counts.
+// The browser's own clock may be wrong or be changed, so it isn't used: times are the server's, advanced by the monotonic
+// clock. Each frame has the server's time; the frame with the shortest delay is the most exact, so the largest difference of
+// the last minute is used.
 //
-// A countdown at zero waits for the server to say what became of the key.
+// A countdown at zero stays there until the server reports the key's new state.
 
 const samples = [];
 let offset = Date.parse(document.body.dataset.now || "") - monotonic() || 0;

@@ -108,7 +108,7 @@ function take(frame) {
     tell("hello", frame);
     poll();
   } else if (frame.seq !== expected) {
-    retryNow(); // something was lost on the way: begin again with a hello
+    retryNow(); // a frame was lost: begin again with a hello
   } else if (frame.type === "delta") {
     tell("delta", frame);
   }
@@ -133,7 +133,7 @@ function again() {
   retryTimer = setTimeout(connect, wait);
 }
 
-/** Browsers don't say why a websocket was refused, so ask for the figures. */
+/** Browsers don't report why a websocket was refused, so request the figures. */
 async function whyNot() {
   try {
     const figures = await request("GET", "/figures?state");
@@ -147,10 +147,10 @@ async function whyNot() {
 
 function pollInstead(figures) {
   become("polling");
-  told(figures);
+  onFigures(figures);
 }
 
-function told(figures) {
+function onFigures(figures) {
   if (figures.state) {
     heardAt = performance.now();
     hear(figures.state.now);
@@ -169,7 +169,7 @@ async function poll() {
     return;
   }
   try {
-    told(await request("GET", state === "polling" ? "/figures?state" : "/figures"));
+    onFigures(await request("GET", state === "polling" ? "/figures?state" : "/figures"));
   } catch (problem) {
     if (state === "polling" && problem.status !== 401) dropped("lost");
   }

@@ -1,4 +1,4 @@
-// Keyboard shortcuts: single keys that navigate; none changes anything. They can be switched off, since speech input
+// Keyboard shortcuts: single keys that only navigate and change nothing. They can be switched off, since speech input
 // types them by accident (WCAG 2.1.4).
 
 const help = document.getElementById("help");

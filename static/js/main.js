@@ -12,7 +12,7 @@ feed.on("delta", go);
 
 const theme = document.getElementById("theme");
 theme.addEventListener("change", () => {
-  // A cookie, so that the server draws the page in it from the first moment on.
+  // A cookie, so that the server already renders the page in this theme.
   document.cookie = `keypool_theme=${theme.value}; path=/; samesite=strict; max-age=${theme.value ? 31536000 : 0}`;
   if (theme.value) document.documentElement.dataset.theme = theme.value;
   else delete document.documentElement.dataset.theme;

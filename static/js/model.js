@@ -18,7 +18,7 @@ export const model = {
 
 /** The counters, by name, at the latest second of the series. */
 let counted = {};
-/** Their names. */
+/** The names of the counters. */
 let counts = [];
 
 /** A complete state, which replaces the model. */

@@ -51,10 +51,10 @@ export function eventRow(event) {
   return element;
 }
 
-/** Put new events on top of a list, the newest first, and forget the oldest. */
+/** Put new events on top of a list, the newest first, and remove the oldest. */
 export function addEvents(list, events, limit) {
   const rows = events.slice(0, limit).map(eventRow);
-  if (rows.length <= 3) for (const row of rows) row.classList.add("fresh"); // a crowd is not worth a flash
+  if (rows.length <= 3) for (const row of rows) row.classList.add("fresh"); // many at once don't flash
   list.prepend(...rows);
   while (list.children.length > limit) list.lastElementChild.remove();
 }

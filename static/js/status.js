@@ -1,4 +1,4 @@
-// The state of the connection to the server: the pill, and the banner that says what to do.
+// The state of the connection to the server: the pill, and the banner that explains what to do.
 //
 // When the connection is lost, what is shown is greyed and its age is given; nothing is removed. feed.js
 // reconnects.

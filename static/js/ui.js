@@ -4,7 +4,7 @@
 
 const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 1 });
 
-/** A count as people read it: thousands apart. The same as number() in keypool/web/dashboard.py. */
+/** A count with thousands separators. The same as number() in keypool/web/dashboard.py. */
 export function number(value) {
   return grouped.format(value);
 }
@@ -39,7 +39,7 @@ export function made(id) {
   return document.getElementById(id).content.firstElementChild.cloneNode(true);
 }
 
-/** Show a dialog; true if it was left by its button `go`. */
+/** Show a dialog; true if it was closed with its button `go`. */
 export function ask(dialog) {
   return new Promise((resolve) => {
     dialog.returnValue = "cancel";

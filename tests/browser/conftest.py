@@ -27,7 +27,7 @@ Page = Any
 
 
 def missing(what: str) -> None:
-    """Skip for want of something; where the tests are to be believed, fail."""
+    """Skip because something is missing; with CI=true, fail."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what}, and CI=true says that it has to be there")
     pytest.skip(f"{what}: the dashboard is not tested in a browser here")
@@ -82,11 +82,11 @@ class Tabs:
         return page
 
     def allow(self, pattern: str) -> None:
-        """Take it that consoles say something like this."""
+        """Allow console messages that contain this."""
         self._allowed.append(pattern)
 
     def close(self) -> None:
-        """Close all, and fail if a console said something that nobody allowed."""
+        """Close all pages, and fail if a console had a message that wasn't allowed."""
         for context in self._contexts:
             context.close()
         said = [text for text in self.said if not any(re.search(allowed, text) for allowed in self._allowed)]
@@ -126,7 +126,7 @@ def tokened(lend: Start) -> ServerProcess:
 
 
 def state(page: Page, wanted: str, within: float = 15) -> None:
-    """Wait until the pill says that the connection stands so."""
+    """Wait until the pill shows this state of the connection."""
     page.wait_for_selector(f'#pill[data-state="{wanted}"]', timeout=within * 1000)
 
 

@@ -1,4 +1,4 @@
-"""Each thing that an admin can do, from the button to the pool."""
+"""Every action of an admin, from the button to the pool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from browser.conftest import Tabs, figure
 
 
 def confirm(page: Any, *words: str) -> None:
-    """The dialog asks, and says these words; go on."""
+    """Confirm the dialog, which must contain these words."""
     dialog = page.locator("#confirm[open]")
     dialog.wait_for()
     text = dialog.inner_text()
@@ -29,7 +29,7 @@ def row(page: Any, key_id: int) -> Any:
 
 
 def test_generate_from_an_empty_pool(start_server: Start, tabs: Tabs) -> None:
-    """The way out of the first state there is."""
+    """The empty pool's own button works."""
     page = tabs.live(start_server())
     page.locator("#empty [data-generate]").click()
     page.get_by_label("How many").fill("25")
@@ -40,7 +40,7 @@ def test_generate_from_an_empty_pool(start_server: Start, tabs: Tabs) -> None:
 
 
 def test_cancel_generates_nothing(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Nor does Escape."""
+    """Escape generates nothing either."""
     page = tabs.live(server, "/keys")
     cancel = page.locator("#generate").get_by_role("button", name="Cancel")
     for leave in (cancel.click, partial(page.keyboard.press, "Escape")):
@@ -51,7 +51,7 @@ def test_cancel_generates_nothing(server: ServerProcess, client: Client, tabs: T
 
 
 def test_unblock_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Says from whom it takes the key, and does it under the lease that was shown."""
+    """The dialog names the holder, and the call sends the lease that was shown."""
     client.make()
     lease = client.acquire(owner="worker-7")
     page = tabs.live(server, "/keys?tab=blocked")
@@ -79,7 +79,7 @@ def test_a_late_unblock_does_not_free_the_next_holders_key(
 
 
 def test_keep_alive_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """At once: there is nothing to ask."""
+    """It needs no confirmation."""
     key = client.make()
     page = tabs.live(server, "/keys")
     row(page, key["id"]).locator("[data-act=keepalive]").click()
@@ -88,7 +88,7 @@ def test_keep_alive_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> 
 
 
 def test_delete_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Asks, then the row goes."""
+    """After a confirmation the row disappears."""
     kept, gone = client.make(), client.make()
     page = tabs.live(server, "/keys")
     row(page, gone["id"]).locator("[data-act=delete]").click()
@@ -103,7 +103,7 @@ def test_delete_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None
 
 
 def test_deleting_several_has_to_be_typed(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Only those that were chosen, each by its id, and only after the words."""
+    """Only the selected keys are deleted, by id, and only after the number was typed."""
     made = client.make_many(6)
     lease = client.acquire(owner="worker-7")
     page = tabs.live(server, "/keys")
@@ -173,7 +173,7 @@ def test_the_panel_of_a_key(server: ServerProcess, client: Client, tabs: Tabs) -
 
 
 def test_act_from_the_panel(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Delete, and the panel says that the key is gone."""
+    """After a deletion the panel shows that the key is gone."""
     key = client.make()
     page = tabs.live(server, "/keys")
     row(page, key["id"]).locator(".key-link").click()
@@ -236,7 +236,7 @@ def test_a_key_revealed_while_its_panel_is_updated_is_shown(
 
 
 def test_rows_hold_still_under_the_pointer(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """One that is gone is struck through, and leaves when the pointer does."""
+    """A row of a deleted key is struck through, and disappears when the pointer leaves."""
     one, other = client.make(), client.make()
     page = tabs.live(server, "/keys")
     row(page, other["id"]).hover()
@@ -248,7 +248,7 @@ def test_rows_hold_still_under_the_pointer(server: ServerProcess, client: Client
 
 
 def test_the_stream_pauses_and_is_filtered(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """What came meanwhile is counted, and there when it goes on."""
+    """Events during a pause are counted, and shown when the stream goes on."""
     page = tabs.live(server, "/events")
     key = client.make()
     page.wait_for_selector(f"#stream .event[data-id='{key['id']}']")
@@ -271,7 +271,7 @@ def test_the_stream_pauses_and_is_filtered(server: ServerProcess, client: Client
 
 
 def test_a_viewer_can_look_and_not_touch(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
-    """Nothing to press that would be refused."""
+    """There are no controls for calls that would be refused."""
     key = tokened.client(ADMIN_TOKEN).make()
     page = tabs.open(tokened)
     sign_in(page, "viewer-token-77a1c5d2")

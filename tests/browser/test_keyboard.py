@@ -36,7 +36,7 @@ def test_single_keys_go_somewhere(server: ServerProcess, client: Client, tabs: T
 
 
 def test_no_single_key_changes_anything(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Whichever it is, on a row that has the focus."""
+    """No single key changes a key, even with the focus on a row."""
     client.make_many(2)
     page = tabs.live(server, "/keys")
     asked: list[str] = []
@@ -52,7 +52,7 @@ def test_no_single_key_changes_anything(server: ServerProcess, client: Client, t
 
 
 def test_they_can_be_switched_off(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """For whoever speaks to the computer; and it is remembered."""
+    """Speech input needs that; the choice is remembered."""
     client.make()
     page = tabs.live(server, "/keys")
     page.get_by_role("button", name="Keyboard shortcuts").click()
@@ -66,7 +66,7 @@ def test_they_can_be_switched_off(server: ServerProcess, client: Client, tabs: T
 
 
 def test_a_row_and_a_dialog_by_tab_and_enter(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Focus is where it was when a dialog closes, and Cancel has it when one opens."""
+    """Cancel has the focus when a dialog opens; it returns to where it was when the dialog closes."""
     key = client.make()
     page = tabs.live(server, "/keys")
     button = page.locator(f".key-row[data-id='{key['id']}'] [data-act=delete]")

@@ -14,7 +14,7 @@ SCREENS = ("/", "/keys", "/keys?tab=blocked", "/events", "/system", "/calls")
 
 
 def fill(client: Client, keys: int = 120) -> dict[str, Any]:
-    """A pool in which there is something to see; returns the lease of one key."""
+    """Fill the pool for the screens; returns the lease of one key."""
     client.make_many(keys)
     client.batch(op="acquire", count=keys // 4, owner="worker-7")
     return client.acquire(owner="crawler-eu-3-with-a-very-long-name-that-must-not-break-the-page")
@@ -87,7 +87,7 @@ def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: st
     "width", [320, *(pytest.param(width, marks=pytest.mark.thorough) for width in (390, 770))]
 )
 def test_a_phone_scrolls_one_way_only(server: ServerProcess, client: Client, tabs: Tabs, width: int) -> None:
-    """Nor does a small tablet, empty or full, and what can be pressed is large enough."""
+    """The same for a small tablet, empty or full; controls are large enough."""
     tabs.allow("404")
     phone = width < 700
     page = tabs.live(server, viewport={"width": width, "height": 700}, has_touch=phone, is_mobile=phone)
@@ -154,7 +154,7 @@ def test_the_overview_is_live(server: ServerProcess, client: Client, tabs: Tabs)
 
 
 def test_twenty_four_hours_instead(server: ServerProcess, tabs: Tabs) -> None:
-    """The switch redraws both charts; pointing at one tells a moment's numbers."""
+    """The switch redraws both charts; pointing at one shows the numbers of that moment."""
     page = tabs.live(server)
     page.get_by_text("24 h", exact=True).click()
     assert page.locator("#chart-rates .times").inner_text().startswith("24 h ago")
@@ -166,7 +166,7 @@ def test_twenty_four_hours_instead(server: ServerProcess, tabs: Tabs) -> None:
 
 
 def test_countdowns_run_on_server_time(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """However wrong the browser's clock is; and they count down."""
+    """They count down correctly even if the browser's clock is wrong."""
     client.make()
     client.acquire()
     page = tabs.open(server, "about:blank")

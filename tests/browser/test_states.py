@@ -1,4 +1,4 @@
-"""Every state that the pool, the server or the session can be in, and the way on from it."""
+"""Every state of the pool, the server and the session, and what the page offers in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HIDE = """hidden => {
 
 
 def test_exhausted(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Says when the next block ends, and who holds the keys; goes when one is free."""
+    """The card shows when the next block ends and who holds the keys; it disappears when one is free."""
     client.make_many(3)
     page = tabs.live(server)
     client.batch(op="acquire", count=3, owner="greedy")
@@ -39,7 +39,7 @@ def test_exhausted(server: ServerProcess, client: Client, tabs: Tabs) -> None:
 
 
 def test_a_filter_without_a_hit(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """Says what was looked for, and clears it."""
+    """The page shows the search, and offers to clear it."""
     client.make()
     page = tabs.live(server, "/keys")
     page.locator("#search").fill("zzzz")
@@ -62,7 +62,7 @@ def test_a_page_that_empties_and_fills_while_open(server: ServerProcess, client:
 
 
 def test_the_server_is_killed_and_comes_back(tmp_path: Path, tabs: Tabs) -> None:
-    """What was seen stays, greyed, with its age; the page connects again by itself."""
+    """Data stays, greyed, with its age; the page reconnects by itself."""
     tabs.allow("ERR_CONNECTION|WebSocket")
     flags = ["--data=:memory:"]
     first = ServerProcess([*flags, "--port=0"], cwd=tmp_path)
@@ -92,7 +92,7 @@ def test_the_server_is_killed_and_comes_back(tmp_path: Path, tabs: Tabs) -> None
 
 
 def test_draining(start_server: Start, tabs: Tabs) -> None:
-    """A server that stops in order says so, and so does the page."""
+    """The page shows that the server is stopping."""
     tabs.allow("ERR_CONNECTION|WebSocket")
     server = start_server()
     page = tabs.live(server)
@@ -103,7 +103,7 @@ def test_draining(start_server: Start, tabs: Tabs) -> None:
 
 
 def test_storage_is_down(server: ServerProcess, tabs: Tabs) -> None:
-    """The figures say it every few seconds; reading goes on."""
+    """The page learns it from /figures within seconds; reads go on."""
     page = tabs.open(server, "about:blank")
 
     def figures(route: Any) -> None:
@@ -124,7 +124,7 @@ def test_storage_is_down(server: ServerProcess, tabs: Tabs) -> None:
 
 
 def test_no_room_for_another_viewer(lend: Start, tabs: Tabs) -> None:
-    """The page asks every few seconds instead, and says so."""
+    """The page polls every few seconds instead, and shows that it does."""
     tabs.allow("WebSocket|429")
     server = lend("--max-viewers=1")
     with Viewer(server) as viewer:
@@ -138,7 +138,7 @@ def test_no_room_for_another_viewer(lend: Start, tabs: Tabs) -> None:
 
 
 def test_signed_out_while_the_page_is_open(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
-    """In another tab: the page says so, keeps what it shows, and comes back to the same place."""
+    """After a sign-out in another tab the page shows it, keeps its data, and returns after the sign-in."""
     tabs.allow("401|WebSocket")
     page = tabs.open(tokened, "/keys?tab=blocked")
     sign_in(page, VIEWER_TOKEN)
@@ -154,7 +154,7 @@ def test_signed_out_while_the_page_is_open(tokened: ServerProcess, tabs: Tabs, s
 
 
 def test_an_action_after_the_session_has_ended(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
-    """Is refused, and says what to do."""
+    """It is refused, with a message that explains what to do."""
     tabs.allow("401|WebSocket")
     tokened.client(ADMIN_TOKEN).make()
     page = tabs.open(tokened, "/keys")
@@ -167,7 +167,7 @@ def test_an_action_after_the_session_has_ended(tokened: ServerProcess, tabs: Tab
 
 
 def test_the_sign_in_says_what_is_wrong(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
-    """And a right token leads on."""
+    """A valid token then signs in."""
     tabs.allow("401")
     page = tabs.open(tokened, "/system")
     sign_in(page, "wrong-token-000000")
@@ -178,7 +178,7 @@ def test_the_sign_in_says_what_is_wrong(tokened: ServerProcess, tabs: Tabs, sign
 
 
 def test_a_gap_in_the_numbers_begins_anew(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """A frame is lost on the way: the page asks for a whole state, and shows the truth."""
+    """After a lost frame the page requests the whole state, and shows the right numbers."""
     page = tabs.open(server, "about:blank")
     hellos: list[str] = []
 
@@ -206,7 +206,7 @@ def test_a_gap_in_the_numbers_begins_anew(server: ServerProcess, client: Client,
 
 
 def test_a_dead_line_is_noticed_without_being_closed(server: ServerProcess, tabs: Tabs) -> None:
-    """No beat for too long: the page doesn't wait for onclose."""
+    """The page reconnects after a silence, without waiting for onclose."""
     page = tabs.open(server, "about:blank")
     dead = False
 
@@ -227,7 +227,7 @@ def test_a_dead_line_is_noticed_without_being_closed(server: ServerProcess, tabs
 
 
 def test_a_hidden_tab_holds_no_connection(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """And asks at once when it is looked at again."""
+    """It reconnects at once when the tab is shown again."""
     page = tabs.open(server, "about:blank")
     page.clock.install()
     page.goto(f"http://{server.host}/")
@@ -248,7 +248,7 @@ def test_a_hidden_tab_holds_no_connection(server: ServerProcess, client: Client,
 
 
 def test_the_network_comes_back(server: ServerProcess, tabs: Tabs) -> None:
-    """The browser says so, and the page doesn't wait for its back-off."""
+    """At the browser's `online` event the page reconnects without waiting for its back-off."""
     tabs.allow("ERR_INTERNET|WebSocket")
     page = tabs.live(server)
     page.context.set_offline(True)

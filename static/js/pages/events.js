@@ -80,7 +80,7 @@ setInterval(() => {
 field.addEventListener("input", sift);
 
 feed.on("hello", (hello) => {
-  // What was missed while the page was away: everything that is newer than the newest known.
+  // Events missed while the page was disconnected: all that are newer than the newest known.
   const since = waiting[0]?.at ?? newestAt();
   take(hello.events.filter((event) => event.at > since));
 });

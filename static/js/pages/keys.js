@@ -14,7 +14,7 @@ import { show } from "../panel.js";
 import { made, number, setText } from "../ui.js";
 
 const EVERY = 2000;
-const POINTED_FOR = 10_000; // a pointer that was left lying on the table holds nothing
+const POINTED_FOR = 10_000; // ms without movement after which the pointer no longer holds rows
 const card = document.getElementById("keys");
 const table = card.querySelector("table");
 const body = table.tBodies[0];
@@ -57,7 +57,7 @@ async function load() {
     if (holding()) patch(page.keys, asOf);
     else replace(page, asOf);
   } catch {
-    loadedAt = performance.now(); // the pill says it already
+    loadedAt = performance.now(); // the pill shows it already
   }
 }
 

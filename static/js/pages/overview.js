@@ -64,7 +64,7 @@ async function loadSoonest() {
     document.getElementById("soonest-none").hidden = keys.length > 0;
     nextRelease = keys.length ? asOf + keys[0].release_in * 1000 : null;
   } catch {
-    // The pill says it already.
+    // The pill shows it already.
   }
 }
 
