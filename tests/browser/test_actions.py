@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conftest import Start
-from playwright.sync_api import Route
 from support import ADMIN_TOKEN, API, Client, ServerProcess, eventually
 
 from browser.conftest import Tabs, figure
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Route
 
 
 def confirm(page: Any, *words: str) -> None:
