@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import re
@@ -635,6 +636,27 @@ def test_a_pipe_is_not_a_data_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StartError):
         file_lock.hold(tmp_path / "pipe")
+
+
+def test_a_file_system_without_locks_is_a_start_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says so, and the file is closed again."""
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    closed, close = list[int](), os.close
+    monkeypatch.setattr("fcntl.flock", no_locks)
+
+    def closing(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    monkeypatch.setattr("os.close", closing)
+    with pytest.raises(StartError, match=r"can't lock the data file .*: No locks available"):
+        file_lock.hold(tmp_path / "keypool.db")
+    assert len(closed) == 1
 
 
 def test_a_file_that_others_may_read_is_closed_to_them(whole_file: Path, tmp_path: Path) -> None:

@@ -703,6 +703,11 @@ def test_a_token_file_that_others_can_open_is_worth_a_warning(
         assert f"others than its owner can {can} {path} (mode {mode:04o})" in lines[0]
 
 
+def test_a_token_file_that_was_removed_meanwhile_is_not_worth_a_traceback(tmp_path: Path) -> None:
+    """It was there when the tokens were read."""
+    assert exposed_files({"KEYPOOL_ADMIN_TOKEN_FILE": str(tmp_path / "removed")}) == []
+
+
 def test_a_server_without_an_admin_token_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """No caller can generate keys on such a server."""
     launch._warn(Settings(client_tokens=(TOKEN,)))

@@ -50,7 +50,11 @@ def exposed_files(environ: Mapping[str, str]) -> list[str]:
     for role in ROLES:
         variable = token_variables(role)[1]
         path = environ.get(variable, "")
-        if path and (mode := stat.S_IMODE(Path(path).stat().st_mode)) & 0o077:
+        try:
+            mode = stat.S_IMODE(Path(path).stat().st_mode) if path else 0
+        except OSError:  # it was removed after it was read
+            continue
+        if mode & 0o077:
             can = "write" if mode & 0o022 else "read"
             lines.append(
                 f"{variable}: others than its owner can {can} {shown_path(path)} (mode {mode:04o}); make it 0600"

@@ -43,6 +43,9 @@ def hold(path: Path, lock_seconds: float = LOCK_SECONDS) -> int:
                 os.close(descriptor)
                 raise StartError(f"the data file {path} is held by another server") from None
             time.sleep(_LOCK_INTERVAL)
+        except OSError as error:  # a file system without locks, for example
+            os.close(descriptor)
+            raise StartError(f"can't lock the data file {path}: {error.strerror}") from None
         else:
             return descriptor
 

@@ -62,7 +62,13 @@ class WriterLink(asyncio.Protocol):
         finally:
             theirs.close()
         loop = asyncio.get_running_loop()
-        _, protocol = await loop.create_connection(lambda: cls(process, answered, lost), sock=ours)
+        try:
+            _, protocol = await loop.create_connection(lambda: cls(process, answered, lost), sock=ours)
+        except BaseException:
+            process.kill()
+            process.wait()
+            ours.close()
+            raise
         return protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
