@@ -348,7 +348,9 @@ def test_a_stop_while_it_loads(whole_file: Path, tmp_path: Path, number: signal.
     code = LOAD_GATE.format(gate=str(tmp_path / "never"), while_inspecting=False)
     before = path.read_bytes()
     with loading_server(path, patched(tmp_path / "patch", code)) as (client, started):
-        [pid] = eventually(lambda: _servers_of(path), "the server")
+        # While it is forked, a process that isn't the server yet may have its command line.
+        eventually(lambda: len(_servers_of(path)) == 1, "the server, and no other")
+        [pid] = _servers_of(path)
         [writer] = eventually(lambda: children_of(pid), "its writer")
         client.get("/healthz").expect(200)
         os.kill(pid, number)

@@ -6,9 +6,11 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
+from durable_support import opened
 from engine_support import on_loop, turns_until
 from http1.harness import Client, request, until
 from tornado.netutil import bind_sockets
@@ -163,3 +165,26 @@ async def test_a_batch_whose_caller_hangs_up_runs_to_its_end(http: str) -> None:
     assert engine.pool.total == 0
     server.stop()
     await server.close_all_connections()
+
+
+@on_loop
+async def test_a_batch_is_one_commit_however_many_slices_it_has(tmp_path: Path) -> None:
+    """A single call between two slices needn't wait for the batch: its commit has what has changed so far."""
+    async with opened(tmp_path / "keypool.db") as engine:
+        await engine.generate(1)
+        engine.now = slow_clock()
+        commits = engine.journal.histograms()["commit_rows"]
+        before = commits.count
+        made = await engine.generate(COUNT)
+        assert commits.count == before + 1, "a commit for each slice"
+        over: list[str] = []
+
+        async def noted(name: str, call: Coroutine[Any, Any, Any]) -> None:
+            await call
+            over.append(name)
+
+        refs = [key.key for key in made] * 20
+        await asyncio.gather(
+            noted("batch", engine.keepalive_many(refs)), noted("single", engine.keepalive(1))
+        )
+        assert over == ["single", "batch"]

@@ -460,7 +460,11 @@ class EmbeddedEngine:
         This is a bare yield, which both a task and `http.api_call.CoroutineDriver` resume later. Raises
         StorageUnavailable if storage failed meanwhile.
         """
-        await asyncio.sleep(0)
+        self.journal.pause()
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self.journal.resume()
         self.journal.require()
         return self.now() + _SLICE_SECONDS
 

@@ -92,6 +92,14 @@ class Journal(Protocol):
         """Put a key that was changed or purged into the next batch. O(1)."""
         ...
 
+    def pause(self) -> None:
+        """A call pauses between two slices: until `resume`, its changes are kept only if another call waits. O(1)."""
+        ...
+
+    def resume(self) -> None:
+        """The call goes on, or has failed. Once for each `pause`. O(1)."""
+        ...
+
     def note(self, notes: Mapping[str, int | None]) -> Commit | None:
         """Keep numbers that are not the pool's own. Returns the commit that contains them. O(notes)."""
         ...
@@ -134,6 +142,12 @@ class NullJournal:
         return StorageUnavailable("there is no storage")
 
     def touch(self, key: Key) -> None:
+        """Nothing to keep."""
+
+    def pause(self) -> None:
+        """Nothing to keep."""
+
+    def resume(self) -> None:
         """Nothing to keep."""
 
     def note(self, notes: Mapping[str, int | None]) -> None:

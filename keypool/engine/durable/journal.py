@@ -75,6 +75,7 @@ class Activity(enum.Enum):
     | ------------------------- | ----------------- | --------------------------------------------------------- |
     | IDLE                      | SCHEDULED         | a change: it is sent at the end of this turn              |
     | IDLE                      | LOOKING           | no commit for _IDLE seconds                               |
+    | SCHEDULED                 | IDLE              | no call waits yet, and a call in slices changes more      |
     | SCHEDULED                 | IN_FLIGHT         | the batch is sent, or its first part                      |
     | IN_FLIGHT, LOOKING        | IN_FLIGHT or IDLE | success, and there are or aren't other changes            |
     | IN_FLIGHT, LOOKING        | GRANTING          | success after an outage: each key gets the grace          |
@@ -141,6 +142,7 @@ class FileJournal:
         self._open = _Changes()  # since the last batch was sent
         self._sent = _Changes()  # in the batch in flight
         self._rest: tuple[Iterator[Key], int] | None = None  # of a batch that is sent in parts, and how many
+        self._paused = 0  # calls between two of their slices
         self._purged: dict[str, int] = {}  # ids by text of keys whose purge isn't on disk yet
         self._grant: Generator[None, None, int] | None = None  # gives keys their grace, in slices
         self._grace: int | None = None  # its end: in the next batch, or in the one in flight
@@ -178,6 +180,16 @@ class FileJournal:
         if key.expires_deadline == DEAD:
             self._purged[key.text] = key.id
         if self._activity is _IDLE_ACTIVITY:
+            self._schedule()
+
+    def pause(self) -> None:
+        """A call is between two slices, and awaits a commit when all are done."""
+        self._paused += 1
+
+    def resume(self) -> None:
+        """Its next slice begins, or it has failed."""
+        self._paused -= 1
+        if self._open.keys and self._activity is _IDLE_ACTIVITY:
             self._schedule()
 
     def note(self, notes: Mapping[str, int | None]) -> Commit:
@@ -225,6 +237,8 @@ class FileJournal:
             commit = self._open.commit = Commit(self._loop)
             if self.failing is not None:
                 commit.finish(self._unavailable())
+            elif self._activity is _IDLE_ACTIVITY:
+                self._schedule()
         return commit
 
     def _unavailable(self) -> StorageUnavailable:
@@ -282,6 +296,11 @@ class FileJournal:
         changes = self._open
         # While batches fail, even an empty one is sent, to find out whether they still do.
         if not (changes.keys or changes.notes or self.failing is not None or self._life is Life.CLOSING):
+            self._activity = Activity.IDLE
+            return
+        # A commit for each slice of a call would cost a third of the rate of such calls.
+        awaited = changes.commit is not None or changes.notes
+        if self._paused and not awaited and self._storage is Storage.UP and self._life is Life.OPEN:
             self._activity = Activity.IDLE
             return
         self._activity = Activity.IN_FLIGHT
