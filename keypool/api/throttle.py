@@ -8,8 +8,9 @@ since one client usually has all of it. The time is an argument.
 
 from __future__ import annotations
 
-import ipaddress
 from collections import OrderedDict
+
+from keypool.config.proxies import network_of
 
 ADDRESSES = 10_000
 OF_ALL = 40
@@ -46,16 +47,3 @@ class TokenBuckets:
         self._full_at[whose] = min(full_at + seconds, now + burst * seconds + self._debt)
         self._full_at.move_to_end(whose)
         return full_at - now - (burst - 1) * seconds
-
-
-def network_of(address: str) -> str:
-    """An IPv4 address itself, or the /64 network of an IPv6 address."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return address
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((parsed, 64), strict=False))

@@ -24,13 +24,8 @@ class TrustedProxies:
         return isinstance(address, str) and len(address) < 64 and self._trusts(address)
 
     def _look_up(self, address: str) -> bool:
-        try:
-            found = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
-            return False
-        if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
-            found = found.ipv4_mapped
-        return any(found in network for network in self._networks)
+        found = ip_of(address)
+        return found is not None and any(found in network for network in self._networks)
 
     def caller(self, peer: str, protocol: str, hops: str, scheme: str) -> tuple[str, str]:
         """Address and protocol of the caller: `hops` and `scheme` are the values of the two headers. O(hops)."""
@@ -45,6 +40,23 @@ class TrustedProxies:
                 break
         scheme = scheme.rpartition(",")[2].strip().lower()
         return address, scheme if scheme in ("http", "https") else protocol
+
+
+def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address, without its zone, and as IPv4 if it is IPv4-mapped; None for any other text."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
+
+
+def network_of(address: str) -> str:
+    """What is counted as one caller: an IPv4 address, or the /64 network of an IPv6 address. Other text as it is."""
+    found = ip_of(address)
+    if isinstance(found, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return address if found is None else str(found)
 
 
 def _is_address(text: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from keypool.core.answers import Lease
 from keypool.core.errors import Draining, TooManyWaiters
@@ -29,7 +30,7 @@ class Waiter:
         self.owner = owner
         self.since = since
         self.served = served
-        self.timer: object = None
+        self.timer: Any = None  # as the engine has them
 
 
 class Waiters:

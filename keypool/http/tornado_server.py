@@ -39,13 +39,13 @@ from keypool.core.errors import HeadersTooLarge, RequestTimeout
 from keypool.http.fast_call import wire
 from keypool.http.http1.connection_limiter import ConnectionLimiter, largest_first_over_budget
 from keypool.http.http1.responses import with_connection
+from keypool.http.http1.server import queued_connections
 from keypool.http.http1.turns import QUANTUM, TASK, Turns
 from keypool.http.tornado_call import TornadoCall
 
 _API = "/api/"
 _LONG_NAME = re.compile(rb"\n[^:\n]{%d}" % (MAX_NAME + 1))  # in a line after the request line
 _SLICE = 200  # connections checked in one iteration of the loop
-_QUEUED = 4096  # connections taken from the system's accept queue at a stop
 
 
 class _Phase(Enum):
@@ -407,13 +407,8 @@ class TornadoServer(HTTPServer):
 
     def drain_accept_queue(self, sockets: Iterable[socket.socket]) -> None:
         """Accept the connections in the system's accept queue: closing the sockets would reset them. Before `stop`."""
-        for listening in sockets:
-            for _ in range(_QUEUED):
-                try:
-                    connection, address = listening.accept()
-                except OSError:
-                    break
-                self._handle_connection(connection, address)
+        for connection, address in queued_connections(sockets):
+            self._handle_connection(connection, address)
 
     def disable_keep_alive(self) -> None:
         """Close each connection with the answer to its next request, which announces that."""

@@ -19,7 +19,6 @@ from tornado.websocket import (
 )
 
 from keypool.core.errors import BadRequest, TooManyViewers, UpgradeRequired
-from keypool.web.dashboard import Dashboard
 from keypool.web.pages import PageHandler
 from keypool.web.session import Session
 
@@ -82,11 +81,6 @@ class FeedHandler(PageHandler, WebSocketHandler):
     """/api/v1/feed: a Viewer of the feed."""
 
     session: Session
-
-    @property
-    def dashboard(self) -> Dashboard:
-        dashboard: Dashboard = self.application.settings["dashboard"]
-        return dashboard
 
     def check(self) -> None:
         super().check()

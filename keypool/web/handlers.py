@@ -39,11 +39,6 @@ class DashboardHandler(PageHandler):
     public = False
     session: Session | None
 
-    @property
-    def dashboard(self) -> Dashboard:
-        dashboard: Dashboard = self.application.settings["dashboard"]
-        return dashboard
-
     def check(self) -> None:
         """Require a session, except for `public` pages."""
         super().check()

@@ -55,6 +55,12 @@ class PageHandler(RequestHandler):
         self._outcome = "ok"
         in_flight.count += 1
 
+    @property
+    def dashboard(self) -> Dashboard:
+        """The dashboard. There is none while the keys are loaded."""
+        dashboard: Dashboard = self.application.settings["dashboard"]
+        return dashboard
+
     def set_default_headers(self) -> None:
         self.clear_header("Server")
         self.set_header("Date", http_date())

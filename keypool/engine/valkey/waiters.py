@@ -20,6 +20,7 @@ from keypool.engine import Timed
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import PartitionPoller
 from keypool.engine.valkey.sampler import PartitionSampler
+from keypool.engine.waiters import Waiter
 from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
 LOOK_SECONDS = 0.25
@@ -29,18 +30,6 @@ _ANNOUNCE_SECONDS = 1.0  # between two announcements of the same number of waite
 _ANNOUNCEMENT_LASTS = 3.0  # seconds, after which an announcement lapses
 
 _log = logging.getLogger("keypool.valkey")
-
-
-class Waiter:
-    """A pending acquire. `served` gets the lease, or None when its time is up."""
-
-    __slots__ = ("owner", "served", "since", "timer")
-
-    def __init__(self, owner: str | None, since: float, served: asyncio.Future[Lease | None]) -> None:
-        self.owner = owner
-        self.since = since
-        self.served = served
-        self.timer: asyncio.TimerHandle | None = None
 
 
 class Waiters:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Container, Iterable
-from ipaddress import IPv6Address, ip_address, ip_network
 from typing import TypeVar
 
 from keypool.config.limits import Limits, allowed_connections
+from keypool.config.proxies import ip_of, network_of
 
 _WARN_EVERY = 60.0  # seconds between two log lines about rejected connections, at least
 _log = logging.getLogger("keypool.connections")
@@ -85,14 +85,5 @@ def largest_first_over_budget(held: Iterable[tuple[int, Held]], limits: Limits) 
 
 def _place(address: str) -> str:
     """What connections are counted by: the IPv4 address or IPv6 /64 network. Empty for loopback, which has no limit."""
-    try:
-        ip = ip_address(address.partition("%")[0])
-    except ValueError:
-        return ""
-    if ip.is_loopback:
-        return ""
-    if isinstance(ip, IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return _place(str(ip.ipv4_mapped))
-        return str(ip_network((ip, 64), strict=False).network_address)
-    return str(ip)
+    ip = ip_of(address)
+    return "" if ip is None or ip.is_loopback else network_of(address)

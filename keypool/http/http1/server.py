@@ -20,9 +20,10 @@ Not supported: forking, TLS and HTTP/2 (which a proxy can provide), gzipped requ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from socket import socket
+from typing import Any
 
 from tornado import httputil
 from tornado.log import app_log
@@ -40,6 +41,17 @@ from keypool.http.http1.writer import Writer
 _QUEUED = 4096  # connections taken from the system's accept queue before it is closed
 
 Application = httputil.HTTPServerConnectionDelegate
+
+
+def queued_connections(sockets: Iterable[socket]) -> Iterator[tuple[socket, Any]]:
+    """Accept what is in the accept queues of listening sockets: connections, each with its peer's address."""
+    for listening in sockets:
+        for _ in range(_QUEUED):
+            try:
+                accepted = listening.accept()
+            except OSError:
+                break
+            yield accepted
 
 
 class Server:
@@ -163,17 +175,12 @@ class Server:
 
     def drain_accept_queue(self, sockets: Iterable[socket]) -> None:
         """Accept the connections in the system's accept queue, which `stop` would reset. Before `stop`."""
-        for listening in sockets:
-            for _ in range(_QUEUED):
-                try:
-                    sock, _ = listening.accept()
-                except OSError:
-                    break
-                sock.setblocking(False)
-                made = self._loop.connect_accepted_socket(partial(Connection, self, self._loop), sock)
-                task = self._loop.create_task(made)
-                self._accepting.add(task)
-                task.add_done_callback(self._accepted)
+        for sock, _ in queued_connections(sockets):
+            sock.setblocking(False)
+            made = self._loop.connect_accepted_socket(partial(Connection, self, self._loop), sock)
+            task = self._loop.create_task(made)
+            self._accepting.add(task)
+            task.add_done_callback(self._accepted)
 
     def _accepted(self, task: asyncio.Task[object]) -> None:
         self._accepting.discard(task)
