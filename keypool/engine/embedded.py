@@ -187,7 +187,7 @@ class EmbeddedEngine:
         self.journal.require()
         key = self._find(ref, self.now()) or await self._raise_unknown(ref)
         try:
-            changed = self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
+            changed = self._unblock(key, lease, ended)
         finally:
             if (commit := self.journal.commit_of(key.id)) is not None:
                 await commit
@@ -207,7 +207,7 @@ class EmbeddedEngine:
             key = self._find(ref, now)
             try:
                 if key is not None:
-                    self._unblock(key, lease) if ended is None else self._end_lease(key, lease, ended)
+                    self._unblock(key, lease, ended)
                 outcomes.append("unknown" if key is None else "done")
             except StaleLease:
                 outcomes.append("stale")
@@ -413,17 +413,13 @@ class EmbeddedEngine:
             await self._next_turn()  # a backlog of due keys may hide an available one
             self.journal.require()
 
-    def _unblock(self, key: Key, lease: int | None) -> bool:
+    def _unblock(self, key: Key, lease: int | None, ended: list[EndedLease] | None = None) -> bool:
+        """Free a key; whether it was blocked. Adds to `ended` a lease that was ended without its number."""
+        latest = key.lease  # a waiter may be served below, under the next number
         changed = self.pool.unblock(key, lease)
         if self._waiters.queue:
             self._waiters.serve(self.now())
-        return changed
-
-    def _end_lease(self, key: Key, lease: int | None, ended: list[EndedLease]) -> bool:
-        """Unblock; adds the lease to `ended` if it ends although `lease` is None."""
-        latest = key.lease  # a waiter may be served in the same step, under the next number
-        changed = self._unblock(key, lease)
-        if changed and lease is None:
+        if changed and lease is None and ended is not None:
             ended.append(EndedLease(key.id, key.hint, latest))
         return changed
 
