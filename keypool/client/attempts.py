@@ -52,7 +52,7 @@ _WAIT_TOLERANCE = 0.02  # seconds by which a wait may seem to have ended early
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send one request, once. It fails after `timeout` seconds, whatever it was doing; inf is no limit."""
+    """Send one request, once. It fails after `timeout` seconds, whatever it was doing; inf means no limit."""
 
     method: str
     url: str
@@ -69,7 +69,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Wait so many seconds, or until the runner is woken up; None is no limit."""
+    """Wait for `seconds`, None for no limit, or until the runner is woken up."""
 
     seconds: float | None
 

@@ -59,7 +59,7 @@ class KeyPool:
     """A client of the server at `url`. Threads may share it; a forked child may go on using it.
 
     `timeout` is how many seconds a call may take with all its retries (for an acquire, in addition to its wait);
-    None is no limit. `retry` is a Retry, or how many times a failing call is sent again at most; 0 is never.
+    None means no limit. `retry` is a Retry, or how many times at most a failing call is sent again.
     `transport` is an httpx2 transport to use instead of the default one: for proxies, or for tests
     (keypool.client.testing). It is closed with the client, and `timeout` bounds each of its reads and writes
     rather than their sum. Raises ValueError for a wrong argument.
