@@ -129,6 +129,21 @@ class Seconds(Text):
         raise ValueError(value)
 
 
+class Percent(Text):
+    """A percentage, kept as a float."""
+
+    def __init__(self) -> None:
+        super().__init__("a number from 0 to 100, fractions allowed")
+
+    def _parse(self, text: str) -> object:
+        return self._check(float(_plain(text)))
+
+    def _check(self, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100:
+            return float(value)
+        raise ValueError(value)
+
+
 class Address(Text):
     """An IP address without brackets, or a host name, to listen on. It isn't resolved here."""
 

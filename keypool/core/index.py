@@ -23,6 +23,7 @@ _TEXT_BUCKET = 2  # characters: 3,844 buckets
 _SHOWN = 4  # characters of a text that a hint shows, so that a position may hold them too
 _QUANTUM = 64  # buckets a second
 _FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
+_ATTEMPT_PARTS = 256  # one for each value of a digest's first byte
 _PARTS = 1 << 20  # bucket numbers reserved for each quantum
 
 Position = tuple[int | float, ...]
@@ -177,6 +178,39 @@ def shown_of(rank: int) -> str:
         rank, digit = divmod(rank, len(ALPHABET))
         characters.append(ALPHABET[digit])
     return "".join(reversed(characters))
+
+
+class AttemptIndex:
+    """Blocked keys by the attempt that their leases were given to, mostly one each. Every operation is O(1).
+
+    An attempt is a digest, so its first byte chooses a part evenly, and growth rehashes a small part of the whole.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[dict[bytes, list[Key]]] = [{} for _ in range(_ATTEMPT_PARTS)]
+
+    def get(self, attempt: bytes) -> list[Key]:
+        """The keys of an attempt, in order of acquisition. The caller must not change the list."""
+        return self._parts[attempt[0]].get(attempt, [])
+
+    def add(self, key: Key, attempt: bytes) -> None:
+        """Add a key that was acquired."""
+        self._parts[attempt[0]].setdefault(attempt, []).append(key)
+
+    def discard(self, key: Key, attempt: bytes) -> None:
+        """Take a key out. O(keys of the attempt), of which a batch has up to a thousand."""
+        part = self._parts[attempt[0]]
+        keys = part[attempt]
+        if keys == [key]:
+            del part[attempt]
+        else:
+            keys.remove(key)
+
+    def check(self, held: int) -> None:
+        """Raise ValueError unless exactly so many keys have an attempt. O(attempts)."""
+        found = sum(len(keys) for part in self._parts for keys in part.values())
+        if found != held:
+            raise ValueError(f"{found} keys are found by attempt instead of {held}")
 
 
 class DeadlineIndex:
