@@ -31,7 +31,7 @@ from keypool.core.errors import StartError, StorageUnavailable
 from keypool.core.keys import DEAD, Key
 from keypool.engine import NOTE
 from keypool.engine.durable import datafile
-from keypool.engine.durable.datafile import Batch, encode
+from keypool.engine.durable.rows import Batch, encode, row_of
 from keypool.engine.durable.wire import Figures, Kind, Verdict
 from keypool.engine.durable.writer_link import WriterLink
 from keypool.engine.journal import Commit, JournaledEngine
@@ -319,7 +319,7 @@ class FileJournal:
             if key.expires_deadline == DEAD:
                 purged.append(key.id)
             else:
-                rows.append(datafile.row_of(key))
+                rows.append(row_of(key))
         left -= _PART_ROWS
         if left > 0:
             self._writer.send(Kind.PART, encode(Batch(rows, purged)))
