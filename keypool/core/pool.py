@@ -175,10 +175,7 @@ class Pool:
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
             raise UnknownKey
-        while key.release_deadline is not None and key.release_deadline <= now:
-            self._pass_deadline(
-                key, key.release_deadline
-            )  # a release may begin a cooldown, which may be over too
+        self._catch_up(key, now)
         return key
 
     def leases_of(self, attempt: bytes, now: float) -> list[Key]:
@@ -300,6 +297,8 @@ class Pool:
     def _conclude(self, key: Key, report: Report, now: float, origin: Origin) -> bool:
         """Apply a report. Returns whether the guard turned a quarantine into a cooldown."""
         invalid = report.outcome is Outcome.INVALID
+        if invalid:
+            self.process_due(now)  # the guard doesn't count keys that have expired
         leaving = key.quarantine_pending or key.state is State.QUARANTINED
         quarantine = invalid and (leaving or may_quarantine(len(self._quarantined), self._total, self.rules))
         failures, failed_at = self.failures_of(key, now), key.history.failed_at
@@ -409,8 +408,7 @@ class Pool:
         due = self._by_release.due(now, MAX_DUE_PER_CALL)
         lateness = None if not due else now - (due[0].release_deadline or now)
         for key in due:
-            assert key.release_deadline is not None  # it stands in the order by it
-            self._pass_deadline(key, key.release_deadline)
+            self._catch_up(key, now)
         return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
@@ -557,14 +555,16 @@ class Pool:
         key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
         self._total += 1
 
-    def _pass_deadline(self, key: Key, deadline: float) -> None:
-        """Release a blocked key or end the cooldown of a cooling one, as of the deadline that has passed."""
-        if key.state is State.BLOCKED:
-            self._free(key, Change.RELEASED, deadline, DEADLINE)
-        else:
-            self._leave(key)
-            self._give_slot(key)
-            self.on_change(Change.READY, key, None, DEADLINE)
+    def _catch_up(self, key: Key, now: float) -> None:
+        """Release a blocked key and end the cooldown of a cooling one, as of their deadlines, if these have passed."""
+        while key.release_deadline is not None and key.release_deadline <= now:
+            if key.state is State.BLOCKED:
+                # The lease may be followed by a rest, which may be over as well.
+                self._free(key, Change.RELEASED, key.release_deadline, DEADLINE)
+            else:
+                self._leave(key)
+                self._give_slot(key)
+                self.on_change(Change.READY, key, None, DEADLINE)
 
     def _free(self, key: Key, change: Change, now: float, origin: Origin, cool_until: float = 0.0) -> None:
         """End a lease: the key is available, or rests or cools first, or is quarantined."""
@@ -718,6 +718,8 @@ class Pool:
         """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
         state = key.state
         if state in (State.BLOCKED, State.COOLING):
+            if key.release_deadline is None:
+                raise ValueError(f"{key!r} is {state} but has no release_deadline")
             self._by_release.check_key(key, key.release_bucket)
         elif key.release_deadline is not None or key.release_bucket is not None:
             raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
