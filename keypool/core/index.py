@@ -190,11 +190,11 @@ class AttemptIndex:
         self._parts: list[dict[bytes, list[Key]]] = [{} for _ in range(_ATTEMPT_PARTS)]
 
     def get(self, attempt: bytes) -> list[Key]:
-        """The keys of an attempt, in order of acquisition. The caller must not change the list."""
+        """The keys of an attempt, in the order in which they were added. The caller must not change the list."""
         return self._parts[attempt[0]].get(attempt, [])
 
     def add(self, key: Key, attempt: bytes) -> None:
-        """Add a key that was acquired."""
+        """Add a blocked key."""
         self._parts[attempt[0]].setdefault(attempt, []).append(key)
 
     def discard(self, key: Key, attempt: bytes) -> None:

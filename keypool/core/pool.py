@@ -185,6 +185,7 @@ class Pool:
         """
         held = self._by_attempt.get(attempt)
         keys = [key for key in held if key.expires_deadline > now and (key.release_deadline or now) > now]
+        keys.sort(key=attrgetter("lease"))  # loaded ones are in order of id
         for key in keys:
             key.replayed = True
         return keys
@@ -404,11 +405,14 @@ class Pool:
         return Processed(release, expiry, MAX_DUE_PER_CALL in (len(expired), released))
 
     def _process_releases(self, now: float) -> tuple[float | None, int]:
-        """End due blocks and cooldowns. Returns by how many seconds the first was late, and how many there were."""
+        """End due blocks and cooldowns of keys that live. Returns how late the first was, and how many were due."""
         due = self._by_release.due(now, MAX_DUE_PER_CALL)
         lateness = None if not due else now - (due[0].release_deadline or now)
         for key in due:
-            self._catch_up(key, now)
+            if key.expires_deadline <= min(now, self._purge_until):
+                self._purge(key, Change.EXPIRED)  # it wasn't available any more
+            else:
+                self._catch_up(key, now)
         return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
