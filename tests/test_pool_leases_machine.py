@@ -250,7 +250,7 @@ class LeasesMachine(RuleBasedStateMachine):
         self.plain = Plain(rules)
         self.pool = self._new_pool(rules)
         for _ in range(keys):
-            self.generate()
+            self._generate()
 
     def _new_pool(self, rules: PoolRules) -> Pool:
         return Pool(rules, new_text=self.new_text, random=lambda: self.chance, on_change=self._on_change)
@@ -306,13 +306,6 @@ class LeasesMachine(RuleBasedStateMachine):
 
     # -- the calls
 
-    @rule()
-    def generate(self) -> None:
-        """Make a key, as long as there are few."""
-        if len(self.plain.keys) < MAX_KEYS:
-            key = self.pool.generate(self.now)
-            self.plain.generated(key.id, key.text)
-
     @rule(
         chance=st.floats(0, 1, exclude_max=True),
         owner=st.sampled_from([None, "ann", "bob"]),
@@ -337,35 +330,48 @@ class LeasesMachine(RuleBasedStateMachine):
 
     @rule(
         which=st.sampled_from(WHICH),
-        lease=st.sampled_from(["latest", "latest", "latest", "none", "older", "newer"]),
-        outcome=st.sampled_from([None, *Outcome]),
+        outcome=st.sampled_from(Outcome),
         retry_after=st.sampled_from([None, 0.0, 1.0, 20.0, 100.0, 1e15]),
-        operator=st.booleans(),
+        reason=st.booleans(),
+        repeated=st.booleans(),
     )
-    def unblock(
-        self, which: int, lease: str, outcome: Outcome | None, retry_after: float | None, operator: bool
+    def report(
+        self, which: int, outcome: Outcome, retry_after: float | None, reason: bool, repeated: bool
     ) -> None:
-        """With a report or without, in time or late, for the first time or again."""
+        """By the key's latest lease, in time or late, for the first time or not."""
         self._settle_a_crowd()
+        found = self._find(which, by_text=True)
+        if found is None or found[1].lease == 0:
+            return
+        key, plain = found
+        waits = retry_after if outcome is Outcome.RATE_LIMITED else None
+        report = Report(outcome, waits, f"{outcome}, {retry_after}" if reason else None)
+        for _ in range(1 + repeated):
+            ended = self.plain.unblock(plain, report, HOLDER)
+            assert self.pool.unblock(key, plain.lease, self.now, report, HOLDER) == ended
+            self._expect_same(key, plain)
+
+    @rule(
+        which=st.sampled_from(WHICH),
+        lease=st.sampled_from(["none", "latest", "older", "newer"]),
+        reports=st.booleans(),
+        origin=st.sampled_from([HOLDER, OPERATOR]),
+    )
+    def unblock(self, which: int, lease: str, reports: bool, origin: Origin) -> None:
+        """Without a report; or with a lease number that isn't the key's latest, and changes nothing."""
         found = self._find(which, by_text=True)
         if found is None:
             return
         key, plain = found
-        report, origin = None, HOLDER
-        if outcome is not None and lease != "none":
-            waits = retry_after if outcome is Outcome.RATE_LIMITED else None
-            report = Report(outcome, waits, None if operator else f"{outcome}, {retry_after}")
-        elif operator and lease == "none":
-            origin = OPERATOR
-        number = {"latest": plain.lease, "none": None, "older": plain.lease - 1, "newer": plain.lease + 1}[
+        number = {"none": None, "latest": plain.lease, "older": plain.lease - 1, "newer": plain.lease + 1}[
             lease
         ]
         if number in (None, plain.lease or None):
-            wanted = self.plain.unblock(plain, report, origin)
-            assert self.pool.unblock(key, number, self.now, report, origin) == wanted
+            ended = self.plain.unblock(plain, None, origin)
+            assert self.pool.unblock(key, number, self.now, None, origin) == ended
         else:
             with pytest.raises(StaleLease):
-                self.pool.unblock(key, number, self.now, report, origin)
+                self.pool.unblock(key, number, self.now, Report(Outcome.INVALID) if reports else None, origin)
         self._expect_same(key, plain)
 
     @rule(
@@ -425,19 +431,19 @@ class LeasesMachine(RuleBasedStateMachine):
             found[1].expires = self.now + self.plain.rules.keepalive_seconds
             self._expect_same(*found)
 
-    @rule(which=st.sampled_from(WHICH))
-    def delete(self, which: int) -> None:
-        """In any state."""
-        found = self._find(which, by_text=True)
-        if found is not None:
+    @rule(which=st.sampled_from(WHICH), delete=st.booleans())
+    def a_key_comes_or_goes(self, which: int, delete: bool) -> None:
+        """Generated, as long as there are few, or deleted, in any state."""
+        if not delete or len(self.plain.keys) < 2:
+            self._generate()
+        elif (found := self._find(which, by_text=True)) is not None:
             self.pool.delete(found[0], OPERATOR)
             self.plain.purge(found[1], Change.DELETED, OPERATOR)
 
-    @rule(attempt=st.sampled_from(ATTEMPTS))
-    def repeat_an_attempt(self, attempt: bytes) -> None:
-        """Its leases are those that are held, in order."""
-        held = sorted((key.lease, key.id) for key in self.plain.keys.values() if key.attempt == attempt)
-        assert [key.id for key in self.pool.leases_of(attempt, self.now)] == [id for _, id in held]
+    def _generate(self) -> None:
+        if len(self.plain.keys) < MAX_KEYS:
+            key = self.pool.generate(self.now)
+            self.plain.generated(key.id, key.text)
 
     @rule(
         listed=st.sampled_from(
@@ -572,6 +578,13 @@ class LeasesMachine(RuleBasedStateMachine):
             assert all(origin == DEADLINE for _, _, origin in late), f"id:{id}: nobody was told of {late}"
 
     @invariant()
+    def the_leases_of_an_attempt_are_those_that_are_held(self) -> None:
+        """In the order in which they were given."""
+        for attempt in ATTEMPTS:
+            held = sorted((key.lease, key.id) for key in self.plain.keys.values() if key.attempt == attempt)
+            assert [key.id for key in self.pool.leases_of(attempt, self.now)] == [id for _, id in held]
+
+    @invariant()
     def the_counters_are_the_events(self) -> None:
         """Each counter grew by one with each change, and in no other way."""
         for change, name in COUNTER_OF.items():
@@ -590,7 +603,7 @@ class CrowdedLeasesMachine(LeasesMachine):
 
 
 SETTINGS = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
