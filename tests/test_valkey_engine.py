@@ -28,7 +28,7 @@ from valkey_support import (
 )
 from valkeys import new_pool, shared_cluster
 
-from keypool.core.answers import Lease
+from keypool.core.answers import Lease, Unblock
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, PoolFull, StorageUnavailable, UnknownKey
 from keypool.engine.valkey import link as valkey_link
@@ -245,7 +245,7 @@ async def test_a_restart_grace_keeps_the_keys_that_nobody_could_keep_alive(place
         fresh = (await engine.generate(1))[0].key
     age(place.valkey, place.pool, 16, 100, unseen=True)
     async with engine_on(url, grace=30.0) as engine:
-        assert await engine.keepalive_many(late[1:]) == [True] * 699
+        assert await engine.keepalive_many(late[1:]) == ["done"] * 699
         assert (await engine.get(late[0])).expires_in == pytest.approx(30, abs=5)
         assert (await engine.get(fresh)).expires_in == pytest.approx(200, abs=5)
         check(place.valkey, place.pool, 16)
@@ -433,7 +433,7 @@ async def test_the_feed_names_the_owner_of_each_key_that_waiters_got(place: Plac
         leases = await engine.acquire_many("before", 40)
         waiting = [asyncio.ensure_future(engine.acquire(f"w{number}", 60)) for number in range(60)]
         await eventually(lambda: len(engine._waiters) == 60, "all wait")
-        await engine.unblock_many([(lease.key, lease.lease) for lease in leases])
+        await engine.unblock_many([Unblock(lease.key, lease.lease) for lease in leases])
         got = {lease.lease: f"w{n}" for n, lease in enumerate(await asyncio.gather(*waiting[:40]))}
         await engine.stats()
         events = [event for event in engine.recent(200) if event.event == "acquired"]
@@ -559,7 +559,8 @@ def _tie(place: Place, partitions: int, moment: int) -> None:
     """
     with place.valkey.commands() as commands:
         for partition in range(partitions):
-            commands.ask("EVAL", script, 8, *keys_of(place.pool, partition, partitions), moment)
+            keys = keys_of(place.pool, partition, partitions)
+            commands.ask("EVAL", script, len(keys), *keys, moment)
 
 
 async def _walk(engine: ValkeyEngine, after: str | None = None, **query: Any) -> list[list[int]]:

@@ -310,50 +310,44 @@ class Twins:
 
     async def batches(self) -> None:
         """Many at once, some named twice."""
-        pool, engine = self.pool, self.engine
+        engine = self.engine
         refs = [self.ref() for _ in range(6)] * 2
         reports = [Report(Outcome.ERROR), Report(Outcome.OK, None, "well"), None]
         items = [Unblock(ref, self.lease_of(ref), self.random.choice(reports)) for ref in refs]
-        self.same(
-            await engine.unblock_many(items),
-            [
-                lambda one=one: pool.unblock(self.find(one.ref), one.lease, self.now, one.report)
-                for one in items
-            ],
-        )
+        self.same(await engine.unblock_many(items), items, self._unblock)
         longer = [Extension(ref, self.lease_of(ref), self.random.choice([None, 90.0])) for ref in refs]
-        self.same(
-            await engine.extend_many(longer),
-            [
-                lambda one=one: pool.extend(self.find(one.ref), one.lease, one.seconds, self.now)
-                for one in longer
-            ],
-        )
-        for call, follow in (
-            (engine.keepalive_many, lambda ref: pool.keepalive(self.find(ref), self.now)),
-            (
-                lambda refs: engine.quarantine_many(refs[:2], "all", False, ADMIN),
-                lambda ref: pool.quarantine(self.find(ref), "all", False, self.now, ADMIN),
-            ),
-            (
-                lambda refs: engine.restore_many(refs, ADMIN),
-                lambda ref: pool.restore(self.find(ref), ADMIN),
-            ),
-            (
-                lambda refs: engine.delete_many([refs[0], *refs[:2]], ADMIN),
-                lambda ref: pool.delete(self.find(ref), ADMIN),
-            ),
-        ):
-            results = await call(refs)
-            asked = [refs[0], *refs[:2]] if len(results) == 3 else refs[: len(results)]
-            self.same(results, [lambda follow=follow, ref=ref: follow(ref) for ref in asked])
+        self.same(await engine.extend_many(longer), longer, self._extend)
+        self.same(await engine.keepalive_many(refs), refs, self._keepalive)
+        some = refs[:2]
+        self.same(await engine.quarantine_many(some, "all", False, ADMIN), some, self._quarantine)
+        self.same(await engine.restore_many(refs, ADMIN), refs, self._restore)
+        some = [refs[0], *refs[:2]]
+        self.same(await engine.delete_many(some, ADMIN), some, self._delete)
 
-    def same(self, results: list[Any], steps: list[Callable[[], object]]) -> None:
-        """Fails unless the pool has the same results, step by step."""
+    def _unblock(self, item: Unblock) -> None:
+        self.pool.unblock(self.find(item.ref), item.lease, self.now, item.report)
+
+    def _extend(self, item: Extension) -> None:
+        self.pool.extend(self.find(item.ref), item.lease, item.seconds, self.now)
+
+    def _keepalive(self, ref: Ref) -> None:
+        self.pool.keepalive(self.find(ref), self.now)
+
+    def _quarantine(self, ref: Ref) -> None:
+        self.pool.quarantine(self.find(ref), "all", False, self.now, ADMIN)
+
+    def _restore(self, ref: Ref) -> None:
+        self.pool.restore(self.find(ref), ADMIN)
+
+    def _delete(self, ref: Ref) -> None:
+        self.pool.delete(self.find(ref), ADMIN)
+
+    def same(self, results: list[Any], items: list[Any], step: Callable[[Any], None]) -> None:
+        """Fails unless the pool has the same results, item by item."""
         self.tick()
-        for result, step in zip(results, steps, strict=True):
+        for result, item in zip(results, items, strict=True):
             try:
-                step()
+                step(item)
                 word = "done"
             except KeypoolError as error:
                 word = _WORDS[type(error)]
@@ -433,10 +427,16 @@ def _settled(events: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return [*events[: last + 1], events[-1][:1]]
 
 
+async def _outcome(call: Awaitable[Any] | Callable[[], Any]) -> tuple[Any, Any]:
+    """The result of a call, or the error that it raised."""
+    try:
+        return (call() if callable(call) else await call), None
+    except KeypoolError as error:
+        return None, error
+
+
 @on_loop
-@pytest.mark.parametrize(
-    ("partitions", "at_once", "rest"), [(1, 1, 0.0), (4, 1, 13.0), (16, 32, 0.0), (7, 3, 29.0)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 0.0), (4, 1, 13.0), (16, 32, 0.0), (7, 3, 29.0)])
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(1, 6))]
 )
