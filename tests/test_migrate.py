@@ -114,7 +114,7 @@ def a_file(path: Path, keys: int) -> Path:
         with sqlite3.connect(path) as database:
             database.execute(
                 "WITH RECURSIVE n(i) AS (SELECT 1001 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
-                " INSERT INTO keys SELECT i, printf('%020d', i), created_at, expires_at, NULL, 0, NULL"
+                " INSERT INTO keys SELECT i, printf('%020d', i), created_at, expires_at, NULL, 0, NULL, NULL, 0, NULL"
                 " FROM n, (SELECT created_at, expires_at FROM keys WHERE id = 1)",
                 [keys],
             )

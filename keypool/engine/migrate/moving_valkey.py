@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import KeypoolError, SettingsError, StartError
+from keypool.core.handles import SECRET_BYTES
+from keypool.core.keys import Key, State
 from keypool.engine import NOTE
-from keypool.engine.durable.datafile import Row
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
@@ -63,6 +65,7 @@ class ValkeyPool:
             ) from None
         self.total = 0
         self.numbers: dict[str, int] = {}
+        self.secret = b""
         self._facts_key = f"{{{self._url.pool}}}:pool"
         self._partitions = 0
         self._nodes = Nodes(self._url)
@@ -105,6 +108,7 @@ class ValkeyPool:
         await self._connect(int(facts["partitions"]))
         self.total = await self.count()
         self.numbers = await self._numbers(facts)
+        self.secret = bytes.fromhex(facts.get("secret", "")) or os.urandom(SECRET_BYTES)
 
     @_with_place
     async def _open_as_target(self, partitions: int, *, clear: bool) -> None:
@@ -147,24 +151,24 @@ class ValkeyPool:
                 await self._execute(name, "UNLINK")
         await self._execute(self._facts_key, "DEL")
 
-    async def rows(self) -> AsyncIterator[list[Row]]:
+    async def keys(self) -> AsyncIterator[list[Key]]:
         """See moving.Source."""
         for partition in range(self._partitions):
             rank = 0
             while found := await self._move_out(partition, rank):
                 rank += len(found)
-                yield [_row(words) for words in found]
+                yield [_key(words) for words in found]
 
     @_with_place
     async def _move_out(self, partition: int, rank: int) -> Reply:
         return await self._scripts.call(partition, "move_out", (rank, rank + _KEYS_A_CALL - 1))
 
     @_with_place
-    async def write(self, rows: list[Row]) -> None:
+    async def write(self, keys: list[Key]) -> None:
         """See moving.Target."""
         words: dict[int, list[Word]] = {}
-        for row in rows:
-            words.setdefault(partition_of(row[1], self._partitions), []).extend(_words(row))
+        for key in keys:
+            words.setdefault(partition_of(key.text, self._partitions), []).extend(_words(key))
         step = 7 * _KEYS_A_CALL
         await asyncio.gather(*(
             self._scripts.call(partition, "move_in", some[at : at + step])
@@ -178,13 +182,14 @@ class ValkeyPool:
         return sum([await self._execute(self._keys(n)[1], "HLEN") for n in range(self._partitions)])
 
     @_with_place
-    async def finish(self, numbers: dict[str, int]) -> None:
+    async def finish(self, numbers: dict[str, int], secret: bytes) -> None:
         """See moving.Target."""
         counts = {name: numbers.get(name, 0) for name in COUNTERS}
         await self._execute(self._keys(0)[0], "HSET", *_flat(counts))
         seconds, microseconds = await self._nodes.execute(self._facts_key, "TIME")
         last_id, last_lease = numbers.get("last_id", 0), numbers.get("last_lease", 0)
-        facts = {
+        facts: dict[str, Word] = {
+            "secret": secret.hex(),
             "born": int(seconds) * 1_000_000 + int(microseconds),
             "base_tick": last_lease // self._partitions + 1 if last_lease else 0,
             "base_id": last_id // self._partitions + 1 if last_id else 0,
@@ -234,18 +239,25 @@ class ValkeyPool:
         return await self._nodes.execute(key, command, key, *words)
 
 
-def _flat(fields: dict[str, int]) -> list[Word]:
+def _flat(fields: Mapping[str, Word]) -> list[Word]:
     return [word for pair in fields.items() for word in pair]
 
 
-def _row(words: list[Any]) -> Row:
+def _key(words: list[Any]) -> Key:
     text, id, created, expires, release, lease, owner = words
-    return (
-        id, text.decode(), round(created / 1000), round(expires / 1000), round(release / 1000) or None, lease,
-        owner.decode() or None,
-    )  # fmt: skip
+    key = Key(id, text.decode(), created / 1e6, expires / 1e6, lease=lease, owner=owner.decode() or None)
+    if release:
+        key.release_deadline = release / 1e6
+        key.state = State.BLOCKED
+    return key
 
 
-def _words(row: Row) -> list[Word]:
-    id, text, created, expires, release, lease, owner = row
-    return [text, id, created * 1000, expires * 1000, (release or 0) * 1000, lease, owner or ""]
+def _words(key: Key) -> list[Word]:
+    return [
+        key.text, key.id, _micros(key.created_at), _micros(key.expires_deadline), _micros(key.release_deadline or 0),
+        key.lease, key.owner or "",
+    ]  # fmt: skip
+
+
+def _micros(seconds: float) -> int:
+    return round(seconds * 1_000_000)
