@@ -53,7 +53,7 @@ class Attempts:
         `end` must follow, whatever the reply.
         """
         known = block_seconds + _CLAIM_SECONDS
-        return self._call(attempt, claim, round(_CLAIM_SECONDS * 1e6), _microseconds(known))
+        return self._call(attempt, claim, round(_CLAIM_SECONDS * 1e6), known_for(known))
 
     async def claim_in_turn(self, attempt: bytes, claim: str, block_seconds: float) -> int:
         """The same, waiting as long as somebody else is at it. Returns UNKNOWN or KNOWN."""
@@ -65,11 +65,11 @@ class Attempts:
 
     def end(self, attempt: bytes, claim: str, held_seconds: float | None) -> None:
         """Give a claim up, if it hasn't lapsed. A lease can be held for `held_seconds`, None if there is none."""
-        self._call(attempt, claim, 0, 0 if held_seconds is None else _microseconds(held_seconds))
+        self._call(attempt, claim, 0, 0 if held_seconds is None else known_for(held_seconds))
 
     def keep(self, attempt: bytes, held_seconds: float) -> None:
         """Let an attempt be known as long as a lease that was extended."""
-        self._call(attempt, NOBODY, 0, _microseconds(held_seconds))
+        self._call(attempt, NOBODY, 0, known_for(held_seconds))
 
     async def is_known(self, attempt: bytes) -> bool:
         """Whether the attempt may hold leases."""
@@ -84,8 +84,9 @@ def home_of(attempt: bytes, partitions: int) -> int:
     return int.from_bytes(attempt[:4], "big") % partitions
 
 
-def _microseconds(known: float) -> int:
-    return round((known + _MARGIN) * 1e6)
+def known_for(held_seconds: float) -> int:
+    """Microseconds for which an attempt must be known whose lease can be held for so long."""
+    return round((held_seconds + _MARGIN) * 1e6)
 
 
 class RepeatedLease(Lease):

@@ -22,6 +22,8 @@ from keypool.engine.valkey.url import ValkeyUrl
 
 LAYOUT = 2
 """That of engine.py. Layout 1 had no handles, outcomes and attempts; lua/upgrade.lua brings it up."""
+OLDER = "1"
+"""The layout that is brought up, as it is stored."""
 MOVING = 0
 """The layout that keypool migrate writes until all keys are there."""
 
