@@ -76,8 +76,9 @@ async def test_an_attempt_has_one_lease_however_often_and_wherever_it_is_made(
         assert attempt.replayed
         assert (await one.stats()).acquired == 1
         await three.unblock(leases[0].key, leases[0].lease)
-        again = await two.acquire(None, 0, None, None, attempt)
-        assert not attempt.replayed
+        after = Attempted()
+        again = await two.acquire(None, 0, None, None, after)
+        assert not after.replayed
         assert again.lease > leases[0].lease
         check(place.valkey, place.pool, partitions)
 
@@ -227,7 +228,8 @@ async def test_a_lease_for_a_waiter_that_was_superseded_meanwhile_goes_to_the_re
         held = await engine.acquire("holder", 0)
         first = acquire(engine, 30)
         await eventually(lambda: engine._waiters.announced, "it waits")
-        take, repeats = engine._sampler.take_in_order, []
+        take = engine._sampler.take_in_order
+        repeats: list[asyncio.Task[Lease]] = []
 
         async def taken(requests: Any, poll: bool) -> Any:
             done = await take(requests, poll)
@@ -236,7 +238,11 @@ async def test_a_lease_for_a_waiter_that_was_superseded_meanwhile_goes_to_the_re
                 await turns_until(lambda: len(engine._waiters) and first.done(), "it is superseded")
             return done
 
+        async def none_yet(attempt: bytes) -> list[Lease]:
+            return []
+
         engine._sampler.take_in_order = taken  # type: ignore[method-assign]
+        engine._sampler.held = none_yet  # type: ignore[method-assign]
         await engine.unblock(held.key, held.lease)
         with pytest.raises(Superseded):
             await first
@@ -264,9 +270,6 @@ async def test_a_short_cooldown_ends_on_time_whichever_server_set_it(place: Plac
             await become(one, "it is ready", available=20, cooling=0)
         ready = [event for event in one.recent(1000) if event.event is Change.READY]
         assert [(event.by, event.actor) for event in ready] == [(By.DEADLINE, None)] * 3
-        # Over all servers, as any of them may have been the one.
-        late = max(engine._poller.release_lateness.maximum for engine in (one, three))
-        assert late < 0.5, f"an end of a cooldown was noticed {late} s late"
 
 
 # ------------------------------------------------------------------------------------------------------- guard
@@ -457,13 +460,12 @@ async def _in_every_state(engine: ValkeyEngine) -> dict[str, Lease]:
 
 
 async def _rows(engine: ValkeyEngine) -> list[dict[str, Any]]:
-    """All rows, without the lengths of time, and the moments of those, to the second."""
+    """All rows, with moments in place of lengths of time."""
     found = []
     for row in (await engine.page(ListQuery(limit=500))).keys:
         named = msgspec.structs.asdict(row)
         lengths = [named.pop(name) for name in ("expires_in", "release_in", "available_in")]
-        ends = [None if length is None else time.time() + length for length in lengths]
-        found.append(named | {"ends": pytest.approx([end or 0 for end in ends], abs=5)})
+        found.append(named | {"ends": [0 if length is None else time.time() + length for length in lengths]})
     return found
 
 
@@ -473,8 +475,8 @@ async def test_a_move_keeps_states_reports_attempts_and_handles(
     place: Place, tmp_path: Path, here: int, there: int
 ) -> None:
     """To a file, and from there to a pool with another number of partitions."""
-    rules = {"max_block_seconds": 100.0}
-    async with engine_on(place.url, here, **rules) as engine:  # type: ignore[arg-type]
+    rules: dict[str, Any] = {"max_block_seconds": 100.0}
+    async with engine_on(place.url, here, **rules) as engine:
         leases = await _in_every_state(engine)
         rows = await _rows(engine)
     path, other = tmp_path / "keypool.db", new_place()
@@ -489,8 +491,9 @@ async def test_a_move_keeps_states_reports_attempts_and_handles(
             await filled.close()
             await opened.close()
         assert moved.keys == 8
-    async with engine_on(other.url, there, **rules) as engine:  # type: ignore[arg-type]
-        assert await _rows(engine) == rows
+    async with engine_on(other.url, there, **rules) as engine:
+        for row, before in zip(await _rows(engine), rows, strict=True):
+            assert row == before | {"ends": pytest.approx(before["ends"], abs=5)}
         check(other.valkey, other.pool, there)
         for lease in leases.values():
             assert engine.handles.read(lease.handle) == Handle(lease.id, lease.lease)

@@ -32,7 +32,7 @@ have replied that they have none; nearly always it takes one round trip while mo
 enforce `--max-keys` (creation.py). How an attempt finds its leases again: attempts.py.
 
 The rules of outcomes are in the scripts, too, and take the settings of the server that calls. The guard of quarantines
-counts what its own partition has now, and what the others had at this server's latest poll.
+counts its own partition, and what the server found in the others just before.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class ValkeyEngine:
         self._presence = presence
         self._started_at = self._loop.time()
         self._draining = False
+        self._guarding = asyncio.Lock()
         server = presence.server
         self._partitions = Partitions(client, facts)
         self._poller = PartitionPoller(self._partitions, server, rules)
@@ -238,19 +239,26 @@ class ValkeyEngine:
     async def _quarantine_in_turn(
         self, items: Sequence[tuple[int, Word, Word, Word]], origin: Word
     ) -> tuple[list[Reply], float]:
-        """Call unblock.lua for one partition after the other, with what the guard must know of the others."""
+        """Call unblock.lua for one partition after the other, with what its guard must know of the others.
+
+        One batch at a time, after a look at all partitions that can be reached.
+        """
         replies: list[Reply] = [None] * len(items)
         oldest = 0.0
-        for partition in dict.fromkeys(item[0] for item in items):
-            places = [place for place, item in enumerate(items) if item[0] == partition]
-            rules = self._outcome_rules(*self._poller.elsewhere(partition))
-            found, age = await self._partitions.each(
-                "unblock", [items[place] for place in places], (origin, rules)
-            )
-            oldest = max(oldest, age)
-            for place, reply in zip(places, found, strict=True):
-                replies[place] = reply
-                self._poller.quarantined[partition] += reply[0] == 1 and reply[3] == b"quarantined"
+        async with self._guarding:
+            quarantined, totals = await self._poller.quarantined_and_totals()
+            for partition in dict.fromkeys(item[0] for item in items):
+                places = [place for place, item in enumerate(items) if item[0] == partition]
+                elsewhere = (sum(each) - each[partition] for each in (quarantined, totals))
+                found, age = await self._partitions.each(
+                    "unblock",
+                    [items[place] for place in places],
+                    (origin, self._outcome_rules(*elsewhere)),
+                )
+                oldest = max(oldest, age)
+                for place, reply in zip(places, found, strict=True):
+                    replies[place] = reply
+                    quarantined[partition] += reply[0] == 1 and reply[3] == b"quarantined"
         return replies, oldest
 
     def _outcome_rules(self, quarantined_elsewhere: int, keys_elsewhere: int) -> bytes:

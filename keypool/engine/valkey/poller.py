@@ -12,6 +12,7 @@ polled for 2.5 s. All others poll once a second, for counts and events.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import deque
@@ -185,8 +186,9 @@ class PartitionPoller:
         self.totals_version += 1
 
     def expect(self, partition: int, seconds: float) -> None:
-        """Poll a partition in time for a deadline that lies ahead by so much, which its sweeper may not know yet. O(1),
-        O(partitions) if it is nearer than the next poll.
+        """Poll a partition in time for a deadline that lies ahead by so much, which its sweeper may not know yet.
+
+        O(1), O(partitions) if it is nearer than the next poll.
         """
         now = self._loop.time()
         if seconds < 2 * POLL_SECONDS:
@@ -196,12 +198,15 @@ class PartitionPoller:
                 self._timer.cancel()
                 self._set_timer()
 
-    def elsewhere(self, partition: int) -> tuple[int, int]:
-        """How many quarantined keys, and how many keys in all, the other partitions have, as far as is known."""
-        return (
-            sum(self.quarantined) - self.quarantined[partition],
-            sum(self.totals) - self.totals[partition],
-        )
+    async def quarantined_and_totals(self) -> tuple[list[int], list[int]]:
+        """How many quarantined keys, and how many keys in all, each partition has. O(partitions).
+
+        As of the latest poll where it can't be reached.
+        """
+        unreachable = set(self._partitions.client.unreachable)
+        with contextlib.suppress(StorageUnavailable):
+            await self.poll([n for n in range(self._partitions.count) if n not in unreachable], EXPIRING)
+        return [*self.quarantined], [*self.totals]
 
     def recent(self, count: int, key_id: int | None) -> list[Event]:
         """The latest `count` events, oldest first; with `key_id`, of that key only. O(RECENT_EVENTS)."""
