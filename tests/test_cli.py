@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -446,53 +445,6 @@ def test_keepalive_watch_ends_by_a_signal(
         eventually(lambda: pool.stats().kept_alive > before, "a first round")
         process.send_signal(number)
         assert process.wait(30) == status
-
-
-# ------------------------------------------------------------------------------------------------------- completion
-
-
-def test_completion_in_bash(tmp_path: Path) -> None:
-    cases = {
-        "keypool acq": {"acquire"},
-        "keypool list --st": {"--state"},
-        "keypool list --state b": {"blocked"},
-        "keypool list --state = b": {"blocked"},
-        "keypool --json completion f": {"fish"},
-        "keypool --url http://x li": {"list"},
-        "keypool --tok": {"--token-file"},
-        "keypool serve --http ": {"fast", "tornado"},
-        "keypool serve --key-": {"--key-length"},
-        "keypool serve --ur": set(),
-        "keypool run --overrun ": {"stop", "warn"},
-        "keypool run -- bas": {"bash"},
-        "keypool run --owner me bas": {"bash"},
-        "keypool run -- ls --ur": set(),
-    }
-    (tmp_path / "keypool.bash").write_text(run_command(None, "completion", "bash").out)
-    script = [f"PATH={tmp_path}", "enable compgen", f"source {tmp_path}/keypool.bash"]
-    (tmp_path / "bash").touch(mode=0o755)
-    for line in cases:
-        words = [*line.split(" ")]
-        quoted = " ".join(f"'{word}'" for word in words)
-        script.append(
-            f'COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _keypool; echo "${{COMPREPLY[@]}}"'
-        )
-    bash = shutil.which("bash") or "bash"
-    ran = subprocess.run([bash, "-c", "\n".join(script)], capture_output=True, text=True, check=True)
-    assert ran.stderr == ""
-    completed = dict(zip(cases, (set(line.split()) for line in ran.stdout.split("\n")), strict=False))
-    assert completed == cases
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts_are_syntactically_right(shell: str, tmp_path: Path) -> None:
-    script = run_command(None, "completion", shell)
-    assert script.status == 0
-    assert "acquire" in script.out
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed here")
-    (tmp_path / "script").write_text(script.out)
-    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ serve

@@ -39,7 +39,8 @@ class Argument(NamedTuple):
     @property
     def takes_value(self) -> bool:
         """Whether the next word must be the flag's value; False if the value is optional."""
-        return self.is_flag and "action" not in self.options and self.options.get("nargs") != "?"
+        optional = self.options.get("action", "append") != "append" or self.options.get("nargs") == "?"
+        return self.is_flag and not optional
 
 
 class Command(NamedTuple):
