@@ -22,6 +22,7 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
 from tornado.ioloop import IOLoop
 
+from keypool.core.answers import Lease
 from keypool.core.index import BucketListener
 from keypool.core.pool import Listener, Pool
 from keypool.core.rules import PoolRules
@@ -71,7 +72,7 @@ def make_pool(
     max_keys: int = 1_000_000,
     new_text: Callable[[], str] | None = None,
     random: Callable[[], float] = lambda: 0.0,
-    on_change: Listener = lambda change, key, owner: None,
+    on_change: Listener = lambda change, key, owner, origin: None,
     on_opened: BucketListener = lambda bucket: None,
     on_closed: BucketListener = lambda bucket: None,
 ) -> Pool:
@@ -228,6 +229,49 @@ def make_engine(
     return EmbeddedEngine(
         PoolRules(**rules), start_timers=start_timers, loop=loop, clock=clock, new_text=new_text
     )
+
+
+class Held:
+    """An engine whose clock and timers are the test's."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.clock = Moment()
+        self.timers = HeldTimers()
+        self.engine = make_engine(self.clock, self.timers, **settings)
+        self.pool = self.engine.pool
+
+    def now_serving(self) -> list[tuple[int, str | None]]:
+        """The held keys by id, with their owners."""
+        return [
+            (key.id, key.owner) for key in self.pool._by_id.walk(None) if key.release_deadline is not None
+        ]
+
+    def wait(self, owner: str, seconds: float = 30.0) -> Call[Lease]:
+        """A pending acquire."""
+        return Call(self.engine.acquire(owner, seconds))
+
+    async def check(self) -> None:
+        """The pool is consistent, and no key is available while a call waits."""
+        await turns()
+        self.pool.check()
+        waiting = (await self.engine.stats()).waiting
+        assert not waiting or not self.pool.available, (
+            f"{waiting} wait although {self.pool.available} keys are available"
+        )
+
+
+async def now(call: Awaitable[Any]) -> Any:
+    """The answer of a call that must not wait for anything."""
+    made: Call[Any] = Call(call)  # type: ignore[arg-type]
+    assert made.over, "the call waits for something"
+    return made.answer
+
+
+async def held_with(*owners: str, keys: int | None = None, **settings: Any) -> tuple[Held, list[Lease]]:
+    """An engine whose keys these owners hold, one each."""
+    held = Held(**settings)
+    await now(held.engine.generate(len(owners) if keys is None else keys))
+    return held, [await now(held.engine.acquire(owner, 0)) for owner in owners]
 
 
 def open_held(path: Path) -> int:

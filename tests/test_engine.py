@@ -22,9 +22,9 @@ from engine_support import (
     LATE,
     START,
     Call,
-    HeldTimers,
-    Moment,
-    make_engine,
+    Held,
+    held_with,
+    now,
     on_loop,
     turns,
     turns_until,
@@ -34,7 +34,7 @@ from keypool.api.auth import Caller, Role
 from keypool.api.first_version import LEGACY
 from keypool.api.operations import Call as ApiCall
 from keypool.core import pool as pool_module
-from keypool.core.answers import Identity, Lease, Row, Stats
+from keypool.core.answers import Identity, Lease, Row, Stats, Unblock
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import (
     BadRequest,
@@ -51,50 +51,6 @@ from keypool.core.pool import MAX_DUE_PER_CALL
 from keypool.engine import Engine
 from keypool.engine.embedded import RECENT_EVENTS, EmbeddedEngine
 
-
-class Held:
-    """An engine whose clock and timers are the test's."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.clock = Moment()
-        self.timers = HeldTimers()
-        self.engine = make_engine(self.clock, self.timers, **settings)
-        self.pool = self.engine.pool
-
-    def now_serving(self) -> list[tuple[int, str | None]]:
-        """The held keys by id, with their owners."""
-        return [
-            (key.id, key.owner) for key in self.pool._by_id.walk(None) if key.release_deadline is not None
-        ]
-
-    def wait(self, owner: str, seconds: float = 30.0) -> Call[Lease]:
-        """A pending acquire."""
-        return Call(self.engine.acquire(owner, seconds))
-
-    async def check(self) -> None:
-        """The pool is consistent, and no key is available while a call waits."""
-        await turns()
-        self.pool.check()
-        waiting = (await self.engine.stats()).waiting
-        assert not waiting or not self.pool.available, (
-            f"{waiting} wait although {self.pool.available} keys are available"
-        )
-
-
-async def now(call: Awaitable[Any]) -> Any:
-    """The answer of a call that must not wait for anything."""
-    made: Call[Any] = Call(call)  # type: ignore[arg-type]
-    assert made.over, "the call waits for something"
-    return made.answer
-
-
-async def held_with(*owners: str, keys: int | None = None, **settings: Any) -> tuple[Held, list[Lease]]:
-    """An engine whose keys these owners hold, one each."""
-    held = Held(**settings)
-    await now(held.engine.generate(len(owners) if keys is None else keys))
-    return held, [await now(held.engine.acquire(owner, 0)) for owner in owners]
-
-
 # ------------------------------------------------------------------------------------- the calls, as they answer
 
 
@@ -109,9 +65,9 @@ async def test_an_engine_with_nothing_to_wait_for_never_suspends() -> None:
     assert [key.expires_in for key in made] == [KEEPALIVE] * 3
     assert len(await now(engine.acquire_many("bob", 5))) == 2
     assert (await now(engine.keepalive(lease.id))).expires_in == KEEPALIVE
-    assert await now(engine.keepalive_many([lease.key, "nobody"])) == [True, False]
+    assert await now(engine.keepalive_many([lease.key, "nobody"])) == ["done", "unknown"]
     assert (await now(engine.unblock(lease.key, lease.lease))).changed is True
-    assert await now(engine.unblock_many([(lease.key, None), (lease.id, 9), ("x", None)])) == [
+    assert await now(engine.unblock_many([Unblock(lease.key), Unblock(lease.id, 9), Unblock("x")])) == [
         "done",
         "stale",
         "unknown",
@@ -122,7 +78,10 @@ async def test_an_engine_with_nothing_to_wait_for_never_suspends() -> None:
     assert (await now(engine.stats())).total == 3
     assert (await now(engine.delete(lease.id))).id == lease.id
     other = next(key for key in made if key.id != lease.id)
-    assert await now(engine.delete_many([lease.id, other.key])) == [None, Identity(other.id, hint(other.key))]
+    assert await now(engine.delete_many([lease.id, other.key])) == [
+        "unknown",
+        Identity(other.id, hint(other.key)),
+    ]
     assert held.pool.total == 1
     engine.ready()
 
@@ -236,7 +195,7 @@ def test_unblock_of_a_block_that_ran_out_takes_the_key_from_nobody_else(form: st
         if form == "single":
             await now(held.engine.unblock(lease.key, None))
         else:
-            await now(held.engine.unblock_many([(lease.key, None)]))
+            await now(held.engine.unblock_many([Unblock(lease.key)]))
         await turns()
         served = [call.answer.lease for call in (bob, carol) if call.over]
         assert held.now_serving() == [(lease.id, "bob")], f"leases {served} were given of one key"
@@ -387,7 +346,7 @@ async def test_hanging_up_after_the_served_key_is_gone_has_no_effect() -> None:
     """Deleted, or expired by its deadline."""
     held, (one, two) = await held_with("ann", "ann")
     bob, carol = held.wait("bob"), held.wait("carol")
-    await now(held.engine.unblock_many([(one.id, None), (two.id, None)]))
+    await now(held.engine.unblock_many([Unblock(one.id), Unblock(two.id)]))
     await now(held.engine.delete(one.id))
     bob.hang_up()
     held.clock.on(KEEPALIVE)
@@ -458,7 +417,7 @@ async def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
     held.timers.fire(*releases)  # of two blocks
     await expect("c", "d")
     assert calls["c"].answer.lease < calls["d"].answer.lease
-    await now(held.engine.unblock_many([(calls["a"].answer.id, None), (calls["b"].answer.id, None)]))
+    await now(held.engine.unblock_many([Unblock(calls["a"].answer.id), Unblock(calls["b"].answer.id)]))
     await expect("e", "f")
     await now(held.engine.generate(5))
     await expect("g")
@@ -743,14 +702,25 @@ async def test_a_batch_takes_its_items_one_by_one_in_order() -> None:
     engine = held.engine
     outcomes = await now(
         engine.unblock_many(
-            [(one.key, two.lease), (one.key, one.lease), (one.id, one.lease), (two.key, None), ("x", None)]
+            [
+                Unblock(one.key, two.lease),
+                Unblock(one.key, one.lease),
+                Unblock(one.id, one.lease),
+                Unblock(two.key),
+                Unblock("x"),
+            ]
         )
     )
     assert outcomes == ["stale", "done", "done", "done", "unknown"]
     gone = await now(engine.delete_many([one.key, one.key, one.id, two.id]))
-    assert [None if each is None else each.id for each in gone] == [one.id, None, None, two.id]
+    assert [each if isinstance(each, str) else each.id for each in gone] == [
+        one.id,
+        "unknown",
+        "unknown",
+        two.id,
+    ]
     left = 6 - one.id - two.id
-    assert await now(engine.keepalive_many([one.key, left, left])) == [False, True, True]
+    assert await now(engine.keepalive_many([one.key, left, left])) == ["unknown", "done", "done"]
     assert held.pool.counters.kept_alive == 2
 
 
@@ -759,7 +729,7 @@ async def test_a_batch_of_unblocks_serves_waiters_between_its_items() -> None:
     """So a key that comes twice in it may be somebody else's the second time."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
-    outcomes = await now(held.engine.unblock_many([(lease.key, lease.lease), (lease.key, lease.lease)]))
+    outcomes = await now(held.engine.unblock_many([Unblock(lease.key, lease.lease)] * 2))
     assert outcomes == ["done", "stale"]
     await turns()
     assert bob.answer.id == lease.id
@@ -948,9 +918,9 @@ SEES = [
     Sees("unblock with a lease", lambda e, text, number: e.unblock(text, 1)),
     Sees("keepalive", lambda e, text, number: e.keepalive(text)),
     Sees("delete", lambda e, text, number: e.delete(text)),
-    Sees("batch of unblocks", lambda e, text, number: _mapped(e.unblock_many([(text, None)])), "unknown"),
-    Sees("batch of keepalives", lambda e, text, number: _mapped(e.keepalive_many([text])), False),
-    Sees("batch of deletes", lambda e, text, number: _mapped(e.delete_many([text])), None),
+    Sees("batch of unblocks", lambda e, text, number: _mapped(e.unblock_many([Unblock(text)])), "unknown"),
+    Sees("batch of keepalives", lambda e, text, number: _mapped(e.keepalive_many([text])), "unknown"),
+    Sees("batch of deletes", lambda e, text, number: _mapped(e.delete_many([text])), "unknown"),
     Sees("list", lambda e, text, number: _page_ids(e), set()),
     Sees("list by state", lambda e, text, number: _page_ids(e, state="available"), set()),
     Sees("list by prefix", lambda e, text, number: _page_ids(e, prefix="0"), set()),
@@ -1103,8 +1073,8 @@ WAKES: list[tuple[str, Ask]] = [
     ("unblock with a wrong lease", lambda e, text, number: e.unblock(text, 9)),
     ("keepalive", lambda e, text, number: e.keepalive(text)),
     ("batch of keepalives", lambda e, text, number: e.keepalive_many([text])),
-    ("batch of unblocks", lambda e, text, number: e.unblock_many([(text, 1)])),
-    ("batch of unblocks with a wrong lease", lambda e, text, number: e.unblock_many([(text, 9)])),
+    ("batch of unblocks", lambda e, text, number: e.unblock_many([Unblock(text, 1)])),
+    ("batch of unblocks with a wrong lease", lambda e, text, number: e.unblock_many([Unblock(text, 9)])),
     ("batch of a key and nobody's", lambda e, text, number: e.keepalive_many([text, "nobody"])),
     ("list", lambda e, text, number: e.page(ListQuery())),
     ("acquire", lambda e, text, number: e.acquire("carol", 0)),
@@ -1195,7 +1165,7 @@ async def test_the_latest_events_are_kept() -> None:
     await now(held.engine.reveal(lease.id))
     await now(held.engine.unblock(lease.id, None))
     await now(held.engine.delete(lease.id))
-    changes = [(change.value, key.id, owner, lease) for change, key, owner, lease, _ in held.engine.events]
+    changes = [(change.value, key.id, owner, lease) for change, key, owner, lease, *_ in held.engine.events]
     assert changes == [
         ("generated", 1, None, 0),
         ("acquired", 1, "ann", 1),
@@ -1217,9 +1187,10 @@ async def test_restored_keys_have_their_timers() -> None:
     held = Held(start_timers=False)
     keys = [Key(id, f"{id:020}", START - 50, START + 250) for id in (1, 2, 3)]
     keys[1].release_deadline, keys[1].lease, keys[1].owner = START + 10, 7, "ann"
+    keys[1].state = State.BLOCKED
     held.pool.last_id, held.pool.last_lease = 3, 7
     for key in keys:
-        held.pool.restore(key)
+        held.pool.load(key)
     held.pool.delete(keys[2])  # as one that expired while no server ran
     assert not held.timers.timers, "a pool that is being restored must not move"
     held.engine.start()

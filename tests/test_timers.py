@@ -28,7 +28,7 @@ from engine_support import (
 from tornado.ioloop import IOLoop
 
 from keypool.core import index
-from keypool.core.events import Change
+from keypool.core.events import Change, Origin
 from keypool.core.index import DeadlineIndex
 from keypool.core.keys import Key
 from keypool.core.pool import MAX_DUE_PER_CALL, Pool
@@ -323,9 +323,9 @@ def told(skewed: Skewed) -> Told:
     changes: list[Change] = []
     listener = engine.pool.on_change
 
-    def hear(change: Change, key: Key, owner: str | None) -> None:
+    def hear(change: Change, key: Key, owner: str | None, origin: Origin) -> None:
         changes.append(change)
-        listener(change, key, owner)
+        listener(change, key, owner, origin)
 
     engine.pool.on_change = hear
     return Told(engine, changes)
@@ -444,8 +444,8 @@ def test_on_uvloop_deadlines_are_never_early_by_more_than_5_ms() -> None:
         loop, listener = asyncio.get_running_loop(), engine.pool.on_change
         fired = {change: loop.create_future() for change in (Change.RELEASED, Change.EXPIRED)}
 
-        def hear(change: Change, key: Key, owner: str | None) -> None:
-            listener(change, key, owner)
+        def hear(change: Change, key: Key, owner: str | None, origin: Origin) -> None:
+            listener(change, key, owner, origin)
             if change in fired:
                 fired[change].set_result(engine.now())
 

@@ -79,6 +79,8 @@ class Key(msgspec.Struct, gc=False, eq=False):
     history: History = NO_HISTORY
     """What its holders reported."""
     # in memory
+    replayed: bool = False
+    """Whether the latest lease was given to its attempt again, so that the first call can't take it back alone."""
     slot: int = -1
     """Index in the pool's list of available keys; -1 unless available."""
     expiry_bucket: DeadlineBucket | None = None

@@ -182,9 +182,15 @@ class Pool:
         return key
 
     def leases_of(self, attempt: bytes, now: float) -> list[Key]:
-        """The keys whose leases were given to this attempt and are still held, in order of acquisition. O(keys)."""
+        """The keys whose leases were given to this attempt and are still held, in order of acquisition. O(keys).
+
+        They are `replayed` from now on.
+        """
         held = self._by_attempt.get(attempt)
-        return [key for key in held if key.expires_deadline > now and (key.release_deadline or now) > now]
+        keys = [key for key in held if key.expires_deadline > now and (key.release_deadline or now) > now]
+        for key in keys:
+            key.replayed = True
+        return keys
 
     def state_of(self, key: Key, now: float) -> State:
         """The state of a live key at the moment `now`, by its deadline. O(1)."""
@@ -249,6 +255,7 @@ class Pool:
                 key.acquired_at = now
                 if attempt is not None:
                     key.attempt = attempt
+                    key.replayed = False
                     self._by_attempt.add(key, attempt)
                 block = self.rules.block_seconds if block_seconds is None else block_seconds
                 key.release_deadline = deadline = now + block

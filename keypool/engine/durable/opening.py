@@ -63,7 +63,7 @@ async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) 
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
             key.expires_deadline = max(key.expires_deadline, grace_until)
-            engine.pool.restore(key)
+            engine.pool.load(key)
         await asyncio.sleep(0)
     for _ in engine.pool.check_in_slices(_SLICE):
         await asyncio.sleep(0)
