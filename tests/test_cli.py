@@ -343,8 +343,8 @@ def test_a_table_fits_the_terminal(server: ServerProcess, pool: KeyPool) -> None
     assert "EXPIRES" in heading
     [held] = [row for row in rows if "blocked" in row]
     [free] = [row for row in rows if "available" in row]
-    assert held.split()[-3] == str(served.lease)
-    assert free.split()[-3] == "-", "an old lease"
+    assert held.split()[-4] == str(served.lease)
+    assert free.split()[-4] == "-", "an old lease"
     assert json.loads(run_command(server, "list", "--json", columns=80).out.splitlines()[0])["id"]
 
 
