@@ -238,8 +238,7 @@ def test_a_lease_that_was_ended_by_somebody_else(
         (tmp_path / "go").touch()
         _, noted = process.communicate(timeout=30)
         assert process.returncode == status
-        assert len(noted.splitlines()) == 1
-        assert "before" in noted
+        assert len(noted.splitlines()) == served_again
 
 
 # --------------------------------------------------------------------------------------------------------- outcomes
@@ -300,7 +299,7 @@ def test_the_command_may_report_an_outcome_itself(server: ServerProcess, pool: K
         f'"{sys.executable}" -m keypool unblock "$KEYPOOL_HANDLE" --outcome rate_limited --retry-after 1234'
     )
     ran = keypool(server, "run", "--on-exit", "9=invalid", "--", "sh", "-c", f"{report}; exit 9")
-    assert ran.returncode == 9
+    assert (ran.returncode, ran.stderr) == (9, "")
     row = pool.get(made)
     assert (row.state, row.outcome) == ("cooling", "rate_limited")
 

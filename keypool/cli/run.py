@@ -1,5 +1,8 @@
 """`keypool run -- COMMAND`: lease a key, run a command with it, and give the key back when the command ends.
 
+What the command's exit status says of the key, by --on-exit, is reported when it is given back. With --extend the
+client's keeper extends the lease, in a thread of its own.
+
 The command gets the key in its environment, and every signal that is sent to keypool, once. In a terminal's
 foreground the command shares keypool's process group, to which the terminal sends Ctrl-C. Elsewhere (cron, a
 supervisor) the command gets a process group of its own, and signals go to all of it.
@@ -103,13 +106,12 @@ def _result(ended: _Ended, key: HeldKey, *, stop: bool) -> int:
     """The exit status, after the key was given back."""
     if key.unblocked is not None and key.unblocked.guarded:
         note(f"key {key.hint} cools, and isn't quarantined: too many keys of the pool are")
-    lost = bool(getattr(ended, "__notes__", ()))
-    if lost and ended.by_itself:
-        note(ended.__notes__[0].removeprefix("besides: "))
-        # If the key could be given back under this lease, nobody else has held it yet. Its lease was ended early, by
-        # the command itself perhaps, which may report an outcome under KEYPOOL_HANDLE.
-        if key.unblocked is None and stop:
-            return Status.RUN_LEASE_OVER
+    # If the key could be given back under this lease, nobody else has held it yet, though its lease may have ended
+    # early: by the command itself perhaps, which may report an outcome under KEYPOOL_HANDLE.
+    if ended.by_itself and key.unblocked is None:
+        for lost in getattr(ended, "__notes__", ()):
+            note(lost.removeprefix("besides: "))
+            return Status.RUN_LEASE_OVER if stop else ended.status
     return ended.status
 
 
@@ -127,7 +129,7 @@ def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, 
                 words,
                 env=os.environ | environment,
                 process_group=None if foreground else 0,
-                preexec_fn=prepare_child,  # noqa: PLW1509 - there is one thread
+                preexec_fn=prepare_child,  # noqa: PLW1509 - takes no lock that the keeper's thread may hold
             )
         except OSError as error:
             note(f"{words[0]} can't be run: {error.strerror or error}")

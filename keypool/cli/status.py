@@ -25,7 +25,10 @@ class Status(IntEnum):
     RUN_UNREACHABLE = 121, "run: the server can't be reached; the command was not started"
     RUN_DENIED = 122, "run: the token is missing or refused; the command was not started"
     RUN_NO_KEY = 123, "run: no key is available; the command was not started"
-    RUN_LEASE_OVER = 124, "run: the lease ended before the command did, and the command was stopped"
+    RUN_LEASE_OVER = (
+        124,
+        "run: the lease ended first: the command was stopped, or others may have used its key",
+    )
     RUN_FAILED = 125, "run: wrong usage, or any other failure of keypool; the command was not started"
     RUN_NOT_EXECUTABLE = 126, "run: the command can't be executed"
     RUN_NOT_FOUND = 127, "run: the command was not found"
