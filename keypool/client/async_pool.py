@@ -144,12 +144,16 @@ class AsyncKeyPool:
         held.register(lambda: self._give_back_without_loop(held))
         self._held.add(held)
         if held.expires_first or extend:
-            if self._lease_keeper is None or not self._lease_keeper.running:
-                self._lease_keeper = self.keeper().start()
-            self._lease_keeper.add(held)
+            keeper = self._keep_alive(held)
             if extend:
-                self._lease_keeper._extend(held)  # noqa: SLF001 - a part of it
+                keeper._extend(held)  # noqa: SLF001 - a part of it
         return held
+
+    def _keep_alive(self, held: AsyncHeldKey) -> AsyncKeeper:
+        if self._lease_keeper is None or not self._lease_keeper.running:
+            self._lease_keeper = self.keeper().start()
+        self._lease_keeper.add(held)
+        return self._lease_keeper
 
     async def _acquire(
         self, owner: str | None, wait: float | None, block_seconds: float | None
@@ -163,7 +167,10 @@ class AsyncKeyPool:
         return held(await self._runner.acquire(steps, lambda late: self._give_back(held(late))))
 
     async def _extend(self, held: AsyncHeldKey, seconds: float | None) -> Extended:
-        return await self._runner.run(held.extension(self._settings, seconds))
+        extended = await self._runner.run(held.extension(self._settings, seconds))
+        if held.expires_first and not held.over:
+            self._keep_alive(held)
+        return extended
 
     async def _give_back(
         self, held: AsyncHeldKey, within: float = math.inf, *, well: bool = False

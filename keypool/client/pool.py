@@ -167,16 +167,23 @@ class KeyPool:
         held.register(lambda: self._give_back(held, LAST_TRY))
         self._held.add(held)
         if held.expires_first or extend:
-            with self._lock:
-                if self._lease_keeper is None or not self._lease_keeper.running:
-                    self._lease_keeper = self.keeper().start()
-            self._lease_keeper.add(held)
+            keeper = self._keep_alive(held)
             if extend:
-                self._lease_keeper._extend(held)  # noqa: SLF001 - a part of it
+                keeper._extend(held)  # noqa: SLF001 - a part of it
         return held
 
+    def _keep_alive(self, held: HeldKey) -> Keeper:
+        with self._lock:
+            if self._lease_keeper is None or not self._lease_keeper.running:
+                self._lease_keeper = self.keeper().start()
+        self._lease_keeper.add(held)
+        return self._lease_keeper
+
     def _extend(self, held: HeldKey, seconds: float | None) -> Extended:
-        return self._runner.run(held.extension(self._settings, seconds))
+        extended = self._runner.run(held.extension(self._settings, seconds))
+        if held.expires_first and not held.over:
+            self._keep_alive(held)
+        return extended
 
     def _give_back(self, held: HeldKey, within: float = math.inf, *, well: bool = False) -> LeaseLost | None:
         if self._lease_keeper is not None:
