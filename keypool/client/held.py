@@ -57,6 +57,8 @@ class Held:
         self.release_in = leased.release_in
         self.unblocked: Unblocked | None = None
         """The answer when the key was given back."""
+        self.not_extended: KeyPoolError | None = None
+        """Why the lease goes on to its end and can't be extended any more; None as long as that isn't known."""
         self._text = leased.secret
         # When the server sent the answer to a call that waited is not known; it can't have been in transit for long.
         travelled = min(_LATEST_ON_THE_WAY, leased.release_in / 20)
@@ -224,6 +226,7 @@ class Held:
         except (StaleLease, UnknownKey, LeaseOver, BlockLimit) as error:
             extended = yield from self._not_extended(error, settings, within)
             if extended is None:
+                self.not_extended = error
                 raise
             return extended
         self._moved(answer.sent_at + answer.result.release_in)
