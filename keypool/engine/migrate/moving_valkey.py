@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import KeypoolError, SettingsError, StartError
 from keypool.core.handles import SECRET_BYTES
-from keypool.core.keys import Key, State
+from keypool.core.keys import Key
 from keypool.engine import NOTE
+from keypool.engine.valkey.attempts import NOBODY, home_of, known_for
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
-from keypool.engine.valkey.opening import LAYOUT, MOVING
+from keypool.engine.valkey.opening import LAYOUT, MOVING, OLDER
 from keypool.engine.valkey.partitions import partition_of
+from keypool.engine.valkey.records import key_of, record_of
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.url import parse, without_password
 
@@ -103,7 +106,7 @@ class ValkeyPool:
         if not facts:
             raise StartError(f"there is no pool in {self.place}")
         self._refuse_unfinished(facts)
-        if facts["layout"] != str(LAYOUT):
+        if facts["layout"] not in (OLDER, str(LAYOUT)):
             raise StartError(f"the pool in {self.place} is of another version of keypool")
         await self._connect(int(facts["partitions"]))
         self.total = await self.count()
@@ -157,7 +160,14 @@ class ValkeyPool:
             rank = 0
             while found := await self._move_out(partition, rank):
                 rank += len(found)
-                yield [_key(words) for words in found]
+                yield [self._key(words) for words in found]
+
+    def _key(self, words: Reply) -> Key:
+        text, attempt, packed = words
+        try:
+            return key_of(text.decode(), attempt, packed)
+        except ValueError as error:
+            raise StartError(f"{self.place}: {error}") from None
 
     @_with_place
     async def _move_out(self, partition: int, rank: int) -> Reply:
@@ -168,13 +178,24 @@ class ValkeyPool:
         """See moving.Target."""
         words: dict[int, list[Word]] = {}
         for key in keys:
-            words.setdefault(partition_of(key.text, self._partitions), []).extend(_words(key))
-        step = 7 * _KEYS_A_CALL
+            some = words.setdefault(partition_of(key.text, self._partitions), [])
+            some += (key.text, key.attempt or b"", record_of(key))
+        step = 3 * _KEYS_A_CALL
         await asyncio.gather(*(
             self._scripts.call(partition, "move_in", some[at : at + step])
             for partition, some in words.items()
             for at in range(0, len(some), step)
         ))  # fmt: skip
+        if self._partitions > 1:
+            await asyncio.gather(*(self._keep_attempt(key) for key in keys if key.attempt is not None))
+
+    async def _keep_attempt(self, key: Key) -> None:
+        """Let the attempt of a held key be known in the pool (attempts.py)."""
+        assert key.attempt is not None
+        assert key.release_deadline is not None  # only a blocked key has an attempt
+        left = known_for(max(0.0, key.release_deadline - time.time()))
+        home = home_of(key.attempt, self._partitions)
+        await self._scripts.call(home, "claim", (key.attempt, NOBODY, 0, left))
 
     @_with_place
     async def count(self) -> int:
@@ -241,23 +262,3 @@ class ValkeyPool:
 
 def _flat(fields: Mapping[str, Word]) -> list[Word]:
     return [word for pair in fields.items() for word in pair]
-
-
-def _key(words: list[Any]) -> Key:
-    text, id, created, expires, release, lease, owner = words
-    key = Key(id, text.decode(), created / 1e6, expires / 1e6, lease=lease, owner=owner.decode() or None)
-    if release:
-        key.release_deadline = release / 1e6
-        key.state = State.BLOCKED
-    return key
-
-
-def _words(key: Key) -> list[Word]:
-    return [
-        key.text, key.id, _micros(key.created_at), _micros(key.expires_deadline), _micros(key.release_deadline or 0),
-        key.lease, key.owner or "",
-    ]  # fmt: skip
-
-
-def _micros(seconds: float) -> int:
-    return round(seconds * 1_000_000)
