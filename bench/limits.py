@@ -1,13 +1,11 @@
 """Workers that share the keys of a rate-limited service: random rotation beside outcomes, in simulated time.
 
-The service allows each key so many requests a minute, in fixed windows of a minute that begin with a key's first
-request. It answers one that is too many with 429 and a Retry-After, in whole seconds, until the window's end. Each
-worker makes a request, pauses, makes the next, and so on. Together they want about twice what the service allows.
-
-All of them lease keys from the same pool rules, on a clock that jumps from event to event. They differ in what they
-report: nothing (a key that was refused goes to the next worker); `rate_limited` with the Retry-After after a refusal;
-or, where the service says how many requests are left, `rate_limited` with the last allowed one. Served is what the
-service answered with 200. Half an hour takes a few seconds.
+The service allows each key so many requests a minute, in windows that begin with a key's first request, and answers one
+that is too many with 429 and a Retry-After until the window's end. Each worker makes a request, pauses, makes the next,
+and so on. Together they want about twice what the service allows. They lease keys from the pool's own rules on a clock
+that jumps from event to event, and differ in what they report: nothing, so that the next worker gets a refused key;
+`rate_limited` with the Retry-After after a refusal; or, where the service says how many requests are left,
+`rate_limited` with the last allowed one. "served" is what the service didn't refuse. Half an hour takes seconds.
 """
 
 from __future__ import annotations
@@ -143,16 +141,15 @@ def main(arguments: Sequence[str]) -> int:
     table = Table(
         "workers report", "requests", "refused", "served a minute", "of the limit", "waited for a key"
     )
-    targets, found = Targets(), dict[str, Found]()
-    allowed = options.keys * options.limit
+    targets, allowed = Targets(), options.keys * options.limit
     for policy in POLICIES:
         simulation = Simulation(policy, options.keys, options.limit, options.workers, options.pause)
-        each = found[policy] = simulation.run(60.0 * options.minutes)
+        each = simulation.run(60.0 * options.minutes)
         served = (each.requests - each.refused) / options.minutes
-        share, waited = f"{each.refused / each.requests:.1%}", span(each.waited / each.requests)
+        refused = each.refused / each.requests
+        share, waited = f"{refused:.1%}", span(each.waited / each.requests)
         table.row(policy, f"{each.requests:,}", share, f"{served:,.0f}", f"{served / allowed:.0%}", waited)
         if policy != POLICIES[0]:
-            refused = each.refused / each.requests
             targets.check(f"{policy}, refused", refused <= REFUSED, share, f"at most {REFUSED:.0%}")
             targets.at_least(f"{policy}, served of what is allowed", served / allowed, SERVED)
     print(f"\n{table}\n")
