@@ -626,7 +626,7 @@ class CrowdedLeasesMachine(LeasesMachine):
 
 
 SETTINGS = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
