@@ -66,18 +66,16 @@ def serial_texts(length: int = 20) -> Callable[[], str]:
 
 def make_pool(
     *,
-    block_seconds: float = BLOCK,
-    keepalive_seconds: float = KEEPALIVE,
-    max_keys: int = 1_000_000,
     new_text: Callable[[], str] | None = None,
     random: Callable[[], float] = lambda: 0.0,
     on_change: Listener = lambda change, key, owner, origin: None,
     on_opened: BucketListener = lambda bucket: None,
     on_closed: BucketListener = lambda bucket: None,
+    **rules: Any,
 ) -> Pool:
-    """A pool with the contract's deadlines. It serves the first key of its list, unless there is a `random`."""
+    """A pool with the default rules but for these. It serves the first available key, unless there is a `random`."""
     return Pool(
-        PoolRules(block_seconds, keepalive_seconds, max_keys=max_keys),
+        PoolRules(**rules),
         new_text=new_text or serial_texts(),
         random=random,
         on_change=on_change,

@@ -16,8 +16,8 @@ import msgspec
 import pytest
 from engine_support import Call, HeldTimers, Moment, make_engine, turns
 
-from keypool.engine.durable.datafile import Batch
 from keypool.engine.durable.journal import FileJournal
+from keypool.engine.durable.rows import Batch
 from keypool.engine.durable.wire import Kind, Verdict
 
 FULL: Final = "database or disk is full"

@@ -16,8 +16,11 @@ import pytest
 from engine_support import Call, on_loop, turns, turns_until
 from held_writer import FULL, Held, HeldWriter, Part, hold_writers, ids, logged, run, started
 
+from keypool.core.answers import Extension, Unblock
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, StaleLease, StorageUnavailable, UnknownKey
+from keypool.core.events import HOLDER
+from keypool.core.outcomes import Outcome, Report
 from keypool.engine.durable import journal
 from keypool.engine.embedded import EmbeddedEngine
 
@@ -96,7 +99,7 @@ async def test_a_batch_call_waits_for_one_commit(writers: list[HeldWriter]) -> N
         lambda: Call(engine.generate(2)),
         lambda: Call(engine.acquire_many("me", 3)),
         lambda: Call(engine.keepalive_many(texts)),
-        lambda: Call(engine.unblock_many([(text, None) for text in texts])),
+        lambda: Call(engine.unblock_many([Unblock(text) for text in texts])),
         lambda: Call(engine.delete_many(texts)),
     ]
     for make in makers:
@@ -262,7 +265,7 @@ async def test_a_404_waits_for_the_purge(writers: list[HeldWriter], how: str) ->
     calls = [make() for make in makers]
     batches: list[Call[Any]] = [
         Call(engine.keepalive_many([text])),
-        Call(engine.unblock_many([(text, None)])),
+        Call(engine.unblock_many([Unblock(text)])),
         Call(engine.delete_many([1])),
     ]
     assert not any(call.over for call in calls + batches)
@@ -275,7 +278,7 @@ async def test_a_404_waits_for_the_purge(writers: list[HeldWriter], how: str) ->
     for call in calls:
         with pytest.raises(UnknownKey):
             _ = call.answer
-    assert [call.answer for call in batches] == [[False], ["unknown"], [None]]
+    assert [call.answer for call in batches] == [["unknown"], ["unknown"], ["unknown"]]
 
 
 @on_loop
@@ -361,7 +364,9 @@ async def test_a_lease_whose_caller_hung_up_is_taken_back(writers: list[HeldWrit
     gone.hang_up()
     held.writer.answer()
     await turns()
-    assert [row[:2] + row[4:] for row in held.writer.answer().rows] == [(1, text, None, 1, None)]
+    assert [row[:2] + row[4:] for row in held.writer.answer().rows] == [
+        (1, text, None, 1, None, None, 0, None)
+    ]
     assert await held.acquired() == (text, 2)
 
 
@@ -433,7 +438,15 @@ CHANGES: dict[str, Callable[[EmbeddedEngine], Call[Any]]] = {
     "acquire and wait": lambda engine: Call(engine.acquire(None, 9)),
     "acquire many": lambda engine: Call(engine.acquire_many(None, 2)),
     "unblock": lambda engine: Call(engine.unblock(1, None)),
-    "unblock many": lambda engine: Call(engine.unblock_many([(1, None)])),
+    "unblock many": lambda engine: Call(engine.unblock_many([Unblock(1)])),
+    "report": lambda engine: Call(engine.unblock(1, 1, report=Report(Outcome.INVALID))),
+    "report many": lambda engine: Call(engine.unblock_many([Unblock(1, 1, Report(Outcome.OK))])),
+    "extend": lambda engine: Call(engine.extend(1, 1, 500)),
+    "extend many": lambda engine: Call(engine.extend_many([Extension(1, 1, 500)])),
+    "quarantine": lambda engine: Call(engine.quarantine(1, None, True, HOLDER)),
+    "quarantine many": lambda engine: Call(engine.quarantine_many([1], None, True, HOLDER)),
+    "restore": lambda engine: Call(engine.restore(1, HOLDER)),
+    "restore many": lambda engine: Call(engine.restore_many([1], HOLDER)),
     "keepalive": lambda engine: Call(engine.keepalive(1)),
     "keepalive many": lambda engine: Call(engine.keepalive_many([1])),
     "delete": lambda engine: Call(engine.delete(1)),
@@ -454,10 +467,16 @@ def test_while_batches_fail_nothing_changes_by_a_call(writers: list[HeldWriter],
         held.writer.answer(FULL)
         await turns()
         pool = held.engine.pool
-        before = pool.total, pool.available, pool.last_id, pool.last_lease, repr(pool.counters)
+
+        def state() -> tuple[object, ...]:
+            key = pool.find_id(1, held.clock())
+            counts = pool.total, pool.available, pool.last_id, pool.last_lease, repr(pool.counters)
+            return *counts, key.state, key.release_deadline, key.history, key.reported, key.quarantine_pending
+
+        before = state()
         with pytest.raises(StorageUnavailable):
             _ = CHANGES[change](held.engine).answer
-        assert (pool.total, pool.available, pool.last_id, pool.last_lease, repr(pool.counters)) == before
+        assert state() == before
         assert Call(held.engine.get(one)).over
         assert Call(held.engine.reveal(three)).over
         assert Call(held.engine.stats()).answer.total == 3

@@ -116,7 +116,7 @@ class Seconds(Text):
     """
 
     def __init__(self, low: float = 0.001, high: float = ONE_DAY) -> None:
-        super().__init__(f"a number of seconds from {low:g} to {high:g}, fractions allowed")
+        super().__init__(f"a number of seconds from {low:.15g} to {high:.15g}, fractions allowed")
         self.low, self.high = low, high
 
     def _parse(self, text: str) -> object:

@@ -179,7 +179,7 @@ class Settings:
         if self.max_block_seconds is not None and self.max_block_seconds < self.block_seconds:
             raise SettingsError(
                 f"{_source(self, 'max_block_seconds')} takes no less than block_seconds, which is "
-                f"{self.block_seconds:g}, not {self.max_block_seconds:g}"
+                f"{self.block_seconds:.15g}, not {self.max_block_seconds:.15g}"
             )
         if self.processes > 1:
             _check_processes(self)
@@ -228,7 +228,7 @@ class Option(NamedTuple):
     @staticmethod
     def text(value: object) -> str:
         """A value as a user would write it, `none` for None."""
-        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        return "none" if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 OPTIONS = tuple(

@@ -136,7 +136,7 @@ class BlockLimit(PoolError):
         super().__init__(
             f"the lease lasts {release_in:.3f} s more as it is: `seconds` must be larger than that to extend it"
             if longest is None
-            else f"a lease lasts {longest:g} s at most (max_block_seconds), and this one lasts until then already"
+            else f"a lease lasts {longest:.15g} s at most (max_block_seconds), and this one lasts until then already"
         )
 
 

@@ -43,8 +43,8 @@ class Bucket(dict[int, Key]):
 class DeadlineBucket(Bucket):
     """Keys whose deadlines lie in the same 1/64 s, which is over at the moment `ends`.
 
-    `latest` is the largest deadline ever added. `ordered` is true while each deadline that was added was at least as
-    late as all before it. `timer` is for engine/timers.py only.
+    `latest` is the largest deadline that was added. `ordered` is true if the keys are in order of their deadlines.
+    `timer` is for engine/timers.py only.
     """
 
     __slots__ = ("latest", "ordered", "timer")
@@ -190,11 +190,11 @@ class AttemptIndex:
         self._parts: list[dict[bytes, list[Key]]] = [{} for _ in range(_ATTEMPT_PARTS)]
 
     def get(self, attempt: bytes) -> list[Key]:
-        """The keys of an attempt, in order of acquisition. The caller must not change the list."""
+        """The keys of an attempt, in the order in which they were added. The caller must not change the list."""
         return self._parts[attempt[0]].get(attempt, [])
 
     def add(self, key: Key, attempt: bytes) -> None:
-        """Add a key that was acquired."""
+        """Add a blocked key."""
         self._parts[attempt[0]].setdefault(attempt, []).append(key)
 
     def discard(self, key: Key, attempt: bytes) -> None:
@@ -218,8 +218,8 @@ class DeadlineIndex:
 
     A bucket is 1/64 s of deadlines (a quantum), or a part of a quantum that has more than `_FULL` keys. Its keys are in
     order of insertion, which is the order of their deadlines as long as each deadline is the same length of time after
-    a clock that never goes back. Keys restored under other settings may break that: then the bucket is not `ordered`,
-    and is sorted when it is read. `opened` and `closed` are called with buckets that come and go: a timer for each
+    a clock that never goes back. Cooldowns differ in length, and blocks may: then the bucket is not `ordered`, and is
+    sorted when it is read next. `opened` and `closed` are called with buckets that come and go: a timer for each
     bucket covers every deadline, at no cost for each key.
     """
 
@@ -295,7 +295,8 @@ class DeadlineIndex:
         for bucket in self._buckets.values():
             if bucket.number // _PARTS > last_quantum:
                 break
-            for key in bucket.values() if bucket.ordered else sorted(bucket.values(), key=self._deadline):
+            self._sort(bucket)
+            for key in bucket.values():
                 if self._deadline(key) > now:
                     break
                 found.append(key)
@@ -313,9 +314,17 @@ class DeadlineIndex:
         return [self._buckets[number] for number in self._buckets.irange(first, first + _PARTS - 1)]
 
     def _head(self, bucket: DeadlineBucket) -> Key:
-        if bucket.ordered:
-            return next(iter(bucket.values()))
-        return min(bucket.values(), key=self._deadline)
+        self._sort(bucket)
+        return next(iter(bucket.values()))
+
+    def _sort(self, bucket: DeadlineBucket) -> None:
+        """Put the keys into the order of their deadlines, unless they are. O(`_FULL`), once for all out of order."""
+        if not bucket.ordered:
+            keys = sorted(bucket.values(), key=self._deadline)
+            bucket.clear()
+            bucket.update((key.id, key) for key in keys)
+            bucket.latest = self._deadline(keys[-1])
+            bucket.ordered = True
 
     def walk(self, after: Position | None) -> Iterator[Key]:
         """The keys in order of deadline from a position on. The key at that position may be gone."""

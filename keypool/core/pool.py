@@ -60,6 +60,10 @@ MAX_DUE_PER_CALL = 64
 PAGE_SCAN_LIMIT = 1000
 """At most so many keys are examined for one page."""
 
+# Globals, because in Python 3.11 each look-up of an enum's member by name costs a tenth of a microsecond.
+_AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
+_ACQUIRED, _UNBLOCKED, _KEPT_ALIVE = Change.ACQUIRED, Change.UNBLOCKED, Change.KEPT_ALIVE
+
 Listener = Callable[[Change, Key, str | None, Origin], None]
 
 
@@ -95,6 +99,9 @@ class Ended(NamedTuple):
 
     changed: bool
     guarded: bool = False
+
+
+_CHANGED, _UNCHANGED = Ended(True), Ended(False)
 
 
 class Pool:
@@ -175,10 +182,7 @@ class Pool:
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
             raise UnknownKey
-        while key.release_deadline is not None and key.release_deadline <= now:
-            self._pass_deadline(
-                key, key.release_deadline
-            )  # a release may begin a cooldown, which may be over too
+        self._catch_up(key, now)
         return key
 
     def leases_of(self, attempt: bytes, now: float) -> list[Key]:
@@ -188,6 +192,7 @@ class Pool:
         """
         held = self._by_attempt.get(attempt)
         keys = [key for key in held if key.expires_deadline > now and (key.release_deadline or now) > now]
+        keys.sort(key=attrgetter("lease"))  # loaded ones are in order of id
         for key in keys:
             key.replayed = True
         return keys
@@ -198,9 +203,9 @@ class Pool:
         if deadline is None or deadline > now:
             return key.state
         if key.quarantine_pending:
-            return State.QUARANTINED
-        resting = key.state is State.BLOCKED and deadline + self.rules.rest_seconds > now
-        return State.COOLING if resting else State.AVAILABLE
+            return _QUARANTINED
+        resting = key.state is _BLOCKED and deadline + self.rules.rest_seconds > now
+        return _COOLING if resting else _AVAILABLE
 
     def failures_of(self, key: Key, now: float) -> int:
         """The failures in a row of a key that aren't forgotten. O(1)."""
@@ -250,7 +255,7 @@ class Pool:
                 self.last_lease += 1
                 key.lease = self.last_lease
                 key.owner = owner
-                key.state = State.BLOCKED
+                key.state = _BLOCKED
                 key.reported = False
                 key.acquired_at = now
                 if attempt is not None:
@@ -261,7 +266,7 @@ class Pool:
                 key.release_deadline = deadline = now + block
                 key.release_bucket = self._by_release.add(key, deadline)
                 self.counters.acquired += 1
-                self.on_change(Change.ACQUIRED, key, owner, HOLDER)
+                self.on_change(_ACQUIRED, key, owner, HOLDER)
                 return key
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
@@ -286,13 +291,13 @@ class Pool:
         """
         if lease is not None:
             _require_latest(key, lease)
-        blocked = key.state is State.BLOCKED
+        blocked = key.state is _BLOCKED
         if report is None:
             if blocked:
-                self._free(key, Change.UNBLOCKED, now, origin)
-            return Ended(blocked)
+                self._free(key, _UNBLOCKED, now, origin)
+            return _CHANGED if blocked else _UNCHANGED
         if key.reported:
-            return Ended(False)
+            return _UNCHANGED
         key.reported = True
         guarded = self._conclude(key, report, now, origin)
         return Ended(True, guarded)
@@ -300,7 +305,9 @@ class Pool:
     def _conclude(self, key: Key, report: Report, now: float, origin: Origin) -> bool:
         """Apply a report. Returns whether the guard turned a quarantine into a cooldown."""
         invalid = report.outcome is Outcome.INVALID
-        leaving = key.quarantine_pending or key.state is State.QUARANTINED
+        if invalid:
+            self.process_due(now)  # the guard doesn't count keys that have expired
+        leaving = key.quarantine_pending or key.state is _QUARANTINED
         quarantine = invalid and (leaving or may_quarantine(len(self._quarantined), self._total, self.rules))
         failures, failed_at = self.failures_of(key, now), key.history.failed_at
         cooldown = 0.0
@@ -312,17 +319,17 @@ class Pool:
         key.history = msgspec.structs.replace(
             key.history, failures=failures, failed_at=failed_at, outcome=report.outcome, reason=report.reason
         )
-        if key.state is State.BLOCKED:
+        if key.state is _BLOCKED:
             key.quarantine_pending = key.quarantine_pending or quarantine
-            self._free(key, Change.UNBLOCKED, now, origin, now + cooldown)
-        elif quarantine and key.state is not State.QUARANTINED:
+            self._free(key, _UNBLOCKED, now, origin, now + cooldown)
+        elif quarantine and key.state is not _QUARANTINED:
             self._leave(key)
             self._quarantine(key, None, origin)
-        elif key.state is State.AVAILABLE and cooldown:
+        elif key.state is _AVAILABLE and cooldown:
             self._take_slot(key)
             self._cool(key, now + cooldown, None, origin)
         else:
-            if key.state is State.COOLING and now + cooldown > (key.release_deadline or now):
+            if key.state is _COOLING and now + cooldown > (key.release_deadline or now):
                 self._move_release(key, now + cooldown)
             self.on_change(Change.NOTED, key, None, origin)
         return invalid and not quarantine
@@ -334,7 +341,7 @@ class Pool:
         LeaseOver, and BlockLimit if it would end when it ends anyway.
         """
         _require_latest(key, lease)
-        if key.state is not State.BLOCKED or key.quarantine_pending:
+        if key.state is not _BLOCKED or key.quarantine_pending:
             raise LeaseOver(key.quarantine_pending)
         assert key.release_deadline is not None  # a blocked key has one
         end = now + (self.rules.block_seconds if seconds is None else seconds)
@@ -355,13 +362,13 @@ class Pool:
         if reason is not None:
             key.history = msgspec.structs.replace(key.history, operator_reason=reason)
         key.reported = key.reported or at_once
-        if key.state is State.BLOCKED:
+        if key.state is _BLOCKED:
             key.quarantine_pending = True
             if at_once:
-                self._free(key, Change.UNBLOCKED, now, origin)
+                self._free(key, _UNBLOCKED, now, origin)
             else:
                 self.on_change(Change.NOTED, key, key.owner, origin)
-        elif key.state is State.QUARANTINED:
+        elif key.state is _QUARANTINED:
             self.on_change(Change.NOTED, key, None, origin)
         else:
             self._leave(key)
@@ -371,7 +378,7 @@ class Pool:
         """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports. O(log n)."""
         key.history = NO_HISTORY
         key.quarantine_pending = False
-        if key.state in (State.COOLING, State.QUARANTINED):
+        if key.state in (_COOLING, _QUARANTINED):
             self._leave(key)
             self._give_slot(key)
             self.counters.restored += 1
@@ -387,7 +394,7 @@ class Pool:
         key.expires_deadline = deadline
         key.expiry_bucket = self._by_expiry.add(key, deadline)
         self.counters.kept_alive += 1
-        self.on_change(Change.KEPT_ALIVE, key, key.owner, HOLDER)
+        self.on_change(_KEPT_ALIVE, key, key.owner, HOLDER)
 
     def delete(self, key: Key, origin: Origin = HOLDER) -> None:
         """Purge a live key. O(log n)."""
@@ -405,12 +412,14 @@ class Pool:
         return Processed(release, expiry, MAX_DUE_PER_CALL in (len(expired), released))
 
     def _process_releases(self, now: float) -> tuple[float | None, int]:
-        """End due blocks and cooldowns. Returns by how many seconds the first was late, and how many there were."""
+        """End due blocks and cooldowns of keys that live. Returns how late the first was, and how many were due."""
         due = self._by_release.due(now, MAX_DUE_PER_CALL)
         lateness = None if not due else now - (due[0].release_deadline or now)
         for key in due:
-            assert key.release_deadline is not None  # it stands in the order by it
-            self._pass_deadline(key, key.release_deadline)
+            if key.expires_deadline <= min(now, self._purge_until):
+                self._purge(key, Change.EXPIRED)  # it wasn't available any more
+            else:
+                self._catch_up(key, now)
         return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
@@ -515,7 +524,7 @@ class Pool:
             return self._by_expiry.walk(query.after)
         if query.order in ("release", "ready"):
             return self._by_release.walk(query.after)
-        if query.state is State.QUARANTINED:
+        if query.state is _QUARANTINED:
             return self._walk_quarantined(query.after)
         return self._by_id.walk(query.after)
 
@@ -540,14 +549,14 @@ class Pool:
     def load(self, key: Key) -> None:
         """Add a key from a journal, without counting or reporting it. Ids must ascend. O(log n)."""
         self._insert(key)
-        if key.state is State.AVAILABLE:
+        if key.state is _AVAILABLE:
             self._give_slot(key)
-        elif key.state is State.QUARANTINED:
+        elif key.state is _QUARANTINED:
             self._quarantined.add(key.id)
         else:
             assert key.release_deadline is not None  # a journal holds no other key
             key.release_bucket = self._by_release.add(key, key.release_deadline)
-            self._cooling += key.state is State.COOLING
+            self._cooling += key.state is _COOLING
             if key.attempt is not None:
                 self._by_attempt.add(key, key.attempt)
 
@@ -557,19 +566,21 @@ class Pool:
         key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
         self._total += 1
 
-    def _pass_deadline(self, key: Key, deadline: float) -> None:
-        """Release a blocked key or end the cooldown of a cooling one, as of the deadline that has passed."""
-        if key.state is State.BLOCKED:
-            self._free(key, Change.RELEASED, deadline, DEADLINE)
-        else:
-            self._leave(key)
-            self._give_slot(key)
-            self.on_change(Change.READY, key, None, DEADLINE)
+    def _catch_up(self, key: Key, now: float) -> None:
+        """Release a blocked key and end the cooldown of a cooling one, as of their deadlines, if these have passed."""
+        while key.release_deadline is not None and key.release_deadline <= now:
+            if key.state is _BLOCKED:
+                # The lease may be followed by a rest, which may be over as well.
+                self._free(key, Change.RELEASED, key.release_deadline, DEADLINE)
+            else:
+                self._leave(key)
+                self._give_slot(key)
+                self.on_change(Change.READY, key, None, DEADLINE)
 
     def _free(self, key: Key, change: Change, now: float, origin: Origin, cool_until: float = 0.0) -> None:
         """End a lease: the key is available, or rests or cools first, or is quarantined."""
         owner = self._leave(key)
-        if change is Change.UNBLOCKED:
+        if change is _UNBLOCKED:
             self.counters.unblocked += 1
         else:
             self.counters.released += 1
@@ -587,7 +598,7 @@ class Pool:
             self.on_change(change, key, owner, origin)
 
     def _cool(self, key: Key, until: float, owner: str | None, origin: Origin) -> None:
-        key.state = State.COOLING
+        key.state = _COOLING
         key.release_deadline = until
         key.release_bucket = self._by_release.add(key, until)
         self._cooling += 1
@@ -595,7 +606,7 @@ class Pool:
         self.on_change(Change.COOLED, key, owner, origin)
 
     def _quarantine(self, key: Key, owner: str | None, origin: Origin) -> None:
-        key.state = State.QUARANTINED
+        key.state = _QUARANTINED
         self._quarantined.add(key.id)
         self.counters.quarantines += 1
         self.on_change(Change.QUARANTINED, key, owner, origin)
@@ -625,17 +636,17 @@ class Pool:
 
     def _leave(self, key: Key) -> str | None:
         """Take a key out of the structures of its state. The lease remains the key's latest. Returns the owner."""
-        if key.state is State.AVAILABLE:
+        if key.state is _AVAILABLE:
             self._take_slot(key)
             return None
-        if key.state is State.QUARANTINED:
+        if key.state is _QUARANTINED:
             self._quarantined.remove(key.id)
             return None
         assert key.release_bucket is not None
         self._by_release.discard(key, key.release_bucket)
         key.release_bucket = None
         key.release_deadline = None
-        if key.state is State.COOLING:
+        if key.state is _COOLING:
             self._cooling -= 1
             return None
         if key.attempt is not None:
@@ -645,7 +656,7 @@ class Pool:
         return owner
 
     def _give_slot(self, key: Key) -> None:
-        key.state = State.AVAILABLE
+        key.state = _AVAILABLE
         key.slot = len(self._available)
         self._available.append(key)
 
@@ -694,7 +705,7 @@ class Pool:
             raise ValueError(f"by id, by text and by state there are {found} keys instead of {expected}")
         self._by_attempt.check(attempts)
         yield from self._by_expiry.check_in_slices(total, size)
-        yield from self._by_release.check_in_slices(counts[State.BLOCKED] + counts[State.COOLING], size)
+        yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
 
     def _check_key(self, key: Key) -> None:
         if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
@@ -706,7 +717,7 @@ class Pool:
             raise ValueError(f"{key!r} was purged but is still found by id")
         self._by_expiry.check_key(key, key.expiry_bucket)
         self._check_place(key)
-        blocked = key.state is State.BLOCKED
+        blocked = key.state is _BLOCKED
         if blocked and key.lease == 0:
             raise ValueError(f"{key!r} is blocked without a lease")
         if not blocked and (key.owner is not None or key.attempt is not None or key.quarantine_pending):
@@ -717,16 +728,18 @@ class Pool:
     def _check_place(self, key: Key) -> None:
         """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
         state = key.state
-        if state in (State.BLOCKED, State.COOLING):
+        if state in (_BLOCKED, _COOLING):
+            if key.release_deadline is None:
+                raise ValueError(f"{key!r} is {state} but has no release_deadline")
             self._by_release.check_key(key, key.release_bucket)
         elif key.release_deadline is not None or key.release_bucket is not None:
             raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
         in_slot = 0 <= key.slot < len(self._available) and self._available[key.slot] is key
-        if in_slot != (state is State.AVAILABLE) or (not in_slot and key.slot != -1):
+        if in_slot != (state is _AVAILABLE) or (not in_slot and key.slot != -1):
             raise ValueError(
                 f"{key!r} is {state}, which contradicts its slot {key.slot} of the available ones"
             )
-        if (key.id in self._quarantined) != (state is State.QUARANTINED):
+        if (key.id in self._quarantined) != (state is _QUARANTINED):
             raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")
 
 

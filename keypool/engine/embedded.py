@@ -174,14 +174,13 @@ class EmbeddedEngine:
         journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held[0]
-        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
+        digest = None if attempt is None else attempt.digest
         now = self.now()
-        key = None if self._waiters.queue else self.pool.acquire(now, *request)
-        lease = await self._take(request) if key is None else self._lease(key, now)
-        if lease is None and wait > 0:
-            lease = await self._waiters.wait(request, wait, timed)
-        if lease is None:
-            await self._refuse()
+        key = None if self._waiters.queue else self.pool.acquire(now, owner, block_seconds, digest)
+        if key is not None:
+            lease = self._lease(key, now)
+        else:
+            lease = await self._take_or_wait(Request(owner, block_seconds, digest), wait, timed)
         if (commit := journal.commit_of(lease.id)) is not None:
             started = self.now()
             try:
@@ -509,6 +508,13 @@ class EmbeddedEngine:
         self._waiters.serve(now)
         return made
 
+    async def _take_or_wait(self, request: Request, wait: float, timed: Timed | None) -> Lease:
+        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable."""
+        lease = await self._take(request)
+        if lease is None and wait > 0:
+            lease = await self._waiters.wait(request, wait, timed)
+        return lease or await self._refuse()
+
     async def _take(self, request: Request) -> Lease | None:
         """Acquire an available key, if the waiters in the queue have left one."""
         while True:
@@ -541,7 +547,7 @@ class EmbeddedEngine:
         if changed and lease is None and ended is not None:
             ended.append(EndedLease(key.id, key.hint, key.lease))
         available_in = None
-        if key.state is State.COOLING and key.release_deadline is not None:
+        if key.release_deadline is not None:  # then it isn't blocked any more, so it cools
             available_in = _seconds(key.release_deadline - now)
         answer = Unblocked(key.id, key.state, changed, available_in, guarded)
         if self._waiters.queue:  # one of them may get the key

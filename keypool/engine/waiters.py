@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from sortedcontainers import SortedDict
@@ -65,6 +65,10 @@ class Queue:
 
     def __contains__(self, waiter: Waiter) -> bool:
         return self._waiters.get(waiter.place) is waiter
+
+    def __iter__(self) -> Iterator[Waiter]:
+        """In order of their places. The queue must not change meanwhile."""
+        return iter(self._waiters.values())
 
     def first(self) -> Waiter | None:
         """The waiter to serve next."""

@@ -1,7 +1,7 @@
 """The scripts that run inside Valkey: lua/*.lua, each with common.lua before it.
 
 Scripts that serve calls have attended.lua between the two: it refuses to act on a partition that was emptied, or that
-no server has polled for a while. presence.lua stands alone, as it concerns the pool and not a partition.
+no server has polled for a while. presence.lua and upgrade.lua stand alone: they concern the pool and not a partition.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_UNATTENDED = frozenset({"grace", "move_in", "move_out"})
+_UNATTENDED = frozenset({"claim", "grace", "move_in", "move_out"})
 """Scripts that also run on partitions that no server serves."""
-_NOT_CALLED = frozenset({"common", "attended", "presence"})
+_NOT_CALLED = frozenset({"common", "attended", "presence", "upgrade"})
 
-KEYS = ("meta", "records", "states", "expiry", "ids", "texts", "events", "waiters")
+KEYS = (
+    "meta", "records", "states", "expiry", "ids", "texts", "events", "quarantine", "attempts", "waiters",
+)  # fmt: skip
 """The names of a partition's Valkey keys, in the order of common.lua."""
 SLOTS = 16384
 """Slots of a cluster."""
@@ -46,9 +48,9 @@ def scripts() -> dict[str, Script]:
 
 
 @cache
-def presence_text() -> str:
-    """The script presence.lua. Reads a file, once."""
-    return (_FOLDER / "presence.lua").read_text("utf-8")
+def text_of(name: str) -> str:
+    """A script that stands alone. Reads a file, once."""
+    return (_FOLDER / f"{name}.lua").read_text("utf-8")
 
 
 def slot_of(key: str) -> int:

@@ -3,11 +3,12 @@
 -- moment of the latest poll is missing, the partition was emptied. In both cases nothing is executed, so the caller may
 -- repeat the call.
 do
-  local seen, since = unpack(call('HMGET', META, 'seen', 'since'))
+  local seen, since, rest = unpack(call('HMGET', META, 'seen', 'since', 'rest'))
   if not seen then
     return redis.error_reply('GONE the pool was emptied, or part of it')
   end
   if since or NOW - seen > AWAY then
     return redis.error_reply('UNATTENDED no server has polled this partition for a while')
   end
+  REST = tonumber(rest or 0)
 end
