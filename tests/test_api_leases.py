@@ -100,7 +100,7 @@ def test_a_handle_names_its_key_in_every_batch(pool: Client, op: str) -> None:
     new = pool.acquire()
     keys = [old["handle"], new["handle"], new["handle"][:-1], "h:", f"h:{new['id']}.1.AAAAAAAAAAA"]
     answer = pool.batch(op=op, keys=keys).expect(200)
-    others = {"over": [], "limit": []} if op == "extend" else {}
+    others: dict[str, object] = {"over": [], "limit": []} if op == "extend" else {}
     expect_object(answer, op=op, done=1, unknown=keys[2:], stale=[old["handle"]], **others)
 
 
@@ -288,24 +288,21 @@ def test_stats_and_lists_have_the_four_states(pool: Client) -> None:
         assert done.expect(200)["done"] == 3
 
 
+NO_OUTCOMES: list[object] = ["", "OK", 5, True, [], {}]
+NO_LENGTHS: list[object] = [-1, -0.001, 1.1e15, 10**15 + 1, 10**40, "1", True, []]
+NO_REASONS: list[object] = ["", "x" * 201, "a\nb", "\x00", "\x7f", "\x85", 5, []]
 WRONG_REPORTS: list[tuple[dict[str, Any], str]] = [
     *(({"outcome": outcome}, "lease") for outcome in OUTCOMES),
     ({"lease": 1, "outcome": "fine"}, "ok, rate_limited, error or invalid"),
-    *(({"lease": 1, "outcome": value}, "outcome") for value in ("", "OK", 5, True, [], {})),
+    *(({"lease": 1, "outcome": value}, "outcome") for value in NO_OUTCOMES),
     *(
         ({"lease": 1, "outcome": outcome, "retry_after": 1}, "retry_after")
         for outcome in ("ok", "error", "invalid", None)
     ),
     ({"lease": 1, "retry_after": 1}, "retry_after"),
-    *(
-        ({"lease": 1, "outcome": "rate_limited", "retry_after": value}, "retry_after")
-        for value in (-1, -0.001, 1.1e15, 10**15 + 1, 10**40, "1", True, [])
-    ),
+    *(({"lease": 1, "outcome": "rate_limited", "retry_after": value}, "retry_after") for value in NO_LENGTHS),
     ({"lease": 1, "reason": "why"}, "reason"),
-    *(
-        ({"lease": 1, "outcome": "ok", "reason": value}, "reason")
-        for value in ("", "x" * 201, "a\nb", "\x00", "\x7f", "\x85", 5, [])
-    ),
+    *(({"lease": 1, "outcome": "ok", "reason": value}, "reason") for value in NO_REASONS),
 ]
 
 
@@ -485,7 +482,7 @@ def test_the_first_stretch_has_limits(pool: Client) -> None:
         answer = pool.batch(op="acquire", count=1, block_seconds=seconds)
         expect_left(answer.expect(200)["keys"][0]["release_in"], seconds, answer, answer)
     with pool.expect_moved():
-        for wrong in (0, -1, 0.999, LONGEST + 0.001, 10**14, 10**20, "60", True, []):
+        for wrong in [*NO_LENGTHS, 0, 0.999, LONGEST + 0.001]:
             problem = pool.post(ACQUIRE, json={"block_seconds": wrong}).expect_problem(400, "bad-request")
             assert "block_seconds" in problem["detail"]
             answer = pool.batch(op="acquire", count=1, block_seconds=wrong)

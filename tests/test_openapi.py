@@ -187,7 +187,7 @@ def hurry(case: Any) -> None:
     body: Any = case.body
     if isinstance(body, dict) and type(body.get("wait")) in (int, float) and 0 < body["wait"] <= 60:
         body["wait"] = min(body["wait"], LONGEST_WAIT)
-    block = body.get("block_seconds") if isinstance(body, dict) else None
+    block: Any = body.get("block_seconds") if isinstance(body, dict) else None
     if type(block) in (int, float) and 0 < block <= MOST_SECONDS:
         body["block_seconds"] = min(max(block, 1), 60)  # the limits are the pool's
     if isinstance(body, dict) and body.get("op") == "generate" and type(body.get("count")) is int:
