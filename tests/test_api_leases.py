@@ -525,6 +525,21 @@ def test_a_repeated_acquire_gets_the_same_lease(pool: Client) -> None:
     assert new.expect(200)["lease"] > first.json["lease"]
 
 
+def test_a_repeat_needs_no_available_key(pool: Client) -> None:
+    """The lease is found when every key is held, single and in a batch."""
+    pool.make_many(3)
+    key = new_attempt()
+    headers = {"Idempotency-Key": key}
+    batch = {"op": "acquire", "count": 9}
+    with pool.expect_moved(acquired=3, available=-3, blocked=3):
+        first, many = attempt(pool, key), pool.post(BATCH, json=batch, headers=headers)
+        again, all_again = attempt(pool, key), pool.post(BATCH, json=batch, headers=headers)
+    assert again.expect(200)["lease"] == first.expect(200)["lease"]
+    held = [each["lease"] for each in many.expect(200)["keys"]]
+    assert [each["lease"] for each in all_again.expect(200)["keys"]] == held
+    assert len(held) == 2
+
+
 def test_an_attempt_is_of_its_header_and_body(pool: Client) -> None:
     """As decoded: the order of members, white space, nulls and 20.0 for 20 make no difference; all else does."""
     pool.make_many(12)
