@@ -17,7 +17,7 @@ BENCHES = (
     "workers",
     "scaling",
     "fleet",
-    "walk",
+    "limits",
 )
 
 

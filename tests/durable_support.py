@@ -108,7 +108,7 @@ def keys_of_all_kinds() -> list[Key]:
     histories = (
         NO_HISTORY,
         History(0, 0.0, Outcome.OK),
-        History(3, 1_700_000_000.1234567, Outcome.ERROR, "💥", "why"),
+        History(3, 1_700_000_000.123457, Outcome.ERROR, "💥", "why"),
     )
     for history in histories:
         for reported in (False, True):

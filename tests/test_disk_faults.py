@@ -94,12 +94,17 @@ def expect_only_reads(client: Client, key: dict[str, Any]) -> None:
         client.post(API + "/keys"),
         client.post(ACQUIRE),
         client.post(f"{path}/unblock"),
+        client.post(f"{path}/unblock", json={"lease": 1, "outcome": "invalid"}),
+        client.post(f"{path}/extend", json={"lease": 1}),
+        client.post(f"{path}/quarantine"),
+        client.post(f"{path}/restore"),
         client.post(f"{path}/keepalive"),
         client.delete(path),
         client.batch(op="keepalive", keys=[key["key"]]),
     ):
         answer.expect_problem(503, "storage-unavailable")
-    assert client.row(key["key"])["id"] == key["id"]
+    row = client.row(key["key"])
+    assert (row["id"], row["state"], row["outcome"]) == (key["id"], "available", None)
     assert client.stats()["total"] >= 1
     assert client.get(API + "/keys").expect(200)["keys"]
     client.get(f"{API}/keys/{'x' * 20}").expect_problem(404, "unknown-key")
@@ -184,7 +189,7 @@ def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
         def keep() -> int:
             answer = client.batch(op="keepalive", keys=keys)
             if answer.status == 200:
-                assert answer.json == {"op": "keepalive", "done": 200, "unknown": []}
+                assert answer.json == {"op": "keepalive", "done": 200, "unknown": [], "stale": []}
             else:
                 answer.expect_problem(503, "storage-unavailable")
             kept.append(answer.status)
@@ -229,6 +234,7 @@ def test_a_disk_that_hangs_is_an_outage_that_ends_by_itself(tmp_path: Path) -> N
             "op": "keepalive",
             "done": 3,
             "unknown": [],
+            "stale": [],
         }
 
 

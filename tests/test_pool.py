@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from keypool.core import index
 from keypool.core.cursor import ListQuery, decode, encode, page_query
-from keypool.core.errors import BadRequest, PoolFull, StaleLease, UnknownKey
+from keypool.core.errors import BadRequest, BlockLimit, PoolFull, StaleLease, UnknownKey
 from keypool.core.events import HOLDER, Change, event_of
 from keypool.core.keys import ALPHABET, DEAD, Key, State, hint, random_text
-from keypool.core.outcomes import Outcome, Report
+from keypool.core.outcomes import NO_HISTORY, Outcome, Report
 from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, Ended, KeyPage, PageQuery, Pool
 from keypool.core.rules import PoolRules
 
@@ -244,6 +244,76 @@ def test_ids_are_never_used_again() -> None:
     assert ids == [1, 2, 3, 4, 5]
 
 
+# ----------------------------------------------------------------------------------- outcomes, rest and extensions
+
+
+def test_a_release_a_rest_and_its_end_that_have_all_passed_are_seen_by_one_call() -> None:
+    """In order, and none of them is left for later."""
+    told: list[Change] = []
+    pool, (key,) = pool_of(
+        1, rest_seconds=5.0, on_change=lambda change, key, owner, origin: told.append(change)
+    )
+    served(pool, NOW)
+    assert pool.state_of(key, before(NOW + BLOCK + 5)) is State.COOLING
+    assert pool.state_of(key, NOW + BLOCK + 5) is State.AVAILABLE
+    assert pool.process_due(NOW + BLOCK + 5).more is False
+    assert told[2:] == [Change.RELEASED, Change.COOLED, Change.READY]
+    assert pool.acquire(NOW + BLOCK + 5, None) is key
+
+
+def test_a_key_that_expired_before_its_release_is_not_released() -> None:
+    """Nor is one ready that expired before the end of its cooldown: `expires` is above all."""
+    told: list[Change] = []
+    pool, made = pool_of(
+        2, max_block_seconds=600.0, on_change=lambda change, key, owner, origin: told.append(change)
+    )
+    held, limited = served(pool, NOW), served(pool, NOW)
+    pool.extend(held, held.lease, 600.0, NOW)
+    pool.unblock(limited, limited.lease, NOW, Report(Outcome.RATE_LIMITED, 600.0))
+    told.clear()
+    assert pool.acquire(NOW + 600, None) is None
+    assert told == [Change.EXPIRED] * len(made)
+    assert pool.counters.released == 0
+
+
+def test_an_extension_ends_where_the_rules_let_a_lease_end() -> None:
+    """However often it is extended, and that is counted from the acquire."""
+    pool, (key,) = pool_of(1, max_block_seconds=90.0)
+    served(pool, NOW)
+    with pytest.raises(BlockLimit, match=r"lasts 60.000 s more as it is: `seconds` must be larger"):
+        pool.extend(key, key.lease, 60.0, NOW)
+    pool.extend(key, key.lease, None, NOW + 10)
+    assert key.release_deadline == NOW + 70
+    pool.extend(key, key.lease, 1e6, NOW + 20)
+    assert key.release_deadline == NOW + 90
+    with pytest.raises(BlockLimit, match=r"a lease lasts 90 s at most \(max_block_seconds\)"):
+        pool.extend(key, key.lease, 1e6, NOW + 30)
+
+
+def test_restore_calls_off_a_quarantine_and_forgets_what_was_reported() -> None:
+    """Of a key that is held: its holder keeps it, and may still report."""
+    pool, (key,) = pool_of(1)
+    served(pool, NOW)
+    pool.quarantine(key, "leaked", False, NOW, HOLDER)
+    assert key.history.operator_reason == "leaked"
+    pool.restore(key, HOLDER)
+    assert key.history == NO_HISTORY
+    assert pool.unblock(key, key.lease, NOW, Report(Outcome.ERROR)) == Ended(changed=True)
+    assert (pool.state_of(key, NOW), pool.failures_of(key, NOW)) == (State.AVAILABLE, 1)
+    pool.restore(key, HOLDER)
+    assert pool.failures_of(key, NOW) == 0
+
+
+def test_the_leases_of_an_attempt_are_in_order_after_a_restart() -> None:
+    """A journal has them in order of id."""
+    pool = make_pool()
+    for id, lease in ((1, 9), (2, 7), (3, 8)):
+        key = Key(id, f"{id:020}", NOW, NOW + 300, NOW + 60, lease, state=State.BLOCKED, attempt=b"mine" * 4)
+        pool.load(key)
+    assert [key.lease for key in pool.leases_of(b"mine" * 4, NOW)] == [7, 8, 9]
+    assert pool.leases_of(b"mine" * 4, NOW + 60) == []
+
+
 # --------------------------------------------------------------------------------------------------- settling
 
 
@@ -303,6 +373,25 @@ def test_the_deadlines_of_a_purged_key_do_nothing() -> None:
     pool.process_due(NOW + BLOCK)
     pool.process_due(NOW + KEEPALIVE)
     assert told == [Change.GENERATED, Change.ACQUIRED, Change.DELETED]
+
+
+def test_the_guard_does_not_count_keys_that_have_expired() -> None:
+    """Neither among the quarantined ones nor in the pool, even if no timer has fired."""
+    pool, made = pool_of(8, max_quarantined_percent=50.0)
+    for key in made[2:5]:
+        pool.quarantine(key, None, False, NOW, HOLDER)
+    now = NOW + KEEPALIVE
+    pool.keepalive(made[0], NOW + 1)
+    pool.keepalive(made[2], NOW + 1)
+    key = served(pool, now)
+    assert pool.unblock(key, key.lease, now, Report(Outcome.INVALID)) == Ended(changed=True, guarded=True)
+    pool, made = pool_of(8, max_quarantined_percent=50.0)
+    for key in made[2:6]:
+        pool.quarantine(key, None, False, NOW, HOLDER)
+    pool.keepalive(made[0], NOW + 1)
+    key = served(pool, now)
+    assert pool.unblock(key, key.lease, now, Report(Outcome.INVALID)) == Ended(changed=True, guarded=False)
+    assert pool.state_of(key, now) is State.QUARANTINED
 
 
 # ------------------------------------------------------------------------------------------------- a full pool

@@ -40,6 +40,7 @@ from keypool.core.rules import PoolRules
 
 MAX_KEYS = 8
 WHICH = range(20)
+MOSTLY = st.sampled_from([True, True, True, False])
 OPERATOR = Origin(By.OPERATOR, "ops")
 COUNTER_OF = {Change.QUARANTINED: "quarantines"} | {
     change: change.value for change in Change if change.value in COUNTERS
@@ -310,11 +311,13 @@ class LeasesMachine(RuleBasedStateMachine):
         chance=st.floats(0, 1, exclude_max=True),
         owner=st.sampled_from([None, "ann", "bob"]),
         block=st.sampled_from(["default", "short", "longest"]),
-        attempt=st.sampled_from([None, None, *ATTEMPTS]),
+        attempt=st.sampled_from([None, ATTEMPTS[0], *ATTEMPTS]),
     )
     def acquire(self, chance: float, owner: str | None, block: str, attempt: bytes | None) -> None:
-        """An available key, if there is one."""
+        """An available key, if there is one; mostly there is."""
         self.chance = chance
+        if not self.plain.in_state(State.AVAILABLE):
+            self._generate()
         seconds = {"default": None, "short": 1.5, "longest": self.plain.rules.longest_block}[block]
         key = self.pool.acquire(self.now, owner, seconds, attempt)
         while key is None and self.pool.may_have_more(self.now):
@@ -333,23 +336,31 @@ class LeasesMachine(RuleBasedStateMachine):
         outcome=st.sampled_from(Outcome),
         retry_after=st.sampled_from([None, 0.0, 1.0, 20.0, 100.0, 1e15]),
         reason=st.booleans(),
-        repeated=st.booleans(),
+        lease=st.sampled_from(["any", "any", "new", "new", "unblocked", "released", "taken", "to be taken"]),
     )
     def report(
-        self, which: int, outcome: Outcome, retry_after: float | None, reason: bool, repeated: bool
+        self, which: int, outcome: Outcome, retry_after: float | None, reason: bool, lease: str
     ) -> None:
-        """By the key's latest lease, in time or late, for the first time or not."""
+        """By the latest lease of any key; or by a new one, which may be over for one reason or another."""
+        if lease != "any":
+            self.acquire(chance=which / len(WHICH), owner="ann", block="default", attempt=None)
+        if lease == "unblocked":
+            self.unblock(0, "latest", reports=False, origin=HOLDER)
+        elif lease == "released":
+            rest = self.plain.rules.rest_seconds * (which % 2)
+            self.time_passes(self.plain.rules.block_seconds + rest, kept_alive=True)
+        elif lease in ("taken", "to be taken"):
+            self.quarantine(0, None, now=lease == "taken")
         self._settle_a_crowd()
-        found = self._find(which, by_text=True)
+        found = self._find(which if lease == "any" else 0, by_text=True)
         if found is None or found[1].lease == 0:
             return
         key, plain = found
         waits = retry_after if outcome is Outcome.RATE_LIMITED else None
         report = Report(outcome, waits, f"{outcome}, {retry_after}" if reason else None)
-        for _ in range(1 + repeated):
-            ended = self.plain.unblock(plain, report, HOLDER)
-            assert self.pool.unblock(key, plain.lease, self.now, report, HOLDER) == ended
-            self._expect_same(key, plain)
+        ended = self.plain.unblock(plain, report, HOLDER)
+        assert self.pool.unblock(key, plain.lease, self.now, report, HOLDER) == ended
+        self._expect_same(key, plain)
 
     @rule(
         which=st.sampled_from(WHICH),
@@ -376,11 +387,15 @@ class LeasesMachine(RuleBasedStateMachine):
 
     @rule(
         which=st.sampled_from(WHICH),
-        lease=st.sampled_from(["latest", "latest", "latest", "older"]),
+        lease=st.sampled_from(["new", "latest", "latest", "older"]),
         seconds=st.sampled_from([None, 1e-6, 30.0, 61.0, 1e6]),
     )
     def extend(self, which: int, lease: str, seconds: float | None) -> None:
         """A lease that is held, later than before and no later than the rules let it last."""
+        if lease == "new":
+            self.acquire(chance=which / len(WHICH), owner="bob", block="default", attempt=None)
+            self.time_passes(which / 10, kept_alive=False)
+            which = 0
         found = self._find(which, by_text=False)
         if found is None:
             return
@@ -413,9 +428,12 @@ class LeasesMachine(RuleBasedStateMachine):
             self.plain.quarantine(found[1], reason, now)
             self._expect_same(*found)
 
-    @rule(which=st.sampled_from(WHICH))
-    def restore(self, which: int) -> None:
-        """In any state."""
+    @rule(which=st.sampled_from(WHICH), after_all=st.booleans())
+    def restore(self, which: int, after_all: bool) -> None:
+        """In any state; perhaps one whose key was to be quarantined."""
+        if after_all:
+            self.quarantine(which, "leaked", now=False)
+            which = 0
         found = self._find(which, by_text=False)
         if found is not None:
             self.pool.restore(found[0], OPERATOR)
@@ -431,10 +449,10 @@ class LeasesMachine(RuleBasedStateMachine):
             found[1].expires = self.now + self.plain.rules.keepalive_seconds
             self._expect_same(*found)
 
-    @rule(which=st.sampled_from(WHICH), delete=st.booleans())
+    @rule(which=st.sampled_from(WHICH), delete=MOSTLY)
     def a_key_comes_or_goes(self, which: int, delete: bool) -> None:
         """Generated, as long as there are few, or deleted, in any state."""
-        if not delete or len(self.plain.keys) < 2:
+        if not delete or len(self.plain.keys) < 4:
             self._generate()
         elif (found := self._find(which, by_text=True)) is not None:
             self.pool.delete(found[0], OPERATOR)
@@ -474,21 +492,26 @@ class LeasesMachine(RuleBasedStateMachine):
 
     @rule(
         seconds=st.sampled_from(
-            [0.001, 1 / 64, 1.0, 5.0, 20.0, 59.0, 60.0, 65.0, 100.0, 150.0, 301.0, 3600.0]
+            [0.001, 1 / 64, 1.0, 5.0, 20.0, 59.0, 60.0, 65.0, 100.0, 150.0, 250.0, 3600.0]
         ),
-        kept_alive=st.booleans(),
+        kept_alive=MOSTLY,
     )
     def time_passes(self, seconds: float, kept_alive: bool) -> None:
-        """Any step; often with all keys kept alive before, or no cooldown would end in a key's life."""
+        """Any step; mostly with all keys kept alive before, or few cooldowns would end in a key's life."""
         if kept_alive:
-            for plain in self.plain.keys.values():
-                self.pool.keepalive(self.pool.find_id(plain.id, self.now), self.now)
-                plain.expires = self.now + self.plain.rules.keepalive_seconds
+            self._keep_all_alive()
         self._time_comes(self.now + seconds)
 
-    @rule(which=st.sampled_from(WHICH), before=st.booleans())
-    def time_comes_to_a_deadline(self, which: int, before: bool) -> None:
+    def _keep_all_alive(self) -> None:
+        for plain in self.plain.keys.values():
+            self.pool.keepalive(self.pool.find_id(plain.id, self.now), self.now)
+            plain.expires = self.now + self.plain.rules.keepalive_seconds
+
+    @rule(which=st.sampled_from(WHICH), before=st.booleans(), kept_alive=MOSTLY)
+    def time_comes_to_a_deadline(self, which: int, before: bool, kept_alive: bool) -> None:
         """Onto one of the moments at which something changes, or as close before it as a float can be."""
+        if kept_alive:
+            self._keep_all_alive()
         moments = sorted(moment for moment in self._moments() if self.now < moment < math.inf)
         if moments:
             moment = moments[which % len(moments)]
@@ -603,7 +626,7 @@ class CrowdedLeasesMachine(LeasesMachine):
 
 
 SETTINGS = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 

@@ -137,7 +137,9 @@ def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Step
     reached = repeated = queued = False
     while True:
         sent_at = now()
-        wait = part if repeated or queued else min(part, max(0.0, wait_until - sent_at))
+        left = max(0.0, wait_until - sent_at)
+        # A small rest, after answers that came early, isn't worth another whole part.
+        wait = part if repeated or (queued and left > part / 10) else min(part, left)
         send = _send(call, settings, headers, wait, min(wait + settings.timeout, ends_at - sent_at))
         try:
             answer = yield send
