@@ -110,7 +110,7 @@ class ValkeyEngine:
         self._nodes = client.nodes
         pool = self._nodes.url.pool
         self._pool_key = f"{{{pool}}}:pool"
-        self._rules = rules
+        self.rules = rules
         self._life_us = round(rules.keepalive_seconds * 1e6)
         self.handles = Handles(facts.secret)
         self._loop = asyncio.get_running_loop()
@@ -263,7 +263,7 @@ class ValkeyEngine:
 
     def _outcome_rules(self, quarantined_elsewhere: int, keys_elsewhere: int) -> bytes:
         """The second argument of unblock.lua."""
-        rules = self._rules
+        rules = self.rules
         lengths = (rules.cooldown_seconds, rules.max_cooldown_seconds, rules.max_retry_after_seconds)
         return _pack((
             *(round(seconds * 1e6) for seconds in lengths),
@@ -283,7 +283,7 @@ class ValkeyEngine:
         if outcome in (_OVER, _PENDING):
             raise LeaseOver(outcome == _PENDING)
         if outcome != 1:
-            longest = self._rules.longest_block if outcome == _AT_LIMIT else None
+            longest = self.rules.longest_block if outcome == _AT_LIMIT else None
             raise BlockLimit(seconds_left(release, age), longest=longest)
         return Extended(id, latest, seconds_left(release, age), seconds_left(left, age))
 
@@ -294,7 +294,7 @@ class ValkeyEngine:
 
     async def _extend(self, items: Sequence[Extension]) -> tuple[list[Reply], float]:
         """The replies of extend.lua, one for each item, and how old they are."""
-        longest, block = self._rules.longest_block, self._rules.block_seconds
+        longest, block = self.rules.longest_block, self.rules.block_seconds
         words = [
             # No more than `longest` can matter, and a number that is too large would not be a whole one in Lua.
             (item.lease, "" if item.seconds is None else round(min(item.seconds, longest) * 1e6))
@@ -334,7 +334,7 @@ class ValkeyEngine:
         [[done, *row]] = await call
         if not row:
             self._raise_missing(ref, done)
-        return row_of(row[0], call.age(), self._rules.forget_seconds)
+        return row_of(row[0], call.age(), self.rules.forget_seconds)
 
     async def _change(self, script: str, refs: Sequence[Ref], common: Sequence[Word]) -> list[Reply]:
         """Call a script that takes names and replies what it did about each, or a list that begins with a refusal."""
@@ -373,7 +373,7 @@ class ValkeyEngine:
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(log n)."""
         row, age = await self._get(ref, "")
-        return row_of(row, age, self._rules.forget_seconds)
+        return row_of(row, age, self.rules.forget_seconds)
 
     async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """A key's text, reported as an event. O(log n)."""
