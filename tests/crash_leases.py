@@ -34,8 +34,9 @@ TOLERANCE: Final = 0.05
 """Seconds by which a deadline may be early: 5 ms of the server's, and the drift between two clocks across a restart."""
 
 FLAGS: Final = (
-    "--port=0", "--block-seconds=3", "--max-block-seconds=9", "--keepalive-seconds=36000", "--cooldown-seconds=0.3",
+    "--port=0", "--block-seconds=2", "--max-block-seconds=8", "--keepalive-seconds=36000", "--cooldown-seconds=0.3",
     "--max-cooldown-seconds=4", "--max-retry-after-seconds=5", "--error-threshold=2", "--forget-seconds=36000",
+    "--rest-seconds=0.4",
 )  # fmt: skip
 REFUSALS: Final = ("stale-lease", "lease-over", "block-limit", "no-key-available", "unknown-key")
 
@@ -247,7 +248,7 @@ def _numbers(calls: Sequence[Call]) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ the workers
 
 SHARES: Final = {
-    "acquire": 8, "repeat": 3, "report": 10, "free": 1, "extend": 4, "quarantine": 1, "restore": 2, "look": 3,
+    "acquire": 8, "repeat": 3, "report": 10, "free": 2, "extend": 4, "quarantine": 2, "restore": 3, "look": 3,
 }  # fmt: skip
 
 
