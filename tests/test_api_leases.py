@@ -100,7 +100,7 @@ def test_a_handle_names_its_key_in_every_batch(pool: Client, op: str) -> None:
     new = pool.acquire()
     keys = [old["handle"], new["handle"], new["handle"][:-1], "h:", f"h:{new['id']}.1.AAAAAAAAAAA"]
     answer = pool.batch(op=op, keys=keys).expect(200)
-    others = {"over": [], "limit": []} if op == "extend" else {}
+    others: dict[str, object] = {"over": [], "limit": []} if op == "extend" else {}
     expect_object(answer, op=op, done=1, unknown=keys[2:], stale=[old["handle"]], **others)
 
 
@@ -288,24 +288,21 @@ def test_stats_and_lists_have_the_four_states(pool: Client) -> None:
         assert done.expect(200)["done"] == 3
 
 
+NO_OUTCOMES: list[object] = ["", "OK", 5, True, [], {}]
+NO_LENGTHS: list[object] = [-1, -0.001, 1.1e15, 10**15 + 1, 10**40, "1", True, []]
+NO_REASONS: list[object] = ["", "x" * 201, "a\nb", "\x00", "\x7f", "\x85", 5, []]
 WRONG_REPORTS: list[tuple[dict[str, Any], str]] = [
     *(({"outcome": outcome}, "lease") for outcome in OUTCOMES),
     ({"lease": 1, "outcome": "fine"}, "ok, rate_limited, error or invalid"),
-    *(({"lease": 1, "outcome": value}, "outcome") for value in ("", "OK", 5, True, [], {})),
+    *(({"lease": 1, "outcome": value}, "outcome") for value in NO_OUTCOMES),
     *(
         ({"lease": 1, "outcome": outcome, "retry_after": 1}, "retry_after")
         for outcome in ("ok", "error", "invalid", None)
     ),
     ({"lease": 1, "retry_after": 1}, "retry_after"),
-    *(
-        ({"lease": 1, "outcome": "rate_limited", "retry_after": value}, "retry_after")
-        for value in (-1, -0.001, 1.1e15, 10**15 + 1, 10**40, "1", True, [])
-    ),
+    *(({"lease": 1, "outcome": "rate_limited", "retry_after": value}, "retry_after") for value in NO_LENGTHS),
     ({"lease": 1, "reason": "why"}, "reason"),
-    *(
-        ({"lease": 1, "outcome": "ok", "reason": value}, "reason")
-        for value in ("", "x" * 201, "a\nb", "\x00", "\x7f", "\x85", 5, [])
-    ),
+    *(({"lease": 1, "outcome": "ok", "reason": value}, "reason") for value in NO_REASONS),
 ]
 
 
@@ -485,7 +482,7 @@ def test_the_first_stretch_has_limits(pool: Client) -> None:
         answer = pool.batch(op="acquire", count=1, block_seconds=seconds)
         expect_left(answer.expect(200)["keys"][0]["release_in"], seconds, answer, answer)
     with pool.expect_moved():
-        for wrong in (0, -1, 0.999, LONGEST + 0.001, 10**14, 10**20, "60", True, []):
+        for wrong in [*NO_LENGTHS, 0, 0.999, LONGEST + 0.001]:
             problem = pool.post(ACQUIRE, json={"block_seconds": wrong}).expect_problem(400, "bad-request")
             assert "block_seconds" in problem["detail"]
             answer = pool.batch(op="acquire", count=1, block_seconds=wrong)
@@ -526,6 +523,21 @@ def test_a_repeated_acquire_gets_the_same_lease(pool: Client) -> None:
     new = attempt(pool, key, owner="a")
     assert not replayed(new)
     assert new.expect(200)["lease"] > first.json["lease"]
+
+
+def test_a_repeat_needs_no_available_key(pool: Client) -> None:
+    """The lease is found when every key is held, single and in a batch."""
+    pool.make_many(3)
+    key = new_attempt()
+    headers = {"Idempotency-Key": key}
+    batch = {"op": "acquire", "count": 9}
+    with pool.expect_moved(acquired=3, available=-3, blocked=3):
+        first, many = attempt(pool, key), pool.post(BATCH, json=batch, headers=headers)
+        again, all_again = attempt(pool, key), pool.post(BATCH, json=batch, headers=headers)
+    assert again.expect(200)["lease"] == first.expect(200)["lease"]
+    held = [each["lease"] for each in many.expect(200)["keys"]]
+    assert [each["lease"] for each in all_again.expect(200)["keys"]] == held
+    assert len(held) == 2
 
 
 def test_an_attempt_is_of_its_header_and_body(pool: Client) -> None:
@@ -642,15 +654,15 @@ WRONG_ATTEMPTS = {
 
 @pytest.mark.parametrize("wrong", WRONG_ATTEMPTS)
 def test_a_wrong_idempotency_key_is_named(pool: Client, wrong: str) -> None:
-    """400 for both acquires, and no key is acquired; calls that don't take the header ignore it."""
+    """400 for both acquires, and for any batch; calls that don't take the header ignore it."""
     made = pool.make()
     headers = {"Idempotency-Key": WRONG_ATTEMPTS[wrong]}
     with pool.expect_moved():
-        for path, body in ((ACQUIRE, {}), (BATCH, {"op": "acquire", "count": 1})):
+        keepalive = {"op": "keepalive", "keys": [made["key"]]}
+        for path, body in ((ACQUIRE, {}), (BATCH, {"op": "acquire", "count": 1}), (BATCH, keepalive)):
             problem = pool.post(path, json=body, headers=headers).expect_problem(400, "bad-request")
             assert "Idempotency-Key" in problem["detail"]
     call(pool, "keepalive", made["key"], headers=headers).expect(200)
-    pool.post(BATCH, json={"op": "keepalive", "keys": [made["key"]]}, headers=headers).expect(200)
 
 
 def test_the_longest_idempotency_key_is_taken(pool: Client) -> None:

@@ -336,7 +336,9 @@ class Operation:
     head: Run | None = None  # what HEAD does, where GET would change something
     changes: bool = True  # whether it changes anything but the feed and counters
     acquires: bool = False
-    repeatable: bool = False  # whether it takes an Idempotency-Key; a batch does if its op is acquire
+    repeatable: bool = (
+        False  # whether it takes an Idempotency-Key; of batches, only op acquire makes use of it
+    )
     audits_refusals: bool = False  # whether the audit log also has callers refused for their role
 
 
@@ -399,13 +401,17 @@ def _attempt(call: Call, body: Body) -> Attempt | None:
     key = call.idempotency_key
     if key is None:
         return None
+    _check_attempt(key)
+    name = msgspec.json.encode((call.caller.token, key, _POOL, body))  # a batch's body has the operation
+    call.attempt = Attempt(blake2b(name, digest_size=16).digest())
+    return call.attempt
+
+
+def _check_attempt(key: str) -> None:
     if not _ATTEMPT_KEY.fullmatch(key):
         raise BadRequest(
             f"wrong header {ATTEMPT_HEADER}: it takes 1 to 64 visible ASCII characters, such as those of a UUID"
         )
-    name = msgspec.json.encode((call.caller.token, key, _POOL, body))  # a batch's body has the operation
-    call.attempt = Attempt(blake2b(name, digest_size=16).digest())
-    return call.attempt
 
 
 def _block(engine: Engine, seconds: float | None) -> float | None:
@@ -648,6 +654,8 @@ async def _batch(engine: Engine, call: Call) -> Any:
     if call.caller.role not in roles:
         op = type(body).__struct_config__.tag
         raise Forbidden(f"op {op!r} needs the role admin; this token is a {call.caller.role.value}'s")
+    if call.idempotency_key is not None:
+        _check_attempt(call.idempotency_key)  # whatever the op, as the path's description has it
     await asyncio.sleep(0)  # decoding the body took as long as a slice: let others run first
     return await run(engine, call, body)
 

@@ -71,7 +71,9 @@ class PartitionSampler:
         """
         attempt = request.attempt
         if attempt is None or self.attempts is None:
-            return await self.take_more(request, count, "repeat")
+            taken = await self.take_more(request, count, "repeat")
+            # Without an available key no script was called that would have found what the attempt holds.
+            return taken if taken or attempt is None else await self.held(attempt)
         claim, block = self.attempts.new_claim(), self.block_of(request)
         held_for: float | None = block
         try:

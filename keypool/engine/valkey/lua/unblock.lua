@@ -1,5 +1,5 @@
 -- End leases, and take the reports of their holders, in order.
--- ARGV    1 origin, 2 '' if there are no reports, else MessagePack: {cooldown, longest cooldown, longest retry_after, failures
+-- ARGV    1 origin of keys without a lease number, 2 '' if there are no reports, else MessagePack: {cooldown, longest cooldown, longest retry_after, failures
 --         in a row from which an error cools, after how long they are forgotten, percentage of keys that reports may
 --         quarantine, keys quarantined in other partitions, keys in other partitions}, lengths in microseconds,
 --         3, 4, 5… for each key: its name, the lease number that it must be held under ('' for any), and a report: MessagePack
@@ -10,7 +10,8 @@
 --         -2 the lease isn't the latest
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
-local origin = origin_of(ARGV[1])
+local without_lease, holder = origin_of(ARGV[1]), origin_of('holder')
+local origin  -- of the key that is processed: whoever has its lease number is its holder
 local cooldown, longest, longest_retry, threshold, forget, percent, quarantined_elsewhere, elsewhere
 if ARGV[2] ~= '' then
   cooldown, longest, longest_retry, threshold, forget, percent, quarantined_elsewhere, elsewhere =
@@ -81,6 +82,7 @@ for i = 3, #ARGV, 3 do
   elseif stale or lease ~= '' and not is_latest(record, lease) then
     results[#results + 1] = {-2, record[ID], record[LEASE]}
   else
+    origin = lease == '' and without_lease or holder
     local outcome, guarded = unblock(text, record, ARGV[i + 2])
     local state, left = state_of(record)
     results[#results + 1] = {
