@@ -10,5 +10,5 @@ do
   if since or NOW - seen > AWAY then
     return redis.error_reply('UNATTENDED no server has polled this partition for a while')
   end
-  REST = tonumber(rest or 0)
+  resting = tonumber(rest or 0)
 end

@@ -1,4 +1,4 @@
--- Included at the top of every script. A script first processes what is overdue in its partition.
+-- At the top of every script; scripts.py includes more, and replaces the constants below by their values. A script first processes what is overdue in its partition.
 --
 -- KEYS, the same ten for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
@@ -42,7 +42,8 @@
 if redis.replicate_commands then redis.replicate_commands() end  -- before Redis 7, to write after TIME
 
 local META, RECORDS, STATES, EXPIRY, IDS, TEXTS, EVENTS, QUARANTINE, ATTEMPTS, WAITERS = unpack(KEYS)
-local ID, CREATED = 1, 2
+local ID = 1
+local CREATED = 2
 local LEASE = 3      -- number of the latest one, 0 if it was never served
 local EXPIRES = 4    -- expiry deadline
 local RELEASE = 5    -- deadline of a block or a cooldown, else 0
@@ -51,23 +52,22 @@ local ACQUIRED = 7   -- moment of the acquire; missing too if a server of layout
 local ATTEMPT = 8    -- 16 bytes, if the acquire named one
 local MARK = 9       -- see above
 local REPORTED = 10  -- whether the latest lease can't report any more
-local HISTORY = 11   -- {failures in a row, moment of the last one, outcome, reason, operator's reason}: core/outcomes.py
+local HISTORY = 11   -- {failures in a row, moment of the last, outcome, reason, operator's reason}: core/outcomes.py
 local REPLAYED = 12  -- whether the lease was given to its attempt again
-local COOLING, QUARANTINED, PENDING = 'c', 'q', 'p'
-local HOLDER, DEADLINE = {'holder', false}, {'deadline', false}
+local COOLING = 'c'
+local QUARANTINED = 'q'
+local PENDING = 'p'
 local KEPT_EVENTS = 64  -- events that a poll reports at most; up to four times as many are kept, to trim rarely
 local MAX_DUE = 32      -- overdue keys of each kind that a call processes on its way
 local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
-local REST = 0          -- microseconds that a key cools after each lease; attended.lua reads them
+
+local resting = 0  -- microseconds that a key cools after each lease, as attended.lua reads it
+local HOLDER = {'holder', false}
+local DEADLINE = {'deadline', false}
 local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
-
-local function origin_of(word)
-  local by, actor = word:match('^(%a+) ?(.*)$')
-  return {by, actor ~= '' and actor}
-end
 
 -- Add an event. The last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
@@ -164,7 +164,7 @@ end
 local function free(text, record, change, at, origin, cool_until)
   local owner, attempt, mark, release = record[OWNER], record[ATTEMPT], nil, 0
   record[OWNER], record[ACQUIRED], record[ATTEMPT], record[REPLAYED] = nil, nil, nil, nil
-  if REST > 0 then cool_until = math.max(cool_until, at + REST) end
+  if resting > 0 then cool_until = math.max(cool_until, at + resting) end
   if record[MARK] == PENDING then
     mark = QUARANTINED
   elseif cool_until > at then
@@ -201,112 +201,8 @@ local function process_due(limit)
   end
 end
 
--- Whether a word is the number of the key's latest lease. Compared as texts, since a client's number may exceed what Lua
--- can represent. 0 is not a lease: never served.
-local function is_latest(record, lease)
-  return lease ~= '0' and lease == string.format('%.0f', record[LEASE])
-end
-
--- The record of a live key, brought up to this moment, its text, and whether the name has a lease that isn't the latest;
--- nil if there is no such key.
-local function find(name)
-  local text, lease = name, ''
-  if name:byte(1) == 255 then
-    local id
-    id, lease = name:match('^\255(-?%d+)%.?(%d*)$')
-    text = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
-  end
-  local record = text and record_of(text)
-  if not record then return nil end
-  if record[EXPIRES] <= NOW then
-    purge(text, record, 'expired', DEADLINE)
-    return nil
-  end
-  catch_up(text, record)
-  return record, text, lease ~= '' and not is_latest(record, lease)
-end
-
--- What a change replies about a key that it can't change: 0 if it is unknown, -(latest lease) if another one was named.
-local function refusal(record)
-  return record and -record[LEASE] or 0
-end
-
--- A key's state at this moment by its deadlines, and the microseconds left of its block or its cooldown.
-local function state_of(record)
-  local mark, left = record[MARK], record[RELEASE] - NOW
-  if mark == QUARANTINED then return 'quarantined', 0 end
-  if record[RELEASE] == 0 then return 'available', 0 end
-  if left > 0 then return mark == COOLING and 'cooling' or 'blocked', left end
-  if mark == PENDING then return 'quarantined', 0 end
-  if mark ~= COOLING and left + REST > 0 then return 'cooling', left + REST end
-  return 'available', 0
-end
-
--- A row, as pages.py reads it: {text, id, created, lease, owner or '', microseconds to its expiry, state, microseconds
--- left of it (0 if available or quarantined), failures in a row, microseconds since the last one, outcome or '', reason
--- or ''}.
-local function row_of(text, record)
-  local state, left = state_of(record)
-  local history = record[HISTORY] or {0, 0}
-  local owner = state == 'blocked' and record[OWNER] or ''
-  local reason = state == 'quarantined' and history[5] or history[4] or ''
-  return {
-    text, record[ID], record[CREATED], record[LEASE], owner, record[EXPIRES] - NOW, state, left, history[1],
-    NOW - history[2], history[3] or '', reason,
-  }
-end
-
--- The leases that an attempt was given and that are still held: {text, id, lease, microseconds to its expiry, to its
--- release, 1} of each. They count as given again from now on.
-local function leases_of(attempt)
-  local leases = {}
-  for _, member in ipairs(call('ZRANGEBYLEX', ATTEMPTS, '[' .. attempt, '(' .. attempt .. '\255')) do
-    local text = member:sub(#attempt + 1)
-    local record = record_of(text)
-    if record and record[ATTEMPT] == attempt and record[EXPIRES] > NOW and record[RELEASE] > NOW then
-      if not record[REPLAYED] then
-        record[REPLAYED] = true
-        save(text, record)
-      end
-      leases[#leases + 1] = {text, record[ID], record[LEASE], record[EXPIRES] - NOW, record[RELEASE] - NOW, 1}
-    end
-  end
-  return leases
-end
-
--- Add a key, a new one or one that is moved in.
-local function add(text, record)
-  save(text, record)
-  call('ZADD', EXPIRY, record[EXPIRES], text)
-  call('ZADD', IDS, record[ID], text)
-  call('ZADD', TEXTS, 0, text)
-  if record[MARK] == QUARANTINED then
-    call('ZADD', QUARANTINE, record[ID], text)
-  else
-    call('ZADD', STATES, record[RELEASE], text)
-  end
-  if record[MARK] == COOLING then count('cooling') end
-  if record[ATTEMPT] then call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. text) end
-end
-
 local function available()
   return call('ZCOUNT', STATES, 0, 0)
-end
-
--- The room that is reserved (room.lua) under names other than `name`, and those reservations as they are stored.
-local function reserved_but(name)
-  local sum, others = 0, {}
-  for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
-    if held ~= name and tonumber(ends) > NOW then
-      sum = sum + tonumber(keys)
-      others[#others + 1] = held .. ' ' .. keys .. ' ' .. ends .. ';'
-    end
-  end
-  return sum, table.concat(others)
-end
-
-local function reserve(reservations)
-  if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
 end
 
 -- Publish freed keys: one key to one server, chosen at random in proportion to its waiters; several to all servers.
