@@ -339,7 +339,6 @@ for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
 end
 for place, event in ipairs(redis.call('LRANGE', KEYS[7], 0, -1)) do
   local parts = cmsgpack.unpack(event)
-  table.remove(parts, 8)
   table.remove(parts, 7)
   redis.call('LSET', KEYS[7], place - 1, cmsgpack.pack(parts))
 end

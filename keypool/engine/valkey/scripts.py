@@ -18,15 +18,15 @@ from importlib.resources import files
 _UNATTENDED = frozenset({"claim", "grace", "move_in", "move_out"})
 """Scripts that also run on partitions that no server serves."""
 _PARTS = {
-    "named": {
-        "delete", "extend", "generate", "get", "keepalive", "page", "quarantine", "restore", "unblock",
-    },
+    "named": {"delete", "extend", "get", "keepalive", "quarantine", "restore", "unblock"},
+    "states": {"get", "page", "quarantine", "restore", "unblock"},
+    "rows": {"get", "page", "quarantine", "restore"},
     "attempts": {"acquire", "held"},
     "adding": {"generate", "move_in", "room"},
-}  # fmt: skip
+}
 """Parts that several scripts have in common, and those scripts. All are run at each call, so they have no others."""
 _NOT_CALLED = frozenset({"common", "attended", "presence", "upgrade", *_PARTS})
-_CONSTANT = re.compile(r"^local ([A-Z_]+) = (\d{1,7}|'\w')$", re.MULTILINE)
+_CONSTANT = re.compile(r"^local ([A-Z_]+) = (\d{1,7}|'\w'|KEYS\[\d+\])$", re.MULTILINE)
 _COMMENT = re.compile(r" *--.*$", re.MULTILINE)
 
 KEYS = (

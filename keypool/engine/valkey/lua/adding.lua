@@ -11,7 +11,7 @@ local function add(text, record)
   else
     call('ZADD', STATES, record[RELEASE], text)
   end
-  if record[MARK] == COOLING then count('cooling') end
+  if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', 1) end
   if record[ATTEMPT] then call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. text) end
 end
 

@@ -1,4 +1,5 @@
--- At the top of every script; scripts.py includes more, and replaces the constants below by their values. A script first processes what is overdue in its partition.
+-- At the top of every script; scripts.py includes more, and replaces the constants below by their values. A script
+-- first processes what is overdue in its partition.
 --
 -- KEYS, the same ten for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
@@ -29,19 +30,28 @@
 --    quarantined  QUARANTINED  0                            say nothing
 -- Moments are microseconds since the epoch by this Valkey's clock; records and events are MessagePack.
 -- A name of a key is its text, or \255 and its id, or \255, its id, a point and the number of a lease that must be its
--- latest; no text begins with the byte 255, which UTF-8 doesn't have. An origin is the word `holder`, or `operator`, a
--- space and the name of the operator's token.
--- Every reply begins with the number of available keys, -1 if it is unchanged, which calls.py removes.
+-- latest; no text begins with the byte 255, which UTF-8 doesn't have. An origin is `holder`, `deadline`, or
+-- `operator`, a space and the name of the operator's token. Every reply begins with the number of available keys, -1
+-- if it is unchanged, which calls.py removes.
 --
 -- The rules are those of core/pool.py and core/outcomes.py, implemented a second time; the tests drive both alike.
--- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after that.
--- What is overdue is processed even if memory is short, as those steps begin with a write that needs none.
+-- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after
+-- that. What is overdue is processed even if memory is short, as those steps begin with a write that needs none.
 --
 -- A record may be missing, if Valkey evicted it. Its key is then purged when a script comes across it.
 
 if redis.replicate_commands then redis.replicate_commands() end  -- before Redis 7, to write after TIME
 
-local META, RECORDS, STATES, EXPIRY, IDS, TEXTS, EVENTS, QUARANTINE, ATTEMPTS, WAITERS = unpack(KEYS)
+local META = KEYS[1]
+local RECORDS = KEYS[2]
+local STATES = KEYS[3]
+local EXPIRY = KEYS[4]
+local IDS = KEYS[5]
+local TEXTS = KEYS[6]
+local EVENTS = KEYS[7]
+local QUARANTINE = KEYS[8]
+local ATTEMPTS = KEYS[9]
+local WAITERS = KEYS[10]
 local ID = 1
 local CREATED = 2
 local LEASE = 3      -- number of the latest one, 0 if it was never served
@@ -62,24 +72,17 @@ local MAX_DUE = 32      -- overdue keys of each kind that a call processes on it
 local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
 
 local resting = 0  -- microseconds that a key cools after each lease, as attended.lua reads it
-local HOLDER = {'holder', false}
-local DEADLINE = {'deadline', false}
 local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
 
--- Add an event. The last part is its moment, as poller.py expects.
+-- Add an event. Its last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
-  local start, last = text:sub(1, 4), text:sub(-4)
-  local event = {change, record[ID], start, last, owner or false, record[LEASE], origin[1], origin[2], NOW}
+  local event = {change, record[ID], text:sub(1, 4), text:sub(-4), owner or false, record[LEASE], origin, NOW}
   if call('RPUSH', EVENTS, cmsgpack.pack(event)) > 4 * KEPT_EVENTS then
     call('LTRIM', EVENTS, -KEPT_EVENTS, -1)
   end
-end
-
-local function count(counter)
-  call('HINCRBY', META, counter, 1)
 end
 
 local function record_of(text)
@@ -87,16 +90,15 @@ local function record_of(text)
   return packed and cmsgpack.unpack(packed)
 end
 
+-- A field that says nothing is never set where it is missing: that would make Lua grow the table.
 local function packed(record)
-  local needed = false
-  for field = REPLAYED, OWNER, -1 do
-    if record[field] then
-      needed = true
-    elseif needed then
-      record[field] = false
-    else
-      record[field] = nil
-    end
+  local last = REPLAYED
+  while not record[last] do
+    if record[last] == false then record[last] = nil end
+    last = last - 1
+  end
+  for field = OWNER, last - 1 do
+    if not record[field] then record[field] = false end
   end
   return cmsgpack.pack(record)
 end
@@ -105,22 +107,9 @@ local function save(text, record)
   call('HSET', RECORDS, text, packed(record))
 end
 
--- The same even if memory is short: then HSET may be refused, but neither HDEL nor any write after it.
-local function save_anyway(text, record)
-  local new = packed(record)
-  if type(redis.pcall('HSET', RECORDS, text, new)) == 'table' then
-    call('HDEL', RECORDS, text)
-    call('HSET', RECORDS, text, new)
-  end
-end
-
 -- A substitute for a missing record: expired, with the id, and with a mark by which its key is purged from QUARANTINE.
 local function tombstone(text)
   return {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0, false, false, false, QUARANTINED}
-end
-
-local function is_blocked(record)
-  return record[RELEASE] ~= 0 and record[MARK] ~= COOLING
 end
 
 -- Remove a key, in any state. The first write is one for which Valkey needs no memory.
@@ -133,37 +122,46 @@ local function purge(text, record, change, origin)
   if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
   if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
-  count(change)
+  call('HINCRBY', META, change, 1)
   emit(change, record, text, record[OWNER], origin)
 end
 
--- Put a key that nobody holds (any more) into the state of this MARK and RELEASE. An available one is counted as freed.
+-- Put a key that nobody holds (any more) into the state of this MARK (false for none) and RELEASE. An available one is
+-- counted as freed. The first write is possible even if memory is short: then HSET may be refused, but neither HDEL
+-- nor any write after it.
 local function place(text, record, mark, release)
   local before = record[MARK]
-  record[MARK], record[RELEASE] = mark, release
-  save_anyway(text, record)
+  if before or mark then record[MARK] = mark end
+  record[RELEASE] = release
+  local new = packed(record)
+  if type(redis.pcall('HSET', RECORDS, text, new)) == 'table' then
+    call('HDEL', RECORDS, text)
+    call('HSET', RECORDS, text, new)
+  end
   if mark == QUARANTINED then
     call('ZREM', STATES, text)
     call('ZADD', QUARANTINE, record[ID], text)
   else
     call('ZADD', STATES, release, text)
-    if before == QUARANTINED then call('ZREM', QUARANTINE, text) end
     if release == 0 then freed = freed + 1 end
   end
-  local cooling = (mark == COOLING and 1 or 0) - (before == COOLING and 1 or 0)
-  if cooling ~= 0 then call('HINCRBY', META, 'cooling', cooling) end
+  if before == QUARANTINED then call('ZREM', QUARANTINE, text) end
+  if before ~= mark and (before == COOLING or mark == COOLING) then
+    call('HINCRBY', META, 'cooling', mark == COOLING and 1 or -1)
+  end
 end
 
 -- Record that a key cools or is quarantined.
 local function entered(mark, text, record, owner, origin)
-  count(mark == COOLING and 'cooled' or 'quarantines')
+  call('HINCRBY', META, mark == COOLING and 'cooled' or 'quarantines', 1)
   emit(mark == COOLING and 'cooled' or 'quarantined', record, text, owner, origin)
 end
 
 -- End a lease at a moment: the key is available, or cools first, or is quarantined.
 local function free(text, record, change, at, origin, cool_until)
-  local owner, attempt, mark, release = record[OWNER], record[ATTEMPT], nil, 0
-  record[OWNER], record[ACQUIRED], record[ATTEMPT], record[REPLAYED] = nil, nil, nil, nil
+  local owner, attempt, mark, release = record[OWNER], record[ATTEMPT], false, 0
+  record[OWNER], record[ACQUIRED] = false, false
+  if attempt then record[ATTEMPT], record[REPLAYED] = false, false end
   if resting > 0 then cool_until = math.max(cool_until, at + resting) end
   if record[MARK] == PENDING then
     mark = QUARANTINED
@@ -172,7 +170,7 @@ local function free(text, record, change, at, origin, cool_until)
   end
   place(text, record, mark, release)
   if attempt then call('ZREM', ATTEMPTS, attempt .. text) end
-  count(change)
+  call('HINCRBY', META, change, 1)
   emit(change, record, text, owner, origin)
   if mark then entered(mark, text, record, owner, origin) end
 end
@@ -181,11 +179,11 @@ end
 local function catch_up(text, record)
   while record[RELEASE] ~= 0 and record[RELEASE] <= NOW do
     if record[MARK] == COOLING then
-      place(text, record, nil, 0)
-      count('ready')
-      emit('ready', record, text, nil, DEADLINE)
+      place(text, record, false, 0)
+      call('HINCRBY', META, 'ready', 1)
+      emit('ready', record, text, nil, 'deadline')
     else
-      free(text, record, 'released', record[RELEASE], DEADLINE, 0)
+      free(text, record, 'released', record[RELEASE], 'deadline', 0)
     end
   end
 end
@@ -193,11 +191,11 @@ end
 -- Purge what has expired, and end blocks and cooldowns that are over, `limit` of each at most.
 local function process_due(limit)
   for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
-    purge(text, record_of(text) or tombstone(text), 'expired', DEADLINE)
+    purge(text, record_of(text) or tombstone(text), 'expired', 'deadline')
   end
   for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
     local record = record_of(text)
-    if record then catch_up(text, record) else purge(text, tombstone(text), 'expired', DEADLINE) end
+    if record then catch_up(text, record) else purge(text, tombstone(text), 'expired', 'deadline') end
   end
 end
 
