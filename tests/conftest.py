@@ -59,7 +59,9 @@ class Variant:
     thorough: tuple[str, ...] = ()
 
 
-_CALLS = tuple(f"test_api_{what}" for what in ("batch", "keys", "legacy", "lists", "stats", "waiting"))
+_CALLS = tuple(
+    f"test_api_{what}" for what in ("batch", "keys", "leases", "legacy", "lists", "stats", "waiting")
+)
 _LIFE = ("test_fuzz", "test_process", "test_feed")
 
 VARIANTS = [
@@ -90,7 +92,10 @@ VARIANTS = [
     Variant(
         "tornado",
         lambda directory: ["--data=:memory:", "--http=tornado"],
-        ("test_api_errors", "test_api_access", "test_api_legacy", "test_api_waiting", "test_hostile"),
+        (
+            *("test_api_errors", "test_api_access", "test_api_leases", "test_api_legacy", "test_api_waiting"),
+            "test_hostile",
+        ),
         ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/", "test_metrics"),
     ),
 ]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import random
 import sqlite3
 import textwrap
 import threading
@@ -20,6 +21,8 @@ import pytest
 from support import API, ROOT, Answer, Client, ServerProcess, eventually, run_server
 
 from keypool.core.errors import StartError
+from keypool.core.keys import Key, State
+from keypool.core.outcomes import NO_HISTORY, History, Outcome
 from keypool.core.rules import PoolRules
 from keypool.engine.durable import datafile, rows
 from keypool.engine.durable.opening import open_durable
@@ -91,6 +94,49 @@ def fill(path: Path, keys: Sequence[Row], **numbers: int) -> None:
         database.executemany(datafile.UPSERT, keys)
         database.executemany(datafile.SET_POOL, (last | counts | numbers).items())
         database.execute("COMMIT")
+
+
+def keys_of_all_kinds() -> list[Key]:
+    """A key in each state, with and without what keys of that state may have."""
+    draw = random.Random(5)
+    keys: list[Key] = []
+
+    def add(**fields: Any) -> None:
+        id, at = len(keys) + 1, 1_700_000_000 + draw.randrange(10**9) / 1000
+        keys.append(Key(id, f"{id:020d}", at, at + 300, **fields))
+
+    histories = (
+        NO_HISTORY,
+        History(0, 0.0, Outcome.OK),
+        History(3, 1_700_000_000.1234567, Outcome.ERROR, "💥", "why"),
+    )
+    for history in histories:
+        for reported in (False, True):
+            add(history=history, reported=reported)
+            add(history=history, reported=reported, state=State.QUARANTINED, lease=7)
+            add(
+                history=history,
+                reported=reported,
+                state=State.COOLING,
+                release_deadline=1_800_000_000.125,
+                lease=7,
+            )
+        for attempt in (None, bytes(range(16))):
+            for pending in (False, True):
+                add(
+                    history=history, attempt=attempt, quarantine_pending=pending, state=State.BLOCKED, lease=8,
+                    release_deadline=1_800_000_000.25, acquired_at=1_799_999_940.25, owner="me",
+                )  # fmt: skip
+    return keys
+
+
+def durable(key: Key) -> dict[str, object]:
+    """All durable fields of a key."""
+    fields = (
+        "id", "text", "created_at", "expires_deadline", "release_deadline", "lease", "owner", "state", "acquired_at",
+        "attempt", "reported", "quarantine_pending", "history",
+    )  # fmt: skip
+    return {name: getattr(key, name) for name in fields}
 
 
 @contextlib.asynccontextmanager

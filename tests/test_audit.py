@@ -53,28 +53,28 @@ class HeldEngine(EmbeddedEngine):
         if self.kept is not None:
             await asyncio.shield(self.kept)
 
-    async def generate(self, count: int) -> Any:
-        made = await super().generate(count)
+    async def generate(self, *args: Any) -> Any:
+        made = await super().generate(*args)
         await self._kept()
         return made
 
-    async def delete(self, ref: Any) -> Any:
-        gone = await super().delete(ref)
+    async def delete(self, *args: Any) -> Any:
+        gone = await super().delete(*args)
         await self._kept()
         return gone
 
-    async def delete_many(self, refs: Any) -> Any:
-        gone = await super().delete_many(refs)
+    async def delete_many(self, *args: Any) -> Any:
+        gone = await super().delete_many(*args)
         await self._kept()
         return gone
 
-    async def unblock(self, ref: Any, lease: int | None, ended: Any = None) -> Any:
-        answer = await super().unblock(ref, lease, ended)
+    async def unblock(self, *args: Any) -> Any:
+        answer = await super().unblock(*args)
         await self._kept()
         return answer
 
-    async def acquire(self, owner: str | None, wait: float, timed: Any = None) -> Any:
-        lease = await super().acquire(owner, wait, timed)
+    async def acquire(self, *args: Any) -> Any:
+        lease = await super().acquire(*args)
         try:
             await self._kept()
         except GeneratorExit:

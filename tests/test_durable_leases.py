@@ -16,11 +16,20 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-from durable_support import fill, old_file, opened, refusal, refused_start, row, rows_in
+from durable_support import (
+    durable,
+    fill,
+    keys_of_all_kinds,
+    old_file,
+    opened,
+    refusal,
+    refused_start,
+    row,
+    rows_in,
+)
 from engine_support import Moment, on_loop, open_held
 from support import ROOT, clean_environment
 
@@ -29,7 +38,7 @@ from keypool.core.errors import LeaseOver, StaleLease, UnknownKey
 from keypool.core.events import By, Origin
 from keypool.core.handles import SECRET_BYTES, Handles
 from keypool.core.keys import Key, State
-from keypool.core.outcomes import NO_HISTORY, History, Outcome, Report
+from keypool.core.outcomes import NO_HISTORY, Outcome, Report
 from keypool.engine.clock import make_clock
 from keypool.engine.durable import copying, datafile, opening
 from keypool.engine.durable.rows import (
@@ -77,49 +86,6 @@ def path(tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
-
-
-def keys_of_all_kinds() -> list[Key]:
-    """A key in each state, with and without what keys of that state may have."""
-    draw = random.Random(5)
-    keys: list[Key] = []
-
-    def add(**fields: Any) -> None:
-        id, at = len(keys) + 1, 1_700_000_000 + draw.randrange(10**9) / 1000
-        keys.append(Key(id, f"{id:020d}", at, at + 300, **fields))
-
-    histories = (
-        NO_HISTORY,
-        History(0, 0.0, Outcome.OK),
-        History(3, 1_700_000_000.1234567, Outcome.ERROR, "💥", "why"),
-    )
-    for history in histories:
-        for reported in (False, True):
-            add(history=history, reported=reported)
-            add(history=history, reported=reported, state=State.QUARANTINED, lease=7)
-            add(
-                history=history,
-                reported=reported,
-                state=State.COOLING,
-                release_deadline=1_800_000_000.125,
-                lease=7,
-            )
-        for attempt in (None, bytes(range(16))):
-            for pending in (False, True):
-                add(
-                    history=history, attempt=attempt, quarantine_pending=pending, state=State.BLOCKED, lease=8,
-                    release_deadline=1_800_000_000.25, acquired_at=1_799_999_940.25, owner="me",
-                )  # fmt: skip
-    return keys
-
-
-def durable(key: Key) -> dict[str, object]:
-    """All durable fields of a key."""
-    fields = (
-        "id", "text", "created_at", "expires_deadline", "release_deadline", "lease", "owner", "state", "acquired_at",
-        "attempt", "reported", "quarantine_pending", "history",
-    )  # fmt: skip
-    return {name: getattr(key, name) for name in fields}
 
 
 def test_a_key_of_any_kind_survives_the_file(path: Path) -> None:

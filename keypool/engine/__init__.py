@@ -37,6 +37,7 @@ from keypool.core.cursor import ListQuery
 from keypool.core.events import HOLDER, Event, Origin
 from keypool.core.handles import Handles
 from keypool.core.outcomes import Report
+from keypool.core.rules import PoolRules
 from keypool.ops.histogram import Histogram
 
 NOTE = "note."
@@ -63,6 +64,9 @@ class Engine(Protocol):
     """See the module. Every call may raise StorageUnavailable. n is the number of keys in the pool, k of items."""
 
     name: str
+
+    rules: PoolRules
+    """The settings of the pool."""
 
     handles: Handles
     """Makes and reads the handles of the pool's leases."""
@@ -123,7 +127,7 @@ class Engine(Protocol):
     async def unblock_many(
         self, items: Sequence[Unblock], ended: list[EndedLease] | None = None, origin: Origin = HOLDER
     ) -> list[str]:
-        """Unblock keys. `ended` and reports as for `unblock`. O(k log n)."""
+        """Unblock keys. `ended` and reports as for `unblock`; `origin` is of items without a lease. O(k log n)."""
         ...
 
     async def extend(self, ref: Ref, lease: int, seconds: float | None) -> Extended:

@@ -262,12 +262,11 @@ class EmbeddedEngine:
         """Make keys available again, one by one. O(items · log n)."""
 
         def unblock(item: Unblock, now: float) -> str:
+            by = origin if item.lease is None else HOLDER
             return self._tried(
                 item.ref,
                 now,
-                lambda key: self._unblock(
-                    key, item.lease, now, ended=ended, report=item.report, origin=origin
-                ),
+                lambda key: self._unblock(key, item.lease, now, ended=ended, report=item.report, origin=by),
             )
 
         return await self._in_slices(items, unblock)
