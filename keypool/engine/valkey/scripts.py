@@ -59,7 +59,7 @@ def build(constants: Mapping[str, str]) -> dict[str, Script]:
         path.name.removesuffix(".lua"): _COMMENT.sub("", path.read_text("utf-8"))
         for path in _FOLDER.iterdir()
     }
-    values = dict(_CONSTANT.findall(texts["common"])) | constants
+    values = {**dict(_CONSTANT.findall(texts["common"])), **constants}
     used = re.compile(rf"\b({'|'.join(values)})\b")
     made = {}
     for name in sorted(texts.keys() - _NOT_CALLED):
