@@ -8,6 +8,7 @@ import pytest
 
 from keypool.api.throttle import ADDRESSES, OF_ALL, TokenBuckets
 from keypool.core.answers import Stats
+from keypool.core.counters import COUNTERS
 from keypool.core.pool import Pool
 from keypool.core.rules import PoolRules
 from keypool.web.history import MINUTES, SECONDS, History
@@ -17,7 +18,9 @@ NOON = 1_800_000_000.0  # a whole minute
 
 def stats(acquired: int = 0, available: int = 0) -> Stats:
     """Numbers of which two matter."""
-    return Stats(available, available, 0, 0, 0, acquired, 0, 0, 0, 0, 0, 0, 1.0, "test", "0")
+    numbers = dict.fromkeys((*COUNTERS, "total", "blocked", "cooling", "quarantined", "waiting"), 0)
+    numbers |= {"acquired": acquired, "available": available}
+    return Stats(**numbers, uptime=1.0, engine="test", version="0")
 
 
 def column(history: History, name: str) -> list[int]:

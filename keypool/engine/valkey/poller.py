@@ -23,7 +23,7 @@ import msgspec
 
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import StorageUnavailable
-from keypool.core.events import DEADLINE, HOLDER, SILENT, By, Change, Event
+from keypool.core.events import SILENT, By, Change, Event
 from keypool.core.keys import moment
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import all_of
@@ -353,7 +353,10 @@ def _event_of(parts: list[Any]) -> Event:
     """The event of what common.lua adds. Layout 1 had no origin in it."""
     change, id, start, end, owner, lease, *origin, at = parts
     change = Change(change)
-    by, actor = origin or (DEADLINE if change in (Change.RELEASED, Change.EXPIRED) else HOLDER)
+    if origin:
+        by, _, actor = origin[0].partition(" ")
+    else:
+        by, actor = (By.DEADLINE if change in (Change.RELEASED, Change.EXPIRED) else By.HOLDER), ""
     hint = f"{start}…{end}"
     return Event(change, id, hint, owner or None, lease or None, moment(at / 1e6), By(by), actor or None)
 
