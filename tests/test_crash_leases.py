@@ -1,249 +1,191 @@
-"""Kills, kill -9, at any moment under a load of reports, extensions, quarantines, restores and repeated attempts.
+"""Servers killed under a load of leases keep every promise of outcomes, extensions, quarantines and attempts.
 
-A process makes the calls on the engine of a data file, and writes down what it asks and what it is answered. After each
-kill the file is opened again, and what it says is compared with what was answered. Then the next process goes on.
+`crash_leases.py` has the load, the kills and the judge; the second half of this file is proof that it finds faults.
 """
 
 from __future__ import annotations
 
-import json
-import random
-import select
-import signal
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from durable_support import opened
-from engine_support import on_loop
-from support import ROOT, clean_environment
-
-from keypool.core.keys import Key, State
-from keypool.engine.embedded import EmbeddedEngine
-
-RULES = {
-    "block_seconds": 2.0,
-    "max_block_seconds": 500.0,
-    "keepalive_seconds": 10_000.0,
-    "cooldown_seconds": 0.1,
-    "rest_seconds": 0.01,
-    "max_quarantined_percent": 100.0,
-}
-KEYS = 60
-TOLERANCE = 0.01  # seconds; an answer may be 5 ms old
-
-PROGRAM = """
-import asyncio, json, os, random, sys
-from pathlib import Path
-from types import SimpleNamespace
-from keypool.core.errors import KeypoolError
-from keypool.core.events import HOLDER
-from keypool.core.outcomes import Outcome, Report
-from keypool.core.rules import PoolRules
-from keypool.engine.durable.opening import open_durable
-
-def say(*words):
-    os.write(1, json.dumps(words).encode() + b"\\n")
-
-async def work(engine):
-    while True:
-        name = os.urandom(16).hex()
-        attempt = SimpleNamespace(digest=bytes.fromhex(name), replayed=False)
-        say("acquire?", name)
-        try:
-            lease = await engine.acquire("me", 0, block_seconds=random.choice((None, 60.0)), attempt=attempt)
-        except KeypoolError:
-            say("nothing", name)
-            id = random.randrange(1, engine.pool.last_id + 1)
-            say("restore?", id)
-            await engine.restore(id, HOLDER)
-            continue
-        id, number = lease.id, lease.lease
-        say("acquire", id, number, engine.now() + lease.release_in, name)
-        if random.random() < 0.3:
-            try:
-                extended = await engine.extend(id, number, random.uniform(50, 100))
-                say("extend", id, number, engine.now() + extended.release_in)
-            except KeypoolError:
-                pass
-        if random.random() < 0.2:
-            at_once = random.random() < 0.5
-            say("quarantine?", id, at_once)
-            row = await engine.quarantine(id, "test", at_once, HOLDER)
-            say("quarantine", id, row.state)
-        if random.random() < 0.1:
-            continue  # the lease runs out
-        outcome = random.choice(list(Outcome))
-        after = random.choice((None, 0.0, 0.2, 300.0)) if outcome is Outcome.RATE_LIMITED else None
-        say("report?", id)
-        try:
-            answer = await engine.unblock(id, number, report=Report(outcome, after, "test"))
-        except KeypoolError:  # it has ended, and the key was served again
-            continue
-        end = None if answer.available_in is None else engine.now() + answer.available_in
-        say("report", id, number, answer.state, end)
-
-async def main():
-    engine = await open_durable(Path(sys.argv[1]), PoolRules(**RULES))
-    if not engine.pool.total:
-        await engine.generate(KEYS)
-    await asyncio.gather(*[work(engine) for _ in range(6)])
-
-asyncio.run(main())
-"""
+from crash_leases import Call, Crasher, judge
+from valkeys import Cluster, Valkey, new_pool, shared_cluster, shared_valkey
 
 
-@dataclass
-class Known:
-    """What was answered about a key and still holds, and what was asked about it since."""
-
-    lease: int = 0
-    attempt: str = ""
-    held_until: float = 0.0
-    cooling_until: float = 0.0
-    quarantined: bool = False
-    to_be_quarantined: bool = False
-    reported: int = 0
-    ending: bool = False
-    restoring: bool = False
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (2, 3, 4))])
+def test_no_promise_about_leases_is_broken_by_kills(tmp_path: Path, seed: int) -> None:
+    """Of the server under load, six times."""
+    crasher = Crasher(f"--data={tmp_path / 'keypool.db'}", tmp_path, seed)
+    assert not (faults := crasher.run(6)), f"after {crasher}:\n" + "\n".join(faults)
+    assert any(call.status == "cut" for call in crasher.calls), (
+        f"nothing was under way at the kills: {crasher}"
+    )
+    assert any(call.replayed for call in crasher.calls), f"nothing was repeated: {crasher}"
 
 
-@dataclass
-class Ledger:
-    """All keys, attempts without an answer, and all leases that were given."""
-
-    keys: dict[int, Known] = field(default_factory=dict)
-    waiting: set[str] = field(default_factory=set)
-    leases: set[int] = field(default_factory=set)
-
-    def note(self, what: str, *words: Any) -> None:
-        """Add a line that the process wrote."""
-        if what == "acquire?":
-            self.waiting.add(words[0])
-        elif what == "nothing":
-            self.waiting.discard(words[0])
-        elif what == "acquire":
-            self._acquired(*words)
-        elif what.endswith("?"):
-            self._asked(self.keys.setdefault(words[0], Known()), what, *words[1:])
-        else:
-            self._answered(self.keys[words[0]], what, *words[1:])
-
-    def _acquired(self, id: int, lease: int, until: float, attempt: str) -> None:
-        self.waiting.discard(attempt)
-        assert lease not in self.leases, f"lease {lease} was given twice"
-        self.leases.add(lease)
-        self.keys[id] = Known(lease, attempt, until)
-
-    @staticmethod
-    def _asked(known: Known, what: str, at_once: bool = True) -> None:
-        if what == "restore?":
-            known.restoring = True
-            known.quarantined = known.to_be_quarantined = False
-            known.cooling_until = 0.0
-        else:
-            known.ending = known.ending or at_once
-
-    @staticmethod
-    def _answered(known: Known, what: str, *words: Any) -> None:
-        if what == "extend":
-            known.held_until = words[1]
-        elif what == "report" and words[0] == known.lease:
-            known.reported = known.lease
-        if known.restoring:  # who was first isn't known
-            return
-        if what == "report":
-            known.cooling_until = max(known.cooling_until, words[2] or 0.0)
-            known.quarantined = known.quarantined or words[1] == "quarantined"
-        elif what == "quarantine":
-            known.quarantined = words[0] == "quarantined"
-            known.to_be_quarantined = True
-
-    async def compare(self, engine: EmbeddedEngine) -> None:
-        """Fail unless the engine of the file knows all that was answered."""
-        engine.pool.check()
-        assert engine.pool.counters.acquired == engine.pool.last_lease
-        assert max(self.leases, default=0) <= engine.pool.last_lease
-        for id, known in self.keys.items():
-            _expect(known, engine.pool.find_id(id, engine.now()), engine.now())
-        for name in self.waiting:
-            await _repeat(name, engine)
-        self.waiting.clear()
-        for known in self.keys.values():  # whatever was under way is over now
-            known.restoring = False
-
-
-def _expect(known: Known, key: Key, now: float) -> None:
-    if known.quarantined:
-        assert key.state is State.QUARANTINED, f"{key!r}: a quarantine was lost"
-    if known.to_be_quarantined:
-        coming = key.state is State.QUARANTINED or key.quarantine_pending
-        assert coming, f"{key!r}: a quarantine to come was lost"
-    if known.cooling_until > now + 0.1 and key.state is not State.QUARANTINED:
-        assert key.state is State.COOLING, f"{key!r}: a cooldown was lost"
-        assert key.release_deadline is not None
-        assert key.release_deadline >= known.cooling_until - TOLERANCE, f"{key!r}: a cooldown was shortened"
-    if known.held_until > now + 0.1 and not known.ending:
-        assert (key.state, key.lease) == (State.BLOCKED, known.lease), f"{key!r}: a lease was lost"
-        assert key.attempt == bytes.fromhex(known.attempt)
-        assert key.release_deadline is not None
-        assert key.release_deadline >= known.held_until - TOLERANCE, f"{key!r}: an extension was lost"
-    if known.reported and key.lease == known.reported:
-        assert key.reported, f"{key!r}: a report was lost"
-
-
-async def _repeat(name: str, engine: EmbeddedEngine) -> None:
-    """An attempt that got no answer has at most one lease, and its repeat gets that one."""
-    held = engine.pool.leases_of(bytes.fromhex(name), engine.now())
-    assert len(held) <= 1, "an attempt has two leases"
-    if held:
-        again = _Attempt(bytes.fromhex(name))
-        lease = await engine.acquire("me", 0, attempt=again)
-        assert (lease.lease, again.replayed) == (held[0].lease, True)
-        await engine.unblock(lease.id, lease.lease)
-
-
-@dataclass
-class _Attempt:
-    digest: bytes
-    replayed: bool = False
-
-
-def run_until_killed(path: Path, lines: int) -> list[list[Any]]:
-    """What a process said that worked on the file until it had said so much, and was killed."""
-    head = f"RULES, KEYS = {RULES!r}, {KEYS}\n"
-    with subprocess.Popen(
-        [sys.executable, "-c", head + PROGRAM, str(path)], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
-        env=clean_environment({"PYTHONPATH": str(ROOT)}),
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        said = list[bytes]()
-        while len(said) < lines:
-            assert select.select([process.stdout], [], [], 60)[0], "it makes no calls any more"
-            line = process.stdout.readline()
-            assert line, "it ended by itself"
-            said.append(line)
-        process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read().splitlines()
-    return [json.loads(line) for line in (*said, *rest)]
-
-
-@on_loop
-@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.thorough)])
-async def test_nothing_answered_about_leases_is_lost_by_kills_at_any_moment(
-    tmp_path: Path, kills: int
+@pytest.mark.thorough
+@pytest.mark.parametrize("place", [shared_valkey, shared_cluster])
+def test_no_promise_about_leases_is_broken_by_kills_of_servers_over_valkey(
+    tmp_path: Path, place: Callable[[], Valkey | Cluster]
 ) -> None:
-    """No cooldown shortened, no quarantine lost, no second lease for an attempt, no lease number given twice."""
-    path = tmp_path / "keypool.db"
-    draw, ledger = random.Random(kills), Ledger()
-    seen = set[str]()
-    for _ in range(kills):
-        for line in run_until_killed(path, draw.randrange(20, 400)):
-            ledger.note(*line)
-            seen.add(line[0])
-        async with opened(path, **RULES) as engine:
-            await ledger.compare(engine)
-    assert {"acquire", "extend", "report", "quarantine", "restore?"} <= seen, "the load was too small"
+    """Of any of three, nine times, while the others go on."""
+    crasher = Crasher(f"--engine={new_pool(place())}", tmp_path, 5, servers=3, slack=0.5)
+    assert not (faults := crasher.run(9)), f"after {crasher}:\n" + "\n".join(faults)
+
+
+# ------------------------------------------------------------------------- what the judge finds in histories
+
+
+def call(what: str, asked: float, state: str = "", left: float | None = None, **more: Any) -> Call:
+    """A call about lease 1 of key 1, over a moment after it was asked; cut off, if no state or status is given."""
+    more = {"key": 1, "lease": 1, "ended": asked + 0.01, "status": "done" if state else "cut"} | more
+    return Call(what, asked=asked, state=state or None, left=left, **more)
+
+
+def acquired(asked: float, *, attempt: str = "a", **more: Any) -> Call:
+    """A key was acquired, for 10 s."""
+    return call("acquire", asked, "blocked", 10.0, attempt=attempt, **more)
+
+
+def next_acquired(asked: float, **more: Any) -> Call:
+    """It was acquired by another attempt, under lease 2."""
+    return acquired(asked, attempt="b", **{"lease": 2} | more)
+
+
+def reported(asked: float, outcome: str, state: str = "", left: float | None = None, **more: Any) -> Call:
+    """An outcome was reported."""
+    return call(
+        "report", asked, state, left, body={"outcome": outcome}, **{"changed": True if state else None} | more
+    )
+
+
+TAKEN = acquired(0)
+COOLING = reported(1, "rate_limited", "cooling", 5.0)
+INVALID = reported(1, "invalid", "quarantined")
+TO_COME = call("quarantine", 1, "blocked", 9.0)
+EXTENDED = call("extend", 1, "blocked", 20.0)
+ERROR = reported(1, "error", "available")
+OK = [TAKEN, ERROR, next_acquired(2), reported(3, "ok", "available", lease=2)]
+TWO = {"count": 2}
+
+FAULTS: dict[str, tuple[str, list[Call]]] = {
+    "a cooling key is served": ("cooldown shortened", [TAKEN, COOLING, next_acquired(3)]),
+    "a cooling key is served to one who waited": ("cooldown shortened", [TAKEN, COOLING, next_acquired(0.5, ended=3)]),
+    "a cooling key is listed as available": ("cooldown shortened", [TAKEN, COOLING, call("look", 3, "available")]),
+    "a cooldown ends sooner than was told": ("cooldown shortened", [TAKEN, COOLING, call("look", 3, "cooling", 2.0)]),
+    "an invalid key is served": ("lost quarantine", [TAKEN, INVALID, next_acquired(3)]),
+    "an invalid key cools": ("lost quarantine", [TAKEN, INVALID, call("look", 3, "cooling", 2.0)]),
+    "an operator's quarantine is lost": (
+        "lost quarantine", [call("quarantine", 0, "quarantined", lease=0), call("look", 1, "available", lease=0)],
+    ),
+    "a restore before it excuses nothing": (
+        "lost quarantine", [call("restore", 0.5, "available"), INVALID, call("look", 2, "available")],
+    ),
+    "a quarantine to come doesn't come": ("lost quarantine", [TAKEN, TO_COME, call("look", 11, "available")]),
+    "a quarantine to come ends with a new lease": ("lost quarantine", [TAKEN, TO_COME, next_acquired(11)]),
+    "an attempt has two leases": (
+        "two leases", [call("look", 1, "blocked", 5.0, attempt="a", key=number, lease=number) for number in (1, 2)],
+    ),
+    "a batch has a lease too many": (
+        "two leases", [acquired(number, key=number, lease=number, body=TWO) for number in (1, 2, 3)],
+    ),
+    "a repeat gets another lease": ("second lease", [TAKEN, acquired(1, key=2, lease=2)]),
+    "a repeat gets nothing": (
+        "second lease", [TAKEN, call("acquire", 1, attempt="a", key=None, lease=None, status="no-key-available")],
+    ),
+    "a batch's repeat gets less": (
+        "second lease", [acquired(0, body=TWO), acquired(0, key=2, lease=2, body=TWO),
+                         acquired(1, body=TWO, replayed=True)],
+    ),
+    "a key is held by two": ("held by two", [TAKEN, next_acquired(5)]),
+    "a key is held by somebody who wasn't answered": ("held by two", [TAKEN, call("look", 5, "blocked", 9.0, lease=2)]),
+    "a key is served within an extension": ("held by two", [TAKEN, EXTENDED, next_acquired(15)]),
+    "a refused report excuses nothing": (
+        "held by two", [TAKEN, reported(2, "ok", status="lease-over"), next_acquired(5)],
+    ),
+    "a report of an older lease excuses nothing": (
+        "held by two", [next_acquired(11), reported(12, "ok"), acquired(13, lease=3, attempt="c")],
+    ),
+    "an extension is lost": ("lost extension", [TAKEN, EXTENDED, call("look", 2, "blocked", 8.0)]),
+    "a lease is over too soon": ("lost lease", [TAKEN, call("look", 5, "available")]),
+    "a holder is refused": ("lost lease", [TAKEN, call("extend", 5, status="stale-lease")]),
+    "a report isn't counted": ("not counted", [TAKEN, ERROR, call("look", 2, "available", failures=0)]),
+    "a report is counted twice": ("counted twice", [TAKEN, ERROR, call("look", 2, "available", failures=2)]),
+    "a report is accepted twice": ("counted twice", [TAKEN, ERROR, reported(2, "error", "available")]),
+    "a guarded report isn't counted": (
+        "not counted",
+        [TAKEN, reported(1, "invalid", "cooling", 1.0, guarded=True), call("look", 5, "available", failures=0)],
+    ),
+    "a second report resets the count": (
+        "not counted",
+        [TAKEN, ERROR, reported(2, "ok", "available", changed=False), call("look", 3, "available", failures=0)],
+    ),
+    "an ok resets nothing": ("counted twice", [*OK, call("look", 4, "available", lease=2, failures=1)]),
+    "a restore resets nothing": (
+        "counted twice", [TAKEN, ERROR, call("restore", 3, "available"), call("look", 4, "available", failures=1)],
+    ),
+    "a first report counts as the second": ("not counted", [TAKEN, reported(1, "error", "available", changed=False)]),
+    "a handle isn't known": ("lost handle", [TAKEN, call("look", 1, status="unknown-key")]),
+    "a handle changes": ("lost handle", [acquired(0, handle="h:1.1.a"), acquired(1, handle="h:1.1.b", replayed=True)]),
+    "a key's lease goes back": ("lease went back", [acquired(0, lease=5), call("look", 20, "available", lease=4)]),
+    "a stale lease is the latest": (
+        "lease went back", [TAKEN, call("look", 20, status="stale-lease"), call("look", 21, "available")],
+    ),
+    "the pool's lease goes back": ("lease went back", [acquired(0, lease=5), acquired(1, lease=4, key=2, attempt="b")]),
+    "a lease is given twice": ("lease repeated", [TAKEN, acquired(0, key=2, attempt="b")]),
+}  # fmt: skip
+INNOCENT: dict[str, list[Call]] = {
+    "a cooldown and its end": [TAKEN, COOLING, call("look", 2, "cooling", 4.0), next_acquired(7)],
+    "a restore that was cut off": [TAKEN, COOLING, call("restore", 2, ended=9), next_acquired(3)],
+    "a restore at the same time": [TAKEN, INVALID, call("restore", 0.9, "available", ended=2), next_acquired(3)],
+    "a quarantine that comes": [TAKEN, TO_COME, call("look", 2, "blocked", 8.0), call("look", 11, "quarantined")],
+    "a report that was cut off": [TAKEN, reported(1, "ok", ended=4), next_acquired(3)],
+    "a report that was repeated": [
+        TAKEN, reported(1, "error", ended=2), reported(3, "error", "available", changed=False),
+        call("look", 4, "available", failures=1),
+    ],
+    "a key taken away by an operator": [
+        TAKEN, call("quarantine", 1, body={"now": True}), reported(2, "ok", "quarantined", changed=False),
+    ],
+    "an extension that was cut off": [TAKEN, call("extend", 1, ended=2), call("look", 3, "blocked", 27.0)],
+    "an attempt that was cut off": [
+        call("acquire", 0, attempt="a", key=None), next_acquired(0.5, key=2), acquired(1, replayed=True),
+    ],
+    "an older lease that is refused": [
+        TAKEN, call("free", 1, "available"), next_acquired(2), call("look", 3, status="stale-lease"),
+    ],
+    "an attempt that was repeated": [TAKEN, acquired(1, replayed=True)],
+    "an attempt after its lease was given back": [TAKEN, call("free", 1, "available"), acquired(2, key=2, lease=2)],
+    "an attempt after its lease ran out": [TAKEN, acquired(11, key=2, lease=2)],
+    "an attempt of two": [acquired(0, body=TWO), acquired(0, body=TWO, key=2, lease=2)],
+    "an attempt of two that was cut off": [
+        call("acquire", 0, key=None, attempt="a", body=TWO),
+        *(call("look", 1, "blocked", 9.0, attempt="a", key=number, lease=number) for number in (1, 2)),
+    ],
+    "an end a little early": [TAKEN, next_acquired(9.96)],
+    "a length of time that was told short": [TAKEN, call("look", 5, "blocked", 4.1, ended=5.5)],
+    "failures before one that was ok": [*OK, call("look", 4, "available", lease=2, failures=0)],
+    "failures before a restore that was cut off": [
+        TAKEN, ERROR, call("restore", 2, ended=3), call("look", 4, "available", failures=1),
+    ],
+    "failures, of which some were cut off": [
+        TAKEN, ERROR, next_acquired(2), reported(3, "error", lease=2),
+        call("look", 4, "available", lease=2, failures=1), call("look", 5, "available", lease=2, failures=2),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("history", FAULTS)
+def test_the_judge_finds_each_kind_of_broken_promise(history: str) -> None:
+    """In the shortest history that shows it."""
+    kind, calls = FAULTS[history]
+    faults = judge(calls)
+    assert [fault for fault in faults if fault.startswith(kind)], faults
+
+
+@pytest.mark.parametrize("history", INNOCENT)
+def test_the_judge_accuses_no_server_of_what_may_be(history: str) -> None:
+    """Where a call was cut off, or two were under way at once."""
+    assert judge(INNOCENT[history]) == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec
@@ -20,7 +18,7 @@ from keypool.core.errors import KeypoolError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.opening import open_valkey
-from keypool.engine.valkey.scripts import KEYS, Script, keys_of, scripts
+from keypool.engine.valkey.scripts import KEYS, build, keys_of
 from keypool.engine.valkey.url import parse
 
 P = ParamSpec("P")
@@ -110,14 +108,7 @@ async def serves(engine: ValkeyEngine) -> None:
 
 def with_constants(patch: pytest.MonkeyPatch, **constants: int) -> None:
     """Let scripts have other constants than those in common.lua."""
-    made = {}
-    for script in scripts().values():
-        text = script.text
-        for name, value in constants.items():
-            text, found = re.subn(rf"local {name} = \d+", f"local {name} = {value}", text)
-            assert found == 1, name
-        sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
-        made[script.name] = Script(script.name, text, sha)
+    made = build({name: str(value) for name, value in constants.items()})
     for module in ("nodes", "calls"):
         patch.setattr(f"keypool.engine.valkey.{module}.scripts", lambda: made)
 

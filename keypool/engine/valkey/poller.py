@@ -23,7 +23,7 @@ import msgspec
 
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import StorageUnavailable
-from keypool.core.events import DEADLINE, HOLDER, SILENT, By, Change, Event
+from keypool.core.events import SILENT, By, Change, Event
 from keypool.core.keys import moment
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import all_of
@@ -165,7 +165,8 @@ class PartitionPoller:
         self._generated = [0] * count  # keys that this server generated, ever
         self._due = [0.0] * count  # when to poll each partition next
         self._expecting = [0.0] * count  # until when deadlines come there that this server set
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0  # kept here, as a uvloop handle that is due at once has no `when`
         self._stopped = False
 
     def stop(self) -> None:
@@ -194,7 +195,7 @@ class PartitionPoller:
         if seconds < 2 * POLL_SECONDS:
             self._expecting[partition] = max(self._expecting[partition], now + seconds + _STAND_IN_AFTER)
             self._due[partition] = min(self._due[partition], now + seconds + _AFTER_DEADLINE)
-            if self._timer is not None and self._timer.when() > self._due[partition]:
+            if self._timer is not None and self._timer_at > self._due[partition]:
                 self._timer.cancel()
                 self._set_timer()
 
@@ -339,7 +340,8 @@ class PartitionPoller:
 
     def _set_timer(self) -> None:
         if not self._stopped:
-            self._timer = self._loop.call_at(min(self._due), self.sweep)
+            self._timer_at = min(self._due)
+            self._timer = self._loop.call_at(self._timer_at, self.sweep)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -351,7 +353,10 @@ def _event_of(parts: list[Any]) -> Event:
     """The event of what common.lua adds. Layout 1 had no origin in it."""
     change, id, start, end, owner, lease, *origin, at = parts
     change = Change(change)
-    by, actor = origin or (DEADLINE if change in (Change.RELEASED, Change.EXPIRED) else HOLDER)
+    if origin:
+        by, _, actor = origin[0].partition(" ")
+    else:
+        by, actor = (By.DEADLINE if change in (Change.RELEASED, Change.EXPIRED) else By.HOLDER), ""
     hint = f"{start}…{end}"
     return Event(change, id, hint, owner or None, lease or None, moment(at / 1e6), By(by), actor or None)
 

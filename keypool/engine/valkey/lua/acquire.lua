@@ -14,10 +14,10 @@
 -- that falls on an empty place, or on an expired key, is void. sampler.py proves that every key of the pool then has
 -- the same chance.
 --
--- A lease number is tick * partitions + partition. Each lease gets a tick that is larger than this partition's last one
--- and every one that the caller knows, and at least the clock's, which advances 10,000 ticks a second. So numbers grow
--- over partitions and servers, as far as the partitions' clocks agree, and none is repeated even if a failover has lost
--- the latest.
+-- A lease number is tick * partitions + partition. Each lease gets a tick that is larger than this partition's last
+-- one and every one that the caller knows, and at least the clock's, which advances 10,000 ticks a second. So numbers
+-- grow over partitions and servers, as far as the partitions' clocks agree, and none is repeated even if a failover
+-- has lost the latest.
 process_due(MAX_DUE)
 local bound, takes = tonumber(ARGV[1]), ARGV[2] == '1'
 local seen, born, base = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -36,7 +36,7 @@ local function draw(chance)
   local text = call('ZRANGE', STATES, rank, rank)[1]
   local record = record_of(text) or tombstone(text)
   if record[EXPIRES] > NOW then return text, record end
-  purge(text, record, 'expired', DEADLINE)
+  purge(text, record, 'expired', 'deadline')
   process_due(MAX_DUE)
   free_here = available()
   results[1] = 1
@@ -44,45 +44,45 @@ local function draw(chance)
 end
 
 -- Whether an attempt holds leases from before, which are added to the results, once.
-local function is_repeated(attempt)
-  if held[attempt] then return #held[attempt] > 0 end
-  held[attempt] = leases_of(attempt)
-  for _, lease in ipairs(held[attempt]) do
-    results[#results + 1] = lease
+local is_repeated
+if ARGV[9] == 'repeat' then
+  is_repeated = function(attempt)
+    if not held[attempt] then
+      held[attempt] = leases_of(attempt)
+      for _, lease in ipairs(held[attempt]) do
+        results[#results + 1] = lease
+      end
+    end
+    return #held[attempt] > 0
   end
-  return #held[attempt] > 0
-end
-
-local function acquire(text, record, owner, block, attempt)
-  if owner == '' then owner = nil end
-  tick = tick + 1
-  record[LEASE] = tick * partitions + partition
-  record[RELEASE] = NOW + block + acquired
-  record[OWNER], record[ACQUIRED], record[REPORTED] = owner, NOW, nil
-  if attempt ~= '' then
-    record[ATTEMPT] = attempt
-    call('ZADD', ATTEMPTS, 0, attempt .. text)
-  end
-  save(text, record)
-  call('ZADD', STATES, record[RELEASE], text)
-  emit('acquired', record, text, owner, HOLDER)
-  acquired = acquired + 1
-  results[#results + 1] = {text, record[ID], record[LEASE], record[EXPIRES] - NOW, record[RELEASE] - NOW}
 end
 
 for i = 10, #ARGV, step do
   local at = 10 + served * step
-  local block, attempt = usual_block, ''
+  local owner, block, attempt = ARGV[at], usual_block, ''
   if step == 4 then block, attempt = tonumber(ARGV[at + 2]), ARGV[at + 3] end
-  if ARGV[9] == 'repeat' and attempt ~= '' and is_repeated(attempt) then
+  if attempt ~= '' and is_repeated and is_repeated(attempt) then
     served = served + 1
   else
     local text, record = draw(tonumber(ARGV[i + 1]))
     if text then
-      acquire(text, record, ARGV[at], block, attempt)
+      tick = tick + 1
+      record[LEASE] = tick * partitions + partition
+      record[RELEASE] = NOW + block + acquired
+      record[OWNER], record[ACQUIRED] = owner ~= '' and owner, NOW
+      if record[REPORTED] then record[REPORTED] = false end
+      if attempt ~= '' then
+        record[ATTEMPT] = attempt
+        call('ZADD', ATTEMPTS, 0, attempt .. text)
+      end
+      save(text, record)
+      call('ZADD', STATES, record[RELEASE], text)
+      emit('acquired', record, text, record[OWNER], 'holder')
+      acquired = acquired + 1
       served = served + 1
       free_here = free_here - 1
       if takes then bound = bound - 1 end
+      results[#results + 1] = {text, record[ID], record[LEASE], record[EXPIRES] - NOW, record[RELEASE] - NOW}
     end
   end
 end

@@ -3,8 +3,8 @@
 -- ARGV    1 attempt, 2 name of the claim, 3 microseconds after which it lapses (0: give it up, if nobody else has it),
 --         4 microseconds after which the attempt is forgotten, as no lease of it can be held any more (0: at once);
 --         without 2, 3 and 4, look only. An attempt that nobody claims has the claim '-'
--- reply   available, or -1; 0 if the attempt isn't known, 1 if it is, so that it may hold leases, -1 if somebody else has
---         claimed it
+-- reply   available, or -1; 0 if the attempt isn't known, 1 if it is, so that it may hold leases, -1 if somebody else
+--         has claimed it
 -- cost    O(1)
 --
 -- An attempt is a key of its own, which Valkey removes in time. Its name has the hash tag of the others.

@@ -1,6 +1,6 @@
 -- Let leases end later.
--- ARGV    1 microseconds that a lease lasts at most, 2 those of a usual block, 3, 4, 5… for each key: its name, the lease
---         number, microseconds from now at which it is to end ('' for those of 2)
+-- ARGV    1 microseconds that a lease lasts at most, 2 those of a usual block, 3, 4, 5… for each key: its name, the
+--         lease number, microseconds from now at which it is to end ('' for those of 2)
 -- reply   available, or -1; for each key {outcome, id, latest lease, microseconds to its release, microseconds to the
 --         latest moment to which it could be extended, its attempt or ''}; the outcome is 1 extended, -1 unknown, -2
 --         the lease isn't the latest, -3 it is over, -4 it ends in a quarantine, -5 it would not end later, -6 it

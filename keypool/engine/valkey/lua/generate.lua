@@ -16,7 +16,7 @@ local wanted = (#ARGV - 6) / 2
 local reserved, others = reserved_but(ARGV[5])
 if call('ZCARD', EXPIRY) + reserved + wanted > tonumber(ARGV[4]) then return reply({}) end
 if ARGV[5] ~= '' then reserve(others) end
-local origin = origin_of(ARGV[6])
+local origin = ARGV[6]
 local number = tonumber(call('HGET', META, 'id') or -1)
 local results = {}
 for i = 1, wanted do

@@ -1,12 +1,12 @@
 -- Begin to serve a partition, when a server starts, or after an outage. Keys that were alive at the latest poll and
 -- would expire before a certain moment live until then; an expired key is not revived. Repeat the call while the reply
 -- says that there is more to do; until then no other script serves the partition.
--- ARGV    1 why: 'start': the partition may be new, and time is given only if it was not polled for a while; 'stop': the
---         partition may be new, and time is given in any case, as no other server serves the pool; 'outage': only if it
---         was not polled for a while; 'rest': the partition is served already, and its other keys get their time,
---         2 microseconds to the moment, 3 that moment, or 0 in the first call, 4 microseconds ahead: keys that expire
---         later than that are not urgent, 5 keys given time so far, 6 keys to process, 7 microseconds that keys rest
---         after each lease, kept for all scripts from a start on
+-- ARGV    1 why: 'start': the partition may be new, and time is given only if it was not polled for a while; 'stop':
+--         the partition may be new, and time is given in any case, as no other server serves the pool; 'outage': only
+--         if it was not polled for a while; 'rest': the partition is served already, and its other keys get their
+--         time, 2 microseconds to the moment, 3 that moment, or 0 in the first call, 4 microseconds ahead: keys that
+--         expire later than that are not urgent, 5 keys given time so far, 6 keys to process, 7 microseconds that keys
+--         rest after each lease, kept for all scripts from a start on
 -- reply   available, or -1; the moment, 0 if the partition was being served; how many keys were processed; 1 if there
 --         may be more, else 0
 -- cost    O(keys processed * log n)

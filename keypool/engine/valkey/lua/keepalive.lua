@@ -1,6 +1,7 @@
 -- Postpone the expiry of keys.
 -- ARGV    1 microseconds that they live from now, 2… names
--- reply   available, or -1; for each key its id, or a refusal
+-- reply   available, or -1; for each key its id, 0 if it is unknown, or -(its latest lease) if the name has another
+--         one
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
 local life = tonumber(ARGV[1])
@@ -14,7 +15,7 @@ for i = 2, #ARGV do
     kept = kept + 1
     results[#results + 1] = record[ID]
   else
-    results[#results + 1] = refusal(record)
+    results[#results + 1] = record and -record[LEASE] or 0
   end
 end
 if kept > 0 then call('HINCRBY', META, 'kept_alive', kept) end

@@ -1,6 +1,6 @@
 -- Add keys of another pool, as they are; for keypool migrate, while no server serves this one.
--- ARGV    1, 2, 3… for each key: its text, its attempt ('' for none), and its record (common.lua) as MessagePack, without
---         the attempt
+-- ARGV    1, 2, 3… for each key: its text, its attempt ('' for none), and its record (common.lua) as MessagePack,
+--         without the attempt
 -- reply   available
 -- cost    O(keys * log n)
 for i = 1, #ARGV, 3 do

@@ -6,7 +6,7 @@ local results = {}
 for _, text in ipairs(call('ZRANGE', IDS, ARGV[1], ARGV[2])) do
   local record = record_of(text) or tombstone(text)
   local attempt = record[ATTEMPT] or ''
-  record[ATTEMPT] = nil  -- as any 16 bytes: they would be taken for text in MessagePack
+  if record[ATTEMPT] then record[ATTEMPT] = false end  -- as any 16 bytes: they would be taken for text in MessagePack
   results[#results + 1] = {text, attempt, packed(record)}
 end
 return reply(results)

@@ -1,8 +1,8 @@
 -- List keys in an order, from a position on. Keys with the same score are in order of their texts, byte by byte.
--- ARGV    1 order: id, expiry, release, ready or text, 2 state, or '' for all, 3 rows at most, 4 keys to examine at most,
---         5 position: a score ('' for the first), or in order of text the text to begin with, 6 of the keys with that
---         score, only those after this text; in order of text, only keys after it ('' for all), 7 in order of text: the
---         prefix
+-- ARGV    1 order: id, expiry, release, ready or text, 2 state, or '' for all, 3 rows at most, 4 keys to examine at
+--         most, 5 position: a score ('' for the first), or in order of text the text to begin with, 6 of the keys with
+--         that score, only those after this text; in order of text, only keys after it ('' for all), 7 in order of
+--         text: the prefix
 -- reply   available; 1 if there may be more, else 0; each row, and behind its fields its score in the order; if there
 --         may be more, also the same of the last key that was examined
 -- cost    O(log n + keys examined), O(log² n) for a position among keys with the same score

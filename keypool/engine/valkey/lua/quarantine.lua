@@ -1,9 +1,10 @@
 -- Take keys out of service: at once if nobody holds them, else when their leases end, or at once all the same.
 -- ARGV    1 origin, 2 reason ('' for none), 3 '1' for at once, 4… names
--- reply   available; for each key {1, its row} or {a refusal}
+-- reply   available; for each key {1, its row}, {0} if it is unknown, or {-(its latest lease)} if the name has another
+--         one
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
-local origin, reason, at_once = origin_of(ARGV[1]), ARGV[2], ARGV[3] == '1'
+local origin, reason, at_once = ARGV[1], ARGV[2], ARGV[3] == '1'
 
 local function quarantine(text, record)
   if reason ~= '' then
@@ -29,7 +30,7 @@ for i = 4, #ARGV do
     quarantine(text, record)
     results[#results + 1] = {1, row_of(text, record)}
   else
-    results[#results + 1] = {refusal(record)}
+    results[#results + 1] = {record and -record[LEASE] or 0}
   end
 end
 return reply(results)
