@@ -246,7 +246,8 @@ class Twins:
         def follow() -> Any:
             nonlocal key
             key = self.find(ref)
-            return self.pool.unblock(key, lease, self.now, report, origin)
+            by = origin if lease is None else HOLDER  # whoever has the lease number is its holder
+            return self.pool.unblock(key, lease, self.now, report, by)
 
         answer, followed = await self.both(self.engine.unblock(ref, lease, ended, report, origin), follow)
         if answer is None:
