@@ -148,12 +148,12 @@ def test_events_say_what_brought_them_about(server: ServerProcess, client: Clien
         frame = viewer.until("delta")
         told += [(event["event"], event["by"], event["actor"]) for event in frame["events"]]
     assert told == [
-        ("generated", "operator", "none"),
+        ("generated", "operator", None),
         ("acquired", "holder", None),
         ("unblocked", "holder", None),
         ("cooled", "holder", None),
         ("ready", "deadline", None),
-        ("quarantined", "operator", "none"),
+        ("quarantined", "operator", None),
     ]
     assert cooling == {0, 1}
     assert (frame["stats"]["quarantined"], frame["stats"]["cooled"]) == (1, before["cooled"] + 1)

@@ -267,7 +267,7 @@ class Dispatcher:
         The access log has the whole time. The metric has it without the time spent waiting for a key, as a latency
         objective must not depend on how long callers choose to wait.
         """
-        name = pending.operation_name
+        name = NO_OPERATION if pending.route is None else pending.route.operation.name
         waited = 0.0 if pending.call is None else pending.call.waited
         self.calls.add(name, reply.outcome, seconds - waited if waited < seconds else 0.0)
         if access_log.isEnabledFor(logging.DEBUG):

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from keypool.api.auth import Caller, Role
+from keypool.api.auth import NO_TOKEN, Caller, Role
 from keypool.core.answers import (
     BatchAnswer,
     DeletedKeys,
@@ -429,7 +429,7 @@ def _block(engine: Engine, seconds: float | None) -> float | None:
 
 
 def _operator(call: Call) -> Origin:
-    return Origin(By.OPERATOR, call.caller.token)
+    return Origin(By.OPERATOR, None if call.caller.token == NO_TOKEN else call.caller.token)
 
 
 def _origin_without_lease(call: Call) -> Origin:

@@ -176,7 +176,7 @@ class EmbeddedEngine:
             return held[0]
         digest = None if attempt is None else attempt.digest
         now = self.now()
-        key = None if self._waiters.queue else self.pool.acquire(now, owner, block_seconds, digest)
+        key = None if self._waiters.waiting else self.pool.acquire(now, owner, block_seconds, digest)
         if key is not None:
             lease = self._lease(key, now)
         else:
@@ -340,7 +340,7 @@ class EmbeddedEngine:
         key = self._find(ref, now) or await self._raise_missing(ref)
         self.pool.keepalive(key, now)
         answer = KeptAlive(key.id, _seconds(key.expires_deadline - now))
-        if self._waiters.queue:
+        if self._waiters.waiting:
             self._waiters.serve(now)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
@@ -421,7 +421,7 @@ class EmbeddedEngine:
             blocked=pool.blocked,
             cooling=pool.cooling,
             quarantined=pool.quarantined,
-            waiting=len(self._waiters.queue),
+            waiting=len(self._waiters.waiting),
             **pool.counters.by_name(),
             uptime=_seconds(self.now() - self._started_at),
             engine=self.name,
@@ -519,10 +519,10 @@ class EmbeddedEngine:
         """Acquire an available key, if the waiters in the queue have left one."""
         while True:
             now = self.now()
-            if self._waiters.queue:  # a block may have run out whose timer is late
+            if self._waiters.waiting:  # a block may have run out whose timer is late
                 self.pool.process_due(now)
                 self._waiters.serve(now)
-            key = None if self._waiters.queue else self.pool.acquire(now, *request)
+            key = None if self._waiters.waiting else self.pool.acquire(now, *request)
             if key is not None:
                 return self._lease(key, now)
             if not self.pool.may_have_more(now):
@@ -550,7 +550,7 @@ class EmbeddedEngine:
         if key.release_deadline is not None:  # then it isn't blocked any more, so it cools
             available_in = _seconds(key.release_deadline - now)
         answer = Unblocked(key.id, key.state, changed, available_in, guarded)
-        if self._waiters.queue:  # one of them may get the key
+        if self._waiters.waiting:  # one of them may get the key
             self._waiters.serve(now)
         return answer
 
@@ -730,10 +730,11 @@ class EmbeddedEngine:
         self.journal.touch(key)
         if change in SILENT:
             return
-        self.events.append((change, key, owner, key.lease, self.now(), origin))
+        at = key.acquired_at if change is Change.ACQUIRED else self.now()
+        self.events.append((change, key, owner, key.lease, at, origin))
         if change is Change.READY:
             self._uncounted += 1
-        if self._waiters.queue and change in _MAKES_AVAILABLE:
+        if self._waiters.waiting and change in _MAKES_AVAILABLE:
             self._waiters.serve_soon()
 
     # -- answers

@@ -55,24 +55,25 @@ class Queue:
     """Waiters by place, and places that are kept for attempts. Every operation is O(log n) in the waiters."""
 
     def __init__(self) -> None:
-        self._waiters: SortedDict[int, Waiter] = SortedDict()
+        self.by_place: SortedDict[int, Waiter] = SortedDict()
+        """The waiters. Only this class changes it; as a truth value it costs no call."""
         self._by_attempt: dict[bytes, Waiter] = {}
         self._kept: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # place, and when it is given up
         self._last_place = 0
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self.by_place)
 
     def __contains__(self, waiter: Waiter) -> bool:
-        return self._waiters.get(waiter.place) is waiter
+        return self.by_place.get(waiter.place) is waiter
 
     def __iter__(self) -> Iterator[Waiter]:
         """In order of their places. The queue must not change meanwhile."""
-        return iter(self._waiters.values())
+        return iter(self.by_place.values())
 
     def first(self) -> Waiter | None:
         """The waiter to serve next."""
-        return self._waiters.peekitem(0)[1] if self._waiters else None
+        return self.by_place.peekitem(0)[1] if self.by_place else None
 
     def waiter_of(self, attempt: bytes | None) -> Waiter | None:
         """The waiter of this attempt."""
@@ -90,13 +91,13 @@ class Queue:
                 self._last_place += 1
                 place = self._last_place
             waiter.place = place
-        self._waiters[waiter.place] = waiter
+        self.by_place[waiter.place] = waiter
         if attempt is not None:
             self._by_attempt[attempt] = waiter
 
     def discard(self, waiter: Waiter) -> None:
         """Remove a waiter that is in the queue."""
-        del self._waiters[waiter.place]
+        del self.by_place[waiter.place]
         if waiter.request.attempt is not None:
             del self._by_attempt[waiter.request.attempt]
 
@@ -145,6 +146,7 @@ class Waiters:
         self._loop = asyncio.get_running_loop()
         self.queue = Queue()
         """The pending acquires. Only this class changes it."""
+        self.waiting = self.queue.by_place
         self._draining = False
         self._serving_soon = False
         self.wait_seconds = Histogram(SECONDS_OF_WAIT)
