@@ -587,9 +587,12 @@ class EmbeddedEngine:
             commit = journal.commit_of_text(ref)
         else:
             commit = journal.commit_of(ref.id if isinstance(ref, Handle) else ref)
-        if commit is not None:
-            await commit
-        raise error
+        try:
+            if commit is not None:
+                await commit
+            raise error
+        finally:
+            del error  # or its traceback would refer to this frame, and this frame to it
 
     def _tried(self, ref: Ref, now: float, change: Callable[[Key], object]) -> str:
         """Change the key of an item of a batch. Returns the result's word."""
