@@ -350,7 +350,7 @@ _ID = "id:"
 
 def require_may_name(text: str, caller: Caller) -> None:
     """Raise Forbidden if a client names a key by its id."""
-    if caller.role is Role.CLIENT and text.startswith(_ID):
+    if text.startswith(_ID) and caller.role is Role.CLIENT:
         raise Forbidden(
             "clients name a key by its whole text or by a handle: an id is for viewers and admins"
         )
