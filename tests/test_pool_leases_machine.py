@@ -626,15 +626,17 @@ class CrowdedLeasesMachine(LeasesMachine):
 
 
 SETTINGS = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
-def test_leases_end_as_the_plain_model_has_it_whatever_is_reported_in_whatever_order() -> None:
+@pytest.mark.parametrize("examples", [50, pytest.param(200, marks=pytest.mark.thorough)])
+def test_leases_end_as_the_plain_model_has_it_whatever_is_reported_in_whatever_order(examples: int) -> None:
     """Every outcome, late and repeated, quarantine, restore, extensions, restarts, and every deadline."""
-    run_state_machine_as_test(LeasesMachine, settings=SETTINGS)
+    run_state_machine_as_test(LeasesMachine, settings=settings(SETTINGS, max_examples=examples))
 
 
+@pytest.mark.thorough
 def test_leases_end_as_the_plain_model_has_it_when_any_few_due_keys_are_a_crowd() -> None:
     """The same, with two due keys for each call."""
     run_state_machine_as_test(CrowdedLeasesMachine, settings=SETTINGS)

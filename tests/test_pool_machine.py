@@ -533,6 +533,7 @@ def test_the_pool_agrees_with_the_plain_model_whatever_happens_in_whatever_order
     run_state_machine_as_test(PoolMachine, settings=SETTINGS)
 
 
+@pytest.mark.thorough
 def test_the_pool_agrees_with_the_plain_model_when_any_few_overdue_keys_are_a_crowd() -> None:
     """The same, with two keys processed at a time."""
     run_state_machine_as_test(CrowdedPoolMachine, settings=SETTINGS)
