@@ -26,8 +26,9 @@ def test_the_clients_stats_are_the_servers() -> None:
 
 
 def test_the_scripts_in_valkey_count_under_these_names() -> None:
-    """poll.lua gets the names from the server; the other scripts have them. Three more names are no counters of the pool:
-    the number of cooling keys, and two that count events.
+    """poll.lua gets the names from the server; the other scripts have them.
+
+    Three more names are not counters of the pool: the number of cooling keys, and two that count events.
     """
     scripts = "".join(path.read_text() for path in (ROOT / "keypool/engine/valkey/lua").glob("*.lua"))
     counted = re.findall(r"'HINCRBY', META, ([^\n]*?), [^,\n]*\)|\b(?:purge|free)\(([^\n]*)\)", scripts)
