@@ -31,8 +31,8 @@ from engine_support import (
 )
 
 from keypool.api.auth import Caller, Role
+from keypool.api.calls import Call as ApiCall
 from keypool.api.first_version import LEGACY
-from keypool.api.operations import Call as ApiCall
 from keypool.core import pool as pool_module
 from keypool.core.answers import Identity, Lease, Row, Stats, Unblock
 from keypool.core.cursor import ListQuery

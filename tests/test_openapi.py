@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from openapi_spec_validator import validate
 from support import ADMIN_TOKEN, API, ROUTES, Client, ServerProcess
 
+from keypool.api.bodies import MOST_SECONDS
 from keypool.api.first_version import LEGACY
 from keypool.api.openapi import describing, document
-from keypool.api.operations import MOST_SECONDS, OPERATIONS
+from keypool.api.operations import OPERATIONS
 
 EXAMPLES = 15  # of each operation, in each of the two modes, on each of the two servers
 LONGEST_WAIT = 0.02

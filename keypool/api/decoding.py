@@ -1,7 +1,7 @@
 """Decoding of bodies and queries, with errors that explain what was wrong and what would be right.
 
 msgspec decodes and validates in one pass and names the field at which it stopped; the error adds the field's
-description from operations.py.
+description from bodies.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from keypool.api.operations import BatchBody, Call, NoBody, Operation
+from keypool.api.bodies import BatchBody, NoBody
+from keypool.api.calls import Call
+from keypool.api.operations import Operation
 from keypool.core.errors import BadRequest
 
 _FIELD = re.compile(r"`\$\.(?:[^`]*\.)?(\w+)")  # the last name of a path, as in `$.keys[...].lease`

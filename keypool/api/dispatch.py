@@ -18,16 +18,9 @@ from urllib.parse import unquote
 import msgspec
 
 from keypool.api.auth import NOBODY, Access, Caller, Role
+from keypool.api.calls import ATTEMPT_HEADER, Call, require_may_name
 from keypool.api.decoding import Reader
-from keypool.api.operations import (
-    ATTEMPT_HEADER,
-    BASE,
-    Call,
-    Operation,
-    audit_refused,
-    ends_with_caller,
-    require_may_name,
-)
+from keypool.api.operations import BASE, Operation, audit_refused, ends_with_caller
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.api.wrong_tokens import WrongTokens
 from keypool.config.limits import MAX_BODY, MAX_HEADERS, MAX_TARGET

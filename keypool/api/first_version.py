@@ -11,16 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from keypool.api.operations import (
-    ADMIN,
-    CLIENT,
-    VIEWER,
-    Call,
-    Operation,
-    delete_audited,
-    generate_audited,
-    unblock,
-)
+from keypool.api.calls import ADMIN, CLIENT, VIEWER, Call
+from keypool.api.operations import Operation, delete_audited, generate_audited, unblock
 from keypool.core.answers import Answer
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import BadRequest, NoKeyAvailable, PoolFull, UnknownKey

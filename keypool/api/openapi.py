@@ -19,8 +19,9 @@ from typing import Any
 import msgspec
 
 from keypool import __version__
+from keypool.api.calls import ANYONE, ATTEMPT_HEADER, Call
 from keypool.api.curl import EXAMPLES
-from keypool.api.operations import ANYONE, ATTEMPT_HEADER, BASE, Call, Operation
+from keypool.api.operations import BASE, Operation
 from keypool.api.problems import CONTENT_TYPE, status_of
 from keypool.core import errors
 from keypool.core.errors import KeypoolError

@@ -2,7 +2,7 @@
 
 A line is written when the change is made, even if its caller has disconnected, and at any `--log-level`
 (logs.py). It has ids and hints, never the text of a key, and of a token the first 8 hex digits
-of its digest. A batch is one line with the number of keys, the first and the last. operations.py, signin.py
+of its digest. A batch is one line with the number of keys, the first and the last. The API, signin.py
 and wrong_tokens.py decide what is audited.
 """
 

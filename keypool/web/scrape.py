@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from keypool.api.operations import VIEWER
+from keypool.api.calls import VIEWER
 from keypool.ops.histogram import Histogram
 from keypool.ops.metrics import CONTENT_TYPE, exposition
 from keypool.web.pages import PageHandler
