@@ -143,9 +143,9 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """Three for two cores: a third of the time a test waits, for a deadline or for what it has started."""
+    """Two for each core: half of the time a test waits, for a deadline or for a process that it started."""
     cores = yield
-    return cores * 3 // 2
+    return cores * 2
 
 
 @pytest.hookimpl(wrapper=True)
