@@ -17,6 +17,7 @@ BENCHES = (
     "workers",
     "scaling",
     "fleet",
+    "limits",
     "walk",
 )
 

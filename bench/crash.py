@@ -2,6 +2,8 @@
 
 The rounds of `tests/test_crash.py`, for longer: the server is killed, the server while it starts, its writer, or both
 at once. A new data file is begun from time to time, so that the history to be checked stays short.
+
+`--leases` runs those of `tests/test_crash_leases.py` instead: attempts, reports, extensions and quarantines.
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of everything random except the timing")
     parser.add_argument("--workers", type=int, default=16, help="clients at once")
     parser.add_argument("--keys", type=int, default=200, help="keys that are kept in the pool")
+    parser.add_argument("--leases", action="store_true", help="a load of attempts, reports and quarantines")
     parser.add_argument("--folder", type=Path, help="for the data files; a temporary folder by default")
     options = parser.parse_args(arguments)
     print(machine() + "\n", flush=True)
+    if options.leases:
+        return _leases(options)
     total, most, seed, began = Counter[str](), 0, options.seed, time.monotonic()
     while total["kills"] < options.kills and not total["faults"]:
         with tempfile.TemporaryDirectory(prefix="keypool-crash-", dir=options.folder) as folder:
@@ -74,3 +79,16 @@ def _one_file(path: Path, seed: int, workers: int, keys: int, kills: int) -> tup
     for fault in faults:
         print(f"  seed {seed}: {fault}")
     return crasher, faults
+
+
+def _leases(options: argparse.Namespace) -> int:
+    faults: list[str] = []
+    left, seed, targets = options.kills, options.seed, Targets()
+    while left > 0 and not faults:
+        with tempfile.TemporaryDirectory(prefix="keypool-crash-", dir=options.folder) as folder:
+            crasher = of_tests("crash_leases").Crasher(f"--data={folder}/keypool.db", Path(folder), seed)
+            faults = crasher.run(min(left, _ROUNDS_A_FILE), options.workers, options.keys)
+        print(f"seed {seed}: {crasher}, {len(faults)} faults", *faults, sep="\n  ", flush=True)
+        left, seed = left - crasher.kills, seed + 1
+    targets.none(f"broken promises after {options.kills - left} kills", len(faults))
+    return targets.status

@@ -5,6 +5,8 @@ server's own histograms), and what calls see: keys whose deadline has just passe
 time. A key's deadline lies between the moments the request was sent and its answer came, plus the time it names; an
 answer is wrong only if it is wrong for all of that range.
 
+Then a crowd of cooldowns that end in the same second, on the engine alone: how long the loop stood still.
+
 What a call sees is on time by the deadline itself. The purge behind it may lag when a crowd comes at once; a smaller
 crowd must be on time itself.
 """
@@ -26,9 +28,16 @@ from bench.process import Child, on_loop
 from bench.report import Table, Targets, machine, percentile, size, span
 from bench.scripts import A_BATCH, ACQUIRE, BATCH, KEYS, answering, unblock
 from bench.servers import Server
+from bench.stalls import Stall, StallProbe
+from keypool.core.answers import Lease, Unblock
+from keypool.core.outcomes import Outcome, Report
+from keypool.core.rules import PoolRules
+from keypool.engine.embedded import EmbeddedEngine
+from keypool.server.runtime import collect_the_young, spare_the_old_generation
 
 QUICK = ["--crowd=20000", "--small=5000"]
 STALL, STALLS, LATE, EARLY = 0.025, 0.01, 0.050, 0.005
+COOLING_STALL = 0.010
 _WAITERS = 50
 _CALLS, _PAUSE = 20, 0.002  # mixed calls at a time, and seconds between
 _ROUNDED = 0.001  # seconds: times in answers have three digits
@@ -79,6 +88,9 @@ def main(arguments: Sequence[str]) -> int:
             _report(f"{size(crowd)} {what}", samples, seen, table, targets, on_time=crowd <= options.small)
             lines += seen.wrong[:5]
     print("\n".join([f"\n{table}\n", *lines]))
+    stall = Child(cool, options.crowd).wait(240)
+    what = f"{size(options.crowd)} cooldowns end in a second, longest stall of the loop"
+    targets.at_most(f"{what} (with the wait for a core {span(stall.wall)})", stall.own, COOLING_STALL)
     return targets.status
 
 
@@ -115,7 +127,37 @@ def _quantile(samples: dict[str, float], name: str, share: float) -> float:
     )
 
 
-# -- in a process of its own
+# -- in processes of their own
+
+
+def cool(crowd: int) -> Stall:
+    """Let a crowd of cooldowns end within a second."""
+    return on_loop(_cool(crowd))
+
+
+async def _cool(crowd: int) -> Stall:
+    spare_the_old_generation()
+    collect_the_young(asyncio.get_running_loop())
+    engine = EmbeddedEngine(PoolRules(block_seconds=600.0, keepalive_seconds=3600.0))
+    leases: list[Lease] = []
+    while len(leases) < crowd:
+        await engine.generate(100)
+        leases += await engine.acquire_many(None, 100)
+        await asyncio.sleep(0)
+    random.Random(1).shuffle(leases)  # the order of the reports isn't that of the ends
+    begins = engine.now() + 5 + crowd / 4000
+    for first in range(0, crowd, 50):
+        within = begins - engine.now()
+        reports = (Report(Outcome.RATE_LIMITED, within + (first + each) / crowd) for each in range(50))
+        items = zip(leases[first : first + 50], reports, strict=True)
+        await engine.unblock_many([Unblock(each.key, each.lease, report) for each, report in items])
+        await asyncio.sleep(0)
+    assert engine.now() < begins, "the cooldowns could not be made in time"
+    await asyncio.sleep(begins - engine.now() - 0.1)
+    probe = StallProbe().start()
+    while (await engine.stats()).cooling:  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0.01)
+    return probe.stop()
 
 
 def watch(server: Address, what: str, crowd: int) -> Seen:

@@ -1,13 +1,12 @@
 """The API next to constants on other servers, under the same load, in turns.
 
-keypool in memory, on a data file and with `--http=tornado`; a constant on Tornado's server, FastAPI, Starlette and a
-bare parser, which is the upper limit; and acquire and unblock as scripts in a Valkey. keypool does its work meanwhile:
-a third each of acquire, unblock and keepalive, over 100,000 keys. The load comes from wrk if it is installed, else
-from asyncio, which takes more of the machine and makes all differences smaller. "by cpu" compares the processor time
-of a request, which stays comparable while the machine does other work.
+keypool in memory, on a data file and with `--http=tornado`; a constant on Tornado's server, FastAPI and Starlette.
+keypool does its work meanwhile: a third each of acquire, unblock and keepalive, over 100,000 keys. The load comes from
+wrk if it is installed, else from asyncio, which takes more of the machine and makes all differences smaller. "by cpu"
+compares the processor time of a request, which stays comparable while the machine does other work.
 
-Then keypool alone: pages on both HTTP servers, batches of 1,000 keepalives, and calls one at a time. With `--old PATH`
-only the servers of that checkout and of this one are compared.
+Then keypool alone: unblocks with an outcome and without, pages on both HTTP servers, batches of 1,000 keepalives, and
+calls one at a time. With `--old PATH` only the servers of that checkout and of this one are compared.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import valkeys
-from bench.baselines import CONSTANTS, fill_valkey, installed, scripts, serving
+from bench.baselines import CONSTANTS, installed, serving
 from bench.load import Address
-from bench.process import Child, cpu_of, on_loop
+from bench.process import cpu_of
 from bench.race import Race, Sample
 from bench.report import Targets, machine
 from bench.scripts import A_BATCH, KEYS, fill, load
@@ -33,7 +31,7 @@ from bench.servers import Server, add_old
 QUICK = ["--keys=10000", "--rounds=3", "--seconds=0.5"]
 MIXED = "acquire, unblock, keepalive"
 OF_TORNADO, DURABLE_OF_TORNADO, DURABLE_OF_FASTAPI, OF_STARLETTE = 6.0, 4.5, 2.5, 1.0
-PAGES, LATENCY = 1.8, 0.5
+PAGES, LATENCY, OUTCOME = 1.8, 0.5, 0.9
 BATCHED, DURABLY_BATCHED = 250_000, 100_000
 _LUA = Path(__file__).with_name("load.lua")
 _WRK = shutil.which("wrk")
@@ -71,6 +69,7 @@ class _Run:
             }
             self._against_others(servers)
             memory, durable, stock = servers.values()
+            self._outcomes(memory)
             self._pages(memory, stock)
             self._batches({"in memory": (memory, BATCHED), "on a data file": (durable, DURABLY_BATCHED)})
             self._one_at_a_time(memory, stock)
@@ -118,11 +117,7 @@ class _Run:
             address = self._stack.enter_context(serving(name))
             racers[f"constant, {name}"] = self._load(address, "POST /constant")
         racers |= {name: self._load(address, MIXED) for name, address in servers.items()}
-        if missing := valkeys.missing():
-            print(f"Without Valkey: {missing}")
-        else:
-            racers["acquire, unblock in a Valkey"] = self._stack.enter_context(self._valkey())
-        frameworks = [name for name in racers if name.startswith("constant, ") and "httptools" not in name]
+        frameworks = [name for name in racers if name.startswith("constant, ")]
         race = self._race(MIXED, racers, *frameworks)
         memory, durable = (race.found[f"keypool, {where}"] for where in ("in memory", "on a data file"))
         for where, figures, framework, wanted in (
@@ -134,17 +129,12 @@ class _Run:
             if base := race.found.get(f"constant, {framework}"):
                 self._targets.at_least(f"calls {where}, of {framework}'s constant", figures.of(base), wanted)
 
-    @contextlib.contextmanager
-    def _valkey(self) -> Iterator[Callable[[], Sample]]:
-        with contextlib.closing(valkeys.started("--appendonly", "no")) as valkey:
-            fill_valkey(valkey, self._options.keys)
-
-            def sample() -> Sample:
-                seconds, before = self._options.seconds, cpu_of(valkey.pid)
-                done = Child(_scripts, valkey.port, self._options.connections, seconds).wait(60)
-                return Sample(done / seconds, (cpu_of(valkey.pid) - before) / done)
-
-            yield sample
+    def _outcomes(self, memory: Address) -> None:
+        kinds = ("unblock with lease", "unblock with outcome")
+        race = self._race("unblock", {kind: self._load(memory, kind) for kind in kinds}, kinds[0])
+        self._targets.at_least(
+            f"{kinds[1]}, of {kinds[0]}", race.found[kinds[1]].of(race.found[kinds[0]]), OUTCOME
+        )
 
     def _pages(self, fast: Address, stock: Address) -> None:
         """The same handlers on both HTTP servers. Templates dominate the dashboard's pages, so they aren't judged."""
@@ -172,10 +162,6 @@ class _Run:
         race = self._race("keepalive, one at a time", pair, "tornado")
         limit = LATENCY * race.found["tornado"].p50
         self._targets.at_most("p50, one at a time", race.found["fast"].p50, limit)
-
-
-def _scripts(port: int, connections: int, seconds: float) -> int:
-    return on_loop(scripts(port, connections, seconds))
 
 
 _BY_WRK = {MIXED: "mixed", "keepalive": "keepalive"}

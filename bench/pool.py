@@ -2,8 +2,8 @@
 
 The engine with its real timers on uvloop, each size in a process of its own. After the single calls, mixed ones run
 until more timers have been set than twice the keys: what the runtime does behind the calls, such as growing a table or
-collecting garbage, happens once in so many. The naive design (`baselines.NaivePool`) shows what is avoided. With
-`--old PATH`, the engine of that checkout takes its turn at each size.
+collecting garbage, happens once in so many. Acquire and unblock are measured once more while three keys in ten cool.
+With `--old PATH`, the engine of that checkout takes its turn at each size.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bench.baselines import measure_naive
 from bench.process import Child, on_loop, pin_to_first_core, preemptions, rss
 from bench.report import Table, Targets, machine, percentile, size, span
 from bench.servers import add_old
@@ -36,12 +36,15 @@ R = TypeVar("R")
 
 QUICK = ["--sizes=1000,100000", "--rounds=1"]
 RATIO, STALL, BYTES = 1.5, 0.025, 1600
+BESIDE_COOLING = 1.1  # acquire's mean, of that with none cooling
 
 _SLICE = 50  # calls in one turn of the loop: a third of a millisecond
 _AT_ONCE = 5000
 _SAMPLE = 50_000  # keys known to the load, so that its own memory doesn't grow with the pool
 _BATCH = 500
 _MIXED_SECONDS = 60.0  # at most
+_COOLING = 0.3  # of the keys
+_BESIDE_COOLING = "acquire beside cooling"
 _FEW = 100_000  # keys below which memory a key means little
 _PAGES: dict[str, dict[str, Any]] = {
     "page by id": {},
@@ -89,9 +92,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sizes", default="1000,100000,1000000", metavar="N,N")
     parser.add_argument("--calls", type=int, default=20_000, help="of each kind, a round")
     parser.add_argument("--rounds", type=int, default=3, help="the best of their means counts")
-    parser.add_argument(
-        "--no-naive", action="store_true", help="leave out the naive design, a minute at most"
-    )
     add_old(parser)
     options = parser.parse_args(arguments)
     print(machine())
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         found.append(Child(measure, keys, options.calls, options.rounds, None).wait(600))
         old = before[-1] if before else None
         print(f"\n{size(keys)} keys\n\n{_costs_table(found[-1], found[0], old)}", flush=True)
-    print(f"\n{_stalls_table(found, before, naive=not options.no_naive)}\n")
+    print(f"\n{_stalls_table(found, before)}\n")
     return _judge(found)
 
 
@@ -114,27 +114,15 @@ def measure(keys: int, calls: int, rounds: int, tree: Path | None) -> Measured:
     return on_loop(_measure(keys, calls, rounds))
 
 
-def _first_of(*names: str) -> Any:
-    """The first module that exists: older checkouts have the same things elsewhere."""
-    for name in names[:-1]:
-        with contextlib.suppress(ModuleNotFoundError):
-            return import_module(name)
-    return import_module(names[-1])
-
-
 def _engine(max_keys: int) -> Engine:
     # Keys live for an hour, so that the size of the pool stays what it is.
-    rules = {"keepalive_seconds": 3600.0, "max_keys": max_keys}
-    engine = import_module("keypool.engine.embedded").EmbeddedEngine
-    try:
-        made: Engine = engine(import_module("keypool.core.rules").PoolRules(**rules))
-    except ModuleNotFoundError:  # an older checkout
-        made = engine(**rules)
+    rules = import_module("keypool.core.rules").PoolRules(keepalive_seconds=3600.0, max_keys=max_keys)
+    made: Engine = import_module("keypool.engine.embedded").EmbeddedEngine(rules)
     return made
 
 
 async def _measure(keys: int, calls: int, rounds: int) -> Measured:
-    runtime = _first_of("keypool.server.runtime", "keypool.runtime")
+    runtime = import_module("keypool.server.runtime")
     runtime.spare_the_old_generation()
     runtime.collect_the_young(asyncio.get_running_loop())
     load, probe, memory = _Load(_engine(2 * keys + calls), keys, calls), StallProbe(), rss()
@@ -169,8 +157,9 @@ class _Load:
         self._keys = keys
         self._calls = calls
         self._at_once = max(1, min(keys // 2, _AT_ONCE, calls))
-        self._query = _first_of("keypool.core.cursor", "keypool.cursor").ListQuery
-        self._gone = _first_of("keypool.core.errors", "keypool.errors").PoolError
+        self._query = import_module("keypool.core.cursor").ListQuery
+        self._reports = find_spec("keypool.core.outcomes") is not None  # not in older checkouts
+        self._gone = import_module("keypool.core.errors").PoolError
         self._random = random.Random(1)
         self._known: list[str] = []
         self._held: deque[Lease] = deque()
@@ -206,6 +195,8 @@ class _Load:
         for _ in range(max(3, self._calls // 1000)):
             await self._batches()
         await self._pages()
+        if self._reports:
+            await self._beside_cooling()
         for name, spans in self._spans.items():
             quiet = self._quiet[name] or spans
             cost = self.costs.setdefault(name, Cost())
@@ -236,8 +227,7 @@ class _Load:
         (leases,) = await self._time(
             f"acquire x {count}", [None], lambda owner: engine.acquire_many(owner, count)
         )
-        held = [(lease.key, lease.lease) for lease in leases]
-        await self._time(f"unblock x {count}", [held], engine.unblock_many)
+        await self._time(f"unblock x {count}", [self._items(leases)], engine.unblock_many)
         await self._time(f"delete x {count}", [texts], engine.delete_many)
 
     def _texts(self) -> list[str]:
@@ -256,8 +246,35 @@ class _Load:
                 (page,) = await self._time(name, [self._query(**query, after=after)], self._engine.page)
                 after = page.next
         for start in range(0, len(leases), 100):
-            await self._engine.unblock_many([(held.key, held.lease) for held in leases[start : start + 100]])
+            await self._engine.unblock_many(self._items(leases[start : start + 100]))
             await asyncio.sleep(0)
+
+    async def _beside_cooling(self) -> None:
+        """Acquire and unblock while a part of the keys cools; afterwards all are available again."""
+        outcomes = import_module("keypool.core.outcomes")
+        limited = outcomes.Report(outcomes.Outcome.RATE_LIMITED, 86_400.0)
+        cooling: list[Lease] = []
+        while len(cooling) < self._keys * _COOLING:
+            cooling += await self._engine.acquire_many(None, 50)
+            await self._engine.unblock_many(self._items(cooling[-50:], limited))
+            await asyncio.sleep(0)
+        engine, once = self._engine, range(self._at_once // 2)
+        for _ in range(-(-self._calls // self._at_once)):
+            leases = await self._time(_BESIDE_COOLING, once, lambda _: engine.acquire(None, 0))
+            await self._time(
+                "unblock beside cooling", leases, lambda held: engine.unblock(held.key, held.lease)
+            )
+        operator = import_module("keypool.core.events").HOLDER
+        for start in range(0, len(cooling), 50):
+            await engine.restore_many([held.id for held in cooling[start : start + 50]], operator)
+            await asyncio.sleep(0)
+
+    def _items(self, leases: Sequence[Lease], report: Any = None) -> list[Any]:
+        """Items for a batch of unblocks."""
+        if not self._reports:
+            return [(held.key, held.lease) for held in leases]
+        unblock = import_module("keypool.core.answers").Unblock
+        return [unblock(held.key, held.lease, report) for held in leases]
 
     async def _time(self, name: str, items: Sequence[T], call: Callable[[T], Awaitable[R]]) -> list[R]:
         """Call with each item, and keep how long each took under a name. Returns the answers in order."""
@@ -328,12 +345,13 @@ def _costs_table(found: Measured, smallest: Measured, old: Measured | None) -> T
     table = Table("call", "mean", "p99.9", "worst", f"of that at {size(smallest.keys)}", *of_old)
     for name, cost in found.costs.items():
         ratio = f"{cost.mean / smallest.costs[name].mean:.2f}"
-        ratios = [f"{cost.mean / old.costs[name].mean:.2f}"] if old else []
+        of = old.costs.get(name) if old else None
+        ratios = [f"{cost.mean / of.mean:.2f}" if of else ""] if old else []
         table.row(name, span(cost.mean), span(cost.p999), span(cost.worst), ratio, *ratios)
     return table
 
 
-def _stalls_table(found: Sequence[Measured], before: Sequence[Measured], *, naive: bool) -> Table:
+def _stalls_table(found: Sequence[Measured], before: Sequence[Measured]) -> Table:
     table = Table(
         "worst stall",
         "growing",
@@ -349,10 +367,6 @@ def _stalls_table(found: Sequence[Measured], before: Sequence[Measured], *, naiv
         stalls = (each.growing.wall, each.growing.own, each.mixed.wall, each.mixed.own, each.collection)
         figures = str(each.late), f"{each.rate:,.0f}", f"{each.bytes_per_key:.0f}"
         table.row(f"{name}, {size(each.keys)}", *map(span, stalls), *figures)
-    if naive:
-        keys, growing, keeping, collection = Child(measure_naive, found[-1].keys, 50).wait(90)
-        stalls = (growing.wall, growing.own, keeping.wall, keeping.own, collection)
-        table.row(f"naive on asyncio, {size(keys)}", *map(span, stalls), "", "", "")
     return table
 
 
@@ -364,6 +378,9 @@ def _judge(found: Sequence[Measured]) -> int:
         what = f"{name}, mean at {size(largest.keys)} of that at {size(smallest.keys)}"
         targets.check(what, ratio <= RATIO, f"{ratio:.2f}", f"at most {RATIO}")
     for each in found:
+        ratio = each.costs[_BESIDE_COOLING].mean / each.costs["acquire"].mean
+        what = f"{_BESIDE_COOLING} at {size(each.keys)}, of acquire"
+        targets.check(what, ratio <= BESIDE_COOLING, f"{ratio:.2f}", f"at most {BESIDE_COOLING}")
         targets.at_most(f"worst stall growing to {size(each.keys)}", each.growing.own, STALL)
         targets.at_most(f"worst stall of mixed calls at {size(each.keys)}", each.mixed.own, STALL)
         if each.keys >= _FEW:

@@ -72,9 +72,9 @@ def _fill(server: Address, keys: int) -> list[str]:
 # -- scripts
 
 
-def unblock(lease: dict[str, Any], *, with_lease: bool = True) -> bytes:
-    """The request that gives a key back."""
-    body = b'{"lease":%d}' % lease["lease"] if with_lease else b""
+def unblock(lease: dict[str, Any], fields: Sequence[str] = ("lease",)) -> bytes:
+    """The request that gives a key back, with these fields of the lease."""
+    body = msgspec.json.encode({name: lease[name] for name in fields})
     return request(f"{KEYS}/{lease['key']}/unblock", body)
 
 
@@ -201,24 +201,21 @@ async def _batched_keepalives(connections: Connections, seconds: float) -> Round
     return await connections.run(script, seconds, count=2)
 
 
-async def _bursts(connections: Connections, seconds: float, *, call: str, with_lease: bool = False) -> Round:
-    """Acquire a crowd of keys, unblock them, and so on: the round of one of the two calls."""
-    acquired, unblocked = Round(), Round()
-    while acquired.seconds + unblocked.seconds < 2 * seconds:
+async def _unblocks(connections: Connections, seconds: float, *, fields: Sequence[str]) -> Round:
+    """Acquire a crowd of keys, unblock them, and so on: the round of the unblocks."""
+    unblocked = Round()
+    while unblocked.seconds < seconds:
         bodies: list[bytes] = []
-        acquired.add(
-            await connections.run(answering(iter([ACQUIRE] * _BURST), bodies.append), seconds, {404})
-        )
-        leases = [lease for lease in map(_decode, bodies) if "lease" in lease]
-        requests = (unblock(lease, with_lease=with_lease) for lease in leases)
+        await connections.run(answering(iter([ACQUIRE] * _BURST), bodies.append), seconds, {404})
+        leases = [lease | {"outcome": "ok"} for lease in map(_decode, bodies) if "lease" in lease]
+        requests = (unblock(lease, fields) for lease in leases)
         unblocked.add(await connections.run(answering(requests, bool), seconds))
-    return acquired if call == "acquire" else unblocked
+    return unblocked
 
 
 KINDS: dict[str, Callable[[Connections, float], Awaitable[Round]]] = {
-    "acquire": partial(_bursts, call="acquire"),
-    "unblock": partial(_bursts, call="unblock"),
-    "unblock with lease": partial(_bursts, call="unblock", with_lease=True),
+    "unblock with lease": partial(_unblocks, fields=("lease",)),
+    "unblock with outcome": partial(_unblocks, fields=("lease", "outcome")),
     "acquire and unblock": _pairs,
     "keepalive": _keepalives,
     "acquire, unblock, keepalive": _thirds,

@@ -59,7 +59,9 @@ class Variant:
     thorough: tuple[str, ...] = ()
 
 
-_CALLS = tuple(f"test_api_{what}" for what in ("batch", "keys", "legacy", "lists", "stats", "waiting"))
+_CALLS = tuple(
+    f"test_api_{what}" for what in ("batch", "keys", "leases", "legacy", "lists", "stats", "waiting")
+)
 _LIFE = ("test_fuzz", "test_process", "test_feed")
 
 VARIANTS = [
@@ -90,7 +92,10 @@ VARIANTS = [
     Variant(
         "tornado",
         lambda directory: ["--data=:memory:", "--http=tornado"],
-        ("test_api_errors", "test_api_access", "test_api_legacy", "test_api_waiting", "test_hostile"),
+        (
+            *("test_api_errors", "test_api_access", "test_api_leases", "test_api_legacy", "test_api_waiting"),
+            "test_hostile",
+        ),
         ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/", "test_metrics"),
     ),
 ]
@@ -138,9 +143,9 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """Three for two cores: a third of the time a test waits, for a deadline or for what it has started."""
+    """Two for each core: half of the time a test waits, for a deadline or for a process that it started."""
     cores = yield
-    return cores * 3 // 2
+    return cores * 2
 
 
 @pytest.hookimpl(wrapper=True)

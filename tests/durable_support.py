@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import random
 import sqlite3
 import textwrap
 import threading
@@ -15,17 +16,21 @@ from pathlib import Path
 from signal import SIGKILL
 from typing import Any, Final
 
+import msgspec
 import pytest
 from support import API, ROOT, Answer, Client, ServerProcess, eventually, run_server
 
 from keypool.core.errors import StartError
+from keypool.core.keys import Key, State
+from keypool.core.outcomes import NO_HISTORY, History, Outcome
 from keypool.core.rules import PoolRules
-from keypool.engine.durable import datafile
+from keypool.engine.durable import datafile, rows
 from keypool.engine.durable.opening import open_durable
+from keypool.engine.durable.rows import Row
 from keypool.engine.embedded import EmbeddedEngine
 
 
-def rows_in(path: Path) -> list[datafile.Row]:
+def rows_in(path: Path) -> list[Row]:
     """All keys of a data file, read beside whoever else has it open."""
     return [row for some in datafile.read_rows(path, 1000) for row in some]
 
@@ -42,26 +47,96 @@ def table_of(path: Path) -> list[tuple[Any, ...]]:
 
 
 def row(
-    id: int, life: float = 300.0, *, block: float | None = None, lease: int = 0, owner: str | None = None
-) -> datafile.Row:
-    """A key as the file keeps it, with this many seconds to live and to be blocked from now on."""
-    now = time.time() * 1000
-    release_at = None if block is None else round(now + block * 1000)
-    return id, f"{id:020d}", round(now), round(now + life * 1000), release_at, lease, owner
+    id: int,
+    life: float = 300.0,
+    *,
+    block: float | None = None,
+    lease: int = 0,
+    owner: str | None = None,
+    flags: int = 0,
+    more: bytes | None = None,
+) -> Row:
+    """A key as the file keeps it, with this many seconds to live and to be blocked, or to cool, from now on."""
+    now = round(time.time() * 1000)
+    release_at = None if block is None else now + round(block * 1000)
+    acquired_at = None if block is None or flags & rows.COOLING else now
+    expires_at = now + round(life * 1000)
+    return id, f"{id:020d}", now, expires_at, release_at, lease, owner, acquired_at, flags, more
 
 
-def fill(path: Path, rows: Sequence[datafile.Row], **numbers: int) -> None:
+def old_file(
+    path: Path, version: int, keys: Sequence[tuple[Any, ...]], batches: Sequence[object] = ()
+) -> None:
+    """A data file as a server of this older version left it: keys as rows of seven columns, batches as lists."""
+    numbers = {"last_id": len(keys), "last_lease": 9, "generated": len(keys), "moment": 1}
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        for step in datafile.MIGRATIONS[:version]:
+            database.executescript(step)
+        database.executescript(
+            f"PRAGMA application_id = {datafile.APPLICATION_ID}; PRAGMA user_version = {version}"
+        )
+        database.executemany("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", keys)
+        database.executemany("INSERT INTO pool VALUES (?, ?)", numbers.items())
+        for number, batch in enumerate(batches, 1):
+            database.execute("INSERT INTO batches VALUES (?, ?)", (number, msgspec.msgpack.encode(batch)))
+
+
+def fill(path: Path, keys: Sequence[Row], **numbers: int) -> None:
     """A data file with these keys, as a server that ended in peace would leave it."""
     last = {
-        "last_id": max((row[0] for row in rows), default=0),
-        "last_lease": max((row[5] for row in rows), default=0),
+        "last_id": max((row[0] for row in keys), default=0),
+        "last_lease": max((row[5] for row in keys), default=0),
     }
-    counts = {"generated": len(rows), "acquired": last["last_lease"], "moment": round(time.time() * 1000)}
+    counts = {"generated": len(keys), "acquired": last["last_lease"], "moment": round(time.time() * 1000)}
     with contextlib.closing(datafile.connect(path)) as database:
         database.execute("BEGIN")
-        database.executemany(datafile.UPSERT, rows)
+        database.executemany(datafile.UPSERT, keys)
         database.executemany(datafile.SET_POOL, (last | counts | numbers).items())
         database.execute("COMMIT")
+
+
+def keys_of_all_kinds() -> list[Key]:
+    """A key in each state, with and without what keys of that state may have."""
+    draw = random.Random(5)
+    keys: list[Key] = []
+
+    def add(**fields: Any) -> None:
+        id, at = len(keys) + 1, 1_700_000_000 + draw.randrange(10**9) / 1000
+        keys.append(Key(id, f"{id:020d}", at, at + 300, **fields))
+
+    histories = (
+        NO_HISTORY,
+        History(0, 0.0, Outcome.OK),
+        History(3, 1_700_000_000.123457, Outcome.ERROR, "💥", "why"),
+    )
+    for history in histories:
+        for reported in (False, True):
+            add(history=history, reported=reported)
+            add(history=history, reported=reported, state=State.QUARANTINED, lease=7)
+            add(
+                history=history,
+                reported=reported,
+                state=State.COOLING,
+                release_deadline=1_800_000_000.125,
+                lease=7,
+            )
+        for attempt in (None, bytes(range(16))):
+            for pending in (False, True):
+                add(
+                    history=history, attempt=attempt, quarantine_pending=pending, state=State.BLOCKED, lease=8,
+                    release_deadline=1_800_000_000.25, acquired_at=1_799_999_940.25, owner="me",
+                )  # fmt: skip
+    return keys
+
+
+def durable(key: Key) -> dict[str, object]:
+    """All durable fields of a key."""
+    fields = (
+        "id", "text", "created_at", "expires_deadline", "release_deadline", "lease", "owner", "state", "acquired_at",
+        "attempt", "reported", "quarantine_pending", "history",
+    )  # fmt: skip
+    return {name: getattr(key, name) for name in fields}
 
 
 @contextlib.asynccontextmanager

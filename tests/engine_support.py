@@ -1,10 +1,9 @@
-"""What the tests of pool and engine share: time that a test moves, timers that a test fires, calls that a test
-drives by hand.
+"""For tests of pool and engine: a clock that the test advances, timers that it fires, calls that it drives by hand.
 
-Nothing here sleeps. `Moment` is a clock that goes when it is told to; `HeldTimers` stands where the loop would
-and keeps every timer until the test fires it, so that a timer can be late, early or never; `Call` drives one
-call of the engine as a connection would, and can hang up between two steps; `SkewedLoop` is the stock loop
-with a clock that can be put forward, so that its real timers fire at once.
+Nothing here sleeps. `Moment` is a clock. `HeldTimers` takes the place of the loop and keeps every timer until the test
+fires it, so a timer can be late, early or never fire. `Call` drives one call of the engine as a connection would, and
+can hang up between two steps. `SkewedLoop` is asyncio's loop with a clock that can be advanced, so that its real timers
+fire at once.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
 from tornado.ioloop import IOLoop
 
+from keypool.core.answers import Lease
 from keypool.core.index import BucketListener
 from keypool.core.pool import Listener, Pool
 from keypool.core.rules import PoolRules
@@ -40,7 +40,7 @@ LATE: Final = 0.02
 
 
 class Moment:
-    """A clock that stands until a test moves it."""
+    """A clock that changes only when the test advances it."""
 
     def __init__(self, at: float = START) -> None:
         self.at = at
@@ -49,35 +49,33 @@ class Moment:
         return self.at
 
     def to(self, moment: float) -> None:
-        """Put the clock forward to this moment; it never goes back."""
+        """Advance the clock to this moment. It never goes back."""
         assert moment >= self.at, f"the clock would go back from {self.at} to {moment}"
         self.at = moment
 
     def on(self, seconds: float) -> None:
-        """Put the clock forward."""
+        """Advance the clock by so many seconds."""
         self.to(self.at + seconds)
 
 
 def serial_texts(length: int = 20) -> Callable[[], str]:
-    """A maker of key texts that are all different, and in order."""
+    """A function that returns key texts in ascending order."""
     numbers = itertools.count(1)
     return lambda: f"{next(numbers):0{length}d}"
 
 
 def make_pool(
     *,
-    block_seconds: float = BLOCK,
-    keepalive_seconds: float = KEEPALIVE,
-    max_keys: int = 1_000_000,
     new_text: Callable[[], str] | None = None,
     random: Callable[[], float] = lambda: 0.0,
-    on_change: Listener = lambda change, key, owner: None,
+    on_change: Listener = lambda change, key, owner, origin: None,
     on_opened: BucketListener = lambda bucket: None,
     on_closed: BucketListener = lambda bucket: None,
+    **rules: Any,
 ) -> Pool:
-    """A pool with the contract's deadlines; it serves the first key of its list unless `random` says else."""
+    """A pool with the default rules but for these. It serves the first available key, unless there is a `random`."""
     return Pool(
-        PoolRules(block_seconds, keepalive_seconds, max_keys=max_keys),
+        PoolRules(**rules),
         new_text=new_text or serial_texts(),
         random=random,
         on_change=on_change,
@@ -90,7 +88,7 @@ def make_pool(
 
 
 class HeldTimer:
-    """A timer that was armed: it fires when the test says so, or never."""
+    """A timer that fires when the test fires it, or never."""
 
     def __init__(self, seconds: float, fire: Callable[[], None]) -> None:
         self.seconds = seconds
@@ -98,7 +96,7 @@ class HeldTimer:
 
 
 class HeldTimers:
-    """Stands where the IOLoop would: timers are kept and fire only by `fire`, callbacks run in `turn`."""
+    """Takes the place of the IOLoop: timers fire only by `fire`, callbacks run only in `turns`."""
 
     def __init__(self) -> None:
         self.timers: dict[HeldTimer, None] = {}
@@ -111,19 +109,19 @@ class HeldTimers:
         return timer
 
     def remove_timeout(self, timer: HeldTimer) -> None:
-        """Cancel, as the loop does: nothing for a timer that has fired."""
+        """Cancel a timer. As on the loop, no effect if it has fired."""
         self.timers.pop(timer, None)
 
     def add_callback(self, callback: Callable[[], None]) -> None:
-        """Keep for the next turn."""
+        """Keep a callback for `turns`."""
         self.callbacks.append(callback)
 
     def for_deadline(self, seconds: float) -> list[HeldTimer]:
-        """Those that were armed for a deadline so many seconds ahead: due behind it, by `LATE` at most."""
+        """The timers of deadlines so many seconds ahead. They are due at most `LATE` after them."""
         return [timer for timer in self.timers if seconds < timer.seconds <= seconds + LATE]
 
     def fire(self, *timers: HeldTimer) -> None:
-        """Fire these, in this order, all those that are armed if none is named, and the turns that follow."""
+        """Fire these timers in this order, or all of them, and then run the callbacks."""
         for timer in timers or tuple(self.timers):
             if self.timers.pop(timer, timer) is None:
                 timer.fire()
@@ -136,19 +134,19 @@ class HeldTimers:
 
     @property
     def as_loop(self) -> IOLoop:
-        """This, for what takes an IOLoop."""
+        """This object, typed as an IOLoop."""
         return cast("IOLoop", self)
 
 
 class SkewedLoop(asyncio.SelectorEventLoop):
-    """The stock loop, whose clock can be put forward: its timers fire as if the time had passed."""
+    """asyncio's loop with a clock that can be advanced: its timers fire as if the time had passed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.skew = 0.0
 
     def time(self) -> float:
-        """The clock that timers go by."""
+        """The clock of the timers."""
         return super().time() + self.skew
 
 
@@ -156,9 +154,7 @@ class SkewedLoop(asyncio.SelectorEventLoop):
 
 
 class Call(Generic[T]):
-    """One call of an engine on its way, without a task: it runs until it waits, and goes on when what it waits
-    for is done and the loop turns.
-    """
+    """A call of an engine, without a task. It runs until it waits, and goes on when what it awaits is done."""
 
     def __init__(self, coroutine: Coroutine[Any, None, T]) -> None:
         self._coroutine = coroutine
@@ -184,13 +180,13 @@ class Call(Generic[T]):
             on_done(self._step)
 
     def hang_up(self) -> None:
-        """Close it where it waits, as a connection that closes does."""
+        """Close the coroutine where it waits, as a connection that closes does."""
         self.over = True
         self._coroutine.close()
 
     @property
     def answer(self) -> T:
-        """Its result, or what it raised; fails if it still waits."""
+        """The result. Raises the error of the call; fails if it still waits."""
         assert self.over, "the call still waits"
         if self._error is not None:
             raise self._error
@@ -198,13 +194,13 @@ class Call(Generic[T]):
 
 
 async def turns(count: int = 10) -> None:
-    """Let the loop turn so many times: enough for whatever is ready to run."""
+    """Let the loop turn so many times, which is enough for everything that is ready to run."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 async def turns_until(condition: Callable[[], object], what: str, most: int = 100_000) -> int:
-    """How many turns of the loop it took until the condition held; fails after `most` of them, saying what."""
+    """Turns of the loop until the condition holds. Fails after `most` of them, naming `what`."""
     for turn in range(most):
         if condition():
             return turn
@@ -221,7 +217,7 @@ def make_engine(
     start_timers: bool = True,
     **rules: Any,
 ) -> EmbeddedEngine:
-    """An engine with this clock, on held timers if there are some, with texts that are in order."""
+    """An engine with this clock, on held timers if there are some, whose keys have ascending texts."""
     if timers is not None:
         loop = timers.as_loop
     new_text = new_text or serial_texts()
@@ -230,8 +226,51 @@ def make_engine(
     )
 
 
+class Held:
+    """An engine whose clock and timers the test controls."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.clock = Moment()
+        self.timers = HeldTimers()
+        self.engine = make_engine(self.clock, self.timers, **settings)
+        self.pool = self.engine.pool
+
+    def now_serving(self) -> list[tuple[int, str | None]]:
+        """The held keys by id, with their owners."""
+        return [
+            (key.id, key.owner) for key in self.pool._by_id.walk(None) if key.release_deadline is not None
+        ]
+
+    def wait(self, owner: str, seconds: float = 30.0) -> Call[Lease]:
+        """A pending acquire."""
+        return Call(self.engine.acquire(owner, seconds))
+
+    async def check(self) -> None:
+        """The pool is consistent, and no key is available while a call waits."""
+        await turns()
+        self.pool.check()
+        waiting = (await self.engine.stats()).waiting
+        assert not waiting or not self.pool.available, (
+            f"{waiting} wait although {self.pool.available} keys are available"
+        )
+
+
+async def now(call: Awaitable[Any]) -> Any:
+    """The answer of a call that must not wait for anything."""
+    made: Call[Any] = Call(call)  # type: ignore[arg-type]
+    assert made.over, "the call waits for something"
+    return made.answer
+
+
+async def held_with(*owners: str, keys: int | None = None, **settings: Any) -> tuple[Held, list[Lease]]:
+    """An engine whose keys these owners hold, one each."""
+    held = Held(**settings)
+    await now(held.engine.generate(len(owners) if keys is None else keys))
+    return held, [await now(held.engine.acquire(owner, 0)) for owner in owners]
+
+
 def open_held(path: Path) -> int:
-    """A descriptor of a data file, made if there is none, as a server has it: for its writer, which keeps it."""
+    """A descriptor of a data file, which is created if there is none, as a server opens it for its writer."""
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
 
@@ -249,7 +288,7 @@ class _Errors(logging.Handler):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Fails if an error was logged meanwhile: an exception in a callback is only logged by the loop."""
+    """Fail if an error is logged meanwhile: the loop only logs exceptions of callbacks."""
     errors = _Errors()
     root = logging.getLogger()
     root.addHandler(errors)
@@ -261,7 +300,7 @@ def quiet() -> Iterator[None]:
 
 
 def on_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
-    """Runs an async test to its end on a loop of its own, and fails if an error was logged."""
+    """Run an async test on a loop of its own, and fail if an error is logged."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

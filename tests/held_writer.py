@@ -1,7 +1,6 @@
-"""A writer that the test holds, where the link to the writer process would be, and an engine over it.
+"""A writer that the test controls, in place of the link to the writer process, and an engine over it.
 
-Each order of commits and failures comes as the test says, and a commit takes as long as the test says. `hold_writers`
-puts it in its place.
+The test decides when each commit succeeds or fails. `hold_writers` installs it.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ import msgspec
 import pytest
 from engine_support import Call, HeldTimers, Moment, make_engine, turns
 
-from keypool.engine.durable.datafile import Batch
 from keypool.engine.durable.journal import FileJournal
+from keypool.engine.durable.rows import Batch
 from keypool.engine.durable.wire import Kind, Verdict
 
 FULL: Final = "database or disk is full"
 
 
 class Part(Batch, array_like=True):
-    """One that says that the batch goes on."""
+    """A part of a batch that the next one continues."""
 
 
 class HeldWriter:
-    """Stands where the link to the writer process would: a batch is kept until the test says what came of it."""
+    """Takes the place of the link to the writer process: a batch is kept until the test gives the verdict."""
 
     def __init__(self, answered: Callable[[Verdict], None], lost: Callable[[], None]) -> None:
         self.dead = False
@@ -51,25 +50,25 @@ class HeldWriter:
         self.unanswered.put_nowait(batch)
 
     def answer(self, error: str | None = None) -> Batch:
-        """Say of the batch sent last that it is committed, or why not. That batch."""
+        """Answer the latest batch: committed, or failed for a reason. Returns the batch."""
         batch = self.unanswered.get_nowait()
         self._answered(Verdict(error))
         return batch
 
     def answer_all(self) -> None:
-        """Say of a batch of several parts that it is committed."""
+        """Answer that a batch of several parts is committed."""
         while isinstance(self.unanswered.get_nowait(), Part):
             pass
         self._answered(Verdict())
 
     async def batch(self) -> Batch:
-        """The next batch that waits for its verdict, when there is one."""
+        """Wait for the next batch that needs a verdict."""
         batch = await asyncio.wait_for(self.unanswered.get(), 20)
         self.unanswered.put_nowait(batch)
         return batch
 
     def die(self) -> None:
-        """As if the process was killed."""
+        """End as if the process had been killed."""
         self.dead = True
         self._lost()
 
@@ -84,7 +83,7 @@ class HeldWriter:
 
 
 def hold_writers(monkeypatch: pytest.MonkeyPatch) -> list[HeldWriter]:
-    """Have journals start held writers in this test: all that they start, in order."""
+    """Make journals start held writers in this test. Returns a list of all that they start, in order."""
     started: list[HeldWriter] = []
 
     class Link:
@@ -100,7 +99,7 @@ def hold_writers(monkeypatch: pytest.MonkeyPatch) -> list[HeldWriter]:
 
 
 class Held:
-    """An engine whose clock, timers and writer are the test's."""
+    """An engine whose clock, timers and writer the test controls."""
 
     def __init__(self, writers: list[HeldWriter], **settings: Any) -> None:
         self.clock = Moment()
@@ -109,7 +108,7 @@ class Held:
         self._writers = writers
 
     async def open(self) -> Held:
-        """Ready for calls."""
+        """Open the journal, so that calls can be made."""
         lock = os.open(os.devnull, os.O_RDONLY)
         engine = self.engine
         journal = FileJournal(Path("none"), lock, engine)
@@ -129,24 +128,24 @@ class Held:
 
     @property
     def writer(self) -> HeldWriter:
-        """The one that was started last."""
+        """The writer that was started last."""
         return self._writers[-1]
 
     async def commit(self) -> None:
-        """Commit until nothing is left to write."""
+        """Commit batches until nothing is left to write."""
         await turns()
         while not self.writer.unanswered.empty():
             self.writer.answer()
             await turns()
 
     async def made(self, count: int = 1) -> list[str]:
-        """Texts of new keys, on disk."""
+        """Generate keys, and wait until they are on disk. Returns their texts."""
         call = Call(self.engine.generate(count))
         await self.commit()
         return [key.key for key in call.answer]
 
     async def acquired(self, owner: str | None = None) -> tuple[str, int]:
-        """A key taken, on disk: its text, its lease."""
+        """Acquire a key, and wait until that is on disk. Returns its text and lease."""
         call = Call(self.engine.acquire(owner, 0))
         await self.commit()
         return call.answer.key, call.answer.lease
@@ -162,12 +161,12 @@ async def started(writers: list[HeldWriter], count: int) -> None:
 
 
 def ids(batch: Batch) -> list[int]:
-    """Of the keys that a batch writes."""
+    """The ids of the keys that a batch writes."""
     return [row[0] for row in batch.rows]
 
 
 def logged(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
-    """What the journal logged at this level."""
+    """The lines that the journal logged at this level."""
     return [
         record.getMessage()
         for record in caplog.records

@@ -46,6 +46,7 @@ TOKENS: Final = {"client": CLIENT_TOKEN, "viewer": VIEWER_TOKEN, "admin": ADMIN_
 
 JSON: Final = {"Content-Type": "application/json"}
 
+HANDLE: Final = re.compile(r"h:[1-9]\d*\.[1-9]\d*\.[A-Za-z0-9_-]{11}")
 KEY_TEXT: Final = re.compile(r"[A-Za-z0-9]{20}")
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}(Z|\+00:00)")
@@ -62,6 +63,9 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     "/api/v1/keys/acquire": frozenset({"POST"}),
     "/api/v1/keys/{key}": frozenset({"GET", "HEAD", "DELETE"}),
     "/api/v1/keys/{key}/unblock": frozenset({"POST"}),
+    "/api/v1/keys/{key}/extend": frozenset({"POST"}),
+    "/api/v1/keys/{key}/quarantine": frozenset({"POST"}),
+    "/api/v1/keys/{key}/restore": frozenset({"POST"}),
     "/api/v1/keys/{key}/keepalive": frozenset({"POST"}),
     "/api/v1/keys/{key}/reveal": frozenset({"POST"}),
     "/api/v1/batch": frozenset({"POST"}),
@@ -146,18 +150,23 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
     members: dict[str, object] = {
         "id": int,
         "hint": re.compile(r"[A-Za-z0-9]{4}…[A-Za-z0-9]{4}"),
-        "state": ("available", "blocked"),
+        "state": ("available", "blocked", "cooling", "quarantined"),
         "owner": (str, None),
         "lease": (int, None),
         "created_at": MOMENT,
         "expires_in": float,
         "release_in": (float, None),
+        "available_in": (float, None),
+        "failures": int,
+        "outcome": ("ok", "rate_limited", "error", "invalid", None),
+        "reason": (str, None),
     }
     row = expect_object(value, **(members | known))
     assert row["expires_in"] >= 0, f"an expired key was shown: {row}"
-    if row["state"] == "available":
-        assert row["owner"] is None, f"owner or release_in of a free key: {row}"
-        assert row["release_in"] is None, f"owner or release_in of a free key: {row}"
+    assert (row["available_in"] is not None) is (row["state"] == "cooling"), f"available_in: {row}"
+    if row["state"] != "blocked":
+        assert row["owner"] is None, f"owner or release_in of a key that nobody holds: {row}"
+        assert row["release_in"] is None, f"owner or release_in of a key that nobody holds: {row}"
     else:
         assert row["lease"] is not None, f"blocked without a lease: {row}"
         assert row["release_in"] is not None, f"blocked without a lease: {row}"
@@ -291,8 +300,9 @@ def expect_problem_shape(answer: Answer) -> None:
         assert re.fullmatch(r"[1-9]\d*", seconds), (
             f"Retry-After {seconds!r} is not whole seconds of at least 1: {answer}"
         )
-    if code == "no-key-available" and "Retry-After" in answer.headers:
-        members["retry_after"] = float
+    if code == "no-key-available":
+        members |= {"blocked": int, "cooling": int, "quarantined": int}
+        members |= {"retry_after": float} if "Retry-After" in answer.headers else {}
     expect_object(problem, **members)
 
 

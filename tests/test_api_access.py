@@ -50,7 +50,9 @@ class Call:
 
         if self.json is not None:
             how["json"] = {
-                name: [fill(item) for item in value] if isinstance(value, list) else value
+                name: [fill(item) if isinstance(item, str) else item for item in value]
+                if isinstance(value, list)
+                else value
                 for name, value in self.json.items()
             }
         return client.request(self.method, API + fill(self.path), **how)
@@ -83,6 +85,20 @@ CALLS = [
     Call("batch keepalive by id", "POST", "/batch", ADMINS, 200, {"op": "keepalive", "keys": ["id:{id}"]}),
     Call("batch unblock", "POST", "/batch", CLIENTS, 200, {"op": "unblock", "keys": ["{key}"]}),
     Call("batch unblock by id", "POST", "/batch", ADMINS, 200, {"op": "unblock", "keys": ["id:{id}"]}),
+    Call("quarantine", "POST", "/keys/{key}/quarantine", ADMINS, 200),
+    Call("quarantine by id", "POST", "/keys/id:{id}/quarantine", ADMINS, 200, {"now": True}),
+    Call("restore", "POST", "/keys/{key}/restore", ADMINS, 200),
+    Call("extend", "POST", "/keys/{key}/extend", CLIENTS, 409, {"lease": 0}),
+    Call(
+        "batch extend by id",
+        "POST",
+        "/batch",
+        ADMINS,
+        200,
+        {"op": "extend", "keys": [{"key": "id:1", "lease": 1}]},
+    ),
+    Call("batch quarantine", "POST", "/batch", ADMINS, 200, {"op": "quarantine", "keys": ["{key}"]}),
+    Call("batch restore", "POST", "/batch", ADMINS, 200, {"op": "restore", "keys": ["{key}"]}),
     Call("batch delete", "POST", "/batch", ADMINS, 200, {"op": "delete", "keys": ["{key}"]}),
 ]
 

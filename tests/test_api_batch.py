@@ -13,6 +13,7 @@ from support import (
     ADMIN_TOKEN,
     API,
     CLIENT_TOKEN,
+    HANDLE,
     KEY_TEXT,
     Client,
     ServerProcess,
@@ -73,7 +74,15 @@ def test_batch_acquire_answers_keys_as_the_single_call(client: Client) -> None:
     leases = [served["lease"] for served in keys]
     assert leases == sorted(set(leases)), f"leases do not grow: {leases}"
     for served in keys:
-        expect_object(served, id=int, key=made[served["id"]], lease=int, release_in=float, expires_in=float)
+        expect_object(
+            served,
+            id=int,
+            key=made[served["id"]],
+            lease=int,
+            handle=HANDLE,
+            release_in=float,
+            expires_in=float,
+        )
         expect_left(served["release_in"], 60, answer, answer)
         expect_left(served["expires_in"], 300, started, answer)
         expect_row(client.row(served["key"]), state="blocked", owner="crew", lease=served["lease"])
@@ -120,7 +129,7 @@ def test_batch_keepalive_answers_done_and_unknown(client: Client) -> None:
     keys = [made[0]["key"], "nope", made[1]["key"], made[0]["key"], "ключ", "nope", made[2]["key"]]
     with client.expect_moved(kept_alive=4):
         answer = client.batch(op="keepalive", keys=keys)
-    expect_object(answer.expect(200), op="keepalive", done=4, unknown=["nope", "ключ", "nope"])
+    expect_object(answer.expect(200), op="keepalive", done=4, unknown=["nope", "ключ", "nope"], stale=[])
     for one in made:
         row_answer = client.get(f"{API}/keys/{one['key']}")
         expect_left(row_answer.expect(200)["expires_in"], 300, answer, row_answer)
@@ -200,7 +209,9 @@ def test_batch_delete_answers_done_and_unknown(client: Client) -> None:
     lost = 1 if blocked in keys else 0
     with client.expect_moved(deleted=2, total=-2, blocked=-lost, available=lost - 2):
         answer = client.batch(op="delete", keys=keys)
-    expect_object(answer.expect(200), op="delete", done=2, unknown=[made[0]["key"], "nope", made[1]["key"]])
+    expect_object(
+        answer.expect(200), op="delete", done=2, unknown=[made[0]["key"], "nope", made[1]["key"]], stale=[]
+    )
     assert [row["id"] for row in client.get(API + "/keys").expect(200)["keys"]] == [
         made[2]["id"],
         made[3]["id"],

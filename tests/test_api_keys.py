@@ -19,6 +19,7 @@ from support import (
     ACQUIRE,
     API,
     EARLY,
+    HANDLE,
     KEY_TEXT,
     LATE,
     SHORT_BLOCK,
@@ -151,7 +152,9 @@ def test_acquire_answers_the_key_and_its_lease(client: Client) -> None:
     made_answer = client.post(API + "/keys")
     made = made_answer.expect(201)
     answer, served = take(client)
-    expect_object(served, id=made["id"], key=made["key"], lease=int, release_in=float, expires_in=float)
+    expect_object(
+        served, id=made["id"], key=made["key"], lease=int, handle=HANDLE, release_in=float, expires_in=float
+    )
     expect_left(served["release_in"], 60, answer, answer)
     expect_left(served["expires_in"], 300, made_answer, answer)
 

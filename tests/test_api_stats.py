@@ -10,9 +10,9 @@ from conftest import Start
 from support import ACQUIRE, API, Client, eventually, expect_object, pass_until
 
 STATS: dict[str, object] = {
-    "total": int, "available": int, "blocked": int, "waiting": int,
+    "total": int, "available": int, "blocked": int, "cooling": int, "quarantined": int, "waiting": int,
     "generated": int, "acquired": int, "unblocked": int, "released": int, "deleted": int, "expired": int,
-    "kept_alive": int, "refused": int,
+    "kept_alive": int, "refused": int, "cooled": int, "quarantines": int, "restored": int,
     "uptime": float, "engine": str, "version": str,
 }  # fmt: skip
 LEGACY = API + "/random_api_key/"

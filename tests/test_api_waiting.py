@@ -13,6 +13,7 @@ from support import (
     ACQUIRE,
     API,
     EARLY,
+    HANDLE,
     Answer,
     Client,
     ServerProcess,
@@ -60,7 +61,9 @@ def test_a_waiter_is_served_as_soon_as_a_key_is_free(client: Client, by: str) ->
     freed = FREERS[by](client, held)
     assert freed.status in (200, 201), str(freed)
     answer = waiter.answer()
-    served = expect_object(answer.expect(200), id=int, key=str, lease=int, release_in=float, expires_in=float)
+    served = expect_object(
+        answer.expect(200), id=int, key=str, lease=int, handle=HANDLE, release_in=float, expires_in=float
+    )
     assert (served["key"] == held) is ("unblock" in by)
     expect_left(served["release_in"], 60, freed, answer)
     expect_row(client.row(served["key"]), state="blocked", owner="patient", lease=served["lease"])

@@ -53,28 +53,48 @@ class HeldEngine(EmbeddedEngine):
         if self.kept is not None:
             await asyncio.shield(self.kept)
 
-    async def generate(self, count: int) -> Any:
-        made = await super().generate(count)
+    async def generate(self, *args: Any) -> Any:
+        made = await super().generate(*args)
         await self._kept()
         return made
 
-    async def delete(self, ref: Any) -> Any:
-        gone = await super().delete(ref)
+    async def delete(self, *args: Any) -> Any:
+        gone = await super().delete(*args)
         await self._kept()
         return gone
 
-    async def delete_many(self, refs: Any) -> Any:
-        gone = await super().delete_many(refs)
+    async def delete_many(self, *args: Any) -> Any:
+        gone = await super().delete_many(*args)
         await self._kept()
         return gone
 
-    async def unblock(self, ref: Any, lease: int | None, ended: Any = None) -> Any:
-        answer = await super().unblock(ref, lease, ended)
+    async def quarantine(self, *args: Any) -> Any:
+        row = await super().quarantine(*args)
+        await self._kept()
+        return row
+
+    async def quarantine_many(self, *args: Any) -> Any:
+        words = await super().quarantine_many(*args)
+        await self._kept()
+        return words
+
+    async def restore(self, *args: Any) -> Any:
+        row = await super().restore(*args)
+        await self._kept()
+        return row
+
+    async def restore_many(self, *args: Any) -> Any:
+        words = await super().restore_many(*args)
+        await self._kept()
+        return words
+
+    async def unblock(self, *args: Any) -> Any:
+        answer = await super().unblock(*args)
         await self._kept()
         return answer
 
-    async def acquire(self, owner: str | None, wait: float, timed: Any = None) -> Any:
-        lease = await super().acquire(owner, wait, timed)
+    async def acquire(self, *args: Any) -> Any:
+        lease = await super().acquire(*args)
         try:
             await self._kept()
         except GeneratorExit:
@@ -347,6 +367,97 @@ async def test_an_unblock_without_the_lease_is_written_if_it_ended_one(served: S
     await served.ask("POST", path, {"lease": lease.lease}, CLIENT)
     await served.ask("POST", path, None, CLIENT)  # it is free: nobody loses anything
     assert not served.lines
+
+
+async def test_quarantine_and_restore_are_written(served: Served) -> None:
+    """With id and hint; a batch with what is done; by a handle its id alone, and none of them if nothing is done."""
+    made = await served.engine.generate(2)
+    names = {one.id: f"id:{one.id} {one.key[:4]}…{one.key[-4:]}" for one in made}
+    lease = await served.engine.acquire(None, 0)
+    await served.ask("POST", f"/api/v1/keys/{lease.handle}/quarantine", {"reason": "billing", "now": True})
+    await served.ask("POST", f"/api/v1/keys/id:{lease.id}/restore", X_Request_Id="mine")
+    for op in ("quarantine", "restore"):
+        keys = ["nobody", lease.handle, "id:2", made[0].key]
+        await served.ask("POST", "/api/v1/batch", {"op": op, "keys": keys})
+        await served.ask("POST", "/api/v1/batch", {"op": op, "keys": ["nobody"]})
+        await served.ask("POST", f"/api/v1/keys/nobody/{op}")
+        assert (await served.ask("POST", f"/api/v1/keys/{lease.handle}/{op}", token=CLIENT)).status == 403
+    single, restored, *batches = served.lines
+    assert [line["act"] for line in served.lines] == ["quarantine", "restore"] * 2
+    assert [single["keys"], restored["keys"]] == [[names[lease.id]]] * 2
+    assert (restored["request_id"], restored["role"], restored["outcome"]) == ("mine", "admin", "ok")
+    hint = names[1].partition(" ")[2]
+    assert [(line["count"], line["first"], line["last"]) for line in batches] == [
+        (3, f"id:{lease.id}", hint)
+    ] * 2
+    digest = lease.handle.rpartition(".")[2]
+    assert not any(digest in line["message"] or made[0].key in line["message"] for line in served.lines)
+
+
+@FAST
+async def test_a_quarantine_whose_commit_failed_is_written(served: Served) -> None:
+    """It may have been kept. A refused reveal by a handle is written with the id alone."""
+    await served.engine.generate(1)
+    lease = await served.engine.acquire(None, 0)
+    kept = served.engine.kept = asyncio.get_running_loop().create_future()
+    kept.set_exception(StorageUnavailable("the disk is full"))
+    for what in ("quarantine", "restore"):
+        assert (await served.ask("POST", f"/api/v1/keys/{lease.handle}/{what}")).status == 503
+        assert (await served.ask("POST", "/api/v1/batch", {"op": what, "keys": ["id:1"]})).status == 503
+    await served.ask("POST", f"/api/v1/keys/{lease.handle}/reveal", token=VIEWER)
+    await served.ask("POST", "/api/v1/keys/h:1.1.x/reveal", token=VIEWER)
+    seen = [(line["act"], line["outcome"], line.get("keys") or [line["first"]]) for line in served.lines]
+    assert seen == [
+        *((what, "storage-unavailable", ["id:1"]) for what in ("quarantine", "restore") for _ in range(2)),
+        ("reveal", "forbidden", ["id:1"]),
+        ("reveal", "forbidden", ["no key"]),
+    ]
+
+
+@FAST
+async def test_events_say_who_brought_a_change_about(served: Served) -> None:
+    """A holder, or an operator by the mark of the token; who shows no lease is an operator if an admin."""
+    made = (await served.ask("POST", "/api/v1/keys")).json
+    key = f"/api/v1/keys/{made['key']}"
+    batch = {"op": "unblock", "keys": [made["key"]]}
+
+    async def acquire() -> Any:
+        return (await served.ask("POST", "/api/v1/keys/acquire", token=CLIENT)).json
+
+    await acquire()
+    await served.ask("POST", f"{key}/unblock", token=CLIENT)
+    lease = await acquire()
+    await served.ask("POST", f"{key}/unblock", {"lease": lease["lease"]}, ADMIN)
+    lease = await acquire()
+    await served.ask("POST", f"/api/v1/keys/{lease['handle']}/unblock", {"outcome": "rate_limited"}, ADMIN)
+    await served.ask("POST", f"{key}/restore")
+    await acquire()
+    await served.ask("POST", f"{key}/unblock", None, ADMIN)
+    await acquire()
+    await served.ask("POST", "/api/v1/batch", batch, ADMIN)
+    lease = await acquire()
+    await served.ask("POST", "/api/v1/batch", batch | {"keys": [lease["handle"]]}, ADMIN)
+    await served.ask("POST", f"{key}/quarantine")
+    await served.ask("POST", f"{key}/reveal")
+    await served.ask("DELETE", key)
+    seen = [(event.event.value, event.by.value, event.actor) for event in served.engine.recent(100)]
+    mark = served.lines[-1]["token"]
+    holder, operator = ("holder", None), ("operator", mark)
+    assert [one for one in seen if one[0] != "acquired"] == [
+        ("generated", *operator),
+        ("unblocked", *holder),
+        ("unblocked", *holder),
+        ("unblocked", *holder),
+        ("cooled", *holder),
+        ("restored", *operator),
+        ("unblocked", *operator),
+        ("unblocked", *operator),
+        ("unblocked", *holder),
+        ("quarantined", *operator),
+        ("revealed", *operator),
+        ("deleted", *operator),
+    ]
+    assert {one for one in seen if one[0] == "acquired"} == {("acquired", *holder)}
 
 
 @FAST

@@ -16,12 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from durable_support import old_file
 from engine_support import open_held
 
 from keypool.core.errors import StartError
 from keypool.engine.durable import compaction, datafile, file_lock
 from keypool.engine.durable.compaction import BatchLog
-from keypool.engine.durable.datafile import Batch, Row, encode
+from keypool.engine.durable.rows import Batch, Row, encode
 from keypool.engine.durable.wire import Verdict
 from keypool.engine.durable.writer import Writer
 
@@ -55,7 +56,8 @@ class Model:
     def _row(self, id: int) -> Row:
         lease = self._random.randrange(1000)
         held = lease % 3 == 0
-        return id, f"{id:020d}", 1, 10**12 + lease, 7 if held else None, lease, "me" if held else None
+        owner, flags, more = ("me", 0, b"x" * 9) if held else (None, lease % 5, None)
+        return id, f"{id:020d}", 1, 10**12 + lease, 7 if held else None, lease, owner, lease, flags, more
 
     def expect(self, path: Path) -> None:
         """Assert that the file has the expected content."""
@@ -145,7 +147,7 @@ def test_batches_do_not_pile_up(path: Path) -> None:
     """A memtable is flushed before the next is as large: what isn't in the tables yet is bounded."""
     with opened(path) as database:
         writing = BatchLog(database)
-        rows = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 2001)]
+        rows = [(id, f"{id:020d}", 1, 2, None, 0, None, None, 0, None) for id in range(1, 2001)]
         most = 0
         for round in range(3000):
             writing.commit([encode(Batch([rows[round % 2000]], [], {"last_id": 2000}))])
@@ -160,7 +162,7 @@ def test_many_changes_are_flushed_in_bounded_steps(path: Path, monkeypatch: pyte
     monkeypatch.setattr(compaction, "MAX_FLUSH_ROWS", 50)
     with opened(path) as database:
         writing = BatchLog(database)
-        rows: list[Row] = [(id, f"{id:020d}", 1, 2, None, 0, None) for id in range(1, 1001)]
+        rows: list[Row] = [(id, f"{id:020d}", 1, 2, None, 0, None, None, 0, None) for id in range(1, 1001)]
         writing.commit([encode(Batch(rows, [], {"last_id": 1000}))])
         flushed = [0]
         while flushed[-1] < 1000:
@@ -189,10 +191,14 @@ def test_a_grace_is_granted_to_keys_in_tables_and_in_batches(path: Path) -> None
     """A key may be in a batch only."""
     now = round(time.time() * 1000)
     writer = Writer(path, open_held(path))
-    writer.commit([encode(Batch([(1, "a" * 20, now, now + 10, None, 0, None)], [], {"last_id": 1}))])
+    writer.commit(
+        [encode(Batch([(1, "a" * 20, now, now + 10, None, 0, None, None, 0, None)], [], {"last_id": 1}))]
+    )
     writer.close()
     writer = Writer(path, open_held(path))
-    writer.commit([encode(Batch([(2, "b" * 20, now, now + 20, None, 0, None)], [], {"last_id": 2}))])
+    writer.commit(
+        [encode(Batch([(2, "b" * 20, now, now + 20, None, 0, None, None, 0, None)], [], {"last_id": 2}))]
+    )
     assert writer.grant(now + 5000) == Verdict()
     assert [row[3] for some in datafile.read_rows(path, 9) for row in some] == [now + 5000] * 2
     model = Model(5)
@@ -220,7 +226,7 @@ def test_a_flush_that_fails_fails_the_next_batch_and_begins_anew(
         patch.setattr(BatchLog, "_write", full)
         writer.flush()
     model.expect(path)
-    unheard = Batch([(10**6, "x" * 20, 1, 2, None, 0, None)])
+    unheard = Batch([(10**6, "x" * 20, 1, 2, None, 0, None, None, 0, None)])
     assert writer.commit([encode(unheard)]) == Verdict("database or disk is full")
     model.expect(path)
     work(writer, model, 60)
@@ -229,15 +235,10 @@ def test_a_flush_that_fails_fails_the_next_batch_and_begins_anew(
 
 def test_a_file_of_the_first_version_is_read_and_upgraded(path: Path) -> None:
     """It has no batches yet; it gets them with the first batch that is written to it."""
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript(datafile.MIGRATIONS[0])
-        database.executescript(f"PRAGMA application_id = {datafile.APPLICATION_ID}; PRAGMA user_version = 1")
-        database.executescript(
-            "INSERT INTO keys VALUES (1, '00000000000000000001', 1, 2, NULL, 0, NULL);"
-            "INSERT INTO pool VALUES ('last_id', 1)"
-        )
+    key = (1, "00000000000000000001", 1, 2, None, 0, None)
+    old_file(path, 1, [key])
     model = Model(7)
-    model.rows, model.numbers = {1: (1, "00000000000000000001", 1, 2, None, 0, None)}, {"last_id": 1}
+    model.rows, model.numbers = {1: (*key, None, 0, None)}, datafile.inspect(path)
     model.expect(path)
     writer = Writer(path, open_held(path))
     work(writer, model, 40)

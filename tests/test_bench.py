@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import __main__
+from bench import __main__, limits
 from bench.load import Round
 from bench.race import Race, Sample
 from bench.report import Table, percentile, size, span
@@ -33,6 +33,16 @@ def test_an_unknown_name_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["nonsense"]) == 2
     printed = capsys.readouterr().out
     assert [name for name in __main__.BENCHES if f"  {name}" not in printed] == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "least", "most"), list(zip(limits.POLICIES, (0.4, 0.01, 0.0), (0.6, 0.08, 0.0), strict=True))
+)
+def test_fewer_requests_are_refused_the_more_is_reported(policy: str, least: float, most: float) -> None:
+    """In ten simulated minutes, in which all of them are served what the service allows."""
+    found = limits.Simulation(policy, keys=40, limit=16, workers=200, pause=9.0).run(600.0)
+    assert least <= found.refused / found.requests <= most
+    assert 0.95 <= (found.requests - found.refused) / 10 / (40 * 16) <= 1.1
 
 
 def test_ratios_are_taken_within_a_round_and_every_other_round_is_in_reverse() -> None:

@@ -16,13 +16,16 @@ from tornado.netutil import bind_sockets
 
 from keypool.api.auth import Access
 from keypool.config.limits import DISCARDED, MAX_BODY, MAX_HEADERS, MAX_TARGET
+from keypool.core.handles import Handles
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS
 
 ADMIN, VIEWER, CLIENT = "a" * 16, "v" * 16, "c" * 16
 KEY = "Key{:017d}"
+HANDLES = Handles(b"the same on both")
 JSON = "Content-Type: application/json"
+ATTEMPT = "Idempotency-Key: A1"
 
 
 def ask(
@@ -50,6 +53,10 @@ def post(target: str, body: bytes, *lines: str) -> bytes:
 
 def key(number: int) -> str:
     return f"/api/v1/keys/{KEY.format(number)}"
+
+
+def handle(number: int, lease: int) -> str:
+    return f"/api/v1/keys/{HANDLES.make(number, lease)}"
 
 
 def by(token: str) -> str:
@@ -96,6 +103,44 @@ LIFE = {
     "legacy delete": ask(f"/api/v1/random_api_key/?api_key={KEY.format(6)}", method="DELETE"),
     "legacy scheduler": get("/api/v1/start_scheduler/"),
     "openapi": get("/api/v1/openapi.json"),
+}
+LEASES = {
+    "generate many": post("/api/v1/batch", b'{"op":"generate","count":4}', JSON),
+    "acquire once": post("/api/v1/keys/acquire", b'{"owner":"a","block_seconds":20}', ATTEMPT),
+    "acquire again": post("/api/v1/keys/acquire", b'{"block_seconds":20.0, "owner":"a"}', ATTEMPT),
+    "acquire again, the header in other letters": post(
+        "/api/v1/keys/acquire", b'{"block_seconds":20,"owner":"a"}', ATTEMPT.lower().replace("a1", "A1")
+    ),
+    "acquire another": post("/api/v1/keys/acquire", b'{"owner":"a"}', ATTEMPT),
+    "acquire without the header": post("/api/v1/keys/acquire", b'{"owner":"a"}'),
+    "acquire many": post("/api/v1/batch", b'{"op":"acquire","count":9}', ATTEMPT),
+    "acquire many again": post("/api/v1/batch", b'{"op":"acquire","count":9}', ATTEMPT),
+    "acquire none": post("/api/v1/keys/acquire", b'{"owner":"b"}', ATTEMPT),
+    "get by handle": get(handle(1, 1)),
+    "get by an encoded handle": get(handle(1, 1).replace(":", "%3A")),
+    "a handle that doesn't fit": get(handle(1, 1)[:-1] + "-"),
+    "extend": post(handle(1, 1) + "/extend", b'{"seconds":50}'),
+    "extend no further": ask(handle(1, 1) + "/extend"),
+    "report a limit": post(handle(1, 1) + "/unblock", b'{"outcome":"rate_limited","retry_after":30.5}'),
+    "report again": post(handle(1, 1) + "/unblock", b'{"outcome":"ok"}'),
+    "extend what is over": ask(handle(1, 1) + "/extend"),
+    "report an error": post(handle(2, 2) + "/unblock", b'{"outcome":"error","reason":"500"}'),
+    "list what cools": get("/api/v1/keys?order=ready"),
+    "quarantine": post("/api/v1/keys/id:3/quarantine", b'{"reason":"billing"}'),
+    "quarantine at once": post("/api/v1/keys/id:3/quarantine", b'{"now":true}'),
+    "list what is quarantined": get("/api/v1/keys?state=quarantined"),
+    "restore": ask("/api/v1/keys/id:3/restore"),
+    "batch extend": post("/api/v1/batch", b'{"op":"extend","keys":[{"key":"id:4","lease":4},"h:1.1.x"]}'),
+    "batch quarantine": post("/api/v1/batch", b'{"op":"quarantine","keys":["id:4","id:9"],"now":true}'),
+    "batch restore": post("/api/v1/batch", b'{"op":"restore","keys":["id:4","id:9"]}'),
+    "stats": get("/api/v1/stats"),
+}
+WRONG_ATTEMPTS = {
+    "empty": "",
+    "a space": "a b",
+    "too long": "x" * 65,
+    "not ASCII": "\xe4",
+    "a tab": "a\tb",
 }
 WRONG = {
     "not JSON": post("/api/v1/keys/acquire", b"{", JSON),
@@ -214,6 +259,7 @@ async def compare(
     for make in SERVERS.values():
         engine = EmbeddedEngine(clock=lambda: 1_000_000_000.0, new_text=_Made())
         engine.pool._random = lambda: 0.0
+        engine.handles = HANDLES
         server = make(make_app(engine, access), None)
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
@@ -256,6 +302,23 @@ def neutral(answer: bytes) -> bytes:
 def test_calls_are_answered_alike() -> None:
     """Every call, single and in a batch, and those of the first version."""
     asyncio.run(compare(LIFE, Access()))
+
+
+def test_leases_for_real_work_are_answered_alike() -> None:
+    """Attempts, handles, reports, extensions, quarantines."""
+    asyncio.run(compare(LEASES, Access()))
+
+
+def test_wrong_attempts_are_refused_alike() -> None:
+    """Each is sent twice, as the fast server reads repeated header lines by another way; then the header twice."""
+    asked = {
+        f"{name}, {number}": ask("/api/v1/keys/acquire", f"Idempotency-Key: {value}")
+        for name, value in WRONG_ATTEMPTS.items()
+        for number in (1, 2)
+    }
+    asked["two lines"] = ask("/api/v1/keys/acquire", ATTEMPT, ATTEMPT)
+    asked["where none is due"] = ask("/api/v1/keys", "Idempotency-Key: a b")
+    asyncio.run(compare(asked, Access()))
 
 
 def test_errors_are_answered_alike() -> None:

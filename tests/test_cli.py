@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +100,7 @@ def test_keys_by_standard_input(server: ServerProcess, pool: KeyPool) -> None:
     assert run_command(server, "delete", "-", stdin="").status == Status.USAGE
 
 
-@pytest.mark.parametrize("command", ["unblock", "keepalive", "delete", "show"])
+@pytest.mark.parametrize("command", ["unblock", "keepalive", "delete", "show", "quarantine", "restore"])
 def test_a_masked_key_is_recognised(command: str) -> None:
     refused = run_command(None, command, "SPyr…mEqp")
     assert refused.status == Status.USAGE
@@ -117,6 +116,152 @@ def test_a_client_gives_back_what_it_acquired(guarded_server: ServerProcess) -> 
         assert back.fields["done"] == "1"
         assert pool.stats().blocked == 0
     clean(guarded_server, ADMIN_TOKEN)
+
+
+# ----------------------------------------------------------------------------------- reports, quarantine, extensions
+
+
+def test_an_outcome_for_each_way_to_name_a_lease(server: ServerProcess, pool: KeyPool) -> None:
+    made = pool.generate()
+    words = ("--outcome", "rate_limited", "--retry-after", "1234", "--reason", "HTTP 429")
+    for named in ("handle", "lease", "line"):
+        acquired = run_command(server, "acquire")
+        [[key, lease, _, _, _, handle]] = acquired.lines
+        names = {"handle": [handle], "lease": [key, "--lease", lease], "line": ["-"]}[named]
+        reported = run_command(server, "unblock", *names, *words, stdin=acquired.out)
+        assert reported.status == 0
+        row = pool.get(made)
+        assert (row.state, row.outcome, row.reason) == ("cooling", "rate_limited", "HTTP 429"), named
+        assert 1200 < (row.available_in or 0) <= 1234
+        if named != "line":
+            assert (reported.fields["state"], reported.fields["changed"]) == ("cooling", "True")
+        pool.restore(made)
+
+
+def test_a_retry_after_may_be_a_date(server: ServerProcess, pool: KeyPool) -> None:
+    made = pool.generate()
+    words = ("--outcome", "rate_limited", "--retry-after", "Wed, 21 Oct 2099 07:28:00 GMT", "--json")
+    [[_, _, _, _, _, handle]] = run_command(server, "acquire").lines
+    reported = json.loads(run_command(server, "unblock", handle, *words).out)
+    assert reported["available_in"] == 604_800, "the most that the pool allows"
+    assert set(reported) == {"id", "state", "changed", "available_in", "guarded"}
+    assert pool.get(made).state == "cooling"
+
+
+def test_a_report_comes_once_and_from_the_latest_holder(server: ServerProcess, pool: KeyPool) -> None:
+    pool.generate()
+    first = run_command(server, "acquire").lines[0][5]
+    assert run_command(server, "unblock", first, "--outcome", "error").fields["changed"] == "True"
+    assert run_command(server, "unblock", first, "--outcome", "error").fields["changed"] == "False"
+    second = run_command(server, "acquire").lines[0][5]
+    stale = run_command(server, "unblock", first, "--outcome", "error")
+    assert stale.status == Status.LEASE_OVER
+    both = run_command(server, "unblock", first, second, "--outcome", "ok")
+    assert (both.status, both.fields["done"], both.fields["stale"]) == (Status.LEASE_OVER, "1", "1")
+    assert f"stale: {first}" in both.err, "a handle is not masked"
+
+
+def test_quarantine_and_restore(server: ServerProcess, pool: KeyPool) -> None:
+    made = pool.generate_many(3)
+    ids = [f"id:{key.id}" for key in made]
+    held = pool.acquire()
+    row = run_command(server, "quarantine", f"id:{held.id}", "--reason", "abuse").fields
+    assert (row["state"], row["reason"]) == ("blocked", ""), "it goes when its lease ends"
+    row = run_command(server, "quarantine", f"id:{held.id}", "--now").fields
+    assert (row["state"], row["reason"]) == ("quarantined", "abuse")
+    assert run_command(server, "quarantine", *ids, "id:999999999").fields["done"] == "3"
+    none = run_command(server, "acquire")
+    assert none.status == Status.NO_KEY
+    assert "3 quarantined" in none.err
+    assert len(run_command(server, "list", "--state", "quarantined").lines) == 3
+    one = json.loads(run_command(server, "restore", ids[0], "--json").out)
+    assert (one["state"], one["reason"], one["failures"]) == ("available", None, 0)
+    texts = "\n".join(key.secret for key in made)
+    assert run_command(server, "restore", "-", stdin=texts).fields["done"] == "3"
+    assert pool.stats().available == 3
+
+
+def test_a_client_may_not_quarantine(guarded_server: ServerProcess) -> None:
+    for command in ("quarantine", "restore"):
+        assert (
+            run_command(guarded_server, command, "id:1", KEYPOOL_TOKEN=CLIENT_TOKEN).status == Status.DENIED
+        )
+
+
+def test_extending_leases(start_server: Start) -> None:
+    server = start_server("--max-block-seconds=3000")
+    with KeyPool(url_of(server)) as pool:
+        pool.generate_many(2)
+        acquired = run_command(server, "acquire", "2", "--block-seconds", "100")
+        assert all(100 >= float(line[3]) > 60 for line in acquired.lines)
+        first, second = (line[5] for line in acquired.lines)
+        extended = run_command(server, "extend", first, "--seconds", "2000").fields
+        assert set(extended) == {"id", "lease", "release_in", "block_left"}
+        assert float(extended["release_in"]) > 1900
+        many = run_command(server, "extend", "-", "--seconds", "2900", stdin=acquired.out)
+        assert (many.status, many.fields["done"]) == (0, "2")
+        shorter = run_command(server, "extend", first, "--seconds", "5")
+        assert shorter.status == Status.BLOCK_LIMIT
+        assert "block-limit" in shorter.err
+        pool.unblock(second)
+        over = run_command(server, "extend", second)
+        assert over.status == Status.LEASE_OVER
+        assert "lease-over" in over.err
+        mixed = run_command(server, "extend", "--seconds", "5", "--json", first, second)
+        counts = json.loads(mixed.out)
+        assert counts == {"done": 0, "unknown": 0, "stale": 0, "over": 1, "limit": 1}
+        assert mixed.status == Status.LEASE_OVER
+        assert run_command(server, "extend", "--seconds", "5", first, first).status == Status.BLOCK_LIMIT
+
+
+def test_no_lease_of_the_default_pool_is_extended(server: ServerProcess, pool: KeyPool) -> None:
+    pool.generate()
+    [[*_, handle]] = run_command(server, "acquire").lines
+    refused = run_command(server, "extend", handle)
+    assert refused.status == Status.BLOCK_LIMIT
+    assert len(refused.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["unblock --outcome ok", "extend"])
+def test_the_lease_must_be_named(command: str) -> None:
+    for words in (["id:1"], ["h:1.1.aaaaaaaaaaa", "id:1"], ["-"]):
+        refused = run_command(None, *command.split(), *words, stdin="SPyrSPyrmEqpmEqp\t1\t300.0\n")
+        assert refused.status == Status.USAGE
+        assert "--lease" in refused.err
+
+
+def test_lists_by_state_with_all_columns(server: ServerProcess, pool: KeyPool) -> None:
+    made = pool.generate_many(3)
+    held = pool.acquire()
+    pool.unblock(held, outcome="rate_limited", retry_after=500, reason="too many\u202erequests")
+    [cooling] = run_command(server, "list", "--state", "cooling").lines
+    assert cooling[:5] == [str(held.id), held.hint, "cooling", "", ""]
+    assert 400 < float(cooling[8]) <= 500
+    assert cooling[9:11] == ["1", "rate_limited"]
+    assert [line[0] for line in run_command(server, "list", "--order", "ready").lines] == [str(held.id)]
+    as_json = json.loads(run_command(server, "list", "--json", "--state", "cooling").out)
+    assert set(as_json) == {
+        "id", "hint", "state", "owner", "lease", "created_at", "expires_in", "release_in", "available_in",
+        "failures", "outcome", "reason",
+    }  # fmt: skip
+    heading, *rows = run_command(server, "list", columns=200).out.splitlines()
+    assert heading.replace("\x1b[1m", "").split()[:7] == [
+        "ID",
+        "HINT",
+        "STATE",
+        "OWNER",
+        "LEASE",
+        "ENDS",
+        "EXPIRES",
+    ]
+    [row] = [row for row in rows if "cooling" in row]
+    assert 400 < float(row.split()[5]) <= 500
+    assert "too many\ufffdrequests" in row
+    stats = run_command(server, "stats").fields
+    assert {name: stats[name] for name in ("available", "cooling", "quarantined")} == {
+        "available": str(len(made) - 1), "cooling": "1", "quarantined": "0",
+    }  # fmt: skip
+    assert {"cooled", "quarantines", "restored"} <= set(stats)
 
 
 # --------------------------------------------------------------------------------------- usage, statuses, variables
@@ -150,6 +295,16 @@ def test_exit_statuses(server: ServerProcess, pool: KeyPool) -> None:
         ["--url", "nonsense", "stats"],
         ["--url", "nonsense", "events"],
         ["unblock", "one", "two", "--lease", "1"],
+        ["extend", "one", "two", "--lease", "1"],
+        ["unblock", "h:1.1.aaaaaaaaaaa", "--outcome", "good"],
+        ["unblock", "h:1.1.aaaaaaaaaaa", "--outcome", "error", "--retry-after", "5"],
+        ["unblock", "h:1.1.aaaaaaaaaaa", "--outcome", "rate_limited", "--retry-after", "-5"],
+        ["unblock", "h:1.1.aaaaaaaaaaa", "--outcome", "rate_limited", "--retry-after", "nan"],
+        ["unblock", "h:1.1.aaaaaaaaaaa", "--outcome", "rate_limited", "--retry-after", "soon"],
+        ["unblock", "h:1.1.aaaaaaaaaaa", "--reason", "why"],
+        ["extend", "h:1.1.aaaaaaaaaaa", "--seconds", "0"],
+        ["acquire", "--block-seconds", "inf"],
+        ["list", "--state", "held"],
         ["--url", "http://127.0.0.1:1", "serve", "--port", "8888"],
         ["--json", "serve"],
     ],
@@ -290,7 +445,7 @@ def test_waiting_for_longer_than_one_call_may(
 ) -> None:
     monkeypatch.setattr("keypool.client.attempts._LONGEST_WAIT", 0.1)
     before = pool.stats().refused
-    assert run_command(server, "acquire", "--wait", "0.35").status == Status.NO_KEY
+    assert run_command(server, "acquire", "--wait", "2").status == Status.NO_KEY
     assert pool.stats().refused >= before + 3
     with started(server, ["-m", "keypool", "acquire", "--wait", "forever"]) as process:
         eventually(lambda: pool.stats().waiting == 1, "a waiter")
@@ -344,8 +499,8 @@ def test_a_table_fits_the_terminal(server: ServerProcess, pool: KeyPool) -> None
     assert "EXPIRES" in heading
     [held] = [row for row in rows if "blocked" in row]
     [free] = [row for row in rows if "available" in row]
-    assert held.split()[-3] == str(served.lease)
-    assert free.split()[-3] == "-", "an old lease"
+    assert held.split()[-4] == str(served.lease)
+    assert free.split()[-4] == "-", "an old lease"
     assert json.loads(run_command(server, "list", "--json", columns=80).out.splitlines()[0])["id"]
 
 
@@ -446,53 +601,6 @@ def test_keepalive_watch_ends_by_a_signal(
         eventually(lambda: pool.stats().kept_alive > before, "a first round")
         process.send_signal(number)
         assert process.wait(30) == status
-
-
-# ------------------------------------------------------------------------------------------------------- completion
-
-
-def test_completion_in_bash(tmp_path: Path) -> None:
-    cases = {
-        "keypool acq": {"acquire"},
-        "keypool list --st": {"--state"},
-        "keypool list --state b": {"blocked"},
-        "keypool list --state = b": {"blocked"},
-        "keypool --json completion f": {"fish"},
-        "keypool --url http://x li": {"list"},
-        "keypool --tok": {"--token-file"},
-        "keypool serve --http ": {"fast", "tornado"},
-        "keypool serve --key-": {"--key-length"},
-        "keypool serve --ur": set(),
-        "keypool run --overrun ": {"stop", "warn"},
-        "keypool run -- bas": {"bash"},
-        "keypool run --owner me bas": {"bash"},
-        "keypool run -- ls --ur": set(),
-    }
-    (tmp_path / "keypool.bash").write_text(run_command(None, "completion", "bash").out)
-    script = [f"PATH={tmp_path}", "enable compgen", f"source {tmp_path}/keypool.bash"]
-    (tmp_path / "bash").touch(mode=0o755)
-    for line in cases:
-        words = [*line.split(" ")]
-        quoted = " ".join(f"'{word}'" for word in words)
-        script.append(
-            f'COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _keypool; echo "${{COMPREPLY[@]}}"'
-        )
-    bash = shutil.which("bash") or "bash"
-    ran = subprocess.run([bash, "-c", "\n".join(script)], capture_output=True, text=True, check=True)
-    assert ran.stderr == ""
-    completed = dict(zip(cases, (set(line.split()) for line in ran.stdout.split("\n")), strict=False))
-    assert completed == cases
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts_are_syntactically_right(shell: str, tmp_path: Path) -> None:
-    script = run_command(None, "completion", shell)
-    assert script.status == 0
-    assert "acquire" in script.out
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed here")
-    (tmp_path / "script").write_text(script.out)
-    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ serve

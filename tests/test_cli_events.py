@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import pytest
+from cli_support import run_command
 from client_support import clean, keypool, started, unused_port, url_of
 from support import API, ServerProcess, eventually
 from tornado.httpserver import HTTPServer
@@ -30,6 +31,8 @@ def happened(number: int, event: str = "acquired", **more: Any) -> dict[str, Any
         "owner": "me",
         "lease": number,
         "at": at,
+        "by": "holder",
+        "actor": None,
     } | more
 
 
@@ -100,10 +103,20 @@ def test_a_line_an_event() -> None:
         ran = keypool(None, "--url", feed.url, "events", "--past", "1", "--count", "2", KEYPOOL_TOKEN=TOKEN)
     assert ran.returncode == 0
     assert ran.stdout.splitlines() == [
-        "2026-01-31T12:00:02.000Z\tacquired\t2\tabcd…wxyz\tme\t2",
-        "2026-01-31T12:00:03.000Z\tacquired\t3\tabcd…wxyz\tme\t3",
+        "2026-01-31T12:00:02.000Z\tacquired\t2\tabcd…wxyz\tme\t2\tholder\t",
+        "2026-01-31T12:00:03.000Z\tacquired\t3\tabcd…wxyz\tme\t3\tholder\t",
     ]
     assert feed.tokens == [f"Bearer {TOKEN}"]
+
+
+def test_an_operator_is_named_on_a_terminal() -> None:
+    by_operator = happened(2, "quarantined", by="operator", actor="1a2b3c4d", owner=None)
+    with Feed([hello(happened(1, "cooled"), by_operator)]) as feed:
+        ran = run_command(None, "--url", feed.url, "events", "--count", "2", columns=120)
+    assert ran.out.splitlines() == [
+        "2026-01-31T12:00:01.000Z  cooled       abcd…wxyz  id:1  me",
+        "2026-01-31T12:00:02.000Z  quarantined  abcd…wxyz  id:2  by operator 1a2b3c4d",
+    ]
 
 
 def test_json_and_what_was_left_out() -> None:
@@ -138,6 +151,15 @@ def test_nobody_there() -> None:
     assert ran.returncode == Status.UNREACHABLE
 
 
+def test_an_outage_is_bounded_by_retry() -> None:
+    """Also after the first connection; without the flag, it would be followed without end."""
+    with Feed([hello(happened(1))], []) as feed:
+        ran = keypool(None, "--url", feed.url, "events", "--retry", "0")
+    assert ran.returncode == Status.UNREACHABLE
+    assert len(ran.stdout.splitlines()) == 1
+    assert "the server closed the feed" in ran.stderr
+
+
 def test_garbage() -> None:
     with Feed([{"no": "type"}]) as feed:
         ran = keypool(None, "--url", feed.url, "events")
@@ -166,7 +188,7 @@ def test_the_real_feed(server: ServerProcess) -> None:
         assert process.wait(30) == 0
     clean(server)
     assert {event["event"] for event in seen} <= {"generated", "acquired", "unblocked", "deleted"}
-    assert all(set(event) == {"event", "id", "hint", "owner", "lease", "at"} for event in seen)
+    assert all(set(event) == {"event", "id", "hint", "owner", "lease", "at", "by", "actor"} for event in seen)
 
 
 def _readable(stream: Any) -> bool:

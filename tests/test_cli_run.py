@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cli_support import run_command
@@ -29,11 +30,15 @@ def pool(server: ServerProcess) -> Iterator[KeyPool]:
 def test_the_command_has_the_key_and_its_status_is_passed_on(server: ServerProcess, pool: KeyPool) -> None:
     made = pool.generate()
     ran = keypool(
-        server, "run", "--", "sh", "-c", 'echo "$KEYPOOL_KEY $KEYPOOL_LEASE"; cat; exit 7', stdin="input"
-    )
+        server, "run", "--", "sh", "-c",
+        'echo "$KEYPOOL_KEY $KEYPOOL_LEASE $KEYPOOL_HANDLE"; cat; exit 7', stdin="input",
+    )  # fmt: skip
     assert ran.returncode == 7
     row = pool.get(made)
-    assert ran.stdout == f"{made.secret} {row.lease}\ninput"
+    words, _, copied = ran.stdout.partition("\n")
+    key, lease, handle = words.split(" ")
+    assert (key, lease, copied) == (made.secret, str(row.lease), "input")
+    assert pool.get(handle).id == made.id
     assert ran.stderr == ""
     assert row.state == "available"
     by_name = keypool(server, "run", "--env", "API_KEY", "--", "sh", "-c", "echo $API_KEY")
@@ -65,7 +70,7 @@ def test_each_failure_has_its_own_status(server: ServerProcess, pool: KeyPool) -
     assert status("--url", away, "--retry", "0", "run", "--", "true") == Status.RUN_UNREACHABLE
     with Proxy(server) as proxy:
         proxy.faults[:] = ["lose"]
-        assert status("--url", proxy.url, "run", "--", "true") == Status.RUN_UNCERTAIN
+        assert status("--url", proxy.url, "--retry", "0", "run", "--", "true") == Status.RUN_UNCERTAIN
     assert pool.stats().blocked == 1, "the key of the answer that was lost"
 
 
@@ -84,6 +89,17 @@ def test_a_refused_token_has_its_own_status(guarded_server: ServerProcess) -> No
         "run --env= -- env",
         "run --nonsense -- true",
         "run --token secret -- true",
+        "run --on-exit 75 -- true",
+        "run --on-exit 75=bad -- true",
+        "run --on-exit =ok -- true",
+        "run --on-exit 256=ok -- true",
+        "run --on-exit -1=ok -- true",
+        "run --on-exit EX_NOTHING=ok -- true",
+        "run --on-exit 75=ok --on-exit EX_TEMPFAIL=error -- true",
+        "run --retry-after 5 -- true",
+        "run --retry-after 5 --on-exit 77=invalid -- true",
+        "run --retry-after soon --on-exit 75=rate_limited -- true",
+        "run --block-seconds 0 -- true",
         "run --token-file /none -- true",
     ],
 )
@@ -199,18 +215,165 @@ def test_a_command_that_outlives_its_lease(start_server: Start) -> None:
         pool.generate()
         stopped = run_command(server, "run", "--", "sleep", "60")
         assert stopped.status == Status.RUN_LEASE_OVER
-        assert stopped.err.count("the lease is over") == 1
-        assert "it is stopped" in stopped.err
+        assert len(stopped.err.splitlines()) == 1
+        assert "ended after its 0.5 s, and sleep still runs: it is stopped" in stopped.err
         ran = run_command(server, "run", "--overrun", "warn", "--", "sh", "-c", "sleep 1; exit 3")
         assert ran.status == 3
         assert "it goes on" in ran.err
 
 
-def test_a_lease_that_was_ended_by_somebody_else(server: ServerProcess, pool: KeyPool) -> None:
-    """The command ended by itself, but another holder may have used the key meanwhile."""
+@pytest.mark.parametrize(("served_again", "status"), [(False, 3), (True, Status.RUN_LEASE_OVER)])
+def test_a_lease_that_was_ended_by_somebody_else(
+    server: ServerProcess, pool: KeyPool, tmp_path: Path, served_again: bool, status: int
+) -> None:
+    """The command ended by itself. What counts is whether another holder may have used the key meanwhile."""
     made = pool.generate()
-    with started(server, ["-m", "keypool", "run", "--", "sh", "-c", "echo started; sleep 1"]) as process:
+    script = f"echo started; while ! test -e {tmp_path}/go; do sleep 0.05; done; exit 3"
+    with started(server, ["-m", "keypool", "run", "--", "sh", "-c", script]) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        pool.unblock(made)
-        assert process.wait(30) == Status.RUN_LEASE_OVER
+        pool.unblock(made.id)
+        if served_again:
+            pool.acquire()
+        (tmp_path / "go").touch()
+        _, noted = process.communicate(timeout=30)
+        assert process.returncode == status
+        assert len(noted.splitlines()) == served_again
+
+
+# --------------------------------------------------------------------------------------------------------- outcomes
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "found"),
+    [
+        ("", 0, ("available", "ok")),
+        ("", 1, ("available", None)),
+        ("--on-exit 75=rate_limited --on-exit 77=invalid", 75, ("cooling", "rate_limited")),
+        ("--on-exit 75=rate_limited --on-exit 77=invalid", 77, ("quarantined", "invalid")),
+        ("--on-exit 75=rate_limited --on-exit 77=invalid", 1, ("available", None)),
+        ("--on-exit EX_TEMPFAIL=error", 75, ("available", "error")),
+        ("--on-exit 3=ok", 3, ("available", "ok")),
+        ("--on-exit 0=error", 0, ("available", "error")),
+    ],
+)
+def test_an_outcome_by_exit_status(
+    server: ServerProcess, pool: KeyPool, flags: str, status: int, found: tuple[str, str | None]
+) -> None:
+    made = pool.generate()
+    ran = run_command(server, "run", *flags.split(), "--", "sh", "-c", f"exit {status}")
+    assert (ran.status, ran.err) == (status, "")
+    row = pool.get(made)
+    assert (row.state, row.outcome) == found
+
+
+def test_a_signal_that_ends_the_command_has_a_status_too(server: ServerProcess, pool: KeyPool) -> None:
+    made = pool.generate()
+    ran = run_command(server, "run", "--on-exit", "137=error", "--", "sh", "-c", "kill -9 $$")
+    assert ran.status == 137
+    assert pool.get(made).outcome == "error"
+
+
+def test_how_long_a_limited_key_cools(server: ServerProcess, pool: KeyPool) -> None:
+    made = pool.generate()
+    flags = ("--on-exit", "75=rate_limited", "--retry-after", "1234")
+    assert run_command(server, "run", *flags, "--", "sh", "-c", "exit 75").status == 75
+    assert 1200 < (pool.get(made).available_in or 0) <= 1234
+
+
+def test_a_command_that_was_not_run_or_was_stopped_has_no_outcome(start_server: Start) -> None:
+    """The statuses are those of `run`, not of the command, so --on-exit doesn't apply."""
+    server = start_server("--block-seconds=0.5")
+    with KeyPool(url_of(server)) as pool:
+        made = pool.generate()
+        flags = ("--on-exit", "127=invalid", "--on-exit", "124=invalid", "--on-exit", "143=invalid")
+        assert run_command(server, "run", *flags, "--", "no-such-command").status == Status.RUN_NOT_FOUND
+        assert run_command(server, "run", *flags, "--", "sleep", "60").status == Status.RUN_LEASE_OVER
+        assert pool.get(made).outcome is None
+
+
+def test_the_command_may_report_an_outcome_itself(server: ServerProcess, pool: KeyPool) -> None:
+    """By its handle. Its status is passed on; what `run` would report comes too late."""
+    made = pool.generate()
+    report = (
+        f'"{sys.executable}" -m keypool unblock "$KEYPOOL_HANDLE" --outcome rate_limited --retry-after 1234'
+    )
+    ran = keypool(server, "run", "--on-exit", "9=invalid", "--", "sh", "-c", f"{report}; exit 9")
+    assert (ran.returncode, ran.stderr) == (9, "")
+    row = pool.get(made)
+    assert (row.state, row.outcome) == ("cooling", "rate_limited")
+
+
+def test_a_quarantine_that_the_pool_does_not_allow_is_noted(server: ServerProcess, pool: KeyPool) -> None:
+    made = pool.generate_many(3)
+    pool.quarantine(made[0])
+    ran = run_command(server, "run", "--on-exit", "77=invalid", "--", "sh", "-c", "exit 77")
+    assert ran.status == 77
+    assert len(ran.err.splitlines()) == 1
+    assert "too many" in ran.err
+    assert pool.stats().cooling == 1
+
+
+# ----------------------------------------------------------------------------------------------------- longer leases
+
+
+def test_the_first_stretch_is_chosen(start_server: Start) -> None:
+    server = start_server("--max-block-seconds=3000")
+    with KeyPool(url_of(server)) as pool:
+        made = pool.generate()
+        with started(
+            server, ["-m", "keypool", "run", "--block-seconds", "2000", "--", "sleep", "60"]
+        ) as process:
+            eventually(lambda: (pool.get(made).release_in or 0) > 1900, "a long lease")
+            process.terminate()
+            process.wait(30)
+        refused = run_command(server, "run", "--block-seconds", "4000", "--", "true")
+        assert refused.status == Status.RUN_FAILED
+        assert "block_seconds" in refused.err
+
+
+def test_a_lease_that_lasts_as_long_as_the_command(start_server: Start) -> None:
+    server = start_server("--block-seconds=1.5", "--max-block-seconds=600")
+    with KeyPool(url_of(server)) as pool:
+        made = pool.generate()
+        ran = run_command(server, "run", "--extend", "--", "sh", "-c", "sleep 4; exit 3")
+        assert (ran.status, ran.err) == (3, "")
+        assert pool.stats().released == 0
+        assert pool.get(made).state == "available"
+
+
+def test_the_pool_does_not_allow_a_longer_lease(start_server: Start) -> None:
+    server = start_server("--block-seconds=2")
+    with KeyPool(url_of(server)) as pool:
+        pool.generate()
+        stopped = run_command(server, "run", "--extend", "--", "sleep", "60")
+        assert stopped.status == Status.RUN_LEASE_OVER
+        limit, end = stopped.err.splitlines()
+        assert "max_block_seconds" in limit
+        assert "it is stopped" in end
+        warned = run_command(server, "run", "--extend", "--overrun=warn", "--", "sh", "-c", "sleep 3; exit 4")
+        assert warned.status == 4
+        limit, end, *_ = warned.err.splitlines()
+        assert "max_block_seconds" in limit
+        assert "it goes on" in end
+
+
+def test_a_longer_lease_ends_at_the_limit_of_the_pool(start_server: Start) -> None:
+    server = start_server("--block-seconds=1", "--max-block-seconds=2")
+    with KeyPool(url_of(server)) as pool:
+        pool.generate()
+        stopped = run_command(server, "run", "--extend", "--", "sleep", "60")
+        assert stopped.status == Status.RUN_LEASE_OVER
+        assert "ended after its 2.0 s" in stopped.err
+
+
+def test_an_operator_who_takes_the_key_stops_the_command(start_server: Start) -> None:
+    server = start_server("--block-seconds=1.5", "--max-block-seconds=600")
+    with KeyPool(url_of(server)) as pool:
+        made = pool.generate()
+        with started(server, ["-m", "keypool", "run", "--extend", "--", "sleep", "60"]) as process:
+            eventually(lambda: pool.get(made).state == "blocked", "a key at work")
+            pool.quarantine(made, now=True)
+            _, noted = process.communicate(timeout=30)
+        assert process.returncode == Status.RUN_LEASE_OVER
+        assert "was taken back while it was held, and sleep still runs: it is stopped" in noted

@@ -9,17 +9,33 @@ import pytest
 from client_support import KINDS, Driver, clean, started
 from support import ROOT, ServerProcess
 
-from keypool.client import KeyPool, NoKeyAvailable, Refused, StaleLease, UnknownKey, Unreachable
+from keypool.client import (
+    BlockLimit,
+    KeyPool,
+    LeaseOver,
+    NoKeyAvailable,
+    Refused,
+    StaleLease,
+    UnknownKey,
+    Unreachable,
+)
 from keypool.client.testing import FakeServer
 
 GUIDE = ROOT / "docs" / "client.md"
 PRELUDE = """
 import asyncio
+from types import SimpleNamespace
 from keypool.client import KeyPool as _KeyPool
 
 _pool = _KeyPool.from_env()
 used = []
 use = used.append
+_work = [1]
+work_is_left = lambda: _work and _work.pop()
+
+def ask(secret):
+    use(secret)
+    return SimpleNamespace(status_code=429, headers={"Retry-After": "0"})
 
 async def use_async(secret):
     use(secret)
@@ -29,7 +45,7 @@ _pool.generate_many(3)
 EPILOGUE = """
 asyncio.run(work())
 _pool.close()
-assert len(used) == 5, used
+assert len(used) == 7, used
 print("end")
 """
 
@@ -78,6 +94,80 @@ def test_the_fake_pool_behaves_as_the_server_does(kind: str) -> None:
         fake.advance(301)
         assert pool.stats().expired == 2
         assert fake.keys == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fake_pool_looks_after_keys_as_the_server_does(kind: str) -> None:
+    fake = FakeServer(["key-1", "key-2", "key-3"], max_block_seconds=600, error_threshold=2)
+    with Driver(kind, "http://fake", transport=fake) as pool:
+        first, second, third = pool.wait(pool.pool.acquire_many(3))
+        assert pool.unblock(first, outcome="rate_limited", retry_after=90).available_in == pytest.approx(
+            90, 0.1
+        )
+        assert pool.unblock(first, outcome="rate_limited", retry_after=1).changed is False
+        assert pool.unblock(second, outcome="invalid", reason="401").state == "quarantined"
+        guarded = pool.unblock(third, outcome="invalid")
+        assert (guarded.state, guarded.guarded) == ("cooling", True)
+        with pytest.raises(NoKeyAvailable) as none:
+            pool.acquire()
+        assert (none.value.blocked, none.value.cooling, none.value.quarantined) == (0, 2, 1)
+        assert 0 < (none.value.retry_after or 0) <= 60
+        fake.advance(60)
+        assert fake.cooling == [first.secret]
+        with pool.lease(block_seconds=10) as key:
+            assert key.secret == third.secret
+            pool.wait(key.extend(100))
+            fake.advance(50)
+            assert fake.blocked == [third.secret]
+            for call in (pool.get, pool.keepalive, pool.unblock, pool.extend):
+                with pytest.raises(StaleLease):
+                    call(third)
+            with pytest.raises(BlockLimit):
+                pool.extend(key, 5)
+            key.error()
+        assert fake.cooling == [third.secret]  # the second failure in a row
+        assert fake.reports[-1] == (third.secret, "error")
+        with pytest.raises(LeaseOver):
+            pool.extend(key)
+        row = pool.get(second)
+        assert (row.outcome, row.reason, row.failures) == ("invalid", "401", 0)
+        assert pool.restore_many([second, third]).done == 2
+        assert pool.quarantine(second, "by hand", now=True).reason == "by hand"
+        assert fake.quarantined == [second.secret]
+        with pytest.raises(Refused, match="outcome"):
+            pool.unblock(third.secret, outcome="ok")
+        with pytest.raises(UnknownKey):
+            pool.get("h:1.1.AAAAAAAAAAA")
+        stats = pool.stats()
+        assert (stats.total, stats.quarantined, stats.quarantines, stats.restored, stats.cooled) == (
+            3,
+            1,
+            2,
+            2,
+            3,
+        )
+
+
+def test_the_fake_pool_knows_a_repeated_acquire() -> None:
+    fake = FakeServer(["key-1", "key-2"])
+    with KeyPool(transport=_Forgetful(fake), retry=3) as pool:
+        assert pool.acquire().lease == 1
+        assert len(fake.blocked) == 1
+
+
+class _Forgetful(httpx2.BaseTransport):
+    """Loses the first answer."""
+
+    def __init__(self, inner: httpx2.BaseTransport) -> None:
+        self.inner = inner
+        self.lost = False
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = self.inner.handle_request(request)
+        if not self.lost:
+            self.lost = True
+            raise httpx2.ReadError("lost")
+        return response
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -513,7 +513,10 @@ def delete(client: Client, ledger: Ledger, id: int) -> None:
     ledger.lost(story.text, attempt.span)
 
 
-REVIVED = "INSERT INTO keys SELECT {DELETED}, '{text}', created_at, expires_at, NULL, 6, NULL FROM keys WHERE id = 1"
+REVIVED = """
+    INSERT INTO keys (id, text, created_at, expires_at, lease)
+    SELECT {DELETED}, '{text}', created_at, expires_at, 6 FROM keys WHERE id = 1
+"""
 PLANTED = {
     "nothing": ("", ""),
     "a generated key": ("DELETE FROM keys WHERE id = 1", "lost key"),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
+from hashlib import sha256
 from html import unescape
 from urllib.parse import urlencode
 
 import pytest
 from app_client import Browser, guarded, serves
 from conftest import Start
+from jinja2 import Environment
 from support import ADMIN_TOKEN, API, CLIENT_TOKEN, VIEWER_TOKEN, ServerProcess
 from viewing import Closed, Viewer
 
 PAGES = (
-    "/", "/keys", "/keys?tab=blocked", "/keys?tab=available", "/keys?tab=expiring", "/events", "/system", "/calls",
+    "/", "/keys", "/keys?tab=blocked", "/keys?tab=available", "/keys?tab=cooling", "/keys?tab=quarantined",
+    "/keys?tab=expiring", "/events", "/events?kind=cooled", "/system", "/calls",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- pages
@@ -57,10 +60,151 @@ async def test_the_overview_is_right_before_any_script_runs(pages: Browser) -> N
     await pages.make(5)
     lease = await pages.acquire(owner="worker-7")
     text = (await pages.fetch("/")).text
-    assert re.findall(r'class="figure">([\d,]+)<', text)[:3] == ["4", "1", "0"]
+    assert figures(text) == ["4", "1", "0", "0", "0"]
     assert "worker-7" in text
     assert f"lease {lease['lease']}" in text
     assert re.search(r'id="empty"\s+hidden', text)
+
+
+def figures(text: str) -> list[str]:
+    """The figures of the overview's first tiles: the four states, and waiting."""
+    return re.findall(r'class="figure">([\d,]+)<', text)[:5]
+
+
+def keys_of(text: str) -> list[int]:
+    """The ids of a table's rows."""
+    return [int(number) for number in re.findall(r'class="key-row" data-id="(\d+)"', text)]
+
+
+async def report(pages: Browser, outcome: str, **fields: object) -> int:
+    """Acquire a key and give it back with an outcome. Returns its id."""
+    lease = await pages.acquire()
+    body = {"lease": lease["lease"], "outcome": outcome, **fields}
+    (await pages.call("POST", f"/keys/id:{lease['id']}/unblock", body)).expect(200)
+    return int(lease["id"])
+
+
+async def quarantine(pages: Browser, key_id: int, **fields: object) -> None:
+    """Quarantine a key as an admin."""
+    (await pages.call("POST", f"/keys/id:{key_id}/quarantine", fields)).expect(200)
+
+
+async def test_the_overview_counts_four_states(pages: Browser) -> None:
+    """It lists the cooling key that is ready next, with its outcome."""
+    await pages.make(9)
+    slow = await report(pages, "rate_limited", retry_after=3700)
+    soon = await report(pages, "rate_limited", retry_after=300)
+    await report(pages, "invalid", reason="401 from example.com")
+    await pages.acquire()
+    text = (await pages.fetch("/")).text
+    assert figures(text) == ["5", "1", "2", "1", "0"]
+    cooling = text[text.index('data-order="ready"') : text.index('id="latest-title"')]
+    assert re.findall(r'<li data-id="(\d+)"', cooling) == [str(soon), str(slow)]
+    assert "rate limited, 1 failure" in cooling
+    assert re.findall(r'class="time">([^<]+)<', cooling) == ["5:00", "1:01:40"]
+
+
+async def test_the_tiles_warn_when_over_half_of_the_pool_is_out(pages: Browser) -> None:
+    """Cooling and quarantined keys count together; half of the pool is not more than half."""
+    keys = await pages.make(4)
+    await report(pages, "rate_limited", retry_after=300)
+    [one, two] = [key["id"] for key in keys if (await is_available(pages, key["id"]))][:2]
+    await quarantine(pages, one)
+    assert "over half of the pool is out" not in (await pages.fetch("/")).text
+    await quarantine(pages, two)
+    text = (await pages.fetch("/")).text
+    assert re.findall(r'<div class="tile warn" id="tile-(\w+)"', text) == ["cooling", "quarantined"]
+    assert text.count("over half of the pool is out") == 2
+
+
+async def is_available(pages: Browser, key_id: int) -> bool:
+    """Whether a key is available."""
+    row = (await pages.call("GET", f"/keys/id:{key_id}")).expect(200)
+    return bool(row["state"] == "available")
+
+
+async def test_each_state_has_a_list(pages: Browser) -> None:
+    """The cooling ones in the order in which they are ready; a search keeps to the state."""
+    keys = {key["id"]: key["key"] for key in await pages.make(6)}
+    later = await report(pages, "rate_limited", retry_after=100_000, reason="daily quota")
+    sooner = await report(pages, "rate_limited", retry_after=40, reason="per minute")
+    gone = await report(pages, "invalid", reason="<i>401</i>")
+    text = (await pages.fetch("/keys?tab=cooling")).text
+    assert keys_of(text) == [sooner, later]
+    assert text.index("per minute") < text.index("daily quota")
+    assert re.findall(r'data-kind="ready".*?class="time">([^<]+)<', text, re.DOTALL) == ["0:40", "1 d 3 h"]
+    text = (await pages.fetch("/keys?tab=quarantined")).text
+    assert keys_of(text) == [gone]
+    assert "&lt;i&gt;401&lt;/i&gt;" in text
+    assert '<span class="state" data-state="quarantined">quarantined</span>' in text
+    assert len(keys_of((await pages.fetch("/keys?tab=available")).text)) == 3
+    for tab, found in (("cooling", [later]), ("quarantined", []), ("all", [later])):
+        query = urlencode({"tab": tab, "q": keys[later][:4]})
+        assert keys_of((await pages.fetch(f"/keys?{query}")).text) == found
+
+
+async def test_a_state_that_no_key_is_in_says_so(pages: Browser) -> None:
+    """Each list has a sentence of its own."""
+    await pages.make()
+    for tab in ("blocked", "cooling", "quarantined"):
+        text = (await pages.fetch(f"/keys?tab={tab}")).text
+        shown = re.findall(r'<div data-when="(\w+)">', text)
+        assert shown == [tab]
+        assert f"No key is {tab}" in text
+
+
+async def test_the_page_of_a_key_that_is_out_says_why(pages: Browser) -> None:
+    """State, countdown, outcome, reason and failures; an operator's reason while the key is quarantined."""
+    await pages.make()
+    key_id = await report(pages, "rate_limited", retry_after=30, reason="429 from example.com")
+    text = unescape((await pages.fetch(f"/keys/{key_id}")).text)
+    for name, value in (
+        ("State", "cooling"), ("Last outcome", "rate limited"), ("Reason", "429 from example.com"),
+        ("Failures in a row", "1"),
+    ):  # fmt: skip
+        assert re.search(rf"<dt>{name}</dt><dd[^>]*>(<span[^>]*>)?{value}<", text), name
+    assert re.search(r"<dt>Available in</dt><dd><span class=\"countdown\" data-left=\"(29|30)", text)
+    assert "Release in" not in text
+    await quarantine(pages, key_id, reason="ticket 4711")
+    text = (await pages.fetch(f"/keys/{key_id}")).text
+    assert "ticket 4711" in text
+    assert "429 from example.com" not in text
+
+
+@guarded
+async def test_events_say_who_or_what_brought_them_about(pages: Browser) -> None:
+    """A holder by its name, a deadline, and an operator by the token's mark with the holder who lost the key."""
+    await pages.make(2)
+    await report(pages, "ok")
+    held = await pages.acquire(owner="late <b>")
+    await quarantine(pages, held["id"], now=True)
+    cookie = await pages.sign_in(VIEWER_TOKEN)
+    text = unescape((await pages.fetch("/events", Cookie=cookie)).text)
+    said = re.findall(
+        r'class="verb" data-f="event">(\w+)<.*?data-f="origin">([^\n]*)</span>', text, re.DOTALL
+    )
+    mark = sha256(ADMIN_TOKEN.encode()).hexdigest()[:8]
+    assert said[::-1] == [
+        ("generated", f"by operator {mark}"),
+        ("generated", f"by operator {mark}"),
+        ("acquired", "by worker-7"),
+        ("unblocked", "by worker-7"),
+        ("acquired", "by late <b>"),
+        ("unblocked", f"by operator {mark}, held by late <b>"),
+        ("quarantined", f"by operator {mark}, held by late <b>"),
+    ]
+    only = (await pages.fetch("/events?kind=quarantined", Cookie=cookie)).text
+    assert only.count('data-kind="quarantined"') == 3  # a tab, the list, one event
+
+
+async def test_templates_are_compiled_before_the_first_request(
+    pages: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To compile one holds up the loop for tens of milliseconds."""
+    [key] = await pages.make()
+    monkeypatch.delattr(Environment, "compile")
+    for path in (*PAGES, f"/keys/{key['id']}", f"/keys/{key['id']}?part", "/login", "/logout", "/nothing"):
+        assert (await pages.fetch(path)).status in (200, 303, 404), path
 
 
 async def test_an_empty_pool_says_what_to_do(pages: Browser) -> None:
@@ -78,7 +222,19 @@ async def test_an_exhausted_pool_says_when_a_key_is_free_again(pages: Browser) -
     await pages.acquire()
     text = (await pages.fetch("/")).text
     assert not re.search(r'id="exhausted"[^>]*hidden', text)
-    assert re.search(r'id="next-release"[^>]*>(1:00|0:59)<', text)
+    assert re.search(r'id="next-due">The next block or cooldown ends in <strong[^>]*>(1:00|0:59)<', text)
+    assert re.search(r'id="none-due"\s+hidden', text)
+
+
+async def test_a_pool_that_is_out_for_good_says_that_nothing_comes_back_by_itself(pages: Browser) -> None:
+    """All keys are quarantined."""
+    for key in await pages.make(2):
+        await quarantine(pages, key["id"])
+    text = unescape((await pages.fetch("/")).text)
+    plain = " ".join(re.sub(r"<[^>]+>", "", text).split())
+    assert "An acquire waits or gets 404: 0 blocked, 0 cooling and 2 quarantined." in plain
+    assert re.search(r'id="next-due"\s+hidden', text)
+    assert not re.search(r'id="none-due"\s+hidden', text)
 
 
 async def test_keys_are_listed_in_pages_of_fifty_by_cursor(pages: Browser) -> None:
@@ -334,6 +490,33 @@ async def test_the_audit_log_names_the_token_of_the_session(
         (await pages.call("POST", "/keys", token=None, **sent)).expect(201)
     [signed] = re.findall(r"sign-in by admin \(token (\w+)\) from 127", caplog.text)
     assert re.findall(r"generate by admin \(token (\w+)\) from 127", caplog.text) == [signed]
+
+
+@guarded
+async def test_a_session_quarantines_and_restores_under_its_tokens_name(
+    pages: Browser, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the audit log and in the events; not without the XSRF value, and not as a viewer."""
+    [key] = await pages.make()
+    path = f"/keys/id:{key['id']}/quarantine"
+    cookie, viewer = await pages.sign_in(ADMIN_TOKEN), await pages.sign_in(VIEWER_TOKEN)
+    (await pages.call("POST", path, {}, token=None, Cookie=cookie)).expect(401, "unauthorized")
+    as_viewer = {"Cookie": viewer, "X_Keypool_Xsrf": await pages.proof(viewer)}
+    (await pages.call("POST", path, {}, token=None, **as_viewer)).expect(403, "forbidden")
+    sent = {"Cookie": cookie, "X_Keypool_Xsrf": await pages.proof(cookie)}
+    with caplog.at_level(logging.INFO, "keypool.audit"):
+        row = (await pages.call("POST", path, {"reason": "leaked"}, token=None, **sent)).expect(200)
+        assert (row["state"], row["reason"]) == ("quarantined", "leaked")
+        restored = await pages.call("POST", f"/keys/id:{key['id']}/restore", token=None, **sent)
+        assert restored.expect(200)["state"] == "available"
+    mark = sha256(ADMIN_TOKEN.encode()).hexdigest()[:8]
+    acts = re.findall(rf"(quarantine|restore) by admin \(token {mark}\)", caplog.text)
+    assert acts == ["quarantine", "restore"]
+    state = (await pages.fetch("/figures?state", Cookie=cookie)).json["state"]
+    assert [(event["event"], event["by"], event["actor"]) for event in state["events"][-2:]] == [
+        ("quarantined", "operator", mark),
+        ("restored", "operator", mark),
+    ]
 
 
 @guarded

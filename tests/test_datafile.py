@@ -42,7 +42,7 @@ from support import ROOT
 from keypool.core.errors import StartError, UnknownKey
 from keypool.engine.clock import make_clock
 from keypool.engine.durable import datafile, file_lock, opening
-from keypool.engine.durable.datafile import Batch, encode
+from keypool.engine.durable.rows import Batch, encode
 from keypool.engine.durable.wire import Kind, Verdict, decode_verdict, frame, read_frame
 from keypool.engine.durable.writer import Writer
 from keypool.engine.embedded import EmbeddedEngine
@@ -81,7 +81,7 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(
     monkeypatch.setattr(datafile, "VERSION", datafile.VERSION + 2)
     for _ in range(2):
         datafile.connect(path).close()
-        assert table_of(path)[0][7:] == (None, "x")
+        assert table_of(path)[0][10:] == (None, "x")
     assert datafile.inspect(path)["last_id"] == 1
 
 
@@ -94,7 +94,7 @@ def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path, monkeypatch
         patch.setattr(datafile, "MIGRATIONS", (*datafile.MIGRATIONS, broken))
         with pytest.raises(sqlite3.Error):
             datafile.connect(path)
-    assert len(table_of(path)[0]) == 7
+    assert len(table_of(path)[0]) == 10
     datafile.connect(path).close()
     assert datafile.inspect(path)["last_id"] == 1
 
@@ -513,7 +513,8 @@ FLIPS = 120
 def test_a_flipped_bit_is_refused_in_one_line_or_harmless(tmp_path: Path) -> None:
     """Wherever it is: the file is refused and left as it was, or it loads and the pool is sound."""
     whole = tmp_path / "whole.db"
-    fill(whole, [(id, f"{id:020d}", 1, 4_000_000_000_000, None, 0, None) for id in range(1, 400)], moment=1)
+    rows = [(id, f"{id:020d}", 1, 4_000_000_000_000, *row(id)[4:]) for id in range(1, 400)]
+    fill(whole, rows, moment=1)
     content = whole.read_bytes()
     draw = random.Random(3)
 
@@ -755,7 +756,7 @@ def _documented(path: Path, copy: Path) -> None:
         line = keypool("backup", str(copy), f"--data={path}")
     finally:
         os.umask(before)
-    assert re.fullmatch(rf"{copy} is whole: version \d+, \d+ keys, 1 blocked", line)
+    assert re.fullmatch(rf"{copy} is whole: version \d+, \d+ keys, 1 blocked, 0 cooling, 0 quarantined", line)
     assert keypool("verify", str(copy)) == line
     assert [each.name for each in copy.parent.iterdir()] == [copy.name], "something was left beside it"
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keypool.api.operations import MAX_WAIT
+from keypool.api.bodies import MAX_WAIT
 from keypool.config.limits import MAX_BODY, Limits
 from keypool.config.settings import OPTIONS
 

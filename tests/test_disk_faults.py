@@ -1,4 +1,4 @@
-"""The server on a disk that is full, fails or hangs, and on a file that is taken away from it."""
+"""The server on a disk that is full, fails or hangs, and with a data file that is removed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill_up(disk: Path) -> Path:
-    """Leave no byte free; the file that takes them."""
+    """Fill the disk to the last byte. Returns the file that takes the space."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -61,7 +61,7 @@ def fill_up(disk: Path) -> Path:
 
 @contextlib.contextmanager
 def no_writing(pid: int) -> Iterator[None]:
-    """Every write of a process to a file fails meanwhile, as if the disk did."""
+    """Make every write of a process to a file fail meanwhile, as on a broken disk."""
     if not hasattr(resource, "prlimit"):
         pytest.skip("needs prlimit")
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -73,7 +73,7 @@ def no_writing(pid: int) -> Iterator[None]:
 
 
 def wait_for_refusal(client: Client) -> None:
-    """Ask for keys until it is refused: the log of a file has room for some."""
+    """Generate keys until that is refused: the write-ahead log has room for some."""
 
     def refused() -> bool:
         answer = client.post(API + "/keys")
@@ -86,7 +86,7 @@ def wait_for_refusal(client: Client) -> None:
 
 
 def expect_only_reads(client: Client, key: dict[str, Any]) -> None:
-    """Storage is down: what changes something is refused, what is on disk is told."""
+    """Check that storage is down: changes are refused, and reads of what is on disk work."""
     client.get("/healthz").expect(200)
     client.get("/readyz").expect_problem(503, "storage-unavailable")
     path = f"{API}/keys/{key['key']}"
@@ -94,19 +94,24 @@ def expect_only_reads(client: Client, key: dict[str, Any]) -> None:
         client.post(API + "/keys"),
         client.post(ACQUIRE),
         client.post(f"{path}/unblock"),
+        client.post(f"{path}/unblock", json={"lease": 1, "outcome": "invalid"}),
+        client.post(f"{path}/extend", json={"lease": 1}),
+        client.post(f"{path}/quarantine"),
+        client.post(f"{path}/restore"),
         client.post(f"{path}/keepalive"),
         client.delete(path),
         client.batch(op="keepalive", keys=[key["key"]]),
     ):
         answer.expect_problem(503, "storage-unavailable")
-    assert client.row(key["key"])["id"] == key["id"]
+    row = client.row(key["key"])
+    assert (row["id"], row["state"], row["outcome"]) == (key["id"], "available", None)
     assert client.stats()["total"] >= 1
     assert client.get(API + "/keys").expect(200)["keys"]
     client.get(f"{API}/keys/{'x' * 20}").expect_problem(404, "unknown-key")
 
 
 def expect_all_well(client: Client) -> set[int]:
-    """Storage is back, without a restart: the ids of all keys."""
+    """Check that storage is back, without a restart. Returns the ids of all keys."""
     eventually(lambda: client.get("/readyz").status == 200, "storage that is back")
     client.make()
     return texts_of(client)
@@ -114,7 +119,7 @@ def expect_all_well(client: Client) -> set[int]:
 
 @pytest.mark.parametrize("cut", ["stopped", "killed"])
 def test_a_full_disk_refuses_changes_until_there_is_room(small_disk: Path, cut: str) -> None:
-    """And loses nothing, neither then nor by a kill while it is full."""
+    """Nothing is lost, even if the server is killed while the disk is full."""
     path = small_disk / "keypool.db"
     with durable_server(path) as server:
         server.allow("can't be written")
@@ -138,7 +143,7 @@ def test_a_full_disk_refuses_changes_until_there_is_room(small_disk: Path, cut: 
 
 
 def test_an_io_error_refuses_changes_until_it_is_over(tmp_path: Path) -> None:
-    """The same on a disk that fails, and on one that fails on and on."""
+    """The same holds for I/O errors, once and repeatedly."""
     path = tmp_path / "keypool.db"
     with durable_server(path) as server:
         server.allow("can't be written")
@@ -155,7 +160,7 @@ def test_an_io_error_refuses_changes_until_it_is_over(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_under_load_loses_nothing(tmp_path: Path) -> None:
-    """Faults come and go while callers generate: each gets an answer, and acknowledged keys are kept."""
+    """While faults come and go, every caller gets an answer, and acknowledged keys are kept."""
     path = tmp_path / "keypool.db"
     with durable_server(path) as server:
         server.allow("can't be written")
@@ -172,7 +177,7 @@ def test_a_disk_that_fails_under_load_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
-    """Full for more than twice the keepalive, while a keeper goes on asking; nor to a kill right after it."""
+    """The disk is full for more than twice the TTL while a keeper retries; then the server is killed."""
     path = small_disk / "keypool.db"
     with durable_server(path, "--keepalive-seconds=2") as server:
         server.allow("can't be written")
@@ -184,7 +189,7 @@ def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
         def keep() -> int:
             answer = client.batch(op="keepalive", keys=keys)
             if answer.status == 200:
-                assert answer.json == {"op": "keepalive", "done": 200, "unknown": []}
+                assert answer.json == {"op": "keepalive", "done": 200, "unknown": [], "stale": []}
             else:
                 answer.expect_problem(503, "storage-unavailable")
             kept.append(answer.status)
@@ -204,7 +209,7 @@ def test_a_keeper_loses_no_key_to_a_full_disk(small_disk: Path) -> None:
 
 
 def test_a_disk_that_hangs_is_an_outage_that_ends_by_itself(tmp_path: Path) -> None:
-    """Noticed within 6 s: a log line, 503 for who waits, comes, and asks /readyz; no key is lost to it."""
+    """It is noticed within 6 s: a log line, 503 for all calls and for /readyz. No key is lost."""
     with durable_server(tmp_path / "keypool.db", "--keepalive-seconds=4") as server:
         server.allow("can't be written")
         client = server.client()
@@ -229,12 +234,13 @@ def test_a_disk_that_hangs_is_an_outage_that_ends_by_itself(tmp_path: Path) -> N
             "op": "keepalive",
             "done": 3,
             "unknown": [],
+            "stale": [],
         }
 
 
 @pytest.mark.parametrize("how", ["moved", "replaced"])
 def test_a_data_file_that_is_gone_is_an_outage(tmp_path: Path, how: str) -> None:
-    """Noticed within a second; over when it is back in its place. A stop before says what it didn't keep."""
+    """It is noticed within a second, and over when the file is back. A stop before that reports what was not kept."""
     path, away = tmp_path / "keypool.db", tmp_path / "away"
     with durable_server(path) as server:
         server.allow("can't be written|the last commit was not made")
@@ -274,7 +280,7 @@ def test_the_writer_is_given_no_setting_and_no_token(tmp_path: Path) -> None:
 
 
 def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
-    """Whatever the umask, and those that are there stay as they are."""
+    """This holds for any umask. Existing folders keep their mode."""
     before = os.umask(0)
     try:
         tmp_path.chmod(0o755)
@@ -288,7 +294,7 @@ def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
 
 
 def test_waiters_are_served_when_the_disk_is_back(tmp_path: Path) -> None:
-    """One who stood in the queue when it failed gets the key whose block ran out meanwhile, and not before."""
+    """A waiter gets a key whose block ended during the outage when it is over, and not before."""
     with durable_server(tmp_path / "keypool.db", "--block-seconds=1") as server:
         server.allow("can't be written")
         client = server.client()
@@ -306,6 +312,6 @@ def test_waiters_are_served_when_the_disk_is_back(tmp_path: Path) -> None:
 
 
 def test_a_start_on_a_full_disk_is_one_line(small_disk: Path) -> None:
-    """Status 1, and no other line in the log."""
+    """The status is 1, and the log has no other line."""
     fill_up(small_disk)
     assert FULL in refused_start(small_disk / "keypool.db")

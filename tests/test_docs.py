@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Start
 from support import Answer, Client, ServerProcess, clean_environment
 
 from keypool.api.first_version import LEGACY
@@ -21,21 +22,27 @@ from keypool.core import errors
 ROOT = DOCS.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")])
 KEY = re.compile(r"\b[A-Za-z0-9]{20}\b")
+HANDLE = re.compile(r"\bh:[0-9]+\.[0-9]+\.[\w-]{11}")
+TIMES = "release_in|expires_in|retry_after|available_in|block_left"
 
 
 def curl(client: Client, command: str) -> Answer:
     """Make the request of a curl command line from the documentation, to this server."""
     words = shlex.split(command)[1:]
     method, body, path = "GET", None, ""
+    headers: dict[str, str] = {}
     while words:
         word = words.pop(0)
         if word == "-X":
             method = words.pop(0)
+        elif word == "-H":
+            name, _, value = words.pop(0).partition(": ")
+            headers[name] = value
         elif word == "--json":
             method, body = "POST", words.pop(0).encode()
+            headers["Content-Type"] = "application/json"
         else:
             path = "/" + word.split("/", 3)[3]
-    headers = {} if body is None else {"Content-Type": "application/json"}
     return client.request(method, path, body=body, headers=headers)
 
 
@@ -46,8 +53,9 @@ def transcript(page: Path) -> list[tuple[str, str]]:
 
 def shape(text: str) -> object:
     """An answer without what differs from run to run."""
-    text = KEY.sub("KEY", text)
-    text = re.sub(r'("(?:release_in|expires_in|retry_after|id|lease)":)[0-9.]+', r"\g<1>0", text)
+    text = HANDLE.sub("HANDLE", KEY.sub("KEY", text))
+    text = re.sub(rf'("(?:{TIMES}|id|lease)":)[0-9.]+', r"\g<1>0", text)
+    text = re.sub(r'("(?:hint|created_at)":)"[^"]*"', r'\g<1>""', text)
     text = re.sub(r'("request_id":)"[^"]*"', r'\g<1>""', text)
     return json.loads(re.sub(r"due in [0-9.]+ s", "due in 0 s", text))
 
@@ -65,6 +73,26 @@ def test_the_readme_transcript_runs_as_it_is_shown(server: ServerProcess) -> Non
         assert shape(text) == shape(shown), f"{command}: README shows {shown}, the server answered {text}"
         found = KEY.search(text)
         real_key = real_key or (found.group() if found else "")
+
+
+def test_the_transcripts_of_the_api_page_run_as_they_are_shown(lend: Start) -> None:
+    """Each command, in order, gives the answer shown below it; lengths of time are about as long as shown."""
+    client = lend("--max-block-seconds=3600").client()
+    made: dict[str, str] = {}  # what really stands for what is shown
+    for shown_command, shown in transcript(DOCS / "api.md"):
+        command, wanted = shown_command, json.loads(shown)
+        if command.endswith("/acquire") and wanted["handle"] not in made:
+            client.make()
+        for before, now in made.items():
+            command = command.replace(before, now)
+        answer = curl(client, command)
+        text = answer.body.decode()
+        assert shape(text) == shape(shown), f"{command}: the page shows {shown}, the server answered {text}"
+        if "handle" in wanted:
+            assert made.setdefault(wanted["handle"], answer.json["handle"]) == answer.json["handle"]
+        for name in TIMES.split("|"):
+            if wanted.get(name) is not None:
+                assert abs(answer.json[name] - wanted[name]) < 60, f"{name} of {command}: {text}"
 
 
 def test_the_readme_program_runs_as_it_is_shown(server: ServerProcess) -> None:

@@ -1,8 +1,8 @@
 """The embedded engine on a clock that a test moves, with timers that fire when a test says so.
 
-The races that nobody meets by waiting: a timer that comes after the call that it should have preceded, a
-caller that hangs up between being served and being told. Wherever timers are held back the deadline is the
-truth, for every call.
+These are races that can't be provoked by waiting: a timer that fires after the call that it should have preceded, a
+caller that hangs up after it was served and before it got its answer. However late the timers are, every call goes by
+the deadlines.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from engine_support import (
     LATE,
     START,
     Call,
-    HeldTimers,
-    Moment,
-    make_engine,
+    Held,
+    held_with,
+    now,
     on_loop,
     turns,
     turns_until,
 )
 
 from keypool.api.auth import Caller, Role
+from keypool.api.calls import Call as ApiCall
 from keypool.api.first_version import LEGACY
-from keypool.api.operations import Call as ApiCall
 from keypool.core import pool as pool_module
-from keypool.core.answers import Identity, Lease, Row, Stats
+from keypool.core.answers import Identity, Lease, Row, Stats, Unblock
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import (
     BadRequest,
@@ -51,56 +51,12 @@ from keypool.core.pool import MAX_DUE_PER_CALL
 from keypool.engine import Engine
 from keypool.engine.embedded import RECENT_EVENTS, EmbeddedEngine
 
-
-class Held:
-    """An engine whose clock and timers are the test's."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.clock = Moment()
-        self.timers = HeldTimers()
-        self.engine = make_engine(self.clock, self.timers, **settings)
-        self.pool = self.engine.pool
-
-    def now_serving(self) -> list[tuple[int, str | None]]:
-        """The held keys by id, with their owners."""
-        return [
-            (key.id, key.owner) for key in self.pool._by_id.walk(None) if key.release_deadline is not None
-        ]
-
-    def wait(self, owner: str, seconds: float = 30.0) -> Call[Lease]:
-        """A pending acquire."""
-        return Call(self.engine.acquire(owner, seconds))
-
-    async def check(self) -> None:
-        """The pool is consistent, and no key is available while a call waits."""
-        await turns()
-        self.pool.check()
-        waiting = (await self.engine.stats()).waiting
-        assert not waiting or not self.pool.available, (
-            f"{waiting} wait although {self.pool.available} keys are available"
-        )
-
-
-async def now(call: Awaitable[Any]) -> Any:
-    """The answer of a call that must not wait for anything."""
-    made: Call[Any] = Call(call)  # type: ignore[arg-type]
-    assert made.over, "the call waits for something"
-    return made.answer
-
-
-async def held_with(*owners: str, keys: int | None = None, **settings: Any) -> tuple[Held, list[Lease]]:
-    """An engine whose keys these owners hold, one each."""
-    held = Held(**settings)
-    await now(held.engine.generate(len(owners) if keys is None else keys))
-    return held, [await now(held.engine.acquire(owner, 0)) for owner in owners]
-
-
 # ------------------------------------------------------------------------------------- the calls, as they answer
 
 
 @on_loop
 async def test_an_engine_with_nothing_to_wait_for_never_suspends() -> None:
-    """A call has its answer when it is first stepped: no task, no turn of the loop."""
+    """The answer is there after the first step of the coroutine: no task is needed, and no turn of the loop."""
     held = Held()
     engine = held.engine
     made = await now(engine.generate(3))
@@ -109,9 +65,9 @@ async def test_an_engine_with_nothing_to_wait_for_never_suspends() -> None:
     assert [key.expires_in for key in made] == [KEEPALIVE] * 3
     assert len(await now(engine.acquire_many("bob", 5))) == 2
     assert (await now(engine.keepalive(lease.id))).expires_in == KEEPALIVE
-    assert await now(engine.keepalive_many([lease.key, "nobody"])) == [True, False]
+    assert await now(engine.keepalive_many([lease.key, "nobody"])) == ["done", "unknown"]
     assert (await now(engine.unblock(lease.key, lease.lease))).changed is True
-    assert await now(engine.unblock_many([(lease.key, None), (lease.id, 9), ("x", None)])) == [
+    assert await now(engine.unblock_many([Unblock(lease.key), Unblock(lease.id, 9), Unblock("x")])) == [
         "done",
         "stale",
         "unknown",
@@ -122,14 +78,17 @@ async def test_an_engine_with_nothing_to_wait_for_never_suspends() -> None:
     assert (await now(engine.stats())).total == 3
     assert (await now(engine.delete(lease.id))).id == lease.id
     other = next(key for key in made if key.id != lease.id)
-    assert await now(engine.delete_many([lease.id, other.key])) == [None, Identity(other.id, hint(other.key))]
+    assert await now(engine.delete_many([lease.id, other.key])) == [
+        "unknown",
+        Identity(other.id, hint(other.key)),
+    ]
     assert held.pool.total == 1
     engine.ready()
 
 
 @on_loop
 async def test_every_call_of_the_protocol_is_there() -> None:
-    """With the protocol's own parameters."""
+    """The engine has all calls of the protocol, with the same parameters."""
     engine = Held().engine
     for name, wanted in inspect.getmembers(Engine, inspect.isfunction):
         if not name.startswith("_"):
@@ -139,7 +98,7 @@ async def test_every_call_of_the_protocol_is_there() -> None:
 
 @on_loop
 async def test_stats_count_what_happened() -> None:
-    """Each by the call that moves it, and uptime by the clock."""
+    """Each counter grows with its call, and the uptime with the clock."""
     held, (lease,) = await held_with("ann", keys=4)
     engine = held.engine
     await now(engine.keepalive(lease.id))
@@ -171,7 +130,7 @@ async def test_stats_count_what_happened() -> None:
 
 @on_loop
 async def test_lengths_of_time_are_of_this_moment_and_rounded_to_the_millisecond() -> None:
-    """Not of the moment when the deadline was set."""
+    """They are relative to the answer, not to the moment when the deadline was set."""
     held, (lease,) = await held_with("ann")
     held.clock.on(12.34567)
     row: Row = await now(held.engine.get(lease.id))
@@ -184,7 +143,7 @@ async def test_lengths_of_time_are_of_this_moment_and_rounded_to_the_millisecond
 
 @on_loop
 async def test_unblock_comes_before_the_release_timer() -> None:
-    """The timer is gone, and if it fires all the same it frees nothing that was served since."""
+    """Unblock cancels the timer. If it fires nevertheless, it must not end a newer lease."""
     held, (lease,) = await held_with("ann")
     key = held.pool.find_id(lease.id, held.clock())
     _, release = held.timers.timers
@@ -202,7 +161,7 @@ async def test_unblock_comes_before_the_release_timer() -> None:
 
 @on_loop
 async def test_unblock_comes_after_the_release_timer() -> None:
-    """The latest lease finds the key free; one served since fences it off."""
+    """The latest lease number is accepted for a free key; after the next acquire it is refused."""
     held, (lease,) = await held_with("ann")
     held.clock.on(BLOCK + LATE)
     held.timers.fire(*held.timers.for_deadline(BLOCK))
@@ -216,7 +175,7 @@ async def test_unblock_comes_after_the_release_timer() -> None:
 
 @on_loop
 async def test_unblock_at_the_deadline_changes_nothing_though_the_timer_is_late() -> None:
-    """The block ended by itself, and is counted as released."""
+    """The block ended by its deadline, and counts as released."""
     held, (lease,) = await held_with("ann")
     held.clock.on(BLOCK)
     assert (await now(held.engine.unblock(lease.key, None))).changed is False
@@ -226,7 +185,7 @@ async def test_unblock_at_the_deadline_changes_nothing_though_the_timer_is_late(
 
 @pytest.mark.parametrize("form", ["single", "batch"])
 def test_unblock_of_a_block_that_ran_out_takes_the_key_from_nobody_else(form: str) -> None:
-    """The former holder comes late without a lease, before the late timer, while two wait: one is served."""
+    """A late unblock without a lease number, before the late timer, serves one of two waiters and no more."""
 
     @on_loop
     async def test() -> None:
@@ -236,7 +195,7 @@ def test_unblock_of_a_block_that_ran_out_takes_the_key_from_nobody_else(form: st
         if form == "single":
             await now(held.engine.unblock(lease.key, None))
         else:
-            await now(held.engine.unblock_many([(lease.key, None)]))
+            await now(held.engine.unblock_many([Unblock(lease.key)]))
         await turns()
         served = [call.answer.lease for call in (bob, carol) if call.over]
         assert held.now_serving() == [(lease.id, "bob")], f"leases {served} were given of one key"
@@ -247,7 +206,7 @@ def test_unblock_of_a_block_that_ran_out_takes_the_key_from_nobody_else(form: st
 
 @on_loop
 async def test_keepalive_comes_before_the_expiry() -> None:
-    """In the last moment it moves the deadline; the timer of the former one purges nothing."""
+    """A keepalive at the last moment moves the deadline, and the timer of the old deadline purges nothing."""
     held, _ = await held_with(keys=1)
     (expiry,) = held.timers.timers
     held.clock.on(KEEPALIVE - 0.001)
@@ -261,7 +220,7 @@ async def test_keepalive_comes_before_the_expiry() -> None:
 
 @on_loop
 async def test_keepalive_at_the_expiry_comes_too_late_though_the_timer_is_later() -> None:
-    """The key is unknown, and purged on the way, with its timers."""
+    """The key is unknown, and the call purges it and cancels its timers."""
     held, (lease,) = await held_with("ann")
     held.clock.on(KEEPALIVE)
     with pytest.raises(UnknownKey):
@@ -272,7 +231,7 @@ async def test_keepalive_at_the_expiry_comes_too_late_though_the_timer_is_later(
 
 @on_loop
 async def test_a_keepalive_behind_a_timer_that_has_fired_keeps_the_key() -> None:
-    """A loop that fires early finds nothing due, and sets the timer again; keepalive moves it all the same."""
+    """A timer that fires early finds nothing due and is set again; keepalive still moves the deadline."""
     held, _ = await held_with(keys=1)
     (expiry,) = held.timers.timers
     held.clock.on(KEEPALIVE - 0.001)
@@ -286,7 +245,7 @@ async def test_a_keepalive_behind_a_timer_that_has_fired_keeps_the_key() -> None
 
 @on_loop
 async def test_a_key_that_is_deleted_while_somebody_waits_is_served_to_nobody() -> None:
-    """The waiter waits on, and gets the next one."""
+    """The waiter stays in the queue, and gets the next key."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
     await now(held.engine.delete(lease.id))
@@ -301,7 +260,7 @@ async def test_a_key_that_is_deleted_while_somebody_waits_is_served_to_nobody() 
 
 @on_loop
 async def test_a_waiter_whose_key_is_deleted_before_its_answer_gets_the_lease_as_served() -> None:
-    """The waiter held it for that moment; its unblock finds it gone."""
+    """It held the key for a moment; its unblock finds that the key is gone."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
     await now(held.engine.unblock(lease.key, lease.lease))
@@ -318,7 +277,7 @@ async def test_a_waiter_whose_key_is_deleted_before_its_answer_gets_the_lease_as
 
 @on_loop
 async def test_a_waiter_that_hangs_up_leaves_the_queue() -> None:
-    """Nothing is leased to it, and its timer is gone."""
+    """It gets no lease, and its timer is cancelled."""
     held, (lease,) = await held_with("ann")
     bob, carol = held.wait("bob"), held.wait("carol")
     armed = len(held.timers.timers)
@@ -333,7 +292,7 @@ async def test_a_waiter_that_hangs_up_leaves_the_queue() -> None:
 
 @on_loop
 async def test_a_waiter_that_hangs_up_as_it_is_served_gives_the_lease_back() -> None:
-    """No caller has the lease: the next waiter gets the key at the same moment."""
+    """No caller has the lease, so the next waiter gets the key at once."""
     held, (lease,) = await held_with("ann")
     bob, carol = held.wait("bob"), held.wait("carol")
     await now(held.engine.unblock(lease.key, lease.lease))
@@ -347,7 +306,7 @@ async def test_a_waiter_that_hangs_up_as_it_is_served_gives_the_lease_back() -> 
 
 @on_loop
 async def test_the_last_waiter_that_hangs_up_as_it_is_served_leaves_the_key_available() -> None:
-    """As if the call had never been made."""
+    """The pool is as if the call had never been made."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
     await now(held.engine.unblock(lease.key, lease.lease))
@@ -358,7 +317,7 @@ async def test_the_last_waiter_that_hangs_up_as_it_is_served_leaves_the_key_avai
 
 @on_loop
 async def test_a_task_that_is_cancelled_as_it_is_served_gives_the_lease_back() -> None:
-    """A caller may be a task as well."""
+    """This holds for calls that run as a task, too."""
     held, (lease,) = await held_with("ann")
     bob = asyncio.ensure_future(held.engine.acquire("bob", 30))
     await turns(2)
@@ -371,7 +330,7 @@ async def test_a_task_that_is_cancelled_as_it_is_served_gives_the_lease_back() -
 
 @on_loop
 async def test_hanging_up_takes_no_key_from_its_next_holder() -> None:
-    """The lease that is given back was freed and the key served again meanwhile."""
+    """If its lease has ended and the key was served again meanwhile, the new lease is left alone."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
     await now(held.engine.unblock(lease.key, lease.lease))
@@ -384,10 +343,10 @@ async def test_hanging_up_takes_no_key_from_its_next_holder() -> None:
 
 @on_loop
 async def test_hanging_up_after_the_served_key_is_gone_has_no_effect() -> None:
-    """Deleted, or expired by its deadline."""
+    """The key may have been deleted, or may have expired."""
     held, (one, two) = await held_with("ann", "ann")
     bob, carol = held.wait("bob"), held.wait("carol")
-    await now(held.engine.unblock_many([(one.id, None), (two.id, None)]))
+    await now(held.engine.unblock_many([Unblock(one.id), Unblock(two.id)]))
     await now(held.engine.delete(one.id))
     bob.hang_up()
     held.clock.on(KEEPALIVE)
@@ -398,7 +357,7 @@ async def test_hanging_up_after_the_served_key_is_gone_has_no_effect() -> None:
 
 @on_loop
 async def test_hanging_up_with_a_stale_lease_still_serves_waiters() -> None:
-    """Looking for the lease finds the block of the next holder overdue: the key is the next waiter's."""
+    """Looking for the key may find the next holder's block overdue; then the next waiter gets it."""
     held, (lease,) = await held_with("ann")
     bob, dave, carol = held.wait("bob"), held.wait("dave", 60), held.wait("carol", 60)
     await now(held.engine.unblock(lease.key, None))
@@ -413,7 +372,7 @@ async def test_hanging_up_with_a_stale_lease_still_serves_waiters() -> None:
 
 @on_loop
 async def test_hanging_up_after_the_timeout_has_no_effect() -> None:
-    """Between the timer and the answer."""
+    """The caller hangs up after the timer has fired and before the answer."""
     held, _ = await held_with("ann")
     bob = held.wait("bob", 5)
     held.timers.fire(list(held.timers.timers)[-1])
@@ -424,7 +383,7 @@ async def test_hanging_up_after_the_timeout_has_no_effect() -> None:
 
 @on_loop
 async def test_hanging_up_as_the_server_stops_has_no_effect() -> None:
-    """Between the error and the answer."""
+    """The caller hangs up after the error was set and before the answer."""
     held, _ = await held_with("ann")
     bob = held.wait("bob")
     held.engine.drain()
@@ -437,7 +396,7 @@ async def test_hanging_up_as_the_server_stops_has_no_effect() -> None:
 
 @on_loop
 async def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
-    """Whatever made a key available: unblock, a timer, generate, another's hanging up."""
+    """This holds whether unblock, a timer, generate or another caller's hang-up made a key available."""
     held, leases = await held_with("ann", "ann", "ann")
     calls = {name: held.wait(name) for name in "abcdefg"}
     served: list[str] = []
@@ -458,7 +417,7 @@ async def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
     held.timers.fire(*releases)  # of two blocks
     await expect("c", "d")
     assert calls["c"].answer.lease < calls["d"].answer.lease
-    await now(held.engine.unblock_many([(calls["a"].answer.id, None), (calls["b"].answer.id, None)]))
+    await now(held.engine.unblock_many([Unblock(calls["a"].answer.id), Unblock(calls["b"].answer.id)]))
     await expect("e", "f")
     await now(held.engine.generate(5))
     await expect("g")
@@ -466,7 +425,7 @@ async def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
 
 @on_loop
 async def test_a_newcomer_never_overtakes_a_waiter() -> None:
-    """Even when a block ran out whose timer is late: the waiter gets that key, the newcomer none."""
+    """The waiter gets the key of an overdue block whose timer is late, and the newcomer gets none."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", 60)
     held.clock.on(BLOCK)
@@ -479,7 +438,7 @@ async def test_a_newcomer_never_overtakes_a_waiter() -> None:
 
 @on_loop
 async def test_a_newcomer_that_waits_queues_behind_other_waiters() -> None:
-    """Two blocks ran out with late timers: the first waiter and the newcomer are served, in this order."""
+    """With two overdue blocks, the first waiter and the newcomer are served, in this order."""
     held, _ = await held_with("ann", "ann")
     bob = held.wait("bob", 60)
     held.clock.on(BLOCK)
@@ -491,7 +450,7 @@ async def test_a_newcomer_that_waits_queues_behind_other_waiters() -> None:
 
 @on_loop
 async def test_a_newcomer_never_overtakes_a_waiter_even_with_a_backlog_of_expired_keys() -> None:
-    """Many blocks and keys ran out, and one key lives: it is the waiter's."""
+    """Of many overdue and expired keys one is alive, and the waiter gets it."""
     last = 4 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=50.0, keepalive_seconds=20.0)
     held.pool._random = lambda: 0.0
@@ -511,7 +470,7 @@ async def test_a_newcomer_never_overtakes_a_waiter_even_with_a_backlog_of_expire
 
 @on_loop
 async def test_more_than_max_waiters_are_refused() -> None:
-    """At once; the others keep waiting, and one that hangs up makes room."""
+    """They are refused at once, the others keep waiting, and a caller that hangs up makes room."""
     held, _ = await held_with("ann", max_waiters=2)
     bob, carol = held.wait("bob"), held.wait("carol")
     with pytest.raises(TooManyWaiters, match="2 calls"):
@@ -526,7 +485,7 @@ async def test_more_than_max_waiters_are_refused() -> None:
 
 @on_loop
 async def test_no_waiters_at_all_may_be_allowed() -> None:
-    """Then a wait is refused unless a key is there."""
+    """With --max-waiters=0, a wait is refused unless a key is available."""
     held, (lease,) = await held_with("ann", max_waiters=0)
     with pytest.raises(TooManyWaiters):
         await now(held.engine.acquire("bob", 30))
@@ -536,7 +495,7 @@ async def test_no_waiters_at_all_may_be_allowed() -> None:
 
 @on_loop
 async def test_a_waiter_that_times_out_gets_no_key() -> None:
-    """It is counted as refused, told the time to the earliest release, and waits no more."""
+    """It counts as refused, its error has the time to the earliest release, and it has left the queue."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", 5)
     timer = list(held.timers.timers)[-1]
@@ -555,7 +514,7 @@ async def test_a_waiter_that_times_out_gets_no_key() -> None:
 
 @on_loop
 async def test_a_waiter_that_times_out_gets_a_key_whose_block_ran_out_before() -> None:
-    """By its deadline it is available, though the release timer is later than the waiter's."""
+    """The deadline has passed, even if the release timer fires after the waiter's timer."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", BLOCK + 1)
     held.clock.on(BLOCK + 1)
@@ -566,7 +525,7 @@ async def test_a_waiter_that_times_out_gets_a_key_whose_block_ran_out_before() -
 
 @on_loop
 async def test_a_waiter_that_times_out_gets_a_key_hidden_by_a_backlog() -> None:
-    """All blocks ran out with late timers, and all keys but one have expired: that one is available."""
+    """All blocks are overdue and all keys but one have expired: the waiter gets that one."""
     last = 4 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=50.0, keepalive_seconds=20.0)
     held.pool._random = lambda: 0.0
@@ -583,19 +542,20 @@ async def test_a_waiter_that_times_out_gets_a_key_hidden_by_a_backlog() -> None:
 
 @on_loop
 async def test_a_generate_that_hangs_up_leaves_no_waiter_unserved() -> None:
-    """It was making room turn by turn, and has found a block overdue on its way."""
-    held, _ = await held_with("ann", max_keys=1 + 2 * MAX_DUE_PER_CALL)
+    """While it made room, turn by turn, it found an overdue block."""
+    crowd = 6 * MAX_DUE_PER_CALL
+    held, _ = await held_with("ann", max_keys=1 + crowd)
     bob = held.wait("bob", 400)
     await now(held.engine.generate(1))  # bob's, and by that he is served
     await turns()
     assert bob.over
-    await now(held.engine.generate(2 * MAX_DUE_PER_CALL - 1))
-    leases = await now(held.engine.acquire_many("ann", 2 * MAX_DUE_PER_CALL - 1))
+    await now(held.engine.generate(crowd - 1))
+    leases = await now(held.engine.acquire_many("ann", crowd - 1))
     held.clock.on(30)
     await now(held.engine.keepalive(leases[-1].id))
     carol = held.wait("carol", 400)
     held.clock.to(START + KEEPALIVE + 1)
-    call = Call(held.engine.generate(2 * MAX_DUE_PER_CALL))
+    call = Call(held.engine.generate(crowd))
     assert not call.over, "the crowd was dealt with in one turn"
     call.hang_up()
     await turns(50)
@@ -605,7 +565,7 @@ async def test_a_generate_that_hangs_up_leaves_no_waiter_unserved() -> None:
 
 @on_loop
 async def test_a_waiter_that_was_served_does_not_time_out() -> None:
-    """Its timer is gone with the wait."""
+    """Its timer was cancelled when it was served."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob", 5)
     timer = list(held.timers.timers)[-1]
@@ -618,7 +578,7 @@ async def test_a_waiter_that_was_served_does_not_time_out() -> None:
 
 @on_loop
 async def test_no_key_is_available_while_a_call_waits() -> None:
-    """Through 2,000 random calls, with clocks that jump and timers that fire late or never (seeded)."""
+    """2,000 random calls (seeded), with clocks that jump and timers that fire late or never."""
     source = random.Random(31)
     held = Held(block_seconds=6.0, keepalive_seconds=30.0, max_keys=12, max_waiters=5)
     held.pool._random = source.random
@@ -660,7 +620,7 @@ async def test_no_key_is_available_while_a_call_waits() -> None:
 
 @on_loop
 async def test_a_refused_generate_serves_waiters() -> None:
-    """It found a block overdue on its way: the key is the waiter's."""
+    """The call found an overdue block, whose key the waiter gets."""
     held, (lease,) = await held_with("ann", max_keys=1)
     _, release = held.timers.timers
     bob = held.wait("bob", 60)
@@ -678,7 +638,7 @@ async def test_a_refused_generate_serves_waiters() -> None:
 
 @on_loop
 async def test_a_server_that_stops_answers_its_waiters_at_once() -> None:
-    """It admits no more, but serves calls that needn't wait."""
+    """It refuses new waiters, but serves calls that needn't wait."""
     held, (lease,) = await held_with("ann")
     calls = [held.wait("bob"), held.wait("carol")]
     armed = len(held.timers.timers)
@@ -700,7 +660,7 @@ async def test_a_server_that_stops_answers_its_waiters_at_once() -> None:
 
 @on_loop
 async def test_after_closing_timers_do_nothing() -> None:
-    """They may fire until the loop ends."""
+    """Timers that are still set may fire, and have no effect."""
     held, _ = await held_with("ann", keys=3)
     await now(held.engine.close())
     held.clock.on(KEEPALIVE + LATE)
@@ -714,7 +674,7 @@ async def test_after_closing_timers_do_nothing() -> None:
 
 @on_loop
 async def test_a_batch_is_made_whole_or_not_at_all() -> None:
-    """One too many, and none is made."""
+    """If one key too many is requested, none is generated."""
     held = Held(max_keys=5)
     assert len(await now(held.engine.generate(3))) == 3
     with pytest.raises(PoolFull):
@@ -725,7 +685,7 @@ async def test_a_batch_is_made_whole_or_not_at_all() -> None:
 
 @on_loop
 async def test_a_batch_of_acquires_gets_the_available_keys() -> None:
-    """Fewer than asked when fewer are free, and none is an error that counts as one refusal."""
+    """It gets fewer if fewer are available; none at all is an error, which counts as one refusal."""
     held = Held()
     await now(held.engine.generate(3))
     leases = await now(held.engine.acquire_many("ann", 5))
@@ -743,23 +703,34 @@ async def test_a_batch_takes_its_items_one_by_one_in_order() -> None:
     engine = held.engine
     outcomes = await now(
         engine.unblock_many(
-            [(one.key, two.lease), (one.key, one.lease), (one.id, one.lease), (two.key, None), ("x", None)]
+            [
+                Unblock(one.key, two.lease),
+                Unblock(one.key, one.lease),
+                Unblock(one.id, one.lease),
+                Unblock(two.key),
+                Unblock("x"),
+            ]
         )
     )
     assert outcomes == ["stale", "done", "done", "done", "unknown"]
     gone = await now(engine.delete_many([one.key, one.key, one.id, two.id]))
-    assert [None if each is None else each.id for each in gone] == [one.id, None, None, two.id]
+    assert [each if isinstance(each, str) else each.id for each in gone] == [
+        one.id,
+        "unknown",
+        "unknown",
+        two.id,
+    ]
     left = 6 - one.id - two.id
-    assert await now(engine.keepalive_many([one.key, left, left])) == [False, True, True]
+    assert await now(engine.keepalive_many([one.key, left, left])) == ["unknown", "done", "done"]
     assert held.pool.counters.kept_alive == 2
 
 
 @on_loop
 async def test_a_batch_of_unblocks_serves_waiters_between_its_items() -> None:
-    """So a key that comes twice in it may be somebody else's the second time."""
+    """A key that is in the batch twice may have a new holder the second time."""
     held, (lease,) = await held_with("ann")
     bob = held.wait("bob")
-    outcomes = await now(held.engine.unblock_many([(lease.key, lease.lease), (lease.key, lease.lease)]))
+    outcomes = await now(held.engine.unblock_many([Unblock(lease.key, lease.lease)] * 2))
     assert outcomes == ["done", "stale"]
     await turns()
     assert bob.answer.id == lease.id
@@ -767,7 +738,7 @@ async def test_a_batch_of_unblocks_serves_waiters_between_its_items() -> None:
 
 @on_loop
 async def test_a_batch_of_generates_serves_waiters() -> None:
-    """First come first served, and the rest stands available."""
+    """The waiters are served in order, and the other keys are available."""
     held = Held()
     calls = [held.wait(name) for name in "abc"]
     await now(held.engine.generate(5))
@@ -783,7 +754,7 @@ MANY = 10_000
 
 
 async def crowd(**settings: Any) -> Held:
-    """10,000 keys that have all expired, whose timers have not fired."""
+    """A pool of 10,000 expired keys whose timers have not fired."""
     held = Held(**settings)
     for _ in range(MANY // 1000):
         await now(held.engine.generate(1000))
@@ -792,8 +763,9 @@ async def crowd(**settings: Any) -> Held:
 
 
 async def expect_short_turns(held: Held, call: Call[Any]) -> int:
-    """Let a call go on to its end; fails if a turn of the loop dealt with more than a bounded number of keys.
-    How many turns it took.
+    """Let a call run to its end. Fails if it processed more than a bounded number of keys in a turn of the loop.
+
+    Returns the number of turns.
     """
     count, total = 0, held.pool.total
     while not call.over:
@@ -807,7 +779,7 @@ async def expect_short_turns(held: Held, call: Call[Any]) -> int:
 
 @on_loop
 async def test_acquire_in_a_crowd_of_expired_keys_finds_none_in_short_turns() -> None:
-    """It purges them all, a few a turn, and answers 404, since nothing is held."""
+    """It purges all of them, some in each turn, and is refused."""
     held = await crowd()
     call = Call(held.engine.acquire("ann", 0))
     assert await expect_short_turns(held, call) >= MANY // (3 * MAX_DUE_PER_CALL)
@@ -820,7 +792,7 @@ async def test_acquire_in_a_crowd_of_expired_keys_finds_none_in_short_turns() ->
 
 @on_loop
 async def test_acquire_in_a_crowd_of_expired_keys_finds_the_one_that_lives() -> None:
-    """Kept alive a second before the others died."""
+    """That key was kept alive a second before the others expired."""
     held = Held()
     for _ in range(MANY // 1000):
         await now(held.engine.generate(1000))
@@ -835,7 +807,7 @@ async def test_acquire_in_a_crowd_of_expired_keys_finds_the_one_that_lives() -> 
 
 @on_loop
 async def test_acquire_in_a_crowd_of_held_keys_that_expired_finds_the_one_that_lives() -> None:
-    """All blocks ran out, all keys but one are past their expiry, and no timer has fired."""
+    """All blocks are overdue, all keys but one have expired, and no timer has fired."""
     held = Held(block_seconds=10.0, keepalive_seconds=20.0)
     for _ in range(3):
         await now(held.engine.generate(100))
@@ -850,7 +822,7 @@ async def test_acquire_in_a_crowd_of_held_keys_that_expired_finds_the_one_that_l
 
 @on_loop
 async def test_generate_into_a_pool_full_of_expired_keys_makes_room_in_short_turns() -> None:
-    """They take no room, whatever the timers say."""
+    """Expired keys take no room, even if their timers are late."""
     held = await crowd(max_keys=MANY)
     call = Call(held.engine.generate(1000))
     await expect_short_turns(held, call)
@@ -861,7 +833,7 @@ async def test_generate_into_a_pool_full_of_expired_keys_makes_room_in_short_tur
 
 @on_loop
 async def test_a_page_in_a_crowd_of_expired_keys_shows_none_of_them() -> None:
-    """At once, and with a next until the end of the crowd."""
+    """Pages are short at first, with a `next`, until the end of the expired keys."""
     held = await crowd()
     query, pages = ListQuery(), 0
     while True:
@@ -876,7 +848,7 @@ async def test_a_page_in_a_crowd_of_expired_keys_shows_none_of_them() -> None:
 
 @on_loop
 async def test_a_waiter_behind_a_crowd_of_expired_keys_gets_the_first_that_lives() -> None:
-    """The loop turns meanwhile."""
+    """Meanwhile the loop serves other calls."""
     held = await crowd()
     bob = held.wait("bob", 30)
     await expect_short_turns_until_waiting(held)
@@ -886,14 +858,14 @@ async def test_a_waiter_behind_a_crowd_of_expired_keys_gets_the_first_that_lives
 
 
 async def expect_short_turns_until_waiting(held: Held) -> None:
-    """Let the crowd be purged."""
+    """Let the expired keys be purged, until the call waits for a key."""
     await turns_until(lambda: held.pool.total == 0, "the crowd is purged")
 
 
 @on_loop
 async def test_serving_waiters_turn_by_turn_goes_by_the_time_of_each_turn() -> None:
-    """A crowd makes it go on later; a key that expires meanwhile is nobody's."""
-    last = 3 * MAX_DUE_PER_CALL
+    """Serving may go on in a later turn; a key that has expired by then is not served."""
+    last = 8 * MAX_DUE_PER_CALL
     held, _ = await held_with(*["ann"] * last, block_seconds=30.0, keepalive_seconds=20.0)
     held.pool._random = lambda: 0.5  # meets the one that lives last
     (living,) = [key for key in held.pool._by_id.walk(None) if key.lease == last]
@@ -902,7 +874,7 @@ async def test_serving_waiters_turn_by_turn_goes_by_the_time_of_each_turn() -> N
     bob = held.wait("bob", 60)
     held.clock.to(START + 30)
     carol = Call(held.engine.acquire("carol", 0))
-    assert held.pool.available, "the crowd was dealt with in one turn"
+    assert held.pool.total > 1, "the crowd was dealt with in one turn"
     held.clock.to(START + 35)  # the last key expires
     await turns(50)
     assert not bob.over, f"served {bob.answer}, which had expired"
@@ -921,7 +893,7 @@ async def _page_ids(engine: EmbeddedEngine, **query: Any) -> set[int]:
 
 
 async def _head(engine: EmbeddedEngine) -> Any:
-    """HEAD of the first version's path, which tells whether there is a key."""
+    """HEAD on the first version's path: whether a key is available."""
     operation = next(each for each in LEGACY if each.name == "legacy-acquire")
     assert operation.head is not None
     return await operation.head(engine, ApiCall(Caller(Role.ADMIN, ""), "", ""))
@@ -929,7 +901,7 @@ async def _head(engine: EmbeddedEngine) -> Any:
 
 @dataclass(frozen=True)
 class Sees:
-    """A call by which somebody may see a key, and what it says of one that is unknown."""
+    """A call whose answer may contain a key, and its result for an unknown key."""
 
     name: str
     ask: Ask
@@ -948,9 +920,9 @@ SEES = [
     Sees("unblock with a lease", lambda e, text, number: e.unblock(text, 1)),
     Sees("keepalive", lambda e, text, number: e.keepalive(text)),
     Sees("delete", lambda e, text, number: e.delete(text)),
-    Sees("batch of unblocks", lambda e, text, number: _mapped(e.unblock_many([(text, None)])), "unknown"),
-    Sees("batch of keepalives", lambda e, text, number: _mapped(e.keepalive_many([text])), False),
-    Sees("batch of deletes", lambda e, text, number: _mapped(e.delete_many([text])), None),
+    Sees("batch of unblocks", lambda e, text, number: _mapped(e.unblock_many([Unblock(text)])), "unknown"),
+    Sees("batch of keepalives", lambda e, text, number: _mapped(e.keepalive_many([text])), "unknown"),
+    Sees("batch of deletes", lambda e, text, number: _mapped(e.delete_many([text])), "unknown"),
     Sees("list", lambda e, text, number: _page_ids(e), set()),
     Sees("list by state", lambda e, text, number: _page_ids(e, state="available"), set()),
     Sees("list by prefix", lambda e, text, number: _page_ids(e, prefix="0"), set()),
@@ -963,7 +935,7 @@ HEAD = Sees("HEAD of the first version", lambda e, text, number: _head(e), NoKey
 
 
 async def _outcome(call: Awaitable[Any]) -> Any:
-    """What a call answers, or the class of what it raises."""
+    """The answer of a call, or the class of its error."""
     try:
         return await now(call)
     except KeypoolError as error:
@@ -979,7 +951,7 @@ async def _outcome(call: Awaitable[Any]) -> Any:
     ],
 )
 def test_no_call_sees_a_key_past_its_expiry_even_if_the_timer_is_late(sees: Sees, held_then: bool) -> None:
-    """At the deadline itself it is unknown, absent and never served; a moment before it was there."""
+    """From the deadline on, it is unknown, in no list and not served; a moment before, it is."""
 
     @on_loop
     async def test() -> None:
@@ -1072,7 +1044,7 @@ async def _head_says(engine: EmbeddedEngine) -> str:
 def test_no_call_sees_a_block_past_its_deadline_even_if_the_timer_is_late(
     ask: Ask, while_held: Any, after: Any
 ) -> None:
-    """At the deadline itself the key is available to everybody; a millisecond before it was held."""
+    """From the deadline on, the key is available to everybody; a millisecond before, it is held."""
 
     @on_loop
     async def test() -> None:
@@ -1103,8 +1075,8 @@ WAKES: list[tuple[str, Ask]] = [
     ("unblock with a wrong lease", lambda e, text, number: e.unblock(text, 9)),
     ("keepalive", lambda e, text, number: e.keepalive(text)),
     ("batch of keepalives", lambda e, text, number: e.keepalive_many([text])),
-    ("batch of unblocks", lambda e, text, number: e.unblock_many([(text, 1)])),
-    ("batch of unblocks with a wrong lease", lambda e, text, number: e.unblock_many([(text, 9)])),
+    ("batch of unblocks", lambda e, text, number: e.unblock_many([Unblock(text, 1)])),
+    ("batch of unblocks with a wrong lease", lambda e, text, number: e.unblock_many([Unblock(text, 9)])),
     ("batch of a key and nobody's", lambda e, text, number: e.keepalive_many([text, "nobody"])),
     ("list", lambda e, text, number: e.page(ListQuery())),
     ("acquire", lambda e, text, number: e.acquire("carol", 0)),
@@ -1116,7 +1088,7 @@ WAKES: list[tuple[str, Ask]] = [
 
 @pytest.mark.parametrize(("name", "ask"), WAKES, ids=[name for name, _ in WAKES])
 def test_every_call_that_finds_a_block_overdue_serves_waiters(name: str, ask: Ask) -> None:
-    """The timer is late, and the call has cancelled it: nobody else would wake the waiter."""
+    """The call cancels the late timer, so nothing else would serve the waiter."""
 
     @on_loop
     async def test() -> None:
@@ -1135,7 +1107,7 @@ def test_every_call_that_finds_a_block_overdue_serves_waiters(name: str, ask: As
 
 @on_loop
 async def test_a_list_of_available_keys_shows_none_that_is_blocked() -> None:
-    """Though listing it found its block overdue, and somebody waits for it."""
+    """This holds even if listing finds its block overdue and a waiter then gets it."""
     held, _ = await held_with("ann")
     held.wait("bob", 60)
     held.clock.on(BLOCK)
@@ -1149,7 +1121,7 @@ async def test_a_list_of_available_keys_shows_none_that_is_blocked() -> None:
 
 @on_loop
 async def test_head_of_the_first_version_is_404_in_a_pool_of_blocked_keys() -> None:
-    """404, however many are held: a page that examined none available in its part says nothing of the rest."""
+    """A page that examined a part of the keys and found none available proves nothing about the rest."""
     count = pool_module.PAGE_SCAN_LIMIT + 1
     held = Held()
     await now(held.engine.generate(count))
@@ -1159,7 +1131,7 @@ async def test_head_of_the_first_version_is_404_in_a_pool_of_blocked_keys() -> N
 
 @on_loop
 async def test_head_of_the_first_version_has_retry_after() -> None:
-    """As GET on the same path has."""
+    """Like GET on the same path."""
     held, _ = await held_with("ann")
     for call in (held.engine.acquire(None, 0), _head(held.engine)):
         with pytest.raises(NoKeyAvailable) as refusal:
@@ -1169,7 +1141,7 @@ async def test_head_of_the_first_version_has_retry_after() -> None:
 
 @on_loop
 async def test_a_cursor_is_carried_from_page_to_page() -> None:
-    """As text; an invalid one is a bad request."""
+    """The cursor is text; an invalid one is a bad request."""
     held = Held()
     await now(held.engine.generate(5))
     seen: list[int] = []
@@ -1189,13 +1161,13 @@ async def test_a_cursor_is_carried_from_page_to_page() -> None:
 
 @on_loop
 async def test_the_latest_events_are_kept() -> None:
-    """Keepalives aside, with the owner that there was, and no more than so many."""
+    """With the owner at that moment, without keepalives, up to a fixed number."""
     held, (lease,) = await held_with("ann")
     await now(held.engine.keepalive(lease.id))
     await now(held.engine.reveal(lease.id))
     await now(held.engine.unblock(lease.id, None))
     await now(held.engine.delete(lease.id))
-    changes = [(change.value, key.id, owner, lease) for change, key, owner, lease, _ in held.engine.events]
+    changes = [(change.value, key.id, owner, lease) for change, key, owner, lease, *_ in held.engine.events]
     assert changes == [
         ("generated", 1, None, 0),
         ("acquired", 1, "ann", 1),
@@ -1213,13 +1185,14 @@ async def test_the_latest_events_are_kept() -> None:
 
 @on_loop
 async def test_restored_keys_have_their_timers() -> None:
-    """From `start` on: for each deadline, with what was left of it, and none if they are gone again."""
+    """From `start` on, each deadline has a timer for the time that is left. A purged key has none."""
     held = Held(start_timers=False)
     keys = [Key(id, f"{id:020}", START - 50, START + 250) for id in (1, 2, 3)]
     keys[1].release_deadline, keys[1].lease, keys[1].owner = START + 10, 7, "ann"
+    keys[1].state = State.BLOCKED
     held.pool.last_id, held.pool.last_lease = 3, 7
     for key in keys:
-        held.pool.restore(key)
+        held.pool.load(key)
     held.pool.delete(keys[2])  # as one that expired while no server ran
     assert not held.timers.timers, "a pool that is being restored must not move"
     held.engine.start()

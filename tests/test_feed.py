@@ -130,6 +130,35 @@ def test_a_number_that_changes_without_an_event_is_sent(server: ServerProcess, c
     assert delta["events"] == []
 
 
+def test_events_say_what_brought_them_about(server: ServerProcess, client: Client) -> None:
+    """A cooldown from the report to its end, and a quarantine by an operator, with the numbers that go with them."""
+    with Viewer(server) as viewer:
+        before = viewer.frame()["stats"]
+        key = client.make()
+        lease = client.acquire(owner="worker-7")
+        body = {"lease": lease["lease"], "outcome": "rate_limited", "retry_after": 0.5}
+        client.post(f"{API}/keys/{key['key']}/unblock", json=body).expect(200)
+        told: list[tuple[str, str, str | None]] = []
+        cooling = set()
+        while "ready" not in [event for event, _, _ in told]:
+            frame = viewer.until("delta")
+            told += [(event["event"], event["by"], event["actor"]) for event in frame["events"]]
+            cooling.add(frame["stats"]["cooling"])
+        client.post(f"{API}/keys/id:{key['id']}/quarantine").expect(200)
+        frame = viewer.until("delta")
+        told += [(event["event"], event["by"], event["actor"]) for event in frame["events"]]
+    assert told == [
+        ("generated", "operator", None),
+        ("acquired", "holder", None),
+        ("unblocked", "holder", None),
+        ("cooled", "holder", None),
+        ("ready", "deadline", None),
+        ("quarantined", "operator", None),
+    ]
+    assert cooling == {0, 1}
+    assert (frame["stats"]["quarantined"], frame["stats"]["cooled"]) == (1, before["cooled"] + 1)
+
+
 def test_deadlines_are_events(short_server: ServerProcess) -> None:
     """Releases and expiries are events, without any call."""
     client = short_server.client()

@@ -15,9 +15,11 @@ from keypool.web.history import MINUTES, SECONDS, History
 NOON = 1_800_000_000.0  # a whole minute
 
 
-def stats(acquired: int = 0, available: int = 0) -> Stats:
-    """Numbers of which two matter."""
-    return Stats(available, available, 0, 0, 0, acquired, 0, 0, 0, 0, 0, 0, 1.0, "test", "0")
+def stats(acquired: int = 0, available: int = 0, cooling: int = 0, cooled: int = 0) -> Stats:
+    """Numbers of which these matter."""
+    numbers = dict.fromkeys(Stats.__struct_fields__[:-3], 0)
+    given = {"acquired": acquired, "available": available, "cooling": cooling, "cooled": cooled}
+    return Stats(**(numbers | given), uptime=1.0, engine="test", version="0")
 
 
 def column(history: History, name: str) -> list[int]:
@@ -32,6 +34,16 @@ def test_each_second_has_what_happened_in_it() -> None:
         history.add(NOON + second + 0.01, stats(acquired, available=second))
     assert column(history, "acquired") == [3, 0, 7]
     assert column(history, "available") == [1, 2, 3]
+
+
+def test_cooldowns_are_in_the_history() -> None:
+    """How many keys cool, and how many cooldowns began in each second."""
+    history = History()
+    for second, (cooling, cooled) in enumerate([(1, 1), (3, 4), (2, 4)]):
+        history.add(NOON + second, stats(cooling=cooling, cooled=cooled))
+    assert column(history, "cooling") == [3, 2]
+    assert column(history, "cooled") == [3, 0]
+    assert column(history, "quarantined") == [0, 0]
 
 
 def test_a_second_that_was_missed_gets_its_share() -> None:

@@ -1,11 +1,12 @@
-"""The three orders against `sorted()` of a plain list, and what each operation costs.
+"""The orders against `sorted()` of a plain list, and what each operation costs.
 
-Full buckets and restored keys are what the pool's own tests seldom have: here a bucket is full with a few.
+Full buckets and loaded keys are what the pool's own tests seldom have: here a bucket is full with a few.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from operator import attrgetter
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from sortedcontainers import SortedDict
 
 from keypool.core import index as index_module
-from keypool.core.index import DeadlineBucket, DeadlineIndex, IdIndex, TextIndex
+from keypool.core.index import AttemptIndex, DeadlineBucket, DeadlineIndex, IdIndex, TextIndex
 from keypool.core.keys import ALPHABET, Key
 
 FULL = 3
@@ -283,15 +284,21 @@ def test_a_walk_by_deadline_continues_after_a_removed_key(steps: list[tuple[str,
     moments=st.lists(st.integers(0, 400), max_size=60),
     late=st.integers(0, 400),
     scale=st.sampled_from([1000, 10_000, 64]),
+    read=st.sets(st.integers(0, 59)),
 )
 @pytest.mark.usefixtures("full")
-def test_keys_restored_out_of_order_are_out_of_turn_by_a_quantum_at_most(
-    moments: list[int], late: int, scale: int
+def test_keys_that_come_out_of_order_are_out_of_turn_by_a_quantum_at_most(
+    moments: list[int], late: int, scale: int, read: set[int]
 ) -> None:
     """In walks not at all, as far as one bucket holds them; among the due ones by 1/64 s."""
     plain = Plain()
-    for moment in moments:
+    for number, moment in enumerate(moments):
         plain.add(START + moment / scale)
+        if number in read:
+            first = plain.index.first()
+            assert first is not None
+            assert first.expires_deadline == START + min(moments[: number + 1]) / scale
+            plain.check()
     plain.check()
     expect_walks(plain)
     at = START + late / scale
@@ -333,6 +340,30 @@ def test_many_keys_of_one_deadline_fill_one_bucket_after_the_other() -> None:
     assert sorted(key.id for key in plain.index.due(START, 1000)) == sorted(
         key.id for key in (*made[1::2], *again)
     )
+
+
+# --------------------------------------------------------------------------------------------- by attempt
+
+
+@SETTINGS
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 99)), max_size=60))
+def test_keys_by_attempt_are_those_that_were_added_in_that_order(steps: list[tuple[bool, int]]) -> None:
+    """Of four attempts, two of which share their first byte; nothing is left of an attempt without keys."""
+    attempts = [bytes([first]) * 15 + bytes([last]) for first, last in ((0, 0), (0, 1), (255, 0), (7, 7))]
+    index = AttemptIndex()
+    plain: list[tuple[Key, bytes]] = []
+    for number, (add, which) in enumerate(steps, 1):
+        if add:
+            plain.append((key_of(number), attempts[which % len(attempts)]))
+            index.add(*plain[-1])
+        elif plain:
+            index.discard(*plain.pop(which % len(plain)))
+        for attempt in attempts:
+            assert index.get(attempt) == [key for key, other in plain if other == attempt]
+        index.check(len(plain))
+        with pytest.raises(ValueError, match=rf"{len(plain)} keys are found by attempt instead of -1"):
+            index.check(-1)
+    assert sum(map(len, index._parts)) == len({attempt for _, attempt in plain})
 
 
 # ------------------------------------------------------------------------------------------------- what it costs
@@ -396,6 +427,21 @@ def test_finding_due_keys_reads_at_most_one_more_than_the_limit() -> None:
     costs.keys = 0
     assert costs.index.due(START, 64) == []
     assert costs.keys <= 1, f"{costs.keys} keys looked at for none"
+
+
+def test_keys_that_came_out_of_order_are_sorted_once() -> None:
+    """Though they become due one after the other, as the ends of cooldowns do."""
+    costs = Costs()
+    ids = list(range(1, 1001))
+    random.Random(1).shuffle(ids)
+    for id in ids:
+        costs.add(id, START + id / 100_000)
+    costs.index.first()
+    costs.keys = 0
+    for id in range(1, 1001):
+        assert [key.id for key in costs.index.due(START + id / 100_000, 64)] == [id]
+        costs.index.discard(key_of(id), costs.places[id])
+    assert costs.keys <= 5 * 1000, f"{costs.keys} keys looked at for a thousand"
 
 
 def test_a_walk_reads_one_bucket_at_a_time() -> None:

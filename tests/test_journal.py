@@ -1,5 +1,5 @@
-"""The journal: calls of an engine are driven by hand over a writer that the test holds (`HeldWriter`), so that each
-order of commits and failures comes as the test says.
+"""The journal of an engine whose calls are driven by hand, over a writer that the test controls (`HeldWriter`), so that
+commits and failures happen in any order that a test wants.
 
 The real writer and file are in test_datafile.py, the server on its file in test_durable_server.py, full and failing
 disks in test_disk_faults.py, kills under load in test_crash.py.
@@ -16,15 +16,18 @@ import pytest
 from engine_support import Call, on_loop, turns, turns_until
 from held_writer import FULL, Held, HeldWriter, Part, hold_writers, ids, logged, run, started
 
+from keypool.core.answers import Extension, Unblock
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, StaleLease, StorageUnavailable, UnknownKey
+from keypool.core.events import HOLDER
+from keypool.core.outcomes import Outcome, Report
 from keypool.engine.durable import journal
 from keypool.engine.embedded import EmbeddedEngine
 
 
 @pytest.fixture
 def writers(monkeypatch: pytest.MonkeyPatch) -> list[HeldWriter]:
-    """Those that a journal starts in this test."""
+    """The writers that a journal starts in this test."""
     return hold_writers(monkeypatch)
 
 
@@ -33,7 +36,7 @@ def writers(monkeypatch: pytest.MonkeyPatch) -> list[HeldWriter]:
 
 @on_loop
 async def test_calls_of_one_turn_share_a_batch(writers: list[HeldWriter]) -> None:
-    """And are answered when it is committed, not before."""
+    """They are answered when it is committed, not before."""
     held = await Held(writers).open()
     calls = [Call(held.engine.generate(1)) for _ in range(5)]
     await turns()
@@ -70,7 +73,7 @@ async def test_calls_that_come_during_a_commit_share_the_next(writers: list[Held
 
 @on_loop
 async def test_answers_come_in_the_order_of_the_calls(writers: list[HeldWriter]) -> None:
-    """Those of one batch as they were asked, those of the next after them."""
+    """The calls of one batch are answered in order, and those of the next after them."""
     held = await Held(writers).open()
     texts = await held.made(6)
     order: list[int] = []
@@ -89,14 +92,14 @@ async def test_answers_come_in_the_order_of_the_calls(writers: list[HeldWriter])
 
 @on_loop
 async def test_a_batch_call_waits_for_one_commit(writers: list[HeldWriter]) -> None:
-    """Whichever of the five it is."""
+    """This holds for each kind of batch."""
     held = await Held(writers).open()
     engine, texts = held.engine, await held.made(3)
     makers: list[Callable[[], Call[Any]]] = [
         lambda: Call(engine.generate(2)),
         lambda: Call(engine.acquire_many("me", 3)),
         lambda: Call(engine.keepalive_many(texts)),
-        lambda: Call(engine.unblock_many([(text, None) for text in texts])),
+        lambda: Call(engine.unblock_many([Unblock(text) for text in texts])),
         lambda: Call(engine.delete_many(texts)),
     ]
     for make in makers:
@@ -111,7 +114,7 @@ async def test_a_batch_call_waits_for_one_commit(writers: list[HeldWriter]) -> N
 
 @on_loop
 async def test_a_key_that_changed_twice_is_one_row(writers: list[HeldWriter]) -> None:
-    """With the state that it has when the batch leaves; the counters go with it, and count both."""
+    """The row has the state at the moment when the batch leaves; the counters in the batch count both changes."""
     held = await Held(writers).open()
     [text] = await held.made()
     calls: list[Call[Any]] = [
@@ -132,7 +135,7 @@ async def test_a_key_that_changed_twice_is_one_row(writers: list[HeldWriter]) ->
 
 @on_loop
 async def test_a_key_that_is_gone_again_is_a_purge(writers: list[HeldWriter]) -> None:
-    """Whatever happened to it before in the same batch."""
+    """What happened to it before in the same batch is not written."""
     held = await Held(writers).open()
     made = Call(held.engine.generate(2))
     deleted = Call(held.engine.delete(1))
@@ -149,7 +152,7 @@ async def test_a_key_that_is_gone_again_is_a_purge(writers: list[HeldWriter]) ->
 async def test_a_large_batch_is_written_down_in_parts_and_committed_whole(
     writers: list[HeldWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A turn of the loop each; what changes meanwhile is told with the next one, and no number is behind a row."""
+    """Each part takes a turn of the loop; later changes go into the next one. No number is older than a row."""
     monkeypatch.setattr(journal, "_PART_ROWS", 2)
     held = await Held(writers).open()
     made = Call(held.engine.generate(5))
@@ -177,7 +180,7 @@ async def test_a_large_batch_is_written_down_in_parts_and_committed_whole(
 
 @on_loop
 async def test_nothing_is_written_when_nothing_changed(writers: list[HeldWriter]) -> None:
-    """Reads, refusals and lists cost no commit."""
+    """Reads, refusals and lists cause no commit."""
     held = await Held(writers).open()
     [text] = await held.made()
     held.writer.batches.clear()
@@ -197,7 +200,7 @@ async def test_nothing_is_written_when_nothing_changed(writers: list[HeldWriter]
 
 @on_loop
 async def test_a_read_waits_for_its_own_key_only(writers: list[HeldWriter]) -> None:
-    """For the batch under way if it is in that, for the next one if it has changed since, else for nothing."""
+    """It waits for the commit in flight if that has the key, for the next if it has changed since, or not at all."""
     held = await Held(writers).open()
     one, two, three = await held.made(3)
     first = Call(held.engine.keepalive(one))
@@ -222,7 +225,7 @@ async def test_a_read_waits_for_its_own_key_only(writers: list[HeldWriter]) -> N
 async def test_a_read_of_a_key_that_changed_again_waits_for_the_last_change(
     writers: list[HeldWriter],
 ) -> None:
-    """The answer has the newest state, which must be on disk."""
+    """The answer has the newest state, which must be on disk first."""
     held = await Held(writers).open()
     [text] = await held.made()
     Call(held.engine.keepalive(text))
@@ -240,7 +243,7 @@ async def test_a_read_of_a_key_that_changed_again_waits_for_the_last_change(
 @on_loop
 @pytest.mark.parametrize("how", ["deleted", "expired", "expired while blocked"])
 async def test_a_404_waits_for_the_purge(writers: list[HeldWriter], how: str) -> None:
-    """By the text and by the id, whatever the call; once it is on disk, nobody waits."""
+    """This holds for every call, by text and by id. Once the purge is on disk, nothing waits."""
     held = await Held(writers).open()
     [text] = await held.made()
     if how == "expired while blocked":
@@ -262,7 +265,7 @@ async def test_a_404_waits_for_the_purge(writers: list[HeldWriter], how: str) ->
     calls = [make() for make in makers]
     batches: list[Call[Any]] = [
         Call(engine.keepalive_many([text])),
-        Call(engine.unblock_many([(text, None)])),
+        Call(engine.unblock_many([Unblock(text)])),
         Call(engine.delete_many([1])),
     ]
     assert not any(call.over for call in calls + batches)
@@ -275,14 +278,12 @@ async def test_a_404_waits_for_the_purge(writers: list[HeldWriter], how: str) ->
     for call in calls:
         with pytest.raises(UnknownKey):
             _ = call.answer
-    assert [call.answer for call in batches] == [[False], ["unknown"], [None]]
+    assert [call.answer for call in batches] == [["unknown"], ["unknown"], ["unknown"]]
 
 
 @on_loop
 async def test_refusals_wait_for_the_changes_they_depend_on(writers: list[HeldWriter]) -> None:
-    """409 for the lease that makes the other stale, changed:false for the unblock before, 404 for the acquire
-    that took the last key.
-    """
+    """409 waits for the newer lease, changed:false for the unblock before it, 404 for the acquire of the last key."""
     held = await Held(writers).open()
     [text] = await held.made()
     _, lease = await held.acquired()
@@ -311,7 +312,7 @@ async def test_refusals_wait_for_the_changes_they_depend_on(writers: list[HeldWr
 
 @on_loop
 async def test_a_release_by_its_deadline_is_on_disk_before_it_is_answered(writers: list[HeldWriter]) -> None:
-    """The row that says available waits for the batch that frees the key."""
+    """A row with the state available waits for the batch in which the key is released."""
     held = await Held(writers).open()
     [text] = await held.made()
     await held.acquired()
@@ -338,7 +339,7 @@ async def test_stats_and_lists_wait_for_nothing(writers: list[HeldWriter]) -> No
 
 @on_loop
 async def test_a_waiter_is_answered_when_its_lease_is_on_disk(writers: list[HeldWriter]) -> None:
-    """It is served in the turn of the generate, and answered after its commit."""
+    """It is served in the turn of the generate, and answered when that is committed."""
     held = await Held(writers).open()
     waiter = Call(held.engine.acquire("patient", 30))
     made = Call(held.engine.generate(1))
@@ -353,7 +354,7 @@ async def test_a_waiter_is_answered_when_its_lease_is_on_disk(writers: list[Held
 
 @on_loop
 async def test_a_lease_whose_caller_hung_up_is_taken_back(writers: list[HeldWriter]) -> None:
-    """The caller hung up during the commit: the key is free at once, and its lease number is spent."""
+    """If the caller hangs up during the commit, the key is available at once; its lease number isn't reused."""
     held = await Held(writers).open()
     [text] = await held.made()
     gone = Call(held.engine.acquire(None, 0))
@@ -361,13 +362,15 @@ async def test_a_lease_whose_caller_hung_up_is_taken_back(writers: list[HeldWrit
     gone.hang_up()
     held.writer.answer()
     await turns()
-    assert [row[:2] + row[4:] for row in held.writer.answer().rows] == [(1, text, None, 1, None)]
+    assert [row[:2] + row[4:] for row in held.writer.answer().rows] == [
+        (1, text, None, 1, None, None, 0, None)
+    ]
     assert await held.acquired() == (text, 2)
 
 
 @on_loop
 async def test_lengths_of_time_are_relative_to_the_answer(writers: list[HeldWriter]) -> None:
-    """A holder that is told 60 s after a commit of 7 s would keep the key 7 s into somebody else's lease."""
+    """If a commit takes 7 s, a holder that was told 60 s would overlap with the next lease by 7 s."""
     held = await Held(writers).open()
     [text] = await held.made()
     calls: list[Call[Any]] = [
@@ -397,7 +400,7 @@ async def test_lengths_of_time_are_relative_to_the_answer(writers: list[HeldWrit
 def test_a_batch_that_fails_is_refused_to_its_callers_and_tried_again(
     writers: list[HeldWriter], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those in it, and those who wait for the next one, get 503; what it held goes with the next attempt."""
+    """Its callers and those that wait for the next batch get 503. The changes are in the next attempt."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -433,7 +436,15 @@ CHANGES: dict[str, Callable[[EmbeddedEngine], Call[Any]]] = {
     "acquire and wait": lambda engine: Call(engine.acquire(None, 9)),
     "acquire many": lambda engine: Call(engine.acquire_many(None, 2)),
     "unblock": lambda engine: Call(engine.unblock(1, None)),
-    "unblock many": lambda engine: Call(engine.unblock_many([(1, None)])),
+    "unblock many": lambda engine: Call(engine.unblock_many([Unblock(1)])),
+    "report": lambda engine: Call(engine.unblock(1, 1, report=Report(Outcome.INVALID))),
+    "report many": lambda engine: Call(engine.unblock_many([Unblock(1, 1, Report(Outcome.OK))])),
+    "extend": lambda engine: Call(engine.extend(1, 1, 500)),
+    "extend many": lambda engine: Call(engine.extend_many([Extension(1, 1, 500)])),
+    "quarantine": lambda engine: Call(engine.quarantine(1, None, True, HOLDER)),
+    "quarantine many": lambda engine: Call(engine.quarantine_many([1], None, True, HOLDER)),
+    "restore": lambda engine: Call(engine.restore(1, HOLDER)),
+    "restore many": lambda engine: Call(engine.restore_many([1], HOLDER)),
     "keepalive": lambda engine: Call(engine.keepalive(1)),
     "keepalive many": lambda engine: Call(engine.keepalive_many([1])),
     "delete": lambda engine: Call(engine.delete(1)),
@@ -443,7 +454,7 @@ CHANGES: dict[str, Callable[[EmbeddedEngine], Call[Any]]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_while_batches_fail_nothing_changes_by_a_call(writers: list[HeldWriter], change: str) -> None:
-    """503 at once, and reads of what is on disk go on."""
+    """Calls that change something get 503 at once; reads of what is on disk still work."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -454,10 +465,16 @@ def test_while_batches_fail_nothing_changes_by_a_call(writers: list[HeldWriter],
         held.writer.answer(FULL)
         await turns()
         pool = held.engine.pool
-        before = pool.total, pool.available, pool.last_id, pool.last_lease, repr(pool.counters)
+
+        def state() -> tuple[object, ...]:
+            key = pool.find_id(1, held.clock())
+            counts = pool.total, pool.available, pool.last_id, pool.last_lease, repr(pool.counters)
+            return *counts, key.state, key.release_deadline, key.history, key.reported, key.quarantine_pending
+
+        before = state()
         with pytest.raises(StorageUnavailable):
             _ = CHANGES[change](held.engine).answer
-        assert (pool.total, pool.available, pool.last_id, pool.last_lease, repr(pool.counters)) == before
+        assert state() == before
         assert Call(held.engine.get(one)).over
         assert Call(held.engine.reveal(three)).over
         assert Call(held.engine.stats()).answer.total == 3
@@ -476,7 +493,7 @@ def test_while_batches_fail_nothing_changes_by_a_call(writers: list[HeldWriter],
 def test_releases_continue_while_batches_fail_and_are_answered_once_on_disk(
     writers: list[HeldWriter],
 ) -> None:
-    """A released key is told of when that is on disk; of one that would expire nothing is told until it is back."""
+    """A release is reported once it is on disk. About a key that would have expired, nothing is reported until then."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -511,7 +528,7 @@ def test_releases_continue_while_batches_fail_and_are_answered_once_on_disk(
 
 
 def test_a_waiter_that_times_out_while_batches_fail_gets_503(writers: list[HeldWriter]) -> None:
-    """Its time is up: 503, since what it would tell isn't known to be kept; or 404 when all is on disk."""
+    """When its time is up it gets 503, as changes may not be on disk; 404 only when all are."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -540,7 +557,7 @@ def test_a_waiter_that_times_out_while_batches_fail_gets_503(writers: list[HeldW
 def test_a_writer_that_dies_is_started_again_and_the_batch_repeated(
     writers: list[HeldWriter], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With what has come meanwhile; rows hold whole states, so it may have been committed already."""
+    """Later changes are in it, too. It may have been committed already: repeating a row is harmless."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -568,7 +585,7 @@ def test_a_writer_that_dies_is_started_again_and_the_batch_repeated(
 def test_a_writer_that_dies_between_two_parts_gets_the_batch_again(
     writers: list[HeldWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From its beginning: the new one knows nothing of the parts before."""
+    """The new writer gets it from the beginning, as it has none of the parts before."""
 
     async def test() -> None:
         monkeypatch.setattr(journal, "_PART_ROWS", 2)
@@ -593,7 +610,7 @@ def test_a_writer_that_dies_between_two_parts_gets_the_batch_again(
 
 
 def test_a_writer_that_dies_before_the_batch_leaves_is_replaced(writers: list[HeldWriter]) -> None:
-    """In the one turn of the loop between a change and its batch: with the next writer all is well again."""
+    """It died in the turn of the loop between a change and its batch. The next writer gets the batch."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -612,7 +629,7 @@ def test_a_writer_that_dies_before_the_batch_leaves_is_replaced(writers: list[He
 
 
 def test_an_idle_writer_that_dies_affects_no_later_call(writers: list[HeldWriter]) -> None:
-    """There is nothing to write: an empty batch checks that the new writer works."""
+    """An empty batch checks that the new writer works."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -629,7 +646,7 @@ def test_an_idle_writer_that_dies_affects_no_later_call(writers: list[HeldWriter
 
 
 def test_a_writer_that_dies_repeatedly_is_restarted_each_time(writers: list[HeldWriter]) -> None:
-    """Each in the place of the one before, and the calls that come between are all over in the end."""
+    """Each writer replaces the one before, and in the end all calls have been answered."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -649,7 +666,7 @@ def test_a_writer_that_dies_repeatedly_is_restarted_each_time(writers: list[Held
 
 
 def test_a_writer_that_dies_after_a_failed_batch_leaves_no_call_waiting(writers: list[HeldWriter]) -> None:
-    """Both failures are one outage: all calls after it are answered."""
+    """Both failures are one outage, after which all calls are answered."""
 
     async def test() -> None:
         held = await Held(writers).open()
@@ -678,7 +695,7 @@ def test_a_writer_that_dies_after_a_failed_batch_leaves_no_call_waiting(writers:
 
 @on_loop
 async def test_close_commits_what_is_dirty_and_ends_the_writer(writers: list[HeldWriter]) -> None:
-    """The batch under way, then one with the rest, then a clean end."""
+    """It waits for the commit in flight, commits the rest, and ends the writer."""
     held = await Held(writers).open()
     calls = [Call(held.engine.generate(1))]
     await turns()
@@ -697,7 +714,7 @@ async def test_close_commits_what_is_dirty_and_ends_the_writer(writers: list[Hel
 
 
 def test_close_gives_up_on_a_disk_that_fails(writers: list[HeldWriter]) -> None:
-    """After one more attempt, and without another retry; a dead writer gets none."""
+    """It makes one more attempt; none if the writer is dead."""
 
     async def test() -> None:
         for dead in (False, True):

@@ -16,6 +16,7 @@ from http1.harness import Client, request, until
 from tornado.netutil import bind_sockets
 
 from keypool.api.auth import Access
+from keypool.core.answers import Unblock
 from keypool.core.errors import PoolFull
 from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine.embedded import EmbeddedEngine
@@ -56,7 +57,7 @@ async def test_other_calls_are_served_between_two_slices() -> None:
     known, _ = await asyncio.gather(
         noted("batch", engine.keepalive_many(refs)), noted("single", engine.keepalive(1))
     )
-    assert known == [True, False] * COUNT
+    assert known == ["done", "unknown"] * COUNT
     assert over == ["single", "batch"]
 
 
@@ -101,9 +102,9 @@ async def test_unblock_and_delete_take_their_items_in_order() -> None:
     engine = slow_engine()
     await engine.generate(COUNT)
     leases = await engine.acquire_many(None, COUNT)
-    assert await engine.unblock_many([(lease.id, lease.lease) for lease in leases]) == ["done"] * COUNT
+    assert await engine.unblock_many([Unblock(lease.id, lease.lease) for lease in leases]) == ["done"] * COUNT
     gone = await engine.delete_many([*range(1, COUNT + 1), *range(1, COUNT + 1)])
-    assert [identity is not None for identity in gone] == [True] * COUNT + [False] * COUNT
+    assert [identity != "unknown" for identity in gone] == [True] * COUNT + [False] * COUNT
 
 
 @pytest.mark.parametrize("http", SERVERS)

@@ -82,8 +82,10 @@ async def test_every_metric_is_there_and_no_other(pages: Browser) -> None:
     }
     assert {name for name in missing if not name.startswith("process_")} == set()
     assert names - set(BY_NAME) == set()
-    assert value(found, "keypool_keys", state="available") == 0
-    assert value(found, "keypool_keys", state="blocked") == 0
+    for state in ("available", "blocked", "cooling", "quarantined"):
+        assert value(found, "keypool_keys", state=state) == 0
+    for outcome in ("ok", "rate_limited", "error", "invalid"):
+        assert value(found, "keypool_outcomes_total", outcome=outcome) == 0
 
 
 BY_NAME = {each.name: each for each in METRICS}
@@ -127,6 +129,36 @@ def test_it_counts_what_happens(server: ServerProcess) -> None:
     assert moved("keypool_acquire_wait_seconds_sum") >= 0.045
     assert value(after, "keypool_connections") >= 1
     eventually(lambda: value(samples(server), "keypool_loop_stall_seconds_count") > 0, "stalls are probed")
+
+
+async def test_reports_are_counted_by_outcome(pages: Browser) -> None:
+    """Those that changed something, and those that the guard kept from a quarantine; states and cooldowns beside."""
+    await pages.make(3)
+    before = await scraped(pages)
+    for outcomes in (["ok", "ok"], ["rate_limited"], ["invalid"], ["invalid"]):
+        lease = await pages.acquire()
+        for outcome in outcomes:  # the second is too late
+            path = f"/keys/{lease['handle']}/unblock"
+            (await pages.call("POST", path, {"outcome": outcome})).expect(200)
+    (await pages.call("POST", f"/keys/id:{lease['id']}/restore")).expect(200)
+    lease = await pages.acquire()
+    keys = [{"key": lease["handle"], "outcome": "error"}, {"key": "nope", "lease": 1, "outcome": "error"}]
+    (await pages.call("POST", "/batch", {"op": "unblock", "keys": keys})).expect(200)
+    after = await scraped(pages)
+
+    def moved(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    counted = {
+        o: moved("keypool_outcomes_total", outcome=o) for o in ("ok", "rate_limited", "error", "invalid")
+    }
+    assert counted == {"ok": 1, "rate_limited": 1, "error": 1, "invalid": 2}
+    assert moved("keypool_guarded_total") == 1
+    assert [moved(f"keypool_{name}_total") for name in ("cooled", "quarantines", "restored")] == [2, 1, 1]
+    states = [
+        value(after, "keypool_keys", state=s) for s in ("available", "blocked", "cooling", "quarantined")
+    ]
+    assert states == [1, 0, 1, 1]
 
 
 @guarded
@@ -224,7 +256,7 @@ async def test_no_label_holds_a_key_an_owner_or_a_path(pages: Browser) -> None:
     allowed = {"keypool_keys": {"state"}, "keypool_build_info": {"version", "engine"}}
     allowed |= {"keypool_limit": {"limit"}}
     allowed |= {"keypool_calls_total": {"operation", "outcome"}, "keypool_call_seconds": {"operation", "le"}}
-    allowed |= {"keypool_auth_failures_total": {"kind"}}
+    allowed |= {"keypool_auth_failures_total": {"kind"}, "keypool_outcomes_total": {"outcome"}}
     for name, labels in parsed(text):
         base = name if name in BY_NAME else SUFFIX.sub("", name)
         assert {label for label, _ in labels} <= allowed.get(base, {"le"}), f"{name} {sorted(labels)}"

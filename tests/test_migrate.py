@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,17 @@ from signal import SIGINT, SIGKILL
 from typing import Any
 
 import pytest
+from durable_support import durable, fill, keys_of_all_kinds, old_file
 from support import API, ROOT, ServerProcess, clean_environment, eventually, run_server
 from valkeys import Valkey, new_pool, shared_cluster, shared_valkey
 
 from keypool.cli.main import main
 from keypool.core.counters import COUNTERS
-from keypool.engine.durable import file_lock
-from keypool.engine.migrate.moving import FileSource, FileTarget, Source, Target, move
+from keypool.core.handles import SECRET_BYTES
+from keypool.core.keys import State
+from keypool.engine.durable import datafile, file_lock
+from keypool.engine.durable.rows import row_of
+from keypool.engine.migrate.moving import FileSource, FileTarget, Moved, Source, Target, move
 from keypool.engine.migrate.moving_valkey import ValkeyPool
 from keypool.engine.valkey.scripts import keys_of
 
@@ -114,7 +119,7 @@ def a_file(path: Path, keys: int) -> Path:
         with sqlite3.connect(path) as database:
             database.execute(
                 "WITH RECURSIVE n(i) AS (SELECT 1001 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
-                " INSERT INTO keys SELECT i, printf('%020d', i), created_at, expires_at, NULL, 0, NULL"
+                " INSERT INTO keys SELECT i, printf('%020d', i), created_at, expires_at, NULL, 0, NULL, NULL, 0, NULL"
                 " FROM n, (SELECT created_at, expires_at FROM keys WHERE id = 1)",
                 [keys],
             )
@@ -182,6 +187,67 @@ def test_a_pool_moves_there_and_back_whole(url: str, tmp_path: Path) -> None:
             (42,)
         ]
     database.close()
+
+
+PLACES = [None, "valkey", pytest.param("cluster", marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("by_way_of", PLACES)
+def test_all_about_leases_moves(by_way_of: str | None, tmp_path: Path) -> None:
+    """Cooldowns, quarantines and those to come, reports, failures, attempts; counters; and handles stay valid."""
+    first, last = tmp_path / "first.db", tmp_path / "last.db"
+    keys = keys_of_all_kinds()
+    numbers = {name: number for number, name in enumerate(COUNTERS, 1000)}
+    fill(first, list(map(row_of, keys)), **numbers)
+
+    async def moved(source: Source, target: Target) -> Moved:
+        try:
+            return await move(source, target, lambda done: None)
+        finally:
+            await target.close()
+            await source.close()
+
+    async def run() -> list[Moved]:
+        if by_way_of is None:
+            return [await moved(FileSource(first), FileTarget(last))]
+        url = new_pool(shared_valkey() if by_way_of == "valkey" else shared_cluster())
+        there = await moved(FileSource(first), await ValkeyPool.target(url, None, clear=False))
+        return [there, await moved(await ValkeyPool.source(url), FileTarget(last))]
+
+    for each in asyncio.run(run()):
+        assert (each.keys, each.states) == (len(keys), Counter(key.state for key in keys))
+    found = {key.id: key for some in datafile.read_keys(last, 100) for key in some}
+    assert [durable(found[key.id]) for key in keys] == [durable(key) for key in keys]
+    assert {name: datafile.inspect(last)[name] for name in numbers} == numbers
+    assert datafile.secret_of(last) == datafile.secret_of(first)
+
+
+def test_a_file_of_an_older_version_moves(tmp_path: Path) -> None:
+    """As it is: it isn't upgraded, and the target gets a secret of its own."""
+    first, last = tmp_path / "first.db", tmp_path / "last.db"
+    rows = [(1, "a" * 20, 1_000, 9_000_000, None, 0, None), (2, "b" * 20, 1_000, 9_000_000, 60_000, 7, "me")]
+    old_file(first, 2, rows[:1], [[rows[1:], [], {}]])
+
+    async def run() -> Moved:
+        source, target = FileSource(first), FileTarget(last)
+        try:
+            return await move(source, target, lambda done: None)
+        finally:
+            await target.close()
+            await source.close()
+
+    assert asyncio.run(run()).states == {State.AVAILABLE: 1, State.BLOCKED: 1}
+    assert (datafile.version_of(first), datafile.version_of(last)) == (2, datafile.VERSION)
+    assert [key.lease for some in datafile.read_keys(last, 9) for key in some] == [0, 7]
+    assert len(datafile.secret_of(last) or b"") == SECRET_BYTES
+
+
+@pytest.mark.parametrize("wrong", ["flags = 99", "more = x'c1'"])
+def test_nonsense_about_leases_is_not_moved(empty: str, data: Path, wrong: str) -> None:
+    """The source is damaged, as for a server."""
+    with contextlib.closing(sqlite3.connect(data, isolation_level=None)) as database:
+        database.execute(f"UPDATE keys SET {wrong} WHERE id = 2")  # noqa: S608
+    refused(migrate(data, empty), 1, str(data), "is damaged")
 
 
 def test_deadlines_go_on_during_a_move(empty: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import types
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -249,9 +249,10 @@ async def bad_queries(session: Session) -> None:
 
 
 async def pool_full(session: Session) -> None:
-    session.engine.pool.max_keys = session.engine.pool.total
+    rules = session.engine.pool.rules
+    session.engine.pool.rules = replace(rules, max_keys=session.engine.pool.total)
     await session.expect(409, "POST", API + "/keys")
-    session.engine.pool.max_keys = 1_000_000
+    session.engine.pool.rules = rules
 
 
 async def too_many_waiters(session: Session) -> None:

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from openapi_spec_validator import validate
 from support import ADMIN_TOKEN, API, ROUTES, Client, ServerProcess
 
+from keypool.api.bodies import MOST_SECONDS
 from keypool.api.first_version import LEGACY
 from keypool.api.openapi import describing, document
 from keypool.api.operations import OPERATIONS
@@ -27,6 +29,11 @@ NOT_FOR: dict[str, set[str]] = {
     # Parameters that fit alone may make no sense together (prefix with order), and `after` fits by its length but is
     # a cursor only if the server made it: 400, and the document has no way to say so.
     "list": {"positive_data_acceptance"},
+    # Members that fit alone may make no sense together: `retry_after` with an `outcome` other than rate_limited, an
+    # `outcome` or an extend without a lease number.
+    "unblock": {"positive_data_acceptance"},
+    "extend": {"positive_data_acceptance"},
+    "batch": {"positive_data_acceptance"},
     # The first version's 400 for an unknown key, which its clients compare: any key that is made up is unknown.
     "legacy-unblock": {"positive_data_acceptance"},
     "legacy-delete": {"positive_data_acceptance"},
@@ -81,7 +88,9 @@ def test_answers_of_batches_are_discriminated_by_op() -> None:
     schema = responses["200"]["content"]["application/json"]["schema"]
     assert schema["discriminator"]["propertyName"] == "op"
     mapping = schema["discriminator"]["mapping"]
-    assert set(mapping) == {"acquire", "keepalive", "unblock", "delete"}
+    assert set(mapping) == {
+        *("acquire", "keepalive", "unblock", "extend", "delete", "quarantine", "restore"),
+    }
     assert [option["$ref"] for option in schema["oneOf"]] == list(mapping.values())
     components = DOCUMENT["components"]["schemas"]
     for op, ref in mapping.items():
@@ -89,6 +98,34 @@ def test_answers_of_batches_are_discriminated_by_op() -> None:
         assert described["properties"]["op"] == {"enum": [op]}
         assert "op" in described["required"]
     assert "stale" in components[mapping["unblock"].rpartition("/")[2]]["required"]
+
+
+def test_acquires_take_an_idempotency_key() -> None:
+    """The single one and the batch: the request's header, and the answer's that says that it repeats leases."""
+    takers = {
+        each["operationId"]
+        for path in DOCUMENT["paths"].values()
+        for each in path.values()
+        if any(one["name"] == "Idempotency-Key" for one in each.get("parameters", ()))
+    }
+    assert takers == {"acquire", "batch"}
+    answers = DOCUMENT["paths"][f"{API}/keys/acquire"]["post"]["responses"]
+    assert "Idempotent-Replayed" in answers["200"]["headers"]
+    assert "superseded" in answers["409"]["description"]
+
+
+def test_examples_fit_their_schemas() -> None:
+    """Each is what its operation takes: it is decoded by the types of the bodies."""
+    examples = {
+        each["operationId"]: each["requestBody"]["content"]["application/json"]["example"]
+        for path in DOCUMENT["paths"].values()
+        for each in path.values()
+        if "requestBody" in each
+    }
+    bodies = {operation.name: operation.body for operation in OPERATIONS if operation.body is not None}
+    assert set(examples) == set(bodies)
+    for name, example in examples.items():
+        msgspec.convert(example, bodies[name])
 
 
 def test_moments_are_dates() -> None:
@@ -147,15 +184,18 @@ def purge_all(server: ServerProcess, token: str | None) -> None:
 
 
 def hurry(case: Any) -> None:
-    """Waits that are allowed are made short: what they are answered doesn't change by it."""
+    """Waits that are allowed are made short, and blocks as this pool allows: the answer's form doesn't change by it."""
     body: Any = case.body
     if isinstance(body, dict) and type(body.get("wait")) in (int, float) and 0 < body["wait"] <= 60:
         body["wait"] = min(body["wait"], LONGEST_WAIT)
+    block: Any = body.get("block_seconds") if isinstance(body, dict) else None
+    if type(block) in (int, float) and 0 < block <= MOST_SECONDS:
+        body["block_seconds"] = min(max(block, 1), 60)  # the limits are the pool's
     if isinstance(body, dict) and body.get("op") == "generate" and type(body.get("count")) is int:
         body["count"] = min(body["count"], 3) if body["count"] > 0 else body["count"]
 
 
-QUICK = {"generate", "acquire", "batch", "list"}
+QUICK = {"generate", "acquire", "batch", "extend", "list", "quarantine", "unblock"}
 
 
 @pytest.mark.parametrize("mode", ["fitting", pytest.param("not fitting", marks=pytest.mark.thorough)])

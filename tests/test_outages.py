@@ -24,10 +24,10 @@ from keypool.core.errors import NoKeyAvailable, StartError, StorageUnavailable, 
 from keypool.core.pool import Pool
 from keypool.engine import embedded
 from keypool.engine.durable import datafile, journal
-from keypool.engine.durable.datafile import Batch, encode
 from keypool.engine.durable.file_lock import log_of
 from keypool.engine.durable.journal import FileJournal, Storage
 from keypool.engine.durable.opening import open_durable
+from keypool.engine.durable.rows import Batch, encode
 from keypool.engine.durable.wire import Verdict
 from keypool.engine.durable.writer import Writer
 
@@ -431,7 +431,7 @@ def test_a_live_file_copied_without_its_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "keypool.db"
     writer = Writer(path, open_held(path))
     for number in range(1, 401):
-        row = (number, f"{number:020d}", 1, 2, None, 0, None)
+        row = (number, f"{number:020d}", 1, 2, None, 0, None, None, 0, None)
         assert writer.commit([encode(Batch([row], [], {"last_id": number, "pad": 7}))]) == Verdict()
         writer.flush()
         if number % 40 == 1:

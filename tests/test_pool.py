@@ -1,7 +1,7 @@
 """The pool's rules one by one, each at its edge.
 
 test_pool_machine.py has them in every order; here stands what a search would seldom meet: crowds of overdue
-keys, keys restored out of order, planted corruption, and chance, whose laws are tested with a seed.
+keys, keys loaded out of order, planted corruption, and chance, whose laws are tested with a seed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from engine_support import BLOCK, KEEPALIVE, START, make_pool, serial_texts
@@ -22,10 +23,12 @@ from hypothesis import strategies as st
 
 from keypool.core import index
 from keypool.core.cursor import ListQuery, decode, encode, page_query
-from keypool.core.errors import BadRequest, PoolFull, StaleLease, UnknownKey
-from keypool.core.events import Change, event_of
+from keypool.core.errors import BadRequest, BlockLimit, PoolFull, StaleLease, UnknownKey
+from keypool.core.events import HOLDER, Change, event_of
 from keypool.core.keys import ALPHABET, DEAD, Key, State, hint, random_text
-from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, KeyPage, PageQuery, Pool, state_of
+from keypool.core.outcomes import NO_HISTORY, Outcome, Report
+from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, Ended, KeyPage, PageQuery, Pool
+from keypool.core.rules import PoolRules
 
 NOW = START
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,9 +47,9 @@ def served(pool: Pool, now: float, owner: str | None = None) -> Key:
     return key
 
 
-def pool_of(count: int, now: float = NOW, **rules: object) -> tuple[Pool, list[Key]]:
+def pool_of(count: int, now: float = NOW, **rules: Any) -> tuple[Pool, list[Key]]:
     """A pool and its keys."""
-    pool = make_pool(**rules)  # type: ignore[arg-type]
+    pool = make_pool(**rules)
     return pool, [pool.generate(now) for _ in range(count)]
 
 
@@ -66,7 +69,7 @@ def test_a_late_holder_is_fenced_off_by_its_lease() -> None:
     second = served(pool, NOW + BLOCK, "bob").lease
     assert second > first
     with pytest.raises(StaleLease, match=f"lease {first} is over: the key was served again since"):
-        pool.unblock(key, first)
+        pool.unblock(key, first, NOW + BLOCK)
     assert (key.owner, key.release_deadline, key.lease) == ("bob", NOW + 2 * BLOCK, second)
 
 
@@ -75,7 +78,7 @@ def test_unblock_of_an_available_key_by_its_latest_lease_changes_nothing() -> No
     pool, (key,) = pool_of(1)
     lease = served(pool, NOW).lease
     pool.find(key.text, NOW + BLOCK)
-    assert pool.unblock(key, lease) is False
+    assert pool.unblock(key, lease, NOW + BLOCK) == Ended(changed=False)
     assert pool.counters.unblocked == 0
     assert pool.counters.released == 1
 
@@ -88,7 +91,7 @@ def test_no_lease_number_fits_a_key_that_was_never_served(lease: int, words: str
     """And the error says why."""
     pool, (key,) = pool_of(1)
     with pytest.raises(StaleLease, match=words):
-        pool.unblock(key, lease)
+        pool.unblock(key, lease, NOW)
 
 
 def test_a_lease_number_from_the_future_is_refused() -> None:
@@ -96,8 +99,8 @@ def test_a_lease_number_from_the_future_is_refused() -> None:
     pool, (key,) = pool_of(1)
     lease = served(pool, NOW).lease
     with pytest.raises(StaleLease, match="its latest lease has a smaller number"):
-        pool.unblock(key, lease + 1)
-    assert state_of(key, NOW) is State.BLOCKED
+        pool.unblock(key, lease + 1, NOW)
+    assert pool.state_of(key, NOW) is State.BLOCKED
 
 
 def test_another_keys_lease_number_does_not_fit() -> None:
@@ -105,7 +108,7 @@ def test_another_keys_lease_number_does_not_fit() -> None:
     pool, _ = pool_of(2)
     one, other = served(pool, NOW), served(pool, NOW)
     with pytest.raises(StaleLease):
-        pool.unblock(one, other.lease)
+        pool.unblock(one, other.lease, NOW)
 
 
 def test_lease_numbers_grow_with_every_acquire_of_the_pool() -> None:
@@ -115,7 +118,7 @@ def test_lease_numbers_grow_with_every_acquire_of_the_pool() -> None:
     for _ in range(20):
         key = served(pool, NOW)
         leases.append(key.lease)
-        pool.unblock(key, key.lease)
+        pool.unblock(key, key.lease, NOW)
     assert leases == list(range(1, 21))
 
 
@@ -123,8 +126,8 @@ def test_unblocking_without_a_lease_frees_whoever_holds_it() -> None:
     """The second time there is nothing to change."""
     pool, (key,) = pool_of(1)
     served(pool, NOW, "ann")
-    assert pool.unblock(key, None) is True
-    assert pool.unblock(key, None) is False
+    assert pool.unblock(key, None, NOW) == Ended(changed=True)
+    assert pool.unblock(key, None, NOW) == Ended(changed=False)
     assert (pool.available, pool.counters.unblocked) == (1, 1)
 
 
@@ -133,7 +136,7 @@ def test_a_key_is_in_the_available_list_only_once() -> None:
     pool, (key,) = pool_of(1)
     served(pool, NOW)
     for _ in range(3):
-        pool.unblock(key, None)
+        pool.unblock(key, None, NOW)
         pool.process_due(NOW + BLOCK)
         pool.find(key.text, NOW + BLOCK)
     assert pool.available == 1
@@ -149,7 +152,7 @@ def test_a_block_ends_at_its_deadline_and_not_before() -> None:
     pool, (key,) = pool_of(1)
     served(pool, NOW)
     assert pool.acquire(before(NOW + BLOCK), None) is None
-    assert state_of(pool.find(key.text, before(NOW + BLOCK)), before(NOW + BLOCK)) is State.BLOCKED
+    assert pool.state_of(pool.find(key.text, before(NOW + BLOCK)), before(NOW + BLOCK)) is State.BLOCKED
     assert pool.acquire(NOW + BLOCK, None) is key
 
 
@@ -191,7 +194,7 @@ def test_acquire_and_unblock_do_not_move_the_expiry() -> None:
     """Only keepalive moves it."""
     pool, (key,) = pool_of(1)
     for second in range(0, 290, 10):
-        pool.unblock(served(pool, NOW + second), None)
+        pool.unblock(served(pool, NOW + second), None, NOW + second)
     assert key.expires_deadline == NOW + KEEPALIVE
 
 
@@ -241,6 +244,76 @@ def test_ids_are_never_used_again() -> None:
     assert ids == [1, 2, 3, 4, 5]
 
 
+# ----------------------------------------------------------------------------------- outcomes, rest and extensions
+
+
+def test_a_release_a_rest_and_its_end_that_have_all_passed_are_seen_by_one_call() -> None:
+    """In order, and none of them is left for later."""
+    told: list[Change] = []
+    pool, (key,) = pool_of(
+        1, rest_seconds=5.0, on_change=lambda change, key, owner, origin: told.append(change)
+    )
+    served(pool, NOW)
+    assert pool.state_of(key, before(NOW + BLOCK + 5)) is State.COOLING
+    assert pool.state_of(key, NOW + BLOCK + 5) is State.AVAILABLE
+    assert pool.process_due(NOW + BLOCK + 5).more is False
+    assert told[2:] == [Change.RELEASED, Change.COOLED, Change.READY]
+    assert pool.acquire(NOW + BLOCK + 5, None) is key
+
+
+def test_a_key_that_expired_before_its_release_is_not_released() -> None:
+    """Nor is one ready that expired before the end of its cooldown: `expires` is above all."""
+    told: list[Change] = []
+    pool, made = pool_of(
+        2, max_block_seconds=600.0, on_change=lambda change, key, owner, origin: told.append(change)
+    )
+    held, limited = served(pool, NOW), served(pool, NOW)
+    pool.extend(held, held.lease, 600.0, NOW)
+    pool.unblock(limited, limited.lease, NOW, Report(Outcome.RATE_LIMITED, 600.0))
+    told.clear()
+    assert pool.acquire(NOW + 600, None) is None
+    assert told == [Change.EXPIRED] * len(made)
+    assert pool.counters.released == 0
+
+
+def test_an_extension_ends_where_the_rules_let_a_lease_end() -> None:
+    """However often it is extended, and that is counted from the acquire."""
+    pool, (key,) = pool_of(1, max_block_seconds=90.0)
+    served(pool, NOW)
+    with pytest.raises(BlockLimit, match=r"lasts 60.000 s more as it is: `seconds` must be larger"):
+        pool.extend(key, key.lease, 60.0, NOW)
+    pool.extend(key, key.lease, None, NOW + 10)
+    assert key.release_deadline == NOW + 70
+    pool.extend(key, key.lease, 1e6, NOW + 20)
+    assert key.release_deadline == NOW + 90
+    with pytest.raises(BlockLimit, match=r"a lease lasts 90 s at most \(max_block_seconds\)"):
+        pool.extend(key, key.lease, 1e6, NOW + 30)
+
+
+def test_restore_calls_off_a_quarantine_and_forgets_what_was_reported() -> None:
+    """Of a key that is held: its holder keeps it, and may still report."""
+    pool, (key,) = pool_of(1)
+    served(pool, NOW)
+    pool.quarantine(key, "leaked", False, NOW, HOLDER)
+    assert key.history.operator_reason == "leaked"
+    pool.restore(key, HOLDER)
+    assert key.history == NO_HISTORY
+    assert pool.unblock(key, key.lease, NOW, Report(Outcome.ERROR)) == Ended(changed=True)
+    assert (pool.state_of(key, NOW), pool.failures_of(key, NOW)) == (State.AVAILABLE, 1)
+    pool.restore(key, HOLDER)
+    assert pool.failures_of(key, NOW) == 0
+
+
+def test_the_leases_of_an_attempt_are_in_order_after_a_restart() -> None:
+    """A journal has them in order of id."""
+    pool = make_pool()
+    for id, lease in ((1, 9), (2, 7), (3, 8)):
+        key = Key(id, f"{id:020}", NOW, NOW + 300, NOW + 60, lease, state=State.BLOCKED, attempt=b"mine" * 4)
+        pool.load(key)
+    assert [key.lease for key in pool.leases_of(b"mine" * 4, NOW)] == [7, 8, 9]
+    assert pool.leases_of(b"mine" * 4, NOW + 60) == []
+
+
 # --------------------------------------------------------------------------------------------------- settling
 
 
@@ -274,7 +347,7 @@ def test_the_deadline_of_a_former_lease_frees_nothing() -> None:
     """The key was freed and served again meanwhile: it is somebody else's."""
     pool, (key,) = pool_of(1)
     former = served(pool, NOW, "ann").lease
-    pool.unblock(key, former)
+    pool.unblock(key, former, NOW)
     served(pool, NOW + 1, "bob")
     pool.process_due(NOW + BLOCK)
     assert (key.owner, key.release_deadline) == ("bob", NOW + 1 + BLOCK)
@@ -294,12 +367,31 @@ def test_a_former_expiry_deadline_purges_nothing() -> None:
 def test_the_deadlines_of_a_purged_key_do_nothing() -> None:
     """Nothing is counted or reported twice."""
     told: list[Change] = []
-    pool, (key,) = pool_of(1, on_change=lambda change, key, owner: told.append(change))
+    pool, (key,) = pool_of(1, on_change=lambda change, key, owner, origin: told.append(change))
     served(pool, NOW)
     pool.delete(key)
     pool.process_due(NOW + BLOCK)
     pool.process_due(NOW + KEEPALIVE)
     assert told == [Change.GENERATED, Change.ACQUIRED, Change.DELETED]
+
+
+def test_the_guard_does_not_count_keys_that_have_expired() -> None:
+    """Neither among the quarantined ones nor in the pool, even if no timer has fired."""
+    pool, made = pool_of(8, max_quarantined_percent=50.0)
+    for key in made[2:5]:
+        pool.quarantine(key, None, False, NOW, HOLDER)
+    now = NOW + KEEPALIVE
+    pool.keepalive(made[0], NOW + 1)
+    pool.keepalive(made[2], NOW + 1)
+    key = served(pool, now)
+    assert pool.unblock(key, key.lease, now, Report(Outcome.INVALID)) == Ended(changed=True, guarded=True)
+    pool, made = pool_of(8, max_quarantined_percent=50.0)
+    for key in made[2:6]:
+        pool.quarantine(key, None, False, NOW, HOLDER)
+    pool.keepalive(made[0], NOW + 1)
+    key = served(pool, now)
+    assert pool.unblock(key, key.lease, now, Report(Outcome.INVALID)) == Ended(changed=True, guarded=False)
+    assert pool.state_of(key, now) is State.QUARANTINED
 
 
 # ------------------------------------------------------------------------------------------------- a full pool
@@ -384,7 +476,7 @@ def test_a_backlog_of_expired_blocked_keys_never_hides_a_released_one() -> None:
 def test_a_backlog_is_processed_in_bounded_steps() -> None:
     """No call processes more than `MAX_DUE_PER_CALL` due keys of each kind."""
     told: list[Change] = []
-    pool, _ = pool_of(4 * CROWD, on_change=lambda change, key, owner: told.append(change))
+    pool, _ = pool_of(4 * CROWD, on_change=lambda change, key, owner, origin: told.append(change))
     for _ in range(2 * CROWD):
         served(pool, NOW)
     calls: list[Callable[[float], object]] = [
@@ -436,27 +528,28 @@ def test_a_page_within_a_backlog_of_ended_blocks_shows_them_as_available(order: 
     assert all(key.release_deadline is None for key in page.keys)
 
 
-# ---------------------------------------------------------------------------------------------- restored keys
+# ---------------------------------------------------------------------------------------------- loaded keys
 
 
-def restored(*rows: tuple[float, float | None], last_lease: int = 999) -> tuple[Pool, list[Key]]:
+def loaded(*rows: tuple[float, float | None], last_lease: int = 999) -> tuple[Pool, list[Key]]:
     """A pool of keys with these expiries and releases, in order of id, as a journal puts them back."""
     pool = make_pool()
     made = []
     for number, (expires, release) in enumerate(rows, 1):
         key = Key(number, f"{number:020}", NOW - 1, expires)
         if release is not None:
+            key.state = State.BLOCKED
             key.release_deadline, key.lease, key.owner = release, number, "ann"
         made.append(key)
         pool.last_id = number
-        pool.restore(key)
+        pool.load(key)
     pool.last_lease = last_lease
     return pool, made
 
 
-def test_restored_keys_are_unchanged_and_not_reported() -> None:
+def test_loaded_keys_are_unchanged_and_not_reported() -> None:
     """No counter moves."""
-    pool, (free, held) = restored((NOW + 100, None), (NOW + 200, NOW + 30))
+    pool, (free, held) = loaded((NOW + 100, None), (NOW + 200, NOW + 30))
     pool.check()
     assert (pool.total, pool.available, pool.blocked) == (2, 1, 1)
     assert set(vars_of_counters(pool).values()) == {0}
@@ -475,29 +568,29 @@ def vars_of_counters(pool: Pool) -> dict[str, int]:
 QUANTUM_START = math.ceil(NOW * 64) / 64 + 10
 
 
-def test_a_restored_key_whose_block_ran_out_is_available_whatever_its_neighbours_are() -> None:
+def test_a_loaded_key_whose_block_ran_out_is_available_whatever_its_neighbours_are() -> None:
     """Served at the moment of its deadline, though a key with a smaller id is released 10 ms later."""
-    pool, (_, key) = restored((NOW + 100, QUANTUM_START + 0.012), (NOW + 100, QUANTUM_START + 0.002))
+    pool, (_, key) = loaded((NOW + 100, QUANTUM_START + 0.012), (NOW + 100, QUANTUM_START + 0.002))
     assert pool.acquire(QUANTUM_START + 0.005, None) is key
 
 
-def test_a_restored_key_that_expired_takes_no_room_whatever_its_neighbours_do() -> None:
+def test_a_loaded_key_that_expired_takes_no_room_whatever_its_neighbours_do() -> None:
     """Room at the moment of its deadline, though a key with a smaller id expires 10 ms later."""
-    pool, _ = restored((QUANTUM_START + 0.012, None), (QUANTUM_START + 0.002, None))
-    pool.max_keys = 2
+    pool, _ = loaded((QUANTUM_START + 0.012, None), (QUANTUM_START + 0.002, None))
+    pool.rules = PoolRules(max_keys=2)
     pool.require_room(1, QUANTUM_START + 0.005)
 
 
-def test_the_hint_of_the_earliest_release_is_the_earliest_of_restored_keys() -> None:
+def test_the_hint_of_the_earliest_release_is_the_earliest_of_loaded_keys() -> None:
     """Not the one with the smallest id."""
-    pool, _ = restored((NOW + 100, QUANTUM_START + 0.012), (NOW + 100, QUANTUM_START + 0.002))
+    pool, _ = loaded((NOW + 100, QUANTUM_START + 0.012), (NOW + 100, QUANTUM_START + 0.002))
     assert pool.next_release(QUANTUM_START) == pytest.approx(0.002, abs=1e-6)
 
 
-def test_process_due_brings_a_restored_backlog_up_to_date() -> None:
+def test_process_due_brings_a_loaded_backlog_up_to_date() -> None:
     """As a start after a long stop does."""
     rows = [(NOW + number % 3, NOW + number % 2 if number % 5 else None) for number in range(CROWD)]
-    pool, made = restored(*rows)
+    pool, made = loaded(*rows)
     now = NOW + 1
     while pool.overdue(now) or pool.next_release(now) == 0:
         pool.process_due(now)
@@ -511,12 +604,16 @@ def test_process_due_brings_a_restored_backlog_up_to_date() -> None:
 # ----------------------------------------------------------------------------------------------------- proof
 
 
+def _in(state: State, pool: Pool) -> Key:
+    return next(key for key in pool._by_id.walk(None) if key.state is state)
+
+
 def _held(pool: Pool) -> Key:
-    return next(key for key in pool._by_id.walk(None) if key.release_deadline is not None)
+    return _in(State.BLOCKED, pool)
 
 
 def _free(pool: Pool) -> Key:
-    return next(key for key in pool._by_id.walk(None) if key.release_deadline is None)
+    return _in(State.AVAILABLE, pool)
 
 
 def _swap_slots(pool: Pool) -> None:
@@ -637,55 +734,105 @@ def _miscount(pool: Pool) -> None:
     pool._total += 1
 
 
+def _await_a_quarantine_of_a_free_one(pool: Pool) -> None:
+    _free(pool).quarantine_pending = True
+
+
+def _keep_the_attempt_of_a_free_one(pool: Pool) -> None:
+    _free(pool).attempt = b"lost" * 4
+
+
+def _lose_from_the_attempts(pool: Pool) -> None:
+    key = _held(pool)
+    assert key.attempt is not None
+    pool._by_attempt.discard(key, key.attempt)
+
+
+def _leave_among_the_attempts(pool: Pool) -> None:
+    pool._by_attempt.add(_free(pool), b"lost" * 4)
+
+
+def _lose_from_the_quarantined(pool: Pool) -> None:
+    pool._quarantined.remove(_in(State.QUARANTINED, pool).id)
+    pool._quarantined.add(_in(State.COOLING, pool).id)
+
+
+def _leave_among_the_quarantined(pool: Pool) -> None:
+    pool._quarantined.add(_free(pool).id)
+
+
+def _leave_a_stranger_among_the_quarantined(pool: Pool) -> None:
+    pool._quarantined.add(77)
+
+
+def _take_a_cooling_one_for_blocked(pool: Pool) -> None:
+    _in(State.COOLING, pool).state = State.BLOCKED
+
+
+def _miscount_the_cooling(pool: Pool) -> None:
+    pool._cooling += 1
+
+
+_CONTRADICTS_SLOT = r"<Key id:\d+ 0000….*> is {}, which contradicts its slot \S+ of the available ones"
+_CONTRADICTS_QUARANTINE = r"<Key id:\d+ .*> is {}, which contradicts the order of quarantined keys"
+_OF_A_BLOCKED_KEY = r"<Key id:\d+ .*> is available but has what only a blocked key has"
+_HAS_A_PLACE = r"<Key id:\d+ .*> is available but has a release_deadline or a place in its order"
+_NOT_IN_BUCKET = r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to"
+_OTHER_COUNTS = r"by id, by text and by state there are \((\d+, ){5}\d+\) keys instead of"
 CAUGHT = [
-    (_swap_slots, r"<Key id:\d+ 0000….*> is available but not in its slot \d"),
-    (_free_twice, r"there are .* keys instead of"),
-    (_free_a_held_one, r"<Key id:\d+ .*> is blocked but has slot \d+ and lease \d+"),
-    (_lose_a_free_one, r"<Key id:\d+ .*> is available but not in its slot -1"),
-    (_name_an_owner, r"<Key id:\d+ .*> is available but has an owner"),
-    (_forget_a_release, r"<Key id:\d+ .*> is available but"),
-    (_invent_a_release, r"<Key id:\d+ .*> is blocked but has slot \d"),
-    (
-        _lose_from_the_order_of_releases,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
-    ),
+    (_swap_slots, _CONTRADICTS_SLOT.format("available")),
+    (_free_twice, _OTHER_COUNTS),
+    (_free_a_held_one, _HAS_A_PLACE),
+    (_lose_a_free_one, _CONTRADICTS_SLOT.format("available")),
+    (_name_an_owner, _OF_A_BLOCKED_KEY),
+    (_await_a_quarantine_of_a_free_one, _OF_A_BLOCKED_KEY),
+    (_keep_the_attempt_of_a_free_one, _OF_A_BLOCKED_KEY),
+    (_lose_from_the_attempts, r"<Key id:\d+ .*> is not found by its attempt"),
+    (_leave_among_the_attempts, r"2 keys are found by attempt instead of 1"),
+    (_lose_from_the_quarantined, _CONTRADICTS_QUARANTINE.format("(quarantined|cooling)")),
+    (_leave_among_the_quarantined, _CONTRADICTS_QUARANTINE.format("available")),
+    (_leave_a_stranger_among_the_quarantined, _OTHER_COUNTS),
+    (_take_a_cooling_one_for_blocked, _OTHER_COUNTS),
+    (_miscount_the_cooling, _OTHER_COUNTS),
+    (_forget_a_release, r"<Key id:\d+ .*> is blocked but has no release_deadline"),
+    (_invent_a_release, _HAS_A_PLACE),
+    (_lose_from_the_order_of_releases, _NOT_IN_BUCKET),
     (_leave_in_the_order_of_releases, r"an order of deadlines holds \d+ keys instead of \d+"),
-    (
-        _lose_from_the_order_of_expiries,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
-    ),
-    (_forget_the_place_in_the_order_of_expiries, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
-    (_forget_the_place_in_the_order_of_releases, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
-    (_renumber_a_bucket, r"<Key id:\d+ .*> is not in the bucket of deadlines"),
+    (_lose_from_the_order_of_expiries, _NOT_IN_BUCKET),
+    (_forget_the_place_in_the_order_of_expiries, _NOT_IN_BUCKET),
+    (_forget_the_place_in_the_order_of_releases, _NOT_IN_BUCKET),
+    (_renumber_a_bucket, _NOT_IN_BUCKET),
     (_leave_an_empty_bucket, r"bucket 1 is empty or numbered 1"),
     (_lose_from_the_texts, r"<Key id:\d+ .*> is not found by its text"),
-    (_leave_among_the_texts, r"there are \(\d+, \d+, \d+\) keys instead of"),
+    (_leave_among_the_texts, _OTHER_COUNTS),
     (_change_a_text, r"<Key id:\d+ .*> is not found by its text"),
     (_share_a_text, r"<Key id:\d+ .*> is not found by its text"),
-    (_lose_from_the_ids, r"there are .* keys instead of"),
+    (_lose_from_the_ids, _OTHER_COUNTS),
     (_change_an_id, r"the walk by id is out of order or returns a key twice"),
     (_run_ahead_of_the_last_id, r"<Key id:\d+ .*>: id or lease \d+ is beyond the last given"),
     (_run_ahead_of_the_last_lease, r"<Key id:\d+ .*>: id or lease 1000 is beyond the last given"),
-    (_hold_without_a_lease, r"<Key id:\d+ .*> is blocked but has slot -1 and lease 0"),
+    (_hold_without_a_lease, r"<Key id:\d+ .*> is blocked without a lease"),
     (_keep_a_dead_one, r"<Key id:\d+ .*> was purged but is still found by id"),
-    (_miscount, r"there are .* keys instead of"),
-    (
-        _misplace_in_the_order_of_expiries,
-        r"<Key id:\d+ .*> is not in the bucket of deadlines that it refers to",
-    ),
+    (_miscount, _OTHER_COUNTS),
+    (_misplace_in_the_order_of_expiries, _NOT_IN_BUCKET),
     (_move_an_expiry_alone, r"<Key id:\d+ .*> has a deadline outside the time of its bucket"),
     (_move_a_release_alone, r"<Key id:\d+ .*> has a deadline outside the time of its bucket"),
 ]
 
 
 def corruptible() -> Pool:
-    """A pool with free and held keys that passes its check."""
-    pool, made = pool_of(6)
+    """A pool with keys in each state, of which one is held by an attempt, that passes its check."""
+    pool, made = pool_of(9)
     for key in made[:2]:
-        pool.unblock(served(pool, NOW + 1, "bob"), None)
+        pool.unblock(served(pool, NOW + 1, "bob"), None, NOW + 1)
         pool.keepalive(key, NOW + 1)
-    served(pool, NOW + 1, "bob")
+    attempt = pool.acquire(NOW + 1, "bob", None, b"mine" * 4)
+    assert attempt is not None
     served(pool, NOW + 2)
+    for report in (Report(Outcome.RATE_LIMITED), Report(Outcome.INVALID)):
+        key = served(pool, NOW + 2)
+        pool.unblock(key, key.lease, NOW + 2, report)
+    assert {key.state for key in made} == set(State)
     pool.check()
     return pool
 
@@ -730,7 +877,7 @@ def test_acquire_serves_each_available_key_equally_likely() -> None:
     for _ in range(20_000):
         key = served(pool, NOW)
         counts[key.id] += 1
-        pool.unblock(key, key.lease)
+        pool.unblock(key, key.lease, NOW)
     assert counts.keys() == {key.id for key in alive}
     assert abs(chi_square(list(counts.values()))) < 4, f"not uniform: {sorted(counts.values())}"
 
@@ -743,8 +890,8 @@ def test_acquire_of_two_serves_each_ordered_pair_equally_likely() -> None:
     for _ in range(15_000):
         one, other = served(pool, NOW), served(pool, NOW)
         pairs[one.id, other.id] += 1
-        pool.unblock(one, None)
-        pool.unblock(other, None)
+        pool.unblock(one, None, NOW)
+        pool.unblock(other, None, NOW)
     assert len(pairs) == 6 * 5
     assert abs(chi_square(list(pairs.values()))) < 4, f"not uniform: {pairs}"
 
@@ -802,7 +949,7 @@ def test_a_hint_shows_four_characters_at_each_end() -> None:
 def test_a_printed_key_shows_its_hint_only() -> None:
     """In a log, a trace or an event."""
     key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
-    event = event_of((Change.ACQUIRED, key, "ann", 7, NOW))
+    event = event_of((Change.ACQUIRED, key, "ann", 7, NOW, HOLDER))
     for shown in (repr(key), str(key), f"{key}", f"{key!r}", repr(event)):
         assert "5TRx…VN9w" in shown, shown
         assert "abcd" not in shown, shown
@@ -811,7 +958,7 @@ def test_a_printed_key_shows_its_hint_only() -> None:
 def test_the_event_of_a_key_that_was_never_served_has_no_lease() -> None:
     """Its lease is None, not 0."""
     key = Key(42, "5TRxabcdefghijklVN9w", NOW, NOW)
-    assert event_of((Change.GENERATED, key, None, 0, NOW)).lease is None
+    assert event_of((Change.GENERATED, key, None, 0, NOW, HOLDER)).lease is None
 
 
 # ---------------------------------------------------------------------------------------------------- cursors

@@ -62,3 +62,6 @@ def test_a_wrong_setting_is_one_line_and_status_2_there_too() -> None:
     status, text = run_server(["--print-config", "--port=x"])
     assert status == 2, text
     assert len(text.splitlines()) == 1, text
+    status, text = run_server(["--max-block-seconds=10", "--block-seconds=20"])
+    assert status == 2, text
+    assert text == "keypool: --max-block-seconds takes no less than block_seconds, which is 20, not 10\n"

@@ -26,6 +26,7 @@ from keypool.config.setting_types import (
     DataFile,
     EngineName,
     File,
+    Percent,
     Proxies,
     Seconds,
     Text,
@@ -61,7 +62,7 @@ def spelled(value: object) -> str:
     return json.dumps(value)
 
 
-def right_values(option: Option, directory: Path) -> list[object]:
+def right_values(option: Option, directory: Path) -> list[object]:  # noqa: C901 - flat
     """Three valid values of the setting, different if it has as many."""
     match option.kind:
         case Choice(words=words):
@@ -70,6 +71,8 @@ def right_values(option: Option, directory: Path) -> list[object]:
             return [low, low + 1, high]
         case Seconds(low=low, high=high):
             return [low, low + 0.5, high]
+        case Percent():
+            return [0.0, 12.5, 100.0]
         case Address():
             return ["127.0.0.2", "::1", "localhost"]
         case Proxies():
@@ -129,6 +132,8 @@ def wrong_texts(kind: Text) -> list[str]:
                 "1e999",
                 "1s",
             ]
+        case Percent():
+            return ["-1", "-0.001", "100.001", "101", "", "x", "50%", "nan", "inf", " 1", "1\n", "\uff11"]
         case Address():
             return [
                 "",
@@ -190,9 +195,11 @@ def wrong_toml(kind: Text) -> list[str]:
                 "nan",
                 "0x" + "f" * 5000,
             ]
-        case Seconds(low=low):
-            zeros = ["0", "0.0"] if low > 0 else []
-            return [*everywhere, *zeros, "-1", "nan", "inf", "-inf", '"1.0"', "86401", "0x" + "f" * 5000]
+        case Seconds(low=low, high=high):
+            outside = ["-1", f"{high + 1:.15g}", *(["0", "0.0"] if low > 0 else [])]
+            return [*everywhere, *outside, "nan", "inf", "-inf", '"1.0"', "0x" + "f" * 5000]
+        case Percent():
+            return [*everywhere, "-1", "-0.1", "100.1", "101", "nan", "inf", '"50"', '"50%"']
         case DataFile():
             return ["true", "[]", "{}", "1979-05-27", "1", "1.5", "''", '"\\n"']
         case _:
@@ -214,6 +221,10 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert (settings.block_seconds, settings.keepalive_seconds, settings.drain_seconds) == (60.0, 300.0, 10.0)
     assert (settings.key_length, settings.max_keys, settings.max_waiters) == (20, 1_000_000, 10_000)
     assert settings.restart_grace == 0.0
+    assert (settings.cooldown_seconds, settings.max_cooldown_seconds) == (60.0, 3600.0)
+    assert (settings.max_retry_after_seconds, settings.forget_seconds) == (604_800.0, 3600.0)
+    assert (settings.error_threshold, settings.max_quarantined_percent) == (3, 50.0)
+    assert (settings.rest_seconds, settings.max_block_seconds) == (0.0, None)
     assert (settings.log_level, settings.log_format, settings.config) == ("info", "text", None)
     assert settings.client_tokens == settings.viewer_tokens == settings.admin_tokens == ()
 
@@ -230,7 +241,10 @@ def test_default_is_a_value_that_the_setting_takes(option: Option) -> None:
         assert option.kind.spelled(option.name, option.default_text) == option.default
 
 
-BESIDE = {"processes": {"KEYPOOL_ENGINE": "valkey://127.0.0.1:6379/0"}}
+BESIDE = {
+    "processes": {"KEYPOOL_ENGINE": "valkey://127.0.0.1:6379/0"},
+    "max_block_seconds": {"KEYPOOL_BLOCK_SECONDS": "0.001"},
+}
 """Variables without which a setting takes its default only."""
 
 
@@ -366,6 +380,57 @@ def test_help_lists_every_flag_with_what_it_takes(
     for option in OPTIONS:
         assert f"{option.flag}=..." in text
         assert f"Takes {option.kind.takes}. Default: {option.default_text}." in text
+
+
+# Settings that depend on another
+
+
+@pytest.mark.parametrize("source", ["flag", "environment", "toml"])
+def test_the_longest_block_is_not_shorter_than_a_block(source: str, tmp_path: Path) -> None:
+    """Whichever of the two is wrong, the line names both and what would be right."""
+    config = toml(tmp_path, "max_block_seconds = 59.5")
+    argv, environ, named = {
+        "flag": (["--max-block-seconds=59.5"], {}, "--max-block-seconds"),
+        "environment": ([], {"KEYPOOL_MAX_BLOCK_SECONDS": "59.5"}, "KEYPOOL_MAX_BLOCK_SECONDS"),
+        "toml": (["--config", config], {}, f"max_block_seconds in {config}"),
+    }[source]
+    assert refusal(*argv, **environ) == f"{named} takes no less than block_seconds, which is 60, not 59.5"
+    assert refusal("--block-seconds=86400", *argv, **environ).endswith("which is 86400, not 59.5")
+    assert load(["--block-seconds=59.5", *argv], environ).max_block_seconds == 59.5
+
+
+def test_without_a_longest_block_a_lease_lasts_as_long_as_a_block() -> None:
+    assert load([], {}).rules.longest_block == 60
+    assert load(["--block-seconds=20"], {}).rules.longest_block == 20
+    assert load(["--block-seconds=20", "--max-block-seconds=3600"], {}).rules.longest_block == 3600
+
+
+def test_every_setting_of_the_pool_reaches_its_rules() -> None:
+    given = {
+        "block_seconds": 61.0,
+        "keepalive_seconds": 301.0,
+        "key_length": 21,
+        "max_keys": 7,
+        "max_waiters": 8,
+        "restart_grace": 9.0,
+        "cooldown_seconds": 10.0,
+        "max_cooldown_seconds": 11.0,
+        "max_retry_after_seconds": 12.0,
+        "error_threshold": 13,
+        "forget_seconds": 14.0,
+        "max_quarantined_percent": 15.0,
+        "rest_seconds": 16.0,
+        "max_block_seconds": 617.0,
+    }
+    assert asdict(load([f"{BY_NAME[name].flag}={value}" for name, value in given.items()], {}).rules) == given
+
+
+def test_large_numbers_are_written_out() -> None:
+    """Not as 3.16224e+07, in errors as in the printed settings."""
+    assert refusal("--forget-seconds=1e9") == (
+        "--forget-seconds takes a number of seconds from 0 to 31622400, fractions allowed, not '1e9'"
+    )
+    assert BY_NAME["forget_seconds"].text(1_234_567.25) == "1234567.25"
 
 
 # Environment

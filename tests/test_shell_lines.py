@@ -37,7 +37,7 @@ TOKENS = {
 def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
     """A server whose pool has never had a key."""
     admin = ADMIN_TOKEN if request.param else None
-    flags = ["--port=0", "--data=:memory:"]
+    flags = ["--port=0", "--data=:memory:", "--max-block-seconds=3600"]
     with ServerProcess(flags, cwd=tmp_path, env=request.param, admin_token=admin) as server:
         yield server
 
@@ -76,6 +76,8 @@ def test_each_call_of_the_api_page_does_what_it_shows(fresh: ServerProcess) -> N
         admin.post(f"{API}/keys/{admin.acquire()['key']}/unblock").expect(200)
     status, leased = run(lines.pop("acquire"))
     assert (status, leased["lease"], leased["key"]) == (200, 17, key)
+    status, extended = run(lines.pop("extend"), key)
+    assert (status, extended["lease"]) == (200, 17)
     status, unblocked = run(lines.pop("unblock"), key)
     assert (status, unblocked["changed"]) == (200, True)
     for operation in OPERATIONS:

@@ -1,8 +1,7 @@
-"""The timers, on real loops: on the stock one with a clock that is put forward, on uvloop in real time.
+"""The timers on real loops: asyncio's with a clock that the test advances, and uvloop in real time.
 
-A clock that is put forward makes all timers due that the loop would have fired meanwhile, at once, as a loop
-finds them that was kept busy. uvloop's clock can't be moved, so deadlines there are some milliseconds off, and
-the tests wait for what has to come, not for a length of time.
+After the clock was advanced, all timers up to then are due at once, as on a loop that was kept busy. uvloop's clock
+can't be advanced, so these tests have deadlines some milliseconds ahead, and wait for the event, not for a time.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from engine_support import (
 from tornado.ioloop import IOLoop
 
 from keypool.core import index
-from keypool.core.events import Change
+from keypool.core.events import Change, Origin
 from keypool.core.index import DeadlineIndex
 from keypool.core.keys import Key
 from keypool.core.pool import MAX_DUE_PER_CALL, Pool
@@ -42,7 +41,7 @@ TICK = 1 / 64
 
 
 class Rig:
-    """The timers of one index of deadlines, and what they have had settled."""
+    """The timers of one index of deadlines, and the keys that they have processed."""
 
     def __init__(self, loop: IOLoop, now: Callable[[], float], *, started: bool = True) -> None:
         self.now = now
@@ -59,7 +58,7 @@ class Rig:
             self.start()
 
     def start(self) -> None:
-        """As when all is restored."""
+        """Start the timers, as after a restore."""
         self.timers.start(self.index.buckets())
 
     def add(self, id: int, deadline: float) -> Key:
@@ -69,7 +68,7 @@ class Rig:
         return key
 
     def discard(self, key: Key) -> None:
-        """As it is kept alive, freed or deleted."""
+        """Take a key out, as keepalive, unblock and delete do."""
         assert key.expiry_bucket is not None
         self.index.discard(key, key.expiry_bucket)
         key.expiry_bucket = None
@@ -86,32 +85,32 @@ class Rig:
 
 
 class Skewed:
-    """A stock loop whose clock, which is the pool's too, can be put forward."""
+    """An asyncio loop whose clock, which is also the pool's, the test can advance."""
 
     def __init__(self) -> None:
         self.raw = SkewedLoop()
         self.loop = IOLoop(asyncio_loop=self.raw, make_current=False)
 
     def run(self, test: Test) -> None:
-        """The test on this loop, to its end."""
+        """Run the test on this loop to its end."""
         with quiet():
             self.raw.run_until_complete(test())
 
     async def on(self, seconds: float) -> None:
-        """Put the clock forward, and let what is due then be done."""
+        """Advance the clock, and process what is due."""
         self.raw.skew += seconds
         await turns(5)
 
     @property
     def scheduled(self) -> int:
-        """Timers that the loop itself holds, cancelled ones aside."""
+        """The timers in the loop itself, without cancelled ones."""
         handles: list[asyncio.TimerHandle] = self.raw._scheduled  # type: ignore[attr-defined]
         return sum(not handle.cancelled() for handle in handles)
 
 
 @pytest.fixture
 def skewed() -> Iterator[Skewed]:
-    """A loop of this test's own."""
+    """A loop for this test only."""
     made = Skewed()
     yield made
     made.loop.close(all_fds=True)
@@ -121,7 +120,7 @@ def skewed() -> Iterator[Skewed]:
 
 
 class Held(Rig):
-    """On a clock that a test moves, with timers that it fires."""
+    """Timers that the test fires, on a clock that it advances."""
 
     def __init__(self, *, started: bool = True) -> None:
         self.clock = Moment()
@@ -129,13 +128,13 @@ class Held(Rig):
         super().__init__(self.loop.as_loop, self.clock, started=started)
 
     def expect(self, count: int, after: str) -> None:
-        """Fails unless so many timers stand."""
+        """Fail unless so many timers are set."""
         counts = (self.timers.armed, len(self.loop.timers))
         assert counts == (count, count), f"after {after}: {counts[0]} counted, {counts[1]} in the loop"
 
 
 def test_keys_of_one_bucket_share_a_timer() -> None:
-    """Set with its first key, cancelled with its last; the next one sets another."""
+    """The first key sets it, removing the last key cancels it, and the next key sets another."""
     rig = Held()
     keys = [rig.add(id, START + 300 + id / 1000) for id in range(1, 11)]
     rig.expect(1, "10 keys of one 1/64 s")
@@ -154,7 +153,7 @@ def test_keys_of_one_bucket_share_a_timer() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1e-6, 0.003, 0.0156, 0.015625, 0.5, 0.7777, 0.999999])
 def test_a_timer_is_set_behind_the_end_of_its_bucket_and_no_more_than_20_ms_late(fraction: float) -> None:
-    """So that what it finds has passed, though the loop should be 1.3 ms early."""
+    """So the deadlines have passed even if the loop fires 1.3 ms early."""
     rig = Held()
     rig.clock.on(0.123)
     key = rig.add(1, START + 300 + fraction)
@@ -173,7 +172,7 @@ def test_a_timer_is_set_behind_the_end_of_its_bucket_and_no_more_than_20_ms_late
 
 
 def test_a_loop_that_fires_early_sets_the_timer_again() -> None:
-    """However often, and nothing is settled before the end of the bucket."""
+    """However often it is early, no key is processed before the end of the bucket."""
     rig = Held()
     key = rig.add(1, START + 300)
     for early in (10.0, 0.5, 1e-6):
@@ -190,7 +189,7 @@ def test_a_loop_that_fires_early_sets_the_timer_again() -> None:
 
 
 def test_nothing_fires_before_the_start() -> None:
-    """A pool that is being restored must not move; then all that is open gets its timer, and no more."""
+    """A pool that is being restored must not change. `start` sets one timer for each open bucket."""
     rig = Held(started=False)
     keys = [rig.add(id, START + second) for id, second in enumerate((-100, 5, 5, 9, 300), 1)]
     rig.discard(keys[3])
@@ -204,7 +203,7 @@ def test_nothing_fires_before_the_start() -> None:
 
 
 def test_keys_queued_while_a_backlog_is_processed_are_processed_once() -> None:
-    """Timers that fire meanwhile don't each begin a round of their own."""
+    """Timers that fire meanwhile don't start further rounds."""
     rig = Held()
     for id in range(1, 10 * MAX_DUE_PER_CALL + 1):
         rig.add(id, START + 1 + id / 100)
@@ -233,7 +232,7 @@ def test_a_timer_that_has_nothing_to_do_with_a_key_can_be_cancelled() -> None:
 
 
 def test_a_timer_for_a_deadline_that_has_passed_fires_in_the_next_turns(skewed: Skewed) -> None:
-    """As for a key restored after a long stop."""
+    """A key that was restored after a long stop may have such a deadline."""
 
     async def test() -> None:
         rig = Rig(skewed.loop, skewed.raw.time)
@@ -246,7 +245,7 @@ def test_a_timer_for_a_deadline_that_has_passed_fires_in_the_next_turns(skewed: 
 
 
 def test_after_closing_nothing_queued_or_firing_later_is_processed(skewed: Skewed) -> None:
-    """No key is processed any more."""
+    """After `close`, no key is processed."""
 
     async def test() -> None:
         now = skewed.raw.time
@@ -271,7 +270,7 @@ def test_after_closing_nothing_queued_or_firing_later_is_processed(skewed: Skewe
 
 @pytest.mark.parametrize("seconds", [0.0, 30.0], ids=["of one moment", "of 30 s"])
 def test_a_hundred_thousand_due_at_once_are_processed_in_slices(skewed: Skewed, seconds: float) -> None:
-    """Between two slices the loop does its other work: no turn deals with more than one."""
+    """The loop does its other work between two slices: no turn processes more than one."""
     count = 100_000
 
     async def test() -> None:
@@ -307,7 +306,7 @@ def test_a_hundred_thousand_due_at_once_are_processed_in_slices(skewed: Skewed, 
 
 @dataclass
 class Told:
-    """An engine, and what its pool has told."""
+    """An engine, and the changes that its pool has reported."""
 
     engine: EmbeddedEngine
     changes: list[Change]
@@ -318,21 +317,21 @@ class Told:
 
 
 def told(skewed: Skewed) -> Told:
-    """An engine on the skewed loop."""
+    """An engine on the loop whose clock can be advanced."""
     engine = make_engine(skewed.raw.time, loop=skewed.loop)
     changes: list[Change] = []
     listener = engine.pool.on_change
 
-    def hear(change: Change, key: Key, owner: str | None) -> None:
+    def hear(change: Change, key: Key, owner: str | None, origin: Origin) -> None:
         changes.append(change)
-        listener(change, key, owner)
+        listener(change, key, owner, origin)
 
     engine.pool.on_change = hear
     return Told(engine, changes)
 
 
 def test_a_key_is_released_and_purged_without_any_call(skewed: Skewed) -> None:
-    """At 60 s and at 300 s, by the timers alone."""
+    """The timers alone do it, after 60 s and 300 s."""
 
     async def test() -> None:
         made = told(skewed)
@@ -353,7 +352,7 @@ def test_a_key_is_released_and_purged_without_any_call(skewed: Skewed) -> None:
 
 
 def test_a_timer_stands_for_each_bucket_with_a_deadline(skewed: Skewed) -> None:
-    """Set and cancelled with every call that opens or ends one, and none left when no key is."""
+    """Calls that open or empty a bucket set or cancel its timer. Without keys there are no timers."""
 
     async def test() -> None:
         clock = Moment(START)
@@ -389,7 +388,7 @@ def test_a_timer_stands_for_each_bucket_with_a_deadline(skewed: Skewed) -> None:
 
 
 def test_the_timer_of_a_lease_that_was_given_back_frees_no_newer_one(skewed: Skewed) -> None:
-    """The deadline of the former one passes, and nothing is told."""
+    """When the old deadline passes, no change is reported."""
 
     async def test() -> None:
         made = told(skewed)
@@ -407,7 +406,7 @@ def test_the_timer_of_a_lease_that_was_given_back_frees_no_newer_one(skewed: Ske
 
 
 def test_the_timer_of_a_deadline_that_was_put_off_purges_nothing(skewed: Skewed) -> None:
-    """Nor does the rest of its bucket, whose time comes, take it along."""
+    """Other keys of the old bucket are purged in time, and this key is not."""
 
     async def test() -> None:
         made = told(skewed)
@@ -437,15 +436,15 @@ def on_uvloop(test: Test) -> None:
 
 
 def test_on_uvloop_deadlines_are_never_early_by_more_than_5_ms() -> None:
-    """A release and an expiry, without any call."""
+    """Measured for a release and an expiry, without any call."""
 
     async def test() -> None:
         engine = EmbeddedEngine(PoolRules(block_seconds=0.1, keepalive_seconds=0.8))
         loop, listener = asyncio.get_running_loop(), engine.pool.on_change
         fired = {change: loop.create_future() for change in (Change.RELEASED, Change.EXPIRED)}
 
-        def hear(change: Change, key: Key, owner: str | None) -> None:
-            listener(change, key, owner)
+        def hear(change: Change, key: Key, owner: str | None, origin: Origin) -> None:
+            listener(change, key, owner, origin)
             if change in fired:
                 fired[change].set_result(engine.now())
 
@@ -467,7 +466,7 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 def test_on_uvloop_a_block_that_ends_serves_a_waiter() -> None:
-    """The second holder gets the key by the first one's timer."""
+    """The timer of the first lease serves the waiter."""
 
     async def test() -> None:
         engine = EmbeddedEngine(PoolRules(block_seconds=0.05))
@@ -482,7 +481,7 @@ def test_on_uvloop_a_block_that_ends_serves_a_waiter() -> None:
 
 
 def test_on_uvloop_a_cancelled_timer_never_fires() -> None:
-    """Given back, kept alive, deleted in time: nothing is told by a timer."""
+    """After unblock, keepalive and delete in time, no timer reports a change."""
 
     async def test() -> None:
         # The pool's clock stands, so that no deadline passes however slow this machine is; the loop's goes on.

@@ -1,7 +1,7 @@
 """The Valkey engine beyond the contract tests: partitions, several servers, crowds of overdue keys.
 
-The engine is held against the plainest model of the contract in random order; time passes by making the pool
-older in Valkey (`age`), so no test waits for it.
+Time passes by making the pool older in Valkey (`age`), so no test waits for it. The rules themselves are in
+test_valkey_rules.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from engine_support import Call, turns_until
-from test_pool_machine import Fact
 from valkey_support import (
     Place,
     age,
@@ -26,16 +25,13 @@ from valkey_support import (
     eventually,
     new_place,
     on_loop,
-    with_constants,
 )
 from valkeys import new_pool, shared_cluster
 
-from keypool.core.answers import Lease
+from keypool.core.answers import Lease, Unblock
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import NoKeyAvailable, PoolFull, StaleLease, StorageUnavailable, UnknownKey
-from keypool.core.keys import State
+from keypool.core.errors import NoKeyAvailable, PoolFull, StorageUnavailable, UnknownKey
 from keypool.engine.valkey import link as valkey_link
-from keypool.engine.valkey import poller as valkey_poller
 from keypool.engine.valkey.calls import ScriptCall
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.link import ConnectionLost
@@ -49,254 +45,6 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Place:
     """See Place. On a busy machine a large batch may take longer than the silence that ends a connection."""
     monkeypatch.setattr(valkey_link, "SILENCE", 30.0)
     return new_place()
-
-
-# -------------------------------------------------------------------------------------------------- the rules
-
-
-class Model:
-    """A reference model of the pool, a table of keys and deadlines, to compare an engine with."""
-
-    def __init__(self, place: Place, partitions: int, engine: ValkeyEngine, seed: int) -> None:
-        self.place = place
-        self.partitions = partitions
-        self.engine = engine
-        self.random = random.Random(seed)
-        self.now = 0.0  # by ageing; what really passes is far less than any step
-        self.facts: dict[int, Fact] = {}
-        self.ever: list[tuple[int, str]] = []
-        self.last_lease = 0
-        self.counts: Counter[str] = Counter()
-
-    def live(self) -> dict[int, Fact]:
-        """The keys that live."""
-        return {id: fact for id, fact in self.facts.items() if fact.lives(self.now)}
-
-    def free(self) -> set[int]:
-        """Of these, the available."""
-        return {id for id, fact in self.live().items() if fact.state(self.now) is State.AVAILABLE}
-
-    def some(self) -> tuple[int, str]:
-        """One of the keys that ever were, more often a late one."""
-        late = self.random.random() < 0.7
-        return self.random.choice(self.ever[-12:] if late else self.ever) if self.ever else (-1, "nobody")
-
-    def ref(self, id: int, text: str) -> int | str:
-        """One of its names."""
-        return id if id > 0 and self.random.random() < 0.3 else text
-
-    async def generate(self) -> None:
-        made = await self.engine.generate(self.random.choice([1, 1, 3]))
-        for key in made:
-            assert key.id not in self.facts, f"id {key.id} was given twice"
-            assert key.expires_in == pytest.approx(KEEPALIVE, abs=2)
-            self.facts[key.id] = Fact(key.key, self.now, self.now + KEEPALIVE)
-            self.ever.append((key.id, key.key))
-            self.counts["generated"] += 1
-
-    async def acquire(self) -> None:
-        owner = self.random.choice([None, "a", "b"])
-        free = self.free()
-        wanted = self.random.choice([1, 1, 1, 4, 50])
-        try:
-            if wanted == 1:
-                leases = [await self.engine.acquire(owner, 0)]
-            else:
-                leases = await self.engine.acquire_many(owner, wanted)
-        except NoKeyAvailable as error:
-            assert not free, f"none was served, but {free} are available"
-            blocked = [fact.release for fact in self.live().values() if fact.release is not None]
-            if error.retry_after is None:
-                assert not blocked
-            self.counts["refused"] += 1
-            return
-        assert {lease.id for lease in leases} <= free, "a key was served that wasn't available"
-        assert len({lease.id for lease in leases}) == min(wanted, len(free))
-        for lease in leases:
-            fact = self.facts[lease.id]
-            assert lease.key == fact.text
-            assert lease.lease > self.last_lease, "lease numbers grow"
-            assert lease.release_in == pytest.approx(BLOCK, abs=2)
-            assert lease.expires_in == pytest.approx(fact.expires - self.now, abs=2)
-            self.last_lease = fact.lease = lease.lease
-            fact.owner, fact.release = owner, self.now + BLOCK
-            self.counts["acquired"] += 1
-
-    async def unblock(self) -> None:
-        id, text = self.some()
-        fact = self.live().get(id)
-        latest = fact.lease if fact else 0
-        lease = self.random.choice([None, latest or 5, latest + 1, 2**63 - 1, max(1, latest - 1)])
-        try:
-            answer = await self.engine.unblock(self.ref(id, text), lease)
-        except UnknownKey:
-            assert fact is None
-        except StaleLease:
-            assert fact is not None
-            assert lease != latest
-        else:
-            assert fact is not None
-            assert lease in (None, latest)
-            assert answer.changed == (id not in self.free())
-            self.counts["unblocked"] += answer.changed
-            fact.free()
-
-    async def keepalive(self) -> None:
-        id, text = self.some()
-        fact = self.live().get(id)
-        try:
-            answer = await self.engine.keepalive(self.ref(id, text))
-        except UnknownKey:
-            assert fact is None
-        else:
-            assert fact is not None
-            assert answer.id == id
-            fact.expires = self.now + KEEPALIVE
-            self.counts["kept_alive"] += 1
-
-    async def delete(self) -> None:
-        id, text = self.some()
-        fact = self.live().get(id)
-        try:
-            await self.engine.delete(self.ref(id, text))
-        except UnknownKey:
-            assert fact is None
-        else:
-            assert fact is not None
-            del self.facts[id]
-            self.counts["deleted"] += 1
-
-    async def batches(self) -> None:
-        """The same over many, some named twice."""
-        some = [self.some() for _ in range(8)]
-        live = self.live()
-        known = await self.engine.keepalive_many([self.ref(*one) for one in some])
-        assert known == [id in live for id, _ in some]
-        for id, _ in some:
-            if id in live:
-                self.facts[id].expires = self.now + KEEPALIVE
-                self.counts["kept_alive"] += 1
-        free = self.free()
-        outcomes = await self.engine.unblock_many([(self.ref(*one), None) for one in some])
-        assert outcomes == ["done" if id in live else "unknown" for id, _ in some]
-        for id in {id for id, _ in some if id in live}:
-            self.counts["unblocked"] += id not in free
-            self.facts[id].free()
-        some = some[:2] * 2
-        gone = await self.engine.delete_many([self.ref(*one) for one in some])
-        for number, ((id, _), identity) in enumerate(zip(some, gone, strict=True)):
-            again = id in [other for other, _ in some[:number]]
-            assert (identity is not None) == (id in live and not again)
-            if identity is not None:
-                del self.facts[id]
-                self.counts["deleted"] += 1
-
-    async def get(self) -> None:
-        id, text = self.some()
-        fact = self.live().get(id)
-        try:
-            row = await self.engine.get(self.ref(id, text))
-        except UnknownKey:
-            assert fact is None
-        else:
-            assert fact is not None
-            self.expect_row(row)
-
-    def expect_row(self, row: Any) -> None:
-        """A row as the model has it."""
-        fact = self.live()[row.id]
-        state = fact.state(self.now)
-        assert row.state is state
-        assert row.lease == (fact.lease or None)
-        assert row.owner == (fact.owner if state is State.BLOCKED else None)
-        assert row.expires_in == pytest.approx(fact.expires - self.now, abs=2)
-        if state is State.BLOCKED:
-            assert fact.release is not None
-            assert row.release_in == pytest.approx(fact.release - self.now, abs=2)
-        else:
-            assert row.release_in is None
-
-    async def walk(self) -> None:
-        """A list from its first page to its last: each key once, in order."""
-        chosen = self.random.choice(["id", "expiry", "release", "prefix"])
-        state = None if chosen == "release" else self.random.choice([None, "available", "blocked"])
-        prefix = None
-        if chosen == "prefix":
-            prefix = (self.some()[1] if self.ever else "A")[: self.random.choice([1, 1, 2, 4])]
-        order = None if chosen == "prefix" else chosen
-        rows: list[Any] = []
-        after = None
-        for _ in range(1000):
-            page = await self.engine.page(
-                ListQuery(state, prefix, order, self.random.choice([1, 2, 7]), after)  # type: ignore[arg-type]
-            )
-            rows += page.keys
-            after = page.next
-            if after is None:
-                break
-        wanted = {
-            id
-            for id, fact in self.live().items()
-            if (state is None or fact.state(self.now) == state)
-            and (chosen != "release" or fact.state(self.now) is State.BLOCKED)
-            and (prefix is None or fact.text.startswith(prefix))
-        }
-        shown = [row.id for row in rows]
-        assert sorted(shown) == sorted(wanted)
-        for row in rows:
-            self.expect_row(row)
-        if chosen == "id":
-            assert shown == sorted(shown)
-        if chosen == "prefix":
-            texts = [self.facts[id].text for id in shown]
-            assert texts == sorted(texts)
-        if chosen == "expiry":
-            ends = [self.facts[id].expires for id in shown]
-            assert ends == sorted(ends)
-        if chosen == "release":
-            ends = [self.facts[id].release or 0 for id in shown]
-            assert ends == sorted(ends)
-
-    async def time_passes(self) -> None:
-        """A step, onto which no deadline falls."""
-        seconds = self.random.choice([7.0, 31.0, 53.0, 97.0, 211.0, 331.0])
-        age(self.place.valkey, self.place.pool, self.partitions, seconds)
-        self.now += seconds
-
-    async def look(self) -> None:
-        """The counts, once all that is overdue is dealt with."""
-        for _ in range(200):
-            stats = await self.engine.stats()
-            if stats.total == len(self.live()) and stats.available == len(self.free()):
-                break
-        assert (stats.total, stats.available) == (len(self.live()), len(self.free()))
-        for name in ("generated", "acquired", "unblocked", "deleted", "kept_alive", "refused"):
-            assert getattr(stats, name) == self.counts[name], name
-        assert stats.expired == stats.generated - stats.deleted - stats.total
-        check(self.place.valkey, self.place.pool, self.partitions)
-
-
-@on_loop
-@pytest.mark.parametrize(("partitions", "at_once"), [(1, 1), (4, 1), (16, 32), (7, 3)])
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2))])
-async def test_the_engine_agrees_with_the_plain_model(
-    place: Place, partitions: int, at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calls in random order, also while many overdue keys have not been swept yet."""
-    with_constants(monkeypatch, MAX_DUE=at_once)
-    monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
-    async with engine_on(place.url, partitions, block_seconds=BLOCK, keepalive_seconds=KEEPALIVE) as engine:
-        await engine.stats()
-        engine._poller._stopped = True  # no sweep but those of the calls
-        model = Model(place, partitions, engine, seed)
-        steps = [
-            *[model.generate] * 4, *[model.acquire] * 6, *[model.unblock] * 4, *[model.keepalive] * 3,
-            model.delete, model.get, model.get, model.batches, *[model.walk] * 3, model.time_passes,
-        ]  # fmt: skip
-        for number in range(250):
-            await model.random.choice(steps)()
-            if number % 50 == 49:
-                await model.look()
 
 
 # ---------------------------------------------------------------------------------------------------- acquire
@@ -497,7 +245,7 @@ async def test_a_restart_grace_keeps_the_keys_that_nobody_could_keep_alive(place
         fresh = (await engine.generate(1))[0].key
     age(place.valkey, place.pool, 16, 100, unseen=True)
     async with engine_on(url, grace=30.0) as engine:
-        assert await engine.keepalive_many(late[1:]) == [True] * 699
+        assert await engine.keepalive_many(late[1:]) == ["done"] * 699
         assert (await engine.get(late[0])).expires_in == pytest.approx(30, abs=5)
         assert (await engine.get(fresh)).expires_in == pytest.approx(200, abs=5)
         check(place.valkey, place.pool, 16)
@@ -685,7 +433,7 @@ async def test_the_feed_names_the_owner_of_each_key_that_waiters_got(place: Plac
         leases = await engine.acquire_many("before", 40)
         waiting = [asyncio.ensure_future(engine.acquire(f"w{number}", 60)) for number in range(60)]
         await eventually(lambda: len(engine._waiters) == 60, "all wait")
-        await engine.unblock_many([(lease.key, lease.lease) for lease in leases])
+        await engine.unblock_many([Unblock(lease.key, lease.lease) for lease in leases])
         got = {lease.lease: f"w{n}" for n, lease in enumerate(await asyncio.gather(*waiting[:40]))}
         await engine.stats()
         events = [event for event in engine.recent(200) if event.event == "acquired"]
@@ -811,7 +559,8 @@ def _tie(place: Place, partitions: int, moment: int) -> None:
     """
     with place.valkey.commands() as commands:
         for partition in range(partitions):
-            commands.ask("EVAL", script, 8, *keys_of(place.pool, partition, partitions), moment)
+            keys = keys_of(place.pool, partition, partitions)
+            commands.ask("EVAL", script, len(keys), *keys, moment)
 
 
 async def _walk(engine: ValkeyEngine, after: str | None = None, **query: Any) -> list[list[int]]:

@@ -23,6 +23,7 @@ from support import eventually as eventually_blocking
 from valkey_support import age, check, engine_on, eventually, on_loop, serves
 from valkeys import Cluster, Valkey
 
+from keypool.core.answers import Unblock
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import KeypoolError, StartError, StorageUnavailable
 from keypool.engine.valkey import link as valkey_link
@@ -129,7 +130,7 @@ async def test_scripts_that_were_forgotten_are_loaded_again(valkey: Valkey) -> N
         for _ in range(10):
             valkey.ask("SCRIPT", "FLUSH")
             leases = await asyncio.gather(*(engine.acquire(None, 0) for _ in range(3)))
-            await engine.unblock_many([(lease.key, lease.lease) for lease in leases])
+            await engine.unblock_many([Unblock(lease.key, lease.lease) for lease in leases])
         engine.ready()
         assert (await engine.stats()).acquired == 30
 
@@ -300,7 +301,7 @@ async def test_a_promoted_replica_is_found_when_its_primary_dies() -> None:
             cluster.nodes[1].kill()
 
             async def all_kept() -> bool:
-                return sum(await engine.keepalive_many(texts)) == len(texts)
+                return set(await engine.keepalive_many(texts)) == {"done"}
 
             await eventually(all_kept, "all keys are reached again", within=15)
             await serves(engine)

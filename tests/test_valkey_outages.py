@@ -129,7 +129,7 @@ async def test_without_grace_deadlines_go_on_during_a_stop(valkey: Valkey) -> No
         key = (await engine.generate(1))[0].key
     age(valkey, POOL, 4, 400, unseen=True)
     async with engine_on(valkey.url, 4) as engine:
-        assert await engine.keepalive_many([key]) == [False]
+        assert await engine.keepalive_many([key]) == ["unknown"]
 
 
 @on_loop
@@ -139,7 +139,7 @@ async def test_grace_revives_no_key_that_was_dead_before_the_stop(valkey: Valkey
         key = (await engine.generate(1))[0].key
     age(valkey, POOL, 4, 400)
     async with engine_on(valkey.url, 4, grace=100.0) as engine:
-        assert await engine.keepalive_many([key]) == [False]
+        assert await engine.keepalive_many([key]) == ["unknown"]
 
 
 # ----------------------------------------------------------------------------------------------------- an outage
@@ -160,7 +160,7 @@ async def test_keys_that_nobody_could_keep_alive_outlive_an_outage(valkey: Valke
         assert (stats.total, stats.expired, stats.blocked) == (1401, 0, 0)
         assert [round(left) for left in await seconds_left(engine)] == [150, 150]
         assert (await engine.get(fresh.key)).expires_in == pytest.approx(300, abs=5)
-        assert await engine.keepalive_many([lease.key for lease in leases]) == [True] * 3
+        assert await engine.keepalive_many([lease.key for lease in leases]) == ["done"] * 3
         check(valkey, POOL, 1)
         scores = [float(s) for s in valkey.ask("ZRANGE", "{keypool:0}:expiry", 0, -1, "WITHSCORES")[1::2]]
         assert len(set(scores)) == len(scores)
@@ -203,7 +203,7 @@ async def test_a_server_that_alone_lost_its_connection_gives_nothing(valkey: Val
             link.close()
         age(valkey, POOL, 1, 400)
         await other.stats()
-        assert await engine.keepalive_many([key]) == [False]
+        assert await engine.keepalive_many([key]) == ["unknown"]
 
 
 @on_loop
@@ -221,7 +221,7 @@ async def test_a_valkey_that_was_stopped_purges_nothing_when_it_continues(
             await asyncio.sleep(2.2 - (time.monotonic() - started))
 
         async def kept() -> bool:
-            return await engine.keepalive_many(keys) == [True] * 100
+            return await engine.keepalive_many(keys) == ["done"] * 100
 
         await eventually(kept, "all are alive", within=10)
         assert (await engine.stats()).expired == 0

@@ -1,4 +1,4 @@
-"""Many workers with few keys, and the three programs of examples/, each as it would be run."""
+"""Many workers with few keys, and the programs of examples/, each as it would be run."""
 
 from __future__ import annotations
 
@@ -75,3 +75,18 @@ def test_the_crawler(server: ServerProcess) -> None:
     assert [match and int(match[1]) for match in leases] == list(range(10))
     assert len({match[2] for match in leases if match}) == 10
     assert server.client().stats()["total"] == 0
+
+
+@pytest.mark.parametrize("program", ["limited_worker.py", "limited_worker_async.py"])
+def test_a_limit_of_the_service_is_hit_once_and_respected(server: ServerProcess, program: str) -> None:
+    """8 workers with 2 keys: every request is answered, and no key is used while it should rest."""
+    ran = run(server, sys.executable, str(EXAMPLES / program), "8", "24")
+    *answers, summary = ran.stdout.splitlines()
+    numbers = [re.fullmatch(r"worker-\d, request (\d+): an answer", line) for line in answers]
+    assert sorted(int(match[1]) for match in numbers if match) == list(range(24))
+    found = re.fullmatch(r"served 24, refused (\d+), of these in spite of Retry-After 0", summary)
+    assert found, summary
+    assert int(found[1]) >= 1  # 2 keys have 10 requests at once
+    stats = server.client().stats()
+    assert stats["total"] == 0
+    assert stats["cooled"] >= int(found[1])

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import msgspec
 import pytest
@@ -20,7 +18,7 @@ from keypool.core.errors import KeypoolError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.opening import open_valkey
-from keypool.engine.valkey.scripts import Script, keys_of, scripts
+from keypool.engine.valkey.scripts import KEYS, build, keys_of
 from keypool.engine.valkey.url import parse
 
 P = ParamSpec("P")
@@ -110,29 +108,36 @@ async def serves(engine: ValkeyEngine) -> None:
 
 def with_constants(patch: pytest.MonkeyPatch, **constants: int) -> None:
     """Let scripts have other constants than those in common.lua."""
-    made = {}
-    for script in scripts().values():
-        text = script.text
-        for name, value in constants.items():
-            text, found = re.subn(rf"local {name} = \d+", f"local {name} = {value}", text)
-            assert found == 1, name
-        sha = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - Valkey's choice
-        made[script.name] = Script(script.name, text, sha)
+    made = build({name: str(value) for name, value in constants.items()})
     for module in ("nodes", "calls"):
         patch.setattr(f"keypool.engine.valkey.{module}.scripts", lambda: made)
 
 
 _AGE = """
+local by = tonumber(ARGV[1])
 for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
   local record = cmsgpack.unpack(redis.call('HGET', KEYS[2], text))
-  for place = 4, 5 do
-    if record[place] ~= 0 then record[place] = record[place] - ARGV[1] end
+  for _, field in ipairs({4, 5, 7}) do
+    if record[field] and record[field] ~= 0 then record[field] = record[field] - by end
   end
+  if record[11] and record[11][2] ~= 0 then record[11][2] = record[11][2] - by end
   redis.call('HSET', KEYS[2], text, cmsgpack.pack(record))
-  redis.call('ZADD', KEYS[3], record[5], text)
+  if record[9] ~= 'q' then redis.call('ZADD', KEYS[3], record[5], text) end
   redis.call('ZADD', KEYS[4], record[4], text)
 end
-if ARGV[2] == '1' then redis.call('HINCRBY', KEYS[1], 'seen', string.format('%.0f', -ARGV[1])) end
+if ARGV[2] == '1' then redis.call('HINCRBY', KEYS[1], 'seen', string.format('%.0f', -by)) end
+"""
+
+
+_READ = """
+local records = {}
+for _, text in ipairs(redis.call('HKEYS', KEYS[1])) do
+  local record = cmsgpack.unpack(redis.call('HGET', KEYS[1], text))
+  local attempt = record[8] or ''
+  if record[8] then record[8] = false end
+  records[#records + 1] = {text, attempt, cmsgpack.pack(record)}
+end
+return records
 """
 
 
@@ -143,7 +148,7 @@ def age(valkey: Valkey, pool: str, partitions: int, seconds: float, *, unseen: b
     with valkey.commands() as commands:
         for partition in range(partitions):
             keys = keys_of(pool, partition, partitions)
-            commands.ask("EVAL", _AGE, 8, *keys, round(seconds * 1e6), int(unseen))
+            commands.ask("EVAL", _AGE, len(keys), *keys, round(seconds * 1e6), int(unseen))
 
 
 def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
@@ -152,31 +157,58 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
     ids: set[int] = set()
     with valkey.commands() as commands:
         for partition in range(partitions):
-            meta, records, states, expiry, in_ids, texts, _, _ = keys_of(pool, partition, partitions)
-            told = commands.ask("HGETALL", records)
+            keys = dict(zip(KEYS, keys_of(pool, partition, partitions), strict=True))
             kept = {
-                text: msgspec.msgpack.decode(packed)
-                for text, packed in zip(told[::2], told[1::2], strict=True)
+                text: _Record(*msgspec.msgpack.decode(packed))._replace(attempt=attempt)
+                for text, attempt, packed in commands.ask("EVAL", _READ, 1, keys["records"])
             }
-            for name, place in ((states, 4), (expiry, 3), (in_ids, 0), (texts, None)):
-                scores = commands.ask("ZRANGE", name, 0, -1, "WITHSCORES")
-                found = {
-                    text: int(float(score)) for text, score in zip(scores[::2], scores[1::2], strict=True)
-                }
-                wanted = {text: 0 if place is None else record[place] for text, record in kept.items()}
-                assert found == wanted, f"{name} and the records disagree: {found} {wanted}"
+            away = {text: record.id for text, record in kept.items() if record.mark == "q"}
+            wanted = {
+                "states": {text: record.release for text, record in kept.items() if text not in away},
+                "expiry": {text: record.expires for text, record in kept.items()},
+                "ids": {text: record.id for text, record in kept.items()},
+                "texts": dict.fromkeys(kept, 0),
+                "quarantine": away,
+                "attempts": {record.attempt + text: 0 for text, record in kept.items() if record.attempt},
+            }
+            for name, scores in wanted.items():
+                found = commands.ask("ZRANGE", keys[name], 0, -1, "WITHSCORES")
+                there = {text: int(float(score)) for text, score in zip(found[::2], found[1::2], strict=True)}
+                assert there == scores, f"{name} and the records disagree: {there} {scores}"
             for text, record in kept.items():
-                assert record[0] not in ids, f"two keys have the id {record[0]}: {text!r}"
-                assert len(record) == 5 or record[4], f"available with an owner: {record}"
-                ids.add(record[0])
-            counts = commands.ask("HGETALL", meta)
+                assert record.id not in ids, f"two keys have the id {record.id}: {text!r}"
+                assert record.mark in (False, "c", "q", "p"), record
+                assert record.release or record.mark in (False, "q"), f"no moment when that ends: {record}"
+                if record.mark in ("c", "q") or not record.release:
+                    held = (record.owner, record.acquired, record.attempt, record.replayed)
+                    assert not any(held), f"nobody holds it: {record}"
+                ids.add(record.id)
+            counts = commands.ask("HGETALL", keys["meta"])
             numbers = {
                 name.decode(): int(value)
                 for name, value in zip(counts[::2], counts[1::2], strict=True)
                 if name != b"sweepers"
             }
-            gone = numbers.get("deleted", 0) + numbers.get("expired", 0)
-            assert numbers.get("generated", 0) - gone == len(kept), f"{numbers} and {len(kept)} keys"
+            assert numbers.get("cooling", 0) == sum(record.mark == "c" for record in kept.values())
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0) + value
+    gone = sums.get("deleted", 0) + sums.get("expired", 0)
+    assert sums.get("generated", 0) - gone == len(ids), f"{sums} and {len(ids)} keys"
     return sums
+
+
+class _Record(NamedTuple):
+    """A record, as lua/common.lua has it."""
+
+    id: int
+    created: int
+    lease: int
+    expires: int
+    release: int
+    owner: Any = False
+    acquired: Any = False
+    attempt: Any = False
+    mark: Any = False
+    reported: Any = False
+    history: Any = False
+    replayed: Any = False

@@ -21,11 +21,15 @@ from support import API, MOMENT, ServerProcess, expect_object
 
 FEED: Final = API + "/feed"
 STATS: Final = (
-    "total", "available", "blocked", "waiting",
-    "generated", "acquired", "unblocked", "released", "deleted", "expired",
-    "kept_alive", "refused", "uptime", "engine", "version",
+    "total", "available", "blocked", "cooling", "quarantined", "waiting",
+    "generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused",
+    "cooled", "quarantines", "restored", "uptime", "engine", "version",
 )  # fmt: skip
-EVENTS: Final = ("generated", "acquired", "unblocked", "released", "deleted", "expired", "revealed")
+EVENTS: Final = (
+    "generated", "acquired", "unblocked", "released", "deleted", "expired",
+    "cooled", "ready", "quarantined", "restored", "revealed",
+)  # fmt: skip
+BY: Final = ("holder", "deadline", "operator")
 HINT: Final = re.compile(r"[A-Za-z0-9]{4}…[A-Za-z0-9]{4}")
 CLOSE: Final = 0x8
 
@@ -160,5 +164,8 @@ def check(frame: dict[str, Any]) -> dict[str, Any]:
         assert tuple(frame["stats"]) == STATS
         assert len(frame["events"]) <= 50
     for event in frame.get("events", []):
-        expect_object(event, event=EVENTS, id=int, hint=HINT, owner=(str, None), lease=(int, None), at=MOMENT)
+        expect_object(
+            event, event=EVENTS, id=int, hint=HINT, owner=(str, None), lease=(int, None), at=MOMENT,
+            by=BY, actor=(str, None),
+        )  # fmt: skip
     return frame

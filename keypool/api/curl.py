@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from keypool.api.auth import Role
 from keypool.api.operations import BASE, OPERATIONS, Operation
 
-_BODIES = {
+EXAMPLES = {
     "acquire": '{"owner":"worker-7","wait":10}',
     "unblock": '{"lease":17}',
+    "extend": '{"lease":17,"seconds":60}',
+    "quarantine": '{"reason":"billing is overdue"}',
     "batch": '{"op":"acquire","count":10}',
 }
+"""A body of each operation that takes one, by name."""
 _QUERIES = {"list": "?order=expiry&limit=10"}
 
 
@@ -47,7 +50,7 @@ def call_lines(site: str, is_open: bool) -> list[CallLine]:
                 site,
                 operation,
                 path=operation.path.replace("{key}", "$KEY") + _QUERIES.get(operation.name, ""),
-                body=_BODIES.get(operation.name),
+                body=EXAMPLES.get(operation.name),
                 role=None if is_open else _least(operation),
             ),
         )

@@ -1,12 +1,11 @@
 """Decoding of bodies and queries, with errors that explain what was wrong and what would be right.
 
 msgspec decodes and validates in one pass and names the field at which it stopped; the error adds the field's
-description from operations.py.
+description from bodies.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import types
@@ -16,10 +15,12 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from keypool.api.operations import BatchBody, Call, NoBody, Operation
+from keypool.api.bodies import BatchBody, NoBody
+from keypool.api.calls import Call
+from keypool.api.operations import Operation
 from keypool.core.errors import BadRequest
 
-_FIELD = re.compile(r"`\$\.(\w+)")
+_FIELD = re.compile(r"`\$\.(?:[^`]*\.)?(\w+)")  # the last name of a path, as in `$.keys[...].lease`
 _INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 _LONGEST = 300  # characters of a message, which may quote the request
 
@@ -32,6 +33,7 @@ class Reader:
         self._decoder = msgspec.json.Decoder(NoBody if operation.body is None else operation.body)
         self._body_fields = _fields(operation.body)
         self._query_fields = _fields(operation.query)
+        self._described = _fields_of_items(operation.body) | self._body_fields
         hints = {} if operation.query is None else typing.get_type_hints(operation.query)
         self._numbers = {name for name, kind in hints.items() if kind is int}
 
@@ -61,7 +63,7 @@ class Reader:
         try:
             return msgspec.convert(values, self._operation.query)
         except msgspec.ValidationError as error:
-            raise _bad("query parameter", str(error), self._query_fields) from None
+            raise _bad("query parameter", str(error), self._query_fields, self._query_fields) from None
 
     def _read_body(self, body: bytes) -> Any:
         try:
@@ -76,15 +78,18 @@ class Reader:
             # msgspec stops at the first wrong field. A syntax error after it takes precedence, and is raised here.
             value = msgspec.json.decode(body)
             if ", got `float`" in wrong:
-                with contextlib.suppress(msgspec.ValidationError):  # then `wrong` is the error
+                try:
                     decoded = msgspec.convert(_with_whole_numbers(value), self._decoder.type)
+                except msgspec.ValidationError as error:
+                    wrong = str(error)
+                else:
                     _require_unique(body)
                     return decoded
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(
                 f"the body is not JSON: {str(error)[:_LONGEST]}; {_takes(self._body_fields)}"
             ) from None
-        raise _bad("body", wrong, self._body_fields)
+        raise _bad("body", wrong, self._body_fields, self._described)
 
 
 def _members(decoded: Any) -> int:
@@ -129,9 +134,9 @@ def _with_whole_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def _bad(where: str, message: str, fields: dict[str, str]) -> BadRequest:
+def _bad(where: str, message: str, fields: dict[str, str], described: dict[str, str]) -> BadRequest:
     found = _FIELD.search(message)
-    description = fields.get(found.group(1), "") if found else ""
+    description = described.get(found.group(1), "") if found else ""
     takes = f"{found.group(1)} takes {description}" if found and description else _takes(fields)
     return BadRequest(f"wrong {where}: {message[:_LONGEST]}; {takes}")
 
@@ -159,6 +164,25 @@ def _fields(model: Any) -> dict[str, str]:
     return {
         name: _description(kind) for name, kind in typing.get_type_hints(model, include_extras=True).items()
     }
+
+
+def _fields_of_items(kind: Any) -> dict[str, str]:
+    """The fields of the Structs in the lists of a body, with their descriptions."""
+    found: dict[str, str] = {}
+    for part in typing.get_args(kind):
+        found |= _fields_of_items(part)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        for field in typing.get_type_hints(kind, include_extras=True).values():
+            for item in _structs(field):
+                found |= _fields(item)
+    return found
+
+
+def _structs(kind: Any) -> list[Any]:
+    """The Structs in an annotation, at any depth."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return [kind]
+    return [found for part in typing.get_args(kind) for found in _structs(part)]
 
 
 def _description(kind: Any) -> str:

@@ -18,8 +18,9 @@ from urllib.parse import unquote
 import msgspec
 
 from keypool.api.auth import NOBODY, Access, Caller, Role
+from keypool.api.calls import ATTEMPT_HEADER, Call, require_may_name
 from keypool.api.decoding import Reader
-from keypool.api.operations import BASE, Call, Operation, audit_refused, ends_with_caller, require_may_name
+from keypool.api.operations import BASE, Operation, audit_refused, ends_with_caller
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.api.wrong_tokens import WrongTokens
 from keypool.config.limits import MAX_BODY, MAX_HEADERS, MAX_TARGET
@@ -35,7 +36,7 @@ from keypool.core.errors import (
     UriTooLong,
 )
 from keypool.engine import Engine
-from keypool.ops.histogram import NO_OPERATION, CallMetrics
+from keypool.ops.histogram import NO_OPERATION, CallMetrics, ReportMetrics
 from keypool.ops.logs import access_line, access_log
 
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -142,6 +143,7 @@ class Dispatcher:
         self.calls = CallMetrics(
             {operation.name: [error.code for error in operation.errors] for operation in operations}
         )
+        self.reports = ReportMetrics()
         self.wrong_tokens = WrongTokens()
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(5)
@@ -155,16 +157,19 @@ class Dispatcher:
 
     # -- the head
 
-    def check(self, request: Request, cached: CachedChecks | None = None) -> Pending:
+    def check(
+        self, request: Request, cached: CachedChecks | None = None, idempotency_key: str | None = None
+    ) -> Pending:
         """Check the head of a request. Never raises: an error is in the result's `error`. O(headers).
 
-        `cached` is what `cacheable_checks` returned for the same headers, if anything; then O(1).
+        `cached` is what `cacheable_checks` returned for the same headers, if anything; then O(1). An Idempotency-Key
+        that isn't in `request.headers` is passed as `idempotency_key`.
         """
         given = request.headers.get("X-Request-Id") if cached is None else cached.request_id
         request_id = f"{self._id_prefix}-{next(self._ids):x}" if given is None else self.request_id(given)
         pending = Pending(request_id, cached)
         try:
-            self._check_head(request, pending)
+            self._check_head(request, pending, idempotency_key)
         except KeypoolError as error:
             # Without its traceback, which would hold this frame, which holds `pending`, which holds the error.
             pending.error = error.with_traceback(None)
@@ -176,9 +181,10 @@ class Dispatcher:
     def cacheable_checks(self, headers: Mapping[str, str]) -> CachedChecks | None:
         """Make the checks that depend only on the headers, for `check` to use with each request that has the same.
 
-        None if one fails, or if its result may change, as when a session ends.
+        None if one fails, or if its result may change, as when a session ends; or if the headers have an
+        Idempotency-Key, which is part of the call.
         """
-        if not self._access.open and "Authorization" not in headers:
+        if (not self._access.open and "Authorization" not in headers) or ATTEMPT_HEADER in headers:
             return None
         try:
             check_size_of_headers(headers)
@@ -194,7 +200,7 @@ class Dispatcher:
             return given
         return f"{self._id_prefix}-{next(self._ids):x}"
 
-    def _check_head(self, request: Request, pending: Pending) -> None:
+    def _check_head(self, request: Request, pending: Pending, idempotency_key: str | None) -> None:
         method, cached = request.method or "", pending.cached
         text, key = request.path, ""
         path = self._paths.get(text)
@@ -225,7 +231,10 @@ class Dispatcher:
             check_target(request)
         if cached is None:
             check_size_of_headers(request.headers)
-        pending.call = Call(caller, request.remote_ip or "?", pending.request_id, key)
+            if operation.repeatable and idempotency_key is None:
+                idempotency_key = request.headers.get(ATTEMPT_HEADER)
+        address = request.remote_ip or "?"
+        pending.call = Call(caller, address, pending.request_id, key, idempotency_key, self.reports)
 
     @staticmethod
     def _no_operation(path: _Path, method: str, pending: Pending) -> None:
@@ -251,7 +260,7 @@ class Dispatcher:
         The access log has the whole time. The metric has it without the time spent waiting for a key, as a latency
         objective must not depend on how long callers choose to wait.
         """
-        name = pending.operation_name
+        name = NO_OPERATION if pending.route is None else pending.route.operation.name
         waited = 0.0 if pending.call is None else pending.call.waited
         self.calls.add(name, reply.outcome, seconds - waited if waited < seconds else 0.0)
         if access_log.isEnabledFor(logging.DEBUG):
@@ -305,6 +314,9 @@ class Dispatcher:
         reply = Reply(status, pending.request_id, "application/json", _encode(answer))
         if operation.location is not None:
             reply.own_headers = [("Location", operation.location(answer))]
+        call = pending.call
+        if call is not None and call.attempt is not None and call.attempt.replayed:
+            reply.own_headers = [*reply.own_headers, ("Idempotent-Replayed", "true")]
         return reply
 
     def failed(self, pending: Pending, error: Exception) -> Reply:

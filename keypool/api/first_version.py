@@ -11,16 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from keypool.api.operations import (
-    ADMIN,
-    CLIENT,
-    VIEWER,
-    Call,
-    Operation,
-    delete_audited,
-    generate_audited,
-    unblock_audited,
-)
+from keypool.api.calls import ADMIN, CLIENT, VIEWER, Call
+from keypool.api.operations import Operation, delete_audited, generate_audited, unblock
 from keypool.core.answers import Answer
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import BadRequest, NoKeyAvailable, PoolFull, UnknownKey
@@ -65,15 +57,23 @@ async def _acquire(engine: Engine, call: Call) -> ApiKey:
 
 async def _acquire_head(engine: Engine, call: Call) -> Any:
     """HEAD shows whether a key is available without blocking it, as its answer has no body to name the key."""
-    soonest = await engine.page(ListQuery(order="release", limit=1))
-    if not (await engine.stats()).available:
-        raise NoKeyAvailable(soonest.keys[0].release_in if soonest.keys else None)
+    released = await engine.page(ListQuery(order="release", limit=1))
+    cooled = await engine.page(ListQuery(order="ready", limit=1))
+    stats = await engine.stats()
+    if not stats.available:
+        due = [key.release_in for key in released.keys] + [key.available_in for key in cooled.keys]
+        raise NoKeyAvailable(
+            min((seconds for seconds in due if seconds is not None), default=None),
+            blocked=stats.blocked,
+            cooling=stats.cooling,
+            quarantined=stats.quarantined,
+        )
     return Message("a key is available")
 
 
 async def _unblock(engine: Engine, call: Call) -> Message:
     try:
-        await unblock_audited(engine, call, call.query.api_key)
+        await unblock(engine, call, call.query.api_key)
     except UnknownKey:
         raise UnknownApiKey from None
     return Message("the key is available again")

@@ -3,11 +3,13 @@
 It is made once, at the first request. JSON Schema comes from msgspec, which validates the bodies by the same types. The
 paths that aren't operations (health, metrics, the feed) are described by hand, and a test checks each description.
 
-OpenAPI can't express which query parameters go together, nor that unknown ones are refused; see docs/api.md.
+OpenAPI can't express which query parameters and which members of a body go together, nor that unknown parameters are
+refused; see docs/api.md.
 """
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Iterable
@@ -17,7 +19,9 @@ from typing import Any
 import msgspec
 
 from keypool import __version__
-from keypool.api.operations import ANYONE, BASE, Call, Operation
+from keypool.api.calls import ANYONE, ATTEMPT_HEADER, Call
+from keypool.api.curl import EXAMPLES
+from keypool.api.operations import BASE, Operation
 from keypool.api.problems import CONTENT_TYPE, status_of
 from keypool.core import errors
 from keypool.core.errors import KeypoolError
@@ -32,8 +36,12 @@ HEADERS: Described = {
     },
     "Cache-Control": {"schema": {"type": "string", "enum": ["no-store"]}},
     "Location": {"description": "the path of the key", "schema": {"type": "string"}},
+    "Idempotent-Replayed": {
+        "description": "the answer repeats leases that the same Idempotency-Key was given before",
+        "schema": {"type": "string", "enum": ["true"]},
+    },
     "Retry-After": {
-        "description": "whole seconds; of a 404, to the earliest release if some key is blocked",
+        "description": "whole seconds; of a 404, to the earliest release or end of a cooldown, if there is one",
         "schema": {"type": "integer", "minimum": 1},
     },
     "WWW-Authenticate": {"schema": {"type": "string"}},
@@ -46,6 +54,7 @@ def _headers(*names: str) -> Described:
 
 OF_ALL = _headers("X-Request-Id", "Cache-Control")
 LOCATION = _headers("Location")
+REPLAYED = _headers("Idempotent-Replayed")
 _OF_ANY_PAGE = {
     "403": "cross-site",
     "408": "request-timeout",
@@ -83,8 +92,19 @@ _KEY = {
     "name": "key",
     "in": "path",
     "required": True,
-    "description": "the key itself or, for viewers and admins, its public id written id:N",
-    "schema": {"type": "string", "pattern": "^([A-Za-z0-9]{16,64}|id:[0-9]{1,18})$"},
+    "description": "the key itself, the handle of its lease or, for viewers and admins, its public id written id:N",
+    "schema": {
+        "type": "string",
+        "pattern": "^([A-Za-z0-9]{16,64}|id:[0-9]{1,18}"
+        r"|h:[1-9][0-9]{0,18}\.[1-9][0-9]{0,18}\.[A-Za-z0-9_-]{11})$",
+    },
+}
+_ATTEMPT = {
+    "name": ATTEMPT_HEADER,
+    "in": "header",
+    "description": "names this acquire (of a batch, with op acquire), so that a repeat with the same body gets the "
+    "same leases as long as they are held",
+    "schema": {"type": "string", "pattern": "^[!-~]{1,64}$"},
 }
 
 
@@ -98,6 +118,9 @@ class Problem(msgspec.Struct):
     detail: str
     request_id: str
     retry_after: float | msgspec.UnsetType = msgspec.UNSET
+    blocked: int | msgspec.UnsetType = msgspec.UNSET
+    cooling: int | msgspec.UnsetType = msgspec.UNSET
+    quarantined: int | msgspec.UnsetType = msgspec.UNSET
     message: str | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -159,13 +182,22 @@ def _operation(operation: Operation, schemas: dict[Any, Any], open: bool) -> dic
     if operation.body is not None:
         described["requestBody"] = {
             "required": operation.body_required,
-            "content": {"application/json": {"schema": schemas[operation.body]}},
+            "content": {"application/json": _content(operation, schemas)},
         }
     return described
 
 
+def _content(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {"schema": schemas[operation.body]}
+    if operation.name in EXAMPLES:
+        content["example"] = json.loads(EXAMPLES[operation.name])
+    return content
+
+
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     parameters: list[dict[str, Any]] = [_KEY] if "{key}" in operation.path else []
+    if operation.repeatable:
+        parameters.append(_ATTEMPT)
     if operation.query is not None:
         _, components = msgspec.json.schema_components([operation.query])
         for name, schema in components[operation.query.__name__]["properties"].items():
@@ -209,6 +241,7 @@ def _successes(operation: Operation, schemas: dict[Any, Any]) -> Iterable[tuple[
             schema = options[0] if len(options) == 1 else _one_of(of_status, options)
             content = {"application/json": {"schema": schema}}
             headers = OF_ALL | (LOCATION if operation.location else {})
+            headers |= REPLAYED if operation.repeatable and status == operation.status else {}
             yield status, {"description": "done", "headers": headers, "content": content}
 
 

@@ -32,6 +32,9 @@ STATUSES: dict[type[KeypoolError], HTTPStatus] = {
     errors.WrongHost: HTTPStatus.MISDIRECTED_REQUEST,
     errors.HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     errors.StaleLease: HTTPStatus.CONFLICT,
+    errors.LeaseOver: HTTPStatus.CONFLICT,
+    errors.BlockLimit: HTTPStatus.CONFLICT,
+    errors.Superseded: HTTPStatus.CONFLICT,
     errors.PoolFull: HTTPStatus.CONFLICT,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.TooMany: HTTPStatus.TOO_MANY_REQUESTS,
@@ -70,8 +73,10 @@ def problem_body(error: KeypoolError, request_id: str, message: str | None = Non
         "detail": error.detail,
         "request_id": request_id,
     }
-    if isinstance(error, errors.NoKeyAvailable) and error.retry_after is not None:
-        body["retry_after"] = error.retry_after
+    if isinstance(error, errors.NoKeyAvailable):
+        if error.retry_after is not None:
+            body["retry_after"] = error.retry_after
+        body |= {name: getattr(error, name) for name in ("blocked", "cooling", "quarantined")}
     if message is not None:
         body["message"] = message
     return msgspec.json.encode(body)

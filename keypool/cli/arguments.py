@@ -9,15 +9,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from keypool import __version__
 from keypool.cli.status import CommandError, Status
+from keypool.client.reports import retry_after_of
 from keypool.client.settings import DEFAULT_URL
 
 SHELLS = ("bash", "zsh", "fish")
+STATES = ("available", "blocked", "cooling", "quarantined")
+ORDERS = ("id", "release", "ready", "expiry")
+OUTCOMES = ("ok", "rate_limited", "error", "invalid")
 
 
 class Argument(NamedTuple):
@@ -39,7 +44,8 @@ class Argument(NamedTuple):
     @property
     def takes_value(self) -> bool:
         """Whether the next word must be the flag's value; False if the value is optional."""
-        return self.is_flag and "action" not in self.options and self.options.get("nargs") != "?"
+        optional = self.options.get("action", "append") != "append" or self.options.get("nargs") == "?"
+        return self.is_flag and not optional
 
 
 class Command(NamedTuple):
@@ -133,6 +139,17 @@ _whole = _number(int, 0, 10**18, "a whole number")
 _positive = _number(int, 1, 10**18, "a whole number from 1")
 _seconds = _number(float, 0, 86_400, "seconds, from 0 to 86400")
 _some_seconds = _number(float, 0.01, 86_400, "seconds, from 0.01 to 86400")
+_pool_seconds = _number(float, 0.01, 10**15, "seconds, from 0.01")  # the pool has limits of its own
+
+
+def _retry_after(text: str) -> float:
+    """What the header of that name holds."""
+    seconds = retry_after_of({"Retry-After": text})
+    if seconds is None:
+        raise argparse.ArgumentTypeError(
+            f"takes seconds, from 0, or the date of a Retry-After header, not {text!r}"
+        )
+    return seconds
 
 
 def _wait(text: str) -> float | None:
@@ -143,6 +160,20 @@ def _variable(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
         raise argparse.ArgumentTypeError(f"takes the name of a variable, not {text!r}")
     return text
+
+
+def _outcome_of_status(text: str) -> tuple[int, str]:
+    """`75=rate_limited` or `EX_TEMPFAIL=rate_limited`, which are the same."""
+    name, _, outcome = text.partition("=")
+    status = getattr(os, name, None) if re.fullmatch(r"EX_[A-Z]+", name) else None
+    if status is None and re.fullmatch(r"[0-9]{1,3}", name, re.ASCII):
+        status = int(name)
+    if status is None or status > 255 or outcome not in OUTCOMES:
+        raise argparse.ArgumentTypeError(
+            "takes STATUS=OUTCOME, a status from 0 to 255 or its name in sysexits.h (EX_TEMPFAIL) and one of "
+            f"{', '.join(OUTCOMES)}, not {text!r}"
+        )
+    return status, outcome
 
 
 # -- the table
@@ -166,14 +197,17 @@ GLOBAL_FLAGS = (
     switch("--json", "print JSON, one document a line"),
     switch("--show-keys -k", "print whole keys, not masked ones"),
     argument("--timeout", "seconds to wait for an answer; default 10", "S", type=_some_seconds, default=10.0),
-    argument("--retry", "seconds to retry for, where that is safe; default 5", "S", type=_seconds, default=5.0),
+    argument("--retry", "seconds to retry for, where that is safe; default 5, and no limit for events once it was "
+             "connected", "S", type=_seconds),
 )
 """Flags that every command but serve takes, before or after its name."""
 
 _COUNT = argument("count", "how many; default 1", "N", nargs="?", type=_positive, default=1)
-_KEYS = argument("keys", "keys, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
+_KEYS = argument("keys", "keys, handles, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
+_LEASE = argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive)
 _WAIT = argument("--wait", "seconds to wait until a key is free, or forever", "S", type=_wait, default=0.0)
 _OWNER = argument("--owner", "name of the holder, which lists show", "NAME")
+_BLOCK = argument("--block-seconds", "seconds until the lease ends; default: the pool's", "S", type=_pool_seconds)
 
 COMMANDS = (
     Command("serve", "", "run a server; keypool serve --help lists its settings"),
@@ -181,25 +215,42 @@ COMMANDS = (
         _COUNT,
         switch("--yes", "generate more than 100,000 without asking"),
     )),
-    Command("acquire", "keypool.cli.keys:acquire", "lease keys; prints key, lease, id, release_in, expires_in",
-            (_COUNT, _WAIT, _OWNER)),
-    Command("unblock", "keypool.cli.keys:unblock", "give keys back", (
+    Command("acquire", "keypool.cli.keys:acquire", "lease keys; prints key, lease, id, release_in, expires_in, handle",
+            (_COUNT, _WAIT, _OWNER, _BLOCK)),
+    Command("unblock", "keypool.cli.keys:unblock", "give keys back, and report how the work with them went", (
         _KEYS,
-        argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive),
+        _LEASE,
+        argument("--outcome", "how it went; needs a handle or lease", choices=OUTCOMES),
+        argument("--retry-after", "with rate_limited: for how long, in seconds or as an HTTP date", "S",
+                 type=_retry_after),
+        argument("--reason", "with --outcome: a word of explanation, which lists show", "TEXT"),
+    )),
+    Command("extend", "keypool.cli.keys:extend", "let leases last longer; prints id, lease, release_in, block_left", (
+        argument("keys", "handles, or keys with their leases; - reads acquire's lines from standard input", "KEY",
+                 nargs="+"),
+        _LEASE,
+        argument("--seconds", "seconds from now on; default: the pool's block", "S", type=_pool_seconds),
     )),
     Command("keepalive", "keypool.cli.keys:keepalive", "put off the expiry of keys", (
         _KEYS,
         switch("--watch", "go on until all keys are dead, or Ctrl-C"),
     )),
     Command("delete", "keypool.cli.keys:delete", "delete keys (admin)", (_KEYS,)),
+    Command("quarantine", "keypool.cli.keys:quarantine", "take keys out of service until they are restored (admin)", (
+        _KEYS,
+        argument("--reason", "why, which lists show", "TEXT"),
+        switch("--now", "also keys that are held; otherwise those go when their lease ends"),
+    )),
+    Command("restore", "keypool.cli.keys:restore", "put cooling and quarantined keys into service again (admin)",
+            (_KEYS,)),
     Command("list", "keypool.cli.keys:list_keys", "list keys (viewer)", (
-        argument("--state", "only keys in this state", choices=("available", "blocked")),
+        argument("--state", "only keys in this state", choices=STATES),
         argument("--prefix", "only keys that begin with these 1 to 4 characters", "TEXT"),
-        argument("--order", "default: id", choices=("id", "release", "expiry")),
+        argument("--order", "default: id", choices=ORDERS),
         argument("--limit", "this many keys at most; default: all", "N", type=_positive),
     )),
     Command("show", "keypool.cli.keys:show", "show the state of one key", (
-        argument("key", "the key, - for standard input, or id:N (admin, viewer)", "KEY"),
+        argument("key", "the key, its handle, - for standard input, or id:N (admin, viewer)", "KEY"),
     )),
     Command("stats", "keypool.cli.keys:stats", "show the counts of the pool (viewer)", (
         argument("--watch", "again every S seconds; default 2", "S", nargs="?", type=_some_seconds, const=2.0),
@@ -211,6 +262,13 @@ COMMANDS = (
     Command("run", "keypool.cli.run:run", "lease a key, run a command with it, and give the key back", (
         _WAIT,
         _OWNER,
+        _BLOCK,
+        switch("--extend", "let the lease last as long as the command, if the pool allows that"),
+        argument("--on-exit", "report OUTCOME (ok, rate_limited, error or invalid) if the command ends with STATUS, "
+                 "a number or a name as EX_TEMPFAIL; may be repeated; default: ok for 0, and for others no outcome",
+                 "STATUS=OUTCOME", type=_outcome_of_status, action="append", default=[]),
+        argument("--retry-after", "with --on-exit …=rate_limited: seconds until the key may be used again", "S",
+                 type=_retry_after),
         argument("--env", "environment variable for the key; default KEYPOOL_KEY", "NAME",
                   type=_variable, default="KEYPOOL_KEY"),
         argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",

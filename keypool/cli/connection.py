@@ -13,6 +13,9 @@ from keypool.client import KeyPool, Retry
 from keypool.client.settings import Settings, from_environment, read_token
 from keypool.misspelled import CLIENT_VARIABLES, misspelled
 
+DEFAULT_RETRY = 5.0
+"""Seconds to retry for without --retry."""
+
 
 class _NotedRetry(Retry):
     """Reports the first failure at once, instead of staying silent while a call is retried."""
@@ -37,7 +40,8 @@ def settings(args: argparse.Namespace) -> Settings:
     else:
         environ = dict(os.environ)
     found = from_environment(environ)
-    return Settings.of(args.url or found["url"], found["token"], args.timeout, _NotedRetry(args.retry))
+    retry = _NotedRetry(DEFAULT_RETRY if args.retry is None else args.retry)
+    return Settings.of(args.url or found["url"], found["token"], args.timeout, retry)
 
 
 def connect(args: argparse.Namespace) -> KeyPool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -22,9 +23,9 @@ from keypool.cli.output import Output, note, printable
 from keypool.cli.status import CommandError, Status
 from keypool.client.settings import BASE, Settings
 
-COLUMNS = ("at", "event", "id", "hint", "owner", "lease")
+COLUMNS = ("at", "event", "id", "hint", "owner", "lease", "by", "actor")
 _SILENCE = 20.0  # seconds without a frame after which the feed counts as lost: one comes every 5 s
-_LONGEST_PAUSE = 3.0  # seconds between attempts to connect
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 3.0  # seconds between attempts to connect
 _DENIED = (401, 403)
 _UNAVAILABLE = (502, 503, 504, 599)
 
@@ -40,18 +41,22 @@ def events(args: argparse.Namespace) -> Status:
 
 
 async def _follow(args: argparse.Namespace) -> None:
-    """Print events across reconnects. Raises CommandError if the feed is refused or can't be reached at first."""
+    """Print events across reconnects. Raises CommandError if the feed is refused, or can't be reached for too long.
+
+    That is --retry seconds; without it, they bound only the first connection.
+    """
     client, output = settings(args), output_of(args)
+    patience = math.inf if args.retry is None else args.retry
     printed: deque[str] = deque(maxlen=200)
     remaining: int = -1 if args.count is None else args.count
-    connected, pause = False, 0.1
+    pause = _FIRST_PAUSE
     loop = asyncio.get_running_loop()
-    give_up_at = loop.time() + args.retry
+    give_up_at = loop.time() + client.retry.seconds
     while True:
         try:
             async with aclosing(_messages(client)) as messages:
                 async for message in messages:
-                    connected = True
+                    pause, give_up_at = _FIRST_PAUSE, math.inf
                     for event in _unprinted(message, printed, args.past):
                         _print(output, event)
                         printed.append(_identity(event))
@@ -61,7 +66,9 @@ async def _follow(args: argparse.Namespace) -> None:
                     if message.get("dropped"):
                         note(f"{message['dropped']} events were left out by the server")
         except _Disconnected as error:
-            if not connected and loop.time() >= give_up_at:
+            if give_up_at == math.inf:  # it was connected
+                give_up_at = loop.time() + patience
+            if loop.time() >= give_up_at:
                 raise CommandError(str(error), Status.UNREACHABLE) from None
             note(f"{error}; retrying, events may be missing")
             await asyncio.sleep(pause)
@@ -123,8 +130,11 @@ def _print(output: Output, event: dict[str, Any]) -> None:
     if not output.as_table:
         output.rows(COLUMNS, [event])
         return
-    owner = f"  by {event['owner']}" if event.get("owner") else ""
-    text = f"{event.get('event', ''):<9}  {event.get('hint')}  id:{event.get('id')}{owner}"
+    owner = f"  {event['owner']}" if event.get("owner") else ""
+    operator = f"  by operator {event.get('actor') or ''}" if event.get("by") == "operator" else ""
+    text = (
+        f"{event.get('event', ''):<11}  {event.get('hint')}  id:{event.get('id')}{owner}{operator}".rstrip()
+    )
     print(f"{event.get('at')}  {printable(text)}", flush=True)
 
 

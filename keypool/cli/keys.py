@@ -1,4 +1,4 @@
-"""The commands about keys: generate, acquire, unblock, keepalive, delete, list, show; and stats."""
+"""The commands about keys, from generate to show; and stats."""
 
 from __future__ import annotations
 
@@ -18,11 +18,35 @@ from keypool.cli.connection import connect
 from keypool.cli.output import BATCH, Output, Progress, note
 from keypool.cli.signal_forwarding import answer_first
 from keypool.cli.status import TRANSIENT, CommandError, Status
-from keypool.client import Done, KeyPoolError, LeasedKey, Refused, UnblockItem
+from keypool.client import Done, KeyPoolError, LeasedKey, LeaseItem, Refused, Unblock
 
 GENERATED = ("key", "id", "expires_in")
-LEASED = ("key", "lease", "id", "release_in", "expires_in")
-LISTED = ("id", "hint", "state", "owner", "lease", "release_in", "expires_in", "created_at")
+LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle")
+_ABOUT_REPORTS = ("failures", "outcome", "reason")
+LISTED = (
+    "id",
+    "hint",
+    "state",
+    "owner",
+    "lease",
+    "release_in",
+    "expires_in",
+    "created_at",
+    "available_in",
+    *_ABOUT_REPORTS,
+)
+_LISTED_IN_TABLES = (
+    "id",
+    "hint",
+    "state",
+    "owner",
+    "lease",
+    "ends_in",
+    "expires_in",
+    *_ABOUT_REPORTS,
+    "created_at",
+)
+"""What fits no terminal is at the end. `ends_in` is when the block or the cooldown ends."""
 
 _CONFIRM_ABOVE = 100_000  # keys; for more, `generate` asks unless --yes is given
 _CLEAR_SCREEN = "\x1b[H\x1b[J"
@@ -76,9 +100,11 @@ def acquire(args: argparse.Namespace) -> Status:
     with connect(args) as pool:
         with answer_first(enabled=args.wait == 0) as signals:
             if args.count == 1:
-                leased: Sequence[LeasedKey] = [pool.acquire(owner=args.owner, wait=args.wait)]
+                leased: Sequence[LeasedKey] = [
+                    pool.acquire(owner=args.owner, wait=args.wait, block_seconds=args.block_seconds)
+                ]
             else:
-                leased = pool.acquire_many(args.count, owner=args.owner)
+                leased = pool.acquire_many(args.count, owner=args.owner, block_seconds=args.block_seconds)
         try:
             for number in signals:
                 signal.raise_signal(number)
@@ -90,18 +116,54 @@ def acquire(args: argparse.Namespace) -> Status:
 
 
 def unblock(args: argparse.Namespace) -> Status:
-    """Give keys back, with their lease numbers where these are known."""
+    """Give keys back, with their lease numbers where these are known, and report the outcome."""
+    if args.retry_after is not None and args.outcome != "rate_limited":
+        raise CommandError("--retry-after goes with --outcome rate_limited only", Status.USAGE)
+    if args.reason is not None and args.outcome is None:
+        raise CommandError("--reason goes with --outcome only", Status.USAGE)
+    leases = _leases(args, needed=args.outcome is not None)
+    report = {"outcome": args.outcome, "retry_after": args.retry_after, "reason": args.reason}
+    with connect(args) as pool:
+        if single := _single(args):
+            [(_, lease)] = leases
+            output_of(args).fields(_members(pool.unblock(single, lease, **report)))
+            return Status.OK
+        items = [Unblock(key, lease, **report) for key, lease in leases]
+        with Progress("giving back", len(items)) as bar:
+            return _report(args, pool.unblock_many(items, progress=bar))
+
+
+def extend(args: argparse.Namespace) -> Status:
+    """Let leases last longer."""
+    leases = _leases(args, needed=True)
+    with connect(args) as pool:
+        if single := _single(args):
+            [(_, lease)] = leases
+            output_of(args).fields(_members(pool.extend(single, args.seconds, lease=lease)))
+            return Status.OK
+        items: list[LeaseItem] = [key if lease is None else (key, lease) for key, lease in leases]
+        with Progress("extending", len(items)) as bar:
+            return _report(args, pool.extend_many(items, args.seconds, progress=bar), of_leases=True)
+
+
+def _leases(args: argparse.Namespace, *, needed: bool) -> list[tuple[str, int | None]]:
+    """The keys in the arguments, each with its lease number if that is known. Raises CommandError if it is `needed`."""
     named = _named(args.keys)
     if args.lease is not None and len(named) != 1:
         raise CommandError("--lease goes with one key only", Status.USAGE)
-    with connect(args) as pool:
-        if args.keys == [named[0][0]]:
-            output_of(args).fields(_members(pool.unblock(named[0][0], args.lease)))
-            return Status.OK
-        leases = ((key, args.lease or lease) for key, lease in named)
-        items: list[UnblockItem] = [key if lease is None else (key, lease) for key, lease in leases]
-        with Progress("giving back", len(items)) as bar:
-            return _report(args, pool.unblock_many(items, progress=bar))
+    leases = [(key, args.lease or lease) for key, lease in named]
+    if needed and any(lease is None and not key.startswith("h:") for key, lease in leases):
+        raise CommandError(
+            f"{args.command}{' --outcome' * (args.command == 'unblock')} is for the holder of a lease: name it by its "
+            "handle, by --lease, or by a line of acquire on standard input",
+            Status.USAGE,
+        )
+    return leases
+
+
+def _single(args: argparse.Namespace) -> str | None:
+    """The key, if it is one argument: then its own call shows more than a batch does."""
+    return None if len(args.keys) != 1 or args.keys == ["-"] else str(args.keys[0])
 
 
 def keepalive(args: argparse.Namespace) -> Status:
@@ -110,8 +172,8 @@ def keepalive(args: argparse.Namespace) -> Status:
     if args.watch:
         return _keep_alive(args, keys)
     with connect(args) as pool:
-        if args.keys == [keys[0]]:
-            output_of(args).fields(_members(pool.keepalive(keys[0])))
+        if single := _single(args):
+            output_of(args).fields(_members(pool.keepalive(single)))
             return Status.OK
         with Progress("keeping alive", len(keys)) as bar:
             return _report(args, pool.keepalive_many(keys, progress=bar))
@@ -147,6 +209,28 @@ def delete(args: argparse.Namespace) -> Status:
     return _report(args, done)
 
 
+def quarantine(args: argparse.Namespace) -> Status:
+    """Take keys out of service."""
+    keys = [key for key, _ in _named(args.keys)]
+    with connect(args) as pool:
+        if single := _single(args):
+            output_of(args).fields(_members(pool.quarantine(single, reason=args.reason, now=args.now)))
+            return Status.OK
+        with Progress("quarantining", len(keys)) as bar:
+            return _report(args, pool.quarantine_many(keys, reason=args.reason, now=args.now, progress=bar))
+
+
+def restore(args: argparse.Namespace) -> Status:
+    """Put keys into service again."""
+    keys = [key for key, _ in _named(args.keys)]
+    with connect(args) as pool:
+        if single := _single(args):
+            output_of(args).fields(_members(pool.restore(single)))
+            return Status.OK
+        with Progress("restoring", len(keys)) as bar:
+            return _report(args, pool.restore_many(keys, progress=bar))
+
+
 def list_keys(args: argparse.Namespace) -> Status:
     """List keys, page by page as they are read."""
     output = output_of(args)
@@ -154,7 +238,10 @@ def list_keys(args: argparse.Namespace) -> Status:
         rows = pool.rows(state=args.state, prefix=args.prefix, order=args.order)
         members = map(_members, itertools.islice(rows, args.limit))
         # JSON has the API's members unchanged, so there a key that isn't blocked still has its latest lease.
-        output.rows(LISTED, members if args.json else map(_without_old_lease, members))
+        output.rows(
+            _LISTED_IN_TABLES if output.as_table else LISTED,
+            members if args.json else map(_as_listed, members),
+        )
     return Status.OK
 
 
@@ -218,22 +305,29 @@ def _lease(columns: list[str]) -> int | None:
     return int(columns[1]) if known else None
 
 
-def _report(args: argparse.Namespace, done: Done) -> Status:
+def _report(args: argparse.Namespace, done: Done, *, of_leases: bool = False) -> Status:
     """Print the counts of a batch, and a note for each of the first ten keys that failed."""
     output = output_of(args)
-    output.fields({"done": done.done, "unknown": len(done.unknown), "stale": len(done.stale)})
-    for word, keys in (("unknown", done.unknown), ("stale", done.stale)):
+    failed = {"unknown": done.unknown, "stale": done.stale}
+    if of_leases:
+        failed |= {"over": done.over, "limit": done.limit}
+    output.fields({"done": done.done} | {word: len(keys) for word, keys in failed.items()})
+    for word, keys in failed.items():
         for key in keys[:10]:
             note(f"{word}: {output.masked(key)}")
         if len(keys) > 10:
             note(f"{word}: {len(keys) - 10} more")
     if done.unknown:
         return Status.UNKNOWN_KEY
-    return Status.LEASE_OVER if done.stale else Status.OK
+    if done.stale or done.over:
+        return Status.LEASE_OVER
+    return Status.BLOCK_LIMIT if done.limit else Status.OK
 
 
-def _without_old_lease(row: dict[str, Any]) -> dict[str, Any]:
-    return row if row["release_in"] is not None else row | {"lease": None}
+def _as_listed(row: dict[str, Any]) -> dict[str, Any]:
+    if row["release_in"] is not None:
+        return row | {"ends_in": row["release_in"]}
+    return row | {"ends_in": row["available_in"], "lease": None}
 
 
 def _members(value: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ BATCH = 1000
 """Items per batch call."""
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
-_WIDEST_OWNER = 20  # characters in a table; a name may have 200
+_WIDEST = {"owner": 20, "reason": 40}  # characters in a table; both may have 200
 
 
 class Output:
@@ -64,7 +64,7 @@ class Output:
 
     def masked(self, key: str) -> str:
         """A key's text as this command may show it."""
-        return key if self.show_keys or key.startswith("id:") else hint(key)
+        return key if self.show_keys or key.startswith(("id:", "h:")) else hint(key)
 
     def _masked(self, row: Row) -> Row:
         return row | {"key": self.masked(row["key"])} if "key" in row else row
@@ -110,12 +110,12 @@ def _cell(value: object, column: str = "") -> str:
     if value is None:
         return "-"
     text = f"{value:.1f}" if isinstance(value, float) else printable(str(value))
-    shortened = column == "owner" and len(text) > _WIDEST_OWNER
-    return f"{text[: _WIDEST_OWNER - 1]}…" if shortened else text
+    widest = _WIDEST.get(column, len(text))
+    return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
 
 def printable(text: str) -> str:
-    """The text with control characters replaced: clients choose owners' names."""
+    """The text with control characters replaced: clients choose owners' names and reasons."""
     return "".join(character if character.isprintable() else "�" for character in text)
 
 

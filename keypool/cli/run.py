@@ -1,5 +1,8 @@
 """`keypool run -- COMMAND`: lease a key, run a command with it, and give the key back when the command ends.
 
+What the command's exit status says of the key, by --on-exit, is reported when it is given back. With --extend the
+client's keeper extends the lease, in a thread of its own.
+
 The command gets the key in its environment, and every signal that is sent to keypool, once. In a terminal's
 foreground the command shares keypool's process group, to which the terminal sends Ctrl-C. Elsewhere (cron, a
 supervisor) the command gets a process group of its own, and signals go to all of it.
@@ -30,33 +33,89 @@ from keypool.pdeathsig import end_with_parent
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL for a command that outlives its lease
 
 
+class _Ended(Exception):
+    """How the command ended: its status, or that of `run`, if it wasn't started or was stopped.
+
+    It is an exception because a `with` of a lease that ends without one reports `ok`.
+    """
+
+    def __init__(self, status: int, *, by_itself: bool = False) -> None:
+        super().__init__(status)
+        self.status = status
+        self.by_itself = by_itself
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns its exit status, 128 + n after signal n. Raises CommandError if it wasn't started."""
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     if not words:
         raise CommandError("run takes a command: keypool run -- COMMAND ...", Status.USAGE)
+    outcomes = _outcomes(args)
     owner = args.owner or f"{os.path.basename(words[0])}@{socket.gethostname()}"[:200]  # noqa: PTH119 - a word
-    ended: list[int] = []
     stop = args.overrun == "stop"
     try:
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(connect(args))
             with answer_first(enabled=args.wait == 0) as signals:
-                key = stack.enter_context(pool.lease(owner=owner, wait=args.wait))
+                lease = pool.lease(
+                    owner=owner, wait=args.wait, block_seconds=args.block_seconds, extend=args.extend
+                )
+                key = stack.enter_context(lease)
             for number in signals:
                 signal.raise_signal(number)
-            environment = {args.env: key.secret, "KEYPOOL_LEASE": str(key.lease)}
-            ended.append(_supervise(words, environment, key, stop=stop))
-    except LeaseLost as error:
-        if ended[0] != Status.RUN_LEASE_OVER:
-            note(str(error))
-        return Status.RUN_LEASE_OVER if stop else ended[0]
+            environment = {
+                args.env: key.secret,
+                "KEYPOOL_LEASE": str(key.lease),
+                "KEYPOOL_HANDLE": key.handle or "",
+            }
+            ended = _supervise(words, environment, key, stop=stop)
+            if ended.by_itself:
+                _report(key, outcomes.get(ended.status), args.retry_after)
+            raise ended
+    except _Ended:
+        return _result(ended, key, stop=stop)
     except KeyPoolError as error:
         raise command_error(error, f"{words[0]} was not run: ") from None
-    return ended[0]
 
 
-def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, *, stop: bool) -> int:
+def _outcomes(args: argparse.Namespace) -> dict[int, str]:
+    """The outcomes by status. Raises CommandError if the flags don't fit together."""
+    outcomes: dict[int, str] = {}
+    for status, outcome in args.on_exit:
+        if outcomes.setdefault(status, outcome) != outcome:
+            raise CommandError(
+                f"--on-exit {status} is {outcomes[status]} or {outcome}, not both", Status.USAGE
+            )
+    if args.retry_after is not None and "rate_limited" not in outcomes.values():
+        raise CommandError("--retry-after goes with --on-exit STATUS=rate_limited only", Status.USAGE)
+    return {0: "ok"} | outcomes
+
+
+def _report(key: HeldKey, outcome: str | None, retry_after: float | None) -> None:
+    if outcome == "ok":
+        key.ok()
+    elif outcome == "rate_limited":
+        key.rate_limited(retry_after)
+    elif outcome == "error":
+        key.error()
+    elif outcome == "invalid":
+        key.invalid()
+
+
+def _result(ended: _Ended, key: HeldKey, *, stop: bool) -> int:
+    """The exit status, after the key was given back."""
+    if key.unblocked is not None and key.unblocked.guarded:
+        note(f"key {key.hint} cools, and isn't quarantined: too many keys of the pool are")
+    # If the key could be given back under this lease, nobody else has held it yet, though its lease may have ended
+    # early: by the command itself perhaps, which may report an outcome under KEYPOOL_HANDLE.
+    if ended.by_itself and key.unblocked is None:
+        for lost in getattr(ended, "__notes__", ()):
+            note(lost.removeprefix("besides: "))
+            return Status.RUN_LEASE_OVER if stop else ended.status
+    return ended.status
+
+
+def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, *, stop: bool) -> _Ended:
     foreground = in_foreground()
     with CaughtSignals(foreground=foreground) as signals:
         die_with_parent = end_with_parent(os.getpid(), signal.SIGTERM)
@@ -70,20 +129,21 @@ def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, 
                 words,
                 env=os.environ | environment,
                 process_group=None if foreground else 0,
-                preexec_fn=prepare_child,  # noqa: PLW1509 - there is one thread
+                preexec_fn=prepare_child,  # noqa: PLW1509 - takes no lock that the keeper's thread may hold
             )
         except OSError as error:
             note(f"{words[0]} can't be run: {error.strerror or error}")
             missing = isinstance(error, FileNotFoundError)
-            return Status.RUN_NOT_FOUND if missing else Status.RUN_NOT_EXECUTABLE
+            return _Ended(Status.RUN_NOT_FOUND if missing else Status.RUN_NOT_EXECUTABLE)
         send = functools.partial(_send, process, group=not foreground)
         overrun = _Overrun(key, words[0], send, stop=stop)
         while process.poll() is None:
             if number := signals.wait(overrun.act()):
                 send(number)
     if overrun.stopping:
-        return Status.RUN_LEASE_OVER
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+        return _Ended(Status.RUN_LEASE_OVER)
+    status = process.returncode
+    return _Ended(status if status >= 0 else 128 - status, by_itself=True)
 
 
 def _send(process: subprocess.Popen[bytes], number: int, *, group: bool) -> None:
@@ -107,10 +167,14 @@ class _Overrun:
         return next(self._steps, None)
 
     def _next_steps(self) -> Iterator[float]:
+        noted = False
         while (remaining := self._key.remaining) > 0:
+            if not noted and self._key.not_extended is not None:
+                noted = True
+                note(f"the lease ends in {remaining:.0f} s: {self._key.not_extended}")
             yield remaining
         does = "it is stopped" if self._stop else "it goes on, with a key that others may hold"
-        note(f"the lease is over after {self._key.release_in:.0f} s and {self._name} still runs: {does}")
+        note(f"{self._why()}, and {self._name} still runs: {does}")
         if self._stop:
             self.stopping = True
             self._send(signal.SIGTERM)
@@ -118,3 +182,10 @@ class _Overrun:
             while (remaining := kill_at - time.monotonic()) > 0:
                 yield remaining
             self._send(signal.SIGKILL)
+
+    def _why(self) -> str:
+        try:
+            self._key.check()
+        except LeaseLost as error:
+            return str(error)
+        return "the lease is over"

@@ -20,11 +20,15 @@ class Status(IntEnum):
     DENIED = 6, "no token, an unknown token, or a token without the role for this call"
     UNREACHABLE = 7, "the server can't be reached; nothing has changed"
     UNCERTAIN = 8, "the answer was lost: the call may have taken effect"
+    BLOCK_LIMIT = 9, "the lease can't be extended: it would not end later"
     RUN_UNCERTAIN = 120, "run: the answer was lost and the command not started; a key may stay blocked"
     RUN_UNREACHABLE = 121, "run: the server can't be reached; the command was not started"
     RUN_DENIED = 122, "run: the token is missing or refused; the command was not started"
     RUN_NO_KEY = 123, "run: no key is available; the command was not started"
-    RUN_LEASE_OVER = 124, "run: the lease ended before the command did, and the command was stopped"
+    RUN_LEASE_OVER = (
+        124,
+        "run: the lease ended first: the command was stopped, or others may have used its key",
+    )
     RUN_FAILED = 125, "run: wrong usage, or any other failure of keypool; the command was not started"
     RUN_NOT_EXECUTABLE = 126, "run: the command can't be executed"
     RUN_NOT_FOUND = 127, "run: the command was not found"
@@ -44,7 +48,8 @@ class Status(IntEnum):
 _ERRORS: dict[Status, tuple[type[KeyPoolError], ...]] = {
     Status.NO_KEY: (errors.NoKeyAvailable,),
     Status.UNKNOWN_KEY: (errors.UnknownKey,),
-    Status.LEASE_OVER: (errors.StaleLease, errors.LeaseLost),
+    Status.LEASE_OVER: (errors.StaleLease, errors.LeaseOver, errors.LeaseLost),
+    Status.BLOCK_LIMIT: (errors.BlockLimit,),
     Status.DENIED: (errors.Unauthorized, errors.Forbidden),
     Status.UNREACHABLE: (errors.Unreachable,),
     Status.UNCERTAIN: (errors.AnswerLost, errors.GatewayError, errors.StorageUnavailable),

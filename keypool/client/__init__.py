@@ -10,6 +10,7 @@ docs/client.md is the guide. The modules, from the bottom up:
 
     errors.py       the exceptions               answers.py      the types of the results
     settings.py     arguments, checked           calls.py        every call as data
+    reports.py      what a response says of a key
     attempts.py     retries and deadlines        held.py         a key while it is held
     rounds.py       the rounds of a keeper       signals.py      exit_on_sigterm
     blocking.py, pool.py                         the blocking client
@@ -24,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 from keypool.client.answers import (
     Done,
+    Extended,
     GeneratedKey,
     HasSecret,
     KeptAlive,
     KeyLike,
     LeasedKey,
+    Outcome,
     Page,
     Revealed,
     Row,
@@ -36,10 +39,19 @@ from keypool.client.answers import (
     Stats,
     Unblocked,
 )
-from keypool.client.calls import Order, Progress, StateName, UnblockItem
+from keypool.client.calls import (
+    LeaseItem,
+    Order,
+    OutcomeName,
+    Progress,
+    StateName,
+    Unblock,
+    UnblockItem,
+)
 from keypool.client.errors import (
     AnswerLost,
     BadRequest,
+    BlockLimit,
     CrossSite,
     Draining,
     Forbidden,
@@ -48,6 +60,7 @@ from keypool.client.errors import (
     Internal,
     KeyPoolError,
     LeaseLost,
+    LeaseOver,
     Loading,
     MethodNotAllowed,
     NoKeyAvailable,
@@ -59,6 +72,7 @@ from keypool.client.errors import (
     RequestTimeout,
     StaleLease,
     StorageUnavailable,
+    Superseded,
     TooManySignIns,
     TooManyViewers,
     TooManyWaiters,
@@ -72,24 +86,26 @@ from keypool.client.errors import (
     UriTooLong,
     WrongHost,
 )
-from keypool.client.held import HeldKey
-from keypool.client.pool import Keeper, KeyPool, Lease, LeasedKeys
+from keypool.client.pool import HeldKey, Keeper, KeyPool, Lease, LeasedKeys
 from keypool.client.settings import Retry
 from keypool.client.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from keypool.client.async_pool import AsyncKeeper, AsyncKeyPool, AsyncLease, AsyncLeasedKeys
+    from keypool.client.async_pool import AsyncHeldKey, AsyncKeeper, AsyncKeyPool, AsyncLease, AsyncLeasedKeys
 
 __all__ = [
     "AnswerLost",
+    "AsyncHeldKey",
     "AsyncKeeper",
     "AsyncKeyPool",
     "AsyncLease",
     "AsyncLeasedKeys",
     "BadRequest",
+    "BlockLimit",
     "CrossSite",
     "Done",
     "Draining",
+    "Extended",
     "Forbidden",
     "GatewayError",
     "GeneratedKey",
@@ -103,7 +119,9 @@ __all__ = [
     "KeyPool",
     "KeyPoolError",
     "Lease",
+    "LeaseItem",
     "LeaseLost",
+    "LeaseOver",
     "LeasedKey",
     "LeasedKeys",
     "Loading",
@@ -111,6 +129,8 @@ __all__ = [
     "NoKeyAvailable",
     "NotFound",
     "Order",
+    "Outcome",
+    "OutcomeName",
     "Page",
     "PayloadTooLarge",
     "PoolClosed",
@@ -126,11 +146,13 @@ __all__ = [
     "StateName",
     "Stats",
     "StorageUnavailable",
+    "Superseded",
     "TooManySignIns",
     "TooManyViewers",
     "TooManyWaiters",
     "Unauthorized",
     "Unavailable",
+    "Unblock",
     "UnblockItem",
     "Unblocked",
     "UnexpectedAnswer",

@@ -12,27 +12,42 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any, Protocol, TypeVar, get_type_hints, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, get_type_hints, runtime_checkable
 
 from keypool.client.errors import UnexpectedAnswer
 
 T = TypeVar("T")
 
 
-class State(StrEnum):
-    """The state of a key. Equal to its string; also takes a state that this version does not know."""
-
-    AVAILABLE = "available"
-    BLOCKED = "blocked"
+class _Open(StrEnum):
+    """Members equal their strings; a string that this version does not know becomes a member of its own."""
 
     @classmethod
-    def _missing_(cls, value: object) -> State | None:
+    def _missing_(cls, value: object) -> Self | None:
         if not isinstance(value, str):
             return None
         unknown = str.__new__(cls, value)
         unknown._name_ = value.upper()
         unknown._value_ = value
         return unknown
+
+
+class State(_Open):
+    """The state of a key. Equal to its string; also takes a state that this version does not know."""
+
+    AVAILABLE = "available"
+    BLOCKED = "blocked"
+    COOLING = "cooling"
+    QUARANTINED = "quarantined"
+
+
+class Outcome(_Open):
+    """How the work with a key went, as its holder reports it. Equal to its string."""
+
+    OK = "ok"
+    RATE_LIMITED = "rate_limited"
+    ERROR = "error"
+    INVALID = "invalid"
 
 
 @runtime_checkable
@@ -78,13 +93,17 @@ class GeneratedKey(_WithSecret):
 
 @dataclass(frozen=True, slots=True)
 class LeasedKey(_WithSecret):
-    """An acquired key: yours for `release_in` seconds, under the number `lease`."""
+    """An acquired key: yours for `release_in` seconds, under the number `lease`.
+
+    `handle` names key and lease in the client's requests, in place of the text; None from an older server.
+    """
 
     id: int
     secret: str = field(repr=False, metadata=_KEY)
     lease: int
     release_in: float
     expires_in: float
+    handle: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +116,29 @@ class Revealed(_WithSecret):
 
 @dataclass(frozen=True, slots=True)
 class Unblocked:
-    """The result of an unblock. `changed` is false if the key was available already.
+    """The result of an unblock. `changed` is false if it neither freed the key nor recorded a report.
 
+    `available_in` is how many seconds the key cools, None if it doesn't. `guarded` is true if the pool had too many
+    quarantined keys for another one, so that it cools instead.
     If `repeated` is true, an earlier attempt whose answer was lost may have freed it.
     """
 
     id: int
     state: State
     changed: bool
+    available_in: float | None = None
+    guarded: bool = False
     repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """The lease now ends in `release_in` seconds. With further extensions it may last `block_left` seconds at most."""
+
+    id: int
+    lease: int
+    release_in: float
+    block_left: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +151,11 @@ class KeptAlive:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A key without its text. `owner` and `release_in` are None unless it is blocked."""
+    """A key without its text. `owner` and `release_in` are None unless it is blocked, `available_in` unless it cools.
+
+    `failures` are those in a row. `outcome` and `reason` are those of the latest report, None if there was none; the
+    reason of a quarantined key is the operator's, if one gave it.
+    """
 
     id: int
     hint: str
@@ -128,6 +165,10 @@ class Row:
     created_at: datetime
     expires_in: float
     release_in: float | None
+    available_in: float | None = None
+    failures: int = 0
+    outcome: Outcome | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +179,18 @@ class Page:
     next: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Four current counts, eight counters since the pool began, and the server. `uptime` is in seconds."""
+    """Six current counts, the counters since the pool began, and the server. `uptime` is in seconds.
+
+    An older server doesn't count cooling and quarantined keys: these numbers are then 0.
+    """
 
     total: int
     available: int
     blocked: int
+    cooling: int = 0
+    quarantined: int = 0
     waiting: int
     generated: int
     acquired: int
@@ -154,6 +200,9 @@ class Stats:
     expired: int
     kept_alive: int
     refused: int
+    cooled: int = 0
+    quarantines: int = 0
+    restored: int = 0
     uptime: float
     engine: str
     version: str
@@ -161,8 +210,9 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The result of a batch: how many keys were changed, which were unknown, and which had a later lease.
+    """The result of a batch: how many items were done, which keys were unknown, and which had a later lease.
 
+    For leases to be extended also those that had ended, `over`, and those that can't last longer, `limit`.
     `repeated` is true if an answer was lost and the batch was sent again: then the first attempt may have changed
     keys that are listed as unknown or stale.
     """
@@ -170,6 +220,8 @@ class Done:
     done: int
     unknown: list[str] = field(repr=False)
     stale: list[str] = field(default_factory=list, repr=False)
+    over: list[str] = field(default_factory=list, repr=False)
+    limit: list[str] = field(default_factory=list, repr=False)
     repeated: bool = False
 
 
@@ -211,6 +263,8 @@ def _member(kind: type, name: str, value: object) -> object:
     try:
         if wanted is State:
             return State(str(value))
+        if wanted == Outcome | None:
+            return None if value is None else Outcome(str(value))
         if wanted is datetime:
             return datetime.fromisoformat(str(value))
     except ValueError:

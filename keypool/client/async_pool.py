@@ -11,6 +11,7 @@ A client belongs to the event loop on which it is used. KeyPool documents what t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import ssl
@@ -24,6 +25,7 @@ import httpx2
 from keypool.client import calls
 from keypool.client.answers import (
     Done,
+    Extended,
     GeneratedKey,
     KeptAlive,
     KeyLike,
@@ -35,11 +37,20 @@ from keypool.client.answers import (
     Unblocked,
 )
 from keypool.client.asynchronous import AsyncRunner
-from keypool.client.attempts import perform, result, results
+from keypool.client.attempts import Timed, perform, result, results
 from keypool.client.blocking import Runner
-from keypool.client.calls import Batch, Call, Order, Progress, StateName, UnblockItem
+from keypool.client.calls import (
+    Batch,
+    Call,
+    LeaseItem,
+    Order,
+    OutcomeName,
+    Progress,
+    StateName,
+    UnblockItem,
+)
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
-from keypool.client.held import LAST_TRY, HeldKey, give_back_many, hold, raise_or_note
+from keypool.client.held import LAST_TRY, Held, give_back_many, raise_or_note
 from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_TIMEOUT,
@@ -74,7 +85,7 @@ class AsyncKeyPool:
         self._ssl_context = ssl_context
         self._transport = transport
         self._keepers: weakref.WeakSet[AsyncKeeper] = weakref.WeakSet()
-        self._held: weakref.WeakSet[HeldKey] = weakref.WeakSet()
+        self._held: weakref.WeakSet[AsyncHeldKey] = weakref.WeakSet()
         self._lease_keeper: AsyncKeeper | None = None
 
     @classmethod
@@ -101,9 +112,16 @@ class AsyncKeyPool:
 
     # -- leases and keepers
 
-    def lease(self, *, owner: str | None = None, wait: float | None = 0.0) -> AsyncLease:
+    def lease(
+        self,
+        *,
+        owner: str | None = None,
+        wait: float | None = 0.0,
+        block_seconds: float | None = None,
+        extend: bool = False,
+    ) -> AsyncLease:
         """`async with pool.lease() as key`: see KeyPool. A cancelled task gives its key back."""
-        return AsyncLease(self, owner, wait)
+        return AsyncLease(self, owner, wait, block_seconds, extend)
 
     def keeper(
         self,
@@ -119,24 +137,51 @@ class AsyncKeyPool:
         self._keepers.add(keeper)
         return keeper
 
-    async def _hold(self, owner: str | None, wait: float | None) -> HeldKey:
-        held = await self._runner.acquire(hold(self._settings, owner, wait), self._give_back)
+    async def _hold(
+        self, owner: str | None, wait: float | None, block_seconds: float | None, extend: bool
+    ) -> AsyncHeldKey:
+        held = await self._acquire(owner, wait, block_seconds)
         held.register(lambda: self._give_back_without_loop(held))
         self._held.add(held)
-        if held.expires_first:
-            if self._lease_keeper is None or not self._lease_keeper.running:
-                self._lease_keeper = self.keeper().start()
-            self._lease_keeper.add(held)
+        if held.expires_first or extend:
+            keeper = self._keep_alive(held)
+            if extend:
+                keeper._extend(held)  # noqa: SLF001 - a part of it
         return held
 
-    async def _give_back(self, held: HeldKey, within: float = math.inf) -> LeaseLost | None:
+    def _keep_alive(self, held: AsyncHeldKey) -> AsyncKeeper:
+        if self._lease_keeper is None or not self._lease_keeper.running:
+            self._lease_keeper = self.keeper().start()
+        self._lease_keeper.add(held)
+        return self._lease_keeper
+
+    async def _acquire(
+        self, owner: str | None, wait: float | None, block_seconds: float | None
+    ) -> AsyncHeldKey:
+        owner = default_owner() if owner is None else owner
+        steps = perform(calls.acquire(owner, wait, block_seconds), self._settings)
+
+        def held(acquired: Timed[LeasedKey]) -> AsyncHeldKey:
+            return AsyncHeldKey(self, acquired, owner, block_seconds)
+
+        return held(await self._runner.acquire(steps, lambda late: self._give_back(held(late))))
+
+    async def _extend(self, held: AsyncHeldKey, seconds: float | None) -> Extended:
+        extended = await self._runner.run(held.extension(self._settings, seconds))
+        if held.expires_first and not held.over:
+            self._keep_alive(held)
+        return extended
+
+    async def _give_back(
+        self, held: AsyncHeldKey, within: float = math.inf, *, well: bool = False
+    ) -> LeaseLost | None:
         if self._lease_keeper is not None:
             self._lease_keeper.discard(held)
-        lost = await self._runner.run_to_end(held.give_back(self._settings, within))
+        lost = await self._runner.run_to_end(held.give_back(self._settings, within, well=well))
         self._held.discard(held)
         return lost
 
-    def _give_back_without_loop(self, held: HeldKey) -> None:
+    def _give_back_without_loop(self, held: AsyncHeldKey) -> None:
         transport = self._transport
         if transport is None or isinstance(transport, httpx2.BaseTransport):
             runner = Runner(self._settings, self._ssl_context, transport)
@@ -149,19 +194,49 @@ class AsyncKeyPool:
         """Make a key (admin). Raises PoolFull."""
         return await self._call(calls.generate())
 
-    async def acquire(self, *, owner: str | None = None, wait: float | None = 0.0) -> LeasedKey:
+    async def acquire(
+        self,
+        *,
+        owner: str | None = None,
+        wait: float | None = 0.0,
+        block_seconds: float | None = None,
+    ) -> LeasedKey:
         """Acquire a key, to be given back by `unblock`. Raises NoKeyAvailable. If cancelled, gives it back."""
         owner = default_owner() if owner is None else owner
-        steps = perform(calls.acquire(owner, wait), self._settings)
-        acquired = await self._runner.acquire(steps, lambda late: self._give_back(HeldKey(late, owner)))
+        steps = perform(calls.acquire(owner, wait, block_seconds), self._settings)
+        acquired = await self._runner.acquire(
+            steps, lambda late: self._give_back(AsyncHeldKey(self, late, owner, block_seconds))
+        )
         return acquired.result
 
-    async def unblock(self, key: KeyLike, lease: int | None = None) -> Unblocked:
-        """Give a key back. Raises UnknownKey, StaleLease."""
-        return await self._call(calls.unblock(key, lease))
+    async def unblock(
+        self,
+        key: KeyLike,
+        lease: int | None = None,
+        *,
+        outcome: OutcomeName | None = None,
+        retry_after: float | None = None,
+        reason: str | None = None,
+    ) -> Unblocked:
+        """Give a key back, and report how the work with it went. Raises UnknownKey, StaleLease."""
+        return await self._call(calls.unblock(key, lease, outcome, retry_after, reason))
+
+    async def extend(
+        self, key: KeyLike, seconds: float | None = None, *, lease: int | None = None
+    ) -> Extended:
+        """Let a lease last longer. Raises UnknownKey, StaleLease, LeaseOver, BlockLimit."""
+        return await self._call(calls.extend(key, seconds, lease))
+
+    async def quarantine(self, key: KeyLike, reason: str | None = None, now: bool = False) -> Row:
+        """Take a key out of service until `restore` (admin). Raises UnknownKey."""
+        return await self._call(calls.quarantine(key, reason, now))
+
+    async def restore(self, key: KeyLike) -> Row:
+        """Make a cooling or quarantined key available, and forget its reports (admin). Raises UnknownKey."""
+        return await self._call(calls.restore(key))
 
     async def keepalive(self, key: KeyLike) -> KeptAlive:
-        """Postpone a key's expiry. Raises UnknownKey."""
+        """Postpone a key's expiry. Raises UnknownKey, StaleLease."""
         return await self._call(calls.keepalive(key))
 
     async def delete(self, key: KeyLike) -> None:
@@ -169,7 +244,7 @@ class AsyncKeyPool:
         return await self._call(calls.delete(key))
 
     async def get(self, key: KeyLike) -> Row:
-        """The state of a key. Raises UnknownKey."""
+        """The state of a key. Raises UnknownKey, StaleLease."""
         return await self._call(calls.get(key))
 
     async def reveal(self, key: KeyLike) -> Revealed:
@@ -212,10 +287,16 @@ class AsyncKeyPool:
         return await self._batch(calls.generate_many(count, progress))
 
     def acquire_many(
-        self, count: int, *, owner: str | None = None, progress: Progress | None = None
+        self,
+        count: int,
+        *,
+        owner: str | None = None,
+        block_seconds: float | None = None,
+        progress: Progress | None = None,
     ) -> AsyncLeasedKeys:
         """Acquire up to `count` keys: `async with` gives them all back, `await` leaves that to you."""
-        batch = calls.acquire_many(count, default_owner() if owner is None else owner, progress)
+        owner = default_owner() if owner is None else owner
+        batch = calls.acquire_many(count, owner, block_seconds, progress)
         return AsyncLeasedKeys(self, batch)
 
     async def keepalive_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
@@ -223,8 +304,29 @@ class AsyncKeyPool:
         return await self._batch(calls.keepalive_many(keys, progress))
 
     async def unblock_many(self, items: Iterable[UnblockItem], *, progress: Progress | None = None) -> Done:
-        """Give keys back, each a key or a pair of key and lease number."""
+        """Give keys back, each a key, a pair of key and lease number, or an Unblock with a report."""
         return await self._batch(calls.unblock_many(items, progress))
+
+    async def extend_many(
+        self, items: Iterable[LeaseItem], seconds: float | None = None, *, progress: Progress | None = None
+    ) -> Done:
+        """Extend leases, each a leased key or a pair of key and lease number."""
+        return await self._batch(calls.extend_many(items, seconds, progress))
+
+    async def quarantine_many(
+        self,
+        keys: Iterable[KeyLike],
+        reason: str | None = None,
+        now: bool = False,
+        *,
+        progress: Progress | None = None,
+    ) -> Done:
+        """Take keys out of service (admin)."""
+        return await self._batch(calls.quarantine_many(keys, reason, now, progress))
+
+    async def restore_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
+        """Make cooling and quarantined keys available (admin)."""
+        return await self._batch(calls.restore_many(keys, progress))
 
     async def delete_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
         """Delete keys permanently (admin)."""
@@ -243,19 +345,70 @@ class AsyncKeyPool:
         return await self._runner.run_to_end(give_back_many(keys, self._settings))
 
 
+class AsyncHeldKey(Held):
+    """A key that is yours until `remaining` is 0; until then `secret` is its text.
+
+    `lost` is set on the loop when the lease is lost: the key was deleted, or leased to someone else, or its time ran
+    out.
+    """
+
+    def __init__(
+        self, pool: AsyncKeyPool, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None
+    ) -> None:
+        super().__init__(acquired, owner, block_seconds)
+        self.lost = asyncio.Event()
+        """Set when the lease is known to be lost."""
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch()
+
+    async def extend(self, seconds: float | None = None) -> Extended:
+        """Let the lease end `seconds` from now, if that is later. Raises LeaseLost, BlockLimit, LeaseOver."""
+        return await self._pool._extend(self, seconds)  # noqa: SLF001 - a part of it
+
+    async def release(self) -> Unblocked | None:
+        """Give the key back now, with what was reported, else `ok`. Raises LeaseLost. See HeldKey."""
+        raise_or_note(await self._pool._give_back(self, well=True), None)  # noqa: SLF001 - a part of it
+        return self.unblocked
+
+    def _watch(self) -> None:
+        """Set `lost` when the time has run out, else look again then: the loop's clock may stand still meanwhile."""
+        if self.over:
+            self._signal_lost()
+        else:
+            self._timer = self._loop.call_later(self.remaining, self._watch)
+
+    def _signal_lost(self) -> None:
+        # At exit there may be waiters whose loop was closed.
+        with contextlib.suppress(RuntimeError):
+            self.lost.set()
+
+    def _ended(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class AsyncLease:
     """A context manager, for one `async with` at a time; each acquires anew."""
 
-    def __init__(self, pool: AsyncKeyPool, owner: str | None, wait: float | None) -> None:
+    def __init__(
+        self,
+        pool: AsyncKeyPool,
+        owner: str | None,
+        wait: float | None,
+        block_seconds: float | None = None,
+        extend: bool = False,
+    ) -> None:
         self._pool = pool
-        self._owner = owner
-        self._wait = wait
-        self._held: HeldKey | None = None
+        self._asked = (owner, wait, block_seconds, extend)
+        self._held: AsyncHeldKey | None = None
 
-    async def __aenter__(self) -> HeldKey:
+    async def __aenter__(self) -> AsyncHeldKey:
         if self._held is not None:
             raise KeyPoolError("this lease is in use; ask the pool for another one")
-        self._held = await self._pool._hold(self._owner, self._wait)  # noqa: SLF001 - a part of it
+        self._held = await self._pool._hold(*self._asked)  # noqa: SLF001 - a part of it
         return self._held
 
     async def __aexit__(
@@ -263,7 +416,8 @@ class AsyncLease:
     ) -> None:
         held, self._held = self._held, None
         if held is not None:
-            raise_or_note(await self._pool._give_back(held), error)  # noqa: SLF001 - a part of it
+            lost = await self._pool._give_back(held, well=error is None)  # noqa: SLF001 - a part of it
+            raise_or_note(lost, error)
 
 
 class AsyncLeasedKeys:

@@ -5,10 +5,14 @@
     it may have happened                 if the call is safe to repeat (the table in calls.py)
     another try can't help               never
 
-"It did not happen" is a connection that could not be made, and the server's `loading`, `draining` and
-`too-many-waiters`. "It may have happened" is a connection that broke, a timeout after the connection was
-made, `storage-unavailable`, and 502, 503 or 504 from a proxy, which may or may not have passed the request on.
+"It did not happen" is a connection that could not be made, and the server's `loading`, `draining`,
+`superseded` and `too-many-waiters`. "It may have happened" is a connection that broke, a timeout after the connection
+was made, `storage-unavailable`, and 502, 503 or 504 from a proxy, which may or may not have passed the request on.
 Everything else (404, 409, not HTTP) is an answer and final.
+
+The server recognises the repetition of an acquire by its Idempotency-Key and its body, so every request of an acquire
+has the same `wait`: a longer wait than the server's longest is divided into equal parts. Such a repetition gets the
+lease that a lost answer gave, or the place in the queue that its predecessor had.
 
 The rules are generators ("steps"): they yield a `Send` or a `Pause`, which a runner executes; it sends back the
 answer or throws in the error. So threads and asyncio share the rules, and tests need no I/O.
@@ -24,7 +28,6 @@ import socket
 import ssl
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import httpx2
@@ -36,12 +39,14 @@ from keypool.client.errors import (
     GatewayError,
     KeyPoolError,
     NoKeyAvailable,
+    Superseded,
     Unavailable,
     UnexpectedAnswer,
     UnknownKey,
     Unreachable,
     from_answer,
 )
+from keypool.client.reports import retry_after_of
 from keypool.client.settings import BASE, Settings, now
 
 T = TypeVar("T")
@@ -87,7 +92,7 @@ Steps = Generator[Send | Pause, Answer | None, T]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
+class Timed(Generic[T]):
     """A result, with the moments (`settings.now`) when its request was sent and its answer complete."""
 
     result: T
@@ -115,39 +120,42 @@ def results(batch: Batch[T], settings: Settings) -> Steps[T]:
         return end.value  # type: ignore[no-any-return]
 
 
-def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Steps[Outcome[T]]:
+def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Steps[Timed[T]]:
     """Perform a call, with retries. Raises KeyPoolError.
 
     The timeout, or `within` seconds if that is less, bounds all attempts and pauses together; the time that an
     acquire waits for a key is added. An acquire that waits is retried during an outage for as long as it waits,
-    once it has reached the server.
+    once it has reached the server. After a lost answer it may wait longer, but not beyond the timeout.
     """
     began = now()
     wait_until = began + (math.inf if call.wait is None else call.wait)
+    part = _LONGEST_WAIT if call.wait is None else call.wait / max(1, math.ceil(call.wait / _LONGEST_WAIT))
     ends_at = min(wait_until + settings.timeout, began + within)
     retry_until: float | None = None
     headers = settings.headers()
     failures, times = 0, 0
-    reached = repeated = False
+    reached = repeated = queued = False
     while True:
         sent_at = now()
-        wait = min(_LONGEST_WAIT, max(0.0, wait_until - sent_at))
+        left = max(0.0, wait_until - sent_at)
+        # A small rest, after answers that came early, isn't worth another whole part.
+        wait = part if repeated or (queued and left > part / 10) else min(part, left)
         send = _send(call, settings, headers, wait, min(wait + settings.timeout, ends_at - sent_at))
         try:
             answer = yield send
             assert answer is not None
-            return Outcome(_read(call, answer, repeated=repeated), sent_at, now())
+            return Timed(_read(call, answer, repeated=repeated), sent_at, now())
         except NoKeyAvailable as error:
             error.repeated = repeated
             if wait_until - now() <= _WAIT_TOLERANCE:
                 raise
             # The server's longest wait has passed: send it again; after a pause, if the server didn't wait.
-            failures, times, reached, retry_until = 0, 0, True, None
+            failures, times, reached, queued, retry_until = 0, 0, True, True, None
             pause = 0.0 if now() - sent_at >= wait / 2 else min(1.0, wait_until - now())
         except KeyPoolError as error:
             error.repeated = repeated
             if repeated and call.result_if_gone is not None and isinstance(error, UnknownKey):
-                return Outcome(call.result_if_gone(), sent_at, now())
+                return Timed(call.result_if_gone(), sent_at, now())
             times += 1
             too_often = settings.retry.times is not None and times > settings.retry.times
             if too_often or not _retry_may_help(error) or (error.may_have_happened and not call.repeatable):
@@ -174,13 +182,16 @@ def _send(
     if body is not None:
         content = json.dumps(body, separators=(",", ":")).encode()
         headers = {**headers, "Content-Type": "application/json"}
+    if call.idempotency_key is not None:
+        headers = {**headers, "Idempotency-Key": call.idempotency_key}
     return Send(call.method, f"{settings.url}{BASE}{call.path}", headers, content, max(timeout, 0.001))
 
 
 def _read(call: Call[T], answer: Answer, *, repeated: bool) -> T:
     if answer.status >= 400:
         error = from_answer(answer.status, answer.body)
-        error.retry_after = _retry_after(answer) if error.retry_after is None else error.retry_after
+        if error.retry_after is None:
+            error.retry_after = retry_after_of(answer.headers)
         raise error
     if answer.status >= 300:
         raise UnexpectedAnswer(f"answered {answer.status}: is the URL right?", answer.status)
@@ -199,21 +210,7 @@ def _read(call: Call[T], answer: Answer, *, repeated: bool) -> T:
 def _retry_may_help(error: KeyPoolError) -> bool:
     if isinstance(error, Unreachable):
         return error.transient
-    return isinstance(error, AnswerLost | GatewayError | Unavailable)
-
-
-def _retry_after(answer: Answer) -> float | None:
-    """The header in seconds. A date is relative to the answer's own Date, as clocks may differ."""
-    given = answer.headers.get("retry-after")
-    if given is None:
-        return None
-    if given.isascii() and given.isdigit():
-        return float(given[:9])
-    try:
-        since = parsedate_to_datetime(answer.headers.get("date") or "")
-        return max(0.0, (parsedate_to_datetime(given) - since).total_seconds())
-    except (ValueError, TypeError):
-        return None
+    return isinstance(error, AnswerLost | GatewayError | Unavailable | Superseded)
 
 
 _NEVER_SENT = (

@@ -7,13 +7,18 @@ again after an attempt whose outcome is not known.
 | --- | --- | --- |
 | get, list, stats, reveal | repeated | they change no key |
 | keepalive | repeated | the last one counts |
-| unblock with a lease number | repeated | the number protects whoever holds the key by then |
+| unblock with a lease number or handle, extend | repeated | the number protects whoever holds the key by then |
 | delete | repeated | a deleted key never comes back |
-| acquire that waits | repeated | a waiter must survive a restart; the first key, if any, is released by its deadline |
-| acquire that does not wait, generate | not repeated | a second key would be taken or made, and the first be lost |
+| quarantine, restore | repeated | the last one counts |
+| acquire | repeated | by its Idempotency-Key the server knows it again, and answers with the same lease |
+| generate | not repeated | a second key would be made, and the first be lost |
 | unblock without a number | not repeated | it could free a key that someone else holds by then |
 
 Any call that is known not to have happened is repeated (attempts.py).
+
+How a key is named in a URL, where proxies log it: a lease by its handle, and to the calls that are for admins any
+object by its id, so no secret of theirs is there. The text is there only if the program gives nothing else (a str), or
+if an older server's lease has no handle. Batches name keys in the body, by their texts, which their answers repeat.
 """
 
 # ruff: noqa: D103 - calls are documented by the methods of KeyPool with the same names
@@ -21,17 +26,20 @@ Any call that is known not to have happened is repeated (attempts.py).
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 from keypool.client.answers import (
     Done,
+    Extended,
     GeneratedKey,
     KeptAlive,
     KeyLike,
     LeasedKey,
+    Outcome,
     Page,
     Revealed,
     Row,
@@ -43,6 +51,7 @@ from keypool.client.answers import (
     read_page,
 )
 from keypool.client.errors import KeyPoolError, NoKeyAvailable
+from keypool.client.reports import checked_retry_after
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -50,11 +59,28 @@ Item = TypeVar("Item")
 MOST_ITEMS = 1000
 """Items that the server takes in one batch."""
 
-UnblockItem = KeyLike | tuple[KeyLike, int]
-"""A key of a batch unblock, with or without its lease number."""
+OutcomeName = Outcome | Literal["ok", "rate_limited", "error", "invalid"]
 
-StateName = State | Literal["available", "blocked"]
-Order = Literal["id", "release", "expiry"]
+
+@dataclass(frozen=True, slots=True)
+class Unblock:
+    """A key of a batch unblock, with what its holder reports. A report needs a lease number, here or in `key`."""
+
+    key: KeyLike = field(repr=False)
+    lease: int | None = None
+    outcome: OutcomeName | None = None
+    retry_after: float | None = None
+    reason: str | None = None
+
+
+LeaseItem = KeyLike | tuple[KeyLike, int]
+"""A key of a batch, with or without its lease number."""
+
+UnblockItem = LeaseItem | Unblock
+"""A key of a batch unblock."""
+
+StateName = State | Literal["available", "blocked", "cooling", "quarantined"]
+Order = Literal["id", "release", "ready", "expiry"]
 Progress = Callable[[int], object]
 """Called with the number of items done, after each call of a batch in several."""
 
@@ -70,6 +96,7 @@ class Call(Generic[T]):
     body: Mapping[str, Any] | None = None
     repeatable: bool = False
     wait: float | None = 0.0
+    idempotency_key: str | None = None
     result_if_gone: Callable[[], T] | None = None  # makes the result if a retry gets unknown-key
 
 
@@ -77,22 +104,51 @@ def generate() -> Call[GeneratedKey]:
     return Call("generate", "POST", "/keys", lambda value: read(GeneratedKey, value))
 
 
-def acquire(owner: str, wait: float | None) -> Call[LeasedKey]:
-    """Raises ValueError for a wait that is not a number of seconds from 0, or None."""
+def acquire(owner: str, wait: float | None, block_seconds: float | None = None) -> Call[LeasedKey]:
+    """Raises ValueError for a wait that is not a number of seconds from 0, or None, and a wrong block_seconds."""
     if wait is not None and not 0 <= wait < math.inf:
         raise ValueError(f"wait is a number of seconds, or None to wait for ever, not {wait!r}")
-    body = {"owner": owner}
+    body = _given(owner=owner, block_seconds=_seconds("block_seconds", block_seconds))
     return Call(
-        "acquire", "POST", "/keys/acquire", lambda value: read(LeasedKey, value), body, wait != 0, wait
-    )
+        "acquire", "POST", "/keys/acquire", lambda value: read(LeasedKey, value), body, repeatable=True,
+        wait=wait, idempotency_key=_new_idempotency_key(),
+    )  # fmt: skip
 
 
-def unblock(key: KeyLike, lease: int | None) -> Call[Unblocked]:
-    """Without `lease`, uses the lease number of `key`, if it has one."""
-    number = _number(key) if lease is None else lease
-    body = {} if number is None else {"lease": number}
+def unblock(
+    key: KeyLike,
+    lease: int | None,
+    outcome: OutcomeName | None = None,
+    retry_after: float | None = None,
+    reason: str | None = None,
+) -> Call[Unblocked]:
+    """Without `lease`, for the lease of `key`, if it is one. Raises ValueError for a wrong retry_after."""
+    named = handle(key) is not None
+    number = _number(key) if lease is None and not named else lease
+    retry_after = checked_retry_after(retry_after)
+    body = _given(lease=number, outcome=outcome, retry_after=retry_after, reason=reason)
     path = f"{_path(key)}/unblock"
-    return Call("unblock", "POST", path, lambda value: read(Unblocked, value), body, number is not None)
+    repeatable = named or number is not None
+    return Call("unblock", "POST", path, lambda value: read(Unblocked, value), body, repeatable)
+
+
+def extend(key: KeyLike, seconds: float | None, lease: int | None) -> Call[Extended]:
+    """Without `lease`, the lease of `key`. Raises ValueError for wrong seconds."""
+    number = _number(key) if lease is None and handle(key) is None else lease
+    body = _given(lease=number, seconds=_seconds("seconds", seconds))
+    path = f"{_path(key)}/extend"
+    return Call("extend", "POST", path, lambda value: read(Extended, value), body, repeatable=True)
+
+
+def quarantine(key: KeyLike, reason: str | None, now: bool) -> Call[Row]:
+    path = f"{_path(key, by_id=True)}/quarantine"
+    body = _given(reason=reason, now=now or None)
+    return Call("quarantine", "POST", path, lambda value: read(Row, value), body, repeatable=True)
+
+
+def restore(key: KeyLike) -> Call[Row]:
+    path = f"{_path(key, by_id=True)}/restore"
+    return Call("restore", "POST", path, lambda value: read(Row, value), repeatable=True)
 
 
 def keepalive(key: KeyLike) -> Call[KeptAlive]:
@@ -101,9 +157,8 @@ def keepalive(key: KeyLike) -> Call[KeptAlive]:
 
 
 def delete(key: KeyLike) -> Call[None]:
-    return Call(
-        "delete", "DELETE", _path(key), lambda value: None, repeatable=True, result_if_gone=lambda: None
-    )
+    path = _path(key, by_id=True)
+    return Call("delete", "DELETE", path, lambda value: None, repeatable=True, result_if_gone=lambda: None)
 
 
 def get(key: KeyLike) -> Call[Row]:
@@ -111,7 +166,7 @@ def get(key: KeyLike) -> Call[Row]:
 
 
 def reveal(key: KeyLike) -> Call[Revealed]:
-    path = f"{_path(key)}/reveal"
+    path = f"{_path(key, by_id=True)}/reveal"
     return Call("reveal", "POST", path, lambda value: read(Revealed, value), repeatable=True)
 
 
@@ -142,15 +197,20 @@ def generate_many(count: int, progress: Progress | None) -> Batch[list[Generated
     return made
 
 
-def acquire_many(count: int, owner: str, progress: Progress | None) -> Batch[list[LeasedKey]]:
+def acquire_many(
+    count: int, owner: str, block_seconds: float | None, progress: Progress | None
+) -> Batch[list[LeasedKey]]:
     """Fewer keys if fewer are available. Raises NoKeyAvailable if none is."""
     held: list[LeasedKey] = []
+    block_seconds = _seconds("block_seconds", block_seconds)
     for size in _sizes(count):
-        body = {"op": "acquire", "count": size, "owner": owner}
+        body = _given(op="acquire", count=size, owner=owner, block_seconds=block_seconds)
+        call = Call(
+            "acquire", "POST", "/batch", lambda value: read_list(LeasedKey, value), body, repeatable=True,
+            idempotency_key=_new_idempotency_key(),
+        )  # fmt: skip
         try:
-            part = yield from _part(
-                Call("acquire", "POST", "/batch", lambda value: read_list(LeasedKey, value), body), held
-            )
+            part = yield from _part(call, held)
         except NoKeyAvailable:
             if held:
                 break
@@ -167,13 +227,42 @@ def keepalive_many(keys: Iterable[KeyLike], progress: Progress | None = None) ->
 
 
 def unblock_many(items: Iterable[UnblockItem], progress: Progress | None = None) -> Batch[Done]:
-    """Each call is repeatable only if all of its keys have a lease number."""
+    """Each call is repeatable only if all of its keys have a lease number. Raises ValueError as `unblock` does."""
+    return _many("unblock", [_unblock_item(item) for item in items], progress)
+
+
+def _unblock_item(item: UnblockItem) -> tuple[Any, bool]:
+    if isinstance(item, Unblock):
+        key, lease = item.key, item.lease
+        retry_after = checked_retry_after(item.retry_after)
+        report = _given(outcome=item.outcome, retry_after=retry_after, reason=item.reason)
+    else:
+        key, lease = item if isinstance(item, tuple) else (item, None)
+        report = {}
+    number = _number(key) if lease is None else lease
+    sent = {"key": text(key), **_given(lease=number), **report}
+    return (sent if len(sent) > 1 else sent["key"]), number is not None or _is_handle(key)
+
+
+def extend_many(
+    items: Iterable[LeaseItem], seconds: float | None, progress: Progress | None = None
+) -> Batch[Done]:
+    """Raises ValueError for wrong seconds."""
+    seconds = _seconds("seconds", seconds)
     pairs = [item if isinstance(item, tuple) else (item, _number(item)) for item in items]
-    sent: list[tuple[Any, bool]] = [
-        (text(key) if lease is None else {"key": text(key), "lease": lease}, lease is not None)
-        for key, lease in pairs
-    ]
-    return _many("unblock", sent, progress)
+    sent = [(_given(key=text(key), lease=lease, seconds=seconds), True) for key, lease in pairs]
+    return _many("extend", sent, progress)
+
+
+def quarantine_many(
+    keys: Iterable[KeyLike], reason: str | None, now: bool, progress: Progress | None = None
+) -> Batch[Done]:
+    items = [(text(key), True) for key in keys]
+    return _many("quarantine", items, progress, **_given(reason=reason, now=now or None))
+
+
+def restore_many(keys: Iterable[KeyLike], progress: Progress | None = None) -> Batch[Done]:
+    return _many("restore", [(text(key), True) for key in keys], progress)
 
 
 def delete_many(keys: Iterable[KeyLike], progress: Progress | None = None) -> Batch[Done]:
@@ -186,23 +275,26 @@ def keepalive_part(keys: Sequence[str]) -> Call[Done]:
     return Call("keepalive", "POST", "/batch", lambda value: read(Done, value), body, repeatable=True)
 
 
-def _many(op: str, items: list[tuple[Any, bool]], progress: Progress | None) -> Batch[Done]:
-    """`items`: for each key, its JSON and whether its call may be repeated."""
-    done, repeated = 0, False
-    unknown: list[str] = []
-    stale: list[str] = []
+def _many(op: str, items: list[tuple[Any, bool]], progress: Progress | None, **more: Any) -> Batch[Done]:
+    """`items`: for each key, its JSON and whether its call may be repeated. `more`: further members of each body."""
+    total = Done(0, [])
     for part in parts(items):
-        body = {"op": op, "keys": [sent for sent, _ in part]}
+        body = {"op": op, "keys": [sent for sent, _ in part], **more}
         repeatable = all(safe for _, safe in part)
-        so_far = Done(done, unknown, stale, repeated)
         answer = yield from _part(
-            Call(op, "POST", "/batch", lambda value: read(Done, value), body, repeatable), so_far
+            Call(op, "POST", "/batch", lambda value: read(Done, value), body, repeatable), total
         )
-        done, repeated = done + answer.done, repeated or answer.repeated
-        unknown += answer.unknown
-        stale += answer.stale
-        _report(progress, done + len(unknown) + len(stale))
-    return Done(done, unknown, stale, repeated)
+        total = Done(
+            total.done + answer.done,
+            total.unknown + answer.unknown,
+            total.stale + answer.stale,
+            total.over + answer.over,
+            total.limit + answer.limit,
+            total.repeated or answer.repeated,
+        )
+        others = (total.unknown, total.stale, total.over, total.limit)
+        _report(progress, total.done + sum(map(len, others)))
+    return total
 
 
 def _part(call: Call[T], so_far: object) -> Generator[Call[T], T, T]:
@@ -244,11 +336,48 @@ def text(key: KeyLike) -> str:
     return name
 
 
-def _path(key: KeyLike) -> str:
+def handle(key: KeyLike) -> str | None:
+    """The handle of the lease that `key` is, or None."""
+    if _is_handle(key):
+        return str(key)
+    found = getattr(key, "handle", None)
+    return found if isinstance(found, str) else None
+
+
+def _is_handle(key: KeyLike) -> bool:
+    return isinstance(key, str) and key.startswith("h:")
+
+
+def _path(key: KeyLike, *, by_id: bool = False) -> str:
+    """The path of a key; `by_id` for the calls that are for admins. See the module for why.
+
+    A generated or revealed key has no handle; whoever has it is an admin, so that it is named by its id.
+    """
+    id = getattr(key, "id", None)
+    if isinstance(id, int) and (by_id or _number(key) is None):
+        name: str = f"id:{id}"
+    else:
+        name = handle(key) or text(key)
     # Dots too: a text like ".." must not be taken for a step in the path.
-    return "/keys/" + quote(text(key), safe="").replace(".", "%2E")
+    return "/keys/" + quote(name, safe="").replace(".", "%2E")
 
 
 def _number(key: object) -> int | None:
     number = getattr(key, "lease", None)
     return number if isinstance(number, int) else None
+
+
+def _given(**members: Any) -> dict[str, Any]:
+    """The members of a body that are not None."""
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def _seconds(name: str, given: float | None) -> float | None:
+    if given is not None and not 0 < given < math.inf:
+        raise ValueError(f"{name} is a number of seconds above 0, or None for the pool's, not {given!r}")
+    return given
+
+
+def _new_idempotency_key() -> str:
+    """One for each acquire, and the same for all requests that it takes: 128 bits at random."""
+    return secrets.token_urlsafe(16)

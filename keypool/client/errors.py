@@ -3,8 +3,11 @@
     KeyPoolError
     ├── Refused                    the server refused the call: `code`, `status`, `detail`, `request_id`
     │   ├── UnknownKey             never generated, deleted or expired
-    │   ├── NoKeyAvailable         `retry_after`: seconds to the earliest release, a hint
+    │   ├── NoKeyAvailable         `retry_after`: seconds to the earliest release or end of a cooldown, a hint
     │   ├── StaleLease             the key was served again since, or never under this number
+    │   ├── LeaseOver              the lease has ended, or ends in a quarantine: it can't be extended
+    │   ├── BlockLimit             an extension that would not let the lease last longer
+    │   ├── Superseded             the same acquire was sent again, and waits in place of this one
     │   ├── PoolFull
     │   ├── Unavailable            temporarily; the client has retried already
     │   │   ├── StorageUnavailable     the outcome is not known
@@ -112,11 +115,27 @@ class UnknownKey(Refused):
 
 
 class NoKeyAvailable(Refused):
-    """Every key is held, or the pool is empty."""
+    """Every key is blocked, cooling or quarantined, or the pool is empty. An older server doesn't count them: None."""
+
+    blocked: int | None = None
+    cooling: int | None = None
+    quarantined: int | None = None
 
 
 class StaleLease(Refused):
     """The lease number is not the key's latest: someone else holds the key now, or the number was never valid."""
+
+
+class LeaseOver(Refused):
+    """The lease can't be extended: it has ended, or the key will be quarantined when it ends."""
+
+
+class BlockLimit(Refused):
+    """The lease would not last longer: it lasts as long as the pool allows, or longer than asked for."""
+
+
+class Superseded(Refused):
+    """The same acquire was sent again and has taken this one's place in the queue. The client repeats it."""
 
 
 class PoolFull(Refused):
@@ -225,6 +244,10 @@ def from_answer(status: int, body: bytes) -> KeyPoolError:
     hint = problem.get("retry_after")
     if isinstance(hint, int | float) and not isinstance(hint, bool):
         error.retry_after = float(hint)
+    if isinstance(error, NoKeyAvailable):
+        for name in ("blocked", "cooling", "quarantined"):
+            if isinstance(count := problem.get(name), int):
+                setattr(error, name, count)
     return error
 
 

@@ -4,6 +4,13 @@ Once its lease has ended, `secret` raises LeaseLost. The end is counted from the
 can have left the server, by this machine's clock alone, so it comes a little early rather than late. A key belongs
 to the process that acquired it: a forked child may use it, but does not give it back.
 
+What the holder reports is recorded, and sent when the key is given back, in the same request.
+
+    the `with` ...                  and there is a report     and there is none
+    ends well, or `release`         the report                ok
+    ends by an exception            the report                no outcome
+    never ends (exit, `close`)      the report                no outcome
+
 Keys that are still held when the interpreter ends are given back then (`atexit`): those of daemon threads
 that were cut off, and of event loops that were stopped with their tasks still waiting.
 """
@@ -11,16 +18,19 @@ that were cut off, and of event loops that were stopped with their tasks still w
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 
 from keypool.client import calls
-from keypool.client.answers import LeasedKey, Unblocked, hint
-from keypool.client.attempts import Outcome, Steps, perform, result, results
-from keypool.client.errors import KeyPoolError, LeaseLost, StaleLease, UnknownKey
-from keypool.client.settings import Settings, default_owner, now
+from keypool.client.answers import Extended, LeasedKey, Outcome, Row, State, Unblocked, hint
+from keypool.client.attempts import Steps, Timed, perform, result, results
+from keypool.client.errors import BlockLimit, KeyPoolError, LeaseLost, LeaseOver, StaleLease, UnknownKey
+from keypool.client.reports import Report, judge, rate_limit, tidy, worse
+from keypool.client.settings import Settings, now
 
 log = logging.getLogger("keypool.client")
 
@@ -29,24 +39,36 @@ _SHORTEST_TRY = 0.5  # seconds allowed for giving back a key whose lease has jus
 LAST_TRY = 2.0
 """Seconds allowed for giving back a key at exit, or when its client is closed."""
 
-_held: set[HeldKey] = set()
+_held: set[Held] = set()
 
 
-class HeldKey:
-    """A key that is yours until `remaining` is 0; until then `secret` is its text."""
+class Held:
+    """A key that is yours until `remaining` is 0; until then `secret` is its text.
 
-    def __init__(self, acquired: Outcome[LeasedKey], owner: str) -> None:
+    HeldKey and AsyncHeldKey add what needs I/O: `lost`, `extend` and `release`.
+    """
+
+    def __init__(self, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None = None) -> None:
         leased = acquired.result
         self.id = leased.id
         self.lease = leased.lease
+        self.handle = leased.handle
         self.owner = owner
         self.release_in = leased.release_in
+        self.unblocked: Unblocked | None = None
+        """The answer when the key was given back."""
+        self.not_extended: KeyPoolError | None = None
+        """Why the lease goes on to its end and can't be extended any more; None as long as that isn't known."""
         self._text = leased.secret
         # When the server sent the answer to a call that waited is not known; it can't have been in transit for long.
         travelled = min(_LATEST_ON_THE_WAY, leased.release_in / 20)
-        answered_at = max(acquired.sent_at, acquired.received_at - travelled)
-        self._released_at = answered_at + leased.release_in
-        self._expires_at = answered_at + leased.expires_in
+        self._began_at = max(acquired.sent_at, acquired.received_at - travelled)
+        self._released_at = self._began_at + leased.release_in
+        self._expires_at = self._began_at + leased.expires_in
+        self._block_seconds = block_seconds
+        self._stretch = leased.release_in if block_seconds is None else block_seconds
+        self._lock = threading.Lock()
+        self._report: Report | None = None
         self._over = ""
         self._returned = False
         self._pid = os.getpid()
@@ -59,7 +81,7 @@ class HeldKey:
 
     def __repr__(self) -> str:
         state = self._over or f"{self.remaining:.1f} s remaining"
-        return f"<HeldKey {self.hint} id={self.id} lease={self.lease}, {state}>"
+        return f"<{type(self).__name__} {self.hint} id={self.id} lease={self.lease}, {state}>"
 
     @property
     def hint(self) -> str:
@@ -91,7 +113,51 @@ class HeldKey:
             raise LeaseLost(f"the lease of key {self.hint} has only {self.remaining:.1f} s left")
         if self._expires_at < self._released_at:
             raise LeaseLost(f"key {self.hint} expired while it was held")
-        raise LeaseLost(f"the lease of key {self.hint} ended after its {self.release_in:.1f} s")
+        lasted = self._released_at - self._began_at
+        raise LeaseLost(f"the lease of key {self.hint} ended after its {lasted:.1f} s")
+
+    # -- what the holder reports
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What was reported so far."""
+        return None if self._report is None else self._report.outcome
+
+    def ok(self) -> None:
+        """Report that the key worked. A `with` that ends well reports it by itself, unless something else was."""
+        self._record(Report(Outcome.OK))
+
+    def rate_limited(self, retry_after: float | None = None, reason: str | None = None) -> None:
+        """Report that the service limits the key: it cools for `retry_after` seconds from now.
+
+        If None, the pool decides for how long. Raises ValueError for a `retry_after` that is not a number from 0.
+        """
+        self._record(rate_limit(retry_after, reason))
+
+    def error(self, reason: str | None = None) -> None:
+        """Report a failure that may be the key's: it cools after several in a row."""
+        self._record(Report(Outcome.ERROR, reason=reason))
+
+    def invalid(self, reason: str | None = None) -> None:
+        """Report that the service refuses the key: it is not served again until an operator restores it."""
+        self._record(Report(Outcome.INVALID, reason=reason))
+
+    def report(self, response: object) -> Outcome | None:
+        """Report what a response, or an exception, of httpx, httpx2, requests or aiohttp means. Returns that.
+
+        429, 402, and 503 with Retry-After: rate_limited. 401: invalid. Other 5xx and time-outs: error. Everything
+        else reports nothing, and returns None. Raises TypeError for an object that is neither.
+        """
+        found = judge(response)
+        if found is not None:
+            self._record(found)
+        return None if found is None else found.outcome
+
+    def _record(self, report: Report) -> None:
+        """Of several reports the worst one is sent."""
+        reason = tidy(report.reason, self._text, self.hint)
+        with self._lock:
+            self._report = worse(self._report, Report(report.outcome, report.ready_at, reason))
 
     # -- for the clients
 
@@ -100,13 +166,37 @@ class HeldKey:
         """Whether the key would expire before its lease ends: then it has to be kept alive."""
         return self._expires_at <= self._released_at
 
+    @property
+    def extension_due_at(self) -> float:
+        """The moment (`settings.now`) at which a third of the block has passed: time to extend it."""
+        return self._released_at - self._stretch * 2 / 3
+
+    @property
+    def released_at(self) -> float:
+        """The moment (`settings.now`) at which the lease ends unless it is extended."""
+        return self._released_at
+
     def kept_alive(self, until: float) -> None:
         """Record a successful keepalive: the key expires at `until`."""
         self._expires_at = max(self._expires_at, until)
+        self._end_moved(min(self._released_at, self._expires_at))
 
-    def died(self) -> None:
-        """Record that the key was deleted or expired."""
-        self._over = self._over or "was deleted or expired while it was held"
+    def lose(self, why: str) -> None:
+        """Record that the lease was lost, unless it had ended before. `why` continues "key 5TRx…Q0aZ "."""
+        with self._lock:
+            first = not self._over
+            self._over = self._over or why
+        if first:
+            self._signal_lost()
+
+    def _signal_lost(self) -> None:
+        """Set `lost`."""
+
+    def _end_moved(self, end: float) -> None:
+        """The lease, or the key's life, now ends at this moment."""
+
+    def _ended(self) -> None:
+        """The key is being given back: whoever waits for `lost` waits in vain."""
 
     @property
     def is_of_this_process(self) -> bool:
@@ -118,30 +208,105 @@ class HeldKey:
         self._give_back = give_back
         _held.add(self)
 
-    def give_back(self, settings: Settings, within: float = math.inf) -> Steps[LeaseLost | None]:
-        """Unblock it under its lease number. Returns a LeaseLost if the lease was lost, and raises no KeyPoolError.
+    # -- steps
 
-        Other failures are logged as warnings: the work was done with the key held, and the server releases it at
-        its deadline.
+    def extension(
+        self, settings: Settings, seconds: float | None = None, within: float = math.inf
+    ) -> Steps[Extended]:
+        """Extend the lease, by default by its block. Raises LeaseLost if it is lost.
+
+        If it only can't be extended, raises BlockLimit, or LeaseOver: an operator will quarantine the key.
+        """
+        self.check()
+        if self.handle is None:
+            raise KeyPoolError("this server is too old to extend leases")
+        seconds = self._block_seconds if seconds is None else seconds
+        try:
+            answer = yield from perform(calls.extend(self, seconds, None), settings, within)
+        except (StaleLease, UnknownKey, LeaseOver, BlockLimit) as error:
+            extended = yield from self._not_extended(error, settings, within)
+            if extended is None:
+                self.not_extended = error
+                raise
+            return extended
+        self._moved(answer.sent_at + answer.result.release_in)
+        if seconds is None:  # a lease that was repeated after a lost answer began with less than a block
+            self._stretch = max(self._stretch, answer.result.release_in)
+        return answer.result
+
+    def _not_extended(self, error: KeyPoolError, settings: Settings, within: float) -> Steps[Extended | None]:
+        """Find out what the refusal of an extension means. Raises LeaseLost.
+
+        `lease-over` may mean that an operator will quarantine the key: then the lease goes on to its end. After a
+        lost answer, `block-limit` may mean that the first attempt has extended the lease; the result is for that case.
+        """
+        if isinstance(error, StaleLease):
+            self.lose("was leased to someone else while it was held")
+        elif isinstance(error, UnknownKey):
+            self.lose("was deleted or expired while it was held")
+        elif isinstance(error, LeaseOver) or error.repeated:
+            row: Timed[Row] | None = None
+            with contextlib.suppress(StaleLease, UnknownKey):
+                row = yield from perform(calls.get(self), settings, within)
+            if row is None or (row.result.state, row.result.lease) != (State.BLOCKED, self.lease):
+                self.lose("was taken back while it was held")
+            elif row.result.release_in is not None:
+                before, left = self._released_at, row.result.release_in
+                self._moved(row.sent_at + left)
+                if isinstance(error, BlockLimit) and self._released_at > before + 1:
+                    return Extended(self.id, self.lease, left, left)
+        self.check()
+        return None
+
+    def _moved(self, until: float) -> None:
+        self._released_at = max(self._released_at, until)
+        self._end_moved(min(self._released_at, self._expires_at))
+
+    def give_back(
+        self, settings: Settings, within: float = math.inf, *, well: bool = False
+    ) -> Steps[LeaseLost | None]:
+        """Unblock it under its lease number, with the report; `well` is whether none means that the key is ok.
+
+        Returns a LeaseLost if the lease was lost, and raises no KeyPoolError. Other failures are logged as warnings:
+        the work was done with the key held, and the server releases it at its deadline.
         """
         if self._returned or not self.is_of_this_process:
             _held.discard(self)
             return None
         left = max(0.0, self._released_at - now())
-        self._over = self._over or "was given back"
+        with self._lock:
+            lost = "" if self._over == _GIVEN_BACK else self._over
+            self._over = self._over or _GIVEN_BACK
+            report = self._report or (Report(Outcome.OK) if well else None)
+        self._ended()
         try:
-            call = calls.unblock(self._text, self.lease)
+            call = self._unblock(report)
             answer = yield from result(call, settings, min(within, max(left, _SHORTEST_TRY)))
         except KeyPoolError as error:
-            lost = self._not_returned(error)
+            found = self._not_returned(error)
         else:
-            lost = self._was_returned(answer)
+            self.unblocked = answer
+            found = self._was_returned(answer, lost, in_time=left > 0)
         self._returned = True  # only now: if the call is interrupted, it is repeated at exit
         _held.discard(self)
-        return lost
+        if found is not None:
+            self._signal_lost()
+        return found
 
-    def _was_returned(self, answer: Unblocked) -> LeaseLost | None:
-        if answer.changed or answer.repeated:  # repeated: the attempt whose answer was lost may have freed it
+    def _unblock(self, report: Report | None) -> calls.Call[Unblocked]:
+        if self.handle is None:  # an older server, which would refuse an outcome
+            if report is not None and report.outcome is not Outcome.OK:
+                log.warning("key %s: this server doesn't take reports (%s)", self.hint, report.outcome)
+            return calls.unblock(self._text, self.lease)
+        if report is None:
+            return calls.unblock(self.handle, None)
+        return calls.unblock(self.handle, None, report.outcome, report.retry_after, report.reason)
+
+    def _was_returned(self, answer: Unblocked, lost: str, *, in_time: bool) -> LeaseLost | None:
+        if lost:
+            return LeaseLost(f"key {self.hint} {lost}")
+        # repeated: the attempt whose answer was lost may have freed it. A report counts after the end of the lease.
+        if in_time and (answer.changed or answer.repeated):
             return None
         return LeaseLost(f"the lease of key {self.hint} had ended before the key was given back")
 
@@ -157,14 +322,51 @@ class HeldKey:
         return None
 
 
-def hold(settings: Settings, owner: str | None, wait: float | None) -> Steps[HeldKey]:
-    """Acquire a key. `owner` None is `host:pid`. Raises KeyPoolError, and ValueError for a wrong `wait`."""
-    owner = default_owner() if owner is None else owner
-    return HeldKey((yield from perform(calls.acquire(owner, wait), settings)), owner)
+_GIVEN_BACK = "was given back"
+
+
+class LostEvent(threading.Event):
+    """Set when a lease is lost, or its time has run out: then `is_set` is true, though nobody called `set`.
+
+    Once the key is given back it is never set, and a `wait` ends with False. It needs no thread.
+    """
+
+    def __init__(self, ends_at: float) -> None:
+        super().__init__()
+        self._ends_at = ends_at
+        self._given_back = False
+        self._changed = threading.Event()
+
+    def is_set(self) -> bool:
+        """Whether the lease was lost."""
+        return super().is_set() or (not self._given_back and now() >= self._ends_at)
+
+    def set(self) -> None:
+        """Record that the lease was lost."""
+        super().set()
+        self._changed.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the lease is lost, or the key given back, for `timeout` seconds at most. Returns `is_set`."""
+        until = math.inf if timeout is None else now() + timeout
+        while not self.is_set() and not self._given_back and (left := until - now()) > 0:
+            self._changed.wait(min(left, max(0.0, self._ends_at - now())))
+        return self.is_set()
+
+    def move(self, ends_at: float) -> None:
+        """The lease now ends at that moment (`settings.now`)."""
+        self._ends_at = ends_at
+
+    def end(self) -> None:
+        """The key is given back in time, or its lease ended before."""
+        if self.is_set():
+            self.set()
+        self._given_back = True
+        self._changed.set()
 
 
 def give_back_many(keys: Sequence[LeasedKey], settings: Settings) -> Steps[LeaseLost | None]:
-    """Unblock keys that were acquired together. Results as of `HeldKey.give_back`."""
+    """Unblock keys that were acquired together, without a report. Results as of `Held.give_back`."""
     try:
         done = yield from results(calls.unblock_many(keys), settings)
     except KeyPoolError as error:
@@ -183,7 +385,7 @@ def raise_or_note(lost: LeaseLost | None, error: BaseException | None) -> None:
     error.add_note(f"besides: {lost}")
 
 
-def held_by_this_process() -> list[HeldKey]:
+def held_by_this_process() -> list[Held]:
     """All keys that this process holds, of all clients."""
     return [each for each in list(_held) if each.is_of_this_process]
 

@@ -13,6 +13,7 @@ those that any call may raise.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import ssl
 import threading
@@ -26,6 +27,7 @@ import httpx2
 from keypool.client import calls
 from keypool.client.answers import (
     Done,
+    Extended,
     GeneratedKey,
     KeptAlive,
     KeyLike,
@@ -36,11 +38,20 @@ from keypool.client.answers import (
     Stats,
     Unblocked,
 )
-from keypool.client.attempts import result, results
+from keypool.client.attempts import Timed, perform, result, results
 from keypool.client.blocking import Runner
-from keypool.client.calls import Batch, Call, Order, Progress, StateName, UnblockItem
+from keypool.client.calls import (
+    Batch,
+    Call,
+    LeaseItem,
+    Order,
+    OutcomeName,
+    Progress,
+    StateName,
+    UnblockItem,
+)
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
-from keypool.client.held import LAST_TRY, HeldKey, give_back_many, hold, raise_or_note
+from keypool.client.held import LAST_TRY, Held, LostEvent, give_back_many, raise_or_note
 from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_TIMEOUT,
@@ -111,14 +122,23 @@ class KeyPool:
 
     # -- leases and keepers
 
-    def lease(self, *, owner: str | None = None, wait: float | None = 0.0) -> Lease:
+    def lease(
+        self,
+        *,
+        owner: str | None = None,
+        wait: float | None = 0.0,
+        block_seconds: float | None = None,
+        extend: bool = False,
+    ) -> Lease:
         """`with pool.lease() as key`: a HeldKey inside, given back under its lease number at the end.
 
-        Waits up to `wait` seconds for a key, None for ever; `owner` is `host:pid` by default. Keeps the key
-        alive if it would expire before the lease ends. Entering raises NoKeyAvailable, TooManyWaiters;
-        leaving raises LeaseLost if the lease had ended before, unless another error is propagating.
+        Waits up to `wait` seconds for a key, None for ever; `owner` is `host:pid` by default. The lease lasts
+        `block_seconds`, by default the pool's. With `extend` it is extended, each time a third of that has passed,
+        for as long as the pool allows. Keeps the key alive if it would expire before the lease ends.
+        Entering raises NoKeyAvailable, TooManyWaiters; leaving reports `ok` unless the block reported something else
+        or raises, and raises LeaseLost if the lease had ended before, unless another error is propagating.
         """
-        return Lease(self, owner, wait)
+        return Lease(self, owner, wait, block_seconds, extend)
 
     def keeper(
         self,
@@ -131,28 +151,44 @@ class KeyPool:
         """A keeper: keeps keys alive in a background thread, between `start` and `stop` or in a `with`.
 
         Makes about one call for each thousand keys every third of `keepalive_seconds`, which it asks the server
-        for by default. Never extends a lease.
+        for by default. Extends no lease: `lease` does that by itself.
         """
         rounds = Rounds(self._settings, keys, on_dead, on_error, keepalive_seconds)
         keeper = Keeper(self._runner.another(), rounds)
         self._keepers.add(keeper)
         return keeper
 
-    def _hold(self, owner: str | None, wait: float | None) -> HeldKey:
-        held = self._runner.run(hold(self._settings, owner, wait))
+    def _hold(
+        self, owner: str | None, wait: float | None, block_seconds: float | None, extend: bool
+    ) -> HeldKey:
+        owner = default_owner() if owner is None else owner
+        acquired = self._runner.run(perform(calls.acquire(owner, wait, block_seconds), self._settings))
+        held = HeldKey(self, acquired, owner, block_seconds)
         held.register(lambda: self._give_back(held, LAST_TRY))
         self._held.add(held)
-        if held.expires_first:
-            with self._lock:
-                if self._lease_keeper is None or not self._lease_keeper.running:
-                    self._lease_keeper = self.keeper().start()
-            self._lease_keeper.add(held)
+        if held.expires_first or extend:
+            keeper = self._keep_alive(held)
+            if extend:
+                keeper._extend(held)  # noqa: SLF001 - a part of it
         return held
 
-    def _give_back(self, held: HeldKey, within: float) -> LeaseLost | None:
+    def _keep_alive(self, held: HeldKey) -> Keeper:
+        with self._lock:
+            if self._lease_keeper is None or not self._lease_keeper.running:
+                self._lease_keeper = self.keeper().start()
+        self._lease_keeper.add(held)
+        return self._lease_keeper
+
+    def _extend(self, held: HeldKey, seconds: float | None) -> Extended:
+        extended = self._runner.run(held.extension(self._settings, seconds))
+        if held.expires_first and not held.over:
+            self._keep_alive(held)
+        return extended
+
+    def _give_back(self, held: HeldKey, within: float = math.inf, *, well: bool = False) -> LeaseLost | None:
         if self._lease_keeper is not None:
             self._lease_keeper.discard(held)
-        lost = self._runner.run(held.give_back(self._settings, within))
+        lost = self._runner.run(held.give_back(self._settings, within, well=well))
         self._held.discard(held)
         return lost
 
@@ -165,24 +201,55 @@ class KeyPool:
         """Make a key (admin). Raises PoolFull."""
         return self._call(calls.generate())
 
-    def acquire(self, *, owner: str | None = None, wait: float | None = 0.0) -> LeasedKey:
+    def acquire(
+        self,
+        *,
+        owner: str | None = None,
+        wait: float | None = 0.0,
+        block_seconds: float | None = None,
+    ) -> LeasedKey:
         """Acquire a key, to be given back by `unblock`; `lease` does that by itself. Raises NoKeyAvailable.
 
-        Waits up to `wait` seconds, None for ever. An acquire that waits is repeated after a lost answer; a
-        key that the lost one may have acquired is released by its deadline.
+        Waits up to `wait` seconds, None for ever: first come, first served, in whatever number of requests that takes.
+        The lease lasts `block_seconds`, by default the pool's. After a lost answer the acquire is repeated, and gets
+        the same lease.
         """
-        return self._call(calls.acquire(default_owner() if owner is None else owner, wait))
+        return self._call(calls.acquire(default_owner() if owner is None else owner, wait, block_seconds))
 
-    def unblock(self, key: KeyLike, lease: int | None = None) -> Unblocked:
-        """Give a key back. Raises UnknownKey, StaleLease.
+    def unblock(
+        self,
+        key: KeyLike,
+        lease: int | None = None,
+        *,
+        outcome: OutcomeName | None = None,
+        retry_after: float | None = None,
+        reason: str | None = None,
+    ) -> Unblocked:
+        """Give a key back, and report how the work with it went. Raises UnknownKey, StaleLease.
 
         With a lease number, from `lease` or from `key` itself, only if that lease is still its latest. Without
-        one, frees the key whoever holds it, and is not repeated after a lost answer.
+        one, frees the key whoever holds it, takes no `outcome`, and is not repeated after a lost answer. `retry_after`,
+        in seconds, goes with the outcome `rate_limited`; `reason`, up to 200 characters, is for people.
         """
-        return self._call(calls.unblock(key, lease))
+        return self._call(calls.unblock(key, lease, outcome, retry_after, reason))
+
+    def extend(self, key: KeyLike, seconds: float | None = None, *, lease: int | None = None) -> Extended:
+        """Let a lease end `seconds` from now, by default the pool's block, if that is later.
+
+        Raises UnknownKey, StaleLease, LeaseOver, and BlockLimit if it would end when it ends anyway.
+        """
+        return self._call(calls.extend(key, seconds, lease))
+
+    def quarantine(self, key: KeyLike, reason: str | None = None, now: bool = False) -> Row:
+        """Take a key out of service until `restore` (admin): when its lease ends, or `now`. Raises UnknownKey."""
+        return self._call(calls.quarantine(key, reason, now))
+
+    def restore(self, key: KeyLike) -> Row:
+        """Make a cooling or quarantined key available, and forget its reports (admin). Raises UnknownKey."""
+        return self._call(calls.restore(key))
 
     def keepalive(self, key: KeyLike) -> KeptAlive:
-        """Postpone a key's expiry. Raises UnknownKey."""
+        """Postpone a key's expiry. Raises UnknownKey, and StaleLease for a lease that somebody else has by now."""
         return self._call(calls.keepalive(key))
 
     def delete(self, key: KeyLike) -> None:
@@ -190,7 +257,7 @@ class KeyPool:
         return self._call(calls.delete(key))
 
     def get(self, key: KeyLike) -> Row:
-        """The state of a key. Raises UnknownKey."""
+        """The state of a key. Raises UnknownKey, and StaleLease for a lease that somebody else has by now."""
         return self._call(calls.get(key))
 
     def reveal(self, key: KeyLike) -> Revealed:
@@ -232,22 +299,49 @@ class KeyPool:
         return self._batch(calls.generate_many(count, progress))
 
     def acquire_many(
-        self, count: int, *, owner: str | None = None, progress: Progress | None = None
+        self,
+        count: int,
+        *,
+        owner: str | None = None,
+        block_seconds: float | None = None,
+        progress: Progress | None = None,
     ) -> LeasedKeys:
         """Acquire up to `count` keys, fewer if fewer are available. Raises NoKeyAvailable if none is.
 
-        `with pool.acquire_many(3) as keys` gives them all back at the end; without `with`, that is up to you.
+        `with pool.acquire_many(3) as keys` gives them all back at the end, with no outcome; without `with`, that is
+        up to you.
         """
         owner = default_owner() if owner is None else owner
-        return LeasedKeys(self, self._batch(calls.acquire_many(count, owner, progress)))
+        return LeasedKeys(self, self._batch(calls.acquire_many(count, owner, block_seconds, progress)))
 
     def keepalive_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
         """Postpone expiries. Keys that do not exist are in the result's `unknown`."""
         return self._batch(calls.keepalive_many(keys, progress))
 
     def unblock_many(self, items: Iterable[UnblockItem], *, progress: Progress | None = None) -> Done:
-        """Give keys back, each a key or a pair of key and lease number."""
+        """Give keys back, each a key, a pair of key and lease number, or an Unblock with a report."""
         return self._batch(calls.unblock_many(items, progress))
+
+    def extend_many(
+        self, items: Iterable[LeaseItem], seconds: float | None = None, *, progress: Progress | None = None
+    ) -> Done:
+        """Extend leases, each a leased key or a pair of key and lease number; see `extend`."""
+        return self._batch(calls.extend_many(items, seconds, progress))
+
+    def quarantine_many(
+        self,
+        keys: Iterable[KeyLike],
+        reason: str | None = None,
+        now: bool = False,
+        *,
+        progress: Progress | None = None,
+    ) -> Done:
+        """Take keys out of service (admin)."""
+        return self._batch(calls.quarantine_many(keys, reason, now, progress))
+
+    def restore_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
+        """Make cooling and quarantined keys available (admin)."""
+        return self._batch(calls.restore_many(keys, progress))
 
     def delete_many(self, keys: Iterable[KeyLike], *, progress: Progress | None = None) -> Done:
         """Delete keys permanently (admin)."""
@@ -260,19 +354,71 @@ class KeyPool:
         return self._runner.run(results(batch, self._settings))
 
 
+class HeldKey(Held):
+    """A key that is yours until `remaining` is 0; until then `secret` is its text.
+
+    `lost` is set when the lease is lost: the key was deleted, or leased to someone else, or its time ran out.
+    Its `wait` ends with False when the key is given back.
+    """
+
+    def __init__(
+        self, pool: KeyPool, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None
+    ) -> None:
+        super().__init__(acquired, owner, block_seconds)
+        self._pool = pool
+        self._lost = LostEvent(min(self._released_at, self._expires_at))
+
+    @property
+    def lost(self) -> threading.Event:
+        """Set when the lease is known to be lost."""
+        return self._lost
+
+    def extend(self, seconds: float | None = None) -> Extended:
+        """Let the lease end `seconds` from now, if that is later; by default as long as it was acquired for.
+
+        Raises LeaseLost if it is lost, BlockLimit if it would end when it ends anyway, and LeaseOver if an operator
+        will quarantine the key at its end.
+        """
+        return self._pool._extend(self, seconds)  # noqa: SLF001 - a part of it
+
+    def release(self) -> Unblocked | None:
+        """Give the key back now, with what was reported, else `ok`. The end of the `with` then does nothing.
+
+        Returns the server's answer, None if it was given back before, or couldn't be, which is logged. Raises
+        LeaseLost as the end of the `with` does.
+        """
+        raise_or_note(self._pool._give_back(self, well=True), None)  # noqa: SLF001 - a part of it
+        return self.unblocked
+
+    def _signal_lost(self) -> None:
+        self._lost.set()
+
+    def _end_moved(self, end: float) -> None:
+        self._lost.move(end)
+
+    def _ended(self) -> None:
+        self._lost.end()
+
+
 class Lease:
     """A context manager, for one `with` at a time; each acquires anew."""
 
-    def __init__(self, pool: KeyPool, owner: str | None, wait: float | None) -> None:
+    def __init__(
+        self,
+        pool: KeyPool,
+        owner: str | None,
+        wait: float | None,
+        block_seconds: float | None = None,
+        extend: bool = False,
+    ) -> None:
         self._pool = pool
-        self._owner = owner
-        self._wait = wait
+        self._asked = (owner, wait, block_seconds, extend)
         self._held: HeldKey | None = None
 
     def __enter__(self) -> HeldKey:
         if self._held is not None:
             raise KeyPoolError("this lease is in use; ask the pool for another one")
-        self._held = self._pool._hold(self._owner, self._wait)  # noqa: SLF001 - a part of it
+        self._held = self._pool._hold(*self._asked)  # noqa: SLF001 - a part of it
         return self._held
 
     def __exit__(
@@ -280,7 +426,8 @@ class Lease:
     ) -> None:
         held, self._held = self._held, None
         if held is not None:
-            raise_or_note(self._pool._give_back(held, float("inf")), error)  # noqa: SLF001 - a part of it
+            lost = self._pool._give_back(held, well=error is None)  # noqa: SLF001 - a part of it
+            raise_or_note(lost, error)
 
 
 class LeasedKeys(list[LeasedKey]):

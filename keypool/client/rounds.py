@@ -1,33 +1,43 @@
-"""Keeping keys alive, without any I/O: which keys are due, how answers are handled, when the next round is.
+"""Keeping keys alive and extending leases, without any I/O: what is due, what answers mean, when the next round is.
 
 A round sends every key once, in batches of a thousand, at a third of the keepalive time: two rounds may fail
 before a key expires. That time is in the answer to the keepalive of a single key, so the first round has one
 more call. The pause is shortened at random by up to a tenth, so that keepers do not synchronise. A round that
 failed is repeated, with growing pauses, until one succeeds; but if the token or the URL is refused, the keeper
 stops, as no repetition could help.
+
+Each lease to be extended is extended by a call of its own when a third of its block has passed, since only the answer
+to a single call says how long it lasts then. One that can't last longer is not asked for again.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from keypool.client import calls
-from keypool.client.answers import KeyLike
+from keypool.client.answers import GeneratedKey, KeyLike
 from keypool.client.attempts import Pause, Steps, result
 from keypool.client.errors import (
+    BlockLimit,
     Forbidden,
     KeyPoolError,
+    LeaseLost,
+    LeaseOver,
     MethodNotAllowed,
     NotFound,
     PoolClosed,
+    Refused,
+    StaleLease,
     Unauthorized,
+    Unavailable,
     UnknownKey,
     WrongHost,
 )
-from keypool.client.held import HeldKey
+from keypool.client.held import Held
 from keypool.client.settings import Retry, Settings, now
 
 OnDead = Callable[[str], object]
@@ -35,6 +45,7 @@ OnError = Callable[[KeyPoolError], object]
 
 log = logging.getLogger("keypool.client")
 
+_LEAST_EXTENSION = 0.05  # seconds; a lease that can't be extended by more lasts as long as it may
 _FINAL = (Unauthorized, Forbidden, WrongHost, NotFound, MethodNotAllowed)
 
 
@@ -55,6 +66,7 @@ class Rounds:
         self.error: KeyPoolError | None = None
         self.keepalive_seconds = keepalive_seconds
         self._fresh: dict[str, None] = {}
+        self._extending: dict[Held, float] = {}  # with the moment of the next attempt
         self._on_dead = on_dead
         self._on_error = on_error
         self._failures = 0
@@ -66,11 +78,17 @@ class Rounds:
         self.keys[text] = key
         self._fresh[text] = None
 
+    def extend(self, held: Held) -> None:
+        """Extend a lease from now on, until it is discarded, lost, or lasts as long as it may. O(1)."""
+        self._extending[held] = held.extension_due_at
+
     def discard(self, key: KeyLike) -> None:
         """Stop keeping a key alive. O(1)."""
-        if not isinstance(key, HeldKey):
+        if not isinstance(key, Held):
             self._forget(calls.text(key))
-        elif self.keys.get(key._text) is key:  # noqa: SLF001 - its lease may have ended, and another begun
+            return
+        self._extending.pop(key, None)
+        if self.keys.get(key._text) is key:  # noqa: SLF001 - its lease may have ended, and another begun
             self._forget(key._text)  # noqa: SLF001
 
     def steps(self) -> Steps[None]:
@@ -83,8 +101,13 @@ class Rounds:
                 self._fresh.clear()
                 yield from self._round(keys)
                 next_at = now() + self.pause() if due else min(next_at, now() + self.pause())
+                continue
+            held, extend_at = self._next_extension()
+            if held is not None and now() >= extend_at:
+                yield from self._extend(held)
             else:
-                yield Pause(next_at - now() if self.keys else None)
+                until = min(next_at if self.keys else math.inf, extend_at)
+                yield Pause(None if until == math.inf else max(0.0, until - now()))
 
     def pause(self) -> float:
         """Seconds between the end of a round and the next one."""
@@ -98,7 +121,8 @@ class Rounds:
         began = now()
         try:
             for part in calls.parts(keys):
-                self._remove_dead((yield from result(calls.keepalive_part(part), self._settings)).unknown)
+                done = yield from result(calls.keepalive_part(part), self._settings)
+                self._remove_dead([*done.unknown, *done.stale])
             while self.keepalive_seconds is None and self.keys:
                 yield from self._read_keepalive_seconds(next(iter(self.keys)))
             self._prolong(keys, began)
@@ -108,24 +132,64 @@ class Rounds:
             error = failed
         self._record_outcome(error)
 
-    def _read_keepalive_seconds(self, key: str) -> Steps[None]:
+    def _next_extension(self) -> tuple[Held | None, float]:
+        """The lease to be extended next, and the moment for that. O(leases)."""
+        return min(list(self._extending.items()), key=lambda each: each[1], default=(None, math.inf))
+
+    def _extend(self, held: Held) -> Steps[None]:
+        """One attempt. It may take half of the time that is left, so that a silent server can be asked again."""
+        left = held.released_at - now()
+        next_at = math.inf
         try:
-            self.keepalive_seconds = (yield from result(calls.keepalive(key), self._settings)).expires_in
+            extended = yield from held.extension(self._settings, within=max(0.5, left / 2))
+            if extended.block_left > extended.release_in + _LEAST_EXTENSION:
+                next_at = held.extension_due_at
+        except (LeaseLost, BlockLimit, LeaseOver):
+            pass  # a lost lease has said so; the others go on to their ends
+        except PoolClosed:
+            raise
+        except KeyPoolError as error:
+            if _is_final(error):
+                log.warning("the lease of key %s is not extended: %s", held.hint, error)
+            else:
+                next_at = now() + min(max(left / 8, 0.05), 5.0)
+        if held not in self._extending:
+            return  # it was given back meanwhile
+        if next_at == math.inf or held.over:
+            self._extending.pop(held, None)
+        else:
+            self._extending[held] = next_at
+
+    def _read_keepalive_seconds(self, key: str) -> Steps[None]:
+        named = self.keys[key]
+        try:
+            answer = yield from result(calls.keepalive(calls.handle(named) or named), self._settings)
         except UnknownKey:
             self._remove_dead([key])
+        except StaleLease:  # somebody else holds the key by now; it is kept alive all the same
+            if calls.handle(key):
+                self._remove_dead([key])
+            else:
+                self.keys[key] = key
+        except Forbidden:  # only admins may name a key by its id
+            if not isinstance(named, GeneratedKey):
+                raise
+            self.keepalive_seconds = named.expires_in
+        else:
+            self.keepalive_seconds = answer.expires_in
 
     def _prolong(self, keys: Sequence[str], since: float) -> None:
         for text in keys:
             key = self.keys.get(text)
-            if isinstance(key, HeldKey) and self.keepalive_seconds is not None:
+            if isinstance(key, Held) and self.keepalive_seconds is not None:
                 key.kept_alive(since + self.keepalive_seconds)
 
     def _remove_dead(self, dead: Iterable[str]) -> None:
         for text in dead:
             key = self._forget(text)
             if key is not None:
-                if isinstance(key, HeldKey):
-                    key.died()
+                if isinstance(key, Held):
+                    key.lose("was deleted or expired while it was held")
                 self._report(self._on_dead, text)
 
     def _forget(self, text: str) -> KeyLike | None:
@@ -151,6 +215,11 @@ class Rounds:
             log.exception("a callback of the keeper failed")
 
 
+def _is_final(error: KeyPoolError) -> bool:
+    """Whether no repetition of the call can help: the server refused it, or is too old for it."""
+    return (isinstance(error, Refused) and not isinstance(error, Unavailable)) or type(error) is KeyPoolError
+
+
 class KeptKeys:
     """The members that both keepers share. `wake` ends the pause between two rounds."""
 
@@ -171,6 +240,11 @@ class KeptKeys:
     def add(self, key: KeyLike) -> None:
         """Keep another key alive, from now on."""
         self._rounds.add(key)
+        self._wake_up()
+
+    def _extend(self, held: Held) -> None:
+        """Extend a lease as well, from now on."""
+        self._rounds.extend(held)
         self._wake_up()
 
     def discard(self, key: KeyLike) -> None:

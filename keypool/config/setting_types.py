@@ -116,7 +116,7 @@ class Seconds(Text):
     """
 
     def __init__(self, low: float = 0.001, high: float = ONE_DAY) -> None:
-        super().__init__(f"a number of seconds from {low:g} to {high:g}, fractions allowed")
+        super().__init__(f"a number of seconds from {low:.15g} to {high:.15g}, fractions allowed")
         self.low, self.high = low, high
 
     def _parse(self, text: str) -> object:
@@ -125,6 +125,21 @@ class Seconds(Text):
     def _check(self, value: object) -> object:
         # A bool is an int to isinstance; nan is within no bounds.
         if isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high:
+            return float(value)
+        raise ValueError(value)
+
+
+class Percent(Text):
+    """A percentage, kept as a float."""
+
+    def __init__(self) -> None:
+        super().__init__("a number from 0 to 100, fractions allowed")
+
+    def _parse(self, text: str) -> object:
+        return self._check(float(_plain(text)))
+
+    def _check(self, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100:
             return float(value)
         raise ValueError(value)
 

@@ -25,11 +25,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from keypool import __version__
 from keypool.config.proxies import is_loopback
 from keypool.config.setting_types import (
+    ONE_DAY,
     Address,
     Choice,
     DataFile,
     EngineName,
     File,
+    Percent,
     Proxies,
     Seconds,
     Text,
@@ -46,6 +48,7 @@ Origin = Literal["default", "toml", "environment", "flag"]
 Default = TypeVar("Default")
 
 PRINT_CONFIG = "--print-config"
+_YEAR = 366 * ONE_DAY
 _TOML_FILE = File("a TOML file")
 
 
@@ -111,6 +114,42 @@ class Settings:
         Seconds(low=0.0),
         "after a start, every key lives at least this long, even if it expired during the stop",
     )
+    cooldown_seconds: float = _setting(
+        PoolRules.cooldown_seconds,
+        Seconds(low=0.0),
+        "how long a key cools after its first failure; it doubles with each failure in a row",
+    )
+    max_cooldown_seconds: float = _setting(
+        PoolRules.max_cooldown_seconds,
+        Seconds(low=0.0, high=_YEAR),
+        "how long a key cools at most after failures",
+    )
+    max_retry_after_seconds: float = _setting(
+        PoolRules.max_retry_after_seconds,
+        Seconds(low=0.0, high=_YEAR),
+        "how long a key cools at most because a holder's `retry_after` says so",
+    )
+    error_threshold: int = _setting(
+        PoolRules.error_threshold, Whole(1, 1_000_000), "failures in a row from which an error cools the key"
+    )
+    forget_seconds: float = _setting(
+        PoolRules.forget_seconds,
+        Seconds(low=0.0, high=_YEAR),
+        "how long after the last failure the failures in a row are forgotten",
+    )
+    max_quarantined_percent: float = _setting(
+        PoolRules.max_quarantined_percent,
+        Percent(),
+        "the part of the pool that reports of `invalid` may quarantine; one key may always go",
+    )
+    rest_seconds: float = _setting(
+        PoolRules.rest_seconds, Seconds(low=0.0), "how long a key cools after every lease"
+    )
+    max_block_seconds: float | None = _setting(
+        PoolRules.max_block_seconds,
+        Seconds(high=_YEAR),
+        "how long a lease may last with extensions; without it as long as `--block-seconds`, so that none is extended",
+    )
     max_viewers: int = _setting(200, Whole(0, 100_000), "open websockets of the feed at most")
     drain_seconds: float = _setting(10.0, Seconds(), "how long a stop may take")
     log_level: str = _setting(
@@ -137,6 +176,11 @@ class Settings:
             # Defaults aren't checked: some are None, which no source can give.
             if value != option.default:
                 option.kind.typed(option.name, value)
+        if self.max_block_seconds is not None and self.max_block_seconds < self.block_seconds:
+            raise SettingsError(
+                f"{_source(self, 'max_block_seconds')} takes no less than block_seconds, which is "
+                f"{self.block_seconds:.15g}, not {self.max_block_seconds:.15g}"
+            )
         if self.processes > 1:
             _check_processes(self)
         if self.open and not is_loopback(self.address):
@@ -184,7 +228,7 @@ class Option(NamedTuple):
     @staticmethod
     def text(value: object) -> str:
         """A value as a user would write it, `none` for None."""
-        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        return "none" if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 OPTIONS = tuple(

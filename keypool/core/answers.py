@@ -10,10 +10,28 @@ from typing import Annotated
 
 import msgspec
 
+from keypool.core.handles import Handle
 from keypool.core.keys import State
+from keypool.core.outcomes import Outcome, Report
 
-Ref = str | int
-"""How a caller names a key: its text, or its public id as an int."""
+Ref = str | int | Handle
+"""How a caller names a key: its text, its public id as an int, or the handle of a lease."""
+
+
+class Unblock(msgspec.Struct, frozen=True, gc=False):
+    """An item of a batch of unblocks."""
+
+    ref: Ref
+    lease: int | None = None
+    report: Report | None = None
+
+
+class Extension(msgspec.Struct, frozen=True, gc=False):
+    """An item of a batch of extensions. `seconds` None stands for the pool's `block_seconds`."""
+
+    ref: Ref
+    lease: int
+    seconds: float | None = None
 
 
 class Answer(msgspec.Struct, gc=False):
@@ -30,21 +48,39 @@ class GeneratedKey(Answer):
 
 
 class Lease(Answer):
-    """An acquired key. It is available again after `release_in` seconds, unless it is unblocked before."""
+    """An acquired key. It is available again after `release_in` seconds, unless it is unblocked before.
+
+    `handle` names key and lease in the calls about them, and may stand in a URL.
+    """
 
     id: int
     key: str
     lease: int
+    handle: str
     release_in: float
     expires_in: float
 
 
-class Unblocked(Answer):
-    """`changed` is false if the key was available already."""
+class Unblocked(Answer, omit_defaults=True):
+    """The state of a key after an unblock, which `changed` it or recorded a report, or neither.
+
+    `available_in` is there if the key cools, `guarded` if the pool had too many quarantined keys for another one.
+    """
 
     id: int
     state: State
     changed: bool
+    available_in: float | None = None
+    guarded: bool = False
+
+
+class Extended(Answer):
+    """An extended lease. `block_left` is how long it can last at most, by the pool's `max_block_seconds`."""
+
+    id: int
+    lease: int
+    release_in: float
+    block_left: float
 
 
 class KeptAlive(Answer):
@@ -71,7 +107,11 @@ Moment = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 
 
 class Row(Answer):
-    """A key without its text: `owner` and `release_in` null unless blocked, `lease` null if never served."""
+    """A key without its text: `owner` and `release_in` null unless blocked, `lease` null if never served.
+
+    `available_in` is null unless the key cools. `failures` are those in a row. `outcome` and `reason` are those of the
+    latest report, null if there was none; while a key is quarantined, `reason` is the operator's if one gave it.
+    """
 
     id: int
     hint: str
@@ -81,6 +121,10 @@ class Row(Answer):
     created_at: Moment
     expires_in: float
     release_in: float | None
+    available_in: float | None
+    failures: int
+    outcome: Outcome | None
+    reason: str | None
 
 
 class Page(Answer):
@@ -98,11 +142,13 @@ class Revealed(Answer):
 
 
 class Stats(Answer):
-    """Four current counts, eight totals since the pool began, and the server's uptime, engine and version."""
+    """Six current counts, the totals since the pool began, and the server's uptime, engine and version."""
 
     total: int
     available: int
     blocked: int
+    cooling: int
+    quarantined: int
     waiting: int
     generated: int
     acquired: int
@@ -112,6 +158,9 @@ class Stats(Answer):
     expired: int
     kept_alive: int
     refused: int
+    cooled: int
+    quarantines: int
+    restored: int
     uptime: float
     engine: str
     version: str
@@ -138,14 +187,15 @@ class Leases(BatchAnswer, tag="acquire"):
 
 
 class KeptAliveKeys(BatchAnswer, tag="keepalive"):
-    """How many keys a batch kept alive, and which texts are unknown."""
+    """How many keys a batch kept alive, which are unknown, and which were named by the handle of an older lease."""
 
     done: int
     unknown: list[str]
+    stale: list[str]
 
 
 class UnblockedKeys(BatchAnswer, tag="unblock"):
-    """How many keys are available after a batch, which texts are unknown, and which have a later lease."""
+    """How many items of a batch are done, which are unknown, and which have a later lease."""
 
     done: int
     unknown: list[str]
@@ -153,7 +203,37 @@ class UnblockedKeys(BatchAnswer, tag="unblock"):
 
 
 class DeletedKeys(BatchAnswer, tag="delete"):
-    """How many keys a batch purged, and which texts are unknown."""
+    """How many keys a batch purged, which are unknown, and which were named by the handle of an older lease."""
 
     done: int
     unknown: list[str]
+    stale: list[str]
+
+
+class ExtendedLeases(BatchAnswer, tag="extend"):
+    """How many leases a batch extended, which keys are unknown, and which leases couldn't be extended.
+
+    `stale` have a later lease, `over` have ended, `limit` would not have lasted longer.
+    """
+
+    done: int
+    unknown: list[str]
+    stale: list[str]
+    over: list[str]
+    limit: list[str]
+
+
+class QuarantinedKeys(BatchAnswer, tag="quarantine"):
+    """How many keys are quarantined, or will be; which are unknown; which were named by an older lease's handle."""
+
+    done: int
+    unknown: list[str]
+    stale: list[str]
+
+
+class RestoredKeys(BatchAnswer, tag="restore"):
+    """How many keys are restored, which are unknown, and which were named by the handle of an older lease."""
+
+    done: int
+    unknown: list[str]
+    stale: list[str]

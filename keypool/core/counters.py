@@ -28,6 +28,9 @@ class Counters:
     expired: int = _counter("keys purged because no keepalive came in time")
     kept_alive: int = _counter("keepalives")
     refused: int = _counter("acquires answered that no key is available")
+    cooled: int = _counter("cooldowns begun")
+    quarantines: int = _counter("keys quarantined")
+    restored: int = _counter("cooling or quarantined keys restored by an operator")
 
     def by_name(self) -> dict[str, Any]:
         """The values by name, in the order of `COUNTERS`."""
@@ -35,8 +38,18 @@ class Counters:
 
     @property
     def changes(self) -> int:
-        """How many keys were generated, changed their state, or were purged."""
-        return self.generated + self.acquired + self.unblocked + self.released + self.deleted + self.expired
+        """How many events were counted: all but those of keys that were revealed or cooled down."""
+        return (
+            self.generated
+            + self.acquired
+            + self.unblocked
+            + self.released
+            + self.deleted
+            + self.expired
+            + self.cooled
+            + self.quarantines
+            + self.restored
+        )
 
 
 COUNTERS: Mapping[str, str] = {each.name: each.metadata["about"] for each in fields(Counters)}

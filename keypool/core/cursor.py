@@ -17,8 +17,9 @@ from keypool.core.index import Position
 from keypool.core.keys import State
 from keypool.core.pool import PageQuery
 
-_LETTER = {"prefix": "p", "id": "i", "release": "r", "expiry": "e"}
-_NUMBERS = {"prefix": 2, "id": 1, "release": 3, "expiry": 3}
+_LETTER = {"prefix": "p", "id": "i", "release": "r", "ready": "c", "expiry": "e"}
+_NUMBERS = {"prefix": 2, "id": 1, "release": 3, "ready": 3, "expiry": 3}
+_STATE_OF_ORDER = {"release": State.BLOCKED, "ready": State.COOLING}
 _WRONG_CURSOR = "after must be the next of the previous page, of a list with the same prefix and order"
 
 
@@ -26,7 +27,8 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     """The query of a list, one field for each parameter."""
 
     state: Annotated[
-        Literal["available", "blocked"] | None, msgspec.Meta(description="only keys in this state")
+        Literal["available", "blocked", "cooling", "quarantined"] | None,
+        msgspec.Meta(description="only keys in this state"),
     ] = None
     prefix: Annotated[
         Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9]{1,4}$(?!\n)")] | None,
@@ -35,9 +37,10 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         ),
     ] = None
     order: Annotated[
-        Literal["id", "release", "expiry"] | None,
+        Literal["id", "release", "ready", "expiry"] | None,
         msgspec.Meta(
-            description="id (default), release (blocked keys, soonest first) or expiry (soonest first)"
+            description="id (default), release (blocked keys, soonest first), ready (cooling keys, soonest first) "
+            "or expiry (soonest first)"
         ),
     ] = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=500, description="keys on a page, at most")] = 50
@@ -51,12 +54,12 @@ def page_query(query: ListQuery) -> PageQuery:
     """The pool's query. Raises BadRequest for parameters that exclude each other, and for a wrong cursor."""
     if query.prefix is not None and query.order is not None:
         raise BadRequest("prefix can't be combined with order: a list by prefix is in order of the text")
-    if query.order == "release" and query.state == "available":
-        raise BadRequest("order=release lists blocked keys only: leave state out, or set state=blocked")
     state = State(query.state) if query.state else None
-    if query.order == "release":
-        state = State.BLOCKED
     order = query.order or "id"
+    only = _STATE_OF_ORDER.get(order)
+    if only is not None and state not in (None, only):
+        raise BadRequest(f"order={order} lists {only} keys only: leave state out, or set state={only}")
+    state = only or state
     after = None if query.after is None else decode(query.after, "prefix" if query.prefix else order)
     return PageQuery(state, query.prefix, order, query.limit, after)
 

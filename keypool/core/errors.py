@@ -5,6 +5,9 @@
     │   ├── UnknownKey               never generated, deleted or expired
     │   ├── NoKeyAvailable           carries `retry_after`, a hint in seconds
     │   ├── StaleLease               the key was served again since, or never with this number
+    │   ├── LeaseOver                the key's latest lease has ended, so it can't be extended
+    │   ├── BlockLimit               an extension that would not move the end of the lease
+    │   ├── Superseded               the same attempt was made again, and waits in place of this call
     │   └── PoolFull                 `--max-keys` reached
     ├── Unavailable                  the same call may succeed later
     │   ├── StorageUnavailable       the outcome is unknown: the change may yet reach the disk
@@ -67,18 +70,29 @@ class UnknownKey(PoolError):
 
 
 class NoKeyAvailable(PoolError):
-    """Every key is blocked, or the pool is empty. `retry_after`: seconds until the earliest release, if any."""
+    """No key can be served now.
+
+    `retry_after`: seconds until the earliest release or end of a cooldown, None if there is none. `blocked`, `cooling`
+    and `quarantined` are numbers of keys.
+    """
 
     code = "no-key-available"
     title = "No key available"
 
-    def __init__(self, retry_after: float | None = None) -> None:
-        if retry_after is None:
-            detail = "no key is available and none is blocked: generate keys first"
+    def __init__(
+        self, retry_after: float | None = None, *, blocked: int = 0, cooling: int = 0, quarantined: int = 0
+    ) -> None:
+        counts = {"blocked": blocked, "cooling": cooling, "quarantined": quarantined}
+        held = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+        if retry_after is not None:
+            detail = f"no key is available ({held}); the earliest is due in {retry_after:.3f} s"
+        elif quarantined:
+            detail = f"no key is available ({held}): restore keys, or generate some"
         else:
-            detail = f"every key is blocked; the earliest release is due in {retry_after:.3f} s"
+            detail = "no key is available, and none is blocked or cooling: generate keys first"
         super().__init__(detail)
         self.retry_after = retry_after
+        self.blocked, self.cooling, self.quarantined = blocked, cooling, quarantined
 
 
 class StaleLease(PoolError):
@@ -95,6 +109,47 @@ class StaleLease(PoolError):
         else:
             detail = f"lease {given} was never given for this key: its latest lease has a smaller number"
         super().__init__(detail)
+
+
+class LeaseOver(PoolError):
+    """The key's latest lease has ended, or ends in a quarantine: it can't be extended."""
+
+    code = "lease-over"
+    title = "Lease over"
+
+    def __init__(self, pending: bool = False) -> None:
+        super().__init__(
+            "an operator will quarantine this key when its lease ends, so the lease can't be extended: finish, and "
+            "acquire another key"
+            if pending
+            else "this lease has ended, and nothing revives it: acquire another key"
+        )
+
+
+class BlockLimit(PoolError):
+    """An extension that would not move the end of the lease: `longest` is the pool's `max_block_seconds`."""
+
+    code = "block-limit"
+    title = "Block limit"
+
+    def __init__(self, release_in: float, *, longest: float | None = None) -> None:
+        super().__init__(
+            f"the lease lasts {release_in:.3f} s more as it is: `seconds` must be larger than that to extend it"
+            if longest is None
+            else f"a lease lasts {longest:.15g} s at most (max_block_seconds), and this one lasts until then already"
+        )
+
+
+class Superseded(PoolError):
+    """The same attempt was made again while this call waited."""
+
+    code = "superseded"
+    title = "Superseded"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another acquire with this Idempotency-Key has taken this call's place in the queue: wait for its answer"
+        )
 
 
 class PoolFull(PoolError):

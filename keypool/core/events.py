@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,7 +17,7 @@ from keypool.core.keys import Key, moment
 
 
 class Change(StrEnum):
-    """A kind of event. REVEALED is recorded, but changes nothing."""
+    """A change of a key, or REVEALED, which changes nothing. Those in SILENT are no events."""
 
     GENERATED = "generated"
     ACQUIRED = "acquired"
@@ -24,12 +25,40 @@ class Change(StrEnum):
     RELEASED = "released"
     DELETED = "deleted"
     EXPIRED = "expired"
-    KEPT_ALIVE = "kept_alive"
+    COOLED = "cooled"
+    READY = "ready"
+    QUARANTINED = "quarantined"
+    RESTORED = "restored"
     REVEALED = "revealed"
+    KEPT_ALIVE = "kept_alive"
+    EXTENDED = "extended"
+    NOTED = "noted"  # a report or an operator's wish was recorded, and the state is as before
 
 
-Happened = tuple[Change, Key, str | None, int, float]
-"""A change as the engine keeps it: its kind, the key, the owner and latest lease at that moment, the moment."""
+SILENT = frozenset({Change.KEPT_ALIVE, Change.EXTENDED, Change.NOTED})
+"""The changes that are kept, but of which viewers get no event."""
+
+
+class By(StrEnum):
+    """What brought a change about."""
+
+    HOLDER = "holder"
+    DEADLINE = "deadline"
+    OPERATOR = "operator"
+
+
+class Origin(NamedTuple):
+    """What brought a change about; `actor` is the name of an operator's token."""
+
+    by: By
+    actor: str | None = None
+
+
+HOLDER = Origin(By.HOLDER)
+DEADLINE = Origin(By.DEADLINE)
+
+Happened = tuple[Change, Key, str | None, int, float, Origin]
+"""A change as the engine keeps it: its kind, the key, owner and latest lease at that moment, the moment, its origin."""
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
@@ -41,12 +70,14 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     owner: str | None
     lease: int | None
     at: str
+    by: By
+    actor: str | None
 
 
 def event_of(happened: Happened) -> Event:
     """The event of a change. It costs a microsecond, so it is made only when somebody looks at it."""
-    change, key, owner, lease, at = happened
-    return Event(change, key.id, key.hint, owner, lease or None, moment(at))
+    change, key, owner, lease, at, origin = happened
+    return Event(change, key.id, key.hint, owner, lease or None, moment(at), origin.by, origin.actor)
 
 
 def latest(events: Sequence[Happened], count: int, key_id: int | None = None) -> list[Event]:

@@ -23,6 +23,7 @@ _TEXT_BUCKET = 2  # characters: 3,844 buckets
 _SHOWN = 4  # characters of a text that a hint shows, so that a position may hold them too
 _QUANTUM = 64  # buckets a second
 _FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
+_ATTEMPT_PARTS = 256  # one for each value of a digest's first byte
 _PARTS = 1 << 20  # bucket numbers reserved for each quantum
 
 Position = tuple[int | float, ...]
@@ -42,8 +43,8 @@ class Bucket(dict[int, Key]):
 class DeadlineBucket(Bucket):
     """Keys whose deadlines lie in the same 1/64 s, which is over at the moment `ends`.
 
-    `latest` is the largest deadline ever added. `ordered` is true while each deadline that was added was at least as
-    late as all before it. `timer` is for engine/timers.py only.
+    `latest` is the largest deadline that was added. `ordered` is true if the keys are in order of their deadlines.
+    `timer` is for engine/timers.py only.
     """
 
     __slots__ = ("latest", "ordered", "timer")
@@ -179,13 +180,46 @@ def shown_of(rank: int) -> str:
     return "".join(reversed(characters))
 
 
+class AttemptIndex:
+    """Blocked keys by the attempt that their leases were given to, mostly one each. Every operation is O(1).
+
+    An attempt is a digest, so its first byte chooses a part evenly, and growth rehashes a small part of the whole.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[dict[bytes, list[Key]]] = [{} for _ in range(_ATTEMPT_PARTS)]
+
+    def get(self, attempt: bytes) -> list[Key]:
+        """The keys of an attempt, in the order in which they were added. The caller must not change the list."""
+        return self._parts[attempt[0]].get(attempt, [])
+
+    def add(self, key: Key, attempt: bytes) -> None:
+        """Add a blocked key."""
+        self._parts[attempt[0]].setdefault(attempt, []).append(key)
+
+    def discard(self, key: Key, attempt: bytes) -> None:
+        """Take a key out. O(keys of the attempt), of which a batch has up to a thousand."""
+        part = self._parts[attempt[0]]
+        keys = part[attempt]
+        if keys == [key]:
+            del part[attempt]
+        else:
+            keys.remove(key)
+
+    def check(self, held: int) -> None:
+        """Raise ValueError unless exactly so many keys have an attempt. O(attempts)."""
+        found = sum(len(keys) for part in self._parts for keys in part.values())
+        if found != held:
+            raise ValueError(f"{found} keys are found by attempt instead of {held}")
+
+
 class DeadlineIndex:
     """Keys by a deadline that moves often: adding, moving and discarding cost two dict operations.
 
     A bucket is 1/64 s of deadlines (a quantum), or a part of a quantum that has more than `_FULL` keys. Its keys are in
     order of insertion, which is the order of their deadlines as long as each deadline is the same length of time after
-    a clock that never goes back. Keys restored under other settings may break that: then the bucket is not `ordered`,
-    and is sorted when it is read. `opened` and `closed` are called with buckets that come and go: a timer for each
+    a clock that never goes back. Cooldowns differ in length, and blocks may: then the bucket is not `ordered`, and is
+    sorted when it is read next. `opened` and `closed` are called with buckets that come and go: a timer for each
     bucket covers every deadline, at no cost for each key.
     """
 
@@ -261,7 +295,8 @@ class DeadlineIndex:
         for bucket in self._buckets.values():
             if bucket.number // _PARTS > last_quantum:
                 break
-            for key in bucket.values() if bucket.ordered else sorted(bucket.values(), key=self._deadline):
+            self._sort(bucket)
+            for key in bucket.values():
                 if self._deadline(key) > now:
                     break
                 found.append(key)
@@ -279,9 +314,17 @@ class DeadlineIndex:
         return [self._buckets[number] for number in self._buckets.irange(first, first + _PARTS - 1)]
 
     def _head(self, bucket: DeadlineBucket) -> Key:
-        if bucket.ordered:
-            return next(iter(bucket.values()))
-        return min(bucket.values(), key=self._deadline)
+        self._sort(bucket)
+        return next(iter(bucket.values()))
+
+    def _sort(self, bucket: DeadlineBucket) -> None:
+        """Put the keys into the order of their deadlines, unless they are. O(`_FULL`), once for all out of order."""
+        if not bucket.ordered:
+            keys = sorted(bucket.values(), key=self._deadline)
+            bucket.clear()
+            bucket.update((key.id, key) for key in keys)
+            bucket.latest = self._deadline(keys[-1])
+            bucket.ordered = True
 
     def walk(self, after: Position | None) -> Iterator[Key]:
         """The keys in order of deadline from a position on. The key at that position may be gone."""

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from keypool.core.outcomes import NO_HISTORY, History
+
 if TYPE_CHECKING:
     from keypool.core.index import DeadlineBucket
 
@@ -39,10 +41,12 @@ class State(StrEnum):
 
     AVAILABLE = "available"
     BLOCKED = "blocked"
+    COOLING = "cooling"
+    QUARANTINED = "quarantined"
 
 
 class Key(msgspec.Struct, gc=False, eq=False):
-    """One key of the pool, changed by pool.py only. About 130 bytes; 200 with its text.
+    """One key of the pool, changed by pool.py only. About 180 bytes; 250 with its text.
 
     `gc=False`: the garbage collector doesn't track keys, so a collection doesn't visit them all.
     """
@@ -57,18 +61,32 @@ class Key(msgspec.Struct, gc=False, eq=False):
     expires_deadline: float
     """The key is purged when this passes. Moved by keepalive; DEAD once purged."""
     release_deadline: float | None = None
-    """The key is available again when this passes. None unless blocked."""
+    """A blocked key is released, and a cooling one available again, when this passes. None in the other states."""
     lease: int = 0
     """The number of the latest acquire; 0 if the key was never served."""
     owner: str | None = None
     """The name that the holder gave; None unless blocked and named."""
+    state: State = State.AVAILABLE
+    """As of the last change: a deadline may have passed since (pool.py)."""
+    acquired_at: float = 0.0
+    """The moment of the latest acquire, from which a lease can be extended so far and no further."""
+    attempt: bytes | None = None
+    """The digest of the attempt that the lease was given to; None unless blocked and the caller named one."""
+    reported: bool = False
+    """Whether the latest lease can't report any more: it has, or an operator ended it by a quarantine."""
+    quarantine_pending: bool = False
+    """Whether the key is quarantined when its lease ends. False unless blocked."""
+    history: History = NO_HISTORY
+    """What its holders reported."""
     # in memory
+    replayed: bool = False
+    """Whether the latest lease was given to its attempt again, so that the first call can't take it back alone."""
     slot: int = -1
     """Index in the pool's list of available keys; -1 unless available."""
     expiry_bucket: DeadlineBucket | None = None
     """Place in the order by expires_deadline."""
     release_bucket: DeadlineBucket | None = None
-    """Place in the order by release_deadline; None unless blocked."""
+    """Place in the order by release_deadline; None unless blocked or cooling."""
 
     @property
     def hint(self) -> str:

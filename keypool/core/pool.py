@@ -1,18 +1,20 @@
 """The rules of the pool: which key an acquire gets, and until when the caller may use it.
 
-                generate                  acquire (at random)
-       (nothing) ------> AVAILABLE ---------------------------> BLOCKED
-                            ^   |                                |  |
-                            |   |     unblock, or 60 s passed    |  |
-                            +---|--------------------------------+  |
-                                |                                   |
-                  delete, or 300 s without keepalive                |
-                                v                                   v
-                            (purged: never served, never valid, never generated again)
+    generate              acquire, at random               unblock, or 60 s passed
+    ---------> AVAILABLE --------------------> BLOCKED ---------------------------> AVAILABLE
+                   ^   cooled down, or restored   |  reported a limit or errors, or the pool lets keys rest
+                   +----------- COOLING <---------+
+                   ^   restored                   |  reported invalid, or an operator's quarantine
+                   +--------- QUARANTINED <-------+
+
+    from any state: delete, or 300 s without keepalive ---> purged: never served, never valid, never generated again
 
 The module has no I/O, no clock and no timer. Each method takes `now`, in seconds on a clock that never goes back, and
 first applies the deadlines of its key that have passed, whether or not their timers have fired. Each change is reported
-to the one listener, `on_change(change, key, owner)`, after it has been made.
+to the one listener, `on_change(change, key, owner, origin)`, after it has been made.
+
+A cooling key stands in the order of deadlines in which blocked ones stand, so the end of a cooldown costs what a
+release costs. Quarantined keys stand in an order of their own, by id. Acquire sees neither.
 
 Nothing here iterates over the whole set: with the structures of index.py every call is O(1) or O(log n) in the number
 of keys, except `check`, which is for tests and for the moment after a restore.
@@ -26,11 +28,30 @@ from math import inf, nextafter
 from operator import attrgetter
 from typing import NamedTuple
 
+import msgspec
+from sortedcontainers import SortedList
+
 from keypool.core.counters import Counters
-from keypool.core.errors import PoolFull, StaleLease, UnknownKey
-from keypool.core.events import Change
-from keypool.core.index import BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position, TextIndex
+from keypool.core.errors import BlockLimit, LeaseOver, PoolFull, StaleLease, UnknownKey
+from keypool.core.events import DEADLINE, HOLDER, Change, Origin
+from keypool.core.index import (
+    AttemptIndex,
+    BucketListener,
+    DeadlineBucket,
+    DeadlineIndex,
+    IdIndex,
+    Position,
+    TextIndex,
+)
 from keypool.core.keys import DEAD, Key, State
+from keypool.core.outcomes import (
+    NO_HISTORY,
+    Outcome,
+    Report,
+    cooldown_of,
+    failures_at,
+    may_quarantine,
+)
 from keypool.core.rules import PoolRules
 
 MAX_DUE_PER_CALL = 64
@@ -39,16 +60,20 @@ MAX_DUE_PER_CALL = 64
 PAGE_SCAN_LIMIT = 1000
 """At most so many keys are examined for one page."""
 
-Listener = Callable[[Change, Key, str | None], None]
+# Globals, because in Python 3.11 each look-up of an enum's member by name costs a tenth of a microsecond.
+_AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
+_ACQUIRED, _UNBLOCKED, _KEPT_ALIVE = Change.ACQUIRED, Change.UNBLOCKED, Change.KEPT_ALIVE
+
+Listener = Callable[[Change, Key, str | None, Origin], None]
 
 
 @dataclass(slots=True)
 class PageQuery:
-    """Which keys a page shows. `state` None means both states; with a prefix, the order is that of the texts."""
+    """Which keys a page shows. `state` None means all states; with a prefix, the order is that of the texts."""
 
     state: State | None = None
     prefix: str | None = None
-    order: str = "id"  # or "release", "expiry"
+    order: str = "id"  # or "release", "ready", "expiry"
     limit: int = 50
     after: Position | None = None
 
@@ -69,6 +94,16 @@ class Processed(NamedTuple):
     more: bool
 
 
+class Ended(NamedTuple):
+    """The result of an unblock: whether it changed anything, and whether the guard prevented a quarantine."""
+
+    changed: bool
+    guarded: bool = False
+
+
+_CHANGED, _UNCHANGED = Ended(True), Ended(False)
+
+
 class Pool:
     """All keys, and the orders in which they are found.
 
@@ -81,13 +116,11 @@ class Pool:
         *,
         new_text: Callable[[], str],
         random: Callable[[], float],
-        on_change: Listener = lambda change, key, owner: None,
+        on_change: Listener = lambda change, key, owner, origin: None,
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
     ) -> None:
-        self.block_seconds = rules.block_seconds
-        self.keepalive_seconds = rules.keepalive_seconds
-        self.max_keys = rules.max_keys
+        self.rules = rules
         self.last_id = 0
         self.last_lease = 0
         self.counters = Counters()
@@ -95,10 +128,13 @@ class Pool:
         self._new_text = new_text
         self._random = random
         self._available: list[Key] = []
+        self._cooling = 0
+        self._quarantined: SortedList[int] = SortedList()
         self._total = 0
         self._purge_until = inf  # keys whose deadline comes after it are not purged: see `suspend_expiry`
         self._by_id = IdIndex()
         self._by_text = TextIndex()
+        self._by_attempt = AttemptIndex()
         self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
         self._by_release = DeadlineIndex(attrgetter("release_deadline"), on_opened, on_closed)
 
@@ -117,7 +153,17 @@ class Pool:
     @property
     def blocked(self) -> int:
         """Keys that are blocked, including overdue ones likewise."""
-        return self._total - len(self._available)
+        return self._total - len(self._available) - self._cooling - len(self._quarantined)
+
+    @property
+    def cooling(self) -> int:
+        """Keys that are cooling, including those that are ready likewise."""
+        return self._cooling
+
+    @property
+    def quarantined(self) -> int:
+        """Keys that are quarantined, including expired ones likewise."""
+        return len(self._quarantined)
 
     # -- finding
 
@@ -136,32 +182,65 @@ class Pool:
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
             raise UnknownKey
-        if key.release_deadline is not None and key.release_deadline <= now:
-            self._free(key, Change.RELEASED)
+        self._catch_up(key, now)
         return key
+
+    def leases_of(self, attempt: bytes, now: float) -> list[Key]:
+        """The keys whose leases were given to this attempt and are still held, in order of acquisition. O(keys).
+
+        They are `replayed` from now on.
+        """
+        held = self._by_attempt.get(attempt)
+        keys = [key for key in held if key.expires_deadline > now and (key.release_deadline or now) > now]
+        keys.sort(key=attrgetter("lease"))  # loaded ones are in order of id
+        for key in keys:
+            key.replayed = True
+        return keys
+
+    def state_of(self, key: Key, now: float) -> State:
+        """The state of a live key at the moment `now`, by its deadline. O(1)."""
+        deadline = key.release_deadline
+        if deadline is None or deadline > now:
+            return key.state
+        if key.quarantine_pending:
+            return _QUARANTINED
+        resting = key.state is _BLOCKED and deadline + self.rules.rest_seconds > now
+        return _COOLING if resting else _AVAILABLE
+
+    def failures_of(self, key: Key, now: float) -> int:
+        """The failures in a row of a key that aren't forgotten. O(1)."""
+        return failures_at(key.history, now, self.rules)
 
     # -- the calls
 
-    def generate(self, now: float) -> Key:
+    def generate(self, now: float, origin: Origin = HOLDER) -> Key:
         """Make a key, available at once. O(log n). Raises PoolFull."""
         self.require_room(1, now)
         self.last_id += 1
-        key = Key(self.last_id, self._new_text(), now, now + self.keepalive_seconds)
+        key = Key(self.last_id, self._new_text(), now, now + self.rules.keepalive_seconds)
         self._insert(key)
+        self._give_slot(key)
         self.counters.generated += 1
-        self.on_change(Change.GENERATED, key, None)
+        self.on_change(Change.GENERATED, key, None, origin)
         return key
 
     def require_room(self, count: int, now: float) -> None:
         """Raise PoolFull unless `count` more keys fit. O(1)."""
-        if self._total + count > self.max_keys:
+        if self._total + count > self.rules.max_keys:
             self.process_due(now)
-            if self._total + count > self.max_keys:
-                raise PoolFull(self._total, count, self.max_keys)
+            if self._total + count > self.rules.max_keys:
+                raise PoolFull(self._total, count, self.rules.max_keys)
 
-    def acquire(self, now: float, owner: str | None) -> Key | None:
+    def acquire(
+        self,
+        now: float,
+        owner: str | None,
+        block_seconds: float | None = None,
+        attempt: bytes | None = None,
+    ) -> Key | None:
         """Block a uniformly random available key under a new lease; None if none is available. O(1).
 
+        `block_seconds` is in place of the pool's own; `leases_of` finds the key by its `attempt` as long as it is held.
         Up to `MAX_DUE_PER_CALL` due keys are processed first. After a None, `may_have_more` returns whether that wasn't
         enough and the caller should try again.
         """
@@ -176,10 +255,18 @@ class Pool:
                 self.last_lease += 1
                 key.lease = self.last_lease
                 key.owner = owner
-                key.release_deadline = deadline = now + self.block_seconds
+                key.state = _BLOCKED
+                key.reported = False
+                key.acquired_at = now
+                if attempt is not None:
+                    key.attempt = attempt
+                    key.replayed = False
+                    self._by_attempt.add(key, attempt)
+                block = self.rules.block_seconds if block_seconds is None else block_seconds
+                key.release_deadline = deadline = now + block
                 key.release_bucket = self._by_release.add(key, deadline)
                 self.counters.acquired += 1
-                self.on_change(Change.ACQUIRED, key, owner)
+                self.on_change(_ACQUIRED, key, owner, HOLDER)
                 return key
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
@@ -189,31 +276,129 @@ class Pool:
         """Whether another `acquire` may get a key: a backlog of due keys may hide an available one. O(1)."""
         return bool(self._available) or self.next_release(now) == 0
 
-    def unblock(self, key: Key, lease: int | None) -> bool:
-        """Make a live key available again; False if it was available already. O(1).
+    def unblock(
+        self,
+        key: Key,
+        lease: int | None,
+        now: float,
+        report: Report | None = None,
+        origin: Origin = HOLDER,
+    ) -> Ended:
+        """End the lease of a live key, if it has one, and take its holder's report. O(log n).
 
-        A lease number must be that of the key's latest lease; any other raises StaleLease.
+        A lease number must be that of the key's latest lease; any other raises StaleLease. A report needs it. One that
+        comes after the end of its lease counts as well, but each lease reports once.
         """
-        if lease is not None and (lease != key.lease or not lease):  # 0: never served, so never given
-            raise StaleLease(lease, key.lease or None)
-        if key.release_deadline is None:
-            return False
-        self._free(key, Change.UNBLOCKED)
-        return True
+        if lease is not None:
+            _require_latest(key, lease)
+        blocked = key.state is _BLOCKED
+        if report is None:
+            if blocked:
+                self._free(key, _UNBLOCKED, now, origin)
+            return _CHANGED if blocked else _UNCHANGED
+        if key.reported:
+            return _UNCHANGED
+        key.reported = True
+        guarded = self._conclude(key, report, now, origin)
+        return Ended(True, guarded)
+
+    def _conclude(self, key: Key, report: Report, now: float, origin: Origin) -> bool:
+        """Apply a report. Returns whether the guard turned a quarantine into a cooldown."""
+        invalid = report.outcome is Outcome.INVALID
+        if invalid:
+            self.process_due(now)  # the guard doesn't count keys that have expired
+        leaving = key.quarantine_pending or key.state is _QUARANTINED
+        quarantine = invalid and (leaving or may_quarantine(len(self._quarantined), self._total, self.rules))
+        failures, failed_at = self.failures_of(key, now), key.history.failed_at
+        cooldown = 0.0
+        if report.outcome is Outcome.OK:
+            failures = 0
+        elif not quarantine:
+            failures, failed_at = failures + 1, now
+            cooldown = cooldown_of(report, failures, self.rules)
+        key.history = msgspec.structs.replace(
+            key.history, failures=failures, failed_at=failed_at, outcome=report.outcome, reason=report.reason
+        )
+        if key.state is _BLOCKED:
+            key.quarantine_pending = key.quarantine_pending or quarantine
+            self._free(key, _UNBLOCKED, now, origin, now + cooldown)
+        elif quarantine and key.state is not _QUARANTINED:
+            self._leave(key)
+            self._quarantine(key, None, origin)
+        elif key.state is _AVAILABLE and cooldown:
+            self._take_slot(key)
+            self._cool(key, now + cooldown, None, origin)
+        else:
+            if key.state is _COOLING and now + cooldown > (key.release_deadline or now):
+                self._move_release(key, now + cooldown)
+            self.on_change(Change.NOTED, key, None, origin)
+        return invalid and not quarantine
+
+    def extend(self, key: Key, lease: int, seconds: float | None, now: float) -> None:
+        """Let the lease of a live key last `seconds` from now, `block_seconds` if None. O(1).
+
+        It never ends sooner than before, nor later than `longest_block` after its beginning. Raises StaleLease,
+        LeaseOver, and BlockLimit if it would end when it ends anyway.
+        """
+        _require_latest(key, lease)
+        if key.state is not _BLOCKED or key.quarantine_pending:
+            raise LeaseOver(key.quarantine_pending)
+        assert key.release_deadline is not None  # a blocked key has one
+        end = now + (self.rules.block_seconds if seconds is None else seconds)
+        last = key.acquired_at + self.rules.longest_block
+        if min(end, last) <= key.release_deadline:
+            at_limit = last <= key.release_deadline
+            raise BlockLimit(
+                key.release_deadline - now, longest=self.rules.longest_block if at_limit else None
+            )
+        self._move_release(key, min(end, last))
+        self.on_change(Change.EXTENDED, key, key.owner, HOLDER)
+
+    def quarantine(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> None:
+        """Take a live key out of service until `restore`. O(log n).
+
+        A blocked key goes when its lease ends, or `at_once`: then its holder can't report any more.
+        """
+        if reason is not None:
+            key.history = msgspec.structs.replace(key.history, operator_reason=reason)
+        key.reported = key.reported or at_once
+        if key.state is _BLOCKED:
+            key.quarantine_pending = True
+            if at_once:
+                self._free(key, _UNBLOCKED, now, origin)
+            else:
+                self.on_change(Change.NOTED, key, key.owner, origin)
+        elif key.state is _QUARANTINED:
+            self.on_change(Change.NOTED, key, None, origin)
+        else:
+            self._leave(key)
+            self._quarantine(key, None, origin)
+
+    def restore(self, key: Key, origin: Origin) -> None:
+        """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports. O(log n)."""
+        key.history = NO_HISTORY
+        key.quarantine_pending = False
+        if key.state in (_COOLING, _QUARANTINED):
+            self._leave(key)
+            self._give_slot(key)
+            self.counters.restored += 1
+            self.on_change(Change.RESTORED, key, None, origin)
+        else:
+            self.on_change(Change.NOTED, key, key.owner, origin)
 
     def keepalive(self, key: Key, now: float) -> None:
         """Set a live key's `expires_deadline` to `now + keepalive_seconds`. O(1)."""
-        deadline = now + self.keepalive_seconds
+        deadline = now + self.rules.keepalive_seconds
         assert key.expiry_bucket is not None  # a live key is in the order by expiry
         self._by_expiry.discard(key, key.expiry_bucket)
         key.expires_deadline = deadline
         key.expiry_bucket = self._by_expiry.add(key, deadline)
         self.counters.kept_alive += 1
-        self.on_change(Change.KEPT_ALIVE, key, key.owner)
+        self.on_change(_KEPT_ALIVE, key, key.owner, HOLDER)
 
-    def delete(self, key: Key) -> None:
+    def delete(self, key: Key, origin: Origin = HOLDER) -> None:
         """Purge a live key. O(log n)."""
-        self._purge(key, Change.DELETED)
+        self._purge(key, Change.DELETED, origin)
 
     # -- deadlines
 
@@ -227,11 +412,14 @@ class Pool:
         return Processed(release, expiry, MAX_DUE_PER_CALL in (len(expired), released))
 
     def _process_releases(self, now: float) -> tuple[float | None, int]:
-        """Release due keys. Returns by how many seconds the first was late, and how many there were."""
+        """End due blocks and cooldowns of keys that live. Returns how late the first was, and how many were due."""
         due = self._by_release.due(now, MAX_DUE_PER_CALL)
         lateness = None if not due else now - (due[0].release_deadline or now)
         for key in due:
-            self._free(key, Change.RELEASED)
+            if key.expires_deadline <= min(now, self._purge_until):
+                self._purge(key, Change.EXPIRED)  # it wasn't available any more
+            else:
+                self._catch_up(key, now)
         return lateness, len(due)
 
     def overdue(self, now: float) -> bool:
@@ -245,7 +433,7 @@ class Pool:
         return None if first is None else first.expires_deadline
 
     def next_release_deadline(self) -> float | None:
-        """The earliest `release_deadline`; None if none is blocked. O(1)."""
+        """The earliest `release_deadline`; None if no key is blocked or cooling. O(1)."""
         first = self._by_release.first()
         return None if first is None else first.release_deadline
 
@@ -259,7 +447,7 @@ class Pool:
         return self._by_expiry.count_until(until)
 
     def next_release(self, now: float) -> float | None:
-        """Seconds until the earliest release of a blocked key, at least 0; None if none is blocked. O(1)."""
+        """Seconds until the earliest release or end of a cooldown, at least 0; None if there is none. O(1)."""
         deadline = self.next_release_deadline()
         return None if deadline is None else max(0.0, deadline - now)
 
@@ -323,7 +511,7 @@ class Pool:
                 page.next = self._position(query, last)
                 break
             last = key
-            if key.expires_deadline > now and (query.state is None or state_of(key, now) is query.state):
+            if key.expires_deadline > now and (query.state is None or self.state_of(key, now) is query.state):
                 page.keys.append(key)
         for key in page.keys:
             self._live(key, now)
@@ -334,50 +522,105 @@ class Pool:
             return self._by_text.walk(query.prefix, query.after, self._by_id)
         if query.order == "expiry":
             return self._by_expiry.walk(query.after)
-        if query.order == "release":
+        if query.order in ("release", "ready"):
             return self._by_release.walk(query.after)
+        if query.state is _QUARANTINED:
+            return self._walk_quarantined(query.after)
         return self._by_id.walk(query.after)
+
+    def _walk_quarantined(self, after: Position | None) -> Iterator[Key]:
+        last = None if after is None else int(after[0])
+        for id in self._quarantined.irange(last, inclusive=(False, True)):
+            key = self._by_id.get(id)
+            assert key is not None  # a purged key leaves all orders
+            yield key
 
     def _position(self, query: PageQuery, key: Key) -> Position:
         if query.prefix is not None:
             return self._by_text.position(key)
         if query.order == "expiry" and key.expiry_bucket is not None:
             return self._by_expiry.position_of(key, key.expiry_bucket)
-        if query.order == "release" and key.release_bucket is not None:
+        if query.order in ("release", "ready") and key.release_bucket is not None:
             return self._by_release.position_of(key, key.release_bucket)
         return self._by_id.position(key)
 
     # -- the structures: only these methods change them
 
-    def restore(self, key: Key) -> None:
+    def load(self, key: Key) -> None:
         """Add a key from a journal, without counting or reporting it. Ids must ascend. O(log n)."""
         self._insert(key)
-        if key.release_deadline is not None:
-            self._take_slot(key)
+        if key.state is _AVAILABLE:
+            self._give_slot(key)
+        elif key.state is _QUARANTINED:
+            self._quarantined.add(key.id)
+        else:
+            assert key.release_deadline is not None  # a journal holds no other key
             key.release_bucket = self._by_release.add(key, key.release_deadline)
+            self._cooling += key.state is _COOLING
+            if key.attempt is not None:
+                self._by_attempt.add(key, key.attempt)
 
     def _insert(self, key: Key) -> None:
         self._by_id.add(key)
         self._by_text.add(key)
         key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
-        self._give_slot(key)
         self._total += 1
 
-    def _free(self, key: Key, change: Change) -> None:
-        owner = self._leave_block(key)
-        self._give_slot(key)
-        if change is Change.UNBLOCKED:
+    def _catch_up(self, key: Key, now: float) -> None:
+        """Release a blocked key and end the cooldown of a cooling one, as of their deadlines, if these have passed."""
+        while key.release_deadline is not None and key.release_deadline <= now:
+            if key.state is _BLOCKED:
+                # The lease may be followed by a rest, which may be over as well.
+                self._free(key, Change.RELEASED, key.release_deadline, DEADLINE)
+            else:
+                self._leave(key)
+                self._give_slot(key)
+                self.on_change(Change.READY, key, None, DEADLINE)
+
+    def _free(self, key: Key, change: Change, now: float, origin: Origin, cool_until: float = 0.0) -> None:
+        """End a lease: the key is available, or rests or cools first, or is quarantined."""
+        owner = self._leave(key)
+        if change is _UNBLOCKED:
             self.counters.unblocked += 1
         else:
             self.counters.released += 1
-        self.on_change(change, key, owner)
-
-    def _purge(self, key: Key, change: Change) -> None:
-        if key.release_deadline is None:
-            owner = None
-            self._take_slot(key)
+        if self.rules.rest_seconds:
+            cool_until = max(cool_until, now + self.rules.rest_seconds)
+        if key.quarantine_pending:
+            key.quarantine_pending = False
+            self.on_change(change, key, owner, origin)
+            self._quarantine(key, owner, origin)
+        elif cool_until > now:
+            self.on_change(change, key, owner, origin)
+            self._cool(key, cool_until, owner, origin)
         else:
-            owner = self._leave_block(key)
+            self._give_slot(key)
+            self.on_change(change, key, owner, origin)
+
+    def _cool(self, key: Key, until: float, owner: str | None, origin: Origin) -> None:
+        key.state = _COOLING
+        key.release_deadline = until
+        key.release_bucket = self._by_release.add(key, until)
+        self._cooling += 1
+        self.counters.cooled += 1
+        self.on_change(Change.COOLED, key, owner, origin)
+
+    def _quarantine(self, key: Key, owner: str | None, origin: Origin) -> None:
+        key.state = _QUARANTINED
+        self._quarantined.add(key.id)
+        self.counters.quarantines += 1
+        self.on_change(Change.QUARANTINED, key, owner, origin)
+
+    def _move_release(self, key: Key, deadline: float) -> None:
+        """Move the end of a block or of a cooldown."""
+        assert key.release_bucket is not None
+        self._by_release.discard(key, key.release_bucket)
+        key.release_deadline = deadline
+        key.release_bucket = self._by_release.add(key, deadline)
+
+    def _purge(self, key: Key, change: Change, origin: Origin = DEADLINE) -> None:
+        owner = self._leave(key)
+        key.quarantine_pending = False
         assert key.expiry_bucket is not None
         self._by_expiry.discard(key, key.expiry_bucket)
         self._by_text.discard(key)
@@ -389,18 +632,31 @@ class Pool:
             self.counters.deleted += 1
         else:
             self.counters.expired += 1
-        self.on_change(change, key, owner)
+        self.on_change(change, key, owner, origin)
 
-    def _leave_block(self, key: Key) -> str | None:
-        """Undo what `acquire` set except the lease, which remains the key's latest. Returns the owner."""
+    def _leave(self, key: Key) -> str | None:
+        """Take a key out of the structures of its state. The lease remains the key's latest. Returns the owner."""
+        if key.state is _AVAILABLE:
+            self._take_slot(key)
+            return None
+        if key.state is _QUARANTINED:
+            self._quarantined.remove(key.id)
+            return None
         assert key.release_bucket is not None
         self._by_release.discard(key, key.release_bucket)
         key.release_bucket = None
         key.release_deadline = None
+        if key.state is _COOLING:
+            self._cooling -= 1
+            return None
+        if key.attempt is not None:
+            self._by_attempt.discard(key, key.attempt)
+            key.attempt = None
         owner, key.owner = key.owner, None
         return owner
 
     def _give_slot(self, key: Key) -> None:
+        key.state = _AVAILABLE
         key.slot = len(self._available)
         self._available.append(key)
 
@@ -424,22 +680,32 @@ class Pool:
 
     def check_in_slices(self, size: int) -> Iterator[None]:
         """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
-        total = blocked = last = 0
+        counts = dict.fromkeys(State, 0)
+        total = last = attempts = 0
         for key in self._by_id.walk(None):
             if key.id <= last:
                 raise ValueError("the walk by id is out of order or returns a key twice")
             last = key.id
             self._check_key(key)
             total += 1
-            blocked += key.release_deadline is not None
+            counts[key.state] += 1
+            attempts += key.attempt is not None
             if total % size == 0:
                 yield
-        counts = (total, len(self._by_text), total - blocked)
-        if counts != (self._total, self._total, len(self._available)):
-            expected = (self._total, self._total, len(self._available))
-            raise ValueError(f"by id, by text, available there are {counts} keys instead of {expected}")
+        found = (total, len(self._by_text), *counts.values())
+        expected = (
+            self._total,
+            self._total,
+            len(self._available),
+            self.blocked,
+            self._cooling,
+            len(self._quarantined),
+        )
+        if found != expected:
+            raise ValueError(f"by id, by text and by state there are {found} keys instead of {expected}")
+        self._by_attempt.check(attempts)
         yield from self._by_expiry.check_in_slices(total, size)
-        yield from self._by_release.check_in_slices(blocked, size)
+        yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
 
     def _check_key(self, key: Key) -> None:
         if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
@@ -450,19 +716,34 @@ class Pool:
         if key.expires_deadline == DEAD:
             raise ValueError(f"{key!r} was purged but is still found by id")
         self._by_expiry.check_key(key, key.expiry_bucket)
-        if key.release_deadline is None:
-            if not 0 <= key.slot < len(self._available) or self._available[key.slot] is not key:
-                raise ValueError(f"{key!r} is available but not in its slot {key.slot}")
-            if key.owner is not None or key.release_bucket is not None:
-                raise ValueError(f"{key!r} is available but has an owner or a place in the order by release")
-        elif key.slot != -1 or key.lease == 0:
-            raise ValueError(f"{key!r} is blocked but has slot {key.slot} and lease {key.lease}")
-        else:
+        self._check_place(key)
+        blocked = key.state is _BLOCKED
+        if blocked and key.lease == 0:
+            raise ValueError(f"{key!r} is blocked without a lease")
+        if not blocked and (key.owner is not None or key.attempt is not None or key.quarantine_pending):
+            raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
+        if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
+            raise ValueError(f"{key!r} is not found by its attempt")
+
+    def _check_place(self, key: Key) -> None:
+        """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
+        state = key.state
+        if state in (_BLOCKED, _COOLING):
+            if key.release_deadline is None:
+                raise ValueError(f"{key!r} is {state} but has no release_deadline")
             self._by_release.check_key(key, key.release_bucket)
+        elif key.release_deadline is not None or key.release_bucket is not None:
+            raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
+        in_slot = 0 <= key.slot < len(self._available) and self._available[key.slot] is key
+        if in_slot != (state is _AVAILABLE) or (not in_slot and key.slot != -1):
+            raise ValueError(
+                f"{key!r} is {state}, which contradicts its slot {key.slot} of the available ones"
+            )
+        if (key.id in self._quarantined) != (state is _QUARANTINED):
+            raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")
 
 
-def state_of(key: Key, now: float) -> State:
-    """The state of a live key at the moment `now`, by its deadline. O(1)."""
-    if key.release_deadline is None or key.release_deadline <= now:
-        return State.AVAILABLE
-    return State.BLOCKED
+def _require_latest(key: Key, lease: int) -> None:
+    """Raise StaleLease unless this is the number of the key's latest lease."""
+    if lease != key.lease or not lease:  # 0: never served, so never given
+        raise StaleLease(lease, key.lease or None)

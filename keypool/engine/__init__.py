@@ -5,8 +5,10 @@ since an engine answers only when everything that the answer says is durable. A 
 suspends: its caller has the answer in the same turn of the loop. A call may await futures and nothing else, because its
 caller need not be a task.
 
-A `Ref` names a key: the text, or the public id as an int. Batches process their items in order, one by one as the
-single calls would, and return one result for each.
+A `Ref` names a key: the text, the public id as an int, or the Handle of a lease, with which the call raises StaleLease
+once a newer lease of the key exists. Batches process their items in order, one by one as the single calls would, and
+return one result for each: "done", "unknown" or "stale", for an extension also "over" or "limit". `origin` is who
+changes something: it is in the event.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any, NoReturn, Protocol
 from keypool.core import errors
 from keypool.core.answers import (
     EndedLease,
+    Extended,
+    Extension,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -26,10 +30,14 @@ from keypool.core.answers import (
     Revealed,
     Row,
     Stats,
+    Unblock,
     Unblocked,
 )
 from keypool.core.cursor import ListQuery
-from keypool.core.events import Event
+from keypool.core.events import HOLDER, Event, Origin
+from keypool.core.handles import Handles
+from keypool.core.outcomes import Report
+from keypool.core.rules import PoolRules
 from keypool.ops.histogram import Histogram
 
 NOTE = "note."
@@ -43,64 +51,139 @@ class Timed(Protocol):
     """Seconds in the queue so far."""
 
 
+class Attempt(Protocol):
+    """An acquire that its caller may repeat, and gets the same leases as long as they are held."""
+
+    digest: bytes
+    """16 bytes that are the same for each repeat, and for no other acquire."""
+    replayed: bool
+    """Set if the answer repeats leases that were given before."""
+
+
 class Engine(Protocol):
     """See the module. Every call may raise StorageUnavailable. n is the number of keys in the pool, k of items."""
 
     name: str
 
-    async def generate(self, count: int) -> list[GeneratedKey]:
+    rules: PoolRules
+    """The settings of the pool."""
+
+    handles: Handles
+    """Makes and reads the handles of the pool's leases."""
+
+    async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate `count` keys, all or none. O(k log n). Raises PoolFull."""
         ...
 
-    async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
+    async def acquire(
+        self,
+        owner: str | None,
+        wait: float,
+        timed: Timed | None = None,
+        block_seconds: float | None = None,
+        attempt: Attempt | None = None,
+    ) -> Lease:
         """Serve a uniformly random available key, or wait up to `wait` seconds for one. O(log n).
 
         Waiters are served first come, first served. A caller gives up by closing the coroutine: the call leaves the
         queue, and a key that it was just served is available again. The time in the queue, in seconds, is added to
-        `timed.waited`. Raises NoKeyAvailable, TooManyWaiters, Draining.
+        `timed.waited`. The block lasts `block_seconds`, if given, in place of the pool's.
+
+        If the `attempt` was given a lease that is still held, that is the answer. If it is waiting on this server, this
+        call takes its place, and the other one raises Superseded. For 10 s after the attempt's NoKeyAvailable with a
+        `wait`, its place in this server's queue is kept for it.
+        Raises NoKeyAvailable, TooManyWaiters, Draining, Superseded.
         """
         ...
 
-    async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
-        """Serve up to `count` keys, at least one. O(k log n). Raises NoKeyAvailable."""
+    async def acquire_many(
+        self,
+        owner: str | None,
+        count: int,
+        block_seconds: float | None = None,
+        attempt: Attempt | None = None,
+    ) -> list[Lease]:
+        """Serve up to `count` keys, at least one. O(k log n). Raises NoKeyAvailable.
+
+        If the `attempt` was given leases of which some are still held, those are the answer.
+        """
         ...
 
-    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
-        """Make a key available again. O(log n). Raises UnknownKey, StaleLease.
+    async def unblock(
+        self,
+        ref: Ref,
+        lease: int | None,
+        ended: list[EndedLease] | None = None,
+        report: Report | None = None,
+        origin: Origin = HOLDER,
+    ) -> Unblocked:
+        """Make a key available again, or what its holder's `report` asks for. O(log n). Raises UnknownKey, StaleLease.
 
         If `lease` is None and the call ends a lease, that lease is added to `ended` as soon as the change is made, even
-        if the call then raises StorageUnavailable.
+        if the call then raises StorageUnavailable. A `report` needs a lease number, which with a Handle is its own.
         """
         ...
 
     async def unblock_many(
-        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+        self, items: Sequence[Unblock], ended: list[EndedLease] | None = None, origin: Origin = HOLDER
     ) -> list[str]:
-        """Unblock keys: "done", "unknown" or "stale" for each item. `ended` as for `unblock`. O(k log n)."""
+        """Unblock keys. `ended` and reports as for `unblock`; `origin` is of items without a lease. O(k log n)."""
+        ...
+
+    async def extend(self, ref: Ref, lease: int, seconds: float | None) -> Extended:
+        """Let a lease end `seconds` from now, None for the pool's `block_seconds`, if that is later. O(log n).
+
+        Raises UnknownKey, StaleLease, LeaseOver, BlockLimit.
+        """
+        ...
+
+    async def extend_many(self, items: Sequence[Extension]) -> list[str]:
+        """Extend leases. O(k log n)."""
+        ...
+
+    async def quarantine(self, ref: Ref, reason: str | None, now: bool, origin: Origin) -> Row:
+        """Take a key out of service: `now`, or when its lease ends. O(log n). Raises UnknownKey, StaleLease."""
+        ...
+
+    async def quarantine_many(
+        self, refs: Sequence[Ref], reason: str | None, now: bool, origin: Origin
+    ) -> list[str]:
+        """Quarantine keys. O(k log n)."""
+        ...
+
+    async def restore(self, ref: Ref, origin: Origin) -> Row:
+        """Make a cooling or quarantined key available, and forget its reports. O(log n).
+
+        Raises UnknownKey, StaleLease.
+        """
+        ...
+
+    async def restore_many(self, refs: Sequence[Ref], origin: Origin) -> list[str]:
+        """Restore keys. O(k log n)."""
         ...
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
-        """Postpone the expiry of a key. O(log n). Raises UnknownKey."""
+        """Postpone the expiry of a key. O(log n). Raises UnknownKey, StaleLease."""
         ...
 
-    async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
-        """For each item, whether the key was known. O(k log n)."""
+    async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
+        """Postpone the expiry of keys. O(k log n)."""
         ...
 
-    async def delete(self, ref: Ref) -> Identity:
-        """Purge a key. O(log n). Raises UnknownKey."""
+    async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
+        """Purge a key. O(log n). Raises UnknownKey, StaleLease."""
         ...
 
-    async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
-        """For each item, the purged key, or None if it was unknown. O(k log n)."""
+    async def delete_many(self, refs: Sequence[Ref], origin: Origin = HOLDER) -> list[Identity | str]:
+        """For each item, the purged key, or "unknown" or "stale". O(k log n)."""
         ...
 
     async def get(self, ref: Ref) -> Row:
-        """The row of a key. O(1). Raises UnknownKey."""
+        """The row of a key. O(1). Raises UnknownKey, StaleLease."""
         ...
 
-    async def reveal(self, ref: Ref) -> Revealed:
-        """The text of a key. O(1). Raises UnknownKey."""
+    async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
+        """The text of a key. O(1). Raises UnknownKey, StaleLease."""
         ...
 
     async def page(self, query: ListQuery) -> Page:

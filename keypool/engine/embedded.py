@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import secrets
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 from tornado.ioloop import IOLoop
 
 from keypool import __version__
 from keypool.core.answers import (
     EndedLease,
+    Extended,
+    Extension,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -27,24 +30,45 @@ from keypool.core.answers import (
     Revealed,
     Row,
     Stats,
+    Unblock,
     Unblocked,
 )
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import ListQuery, encode, page_query
-from keypool.core.errors import Draining, NoKeyAvailable, StaleLease, StorageUnavailable, UnknownKey
-from keypool.core.events import Change, Event, Happened, latest
+from keypool.core.errors import (
+    BlockLimit,
+    Draining,
+    LeaseOver,
+    NoKeyAvailable,
+    PoolError,
+    StaleLease,
+    StorageUnavailable,
+    UnknownKey,
+)
+from keypool.core.events import HOLDER, SILENT, Change, Event, Happened, Origin, latest
+from keypool.core.handles import SECRET_BYTES, Handle, Handles
 from keypool.core.keys import Key, State, moment, random_text
+from keypool.core.outcomes import NO_HISTORY, Report
 from keypool.core.pool import Pool
 from keypool.core.rules import DEFAULT_RULES, PoolRules
-from keypool.engine import NOTE, Timed
+from keypool.engine import NOTE, Attempt, Timed
 from keypool.engine.clock import make_clock
 from keypool.engine.journal import Journal, NullJournal
 from keypool.engine.timers import Timers
-from keypool.engine.waiters import Waiters
+from keypool.engine.waiters import Request, Waiters
 from keypool.ops.histogram import SECONDS, Histogram
 
 RECENT_EVENTS = 1000
-_MAKES_AVAILABLE = frozenset({Change.UNBLOCKED, Change.RELEASED, Change.GENERATED})
+# Globals, because in Python 3.11 each look-up of an enum's member by name costs a tenth of a microsecond.
+_AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
+_ACQUIRED, _READY = Change.ACQUIRED, Change.READY
+_MAKES_AVAILABLE = frozenset(
+    {Change.UNBLOCKED, Change.RELEASED, Change.GENERATED, Change.READY, Change.RESTORED}
+)
+_WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: about 2 ms
 _SLICE_SECONDS = 0.00008  # that a batch runs before the loop serves other callers
@@ -73,6 +97,8 @@ class EmbeddedEngine:
     ) -> None:
         self.now = clock or make_clock()
         self.timers = Timers(loop or IOLoop.current(), self.now, self._process_due)
+        self.rules = rules
+        self.handles = Handles(secrets.token_bytes(SECRET_BYTES))
         self.pool = Pool(
             rules,
             new_text=new_text or (lambda: random_text(rules.key_length)),
@@ -93,24 +119,24 @@ class EmbeddedEngine:
             self.timers,
             self.now,
             rules.max_waiters,
-            lease_of=_lease,
+            lease_of=self._lease,
             give_back=self._give_back,
             storage_up=self.storage_up,
         )
         self._started_at = self.now()
         self._draining = False
         self._reserved = 0  # keys that batches in progress will still generate
-        self._revealed = 0
+        self._uncounted = 0  # events that no counter has
         if start_timers:
             self.start()
 
     # -- the calls
 
-    async def generate(self, count: int) -> list[GeneratedKey]:
+    async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate keys, all or none. O(count · log n)."""
         self.journal.require()
         now = self.now()
-        while self.pool.total + self._reserved + count > self.pool.max_keys and self.pool.overdue(now):
+        while self.pool.total + self._reserved + count > self.rules.max_keys and self.pool.overdue(now):
             self.pool.process_due(now)
             if self.pool.overdue(now):
                 await self._next_turn()  # there is a backlog of expired keys
@@ -123,7 +149,7 @@ class EmbeddedEngine:
             try:
                 until = now + _SLICE_SECONDS
                 while len(made) < count:
-                    made.append(self._generate(now))
+                    made.append(self._generate(now, origin))
                     moments.append(now)
                     self._reserved -= 1
                     if (now := self.now()) > until:
@@ -138,17 +164,26 @@ class EmbeddedEngine:
             answer.expires_in = _less(answer.expires_in, self._delay(at))
         return made
 
-    async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
+    async def acquire(
+        self,
+        owner: str | None,
+        wait: float,
+        timed: Timed | None = None,
+        block_seconds: float | None = None,
+        attempt: Attempt | None = None,
+    ) -> Lease:
         """Acquire a key, now or within `wait` seconds. O(log n)."""
         journal = self.journal
         journal.require()
+        if attempt is not None and (held := await self._replay(attempt)):
+            return held[0]
+        digest = None if attempt is None else attempt.digest
         now = self.now()
-        key = None if self._waiters.queue else self.pool.acquire(now, owner)
-        lease = await self._take(owner) if key is None else _lease(key, now)
-        if lease is None and wait > 0:
-            lease = await self._waiters.wait(owner, wait, timed)
-        if lease is None:
-            await self._refuse()
+        key = None if self._waiters.waiting else self.pool.acquire(now, owner, block_seconds, digest)
+        if key is not None:
+            lease = self._lease(key, now)
+        else:
+            lease = await self._take_or_wait(Request(owner, block_seconds, digest), wait, timed)
         if (commit := journal.commit_of(lease.id)) is not None:
             started = self.now()
             try:
@@ -159,14 +194,23 @@ class EmbeddedEngine:
             _age(lease, self._delay(started))
         return lease
 
-    async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
+    async def acquire_many(
+        self,
+        owner: str | None,
+        count: int,
+        block_seconds: float | None = None,
+        attempt: Attempt | None = None,
+    ) -> list[Lease]:
         """Acquire up to `count` keys. O(count · log n)."""
         self.journal.require()
+        if attempt is not None and (held := await self._replay(attempt)):
+            return held
+        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
         leases: list[Lease] = []
         moments: list[float] = []
         until = self.now() + _SLICE_SECONDS
         try:
-            while len(leases) < count and (lease := await self._take(owner)) is not None:
+            while len(leases) < count and (lease := await self._take(request)) is not None:
                 leases.append(lease)
                 moments.append(now := self.now())
                 if now > until:
@@ -182,111 +226,180 @@ class EmbeddedEngine:
             _age(lease, self._delay(at))
         return leases
 
-    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
-        """Make a key available again. O(log n)."""
+    async def _replay(self, attempt: Attempt) -> list[Lease]:
+        """The leases of this attempt that are still held."""
+        now = self.now()
+        keys = self.pool.leases_of(attempt.digest, now)
+        if not keys:
+            return []
+        await self._all_kept()
+        now = self.now()
+        leases = [self._lease(key, now) for key in keys if key.attempt == attempt.digest]
+        attempt.replayed = bool(leases)
+        return leases
+
+    async def unblock(
+        self,
+        ref: Ref,
+        lease: int | None,
+        ended: list[EndedLease] | None = None,
+        report: Report | None = None,
+        origin: Origin = HOLDER,
+    ) -> Unblocked:
+        """Make a key available again, or what the report asks for. O(log n)."""
         self.journal.require()
-        key = self._find(ref, self.now()) or await self._raise_unknown(ref)
+        now = self.now()
+        key = self._find(ref, now) or await self._raise_missing(ref)
         try:
-            changed = self._unblock(key, lease, ended)
+            answer = self._unblock(key, lease, now, ended=ended, report=report, origin=origin)
         finally:
             if (commit := self.journal.commit_of(key.id)) is not None:
                 await commit
-        return Unblocked(key.id, State.AVAILABLE, changed)
+        if answer.available_in is not None:
+            answer.available_in = _less(answer.available_in, self._delay(now))
+        return answer
 
     async def unblock_many(
-        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+        self, items: Sequence[Unblock], ended: list[EndedLease] | None = None, origin: Origin = HOLDER
     ) -> list[str]:
         """Make keys available again, one by one. O(items · log n)."""
+
+        def unblock(item: Unblock, now: float) -> str:
+            by = origin if item.lease is None else HOLDER
+            return self._tried(
+                item.ref,
+                now,
+                lambda key: self._unblock(key, item.lease, now, ended=ended, report=item.report, origin=by),
+            )
+
+        return await self._in_slices(items, unblock)
+
+    async def extend(self, ref: Ref, lease: int, seconds: float | None) -> Extended:
+        """Let a lease end later. O(1)."""
         self.journal.require()
-        outcomes = []
-        until = self.now() + _SLICE_SECONDS
-        for ref, lease in items:
-            if (now := self.now()) > until:
-                until = await self._pause()
-                now = self.now()
-            key = self._find(ref, now)
-            try:
-                if key is not None:
-                    self._unblock(key, lease, ended)
-                outcomes.append("unknown" if key is None else "done")
-            except StaleLease:
-                outcomes.append("stale")
-        await self._all_kept()
-        return outcomes
+        now = self.now()
+        key = self._find(ref, now) or await self._raise_missing(ref)
+        try:
+            self.pool.extend(key, lease, seconds, now)
+            assert key.release_deadline is not None  # it is blocked
+            left = key.acquired_at + self.rules.longest_block - now
+            answer = Extended(key.id, key.lease, _seconds(key.release_deadline - now), _seconds(left))
+        finally:
+            if (commit := self.journal.commit_of(key.id)) is not None:
+                await commit
+        delay = self._delay(now)
+        answer.release_in = _less(answer.release_in, delay)
+        answer.block_left = _less(answer.block_left, delay)
+        return answer
+
+    async def extend_many(self, items: Sequence[Extension]) -> list[str]:
+        """Let leases end later, one by one. O(items)."""
+
+        def extend(item: Extension, now: float) -> str:
+            return self._tried(
+                item.ref, now, lambda key: self.pool.extend(key, item.lease, item.seconds, now)
+            )
+
+        return await self._in_slices(items, extend)
+
+    async def quarantine(self, ref: Ref, reason: str | None, now: bool, origin: Origin) -> Row:
+        """Take a key out of service. O(log n)."""
+        self.journal.require()
+        key = self._find(ref, self.now()) or await self._raise_missing(ref)
+        self.pool.quarantine(key, reason, now, self.now(), origin)
+        return await self._kept_row(key)
+
+    async def quarantine_many(
+        self, refs: Sequence[Ref], reason: str | None, now: bool, origin: Origin
+    ) -> list[str]:
+        """Take keys out of service, one by one. O(items · log n)."""
+
+        def quarantine(ref: Ref, moment: float) -> str:
+            return self._tried(
+                ref, moment, lambda key: self.pool.quarantine(key, reason, now, moment, origin)
+            )
+
+        return await self._in_slices(refs, quarantine)
+
+    async def restore(self, ref: Ref, origin: Origin) -> Row:
+        """Make a cooling or quarantined key available. O(log n)."""
+        self.journal.require()
+        key = self._find(ref, self.now()) or await self._raise_missing(ref)
+        self.pool.restore(key, origin)
+        return await self._kept_row(key)
+
+    async def restore_many(self, refs: Sequence[Ref], origin: Origin) -> list[str]:
+        """Make cooling and quarantined keys available, one by one. O(items · log n)."""
+
+        def restore(ref: Ref, now: float) -> str:
+            return self._tried(ref, now, lambda key: self.pool.restore(key, origin))
+
+        return await self._in_slices(refs, restore)
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Postpone the expiry of a key. O(log n)."""
         self.journal.require()
         now = self.now()
-        key = self._find(ref, now) or await self._raise_unknown(ref)
+        key = self._find(ref, now) or await self._raise_missing(ref)
         self.pool.keepalive(key, now)
         answer = KeptAlive(key.id, _seconds(key.expires_deadline - now))
-        if self._waiters.queue:
+        if self._waiters.waiting:
             self._waiters.serve(now)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
             answer.expires_in = _less(answer.expires_in, self._delay(now))
         return answer
 
-    async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
+    async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
         """Postpone the expiry of keys, one by one. O(items · log n)."""
-        self.journal.require()
-        known = []
-        until = self.now() + _SLICE_SECONDS
-        for ref in refs:
-            if (now := self.now()) > until:
-                until = await self._pause()
-                now = self.now()
-            key = self._find(ref, now)
-            if key is not None:
-                self.pool.keepalive(key, now)
-            known.append(key is not None)
-        self._waiters.serve(self.now())
-        await self._all_kept()
-        return known
 
-    async def delete(self, ref: Ref) -> Identity:
+        def keepalive(ref: Ref, now: float) -> str:
+            return self._tried(ref, now, lambda key: self.pool.keepalive(key, now))
+
+        return await self._in_slices(refs, keepalive)
+
+    async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
         self.journal.require()
-        key = self._find(ref, self.now()) or await self._raise_unknown(ref)
-        self.pool.delete(key)
+        key = self._find(ref, self.now()) or await self._raise_missing(ref)
+        self.pool.delete(key, origin)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
         return Identity(key.id, key.hint)
 
-    async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
+    async def delete_many(self, refs: Sequence[Ref], origin: Origin = HOLDER) -> list[Identity | str]:
         """Purge keys, one by one. O(items · log n)."""
-        self.journal.require()
-        gone: list[Identity | None] = []
-        until = self.now() + _SLICE_SECONDS
-        for ref in refs:
-            if (now := self.now()) > until:
-                until = await self._pause()
-                now = self.now()
+
+        def delete(ref: Ref, now: float) -> Identity | str:
             key = self._find(ref, now)
-            if key is not None:
-                self.pool.delete(key)
-            gone.append(None if key is None else Identity(key.id, key.hint))
-        await self._all_kept()
-        return gone
+            if key is None:
+                return _WORDS[type(self._missing(ref, now))]
+            self.pool.delete(key, origin)
+            return Identity(key.id, key.hint)
+
+        return await self._in_slices(refs, delete)
 
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(1)."""
+        return await self._kept_row(self._find(ref, self.now()) or await self._raise_missing(ref))
+
+    async def _kept_row(self, key: Key) -> Row:
+        """The row of a live key, as soon as it is on disk."""
         now = self.now()
-        row = _row(self._find(ref, now) or await self._raise_unknown(ref), now)
+        row = self._row(key, now)
         self._waiters.serve(now)
-        if (commit := self.journal.commit_of(row.id)) is not None:
+        if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
             _age(row, self._delay(now))
         return row
 
-    async def reveal(self, ref: Ref) -> Revealed:
+    async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """The text of a key; the call is recorded as an event. O(1)."""
         now = self.now()
-        key = self._find(ref, now) or await self._raise_unknown(ref)
+        key = self._find(ref, now) or await self._raise_missing(ref)
         revealed = Revealed(key.id, key.text)
-        self.events.append((Change.REVEALED, key, key.owner, key.lease, now))
-        self._revealed += 1
+        self.events.append((Change.REVEALED, key, key.owner, key.lease, now, origin))
+        self._uncounted += 1
         self._waiters.serve(now)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
@@ -298,7 +411,7 @@ class EmbeddedEngine:
         asked = page_query(query)
         found = self.pool.page(asked, now)
         cursor = None if found.next is None else encode(asked, found.next)
-        page = Page([_row(key, now) for key in found.keys], cursor)
+        page = Page([self._row(key, now) for key in found.keys], cursor)
         self._waiters.serve(now)  # with blocks that were found overdue
         return page
 
@@ -309,7 +422,9 @@ class EmbeddedEngine:
             total=pool.total,
             available=pool.available,
             blocked=pool.blocked,
-            waiting=len(self._waiters.queue),
+            cooling=pool.cooling,
+            quarantined=pool.quarantined,
+            waiting=len(self._waiters.waiting),
             **pool.counters.by_name(),
             uptime=_seconds(self.now() - self._started_at),
             engine=self.name,
@@ -337,7 +452,7 @@ class EmbeddedEngine:
     @property
     def event_seq(self) -> int:
         """How many events there have been. O(1): it is derived from the counters, so that changes needn't count it."""
-        return self.pool.counters.changes + self._revealed
+        return self.pool.counters.changes + self._uncounted
 
     def recent(self, count: int, key_id: int | None = None) -> list[Event]:
         """The latest `count` events, oldest first. O(count), O(RECENT_EVENTS) for one key."""
@@ -390,22 +505,29 @@ class EmbeddedEngine:
 
     # -- steps of the calls
 
-    def _generate(self, now: float) -> GeneratedKey:
-        key = self.pool.generate(now)
-        made = GeneratedKey(key.id, key.text, State.AVAILABLE, _seconds(key.expires_deadline - now))
+    def _generate(self, now: float, origin: Origin) -> GeneratedKey:
+        key = self.pool.generate(now, origin)
+        made = GeneratedKey(key.id, key.text, _AVAILABLE, _seconds(key.expires_deadline - now))
         self._waiters.serve(now)
         return made
 
-    async def _take(self, owner: str | None) -> Lease | None:
+    async def _take_or_wait(self, request: Request, wait: float, timed: Timed | None) -> Lease:
+        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable."""
+        lease = await self._take(request)
+        if lease is None and wait > 0:
+            lease = await self._waiters.wait(request, wait, timed)
+        return lease or await self._refuse()
+
+    async def _take(self, request: Request) -> Lease | None:
         """Acquire an available key, if the waiters in the queue have left one."""
         while True:
             now = self.now()
-            if self._waiters.queue:  # a block may have run out whose timer is late
+            if self._waiters.waiting:  # a block may have run out whose timer is late
                 self.pool.process_due(now)
                 self._waiters.serve(now)
-            key = None if self._waiters.queue else self.pool.acquire(now, owner)
+            key = None if self._waiters.waiting else self.pool.acquire(now, *request)
             if key is not None:
-                return _lease(key, now)
+                return self._lease(key, now)
             if not self.pool.may_have_more(now):
                 return None
             if self.pool.expiry_suspended:
@@ -413,42 +535,107 @@ class EmbeddedEngine:
             await self._next_turn()  # a backlog of due keys may hide an available one
             self.journal.require()
 
-    def _unblock(self, key: Key, lease: int | None, ended: list[EndedLease] | None = None) -> bool:
-        """Free a key; whether it was blocked. Adds to `ended` a lease that was ended without its number."""
-        latest = key.lease  # a waiter may be served below, under the next number
-        changed = self.pool.unblock(key, lease)
-        if self._waiters.queue:
-            self._waiters.serve(self.now())
+    def _unblock(
+        self,
+        key: Key,
+        lease: int | None,
+        now: float,
+        *,
+        ended: list[EndedLease] | None = None,
+        report: Report | None = None,
+        origin: Origin = HOLDER,
+    ) -> Unblocked:
+        """End a lease and take its report. Adds to `ended` a lease that was ended without its number."""
+        changed, guarded = self.pool.unblock(key, lease, now, report, origin)
         if changed and lease is None and ended is not None:
-            ended.append(EndedLease(key.id, key.hint, latest))
-        return changed
+            ended.append(EndedLease(key.id, key.hint, key.lease))
+        available_in = None
+        if key.release_deadline is not None:  # then it isn't blocked any more, so it cools
+            available_in = _seconds(key.release_deadline - now)
+        answer = Unblocked(key.id, key.state, changed, available_in, guarded)
+        if self._waiters.waiting:  # one of them may get the key
+            self._waiters.serve(now)
+        return answer
 
     def _find(self, ref: Ref, now: float) -> Key | None:
         """The live key, or None. This may release the key, so waiters must be served after it.
 
-        Raises StorageUnavailable if it has expired while expiry is suspended.
+        None too for a handle of an older lease: `_missing` tells the two apart. Raises StorageUnavailable if the key
+        has expired while expiry is suspended.
         """
         try:
-            return self.pool.find_id(ref, now) if isinstance(ref, int) else self.pool.find(ref, now)
+            if isinstance(ref, str):
+                return self.pool.find(ref, now)
+            if isinstance(ref, int):
+                return self.pool.find_id(ref, now)
+            key = self.pool.find_id(ref.id, now)
         except UnknownKey:
-            if self.pool.is_suspended(ref):
+            if self.pool.is_suspended(ref.id if isinstance(ref, Handle) else ref):
                 raise self.journal.unknown_outcome() from None
             return None
+        return key if key.lease == ref.lease else None
 
-    async def _raise_unknown(self, ref: Ref) -> NoReturn:
-        """Raise UnknownKey, as soon as the purge of the key, if there was one, is on disk."""
+    def _missing(self, ref: Ref, now: float) -> UnknownKey | StaleLease:
+        """The error about a key that `_find` didn't find."""
+        if isinstance(ref, Handle):
+            with contextlib.suppress(UnknownKey):
+                return StaleLease(ref.lease, self.pool.find_id(ref.id, now).lease)
+        return UnknownKey()
+
+    async def _raise_missing(self, ref: Ref) -> NoReturn:
+        """Raise UnknownKey or StaleLease, as soon as the change that made it one is on disk."""
         journal = self.journal
-        commit = journal.commit_of(ref) if isinstance(ref, int) else journal.commit_of_text(ref)
-        if commit is not None:
-            await commit
-        raise UnknownKey
+        error = self._missing(ref, self.now())
+        if isinstance(ref, str):
+            commit = journal.commit_of_text(ref)
+        else:
+            commit = journal.commit_of(ref.id if isinstance(ref, Handle) else ref)
+        try:
+            if commit is not None:
+                await commit
+            raise error
+        finally:
+            del error  # or its traceback would refer to this frame, and this frame to it
+
+    def _tried(self, ref: Ref, now: float, change: Callable[[Key], object]) -> str:
+        """Change the key of an item of a batch. Returns the result's word."""
+        key = self._find(ref, now)
+        try:
+            if key is None:
+                raise self._missing(ref, now)
+            change(key)
+        except PoolError as error:
+            return _WORDS[type(error)]
+        return "done"
+
+    async def _in_slices(
+        self, items: Iterable[Item], change: Callable[[Item, float], Result]
+    ) -> list[Result]:
+        """What `change(item, now)` returns for each item, as soon as all is on disk. Others are served in between."""
+        self.journal.require()
+        results = []
+        until = self.now() + _SLICE_SECONDS
+        for item in items:
+            if (now := self.now()) > until:
+                until = await self._pause()
+                now = self.now()
+            results.append(change(item, now))
+        self._waiters.serve(self.now())
+        await self._all_kept()
+        return results
 
     async def _refuse(self) -> NoReturn:
         """Raise NoKeyAvailable, as soon as all changes are on disk."""
         self.pool.counters.refused += 1
         await self._all_kept()
-        seconds = self.pool.next_release(self.now())
-        raise NoKeyAvailable(None if seconds is None else _seconds(seconds))
+        pool = self.pool
+        seconds = pool.next_release(self.now())
+        raise NoKeyAvailable(
+            None if seconds is None else _seconds(seconds),
+            blocked=pool.blocked,
+            cooling=pool.cooling,
+            quarantined=pool.quarantined,
+        )
 
     async def _pause(self) -> float:
         """Let the loop serve other calls between two slices of a batch. Returns the moment when the next slice ends.
@@ -487,11 +674,12 @@ class EmbeddedEngine:
 
     def _give_back(self, lease: Lease) -> None:
         # A StaleLease means that the key was served to somebody else meanwhile. While expiry is suspended, an expired
-        # key stays blocked until its deadline.
+        # key stays blocked until its deadline. A replayed lease may have reached its caller by another call.
+        now = self.now()
         with contextlib.suppress(StaleLease, StorageUnavailable):
-            key = self._find(lease.id, self.now())
-            if key is not None:
-                self._unblock(key, lease.lease)
+            key = self._find(lease.id, now)
+            if key is not None and not key.replayed:
+                self._unblock(key, lease.lease, now)
 
     # -- what the journal calls
 
@@ -544,13 +732,51 @@ class EmbeddedEngine:
         """Set the timers of all deadlines. O(their buckets)."""
         self.timers.start(self.pool.deadline_buckets())
 
-    def _changed(self, change: Change, key: Key, owner: str | None) -> None:
+    def _changed(self, change: Change, key: Key, owner: str | None, origin: Origin) -> None:
         self.journal.touch(key)
-        if change is Change.KEPT_ALIVE:
+        if change in SILENT:
             return
-        self.events.append((change, key, owner, key.lease, self.now()))
-        if self._waiters.queue and change in _MAKES_AVAILABLE:
+        at = key.acquired_at if change is _ACQUIRED else self.now()
+        self.events.append((change, key, owner, key.lease, at, origin))
+        if change is _READY:
+            self._uncounted += 1
+        if self._waiters.waiting and change in _MAKES_AVAILABLE:
             self._waiters.serve_soon()
+
+    # -- answers
+
+    def _lease(self, key: Key, now: float) -> Lease:
+        assert key.release_deadline is not None
+        # `_seconds`, inlined: two calls of it would triple the cost.
+        return Lease(
+            key.id,
+            key.text,
+            key.lease,
+            self.handles.make(key.id, key.lease),
+            round((key.release_deadline - now) * 1000) / 1000,
+            round((key.expires_deadline - now) * 1000) / 1000,
+        )
+
+    def _row(self, key: Key, now: float) -> Row:
+        state, history = key.state, key.history
+        due_in = None if key.release_deadline is None else _seconds(key.release_deadline - now)
+        reason = history.reason
+        if state is _QUARANTINED and history.operator_reason is not None:
+            reason = history.operator_reason
+        return Row(
+            key.id,
+            key.hint,
+            state,
+            key.owner,
+            key.lease or None,
+            moment(key.created_at),
+            _seconds(key.expires_deadline - now),
+            due_in if state is _BLOCKED else None,
+            due_in if state is _COOLING else None,
+            0 if history is NO_HISTORY else self.pool.failures_of(key, now),
+            history.outcome,
+            reason,
+        )
 
     def _process_due(self) -> bool:
         """Process some of the deadlines that have passed. Returns whether there are more. O(MAX_DUE_PER_CALL)."""
@@ -564,18 +790,13 @@ class EmbeddedEngine:
         return found.more
 
 
-def _lease(key: Key, now: float) -> Lease:
-    assert key.release_deadline is not None
-    # `_seconds`, inlined: two calls of it would triple the cost.
-    release_in = round((key.release_deadline - now) * 1000) / 1000
-    return Lease(key.id, key.text, key.lease, release_in, round((key.expires_deadline - now) * 1000) / 1000)
-
-
 def _age(answer: Lease | Row, delay: float) -> None:
     if delay:
         answer.expires_in = _less(answer.expires_in, delay)
         if answer.release_in is not None:
             answer.release_in = _less(answer.release_in, delay)
+        if isinstance(answer, Row) and answer.available_in is not None:
+            answer.available_in = _less(answer.available_in, delay)
 
 
 def _less(length: float, delay: float) -> float:
@@ -584,21 +805,6 @@ def _less(length: float, delay: float) -> float:
 
 def _seconds(length: float) -> float:
     return round(length * 1000) / 1000  # a third of the cost of round(length, 3)
-
-
-def _row(key: Key, now: float) -> Row:
-    release_in = None if key.release_deadline is None else _seconds(key.release_deadline - now)
-    state = State.AVAILABLE if release_in is None else State.BLOCKED
-    return Row(
-        key.id,
-        key.hint,
-        state,
-        key.owner,
-        key.lease or None,
-        moment(key.created_at),
-        _seconds(key.expires_deadline - now),
-        release_in,
-    )
 
 
 def _done(future: asyncio.Future[None]) -> None:

@@ -54,7 +54,7 @@ class FastApi:
     """Takes the requests of the API, and leaves all others to Tornado.
 
     Clients send the same headers with each request, so the result of the checks that need only the headers is cached
-    with the header section (http1/section.py).
+    with the header section (http1/section.py). An Idempotency-Key is no part of the section.
     """
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:
@@ -96,7 +96,10 @@ class FastCall(ApiCall, RawDelegate):
         if section.cache_owner is not api:
             section.cache_owner, section.app_cache = api, api.dispatcher.cacheable_checks(head.headers)
         cached: CachedChecks | None = section.app_cache  # type: ignore[assignment]
-        self.pending = api.dispatcher.check(head, cached)
+        varying = request.varying
+        self.pending = api.dispatcher.check(
+            head, cached, None if varying is None else varying.decode("ascii")
+        )
 
     def too_large(self) -> None:
         """Refuse the request: its body is over the limit."""

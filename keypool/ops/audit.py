@@ -2,7 +2,7 @@
 
 A line is written when the change is made, even if its caller has disconnected, and at any `--log-level`
 (logs.py). It has ids and hints, never the text of a key, and of a token the first 8 hex digits
-of its digest. A batch is one line with the number of keys, the first and the last. operations.py, signin.py
+of its digest. A batch is one line with the number of keys, the first and the last. The API, signin.py
 and wrong_tokens.py decide what is audited.
 """
 
@@ -19,6 +19,7 @@ from keypool.core.keys import hint
 _log = logging.getLogger("keypool.audit")
 _KEY = re.compile(r"[A-Za-z0-9]{16,64}", re.ASCII)
 _ID = re.compile(r"id:[0-9]{1,18}", re.ASCII)
+_HANDLE = re.compile(r"h:([0-9]{1,19})\.[0-9]{1,19}\.[A-Za-z0-9_-]{11}", re.ASCII)
 
 
 def audit(
@@ -72,7 +73,12 @@ def known(key: Identity) -> str:
 
 
 def asked_for(text: str) -> str:
-    """The name of a text that a caller sent as a key, whether it is one or not: its id or hint, else `no key`."""
+    """The name of a text that a caller sent as a key, whether it is one or not: its id or hint, else `no key`.
+
+    Of a handle, the id.
+    """
     if _ID.fullmatch(text):
         return text
+    if handle := _HANDLE.fullmatch(text):
+        return f"id:{handle[1]}"
     return hint(text) if _KEY.fullmatch(text) else "no key"

@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from keypool.core.outcomes import Outcome
+
 SECONDS = (
     0.0001,
     0.00025,
@@ -92,3 +94,20 @@ class CallMetrics:
         """Count one call. About 0.4 µs."""
         self.outcomes[operation, outcome] += 1
         self.seconds[operation].add(seconds)
+
+
+class ReportMetrics:
+    """The reports of holders by outcome, and how many of them the guard kept from a quarantine. At zero from the start.
+
+    A report counts if it was the lease's first. In a batch a repeated one counts as well, and guarded ones aren't
+    distinguished, as its answer says neither.
+    """
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(map(str, Outcome), 0)
+        self.guarded = 0
+
+    def add(self, outcome: Outcome, guarded: bool = False) -> None:
+        """Count one report. O(1)."""
+        self.outcomes[outcome] += 1
+        self.guarded += guarded

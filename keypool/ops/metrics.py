@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 from keypool import __version__
 from keypool.core.answers import Stats
 from keypool.core.counters import COUNTERS
+from keypool.core.keys import State
+from keypool.core.outcomes import Outcome
 from keypool.ops.histogram import CallMetrics, Histogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -51,7 +53,7 @@ def _histogram(name: str, about: str, labels: str = "") -> MetricRow:
 
 
 METRICS = (
-    _gauge("keys", "keys", "state: available, blocked"),
+    _gauge("keys", "keys", f"state: {', '.join(State)}"),
     _gauge("waiting", "acquires waiting for a key", source="waiting"),
     _gauge("oldest_wait_seconds", "how long the first acquire in this server's queue has waited"),
     _gauge("limit", "configured limits", "limit: max_keys, max_waiters, max_viewers, connections"),
@@ -71,6 +73,8 @@ METRICS = (
     _gauge("uptime_seconds", "time since this server started", source="uptime"),
     _gauge("build_info", "always 1", "version; engine"),
     _counter("calls", "calls answered", "operation; outcome: ok or an error's code"),
+    _counter("outcomes", "reports of holders", f"outcome: {', '.join(Outcome)}"),
+    _counter("guarded", "reports that the guard kept from a quarantine"),
     _counter("auth_failures", "wrong tokens", "kind: token, sign_in"),
     _histogram(
         "call_seconds",
@@ -126,7 +130,7 @@ def exposition(
             else {(): value}
         )
     samples |= {
-        "keypool_keys": {("available",): stats.available, ("blocked",): stats.blocked},
+        "keypool_keys": {(state.value,): getattr(stats, state) for state in State},
         "keypool_build_info": {(__version__, stats.engine): 1},
         "keypool_calls_total": dict(calls.outcomes),
         "keypool_call_seconds": {(operation,): each for operation, each in calls.seconds.items()},

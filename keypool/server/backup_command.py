@@ -52,8 +52,9 @@ def _command_errors() -> Iterator[None]:
 def _report(args: argparse.Namespace, checked: Checked) -> Status:
     if args.json:
         fields = {"file": args.file, "version": checked.version, "keys": checked.keys}
-        Output(as_json=True).fields(fields | {"blocked": checked.blocked})
+        Output(as_json=True).fields(fields | checked.states)
     else:
         keys = f"{checked.keys} key" + "s" * (checked.keys != 1)
-        print(f"{args.file} is whole: version {checked.version}, {keys}, {checked.blocked} blocked")
+        states = [f"{number} {state}" for state, number in checked.states.items() if state != "available"]
+        print(f"{args.file} is whole: version {checked.version}, {keys}, {', '.join(states)}")
     return Status.OK

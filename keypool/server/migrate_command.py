@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def migrate(args: argparse.Namespace) -> Status:
     """Move a pool and print what was moved. Raises CommandError."""
     from keypool.core.errors import SettingsError, StartError  # noqa: PLC0415
+    from keypool.core.keys import State  # noqa: PLC0415
     from keypool.engine.migrate import moving, moving_valkey  # noqa: F401, PLC0415
 
     args.source, args.target = _place(args.source), _place(args.target)
@@ -45,7 +46,7 @@ def migrate(args: argparse.Namespace) -> Status:
         raise CommandError(str(error), Status.USAGE) from None
     except StartError as error:
         raise CommandError(str(error), Status.FAILED) from None
-    fields: dict[str, object] = {"keys": moved.keys, "blocked": moved.blocked}
+    fields: dict[str, object] = {"keys": moved.keys, **{state: moved.states[state] for state in State}}
     fields |= {name: number for name, number in moved.numbers.items() if name != "moment"}
     Output(as_json=args.json).fields(fields)
     return Status.OK

@@ -17,11 +17,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from keypool import __version__
-from keypool.api.auth import Access
+from keypool.api.auth import ANYONE, Access
 from keypool.config.limits import Limits, allowed_viewers
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
+from keypool.core.answers import Row, Stats
 from keypool.core.errors import KeypoolError
+from keypool.core.events import By, Event
+from keypool.core.keys import State
 from keypool.engine import Engine
 from keypool.engine.valkey.url import without_password
 from keypool.web.assets import Assets, folder
@@ -72,8 +75,12 @@ class Dashboard:
             lstrip_blocks=True,
             auto_reload=False,
         )
-        self._templates.filters.update(number=number, length_of=length)
-        self._templates.globals.update(asset=self.assets.url, version=__version__, settings=settings)
+        self._templates.filters.update(number=number, length_of=length, report=report, origin=origin)
+        self._templates.globals.update(
+            asset=self.assets.url, version=__version__, settings=settings, states=list(State)
+        )
+        for name in self._templates.list_templates():
+            self._templates.get_template(name)  # compiled now, as it would stall the first request for 40 ms
         self.counting = asyncio.Event()
         """Set after the first sample; calls before it are missing from the charts."""
         self._task = asyncio.create_task(self._count_seconds())
@@ -164,10 +171,34 @@ def number(value: float) -> str:
 
 
 def length(seconds: float | None) -> str:
-    """A length of time as a countdown shows it, 4:07; static/js/clock.js counts on from there."""
+    """A length of time as a countdown shows it, 4:07 or 6 d 23 h; static/js/clock.js counts on from there."""
     if seconds is None:
         return ""
     whole = max(0, math.ceil(seconds))
+    if whole >= 86_400:
+        return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
     if whole >= 3600:
         return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
     return f"{whole // 60}:{whole % 60:02}"
+
+
+def report(row: Row) -> str:
+    """The latest report on a key in words, and its failures in a row. The same as report() in static/js/rows.js."""
+    words = [row.outcome.replace("_", " ")] if row.outcome is not None else []
+    if row.failures:
+        words.append(f"{row.failures} failure{'s' if row.failures > 1 else ''}")
+    return ", ".join(words)
+
+
+def origin(event: Event) -> str:
+    """Who or what brought an event about, in words. The same as origin() in static/js/rows.js."""
+    if event.by is By.HOLDER:
+        return f"by {event.owner or 'holder'}"
+    named = event.actor is not None and event.actor != ANYONE.token
+    by = f"by {event.by} {event.actor}" if named else f"by {event.by}"
+    return f"{by}, held by {event.owner}" if event.owner else by
+
+
+def mostly_out(stats: Stats) -> bool:
+    """Whether more than half of the pool is cooling or quarantined. The same as in static/js/pages/overview.js."""
+    return (stats.cooling + stats.quarantined) * 2 > stats.total

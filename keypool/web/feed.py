@@ -27,7 +27,7 @@ from keypool.core.counters import counter_values
 from keypool.core.errors import Draining, KeypoolError, TooManyViewers
 from keypool.core.keys import moment
 from keypool.engine import Engine
-from keypool.web.history import History
+from keypool.web.history import GAUGES, History
 
 INTERVAL = 0.25  # seconds between frames
 QUIET = 5.0  # seconds without a frame after which a beat shows that the connection is alive
@@ -216,7 +216,7 @@ class Feed:
 
 def _numbers(stats: Stats) -> tuple[int, ...]:
     """The numbers whose change is worth a frame: all but the uptime."""
-    return (stats.available, stats.blocked, stats.waiting, *counter_values(stats))
+    return (*(getattr(stats, name) for name in GAUGES), *counter_values(stats))
 
 
 def _tail(members: dict[str, Any]) -> bytes:

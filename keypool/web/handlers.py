@@ -16,9 +16,9 @@ from keypool.api.auth import Role
 from keypool.api.curl import call_lines, generate_line, key_lines
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import BadRequest, KeypoolError, NotFound, Unauthorized, UnknownKey, WrongToken
-from keypool.core.events import Change
-from keypool.core.keys import moment
-from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, settings_in_force
+from keypool.core.events import SILENT, Change
+from keypool.core.keys import State, moment
+from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, mostly_out, settings_in_force
 from keypool.web.pages import PageHandler
 from keypool.web.session import Session
 
@@ -26,9 +26,14 @@ TABS = {
     "all": ("All", {"order": "id"}),
     "available": ("Available", {"state": "available"}),
     "blocked": ("Blocked", {"order": "release"}),
+    "cooling": ("Cooling", {"order": "ready"}),
+    "quarantined": ("Quarantined", {"state": "quarantined"}),
     "expiring": ("Expiring soon", {"order": "expiry"}),
 }
-SHOWN = 10  # rows of the overview's lists; static/js/pages/overview.js has the same
+SHOWN = (
+    10  # events of the overview, and SHOWN_DUE rows of each list; static/js/pages/overview.js has the same
+)
+SHOWN_DUE = 5
 SHOWN_EVENTS = 200
 THEMES = ("light", "dark")
 
@@ -91,15 +96,23 @@ class Overview(DashboardHandler):
 
     async def get(self, *args: str) -> None:
         dashboard = self.dashboard
-        soonest = await self.engine.page(ListQuery(order="release", limit=SHOWN))
+        stats = await self.engine.stats()
+        released = (await self.engine.page(ListQuery(order="release", limit=SHOWN_DUE))).keys
+        ready = (await self.engine.page(ListQuery(order="ready", limit=SHOWN_DUE))).keys
+        due = [
+            left for row in (*released, *ready) if (left := row.release_in or row.available_in) is not None
+        ]
         self.show(
             "overview.html",
             page="overview",
             title="Overview",
-            stats=await self.engine.stats(),
+            stats=stats,
+            mostly_out=mostly_out(stats),
             figures=dashboard.figures(),
             events=self.engine.recent(SHOWN)[::-1],
-            soonest=soonest.keys,
+            released=released,
+            ready=ready,
+            due=min(due, default=None),
         )
 
 
@@ -146,8 +159,7 @@ def list_query(tab: str, search: str, after: str | None) -> ListQuery:
     """The API's query for a tab and a search by prefix. Raises BadRequest."""
     asked = dict(TABS[tab][1])
     if search:
-        state = "blocked" if tab == "blocked" else asked.get("state")
-        asked = {"prefix": search} | ({"state": state} if state else {})
+        asked = {"prefix": search} | ({"state": tab} if tab in list(State) else {})
     try:
         return convert({**asked, "after": after, "limit": 50}, ListQuery)
     except ValidationError:
@@ -169,7 +181,7 @@ class KeyPanel(DashboardHandler):
                 raise
             row = None
             self.set_status(404)
-        names = ("get", "unblock", "keepalive", "delete", "reveal")
+        names = ("get", "unblock", "keepalive", "quarantine", "restore", "delete", "reveal")
         template = "key_part.html" if part else "key.html"
         self.show(
             template,
@@ -182,8 +194,6 @@ class KeyPanel(DashboardHandler):
             lines=key_lines(
                 self.site, None if self.access.open else self.role, key_id, row.lease if row else None, names
             ),
-            block_seconds=self.dashboard.settings.block_seconds,
-            keepalive_seconds=self.dashboard.settings.keepalive_seconds,
         )
 
 
@@ -192,7 +202,7 @@ class Events(DashboardHandler):
 
     async def get(self, *args: str) -> None:
         kind = self.get_query_argument("kind", "")
-        kinds = [change.value for change in Change if change is not Change.KEPT_ALIVE]
+        kinds = [change.value for change in Change if change not in SILENT]
         if kind and kind not in kinds:
             raise BadRequest(f"kind takes {', '.join(kinds)}")
         await self.engine.stats()  # as in KeyPanel

@@ -2,7 +2,7 @@
 
 A sample holds gauges (at its end) and counts (of what happened during it). Samples are taken on whole seconds.
 If the loop was too busy to take one, it is filled in later with its share of the counts, so that the time axis
-is always right. Memory is bounded: 2,340 samples of 12 small numbers, about 1 MB. A restart begins
+is always right. Memory is bounded: 2,340 samples of 16 small numbers, about 1 MB. A restart begins
 with an empty history.
 """
 
@@ -17,7 +17,7 @@ from keypool.core.answers import Stats
 from keypool.core.counters import COUNTERS, counter_values
 from keypool.core.keys import moment
 
-GAUGES = ("available", "blocked", "waiting")
+GAUGES = ("available", "blocked", "cooling", "quarantined", "waiting")
 COUNTS = tuple(COUNTERS)
 SECONDS, MINUTES = 15 * 60, 24 * 60
 

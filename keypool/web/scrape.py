@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from keypool.api.operations import VIEWER
+from keypool.api.calls import VIEWER
 from keypool.ops.histogram import Histogram
 from keypool.ops.metrics import CONTENT_TYPE, exposition
 from keypool.web.pages import PageHandler
@@ -45,6 +45,8 @@ class Metrics(PageHandler):
             "keypool_storage_up": int(engine.storage_up()),
             "keypool_oldest_wait_seconds": engine.oldest_wait(),
             "keypool_limit": sources.limits,
+            "keypool_outcomes_total": self.dispatcher.reports.outcomes,
+            "keypool_guarded_total": self.dispatcher.reports.guarded,
             "keypool_auth_failures_total": self.dispatcher.wrong_tokens.counts,
             "keypool_clock_steps_total": engine.clock_steps,
             **engine.measures(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from keypool.api.operations import Call, write_audit
+from keypool.api.calls import Call, write_audit
 from keypool.api.problems import problem_headers
 from keypool.api.wrong_tokens import LONGEST
 from keypool.core.errors import (

@@ -5,11 +5,14 @@
 // was done.
 
 import { call } from "./api.js";
-import { ask, confirm, number, toast } from "./ui.js";
+import { ask, askQuarantine, confirm, number, toast } from "./ui.js";
 
 const holder = (key) => key.owner || "A holder without a name";
 const named = (key) => `${key.id} ${key.hint}`;
-const whose = (key) => (key.state === "blocked" ? `held by ${key.owner || "a holder without a name"}` : "available");
+const whose = (key) => (key.state === "blocked" ? `held by ${key.owner || "a holder without a name"}` : key.state);
+const isOut = (key) => key.state === "cooling" || key.state === "quarantined";
+const several = (keys) => (keys.length === 1 ? "one key" : `${keys.length} keys`);
+const ids = (keys) => keys.map((key) => `id:${key.id}`);
 
 async function done(work, said) {
   try {
@@ -50,7 +53,39 @@ export async function unblock(key) {
   if (!sure) return false;
   return done(
     () => call("POST", `/keys/id:${key.id}/unblock`, { lease: key.lease }),
-    (answer) => (answer.changed ? `Key ${key.id} is available.` : `Key ${key.id} was already available.`),
+    (answer) => `Key ${key.id} ${answer.changed ? "is" : "was already"} ${answer.state}.`,
+  );
+}
+
+/** Take a key out of service; asks for a reason, and for a held key whether its lease ends now. */
+export async function quarantine(key) {
+  const held = key.state === "blocked";
+  const asked = await askQuarantine({
+    title: `Quarantine key ${named(key)}?`,
+    text: `The key is not served until somebody restores it, and expires like others without a keepalive.${held ? ` ${holder(key)} has it until the lease ends.` : ""}`,
+    held,
+  });
+  if (!asked) return false;
+  return done(
+    () => call("POST", `/keys/id:${key.id}/quarantine`, asked),
+    (row) => (row.state === "quarantined" ? `Key ${key.id} is quarantined.` : `Key ${key.id} will be quarantined when its lease ends.`),
+  );
+}
+
+/** Bring a key back into service, or call off a quarantine that is to come. */
+export async function restore(key) {
+  const why = [key.report, key.reason].filter(Boolean).join(": ");
+  const sure = await confirm({
+    title: `Restore key ${named(key)}?`,
+    text: isOut(key)
+      ? `It is ${key.state}${why ? ` (${why})` : ""}. Restored, it is served again at once, whether or not the reason is gone; its failures and last report are forgotten.`
+      : "Its failures and last report are forgotten, and a quarantine that was to come is called off. A lease goes on.",
+    go: "Restore",
+  });
+  if (!sure) return false;
+  return done(
+    () => call("POST", `/keys/id:${key.id}/restore`),
+    (row) => (isOut(key) ? `Key ${key.id} is ${row.state}.` : `The reports on key ${key.id} are forgotten.`),
   );
 }
 
@@ -79,7 +114,7 @@ const counted = (answer) => {
 /** Put off the expiry of several keys. */
 export function keepaliveMany(keys) {
   return done(
-    () => call("POST", "/batch", { op: "keepalive", keys: keys.map((key) => `id:${key.id}`) }),
+    () => call("POST", "/batch", { op: "keepalive", keys: ids(keys) }),
     (answer) => `${number(answer.done)} kept alive.${counted(answer)}`,
   );
 }
@@ -92,7 +127,7 @@ export async function unblockMany(keys) {
     return false;
   }
   const sure = await confirm({
-    title: `Unblock ${held.length === 1 ? "one key" : `${held.length} keys`}?`,
+    title: `Unblock ${several(held)}?`,
     text: "Their holders are not notified, and may still use the keys while they are leased to someone else.",
     list: held.map((key) => [named(key), whose(key)]),
     go: "Unblock",
@@ -101,6 +136,43 @@ export async function unblockMany(keys) {
   return done(
     () => call("POST", "/batch", { op: "unblock", keys: held.map((key) => ({ key: `id:${key.id}`, lease: key.lease })) }),
     (answer) => `${number(answer.done)} unblocked.${counted(answer)}`,
+  );
+}
+
+/** Take several keys out of service. */
+export async function quarantineMany(keys) {
+  if (keys.length === 1) return quarantine(keys[0]);
+  const held = keys.some((key) => key.state === "blocked");
+  const asked = await askQuarantine({
+    title: `Quarantine ${several(keys)}?`,
+    text: `They are not served until somebody restores them.${held ? " Those that are held go when their lease ends." : ""}`,
+    list: keys.map((key) => [named(key), whose(key)]),
+    held,
+  });
+  if (!asked) return false;
+  return done(
+    () => call("POST", "/batch", { op: "quarantine", keys: ids(keys), ...asked }),
+    (answer) => `${number(answer.done)} quarantined${held && !asked.now ? ", those that are held when their lease ends" : ""}.${counted(answer)}`,
+  );
+}
+
+/** Bring several keys back into service. */
+export async function restoreMany(keys) {
+  const out = keys.filter(isOut);
+  if (out.length === 0) {
+    toast("None of the selected keys is cooling or quarantined.");
+    return false;
+  }
+  const sure = await confirm({
+    title: `Restore ${several(out)}?`,
+    text: "They are served again at once, whether or not the reasons are gone; their failures and last reports are forgotten.",
+    list: out.map((key) => [named(key), key.state]),
+    go: "Restore",
+  });
+  if (!sure) return false;
+  return done(
+    () => call("POST", "/batch", { op: "restore", keys: ids(out) }),
+    (answer) => `${number(answer.done)} restored.${counted(answer)}`,
   );
 }
 
@@ -118,10 +190,20 @@ export async function removeMany(keys) {
   });
   if (!sure) return false;
   return done(
-    () => call("POST", "/batch", { op: "delete", keys: keys.map((key) => `id:${key.id}`) }),
+    () => call("POST", "/batch", { op: "delete", keys: ids(keys) }),
     (answer) => `${number(answer.done)} deleted.${counted(answer)}`,
   );
 }
+
+/** The actions by the names that buttons have: on one key, and on several. */
+export const ONE = { unblock, quarantine, restore, keepalive, delete: remove };
+export const MANY = {
+  unblock: unblockMany,
+  quarantine: quarantineMany,
+  restore: restoreMany,
+  keepalive: keepaliveMany,
+  delete: removeMany,
+};
 
 document.addEventListener("click", (event) => {
   if (event.target.closest("[data-generate]")) generate();

@@ -26,17 +26,24 @@ export function hear(moment) {
   offset = Math.max(...samples.map((sample) => sample.difference));
 }
 
-/** A length of time as a countdown shows it: 4:07. The same as length() in keypool/web/dashboard.py. */
+/** A length of time as a countdown shows it: 4:07, or 6 d 23 h. The same as length() in keypool/web/dashboard.py. */
 export function spell(seconds) {
   const whole = Math.max(0, Math.ceil(seconds));
   const two = (part) => String(part).padStart(2, "0");
+  if (whole >= 86_400) return `${Math.floor(whole / 86_400)} d ${Math.floor((whole % 86_400) / 3600)} h`;
   if (whole >= 3600) return `${Math.floor(whole / 3600)}:${two(Math.floor((whole % 3600) / 60))}:${two(whole % 60)}`;
   return `${Math.floor(whole / 60)}:${two(whole % 60)}`;
 }
 
-/** Give a countdown its deadline: seconds left as of now, or null for none. */
-export function setLeft(element, left, asOf = now()) {
-  if (!element) return;
+/**
+ * Give a countdown its deadline: seconds left as of now, or null for none. `kind` and `whole`, the seconds of a full gauge,
+ * change with the state of the key.
+ */
+export function setLeft(element, left, asOf = now(), { kind, whole } = element.dataset) {
+  if (element.dataset.kind !== kind || element.dataset.whole !== whole) {
+    Object.assign(element.dataset, { kind, whole });
+    element.shown = null;
+  }
   element.deadline = left === null ? null : asOf + left * 1000;
   element.toggleAttribute("data-blank", left === null);
   if (left === null) element.dataset.left = "";

@@ -18,6 +18,8 @@ theme.addEventListener("change", () => {
   else delete document.documentElement.dataset.theme;
 });
 
+document.querySelector(".tabs [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" }); // on a phone they scroll
+
 const page = document.body.dataset.page;
 if (["overview", "keys", "events", "system"].includes(page)) await import(`./pages/${page}.js`);
 feed.start();

@@ -6,7 +6,7 @@
 
 import { now } from "./clock.js";
 
-const GAUGES = ["available", "blocked", "waiting"];
+const GAUGES = ["available", "blocked", "cooling", "quarantined", "waiting"];
 const SIZES = { seconds: 900, minutes: 1440 };
 
 export const model = {

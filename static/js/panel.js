@@ -25,6 +25,8 @@ function describe(article) {
     owner: article.dataset.owner,
     state: article.dataset.state,
     lease: Number(article.dataset.lease) || null,
+    report: article.dataset.report,
+    reason: article.dataset.reason,
   };
 }
 
@@ -101,7 +103,6 @@ function countDown() {
   else setText(revealed.article.querySelector(".reveal-off"), `Recorded in the audit log. Hidden again in ${left} s.`);
 }
 
-const ACTS = { unblock: actions.unblock, keepalive: actions.keepalive, delete: actions.remove };
 
 document.addEventListener("click", async (event) => {
   const article = event.target.closest(".key-panel");
@@ -117,7 +118,7 @@ document.addEventListener("click", async (event) => {
   else if (event.target.closest("[data-reveal]")) reveal(article);
   else if (event.target.closest("[data-hide]")) hide();
   else if (event.target.closest("[data-copy-secret]")) copy(revealed?.text ?? "", "the key");
-  else if (act && (await ACTS[act](describe(article)))) {
+  else if (act && (await actions.ONE[act](describe(article)))) {
     if (open === null) location.reload();
     else load();
   }

@@ -4,27 +4,48 @@
 import { setLeft } from "./clock.js";
 import { made, setText } from "./ui.js";
 
-/** Fill a row of the table of keys, or of the list of the next releases. `asOf` is the server's time of the answer. */
+const { block, cooldown } = document.body.dataset;
+const DUE = { cooling: { kind: "ready", whole: cooldown } };
+const BLOCK = { kind: "release", whole: block };
+
+/** The latest report on a key in words. The same as report() in keypool/web/dashboard.py. */
+function report(key) {
+  const failures = key.failures ? `${key.failures} failure${key.failures > 1 ? "s" : ""}` : "";
+  return [key.outcome?.replace("_", " "), failures].filter(Boolean).join(", ");
+}
+
+/** Who or what brought an event about, in words. The same as origin() in keypool/web/dashboard.py. */
+function origin(event) {
+  if (event.by === "holder") return `by ${event.owner || "holder"}`;
+  const by = event.actor ? `by ${event.by} ${event.actor}` : `by ${event.by}`;
+  return event.owner ? `${by}, held by ${event.owner}` : by;
+}
+
+/** Fill a row of the table of keys, or of a list of the overview. `asOf` is the server's time of the answer. */
 export function fillKey(element, key, asOf) {
-  for (const name of ["id", "hint", "owner", "lease"]) {
-    for (const field of element.querySelectorAll(`[data-f="${name}"]`)) setText(field, String(key[name] ?? ""));
-  }
+  const said = report(key);
+  const shown = { ...key, report: said, about: key.owner ?? said };
+  for (const field of element.querySelectorAll("[data-f]")) setText(field, String(shown[field.dataset.f] ?? ""));
   const link = element.querySelector(".key-link");
   if (element.dataset.id !== String(key.id)) {
     element.dataset.id = key.id;
     link.href = `/keys/${key.id}`;
   }
-  if (element.dataset.state !== key.state) {
-    element.dataset.state = key.state;
-    const state = element.querySelector(".state");
-    if (state) {
-      state.dataset.state = key.state;
-      setText(state, key.state);
-    }
-  }
+  setState(element, key.state, key.release_in ?? key.available_in, asOf);
   element.dataset.lease = key.lease ?? "";
-  setLeft(element.querySelector('[data-kind="release"]'), key.release_in, asOf);
-  setLeft(element.querySelector('[data-kind="expires"]'), key.expires_in, asOf);
+  const expires = element.querySelector('[data-kind="expires"]');
+  if (expires) setLeft(expires, key.expires_in, asOf);
+}
+
+/** Show the state of a row's key, and the seconds until the state ends by itself, null if it doesn't. */
+export function setState(element, state, left, asOf) {
+  const label = element.querySelector(".state");
+  element.dataset.state = state;
+  if (label) {
+    label.dataset.state = state;
+    setText(label, state);
+  }
+  setLeft(element.querySelector('.countdown:not([data-kind="expires"])'), left, asOf, DUE[state] ?? BLOCK);
 }
 
 /** A key as the table shows it. */
@@ -36,6 +57,8 @@ export function readKey(element) {
     owner: text("owner"),
     state: element.dataset.state,
     lease: Number(element.dataset.lease) || null,
+    report: text("report"),
+    reason: text("reason"),
   };
 }
 
@@ -44,7 +67,7 @@ export function eventRow(event) {
   const element = made("event-template");
   element.dataset.id = event.id;
   element.dataset.kind = event.event;
-  const shown = { ...event, at: event.at.slice(11, 19), lease: event.lease ? `lease ${event.lease}` : "" };
+  const shown = { ...event, at: event.at.slice(11, 19), lease: event.lease ? `lease ${event.lease}` : "", origin: origin(event) };
   for (const field of element.querySelectorAll("[data-f]")) field.textContent = shown[field.dataset.f] ?? "";
   element.querySelector("time").dateTime = event.at;
   element.querySelector(".key-link").href = `/keys/${event.id}`;

@@ -48,17 +48,7 @@ export function ask(dialog) {
   });
 }
 
-/**
- * Ask for confirmation. `word` has to be typed; `list` has pairs of a key and its holder.
- */
-export function confirm({ title, text, list = [], word = "", go, danger = false }) {
-  const dialog = document.getElementById("confirm");
-  const button = dialog.querySelector("#confirm-go");
-  const typed = dialog.querySelector("#confirm-typed");
-  const input = typed.querySelector("input");
-  dialog.querySelector("#confirm-title").textContent = title;
-  dialog.querySelector("#confirm-text").textContent = text;
-  const items = dialog.querySelector("#confirm-list");
+function fillList(items, list) {
   items.hidden = list.length === 0;
   items.replaceChildren(
     ...list.map(([what, whose]) => {
@@ -72,6 +62,19 @@ export function confirm({ title, text, list = [], word = "", go, danger = false 
       return item;
     }),
   );
+}
+
+/**
+ * Ask for confirmation. `word` has to be typed; `list` has pairs of a key and its state.
+ */
+export function confirm({ title, text, list = [], word = "", go, danger = false }) {
+  const dialog = document.getElementById("confirm");
+  const button = dialog.querySelector("#confirm-go");
+  const typed = dialog.querySelector("#confirm-typed");
+  const input = typed.querySelector("input");
+  dialog.querySelector("#confirm-title").textContent = title;
+  dialog.querySelector("#confirm-text").textContent = text;
+  fillList(dialog.querySelector(".affected"), list);
   typed.hidden = !word;
   dialog.querySelector("#confirm-word").textContent = word;
   input.value = "";
@@ -81,16 +84,26 @@ export function confirm({ title, text, list = [], word = "", go, danger = false 
   input.oninput = () => {
     button.disabled = input.value.trim() !== word;
   };
-  // Enter in the field would press the first button, which is Cancel.
-  input.onkeydown = (event) => {
-    if (event.key !== "Enter") return;
-    event.preventDefault();
-    if (!button.disabled) button.click();
-  };
   return ask(dialog);
 }
 
+/** Ask for the reason of a quarantine, and, if some key is `held`, whether to end its lease; null if cancelled. */
+export async function askQuarantine({ title, text, list = [], held }) {
+  const dialog = document.getElementById("quarantine");
+  const reason = dialog.querySelector("[name=reason]");
+  const now = dialog.querySelector("[name=now]");
+  dialog.querySelector("#quarantine-title").textContent = title;
+  dialog.querySelector("#quarantine-text").textContent = text;
+  fillList(dialog.querySelector(".affected"), list);
+  dialog.querySelector("#quarantine-now").hidden = !held;
+  reason.value = "";
+  now.checked = false;
+  if (!(await ask(dialog))) return null;
+  return { reason: reason.value.trim() || null, now: now.checked };
+}
+
 document.addEventListener("click", (event) => {
+  event.target.closest("[data-cancel]")?.closest("dialog").close("cancel");
   const button = event.target.closest("[data-copy]");
   if (button) copy(button.parentElement.querySelector("code").textContent, button.getAttribute("aria-label").replace("Copy: ", ""));
 });

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Start
-from support import ADMIN_TOKEN, VIEWER_TOKEN, ServerProcess
+from support import ADMIN_TOKEN, API, VIEWER_TOKEN, Client, ServerProcess
 
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -125,6 +125,19 @@ def tokened(lend: Start) -> ServerProcess:
     )
 
 
+def report(client: Client, outcome: str, owner: str = "worker-7", **fields: object) -> int:
+    """Acquire a key and give it back with an outcome. Returns its id."""
+    lease = client.acquire(owner=owner)
+    body = {"lease": lease["lease"], "outcome": outcome, **fields}
+    client.post(f"{API}/keys/{lease['key']}/unblock", json=body).expect(200)
+    return int(lease["id"])
+
+
+def quarantine(client: Client, key_id: int, **fields: object) -> None:
+    """Quarantine a key as an admin."""
+    client.post(f"{API}/keys/id:{key_id}/quarantine", json=fields).expect(200)
+
+
 def state(page: Page, wanted: str, within: float = 15) -> None:
     """Wait until the pill shows this state of the connection."""
     page.wait_for_selector(f'#pill[data-state="{wanted}"]', timeout=within * 1000)
@@ -136,3 +149,14 @@ def figure(page: Page, tile: str, wanted: str) -> None:
         "([tile, wanted]) => document.querySelector(`#tile-${tile} .figure`).textContent === wanted",
         arg=[tile, wanted],
     )
+
+
+def row(page: Page, key_id: int) -> Any:
+    """A row of the table."""
+    return page.locator(f".key-row[data-id='{key_id}']")
+
+
+def rows(client: Client) -> list[dict[str, Any]]:
+    """The first fifty keys."""
+    found: list[dict[str, Any]] = client.get("/api/v1/keys").json["keys"]
+    return found

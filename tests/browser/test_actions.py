@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from conftest import Start
 from support import ADMIN_TOKEN, API, Client, ServerProcess, eventually
 
-from browser.conftest import Tabs, figure
+from browser.conftest import Tabs, figure, quarantine, report, row, rows
 
 if TYPE_CHECKING:
     from playwright.sync_api import Route
@@ -25,17 +25,12 @@ def confirm(page: Any, *words: str) -> None:
     dialog.locator("#confirm-go").click()
 
 
-def row(page: Any, key_id: int) -> Any:
-    """A row of the table."""
-    return page.locator(f".key-row[data-id='{key_id}']")
-
-
 def test_generate_from_an_empty_pool(start_server: Start, tabs: Tabs) -> None:
     """The empty pool's own button works."""
     page = tabs.live(start_server())
     page.locator("#empty [data-generate]").click()
     page.get_by_label("How many").fill("25")
-    page.locator("#generate").get_by_role("button", name="Generate").click()
+    page.get_by_label("How many").press("Enter")
     page.get_by_text("25 keys generated.").wait_for()
     figure(page, "available", "25")
     assert not page.locator("#empty").is_visible()
@@ -78,6 +73,97 @@ def test_a_late_unblock_does_not_free_the_next_holders_key(
     confirm(page, "first")
     page.get_by_text("Stale lease").wait_for()
     assert client.row(lease["key"])["owner"] == "second"
+
+
+def test_quarantine_a_key_that_is_held(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """It goes when its lease ends; or now, which the dialog offers for held keys only."""
+    client.make_many(2)
+    lease = client.acquire(owner="worker-7")
+    page = tabs.live(server, "/keys")
+    button, dialog = (
+        row(page, lease["id"]).locator("[data-act=quarantine]"),
+        page.locator("#quarantine[open]"),
+    )
+    button.click()
+    dialog.wait_for()
+    assert "worker-7" in dialog.inner_text()
+    dialog.get_by_label("Reason").fill("ticket 4711")
+    dialog.get_by_role("button", name="Quarantine").click()
+    page.get_by_text(f"Key {lease['id']} will be quarantined when its lease ends.").wait_for()
+    assert client.row(lease["key"])["state"] == "blocked"
+    button.click()
+    assert dialog.get_by_label("Reason").input_value() == ""
+    dialog.get_by_label("Now").check()
+    dialog.get_by_role("button", name="Quarantine").click()
+    page.get_by_text(f"Key {lease['id']} is quarantined.").wait_for()
+    found = client.row(lease["key"])
+    assert (found["state"], found["reason"]) == ("quarantined", "ticket 4711")
+    row(page, next(each["id"] for each in rows(client) if each["state"] == "available")).locator(
+        "[data-act=quarantine]"
+    ).click()
+    dialog.wait_for()
+    assert not dialog.get_by_label("Now").is_visible()
+    dialog.get_by_role("button", name="Cancel").click()
+    assert client.stats()["quarantined"] == 1
+
+
+def test_restore_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """The dialog says why the key is out; a cooling key can be restored, too."""
+    client.make_many(2)
+    invalid = report(client, "invalid", reason="401 from example.com")
+    limited = report(client, "rate_limited", retry_after=900)
+    page = tabs.live(server, "/keys")
+    row(page, invalid).locator("[data-act=restore]").click()
+    confirm(page, "quarantined", "invalid: 401 from example.com", "Restore")
+    page.get_by_text(f"Key {invalid} is available.").wait_for()
+    row(page, limited).locator("[data-act=restore]").click()
+    confirm(page, "cooling", "rate limited, 1 failure", "Restore")
+    page.get_by_text(f"Key {limited} is available.").wait_for()
+    assert [(each["state"], each["failures"], each["outcome"]) for each in rows(client)] == [
+        ("available", 0, None)
+    ] * 2
+
+
+def test_call_off_a_quarantine_that_is_to_come(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """From the panel of a key that is held; its lease goes on."""
+    client.make()
+    lease = client.acquire(owner="worker-7")
+    quarantine(client, lease["id"])
+    page = tabs.live(server, f"/keys/{lease['id']}")
+    page.locator("[data-act=restore]").click()
+    confirm(page, "called off", "Restore")
+    eventually(lambda: "restore by admin" in server.log, "its line of the audit log")
+    assert client.row(lease["key"])["owner"] == "worker-7"
+    client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
+    assert client.row(lease["key"])["state"] == "available"
+
+
+def test_quarantine_and_restore_several(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """One reason for all; a restore leaves out those that are neither cooling nor quarantined."""
+    client.make_many(4)
+    client.acquire(owner="worker-7")
+    page = tabs.live(server, "/keys")
+    page.get_by_label("Select all rows shown").check()
+    page.locator("[data-bulk=quarantine]").click()
+    dialog = page.locator("#quarantine[open]")
+    dialog.wait_for()
+    assert "held by worker-7" in dialog.inner_text()
+    dialog.get_by_label("Reason").fill("rotated")
+    dialog.get_by_label("Reason").press("Enter")
+    page.get_by_text("4 quarantined, those that are held when their lease ends.").wait_for()
+    assert [each["reason"] for each in rows(client)].count("rotated") == 3
+    page.locator("#bulk").wait_for(state="hidden")
+    eventually(lambda: page.locator(".state[data-state=quarantined]").count() == 3, "three rows")
+    page.get_by_label("Select all rows shown").check()
+    page.locator("[data-bulk=restore]").click()
+    confirm(page, "Restore 3 keys", "quarantined")
+    page.get_by_text("3 restored.").wait_for()
+    assert client.stats()["available"] == 3
+    page.locator("#bulk").wait_for(state="hidden")
+    eventually(lambda: page.locator(".state[data-state=available]").count() == 3, "three rows")
+    page.get_by_label("Select all rows shown").check()
+    page.locator("[data-bulk=restore]").click()
+    page.get_by_text("None of the selected keys is cooling or quarantined.").wait_for()
 
 
 def test_keep_alive_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:

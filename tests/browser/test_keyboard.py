@@ -80,6 +80,25 @@ def test_a_row_and_a_dialog_by_tab_and_enter(server: ServerProcess, client: Clie
     assert client.stats()["total"] == 1
 
 
+def test_a_quarantine_by_keyboard(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """The field of the reason has the focus; Escape changes nothing; the focus returns to the button."""
+    key = client.make()
+    page = tabs.live(server, "/keys")
+    button = page.locator(f".key-row[data-id='{key['id']}'] [data-act=quarantine]")
+    button.focus()
+    page.keyboard.press("Enter")
+    page.locator("#quarantine[open]").wait_for()
+    assert page.evaluate("document.activeElement.name") == "reason"
+    page.keyboard.press("Escape")
+    assert button.evaluate("button => button === document.activeElement")
+    assert client.stats()["quarantined"] == 0
+    page.keyboard.press("Enter")
+    page.keyboard.type("leaked")
+    page.keyboard.press("Enter")
+    page.get_by_text(f"Key {key['id']} is quarantined.").wait_for()
+    assert client.row(key["key"])["reason"] == "leaked"
+
+
 def test_the_content_can_be_skipped_to(server: ServerProcess, tabs: Tabs) -> None:
     """The first stop of Tab."""
     page = tabs.live(server)

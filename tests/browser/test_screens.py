@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 from support import Client, ServerProcess
 
-from browser.conftest import Tabs, figure
+from browser.conftest import Tabs, figure, quarantine, report, row, rows
 
-SCREENS = ("/", "/keys", "/keys?tab=blocked", "/events", "/system", "/calls")
+SCREENS = (
+    "/", "/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined", "/events", "/system", "/calls",
+)  # fmt: skip
+LONG = "429 from an-api-with-a-long-name.example.com: the daily quota of account 4711 is used up"
 
 
 def fill(client: Client, keys: int = 120) -> dict[str, Any]:
-    """Fill the pool for the screens; returns the lease of one key."""
+    """Fill the pool for the screens, with keys in all states; returns the lease of one key."""
     client.make_many(keys)
+    report(client, "rate_limited", retry_after=90, reason=LONG)
+    report(client, "rate_limited", retry_after=500_000)
+    report(client, "invalid", reason=LONG)
+    report(client, "error", reason="502")
     client.batch(op="acquire", count=keys // 4, owner="worker-7")
     return client.acquire(owner="crawler-eu-3-with-a-very-long-name-that-must-not-break-the-page")
 
@@ -57,6 +64,19 @@ def test_the_panel_and_the_dialogs_are_accessible(
     fill(client, 12)
     page = tabs.live(server, color_scheme=theme, reduced_motion="reduce")
     assert axe(page) == []
+    page.goto("/keys")
+    page.get_by_label("Select all rows shown").click()
+    page.locator("[data-bulk=quarantine]").click()
+    page.wait_for_selector("#quarantine[open]")
+    assert axe(page) == []
+    page.get_by_label("Now: end the lease at once").check()
+    page.get_by_role("button", name="Quarantine", exact=True).click()
+    page.get_by_text("12 quarantined.").wait_for()
+    page.goto("/")
+    page.locator(".tile.warn").first.wait_for()
+    assert axe(page) == []
+    client.batch(op="restore", keys=[f"id:{each['id']}" for each in rows(client)])
+    client.acquire()
     page.goto("/keys?tab=blocked")
     page.locator(".key-link").first.click()
     page.wait_for_selector("#panel[open] .key-panel")
@@ -110,6 +130,22 @@ def test_a_phone_scrolls_one_way_only(server: ServerProcess, client: Client, tab
     assert box["height"] >= 24
 
 
+@pytest.mark.parametrize("width", [770, 1000, 1280, 1440])
+def test_no_column_of_a_table_is_cut_off(
+    server: ServerProcess, client: Client, tabs: Tabs, width: int
+) -> None:
+    """However long owners and reasons are."""
+    fill(client)
+    page = tabs.live(server, viewport={"width": width, "height": 700})
+    for screen in ("/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined"):
+        page.goto(screen)
+        page.locator(".key-row").first.wait_for()
+        edges = page.evaluate(
+            "['#keys', '#keys table'].map(each => document.querySelector(each).getBoundingClientRect().right)"
+        )
+        assert edges[1] <= edges[0], f"{screen}: the table ends at {edges[1]}, its card at {edges[0]}"
+
+
 def test_everything_can_be_read_without_scripts(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Numbers, rows, pages, one key; nothing is offered that would need a script."""
     lease = fill(client)
@@ -140,9 +176,17 @@ def test_the_overview_is_live(server: ServerProcess, client: Client, tabs: Tabs)
     figure(page, "available", "30")
     lease = client.acquire(owner="worker-7")
     figure(page, "blocked", "1")
-    page.wait_for_selector(f"#soonest li[data-id='{lease['id']}']")
-    assert "worker-7" in page.locator("#soonest li").first.inner_text()
+    page.wait_for_selector(f"[data-order=release] li[data-id='{lease['id']}']")
+    assert "worker-7" in page.locator("[data-order=release] li").first.inner_text()
     page.wait_for_selector("#latest .event[data-kind=acquired]")
+    limited = report(client, "rate_limited", retry_after=90)
+    figure(page, "cooling", "1")
+    page.wait_for_selector(f"[data-order=ready] li[data-id='{limited}']")
+    assert "rate limited, 1 failure" in page.locator("[data-order=ready] li").first.inner_text()
+    assert "by worker-7" in page.locator("#latest .event[data-kind=cooled]").inner_text()
+    page.wait_for_function(
+        "() => document.querySelector('#chart-composition [data-value=cooling]').textContent === '1'"
+    )
     client.batch(op="acquire", count=100)
     client.post("/api/v1/keys/acquire").expect_problem(404, "no-key-available")
     refused = client.stats()["refused"]  # of other tests, too, on the same server
@@ -181,6 +225,52 @@ def test_countdowns_run_on_server_time(server: ServerProcess, client: Client, ta
     )
     assert re.fullmatch(r"0:5\d", time.inner_text())
     assert re.fullmatch(r"4:5\d", page.locator(".key-row [data-kind=expires] .time").inner_text())
+
+
+def test_a_cooling_key_counts_down_until_it_is_available(
+    server: ServerProcess, client: Client, tabs: Tabs
+) -> None:
+    """In the list and in its panel, which say why it cools; the row follows by itself when the cooldown is over."""
+    client.make_many(2)
+    key_id = report(client, "rate_limited", retry_after=6, reason="429 from example.com")
+    page = tabs.live(server, "/keys")
+    cooling = row(page, key_id)
+    first = cooling.locator("[data-kind=ready] .time").inner_text()
+    assert re.fullmatch(r"0:0[4-6]", first)
+    assert "rate limited, 1 failure" in cooling.inner_text()
+    cooling.locator(".key-link").click()
+    panel = page.locator("#panel[open] .key-panel")
+    panel.locator("[data-kind=ready]").wait_for()
+    for text in ("Available in", "rate limited", "429 from example.com"):
+        assert text in panel.inner_text()
+    panel.locator(".state[data-state=available]").wait_for()
+    page.keyboard.press("Escape")
+    cooling.locator(".state[data-state=available]").wait_for()
+    assert not cooling.locator(".countdown").first.is_visible()
+
+
+def test_a_row_follows_its_key_through_all_states(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Each state by its name, with the countdown that goes with it."""
+    client.make()
+    page = tabs.live(server, "/keys")
+    shown = row(page, rows(client)[0]["id"])
+    due = shown.locator(".due .countdown")
+    lease = client.acquire(owner="worker-7")
+    shown.locator(".state", has_text="blocked").wait_for()
+    assert due.get_attribute("data-kind") == "release"
+    body = {"lease": lease["lease"], "outcome": "rate_limited", "retry_after": 500}
+    client.post(f"/api/v1/keys/{lease['key']}/unblock", json=body).expect(200)
+    shown.locator(".state", has_text="cooling").wait_for()
+    page.wait_for_function("() => /^8:\\d\\d$/.test(document.querySelector('.due .time').textContent)")
+    assert due.get_attribute("data-kind") == "ready"
+    assert "worker-7" not in shown.inner_text()
+    quarantine(client, lease["id"], reason="leaked")
+    shown.locator(".state", has_text="quarantined").wait_for()
+    shown.get_by_text("leaked").wait_for()
+    assert not due.is_visible()
+    client.post(f"/api/v1/keys/id:{lease['id']}/restore").expect(200)
+    shown.locator(".state", has_text="available").wait_for()
+    shown.get_by_text("leaked").wait_for(state="detached")
 
 
 def test_the_theme_is_remembered(server: ServerProcess, tabs: Tabs) -> None:

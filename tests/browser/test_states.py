@@ -11,7 +11,7 @@ from conftest import Start
 from support import ADMIN_TOKEN, VIEWER_TOKEN, Client, ServerProcess, eventually
 from viewing import Viewer
 
-from browser.conftest import Tabs, figure, state
+from browser.conftest import Tabs, figure, quarantine, report, rows, state
 
 HIDE = """hidden => {
     Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
@@ -26,16 +26,47 @@ def test_exhausted(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     client.batch(op="acquire", count=3, owner="greedy")
     card = page.locator("#exhausted")
     card.wait_for(state="visible")
-    page.wait_for_function("() => /^0:\\d\\d$/.test(document.getElementById('next-release').textContent)")
-    card.get_by_role("link", name="See who holds them").click()
+    page.wait_for_function(
+        "() => /ends in 0:\\d\\d\\./.test(document.getElementById('next-due').textContent)"
+    )
+    assert "3 blocked, 0 cooling and 0 quarantined" in card.inner_text()
+    card.get_by_role("link", name="See who holds keys").click()
     page.wait_for_url("**/keys?tab=blocked")
     page.locator(".key-row").first.wait_for()
     assert page.locator(".key-row").count() == 3
     page.goto("/keys?tab=available")
-    page.get_by_role("heading", name="Every key is held").wait_for()
+    page.get_by_role("heading", name="No key is available").wait_for()
     page.goto("/")
     client.batch(op="unblock", keys=[f"id:{row['id']}" for row in client.get("/api/v1/keys").json["keys"]])
     card.wait_for(state="hidden")
+
+
+def test_a_pool_that_is_mostly_out(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """The tiles turn, in words too, when over half of the keys is cooling or quarantined, and turn back."""
+    client.make_many(4)
+    page = tabs.live(server)
+    cooling = report(client, "rate_limited", retry_after=500)
+    report(client, "invalid")
+    figure(page, "cooling", "1")
+    figure(page, "quarantined", "1")
+    tile = page.locator("#tile-quarantined")
+    assert tile.locator(".note").inner_text() == "until restored"
+    quarantine(client, next(row["id"] for row in rows(client) if row["state"] == "available"))
+    tile.get_by_text("over half of the pool is out").wait_for()
+    warned = page.locator("#tile-cooling.warn, #tile-quarantined.warn")
+    assert warned.count() == 2
+    quarantine(client, next(row["id"] for row in rows(client) if row["state"] == "available"))
+    card = page.locator("#exhausted")
+    card.get_by_text("1 cooling and 3 quarantined").wait_for()
+    card.get_by_text("The next block or cooldown ends in 8:").wait_for()
+    quarantine(client, cooling)
+    card.get_by_text("None of them comes back by itself").wait_for()
+    card.get_by_role("link", name="See quarantined keys").click()
+    page.wait_for_url("**/keys?tab=quarantined")
+    client.batch(op="restore", keys=[f"id:{row['id']}" for row in rows(client)]).expect(200)
+    page.get_by_role("heading", name="No key is quarantined").wait_for()
+    page.goto("/")
+    assert warned.count() == 0
 
 
 def test_a_filter_without_a_hit(server: ServerProcess, client: Client, tabs: Tabs) -> None:

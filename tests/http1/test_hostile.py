@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from tornado import web
@@ -10,6 +11,8 @@ from tornado import web
 from http1.harness import request, serve, turns, until
 from keypool.config.limits import Limits
 from keypool.http.http1 import ANSWERED, RawDelegate, Request
+from keypool.http.http1.reader import PIECE, RequestReader
+from keypool.http.http1.turns import QUANTUM
 
 HOST = b"Host: localhost\r\n"
 POST = b"POST / HTTP/1.1\r\n" + HOST
@@ -463,6 +466,28 @@ async def test_too_much_is_refused(name: str, data: bytes, status: int, step: in
         assert (await answer).status == status
         assert await client.closed()
         assert application.seen == []
+
+
+async def test_a_slow_search_for_a_cached_request_does_not_keep_the_connection_from_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If it takes the whole quantum, a piece is parsed nevertheless: else the connection would spin for ever."""
+    searches = []
+
+    def slow(self: RequestReader, data: bytes, start: int = 0) -> int:
+        searches.append(len(data))
+        until = time.monotonic() + 2 * QUANTUM
+        while time.monotonic() < until:
+            pass
+        return start
+
+    monkeypatch.setattr(RequestReader, "try_cached", slow)
+    async with serve("http1", Application(raw=False)) as served:
+        client = await served.connect()
+        await client.dribble(b"GET /" + b"a" * 100_000)
+        assert (await client.response()).status == 414
+    assert len(searches) < 20
+    assert max(searches) <= PIECE, "all that is held was searched, not one piece"
 
 
 async def test_what_is_just_within_the_limits_is_served() -> None:

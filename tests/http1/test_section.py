@@ -57,6 +57,79 @@ async def test_a_second_request_with_the_same_lines_is_not_parsed(parsed: list[b
         assert parsed == [PLAIN + b"abc", BARE]
 
 
+ATTEMPT = b"POST /raw HTTP/1.1\r\n" + HOST + b"Idempotency-Key: %b\r\nContent-Length: 3\r\n\r\nabc"
+
+
+class Noted(Application):
+    """Keeps the header lines of each request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[bytes, bytes]] = []
+
+    def start_raw_request(self, request: Request) -> RawDelegate | None:
+        self.seen.append(dict(request.headers))
+        return super().start_raw_request(request)
+
+
+async def test_the_header_that_varies_is_no_part_of_a_section(parsed: list[bytes]) -> None:
+    """Requests that differ in their Idempotency-Key only, or have none, are parsed once."""
+    app = Noted()
+    async with serve("http1", app) as served:
+        client = await served.connect()
+        values = [b"a", b"b" * 64, b"!~:,", b"a"]
+        for value in values:
+            await ask(client, ATTEMPT % value)
+            await ask(client, (ATTEMPT % value).replace(b"Idempotency-Key", b"idempotency-key"))
+        await ask(client, ATTEMPT.replace(b"Idempotency-Key: %b\r\n", b""))
+        assert parsed == [ATTEMPT % b"a"]
+        seen = [headers.pop(b"idempotency-key", None) for headers in app.seen]
+        assert seen == [value for value in values for _ in range(2)] + [None]
+        assert all(headers == app.seen[0] for headers in app.seen)
+        assert len(served.server.sections._by_bytes) == len(served.server.sections._by_lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "seen"),
+    [
+        (b"Idempotency-Key: " + b"c" * 65, b"c" * 65),
+        (b"Idempotency-Key:", b""),
+        (b"Idempotency-Key: a b", b"a b"),
+        (b"Idempotency-Key: \xe4", b"\xe4"),
+        (b"Idempotency-Key: a \t", b"a"),
+        (b"IDEMPOTENCY-KEY: a", b"a"),
+        (b"Idempotency-Key:a", b"a"),
+        (b"X-Idempotency-Key: a", None),
+        (b"X: 1\r\nIdempotency-Key-: a", None),
+        (b"Idempotency-Key: a\r\nIdempotency-Key: b", b"b"),
+        (b"X: Idempotency-Key: a", None),
+    ],
+)
+async def test_such_a_header_in_another_form_is_parsed(
+    parsed: list[bytes], lines: bytes, seen: bytes | None
+) -> None:
+    """It is read as it stands, and nothing of it sticks to the requests that come later."""
+    app = Noted()
+    data = (ATTEMPT % b"a").replace(b"Idempotency-Key: a", lines)
+    async with serve("http1", app) as served:
+        client = await served.connect()
+        for _ in range(2):
+            await ask(client, ATTEMPT % b"z")
+            await ask(client, data)
+        assert [headers.get(b"idempotency-key") for headers in app.seen] == [b"z", seen, b"z", seen]
+        assert parsed.count(data) == 2
+
+
+async def test_a_line_that_continues_the_header_that_varies_is_not_cut_off() -> None:
+    """A line that begins with white space belongs to the one before it, and is refused."""
+    async with serve("http1", Application()) as served:
+        client = await served.connect()
+        await ask(client, ATTEMPT % b"z")
+        await client.send(ATTEMPT % b"z\r\n z")
+        received = await client.ended()
+        assert received.startswith(b"HTTP/1.1 400 ")
+
+
 async def test_what_is_not_the_same_is_parsed(parsed: list[bytes]) -> None:
     """Other methods, odd targets, versions, and lines that differ in a letter's case."""
     async with serve("http1", Application()) as served:

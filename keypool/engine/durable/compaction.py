@@ -16,7 +16,7 @@ from __future__ import annotations
 import sqlite3
 
 from keypool.engine.durable import datafile
-from keypool.engine.durable.datafile import Memtable
+from keypool.engine.durable.rows import Memtable, decode
 
 FLUSH_THRESHOLD_ROWS = 20_000
 MIN_FLUSH_ROWS = 128
@@ -102,7 +102,7 @@ class BatchLog:
 
     def _gather(self) -> None:
         """Merge the newly committed batches into the memtable. O(their rows)."""
-        for batch in map(datafile.decode, self._committed):
+        for batch in map(decode, self._committed):
             self._memtable.add(batch)
             weight = len(batch.rows) + len(batch.purged) + ROWS_PER_BATCH
             self._weight += weight

@@ -11,10 +11,12 @@ import contextlib
 import os
 import sqlite3
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from keypool.core.errors import StartError
+from keypool.core.keys import State
 from keypool.engine.durable import datafile, file_lock
 
 _READ_AT_ONCE = 5000
@@ -23,11 +25,11 @@ _NICE = 10  # the server's two processes take precedence
 
 @dataclass(frozen=True)
 class Checked:
-    """The format version of a data file or a copy, and its numbers of keys."""
+    """The format version of a data file or a copy, and its numbers of keys, in all and by state."""
 
     version: int
     keys: int
-    blocked: int
+    states: dict[str, int]
 
 
 def back_up(path: Path, copy: Path) -> Checked:
@@ -76,14 +78,13 @@ def verify(path: Path) -> Checked:
 
 def _checked(path: Path, check: str = "quick_check") -> Checked:
     datafile.examine(path, check)
-    keys = blocked = 0
+    found = Counter[str]()
     try:
-        for rows in datafile.read_rows(path, _READ_AT_ONCE):
-            keys += len(rows)
-            blocked += sum(row[4] is not None for row in rows)
+        for keys in datafile.read_keys(path, _READ_AT_ONCE):
+            found.update(key.state for key in keys)
     except ValueError as error:
         raise StartError(f"the data file {path} is damaged: {error}") from None
-    return Checked(datafile.version_of(path), keys, blocked)
+    return Checked(datafile.version_of(path), found.total(), {state: found[state] for state in State})
 
 
 def _require_file(path: Path) -> None:

@@ -4,8 +4,8 @@ Rule of the format: `PRAGMA user_version` is the version of the schema below. A 
 `MIGRATIONS`, which upgrades a file from the previous version; a released step is never changed. A file of a newer
 version, or with another application id, is refused and left as it was.
 
-Moments are integer milliseconds of the pool's clock (engine/clock.py), so that a key is a row of 60 bytes. A row that
-is written has the complete new state of its key, so writing it twice does no harm.
+A row (rows.py) that is written has the complete new state of its key, so writing it twice does no harm. The usual key
+is a row of 60 bytes.
 
 A commit appends its batch to `batches`; compaction.py flushes it to the other tables later. So the content of the file
 is its tables, overridden by its batches in order: `read_rows` reads both. After a clean shutdown `batches` is empty.
@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from heapq import merge
 from itertools import islice
 from operator import itemgetter
@@ -34,9 +34,11 @@ from pathlib import Path
 import msgspec
 
 from keypool.core.errors import StartError
+from keypool.core.handles import SECRET_BYTES
 from keypool.core.keys import Key
 from keypool.engine import NOTE
 from keypool.engine.durable.file_lock import companions, log_of
+from keypool.engine.durable.rows import Memtable, Row, decode_any, key_of
 
 APPLICATION_ID = 0x6B706F6C  # "kpol"
 
@@ -62,53 +64,29 @@ MIGRATIONS = (
         batch BLOB NOT NULL      -- a Batch, as MessagePack
     ) STRICT;
     """,
+    """
+    -- release_at: null unless blocked or cooling
+    ALTER TABLE keys ADD COLUMN acquired_at INTEGER;             -- null unless blocked
+    ALTER TABLE keys ADD COLUMN flags INTEGER NOT NULL DEFAULT 0;  -- see rows.py
+    ALTER TABLE keys ADD COLUMN more BLOB;                       -- a More, as MessagePack; null if there is nothing
+    CREATE TABLE secrets (
+        name TEXT PRIMARY KEY,
+        value BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO secrets VALUES ('handles', new_secret());
+    """,
 )
 VERSION = len(MIGRATIONS)
-
-Row = tuple[int, str, int, int, int | None, int, str | None]
-"""A key in the file, with its columns in the order of the schema."""
-
-
-class Batch(msgspec.Struct, array_like=True):
-    """Changes that are committed together. `rows` are complete keys, `purged` ids, `pool` numbers by name.
-
-    Files contain it as `encode` writes it: fields may be added at the end, but not changed.
-    """
-
-    rows: list[Row] = []
-    purged: list[int] = []
-    pool: dict[str, int] = {}
-
-
-encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(Batch).decode
-
-
-class Memtable:
-    """Batches merged: the last row of each key, None if it was purged, and the last numbers."""
-
-    def __init__(self, batches: Iterable[Batch] = ()) -> None:
-        self.rows: dict[int, Row | None] = {}
-        self.numbers: dict[str, int] = {}
-        for batch in batches:
-            self.add(batch)
-
-    def add(self, batch: Batch) -> None:
-        """Merge a batch that is later than all before. O(its rows)."""
-        for row in batch.rows:
-            self.rows[row[0]] = row
-        for id in batch.purged:
-            self.rows[id] = None
-        self.numbers.update(batch.pool)
-
+_LEASES = 3  # the version from which a file has more than seven columns, and a secret
 
 ADD_BATCH = "INSERT INTO batches VALUES (?, ?)"
 TRIM = "DELETE FROM batches WHERE number <= ?"
 UPSERT = """
-    INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET
         expires_at = excluded.expires_at, release_at = excluded.release_at,
-        lease = excluded.lease, owner = excluded.owner
+        lease = excluded.lease, owner = excluded.owner,
+        acquired_at = excluded.acquired_at, flags = excluded.flags, more = excluded.more
 """
 PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
@@ -125,9 +103,9 @@ _HEADER = 100  # bytes of the header of the file
 _LOG_HEADER = 32  # bytes of a log without frames
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
-_ROWS = """
-    SELECT id, text, created_at, max(expires_at, :grace), release_at, lease, owner FROM keys ORDER BY id
-"""
+_ROWS = "SELECT id, text, created_at, max(expires_at, ?), release_at, lease, owner, {} FROM keys ORDER BY id"
+_SET_HANDLES = "UPDATE secrets SET value = ? WHERE name = 'handles'"
+_HANDLES = "SELECT value FROM secrets WHERE name = 'handles'"
 _MAGIC = b"SQLite format 3\0"
 _COUNTED_AT_ONCE = 5000
 
@@ -164,7 +142,7 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
     try:
         with _reading(path) as database:
             application = database.execute("PRAGMA application_id").fetchone()[0]
-            version = database.execute("PRAGMA user_version").fetchone()[0]
+            version = _version(database)
             empty = not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if not empty and application != APPLICATION_ID:
                 raise StartError(f"the data file {path} is an SQLite file of another program")
@@ -179,10 +157,13 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
                     f"the data file {path} is damaged: one of the pool's numbers is not a number"
                 )
             numbers |= read_batches(database).numbers
+            secret = _secret(database)
     except sqlite3.Error as error:
         raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
     if verdict != "ok":
         raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
+    if secret is not None and len(secret) != SECRET_BYTES:
+        raise StartError(f"the data file {path} is damaged: the secret of its handles is missing or broken")
     numbers.pop(GRACE, None)  # read_rows applies it
     return numbers
 
@@ -218,7 +199,8 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        version = database.execute("PRAGMA user_version").fetchone()[0]
+        version = _version(database)
+        database.create_function("new_secret", 0, lambda: os.urandom(SECRET_BYTES))
         for number, step in enumerate(MIGRATIONS[version:], version + 1):
             database.executescript(
                 f"BEGIN IMMEDIATE; {step} PRAGMA application_id = {APPLICATION_ID};"
@@ -235,9 +217,9 @@ def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
     """The keys in order of id, `slice_size` at a time. O(1) memory beside the keys. Raises ValueError."""
     try:
         for some in read_rows(path, slice_size):
-            yield [_key(row) for row in some]
+            yield list(map(key_of, some))
     except TypeError:
-        raise ValueError("a row has something else where a number must be") from None
+        raise ValueError("a row has something else where a number or bytes must be") from None
 
 
 def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
@@ -248,7 +230,8 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
                 return
             memtable = read_batches(database)
             grace = memtable.numbers.get(GRACE) or _grace_of(database)
-            rows: Iterator[Row] = database.execute(_ROWS, {"grace": grace})
+            added = "acquired_at, flags, more" if _version(database) >= _LEASES else "NULL, 0, NULL"
+            rows: Iterator[Row] = database.execute(_ROWS.format(added), (grace,))
             if memtable.rows:
                 rows = _over(rows, memtable.rows, grace)
             while some := list(islice(rows, slice_size)):
@@ -274,7 +257,7 @@ def read_batches(database: sqlite3.Connection) -> Memtable:
     if not _has(database, "batches"):
         return Memtable()
     try:
-        return Memtable(map(decode, (batch for (batch,) in database.execute(_BATCHES))))
+        return Memtable(map(decode_any, (batch for (batch,) in database.execute(_BATCHES))))
     except msgspec.DecodeError:
         raise sqlite3.DatabaseError("a batch can't be read") from None
 
@@ -286,8 +269,29 @@ def _has(database: sqlite3.Connection, table: str) -> bool:
 def version_of(path: Path) -> int:
     """The version of a file that `examine` accepted. O(1). Raises sqlite3.Error."""
     with _reading(path) as database:
-        version: int = database.execute("PRAGMA user_version").fetchone()[0]
-        return version
+        return _version(database)
+
+
+def _version(database: sqlite3.Connection) -> int:
+    version: int = database.execute("PRAGMA user_version").fetchone()[0]
+    return version
+
+
+def secret_of(path: Path) -> bytes | None:
+    """The secret of the pool's handles; None if the file is of a version before handles. O(1). Raises StartError."""
+    try:
+        with _reading(path) as database:
+            return _secret(database)
+    except sqlite3.Error as error:
+        raise StartError(f"the data file {path} can't be read: {line_of(error)}") from None
+
+
+def _secret(database: sqlite3.Connection) -> bytes | None:
+    """The same; empty if it is missing or no bytes."""
+    if _version(database) < _LEASES:
+        return None
+    found = database.execute(_HANDLES).fetchone()
+    return found[0] if found and isinstance(found[0], bytes) else b""
 
 
 def count(path: Path) -> int:
@@ -317,10 +321,11 @@ class Filling:
         except sqlite3.Error as error:
             raise self._failed(error) from None
 
-    def finish(self, numbers: dict[str, int]) -> None:
-        """Add the pool's numbers, checkpoint the log, and close the file."""
+    def finish(self, numbers: dict[str, int], secret: bytes) -> None:
+        """Add the pool's numbers and the secret of its handles, checkpoint the log, and close the file."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute(_SET_HANDLES, (secret,))
             self._database.executemany(SET_POOL, numbers.items())
             self._database.execute("COMMIT")
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -350,26 +355,3 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as database:
         database.execute("BEGIN")
         yield database
-
-
-def _key(row: Row) -> Key:
-    id, text, created_at, expires_at, release_at, lease, owner = row
-    key = Key(id, text, created_at / 1000, expires_at / 1000)
-    key.release_deadline = None if release_at is None else release_at / 1000
-    key.lease = lease
-    key.owner = owner
-    return key
-
-
-def row_of(key: Key) -> Row:
-    """The row of a key: its durable fields, moments in milliseconds."""
-    release = key.release_deadline
-    return (
-        key.id,
-        key.text,
-        round(key.created_at * 1000),
-        round(key.expires_deadline * 1000),
-        None if release is None else round(release * 1000),
-        key.lease,
-        key.owner,
-    )

@@ -31,7 +31,7 @@ from keypool.core.errors import StartError, StorageUnavailable
 from keypool.core.keys import DEAD, Key
 from keypool.engine import NOTE
 from keypool.engine.durable import datafile
-from keypool.engine.durable.datafile import Batch, encode
+from keypool.engine.durable.rows import Batch, encode, row_of
 from keypool.engine.durable.wire import Figures, Kind, Verdict
 from keypool.engine.durable.writer_link import WriterLink
 from keypool.engine.journal import Commit, JournaledEngine
@@ -319,7 +319,7 @@ class FileJournal:
             if key.expires_deadline == DEAD:
                 purged.append(key.id)
             else:
-                rows.append(datafile.row_of(key))
+                rows.append(row_of(key))
         left -= _PART_ROWS
         if left > 0:
             self._writer.send(Kind.PART, encode(Batch(rows, purged)))
@@ -430,19 +430,20 @@ class FileJournal:
 
     def _recovering(self, seconds: float) -> None:
         """A request succeeded after `seconds`, and storage isn't UP: go on towards UP."""
-        if self.failing is None or (self._grace is not None and seconds <= _OUTAGE):
-            if self.failing is not None:
-                _log.warning("the data file can be written again")
-                self._open.commit = None
-            self.failing, self._grace, self._back_off = None, None, _FIRST_BACK_OFF
-            self._storage = Storage.UP
-            self._engine.on_recovered()
+        granted = self._storage is Storage.GRANTING and seconds <= _OUTAGE
+        if self._storage is not Storage.SLOW and not granted:
+            self._storage, self._activity = Storage.GRANTING, Activity.GRANTING
+            self._grace = None
+            self._cancel_back_off()
+            self._grant = self._engine.grant_grace()
+            self._loop.call_soon(self._grant_slice)
             return
-        self._storage, self._activity = Storage.GRANTING, Activity.GRANTING
-        self._grace = None
-        self._cancel_back_off()
-        self._grant = self._engine.grant_grace()
-        self._loop.call_soon(self._grant_slice)
+        if granted:
+            _log.warning("the data file can be written again")
+            self._open.commit = None
+        self.failing, self._grace, self._back_off = None, None, _FIRST_BACK_OFF
+        self._storage = Storage.UP
+        self._engine.on_recovered()
 
     def _grant_slice(self) -> None:
         """Give the next slice of keys their grace; after the last one, send it with all open changes."""
@@ -522,7 +523,7 @@ class FileJournal:
             self._send()
             await self._until_settled()
             self._life = Life.ENDED
-            written = self.failing is None and not self._open.keys
+            written = self.failing is None and not self._open.keys and not self._open.notes
             if written:
                 await self._writer.end()
         except asyncio.CancelledError:

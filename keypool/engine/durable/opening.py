@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 from keypool.core.errors import StartError
+from keypool.core.handles import Handles
+from keypool.core.keys import State
 from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine.clock import make_clock
 from keypool.engine.durable import datafile, file_lock
@@ -38,11 +40,16 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
     engine = EmbeddedEngine(rules, clock=clock, start_timers=False)
     journal = FileJournal(path, lock, engine)
     try:
-        await journal.open()
         grace_until = clock() + rules.restart_grace if rules.restart_grace else None
         engine.restore_numbers(numbers)
         await _restore_keys(engine, path, grace_until or 0.0)
-        await journal.start(grace_until)  # after the check: a file that is refused is left as it was
+        await (
+            journal.open()
+        )  # after the check: a file that is refused is left as it was, and of its older version
+        secret = datafile.secret_of(path)
+        assert secret is not None  # the file is of this version now
+        engine.handles = Handles(secret)
+        await journal.start(grace_until)
     except (ValueError, KeyError) as error:
         await journal.abandon()
         raise StartError(f"the data file {path} contradicts itself: {error}") from None
@@ -63,7 +70,10 @@ async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) 
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
             key.expires_deadline = max(key.expires_deadline, grace_until)
-            engine.pool.restore(key)
+            if key.state is State.BLOCKED and key.release_deadline and not key.acquired_at:
+                # Acquired under a version that didn't keep the moment, and had no other length of a block.
+                key.acquired_at = key.release_deadline - engine.pool.rules.block_seconds
+            engine.pool.load(key)
         await asyncio.sleep(0)
     for _ in engine.pool.check_in_slices(_SLICE):
         await asyncio.sleep(0)

@@ -20,7 +20,7 @@ class Kind(enum.IntEnum):
 
     END = 0  # no content: close the file, and exit
     PROBE = 1  # no content: check that the file can be written
-    BATCH = 2  # a Batch (datafile.py): commit it together with the parts before it
+    BATCH = 2  # a Batch (rows.py): commit it together with the parts before it
     PART = 3  # a Batch that the next frame continues
     GRACE = 4  # a moment in milliseconds: let keys that would expire before it live until then
     VERDICT = 5  # a Verdict

@@ -27,6 +27,7 @@ from typing import BinaryIO
 from keypool.engine.durable import datafile
 from keypool.engine.durable.compaction import BatchLog
 from keypool.engine.durable.file_lock import log_of
+from keypool.engine.durable.rows import encode
 from keypool.engine.durable.wire import Figures, Kind, Verdict, decode_moment, frame, read_frame
 from keypool.pdeathsig import end_with_parent
 
@@ -212,7 +213,7 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
             case _:
                 verdict = writer.probe()
         verdict.figures = writer.measured()
-        stream.write(frame(Kind.VERDICT, datafile.encode(verdict)))
+        stream.write(frame(Kind.VERDICT, encode(verdict)))
         stream.flush()
         if kind in (Kind.BATCH, Kind.GRACE):
             writer.flush()  # after the answer: only the next batch may have to wait for it

@@ -1,27 +1,34 @@
 """Moving a pool from one place to another: the two ends, and the order of the steps.
 
     source: locked, so that no server serves it           target: empty, and no server serves it
-        rows, some thousands at a time  ------------------->  written, and marked as incomplete
+        keys, some thousands at a time  ------------------->  written, and marked as incomplete
         numbers: last id and lease, counters  ------------->  written; keys are counted; the mark is removed
+        the secret of the handles
 
-Everything is moved: ids, texts, owners, leases, and deadlines, as moments of the wall clock, by which both engines go
-after a restart. The source isn't changed, so an interrupted move can simply be run again.
+A key is moved as a core.keys.Key with its durable fields, in whose terms each end reads and writes its own form.
+Its moments are seconds of the wall clock, by which both engines go after a restart. Everything is moved, what holders
+reported and the attempts of held leases too, and handles given before stay valid. The source isn't changed, so an
+interrupted move can simply be run again.
 
 A move is one coroutine, which Ctrl-C cancels where it waits. File operations block, as nothing else runs meanwhile.
 """
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from keypool.core.errors import StartError
+from keypool.core.handles import SECRET_BYTES
+from keypool.core.keys import Key, State
 from keypool.engine.durable import datafile, file_lock
-from keypool.engine.durable.datafile import Row
+from keypool.engine.durable.rows import row_of
 
-ROWS_AT_ONCE = 2000
+KEYS_AT_ONCE = 2000
 """Keys in a batch; one batch is in memory at a time."""
 
 
@@ -31,9 +38,14 @@ class Source(Protocol):
     total: int
     numbers: dict[str, int]
     """`last_id`, `last_lease`, `moment` (ms) and the counters of stats, by name."""
+    secret: bytes
+    """Of the pool's handles; a new one if the pool is from a version before handles."""
 
-    def rows(self) -> AsyncIterator[list[Row]]:
-        """All keys, in batches."""
+    def keys(self) -> AsyncIterator[list[Key]]:
+        """All keys, in batches, in the states that they had when they last changed.
+
+        `acquired_at` is 0 unless the key is blocked, and if it was blocked by a version that didn't keep the moment.
+        """
         ...
 
     async def close(self) -> None:
@@ -47,7 +59,7 @@ class Target(Protocol):
     unfinished: str
     """What to tell a user about an interrupted move to this target."""
 
-    async def write(self, rows: list[Row]) -> None:
+    async def write(self, keys: list[Key]) -> None:
         """Add keys."""
         ...
 
@@ -55,8 +67,8 @@ class Target(Protocol):
         """How many keys it has by now."""
         ...
 
-    async def finish(self, numbers: dict[str, int]) -> None:
-        """Write the numbers, and let servers serve it."""
+    async def finish(self, numbers: dict[str, int], secret: bytes) -> None:
+        """Write the numbers and the secret of the handles, and let servers serve it."""
         ...
 
     async def close(self) -> None:
@@ -66,11 +78,11 @@ class Target(Protocol):
 
 @dataclass
 class Moved:
-    """The result of a move: counts of keys, and the source's `numbers`."""
+    """The result of a move: how many keys of which states, and the source's `numbers`."""
 
-    keys: int
-    blocked: int
     numbers: dict[str, int]
+    keys: int = 0
+    states: Counter[State] = field(default_factory=Counter)
 
 
 async def move(source: Source, target: Target, progress: Callable[[int], None]) -> Moved:
@@ -78,18 +90,18 @@ async def move(source: Source, target: Target, progress: Callable[[int], None]) 
 
     Raises StartError.
     """
-    moved = Moved(0, 0, source.numbers)
-    async for rows in source.rows():
-        await target.write(rows)
-        moved.keys += len(rows)
-        moved.blocked += sum(row[4] is not None for row in rows)
+    moved = Moved(source.numbers)
+    async for keys in source.keys():
+        await target.write(keys)
+        moved.keys += len(keys)
+        moved.states.update(key.state for key in keys)
         progress(moved.keys)
     found = await target.count()
     if not moved.keys == found == source.total:
         raise StartError(
             f"the source has {source.total} keys, of which {moved.keys} were read, and the target has {found}"
         )
-    await target.finish(source.numbers)
+    await target.finish(source.numbers, source.secret)
     return moved
 
 
@@ -103,16 +115,17 @@ class FileSource:
         self._lock = file_lock.hold(path)
         try:
             self.numbers = datafile.inspect(path)
+            self.secret = datafile.secret_of(path) or os.urandom(SECRET_BYTES)
             self.total = datafile.count(path)
         except BaseException:
             file_lock.release(self._lock)
             raise
 
-    async def rows(self) -> AsyncIterator[list[Row]]:
+    async def keys(self) -> AsyncIterator[list[Key]]:
         """See Source."""
         try:
-            for rows in datafile.read_rows(self._path, ROWS_AT_ONCE):
-                yield rows
+            for keys in datafile.read_keys(self._path, KEYS_AT_ONCE):
+                yield keys
         except ValueError as error:
             raise StartError(f"the data file {self._path} is damaged: {error}") from None
 
@@ -143,17 +156,17 @@ class FileTarget:
         if self._path.exists():
             raise StartError(f"the file {self._path} exists already: move the pool to a new file")
 
-    async def write(self, rows: list[Row]) -> None:
+    async def write(self, keys: list[Key]) -> None:
         """See Target."""
-        self._database.write(rows)
+        self._database.write(list(map(row_of, keys)))
 
     async def count(self) -> int:
         """See Target."""
         return datafile.count(self._temporary)
 
-    async def finish(self, numbers: dict[str, int]) -> None:
+    async def finish(self, numbers: dict[str, int], secret: bytes) -> None:
         """See Target."""
-        self._database.finish(numbers)
+        self._database.finish(numbers, secret)
         self._refuse_existing()
         file_lock.rename(self._temporary, self._path)
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import KeypoolError, SettingsError, StartError
+from keypool.core.handles import SECRET_BYTES
+from keypool.core.keys import Key
 from keypool.engine import NOTE
-from keypool.engine.durable.datafile import Row
+from keypool.engine.valkey.attempts import NOBODY, home_of, known_for
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
-from keypool.engine.valkey.opening import LAYOUT, MOVING
+from keypool.engine.valkey.opening import LAYOUT, MOVING, OLDER
 from keypool.engine.valkey.partitions import partition_of
+from keypool.engine.valkey.records import key_of, record_of
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.url import parse, without_password
 
@@ -63,6 +68,7 @@ class ValkeyPool:
             ) from None
         self.total = 0
         self.numbers: dict[str, int] = {}
+        self.secret = b""
         self._facts_key = f"{{{self._url.pool}}}:pool"
         self._partitions = 0
         self._nodes = Nodes(self._url)
@@ -100,11 +106,12 @@ class ValkeyPool:
         if not facts:
             raise StartError(f"there is no pool in {self.place}")
         self._refuse_unfinished(facts)
-        if facts["layout"] != str(LAYOUT):
+        if facts["layout"] not in (OLDER, str(LAYOUT)):
             raise StartError(f"the pool in {self.place} is of another version of keypool")
         await self._connect(int(facts["partitions"]))
         self.total = await self.count()
         self.numbers = await self._numbers(facts)
+        self.secret = bytes.fromhex(facts.get("secret", "")) or os.urandom(SECRET_BYTES)
 
     @_with_place
     async def _open_as_target(self, partitions: int, *, clear: bool) -> None:
@@ -147,30 +154,48 @@ class ValkeyPool:
                 await self._execute(name, "UNLINK")
         await self._execute(self._facts_key, "DEL")
 
-    async def rows(self) -> AsyncIterator[list[Row]]:
+    async def keys(self) -> AsyncIterator[list[Key]]:
         """See moving.Source."""
         for partition in range(self._partitions):
             rank = 0
             while found := await self._move_out(partition, rank):
                 rank += len(found)
-                yield [_row(words) for words in found]
+                yield [self._key(words) for words in found]
+
+    def _key(self, words: Reply) -> Key:
+        text, attempt, packed = words
+        try:
+            return key_of(text.decode(), attempt, packed)
+        except ValueError as error:
+            raise StartError(f"{self.place}: {error}") from None
 
     @_with_place
     async def _move_out(self, partition: int, rank: int) -> Reply:
         return await self._scripts.call(partition, "move_out", (rank, rank + _KEYS_A_CALL - 1))
 
     @_with_place
-    async def write(self, rows: list[Row]) -> None:
+    async def write(self, keys: list[Key]) -> None:
         """See moving.Target."""
         words: dict[int, list[Word]] = {}
-        for row in rows:
-            words.setdefault(partition_of(row[1], self._partitions), []).extend(_words(row))
-        step = 7 * _KEYS_A_CALL
+        for key in keys:
+            some = words.setdefault(partition_of(key.text, self._partitions), [])
+            some += (key.text, key.attempt or b"", record_of(key))
+        step = 3 * _KEYS_A_CALL
         await asyncio.gather(*(
             self._scripts.call(partition, "move_in", some[at : at + step])
             for partition, some in words.items()
             for at in range(0, len(some), step)
         ))  # fmt: skip
+        if self._partitions > 1:
+            await asyncio.gather(*(self._keep_attempt(key) for key in keys if key.attempt is not None))
+
+    async def _keep_attempt(self, key: Key) -> None:
+        """Let the attempt of a held key be known in the pool (attempts.py)."""
+        assert key.attempt is not None
+        assert key.release_deadline is not None  # only a blocked key has an attempt
+        left = known_for(max(0.0, key.release_deadline - time.time()))
+        home = home_of(key.attempt, self._partitions)
+        await self._scripts.call(home, "claim", (key.attempt, NOBODY, 0, left))
 
     @_with_place
     async def count(self) -> int:
@@ -178,13 +203,14 @@ class ValkeyPool:
         return sum([await self._execute(self._keys(n)[1], "HLEN") for n in range(self._partitions)])
 
     @_with_place
-    async def finish(self, numbers: dict[str, int]) -> None:
+    async def finish(self, numbers: dict[str, int], secret: bytes) -> None:
         """See moving.Target."""
         counts = {name: numbers.get(name, 0) for name in COUNTERS}
         await self._execute(self._keys(0)[0], "HSET", *_flat(counts))
         seconds, microseconds = await self._nodes.execute(self._facts_key, "TIME")
         last_id, last_lease = numbers.get("last_id", 0), numbers.get("last_lease", 0)
-        facts = {
+        facts: dict[str, Word] = {
+            "secret": secret.hex(),
             "born": int(seconds) * 1_000_000 + int(microseconds),
             "base_tick": last_lease // self._partitions + 1 if last_lease else 0,
             "base_id": last_id // self._partitions + 1 if last_id else 0,
@@ -234,18 +260,5 @@ class ValkeyPool:
         return await self._nodes.execute(key, command, key, *words)
 
 
-def _flat(fields: dict[str, int]) -> list[Word]:
+def _flat(fields: Mapping[str, Word]) -> list[Word]:
     return [word for pair in fields.items() for word in pair]
-
-
-def _row(words: list[Any]) -> Row:
-    text, id, created, expires, release, lease, owner = words
-    return (
-        id, text.decode(), round(created / 1000), round(expires / 1000), round(release / 1000) or None, lease,
-        owner.decode() or None,
-    )  # fmt: skip
-
-
-def _words(row: Row) -> list[Word]:
-    id, text, created, expires, release, lease, owner = row
-    return [text, id, created * 1000, expires * 1000, (release or 0) * 1000, lease, owner or ""]

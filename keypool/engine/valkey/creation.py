@@ -55,8 +55,8 @@ class KeyGenerator:
         self._tasks: set[asyncio.Task[list[GeneratedKey]]] = set()
         self._reservations = itertools.count(1)
 
-    async def generate(self, count: int) -> list[GeneratedKey]:
-        """Generate `count` keys. Raises PoolFull and StorageUnavailable.
+    async def generate(self, count: int, origin: Word) -> list[GeneratedKey]:
+        """Generate `count` keys. `origin` is a word for scripts. Raises PoolFull and StorageUnavailable.
 
         O(count * log n); near the limit also O(partitions), and a few more round trips.
         """
@@ -64,11 +64,11 @@ class KeyGenerator:
         wanted = Counter(map(self._partitions.of, texts))
         made: list[GeneratedKey] = []
         if len(wanted) == 1 or self._has_ample_room(wanted):
-            made = await self._generate(texts, "")
+            made = await self._generate(texts, "", origin)
         if len(made) == count:
             return made
         # A task, so that it runs to its end and releases its lock if the caller hangs up.
-        task = asyncio.ensure_future(self._complete(made, count))
+        task = asyncio.ensure_future(self._complete(made, count, origin))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return await task
@@ -78,9 +78,9 @@ class KeyGenerator:
         if not task.cancelled():
             task.exception()  # or asyncio would log it where nobody awaits the task
 
-    async def _complete(self, made: list[GeneratedKey], count: int) -> list[GeneratedKey]:
+    async def _complete(self, made: list[GeneratedKey], count: int, origin: Word) -> list[GeneratedKey]:
         try:
-            return made + await self._fill(count - len(made))
+            return made + await self._fill(count - len(made), origin)
         except BaseException:
             self._delete(made)
             raise
@@ -91,7 +91,7 @@ class KeyGenerator:
             totals[partition] + keys + self._ample <= limits[partition] for partition, keys in wanted.items()
         )
 
-    async def _fill(self, count: int) -> list[GeneratedKey]:
+    async def _fill(self, count: int, origin: Word) -> list[GeneratedKey]:
         """Generate keys near the limit, one call at a time."""
         async with self._filling:
             while True:
@@ -103,7 +103,7 @@ class KeyGenerator:
                 totals = self._poller.totals
                 room = [max(0, limit - total) for limit, total in zip(self._limits, totals, strict=True)]
                 if sum(room) >= count:
-                    made = await self._generate_all(await self._texts_for(room, count))
+                    made = await self._generate_all(await self._texts_for(room, count), origin)
                     if made is not None:
                         return made
                 await asyncio.sleep(_PAUSE * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
@@ -123,7 +123,7 @@ class KeyGenerator:
                 await asyncio.sleep(0)
         return found
 
-    async def _generate_all(self, texts: Sequence[str]) -> list[GeneratedKey] | None:
+    async def _generate_all(self, texts: Sequence[str], origin: Word) -> list[GeneratedKey] | None:
         """Generate all of these keys; None, and no key, if there isn't room for all of them."""
         wanted = Counter(map(self._partitions.of, texts))
         reservation = ""
@@ -131,7 +131,7 @@ class KeyGenerator:
             reservation = f"{self._server}.{next(self._reservations)}"
             if not await self._reserve(wanted, reservation):
                 return None
-        made = await self._generate(texts, reservation)
+        made = await self._generate(texts, reservation, origin)
         if len(made) == len(texts):
             return made
         self._delete(made)  # partial, if the reservations lapsed before they were used
@@ -155,14 +155,15 @@ class KeyGenerator:
                     self._partitions.call(partition, "room", (name, 0))
         return reserved
 
-    async def _generate(self, texts: Sequence[str], reservation: str) -> list[GeneratedKey]:
+    async def _generate(self, texts: Sequence[str], reservation: str, origin: Word) -> list[GeneratedKey]:
         """Generate keys, in each partition all of its own or none. Returns those that were generated."""
         partitions, poller, count = self._partitions, self._poller, self._partitions.count
         words: dict[int, list[Word]] = {}
         for number, text in enumerate(texts, poller.id_number + 1):
             partition = partitions.of(text)
             if partition not in words:
-                words[partition] = [self._life_us, count, partition, self._limits[partition], reservation]
+                limit = self._limits[partition]
+                words[partition] = [self._life_us, count, partition, limit, reservation, origin]
             words[partition] += (number, text)
         poller.id_number += len(texts)
         calls = [partitions.call(partition, "generate", some) for partition, some in words.items()]
@@ -181,4 +182,4 @@ class KeyGenerator:
 
     def _delete(self, made: Sequence[GeneratedKey]) -> None:
         for key in made:
-            self._partitions.call(self._partitions.of(key.key), "delete", (key.key,))
+            self._partitions.call(self._partitions.of(key.key), "delete", ("holder", key.key))

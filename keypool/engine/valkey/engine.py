@@ -5,7 +5,8 @@ names of a partition's Valkey keys start with its hash tag (`{POOL:3.17}:`), so 
 and a call is one script (lua/*.lua) on one partition, executed as a whole or not at all; lua/common.lua lists the names
 and what each holds. In addition there is one hash, `{POOL}:pool`:
 
-    layout      1: what this page describes
+    layout      2: what this page describes
+    secret      of the handles, in hexadecimal
     partitions  their number; never changes
     born        moment of the first start, in microseconds since the epoch
     base_tick   where lease numbers start: 0, or (last lease of the pool that was moved in) // partitions + 1
@@ -27,8 +28,11 @@ In addition, one server sweeps each partition when its next deadline has come, a
 
 The path of a call: Partitions -> ScriptClient (calls.py) -> Link -> one script on one partition. A uniformly random key
 over partitions is drawn by rejection sampling (sampler.py). An acquire fails for want of a key only when all partitions
-have replied that they have none; that takes a bounded number of round trips, nearly always one while most keys are
-available. The scripts enforce `--max-keys` (creation.py).
+have replied that they have none; nearly always it takes one round trip while most keys are available. The scripts
+enforce `--max-keys` (creation.py). How an attempt finds its leases again: attempts.py.
+
+The rules of outcomes are in the scripts, too, and take the settings of the server that calls. The guard of quarantines
+counts its own partition, and what the server found in the others just before.
 """
 
 from __future__ import annotations
@@ -38,9 +42,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+import msgspec
+
 from keypool import __version__
 from keypool.core.answers import (
     EndedLease,
+    Extended,
+    Extension,
     GeneratedKey,
     Identity,
     KeptAlive,
@@ -50,17 +58,29 @@ from keypool.core.answers import (
     Revealed,
     Row,
     Stats,
+    Unblock,
     Unblocked,
 )
 from keypool.core.cursor import ListQuery, encode, page_query
-from keypool.core.errors import Draining, NoKeyAvailable, StaleLease, StorageUnavailable, UnknownKey
-from keypool.core.events import Event
+from keypool.core.errors import (
+    BlockLimit,
+    Draining,
+    LeaseOver,
+    NoKeyAvailable,
+    StaleLease,
+    StorageUnavailable,
+    UnknownKey,
+)
+from keypool.core.events import HOLDER, By, Event, Origin
+from keypool.core.handles import Handle, Handles
 from keypool.core.keys import State, hint
+from keypool.core.outcomes import Outcome, Report
 from keypool.core.rules import PoolRules
-from keypool.engine import NOTE, Timed
-from keypool.engine.valkey.calls import ScriptCall, ScriptClient, seconds_left
+from keypool.engine import NOTE, Attempt, Timed
+from keypool.engine.valkey.attempts import RepeatedLease
+from keypool.engine.valkey.calls import ScriptClient, seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
-from keypool.engine.valkey.link import UNREACHABLE, Reply
+from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.pages import Pages, row_of
 from keypool.engine.valkey.partitions import Partitions, PoolFacts
 from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, PartitionPoller
@@ -68,11 +88,15 @@ from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.sampler import PartitionSampler
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.waiters import Waiters
+from keypool.engine.waiters import Request
 from keypool.ops.histogram import Histogram
 
 _NOTE_SECONDS = 2.0
-_OUTCOMES = {1: "done", 0: "done", -1: "unknown", -2: "stale"}
-"""The outcomes of unblock.lua."""
+_UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT = -1, -2, -3, -4, -6
+_WORDS = {1: "done", 0: "done", _UNKNOWN: "unknown", _STALE: "stale", _OVER: "over", _PENDING: "over"}
+"""The outcomes of unblock.lua and extend.lua; the others are those of `limit`."""
+_STATES = {state.value.encode(): state for state in State}
+_pack = msgspec.msgpack.Encoder().encode
 _log = logging.getLogger("keypool.valkey")
 
 
@@ -86,132 +110,300 @@ class ValkeyEngine:
         self._nodes = client.nodes
         pool = self._nodes.url.pool
         self._pool_key = f"{{{pool}}}:pool"
+        self.rules = rules
         self._life_us = round(rules.keepalive_seconds * 1e6)
+        self.handles = Handles(facts.secret)
         self._loop = asyncio.get_running_loop()
         self._presence = presence
         self._started_at = self._loop.time()
         self._draining = False
+        self._guarding = asyncio.Lock()
         server = presence.server
         self._partitions = Partitions(client, facts)
         self._poller = PartitionPoller(self._partitions, server, rules)
-        self._sampler = PartitionSampler(self._partitions, self._poller, rules)
+        self._sampler = PartitionSampler(self._partitions, self._poller, self.handles, server, rules)
         self._generator = KeyGenerator(self._partitions, self._poller, server, rules)
-        self._pages = Pages(self._partitions)
+        self._pages = Pages(self._partitions, rules.forget_seconds)
         self._waiters = Waiters(self._partitions, self._sampler, self._poller, server, rules.max_waiters)
         self._subscriber = ReleaseSubscriber(self._nodes, pool, facts.partitions, self._waiters.key_freed)
         self._poller.sweep()
 
     # -- the calls
 
-    async def generate(self, count: int) -> list[GeneratedKey]:
+    async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate keys, all or none. O(count * log n), and O(partitions) near `max_keys`."""
-        return await self._generator.generate(count)
+        return await self._generator.generate(count, _word(origin))
 
-    async def acquire(self, owner: str | None, wait: float, timed: Timed | None = None) -> Lease:
+    async def acquire(
+        self,
+        owner: str | None,
+        wait: float,
+        timed: Timed | None = None,
+        block_seconds: float | None = None,
+        attempt: Attempt | None = None,
+    ) -> Lease:
         """Lease a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
+        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
+        lease = await self._acquire(request, wait, timed)
+        if attempt is not None:
+            attempt.replayed = isinstance(lease, RepeatedLease)
+        return lease
+
+    async def _acquire(self, request: Request, wait: float, timed: Timed | None) -> Lease:
         if not self._waiters:
-            taken = await self._sampler.take(owner, 1)
+            taken = await self._sampler.take(request, 1)
             if taken:
                 return taken[0]
+        elif request.attempt is not None and (held := await self._sampler.held(request.attempt)):
+            return held[0]
         if wait <= 0 and not self._waiters:
             self._refuse()
-        return await self._waiters.wait(owner, wait, timed) or self._refuse()
+        return await self._waiters.wait(request, wait, timed) or self._refuse()
 
-    async def acquire_many(self, owner: str | None, count: int) -> list[Lease]:
+    async def acquire_many(
+        self,
+        owner: str | None,
+        count: int,
+        block_seconds: float | None = None,
+        attempt: Attempt | None = None,
+    ) -> list[Lease]:
         """Lease up to `count` keys. O(count * log n)."""
+        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
+        leases = await self._acquire_many(request, count)
+        if attempt is not None:
+            attempt.replayed = isinstance(leases[0], RepeatedLease)
+        return leases
+
+    async def _acquire_many(self, request: Request, count: int) -> list[Lease]:
         if not self._waiters:
-            return await self._sampler.take(owner, count) or self._refuse()
-        first = await self._waiters.wait(owner, 0) or self._refuse()
+            return await self._sampler.take(request, count) or self._refuse()
+        if request.attempt is not None and (held := await self._sampler.held(request.attempt)):
+            return held
+        first = await self._waiters.wait(request, 0) or self._refuse()
         try:
-            return [first, *await self._sampler.take(owner, 0 if self._waiters else count - 1)]
+            return [first, *await self._sampler.take_more(request, 0 if self._waiters else count - 1)]
         except (GeneratorExit, asyncio.CancelledError):
             self._sampler.give_back(first)
             raise
 
-    async def unblock(self, ref: Ref, lease: int | None, ended: list[EndedLease] | None = None) -> Unblocked:
-        """Free a key. O(log n)."""
-        outcome, id, latest_lease = (await self._unblock([(ref, lease)], ended))[0]
-        if outcome == -1:
-            raise UnknownKey
-        if outcome == -2:
-            assert lease is not None
-            raise StaleLease(lease, latest_lease or None)
-        return Unblocked(id, State.AVAILABLE, outcome == 1)
+    async def unblock(
+        self,
+        ref: Ref,
+        lease: int | None,
+        ended: list[EndedLease] | None = None,
+        report: Report | None = None,
+        origin: Origin = HOLDER,
+    ) -> Unblocked:
+        """End a lease, and take its holder's report. O(log n), O(partitions) for a report of INVALID."""
+        [reply], age = await self._unblock([Unblock(ref, lease, report)], ended, origin)
+        if reply[0] < 0:
+            self._raise_refusal(ref, lease, reply)
+        outcome, id, _, state, left, guarded, _ = reply
+        available_in = seconds_left(left, age) if left else None
+        return Unblocked(id, _STATES[state], outcome == 1, available_in, guarded == 1)
 
     async def unblock_many(
-        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None = None
+        self, items: Sequence[Unblock], ended: list[EndedLease] | None = None, origin: Origin = HOLDER
     ) -> list[str]:
-        """Free keys one by one. O(items * log n)."""
-        return [_OUTCOMES[outcome] for outcome, _, _ in await self._unblock(items, ended)]
+        """End leases and take reports, one by one. O(items * log n), and a round trip for each partition with a report
+        of INVALID, so that the guard counts what the partitions before it did.
+        """
+        replies, _ = await self._unblock(items, ended, origin)
+        return [_WORDS[reply[0]] for reply in replies]
 
     async def _unblock(
-        self, items: Sequence[tuple[Ref, int | None]], ended: list[EndedLease] | None
-    ) -> list[Reply]:
-        texts = await self._partitions.texts_of([ref for ref, _ in items])
-        known = [
-            (self._partitions.of(text), text, "" if lease is None else lease)
-            for text, (_, lease) in zip(texts, items, strict=True)
-            if text is not None
-        ]
-        found = iter(await self._partitions.each("unblock", known))
-        replies = [(-1, 0, 0) if text is None else next(found) for text in texts]
+        self, items: Sequence[Unblock], ended: list[EndedLease] | None, origin: Origin
+    ) -> tuple[list[Reply], float]:
+        """The replies of unblock.lua, one for each item, and how old they are."""
+        words = [("" if item.lease is None else item.lease, _report(item.report)) for item in items]
+        outcomes = {item.report.outcome for item in items if item.report is not None}
+        names = await self._partitions.names_of([item.ref for item in items])
+        known = [(*name, *more) for name, more in zip(names, words, strict=True) if name is not None]
+        common = _word(origin), self._outcome_rules(0, 0) if outcomes else ""
+        if Outcome.INVALID in outcomes and self._partitions.count > 1:
+            found, age = await self._quarantine_in_turn(known, common[0])
+        else:
+            found, age = await self._partitions.each("unblock", known, common)
+        replies = _in_places(names, found, (_UNKNOWN, 0, 0))
+        if outcomes:
+            for (partition, *_), reply in zip(known, found, strict=True):
+                if reply[0] == 1 and reply[4]:  # it cools
+                    self._poller.expect(partition, reply[4] / 1e6)
         if ended is not None:
-            for text, (_, lease), (outcome, id, latest_lease) in zip(texts, items, replies, strict=True):
-                if text is not None and lease is None and outcome == 1:
-                    ended.append(EndedLease(id, hint(text), latest_lease))
-        return replies
+            for item, reply in zip(items, replies, strict=True):
+                if item.lease is None and reply[0] == 1:
+                    text = item.ref if isinstance(item.ref, str) else reply[6].decode()
+                    ended.append(EndedLease(reply[1], hint(text), reply[2]))
+        return replies, age
+
+    async def _quarantine_in_turn(
+        self, items: Sequence[tuple[int, Word, Word, Word]], origin: Word
+    ) -> tuple[list[Reply], float]:
+        """Call unblock.lua for one partition after the other, with what its guard must know of the others.
+
+        One batch at a time, after a look at all partitions that can be reached.
+        """
+        replies: list[Reply] = [None] * len(items)
+        oldest = 0.0
+        async with self._guarding:
+            quarantined, totals = await self._poller.quarantined_and_totals()
+            for partition in dict.fromkeys(item[0] for item in items):
+                places = [place for place, item in enumerate(items) if item[0] == partition]
+                elsewhere = (sum(each) - each[partition] for each in (quarantined, totals))
+                found, age = await self._partitions.each(
+                    "unblock",
+                    [items[place] for place in places],
+                    (origin, self._outcome_rules(*elsewhere)),
+                )
+                oldest = max(oldest, age)
+                for place, reply in zip(places, found, strict=True):
+                    replies[place] = reply
+                    quarantined[partition] += reply[0] == 1 and reply[3] == b"quarantined"
+        return replies, oldest
+
+    def _outcome_rules(self, quarantined_elsewhere: int, keys_elsewhere: int) -> bytes:
+        """The second argument of unblock.lua."""
+        rules = self.rules
+        lengths = (rules.cooldown_seconds, rules.max_cooldown_seconds, rules.max_retry_after_seconds)
+        return _pack((
+            *(round(seconds * 1e6) for seconds in lengths),
+            rules.error_threshold,
+            round(rules.forget_seconds * 1e6),
+            rules.max_quarantined_percent,
+            quarantined_elsewhere,
+            keys_elsewhere,
+        ))  # fmt: skip
+
+    async def extend(self, ref: Ref, lease: int, seconds: float | None) -> Extended:
+        """Let a lease end later. O(log n)."""
+        [reply], age = await self._extend([Extension(ref, lease, seconds)])
+        outcome, id, latest, release, left, _ = reply
+        if outcome in (_UNKNOWN, _STALE):
+            self._raise_refusal(ref, lease, reply)
+        if outcome in (_OVER, _PENDING):
+            raise LeaseOver(outcome == _PENDING)
+        if outcome != 1:
+            longest = self.rules.longest_block if outcome == _AT_LIMIT else None
+            raise BlockLimit(seconds_left(release, age), longest=longest)
+        return Extended(id, latest, seconds_left(release, age), seconds_left(left, age))
+
+    async def extend_many(self, items: Sequence[Extension]) -> list[str]:
+        """Let leases end later, one by one. O(items * log n)."""
+        replies, _ = await self._extend(items)
+        return [_WORDS.get(reply[0], "limit") for reply in replies]
+
+    async def _extend(self, items: Sequence[Extension]) -> tuple[list[Reply], float]:
+        """The replies of extend.lua, one for each item, and how old they are."""
+        longest, block = self.rules.longest_block, self.rules.block_seconds
+        words = [
+            # No more than `longest` can matter, and a number that is too large would not be a whole one in Lua.
+            (item.lease, "" if item.seconds is None else round(min(item.seconds, longest) * 1e6))
+            for item in items
+        ]
+        names = await self._partitions.names_of([item.ref for item in items])
+        known = [(*name, *more) for name, more in zip(names, words, strict=True) if name is not None]
+        found, age = await self._partitions.each("extend", known, (round(longest * 1e6), round(block * 1e6)))
+        if (attempts := self._sampler.attempts) is not None:
+            for outcome, _, _, release, _, attempt in found:
+                if outcome == 1 and attempt:
+                    attempts.keep(attempt, release / 1e6)
+        return _in_places(names, found, (_UNKNOWN, 0, 0, 0, 0, b"")), age
+
+    async def quarantine(self, ref: Ref, reason: str | None, now: bool, origin: Origin) -> Row:
+        """Take a key out of service. O(log n)."""
+        return await self._change_row("quarantine", ref, (_word(origin), reason or "", int(now)))
+
+    async def quarantine_many(
+        self, refs: Sequence[Ref], reason: str | None, now: bool, origin: Origin
+    ) -> list[str]:
+        """Take keys out of service, one by one. O(items * log n)."""
+        replies = await self._change("quarantine", refs, (_word(origin), reason or "", int(now)))
+        return [_word_of(reply[0]) for reply in replies]
+
+    async def restore(self, ref: Ref, origin: Origin) -> Row:
+        """Make a cooling or quarantined key available. O(log n)."""
+        return await self._change_row("restore", ref, (_word(origin),))
+
+    async def restore_many(self, refs: Sequence[Ref], origin: Origin) -> list[str]:
+        """Make cooling and quarantined keys available, one by one. O(items * log n)."""
+        return [_word_of(reply[0]) for reply in await self._change("restore", refs, (_word(origin),))]
+
+    async def _change_row(self, script: str, ref: Ref, common: Sequence[Word]) -> Row:
+        partition, name = await self._partitions.name_of(ref)
+        call = self._client.call(partition, script, (*common, name))
+        [[done, *row]] = await call
+        if not row:
+            self._raise_missing(ref, done)
+        return row_of(row[0], call.age(), self.rules.forget_seconds)
+
+    async def _change(self, script: str, refs: Sequence[Ref], common: Sequence[Word]) -> list[Reply]:
+        """Call a script that takes names and replies what it did about each, or a list that begins with a refusal."""
+        names = await self._partitions.names_of(refs)
+        found, _ = await self._partitions.each(script, [name for name in names if name is not None], common)
+        return _in_places(names, found, (0, ""))
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Postpone a key's expiry. O(log n)."""
-        text = ref if isinstance(ref, str) else await self._partitions.text_of(ref)
-        call = self._client.call(self._partitions.of(text), "keepalive", (self._life_us, text))
+        partition, name = await self._partitions.name_of(ref)
+        call = self._client.call(partition, "keepalive", (self._life_us, name))
         [id] = await call
-        if not id:
-            raise UnknownKey
+        if id <= 0:
+            self._raise_missing(ref, id)
         return KeptAlive(id, seconds_left(self._life_us, call.age()))
 
-    async def keepalive_many(self, refs: Sequence[Ref]) -> list[bool]:
+    async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
         """Postpone expiries one by one. O(items * log n)."""
-        return [id != 0 for _, id in await self._each("keepalive", refs, (self._life_us,))]
+        names = await self._partitions.names_of(refs)
+        known = [name for name in names if name is not None]
+        found, _ = await self._partitions.each("keepalive", known, (self._life_us,))
+        return [_word_of(id) for id in _in_places(names, found, 0)]
 
-    async def delete(self, ref: Ref) -> Identity:
+    async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
-        [deleted] = await self.delete_many([ref])
-        if deleted is None:
-            raise UnknownKey
-        return deleted
+        [[id, text]] = await self._change("delete", [ref], (_word(origin),))
+        if id <= 0:
+            self._raise_missing(ref, id)
+        return Identity(id, hint(text.decode()))
 
-    async def delete_many(self, refs: Sequence[Ref]) -> list[Identity | None]:
+    async def delete_many(self, refs: Sequence[Ref], origin: Origin = HOLDER) -> list[Identity | str]:
         """Purge keys one by one. O(items * log n)."""
-        return [Identity(id, hint(text)) if id else None for text, id in await self._each("delete", refs)]
-
-    async def _each(
-        self, script: str, refs: Sequence[Ref], common: Sequence[int] = ()
-    ) -> list[tuple[str, int]]:
-        """Call a script that takes texts and replies ids. Returns each key's text and id; id 0 for unknown keys."""
-        texts = await self._partitions.texts_of(refs)
-        known = [(self._partitions.of(text), text) for text in texts if text is not None]
-        ids = iter(await self._partitions.each(script, known, common))
-        return [("", 0) if text is None else (text, next(ids)) for text in texts]
+        replies = await self._change("delete", refs, (_word(origin),))
+        return [Identity(id, hint(text.decode())) if id > 0 else _word_of(id) for id, text in replies]
 
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(log n)."""
-        text, found, call = await self._get(ref, "")
-        return row_of(text, found, call.age())
+        row, age = await self._get(ref, "")
+        return row_of(row, age, self.rules.forget_seconds)
 
-    async def reveal(self, ref: Ref) -> Revealed:
+    async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """A key's text, reported as an event. O(log n)."""
-        text, found, _ = await self._get(ref, "1")
-        return Revealed(found[0], text)
+        row, _ = await self._get(ref, _word(origin))
+        return Revealed(row[1], row[0].decode())
 
-    async def _get(self, ref: Ref, revealed: str) -> tuple[str, Reply, ScriptCall]:
-        """Call get.lua. Returns the key's text, the row in the reply, and the call. Raises UnknownKey."""
-        text = await self._partitions.text_of(ref)
-        call = self._client.call(self._partitions.of(text), "get", (text, revealed))
-        found = await call
-        if not found:
+    async def _get(self, ref: Ref, revealed_by: str) -> tuple[Reply, float]:
+        """The row in the reply of get.lua, and how old it is. Raises UnknownKey, StaleLease."""
+        partition, name = await self._partitions.name_of(ref)
+        call = self._client.call(partition, "get", (name, revealed_by))
+        [row] = await call
+        if isinstance(row, int):
+            self._raise_missing(ref, row)
+        return row, call.age()
+
+    def _raise_missing(self, ref: Ref, refusal: int) -> NoReturn:
+        """Raise what a refusal of common.lua means."""
+        if refusal and isinstance(ref, Handle):
+            raise StaleLease(ref.lease, -refusal)
+        raise UnknownKey
+
+    def _raise_refusal(self, ref: Ref, lease: int | None, reply: Reply) -> NoReturn:
+        """Raise what the outcome of unblock.lua or extend.lua means about a lease."""
+        outcome, _, latest = reply[:3]
+        if outcome == _UNKNOWN:
             raise UnknownKey
-        return text, found[0], call
+        if isinstance(ref, Handle):
+            lease = ref.lease
+        assert lease is not None  # no other is refused as stale
+        raise StaleLease(lease, latest or None)
 
     async def page(self, query: ListQuery) -> Page:
         """A page of rows. O(partitions * log n + page)."""
@@ -227,7 +419,9 @@ class ValkeyEngine:
         return Stats(
             total=snapshot.total,
             available=snapshot.available,
-            blocked=snapshot.total - snapshot.available,
+            blocked=snapshot.blocked,
+            cooling=snapshot.cooling,
+            quarantined=snapshot.quarantined,
             waiting=len(self._waiters) + snapshot.waiting_elsewhere,
             uptime=round(self._loop.time() - self._started_at, 3),
             engine=self.name,
@@ -245,9 +439,15 @@ class ValkeyEngine:
 
     def _refuse(self) -> NoReturn:
         self._poller.refused += 1
-        next_release = self._poller.last.next_release if self._poller.last is not None else None
+        last = self._poller.last
+        if last is None:
+            raise NoKeyAvailable
+        next_release = last.next_release
         raise NoKeyAvailable(
-            None if next_release is None else round(max(0.0, next_release - self._loop.time()), 3)
+            None if next_release is None else round(max(0.0, next_release - self._loop.time()), 3),
+            blocked=last.blocked,
+            cooling=last.cooling,
+            quarantined=last.quarantined,
         )
 
     # -- notes
@@ -358,3 +558,24 @@ class ValkeyEngine:
         await self._subscriber.close()
         await self._client.close()
         await self._poller.join()
+
+
+def _word(origin: Origin) -> str:
+    """An origin for scripts (lua/common.lua)."""
+    return "holder" if origin.by is By.HOLDER else f"{origin.by} {origin.actor or ''}"
+
+
+def _report(report: Report | None) -> Word:
+    """A report for unblock.lua."""
+    return "" if report is None else _pack((report.outcome, report.retry_after, report.reason))
+
+
+def _word_of(refusal: int) -> str:
+    """The word of a batch's item: a refusal of common.lua, or more than 0."""
+    return "done" if refusal > 0 else "stale" if refusal else "unknown"
+
+
+def _in_places(names: Sequence[object], found: Sequence[Reply], missing: Reply) -> list[Reply]:
+    """The replies about the names that there are, in their places, and `missing` in the others."""
+    replies = iter(found)
+    return [missing if name is None else next(replies) for name in names]

@@ -24,6 +24,7 @@ class Grace:
     def __init__(self, client: ScriptClient, rules: PoolRules) -> None:
         self._client = client
         self._restart_seconds = rules.restart_grace
+        self._rest_us = round(rules.rest_seconds * 1e6)
         self._outage_seconds = max(rules.restart_grace, rules.keepalive_seconds / 2)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -60,7 +61,7 @@ class Grace:
         """Extend the life of keys to a moment. Returns that moment (Valkey's clock, µs) and how many have it now."""
         more = 1
         while more:
-            words = (why, round(seconds * 1e6), ends, round(urgent * 1e6), count, _SLICE)
+            words = (why, round(seconds * 1e6), ends, round(urgent * 1e6), count, _SLICE, self._rest_us)
             ends, given, more = await self._client.call(partition, "grace", words)
             count += given
         return ends, count

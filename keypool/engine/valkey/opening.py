@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 
 from keypool.core.errors import StartError, StorageUnavailable
+from keypool.core.handles import SECRET_BYTES
 from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.grace import Grace
-from keypool.engine.valkey.link import UNREACHABLE, ReplyError
+from keypool.engine.valkey.link import UNREACHABLE, ReplyError, Word
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.partitions import PoolFacts
-from keypool.engine.valkey.presence import Presence
+from keypool.engine.valkey.presence import AWAY_SECONDS, Presence
+from keypool.engine.valkey.scripts import text_of
 from keypool.engine.valkey.url import ValkeyUrl
 
-LAYOUT = 1
+LAYOUT = 2
+"""That of engine.py. Layout 1 had no handles, outcomes and attempts; lua/upgrade.lua brings it up."""
+OLDER = "1"
+"""The layout that is brought up, as it is stored."""
 MOVING = 0
 """The layout that keypool migrate writes until all keys are there."""
 
-SHARED = ("block_seconds", "keepalive_seconds", "key_length", "max_keys")
-"""The settings that must be the same on all servers of a pool."""
+SHARED = (
+    "block_seconds", "keepalive_seconds", "key_length", "max_keys", "cooldown_seconds", "max_cooldown_seconds",
+    "max_retry_after_seconds", "error_threshold", "forget_seconds", "max_quarantined_percent", "rest_seconds",
+)  # fmt: skip
+"""The settings that must be the same on all servers of a pool, besides `max_block_seconds`, which has no default."""
 
 _LOADING_SECONDS = 60.0  # to wait for a Valkey that loads its file
 _LOADING_PAUSE = 0.25
@@ -47,6 +56,7 @@ async def open_valkey(
         client = ScriptClient(nodes, url.pool, facts.partitions)
         await _when_loaded(nodes.connect, where)
         shared = {name: _as_flag(getattr(rules, name)) for name in SHARED}
+        shared["max_block_seconds"] = _as_flag(rules.longest_block)
         presence = Presence(nodes, url.pool, facts.born, shared)
         served = await presence.join(wait_for_dead=rules.restart_grace > 0)
         await Grace(client, rules).start(served)
@@ -86,20 +96,22 @@ async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> Po
     """Read `{POOL}:pool`, or write it if it is missing. Raises StartError if it doesn't match the flags."""
     pool = url.pool
     key = f"{{{pool}}}:pool"
-    if not await nodes.execute(key, "EXISTS", key):
+    if not await nodes.execute(key, "HEXISTS", key, "layout"):
         await _refuse_new_pool_if_served(nodes, pool, key)
         seconds, microseconds = await nodes.execute(key, "TIME")
-        new = {
-            "layout": LAYOUT,
+        new: dict[str, Word] = {
             "partitions": partitions or url.default_partitions,
             "born": int(seconds) * 1_000_000 + int(microseconds),
             "base_tick": 0,
             "base_id": 0,
+            "secret": os.urandom(SECRET_BYTES).hex(),
+            "layout": LAYOUT,  # the last, so that no server finds a part of them
         }
         for field, value in new.items():  # servers that start together agree on the first one's values
             await nodes.execute(key, "HSETNX", key, field, value)
-    layout, *values = await nodes.execute(
-        key, "HMGET", key, "layout", "partitions", "born", "base_tick", "base_id"
+    await _upgrade(nodes, pool, key)
+    layout, *values, secret = await nodes.execute(
+        key, "HMGET", key, "layout", "partitions", "born", "base_tick", "base_id", "secret"
     )
     if int(layout) == MOVING:
         raise StartError(
@@ -107,13 +119,34 @@ async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> Po
         )
     if int(layout) != LAYOUT:
         raise StartError(f"the pool {pool} has layout {int(layout)}; this version knows {LAYOUT}")
-    facts = PoolFacts(*(int(value) for value in values))
+    count, born, base_tick, base_id = map(int, values)
+    facts = PoolFacts(count, born, base_tick, base_id, bytes.fromhex(secret.decode()))
     if partitions not in (None, facts.partitions):
         raise StartError(
             f"the pool {pool} has {facts.partitions} partitions: start with --partitions={facts.partitions} or "
             f"without the flag, not with {partitions}; the number never changes"
         )
     return facts
+
+
+async def _upgrade(nodes: Nodes, pool: str, key: str) -> None:
+    """Bring a pool of layout 1 up to this one, in one step, whatever its size.
+
+    Waits up to 5 s for a server of the older version that was killed. Raises StartError if one serves the pool.
+    """
+    first = None
+    words = ("EVAL", text_of("upgrade"), 2, key, f"{{{pool}}}:servers")
+    while True:
+        secret = os.urandom(SECRET_BYTES).hex()
+        servers, latest = await nodes.execute(key, *words, round(AWAY_SECONDS * 1e6), secret)
+        if not servers:
+            return
+        first = latest if first is None else first
+        if latest > first:  # it has sent a heartbeat just now
+            raise StartError(
+                f"the pool {pool} is served by an older version of keypool: stop those servers, then start this one"
+            )
+        await asyncio.sleep(_LOADING_PAUSE)
 
 
 async def _refuse_new_pool_if_served(nodes: Nodes, pool: str, key: str) -> None:

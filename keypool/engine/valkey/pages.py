@@ -19,17 +19,19 @@ from typing import Any
 from keypool.core.answers import Row
 from keypool.core.index import Position, rank_of, shown_of
 from keypool.core.keys import State, hint, moment
+from keypool.core.outcomes import Outcome
 from keypool.core.pool import PAGE_SCAN_LIMIT, PageQuery
 from keypool.engine.valkey.calls import ScriptCall, all_of, seconds_left
 from keypool.engine.valkey.partitions import Partitions
 
 _MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
 _MAX_ROUNDS = 4  # of calls, after which a page may be short
-_TEXT, _ID, _PLACE = 0, 1, 7  # of a row in page.lua's reply
+_TEXT, _ID, _PLACE = 0, 1, 12  # of a row in page.lua's reply
 _ORDERS: dict[str, Callable[[Any], Any]] = {
     "id": itemgetter(_ID),
     "expiry": itemgetter(_PLACE, _TEXT),
     "release": itemgetter(_PLACE, _TEXT),
+    "ready": itemgetter(_PLACE, _TEXT),
     "text": itemgetter(_TEXT),
 }
 """The orders of page.lua, and the sort key of a row in each."""
@@ -50,8 +52,9 @@ class _Walk:
 class Pages:
     """See the module."""
 
-    def __init__(self, partitions: Partitions) -> None:
+    def __init__(self, partitions: Partitions, forget_seconds: float) -> None:
         self._partitions = partitions
+        self._forget_seconds = forget_seconds
         self._examined = max(_MIN_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
 
     async def page(self, query: PageQuery) -> tuple[list[Row], Position | None]:
@@ -81,7 +84,7 @@ class Pages:
             rows = rows[: query.limit]
             last = rows[-1][0]
         position = None if last is None else _position(query, last)
-        return [row_of(row[_TEXT].decode(), row[1:], call.age()) for row, call in rows], position
+        return [row_of(row, call.age(), self._forget_seconds) for row, call in rows], position
 
     async def _advance(self, walks: list[_Walk], behind: list[int], query: PageQuery, order: str) -> None:
         """Read more rows from the partitions that are behind."""
@@ -124,16 +127,21 @@ def _position(query: PageQuery, row: Any) -> Position:
     return (row[_PLACE], row[_ID], rank) if query.prefix is None else (rank, row[_ID])
 
 
-def row_of(text: str, found: Any, age: float) -> Row:
-    """A Row from a reply of get.lua or page.lua; `age` is that of the call."""
-    id, created, lease, owner, expires, release = found[:6]
+def row_of(row: Any, age: float, forget_seconds: float) -> Row:
+    """A Row from one in a reply (lua/common.lua); `age` is that of the call."""
+    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason = row[:12]
+    state = State(state.decode())
     return Row(
         id,
-        hint(text),
-        State.BLOCKED if release else State.AVAILABLE,
+        hint(text.decode()),
+        state,
         owner.decode() or None,
         lease or None,
         moment(created / 1e6),
         seconds_left(expires, age),
-        seconds_left(release, age) if release else None,
+        seconds_left(left, age) if state is State.BLOCKED else None,
+        seconds_left(left, age) if state is State.COOLING else None,
+        failures if failed < forget_seconds * 1e6 else 0,
+        Outcome(outcome.decode()) if outcome else None,
+        reason.decode() or None,
     )

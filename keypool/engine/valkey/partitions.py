@@ -20,6 +20,11 @@ class PoolFacts:
     born: int
     base_tick: int
     base_id: int
+    secret: bytes
+
+
+Name = tuple[int, Word]
+"""A key for scripts: its partition, and its name there (lua/common.lua)."""
 
 
 def partition_of(text: str, partitions: int) -> int:
@@ -46,17 +51,17 @@ class Partitions:
         return await all_of([self.call(partition, script, arguments) for partition in range(self.count)])
 
     async def each(
-        self,
-        script: str,
-        items: Sequence[tuple[int, Word] | tuple[int, Word, Word]],
-        common: Sequence[Word] = (),
-    ) -> list[Reply]:
-        """Call a script once for each partition of `items` (partition, words). Returns the replies, one per item, in
-        their order; `common` goes before the items' words.
+        self, script: str, items: Sequence[tuple[int, *tuple[Word, ...]]], common: Sequence[Word] = ()
+    ) -> tuple[list[Reply], float]:
+        """Call a script once for each partition of `items` (partition, words).
+
+        Returns the replies, one for each item in their order, and the age of the oldest call. `common` goes before the
+        items' words.
         """
         if len(items) == 1:
             partition, *words = items[0]
-            return [(await self.call(partition, script, [*common, *words]))[0]]
+            call = self.call(partition, script, [*common, *words])
+            return await call, call.age()
         places: dict[int, list[int]] = {}
         arguments: dict[int, list[Word]] = {}
         for place, (partition, *words) in enumerate(items):
@@ -69,25 +74,41 @@ class Partitions:
         for where, reply in zip(places.values(), await all_of(calls), strict=True):
             for place, item in zip(where, reply, strict=True):
                 replies[place] = item
-        return replies
+        return replies, max((call.age() for call in calls), default=0.0)
 
-    async def text_of(self, ref: Ref) -> str:
-        """The text of a key; one given by its text may not exist. Raises UnknownKey for an id that no key has."""
-        text = ref if isinstance(ref, str) else (await self.texts_of_ids([ref]))[0]
-        if text is None:
+    async def name_of(self, ref: Ref) -> Name:
+        """The name of a key for scripts. Raises UnknownKey if no partition can have it."""
+        if isinstance(ref, str):
+            return self.of(ref), ref
+        name = (await self.names_of([ref]))[0]
+        if name is None:
             raise UnknownKey
-        return text
+        return name
 
-    async def texts_of(self, refs: Sequence[Ref]) -> list[str | None]:
+    async def names_of(self, refs: Sequence[Ref]) -> list[Name | None]:
         """The same for several keys; None for an id that no key has."""
-        ids = [ref for ref in refs if isinstance(ref, int)]
-        found = iter(await self.texts_of_ids(ids)) if ids else iter(())
-        return [next(found) if isinstance(ref, int) else ref for ref in refs]
+        names: list[Name | None] = []
+        moved: dict[int, int] = {}
+        for place, ref in enumerate(refs):
+            if isinstance(ref, str):
+                names.append((self.of(ref), ref))
+                continue
+            id, word = (ref, b"\xff%d" % ref) if isinstance(ref, int) else (ref.id, b"\xff%d.%d" % ref)
+            names.append(((id - 1) % self.count, word))
+            if id <= self.facts.base_id * self.count:
+                moved[place] = id
+        if moved and self.count > 1:  # a key that was moved in may be in any partition
+            replies = await self.all("find", *moved.values())
+            for place, found in zip(moved, zip(*replies, strict=True), strict=True):
+                where = next((number for number, text in enumerate(found) if text is not None), None)
+                name = names[place]
+                names[place] = None if where is None or name is None else (where, name[1])
+        return names
 
     async def texts_of_ids(self, ids: Sequence[int]) -> list[str | None]:
         """The texts of ids, None if there is no such key. Searches all partitions if some id may have been moved in."""
         if all(id > self.facts.base_id * self.count for id in ids):
-            texts = await self.each("find", [((id - 1) % self.count, id) for id in ids])
+            texts, _ = await self.each("find", [((id - 1) % self.count, id) for id in ids])
         else:
             replies = await self.all("find", *ids)
             texts = [next(filter(None, found), None) for found in zip(*replies, strict=True)]

@@ -12,6 +12,7 @@ polled for 2.5 s. All others poll once a second, for counts and events.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import deque
@@ -22,7 +23,7 @@ import msgspec
 
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import StorageUnavailable
-from keypool.core.events import Change, Event
+from keypool.core.events import SILENT, By, Change, Event
 from keypool.core.keys import moment
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import all_of
@@ -35,7 +36,11 @@ EXPIRING = 60.0
 POLL_SECONDS = 1.0
 """Seconds after which a partition is polled again, even if nothing is due."""
 
-_EVENT_COUNTERS = tuple(change.value for change in Change if change is not Change.KEPT_ALIVE)
+_EVENT_COUNTERS = tuple(
+    "quarantines" if change is Change.QUARANTINED else change.value
+    for change in Change
+    if change not in SILENT
+)
 _POLLED_COUNTERS = (*_EVENT_COUNTERS, *(name for name in COUNTERS if name not in _EVENT_COUNTERS))
 _STANDS_IN = 1  # the turn of poll.lua's reply between 0, sweeps, and 2, neither
 _TURN_SECONDS = 2.5  # without a poll after which another server takes a sweeper's place
@@ -45,7 +50,7 @@ _AFTER_DEADLINE = 0.002  # seconds after a deadline at which it is swept
 _MAX_SWEPT = 64  # keys of each kind and partition that one sweep processes
 _log = logging.getLogger("keypool.valkey")
 
-_decode_event = msgspec.msgpack.Decoder(tuple[str, int, str, str, str | bool, int, int]).decode
+_decode_event = msgspec.msgpack.Decoder(list[Any]).decode
 
 
 class PartitionStatus(NamedTuple):
@@ -53,10 +58,13 @@ class PartitionStatus(NamedTuple):
 
     available: int
     total: int
+    cooling: int
+    quarantined: int
     waiting_elsewhere: int
     expiring: int
     next_expiry: int
     next_release: int
+    """To the next end of a block or a cooldown."""
     expiry_lateness: int
     release_lateness: int
     last_id: int
@@ -84,12 +92,19 @@ class PoolSnapshot(NamedTuple):
     taken_at: float
     total: int
     available: int
+    cooling: int
+    quarantined: int
     waiting_elsewhere: int
     expiring: int
     counters: dict[str, int]
     next_release: float | None
-    """By the loop's clock, like `taken_at`; None if no key is blocked."""
+    """By the loop's clock, like `taken_at`; None if no key is blocked or cooling."""
     overdue: bool
+
+    @property
+    def blocked(self) -> int:
+        """Keys that are blocked."""
+        return self.total - self.available - self.cooling - self.quarantined
 
     @classmethod
     def of(cls, statuses: Sequence[PartitionStatus], taken_at: float) -> PoolSnapshot:
@@ -101,6 +116,8 @@ class PoolSnapshot(NamedTuple):
             taken_at,
             sum(status.total for status in statuses),
             sum(status.available for status in statuses),
+            sum(status.cooling for status in statuses),
+            sum(status.quarantined for status in statuses),
             statuses[0].waiting_elsewhere,  # announced to every partition alike
             sum(status.expiring for status in statuses),
             {name: sums[name] for name in COUNTERS},
@@ -115,14 +132,18 @@ class PartitionPoller:
     def __init__(self, partitions: Partitions, server: str, rules: PoolRules) -> None:
         self._partitions = partitions
         self._server = server
-        # At most half the shortest time that a deadline can lie ahead, so that none is missed between two polls.
-        self._interval = min(POLL_SECONDS, max(0.02, min(rules.block_seconds, rules.keepalive_seconds) / 2))
+        # At most half the shortest time that a deadline usually lies ahead, so that none is missed between two polls;
+        # for others there is `expect`.
+        usual = (rules.block_seconds, rules.keepalive_seconds, rules.rest_seconds or POLL_SECONDS)
+        self._interval = min(POLL_SECONDS, max(0.02, min(usual) / 2))
         self._loop = asyncio.get_running_loop()
         count = partitions.count
         self.totals = [rules.max_keys] * count
         """Each partition's keys, at most; except for those that other servers generated since the last poll."""
         self.totals_version = 0
         """Incremented when `totals` change."""
+        self.quarantined = [0] * count
+        """Each partition's quarantined keys, as far as this server knows."""
         self.id_number = partitions.facts.base_id - 1
         """The number (see engine.py) of the highest id that this server knows."""
         self.waiting_elsewhere = 0
@@ -143,7 +164,9 @@ class PartitionPoller:
         self._latest_poll = [0] * count  # number of the poll that each partition last replied to
         self._generated = [0] * count  # keys that this server generated, ever
         self._due = [0.0] * count  # when to poll each partition next
-        self._timer: asyncio.TimerHandle | None = None
+        self._expecting = [0.0] * count  # until when deadlines come there that this server set
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0  # kept here, as a uvloop handle that is due at once has no `when`
         self._stopped = False
 
     def stop(self) -> None:
@@ -163,18 +186,38 @@ class PartitionPoller:
         self.totals[partition] += count
         self.totals_version += 1
 
+    def expect(self, partition: int, seconds: float) -> None:
+        """Poll a partition in time for a deadline that lies ahead by so much, which its sweeper may not know yet.
+
+        O(1), O(partitions) if it is nearer than the next poll.
+        """
+        now = self._loop.time()
+        if seconds < 2 * POLL_SECONDS:
+            self._expecting[partition] = max(self._expecting[partition], now + seconds + _STAND_IN_AFTER)
+            self._due[partition] = min(self._due[partition], now + seconds + _AFTER_DEADLINE)
+            if self._timer is not None and self._timer_at > self._due[partition]:
+                self._timer.cancel()
+                self._set_timer()
+
+    async def quarantined_and_totals(self) -> tuple[list[int], list[int]]:
+        """How many quarantined keys, and how many keys in all, each partition has. O(partitions).
+
+        As of the latest poll where it can't be reached.
+        """
+        unreachable = set(self._partitions.client.unreachable)
+        with contextlib.suppress(StorageUnavailable):
+            await self.poll([n for n in range(self._partitions.count) if n not in unreachable], EXPIRING)
+        return [*self.quarantined], [*self.totals]
+
     def recent(self, count: int, key_id: int | None) -> list[Event]:
         """The latest `count` events, oldest first; with `key_id`, of that key only. O(RECENT_EVENTS)."""
         found: list[Event] = []
         for packed in reversed(self._events):
             if len(found) >= count:
                 break
-            change, id, start, end, owner, lease, at = _decode_event(packed)
-            if key_id is None or id == key_id:
-                name = owner if isinstance(owner, str) else None
-                found.append(
-                    Event(Change(change), id, f"{start}…{end}", name, lease or None, moment(at / 1e6))
-                )
+            event = _event_of(_decode_event(packed))
+            if key_id is None or event.id == key_id:
+                found.append(event)
         return found[::-1]
 
     # -- polling
@@ -241,13 +284,14 @@ class PartitionPoller:
         if total != self.totals[partition]:
             self.totals[partition] = total
             self.totals_version += 1
+        self.quarantined[partition] = status.quarantined
         self.waiting_elsewhere = status.waiting_elsewhere
         self.id_number = max(self.id_number, status.last_id)
         if status.expiry_lateness >= 0:
             self.expiry_lateness.add(status.expiry_lateness / 1e6)
         if status.release_lateness >= 0:
             self.release_lateness.add(status.release_lateness / 1e6)
-        self._due[partition] = self._loop.time() + self._until_next_poll(status)
+        self._due[partition] = self._loop.time() + self._until_next_poll(partition, status)
 
     def _new_events(self, partition: int, status: PartitionStatus) -> list[bytes]:
         """The events that no other poll has reported, as several may be under way at a time."""
@@ -259,12 +303,13 @@ class PartitionPoller:
 
     # -- sweeping
 
-    def _until_next_poll(self, status: PartitionStatus) -> float:
+    def _until_next_poll(self, partition: int, status: PartitionStatus) -> float:
         """Seconds until the partition is to be polled again."""
         left = status.next_deadline
-        if left is None or status.turn > _STANDS_IN:
+        expecting = self._expecting[partition] > self._loop.time()
+        if left is None or (status.turn > _STANDS_IN and not expecting):
             return self._interval
-        if status.turn == _STANDS_IN:
+        if status.turn == _STANDS_IN and not expecting:
             return min(self._interval, left + _STAND_IN_AFTER)
         # At once, if more keys are overdue than one sweep processes.
         return max(min(self._interval, left + _AFTER_DEADLINE), _MIN_INTERVAL) if left else 0.0
@@ -295,12 +340,25 @@ class PartitionPoller:
 
     def _set_timer(self) -> None:
         if not self._stopped:
-            self._timer = self._loop.call_at(min(self._due), self.sweep)
+            self._timer_at = min(self._due)
+            self._timer = self._loop.call_at(self._timer_at, self.sweep)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _event_of(parts: list[Any]) -> Event:
+    """The event of what common.lua adds. Layout 1 had no origin in it."""
+    change, id, start, end, owner, lease, *origin, at = parts
+    change = Change(change)
+    if origin:
+        by, _, actor = origin[0].partition(" ")
+    else:
+        by, actor = (By.DEADLINE if change in (Change.RELEASED, Change.EXPIRED) else By.HOLDER), ""
+    hint = f"{start}…{end}"
+    return Event(change, id, hint, owner or None, lease or None, moment(at / 1e6), By(by), actor or None)
 
 
 def _moment_of(event: bytes) -> bytes:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from keypool.core.errors import StartError
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
-from keypool.engine.valkey.scripts import presence_text
+from keypool.engine.valkey.scripts import text_of
 
 AWAY_SECONDS = 5.0
 """Seconds without a heartbeat after which a server counts as gone."""
@@ -100,7 +100,7 @@ class Presence:
         away = round(AWAY_SECONDS * 1e6)
         words: list[Word] = [
             "EVAL",
-            presence_text(),
+            text_of("presence"),
             2,
             *self._keys,
             self.server,

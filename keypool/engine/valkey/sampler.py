@@ -25,60 +25,81 @@ from __future__ import annotations
 import random
 from bisect import bisect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import attrgetter
 
 from keypool.core.answers import Lease
 from keypool.core.errors import StorageUnavailable
+from keypool.core.handles import Handles
 from keypool.core.rules import PoolRules
+from keypool.engine.valkey.attempts import KNOWN, Attempts, RepeatedLease
 from keypool.engine.valkey.calls import OutcomeUnknown, ScriptCall, all_of, seconds_left
 from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import EXPIRING, PartitionPoller
+from keypool.engine.waiters import Request
 
-_MAX_ROUNDS = 8  # of draws, after which an acquire gives up: other callers were faster each time
+_MAX_ROUNDS = 8  # of draws, after which an acquire is content with what it has: others were faster each time
 _MAX_ROUNDS_BY_TOTALS = 4  # of these by `totals`, after which all partitions are polled
 _MIN_SHARE = 0.25  # of available keys from which draws among all keys are worthwhile
 
 
 class PartitionSampler:
-    """See the module."""
+    """See the module. `server` is this server's name in Valkey."""
 
-    def __init__(self, partitions: Partitions, poller: PartitionPoller, rules: PoolRules) -> None:
+    def __init__(
+        self, partitions: Partitions, poller: PartitionPoller, handles: Handles, server: str, rules: PoolRules
+    ) -> None:
+        self.attempts = Attempts(partitions, server) if partitions.count > 1 else None
         self._partitions = partitions
         self._available = partitions.available
         self._poller = poller
+        self._handles = handles
+        self._block_seconds = rules.block_seconds
         self._block_us = round(rules.block_seconds * 1e6)
         self._tick = 0  # the highest tick of a lease (acquire.lua) that this server knows
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
         self._ends: list[int] = []  # cumulative totals of the partitions
         self._ends_version = -1  # the `totals_version` that they were computed from
 
-    async def take(self, owner: str | None, count: int) -> list[Lease]:
-        """Acquire up to `count` keys, in order of their leases. Raises StorageUnavailable.
+    async def take(self, request: Request, count: int) -> list[Lease]:
+        """Acquire up to `count` keys, in order of their leases; or those that the attempt holds already.
 
-        O(count * log n), mostly in one round trip; if many keys are blocked, a few of O(partitions) each.
+        O(count * log n), mostly in one round trip, two with an attempt and several partitions; if many keys are
+        blocked, a few of O(partitions) each. Raises StorageUnavailable.
         """
+        attempt = request.attempt
+        if attempt is None or self.attempts is None:
+            taken = await self.take_more(request, count, "repeat")
+            # Without an available key no script was called that would have found what the attempt holds.
+            return taken if taken or attempt is None else await self.held(attempt)
+        claim, block = self.attempts.new_claim(), self.block_of(request)
+        held_for: float | None = block
+        try:
+            leases: list[Lease] = []
+            if await self.attempts.claim_in_turn(attempt, claim, block) == KNOWN:
+                leases = await self.held(attempt)
+            leases = leases or await self.take_more(request, count)
+            held_for = max((lease.release_in for lease in leases), default=None)
+            return leases
+        finally:
+            self.attempts.end(attempt, claim, held_for)
+
+    async def take_more(self, request: Request, count: int, form: str = "attempt") -> list[Lease]:
+        """Acquire up to `count` keys, whether or not the attempt holds leases; unless `form` is "repeat"."""
         taken: list[Lease] = []
         calls: list[ScriptCall] = []
         rounds = 0
         try:
-            while len(taken) < count and rounds < _MAX_ROUNDS:
-                missing = count - len(taken)
-                if by_totals := self._is_worthwhile(missing, rounds):
-                    plan = self._among_all(missing)
-                # The only partition need not be polled: its script finds out whether it has keys.
-                elif (
-                    self._partitions.count == 1 and not rounds and self._available[0]
-                ) or await self._poll():
-                    plan = self._among_available(missing)
-                else:
+            # Without any key it goes on until no partition has one: in each round others were faster.
+            while len(taken) < count and (rounds < _MAX_ROUNDS or not taken):
+                plan = await self._plan(count - len(taken), rounds)
+                if plan is None:
                     break
-                bounds = self._poller.totals if by_totals else self._available
                 calls = [
-                    self._acquire(partition, bounds[partition], not by_totals, [owner] * draws)
-                    for partition, draws in plan.items()
+                    self._acquire(partition, bound, takes, [request] * draws, form)
+                    for partition, (draws, bound, takes) in plan.items()
                 ]
                 again = 0
                 for call, reply in zip(calls, await all_of(calls), strict=True):
@@ -86,6 +107,10 @@ class PartitionSampler:
                     again |= reply[0]
                 calls = []
                 rounds += not again
+                if taken and form == "repeat":
+                    if isinstance(taken[0], RepeatedLease):
+                        break
+                    form = "attempt"  # what it holds by now is its own
         except BaseException:  # the caller hung up, or a partition can't be reached
             for call in calls:
                 self._take_back(call)
@@ -96,23 +121,43 @@ class PartitionSampler:
             taken.sort(key=attrgetter("lease"))
         return taken
 
-    async def take_in_order(self, owners: Sequence[str | None], poll: bool) -> list[Lease | OutcomeUnknown]:
-        """Acquire a key for each owner, in order. Returns the outcomes, fewer than owners if keys ran out. Without
-        `poll`, calls only partitions known to have keys. Raises StorageUnavailable if nobody was served.
+    async def held(self, attempt: bytes) -> list[Lease]:
+        """The leases of an attempt that are still held, in order. O(log n + leases), in all partitions if it may be."""
+        if self.attempts is not None and not await self.attempts.is_known(attempt):
+            return []
+        calls = [
+            self._partitions.call(number, "held", (attempt,)) for number in range(self._partitions.count)
+        ]
+        replies = await all_of(calls)
+        leases = [
+            lease
+            for call, found in zip(calls, replies, strict=True)
+            for lease in self._read(found, call.age())
+        ]
+        return sorted(leases, key=attrgetter("lease"))
 
-        Partitions are called one after the other, and each serves the owners in order, so that every lease has its
-        holder's name from the beginning. An acquire that was sent but not answered isn't repeated, as it may have been
-        executed. O(owners * log n), in a round trip for each partition that serves.
+    def block_of(self, request: Request) -> float:
+        """Seconds for which a request blocks a key."""
+        return self._block_seconds if request.block_seconds is None else request.block_seconds
+
+    async def take_in_order(self, requests: Sequence[Request], poll: bool) -> list[Lease | OutcomeUnknown]:
+        """Acquire a key for each request, in order; or the one that its attempt holds, in a pool with one partition.
+
+        Returns the outcomes, fewer than requests if keys ran out. Without `poll`, calls only partitions known to have
+        keys. Partitions are called one after the other, and each serves the requests in order, so that every lease has
+        its holder's name from the beginning. An acquire that was sent but not answered isn't repeated, as it may have
+        been executed. O(requests * log n), in a round trip for each partition that serves. Raises StorageUnavailable if
+        nobody was served.
         """
         done: list[Lease | OutcomeUnknown] = []
         rounds = 0
         try:
-            while len(done) < len(owners) and rounds < _MAX_ROUNDS:
+            while len(done) < len(requests) and (rounds < _MAX_ROUNDS or poll):
                 if (rounds or not any(self._available)) and not (poll and await self._poll()):
                     break
                 again = False
-                for partition, draws in self._among_available(len(owners) - len(done)).items():
-                    some = owners[len(done) : len(done) + draws]
+                for partition, draws in self._among_available(len(requests) - len(done)).items():
+                    some = requests[len(done) : len(done) + draws]
                     again = await self._serve(partition, some, done) or again
                 rounds += not again
         except StorageUnavailable:
@@ -126,14 +171,14 @@ class PartitionSampler:
         return done
 
     async def _serve(
-        self, partition: int, owners: Sequence[str | None], done: list[Lease | OutcomeUnknown]
+        self, partition: int, requests: Sequence[Request], done: list[Lease | OutcomeUnknown]
     ) -> bool:
-        """Serve owners from one partition. Returns whether overdue keys were in the way, so that a repeat may help."""
-        call = self._acquire(partition, self._available[partition], True, owners)
+        """Serve requests from one partition. Returns whether overdue keys were in the way: a repeat may help then."""
+        call = self._acquire(partition, self._available[partition], True, requests, "repeat")
         try:
             again: bool = (await call)[0] == 1
         except OutcomeUnknown as error:
-            done += [error] * len(owners)
+            done += [error] * len(requests)
             raise
         except BaseException:
             self._take_back(call)
@@ -142,6 +187,24 @@ class PartitionSampler:
         return again
 
     # -- which partitions to draw from
+
+    async def _plan(self, missing: int, rounds: int) -> dict[int, tuple[int, int, bool]] | None:
+        """For each partition to call: how many draws, among how many places, and whether each draw takes one away.
+
+        None if no partition has a key.
+        """
+        if self._is_worthwhile(missing, rounds):
+            totals = self._poller.totals
+            return {
+                number: (draws, totals[number], False) for number, draws in self._among_all(missing).items()
+            }
+        # The only partition need not be polled: its script finds out whether it has keys.
+        known = self._partitions.count == 1 and not rounds and self._available[0]
+        if not known and not await self._poll():
+            return None
+        available = self._available
+        found = self._among_available(missing)
+        return {number: (draws, available[number], True) for number, draws in found.items()}
 
     def _is_worthwhile(self, missing: int, rounds: int) -> bool:
         """Whether draws among all keys will probably serve `missing` keys, going by the latest replies."""
@@ -193,24 +256,44 @@ class PartitionSampler:
 
     # -- calling acquire.lua
 
-    def _acquire(self, partition: int, bound: int, takes: bool, owners: Sequence[str | None]) -> ScriptCall:
+    def _acquire(
+        self, partition: int, bound: int, takes: bool, requests: Sequence[Request], form: str
+    ) -> ScriptCall:
         facts, chance = self._partitions.facts, self._random.random
         if facts.partitions == 1:
             bound = 0
         words: list[Word] = [bound, "1" if takes else "", self._tick, facts.born, facts.base_tick]
         words += [facts.partitions, partition, self._block_us]
-        for owner in owners:
-            words += [owner or "", chance()]
+        if all(request.attempt is None and request.block_seconds is None for request in requests):
+            words.append("owner")
+            for request in requests:
+                words += [request.owner or "", chance()]
+        else:
+            words.append(form)
+            for request in requests:
+                block_us = round(self.block_of(request) * 1e6)
+                words += [request.owner or "", chance(), block_us, request.attempt or b""]
+                self._poller.expect(partition, block_us / 1e6)
         return self._partitions.call(partition, "acquire", words, self._give_back_leases)
 
     def _leases_in(self, call: ScriptCall) -> list[Lease]:
         _, tick, *leases = call.result()
         self._tick = max(self._tick, tick)
-        age = call.age()
-        block_left = seconds_left(self._block_us, age)
+        return self._read(leases, call.age())
+
+    def _read(self, leases: Iterable[Sequence[Reply]], age: float) -> list[Lease]:
+        """Leases as acquire.lua and held.lua reply them."""
+        make = self._handles.make
         return [
-            Lease(id, text.decode(), lease, block_left, seconds_left(expires, age))
-            for text, id, lease, expires in leases
+            (RepeatedLease if repeated else Lease)(
+                id,
+                text.decode(),
+                lease,
+                make(id, lease),
+                seconds_left(release, age),
+                seconds_left(expires, age),
+            )
+            for text, id, lease, expires, release, *repeated in leases
         ]
 
     def _take_back(self, call: ScriptCall) -> None:
@@ -219,12 +302,14 @@ class PartitionSampler:
             self._give_back_leases(call.result())
 
     def _give_back_leases(self, reply: Reply) -> None:
-        for text, _, lease, _ in reply[2:]:
-            self._free(text.decode(), lease)
+        for text, _, lease, _, _, *repeated in reply[2:]:
+            if not repeated:
+                self._free(text.decode(), lease)
 
     def give_back(self, lease: Lease) -> None:
-        """Free a key whose lease was not delivered."""
-        self._free(lease.key, lease.lease)
+        """Free a key whose lease was not delivered, unless its attempt had or has got it by another call."""
+        if not isinstance(lease, RepeatedLease):
+            self._free(lease.key, lease.lease)
 
     def _free(self, text: str, lease: int) -> None:
-        self._partitions.call(self._partitions.of(text), "unblock", (text, lease))
+        self._partitions.call(self._partitions.of(text), "unblock", ("holder", "", text, lease, "-"))

@@ -1,7 +1,7 @@
-"""The scripts that run inside Valkey: lua/*.lua, each with common.lua before it.
+"""The scripts that run inside Valkey: lua/*.lua, each with common.lua before it, and other parts that it shares.
 
-Scripts that serve calls have attended.lua between the two: it refuses to act on a partition that was emptied, or that
-no server has polled for a while. presence.lua stands alone, as it concerns the pool and not a partition.
+Scripts that serve calls have attended.lua behind it: it refuses to act on a partition that was emptied, or that
+no server has polled for a while. presence.lua and upgrade.lua stand alone: they concern the pool and not a partition.
 """
 
 from __future__ import annotations
@@ -9,15 +9,29 @@ from __future__ import annotations
 import binascii
 import hashlib
 import itertools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_UNATTENDED = frozenset({"grace", "move_in", "move_out"})
+_UNATTENDED = frozenset({"claim", "grace", "move_in", "move_out"})
 """Scripts that also run on partitions that no server serves."""
-_NOT_CALLED = frozenset({"common", "attended", "presence"})
+_PARTS = {
+    "named": {"delete", "extend", "get", "keepalive", "quarantine", "restore", "unblock"},
+    "states": {"get", "page", "quarantine", "restore", "unblock"},
+    "rows": {"get", "page", "quarantine", "restore"},
+    "attempts": {"acquire", "held"},
+    "adding": {"generate", "move_in", "room"},
+}
+"""Parts that several scripts have in common, and those scripts. All are run at each call, so they have no others."""
+_NOT_CALLED = frozenset({"common", "attended", "presence", "upgrade", *_PARTS})
+_CONSTANT = re.compile(r"^local ([A-Z_]+) = (\d{1,7}|'\w'|KEYS\[\d+\])$", re.MULTILINE)
+_COMMENT = re.compile(r" *--.*$", re.MULTILINE)
 
-KEYS = ("meta", "records", "states", "expiry", "ids", "texts", "events", "waiters")
+KEYS = (
+    "meta", "records", "states", "expiry", "ids", "texts", "events", "quarantine", "attempts", "waiters",
+)  # fmt: skip
 """The names of a partition's Valkey keys, in the order of common.lua."""
 SLOTS = 16384
 """Slots of a cluster."""
@@ -36,19 +50,32 @@ class Script:
 @cache
 def scripts() -> dict[str, Script]:
     """Every script by its name. Reads files, once."""
-    texts = {path.name.removesuffix(".lua"): path.read_text("utf-8") for path in _FOLDER.iterdir()}
+    return build({})
+
+
+def build(constants: Mapping[str, str]) -> dict[str, Script]:
+    """Every script by its name, with some other constants than common.lua has. Reads files."""
+    texts = {
+        path.name.removesuffix(".lua"): _COMMENT.sub("", path.read_text("utf-8"))
+        for path in _FOLDER.iterdir()
+    }
+    values = {**dict(_CONSTANT.findall(texts["common"])), **constants}
+    used = re.compile(rf"\b({'|'.join(values)})\b")
     made = {}
     for name in sorted(texts.keys() - _NOT_CALLED):
-        before = texts["common"] if name in _UNATTENDED else f"{texts['common']}\n{texts['attended']}"
-        text = f"{before}\n{texts[name]}"
+        included = [] if name in _UNATTENDED else ["attended"]
+        included += [part for part, users in _PARTS.items() if name in users]
+        text = "\n".join(texts[each] for each in ["common", *included, name])
+        # A constant that were a local would be captured by each function that uses it, whenever a script is called.
+        text = used.sub(lambda found: values[found[0]], _CONSTANT.sub("", text))
         made[name] = Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - as EVALSHA has it
     return made
 
 
 @cache
-def presence_text() -> str:
-    """The script presence.lua. Reads a file, once."""
-    return (_FOLDER / "presence.lua").read_text("utf-8")
+def text_of(name: str) -> str:
+    """A script that stands alone. Reads a file, once."""
+    return (_FOLDER / f"{name}.lua").read_text("utf-8")
 
 
 def slot_of(key: str) -> int:

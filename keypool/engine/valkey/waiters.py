@@ -4,6 +4,9 @@ First come, first served at this server: a new acquire queues behind those that 
 publishes that to one of the servers with waiters, chosen at random in proportion to its waiters, so each waiter has the
 same chance, wherever it waits (subscriber.py). In case such a message was lost, a server with waiters also looks for
 keys every quarter of a second.
+
+The queue with its places is that of engine/waiters.py. So a repeat of an attempt finds its place at this server only;
+at another one it queues anew. Whichever of them is served first, the other one gets the same lease.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
 from itertools import islice
 
 from keypool.core.answers import Lease
-from keypool.core.errors import Draining, StorageUnavailable, TooManyWaiters
+from keypool.core.errors import Draining, StorageUnavailable, Superseded, TooManyWaiters
 from keypool.engine import Timed
+from keypool.engine.valkey.attempts import BUSY, KNOWN, Attempts
+from keypool.engine.valkey.calls import ScriptCall, all_of
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import PartitionPoller
 from keypool.engine.valkey.sampler import PartitionSampler
-from keypool.engine.waiters import Waiter
+from keypool.engine.waiters import Queue, Request, Waiter
 from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
 LOOK_SECONDS = 0.25
@@ -52,9 +56,10 @@ class Waiters:
         self._server = server
         self._max_waiters = max_waiters
         self._loop = asyncio.get_running_loop()
-        self._waiters: OrderedDict[Waiter, None] = OrderedDict()
-        self._last_chances: dict[Waiter, None] = {}
-        """The waiters whose time is up: they leave unless the next look at all partitions finds a key for them."""
+        self._waiters = Queue()
+        self._last_chances: dict[Waiter, bool] = {}
+        """The waiters whose time is up: they leave unless the next look at all partitions finds a key for them. The
+        value is whether they had any time, so that their places are kept."""
         self._serving: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._announced_at = 0.0
@@ -65,21 +70,26 @@ class Waiters:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    async def wait(self, owner: str | None, seconds: float, timed: Timed | None = None) -> Lease | None:
+    async def wait(self, request: Request, seconds: float, timed: Timed | None = None) -> Lease | None:
         """Queue for up to `seconds`; None if no key came. With 0, for one look at all partitions, whoever is ahead.
 
-        Raises Draining, TooManyWaiters and StorageUnavailable. O(1), besides the look.
+        Raises Draining, TooManyWaiters, Superseded and StorageUnavailable. O(log n), besides the look.
         """
         if self._draining:
             raise Draining
-        if seconds > 0 and len(self._waiters) - len(self._last_chances) >= self._max_waiters:
+        superseded = self._waiters.waiter_of(request.attempt)
+        full = len(self._waiters) - len(self._last_chances) >= self._max_waiters
+        if seconds > 0 and superseded is None and full:
             raise TooManyWaiters(self._max_waiters)
-        waiter = Waiter(owner, self._loop.time(), self._loop.create_future())
+        waiter = Waiter(request, self._loop.time(), self._loop.create_future())
         if seconds > 0:
             waiter.timer = self._loop.call_later(seconds, self._time_is_up, waiter)
         else:
-            self._last_chances[waiter] = None
-        self._waiters[waiter] = None
+            self._last_chances[waiter] = False
+        self._waiters.add(waiter)
+        if superseded is not None:
+            self._stop_timer(superseded)
+            superseded.served.set_exception(Superseded())
         self._start()
         self._wake.set()
         try:
@@ -95,7 +105,7 @@ class Waiters:
 
     def oldest(self) -> float:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
-        first = next(iter(self._waiters), None)
+        first = self._waiters.first()
         return 0.0 if first is None else self._loop.time() - first.since
 
     def key_freed(self, partition: int, server: str) -> None:
@@ -132,19 +142,24 @@ class Waiters:
 
     def _time_is_up(self, waiter: Waiter) -> None:
         waiter.timer = None
-        self._last_chances[waiter] = None
+        self._last_chances[waiter] = True
         self._wake.set()
 
-    def _remove(self, waiter: Waiter) -> None:
-        self._waiters.pop(waiter, None)
+    def _remove(self, waiter: Waiter, keep_place: bool) -> None:
+        self._waiters.discard(waiter)
+        self._stop_timer(waiter)
+        if keep_place:
+            self._waiters.keep_place(waiter, self._loop.time(), self._max_waiters)
+
+    def _stop_timer(self, waiter: Waiter) -> None:
         self._last_chances.pop(waiter, None)
         if waiter.timer is not None:
             waiter.timer.cancel()
             waiter.timer = None
 
-    def _leave(self, waiter: Waiter, outcome: Lease | Exception | None) -> None:
+    def _leave(self, waiter: Waiter, outcome: Lease | Exception | None, keep_place: bool = False) -> None:
         """Take a waiter out of the queue, and give it its outcome."""
-        self._remove(waiter)
+        self._remove(waiter, keep_place)
         if waiter.served.done():
             return
         if isinstance(outcome, Exception):
@@ -155,7 +170,7 @@ class Waiters:
     def _abandon(self, waiter: Waiter) -> None:
         """Remove a waiter whose caller hung up. If it has just been served, give its lease back."""
         if waiter in self._waiters:
-            self._remove(waiter)
+            self._remove(waiter, self._last_chances.get(waiter, True))
         elif waiter.served.done() and not waiter.served.cancelled() and waiter.served.exception() is None:
             lease = waiter.served.result()
             if lease is not None:
@@ -208,15 +223,58 @@ class Waiters:
     async def _serve(self, everywhere: bool) -> bool:
         """Serve the first waiters of the queue. Returns whether any of them has an outcome."""
         first = list(islice(self._waiters, SERVED_AT_ONCE))
-        leaving = list(self._last_chances)  # taken before the look, as it doesn't cover those who come later
-        done = await self._sampler.take_in_order([waiter.owner for waiter in first], everywhere)
-        for waiter, outcome in zip(first, done, strict=False):
-            if waiter in self._waiters:
-                self._leave(waiter, outcome)
-            elif isinstance(outcome, Lease):  # it hung up: the next one gets a lease of its own
-                self._sampler.give_back(outcome)
-        if everywhere and len(done) < len(first):
-            for waiter in leaving:
+        leaving = list(
+            self._last_chances.items()
+        )  # taken before the look, as it doesn't cover those who come later
+        attempts = self._sampler.attempts
+        if attempts is not None and any(waiter.request.attempt is not None for waiter in first):
+            done = await self._serve_attempts(first, everywhere, attempts)
+        else:
+            done = await self._serve_some(first, everywhere)
+        if everywhere and done < len(first):
+            for waiter, waited in leaving:
                 if waiter in self._waiters:
-                    self._leave(waiter, None)
-        return bool(done)
+                    self._leave(waiter, None, keep_place=waited)
+        return done > 0
+
+    async def _serve_some(self, waiters: list[Waiter], everywhere: bool) -> int:
+        """Serve waiters in order. Returns how many have an outcome."""
+        done = await self._sampler.take_in_order([waiter.request for waiter in waiters], everywhere)
+        for waiter, outcome in zip(waiters, done, strict=False):
+            if waiter not in self._waiters:  # it hung up, or its attempt was repeated
+                heir = self._waiters.waiter_of(waiter.request.attempt)
+                if heir is not None:
+                    self._leave(heir, outcome)
+                elif isinstance(outcome, Lease):  # the next one gets a lease of its own
+                    self._sampler.give_back(outcome)
+            else:
+                self._leave(waiter, outcome)
+        return len(done)
+
+    async def _serve_attempts(self, waiters: list[Waiter], everywhere: bool, attempts: Attempts) -> int:
+        """The same where other servers may serve the same attempts in other partitions (attempts.py).
+
+        A waiter whose attempt is being served elsewhere is left out this time.
+        """
+        claims: dict[Waiter, tuple[bytes, str, ScriptCall]] = {}
+        for waiter in waiters:
+            if (attempt := waiter.request.attempt) is not None:
+                claim, block = attempts.new_claim(), self._sampler.block_of(waiter.request)
+                claims[waiter] = attempt, claim, attempts.claim(attempt, claim, block)
+        held_for = {waiter: self._sampler.block_of(waiter.request) for waiter in claims}
+        done, some = 0, []
+        try:
+            await all_of([call for _, _, call in claims.values()])
+            for waiter in waiters:
+                state = claims[waiter][2].result()[0] if waiter in claims else None
+                if state == KNOWN and (held := await self._sampler.held(claims[waiter][0])):
+                    held_for[waiter] = held[0].release_in
+                    done += 1
+                    if waiter in self._waiters:
+                        self._leave(waiter, held[0])
+                elif state != BUSY:
+                    some.append(waiter)
+            return done + (await self._serve_some(some, everywhere) if some else 0)
+        finally:
+            for waiter, (attempt, claim, _) in claims.items():
+                attempts.end(attempt, claim, held_for[waiter])

@@ -256,8 +256,9 @@ class Connection(asyncio.Protocol):
         self._scheduled = False
         if self.state == OPEN:
             self._busy = True
-            self._until = self._turns.clock() + QUANTUM
+            self._until = inf
             self._try_cached_held()
+            self._until = self._turns.clock() + QUANTUM  # from here on, so that each run parses at least one piece
             self._work()
             self._busy = False
             self._settle()
@@ -273,7 +274,7 @@ class Connection(asyncio.Protocol):
         idle = self.current is None and not self._queue
         if held and type(held) is bytes and self.reader.state == READING and idle:
             self._held = b""
-            end = self.reader.try_cached(held)
+            end = self.reader.try_cached(held[: self.reader.piece])  # a search through all would take long
             if self._reads():  # else the rest is dropped
                 self._held = held[end:]
 

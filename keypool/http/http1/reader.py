@@ -42,7 +42,13 @@ from keypool.config.limits import MAX_NAME, Limits
 from keypool.http.http1.request import Body, Request
 from keypool.http.http1.responses import Refusal, Refused
 from keypool.http.http1.rules import FRAMING, body_of, check_head, check_size, is_host, protocol_of
-from keypool.http.http1.section import REQUEST_LINE, HeaderSection, Sections
+from keypool.http.http1.section import (
+    REQUEST_LINE,
+    HeaderSection,
+    Sections,
+    cut_varying,
+    split_varying,
+)
 
 if TYPE_CHECKING:
     from keypool.http.http1.connection import Connection
@@ -161,13 +167,17 @@ class RequestReader:
             return start
         lines = line.end()
         body = data.find(b"\r\n\r\n", lines - 2) + 4  # from -2: there may be no header lines
-        section = self._sections.lookup(data[lines:body])
+        section, varying = self._sections.lookup(data[lines:body]), None
+        if section is None:
+            rest, varying = cut_varying(data, lines, body)
+            section = None if varying is None else self._sections.lookup(rest)
         if section is None or not self.keeps_alive:
             return start
         length = section.length
         if length is None or (end := body + length) > len(data):
             return start
         request = Request(cast("Connection", self._sink), line[1], line[2], section, True)
+        request.varying = varying
         request.received = True
         if length:
             request.body = Body(length, False, self._limits)
@@ -345,7 +355,8 @@ class RequestReader:
         if self.incoming is not None or parser is None:
             return
         target = self._target
-        section = self._section = self._sections.of(self._headers)
+        lines, varying = split_varying(self._headers)
+        section = self._section = self._sections.of(lines)
         request = Request(
             cast("Connection", self._sink),
             parser.get_method(),
@@ -353,6 +364,7 @@ class RequestReader:
             section,
             parser.should_keep_alive(),
         )
+        request.varying = varying
         line_end = self._head.find(b"\r\n")
         if (
             self._hosts != 1
@@ -360,7 +372,7 @@ class RequestReader:
             or self._carry
             or not target.startswith(b"/")
             or b"#" in target
-            or len(section.lines) > self._limits.header_count
+            or len(self._headers) > self._limits.header_count
             or parser.should_upgrade()
             or self._head[line_end - 9 : line_end] != b" HTTP/1.1"
         ):

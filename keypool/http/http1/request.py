@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from keypool.config.limits import Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.http.http1.responses import Headers
-from keypool.http.http1.section import HeaderSection
+from keypool.http.http1.section import VARYING, HeaderSection
 
 if TYPE_CHECKING:
     from keypool.http.http1.connection import Connection
@@ -139,7 +139,8 @@ class Request:
 
     `method` and `target` are as sent (the target in origin form, `*`, or the authority for CONNECT). `connection` is
     None once no answer can reach the peer any more, or the answer is complete. In `section` an application may cache
-    results that depend on the header lines only, which clients send again and again.
+    results that depend on the header lines only, which clients send again and again; `varying` is the value of the
+    header that isn't among them, or None.
     """
 
     __slots__ = (
@@ -155,6 +156,7 @@ class Request:
         "section",
         "target",
         "upgrade",
+        "varying",
     )
 
     def __init__(
@@ -170,6 +172,7 @@ class Request:
         self.target = target
         self.section = section
         self.keep_alive = keep_alive
+        self.varying: bytes | None = None
         self.http10 = False
         self.upgrade = False
         self.received = False
@@ -201,7 +204,8 @@ class Request:
     @property
     def headers(self) -> Headers:
         """The header lines in order, names in lower case, values without surrounding white space."""
-        return self.section.lines
+        lines = self.section.lines
+        return lines if self.varying is None else (*lines, (VARYING, self.varying))
 
     @property
     def closed(self) -> bool:

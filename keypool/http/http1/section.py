@@ -3,6 +3,9 @@
 A client sends the same header lines with each of its requests. The result of parsing and checking them is cached by
 their exact bytes, for some hundreds of clients, together with the application's own results. That is safe: the same
 bytes, from the end of the first line to the empty line, always mean the same.
+
+One header has another value in each request: Idempotency-Key. Its line is no part of a section, and is read from each
+request by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +20,36 @@ _MOST_LINES = 32  # of each: a line takes some 150 bytes more than its text
 
 REQUEST_LINE = re.compile(rb"(GET|POST|DELETE) (/[\w/:.~?=&%,-]*) HTTP/1\.1\r\n")
 """A subset of the request lines that llhttp and the rules accept; all others are left to them."""
+
+VARYING = b"idempotency-key"
+"""The header that is no part of a section, if it occurs once and has a value as it should."""
+
+_VALUE = re.compile(rb"[!-~]{1,64}")
+_BEGINNINGS = (b"\r\nIdempotency-Key: ", b"\r\nidempotency-key: ")
+_REST = re.compile(
+    rb"([!-~]{1,64})\r\n(?![ \t])"
+)  # a line that begins with white space would continue this one
+
+
+def cut_varying(data: bytes, start: int, end: int) -> tuple[bytes, bytes | None]:
+    """Header lines without the Idempotency-Key line, and its value; None if there is none. O(end - start).
+
+    The lines are `data[start:end]`, behind a line break. A line that isn't cut, because it is spelt otherwise or has
+    another value, is left where it is, so it is never lost.
+    """
+    for beginning in _BEGINNINGS:
+        at = data.find(beginning, start - 2, end)
+        if at >= 0 and (rest := _REST.match(data, at + len(beginning), end)):
+            return data[start : at + 2] + data[rest.end() : end], rest[1]
+    return data[start:end], None
+
+
+def split_varying(lines: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
+    """Parsed header lines without the Idempotency-Key, and its value; all lines and None if it isn't cut. O(lines)."""
+    values = [value for name, value in lines if name == VARYING]
+    if len(values) != 1 or not _VALUE.fullmatch(values[0]):
+        return lines, None
+    return [line for line in lines if line[0] != VARYING], values[0]
 
 
 class HeaderSection:
@@ -61,13 +94,15 @@ class Sections:
         if line is None:
             return
         end = data.find(b"\r\n\r\n", line.end() - 2) + 4
+        lines, _ = cut_varying(data, line.end(), end)
         if (
             len(data) - end == section.length
-            and end - line.end() <= _LONGEST
+            and len(lines) <= _LONGEST
             and len(section.lines) <= _MOST_LINES
+            and VARYING not in lines.lower()
         ):
             _make_room(self._by_bytes)
-            self._by_bytes[data[line.end() : end]] = section
+            self._by_bytes[lines] = section
 
 
 def _make_room(table: dict[Headers, HeaderSection] | dict[bytes, HeaderSection]) -> None:

@@ -23,7 +23,7 @@ const newestAt = () => stream.querySelector("time")?.dateTime ?? "";
 function fits(event) {
   const text = field.value.trim().toLowerCase();
   if (kind && event.event !== kind) return false;
-  return !text || `${event.id} ${event.hint} ${event.owner ?? ""}`.toLowerCase().includes(text);
+  return !text || `${event.id} ${event.hint} ${event.origin}`.toLowerCase().includes(text);
 }
 
 /** A few events are drawn as they come, a flood once a second. */
@@ -47,7 +47,7 @@ function sift() {
   let shown = 0;
   for (const row of stream.children) {
     const text = (name) => row.querySelector(`[data-f="${name}"]`).textContent;
-    const hidden = !fits({ event: row.dataset.kind, id: row.dataset.id, hint: text("hint"), owner: text("owner") });
+    const hidden = !fits({ event: row.dataset.kind, id: row.dataset.id, hint: text("hint"), origin: text("origin") });
     if (row.hidden !== hidden) row.hidden = hidden;
     if (!hidden) shown += 1;
   }

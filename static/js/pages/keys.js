@@ -9,7 +9,7 @@ import { call } from "../api.js";
 import { now, setLeft } from "../clock.js";
 import * as feed from "../feed.js";
 import { model } from "../model.js";
-import { fillKey, readKey } from "../rows.js";
+import { fillKey, readKey, setState } from "../rows.js";
 import { show } from "../panel.js";
 import { made, number, setText } from "../ui.js";
 
@@ -22,6 +22,8 @@ const bulk = document.getElementById("bulk");
 const all = document.getElementById("pick-all");
 const held = document.getElementById("held");
 const { tab, search, after } = card.dataset;
+const STATES = ["available", "blocked", "cooling", "quarantined"];
+const ORDERS = { blocked: "release", cooling: "ready", expiring: "expiry" };
 const chosen = new Set();
 const block = Number(document.body.dataset.block);
 let pointedAt = -Infinity;
@@ -34,9 +36,8 @@ const holding = () => performance.now() - pointedAt < POINTED_FOR || chosen.size
 function query() {
   const asked = new URLSearchParams({ limit: "50" });
   if (search) asked.set("prefix", search);
-  else if (tab === "blocked") asked.set("order", "release");
-  else if (tab === "expiring") asked.set("order", "expiry");
-  if (tab === "available" || (search && tab === "blocked")) asked.set("state", tab);
+  else if (ORDERS[tab]) asked.set("order", ORDERS[tab]);
+  if (STATES.includes(tab)) asked.set("state", tab);
   if (after) asked.set("after", after);
   return asked;
 }
@@ -90,9 +91,20 @@ function replace({ keys, next }, asOf) {
 function states(count) {
   document.getElementById("no-rows").hidden = count > 0;
   const empty = (model.stats?.total ?? 1) === 0;
-  const which = empty ? "empty" : search ? "search" : tab === "blocked" || tab === "available" ? tab : "page";
+  const which = empty ? "empty" : search ? "search" : STATES.includes(tab) ? tab : "page";
   for (const element of document.querySelectorAll("#no-rows [data-when]")) element.hidden = element.dataset.when !== which;
 }
+
+/** The state of a key after an event. */
+const AFTER = {
+  acquired: "blocked",
+  unblocked: "available",
+  released: "available",
+  ready: "available",
+  restored: "available",
+  cooled: "cooling",
+  quarantined: "quarantined",
+};
 
 /** Apply an event to its row, if that is shown. */
 function apply(event) {
@@ -100,27 +112,17 @@ function apply(event) {
   if (!row || row.classList.contains("gone")) return;
   if (event.event === "deleted" || event.event === "expired") {
     row.classList.add("gone");
-    setText(row.querySelector(".state"), event.event);
-    row.querySelector(".state").dataset.state = "gone";
-    setLeft(row.querySelector('[data-kind="release"]'), null);
+    setState(row, event.event, null);
     setLeft(row.querySelector('[data-kind="expires"]'), null);
     choose(event.id, false);
-  } else if (event.event === "acquired") {
-    const left = Math.max(0, block - (now() - Date.parse(event.at)) / 1000);
-    change(row, "blocked", event.owner, event.lease, left);
-  } else if (event.event === "unblocked" || event.event === "released") {
-    change(row, "available", null, event.lease, null);
+  } else if (AFTER[event.event]) {
+    const state = AFTER[event.event];
+    // An event doesn't say how long a cooldown lasts: the countdown comes with the page's next fetch.
+    setState(row, state, state === "blocked" ? Math.max(0, block - (now() - Date.parse(event.at)) / 1000) : null);
+    row.dataset.lease = event.lease ?? "";
+    setText(row.querySelector('[data-f="owner"]'), (state === "blocked" && event.owner) || "");
+    setText(row.querySelector('[data-f="lease"]'), String(event.lease ?? ""));
   }
-}
-
-function change(row, state, owner, lease, left) {
-  row.dataset.state = state;
-  row.dataset.lease = lease ?? "";
-  row.querySelector(".state").dataset.state = state;
-  setText(row.querySelector(".state"), state);
-  setText(row.querySelector('[data-f="owner"]'), owner ?? "");
-  setText(row.querySelector('[data-f="lease"]'), String(lease ?? ""));
-  setLeft(row.querySelector('[data-kind="release"]'), left);
 }
 
 // -- selection
@@ -149,9 +151,6 @@ function clear() {
   for (const id of [...chosen]) choose(id, false);
 }
 
-const ACTS = { unblock: actions.unblock, keepalive: actions.keepalive, delete: actions.remove };
-const BULK = { unblock: actions.unblockMany, keepalive: actions.keepaliveMany, delete: actions.removeMany };
-
 body.addEventListener("change", (event) => {
   const row = event.target.closest(".key-row");
   if (row && event.target.matches(".picked")) choose(Number(row.dataset.id), event.target.checked);
@@ -159,7 +158,7 @@ body.addEventListener("change", (event) => {
 body.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-act]");
   const row = event.target.closest(".key-row");
-  if (button && (await ACTS[button.dataset.act](readKey(row)))) load();
+  if (button && (await actions.ONE[button.dataset.act](readKey(row)))) load();
   else if (!button && row && !event.target.closest("a, input, label") && !getSelection().toString()) show(Number(row.dataset.id));
 });
 all?.addEventListener("change", () => {
@@ -174,7 +173,7 @@ bulk?.addEventListener("click", async (event) => {
     return;
   }
   const keys = [...chosen].map(rowOf).filter(Boolean).map(readKey);
-  if (await BULK[act](keys)) {
+  if (await actions.MANY[act](keys)) {
     clear();
     load();
   }
@@ -203,7 +202,6 @@ feed.on("delta", (delta) => {
 
 function counts() {
   const { stats } = model;
-  for (const [name, value] of [["all", stats.total], ["available", stats.available], ["blocked", stats.blocked]]) {
-    setText(document.querySelector(`[data-count="${name}"]`), number(value));
-  }
+  setText(document.querySelector('[data-count="all"]'), number(stats.total));
+  for (const name of STATES) setText(document.querySelector(`[data-count="${name}"]`), number(stats[name]));
 }

@@ -1,4 +1,4 @@
-// The overview, kept live: tiles from each frame, charts once a second, what is released next every two seconds.
+// The overview, kept live: tiles from each frame, charts once a second, what ends next every two seconds.
 
 import { call } from "../api.js";
 import { Chart } from "../chart.js";
@@ -11,15 +11,18 @@ import { made, number, setText } from "../ui.js";
 const REFUSED_FOR = 300;
 const SOONEST_EVERY = 2000;
 const SHOWN = 10;
+const SHOWN_DUE = 5;
+const STATES = ["available", "blocked", "cooling", "quarantined"];
+const NOTES = { cooling: "until cooled down", quarantined: "until restored" };
 const charts = [
-  new Chart(document.getElementById("chart-composition"), ["available", "blocked"], true),
+  new Chart(document.getElementById("chart-composition"), STATES, true),
   new Chart(document.getElementById("chart-rates"), ["kept_alive", "unblocked", "acquired", "refused"], false),
 ];
 const latest = document.getElementById("latest");
-const soonest = document.getElementById("soonest");
+const soonest = document.querySelectorAll(".soonest");
 let span = "seconds";
 let soonestAt = 0;
-let nextRelease = null;
+let nextDue = null;
 
 function tile(name, value, note) {
   const element = document.getElementById(`tile-${name}`);
@@ -32,7 +35,12 @@ function tiles() {
   const { stats } = model;
   tile("available", stats.available, `of ${number(stats.total)} keys`);
   tile("blocked", stats.blocked);
+  const mostlyOut = (stats.cooling + stats.quarantined) * 2 > stats.total;
+  for (const [name, note] of Object.entries(NOTES)) {
+    tile(name, stats[name], mostlyOut ? "over half of the pool is out" : note).classList.toggle("warn", mostlyOut);
+  }
   tile("waiting", stats.waiting);
+  for (const element of document.querySelectorAll("#exhausted [data-count]")) setText(element, number(stats[element.dataset.count]));
   document.getElementById("empty").hidden = stats.total > 0;
   document.getElementById("exhausted").hidden = stats.available > 0 || stats.total === 0;
 }
@@ -56,16 +64,31 @@ async function loadSoonest() {
   if (document.hidden || performance.now() - soonestAt < SOONEST_EVERY) return;
   soonestAt = performance.now();
   try {
-    const { keys } = await call("GET", `/keys?order=release&limit=${SHOWN}`);
-    const asOf = now();
-    while (soonest.children.length > keys.length) soonest.lastElementChild.remove();
-    while (soonest.children.length < keys.length) soonest.append(made("soon-template"));
-    keys.forEach((key, i) => fillKey(soonest.children[i], key, asOf));
-    document.getElementById("soonest-none").hidden = keys.length > 0;
-    nextRelease = keys.length ? asOf + keys[0].release_in * 1000 : null;
+    const due = await Promise.all([...soonest].map(loadList));
+    nextDue = Math.min(...due);
+    drawDue();
   } catch {
     // The pill shows it already.
   }
+}
+
+/** Fill a list of the keys whose state ends next. Returns the moment of the first, Infinity if there is none. */
+async function loadList(list) {
+  const { keys } = await call("GET", `/keys?order=${list.dataset.order}&limit=${SHOWN_DUE}`);
+  const asOf = now();
+  while (list.children.length > keys.length) list.lastElementChild.remove();
+  while (list.children.length < keys.length) list.append(made("soon-template"));
+  keys.forEach((key, i) => fillKey(list.children[i], key, asOf));
+  list.nextElementSibling.hidden = keys.length > 0;
+  return keys.length ? asOf + (keys[0].release_in ?? keys[0].available_in) * 1000 : Infinity;
+}
+
+function drawDue() {
+  if (nextDue === null) return;
+  const next = document.getElementById("next-due");
+  next.hidden = nextDue === Infinity;
+  document.getElementById("none-due").hidden = !next.hidden;
+  if (!next.hidden) setText(next.querySelector("strong"), spell((nextDue - now()) / 1000));
 }
 
 function events() {
@@ -97,6 +120,6 @@ document.getElementById("span").addEventListener("change", (event) => {
 });
 setInterval(() => {
   second();
-  if (nextRelease !== null) setText(document.getElementById("next-release"), spell((nextRelease - now()) / 1000));
+  drawDue();
   if (feed.state === "live" && performance.now() - soonestAt > 5000) loadSoonest();
 }, 1000);

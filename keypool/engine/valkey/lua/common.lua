@@ -1,41 +1,85 @@
--- Included at the top of every script. A script first processes what is overdue in its partition.
+-- At the top of every script; scripts.py includes more, and replaces the constants below by their values. A script
+-- first processes what is overdue in its partition.
 --
--- KEYS, the same eight for every script, all with one hash tag, so that they lie in one slot:
---   1 meta    hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
---             `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it is
---             at work), `sweepers`, the two servers that sweep here (poll.lua), and `reserved`, room reserved for keys
---             that are about to be generated (room.lua)
---   2 records hash: text -> {id, created, lease (0: never served), expiry deadline, release deadline (0: available),
---             owner (only while blocked and named)}
---   3 states  sorted set: text by its release deadline, so by 0 while available
---   4 expiry  sorted set: text by its expiry deadline
---   5 ids     sorted set: text by id
---   6 texts   sorted set: text by 0, so that it is in order of text
---   7 events  list: the latest changes, oldest first
---   8 waiters hash: server -> "number of acquires that wait there, moment at which this lapses"; missing if none waits.
---             Its name is also the channel on which freed keys are published: for the server named, or for all (*).
--- Moments are microseconds since the epoch by this Valkey's clock; records and events are msgpack.
--- Every reply begins with the number of available keys, -1 if it is unchanged, which calls.py removes.
+-- KEYS, the same ten for every script, all with one hash tag, so that they lie in one slot:
+--   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
+--                `cooling`, how many keys cool, `rest`, how long keys rest after each lease (missing if they don't),
+--                `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it
+--                is at work), `sweepers`, the two servers that sweep here (poll.lua), and `reserved`, room reserved
+--                for keys that are about to be generated (room.lua)
+--   2 records    hash: text -> record
+--   3 states     sorted set: text by the deadline at which its block or its cooldown ends, by 0 while available; not
+--                while quarantined
+--   4 expiry     sorted set: text by its expiry deadline
+--   5 ids        sorted set: text by id
+--   6 texts      sorted set: text by 0, so that it is in order of text
+--   7 events     list: the latest changes, oldest first
+--   8 quarantine sorted set: text by id, while quarantined
+--   9 attempts   sorted set: attempt .. text by 0, while the key is blocked and its acquire named an attempt; so the
+--                leases of an attempt stand together
+--  10 waiters    hash: server -> "number of acquires that wait there, moment at which this lapses"; missing if none
+--                waits. Its name is also the channel on which freed keys are published: for the server named, or for
+--                all (*).
+-- A record is an array whose fields are named below: without the last ones if they say nothing, and with false for
+-- others that say nothing. Of a key that was never served, it has five.
+--    state        MARK         RELEASE                      the fields OWNER, ACQUIRED, ATTEMPT, REPLAYED
+--    available    nothing      0                            say nothing
+--    blocked      nothing      when the block ends          say something
+--    blocked      PENDING      the same                     the same; it is quarantined when its lease ends
+--    cooling      COOLING      when the cooldown ends       say nothing
+--    quarantined  QUARANTINED  0                            say nothing
+-- Moments are microseconds since the epoch by this Valkey's clock; records and events are MessagePack.
+-- A name of a key is its text, or \255 and its id, or \255, its id, a point and the number of a lease that must be its
+-- latest; no text begins with the byte 255, which UTF-8 doesn't have. An origin is `holder`, `deadline`, or
+-- `operator`, a space and the name of the operator's token. Every reply begins with the number of available keys, -1
+-- if it is unchanged, which calls.py removes.
 --
--- The rules are those of core/pool.py, implemented a second time; the contract tests check both.
--- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after that.
--- What is overdue is processed even if memory is short, as those steps begin with a write that needs none.
+-- The rules are those of core/pool.py and core/outcomes.py, implemented a second time; the tests drive both alike.
+-- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after
+-- that. What is overdue is processed even if memory is short, as those steps begin with a write that needs none.
 --
 -- A record may be missing, if Valkey evicted it. Its key is then purged when a script comes across it.
 
 if redis.replicate_commands then redis.replicate_commands() end  -- before Redis 7, to write after TIME
 
-local META, RECORDS, STATES, EXPIRY, IDS, TEXTS, EVENTS, WAITERS = unpack(KEYS)
+local META = KEYS[1]
+local RECORDS = KEYS[2]
+local STATES = KEYS[3]
+local EXPIRY = KEYS[4]
+local IDS = KEYS[5]
+local TEXTS = KEYS[6]
+local EVENTS = KEYS[7]
+local QUARANTINE = KEYS[8]
+local ATTEMPTS = KEYS[9]
+local WAITERS = KEYS[10]
+local ID = 1
+local CREATED = 2
+local LEASE = 3      -- number of the latest one, 0 if it was never served
+local EXPIRES = 4    -- expiry deadline
+local RELEASE = 5    -- deadline of a block or a cooldown, else 0
+local OWNER = 6      -- the holder's name
+local ACQUIRED = 7   -- moment of the acquire; missing too if a server of layout 1 acquired it
+local ATTEMPT = 8    -- 16 bytes, if the acquire named one
+local MARK = 9       -- see above
+local REPORTED = 10  -- whether the latest lease can't report any more
+local HISTORY = 11   -- {failures in a row, moment of the last, outcome, reason, operator's reason}: core/outcomes.py
+local REPLAYED = 12  -- whether the lease was given to its attempt again
+local COOLING = 'c'
+local QUARANTINED = 'q'
+local PENDING = 'p'
 local KEPT_EVENTS = 64  -- events that a poll reports at most; up to four times as many are kept, to trim rarely
 local MAX_DUE = 32      -- overdue keys of each kind that a call processes on its way
 local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
+
+local resting = 0  -- microseconds that a key cools after each lease, as attended.lua reads it
 local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
 
-local function emit(change, record, text, owner)
-  local event = {change, record[1], text:sub(1, 4), text:sub(-4), owner or false, record[3], NOW}
+-- Add an event. Its last part is its moment, as poller.py expects.
+local function emit(change, record, text, owner, origin)
+  local event = {change, record[ID], text:sub(1, 4), text:sub(-4), owner or false, record[LEASE], origin, NOW}
   if call('RPUSH', EVENTS, cmsgpack.pack(event)) > 4 * KEPT_EVENTS then
     call('LTRIM', EVENTS, -KEPT_EVENTS, -1)
   end
@@ -46,91 +90,117 @@ local function record_of(text)
   return packed and cmsgpack.unpack(packed)
 end
 
+-- A field that says nothing is never set where it is missing: that would make Lua grow the table.
+local function packed(record)
+  local last = REPLAYED
+  while not record[last] do
+    if record[last] == false then record[last] = nil end
+    last = last - 1
+  end
+  for field = OWNER, last - 1 do
+    if not record[field] then record[field] = false end
+  end
+  return cmsgpack.pack(record)
+end
+
 local function save(text, record)
-  call('HSET', RECORDS, text, cmsgpack.pack(record))
+  call('HSET', RECORDS, text, packed(record))
 end
 
--- A substitute for a missing record: expired, with the id, which is enough to purge its key.
+-- A substitute for a missing record: expired, with the id, and with a mark by which its key is purged from QUARANTINE.
 local function tombstone(text)
-  return {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0}
+  return {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0, false, false, false, QUARANTINED}
 end
 
--- Remove a key, available or blocked. The first write is one for which Valkey needs no memory.
-local function purge(text, record, change)
+-- Remove a key, in any state. The first write is one for which Valkey needs no memory.
+local function purge(text, record, change, origin)
   call('HDEL', RECORDS, text)
   call('ZREM', STATES, text)
   call('ZREM', EXPIRY, text)
   call('ZREM', IDS, text)
   call('ZREM', TEXTS, text)
+  if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
+  if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
+  if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
   call('HINCRBY', META, change, 1)
-  emit(change, record, text, record[6])
+  emit(change, record, text, record[OWNER], origin)
 end
 
--- Make a blocked key available. If memory is short, HSET may be refused, but neither HDEL nor any write after it.
-local function free(text, record, change)
-  local owner = record[6]
-  record[5], record[6] = 0, nil
-  local packed = cmsgpack.pack(record)
-  if type(redis.pcall('HSET', RECORDS, text, packed)) == 'table' then
+-- Put a key that nobody holds (any more) into the state of this MARK (false for none) and RELEASE. An available one is
+-- counted as freed. The first write is possible even if memory is short: then HSET may be refused, but neither HDEL
+-- nor any write after it.
+local function place(text, record, mark, release)
+  local before = record[MARK]
+  if before or mark then record[MARK] = mark end
+  record[RELEASE] = release
+  local new = packed(record)
+  if type(redis.pcall('HSET', RECORDS, text, new)) == 'table' then
     call('HDEL', RECORDS, text)
-    call('HSET', RECORDS, text, packed)
+    call('HSET', RECORDS, text, new)
   end
-  call('ZADD', STATES, 0, text)
-  call('HINCRBY', META, change, 1)
-  emit(change, record, text, owner)
-  freed = freed + 1
+  if mark == QUARANTINED then
+    call('ZREM', STATES, text)
+    call('ZADD', QUARANTINE, record[ID], text)
+  else
+    call('ZADD', STATES, release, text)
+    if release == 0 then freed = freed + 1 end
+  end
+  if before == QUARANTINED then call('ZREM', QUARANTINE, text) end
+  if before ~= mark and (before == COOLING or mark == COOLING) then
+    call('HINCRBY', META, 'cooling', mark == COOLING and 1 or -1)
+  end
 end
 
--- Purge and release what is overdue, `limit` of each at most.
+-- Record that a key cools or is quarantined.
+local function entered(mark, text, record, owner, origin)
+  call('HINCRBY', META, mark == COOLING and 'cooled' or 'quarantines', 1)
+  emit(mark == COOLING and 'cooled' or 'quarantined', record, text, owner, origin)
+end
+
+-- End a lease at a moment: the key is available, or cools first, or is quarantined.
+local function free(text, record, change, at, origin, cool_until)
+  local owner, attempt, mark, release = record[OWNER], record[ATTEMPT], false, 0
+  record[OWNER], record[ACQUIRED] = false, false
+  if attempt then record[ATTEMPT], record[REPLAYED] = false, false end
+  if resting > 0 then cool_until = math.max(cool_until, at + resting) end
+  if record[MARK] == PENDING then
+    mark = QUARANTINED
+  elseif cool_until > at then
+    mark, release = COOLING, cool_until
+  end
+  place(text, record, mark, release)
+  if attempt then call('ZREM', ATTEMPTS, attempt .. text) end
+  call('HINCRBY', META, change, 1)
+  emit(change, record, text, owner, origin)
+  if mark then entered(mark, text, record, owner, origin) end
+end
+
+-- Apply the deadlines of a block or a cooldown that have passed. A release may begin a cooldown that is over, too.
+local function catch_up(text, record)
+  while record[RELEASE] ~= 0 and record[RELEASE] <= NOW do
+    if record[MARK] == COOLING then
+      place(text, record, false, 0)
+      call('HINCRBY', META, 'ready', 1)
+      emit('ready', record, text, nil, 'deadline')
+    else
+      free(text, record, 'released', record[RELEASE], 'deadline', 0)
+    end
+  end
+end
+
+-- Purge what has expired, and end blocks and cooldowns that are over, `limit` of each at most.
 local function process_due(limit)
   for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
-    purge(text, record_of(text) or tombstone(text), 'expired')
+    purge(text, record_of(text) or tombstone(text), 'expired', 'deadline')
   end
   for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
     local record = record_of(text)
-    if record then free(text, record, 'released') else purge(text, tombstone(text), 'expired') end
+    if record then catch_up(text, record) else purge(text, tombstone(text), 'expired', 'deadline') end
   end
-end
-
--- The record of a live key, brought up to this moment; nil if there is no such key.
-local function live(text)
-  local record = record_of(text)
-  if not record then return nil end
-  if record[4] <= NOW then
-    purge(text, record, 'expired')
-    return nil
-  end
-  if record[5] ~= 0 and record[5] <= NOW then free(text, record, 'released') end
-  return record
-end
-
--- Add a key, a new one or one that is moved in.
-local function add(text, record)
-  save(text, record)
-  call('ZADD', STATES, record[5], text)
-  call('ZADD', EXPIRY, record[4], text)
-  call('ZADD', IDS, record[1], text)
-  call('ZADD', TEXTS, 0, text)
 end
 
 local function available()
   return call('ZCOUNT', STATES, 0, 0)
-end
-
--- The room that is reserved (room.lua) under names other than `name`, and those reservations as they are stored.
-local function reserved_but(name)
-  local sum, others = 0, {}
-  for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
-    if held ~= name and tonumber(ends) > NOW then
-      sum = sum + tonumber(keys)
-      others[#others + 1] = held .. ' ' .. keys .. ' ' .. ends .. ';'
-    end
-  end
-  return sum, table.concat(others)
-end
-
-local function reserve(reservations)
-  if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
 end
 
 -- Publish freed keys: one key to one server, chosen at random in proportion to its waiters; several to all servers.

@@ -1,12 +1,17 @@
 -- Purge keys.
--- ARGV    1… texts
--- reply   available; for each key its id, 0 if it is unknown
+-- ARGV    1 origin, 2… names
+-- reply   available; for each key {its id and text}, or {0 if it is unknown, else -(its latest lease), as the name has
+--         another one; ''}
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
-local results = {}
-for i, text in ipairs(ARGV) do
-  local record = live(text)
-  if record then purge(text, record, 'deleted') end
-  results[i] = record and record[1] or 0
+local origin, results = ARGV[1], {}
+for i = 2, #ARGV do
+  local record, text, stale = find(ARGV[i])
+  if record and not stale then
+    purge(text, record, 'deleted', origin)
+    results[#results + 1] = {record[ID], text}
+  else
+    results[#results + 1] = {record and -record[LEASE] or 0, ''}
+  end
 end
 return reply(results)

@@ -1,15 +1,12 @@
 -- Read a key.
--- ARGV    1 text, 2 '1' if its text is being revealed, which is an event
--- reply   available, or -1; {id, created, lease, owner or '', microseconds to expiry, to release (0: available)};
---         or no row, if it is unknown
+-- ARGV    1 name, 2 origin if its text is being revealed, which is an event, else ''
+-- reply   available, or -1; a row, or 0 if it is unknown, or -(its latest lease) if the name has another one
 -- cost    O(log n)
 process_due(MAX_DUE)
-local text = ARGV[1]
-local record = live(text)
-if not record then return reply_unchanged({}) end
-if ARGV[2] == '1' then
+local record, text, stale = find(ARGV[1])
+if not record or stale then return reply_unchanged({record and -record[LEASE] or 0}) end
+if ARGV[2] ~= '' then
   call('HINCRBY', META, 'revealed', 1)
-  emit('revealed', record, text, record[6])
+  emit('revealed', record, text, record[OWNER], ARGV[2])
 end
-local left = record[5] ~= 0 and record[5] - NOW or 0
-return reply_unchanged({{record[1], record[2], record[3], record[6] or '', record[4] - NOW, left}})
+return reply_unchanged({row_of(text, record)})

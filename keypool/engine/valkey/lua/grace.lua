@@ -1,11 +1,12 @@
--- Begin to serve a partition, when a server starts, or after an outage. Keys that were alive at the latest poll and would
--- expire before a certain moment live until then; an expired key is not revived. Repeat the call while the reply says
--- that there is more to do; until then no other script serves the partition.
--- ARGV    1 why: 'start': the partition may be new, and time is given only if it was not polled for a while; 'stop': the
---         partition may be new, and time is given in any case, as no other server serves the pool; 'outage': only if it
---         was not polled for a while; 'rest': the partition is served already, and its other keys get their time,
---         2 microseconds to the moment, 3 that moment, or 0 in the first call, 4 microseconds ahead: keys that expire
---         later than that are not urgent, 5 keys given time so far, 6 keys to process
+-- Begin to serve a partition, when a server starts, or after an outage. Keys that were alive at the latest poll and
+-- would expire before a certain moment live until then; an expired key is not revived. Repeat the call while the reply
+-- says that there is more to do; until then no other script serves the partition.
+-- ARGV    1 why: 'start': the partition may be new, and time is given only if it was not polled for a while; 'stop':
+--         the partition may be new, and time is given in any case, as no other server serves the pool; 'outage': only
+--         if it was not polled for a while; 'rest': the partition is served already, and its other keys get their
+--         time, 2 microseconds to the moment, 3 that moment, or 0 in the first call, 4 microseconds ahead: keys that
+--         expire later than that are not urgent, 5 keys given time so far, 6 keys to process, 7 microseconds that keys
+--         rest after each lease, kept for all scripts from a start on
 -- reply   available, or -1; the moment, 0 if the partition was being served; how many keys were processed; 1 if there
 --         may be more, else 0
 -- cost    O(keys processed * log n)
@@ -16,6 +17,9 @@ if not seen and not may_be_new then
   return redis.error_reply('GONE the pool was emptied, or part of it')
 end
 call('HDEL', META, '')  -- a first write that needs no memory: Valkey refuses none of the others
+if may_be_new then
+  if ARGV[7] == '0' then call('HDEL', META, 'rest') else call('HSET', META, 'rest', ARGV[7]) end
+end
 if why == 'rest' then
   since = string.format('%.0f', NOW)
 elseif not since then
@@ -32,9 +36,9 @@ if ends > NOW then
 end
 for i, text in ipairs(late) do
   local record = record_of(text) or tombstone(text)
-  record[4] = ends + given + i - 1  -- a microsecond apart, so that the order by expiry has no ties
+  record[EXPIRES] = ends + given + i - 1  -- a microsecond apart, so that the order by expiry has no ties
   save(text, record)
-  call('ZADD', EXPIRY, record[4], text)
+  call('ZADD', EXPIRY, record[EXPIRES], text)
 end
 local more = #late == limit
 if not more and why ~= 'rest' then

@@ -1,21 +1,21 @@
 -- Postpone the expiry of keys.
--- ARGV    1 microseconds that they live from now, 2… texts
--- reply   available, or -1; for each key its id, 0 if it is unknown
+-- ARGV    1 microseconds that they live from now, 2… names
+-- reply   available, or -1; for each key its id, 0 if it is unknown, or -(its latest lease) if the name has another
+--         one
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
 local life = tonumber(ARGV[1])
 local results, kept = {}, 0
 for i = 2, #ARGV do
-  local text = ARGV[i]
-  local record = live(text)
-  if record then
-    record[4] = NOW + life + kept
+  local record, text, stale = find(ARGV[i])
+  if record and not stale then
+    record[EXPIRES] = NOW + life + kept
     save(text, record)
-    call('ZADD', EXPIRY, record[4], text)
+    call('ZADD', EXPIRY, record[EXPIRES], text)
     kept = kept + 1
-    results[#results + 1] = record[1]
+    results[#results + 1] = record[ID]
   else
-    results[#results + 1] = 0
+    results[#results + 1] = record and -record[LEASE] or 0
   end
 end
 if kept > 0 then call('HINCRBY', META, 'kept_alive', kept) end

@@ -1,11 +1,11 @@
 -- Add keys of another pool, as they are; for keypool migrate, while no server serves this one.
--- ARGV    for each key seven words: text, id, moment of creation, expiry deadline, release deadline (0: available),
---         lease (0: never served), owner ('' for none)
+-- ARGV    1, 2, 3… for each key: its text, its attempt ('' for none), and its record (common.lua) as MessagePack,
+--         without the attempt
 -- reply   available
 -- cost    O(keys * log n)
-for i = 1, #ARGV, 7 do
-  local record = {tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), tonumber(ARGV[i + 5]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])}
-  if ARGV[i + 6] ~= '' then record[6] = ARGV[i + 6] end
+for i = 1, #ARGV, 3 do
+  local record = cmsgpack.unpack(ARGV[i + 2])
+  if ARGV[i + 1] ~= '' then record[ATTEMPT] = ARGV[i + 1] end
   add(ARGV[i], record)
 end
 return reply({})

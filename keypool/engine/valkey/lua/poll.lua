@@ -1,16 +1,18 @@
 -- Sweep a partition, and report its status.
--- ARGV    1 this server, 2 event sequence number up to which it has events (-1: none), 3 microseconds ahead to count expiries in,
---         4 overdue keys of each kind to process, 5 microseconds that a turn to sweep lasts, 6 number of event
---         counters, 7… names of these counters, and of others
--- reply   available; as in poller.PartitionStatus: available; total; acquires that wait at other servers; keys that
---         expire within that time; microseconds to the next expiry and to the next release (-1: there is none; 0:
---         overdue); microseconds that the first expiry and the first release processed were late (-1: none was);
---         number of the latest id (-1: none); event sequence number; turn: 0 this server sweeps, 1 it stands in, 2 two
---         others do; {value of each counter}; {the latest events that the server doesn't have, oldest first}
+-- ARGV    1 this server, 2 event sequence number up to which it has events (-1: none), 3 microseconds ahead to count
+--         expiries in, 4 overdue keys of each kind to process, 5 microseconds that a turn to sweep lasts, 6 number of
+--         event counters, 7… names of these counters, and of others
+-- reply   available; as in poller.PartitionStatus: available; total; cooling; quarantined; acquires that wait at other
+--         servers; keys that expire within that time; microseconds to the next expiry and to the next end of a block
+--         or cooldown (-1: there is none; 0: overdue); microseconds that the first expiry and the first such end
+--         processed were late (-1: none was); number of the latest id (-1: none); event sequence number; turn: 0 this
+--         server sweeps, 1 it stands in, 2 two others do; {value of each counter}; {the latest events that the server
+--         doesn't have, oldest first}
 -- cost    O(swept * log n), O(64) for events, O(servers with waiters)
 --
--- Each deadline is swept by one server, or by a second one if the first has died. META's `sweepers` has these two and the
--- moments at which their turns end; each poll of theirs extends its turn, and the first server to poll takes a free one.
+-- Each deadline is swept by one server, or by a second one if the first has died. META's `sweepers` has these two and
+-- the moments at which their turns end; each poll of theirs extends its turn, and the first server to poll takes a
+-- free one.
 local function first(set, low)
   local found = call('ZRANGEBYSCORE', set, low, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
   return found[2] and tonumber(found[2])
@@ -70,14 +72,18 @@ local known, events = tonumber(ARGV[2]), {}
 local new = known < 0 and KEPT_EVENTS or math.min(event_seq - known, KEPT_EVENTS)
 if new > 0 then events = call('LRANGE', EVENTS, -new, -1) end
 
+-- Where Valkey evicted records, more seem to cool than stand in the order of deadlines.
+local cooling = tonumber(call('HGET', META, 'cooling') or 0)
+cooling = math.min(cooling, call('ZCARD', STATES) - available())
 local status = reply({
-  call('ZCARD', EXPIRY), waiting, call('ZCOUNT', EXPIRY, '-inf', NOW + tonumber(ARGV[3])),
+  call('ZCARD', EXPIRY), cooling, call('ZCARD', QUARANTINE), waiting,
+  call('ZCOUNT', EXPIRY, '-inf', NOW + tonumber(ARGV[3])),
   left(EXPIRY, '-inf'), left(STATES, '(0'), expiry_lateness, release_lateness,
   tonumber(call('HGET', META, 'id') or -1), event_seq, turn_of(ARGV[1]), counters, events,
 })
 table.insert(status, 2, status[1])
--- pcall, as a poll must reply even if Valkey refuses writes. If only memory is short, the HDEL, which needs none, makes
--- Valkey accept the HSET. A `seen` in the future was written before the clock was set back: hence math.abs.
+-- pcall, as a poll must reply even if Valkey refuses writes. If only memory is short, the HDEL, which needs none,
+-- makes Valkey accept the HSET. A `seen` in the future was written before the clock was set back: hence math.abs.
 if math.abs(NOW - call('HGET', META, 'seen')) > 500000 then
   redis.pcall('HDEL', META, '')
   redis.pcall('HSET', META, 'seen', NOW)

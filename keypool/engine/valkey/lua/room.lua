@@ -1,5 +1,5 @@
--- Reserve room for keys that a batch is about to generate here, or release it. A batch over several partitions generates
--- keys only once all of them have reserved room, so it generates all or none.
+-- Reserve room for keys that a batch is about to generate here, or release it. A batch over several partitions
+-- generates keys only once all of them have reserved room, so it generates all or none.
 -- ARGV    1 name of the reservation, 2 keys (0: release it), 3 keys that this partition may hold at most,
 --         4 microseconds after which a reservation lapses
 -- reply   available, or -1; 1 if it is reserved, else 0

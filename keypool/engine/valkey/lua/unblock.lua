@@ -1,25 +1,90 @@
--- Free keys, in order.
--- ARGV    1, 2… for each key: its text, and the lease number that it must be held under ('' for any)
--- reply   available; for each key {outcome, id, latest lease}; the outcome is 1 freed, 0 was free already,
---         -1 unknown, -2 the lease isn't the latest
+-- End leases, and take the reports of their holders, in order.
+-- ARGV    1 origin of keys without a lease number, 2 '' if there are no reports, else MessagePack: {cooldown, longest
+--         cooldown, longest retry_after, failures in a row from which an error cools, after how long they are forgotten,
+--         percentage of keys that reports may quarantine, keys quarantined in other partitions, keys in other
+--         partitions}, lengths in microseconds, 3, 4, 5… for each key: its name, the lease number that it must be held
+--         under ('' for any), and a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
+--         for none, or '-' if the lease did not reach its caller and is to end unless its attempt was given it again
+-- reply   available; for each key {outcome, id, latest lease, state, microseconds to the end of its cooldown, 1 if the
+--         guard turned a quarantine into a cooldown, its text if the name isn't}; the outcome is 1 changed, 0 not, -1
+--         unknown, -2 the lease isn't the latest
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
+local origin  -- of the key that is processed: whoever has its lease number is its holder
+local conclude
+if ARGV[2] ~= '' then
+  local cooldown, longest, longest_retry, threshold, forget, percent, quarantined_elsewhere, elsewhere =
+    unpack(cmsgpack.unpack(ARGV[2]))
+
+  local function cooldown_of(outcome, retry_after, failures)
+    if outcome == 'rate_limited' and retry_after then
+      return math.floor(math.min(retry_after * 1e6, longest_retry) + 0.5)
+    end
+    if outcome == 'error' and failures < threshold then return 0 end
+    return math.floor(math.min(cooldown * 2 ^ math.min(failures - 1, 64), longest) + 0.5)
+  end
+
+  local function may_quarantine()
+    local quarantined = call('ZCARD', QUARANTINE) + quarantined_elsewhere
+    return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', EXPIRY) + elsewhere)
+  end
+
+  -- Apply a report. Returns whether the guard turned a quarantine into a cooldown.
+  conclude = function(text, record, outcome, retry_after, reason)
+    local history, mark = record[HISTORY] or {0, 0}, record[MARK]
+    local invalid = outcome == 'invalid'
+    local quarantine = invalid and (mark == PENDING or mark == QUARANTINED or may_quarantine())
+    local failures, failed_at, cools = NOW < history[2] + forget and history[1] or 0, history[2], 0
+    if outcome == 'ok' then
+      failures = 0
+    elseif not quarantine then
+      failures, failed_at = failures + 1, NOW
+      cools = cooldown_of(outcome, retry_after, failures)
+    end
+    record[HISTORY] = {failures, failed_at, outcome, reason or history[5] and false, history[5] or nil}
+    record[REPORTED] = true
+    if is_blocked(record) then
+      if quarantine then record[MARK] = PENDING end
+      free(text, record, 'unblocked', NOW, origin, NOW + cools)
+    elseif quarantine and mark ~= QUARANTINED then
+      place(text, record, QUARANTINED, 0)
+      entered(QUARANTINED, text, record, nil, origin)
+    elseif cools > 0 and not mark then
+      place(text, record, COOLING, NOW + cools)
+      entered(COOLING, text, record, nil, origin)
+    elseif mark == COOLING and NOW + cools > record[RELEASE] then
+      place(text, record, COOLING, NOW + cools)
+    else
+      save(text, record)
+    end
+    return invalid and not quarantine
+  end
+end
+
 local results = {}
-for i = 1, #ARGV, 2 do
-  local text, lease = ARGV[i], ARGV[i + 1]
-  local record = live(text)
+for i = 3, #ARGV, 3 do
+  local name, lease, report = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local record, text, stale = find(name)
   if not record then
     results[#results + 1] = {-1, 0, 0}
+  elseif stale or lease ~= '' and not is_latest(record, lease) then
+    results[#results + 1] = {-2, record[ID], record[LEASE]}
   else
-    local outcome = 0
-    -- Compared as texts, since a client's number may exceed what Lua can represent. 0 is not a lease: never served.
-    if lease == '0' or (lease ~= '' and lease ~= string.format('%.0f', record[3])) then
-      outcome = -2
-    elseif record[5] ~= 0 then
-      free(text, record, 'unblocked')
+    origin = lease == '' and ARGV[1] or 'holder'
+    local outcome, guarded = 0, false
+    if report ~= '' and report ~= '-' then
+      if not record[REPORTED] then
+        outcome, guarded = 1, conclude(text, record, unpack(cmsgpack.unpack(report), 1, 3))
+      end
+    elseif is_blocked(record) and not (report == '-' and record[REPLAYED]) then
+      free(text, record, 'unblocked', NOW, origin, 0)
       outcome = 1
     end
-    results[#results + 1] = {outcome, record[1], record[3]}
+    local state, left = state_of(record)
+    if state ~= 'cooling' then left = 0 end
+    results[#results + 1] = {
+      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and text or '',
+    }
   end
 end
 return reply(results)

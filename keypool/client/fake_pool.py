@@ -1,0 +1,362 @@
+"""The pool of testing.py: what the server's pool does with keys, in the simplest way, for tests of other programs.
+
+Every call looks at all keys, and first applies the deadlines that have passed. Calls take decoded JSON and return what
+the server would, or raise Refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from keypool.client.answers import hint
+
+_COUNTED = (
+    *("generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused"),
+    *("cooled", "quarantines", "restored"),
+)
+_OUTCOMES = ("ok", "rate_limited", "error", "invalid")
+
+
+class Refused(Exception):
+    """The answer is a problem of this status and code, with these further members."""
+
+    def __init__(self, status: int, code: str, detail: str = "", **more: Any) -> None:
+        super().__init__(code)
+        self.status = status
+        self.code = code
+        self.detail = detail or f"a fake {code}"
+        self.more = more
+
+
+@dataclass
+class Key:
+    """A key. `until` is the end of a block or of a cooldown."""
+
+    id: int
+    text: str
+    created_at: datetime
+    expires: float
+    state: str = "available"
+    until: float | None = None
+    lease: int | None = None
+    owner: str | None = None
+    acquired: float = 0.0
+    attempt: tuple[object, ...] | None = None
+    reported: bool = False
+    leaving: bool = False  # an operator wants it quarantined when its lease ends
+    failures: int = 0
+    failed: float = 0.0
+    outcome: str | None = None
+    reason: str | None = None
+    operator_reason: str | None = None
+
+
+class FakePool:
+    """Keys and their rules. The arguments are those of FakeServer."""
+
+    def __init__(
+        self,
+        *,
+        block_seconds: float,
+        max_block_seconds: float | None,
+        keepalive_seconds: float,
+        cooldown_seconds: float,
+        max_cooldown_seconds: float,
+        error_threshold: int,
+        forget_seconds: float,
+        max_quarantined_percent: float,
+    ) -> None:
+        self.block_seconds = block_seconds
+        self.max_block_seconds = max_block_seconds
+        self.keepalive_seconds = keepalive_seconds
+        self.cooldown_seconds = cooldown_seconds
+        self.max_cooldown_seconds = max_cooldown_seconds
+        self.error_threshold = error_threshold
+        self.forget_seconds = forget_seconds
+        self.max_quarantined_percent = max_quarantined_percent
+        self.skipped = 0.0
+        self.counts = dict.fromkeys(_COUNTED, 0)
+        self.reports: list[tuple[str, str]] = []
+        self._keys: dict[int, Key] = {}
+        self._ids = self._leases = 0
+
+    def now(self) -> float:
+        """The moment on the clock of the keys."""
+        return time.monotonic() + self.skipped
+
+    def live(self, state: str | None = None) -> list[Key]:
+        """All keys, or those in a state, after the deadlines that have passed."""
+        now = self.now()
+        for key in list(self._keys.values()):
+            if key.expires <= now:
+                del self._keys[key.id]
+                self.counts["expired"] += 1
+            elif key.until is not None and key.until <= now:
+                if key.state == "blocked":
+                    self.counts["released"] += 1
+                    self._end(key)
+                else:
+                    key.state, key.until = "available", None
+        return [key for key in self._keys.values() if state in (None, key.state)]
+
+    def find(self, name: str) -> tuple[Key, int | None]:
+        """The key of this text, `id:N` or handle, and the handle's lease number."""
+        for key in self.live():
+            if name in (key.text, f"id:{key.id}"):
+                return key, None
+            if name.startswith(f"h:{key.id}."):
+                lease = name.split(".")[1]
+                if lease.isdecimal() and name == handle(key.id, int(lease)):
+                    if int(lease) != key.lease:
+                        raise Refused(409, "stale-lease")
+                    return key, key.lease
+        raise Refused(404, "unknown-key")
+
+    # -- the calls
+
+    def generate(self, text: str | None = None) -> dict[str, Any]:
+        """Make a key, of this text or one of its own."""
+        self._ids += 1
+        text = f"fakekey{self._ids:013}" if text is None else text
+        key = Key(self._ids, text, datetime.now(UTC), self.now() + self.keepalive_seconds)
+        self._keys[key.id] = key
+        self.counts["generated"] += 1
+        return {"id": key.id, "key": text, "state": "available", "expires_in": self.keepalive_seconds}
+
+    def acquire(
+        self,
+        count: int,
+        owner: str | None = None,
+        block_seconds: float | None = None,
+        attempt: tuple[object, ...] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Up to `count` leases. An attempt that was made before gets those that it still holds."""
+        again = [key for key in self.live("blocked") if attempt is not None and key.attempt == attempt]
+        if again:
+            return [self._leased(key) for key in again]
+        longest = self.max_block_seconds or self.block_seconds
+        if block_seconds is not None and not min(1, self.block_seconds) <= block_seconds <= longest:
+            raise Refused(400, "bad-request", "block_seconds is out of range")
+        free = self.live("available")
+        if not free:
+            raise Refused(404, "no-key-available", **self._why_none())
+        chosen = random.sample(free, min(count, len(free)))
+        for key in chosen:
+            self._leases += 1
+            key.state, key.owner, key.lease, key.attempt = "blocked", owner, self._leases, attempt
+            key.reported, key.acquired = False, self.now()
+            key.until = key.acquired + (block_seconds or self.block_seconds)
+            self.counts["acquired"] += 1
+        return [self._leased(key) for key in chosen]
+
+    def _why_none(self) -> dict[str, Any]:
+        counts = {state: len(self.live(state)) for state in ("blocked", "cooling", "quarantined")}
+        ends = [key.until - self.now() for key in self.live() if key.until is not None]
+        return counts | ({"retry_after": max(0.0, min(ends))} if ends else {})
+
+    def unblock(
+        self,
+        name: str,
+        lease: int | None = None,
+        outcome: str | None = None,
+        retry_after: float | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        """End a lease, and take its holder's report."""
+        key, number = self._latest(name, lease)
+        if outcome is None:
+            changed = key.state == "blocked"
+            if retry_after is not None or reason is not None:
+                raise Refused(400, "bad-request", "retry_after and reason go with an outcome")
+            if changed:
+                self.counts["unblocked"] += 1
+                self._end(key)
+            return self._unblocked(key, changed)
+        if outcome not in _OUTCOMES or number is None:
+            raise Refused(400, "bad-request", "outcome is ok, rate_limited, error or invalid, with a lease")
+        if retry_after is not None and (outcome != "rate_limited" or retry_after < 0):
+            raise Refused(400, "bad-request", "retry_after is 0 or more, with rate_limited")
+        if key.reported:
+            return self._unblocked(key, False)
+        guarded = self._take_report(key, outcome, retry_after, reason)
+        return self._unblocked(key, True) | ({"guarded": True} if guarded else {})
+
+    def _take_report(self, key: Key, outcome: str, retry_after: float | None, reason: str | None) -> bool:
+        """Returns whether the guard prevented a quarantine."""
+        now = self.now()
+        self.reports.append((key.text, outcome))
+        key.reported, key.outcome, key.reason = True, outcome, reason
+        leaving = key.leaving or key.state == "quarantined"
+        gone = len(self.live("quarantined"))
+        room = gone == 0 or (gone + 1) * 100 <= self.max_quarantined_percent * len(self._keys)
+        quarantine = outcome == "invalid" and (leaving or room)
+        cooldown = 0.0
+        if outcome == "ok":
+            key.failures = 0
+        elif not quarantine:
+            key.failures = self._failures(key) + 1
+            key.failed = now
+            if retry_after is not None:
+                cooldown = retry_after
+            elif outcome != "error" or key.failures >= self.error_threshold:
+                doubled = self.cooldown_seconds * 2.0 ** min(key.failures - 1, 64)
+                cooldown = min(doubled, self.max_cooldown_seconds)
+        key.leaving = key.leaving or quarantine
+        if key.state == "blocked":
+            self.counts["unblocked"] += 1
+            self._end(key, now + cooldown)
+        elif quarantine and key.state != "quarantined":
+            self._end(key)
+        elif cooldown and key.state in ("available", "cooling"):
+            self._cool(key, max(now + cooldown, key.until or 0.0))
+        return outcome == "invalid" and not quarantine
+
+    def extend(self, name: str, lease: int | None = None, seconds: float | None = None) -> dict[str, Any]:
+        """Let a lease last longer."""
+        key, number = self._latest(name, lease)
+        if number is None:
+            raise Refused(400, "bad-request", "extend needs a lease")
+        if key.state != "blocked" or key.leaving or key.until is None:
+            raise Refused(409, "lease-over")
+        last = key.acquired + max(self.max_block_seconds or 0.0, self.block_seconds)
+        until = min(self.now() + (self.block_seconds if seconds is None else seconds), last)
+        if until <= key.until:
+            raise Refused(409, "block-limit")
+        key.until = until
+        left = {"release_in": until - self.now(), "block_left": last - self.now()}
+        return {"id": key.id, "lease": key.lease, **left}
+
+    def quarantine(self, name: str, reason: str | None = None, now: bool = False) -> dict[str, Any]:
+        """Take a key out of service."""
+        key, _ = self.find(name)
+        key.operator_reason = reason or key.operator_reason
+        key.reported = key.reported or now
+        if key.state != "quarantined":
+            key.leaving = True
+            if key.state != "blocked" or now:
+                self.counts["unblocked"] += key.state == "blocked"
+                self._end(key)
+        return self.row(key)
+
+    def restore(self, name: str) -> dict[str, Any]:
+        """Make a key available that cools or is quarantined."""
+        key, _ = self.find(name)
+        key.leaving, key.failures, key.outcome, key.reason, key.operator_reason = False, 0, None, None, None
+        if key.state in ("cooling", "quarantined"):
+            key.state, key.until = "available", None
+            self.counts["restored"] += 1
+        return self.row(key)
+
+    def keepalive(self, name: str) -> dict[str, Any]:
+        """Postpone the expiry."""
+        key, _ = self.find(name)
+        key.expires = self.now() + self.keepalive_seconds
+        self.counts["kept_alive"] += 1
+        return {"id": key.id, "expires_in": self.keepalive_seconds}
+
+    def delete(self, name: str) -> None:
+        """Purge a key."""
+        del self._keys[self.find(name)[0].id]
+        self.counts["deleted"] += 1
+
+    def row(self, key: Key) -> dict[str, Any]:
+        """A key without its text."""
+        left = None if key.until is None else key.until - self.now()
+        operators = key.operator_reason if key.state == "quarantined" else None
+        return {
+            "id": key.id,
+            "hint": hint(key.text),
+            "state": key.state,
+            "owner": key.owner,
+            "lease": key.lease,
+            "created_at": key.created_at.isoformat(timespec="milliseconds"),
+            "expires_in": key.expires - self.now(),
+            "release_in": left if key.state == "blocked" else None,
+            "available_in": left if key.state == "cooling" else None,
+            "failures": self._failures(key),
+            "outcome": key.outcome,
+            "reason": operators or key.reason,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """All counts."""
+        states = ("available", "blocked", "cooling", "quarantined")
+        now = {state: len(self.live(state)) for state in states} | {"total": len(self._keys), "waiting": 0}
+        return {**now, **self.counts, "uptime": 0.0, "engine": "fake", "version": "0"}
+
+    # -- their parts
+
+    def _latest(self, name: str, lease: int | None) -> tuple[Key, int | None]:
+        key, number = self.find(name)
+        if number is not None and lease not in (None, number):
+            raise Refused(400, "bad-request", "lease is another one than that of the handle")
+        number = lease if number is None else number
+        if number is not None and number != key.lease:
+            raise Refused(409, "stale-lease")
+        return key, number
+
+    def _end(self, key: Key, cool_until: float = 0.0) -> None:
+        """A lease ends, or an idle key is quarantined."""
+        key.state, key.until, key.owner, key.attempt = "available", None, None, None
+        if key.leaving:
+            key.leaving, key.state = False, "quarantined"
+            self.counts["quarantines"] += 1
+        elif cool_until > self.now():
+            self._cool(key, cool_until)
+
+    def _cool(self, key: Key, until: float) -> None:
+        self.counts["cooled"] += key.state != "cooling"
+        key.state, key.until = "cooling", until
+
+    def _failures(self, key: Key) -> int:
+        return key.failures if self.now() < key.failed + self.forget_seconds else 0
+
+    def _leased(self, key: Key) -> dict[str, Any]:
+        assert key.lease is not None
+        assert key.until is not None
+        times = {"release_in": key.until - self.now(), "expires_in": key.expires - self.now()}
+        return {
+            "id": key.id,
+            "key": key.text,
+            "lease": key.lease,
+            "handle": handle(key.id, key.lease),
+            **times,
+        }
+
+    def _unblocked(self, key: Key, changed: bool) -> dict[str, Any]:
+        answer: dict[str, Any] = {"id": key.id, "state": key.state, "changed": changed}
+        if key.state == "cooling" and key.until is not None:
+            answer["available_in"] = key.until - self.now()
+        return answer
+
+
+def handle(id: int, lease: int) -> str:
+    """The handle of a lease. Anybody can make it: this pool is a fake."""
+    digest = hashlib.blake2b(f"{id}.{lease}".encode(), digest_size=8).digest()
+    return f"h:{id}.{lease}.{base64.urlsafe_b64encode(digest)[:-1].decode()}"
+
+
+_RESULTS = {"unknown-key": "unknown", "stale-lease": "stale", "lease-over": "over", "block-limit": "limit"}
+
+
+def batch(call: Callable[..., object], items: Iterable[Any], **more: Any) -> dict[str, Any]:
+    """The answer of a batch, whose items are names or objects of the call's arguments."""
+    done: dict[str, Any] = {"done": 0, "unknown": [], "stale": [], "over": [], "limit": []}
+    for item in items:
+        members = dict(item) if isinstance(item, dict) else {"key": item}
+        name = members.pop("key")
+        try:
+            call(name, **members, **more)
+            done["done"] += 1
+        except Refused as refused:
+            if refused.code not in _RESULTS:
+                raise
+            done[_RESULTS[refused.code]].append(name)
+    return done

@@ -1,0 +1,32 @@
+-- For scripts that add keys.
+
+-- Add a key, a new one or one that is moved in.
+local function add(text, record)
+  save(text, record)
+  call('ZADD', EXPIRY, record[EXPIRES], text)
+  call('ZADD', IDS, record[ID], text)
+  call('ZADD', TEXTS, 0, text)
+  if record[MARK] == QUARANTINED then
+    call('ZADD', QUARANTINE, record[ID], text)
+  else
+    call('ZADD', STATES, record[RELEASE], text)
+  end
+  if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', 1) end
+  if record[ATTEMPT] then call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. text) end
+end
+
+-- The room that is reserved (room.lua) under names other than `name`, and those reservations as they are stored.
+local function reserved_but(name)
+  local sum, others = 0, {}
+  for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
+    if held ~= name and tonumber(ends) > NOW then
+      sum = sum + tonumber(keys)
+      others[#others + 1] = held .. ' ' .. keys .. ' ' .. ends .. ';'
+    end
+  end
+  return sum, table.concat(others)
+end
+
+local function reserve(reservations)
+  if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
+end

@@ -1,0 +1,472 @@
+"""The rules in Lua against the same rules in core/pool.py: both get the same calls in random order.
+
+The scripts implement the rules a second time, so here a `Pool` follows the engine call by call. It draws the keys that
+the engine drew, with the same ids and lease numbers; every answer, error and row must be the same, and so must each
+key's events at the end. Time passes by making the pool older in Valkey (`age`), so no test waits for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from valkey_support import Place, age, check, engine_on, new_place, on_loop, with_constants
+
+from keypool.core.answers import Extension, Lease, Ref, Row, Unblock
+from keypool.core.counters import COUNTERS
+from keypool.core.cursor import ListQuery
+from keypool.core.errors import BlockLimit, KeypoolError, LeaseOver, NoKeyAvailable, StaleLease, UnknownKey
+from keypool.core.events import HOLDER, SILENT, By, Change, Origin
+from keypool.core.handles import Handle
+from keypool.core.keys import Key, State
+from keypool.core.outcomes import Outcome, Report
+from keypool.core.pool import Pool
+from keypool.core.rules import PoolRules
+from keypool.engine.valkey import link as valkey_link
+from keypool.engine.valkey import poller as valkey_poller
+from keypool.engine.valkey.engine import ValkeyEngine
+
+ADMIN = Origin(By.OPERATOR, "night shift")
+RULES: dict[str, Any] = {
+    "block_seconds": 60.0, "keepalive_seconds": 300.0, "max_block_seconds": 140.0, "cooldown_seconds": 40.0,
+    "max_cooldown_seconds": 250.0, "max_retry_after_seconds": 333.0, "error_threshold": 2, "forget_seconds": 170.0,
+    "max_quarantined_percent": 40.0,
+}  # fmt: skip
+SLOW = 3.0
+"""Seconds that a call may take on a busy machine, so by which the moments of both may differ."""
+_WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """See Place. On a busy machine a large batch may take longer than the silence that ends a connection."""
+    monkeypatch.setattr(valkey_link, "SILENCE", 30.0)
+    return new_place()
+
+
+class Attempted:
+    """An attempt, as the API makes it."""
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+        self.replayed = False
+
+
+class Twins:
+    """An engine, and the pool that follows it."""
+
+    def __init__(
+        self, place: Place, partitions: int, engine: ValkeyEngine, rules: PoolRules, seed: int
+    ) -> None:
+        self.place = place
+        self.partitions = partitions
+        self.engine = engine
+        self.rules = rules
+        self.random = random.Random(seed)
+        self.aged = 0.0  # seconds by which the pool was made older
+        self.now = time.time()
+        self.texts: deque[str] = deque()
+        self.next_id = 0  # of the key that the pool draws next
+        self.events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+        self.ever: list[tuple[int, str]] = []
+        self.leases: list[Lease] = []
+        self.refused = 0
+        self.pool = Pool(rules, new_text=self.texts.popleft, random=self._draw, on_change=self._changed)
+
+    def _draw(self) -> float:
+        key = self.pool._by_id.get(self.next_id)
+        assert key is not None
+        assert key.slot >= 0, f"the engine drew id {self.next_id}, which is {key.state}"
+        return (key.slot + 0.5) / self.pool.available
+
+    def _changed(self, change: Change, key: Key, owner: str | None, origin: Origin) -> None:
+        if change not in SILENT:
+            self.events[key.id].append((change, owner, key.lease or None, *origin))
+
+    def tick(self) -> None:
+        """Let the pool's moment be that of Valkey, after a call."""
+        self.now = time.time() + self.aged
+
+    # -- what is chosen
+
+    def some(self) -> tuple[int, str]:
+        """One of the keys that ever were, more often a late one."""
+        late = self.random.random() < 0.7
+        return self.random.choice(self.ever[-12:] if late else self.ever) if self.ever else (2**40, "nobody")
+
+    def ref(self) -> Ref:
+        """A name of one of them."""
+        id, text = self.some()
+        chance = self.random.random()
+        if chance < 0.3 and self.leases:
+            lease = self.random.choice(self.leases[-12:])
+            return Handle(lease.id, lease.lease)
+        return id if chance < 0.5 else text
+
+    def lease_of(self, ref: Ref) -> int:
+        """Mostly the number of the latest lease."""
+        if isinstance(ref, Handle):
+            return ref.lease
+        try:
+            latest = self.find(ref).lease
+        except UnknownKey:
+            latest = 0
+        return self.random.choice([latest] * 6 + [latest + 1, 2**63 - 1, max(1, latest - 1)])
+
+    def report(self) -> Report:
+        """Any."""
+        outcome = self.random.choice(list(Outcome))
+        reason = self.random.choice([None, "so it is", "Größe"])
+        limited = outcome is Outcome.RATE_LIMITED
+        return Report(outcome, self.random.choice([None, 0, 23.5, 110, 1e15]) if limited else None, reason)
+
+    # -- calls to both
+
+    def find(self, ref: Ref) -> Key:
+        """The pool's key, as engines find it."""
+        if isinstance(ref, str):
+            return self.pool.find(ref, self.now)
+        key = self.pool.find_id(ref if isinstance(ref, int) else ref.id, self.now)
+        if isinstance(ref, Handle) and ref.lease != key.lease:
+            raise StaleLease(ref.lease, key.lease)
+        return key
+
+    async def both(self, call: Awaitable[Any], follow: Callable[[], Any]) -> tuple[Any, Any]:
+        """The results of the same call to both; (None, None) if both raised the same error."""
+        answer, error = await _outcome(call)
+        self.tick()
+        followed, wanted = await _outcome(follow)
+        if wanted is not None:
+            assert type(error) is type(wanted), f"{error!r} or {answer} instead of {wanted!r}"
+            if isinstance(wanted, StaleLease | LeaseOver):
+                assert error.detail == wanted.detail
+            if isinstance(wanted, BlockLimit):
+                assert ("at most" in error.detail) == ("at most" in wanted.detail)
+            return None, None
+        assert error is None, f"{error!r} instead of {followed}"
+        return answer, followed
+
+    def expect_row(self, row: Row) -> None:
+        """A row as the pool has it."""
+        now = self.now
+        key = self.pool.find_id(row.id, now)
+        state, history = key.state, key.history
+        left = (key.release_deadline or now) - now
+        reason = history.operator_reason if state is State.QUARANTINED else None
+        assert (row.state, row.owner, row.lease) == (state, key.owner, key.lease or None)
+        assert (row.failures, row.outcome) == (self.pool.failures_of(key, now), history.outcome)
+        assert row.reason == (reason or history.reason)
+        assert row.expires_in == pytest.approx(key.expires_deadline - now, abs=SLOW)
+        assert row.release_in == (pytest.approx(left, abs=SLOW) if state is State.BLOCKED else None)
+        assert row.available_in == (pytest.approx(left, abs=SLOW) if state is State.COOLING else None)
+
+    def catch_up(self) -> None:
+        """Deal with all that is overdue, in the pool."""
+        now = self.now
+        while self.pool.next_release(now) == 0 or self.pool.overdue(now):
+            self.pool.process_due(now)
+
+    async def settle(self) -> None:
+        """Deal with all that is overdue, in both."""
+        self.tick()
+        self.catch_up()
+        while (await self.engine._poller.snapshot()).overdue:
+            pass
+
+    # -- the steps
+
+    async def generate(self) -> None:
+        origin = self.random.choice([HOLDER, ADMIN])
+        some = await self.engine.generate(self.random.choice([1, 1, 3]), origin)
+        self.tick()
+        for made in some:
+            self.texts.append(made.key)
+            self.pool.last_id = made.id - 1
+            assert self.pool.generate(self.now, origin).id == made.id
+            self.ever.append((made.id, made.key))
+
+    async def acquire(self) -> None:
+        owner = self.random.choice([None, "a", "b"])
+        wanted = self.random.choice([1, 1, 1, 4, 50])
+        block = self.random.choice([None, None, 20.0, 130.0])
+        attempt = self.random.choice([None, None, *(Attempted(bytes([255 - 17 * n]) * 16) for n in range(6))])
+        digest = None if attempt is None else attempt.digest
+        held = [] if digest is None else [key.id for key in self.pool.leases_of(digest, self.now)]
+        if wanted == 1:
+            lease, refused = await _outcome(self.engine.acquire(owner, 0, None, block, attempt))
+            leases = [lease]
+        else:
+            leases, refused = await _outcome(self.engine.acquire_many(owner, wanted, block, attempt))
+        self.tick()
+        if refused is not None:
+            assert isinstance(refused, NoKeyAvailable)
+            await self.settle()
+            assert not self.pool.available, "none was served, but some are available"
+            counts = (self.pool.blocked, self.pool.cooling, self.pool.quarantined)
+            assert (refused.blocked, refused.cooling, refused.quarantined) == counts
+            assert (refused.retry_after is None) == (self.pool.next_release_deadline() is None)
+            self.refused += 1
+            return
+        assert attempt is None or attempt.replayed == bool(held)
+        if held:
+            assert [lease.id for lease in leases] == (held[:1] if wanted == 1 else held)
+        for lease in leases:
+            if not held:
+                self.find(lease.id)  # with all its deadlines: the scripts go further than a call of the pool
+                self.next_id, self.pool.last_lease = lease.id, lease.lease - 1
+                while (key := self.pool.acquire(self.now, owner, block, digest)) is None:
+                    assert self.pool.may_have_more(self.now)
+            key = self.find(lease.id)
+            now = self.now
+            assert (lease.key, lease.lease, key.state) == (key.text, key.lease, State.BLOCKED)
+            assert self.engine.handles.read(lease.handle) == Handle(lease.id, lease.lease)
+            assert lease.release_in == pytest.approx((key.release_deadline or 0) - now, abs=SLOW)
+            assert lease.expires_in == pytest.approx(key.expires_deadline - now, abs=SLOW)
+        self.leases += leases
+
+    async def unblock(self) -> None:
+        ref, ended = self.ref(), []  # type: ignore[var-annotated]
+        lease = self.random.choice([None, self.lease_of(ref), self.lease_of(ref)])
+        speaking = [key for key in self.pool._by_id.walk(None) if key.lease and not key.reported]
+        if speaking and self.random.random() < 0.7:  # few keys, so that failures in a row come about
+            one = self.random.choice(speaking[:5])
+            names: list[Ref] = [one.text, one.id, Handle(one.id, one.lease)]
+            ref, lease = self.random.choice(names), one.lease
+        report = self.report() if lease is not None and self.random.random() < 0.8 else None
+        if report is not None and report.outcome is Outcome.INVALID:
+            await self.settle()  # the guard counts the keys
+        origin = self.random.choice([HOLDER, ADMIN])
+        key: Key | None = None
+
+        def follow() -> Any:
+            nonlocal key
+            key = self.find(ref)
+            by = origin if lease is None else HOLDER  # whoever has the lease number is its holder
+            return self.pool.unblock(key, lease, self.now, report, by)
+
+        answer, followed = await self.both(self.engine.unblock(ref, lease, ended, report, origin), follow)
+        if answer is None:
+            return
+        assert key is not None
+        assert (answer.id, answer.state, answer.changed, answer.guarded) == (key.id, key.state, *followed)
+        cooling = key.state is State.COOLING
+        left = (key.release_deadline or 0) - self.now
+        assert answer.available_in == (pytest.approx(left, abs=SLOW) if cooling else None)
+        wanted = [(key.id, key.hint, key.lease)] if lease is None and followed.changed else []
+        assert [(one.id, one.hint, one.lease) for one in ended] == wanted
+
+    async def extend(self) -> None:
+        ref = self.ref()
+        lease, seconds = self.lease_of(ref), self.random.choice([None, 5.0, 90.0, 1e12])
+        key: Key | None = None
+
+        def follow() -> None:
+            nonlocal key
+            key = self.find(ref)
+            self.pool.extend(key, lease, seconds, self.now)
+
+        answer, _ = await self.both(self.engine.extend(ref, lease, seconds), follow)
+        if answer is not None:
+            assert key is not None
+            left = key.acquired_at + self.rules.longest_block - self.now
+            assert (answer.id, answer.lease) == (key.id, key.lease)
+            assert answer.release_in == pytest.approx((key.release_deadline or 0) - self.now, abs=SLOW)
+            assert answer.block_left == pytest.approx(left, abs=SLOW)
+
+    async def quarantine(self) -> None:
+        ref, reason = self.ref(), self.random.choice([None, "by hand"])
+        at_once = self.random.random() < 0.5
+        row, _ = await self.both(
+            self.engine.quarantine(ref, reason, at_once, ADMIN),
+            lambda: self.pool.quarantine(self.find(ref), reason, at_once, self.now, ADMIN),
+        )
+        if row is not None:
+            self.expect_row(row)
+
+    async def restore(self) -> None:
+        ref = self.ref()
+        row, _ = await self.both(
+            self.engine.restore(ref, ADMIN), lambda: self.pool.restore(self.find(ref), ADMIN)
+        )
+        if row is not None:
+            self.expect_row(row)
+
+    async def keepalive(self) -> None:
+        ref = self.ref()
+        await self.both(self.engine.keepalive(ref), lambda: self.pool.keepalive(self.find(ref), self.now))
+
+    async def delete(self) -> None:
+        ref, origin = self.ref(), self.random.choice([HOLDER, ADMIN])
+        await self.both(self.engine.delete(ref, origin), lambda: self.pool.delete(self.find(ref), origin))
+
+    async def get(self) -> None:
+        ref = self.ref()
+        row, _ = await self.both(self.engine.get(ref), lambda: self.find(ref))
+        if row is not None:
+            self.expect_row(row)
+            revealed = await self.engine.reveal(ref, ADMIN)
+            key = self.find(ref)
+            assert (revealed.id, revealed.key) == (key.id, key.text)
+            self._changed(Change.REVEALED, key, key.owner, ADMIN)
+
+    async def batches(self) -> None:
+        """Many at once, some named twice."""
+        engine = self.engine
+        refs = [self.ref() for _ in range(6)] * 2
+        reports = [Report(Outcome.ERROR), Report(Outcome.OK, None, "well"), None]
+        items = [Unblock(ref, self.lease_of(ref), self.random.choice(reports)) for ref in refs]
+        self.same(await engine.unblock_many(items), items, self._unblock)
+        longer = [Extension(ref, self.lease_of(ref), self.random.choice([None, 90.0])) for ref in refs]
+        self.same(await engine.extend_many(longer), longer, self._extend)
+        self.same(await engine.keepalive_many(refs), refs, self._keepalive)
+        some = refs[:2]
+        self.same(await engine.quarantine_many(some, "all", False, ADMIN), some, self._quarantine)
+        self.same(await engine.restore_many(refs, ADMIN), refs, self._restore)
+        some = [refs[0], *refs[:2]]
+        self.same(await engine.delete_many(some, ADMIN), some, self._delete)
+
+    def _unblock(self, item: Unblock) -> None:
+        self.pool.unblock(self.find(item.ref), item.lease, self.now, item.report)
+
+    def _extend(self, item: Extension) -> None:
+        self.pool.extend(self.find(item.ref), item.lease, item.seconds, self.now)
+
+    def _keepalive(self, ref: Ref) -> None:
+        self.pool.keepalive(self.find(ref), self.now)
+
+    def _quarantine(self, ref: Ref) -> None:
+        self.pool.quarantine(self.find(ref), "all", False, self.now, ADMIN)
+
+    def _restore(self, ref: Ref) -> None:
+        self.pool.restore(self.find(ref), ADMIN)
+
+    def _delete(self, ref: Ref) -> None:
+        self.pool.delete(self.find(ref), ADMIN)
+
+    def same(self, results: list[Any], items: list[Any], step: Callable[[Any], None]) -> None:
+        """Fails unless the pool has the same results, item by item."""
+        self.tick()
+        for result, item in zip(results, items, strict=True):
+            try:
+                step(item)
+                word = "done"
+            except KeypoolError as error:
+                word = _WORDS[type(error)]
+            assert (result if isinstance(result, str) else "done") == word
+
+    async def walk(self) -> None:
+        """A list from its first page to its last: each key once, in order."""
+        chosen = self.random.choice(["id", "expiry", "release", "ready", "prefix"])
+        only = {"release": "blocked", "ready": "cooling"}.get(chosen)
+        state: Any = only or self.random.choice([None, *State])
+        prefix = None
+        if chosen == "prefix":
+            prefix = self.some()[1][: self.random.choice([1, 1, 2, 4])]
+        order: Any = None if chosen == "prefix" else chosen
+        rows: list[Row] = []
+        after = None
+        for _ in range(1000):
+            limit = self.random.choice([1, 2, 7])
+            page = await self.engine.page(ListQuery(state, prefix, order, limit, after))
+            rows += page.keys
+            after = page.next
+            if after is None:
+                break
+        self.tick()
+        self.catch_up()
+        found = [key for key in self.pool._by_id.walk(None) if state in (None, key.state)]
+        if prefix is not None:
+            found = [key for key in found if key.text.startswith(prefix)]
+        place_of: dict[str | None, Callable[[Key], Any]] = {
+            None: lambda key: key.text,
+            "id": lambda key: key.id,
+            "expiry": lambda key: key.expires_deadline,
+            "release": lambda key: key.release_deadline,
+            "ready": lambda key: key.release_deadline,
+        }
+        assert sorted(row.id for row in rows) == [key.id for key in found]
+        for row in rows:
+            self.expect_row(row)
+        places = [place_of[order](self.pool.find_id(row.id, self.now)) for row in rows]
+        if order in (None, "id"):
+            assert places == sorted(places)
+        else:  # the pool's moments are a little later than the engine's, never by so much
+            assert all(one < other + SLOW for one, other in itertools.pairwise(places))
+
+    async def time_passes(self) -> None:
+        """A step."""
+        seconds = self.random.choice([7.0, 31.0, 53.0, 97.0, 211.0])
+        age(self.place.valkey, self.place.pool, self.partitions, seconds)
+        self.aged += seconds
+        self.tick()
+
+    async def look(self) -> None:
+        """The counts, once all that is overdue is dealt with; and the events of each key."""
+        await self.settle()
+        stats, pool = await self.engine.stats(), self.pool
+        counts = ("total", "available", "blocked", "cooling", "quarantined")
+        assert {name: getattr(stats, name) for name in counts} == {
+            name: getattr(pool, name) for name in counts
+        }
+        pool.check()
+        check(self.place.valkey, self.place.pool, self.partitions)
+        events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+        counted: Counter[str] = Counter(refused=self.refused, kept_alive=pool.counters.kept_alive)
+        for event in self.engine.recent(10**6):
+            events[event.id].append((event.event, event.owner, event.lease, event.by, event.actor))
+            counted["quarantines" if event.event is Change.QUARANTINED else event.event] += 1
+        assert {name: getattr(stats, name) for name in COUNTERS} == {name: counted[name] for name in COUNTERS}
+        for id, those in self.events.items():
+            assert _settled(events[id]) == _settled(those)
+
+
+def _settled(events: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Events without those by deadlines before the expiry: which deadlines of an expired key were noticed is chance."""
+    if events[-1][0] is not Change.EXPIRED:
+        return events
+    last = max(place for place, event in enumerate(events) if event[3] is not By.DEADLINE)
+    return [*events[: last + 1], events[-1][:1]]
+
+
+async def _outcome(call: Awaitable[Any] | Callable[[], Any]) -> tuple[Any, Any]:
+    """The result of a call, or the error that it raised."""
+    try:
+        return (call() if callable(call) else await call), None
+    except KeypoolError as error:
+        return None, error
+
+
+@on_loop
+@pytest.mark.parametrize("shape", [(1, 1, 0.0), (4, 1, 13.0), (16, 32, 0.0), (7, 3, 29.0)])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(1, 6))]
+)
+async def test_the_scripts_agree_with_the_pool_call_by_call(
+    place: Place, shape: tuple[int, int, float], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In random order, also while many overdue keys have not been swept yet. `shape`: how many partitions, how many
+    overdue keys a call processes, and how long keys rest.
+    """
+    partitions, at_once, rest = shape
+    with_constants(monkeypatch, MAX_DUE=at_once, KEPT_EVENTS=100_000)
+    monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
+    monkeypatch.setattr(valkey_poller, "RECENT_EVENTS", 100_000)
+    rules = PoolRules(**RULES, rest_seconds=rest)
+    async with engine_on(place.url, partitions, **RULES, rest_seconds=rest) as engine:
+        await engine.stats()
+        engine._poller._stopped = True  # no sweep but those of the calls
+        twins = Twins(place, partitions, engine, rules, seed)
+        steps = [
+            *[twins.generate] * 4, *[twins.acquire] * 8, *[twins.unblock] * 8, *[twins.keepalive] * 4,
+            *[twins.extend] * 3, twins.quarantine, *[twins.restore] * 2, twins.delete, twins.get, twins.get,
+            twins.batches, *[twins.walk] * 2, twins.time_passes,
+        ]  # fmt: skip
+        for number in range(300):
+            await twins.random.choice(steps)()
+            if number % 50 == 49:
+                await twins.look()
