@@ -258,7 +258,8 @@ class Connection(asyncio.Protocol):
             self._busy = True
             self._until = inf
             self._try_cached_held()
-            self._until = self._turns.clock() + QUANTUM  # from here on, so that each run parses at least one piece
+            # From here on, so that each run parses at least one piece.
+            self._until = self._turns.clock() + QUANTUM
             self._work()
             self._busy = False
             self._settle()
