@@ -64,9 +64,10 @@ def failures_at(history: History, now: float, rules: PoolRules) -> int:
 
 def cooldown_of(report: Report, failures: int, rules: PoolRules) -> float:
     """Seconds that a key cools after a report, which made its failures in a row so many; 0 if it doesn't."""
-    if report.outcome is Outcome.RATE_LIMITED and report.retry_after is not None:
+    outcome = report.outcome
+    if outcome is Outcome.RATE_LIMITED and report.retry_after is not None:
         return min(report.retry_after, rules.max_retry_after_seconds)
-    if report.outcome is Outcome.OK or (report.outcome is Outcome.ERROR and failures < rules.error_threshold):
+    if outcome is Outcome.OK or (outcome is Outcome.ERROR and failures < rules.error_threshold):
         return 0.0
     return back_off(failures, rules)
 

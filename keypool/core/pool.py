@@ -46,6 +46,7 @@ from keypool.core.index import (
 from keypool.core.keys import DEAD, Key, State
 from keypool.core.outcomes import (
     NO_HISTORY,
+    History,
     Outcome,
     Report,
     cooldown_of,
@@ -63,6 +64,9 @@ PAGE_SCAN_LIMIT = 1000
 # Globals, because in Python 3.11 each look-up of an enum's member by name costs a tenth of a microsecond.
 _AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
 _ACQUIRED, _UNBLOCKED, _KEPT_ALIVE = Change.ACQUIRED, Change.UNBLOCKED, Change.KEPT_ALIVE
+_OK, _INVALID = Outcome.OK, Outcome.INVALID
+
+_OK_REPORT, _ALL_WELL = Report(_OK), History(outcome=_OK)
 
 Listener = Callable[[Change, Key, str | None, Origin], None]
 
@@ -304,21 +308,28 @@ class Pool:
 
     def _conclude(self, key: Key, report: Report, now: float, origin: Origin) -> bool:
         """Apply a report. Returns whether the guard turned a quarantine into a cooldown."""
-        invalid = report.outcome is Outcome.INVALID
+        invalid = report.outcome is _INVALID
         if invalid:
             self.process_due(now)  # the guard doesn't count keys that have expired
         leaving = key.quarantine_pending or key.state is _QUARANTINED
         quarantine = invalid and (leaving or may_quarantine(len(self._quarantined), self._total, self.rules))
         failures, failed_at = self.failures_of(key, now), key.history.failed_at
         cooldown = 0.0
-        if report.outcome is Outcome.OK:
+        if report.outcome is _OK:
             failures = 0
         elif not quarantine:
             failures, failed_at = failures + 1, now
             cooldown = cooldown_of(report, failures, self.rules)
-        key.history = msgspec.structs.replace(
-            key.history, failures=failures, failed_at=failed_at, outcome=report.outcome, reason=report.reason
-        )
+        if key.history in (NO_HISTORY, _ALL_WELL) and report == _OK_REPORT:
+            key.history = _ALL_WELL  # shared by the many keys with which nothing is wrong
+        else:
+            key.history = msgspec.structs.replace(
+                key.history,
+                failures=failures,
+                failed_at=failed_at,
+                outcome=report.outcome,
+                reason=report.reason,
+            )
         if key.state is _BLOCKED:
             key.quarantine_pending = key.quarantine_pending or quarantine
             self._free(key, _UNBLOCKED, now, origin, now + cooldown)
