@@ -94,7 +94,7 @@ def test_a_page_that_empties_and_fills_while_open(server: ServerProcess, client:
 
 def test_the_server_is_killed_and_comes_back(tmp_path: Path, tabs: Tabs) -> None:
     """Data stays, greyed, with its age; the page reconnects by itself."""
-    tabs.allow("ERR_CONNECTION|WebSocket")
+    tabs.allow("ERR_CONNECTION|WebSocket|503")  # 503 while the server that comes back is loading
     flags = ["--data=:memory:"]
     first = ServerProcess([*flags, "--port=0"], cwd=tmp_path)
     try:
