@@ -315,3 +315,18 @@ async def test_a_lease_that_was_repeated_is_not_taken_back_when_the_first_caller
     first.hang_up()
     assert held.now_serving() == [(lease.id, "ann")]
     assert (await now(held.engine.unblock(repeated.key, repeated.lease))).changed
+
+
+@on_loop
+async def test_a_repeated_lease_leaves_no_mark_on_the_next_one() -> None:
+    """The next holder may name no attempt; if it hangs up as it is served, its lease is given back as always."""
+    held = Held()
+    await now(held.engine.generate(1))
+    await now(held.engine.acquire("ann", 0, None, None, Named()))
+    repeated = await now(held.engine.acquire("ann", 0, None, None, Named()))
+    bob, carol = held.wait("bob"), held.wait("carol")
+    await now(held.engine.unblock(repeated.key, repeated.lease))  # serves bob, who isn't resumed yet
+    bob.hang_up()
+    assert held.now_serving() == [(repeated.id, "carol")]
+    await turns()
+    assert carol.answer.id == repeated.id

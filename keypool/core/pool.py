@@ -264,7 +264,6 @@ class Pool:
                 key.acquired_at = now
                 if attempt is not None:
                     key.attempt = attempt
-                    key.replayed = False
                     self._by_attempt.add(key, attempt)
                 block = self.rules.block_seconds if block_seconds is None else block_seconds
                 key.release_deadline = deadline = now + block
@@ -337,7 +336,7 @@ class Pool:
             self._leave(key)
             self._quarantine(key, None, origin)
         elif key.state is _AVAILABLE and cooldown:
-            self._take_slot(key)
+            self._leave(key)
             self._cool(key, now + cooldown, None, origin)
         else:
             if key.state is _COOLING and now + cooldown > (key.release_deadline or now):
@@ -458,7 +457,7 @@ class Pool:
         return self._by_expiry.count_until(until)
 
     def next_release(self, now: float) -> float | None:
-        """Seconds until the earliest release or end of a cooldown, at least 0; None if there is none. O(1)."""
+        """Seconds until the earliest release or end of a cooldown, at least 0; None if nothing is due. O(1)."""
         deadline = self.next_release_deadline()
         return None if deadline is None else max(0.0, deadline - now)
 
@@ -663,6 +662,7 @@ class Pool:
         if key.attempt is not None:
             self._by_attempt.discard(key, key.attempt)
             key.attempt = None
+            key.replayed = False
         owner, key.owner = key.owner, None
         return owner
 
