@@ -41,7 +41,6 @@ from keypool.api.calls import (
     write_audit,
 )
 from keypool.core.answers import (
-    BatchAnswer,
     DeletedKeys,
     EndedLease,
     ExtendedLeases,
@@ -49,6 +48,7 @@ from keypool.core.answers import (
     GeneratedKeys,
     Identity,
     KeptAliveKeys,
+    KeysAnswer,
     Leases,
     QuarantinedKeys,
     Ref,
@@ -80,7 +80,7 @@ async def _refs(engine: Engine, texts: Sequence[str], call: Call) -> list[Ref]:
     return refs
 
 
-AnyOutcome = TypeVar("AnyOutcome", bound=BatchAnswer)
+AnyOutcome = TypeVar("AnyOutcome", bound=KeysAnswer)
 
 
 def _sorted_out(kind: Callable[..., AnyOutcome], texts: Sequence[str], results: Sequence[str]) -> AnyOutcome:

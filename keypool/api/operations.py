@@ -109,9 +109,7 @@ class Operation:
     head: Run | None = None  # what HEAD does, where GET would change something
     changes: bool = True  # whether it changes anything but the feed and counters
     acquires: bool = False
-    repeatable: bool = (
-        False  # whether it takes an Idempotency-Key; of batches, only op acquire makes use of it
-    )
+    repeatable: bool = False  # whether it takes an Idempotency-Key, which of batches only op acquire uses
     audits_refusals: bool = False  # whether the audit log also has callers refused for their role
 
 

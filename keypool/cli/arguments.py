@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, NoReturn
 
 from keypool import __version__
 from keypool.cli.status import CommandError, Status
+from keypool.client.answers import Outcome, State
 from keypool.client.reports import retry_after_of
 from keypool.client.settings import DEFAULT_URL
 
 SHELLS = ("bash", "zsh", "fish")
-STATES = ("available", "blocked", "cooling", "quarantined")
+STATES = tuple(state.value for state in State)
 ORDERS = ("id", "release", "ready", "expiry")
-OUTCOMES = ("ok", "rate_limited", "error", "invalid")
+OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 
 class Argument(NamedTuple):

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from keypool.client.answers import hint
+from keypool.client.answers import Outcome, State, hint
 
 _COUNTED = (
     *("generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused"),
     *("cooled", "quarantines", "restored"),
 )
-_OUTCOMES = ("ok", "rate_limited", "error", "invalid")
 
 
 class Refused(Exception):
@@ -179,7 +178,7 @@ class FakePool:
                 self.counts["unblocked"] += 1
                 self._end(key)
             return self._unblocked(key, changed)
-        if outcome not in _OUTCOMES or number is None:
+        if outcome not in tuple(Outcome) or number is None:
             raise Refused(400, "bad-request", "outcome is ok, rate_limited, error or invalid, with a lease")
         if retry_after is not None and (outcome != "rate_limited" or retry_after < 0):
             raise Refused(400, "bad-request", "retry_after is 0 or more, with rate_limited")
@@ -287,8 +286,10 @@ class FakePool:
 
     def stats(self) -> dict[str, Any]:
         """All counts."""
-        states = ("available", "blocked", "cooling", "quarantined")
-        now = {state: len(self.live(state)) for state in states} | {"total": len(self._keys), "waiting": 0}
+        now = {state.value: len(self.live(state)) for state in State} | {
+            "total": len(self._keys),
+            "waiting": 0,
+        }
         return {**now, **self.counts, "uptime": 0.0, "engine": "fake", "version": "0"}
 
     # -- their parts

@@ -30,11 +30,8 @@ LONGEST_RETRY_AFTER = 1e15
 _LONGEST_HEADER = 1e9  # seconds, about 30 years: a longer Retry-After is cut to it
 _LONGEST_REASON = 200  # characters
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
-_TIMEOUTS = {
-    "Timeout",
-    "TimeoutException",
-    "TimeoutError",
-}  # base classes of requests, httpx and httpx2, urllib3
+# Base classes of requests, httpx and httpx2, urllib3.
+_TIMEOUTS = {"Timeout", "TimeoutException", "TimeoutError"}
 _SEVERITY = (Outcome.OK, Outcome.ERROR, Outcome.RATE_LIMITED, Outcome.INVALID)
 
 

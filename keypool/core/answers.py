@@ -186,54 +186,42 @@ class Leases(BatchAnswer, tag="acquire"):
     keys: list[Lease]
 
 
-class KeptAliveKeys(BatchAnswer, tag="keepalive"):
-    """How many keys a batch kept alive, which are unknown, and which were named by the handle of an older lease."""
+class KeysAnswer(BatchAnswer):
+    """What a batch did with the keys in it: how many items are done, and the names of the others as they were sent.
 
-    done: int
-    unknown: list[str]
-    stale: list[str]
-
-
-class UnblockedKeys(BatchAnswer, tag="unblock"):
-    """How many items of a batch are done, which are unknown, and which have a later lease."""
-
-    done: int
-    unknown: list[str]
-    stale: list[str]
-
-
-class DeletedKeys(BatchAnswer, tag="delete"):
-    """How many keys a batch purged, which are unknown, and which were named by the handle of an older lease."""
-
-    done: int
-    unknown: list[str]
-    stale: list[str]
-
-
-class ExtendedLeases(BatchAnswer, tag="extend"):
-    """How many leases a batch extended, which keys are unknown, and which leases couldn't be extended.
-
-    `stale` have a later lease, `over` have ended, `limit` would not have lasted longer.
+    `stale` are those named by the handle or the number of an older lease.
     """
 
     done: int
     unknown: list[str]
     stale: list[str]
+
+
+class KeptAliveKeys(KeysAnswer, tag="keepalive"):
+    """How many keys a batch kept alive, which are unknown, and which were named by the handle of an older lease."""
+
+
+class UnblockedKeys(KeysAnswer, tag="unblock"):
+    """How many items of a batch are done, which are unknown, and which have a later lease."""
+
+
+class DeletedKeys(KeysAnswer, tag="delete"):
+    """How many keys a batch purged, which are unknown, and which were named by the handle of an older lease."""
+
+
+class ExtendedLeases(KeysAnswer, tag="extend"):
+    """How many leases a batch extended, which keys are unknown, and which leases couldn't be extended.
+
+    `stale` have a later lease, `over` have ended, `limit` would not have lasted longer.
+    """
+
     over: list[str]
     limit: list[str]
 
 
-class QuarantinedKeys(BatchAnswer, tag="quarantine"):
+class QuarantinedKeys(KeysAnswer, tag="quarantine"):
     """How many keys are quarantined, or will be; which are unknown; which were named by an older lease's handle."""
 
-    done: int
-    unknown: list[str]
-    stale: list[str]
 
-
-class RestoredKeys(BatchAnswer, tag="restore"):
+class RestoredKeys(KeysAnswer, tag="restore"):
     """How many keys are restored, which are unknown, and which were named by the handle of an older lease."""
-
-    done: int
-    unknown: list[str]
-    stale: list[str]

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from keypool import __version__
-from keypool.api.auth import ANYONE, Access
+from keypool.api.auth import Access
 from keypool.config.limits import Limits, allowed_viewers
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
@@ -194,8 +194,7 @@ def origin(event: Event) -> str:
     """Who or what brought an event about, in words. The same as origin() in static/js/rows.js."""
     if event.by is By.HOLDER:
         return f"by {event.owner or 'holder'}"
-    named = event.actor is not None and event.actor != ANYONE.token
-    by = f"by {event.by} {event.actor}" if named else f"by {event.by}"
+    by = f"by {event.by} {event.actor}" if event.actor is not None else f"by {event.by}"
     return f"{by}, held by {event.owner}" if event.owner else by
 
 

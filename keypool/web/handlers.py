@@ -30,9 +30,8 @@ TABS = {
     "quarantined": ("Quarantined", {"state": "quarantined"}),
     "expiring": ("Expiring soon", {"order": "expiry"}),
 }
-SHOWN = (
-    10  # events of the overview, and SHOWN_DUE rows of each list; static/js/pages/overview.js has the same
-)
+# Events of the overview, and rows of each of its lists; static/js/pages/overview.js has the same.
+SHOWN = 10
 SHOWN_DUE = 5
 SHOWN_EVENTS = 200
 THEMES = ("light", "dark")

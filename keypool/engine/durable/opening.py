@@ -43,9 +43,8 @@ async def open_durable(path: Path, rules: PoolRules = DEFAULT_RULES) -> Embedded
         grace_until = clock() + rules.restart_grace if rules.restart_grace else None
         engine.restore_numbers(numbers)
         await _restore_keys(engine, path, grace_until or 0.0)
-        await (
-            journal.open()
-        )  # after the check: a file that is refused is left as it was, and of its older version
+        # After the check: a file that is refused is left as it was, and of its older version.
+        await journal.open()
         secret = datafile.secret_of(path)
         assert secret is not None  # the file is of this version now
         engine.handles = Handles(secret)
@@ -70,7 +69,7 @@ async def _restore_keys(engine: EmbeddedEngine, path: Path, grace_until: float) 
     for some in datafile.read_keys(path, _SLICE):
         for key in some:
             key.expires_deadline = max(key.expires_deadline, grace_until)
-            if key.state is State.BLOCKED and key.release_deadline and not key.acquired_at:
+            if key.release_deadline and not key.acquired_at and key.state is State.BLOCKED:
                 # Acquired under a version that didn't keep the moment, and had no other length of a block.
                 key.acquired_at = key.release_deadline - engine.pool.rules.block_seconds
             engine.pool.load(key)

@@ -137,7 +137,7 @@ def key_of(row: Row) -> Key:
     key.owner = owner
     if release_at is not None:
         key.release_deadline = release_at / 1000
-        key.state = State.BLOCKED
+        key.state = _BLOCKED
     if acquired_at is not None:
         key.acquired_at = acquired_at / 1000
     if flags != 0:

@@ -336,11 +336,13 @@ class ValkeyEngine:
             self._raise_missing(ref, done)
         return row_of(row[0], call.age(), self.rules.forget_seconds)
 
-    async def _change(self, script: str, refs: Sequence[Ref], common: Sequence[Word]) -> list[Reply]:
-        """Call a script that takes names and replies what it did about each, or a list that begins with a refusal."""
+    async def _change(
+        self, script: str, refs: Sequence[Ref], common: Sequence[Word], unknown: Reply = (0, "")
+    ) -> list[Reply]:
+        """Call a script that takes names and replies what it did about each. `unknown` is the reply about no key."""
         names = await self._partitions.names_of(refs)
         found, _ = await self._partitions.each(script, [name for name in names if name is not None], common)
-        return _in_places(names, found, (0, ""))
+        return _in_places(names, found, unknown)
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Postpone a key's expiry. O(log n)."""
@@ -353,10 +355,7 @@ class ValkeyEngine:
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
         """Postpone expiries one by one. O(items * log n)."""
-        names = await self._partitions.names_of(refs)
-        known = [name for name in names if name is not None]
-        found, _ = await self._partitions.each("keepalive", known, (self._life_us,))
-        return [_word_of(id) for id in _in_places(names, found, 0)]
+        return [_word_of(id) for id in await self._change("keepalive", refs, (self._life_us,), 0)]
 
     async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""

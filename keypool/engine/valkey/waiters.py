@@ -223,9 +223,8 @@ class Waiters:
     async def _serve(self, everywhere: bool) -> bool:
         """Serve the first waiters of the queue. Returns whether any of them has an outcome."""
         first = list(islice(self._waiters, SERVED_AT_ONCE))
-        leaving = list(
-            self._last_chances.items()
-        )  # taken before the look, as it doesn't cover those who come later
+        # Taken before the look, as it doesn't cover those who come later.
+        leaving = list(self._last_chances.items())
         attempts = self._sampler.attempts
         if attempts is not None and any(waiter.request.attempt is not None for waiter in first):
             done = await self._serve_attempts(first, everywhere, attempts)

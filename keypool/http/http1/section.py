@@ -4,8 +4,8 @@ A client sends the same header lines with each of its requests. The result of pa
 their exact bytes, for some hundreds of clients, together with the application's own results. That is safe: the same
 bytes, from the end of the first line to the empty line, always mean the same.
 
-One header has another value in each request: Idempotency-Key. Its line is no part of a section, and is read from each
-request by itself.
+One header has another value in each request: Idempotency-Key. Its line is not part of a section, and is read from
+each request by itself.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ VARYING = b"idempotency-key"
 
 _VALUE = re.compile(rb"[!-~]{1,64}")
 _BEGINNINGS = (b"\r\nIdempotency-Key: ", b"\r\nidempotency-key: ")
-_REST = re.compile(
-    rb"([!-~]{1,64})\r\n(?![ \t])"
-)  # a line that begins with white space would continue this one
+# A line that begins with white space would continue this one.
+_REST = re.compile(rb"(%b)\r\n(?![ \t])" % _VALUE.pattern)
 
 
 def cut_varying(data: bytes, start: int, end: int) -> tuple[bytes, bytes | None]:
