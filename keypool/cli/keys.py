@@ -46,7 +46,7 @@ _LISTED_IN_TABLES = (
     *_ABOUT_REPORTS,
     "created_at",
 )
-"""What fits no terminal is at the end. `ends_in` is when the block or the cooldown ends."""
+"""Columns that may not fit the terminal come last. `ends_in`: seconds until the block or the cooldown ends."""
 
 _CONFIRM_ABOVE = 100_000  # keys; for more, `generate` asks unless --yes is given
 _CLEAR_SCREEN = "\x1b[H\x1b[J"

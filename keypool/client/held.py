@@ -4,9 +4,9 @@ Once its lease has ended, `secret` raises LeaseLost. The end is counted from the
 can have left the server, by this machine's clock alone, so it comes a little early rather than late. A key belongs
 to the process that acquired it: a forked child may use it, but does not give it back.
 
-What the holder reports is recorded, and sent when the key is given back, in the same request.
+A report of the holder is recorded, and sent in the request that gives the key back.
 
-    the `with` ...                  and there is a report     and there is none
+    the `with` ...                  with a report             without one
     ends well, or `release`         the report                ok
     ends by an exception            the report                no outcome
     never ends (exit, `close`)      the report                no outcome

@@ -202,6 +202,6 @@ def _body(request: httpx2.Request) -> dict[str, Any]:
 
 
 def _attempt(request: httpx2.Request) -> tuple[object, ...] | None:
-    """What the repetitions of an acquire have in common: the Idempotency-Key and the body."""
+    """The identity of an acquire, the same for each repeat: its Idempotency-Key and its body."""
     given = request.headers.get("idempotency-key")
     return None if given is None else (given, request.url.path, request.content)

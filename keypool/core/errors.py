@@ -72,7 +72,7 @@ class UnknownKey(PoolError):
 class NoKeyAvailable(PoolError):
     """No key can be served now.
 
-    `retry_after`: seconds until the earliest release or end of a cooldown, None if there is none. `blocked`, `cooling`
+    `retry_after`: seconds until the earliest release or end of a cooldown, None if nothing is due. `blocked`, `cooling`
     and `quarantined` are numbers of keys.
     """
 

@@ -1,4 +1,4 @@
-"""What a holder reports about a key when its work is over, and what the pool concludes from it.
+"""Reports of holders on their keys, and the cooldowns and quarantines that follow from them.
 
 The back-off is the usual exponential one: it doubles with each failure in a row, up to a cap. The holder of a key that
 a service has limited often knows better how long to wait, from `Retry-After`, and says so.

@@ -54,7 +54,7 @@ class FastApi:
     """Takes the requests of the API, and leaves all others to Tornado.
 
     Clients send the same headers with each request, so the result of the checks that need only the headers is cached
-    with the header section (http1/section.py). An Idempotency-Key is no part of the section.
+    with the header section (http1/section.py). An Idempotency-Key is not part of the section.
     """
 
     def __init__(self, dispatcher: Dispatcher, in_flight: InFlight) -> None:

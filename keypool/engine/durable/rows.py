@@ -152,7 +152,7 @@ def _set_flags(key: Key, flags: int) -> None:
         raise ValueError(f"{key!r} has the unknown flags {flags}")
     if flags & COOLING:
         if key.state is not State.BLOCKED:
-            raise ValueError(f"{key!r} cools, but there is no moment when that ends")
+            raise ValueError(f"{key!r} is cooling, but the end of its cooldown is missing")
         key.state = State.COOLING
     if flags & QUARANTINED:
         if key.state is not State.AVAILABLE:

@@ -64,7 +64,7 @@ class Attempts:
             await asyncio.sleep(_PAUSE)
 
     def end(self, attempt: bytes, claim: str, held_seconds: float | None) -> None:
-        """Give a claim up, if it hasn't lapsed. A lease can be held for `held_seconds`, None if there is none."""
+        """Give a claim up, if it hasn't lapsed. `held_seconds`: how long a lease can be held, None without one."""
         self._call(attempt, claim, 0, 0 if held_seconds is None else known_for(held_seconds))
 
     def keep(self, attempt: bytes, held_seconds: float) -> None:

@@ -22,7 +22,7 @@ REQUEST_LINE = re.compile(rb"(GET|POST|DELETE) (/[\w/:.~?=&%,-]*) HTTP/1\.1\r\n"
 """A subset of the request lines that llhttp and the rules accept; all others are left to them."""
 
 VARYING = b"idempotency-key"
-"""The header that is no part of a section, if it occurs once and has a value as it should."""
+"""The header that is not part of a section, if it occurs once and its value has the usual form."""
 
 _VALUE = re.compile(rb"[!-~]{1,64}")
 _BEGINNINGS = (b"\r\nIdempotency-Key: ", b"\r\nidempotency-key: ")

@@ -36,7 +36,7 @@
 --
 -- The rules are those of core/pool.py and core/outcomes.py, implemented a second time; the tests drive both alike.
 -- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after
--- that. What is overdue is processed even if memory is short, as those steps begin with a write that needs none.
+-- that. Overdue keys are processed even if memory is short: these steps begin with a write that needs none.
 --
 -- A record may be missing, if Valkey evicted it. Its key is then purged when a script comes across it.
 
