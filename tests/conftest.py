@@ -41,7 +41,7 @@ from valkeys import new_pool, shared_cluster, shared_valkey
 from keypool.api.auth import Access
 from keypool.config.settings import Settings, load
 from keypool.server.app import make_app
-from keypool.server.serving import SERVERS, open_engine
+from keypool.server.serving import SERVERS, open_pools
 
 # --------------------------------------------------------------------------------------------- ways to run it
 
@@ -338,14 +338,14 @@ def app(io_loop: IOLoop, settings: Settings) -> Iterator[Application]:
 
     async def make() -> Application:
         access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
-        app = make_app(await open_engine(settings), access, settings)
+        app = make_app(await open_pools(settings), access, settings)
         await app.settings["dashboard"].counting.wait()
         return app
 
     async def stop() -> None:
         made.settings["dashboard"].drain()
         made.settings["dispatcher"].wrong_tokens.close()
-        await made.settings["dispatcher"].engine.close()
+        await made.settings["dispatcher"].pools.close()
         assert not made.settings["in_flight"].count, "a request is still being answered"
 
     with quiet():

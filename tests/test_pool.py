@@ -400,7 +400,7 @@ def test_the_guard_does_not_count_keys_that_have_expired() -> None:
 def test_a_full_pool_refuses_and_changes_nothing() -> None:
     """One more than `max_keys`."""
     pool, _ = pool_of(3, max_keys=3)
-    with pytest.raises(PoolFull, match=r"1 more would exceed --max-keys=3: the pool holds 3"):
+    with pytest.raises(PoolFull, match=r"1 more would exceed max_keys, 3: the pool holds 3"):
         pool.generate(NOW)
     assert (pool.total, pool.last_id, pool.counters.generated) == (3, 3, 3)
 

@@ -35,7 +35,7 @@ from keypool.core.errors import (
     UnsupportedMediaType,
     UriTooLong,
 )
-from keypool.engine import Engine
+from keypool.engine import Pools
 from keypool.ops.histogram import NO_OPERATION, CallMetrics, ReportMetrics
 from keypool.ops.logs import access_line, access_log
 
@@ -133,8 +133,9 @@ _KEYS = BASE + "/keys/"
 class Dispatcher:
     """Finds the operation of each request, and makes its reply. See the module."""
 
-    def __init__(self, engine: Engine, access: Access, operations: Sequence[Operation]) -> None:
-        self.engine = engine
+    def __init__(self, pools: Pools, access: Access, operations: Sequence[Operation]) -> None:
+        self.pools = pools
+        self._engine = pools.default
         self._access = access
         self._paths: dict[str, _Path] = {}
         self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
@@ -295,8 +296,8 @@ class Dispatcher:
         if body or request.query or operation.query is not None or operation.body_required:
             route.reader.read(call, request.query, body)
         if pending.head and operation.head is not None:
-            return operation.head(self.engine, call)
-        return operation.run(self.engine, call)
+            return operation.head(self._engine, call)
+        return operation.run(self._engine, call)
 
     def ends_with_caller(self, pending: Pending) -> bool:
         """Whether a call that was started ends when its caller disconnects."""

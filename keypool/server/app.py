@@ -20,7 +20,7 @@ from keypool.api.operations import BASE, OPERATIONS, Operation
 from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors
-from keypool.engine import Engine, Loading
+from keypool.engine import Engine, LoadingPools, Pools
 from keypool.http.api_call import InFlight
 from keypool.http.fast_call import FastApi
 from keypool.http.tornado_call import ApiRouter
@@ -43,7 +43,7 @@ class KeypoolApplication(Application):
 
     def __init__(
         self,
-        engine: Engine,
+        pools: Pools,
         access: Access,
         operations: Sequence[Operation],
         *,
@@ -51,8 +51,8 @@ class KeypoolApplication(Application):
         before_api: Pages = (),
         **settings: Any,
     ) -> None:
-        in_flight, dispatcher = InFlight(), Dispatcher(engine, access, operations)
-        shared = {"engine": engine, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
+        in_flight, dispatcher = InFlight(), Dispatcher(pools, access, operations)
+        shared = {"engine": pools.default, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
         api = Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight))
         first, last = ([(path, handler, shared) for path, handler in some] for some in (before_api, pages))
         super().__init__(
@@ -75,18 +75,18 @@ class KeypoolApplication(Application):
 set_parse_body_config(ParseBodyConfig(multipart=ParseMultipartConfig(max_part_header_size=2 * MAX_NAME)))
 
 
-def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> KeypoolApplication:
-    """The application over an engine. Needs a running loop.
+def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> KeypoolApplication:
+    """The application over the pools of an engine. Needs a running loop.
 
     `settings["dashboard"]` has to be drained at a stop; `settings["metric_sources"]` feeds /metrics.
     """
     settings = settings or Settings()
     calls = OPERATIONS + LEGACY
-    dashboard = Dashboard(engine, access, settings)
+    dashboard = Dashboard(pools.default, access, settings)
     sources = MetricSources({"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.feed.viewers)
     sources.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
     return KeypoolApplication(
-        engine,
+        pools,
         access,
         (*calls, describing(calls, access.open)),
         before_api=[(f"{BASE}/feed", FeedHandler)],
@@ -123,7 +123,7 @@ def make_loading_app(access: Access) -> KeypoolApplication:
     calls = OPERATIONS + LEGACY
     all_calls = (*calls, describing(calls, access.open))
     return KeypoolApplication(
-        Loading(),
+        LoadingPools(),
         access,
         [replace(operation, run=_refuse_loading, head=None) for operation in all_calls],
         # Sessions don't exist yet, so the feed can't check a role: it is refused like a page.

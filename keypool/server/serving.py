@@ -27,9 +27,10 @@ from keypool.config.limits import Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.config.settings import Settings
 from keypool.core.errors import StartError, StorageUnavailable
-from keypool.engine import Engine
+from keypool.engine import Pools
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import OnePool
 from keypool.engine.valkey.url import parse, without_password
 from keypool.http.api_call import InFlight
 from keypool.http.http1.connection_limiter import ConnectionLimiter
@@ -97,13 +98,13 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
     server.add_sockets(sockets)
     lifecycle.report(State.LOADING)
     stop = asyncio.ensure_future(asked_to_stop.wait())
-    loading = asyncio.ensure_future(open_engine(settings))
+    loading = asyncio.ensure_future(open_pools(settings))
     await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
         return 0
-    engine = await loading
-    app = make_app(engine, access, settings)
+    pools = await loading
+    app = make_app(pools, access, settings)
     dashboard = app.settings["dashboard"]
     await dashboard.counting.wait()  # otherwise the first calls would be missing from the charts
     tokens.sessions = dashboard.sessions
@@ -118,22 +119,22 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
     await stop
     lifecycle.report(State.DRAINING)
     seconds = max(settings.drain_seconds / 2, settings.drain_seconds - lifecycle.reserve)
-    kept = await _drain(server, sockets, app, engine, seconds)
+    kept = await _drain(server, sockets, app, pools, seconds)
     lifecycle.report(State.STOPPED)
     return 0 if kept else 1
 
 
-async def open_engine(settings: Settings) -> Engine:
+async def open_pools(settings: Settings) -> Pools:
     """Open the engine that the settings name, and load its keys. O(keys). Raises StartError."""
     if settings.engine != "embedded":
         return await _open_valkey(settings)
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
-        return EmbeddedEngine(settings.rules)
-    return await open_durable(Path(settings.data), settings.rules)
+        return OnePool(EmbeddedEngine(settings.rules))
+    return OnePool(await open_durable(Path(settings.data), settings.rules))
 
 
-async def _open_valkey(settings: Settings) -> Engine:
+async def _open_valkey(settings: Settings) -> Pools:
     try:
         from keypool.engine.valkey.opening import open_valkey  # noqa: PLC0415 - hiredis is needed for this only
     except ImportError:
@@ -141,7 +142,7 @@ async def _open_valkey(settings: Settings) -> Engine:
             f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
             "and in keypool-service[server]"
         ) from None
-    return await open_valkey(parse(settings.engine), settings.partitions, settings.rules)
+    return OnePool(await open_valkey(parse(settings.engine), settings.partitions, settings.rules))
 
 
 def _listen(address: str, port: int, *, shared: bool = False) -> list[socket.socket]:
@@ -167,14 +168,14 @@ def _add_metrics(server: HttpServer, sources: MetricSources) -> None:
 
 
 async def _drain(
-    server: HttpServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
+    server: HttpServer, sockets: list[socket.socket], app: Application, pools: Pools, seconds: float
 ) -> bool:
     """Finish requests in flight and close the engine, within `seconds`; True if all changes were committed."""
     deadline = time.monotonic() + seconds
     server.drain_accept_queue(sockets)
     server.stop()
     server.disable_keep_alive()
-    engine.drain()
+    pools.drain()
     app.settings["dashboard"].drain()
     in_flight: InFlight = app.settings["in_flight"]
     if not await _wait_idle(server, in_flight, deadline - min(_CLOSING_SECONDS, seconds / 4)):
@@ -183,7 +184,7 @@ async def _drain(
     server.cut_all()
     app.settings["dispatcher"].wrong_tokens.close()
     cutting = asyncio.ensure_future(server.close_all_connections())
-    keeping = asyncio.ensure_future(engine.close())
+    keeping = asyncio.ensure_future(pools.close())
     await asyncio.wait([cutting, keeping], timeout=max(0.1, deadline - time.monotonic()))
     if cutting.done():
         cutting.result()
