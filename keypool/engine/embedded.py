@@ -52,9 +52,10 @@ from keypool.core.keys import Key, State, moment, random_text
 from keypool.core.outcomes import NO_HISTORY, Report
 from keypool.core.pool import Pool
 from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, PoolRules
-from keypool.engine import NOTE, Attempt, Timed
+from keypool.engine import NOTE, Attempt, Client, Timed
 from keypool.engine.clock import make_clock
 from keypool.engine.journal import Journal, NullJournal
+from keypool.engine.shares import Shares
 from keypool.engine.timers import Timers
 from keypool.engine.waiters import Request, Waiters
 from keypool.ops.histogram import SECONDS, Histogram
@@ -96,7 +97,9 @@ class EmbeddedEngine:
         clock: Callable[[], float] | None = None,
         new_text: Callable[[], str] | None = None,
         pool_name: str = DEFAULT_POOL,
+        shares: Shares | None = None,
     ) -> None:
+        self.shares = shares or Shares()
         self.pool_name = pool_name
         self.pool_draining = False
         self.now = clock or make_clock()
@@ -107,6 +110,7 @@ class EmbeddedEngine:
             rules,
             new_text=new_text or (lambda: random_text(self.rules.key_length)),
             random=random.Random().random,  # noqa: S311 - which available key is served isn't secret
+            clients=self.shares,
             on_change=self._changed,
             on_opened=self.timers.opened,
             on_closed=self.timers.closed,
@@ -122,6 +126,7 @@ class EmbeddedEngine:
             self.timers,
             self.now,
             rules.max_waiters,
+            self.shares,
             lease_of=self._lease,
             give_back=self._give_back,
             storage_up=self.storage_up,
@@ -174,6 +179,8 @@ class EmbeddedEngine:
         timed: Timed | None = None,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> Lease:
         """Acquire a key, now or within `wait` seconds. O(log n)."""
         journal = self.journal
@@ -181,14 +188,21 @@ class EmbeddedEngine:
         if attempt is not None and (held := await self._replay(attempt)):
             return held[0]
         if self.pool_draining:
-            await self._refuse()
+            await self._refuse(None)
         digest = None if attempt is None else attempt.digest
         now = self.now()
-        key = None if self._waiters.waiting else self.pool.acquire(now, owner, block_seconds, digest)
+        if self._waiters.waiting:
+            key = None
+        elif client is None:
+            key = self.pool.acquire(now, owner, block_seconds, digest)
+        elif self.shares.may_take(client, now):
+            key = self.pool.acquire(now, owner, block_seconds, digest, client.name)
+        else:
+            key = None
         if key is not None:
             lease = self._lease(key, now)
         else:
-            lease = await self._take_or_wait(Request(owner, block_seconds, digest), wait, timed)
+            lease = await self._take_or_wait(Request(owner, block_seconds, digest, client), wait, timed)
         if (commit := journal.commit_of(lease.id)) is not None:
             started = self.now()
             try:
@@ -205,12 +219,14 @@ class EmbeddedEngine:
         count: int,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> list[Lease]:
         """Acquire up to `count` keys. O(count · log n)."""
         self.journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held
-        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
+        request = Request(owner, block_seconds, None if attempt is None else attempt.digest, client)
         leases: list[Lease] = []
         moments: list[float] = []
         until = self.now() + _SLICE_SECONDS
@@ -221,7 +237,7 @@ class EmbeddedEngine:
                 if now > until:
                     until = await self._pause()
             if not leases:
-                await self._refuse()
+                await self._refuse(client)
             await self._all_kept()
         except (GeneratorExit, asyncio.CancelledError):  # the caller hung up and never got these leases
             for lease in leases:
@@ -515,7 +531,12 @@ class EmbeddedEngine:
     ) -> EmbeddedEngine:
         """An engine for another pool of the same server, empty and without a journal. O(1)."""
         engine = EmbeddedEngine(
-            rules, start_timers=start_timers, loop=self.timers.loop, clock=self.now, pool_name=name
+            rules,
+            start_timers=start_timers,
+            loop=self.timers.loop,
+            clock=self.now,
+            pool_name=name,
+            shares=self.shares,
         )
         engine.handles = self.handles.of_pool(number)
         return engine
@@ -554,11 +575,11 @@ class EmbeddedEngine:
         return made
 
     async def _take_or_wait(self, request: Request, wait: float, timed: Timed | None) -> Lease:
-        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable."""
+        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable, ShareSpent."""
         lease = await self._take(request)
         if lease is None and wait > 0:
             lease = await self._waiters.wait(request, wait, timed)
-        return lease or await self._refuse()
+        return lease or await self._refuse(request.client)
 
     async def _take(self, request: Request) -> Lease | None:
         """Acquire an available key, if the waiters in the queue have left one."""
@@ -569,7 +590,10 @@ class EmbeddedEngine:
                 self._waiters.serve(now)
             if self.pool_draining:
                 return None
-            key = None if self._waiters.waiting else self.pool.acquire(now, *request)
+            client = request.client
+            if client is not None and not self.shares.may_take(client, now):
+                return None
+            key = None if self._waiters.waiting else self._waiters.take(request, now)
             if key is not None:
                 return self._lease(key, now)
             if not self.pool.may_have_more(now):
@@ -668,11 +692,14 @@ class EmbeddedEngine:
         await self._all_kept()
         return results
 
-    async def _refuse(self) -> NoReturn:
-        """Raise NoKeyAvailable or PoolDraining, as soon as all changes are on disk."""
+    async def _refuse(self, client: Client | None) -> NoReturn:
+        """Raise PoolDraining, ShareSpent or NoKeyAvailable, as soon as all changes are on disk."""
         if self.pool_draining:
             await self._all_kept()
             raise PoolDraining
+        if client is not None and not self.shares.has_room(client, self.now()):
+            await self._all_kept()
+            raise self.shares.spent(client, self.now())
         self.pool.counters.refused += 1
         await self._all_kept()
         pool = self.pool
