@@ -45,6 +45,15 @@ def held(pool: Pool, now: float = NOW, **asked: Any) -> Key:
     return key
 
 
+def no_hint(pool: Pool, hint: str) -> bool:
+    """Whether no live key has this hint."""
+    try:
+        pool.find_hint(hint, NOW)
+    except UnknownKey:
+        return True
+    return False
+
+
 def unknown(pool: Pool, text: str, now: float = NOW) -> bool:
     """Whether no live key has this text."""
     try:
@@ -54,7 +63,7 @@ def unknown(pool: Pool, text: str, now: float = NOW) -> bool:
     return False
 
 
-# ----------------------------------------------------------------------------------------------------- imports
+# -------------------------------------------------------------------------------------- keys from elsewhere
 
 
 def test_an_imported_key_is_available_at_once_and_found_by_text_id_name_and_hint() -> None:
@@ -272,7 +281,7 @@ def test_a_hint_finds_the_first_of_those_that_share_it_by_id() -> None:
     pool = make_pool(
         keepalive_seconds=None, new_text=iter(["abcd0000000000000000", "abcd1000000000000000"]).__next__
     )
-    assert pytest.raises(UnknownKey, pool.find_hint, "abcd…0000", NOW)
+    assert no_hint(pool, "abcd…0000")
     first = imported(pool, "abcd-elsewhere-0000")
     made, other = pool.generate(NOW), pool.generate(NOW)
     assert pool.find_hint("abcd…0000", NOW) is first
@@ -285,7 +294,7 @@ def test_a_hint_finds_the_first_of_those_that_share_it_by_id() -> None:
     assert pool.find_hint("abcd…0000", NOW) is last
     pool.replace(last, "wxyz-another-0000", NOW, OPERATOR)
     assert pool.find_hint("wxyz…0000", NOW) is last
-    assert pytest.raises(UnknownKey, pool.find_hint, "abcd…0000", NOW)
+    assert no_hint(pool, "abcd…0000")
 
 
 @pytest.mark.parametrize(("text", "hint"), [("a" * 16, "aaaa…aaaa"), ("ab345678", "ab…78"), ("secret", "…")])
@@ -641,5 +650,5 @@ def test_the_self_check_finds_what_is_broken(how: str) -> None:
     key = imported(pool, "elsewhere", name="acct")
     pool.check()
     _break(pool, key, how)
-    with pytest.raises(ValueError, match="keys|Key"):
+    with pytest.raises(ValueError, match=r"keys|Key"):
         pool.check()
