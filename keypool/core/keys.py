@@ -61,6 +61,8 @@ class Details(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defau
     """Shown to viewers."""
     data: bytes | None = None
     """A JSON object, as secret as the text."""
+    former: str | None = None
+    """The text with which the lease was given, if it was replaced since: it names the key until the lease ends."""
 
 
 NO_DETAILS = Details()
