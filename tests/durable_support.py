@@ -28,6 +28,7 @@ from keypool.engine.durable import datafile, rows
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.durable.rows import Row
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 
 
 def rows_in(path: Path) -> list[Row]:
@@ -37,7 +38,7 @@ def rows_in(path: Path) -> list[Row]:
 
 def numbers_in(path: Path) -> dict[str, int]:
     """The pool's numbers in a data file."""
-    return datafile.inspect(path)
+    return datafile.inspect(path).numbers
 
 
 def table_of(path: Path) -> list[tuple[Any, ...]]:
@@ -141,12 +142,19 @@ def durable(key: Key) -> dict[str, object]:
 
 @contextlib.asynccontextmanager
 async def opened(path: Path, restart_grace: float = 0.0, **rules: Any) -> AsyncIterator[EmbeddedEngine]:
-    """The durable engine over a file, with the real writer; closed in peace."""
-    engine = await open_durable(path, PoolRules(restart_grace=restart_grace, **rules))
+    """The durable engine of `default` over a file, with the real writer; closed in peace."""
+    async with opened_pools(path, restart_grace=restart_grace, **rules) as pools:
+        yield pools.default
+
+
+@contextlib.asynccontextmanager
+async def opened_pools(path: Path, *keys: bytes, **rules: Any) -> AsyncIterator[EmbeddedPools]:
+    """All pools of a file, with these secrets keys and the real writer; closed in peace."""
+    pools = await open_durable(path, PoolRules(**rules), secrets_keys=keys)
     try:
-        yield engine
+        yield pools
     finally:
-        await engine.close()
+        await pools.close()
 
 
 def durable_server(path: Path, *flags: str, env: dict[str, str] | None = None) -> ServerProcess:

@@ -131,7 +131,9 @@ async def open_pools(settings: Settings) -> Pools:
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
         return EmbeddedPools(EmbeddedEngine(settings.rules))
-    return EmbeddedPools(await open_durable(Path(settings.data), settings.rules))
+    return await open_durable(
+        Path(settings.data), settings.rules, secrets_keys=getattr(settings, "secrets_keys", ())
+    )
 
 
 async def _open_valkey(settings: Settings) -> Pools:

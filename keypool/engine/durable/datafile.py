@@ -45,9 +45,9 @@ from keypool.engine import NOTE
 from keypool.engine.durable.file_lock import companions, log_of
 from keypool.engine.durable.rows import (
     POOL_SHIFT,
-    Definition,
     Memtable,
     Row,
+    StoredPool,
     decode_any,
     key_of,
     pool_of,
@@ -96,7 +96,7 @@ MIGRATIONS = (
         number INTEGER PRIMARY KEY,  -- never used again
         name TEXT NOT NULL,
         settings TEXT NOT NULL,      -- those that were given, as JSON
-        draining INTEGER NOT NULL
+        draining INTEGER NOT NULL    -- 1: when leases have ended, 2: at once
     ) STRICT;
     """,
 )
@@ -125,11 +125,9 @@ DEFINE = """
 FORGET_POOL = ("DELETE FROM pools WHERE number = ?", "DELETE FROM pool WHERE name GLOB ? || '/*'")
 OVERWRITE = "PRAGMA secure_delete = ON"
 """Has a connection overwrite what it deletes or replaces."""
-SET_SECRET = "INSERT INTO secrets VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+ADD_CHECK = "INSERT INTO secrets VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 
-_FORGET_NOTES = (
-    f"DELETE FROM pool WHERE (name GLOB '{NOTE}*' OR name GLOB '[0-9]*/{NOTE}*') AND value = 0"  # noqa: S608
-)
+_FORGET_NOTES = f"DELETE FROM pool WHERE (name GLOB '{NOTE}*' OR name GLOB '[0-9]*/{NOTE}*') AND value = 0"  # noqa: S608
 
 GRACE = "grace_until"
 """The name of the number that is the end of a grace of a pool, in milliseconds."""
@@ -174,7 +172,7 @@ class Facts:
 
     numbers: dict[str, int] = field(default_factory=dict)
     """By name; those of another pool than `default` begin with its number and a slash."""
-    pools: dict[int, Definition] = field(default_factory=dict)
+    pools: dict[int, StoredPool] = field(default_factory=dict)
     """By number. `default` is among them only if it was given settings."""
     handles: bytes | None = None
     """The secret of the handles; None if the file is of a version before handles."""
@@ -267,16 +265,16 @@ def _facts(database: sqlite3.Connection) -> Facts:
     return facts
 
 
-def row_of_pool(definition: Definition) -> tuple[int, str | None, str, bool]:
+def row_of_pool(definition: StoredPool) -> tuple[int, str | None, str, int]:
     """The definition of a pool as a row of its table."""
     settings = msgspec.json.encode(definition.settings).decode()
-    return definition.number, definition.name, settings, definition.draining
+    return definition.number, definition.name, settings, definition.draining + definition.at_once
 
 
-def _definition(row: tuple[int, str, str, int]) -> Definition:
+def _definition(row: tuple[int, str, str, int]) -> StoredPool:
     number, name, settings, draining = row
     try:
-        return Definition(number, name, _decode_settings(settings), bool(draining))
+        return StoredPool(number, name, _decode_settings(settings), draining > 0, draining > 1)
     except msgspec.MsgspecError:
         raise ValueError(f"the settings of the pool number {number} can't be read") from None
 
@@ -338,7 +336,7 @@ def add_secrets(database: sqlite3.Connection, secrets: Mapping[str, bytes]) -> N
     database.execute("BEGIN IMMEDIATE")
     if used:
         database.execute(SET_POOL, (WAS_CLEAR, 1))
-    database.executemany(SET_SECRET, secrets.items())
+    database.executemany(ADD_CHECK, secrets.items())
     database.execute("COMMIT")
 
 

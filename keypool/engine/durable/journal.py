@@ -6,10 +6,12 @@
 
 This is group commit. One batch is in flight at a time, and changes made meanwhile go into the next one. So all calls of
 a turn of the loop, and those that come during the previous commit, share one fsync. A batch refers to keys, and is
-encoded when it is sent: a key that changed twice is one row. All pools of the file share its batches: each has a
-PoolJournal (pool_journal.py), which collects the pool's changed keys. A large batch is encoded in parts, one in each turn of the
+encoded when it is sent: a key that changed twice is one row. A large batch is encoded in parts, one in each turn of the
 loop, and still committed completely or not at all. A change made meanwhile may be in it, and is certainly in the next
 one, which its call waits for.
+
+All pools of the file share its batches, its writer and its outages. Each has a PoolJournal (pool_journal.py), which
+collects the changed keys of the pool.
 
 While batches fail, the pool in memory is ahead of the disk, calls that would change it are refused, and the batch is
 repeated until it is committed. No answered change is lost, since it was on disk before it was answered. No key expires
@@ -23,14 +25,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from keypool.core.errors import StartError, StorageUnavailable
 from keypool.core.keys import Key
-from keypool.engine.durable.pool_journal import PoolJournal
 from keypool.engine.durable.datafile import GRACE
-from keypool.engine.durable.rows import Batch, Definition, Row, encode, prefix_of
+from keypool.engine.durable.pool_journal import PoolJournal
+from keypool.engine.durable.rows import Batch, Row, StoredPool, encode, prefix_of
 from keypool.engine.durable.states import Activity, Life, Storage
 from keypool.engine.durable.wire import Figures, Kind, Verdict
 from keypool.engine.durable.writer_link import WriterLink
@@ -61,12 +64,12 @@ class _Changes:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        self.pools: dict[int, Definition] = {}
+        self.pools: dict[int, StoredPool] = {}
         self.commit: Commit | None = None
 
 
-_Unsent = list[tuple[PoolJournal, Iterator[Key]]]
-"""What isn't sent yet of a batch that is sent in parts."""
+_Unsent = list[tuple[PoolJournal, Iterator[Key], int]]
+"""What isn't sent yet of a batch that is sent in parts: for each pool the keys that are left, and how many."""
 
 
 class FileJournal:
@@ -78,7 +81,6 @@ class FileJournal:
 
     def __init__(self, path: Path, lock: int, sealer: Sealer | None = None) -> None:
         self._pools: list[PoolJournal] = []
-        self._closed: set[PoolJournal] = set()
         self._gone: set[int] = set()  # numbers of pools that are gone, whose last changes aren't on disk yet
         self._sealer = sealer
         self._part_rows = _PART_ROWS if sealer is None else _SEALED_PART_ROWS
@@ -106,6 +108,8 @@ class FileJournal:
         self._failing_since = 0.0
         self._figures = Figures(0, 0, 0)
         self._writer_restarts = 0
+        self.before_close: Callable[[], object] = lambda: None
+        self.last_pool = 0  # the largest number of a pool that there ever was
         self.failing: str | None = None
         self.commit_seconds = Histogram(SECONDS)
         self.commit_rows = Histogram(ROWS)
@@ -116,17 +120,12 @@ class FileJournal:
         """The journal of the pool with this number, which has no key that isn't in the file. O(1)."""
         pool = PoolJournal(self, number, engine, self._sealer)
         self._pools.append(pool)
+        self.last_pool = max(self.last_pool, number)
         if self._storage is not Storage.UP:
             engine.suspend_expiry()
         return pool
 
-    async def leave(self, pool: PoolJournal) -> None:
-        """The engine of a pool is closed. Closes the file after the last one. Raises StorageUnavailable."""
-        self._closed.add(pool)
-        if self._closed.issuperset(self._pools):
-            await self.close()
-
-    def define(self, definition: Definition) -> Commit:
+    def define(self, definition: StoredPool) -> Commit:
         """Put the definition of a pool into the next batch. The numbers of one without a name are forgotten. O(1)."""
         self.next_batch.pools[definition.number] = definition
         if definition.name is None:
@@ -179,9 +178,7 @@ class FileJournal:
         """The age of a commit, the length of an outage, restarts of the writer, sizes on the disk."""
         figures, now = self._figures, time.monotonic()
         return {
-            "keypool_commit_age_seconds": now - self._sent_at
-            if self.activity is Activity.IN_FLIGHT
-            else 0.0,
+            "keypool_commit_age_seconds": now - self._sent_at if self.activity is Activity.IN_FLIGHT else 0.0,
             "keypool_storage_failing_seconds": 0.0 if self.failing is None else now - self._failing_since,
             "keypool_writer_restarts_total": self._writer_restarts,
             "keypool_data_file_bytes": {"data": figures.data, "log": figures.log},
@@ -204,6 +201,11 @@ class FileJournal:
         if self.next_batch.numbers or self.next_batch.pools:
             return True
         return any(pool.open for pool in self._pools)
+
+    def _unavailable(self) -> StorageUnavailable:
+        return StorageUnavailable(
+            f"the data file can't be written ({self.failing}); calls that change nothing are served"
+        )
 
     # -- opening
 
@@ -280,7 +282,7 @@ class FileJournal:
         for pool in self._pools:
             if pool.open:
                 pool.sent, pool.open = pool.open, {}
-                unsent.append((pool, iter(pool.sent.values())))
+                unsent.append((pool, iter(pool.sent.values()), len(pool.sent)))
         self._send_part(unsent[::-1])
 
     def _send_part(self, unsent: _Unsent) -> None:
@@ -291,18 +293,20 @@ class FileJournal:
         purged: list[int] = []
         room = self._part_rows
         while unsent and room:
-            pool, keys = unsent[-1]
-            taken = pool.take(keys, room, rows, purged)
-            if taken < room:
-                unsent.pop()
-            room -= taken
+            pool, keys, left = unsent.pop()
+            pool.take(islice(keys, room), rows, purged)
+            if left > room:
+                unsent.append((pool, keys, left - room))
+            room -= min(room, left)
         if unsent:
             self._writer.send(Kind.PART, encode(Batch(rows, purged)))
             self._rest = unsent
             if not self._writer.full:
                 self._loop.call_soon(self._send_rest)
             return
-        self._writer.send(Kind.BATCH, encode(Batch(rows, purged, self._numbers(), [*self.sent_batch.pools.values()])))
+        self._writer.send(
+            Kind.BATCH, encode(Batch(rows, purged, self._numbers(), [*self.sent_batch.pools.values()]))
+        )
 
     def _numbers(self) -> dict[str, int]:
         """The numbers of this batch. They are read last, so that no part contains a larger id or lease."""
@@ -350,7 +354,6 @@ class FileJournal:
         """Forget pools that are gone, as soon as their last changes are on disk."""
         gone = {pool for pool in self._pools if pool.number in self._gone and not (pool.open or pool.sent)}
         self._pools = [pool for pool in self._pools if pool not in gone]
-        self._closed -= gone
         self._gone -= {pool.number for pool in gone}
 
     # -- failures and recovery
@@ -538,6 +541,7 @@ class FileJournal:
         """
         if self._writer is None:
             return
+        self.before_close()
         self._life = Life.CLOSING
         written = False
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from keypool.core.errors import StorageUnavailable
@@ -46,7 +45,9 @@ class PoolJournal:
         "_sealer",
     )
 
-    def __init__(self, file: FileJournal, number: int, engine: JournaledEngine, sealer: Sealer | None) -> None:
+    def __init__(
+        self, file: FileJournal, number: int, engine: JournaledEngine, sealer: Sealer | None
+    ) -> None:
         self.number = number
         self.engine = engine
         self.open: dict[int, Key] = {}
@@ -107,21 +108,20 @@ class PoolJournal:
         return self._file.sent_batch.commit if self.sent else None
 
     async def close(self) -> None:
-        """Close the file when the journals of all its pools are closed. Raises StorageUnavailable."""
-        await self._file.leave(self)
+        """Close the file if this is the journal of `default`. Raises StorageUnavailable."""
+        if not self.number:
+            await self._file.close()
 
     # -- the file's calls
 
-    def take(self, keys: Iterator[Key], most: int, rows: list[Row], purged: list[int]) -> int:
-        """Add the rows of the next `most` of these keys, and the ids of those that were purged. Returns how many."""
-        number, sealer, count = self.number, self._sealer, 0
-        for key in islice(keys, most):
+    def take(self, keys: Iterator[Key], rows: list[Row], purged: list[int]) -> None:
+        """Add the rows of these keys, and the ids of the rows of those that were purged. O(keys)."""
+        number, sealer = self.number, self._sealer
+        for key in keys:
             if key.expires_deadline == DEAD:
                 purged.append(number << POOL_SHIFT | key.id)
             else:
                 rows.append(row_of(key, number, sealer))
-            count += 1
-        return count
 
     def numbers(self) -> dict[str, int]:
         """The pool's numbers as they are kept in the file. `moment` is of all pools, so its name has no prefix."""

@@ -66,7 +66,7 @@ class Contents(msgspec.Struct, array_like=True, frozen=True, gc=False):
     former: str | None = None
 
 
-class Definition(msgspec.Struct, array_like=True, frozen=True):
+class StoredPool(msgspec.Struct, array_like=True, frozen=True):
     """A pool, as it was defined; without a name if it is gone. Files contain it in batches: see Batch."""
 
     number: int
@@ -75,6 +75,8 @@ class Definition(msgspec.Struct, array_like=True, frozen=True):
     settings: dict[str, int | float | None] = {}
     """Those that were given."""
     draining: bool = False
+    at_once: bool = False
+    """Whether draining ends leases, too."""
 
 
 class Batch(msgspec.Struct, array_like=True):
@@ -87,7 +89,7 @@ class Batch(msgspec.Struct, array_like=True):
     rows: list[Row] = []
     purged: list[int] = []
     pool: dict[str, int] = {}
-    pools: list[Definition] = []
+    pools: list[StoredPool] = []
 
 
 _Row2 = tuple[int, str, int, int, int | None, int, str | None]
@@ -123,7 +125,7 @@ class Memtable:
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
         self.rows: dict[int, Row | None] = {}
         self.numbers: dict[str, int] = {}
-        self.pools: dict[int, Definition] = {}
+        self.pools: dict[int, StoredPool] = {}
         for batch in batches:
             self.add(batch)
 
@@ -137,12 +139,14 @@ class Memtable:
         for definition in batch.pools:
             self.define(definition)
 
-    def define(self, definition: Definition) -> None:
+    def define(self, definition: StoredPool) -> None:
         """Merge a definition. O(numbers) if the pool is gone, with which its numbers go."""
         self.pools[definition.number] = definition
         if definition.name is None:
             prefix = prefix_of(definition.number)
-            self.numbers = {name: value for name, value in self.numbers.items() if not name.startswith(prefix)}
+            self.numbers = {
+                name: value for name, value in self.numbers.items() if not name.startswith(prefix)
+            }
 
 
 def prefix_of(number: int) -> str:
@@ -262,7 +266,7 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
     try:
         more = _decode_more(content)
     except msgspec.MsgspecError:
-        raise ValueError(f"what else is stored about {key!r} can't be read") from None
+        raise ValueError(f"the attempt, history or details of {key!r} can't be read") from None
     history = more.history or NO_HISTORY
     if history.failures < 0 or not isfinite(history.failed_at):
         raise ValueError(f"{key!r} has a history that can't be")
@@ -283,6 +287,11 @@ def _unseal(key: Key, sealed: bytes, pool: int, sealer: Sealer) -> None:
     key.text = contents.text
     if contents.data is not None or contents.former is not None:
         key.details = msgspec.structs.replace(key.details, data=contents.data, former=contents.former)
+
+
+def key_id_of(id: int) -> int:
+    """The id of the key whose row has this id."""
+    return id & _ID
 
 
 def pool_of(id: int) -> int:

@@ -26,7 +26,9 @@ class Kind(enum.IntEnum):
     VERDICT = 5  # a Verdict
     LOOK = 6  # no content: check that the file is still there
     SECRETS = 7  # secrets by name: add them to the file
-    REKEYED = 8  # the name of a secrets key: all rows are sealed under it, so forget the others and all clear text
+    REKEYED = (
+        8  # the name of a secrets key: all rows are sealed under it, so forget the others and all clear text
+    )
 
 
 class Figures(msgspec.Struct, array_like=True):
