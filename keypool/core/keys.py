@@ -50,6 +50,10 @@ class State(StrEnum):
     QUARANTINED = "quarantined"
 
 
+MAX_NAME = 63
+"""Characters of a name."""
+
+
 class Details(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defaults=True):
     """What an operator wrote about a key. Files and Valkey contain it: fields may be added at the end only."""
 
