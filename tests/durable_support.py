@@ -68,16 +68,18 @@ def row(
 def old_file(
     path: Path, version: int, keys: Sequence[tuple[Any, ...]], batches: Sequence[object] = ()
 ) -> None:
-    """A data file as a server of this older version left it: keys as rows of seven columns, batches as lists."""
+    """A data file as a server of this older version left it: keys as rows of its columns, batches as lists."""
     numbers = {"last_id": len(keys), "last_lease": 9, "generated": len(keys), "moment": 1}
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = WAL")
+        database.create_function("new_secret", 0, lambda: os.urandom(32))
         for step in datafile.MIGRATIONS[:version]:
             database.executescript(step)
         database.executescript(
             f"PRAGMA application_id = {datafile.APPLICATION_ID}; PRAGMA user_version = {version}"
         )
-        database.executemany("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", keys)
+        for key in keys:
+            database.execute(f"INSERT INTO keys VALUES ({', '.join('?' * len(key))})", key)  # noqa: S608
         database.executemany("INSERT INTO pool VALUES (?, ?)", numbers.items())
         for number, batch in enumerate(batches, 1):
             database.execute("INSERT INTO batches VALUES (?, ?)", (number, msgspec.msgpack.encode(batch)))

@@ -136,7 +136,7 @@ async def open_pools(settings: Settings) -> Pools:
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
         return EmbeddedPools(EmbeddedEngine(settings.rules))
     return await open_durable(
-        Path(settings.data), settings.rules, secrets_keys=getattr(settings, "secrets_keys", ())
+        Path(settings.data), settings.rules, secrets_keys=settings.secrets_keys
     )
 
 

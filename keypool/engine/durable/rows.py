@@ -20,6 +20,7 @@ from typing import Annotated
 
 import msgspec
 
+from keypool.core.details import shared
 from keypool.core.keys import NEVER, NO_DETAILS, Details, Key, State
 from keypool.core.outcomes import NO_HISTORY, History
 from keypool.engine.sealing import Sealer, WrongSecretsKey
@@ -273,7 +274,8 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
     key.attempt = more.attempt
     key.history = history
     key.client = more.client
-    key.details = more.details or NO_DETAILS
+    if more.details is not None:
+        key.details = shared(more.details)
     return more.sealed
 
 
