@@ -369,7 +369,7 @@ class AsyncKeyPool:
         """Change some settings of a pool (admin). Raises UnknownPool, PoolFixed, PoolDraining."""
         return await self._call(calls.change_pool(name, settings))
 
-    async def delete_pool(self, name: str, *, drain: bool = False, now: bool = False) -> None:
+    async def delete_pool(self, name: str, *, drain: bool = False, now: bool = False) -> PoolInfo | None:
         """Delete a pool (admin). Raises UnknownPool, PoolNotEmpty, PoolFixed."""
         return await self._call(calls.delete_pool(name, drain, now))
 

@@ -29,6 +29,7 @@ if an older server's lease has no handle. Batches name keys in the body, by thei
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ from keypool.client.settings import pool_name
 
 T = TypeVar("T")
 Item = TypeVar("Item")
+
+_HANDLE = re.compile(r"h:[0-9]+\.[0-9]+\.[A-Za-z0-9_-]{11}", re.ASCII)
 
 MOST_ITEMS = 1000
 """Items that the server takes in one batch."""
@@ -276,13 +279,14 @@ def _of_pool(call: str, method: str, name: str, settings: Mapping[str, Any] | No
     )  # fmt: skip
 
 
-def delete_pool(name: str, drain: bool, now: bool) -> Call[None]:
+def delete_pool(name: str, drain: bool, now: bool) -> Call[PoolInfo | None]:
     """Raises ValueError for a name that no pool can have, and for `now` without `drain`."""
     if now and not drain:
         raise ValueError("now goes with drain: an empty pool is deleted at once anyway")
     query = urlencode({each: "true" for each, given in (("drain", drain), ("now", now)) if given})
+    path = f"/pools/{pool_name(name)}" + (f"?{query}" if query else "")
     return Call(
-        "delete pool", "DELETE", f"/pools/{pool_name(name)}{'?' * bool(query)}{query}", lambda value: None,
+        "delete pool", "DELETE", path, lambda value: None if value is None else read(PoolInfo, value),
         repeatable=True, result_if_gone=lambda: None, of_server=True,
     )  # fmt: skip
 
@@ -493,6 +497,11 @@ def handle(key: KeyLike) -> str | None:
 def is_id(text: str) -> bool:
     """Whether this is a public id as it stands in requests: `id:42`."""
     return text.startswith("id:") and text[3:].isdecimal()
+
+
+def is_reference(text: str) -> bool:
+    """Whether this is an id or looks like a handle, which may be shown, and not a key's text."""
+    return is_id(text) or _HANDLE.fullmatch(text) is not None
 
 
 def _is_handle(key: KeyLike) -> bool:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keypool.client.answers import Outcome, State, hint
+from keypool.client.pool_settings import POOL_SETTINGS
 from keypool.client.settings import DEFAULT_POOL
 
 _COUNTED = (
@@ -26,22 +27,8 @@ _COUNTED = (
     *("cooled", "quarantines", "restored", "imported"),
 )
 
-SETTINGS: dict[str, float | None] = {
-    "block_seconds": 60.0,
-    "max_block_seconds": None,
-    "keepalive_seconds": 300.0,
-    "max_keys": 1_000_000,
-    "key_length": 20,
-    "cooldown_seconds": 60.0,
-    "max_cooldown_seconds": 3600.0,
-    "max_retry_after_seconds": 604_800.0,
-    "error_threshold": 3,
-    "forget_seconds": 3600.0,
-    "max_quarantined_percent": 50.0,
-    "rest_seconds": 0.0,
-}
-"""The settings of a pool with their defaults. The fake stores all of them, and ignores `key_length`,
-`max_retry_after_seconds` and `rest_seconds`."""
+SETTINGS = {name: setting.default for name, setting in POOL_SETTINGS.items()}
+"""The default settings. The fake keeps all, and ignores `key_length`, `max_retry_after_seconds`, `rest_seconds`."""
 
 
 class Refused(Exception):

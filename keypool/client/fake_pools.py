@@ -7,6 +7,7 @@ from typing import Any
 
 from keypool.client.answers import State
 from keypool.client.fake_pool import SETTINGS, FakePool, Refused
+from keypool.client.pool_settings import contradiction, wrong_setting
 from keypool.client.settings import DEFAULT_POOL, pool_name
 
 
@@ -35,7 +36,8 @@ class FakePools:
         """Counts and settings of a pool."""
         counts = {state.value: len(pool.live(state)) for state in State}
         row = {"name": pool.name, "total": len(pool.live()), **counts, "waiting": 0}
-        return row | {"draining": pool.draining, "settings": pool.settings}
+        settings = pool.settings | {"max_block_seconds": pool.longest_block}
+        return row | {"draining": pool.draining, "settings": settings}
 
     def rows(self) -> dict[str, Any]:
         """All pools."""
@@ -72,8 +74,8 @@ class FakePools:
             raise Refused(409, "pool-draining")
         pool.settings.update(settings)
 
-    def delete(self, name: str, drain: bool, now: bool) -> tuple[int, None]:
-        """Delete a pool; the status."""
+    def delete(self, name: str, drain: bool, now: bool) -> tuple[int, dict[str, Any] | None]:
+        """Delete a pool; the status, and the row if it isn't gone at once."""
         pool = self.get(name)
         if pool is self.default:
             raise Refused(409, "pool-fixed")
@@ -81,12 +83,16 @@ class FakePools:
             raise Refused(409, "pool-not-empty")
         pool.draining = True
         if not now and pool.live():
-            return 202, None
+            return 202, self.row(pool)
         del self._pools[name]
         return 204, None
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    for name in settings:
+    for name, value in settings.items():
         if name not in SETTINGS:
             raise Refused(400, "bad-request", f"{name} is not a setting of a pool")
+        if (takes := wrong_setting(name, value)) is not None:
+            raise Refused(400, "bad-request", f"{name} takes {takes}, not {value!r}")
+    if (problem := contradiction(settings)) is not None:
+        raise Refused(400, "bad-request", problem)

@@ -413,10 +413,10 @@ class KeyPool:
         """
         return self._call(calls.change_pool(name, settings))
 
-    def delete_pool(self, name: str, *, drain: bool = False, now: bool = False) -> None:
+    def delete_pool(self, name: str, *, drain: bool = False, now: bool = False) -> PoolInfo | None:
         """Delete a pool (admin): an empty one at once; with `drain` any, as soon as its last lease has ended, or `now`.
 
-        Raises UnknownPool, PoolNotEmpty, PoolFixed.
+        Returns None if it is gone, else its counts. Raises UnknownPool, PoolNotEmpty, PoolFixed.
         """
         return self._call(calls.delete_pool(name, drain, now))
 
