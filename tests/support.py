@@ -61,7 +61,9 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     # Every path of the contract that this suite covers, with the methods it takes; {key} stands for a key.
     "/api/v1/keys": frozenset({"GET", "HEAD", "POST"}),
     "/api/v1/keys/acquire": frozenset({"POST"}),
-    "/api/v1/keys/{key}": frozenset({"GET", "HEAD", "DELETE"}),
+    "/api/v1/keys/find": frozenset({"POST"}),
+    "/api/v1/keys/{key}": frozenset({"GET", "HEAD", "DELETE", "PATCH"}),
+    "/api/v1/keys/{key}/replace": frozenset({"POST"}),
     "/api/v1/keys/{key}/unblock": frozenset({"POST"}),
     "/api/v1/keys/{key}/extend": frozenset({"POST"}),
     "/api/v1/keys/{key}/quarantine": frozenset({"POST"}),
@@ -70,6 +72,9 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     "/api/v1/keys/{key}/reveal": frozenset({"POST"}),
     "/api/v1/batch": frozenset({"POST"}),
     "/api/v1/stats": frozenset({"GET", "HEAD"}),
+    "/api/v1/pools": frozenset({"GET", "HEAD"}),
+    "/api/v1/pools/{pool}": frozenset({"GET", "HEAD", "PUT", "PATCH", "DELETE"}),
+    "/api/v1/rekey": frozenset({"GET", "HEAD", "POST"}),
     "/api/v1/random_api_key": frozenset({"GET", "HEAD", "POST", "PUT", "DELETE"}),
     "/api/v1/random_api_key/": frozenset({"GET", "HEAD", "POST", "PUT", "DELETE"}),
     "/api/v1/start_scheduler": frozenset({"GET", "HEAD"}),
@@ -79,6 +84,12 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     "/healthz": frozenset({"GET", "HEAD"}),
     "/readyz": frozenset({"GET", "HEAD"}),
 }
+OF_POOLS: Final[Mapping[str, frozenset[str]]] = {
+    path.replace(API, API + "/pools/{pool}"): methods
+    for path, methods in ROUTES.items()
+    if re.match(rf"{API}/(keys|batch|stats)", path)
+}
+"""The paths of ROUTES that every pool has under its own."""
 LEGACY: Final = re.compile(r"/api/v1/(random_api_key|start_scheduler)/?(\?|$)")
 
 # Logged as JSON, the line has its closing quote behind the address.
@@ -149,23 +160,26 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
     """`value`, if it is a row as `GET /keys/{key}` and lists give it, with the `known` members so."""
     members: dict[str, object] = {
         "id": int,
-        "hint": re.compile(r"[A-Za-z0-9]{4}…[A-Za-z0-9]{4}"),
+        "hint": re.compile(r"(.{4}….{4}|(.{2})?…(.{2})?)", re.DOTALL),
         "state": ("available", "blocked", "cooling", "quarantined"),
         "owner": (str, None),
         "lease": (int, None),
         "created_at": MOMENT,
-        "expires_in": float,
+        "expires_in": (float, None),
         "release_in": (float, None),
         "available_in": (float, None),
         "failures": int,
         "outcome": ("ok", "rate_limited", "error", "invalid", None),
         "reason": (str, None),
+        "client": (str, None),
+        "name": (str, None),
+        "labels": dict,
     }
     row = expect_object(value, **(members | known))
-    assert row["expires_in"] >= 0, f"an expired key was shown: {row}"
+    assert row["expires_in"] is None or row["expires_in"] >= 0, f"an expired key was shown: {row}"
     assert (row["available_in"] is not None) is (row["state"] == "cooling"), f"available_in: {row}"
     if row["state"] != "blocked":
-        assert row["owner"] is None, f"owner or release_in of a key that nobody holds: {row}"
+        assert row["owner"] is row["client"] is None, f"owner or client of a key that nobody holds: {row}"
         assert row["release_in"] is None, f"owner or release_in of a key that nobody holds: {row}"
     else:
         assert row["lease"] is not None, f"blocked without a lease: {row}"

@@ -702,6 +702,10 @@ class Pool:
             return self._by_release.position_of(key, key.release_bucket)
         return self._by_id.position(key)
 
+    def after(self, id: int, count: int) -> list[Key]:
+        """The next `count` keys after this id, in order of id and of any state. O(log n + count)."""
+        return list(islice(self._by_id.walk((id,)), count))
+
     # -- the structures: only these methods change them
 
     def load(self, key: Key) -> None:

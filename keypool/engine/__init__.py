@@ -339,8 +339,10 @@ class Pools(Protocol):
     A pool that was changed on another server over the same Valkey is found within 2 s.
     """
 
-    default: Engine
-    """The pool `default`, which is always there, whose settings are the server's flags."""
+    @property
+    def default(self) -> Engine:
+        """The pool `default`, which is always there, whose settings are the server's flags."""
+        ...
 
     def get(self, name: str) -> Engine:
         """The pool of this name. O(1). Raises UnknownPool."""
@@ -438,6 +440,10 @@ class LoadingPools:
 
     def __init__(self) -> None:
         self.default = Loading()
+
+    def get(self, name: str) -> Loading:
+        """An engine whose every call raises Loading, for any name."""
+        return self.default
 
     def drain(self) -> None:
         """Nobody waits yet."""
