@@ -582,3 +582,30 @@ def test_a_server_takes_what_the_command_made(tmp_path: Path) -> None:
         server.client(admin).make()
         client = server.client(made("worker", "client"))
         eventually(lambda: client.post(ACQUIRE).status == 200, "the new token is valid", 10)
+
+
+# ------------------------------------------------------------------------------------------------- pools and shares
+
+
+def test_pools_share_and_name_of_a_token_reach_the_calls(tmp_path: Path) -> None:
+    """Another pool is as unknown as one that isn't there; the share counts in all pools; rows show the name."""
+    file = tmp_path / "tokens.toml"
+    file.write_text(stanza("alice", "client", ALICE, pools='["openai", "mistral"]', max_held=2))
+    env = {"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}
+    with ServerProcess(["--port=0", "--data=:memory:", f"--tokens={file}"], cwd=tmp_path, env=env) as server:
+        admin, alice = server.client(ADMIN_TOKEN), server.client(ALICE)
+        admin.make()
+        for pool in ("openai", "mistral"):
+            admin.put(f"{API}/pools/{pool}", json={}).expect(201)
+            admin.post(f"{API}/pools/{pool}/batch", json={"op": "generate", "count": 2}).expect(201)
+        for path in (ACQUIRE, f"{API}/pools/default/keys/acquire", f"{API}/pools/nowhere/keys/acquire"):
+            alice.post(path).expect_problem(404, "unknown-pool")
+        first = alice.post(f"{API}/pools/openai/keys/acquire").expect(200)
+        alice.post(f"{API}/pools/mistral/keys/acquire").expect(200)
+        alice.post(f"{API}/pools/openai/keys/acquire").expect_problem(429, "share-spent")
+        row = admin.get(f"{API}/pools/openai/keys/id:{first['id']}").expect(200)
+        assert row["client"] == "alice"
+        alice.post(f"{API}/pools/openai/keys/{first['handle']}/unblock").expect(200)
+        alice.post(f"{API}/pools/openai/keys/acquire").expect(200)
+        file.write_text(stanza("alice", "client", ALICE, max_held=4))
+        eventually(lambda: alice.post(ACQUIRE).status == 200, "the default pool", 10)
