@@ -23,6 +23,7 @@ from support import (
     API,
     CLIENT_TOKEN,
     ROOT,
+    VIEWER_TOKEN,
     Client,
     ServerProcess,
     eventually,
@@ -460,18 +461,18 @@ def test_all_processes_follow_the_file(file: Path) -> None:
             for number in range(2):
                 shared, server.port = server.port, first + number
                 with Client(server, token) as client:
-                    found.append(client.post(ACQUIRE).status)
+                    found.append(client.get(API + "/stats").status)
                 server.port = shared
             return found
 
-        assert statuses(ALICE) == [404, 404]
-        file.write_text(stanza("dave", "client", CLIENT_TOKEN))
-        eventually(lambda: statuses(ALICE) == [401, 401], "the removed token refused by both", 10)
-        assert statuses(CLIENT_TOKEN) == [404, 404]
+        assert statuses(BOB) == [200, 200]
+        file.write_text(stanza("dave", "viewer", VIEWER_TOKEN))
+        eventually(lambda: statuses(BOB) == [401, 401], "the removed token refused by both", 10)
+        assert statuses(VIEWER_TOKEN) == [200, 200]
         workers = [int(pid) for pid in re.findall(r"serves, pid (\d+)", server.log)]
         os.kill(workers[0], signal.SIGKILL)
         eventually(lambda: server.log.count("serves, pid") == 3, "another in its place")
-        assert statuses(ALICE) == [401, 401]
+        assert statuses(BOB) == [401, 401]
         assert server.log.count("were reloaded") == 2
 
 
