@@ -98,6 +98,7 @@ from keypool.ops.histogram import Histogram
 
 _NOTE_SECONDS = 2.0
 _LAST_ID = 2**53  # larger than any id
+_NEVER = 2**53  # more failures in a row than there can be
 _UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT = -1, -2, -3, -4, -6
 _WORDS = {1: "done", 0: "done", _UNKNOWN: "unknown", _STALE: "stale", _OVER: "over", _PENDING: "over"}
 """The outcomes of unblock.lua and extend.lua; the others are those of `limit`."""
@@ -346,7 +347,7 @@ class ValkeyEngine:
         lengths = (rules.cooldown_seconds, rules.max_cooldown_seconds, rules.max_retry_after_seconds)
         return _pack((
             *(round(seconds * 1e6) for seconds in lengths),
-            rules.error_threshold,
+            _NEVER if rules.error_threshold is None else rules.error_threshold,
             round(rules.forget_seconds * 1e6),
             rules.max_quarantined_percent,
             quarantined_elsewhere,
