@@ -18,6 +18,7 @@ from keypool.core.errors import KeypoolError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.opening import open_valkey
+from keypool.engine.valkey.pools import ValkeyPools
 from keypool.engine.valkey.scripts import KEYS, build, keys_of
 from keypool.engine.valkey.url import parse
 
@@ -59,11 +60,21 @@ async def engine_on(
     url: str, partitions: int | None = 16, grace: float = 0.0, **rules: Any
 ) -> AsyncIterator[ValkeyEngine]:
     """A server's engine over the pool that the URL names."""
-    engine = await open_valkey(parse(url), partitions, PoolRules(restart_grace=grace, **rules))
+    async with pools_on(url, partitions, grace, **rules) as pools:
+        yield pools.default
+
+
+@contextlib.asynccontextmanager
+async def pools_on(
+    url: str, partitions: int | None = 16, grace: float = 0.0, *, max_pools: int = 100, **rules: Any
+) -> AsyncIterator[ValkeyPools]:
+    """A server's pools over the place that the URL names."""
+    all_rules = PoolRules(restart_grace=grace, **rules)
+    pools = await open_valkey(parse(url), partitions, all_rules, max_pools=max_pools)
     try:
-        yield engine
+        yield pools
     finally:
-        await engine.close()
+        await pools.close()
 
 
 async def eventually(condition: Callable[[], Any], what: str, within: float = 20.0) -> Any:

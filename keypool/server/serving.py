@@ -142,7 +142,7 @@ async def _open_valkey(settings: Settings) -> Pools:
             f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
             "and in keypool-service[server]"
         ) from None
-    return OnePool(await open_valkey(parse(settings.engine), settings.partitions, settings.rules))
+    return await open_valkey(parse(settings.engine), settings.partitions, settings.rules)
 
 
 def _listen(address: str, port: int, *, shared: bool = False) -> list[socket.socket]:

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from keypool.core.answers import GeneratedKey
 from keypool.core.errors import PoolFull
 from keypool.core.keys import State, random_text
-from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import all_of, seconds_left
 from keypool.engine.valkey.link import Word
 from keypool.engine.valkey.partitions import Partitions
@@ -39,28 +38,29 @@ _TEXTS_A_TURN = 1000  # texts that are tried in one turn of the loop
 class KeyGenerator:
     """See the module. `server` is this server's name in reservations."""
 
-    def __init__(
-        self, partitions: Partitions, poller: PartitionPoller, server: str, rules: PoolRules
-    ) -> None:
+    def __init__(self, partitions: Partitions, poller: PartitionPoller, server: str) -> None:
         self._partitions = partitions
         self._poller = poller
         self._server = server
-        self._life_us = round(rules.keepalive_seconds * 1e6)
-        self._key_length = rules.key_length
-        self._max_keys = rules.max_keys
-        share, rest = divmod(rules.max_keys, partitions.count)
-        self._limits = [share + (number < rest) for number in range(partitions.count)]
-        self._ample = max(_AMPLE_KEYS, _AMPLE_SHARE * rules.max_keys) / partitions.count
+        self.set_limits()
         self._filling = asyncio.Lock()
         self._tasks: set[asyncio.Task[list[GeneratedKey]]] = set()
         self._reservations = itertools.count(1)
+
+    def set_limits(self) -> None:
+        """Share `max_keys` of the rules out to the partitions. O(partitions)."""
+        partitions, self._max_keys = self._partitions, self._partitions.rules.max_keys
+        share, rest = divmod(self._max_keys, partitions.count)
+        self._limits = [share + (number < rest) for number in range(partitions.count)]
+        self._ample = max(_AMPLE_KEYS, _AMPLE_SHARE * self._max_keys) / partitions.count
 
     async def generate(self, count: int, origin: Word) -> list[GeneratedKey]:
         """Generate `count` keys. `origin` is a word for scripts. Raises PoolFull and StorageUnavailable.
 
         O(count * log n); near the limit also O(partitions), and a few more round trips.
         """
-        texts = [random_text(self._key_length) for _ in range(count)]
+        length = self._partitions.rules.key_length
+        texts = [random_text(length) for _ in range(count)]
         wanted = Counter(map(self._partitions.of, texts))
         made: list[GeneratedKey] = []
         if len(wanted) == 1 or self._has_ample_room(wanted):
@@ -112,7 +112,7 @@ class KeyGenerator:
         """Random texts whose partitions have room for them; takes that room off `room`."""
         found: list[str] = []
         for tried in itertools.count(1):
-            text = random_text(self._key_length)
+            text = random_text(self._partitions.rules.key_length)
             partition = self._partitions.of(text)
             if room[partition]:
                 room[partition] -= 1
@@ -159,11 +159,12 @@ class KeyGenerator:
         """Generate keys, in each partition all of its own or none. Returns those that were generated."""
         partitions, poller, count = self._partitions, self._poller, self._partitions.count
         words: dict[int, list[Word]] = {}
+        life_us = partitions.life_us
         for number, text in enumerate(texts, poller.id_number + 1):
             partition = partitions.of(text)
             if partition not in words:
                 limit = self._limits[partition]
-                words[partition] = [self._life_us, count, partition, limit, reservation, origin]
+                words[partition] = [life_us, count, partition, limit, reservation, origin]
             words[partition] += (number, text)
         poller.id_number += len(texts)
         calls = [partitions.call(partition, "generate", some) for partition, some in words.items()]
@@ -173,7 +174,7 @@ class KeyGenerator:
                 poller.generated(partition, len(made))
                 poller.id_number = max(poller.id_number, (made[-1] - 1) // count)
             ids[partition] = iter(made)
-        expires_in = seconds_left(self._life_us, max(call.age() for call in calls))
+        expires_in = seconds_left(life_us, max(call.age() for call in calls))
         return [
             GeneratedKey(id, text, State.AVAILABLE, expires_in)
             for text in texts

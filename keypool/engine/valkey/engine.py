@@ -5,13 +5,14 @@ names of a partition's Valkey keys start with its hash tag (`{POOL:3.17}:`), so 
 and a call is one script (lua/*.lua) on one partition, executed as a whole or not at all; lua/common.lua lists the names
 and what each holds. In addition there is one hash, `{POOL}:pool`:
 
-    layout      2: what this page describes
+    layout      3: what this page describes
     secret      of the handles, in hexadecimal
     partitions  their number; never changes
     born        moment of the first start, in microseconds since the epoch
     base_tick   where lease numbers start: 0, or (last lease of the pool that was moved in) // partitions + 1
     base_id     where ids start: 0, or (last id of the pool that was moved in) // partitions + 1
     note.NAME   numbers that other parts of a server store: see web/session.py
+    pools_version, pools_last   of the registry of the other pools (registry.py)
     and the settings that all servers of the pool share, by their names
 
 and a sorted set, `{POOL}:servers`: the running servers, by the moment of their latest heartbeat (presence.py).
@@ -54,6 +55,7 @@ from keypool.core.answers import (
     KeptAlive,
     Lease,
     Page,
+    PoolRow,
     Ref,
     Revealed,
     Row,
@@ -67,6 +69,7 @@ from keypool.core.errors import (
     Draining,
     LeaseOver,
     NoKeyAvailable,
+    PoolDraining,
     StaleLease,
     StorageUnavailable,
     UnknownKey,
@@ -78,20 +81,23 @@ from keypool.core.outcomes import Outcome, Report
 from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Timed
 from keypool.engine.valkey.attempts import RepeatedLease
-from keypool.engine.valkey.calls import ScriptClient, seconds_left
+from keypool.engine.valkey.calls import seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.pages import Pages, row_of
 from keypool.engine.valkey.partitions import Partitions, PoolFacts
 from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, PartitionPoller
 from keypool.engine.valkey.presence import Presence
+from keypool.engine.valkey.registry import namespace
 from keypool.engine.valkey.sampler import PartitionSampler
+from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.waiters import Waiters
 from keypool.engine.waiters import Request
 from keypool.ops.histogram import Histogram
 
 _NOTE_SECONDS = 2.0
+_LAST_ID = 2**53  # larger than any id
 _UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT = -1, -2, -3, -4, -6
 _WORDS = {1: "done", 0: "done", _UNKNOWN: "unknown", _STALE: "stale", _OVER: "over", _PENDING: "over"}
 """The outcomes of unblock.lua and extend.lua; the others are those of `limit`."""
@@ -105,33 +111,99 @@ class ValkeyEngine:
 
     name = "valkey"
 
-    def __init__(self, client: ScriptClient, facts: PoolFacts, presence: Presence, rules: PoolRules) -> None:
-        self._client = client
+    def __init__(
+        self, pool_name: str, partitions: Partitions, presence: Presence, subscriber: ReleaseSubscriber
+    ) -> None:
+        self.pool_name = pool_name
+        self.rules = partitions.rules
+        self.pool_draining = False
+        facts = partitions.facts
+        self.handles = handles_of(facts)
+        self._client = client = partitions.client
         self._nodes = client.nodes
-        pool = self._nodes.url.pool
+        pool = namespace(self._nodes.url.pool, facts.number)
         self._pool_key = f"{{{pool}}}:pool"
-        self.rules = rules
-        self._life_us = round(rules.keepalive_seconds * 1e6)
-        self.handles = Handles(facts.secret)
         self._loop = asyncio.get_running_loop()
         self._presence = presence
         self._started_at = self._loop.time()
         self._draining = False
         self._guarding = asyncio.Lock()
         server = presence.server
-        self._partitions = Partitions(client, facts)
-        self._poller = PartitionPoller(self._partitions, server, rules)
-        self._sampler = PartitionSampler(self._partitions, self._poller, self.handles, server, rules)
-        self._generator = KeyGenerator(self._partitions, self._poller, server, rules)
-        self._pages = Pages(self._partitions, rules.forget_seconds)
-        self._waiters = Waiters(self._partitions, self._sampler, self._poller, server, rules.max_waiters)
-        self._subscriber = ReleaseSubscriber(self._nodes, pool, facts.partitions, self._waiters.key_freed)
+        self._partitions = partitions
+        self._poller = PartitionPoller(partitions, server)
+        self._sampler = PartitionSampler(partitions, self._poller, self.handles, server)
+        self._generator = KeyGenerator(partitions, self._poller, server)
+        self._pages = Pages(partitions)
+        self._waiters = Waiters(partitions, self._sampler, self._poller, server)
+        self._subscriber = subscriber
+        self._channels = [keys_of(pool, number, facts.partitions)[-1] for number in range(facts.partitions)]
+        subscriber.add(self._channels, self._waiters.key_freed)
         self._poller.sweep()
+
+    # -- the pool
+
+    async def set_rules(self, rules: PoolRules, revision: int) -> None:
+        """Go by these settings from now on, those of a revision of the pool (registry.py).
+
+        O(partitions). Raises StorageUnavailable if not all of them know it now.
+        """
+        self.rules = rules
+        self._partitions.set_rules(rules)
+        self._poller.set_interval()
+        self._generator.set_limits()
+        rest_us = round(rules.rest_seconds * 1e6)
+        await self._partitions.all("rules", revision, rest_us, "1" if self.pool_draining else "")
+
+    def close_pool(self) -> None:
+        """Raise PoolDraining in all waiters, and in calls that want keys or make some, from now on. O(waiters)."""
+        self.pool_draining = True
+        self._waiters.drain(PoolDraining)
+
+    async def close_if_empty(self) -> int:
+        """The same on all servers, if the pool has no keys. Returns how many it has. Raises StorageUnavailable."""
+        return sum(reply[0] for reply in await self._partitions.all("close"))
+
+    async def purge(self, origin: Origin, held_too: bool, after: list[int], limit: int) -> tuple[int, bool]:
+        """Purge a slice of the keys that nobody holds, or of all keys. Raises StorageUnavailable. O(limit * log n).
+
+        `after` are the ids up to which keys were looked at, by partition, and is updated. Returns how many keys are
+        left, and whether there is more to do at once.
+        """
+        left, more = 0, False
+        for partition in range(self._partitions.count):
+            words = (_word(origin), int(held_too), after[partition], limit)
+            total, last, cooling = await self._client.call(partition, "drain", words)
+            left += total
+            more = more or last >= 0
+            # Keys that cool after a lease are found by their ids only.
+            after[partition] = last if last >= 0 else 0 if cooling else _LAST_ID
+        return left, more
+
+    def row(self) -> PoolRow:
+        """Counts, as of the latest polls, and settings. O(partitions)."""
+        statuses = [status for status in self._poller.statuses if status is not None]
+        total = sum(status.total for status in statuses)
+        available = sum(status.available for status in statuses)
+        cooling = sum(status.cooling for status in statuses)
+        quarantined = sum(status.quarantined for status in statuses)
+        return PoolRow(
+            self.pool_name,
+            total,
+            available,
+            total - available - cooling - quarantined,
+            cooling,
+            quarantined,
+            len(self._waiters) + self._poller.waiting_elsewhere,
+            self.pool_draining,
+            self.rules.settings(),
+        )
 
     # -- the calls
 
     async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate keys, all or none. O(count * log n), and O(partitions) near `max_keys`."""
+        if self.pool_draining:
+            raise PoolDraining
         return await self._generator.generate(count, _word(origin))
 
     async def acquire(
@@ -143,6 +215,8 @@ class ValkeyEngine:
         attempt: Attempt | None = None,
     ) -> Lease:
         """Lease a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
+        if self.pool_draining:
+            raise PoolDraining
         request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
         lease = await self._acquire(request, wait, timed)
         if attempt is not None:
@@ -168,6 +242,8 @@ class ValkeyEngine:
         attempt: Attempt | None = None,
     ) -> list[Lease]:
         """Lease up to `count` keys. O(count * log n)."""
+        if self.pool_draining:
+            raise PoolDraining
         request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
         leases = await self._acquire_many(request, count)
         if attempt is not None:
@@ -347,15 +423,16 @@ class ValkeyEngine:
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Postpone a key's expiry. O(log n)."""
         partition, name = await self._partitions.name_of(ref)
-        call = self._client.call(partition, "keepalive", (self._life_us, name))
+        life_us = self._partitions.life_us
+        call = self._client.call(partition, "keepalive", (life_us, name))
         [id] = await call
         if id <= 0:
             self._raise_missing(ref, id)
-        return KeptAlive(id, seconds_left(self._life_us, call.age()))
+        return KeptAlive(id, seconds_left(life_us, call.age()))
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
         """Postpone expiries one by one. O(items * log n)."""
-        return [_word_of(id) for id in await self._change("keepalive", refs, (self._life_us,), 0)]
+        return [_word_of(id) for id in await self._change("keepalive", refs, (self._partitions.life_us,), 0)]
 
     async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
@@ -545,18 +622,22 @@ class ValkeyEngine:
         self._waiters.drain()
 
     async def close(self) -> None:
-        """Count the refusals of the last second, leave the pool and disconnect. Call `drain` first."""
+        """Count the refusals of the last second, and use the connections no more. Call `drain` first."""
         self._poller.stop()
         await self._waiters.close()
-        if self._poller.refused and self._nodes.failing is None:
+        self._subscriber.discard(self._channels)
+        if self._poller.refused and self._nodes.failing is None and self._client.gone is None:
             try:
                 await self._client.call(0, "refuse", (self._poller.refused,))
             except StorageUnavailable as error:
                 _log.warning("%d refused acquires were not counted: %s", self._poller.refused, error.detail)
-        await self._presence.leave()
-        await self._subscriber.close()
         await self._client.close()
         await self._poller.join()
+
+
+def handles_of(facts: PoolFacts) -> Handles:
+    """Makes and reads the handles of a pool."""
+    return Handles(facts.secret)
 
 
 def _word(origin: Origin) -> str:

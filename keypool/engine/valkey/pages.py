@@ -52,9 +52,8 @@ class _Walk:
 class Pages:
     """See the module."""
 
-    def __init__(self, partitions: Partitions, forget_seconds: float) -> None:
+    def __init__(self, partitions: Partitions) -> None:
         self._partitions = partitions
-        self._forget_seconds = forget_seconds
         self._examined = max(_MIN_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
 
     async def page(self, query: PageQuery) -> tuple[list[Row], Position | None]:
@@ -84,7 +83,8 @@ class Pages:
             rows = rows[: query.limit]
             last = rows[-1][0]
         position = None if last is None else _position(query, last)
-        return [row_of(row, call.age(), self._forget_seconds) for row, call in rows], position
+        forget_seconds = self._partitions.rules.forget_seconds
+        return [row_of(row, call.age(), forget_seconds) for row, call in rows], position
 
     async def _advance(self, walks: list[_Walk], behind: list[int], query: PageQuery, order: str) -> None:
         """Read more rows from the partitions that are behind."""

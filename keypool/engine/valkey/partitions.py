@@ -1,4 +1,4 @@
-"""The partitions of a pool: which one a key is in, and calls to several of them."""
+"""The partitions of a pool: which one a key is in, calls to several of them, and the rules that calls go by."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 
 from keypool.core.answers import Ref
 from keypool.core.errors import UnknownKey
+from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import ScriptClient, all_of
 from keypool.engine.valkey.link import Reply, Word
 
 
 @dataclass(frozen=True, slots=True)
 class PoolFacts:
-    """What `{POOL}:pool` holds: see engine.py."""
+    """What is stored about a pool, and never changes: see engine.py and registry.py."""
 
     partitions: int
     born: int
     base_tick: int
     base_id: int
     secret: bytes
+    number: int = 0
 
 
 Name = tuple[int, Word]
@@ -35,12 +37,26 @@ def partition_of(text: str, partitions: int) -> int:
 class Partitions:
     """See the module. All coroutines raise StorageUnavailable."""
 
-    def __init__(self, client: ScriptClient, facts: PoolFacts) -> None:
+    rules: PoolRules
+    """The settings of the pool. Others read them from here whenever they need them, as they may change."""
+    block_us: int
+    """`block_seconds` in microseconds."""
+    life_us: int
+    """`keepalive_seconds` in microseconds."""
+
+    def __init__(self, client: ScriptClient, facts: PoolFacts, rules: PoolRules) -> None:
+        self.set_rules(rules)
         self.client = client
         self.call = client.call
         self.available = client.available
         self.facts = facts
         self.count = facts.partitions
+
+    def set_rules(self, rules: PoolRules) -> None:
+        """Go by these rules from now on. O(1)."""
+        self.rules = rules
+        self.block_us = round(rules.block_seconds * 1e6)
+        self.life_us = round((rules.keepalive_seconds or 0) * 1e6)
 
     def of(self, text: str) -> int:
         """The partition of a key of this pool."""

@@ -25,7 +25,6 @@ from keypool.core.counters import COUNTERS
 from keypool.core.errors import StorageUnavailable
 from keypool.core.events import SILENT, By, Change, Event
 from keypool.core.keys import moment
-from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.partitions import Partitions
 from keypool.ops.histogram import SECONDS, Histogram
@@ -129,19 +128,18 @@ class PoolSnapshot(NamedTuple):
 class PartitionPoller:
     """See the module. `server` is this server's name in Valkey."""
 
-    def __init__(self, partitions: Partitions, server: str, rules: PoolRules) -> None:
+    def __init__(self, partitions: Partitions, server: str) -> None:
         self._partitions = partitions
         self._server = server
-        # At most half the shortest time that a deadline usually lies ahead, so that none is missed between two polls;
-        # for others there is `expect`.
-        usual = (rules.block_seconds, rules.keepalive_seconds, rules.rest_seconds or POLL_SECONDS)
-        self._interval = min(POLL_SECONDS, max(0.02, min(usual) / 2))
+        self.set_interval()
         self._loop = asyncio.get_running_loop()
         count = partitions.count
-        self.totals = [rules.max_keys] * count
+        self.totals = [partitions.rules.max_keys] * count
         """Each partition's keys, at most; except for those that other servers generated since the last poll."""
         self.totals_version = 0
         """Incremented when `totals` change."""
+        self.statuses: list[PartitionStatus | None] = [None] * count
+        """Each partition's latest reply."""
         self.quarantined = [0] * count
         """Each partition's quarantined keys, as far as this server knows."""
         self.id_number = partitions.facts.base_id - 1
@@ -168,6 +166,18 @@ class PartitionPoller:
         self._timer: asyncio.Handle | None = None
         self._timer_at = 0.0  # kept here, as a uvloop handle that is due at once has no `when`
         self._stopped = False
+
+    def set_interval(self) -> None:
+        """Poll as often as the rules require. O(1)."""
+        rules = self._partitions.rules
+        # At most half the shortest time that a deadline usually lies ahead, so that none is missed between two polls;
+        # for others there is `expect`.
+        usual = (
+            rules.block_seconds,
+            rules.keepalive_seconds or POLL_SECONDS,
+            rules.rest_seconds or POLL_SECONDS,
+        )
+        self._interval = min(POLL_SECONDS, max(0.02, min(usual) / 2))
 
     def stop(self) -> None:
         """Stop sweeping. O(1)."""
@@ -284,6 +294,7 @@ class PartitionPoller:
         if total != self.totals[partition]:
             self.totals[partition] = total
             self.totals_version += 1
+        self.statuses[partition] = status
         self.quarantined[partition] = status.quarantined
         self.waiting_elsewhere = status.waiting_elsewhere
         self.id_number = max(self.id_number, status.last_id)

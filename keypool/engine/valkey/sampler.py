@@ -32,7 +32,6 @@ from operator import attrgetter
 from keypool.core.answers import Lease
 from keypool.core.errors import StorageUnavailable
 from keypool.core.handles import Handles
-from keypool.core.rules import PoolRules
 from keypool.engine.valkey.attempts import KNOWN, Attempts, RepeatedLease
 from keypool.engine.valkey.calls import OutcomeUnknown, ScriptCall, all_of, seconds_left
 from keypool.engine.valkey.link import Reply, Word
@@ -49,15 +48,13 @@ class PartitionSampler:
     """See the module. `server` is this server's name in Valkey."""
 
     def __init__(
-        self, partitions: Partitions, poller: PartitionPoller, handles: Handles, server: str, rules: PoolRules
+        self, partitions: Partitions, poller: PartitionPoller, handles: Handles, server: str
     ) -> None:
         self.attempts = Attempts(partitions, server) if partitions.count > 1 else None
         self._partitions = partitions
         self._available = partitions.available
         self._poller = poller
         self._handles = handles
-        self._block_seconds = rules.block_seconds
-        self._block_us = round(rules.block_seconds * 1e6)
         self._tick = 0  # the highest tick of a lease (acquire.lua) that this server knows
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
         self._ends: list[int] = []  # cumulative totals of the partitions
@@ -138,7 +135,8 @@ class PartitionSampler:
 
     def block_of(self, request: Request) -> float:
         """Seconds for which a request blocks a key."""
-        return self._block_seconds if request.block_seconds is None else request.block_seconds
+        seconds = request.block_seconds
+        return self._partitions.rules.block_seconds if seconds is None else seconds
 
     async def take_in_order(self, requests: Sequence[Request], poll: bool) -> list[Lease | OutcomeUnknown]:
         """Acquire a key for each request, in order; or the one that its attempt holds, in a pool with one partition.
@@ -263,7 +261,7 @@ class PartitionSampler:
         if facts.partitions == 1:
             bound = 0
         words: list[Word] = [bound, "1" if takes else "", self._tick, facts.born, facts.base_tick]
-        words += [facts.partitions, partition, self._block_us]
+        words += [facts.partitions, partition, self._partitions.block_us]
         if all(request.attempt is None and request.block_seconds is None for request in requests):
             words.append("owner")
             for request in requests:

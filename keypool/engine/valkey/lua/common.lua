@@ -5,9 +5,10 @@
 --   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
 --                `cooling`, how many keys cool, `rest`, how long keys rest after each lease (missing if they don't),
 --                `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it
---                is at work), `sweepers`, the two servers that sweep here (poll.lua), and `reserved`, room reserved
---                for keys that are about to be generated (room.lua), `odd`, how
---                many texts that look like other names were stored, and `rekeyed` (reseal.lua)
+--                is at work), `sweepers`, the two servers that sweep here (poll.lua), `reserved`, room reserved for keys
+--                that are about to be generated (room.lua), `odd`, how many calls stored texts that look like other
+--                names, `rekeyed` (reseal.lua), and in pools beside `default` `revision`, that of the settings that are
+--                known here (rules.lua), and `draining`, 1 while the pool is being emptied for good
 --   2 records    hash: text -> record
 --   3 states     sorted set: text by the deadline at which its block or its cooldown ends, by 0 while available; not
 --                while quarantined
