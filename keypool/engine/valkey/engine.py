@@ -52,8 +52,12 @@ from keypool.core.answers import (
     Extension,
     GeneratedKey,
     Identity,
+    Imported,
+    ImportedKey,
     KeptAlive,
+    KeyPatch,
     Lease,
+    NewKey,
     Page,
     PoolRow,
     Ref,
@@ -80,13 +84,15 @@ from keypool.core.handles import Handle, Handles
 from keypool.core.keys import State, hint
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.rules import PoolRules
-from keypool.engine import NOTE, Attempt, Timed
+from keypool.engine import NOTE, Attempt, Client, Timed
 from keypool.engine.valkey.attempts import RepeatedLease
 from keypool.engine.valkey.calls import seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
+from keypool.engine.valkey.details import Editor, Locks
+from keypool.engine.valkey.importing import Importer
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.pages import Pages, hint_of, row_of
-from keypool.engine.valkey.partitions import Partitions, PoolFacts
+from keypool.engine.valkey.partitions import Name, Named, Partitions, PoolFacts
 from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, PartitionPoller
 from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import namespace
@@ -134,6 +140,9 @@ class ValkeyEngine:
         self._poller = PartitionPoller(partitions, server)
         self._sampler = PartitionSampler(partitions, self._poller, self.handles, server)
         self._generator = KeyGenerator(partitions, self._poller, server)
+        locks = Locks(partitions, server)
+        self._details = Editor(partitions, locks, self._row_for_change)
+        self._importer = Importer(partitions, self._poller, self._generator, self._details, locks)
         self._pages = Pages(partitions)
         self._waiters = Waiters(partitions, self._sampler, self._poller, server)
         self._subscriber = subscriber
@@ -207,6 +216,32 @@ class ValkeyEngine:
             raise PoolDraining
         return await self._generator.generate(count, _word(origin))
 
+    async def import_key(self, item: NewKey, expire: bool, origin: Origin) -> ImportedKey:
+        """Add a key from elsewhere, unless the pool has its secret. O(log n), O(partitions) near `max_keys`."""
+        if self.pool_draining:
+            raise PoolDraining
+        return await self._importer.import_key(item, expire, _word(origin))
+
+    async def import_many(
+        self, items: Sequence[NewKey | Imported], update: bool, expire: bool, origin: Origin
+    ) -> list[Imported]:
+        """Add keys from elsewhere, one by one. O(items * log n), O(partitions) near `max_keys`."""
+        if self.pool_draining:
+            raise PoolDraining
+        return await self._importer.import_many(items, update, expire, _word(origin))
+
+    async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
+        """Change name, labels or data of a key. O(log n), O(partitions) for a name."""
+        return await self._details.update(ref, patch, _word(origin))
+
+    async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
+        """Give a key another text. O(log n)."""
+        return await self._details.replace(ref, secret, _word(origin))
+
+    async def find(self, text: str) -> Row:
+        """The row of the key with this text, id, name, or hint. O(partitions * log n)."""
+        return await self._details.find(text)
+
     async def acquire(
         self,
         owner: str | None,
@@ -214,11 +249,14 @@ class ValkeyEngine:
         timed: Timed | None = None,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> Lease:
         """Lease a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
         if self.pool_draining:
             raise PoolDraining
-        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
+        digest = None if attempt is None else attempt.digest
+        request = Request(owner, block_seconds, digest, None if client is None else client.name)
         lease = await self._acquire(request, wait, timed)
         if attempt is not None:
             attempt.replayed = isinstance(lease, RepeatedLease)
@@ -241,11 +279,14 @@ class ValkeyEngine:
         count: int,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> list[Lease]:
         """Lease up to `count` keys. O(count * log n)."""
         if self.pool_draining:
             raise PoolDraining
-        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
+        digest = None if attempt is None else attempt.digest
+        request = Request(owner, block_seconds, digest, None if client is None else client.name)
         leases = await self._acquire_many(request, count)
         if attempt is not None:
             attempt.replayed = isinstance(leases[0], RepeatedLease)
@@ -296,7 +337,7 @@ class ValkeyEngine:
         outcomes = {item.report.outcome for item in items if item.report is not None}
         common = _word(origin), self._outcome_rules(0, 0) if outcomes else ""
 
-        async def send(known: list[tuple[int, *tuple[Word, ...]]]) -> tuple[list[Reply], float]:
+        async def send(known: list[Named]) -> tuple[list[Reply], float]:
             if Outcome.INVALID in outcomes and self._partitions.count > 1:
                 found, age = await self._quarantine_in_turn(known, common[0])
             else:
@@ -309,7 +350,9 @@ class ValkeyEngine:
 
         refs = [item.ref for item in items]
         names = await self._partitions.names_of(refs)
-        found, age = await send([(*name, *words[place]) for place, name in enumerate(names) if name is not None])
+        found, age = await send(
+            [_joined(name, words[place]) for place, name in enumerate(names) if name is not None]
+        )
         replies = _in_places(names, found, (_UNKNOWN, 0, 0))
         if self._partitions.may_be_elsewhere:
             age = max(age, await self._look_elsewhere(refs, replies, _UNKNOWN, send, words))
@@ -324,7 +367,7 @@ class ValkeyEngine:
     async def _about(
         self,
         refs: Sequence[Ref],
-        send: Callable[[list[tuple[int, *tuple[Word, ...]]]], Awaitable[tuple[list[Reply], float]]],
+        send: Callable[[list[Named]], Awaitable[tuple[list[Reply], float]]],
         missing: Reply,
         words: Sequence[tuple[Word, ...]] | None = None,
     ) -> tuple[list[Reply], float]:
@@ -335,7 +378,9 @@ class ValkeyEngine:
         """
         names = await self._partitions.names_of(refs)
         words = words or [()] * len(refs)
-        found, age = await send([(*name, *words[place]) for place, name in enumerate(names) if name is not None])
+        found, age = await send(
+            [_joined(name, words[place]) for place, name in enumerate(names) if name is not None]
+        )
         replies = _in_places(names, found, missing)
         if self._partitions.may_be_elsewhere:
             unknown = missing if isinstance(missing, int) else missing[0]
@@ -347,7 +392,7 @@ class ValkeyEngine:
         refs: Sequence[Ref],
         replies: list[Reply],
         unknown: int,
-        send: Callable[[list[tuple[int, *tuple[Word, ...]]]], Awaitable[tuple[list[Reply], float]]],
+        send: Callable[[list[Named]], Awaitable[tuple[list[Reply], float]]],
         words: Sequence[tuple[Word, ...]],
     ) -> float:
         """Call the script where the keys may be that weren't found, and put its replies in their places.
@@ -366,14 +411,12 @@ class ValkeyEngine:
         again = {place: name for place, name in zip(lost, others, strict=True) if name is not None}
         if not again:
             return 0.0
-        found, age = await send([(*name, *words[place]) for place, name in again.items()])
+        found, age = await send([_joined(name, words[place]) for place, name in again.items()])
         for place, reply in zip(again, found, strict=True):
             replies[place] = reply
         return age
 
-    async def _quarantine_in_turn(
-        self, items: Sequence[tuple[int, *tuple[Word, ...]]], origin: Word
-    ) -> tuple[list[Reply], float]:
+    async def _quarantine_in_turn(self, items: Sequence[Named], origin: Word) -> tuple[list[Reply], float]:
         """Call unblock.lua for one partition after the other, with what its guard must know of the others.
 
         One batch at a time, after a look at all partitions that can be reached.
@@ -510,9 +553,7 @@ class ValkeyEngine:
     async def delete_many(self, refs: Sequence[Ref], origin: Origin = HOLDER) -> list[Identity | str]:
         """Purge keys one by one. O(items * log n)."""
         replies, _ = await self._change("delete", refs, (_word(origin),), (0, "", ""))
-        return [
-            Identity(id, hint_of(text, shown)) if id > 0 else _word_of(id) for id, text, shown in replies
-        ]
+        return [Identity(id, hint_of(text, shown)) if id > 0 else _word_of(id) for id, text, shown in replies]
 
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(log n)."""
@@ -526,13 +567,16 @@ class ValkeyEngine:
         data = None if details.data is None else msgspec.Raw(details.data)
         return Revealed(row[1], text, details.name, data)
 
+    async def _row_for_change(self, ref: Ref) -> tuple[Reply, float]:
+        return await self._get(ref, "")
+
     async def _get(self, ref: Ref, revealed_by: str) -> tuple[Reply, float]:
         """The row in the reply of get.lua, and how old it is. Raises UnknownKey, StaleLease."""
 
-        async def send(names: list[tuple[int, *tuple[Word, ...]]]) -> tuple[list[Reply], float]:
+        async def send(names: list[Named]) -> tuple[list[Reply], float]:
             if not names:
                 return [], 0.0
-            [(partition, name)] = names
+            partition, name = names[0][0], names[0][1]
             call = self._client.call(partition, "get", (name, revealed_by))
             return await call, call.age()
 
@@ -728,6 +772,11 @@ def _word(origin: Origin) -> str:
 def _report(report: Report | None) -> Word:
     """A report for unblock.lua."""
     return "" if report is None else _pack((report.outcome, report.retry_after, report.reason))
+
+
+def _joined(name: Name, words: tuple[Word, ...]) -> Named:
+    """A name of a key, and what goes behind it."""
+    return (*name, *words)
 
 
 def _hint_of(text: str) -> str:

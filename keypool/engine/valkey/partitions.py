@@ -28,6 +28,8 @@ class PoolFacts:
 
 Name = tuple[int, Word]
 """A key for scripts: its partition, and its name there (lua/common.lua)."""
+Named = tuple[int, *tuple[Word, ...]]
+"""A name, and words that go behind it."""
 
 
 def partition_of(text: str, partitions: int) -> int:
@@ -76,7 +78,7 @@ class Partitions:
         return await all_of([self.call(partition, script, arguments) for partition in range(self.count)])
 
     async def each(
-        self, script: str, items: Sequence[tuple[int, *tuple[Word, ...]]], common: Sequence[Word] = ()
+        self, script: str, items: Sequence[Named], common: Sequence[Word] = ()
     ) -> tuple[list[Reply], float]:
         """Call a script once for each partition of `items` (partition, words).
 
@@ -163,7 +165,9 @@ class Partitions:
         written = [
             place for place, ref in enumerate(refs) if isinstance(ref, Written) and names[place] is None
         ]
-        others = await self.names_of([ref.other for place in written if isinstance(ref := refs[place], Written)])
+        others = await self.names_of(
+            [ref.other for place in written if isinstance(ref := refs[place], Written)]
+        )
         for place, name in zip(written, others, strict=True):
             names[place] = name
         return names
