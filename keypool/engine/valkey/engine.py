@@ -104,6 +104,7 @@ from keypool.engine.waiters import Request
 from keypool.ops.histogram import Histogram
 
 _NOTE_SECONDS = 2.0
+_NO_THRESHOLD = 2**53  # failures in a row that no key has
 _LAST_ID = 2**53  # larger than any id
 _UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT = -1, -2, -3, -4, -6
 _WORDS = {1: "done", 0: "done", _UNKNOWN: "unknown", _STALE: "stale", _OVER: "over", _PENDING: "over"}
@@ -445,7 +446,7 @@ class ValkeyEngine:
         lengths = (rules.cooldown_seconds, rules.max_cooldown_seconds, rules.max_retry_after_seconds)
         return _pack((
             *(round(seconds * 1e6) for seconds in lengths),
-            rules.error_threshold,
+            _NO_THRESHOLD if rules.error_threshold is None else rules.error_threshold,
             round(rules.forget_seconds * 1e6),
             rules.max_quarantined_percent,
             quarantined_elsewhere,

@@ -189,5 +189,7 @@ async def _refuse_new_pool_if_served(nodes: Nodes, pool: str, key: str) -> None:
         await asyncio.sleep(_LOADING_PAUSE)
 
 
-def _as_flag(value: float) -> str:
+def _as_flag(value: float | None) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if value < 1e6 and value == round(value, 3) else str(value)
