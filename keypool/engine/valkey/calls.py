@@ -360,6 +360,15 @@ async def all_of(calls: Sequence[ScriptCall]) -> list[Reply]:
     return replies
 
 
+NEVER_US = 2**52
+"""Microseconds in a reply from which on they stand for ever (lua/common.lua)."""
+
+
+def expires_in(microseconds: int, age: float) -> float | None:
+    """The time to an expiry in a reply, as `seconds_left`; None if the key never expires."""
+    return None if microseconds > NEVER_US else seconds_left(microseconds, age)
+
+
 def seconds_left(microseconds: int, age: float) -> float:
     """A duration in a reply, as of now, in seconds rounded to ms; `age` is that of the call."""
     return round(max(0.0, microseconds / 1e6 - age), 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from keypool.core.errors import StartError, StorageUnavailable
 from keypool.core.handles import SECRET_BYTES
@@ -22,6 +22,7 @@ from keypool.engine.valkey.presence import AWAY_SECONDS, Presence
 from keypool.engine.valkey.scripts import text_of
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.url import ValkeyUrl
+from keypool.engine.valkey.vault import begin_vault, new_vault, open_vault
 
 LAYOUT = 3
 """That of engine.py. Layout 1 had no handles, outcomes and attempts, layout 2 no pools beside `default` and no keys
@@ -49,11 +50,12 @@ async def open_valkey(
     rules: PoolRules = DEFAULT_RULES,
     *,
     max_pools: int = MAX_POOLS,
+    secrets_keys: Sequence[bytes] = (),
 ) -> ValkeyPools:
     """Open the pools in a Valkey, or create the pool `default`. Raises StartError.
 
     `partitions` must be the number of `default`, if it exists; None means that, or `url.default_partitions` for a new
-    one. `max_pools` is how many others there may be. Waits for up to a minute while Valkey loads its file, and up to
+    one. `max_pools` is how many others there may be. With `secrets_keys`, what is secret is stored encrypted (vault.py). Waits for up to a minute while Valkey loads its file, and up to
     5 s for a server that was killed just now.
     """
     nodes = Nodes(url)
@@ -61,16 +63,21 @@ async def open_valkey(
     ending: list[Callable[[], Awaitable[None]]] = [nodes.close]
     try:
         await _when_loaded(nodes.connect, where)
-        facts = await read_facts(nodes, url, partitions)
+        facts = await read_facts(nodes, url, partitions, secrets_keys)
+        pool_key = f"{{{url.pool}}}:pool"
+        vault = await open_vault(nodes, pool_key, secrets_keys)
         client = ScriptClient(nodes, url.pool, facts.partitions)
         ending.append(client.close)
         await _when_loaded(nodes.connect, where)
         shared = {name: _as_flag(getattr(rules, name)) for name in SHARED}
         shared["max_block_seconds"] = _as_flag(rules.longest_block)
+        shared["secrets_key"] = "set" if secrets_keys else "unset"
         presence = Presence(nodes, url.pool, facts.born, shared)
         ending.append(presence.leave)
         served = await presence.join(wait_for_dead=rules.restart_grace > 0)
-        default = Partitions(client, facts, rules)
+        if vault is None and secrets_keys:
+            vault = await begin_vault(nodes, pool_key, secrets_keys)
+        default = Partitions(client, facts, rules, vault)
         await Grace(default).start(served)
         nodes.verify = presence.heartbeat
         subscriber = ReleaseSubscriber(nodes)
@@ -107,7 +114,9 @@ async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> No
         await asyncio.sleep(_LOADING_PAUSE)
 
 
-async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> PoolFacts:
+async def read_facts(
+    nodes: Nodes, url: ValkeyUrl, partitions: int | None, secrets_keys: Sequence[bytes] = ()
+) -> PoolFacts:
     """Read `{POOL}:pool`, or write it if it is missing. Raises StartError if it doesn't match the flags."""
     pool = url.pool
     key = f"{{{pool}}}:pool"
@@ -120,6 +129,7 @@ async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> Po
             "base_tick": 0,
             "base_id": 0,
             "secret": os.urandom(SECRET_BYTES).hex(),
+            **({"digests": new_vault(secrets_keys).sealed_digests_key()} if secrets_keys else {}),
             "layout": LAYOUT,  # the last, so that no server finds a part of them
         }
         for field, value in new.items():  # servers that start together agree on the first one's values
@@ -180,5 +190,7 @@ async def _refuse_new_pool_if_served(nodes: Nodes, pool: str, key: str) -> None:
         await asyncio.sleep(_LOADING_PAUSE)
 
 
-def _as_flag(value: float) -> str:
+def _as_flag(value: float | None) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if value < 1e6 and value == round(value, 3) else str(value)

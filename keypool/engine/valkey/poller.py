@@ -43,7 +43,8 @@ _EVENT_COUNTERS = tuple(
     for change in Change
     if change not in SILENT
 )
-_POLLED_COUNTERS = (*_EVENT_COUNTERS, *(name for name in COUNTERS if name not in _EVENT_COUNTERS))
+_ODD = "odd"
+_POLLED_COUNTERS = (*_EVENT_COUNTERS, *(name for name in COUNTERS if name not in _EVENT_COUNTERS), _ODD)
 _STANDS_IN = 1  # the turn of poll.lua's reply between 0, sweeps, and 2, neither
 _TURN_SECONDS = 2.5  # without a poll after which another server takes a sweeper's place
 _STAND_IN_AFTER = 0.03  # seconds after a deadline at which the stand-in polls
@@ -302,6 +303,8 @@ class PartitionPoller:
         before, self.statuses[partition] = self.statuses[partition], status
         quiet = before is not None and before.event_seq == status.event_seq
         self.quarantined[partition] = status.quarantined
+        if status.counters[-1]:
+            self._partitions.has_odd_texts = True
         self.waiting_elsewhere = status.waiting_elsewhere
         self.id_number = max(self.id_number, status.last_id)
         if status.expiry_lateness >= 0:
@@ -375,7 +378,7 @@ def _event_of(parts: list[Any]) -> Event:
         by, _, actor = origin[0].partition(" ")
     else:
         by, actor = (By.DEADLINE if change in (Change.RELEASED, Change.EXPIRED) else By.HOLDER), ""
-    hint = f"{start}…{end}"
+    hint = f"{start}…{end}" if end is not False else start  # of a sealed text it is there as a whole
     return Event(change, id, hint, owner or None, lease or None, moment(at / 1e6), By(by), actor or None)
 
 

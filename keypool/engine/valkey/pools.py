@@ -84,6 +84,7 @@ class ValkeyPools:
         self.default = default
         self._nodes = nodes = partitions.client.nodes
         self._facts = facts = partitions.facts
+        self._vault = partitions.vault
         self._presence = presence
         self._subscriber = subscriber
         self._max_pools = max_pools
@@ -308,7 +309,8 @@ class ValkeyPools:
         own = PoolFacts(
             entry.partitions, entry.born, entry.base_tick, entry.base_id, facts.secret, entry.number
         )
-        partitions = Partitions(client, own, self._rules_of(entry))
+        vault = self._vault and self._vault.of_pool(entry.number)
+        partitions = Partitions(client, own, self._rules_of(entry), vault)
         try:
             await Grace(partitions).start(served)
         except BaseException:
