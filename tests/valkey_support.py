@@ -237,7 +237,9 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0) + value
     gone = sums.get("deleted", 0) + sums.get("expired", 0)
-    assert sums.get("generated", 0) + sums.get("imported", 0) - gone == len(ids), f"{sums} and {len(ids)} keys"
+    assert sums.get("generated", 0) + sums.get("imported", 0) - gone == len(ids), (
+        f"{sums} and {len(ids)} keys"
+    )
     return sums
 
 
