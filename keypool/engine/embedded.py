@@ -27,10 +27,11 @@ from keypool.core.answers import (
 )
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import ListQuery, encode, page_query
-from keypool.core.errors import Draining, NoKeyAvailable
+from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining
 from keypool.core.events import HOLDER, Event, Origin, latest
 from keypool.core.keys import State
 from keypool.core.outcomes import Report
+from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Client, Timed
 from keypool.engine.operator_calls import OperatorCalls
 from keypool.engine.shapes import age, expires_in, less, less_or_none, rounded, row_of
@@ -58,6 +59,7 @@ class EmbeddedEngine(OperatorCalls):
     async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate keys, all or none. O(count · log n)."""
         self.journal.require()
+        self._require_serving()
         now = self.now()
         made: list[GeneratedKey] = []
         moments: list[float] = []
@@ -72,6 +74,7 @@ class EmbeddedEngine(OperatorCalls):
                     self._reserved -= 1
                     if (now := self.now()) > until:
                         until = await self._pause()
+                        self._require_serving()  # if not, those that were made are purged with the others
                         now = self.now()
             finally:
                 self._reserved -= count - len(made)
@@ -97,14 +100,22 @@ class EmbeddedEngine(OperatorCalls):
         journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held[0]
+        if self.pool_draining:
+            await self._refuse(None)
         digest = None if attempt is None else attempt.digest
-        token = None if client is None else client.name
         now = self.now()
-        key = None if self._waiters.waiting else self.pool.acquire(now, owner, block_seconds, digest, token)
+        if self._waiters.waiting:
+            key = None
+        elif client is None:
+            key = self.pool.acquire(now, owner, block_seconds, digest)
+        elif self.shares.may_take(client, now):
+            key = self.pool.acquire(now, owner, block_seconds, digest, client.name)
+        else:
+            key = None
         if key is not None:
             lease = self._lease(key, now)
         else:
-            lease = await self._take_or_wait(Request(owner, block_seconds, digest, token), wait, timed)
+            lease = await self._take_or_wait(Request(owner, block_seconds, digest, client), wait, timed)
         if (commit := journal.commit_of(lease.id)) is not None:
             started = self.now()
             try:
@@ -128,8 +139,7 @@ class EmbeddedEngine(OperatorCalls):
         self.journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held
-        digest = None if attempt is None else attempt.digest
-        request = Request(owner, block_seconds, digest, None if client is None else client.name)
+        request = Request(owner, block_seconds, None if attempt is None else attempt.digest, client)
         leases: list[Lease] = []
         moments: list[float] = []
         until = self.now() + SLICE_SECONDS
@@ -140,7 +150,7 @@ class EmbeddedEngine(OperatorCalls):
                 if now > until:
                     until = await self._pause()
             if not leases:
-                await self._refuse()
+                await self._refuse(client)
             await self._all_kept()
         except (GeneratorExit, asyncio.CancelledError):  # the caller hung up and never got these leases
             for lease in leases:
@@ -271,7 +281,7 @@ class EmbeddedEngine(OperatorCalls):
             blocked=pool.blocked,
             cooling=pool.cooling,
             quarantined=pool.quarantined,
-            waiting=len(self._waiters.waiting),
+            waiting=self.waiting,
             **pool.counters.by_name(),
             uptime=rounded(self.now() - self._started_at),
             engine=self.name,
@@ -339,12 +349,43 @@ class EmbeddedEngine(OperatorCalls):
     def drain(self) -> None:
         """Answer all waiters with Draining, and admit no more. O(waiters)."""
         self._draining = True
-        self._waiters.drain()
+        self._waiters.drain(Draining)
 
     async def close(self) -> None:
         """Stop the timers, and commit all changes. Raises StorageUnavailable if they can't be committed."""
         self.timers.close()
         await self.journal.close()
+
+    # -- what EmbeddedPools calls
+
+    def sibling(
+        self, name: str, number: int, rules: PoolRules, *, start_timers: bool = True
+    ) -> EmbeddedEngine:
+        """An engine for another pool of the same server, empty and without a journal. O(1)."""
+        engine = EmbeddedEngine(
+            rules,
+            start_timers=start_timers,
+            loop=self.timers.loop,
+            clock=self.now,
+            pool_name=name,
+            shares=self.shares,
+        )
+        engine.handles = self.handles.of_pool(number)
+        return engine
+
+    def set_rules(self, rules: PoolRules) -> None:
+        """Apply these rules to whatever comes from now on. O(1)."""
+        self.pool.rules = rules
+
+    def drain_pool(self) -> None:
+        """Serve and take no key any more: PoolDraining, to the waiters as well. O(waiters)."""
+        self.pool_draining = True
+        self._waiters.drain(PoolDraining)
+
+    @property
+    def waiting(self) -> int:
+        """How many acquires wait in this pool. O(1)."""
+        return len(self._waiters.queue)
 
     # -- steps of the calls
 
@@ -355,11 +396,11 @@ class EmbeddedEngine(OperatorCalls):
         return made
 
     async def _take_or_wait(self, request: Request, wait: float, timed: Timed | None) -> Lease:
-        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable."""
+        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable, ShareSpent."""
         lease = await self._take(request)
         if lease is None and wait > 0:
             lease = await self._waiters.wait(request, wait, timed)
-        return lease or await self._refuse()
+        return lease or await self._refuse(request.client)
 
     async def _take(self, request: Request) -> Lease | None:
         """Acquire an available key, if the waiters in the queue have left one."""
@@ -368,7 +409,12 @@ class EmbeddedEngine(OperatorCalls):
             if self._waiters.waiting:  # a block may have run out whose timer is late
                 self.pool.process_due(now)
                 self._waiters.serve(now)
-            key = None if self._waiters.waiting else self.pool.acquire(now, *request)
+            if self.pool_draining:
+                return None
+            client = request.client
+            if client is not None and not self.shares.may_take(client, now):
+                return None
+            key = None if self._waiters.waiting else self._waiters.take(request, now)
             if key is not None:
                 return self._lease(key, now)
             if not self.pool.may_have_more(now):
@@ -378,8 +424,14 @@ class EmbeddedEngine(OperatorCalls):
             await self._next_turn()  # a backlog of due keys may hide an available one
             self.journal.require()
 
-    async def _refuse(self) -> NoReturn:
-        """Raise NoKeyAvailable, as soon as all changes are on disk."""
+    async def _refuse(self, client: Client | None) -> NoReturn:
+        """Raise PoolDraining, ShareSpent or NoKeyAvailable, as soon as all changes are on disk."""
+        if self.pool_draining:
+            await self._all_kept()
+            raise PoolDraining
+        if client is not None and not self.shares.has_room(client, self.now()):
+            await self._all_kept()
+            raise self.shares.spent(client, self.now())
         self.pool.counters.refused += 1
         await self._all_kept()
         pool = self.pool

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from keypool.core.answers import Identity, Imported, ImportedKey, KeyPatch, NewKey, Ref, Revealed, Row
-from keypool.core.errors import PoolDraining, PoolError, UnknownKey
+from keypool.core.errors import PoolError, UnknownKey
 from keypool.core.events import HOLDER, Change, Origin
 from keypool.core.keys import Key
 from keypool.engine.shapes import data_of, expires_in, less_or_none
@@ -52,6 +52,7 @@ class OperatorCalls(Steps):
 
         def add(item: NewKey | Imported, now: float) -> Imported:
             nonlocal reserved
+            self._require_serving()  # if not, those that were added are purged with the others
             if isinstance(item, Imported):
                 return item
             if item.secret in seen:
@@ -80,8 +81,7 @@ class OperatorCalls(Steps):
     def _require_importing(self, expire: bool) -> None:
         """Raise the error of an import at this time."""
         self.journal.require()
-        if self.pool_draining:
-            raise PoolDraining
+        self._require_serving()
         self.pool.require_lasting(expire)
 
     def _known(self, secret: str, now: float) -> Key | None:

@@ -16,7 +16,15 @@ from typing import NoReturn, TypeVar
 from tornado.ioloop import IOLoop
 
 from keypool.core.answers import EndedLease, Lease, Ref, Row, Unblocked, Written
-from keypool.core.errors import BlockLimit, LeaseOver, PoolError, StaleLease, StorageUnavailable, UnknownKey
+from keypool.core.errors import (
+    BlockLimit,
+    LeaseOver,
+    PoolDraining,
+    PoolError,
+    StaleLease,
+    StorageUnavailable,
+    UnknownKey,
+)
 from keypool.core.events import HOLDER, SILENT, Change, Happened, Origin
 from keypool.core.handles import SECRET_BYTES, Handle, Handles
 from keypool.core.keys import NEVER, NO_DETAILS, Key, random_text
@@ -26,6 +34,7 @@ from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, PoolRules
 from keypool.engine.clock import make_clock
 from keypool.engine.journal import Commit, Journal, NullJournal
 from keypool.engine.shapes import age, data_of, rounded, row_of
+from keypool.engine.shares import Shares
 from keypool.engine.timers import Timers
 from keypool.engine.waiters import Waiters
 from keypool.ops.histogram import SECONDS, Histogram
@@ -50,9 +59,6 @@ Result = TypeVar("Result")
 class Steps:
     """What the calls of EmbeddedEngine have in common."""
 
-    pool_name = DEFAULT_POOL
-    pool_draining = False
-
     def __init__(
         self,
         rules: PoolRules = DEFAULT_RULES,
@@ -61,7 +67,12 @@ class Steps:
         loop: IOLoop | None = None,
         clock: Callable[[], float] | None = None,
         new_text: Callable[[], str] | None = None,
+        pool_name: str = DEFAULT_POOL,
+        shares: Shares | None = None,
     ) -> None:
+        self.shares = shares or Shares()
+        self.pool_name = pool_name
+        self.pool_draining = False
         self.now = clock or make_clock()
         self.timers = Timers(loop or IOLoop.current(), self.now, self._process_due)
         self.handles = Handles(secrets.token_bytes(SECRET_BYTES))
@@ -69,6 +80,7 @@ class Steps:
             rules,
             new_text=new_text or (lambda: random_text(self.pool.rules.key_length)),
             random=random.Random().random,  # noqa: S311 - which available key is served isn't secret
+            clients=self.shares,
             on_change=self._changed,
             on_opened=self.timers.opened,
             on_closed=self.timers.closed,
@@ -84,6 +96,7 @@ class Steps:
             self.timers,
             self.now,
             rules.max_waiters,
+            self.shares,
             lease_of=self._lease,
             give_back=self._give_back,
             storage_up=self.storage_up,
@@ -99,10 +112,6 @@ class Steps:
     def rules(self) -> PoolRules:
         """The settings of the pool."""
         return self.pool.rules
-
-    @rules.setter
-    def rules(self, rules: PoolRules) -> None:
-        self.pool.rules = rules
 
     def start(self) -> None:
         """Set the timers of all deadlines. O(their buckets)."""
@@ -214,16 +223,26 @@ class Steps:
         await turn
 
     async def _make_room(self, count: int) -> float:
-        """Purge expired keys while `count` more don't fit without. Returns the moment of now. Raises PoolFull."""
+        """Purge expired keys if `count` more don't fit without. Returns the moment of now. Raises PoolFull."""
         pool = self.pool
+        if pool.total + self._reserved + count > pool.rules.max_keys:
+            await self.purge_expired()
+            self._require_serving()
         now = self.now()
-        while pool.total + self._reserved + count > pool.rules.max_keys and pool.overdue(now):
-            pool.process_due(now)
-            if pool.overdue(now):
-                await self._next_turn()  # there is a backlog of expired keys
-                now = self.now()
         pool.require_room(self._reserved + count, now)
         return now
+
+    async def purge_expired(self) -> None:
+        """Purge the keys that have expired, so that counts are exact. O(their number), in slices."""
+        while self.pool.overdue(now := self.now()):
+            self.pool.process_due(now)
+            if self.pool.overdue(now):
+                await self._next_turn()
+
+    def _require_serving(self) -> None:
+        """Raise PoolDraining if the pool is being emptied for good."""
+        if self.pool_draining:
+            raise PoolDraining
 
     # -- durability: answers wait until what they say is on disk
 
