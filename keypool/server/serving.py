@@ -30,7 +30,7 @@ from keypool.core.errors import StartError, StorageUnavailable
 from keypool.engine import Pools
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.pools import EmbeddedPools, OnePool
+from keypool.engine.pools import EmbeddedPools
 from keypool.engine.valkey.url import parse, without_password
 from keypool.http.api_call import InFlight
 from keypool.http.http1.connection_limiter import ConnectionLimiter

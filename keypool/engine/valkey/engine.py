@@ -92,8 +92,8 @@ from keypool.engine.valkey.details import Editor, Locks
 from keypool.engine.valkey.importing import Importer
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.pages import Pages, hint_of, row_of
-from keypool.engine.valkey.partitions import Name, Named, Partitions, PoolFacts
-from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, PartitionPoller
+from keypool.engine.valkey.partitions import Name, Named, Partitions
+from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, QUIET_SECONDS, PartitionPoller
 from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import namespace
 from keypool.engine.valkey.rekeying import rekey
@@ -127,7 +127,7 @@ class ValkeyEngine:
         self.rules = partitions.rules
         self.pool_draining = False
         facts = partitions.facts
-        self.handles = handles_of(facts)
+        self.handles = Handles(facts.secret, facts.number)
         self._client = client = partitions.client
         self._nodes = client.nodes
         pool = namespace(self._nodes.url.pool, facts.number)
@@ -139,7 +139,9 @@ class ValkeyEngine:
         self._guarding = asyncio.Lock()
         server = presence.server
         self._partitions = partitions
-        self._poller = PartitionPoller(partitions, server)
+        self._poller = PartitionPoller(
+            partitions, server, POLL_SECONDS if facts.number == 0 else QUIET_SECONDS
+        )
         self._sampler = PartitionSampler(partitions, self._poller, self.handles, server)
         self._generator = KeyGenerator(partitions, self._poller, server)
         locks = Locks(partitions, server)
@@ -192,12 +194,13 @@ class ValkeyEngine:
         return left, more
 
     def row(self) -> PoolRow:
-        """Counts, as of the latest polls, and settings. O(partitions)."""
-        statuses = [status for status in self._poller.statuses if status is not None]
-        total = sum(status.total for status in statuses)
-        available = sum(status.available for status in statuses)
+        """Counts, as of the latest replies and polls, and settings. O(partitions)."""
+        poller = self._poller
+        statuses = [status for status in poller.statuses if status is not None]
+        total = sum(poller.totals) if statuses else 0
         cooling = sum(status.cooling for status in statuses)
         quarantined = sum(status.quarantined for status in statuses)
+        available = min(sum(self._client.available), total - cooling - quarantined)
         return PoolRow(
             self.pool_name,
             total,
@@ -205,7 +208,7 @@ class ValkeyEngine:
             total - available - cooling - quarantined,
             cooling,
             quarantined,
-            len(self._waiters) + self._poller.waiting_elsewhere,
+            len(self._waiters) + poller.waiting_elsewhere,
             self.pool_draining,
             self.rules.settings(),
         )
@@ -267,7 +270,7 @@ class ValkeyEngine:
         if self.pool_draining:
             raise PoolDraining
         digest = None if attempt is None else attempt.digest
-        request = Request(owner, block_seconds, digest, None if client is None else client.name)
+        request = Request(owner, block_seconds, digest, client)
         lease = await self._acquire(request, wait, timed)
         if attempt is not None:
             attempt.replayed = isinstance(lease, RepeatedLease)
@@ -297,7 +300,7 @@ class ValkeyEngine:
         if self.pool_draining:
             raise PoolDraining
         digest = None if attempt is None else attempt.digest
-        request = Request(owner, block_seconds, digest, None if client is None else client.name)
+        request = Request(owner, block_seconds, digest, client)
         leases = await self._acquire_many(request, count)
         if attempt is not None:
             attempt.replayed = isinstance(leases[0], RepeatedLease)
@@ -643,7 +646,7 @@ class ValkeyEngine:
     async def expiring(self, seconds: float) -> int:
         """Keys that expire within `seconds`. O(partitions)."""
         last = self._poller.last
-        if seconds == EXPIRING and last is not None and self._loop.time() - last.taken_at < POLL_SECONDS:
+        if seconds == EXPIRING and last is not None and self._loop.time() - last.taken_at < 2 * POLL_SECONDS:
             return last.expiring
         statuses = await self._poller.poll(range(self._partitions.count), seconds)
         return sum(status.expiring for status in statuses)
@@ -768,11 +771,6 @@ class ValkeyEngine:
                 _log.warning("%d refused acquires were not counted: %s", self._poller.refused, error.detail)
         await self._client.close()
         await self._poller.join()
-
-
-def handles_of(facts: PoolFacts) -> Handles:
-    """Makes and reads the handles of a pool."""
-    return Handles(facts.secret)
 
 
 def _word(origin: Origin) -> str:

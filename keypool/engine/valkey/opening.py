@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from keypool.core.errors import StartError, StorageUnavailable
 from keypool.core.handles import SECRET_BYTES
 from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, PoolRules
+from keypool.engine.pools import MAX_POOLS
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.grace import Grace
 from keypool.engine.valkey.link import UNREACHABLE, ReplyError, Word
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.partitions import Partitions, PoolFacts
-from keypool.engine.valkey.pools import MAX_POOLS, ValkeyPools
+from keypool.engine.valkey.pools import ValkeyPools
 from keypool.engine.valkey.presence import AWAY_SECONDS, Presence
 from keypool.engine.valkey.scripts import text_of
 from keypool.engine.valkey.subscriber import ReleaseSubscriber

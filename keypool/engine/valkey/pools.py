@@ -29,6 +29,7 @@ from msgspec import structs
 
 from keypool.core.answers import PoolRow, Rekeying
 from keypool.core.errors import (
+    BadRequest,
     PoolDraining,
     PoolFixed,
     PoolNotEmpty,
@@ -49,8 +50,6 @@ from keypool.engine.valkey.rekeying import Rekeyer
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 
-MAX_POOLS = 100
-"""How many pools there may be beside `default`, by default."""
 PARTITIONS = 1
 """Of a new pool beside `default`."""
 
@@ -81,7 +80,7 @@ class ValkeyPools:
         partitions: Partitions,
         presence: Presence,
         subscriber: ReleaseSubscriber,
-        max_pools: int = MAX_POOLS,
+        max_pools: int,
     ) -> None:
         self.default = default
         self._nodes = nodes = partitions.client.nodes
@@ -129,7 +128,7 @@ class ValkeyPools:
         return sorted(self._engines)
 
     def row(self, name: str) -> PoolRow:
-        """Counts, as of the latest poll, and settings of a pool. O(partitions). Raises UnknownPool."""
+        """Counts, as of the latest replies, and settings of a pool. O(partitions). Raises UnknownPool."""
         return self.get(name).row()
 
     def on_change(self, callback: Callable[[], object]) -> None:
@@ -141,7 +140,7 @@ class ValkeyPools:
     async def put(self, name: str, settings: Settings, origin: Origin) -> bool:
         """Make a pool, or give it these settings alone; whether it is new. O(1).
 
-        Raises TooManyPools, PoolDraining, PoolFixed, StorageUnavailable.
+        Raises TooManyPools, PoolDraining, PoolFixed, BadRequest, StorageUnavailable.
         """
         if name == DEFAULT_POOL:
             _refuse_flags(settings)
@@ -149,13 +148,16 @@ class ValkeyPools:
         return await self._run(self._put(name, settings))
 
     async def _put(self, name: str, settings: Settings) -> bool:
+        self._require_sense(settings)
         async with self._changing:
             seen = await self._registry.get(name)
             while True:
                 if seen is None:
                     entry = registry.new_entry(settings, PARTITIONS)
+                elif seen.entry.draining != OPEN:
+                    raise PoolDraining
                 else:
-                    entry = _with_settings(seen.entry, json=registry.json_of(settings))
+                    entry = structs.replace(seen.entry, json=registry.json_of(settings))
                 done, found = await self._registry.put(name, seen, entry, self._max_pools)
                 if done:
                     assert found is not None
@@ -166,7 +168,7 @@ class ValkeyPools:
     async def change(self, name: str, settings: Settings, origin: Origin) -> None:
         """Change some settings of a pool. O(1).
 
-        Raises UnknownPool, PoolFixed, PoolDraining, BadRequest, StorageUnavailable.
+        Raises UnknownPool, PoolFixed, BadRequest, StorageUnavailable.
         """
         if name == DEFAULT_POOL:
             _refuse_flags(settings)
@@ -177,7 +179,9 @@ class ValkeyPools:
         async with self._changing:
             seen = await self._registry.get(name)
             while seen is not None:
-                entry = _with_settings(seen.entry, json=registry.json_of({**seen.entry.settings, **settings}))
+                merged = {**seen.entry.settings, **settings}
+                self._require_sense(merged)
+                entry = structs.replace(seen.entry, json=registry.json_of(merged))
                 done, seen = await self._registry.put(name, seen, entry, self._max_pools)
                 if done:
                     assert seen is not None
@@ -325,6 +329,11 @@ class ValkeyPools:
         self._pools[name], self._engines[name] = pool, pool.engine
         return pool
 
+    def _require_sense(self, settings: Settings) -> None:
+        """Raise BadRequest if these settings contradict each other."""
+        if (contradiction := self.default.rules.of_pool(settings).contradiction()) is not None:
+            raise BadRequest(contradiction)
+
     def _rules_of(self, entry: Entry) -> PoolRules:
         return self.default.rules.of_pool(entry.settings)
 
@@ -429,10 +438,3 @@ def _refuse_flags(settings: Settings) -> None:
     """Raise PoolFixed if these are settings of `default`, which the server's flags decide."""
     if settings:
         raise PoolFixed(tuple(settings))
-
-
-def _with_settings(entry: Entry, *, json: str) -> Entry:
-    """The entry with other settings. Raises PoolDraining."""
-    if entry.draining != OPEN:
-        raise PoolDraining
-    return structs.replace(entry, json=json)

@@ -278,7 +278,7 @@ class PartitionSampler:
             words.append(form)
             for request in requests:
                 block_us = round(self.block_of(request) * 1e6)
-                client = request.client or ""
+                client = "" if request.client is None else request.client.name
                 words += [request.owner or "", chance(), block_us, request.attempt or b"", client]
                 self._poller.expect(partition, block_us / 1e6)
         return self._partitions.call(partition, "acquire", words, self._give_back_leases)

@@ -200,7 +200,7 @@ class Waiters:
                 served = await self._serve(everywhere)
             except Exception as error:
                 if isinstance(error, PoolDraining):  # a partition knows it already
-                    for waiter in list(self._waiters):
+                    for waiter in self._waiters.all():
                         self._leave(waiter, error)
                 elif not isinstance(error, StorageUnavailable):
                     _log.exception("serving waiters failed")
