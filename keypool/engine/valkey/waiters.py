@@ -105,8 +105,8 @@ class Waiters:
 
     def oldest(self) -> float:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
-        first = self._waiters.first()
-        return 0.0 if first is None else self._loop.time() - first.since
+        since = self._waiters.waiting_since()
+        return 0.0 if since is None else self._loop.time() - since
 
     def key_freed(self, partition: int, server: str) -> None:
         """Handle a message that keys were freed in a partition, for the named server or any ("*")."""
@@ -126,7 +126,7 @@ class Waiters:
     def drain(self) -> None:
         """Raise Draining in all waiters, and accept none from now on."""
         self._draining = True
-        for waiter in list(self._waiters):
+        for waiter in self._waiters.all():
             self._leave(waiter, Draining())
 
     async def close(self) -> None:
