@@ -135,8 +135,11 @@ async def open_pools(settings: Settings) -> Pools:
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
         return EmbeddedPools(EmbeddedEngine(settings.rules), max_pools=settings.max_pools)
-    return EmbeddedPools(
-        await open_durable(Path(settings.data), settings.rules), max_pools=settings.max_pools
+    return await open_durable(
+        Path(settings.data),
+        settings.rules,
+        secrets_keys=settings.secrets_keys,
+        max_pools=settings.max_pools,
     )
 
 
