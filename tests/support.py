@@ -408,6 +408,10 @@ class Client:
         """POST."""
         return self.request("POST", path, **how)
 
+    def patch(self, path: str, **how: Any) -> Answer:
+        """PATCH."""
+        return self.request("PATCH", path, **how)
+
     def put(self, path: str, **how: Any) -> Answer:
         """PUT."""
         return self.request("PUT", path, **how)
@@ -425,6 +429,11 @@ class Client:
         return self.request("OPTIONS", path, **how)
 
     # What most tests need before they come to their point.
+
+    def make_pool(self, name: str, **settings: object) -> str:
+        """A new pool; the beginning of its paths."""
+        self.put(f"{API}/pools/{name}", json=settings).expect(201)
+        return f"{API}/pools/{name}"
 
     def make(self) -> dict[str, Any]:
         """A new key, as generate answers it."""
@@ -685,6 +694,7 @@ class ServerProcess:
         self._allowed: list[re.Pattern[str]] = []
         self._pieces: set[str] = set()
         self._unpurged: set[str] = set()
+        self._pools: set[str] = set()
         self._lines: list[str] = []
         self._checked = 0
         self._changed = threading.Condition()
@@ -793,7 +803,9 @@ class ServerProcess:
         self._clients.clear()
 
     def note(self, answer: Answer) -> None:
-        """Remember the keys that an answer shows."""
+        """Remember the pools that an answer made, and the keys that it shows."""
+        if answer.method == "PUT" and answer.status == 201:
+            self._pools.add(answer.path)
         if b'key"' not in answer.body or answer.headers.get_content_type() != "application/json":
             return
         found: list[Any] = [answer.json]
@@ -819,12 +831,24 @@ class ServerProcess:
             for at in range(0, len(keys), 1000):
                 client.batch(op="delete", keys=keys[at : at + 1000]).expect(200)
             self._unpurged.clear()
+            self._drop_pools(client)
+            if client.stats()["total"]:  # imported keys, whose texts no answer showed
+                rows = client.get(API + "/keys?limit=500").expect(200)["keys"]
+                client.batch(op="delete", keys=[f"id:{row['id']}" for row in rows]).expect(200)
 
             def empty() -> bool:
                 stats = client.stats()
                 return bool(stats["total"] == 0 and stats["waiting"] == 0)
 
             eventually(empty, "a pool without keys and waiters")
+
+    def _drop_pools(self, client: Client) -> None:
+        """Delete all pools that were made, and wait until they are gone."""
+        for path in self._pools:
+            client.delete(f"{path}?drain=true&now=true")
+        for path in self._pools:
+            eventually(lambda path=path: client.get(path).status == 404, f"{path} is gone")  # type: ignore[misc]
+        self._pools.clear()
 
     # ---- judging and ending it
 

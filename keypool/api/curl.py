@@ -27,6 +27,7 @@ EXAMPLES = {
     "pool-change": '{"max_block_seconds":3600}',
 }
 """A body of each operation that takes one, by name."""
+_WITHOUT_BODY = {"generate"}  # the calls that most often have none
 _QUERIES = {"list": "?order=expiry&limit=10"}
 
 
@@ -56,8 +57,9 @@ def call_lines(site: str, is_open: bool) -> list[CallLine]:
             curl(
                 site,
                 operation,
-                path=operation.path.replace("{key}", "$KEY") + _QUERIES.get(operation.name, ""),
-                body=EXAMPLES.get(operation.name),
+                path=operation.path.replace("{key}", "$KEY").replace("{pool}", "openai")
+                + _QUERIES.get(operation.name, ""),
+                body=EXAMPLES.get(operation.name) if operation.name not in _WITHOUT_BODY else None,
                 role=None if is_open else _least(operation),
             ),
         )
@@ -101,9 +103,11 @@ def generate_line(site: str, is_open: bool) -> str:
 def curl(site: str, operation: Operation, *, path: str, body: str | None, role: Role | None) -> str:
     """One call as a line, with the token of a role, or without one if `role` is None."""
     words = ["curl", "-sS"]
+    implied = "GET"
     if body is not None:
-        words += ["--json", shlex.quote(body)]  # implies POST and the content type
-    elif operation.method != "GET":
+        words += ["--json", shlex.quote(body)]  # implies the content type, too
+        implied = "POST"
+    if operation.method != implied:
         words += ["-X", operation.method]
     if role is not None:
         words += ["-H", f'"Authorization: Bearer $KEYPOOL_{role.value.upper()}_TOKEN"']
