@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from math import inf, nextafter
 from operator import attrgetter
 from typing import NamedTuple
@@ -553,6 +554,10 @@ class Pool:
         if query.order in ("release", "ready") and key.release_bucket is not None:
             return self._by_release.position_of(key, key.release_bucket)
         return self._by_id.position(key)
+
+    def after(self, id: int, count: int) -> list[Key]:
+        """The next `count` keys after this id, in order of id and of any state. O(log n + count)."""
+        return list(islice(self._by_id.walk((id,)), count))
 
     # -- the structures: only these methods change them
 

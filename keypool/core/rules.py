@@ -85,6 +85,15 @@ class PoolRules:
         given = {name: getattr(DEFAULT_RULES, name) for name in SETTINGS if name not in _OF_SERVER}
         return replace(self, **given | dict(settings))
 
+    def contradiction(self) -> str | None:
+        """Which two settings contradict each other; None if all can hold together. O(1)."""
+        if self.longest_block < self.block_seconds:
+            return (
+                f"max_block_seconds takes no less than block_seconds, which is {self.block_seconds:.15g}, "
+                f"not {self.longest_block:.15g}"
+            )
+        return None
+
     def settings(self) -> dict[str, float | int | None]:
         """All settings of a pool with these rules, in the order of `SETTINGS`. O(settings)."""
         return {name: getattr(self, name) for name in SETTINGS} | {"max_block_seconds": self.longest_block}

@@ -339,8 +339,10 @@ class Pools(Protocol):
     A pool that was changed on another server over the same Valkey is found within 2 s.
     """
 
-    default: Engine
-    """The pool `default`, which is always there, whose settings are the server's flags."""
+    @property
+    def default(self) -> Engine:
+        """The pool `default`, which is always there, whose settings are the server's flags."""
+        ...
 
     def get(self, name: str) -> Engine:
         """The pool of this name. O(1). Raises UnknownPool."""

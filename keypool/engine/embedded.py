@@ -40,6 +40,7 @@ from keypool.core.errors import (
     Draining,
     LeaseOver,
     NoKeyAvailable,
+    PoolDraining,
     PoolError,
     StaleLease,
     StorageUnavailable,
@@ -50,7 +51,7 @@ from keypool.core.handles import SECRET_BYTES, Handle, Handles
 from keypool.core.keys import Key, State, moment, random_text
 from keypool.core.outcomes import NO_HISTORY, Report
 from keypool.core.pool import Pool
-from keypool.core.rules import DEFAULT_RULES, PoolRules
+from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, PoolRules
 from keypool.engine import NOTE, Attempt, Timed
 from keypool.engine.clock import make_clock
 from keypool.engine.journal import Journal, NullJournal
@@ -94,14 +95,17 @@ class EmbeddedEngine:
         loop: IOLoop | None = None,
         clock: Callable[[], float] | None = None,
         new_text: Callable[[], str] | None = None,
+        pool_name: str = DEFAULT_POOL,
     ) -> None:
+        self.pool_name = pool_name
+        self.pool_draining = False
         self.now = clock or make_clock()
         self.timers = Timers(loop or IOLoop.current(), self.now, self._process_due)
         self.rules = rules
         self.handles = Handles(secrets.token_bytes(SECRET_BYTES))
         self.pool = Pool(
             rules,
-            new_text=new_text or (lambda: random_text(rules.key_length)),
+            new_text=new_text or (lambda: random_text(self.rules.key_length)),
             random=random.Random().random,  # noqa: S311 - which available key is served isn't secret
             on_change=self._changed,
             on_opened=self.timers.opened,
@@ -113,7 +117,6 @@ class EmbeddedEngine:
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
         self._notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
-        self._outage_grace = max(rules.restart_grace, rules.keepalive_seconds / 2)
         self._waiters = Waiters(
             self.pool,
             self.timers,
@@ -135,12 +138,11 @@ class EmbeddedEngine:
     async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate keys, all or none. O(count · log n)."""
         self.journal.require()
+        self._require_serving()
+        if self.pool.total + self._reserved + count > self.rules.max_keys:
+            await self.purge_expired()
+            self._require_serving()
         now = self.now()
-        while self.pool.total + self._reserved + count > self.rules.max_keys and self.pool.overdue(now):
-            self.pool.process_due(now)
-            if self.pool.overdue(now):
-                await self._next_turn()  # there is a backlog of expired keys
-                now = self.now()
         made: list[GeneratedKey] = []
         moments: list[float] = []
         try:
@@ -154,6 +156,7 @@ class EmbeddedEngine:
                     self._reserved -= 1
                     if (now := self.now()) > until:
                         until = await self._pause()
+                        self._require_serving()  # if not, those that were made are purged with the others
                         now = self.now()
             finally:
                 self._reserved -= count - len(made)
@@ -177,6 +180,8 @@ class EmbeddedEngine:
         journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held[0]
+        if self.pool_draining:
+            await self._refuse()
         digest = None if attempt is None else attempt.digest
         now = self.now()
         key = None if self._waiters.waiting else self.pool.acquire(now, owner, block_seconds, digest)
@@ -424,7 +429,7 @@ class EmbeddedEngine:
             blocked=pool.blocked,
             cooling=pool.cooling,
             quarantined=pool.quarantined,
-            waiting=len(self._waiters.waiting),
+            waiting=self.waiting,
             **pool.counters.by_name(),
             uptime=_seconds(self.now() - self._started_at),
             engine=self.name,
@@ -496,12 +501,49 @@ class EmbeddedEngine:
     def drain(self) -> None:
         """Answer all waiters with Draining, and admit no more. O(waiters)."""
         self._draining = True
-        self._waiters.drain()
+        self._waiters.drain(Draining)
 
     async def close(self) -> None:
         """Stop the timers, and commit all changes. Raises StorageUnavailable if they can't be committed."""
         self.timers.close()
         await self.journal.close()
+
+    # -- what EmbeddedPools calls
+
+    def sibling(
+        self, name: str, number: int, rules: PoolRules, *, start_timers: bool = True
+    ) -> EmbeddedEngine:
+        """An engine for another pool of the same server, empty and without a journal. O(1)."""
+        engine = EmbeddedEngine(
+            rules, start_timers=start_timers, loop=self.timers.loop, clock=self.now, pool_name=name
+        )
+        engine.handles = self.handles.of_pool(number)
+        return engine
+
+    def set_rules(self, rules: PoolRules) -> None:
+        """Apply these rules to whatever comes from now on. O(1)."""
+        self.rules = self.pool.rules = rules
+
+    def drain_pool(self) -> None:
+        """Serve and take no key any more: PoolDraining, to the waiters as well. O(waiters)."""
+        self.pool_draining = True
+        self._waiters.drain(PoolDraining)
+
+    async def purge_expired(self) -> None:
+        """Purge the keys that have expired, so that counts are exact. O(their number), in slices."""
+        while self.pool.overdue(now := self.now()):
+            self.pool.process_due(now)
+            if self.pool.overdue(now):
+                await self._next_turn()
+
+    @property
+    def waiting(self) -> int:
+        """How many acquires wait in this pool. O(1)."""
+        return len(self._waiters.queue)
+
+    def _require_serving(self) -> None:
+        if self.pool_draining:
+            raise PoolDraining
 
     # -- steps of the calls
 
@@ -525,6 +567,8 @@ class EmbeddedEngine:
             if self._waiters.waiting:  # a block may have run out whose timer is late
                 self.pool.process_due(now)
                 self._waiters.serve(now)
+            if self.pool_draining:
+                return None
             key = None if self._waiters.waiting else self.pool.acquire(now, *request)
             if key is not None:
                 return self._lease(key, now)
@@ -625,7 +669,10 @@ class EmbeddedEngine:
         return results
 
     async def _refuse(self) -> NoReturn:
-        """Raise NoKeyAvailable, as soon as all changes are on disk."""
+        """Raise NoKeyAvailable or PoolDraining, as soon as all changes are on disk."""
+        if self.pool_draining:
+            await self._all_kept()
+            raise PoolDraining
         self.pool.counters.refused += 1
         await self._all_kept()
         pool = self.pool
@@ -715,7 +762,9 @@ class EmbeddedEngine:
         Yields between slices; O(log n) for each key that would expire sooner. Returns the end of the grace in
         milliseconds. No call changes anything meanwhile.
         """
-        until = round((self.now() + self._outage_grace) * 1000)
+        rules = self.rules
+        grace = max(rules.restart_grace, (rules.keepalive_seconds or 0.0) / 2)
+        until = round((self.now() + grace) * 1000)
         while self.pool.grant_grace(until / 1000, _GRACES_PER_TURN):
             yield
         return until

@@ -2,8 +2,8 @@
 
 A sealed text is bound to its place, so rows can't be exchanged: the number of the pool and the id of the key are
 authenticated with it (NIST SP 800-38D, additional data). Its nonce is random: with 96 bits, one secrets key may seal
-2^32 texts before a repeated nonce gets likelier than 2^-32 (section 8.3), which is years of commits; `rekey` under a new
-key begins anew.
+2^32 texts before a repeated nonce gets likelier than 2^-32 (section 8.3), which is years of commits; `rekey` under a
+new key begins anew.
 
     sealed = 4 bytes: which secrets key, 12 bytes: nonce, the ciphertext, 16 bytes: tag
 

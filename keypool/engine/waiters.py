@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from sortedcontainers import SortedDict
 
 from keypool.core.answers import Lease
-from keypool.core.errors import Draining, Superseded, TooManyWaiters
+from keypool.core.errors import Draining, PoolDraining, Superseded, TooManyWaiters
 from keypool.core.keys import Key
 from keypool.core.pool import Pool
 from keypool.engine import Timed
@@ -147,7 +147,7 @@ class Waiters:
         self.queue = Queue()
         """The pending acquires. Only this class changes it."""
         self.waiting = self.queue.by_place
-        self._draining = False
+        self._refusal: type[Draining | PoolDraining] | None = None
         self._serving_soon = False
         self.wait_seconds = Histogram(SECONDS_OF_WAIT)
 
@@ -159,10 +159,10 @@ class Waiters:
     async def wait(self, request: Request, seconds: float, timed: Timed | None) -> Lease | None:
         """The lease of the next available key; None if there was none within `seconds`. O(log n).
 
-        The time in the queue is added to `timed.waited`. Raises Draining, TooManyWaiters, Superseded.
+        The time in the queue is added to `timed.waited`. Raises Draining, PoolDraining, TooManyWaiters, Superseded.
         """
-        if self._draining:
-            raise Draining
+        if self._refusal is not None:
+            raise self._refusal
         superseded = self.queue.waiter_of(request.attempt)
         if superseded is None and len(self.queue) >= self._max_waiters:
             raise TooManyWaiters(self._max_waiters)
@@ -206,12 +206,12 @@ class Waiters:
         self._serving_soon = False
         self.serve(self._now())
 
-    def drain(self) -> None:
-        """Answer all waiters with Draining, and admit no more. O(waiters)."""
-        self._draining = True
+    def drain(self, refusal: type[Draining | PoolDraining]) -> None:
+        """Answer all waiters with this error, and admit no more. O(waiters)."""
+        self._refusal = refusal
         while (waiter := self.queue.first()) is not None:
             self._remove(waiter)
-            waiter.served.set_exception(Draining())
+            waiter.served.set_exception(refusal())
 
     def _remove(self, waiter: Waiter) -> None:
         self.queue.discard(waiter)

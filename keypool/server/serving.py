@@ -30,7 +30,7 @@ from keypool.core.errors import StartError, StorageUnavailable
 from keypool.engine import Pools
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.pools import OnePool
+from keypool.engine.pools import EmbeddedPools, OnePool
 from keypool.engine.valkey.url import parse, without_password
 from keypool.http.api_call import InFlight
 from keypool.http.http1.connection_limiter import ConnectionLimiter
@@ -130,8 +130,8 @@ async def open_pools(settings: Settings) -> Pools:
         return await _open_valkey(settings)
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
-        return OnePool(EmbeddedEngine(settings.rules))
-    return OnePool(await open_durable(Path(settings.data), settings.rules))
+        return EmbeddedPools(EmbeddedEngine(settings.rules))
+    return EmbeddedPools(await open_durable(Path(settings.data), settings.rules))
 
 
 async def _open_valkey(settings: Settings) -> Pools:
