@@ -33,10 +33,18 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A role, and for the audit log the first 8 hex digits of the token's digest."""
+    """A role, and what the caller's token is and may do.
+
+    `token` names it in the audit log and in events: the name of a named token, else the first 8 hex digits of its
+    digest. `pools` are the only pools it may use, `max_held` the most leases that it may hold at a time in all of
+    them together; None for no such limit.
+    """
 
     role: Role
     token: str
+    name: str | None = None
+    pools: frozenset[str] | None = None
+    max_held: int | None = None
 
 
 def mark_of(digest: bytes) -> str:

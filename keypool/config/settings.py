@@ -167,6 +167,9 @@ class Settings:
     viewer_tokens: tuple[str, ...] = field(default=(), repr=False)
     admin_tokens: tuple[str, ...] = field(default=(), repr=False)
 
+    secrets_keys: tuple[bytes, ...] = field(default=(), repr=False)
+    """Keys of 32 bytes, under which the pool's keys are encrypted at rest: the first encrypts, all decrypt."""
+
     origins: Mapping[str, Origin] = field(default_factory=_all_default, compare=False)
     """Where the value of every other field comes from."""
 
