@@ -111,21 +111,24 @@ Samples = Mapping[Any, float | Histogram]
 
 
 def exposition(
-    pools: Mapping[str, Stats], calls: CallMetrics, histograms: Mapping[str, Histogram], numbers: Numbers
+    server: Stats,
+    pools: Mapping[str, Stats],
+    calls: CallMetrics,
+    histograms: Mapping[str, Histogram],
+    numbers: Numbers,
 ) -> bytes:
     """All metrics in Prometheus's text format. O(pools), whatever the number of keys; 2 ms, and 0.1 for each pool.
 
-    `pools` are the stats of each by its name, `numbers` the metrics that are neither in these nor in `histograms`.
+    `server` are the stats of any pool, `pools` those that are shown by name, `numbers` the metrics that are neither in these nor in `histograms`.
     """
     samples: dict[str, Samples] = {}
-    some = next(iter(pools.values()))
     for each in METRICS:
         if each.source in histograms:
             samples[each.name] = {(): histograms[each.source]}
         elif each.labels == "pool" and each.source:
             samples[each.name] = {(pool,): getattr(stats, each.source) for pool, stats in pools.items()}
-        elif hasattr(some, each.source):
-            samples[each.name] = {(): getattr(some, each.source)}
+        elif hasattr(server, each.source):
+            samples[each.name] = {(): getattr(server, each.source)}
     for name, value in numbers.items():
         samples[name] = (
             {(label,): number for label, number in value.items()}
@@ -136,7 +139,7 @@ def exposition(
         "keypool_keys": {
             (pool, state.value): getattr(stats, state) for pool, stats in pools.items() for state in State
         },
-        "keypool_build_info": {(__version__, some.engine): 1},
+        "keypool_build_info": {(__version__, server.engine): 1},
         "keypool_calls_total": dict(calls.outcomes),
         "keypool_call_seconds": {(operation,): each for operation, each in calls.seconds.items()},
     }

@@ -188,6 +188,17 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
     return rows
 
 
+def at_rest(settings: Settings) -> str:
+    """How keys are protected where they are stored, in words."""
+    if settings.secrets_keys:
+        return "encrypted (AES-256-GCM)"
+    if settings.engine != "embedded":
+        return "not encrypted: everybody who can read this Valkey can read them; set KEYPOOL_SECRETS_KEY"
+    if settings.data == ":memory:":
+        return "not stored: this pool is in memory only"
+    return "not encrypted: protected by the file's mode 0600 only; set KEYPOOL_SECRETS_KEY to encrypt them"
+
+
 def number(value: float) -> str:
     """A count with thousands separators."""
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"

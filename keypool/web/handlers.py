@@ -19,7 +19,7 @@ from keypool.core.errors import BadRequest, KeypoolError, NotFound, Unauthorized
 from keypool.core.events import SILENT, Change
 from keypool.core.keys import State, moment
 from keypool.core.rules import DEFAULT_POOL
-from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, mostly_out, settings_in_force
+from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, at_rest, mostly_out, settings_in_force
 from keypool.web.pages import PageHandler
 from keypool.web.pool_view import PoolView
 from keypool.web.session import Session
@@ -32,6 +32,9 @@ TABS = {
     "quarantined": ("Quarantined", {"state": "quarantined"}),
     "expiring": ("Expiring soon", {"order": "expiry"}),
 }
+NAME = "name:"
+"""How a search for names begins."""
+
 # Events of the overview, and rows of each of its lists; static/js/pages/overview.js has the same.
 SHOWN = 10
 SHOWN_DUE = 5
@@ -200,11 +203,14 @@ def list_query(tab: str, search: str, after: str | None) -> ListQuery:
     """The API's query for a tab and a search by prefix. Raises BadRequest."""
     asked = dict(TABS[tab][1])
     if search:
-        asked = {"prefix": search} | ({"state": tab} if tab in list(State) else {})
+        by = "name" if search.startswith(NAME) else "prefix"
+        asked = {by: search.removeprefix(NAME)} | ({"state": tab} if tab in list(State) else {})
     try:
         return convert({**asked, "after": after, "limit": 50}, ListQuery)
     except ValidationError:
-        raise BadRequest("search takes the first 1 to 4 characters of a key, or id:42") from None
+        raise BadRequest(
+            "search takes the first 1 to 4 characters of a generated key, id:42, or name: and the beginning of a name"
+        ) from None
 
 
 class KeyPanel(DashboardHandler):
@@ -280,6 +286,7 @@ class System(DashboardHandler):
             figures=self.dashboard.figures(self.view),
             engine_figures=self.engine.figures(),
             rows=settings_in_force(self.dashboard.settings, self.access),
+            at_rest=at_rest(self.dashboard.settings),
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from keypool.api.calls import VIEWER
-from keypool.core.rules import DEFAULT_POOL
 from keypool.ops.histogram import Histogram
 from keypool.ops.metrics import CONTENT_TYPE, exposition
 from keypool.web.pages import PageHandler
@@ -40,10 +39,8 @@ class Metrics(PageHandler):
         engine = self.engine
         allowed = self.caller.pools
         pools = {
-            name: self.pools.get(name)
-            for name in self.pools.names()
-            if allowed is None or name in allowed
-        } or {DEFAULT_POOL: engine}
+            name: self.pools.get(name) for name in self.pools.names() if allowed is None or name in allowed
+        }
         stats = {name: await each.stats() for name, each in pools.items()}
         numbers: dict[str, float | Mapping[str, float]] = {
             "keypool_viewers": sources.viewers(),
@@ -60,7 +57,7 @@ class Metrics(PageHandler):
             **engine.measures(),
         }
         histograms = engine.histograms() | _merged([each.histograms() for each in pools.values()])
-        page = exposition(stats, self.dispatcher.calls, histograms | sources.histograms, numbers)
+        page = exposition(await engine.stats(), stats, self.dispatcher.calls, histograms | sources.histograms, numbers)
         self._answer(page, CONTENT_TYPE)
 
 
