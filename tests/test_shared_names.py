@@ -7,7 +7,7 @@ import re
 
 from support import ROOT
 
-from keypool.api.operations import BASE
+from keypool.api.calls import BASE
 from keypool.client import Stats as ClientStats
 from keypool.client.settings import BASE as CLIENT_BASE
 from keypool.core.answers import Stats

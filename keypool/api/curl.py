@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keypool.api.auth import Role
-from keypool.api.operations import BASE, OPERATIONS, Operation
+from keypool.api.calls import BASE
+from keypool.api.operations import OPERATIONS, Operation
 
 EXAMPLES = {
     "acquire": '{"owner":"worker-7","wait":10}',
@@ -18,6 +19,12 @@ EXAMPLES = {
     "extend": '{"lease":17,"seconds":60}',
     "quarantine": '{"reason":"billing is overdue"}',
     "batch": '{"op":"acquire","count":10}',
+    "generate": '{"secret":"sk-live-3f0c2e91","name":"acct-17","data":{"user":"x"},"expire":true}',
+    "find": '{"key":"acct-17"}',
+    "update": '{"name":"acct-18","labels":{"region":"us"}}',
+    "replace": '{"secret":"sk-live-77d1a5b0"}',
+    "pool-put": '{"block_seconds":300,"keepalive_seconds":null}',
+    "pool-change": '{"max_block_seconds":3600}',
 }
 """A body of each operation that takes one, by name."""
 _QUERIES = {"list": "?order=expiry&limit=10"}

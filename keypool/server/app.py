@@ -12,11 +12,11 @@ from tornado.routing import PathMatches, Rule
 from tornado.web import Application
 
 from keypool.api.auth import Access
-from keypool.api.calls import Call
+from keypool.api.calls import BASE, Call
 from keypool.api.dispatch import Dispatcher
 from keypool.api.first_version import LEGACY
 from keypool.api.openapi import describing
-from keypool.api.operations import BASE, OPERATIONS, Operation
+from keypool.api.operations import OPERATIONS, Operation
 from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors

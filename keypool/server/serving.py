@@ -130,8 +130,10 @@ async def open_pools(settings: Settings) -> Pools:
         return await _open_valkey(settings)
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
-        return EmbeddedPools(EmbeddedEngine(settings.rules))
-    return EmbeddedPools(await open_durable(Path(settings.data), settings.rules))
+        return EmbeddedPools(EmbeddedEngine(settings.rules), max_pools=settings.max_pools)
+    return EmbeddedPools(
+        await open_durable(Path(settings.data), settings.rules), max_pools=settings.max_pools
+    )
 
 
 async def _open_valkey(settings: Settings) -> Pools:

@@ -11,7 +11,8 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
 from keypool.api.auth import Access, Caller, Role
-from keypool.api.dispatch import Dispatcher, check_size_of_headers, check_target, too_large, unexpected
+from keypool.api.decoding import too_large
+from keypool.api.dispatch import Dispatcher, check_size_of_headers, check_target, unexpected
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.config.limits import MAX_BODY
 from keypool.core.errors import (
