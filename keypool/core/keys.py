@@ -50,6 +50,10 @@ class State(StrEnum):
     QUARANTINED = "quarantined"
 
 
+MAX_NAME = 63
+"""Characters of a name."""
+
+
 class Details(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defaults=True):
     """What an operator wrote about a key. Files and Valkey contain it: fields may be added at the end only."""
 
@@ -61,6 +65,8 @@ class Details(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defau
     """Shown to viewers."""
     data: bytes | None = None
     """A JSON object, as secret as the text."""
+    former: str | None = None
+    """The text with which the lease was given, if it was replaced since: it names the key until the lease ends."""
 
 
 NO_DETAILS = Details()

@@ -67,7 +67,9 @@ def cooldown_of(report: Report, failures: int, rules: PoolRules) -> float:
     outcome = report.outcome
     if outcome is Outcome.RATE_LIMITED and report.retry_after is not None:
         return min(report.retry_after, rules.max_retry_after_seconds)
-    if outcome is Outcome.OK or (outcome is Outcome.ERROR and failures < rules.error_threshold):
+    if outcome is Outcome.OK:
+        return 0.0
+    if outcome is Outcome.ERROR and (rules.error_threshold is None or failures < rules.error_threshold):
         return 0.0
     return back_off(failures, rules)
 

@@ -32,8 +32,19 @@ from typing import NamedTuple
 import msgspec
 from sortedcontainers import SortedList
 
+from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.counters import Counters
-from keypool.core.errors import BlockLimit, LeaseOver, PoolFull, StaleLease, UnknownKey
+from keypool.core.details import details_of, patched, with_text_from_elsewhere, without_former
+from keypool.core.errors import (
+    BlockLimit,
+    KeysWouldExpire,
+    LeaseOver,
+    NameTaken,
+    PoolFull,
+    SecretExists,
+    StaleLease,
+    UnknownKey,
+)
 from keypool.core.events import DEADLINE, HOLDER, Change, Origin
 from keypool.core.index import (
     AttemptIndex,
@@ -42,9 +53,8 @@ from keypool.core.index import (
     DeadlineIndex,
     IdIndex,
     Position,
-    TextIndex,
 )
-from keypool.core.keys import DEAD, Key, State
+from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
 from keypool.core.outcomes import (
     NO_HISTORY,
     History,
@@ -55,6 +65,7 @@ from keypool.core.outcomes import (
     may_quarantine,
 )
 from keypool.core.rules import PoolRules
+from keypool.core.texts import HashedIndex, HintIndex, NameIndex, TextIndex, generated_with_hint
 
 MAX_DUE_PER_CALL = 64
 """At most so many due keys of each kind are processed by one call. The engine drains a larger backlog in slices."""
@@ -74,13 +85,17 @@ Listener = Callable[[Change, Key, str | None, Origin], None]
 
 @dataclass(slots=True)
 class PageQuery:
-    """Which keys a page shows. `state` None means all states; with a prefix, the order is that of the texts."""
+    """Which keys a page shows. `state` None means all states.
+
+    With a `prefix`, the order is that of the texts, which must be generated ones; with a `name`, that of the names.
+    """
 
     state: State | None = None
     prefix: str | None = None
     order: str = "id"  # or "release", "ready", "expiry"
     limit: int = 50
     after: Position | None = None
+    name: str | None = None
 
 
 @dataclass(slots=True)
@@ -108,11 +123,14 @@ class Ended(NamedTuple):
 
 _CHANGED, _UNCHANGED = Ended(True), Ended(False)
 
+_MOST_PAST_TEXTS = 1000  # more than one commit replaces
+
 
 class Pool:
     """All keys, and the orders in which they are found.
 
-    `new_text` returns a random key text, `random` a float in [0, 1). `last_id` and `last_lease` only grow.
+    `new_text` returns a random key text, `random` a float in [0, 1). `last_id` and `last_lease` only grow. `rules` may
+    be replaced at any time: a changed length of time holds for the deadlines that are set from then on.
     """
 
     def __init__(
@@ -138,7 +156,13 @@ class Pool:
         self._total = 0
         self._purge_until = inf  # keys whose deadline comes after it are not purged: see `suspend_expiry`
         self._by_id = IdIndex()
-        self._by_text = TextIndex()
+        self._by_text = TextIndex()  # of generated keys
+        self._imported = (
+            HashedIndex()
+        )  # of the others by text, and of leased ones by the text before a replacement
+        self._by_name = NameIndex()
+        self._by_hint = HintIndex()  # of imported keys
+        self._past: dict[str, int] = {}  # ids by texts that named them until lately
         self._by_attempt = AttemptIndex()
         self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
         self._by_release = DeadlineIndex(attrgetter("release_deadline"), on_opened, on_closed)
@@ -173,12 +197,45 @@ class Pool:
     # -- finding
 
     def find(self, text: str, now: float) -> Key:
-        """The live key with this text, its deadlines applied. O(1). Raises UnknownKey."""
-        return self._live(self._by_text.get(text), now)
+        """The live key with this text, its deadlines applied. O(1). Raises UnknownKey.
+
+        A text that was replaced names its key until the lease ends that was given with it.
+        """
+        key = self._by_text.get(text)
+        if key is None:
+            key = self._imported.get(text)
+            if key is not None and key.text != text:
+                self._live(key, now)  # which may end its lease
+                key = self._imported.get(text)
+        return self._live(key, now)
 
     def find_id(self, id: int, now: float) -> Key:
         """The live key with this id, its deadlines applied. O(1). Raises UnknownKey."""
         return self._live(self._by_id.get(id), now)
+
+    def find_name(self, name: str, now: float) -> Key:
+        """The live key with this name, its deadlines applied. O(log n). Raises UnknownKey."""
+        return self._live(self._by_name.get(name), now)
+
+    def find_hint(self, hint: str, now: float) -> Key:
+        """The first live key by id with this hint, its deadlines applied. O(log n). Raises UnknownKey.
+
+        Examines at most `PAGE_SCAN_LIMIT` keys, of which more would have to have expired, or begin likewise.
+        """
+        generated = islice(generated_with_hint(hint, self._by_text, self._by_id), PAGE_SCAN_LIMIT)
+        imported = (self._by_id.get(id) for id in islice(self._by_hint.walk(hint), PAGE_SCAN_LIMIT))
+        found = [
+            next(
+                (key for key in keys if key is not None and key.hint == hint and key.expires_deadline > now),
+                None,
+            )
+            for keys in (sorted(generated, key=attrgetter("id")), imported)
+        ]
+        return self._live(min(filter(None, found), key=attrgetter("id"), default=None), now)
+
+    def past_id(self, text: str) -> int | None:
+        """The id of the key that had this text until lately, when it was replaced. O(1)."""
+        return self._past.get(text)
 
     def _live(self, key: Key | None, now: float) -> Key:
         if key is None:
@@ -222,12 +279,88 @@ class Pool:
         """Make a key, available at once. O(log n). Raises PoolFull."""
         self.require_room(1, now)
         self.last_id += 1
-        key = Key(self.last_id, self._new_text(), now, now + self.rules.keepalive_seconds)
+        key = Key(self.last_id, self._new_text(), now, self._expiry(now))
         self._insert(key)
         self._give_slot(key)
         self.counters.generated += 1
         self.on_change(Change.GENERATED, key, None, origin)
         return key
+
+    def require_lasting(self, expire: bool) -> None:
+        """Raise KeysWouldExpire if the pool purges keys and the importer doesn't know it. O(1)."""
+        seconds = self.rules.keepalive_seconds
+        if seconds is not None and not expire:
+            raise KeysWouldExpire(seconds)
+
+    def import_key(self, item: NewKey, now: float, origin: Origin, reserved: int = 0) -> Key:
+        """Add a key from elsewhere, available at once, whose text `find` hasn't found. O(log n).
+
+        `reserved` is the room that others need. Raises NameTaken, PoolFull.
+        """
+        if item.name:
+            self._require_name(item.name, None, now)
+        self.require_room(reserved + 1, now)
+        self._give_up_former(item.secret, origin)
+        self.last_id += 1
+        key = Key(self.last_id, item.secret, now, self._expiry(now), details=details_of(item))
+        self._insert(key)
+        self._give_slot(key)
+        self.counters.imported += 1
+        self.on_change(Change.IMPORTED, key, None, origin)
+        return key
+
+    def update(self, key: Key, patch: KeyPatch, now: float, origin: Origin) -> None:
+        """Change name, labels or data of a live key. O(log n). Raises NameTaken."""
+        details = patched(key.details, patch)
+        if details.name != key.details.name:
+            if details.name is not None:
+                self._require_name(details.name, key, now)
+            if key.details.name is not None:
+                self._by_name.discard(key)
+            key.details = details
+            if details.name is not None:
+                self._by_name.add(key)
+        key.details = details
+        self.on_change(Change.NOTED, key, key.owner, origin)
+
+    def replace(self, key: Key, secret: str, now: float, origin: Origin) -> None:
+        """Give a live key another text, which `find` hasn't found for another key. O(log n). Raises SecretExists.
+
+        What was reported about the old text is forgotten, and a cooldown or quarantine is over. A lease goes on, and
+        the text with which it was given names the key until it ends.
+        """
+        other = self._unless_expired(self._by_text.get(secret) or self._imported.get(secret), now)
+        if other is not None and other is not key and other.text == secret:
+            raise SecretExists(other.id)
+        if secret != key.text:
+            first = key.details.former or key.text
+            former = first if key.state is _BLOCKED and first != secret else None
+            self._leave_texts(key)
+            self._give_up_former(secret, origin)
+            if key.text != former:
+                self._remember(key.text, key)
+            key.text = secret
+            key.details = with_text_from_elsewhere(key.details, former)
+            self._enter_texts(key)
+        self.restore(key, origin)
+
+    def _require_name(self, name: str, key: Key | None, now: float) -> None:
+        """Raise NameTaken if a key other than this one has the name. O(log n)."""
+        holder = self._unless_expired(self._by_name.get(name), now)
+        if holder is not None and holder is not key:
+            raise NameTaken(holder.id)
+
+    def _unless_expired(self, key: Key | None, now: float) -> Key | None:
+        """The key; None if it has expired, and is purged now, which waits while expiry is suspended."""
+        if key is not None and key.expires_deadline <= min(now, self._purge_until):
+            self._purge(key, Change.EXPIRED)
+            return None
+        return key
+
+    def _expiry(self, now: float) -> float:
+        """The `expires_deadline` of a key that is kept alive now."""
+        seconds = self.rules.keepalive_seconds
+        return NEVER if seconds is None else now + seconds
 
     def require_room(self, count: int, now: float) -> None:
         """Raise PoolFull unless `count` more keys fit. O(1)."""
@@ -242,10 +375,12 @@ class Pool:
         owner: str | None,
         block_seconds: float | None = None,
         attempt: bytes | None = None,
+        client: str | None = None,
     ) -> Key | None:
         """Block a uniformly random available key under a new lease; None if none is available. O(1).
 
         `block_seconds` is in place of the pool's own; `leases_of` finds the key by its `attempt` as long as it is held.
+        `client` is the name of the caller's token.
         Up to `MAX_DUE_PER_CALL` due keys are processed first. After a None, `may_have_more` returns whether that wasn't
         enough and the caller should try again.
         """
@@ -263,6 +398,8 @@ class Pool:
                 key.state = _BLOCKED
                 key.reported = False
                 key.acquired_at = now
+                if client is not None:
+                    key.client = client
                 if attempt is not None:
                     key.attempt = attempt
                     self._by_attempt.add(key, attempt)
@@ -398,12 +535,16 @@ class Pool:
             self.on_change(Change.NOTED, key, key.owner, origin)
 
     def keepalive(self, key: Key, now: float) -> None:
-        """Set a live key's `expires_deadline` to `now + keepalive_seconds`. O(1)."""
-        deadline = now + self.rules.keepalive_seconds
-        assert key.expiry_bucket is not None  # a live key is in the order by expiry
-        self._by_expiry.discard(key, key.expiry_bucket)
-        key.expires_deadline = deadline
-        key.expiry_bucket = self._by_expiry.add(key, deadline)
+        """Set a live key's `expires_deadline` to `now + keepalive_seconds`, or to NEVER if that is None. O(1)."""
+        if key.expiry_bucket is not None:
+            self._by_expiry.discard(key, key.expiry_bucket)
+        seconds = self.rules.keepalive_seconds
+        if seconds is not None:
+            key.expires_deadline = deadline = now + seconds
+            key.expiry_bucket = self._by_expiry.add(key, deadline)
+        else:
+            key.expires_deadline = NEVER
+            key.expiry_bucket = None
         self.counters.kept_alive += 1
         self.on_change(_KEPT_ALIVE, key, key.owner, HOLDER)
 
@@ -482,7 +623,9 @@ class Pool:
         """Whether a key that `find` didn't find is still kept, because expiry is suspended. O(1)."""
         if not self.expiry_suspended:
             return False
-        return (self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)) is not None
+        if isinstance(ref, int):
+            return self._by_id.get(ref) is not None
+        return self._by_text.get(ref) is not None or self._imported.get(ref) is not None
 
     def grant_grace(self, until: float, limit: int) -> bool:
         """Let keys that would expire before `until` live until then, soonest first. Returns whether more may be left.
@@ -529,6 +672,8 @@ class Pool:
         return page
 
     def _walk(self, query: PageQuery) -> Iterator[Key]:
+        if query.name is not None:
+            return self._by_name.walk(query.name, query.after)
         if query.prefix is not None:
             return self._by_text.walk(query.prefix, query.after, self._by_id)
         if query.order == "expiry":
@@ -547,6 +692,8 @@ class Pool:
             yield key
 
     def _position(self, query: PageQuery, key: Key) -> Position:
+        if query.name is not None:
+            return self._by_name.position(key)
         if query.prefix is not None:
             return self._by_text.position(key)
         if query.order == "expiry" and key.expiry_bucket is not None:
@@ -577,9 +724,56 @@ class Pool:
 
     def _insert(self, key: Key) -> None:
         self._by_id.add(key)
-        self._by_text.add(key)
-        key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
+        if key.details is NO_DETAILS:
+            self._by_text.add(key)
+        else:
+            self._enter_texts(key)
+            if key.details.name is not None:
+                self._by_name.add(key)
+        if key.expires_deadline != NEVER:
+            key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
         self._total += 1
+
+    def _enter_texts(self, key: Key) -> None:
+        """Let a key be found by its text, by the one before if its lease goes on, and by the hint."""
+        if not key.details.imported:
+            self._by_text.add(key)
+            return
+        self._imported.add(key.text, key)
+        self._by_hint.add(key)
+        if key.details.former is not None:
+            self._imported.add(key.details.former, key)
+
+    def _leave_texts(self, key: Key) -> None:
+        """Undo `_enter_texts`."""
+        if not key.details.imported:
+            self._by_text.discard(key)
+            return
+        self._imported.discard(key.text)
+        self._by_hint.discard(key)
+        if key.details.former is not None:
+            self._imported.discard(key.details.former)
+
+    def _end_former(self, key: Key) -> None:
+        """A key's text before a replacement names it no longer."""
+        assert key.details.former is not None
+        self._imported.discard(key.details.former)
+        self._remember(key.details.former, key)
+        key.details = without_former(key.details)
+
+    def _give_up_former(self, text: str, origin: Origin) -> None:
+        """A text that becomes a key's own names no other one, even if that is still leased under it."""
+        key = self._imported.get(text)
+        if key is not None:
+            self._end_former(key)
+            self.on_change(Change.NOTED, key, key.owner, origin)
+
+    def _remember(self, text: str, key: Key) -> None:
+        """Remember whose text this was, and forget the oldest of such texts beyond `_MOST_PAST_TEXTS`."""
+        self._past.pop(text, None)
+        self._past[text] = key.id
+        if len(self._past) > _MOST_PAST_TEXTS:
+            del self._past[next(iter(self._past))]
 
     def _catch_up(self, key: Key, now: float) -> None:
         """Release a blocked key and end the cooldown of a cooling one, as of their deadlines, if these have passed."""
@@ -636,11 +830,13 @@ class Pool:
     def _purge(self, key: Key, change: Change, origin: Origin = DEADLINE) -> None:
         owner = self._leave(key)
         key.quarantine_pending = False
-        assert key.expiry_bucket is not None
-        self._by_expiry.discard(key, key.expiry_bucket)
-        self._by_text.discard(key)
+        if key.expiry_bucket is not None:
+            self._by_expiry.discard(key, key.expiry_bucket)
+            key.expiry_bucket = None
+        self._leave_texts(key)
+        if key.details.name is not None:
+            self._by_name.discard(key)
         self._by_id.discard(key)
-        key.expiry_bucket = None
         key.expires_deadline = DEAD
         self._total -= 1
         if change is Change.DELETED:
@@ -668,6 +864,10 @@ class Pool:
             self._by_attempt.discard(key, key.attempt)
             key.attempt = None
             key.replayed = False
+        if key.client is not None:
+            key.client = None
+        if key.details is not NO_DETAILS and key.details.former is not None:
+            self._end_former(key)
         owner, key.owner = key.owner, None
         return owner
 
@@ -697,7 +897,7 @@ class Pool:
     def check_in_slices(self, size: int) -> Iterator[None]:
         """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
         counts = dict.fromkeys(State, 0)
-        total = last = attempts = 0
+        total = last = attempts = imported = formers = named = expiring = 0
         for key in self._by_id.walk(None):
             if key.id <= last:
                 raise ValueError("the walk by id is out of order or returns a key twice")
@@ -706,9 +906,13 @@ class Pool:
             total += 1
             counts[key.state] += 1
             attempts += key.attempt is not None
+            imported += key.details.imported
+            formers += key.details.former is not None
+            named += key.details.name is not None
+            expiring += key.expires_deadline != NEVER
             if total % size == 0:
                 yield
-        found = (total, len(self._by_text), *counts.values())
+        found = (total, len(self._by_text) + len(self._imported) - formers, *counts.values())
         expected = (
             self._total,
             self._total,
@@ -719,27 +923,48 @@ class Pool:
         )
         if found != expected:
             raise ValueError(f"by id, by text and by state there are {found} keys instead of {expected}")
+        indexed = (len(self._imported), len(self._by_hint), len(self._by_name))
+        if indexed != (imported + formers, imported, named):
+            raise ValueError(
+                f"{indexed} texts, hints and names lead to {imported} imported keys, {formers} of them with a former "
+                f"text, and {named} keys with a name"
+            )
         self._by_attempt.check(attempts)
-        yield from self._by_expiry.check_in_slices(total, size)
+        yield from self._by_expiry.check_in_slices(expiring, size)
         yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
 
     def _check_key(self, key: Key) -> None:
         if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
             last = (self.last_id, self.last_lease)
             raise ValueError(f"{key!r}: id or lease {key.lease} is beyond the last given, {last}")
-        if self._by_text.get(key.text) is not key:
-            raise ValueError(f"{key!r} is not found by its text")
+        self._check_details(key)
         if key.expires_deadline == DEAD:
             raise ValueError(f"{key!r} was purged but is still found by id")
-        self._by_expiry.check_key(key, key.expiry_bucket)
+        if key.expires_deadline != NEVER:
+            self._by_expiry.check_key(key, key.expiry_bucket)
+        elif key.expiry_bucket is not None:
+            raise ValueError(f"{key!r} never expires but has a place in the order by expiry")
         self._check_place(key)
         blocked = key.state is _BLOCKED
         if blocked and key.lease == 0:
             raise ValueError(f"{key!r} is blocked without a lease")
-        if not blocked and (key.owner is not None or key.attempt is not None or key.quarantine_pending):
+        of_holder = (key.owner, key.attempt, key.client, key.details.former)
+        if not blocked and (key.quarantine_pending or any(each is not None for each in of_holder)):
             raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
         if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
             raise ValueError(f"{key!r} is not found by its attempt")
+
+    def _check_details(self, key: Key) -> None:
+        """Raise ValueError unless the key is found by its texts, its hint and its name, and by them alone."""
+        details = key.details
+        if (self._imported if details.imported else self._by_text).get(key.text) is not key:
+            raise ValueError(f"{key!r} is not found by its text")
+        if details.imported and not self._by_hint.holds(key):
+            raise ValueError(f"{key!r} is not found by its hint")
+        if details.former is not None and self._imported.get(details.former) is not key:
+            raise ValueError(f"{key!r} is not found by the text of its lease")
+        if details.name is not None and self._by_name.get(details.name) is not key:
+            raise ValueError(f"{key!r} is not found by its name")
 
     def _check_place(self, key: Key) -> None:
         """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""

@@ -31,11 +31,15 @@ PLACE_SECONDS = 10.0
 
 
 class Request(NamedTuple):
-    """What a pending acquire asks for: `attempt` is the digest of its attempt, if its caller named one."""
+    """What a pending acquire asks for: `attempt` is the digest of its attempt, if its caller named one.
+
+    `client` is the name of the caller's token, if it has one.
+    """
 
     owner: str | None
     block_seconds: float | None = None
     attempt: bytes | None = None
+    client: str | None = None
 
 
 class Waiter:
