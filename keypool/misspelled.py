@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 CLIENT_VARIABLES = ("KEYPOOL_URL", "KEYPOOL_TOKEN", "KEYPOOL_TOKEN_FILE")
 """The variables of the command, in addition to those of the server's settings."""
 
+_OTHERS = ("KEYPOOL_TOKENS",)
+"""Right for the server, though for the command it looks like a misspelled KEYPOOL_TOKEN."""
+
 
 def misspelled(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     """A line for each unknown KEYPOOL_ variable that resembles a known one."""
@@ -15,7 +18,7 @@ def misspelled(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     lines = []
     for given in environ:
         word = given.removeprefix("KEYPOOL_")
-        if word != given and word not in names:
+        if word != given and word not in names and given not in _OTHERS:
             matches = difflib.get_close_matches(word, names, n=1, cutoff=0.75)
             # ADMIN_TOKEN_FILE is the server's, not a misspelled TOKEN_FILE.
             lines += [

@@ -11,6 +11,6 @@
     events.py             follows the server's feed
     completion.py         completion scripts for bash, zsh and fish
 
-The package imports the client and nothing of the server. `serve`, `migrate`, `backup` and `verify` live in
-keypool/server/ and are imported when they are called, as is Tornado, which `events` needs.
+The package imports the client and nothing of the server. `serve`, `token`, `migrate`, `backup` and `verify` live
+in keypool/server/ and are imported when they are called, as is Tornado, which `events` needs.
 """

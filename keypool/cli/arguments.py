@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(do=command.do)
         for argument in command.arguments:
             sub.add_argument(*argument.names, **argument.options)
-        for flag in GLOBAL_FLAGS:
+        for flag in shared_flags(command):
             # After the command, a flag that isn't given must not undo one that was given before it.
             sub.add_argument(*flag.names, **flag.options | {"default": argparse.SUPPRESS})
     return top
@@ -203,6 +203,13 @@ GLOBAL_FLAGS = (
 )
 """Flags that every command but serve takes, before or after its name."""
 
+
+def shared_flags(command: Command) -> list[Argument]:
+    """The global flags that a command takes: those of which it has none of its own with the same name."""
+    own = {name for argument in command.arguments for name in argument.names}
+    return [flag for flag in GLOBAL_FLAGS if own.isdisjoint(flag.names)]
+
+
 _COUNT = argument("count", "how many; default 1", "N", nargs="?", type=_positive, default=1)
 _KEYS = argument("keys", "keys, handles, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
 _LEASE = argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive)
@@ -275,6 +282,13 @@ COMMANDS = (
         argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",
                   choices=("stop", "warn"), default="stop"),
         argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
+    )),
+    Command("token", "keypool.server.token_command:token", "make a named token for the server's file of tokens", (
+        argument("name", "the token's name, which the audit log, events and lists show", "NAME"),
+        argument("--role", "what it may do", choices=("client", "viewer", "admin"), required=True),
+        argument("--pool", "only this pool; may be repeated; default: all", "NAME", action="append", dest="pools"),
+        argument("--max-held", "leases that it may hold at a time, in all pools together", "N", type=_positive),
+        argument("--file", "append it to this file of tokens, which need not exist yet", "FILE"),
     )),
     Command("backup", "keypool.server.backup_command:backup", "copy the data file while its server runs", (
         argument("file", "the copy; must not exist yet", "FILE"),

@@ -16,7 +16,15 @@ import re
 import shlex
 from collections.abc import Iterable
 
-from keypool.cli.arguments import COMMANDS, GLOBAL_FLAGS, Argument, Command, argument, switch
+from keypool.cli.arguments import (
+    COMMANDS,
+    GLOBAL_FLAGS,
+    Argument,
+    Command,
+    argument,
+    shared_flags,
+    switch,
+)
 from keypool.cli.status import Status
 
 _HELP = switch("--help -h", "show help")
@@ -263,7 +271,7 @@ def _valued_flags() -> list[str]:
 def _arguments(command: Command) -> list[Argument]:
     """A command's arguments. The server's flags come from its settings, if the server is installed."""
     if command.name != "serve":
-        return [*command.arguments, *_SHARED]
+        return [*command.arguments, *shared_flags(command), _HELP]
     try:
         options = importlib.import_module("keypool.config.settings").OPTIONS
     except ImportError:

@@ -3,9 +3,9 @@
 What the command's exit status says of the key, by --on-exit, is reported when it is given back. With --extend the
 client's keeper extends the lease, in a thread of its own.
 
-The command gets the key in its environment, and every signal that is sent to keypool, once. In a terminal's
-foreground the command shares keypool's process group, to which the terminal sends Ctrl-C. Elsewhere (cron, a
-supervisor) the command gets a process group of its own, and signals go to all of it.
+The command gets the key in its environment, but no token, and every signal that is sent to keypool, once. In a
+terminal's foreground the command shares keypool's process group, to which the terminal sends Ctrl-C. Elsewhere
+(cron, a supervisor) the command gets a process group of its own, and signals go to all of it.
 
 If keypool itself is killed by SIGKILL, the key is released at its deadline, and on Linux the command gets a
 SIGTERM, since it would go on with a key that others may get.
@@ -28,6 +28,7 @@ from keypool.cli.output import note
 from keypool.cli.signal_forwarding import CaughtSignals, answer_first, in_foreground
 from keypool.cli.status import CommandError, Status, command_error
 from keypool.client import HeldKey, KeyPoolError, LeaseLost
+from keypool.environment import without_secrets
 from keypool.pdeathsig import end_with_parent
 
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL for a command that outlives its lease
@@ -127,7 +128,7 @@ def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, 
         try:
             process = subprocess.Popen(  # noqa: S603 - the user's own command
                 words,
-                env=os.environ | environment,
+                env=without_secrets(os.environ) | environment,
                 process_group=None if foreground else 0,
                 preexec_fn=prepare_child,  # noqa: PLW1509 - takes no lock that the keeper's thread may hold
             )

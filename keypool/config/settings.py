@@ -8,7 +8,8 @@ Flags are parsed here and not by argparse because a wrong one has to give one li
 takes, the same on every Python: argparse also prints its usage, and its messages change with each
 version.
 
-`load` reads the TOML file and the files of the tokens, once. No error and no repr shows a token.
+`load` reads the TOML file and the files of tokens and secrets keys, once. No error and no repr shows a token or a
+secrets key.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from keypool import __version__
+from keypool.config.named_tokens import TOKENS_FILE, NamedToken
 from keypool.config.pool_settings import POOL_SETTINGS
 from keypool.config.proxies import is_loopback
+from keypool.config.secrets_keys import (
+    SECRETS_FILE_VARIABLE,
+    SECRETS_TAKE,
+    SECRETS_VARIABLE,
+    read_secrets_keys,
+)
 from keypool.config.setting_types import (
     Address,
     Choice,
@@ -38,7 +46,8 @@ from keypool.config.setting_types import (
     shown,
     shown_path,
 )
-from keypool.config.tokens import ROLES, TOKENS_TAKE, read_tokens, token_variables
+from keypool.config.token_sources import Tokens, TokenSources
+from keypool.config.tokens import ROLES, TOKENS_TAKE, token_variables
 from keypool.core.errors import SettingsError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.url import without_password
@@ -150,6 +159,9 @@ class Settings:
     trusted_proxies: str = _setting(
         "none", Proxies(), "proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` count"
     )
+    tokens: str | None = _setting(
+        None, TOKENS_FILE, "file of named tokens; it is read again within 10 s of a change"
+    )
     config: str | None = _setting(
         None, _TOML_FILE, "file with the settings that no flag and no variable gives"
     )
@@ -157,6 +169,8 @@ class Settings:
     client_tokens: tuple[str, ...] = field(default=(), repr=False)
     viewer_tokens: tuple[str, ...] = field(default=(), repr=False)
     admin_tokens: tuple[str, ...] = field(default=(), repr=False)
+    named_tokens: tuple[NamedToken, ...] = field(default=(), repr=False)
+    """Those of the file `tokens`."""
 
     secrets_keys: tuple[bytes, ...] = field(default=(), repr=False)
     """Keys of 32 bytes, under which the pool's keys are encrypted at rest: the first encrypts, all decrypt."""
@@ -183,17 +197,20 @@ class Settings:
     @property
     def open(self) -> bool:
         """Whether there are no tokens, so that everybody who reaches the server may do everything."""
-        return not (self.client_tokens or self.viewer_tokens or self.admin_tokens)
+        return not (self.client_tokens or self.viewer_tokens or self.admin_tokens or self.named_tokens)
 
     @property
     def rules(self) -> PoolRules:
         """The settings of the pool."""
         return PoolRules(**{each.name: getattr(self, each.name) for each in fields(PoolRules)})
 
-    def with_tokens(self, tokens: Mapping[str, tuple[str, ...]]) -> Settings:
-        """These settings with the tokens that `read_tokens` returned."""
-        given: dict[str, Any] = {f"{role}_tokens": tokens.get(role, ()) for role in ROLES}
-        return replace(self, **given)
+    def token_sources(self, environ: Mapping[str, str]) -> TokenSources:
+        """Where the tokens come from, to read them again."""
+        return TokenSources(environ, self.tokens, _source(self, "tokens"))
+
+    def with_tokens(self, tokens: Tokens) -> Settings:
+        """These settings with other tokens."""
+        return replace(self, **_fields_of(tokens))
 
 
 class Option(NamedTuple):
@@ -239,12 +256,17 @@ def load(argv: Sequence[str], environ: Mapping[str, str], program: str = "python
     """
     flags, variables = _from_flags(argv, program), _from_environment(environ)
     toml = _from_toml(flags, variables)
-    variables |= {f"{role}_tokens": tokens for role, tokens in read_tokens(environ).items()}
     origins = _all_default()
     by_source: dict[Origin, dict[str, Any]] = {"toml": toml, "environment": variables, "flag": flags}
     for source, given in by_source.items():
         origins |= dict.fromkeys(given, source)
-    return Settings(**{**toml, **variables, **flags}, origins=origins)
+    settings = {**toml, **variables, **flags}
+    named_by = _named_by("tokens", origins["tokens"], settings.get("config"))
+    secret = _fields_of(TokenSources(environ, settings.get("tokens"), named_by).read())
+    secret["secrets_keys"] = read_secrets_keys(environ)
+    origins |= {name: "environment" for name, value in secret.items() if value}
+    origins["named_tokens"] = origins["tokens"]
+    return Settings(**settings, **secret, origins=origins)
 
 
 def data_file(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -330,12 +352,21 @@ def _check_processes(settings: Settings) -> None:
         )
 
 
+def _fields_of(tokens: Tokens) -> dict[str, Any]:
+    """The fields of Settings that hold these tokens."""
+    return {f"{each.name}_tokens": getattr(tokens, each.name) for each in fields(tokens)}
+
+
 def _source(settings: Settings, name: str) -> str:
     """The flag, variable or key of the file that the value came from."""
+    return _named_by(name, settings.origins[name], settings.config)
+
+
+def _named_by(name: str, origin: Origin, config: str | None) -> str:
     option = next(each for each in OPTIONS if each.name == name)
-    file = shown_path(settings.config or "the TOML file")
+    file = shown_path(config or "the TOML file")
     names = {"flag": option.flag, "environment": option.variable, "toml": f"{name} in {file}"}
-    return names.get(settings.origins[name], name)
+    return names.get(origin, name)
 
 
 def _no_token(settings: Settings) -> str:
@@ -343,14 +374,14 @@ def _no_token(settings: Settings) -> str:
     variables = ", ".join(token_variables(role)[0] for role in ROLES)
     return (
         f"{source} takes a loopback address (127.0.0.1, ::1, localhost) as long as there is no token, "
-        f"not {shown(settings.address)}: set one of {variables}, or the matching ..._FILE variable"
+        f"not {shown(settings.address)}: set one of {variables}, or the matching ..._FILE variable, or --tokens"
     )
 
 
 def effective_settings(settings: Settings) -> str:
     """What `--print-config` prints: every setting and where it comes from, as a TOML file for `--config`.
 
-    Tokens are counted and not shown.
+    Tokens and secrets keys are counted and not shown.
     """
     assignments = [_assignment(option, settings) for option in OPTIONS]
     width = max(map(len, assignments))
@@ -369,6 +400,8 @@ def effective_settings(settings: Settings) -> str:
         lines.append(
             f"# tokens of the role {role}: {count or 'none'} from {where}{', not shown' if count else ''}"
         )
+    where, count = f"{SECRETS_VARIABLE} or {SECRETS_FILE_VARIABLE}", len(settings.secrets_keys)
+    lines.append(f"# secrets keys: {count or 'none'} from {where}{', not shown' if count else ''}")
     if settings.open:
         lines.append("# no tokens: open to everybody who reaches it, on loopback only")
     return "\n".join(lines)
@@ -394,6 +427,9 @@ def settings_table() -> str:
     for role in ROLES:
         variables = " or ".join(f"`{name}`" for name in token_variables(role))
         rows.append(("none", variables, "none", f"tokens of the role {role}, or a file of them", TOKENS_TAKE))
+    variables = f"`{SECRETS_VARIABLE}` or `{SECRETS_FILE_VARIABLE}`"
+    about = "keys that encrypt the pool's keys at rest, or a file of them; the first encrypts, all decrypt"
+    rows.append(("none", variables, "none", about, SECRETS_TAKE))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -412,10 +448,14 @@ def _help(program: str) -> str:
 _HELP_HEAD = """\
 Leases API keys over HTTP. Each flag is also an environment variable (--block-seconds is
 KEYPOOL_BLOCK_SECONDS) and a key of the TOML file (block_seconds); a flag beats a variable, a
-variable beats the file. Tokens come from KEYPOOL_CLIENT_TOKEN, KEYPOOL_VIEWER_TOKEN and
-KEYPOOL_ADMIN_TOKEN, or from the files named by KEYPOOL_CLIENT_TOKEN_FILE and so on.
+variable beats the file.
+
+Tokens come from KEYPOOL_CLIENT_TOKEN, KEYPOOL_VIEWER_TOKEN and KEYPOOL_ADMIN_TOKEN, or from the
+files named by KEYPOOL_CLIENT_TOKEN_FILE and so on; named ones from the file of --tokens, for
+which `keypool token` makes them. Keys that encrypt the pool's keys at rest come from
+KEYPOOL_SECRETS_KEY, or from the file named by KEYPOOL_SECRETS_KEY_FILE.
 
   --print-config
-      print the effective settings and where each comes from, without the tokens, and exit
+      print the effective settings and where each comes from, no tokens or secrets keys, and exit
   --help, --version
       print this, or the version, and exit"""

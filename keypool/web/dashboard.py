@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from keypool import __version__
 from keypool.api.auth import Access
 from keypool.config.limits import Limits, allowed_viewers
+from keypool.config.secrets_keys import SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
 from keypool.core.answers import Row, Stats
@@ -165,7 +166,11 @@ class Dashboard:
 
 
 def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]]:
-    """Every setting with its value and origin; for tokens, their number and the first digits of their digests."""
+    """Every setting with its value and origin; for tokens, their number and how the audit log names them.
+
+    Of secrets keys only their number.
+    """
+    callers = access.callers().values()
     rows = [
         {
             "flag": option.flag,
@@ -175,8 +180,12 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
         }
         for option in OPTIONS
     ]
+    names = sorted(caller.name for caller in callers if caller.name is not None)
+    if names:
+        row = next(row for row in rows if row["flag"] == "--tokens")
+        row["value"] += f": {len(names)} set: {', '.join(names)}"
     for role in ROLES:
-        marks = sorted(caller.token for caller in access.callers().values() if caller.role.value == role)
+        marks = sorted(each.token for each in callers if each.role.value == role and each.name is None)
         rows.append(
             {
                 "flag": token_variables(role)[0],
@@ -185,6 +194,15 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
                 "about": f"tokens of the role {role}, by the start of their digests as in the audit log",
             }
         )
+    count = len(settings.secrets_keys)
+    rows.append(
+        {
+            "flag": SECRETS_VARIABLE,
+            "value": f"{count} set" if count else "none",
+            "origin": settings.origins.get("secrets_keys", "default"),
+            "about": "keys that encrypt the pool's keys at rest",
+        }
+    )
     return rows
 
 
