@@ -66,7 +66,7 @@ def call_lines(site: str, is_open: bool) -> list[CallLine]:
 
 
 def key_lines(
-    site: str, role: Role | None, key_id: int, lease: int | None, names: Sequence[str], pool: str = ""
+    site: str, role: Role | None, key_id: int, lease: int | None, names: Sequence[str], *, pool: str = ""
 ) -> dict[str, str]:
     """The operations `names` for one key, with the token of a role, or without one if `role` is None.
 

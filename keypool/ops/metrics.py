@@ -55,8 +55,9 @@ def _histogram(name: str, about: str, labels: str = "") -> MetricRow:
 METRICS = (
     _gauge("keys", "keys", f"pool; state: {', '.join(State)}"),
     _gauge("waiting", "acquires waiting for a key", "pool", source="waiting"),
+    _gauge("pool_max_keys", "keys that a pool may hold", "pool"),
     _gauge("oldest_wait_seconds", "how long the first acquire in this server's queue has waited", "pool"),
-    _gauge("limit", "configured limits", "limit: max_keys, max_waiters, max_viewers, connections"),
+    _gauge("limit", "configured limits", "limit: max_keys, max_pools, max_waiters, max_viewers, connections"),
     _gauge("viewers", "open websockets of the feed"),
     _gauge("connections", "open connections, the feed's included"),
     _counter("connections_refused", "connections rejected because a limit was reached"),
@@ -119,7 +120,8 @@ def exposition(
 ) -> bytes:
     """All metrics in Prometheus's text format. O(pools), whatever the number of keys; 2 ms, and 0.1 for each pool.
 
-    `server` are the stats of any pool, `pools` those that are shown by name, `numbers` the metrics that are neither in these nor in `histograms`.
+    `server` are the stats of any pool, `pools` those that are shown, by name, `numbers` the metrics that are neither in
+    these nor in `histograms`.
     """
     samples: dict[str, Samples] = {}
     for each in METRICS:

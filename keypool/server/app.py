@@ -98,7 +98,9 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
     sources = MetricSources(
         {"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.viewers.count
     )
-    sources.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
+    sources.limits |= {
+        name: getattr(settings, name) for name in ("max_keys", "max_pools", "max_waiters", "max_viewers")
+    }
     return KeypoolApplication(
         pools,
         access,

@@ -246,7 +246,7 @@ class KeyPanel(DashboardHandler):
                 key_id,
                 row.lease if row else None,
                 names,
-                self.base,
+                pool=self.base,
             ),
         )
 

@@ -48,6 +48,7 @@ class Metrics(PageHandler):
             "keypool_connections_refused_total": sources.refused_connections(),
             "keypool_log_dropped_total": sources.log_dropped(),
             "keypool_storage_up": int(engine.storage_up()),
+            "keypool_pool_max_keys": {name: each.rules.max_keys for name, each in pools.items()},
             "keypool_oldest_wait_seconds": {name: each.oldest_wait() for name, each in pools.items()},
             "keypool_limit": sources.limits,
             "keypool_outcomes_total": self.dispatcher.reports.outcomes,
@@ -57,7 +58,9 @@ class Metrics(PageHandler):
             **engine.measures(),
         }
         histograms = engine.histograms() | _merged([each.histograms() for each in pools.values()])
-        page = exposition(await engine.stats(), stats, self.dispatcher.calls, histograms | sources.histograms, numbers)
+        page = exposition(
+            await engine.stats(), stats, self.dispatcher.calls, histograms | sources.histograms, numbers
+        )
         self._answer(page, CONTENT_TYPE)
 
 
