@@ -15,7 +15,15 @@ from msgspec import ValidationError, convert
 from keypool.api.auth import Role
 from keypool.api.curl import call_lines, generate_line, key_lines
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import BadRequest, KeypoolError, NotFound, Unauthorized, UnknownKey, WrongToken
+from keypool.core.errors import (
+    BadRequest,
+    KeypoolError,
+    NotFound,
+    Unauthorized,
+    UnknownKey,
+    UnknownPool,
+    WrongToken,
+)
 from keypool.core.events import SILENT, Change
 from keypool.core.keys import State, moment
 from keypool.core.rules import DEFAULT_POOL
@@ -62,12 +70,18 @@ class DashboardHandler(PageHandler):
                 raise
         if self.session is not None and self.of_pool:
             self.choose_pool(self.session.caller)
+        elif self.session is not None and self.session.caller.pools is not None:
+            # What the page keeps live is of a pool that this session may see.
+            self.engine = next(map(self.pools.get, self.pool_names()), self.engine)
 
     def refuse(self, error: KeypoolError) -> None:
         """Redirect a browser that isn't signed in to the sign-in, which leads back."""
         if isinstance(error, Unauthorized) and not isinstance(error, WrongToken) and self.wants_page:
             back = "" if self.request.uri == "/" else f"?next={quote(self.request.uri or '/', safe='')}"
             self.redirect(f"/login{back}", status=303)
+            return
+        if isinstance(error, UnknownPool) and self.wants_page and self.request.path == "/":
+            self.redirect("/pools", status=303)  # the session is of some pools, and `default` is none of them
             return
         super().refuse(error)
 

@@ -25,6 +25,7 @@ from keypool.core.errors import (
     UnknownPool,
     WrongToken,
 )
+from keypool.core.rules import DEFAULT_POOL
 from keypool.engine import Engine, Pools
 from keypool.http.api_call import InFlight
 from keypool.http.http1.responses import http_date
@@ -113,10 +114,8 @@ class PageHandler(RequestHandler):
 
     def choose_pool(self, caller: Caller) -> None:
         """Take the pool that the path names, if it is of this caller's. Raises UnknownPool."""
-        prefix = self.path_args[0] if self.path_args else None
-        if not prefix:
-            return
-        name = prefix.removeprefix("/pools/")
+        prefix = self.path_args[0]
+        name = prefix.removeprefix("/pools/") if prefix else DEFAULT_POOL
         if caller.pools is not None and name not in caller.pools:
             raise UnknownPool
         self.engine = self.pools.get(name)
