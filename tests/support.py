@@ -149,22 +149,26 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
     """`value`, if it is a row as `GET /keys/{key}` and lists give it, with the `known` members so."""
     members: dict[str, object] = {
         "id": int,
-        "hint": re.compile(r"[A-Za-z0-9]{4}…[A-Za-z0-9]{4}"),
+        "hint": re.compile(r".{4}….{4}|.{2}….{2}|…", re.DOTALL),
         "state": ("available", "blocked", "cooling", "quarantined"),
         "owner": (str, None),
         "lease": (int, None),
         "created_at": MOMENT,
-        "expires_in": float,
+        "expires_in": (float, None),
         "release_in": (float, None),
         "available_in": (float, None),
         "failures": int,
         "outcome": ("ok", "rate_limited", "error", "invalid", None),
         "reason": (str, None),
+        "client": (str, None),
+        "name": (str, None),
+        "labels": dict,
     }
     row = expect_object(value, **(members | known))
-    assert row["expires_in"] >= 0, f"an expired key was shown: {row}"
+    assert row["expires_in"] is None or row["expires_in"] >= 0, f"an expired key was shown: {row}"
     assert (row["available_in"] is not None) is (row["state"] == "cooling"), f"available_in: {row}"
     if row["state"] != "blocked":
+        assert row["client"] is None, f"client of a key that nobody holds: {row}"
         assert row["owner"] is None, f"owner or release_in of a key that nobody holds: {row}"
         assert row["release_in"] is None, f"owner or release_in of a key that nobody holds: {row}"
     else:

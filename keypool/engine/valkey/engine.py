@@ -97,6 +97,7 @@ from keypool.engine.valkey.partitions import Name, Named, Partitions
 from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, QUIET_SECONDS, PartitionPoller
 from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import namespace
+from keypool.engine.valkey.rekeying import rekey
 from keypool.engine.valkey.sampler import PartitionSampler
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.shares import Shares, spent
@@ -254,6 +255,15 @@ class ValkeyEngine:
     async def find(self, text: str) -> Row:
         """The row of the key with this text, id, name, or hint. O(partitions * log n)."""
         return await self._details.find(text)
+
+    @property
+    def total(self) -> int:
+        """How many keys the pool has, as of the latest polls. O(partitions)."""
+        return sum(status.total for status in self._poller.statuses if status is not None)
+
+    async def rekey(self, on_slice: Callable[[int], Awaitable[object]]) -> None:
+        """Encrypt all keys under the first secrets key, in slices (rekeying.py). O(n log n)."""
+        await rekey(self._partitions, on_slice)
 
     async def acquire(
         self,
@@ -845,7 +855,7 @@ def _report(report: Report | None) -> Word:
 
 def _joined(name: Name, words: tuple[Word, ...]) -> Named:
     """A name of a key, and what goes behind it."""
-    return (*name, *words)
+    return name[0], name[1], *words
 
 
 def _hint_of(text: str) -> str:

@@ -1,9 +1,9 @@
 """Keys from elsewhere: those that the pool doesn't have are added, all of them or none if there is no room.
 
-A key is added in the partition of its text, by a script that looks whether the text is there already (lua/import.lua). So
-two servers that import the same secret at the same moment make one key of it. A sealed text holds only for its id, so
-the number of the id is chosen here, above all that this server knows; if another server was faster, the script adds
-nothing and replies the latest number, and the keys are sealed again.
+A key is added in the partition of its text, by a script that looks whether the text is there already
+(lua/import.lua). So two servers that import the same secret at the same moment make one key of it. A sealed text holds
+only for its id, so the number of the id is chosen here, above all that this server knows; if another server was faster,
+the script adds nothing and replies the latest number, and the keys are sealed again.
 
 The limit of keys is that of creation.py: each partition may hold its share of it. As a text can't choose its partition,
 near the limit a partition gets more than its share if the others have room: that is counted and reserved by one server
@@ -47,13 +47,15 @@ _CHUNK = 200  # keys that one script adds, in some 3 ms
 _LOCKED_ROOM = "room"  # the word that a server locks while it fills a pool near its limit
 _PAUSE = 0.02  # seconds, on average, before something that another server is at is tried again
 _MOST_TRIES = 100
+_ODD = 9  # the place of a word of import.lua
 _NAME_TAKEN, _ALIAS, _LOCKED, _LATE, _NUMBER = -1, -2, -3, -4, -5  # of import.lua's replies
 
 
-class _Locked(NamedTuple):
-    """Under which locks keys are added, and until which moment they hold; nothing in pools with one partition."""
+class _Terms(NamedTuple):
+    """On whose behalf keys are added, under which locks, and until which moment these hold."""
 
-    name: str = ""
+    origin: Word
+    locks: str = ""
     until: int = 0
 
 
@@ -61,7 +63,7 @@ class _Room(NamedTuple):
     """Room that is reserved, and how many keys each partition may hold; without a name as long as there is plenty."""
 
     reservation: str
-    limits: Mapping[int, int]
+    limits: Sequence[int] | Mapping[int, int]
 
 
 class Importer:
@@ -124,7 +126,7 @@ class Importer:
                 run = [(place, left[place]) for place in firsts.values()]
                 if update:
                     run = run[:1] if await self._is_known(run[0][1]) else await self._run_of_new(run)
-                for place, item in run:
+                for place, _ in run:
                     del left[place]
                 replies = await self._import([item for _, item in run], origin, room)
                 for (place, item), reply in zip(run, replies, strict=True):
@@ -186,7 +188,7 @@ class Importer:
         partitions = self._partitions
         names = {item.name for item in items if item.name}
         if partitions.count == 1 or not names:
-            return await self._import_locked(items, origin, room, _Locked(), {})
+            return await self._import_locked(items, room, _Terms(origin), {})
         name = self._locks.new_name()
         words = [(partitions.of(each), f"name {each}") for each in sorted(names)]
         async with self._locks.of(words, name) as until:
@@ -197,14 +199,13 @@ class Importer:
                 for each, ids in zip(asked, zip(*replies, strict=True), strict=True)
                 if (holder := max(ids))
             }
-            return await self._import_locked(items, origin, room, _Locked(name, until), holders)
+            return await self._import_locked(items, room, _Terms(origin, name, until), holders)
 
     async def _import_locked(
         self,
         items: Sequence[NewKey],
-        origin: Word,
         room: _Room | None,
-        locked: _Locked,
+        terms: _Terms,
         holders: dict[str, int],
     ) -> list[Reply]:
         """The same, where no other server gives these names to keys; `holders` has those that are taken."""
@@ -226,7 +227,7 @@ class Importer:
             for place, holder in taken.items():
                 replies[place] = await self._known(items[place].secret) or (_NAME_TAKEN, holder)
             adding = [place for place in chunk if place not in taken]
-            found = await self._add([items[place] for place in adding], origin, room, locked)
+            found = await self._add([items[place] for place in adding], room, terms)
             for place, reply in zip(adding, found, strict=True):
                 replies[place] = reply
                 if several and (name := items[place].name) and reply[0] == 1:
@@ -245,64 +246,53 @@ class Importer:
             [found] = await self._partitions.call(found[1], "known", (1, name))
         return None if not found[0] or found[4] else (0, *found[:4])
 
-    async def _add(
-        self, items: Sequence[NewKey], origin: Word, room: _Room | None, locked: _Locked
-    ) -> list[Reply]:
-        """Call import.lua for these items, until nothing is in the way."""
+    async def _add(self, items: Sequence[NewKey], room: _Room | None, terms: _Terms) -> list[Reply]:
+        """What import.lua replies about each item, once nothing is in the way."""
         replies: list[Reply] = [None] * len(items)
         left = [*range(len(items))]
         forced: set[int] = set()  # whose aliases lead nowhere
-        if any(is_odd(item.secret) for item in items):
-            self._partitions.has_odd_texts = True
         for attempt in range(_MOST_TRIES):
             sent = [items[place] for place in left]
             flags = ["1" if place in forced else "" for place in left]
             if room is None:
-                found = await self._add_one_by_one(sent, flags, origin, locked, attempt)
+                found = await self._add_without_reservation(sent, flags, terms, attempt)
             else:
-                found = await self._send(sent, flags, origin, room, locked, attempt)
-            waiting: list[int] = []
+                found = await self._send(sent, flags, room, terms, attempt)
             for place, reply in zip(left, found, strict=True):
-                if reply[0] == _LATE:
-                    raise StorageUnavailable("the import took too long; repeat it: what was added stays")
-                if reply[0] == _ALIAS:
-                    known = await self._known(items[place].secret, reply[1])
-                    if known is not None:
-                        replies[place] = known
-                        continue
+                replies[place] = await self._settled(items[place], reply)
+                if reply[0] == _ALIAS and replies[place] is None:
                     forced.add(place)
-                elif reply[0] > _ALIAS:
-                    replies[place] = reply
-                    continue
-                waiting.append(place)
-            if not waiting:
+            left = [place for place in left if replies[place] is None]
+            if not left:
                 return replies
             if any(reply[0] == _LOCKED for reply in found):
                 await asyncio.sleep(_PAUSE)
-            left = waiting
         raise StorageUnavailable("other servers import the same secrets; try again")
 
-    async def _add_one_by_one(
-        self, items: Sequence[NewKey], flags: Sequence[str], origin: Word, locked: _Locked, attempt: int
+    async def _settled(self, item: NewKey, reply: Reply) -> Reply:
+        """The reply about an item as the caller gets it; None if the script is to be called again."""
+        if reply[0] == _LATE:
+            raise StorageUnavailable("the import took too long; repeat it: what was added stays")
+        if reply[0] == _ALIAS:
+            return await self._known(item.secret, reply[1])
+        return reply if reply[0] > _ALIAS else None
+
+    async def _add_without_reservation(
+        self, items: Sequence[NewKey], flags: Sequence[str], terms: _Terms, attempt: int
     ) -> list[Reply]:
-        """The same for a single import, which needs no reservation while its partition has room."""
-        limits = {
-            self._partitions.of(item.secret): self._generator.limits[self._partitions.of(item.secret)]
-            for item in items
-        }
-        found = await self._send(items, flags, origin, _Room("", limits), locked, attempt)
-        if found and found[0] is not None:
+        """Call import.lua for items that it can refuse as a whole, as they are for one partition."""
+        found = await self._send(items, flags, _Room("", self._generator.limits), terms, attempt)
+        if None not in found:
             return found
         async with self._room_for(items, is_ample=False) as room:
-            return await self._send(items, flags, origin, room, locked, attempt)
+            return await self._send(items, flags, room, terms, attempt)
 
     async def _send(
         self,
         items: Sequence[NewKey],
         flags: Sequence[str],
-        origin: Word,
         room: _Room,
-        locked: _Locked,
+        terms: _Terms,
         attempt: int,
     ) -> list[Reply]:
         """One round of calls of import.lua. The reply about an item is None if there was no room."""
@@ -319,11 +309,12 @@ class Importer:
             if partition not in words:
                 places[partition] = []
                 words[partition] = [
-                    partitions.life_us, count, partition, room.limits[partition], room.reservation, "", origin,
-                    locked.until, locked.name, "",
+                    partitions.life_us, count, partition, room.limits[partition], room.reservation, "", terms.origin,
+                    terms.until, terms.locks, "",
                 ]  # fmt: skip
             if is_odd(item.secret):
-                words[partition][9] = "1"
+                partitions.has_odd_texts = True
+                words[partition][_ODD] = "1"
             details, id = details_of(item), number * count + partition + 1
             info = info_of(structs.replace(details, data=None))
             sealed = vault.seal(item.secret, details.data, id)
@@ -355,10 +346,10 @@ class Importer:
         """Room for as many keys, reserved if the pool is near its limit. Raises PoolFull."""
         generator, partitions = self._generator, self._partitions
         wanted = Counter(partitions.of(item.secret) for item in items)
-        limits = dict(enumerate(generator.limits))
         if not wanted or (is_ample and generator.has_ample_room(wanted)):
-            yield _Room("", limits)
+            yield _Room("", generator.limits)
             return
+        limits = dict(enumerate(generator.limits))
         async with self._only_filler():
             name = await self._reserve(wanted, limits)
             try:

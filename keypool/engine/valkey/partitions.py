@@ -28,7 +28,7 @@ class PoolFacts:
 
 Name = tuple[int, Word]
 """A key for scripts: its partition, and its name there (lua/common.lua)."""
-Named = tuple[int, *tuple[Word, ...]]
+Named = tuple[int, Word, *tuple[Word, ...]]
 """A name, and words that go behind it."""
 
 

@@ -46,6 +46,7 @@ from keypool.engine.valkey.link import UNREACHABLE
 from keypool.engine.valkey.partitions import Partitions, PoolFacts
 from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import DRAINING, DRAINING_NOW, OPEN, Entry, Registry, Stored
+from keypool.engine.valkey.rekeying import Rekeyer
 from keypool.engine.valkey.scripts import keys_of
 from keypool.engine.valkey.shares import Shares
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
@@ -104,6 +105,13 @@ class ValkeyPools:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._callbacks: list[Callable[[], object]] = []
         self._draining = False
+        self._rekeyer = Rekeyer(
+            nodes,
+            f"{{{nodes.url.pool}}}:pool",
+            presence.server,
+            partitions.vault,
+            lambda: list(self._engines.values()),
+        )
         presence.on_version = self._at_version
 
     # -- what there is
@@ -220,11 +228,11 @@ class ValkeyPools:
 
     async def rekey(self) -> Rekeying:
         """See the protocol."""
-        return self.rekeying()
+        return await self._rekeyer.begin()
 
     def rekeying(self) -> Rekeying:
-        """See the protocol."""
-        return Rekeying("idle", 0, 0, False)
+        """See the protocol. As of a few seconds ago if another server is at it."""
+        return self._rekeyer.progress()
 
     # -- following the registry
 
@@ -232,6 +240,7 @@ class ValkeyPools:
         """Open all pools of the registry; `served` is whether other servers serve them."""
         async with self._changing:
             await self._agree_all(await self._registry.read(), served=served)
+        self._rekeyer.start()
 
     def _at_version(self, version: int) -> None:
         """Follow the registry if it has changed, or not all of it was done. Called with each heartbeat."""
@@ -416,6 +425,7 @@ class ValkeyPools:
     async def close(self) -> None:
         """Stop all engines, and disconnect."""
         self._draining = True
+        await self._rekeyer.stop()
         drainers = [pool.drainer for pool in self._pools.values() if pool.drainer is not None]
         ending = [task for task in (*drainers, self._following) if task is not None]
         for task in ending:

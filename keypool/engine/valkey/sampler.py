@@ -333,23 +333,13 @@ class PartitionSampler:
                 seconds_left(expires, age) if expires < NEVER_US else None,
             )
             if len(repeated) < _DETAILED
-            else self._detailed(text, id, lease, expires, release, age, *repeated)
+            else self._detailed((text, id, lease, expires, release, *repeated), age)
             for text, id, lease, expires, release, *repeated in leases
         ]
 
-    def _detailed(
-        self,
-        text: bytes,
-        id: int,
-        lease: int,
-        expires: int,
-        release: int,
-        age: float,
-        repeated: int,
-        info: bytes,
-        is_sealed: int,
-    ) -> Lease:
+    def _detailed(self, lease: Sequence[Reply], age: float) -> Lease:
         """A lease of a key that is sealed, or about which an operator wrote something."""
+        text, id, number, expires, release, is_repeated, info, is_sealed = lease
         details = details_in(info)
         data = details.data
         if is_sealed:
@@ -357,11 +347,11 @@ class PartitionSampler:
             clear, data = self._partitions.vault.open(text, id)
         else:
             clear = text.decode()
-        return (RepeatedLease if repeated else Lease)(
+        return (RepeatedLease if is_repeated else Lease)(
             id,
             clear,
-            lease,
-            self._handles.make(id, lease),
+            number,
+            self._handles.make(id, number),
             seconds_left(release, age),
             expires_in(expires, age),
             details.name,

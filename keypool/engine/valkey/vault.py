@@ -1,12 +1,12 @@
 """Texts and data that Valkey holds encrypted only (engine/sealing.py).
 
-With secrets keys, Valkey holds no key text and no data, in a dump, a file or its log of slow commands. A key's member in
-sets and hashes is a keyed digest of its text; text and data are sealed in its record for the key's pool and id. The key
-of the digests is made once, and stored sealed in `{POOL}:pool`, for all pools:
+With secrets keys, Valkey holds no key text and no data, in a dump, a file or its log of slow commands. A key's member
+in sets and hashes is a keyed digest of its text; text and data are sealed in its record for the key's pool and id. The
+key of the digests is made once, and stored sealed in `{POOL}:pool`, for all pools:
 
     digests     the digests' key, sealed for pool 0 and id 0; there if Valkey is to have no text in clear
-    clear       there if keys may be in clear that were before. Then a look-up passes the text as well, in the same call;
-                a rekey seals all of these keys, and removes the field
+    clear       there if keys may be in clear that were before. Then a look-up passes the text as well, in the same
+                call; a rekey seals all of these keys, and removes the field
 
 A key's partition still follows from its text by CRC-32. With 16 partitions, that reveals 4 bits of a text to whoever
 can read Valkey.
@@ -42,6 +42,8 @@ class Vault:
         self.sealer = sealer
         self.may_have_clear = may_have_clear
         """Whether keys of the pool may be in clear."""
+        self.others: list[Vault] = []
+        """Those of the other pools."""
         self._digests_key = digests_key
         self._pool = pool
         # Of each pool its own, so that nobody sees which secrets stand in several.
@@ -50,7 +52,9 @@ class Vault:
 
     def of_pool(self, pool: int) -> Vault:
         """That of another pool of the same server."""
-        return Vault(self.sealer, self._digests_key, pool, may_have_clear=self.may_have_clear)
+        other = Vault(self.sealer, self._digests_key, pool, may_have_clear=self.may_have_clear)
+        self.others.append(other)
+        return other
 
     def member(self, text: str) -> bytes:
         """What stands for a text in Valkey. About 1 µs."""
