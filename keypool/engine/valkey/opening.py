@@ -56,7 +56,7 @@ async def open_valkey(
     """Open the pools in a Valkey, or create the pool `default`. Raises StartError.
 
     `partitions` must be the number of `default`, if it exists; None means that, or `url.default_partitions` for a new
-    one. `max_pools` is how many others there may be. With `secrets_keys`, what is secret is stored encrypted (vault.py).
+    one. `max_pools` is how many others there may be. With `secrets_keys`, what is secret is stored sealed (vault.py).
     Waits for up to a minute while Valkey loads its file, and up to 5 s for a server that was killed just now.
     """
     nodes = Nodes(url)
