@@ -66,7 +66,8 @@ class Variant:
 
 
 _CALLS = tuple(
-    f"test_api_{what}" for what in ("batch", "keys", "leases", "legacy", "lists", "stats", "waiting")
+    f"test_api_{what}"
+    for what in ("batch", "imports", "keys", "leases", "legacy", "lists", "pools", "stats", "waiting")
 )
 _LIFE = ("test_fuzz", "test_process", "test_feed")
 

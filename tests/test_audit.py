@@ -697,13 +697,13 @@ def headers(cookie: str) -> dict[str, str]:
 
 async def test_a_sign_out_is_written_and_holds_after_a_restart(tmp_path: Path) -> None:
     """The notes are loaded from the data file; other sessions of the token go on."""
-    engine = await open_durable(tmp_path / "keypool.db")
+    engine = (await open_durable(tmp_path / "keypool.db")).default
     sessions = Sessions(TOKENS)
     (mine, cookie), (_, other) = sessions.sign_in(ADMIN), sessions.sign_in(ADMIN)
     sessions.end(mine)
     await sessions.share(engine)
     await engine.close()
-    engine = await open_durable(tmp_path / "keypool.db")
+    engine = (await open_durable(tmp_path / "keypool.db")).default
     again = Sessions(TOKENS)
     assert again._read(headers(cookie)["Cookie"]) is not None  # the signature is good
     await again.share(engine)

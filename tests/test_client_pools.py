@@ -43,13 +43,6 @@ def server_of(**options: Any) -> FakeServer:
     return FakeServer(["in-default"], pools={"openai": [ITEM]}, **options)
 
 
-def of(driver: Driver, name: str) -> Driver:
-    """Another pool of the same client."""
-    made = object.__new__(Driver)
-    vars(made).update(vars(driver), pool=driver.pool.pool(name))
-    return made
-
-
 # ------------------------------------------------------------------------------------------------------- pools
 
 
@@ -64,7 +57,7 @@ def test_each_pool_has_an_object_of_its_own_over_the_same_connections(kind: str)
         assert openai.pool("default") is client.pool
         assert repr(openai).endswith("KeyPool('http://fake', pool='openai')")
         assert openai._runner is client.pool._runner
-        with of(client, "openai").lease() as key, client.lease() as other:
+        with client.of_pool("openai").lease() as key, client.lease() as other:
             assert (key.secret, other.secret) == (SECRET, "in-default")
             assert fake.pool("openai").blocked == [SECRET]
         assert fake.blocked == fake.pool("openai").blocked == []
@@ -77,7 +70,7 @@ def test_closing_a_pool_leaves_the_client_open_and_closing_the_client_ends_all(k
     fake = server_of()
     enter = "__enter__" if kind == "sync" else "__aenter__"
     with Driver(kind, "http://fake", transport=fake) as client:
-        openai = of(client, "openai")
+        openai = client.of_pool("openai")
         client.wait(getattr(openai.pool.lease(), enter)())
         client.wait(openai.pool.close())
         assert fake.pool("openai").blocked == []
@@ -112,7 +105,12 @@ def test_pools_come_change_and_go(kind: str) -> None:
         assert client.put_pool("mail").settings["block_seconds"] == 60
         assert [info.name for info in client.pools()] == ["default", "mail", "openai"]
         client.delete_pool("mail")
-        for call in (client.get_pool, client.change_pool, client.delete_pool, of(client, "mail").keepalive):
+        for call in (
+            client.get_pool,
+            client.change_pool,
+            client.delete_pool,
+            client.of_pool("mail").keepalive,
+        ):
             with pytest.raises(UnknownPool):
                 call("mail")
         with pytest.raises(PoolNotEmpty):
@@ -121,13 +119,13 @@ def test_pools_come_change_and_go(kind: str) -> None:
             client.delete_pool("default", drain=True)
         with pytest.raises(ValueError, match="drain"):
             client.delete_pool("openai", now=True)
-        with of(client, "openai").lease():
+        with client.of_pool("openai").lease():
             client.delete_pool("openai", drain=True)
             assert client.get_pool("openai").draining
             with pytest.raises(PoolDraining):
-                of(client, "openai").acquire()
+                client.of_pool("openai").acquire()
             with pytest.raises(PoolDraining):
-                of(client, "openai").import_key("sk-other")
+                client.of_pool("openai").import_key("sk-other")
         with pytest.raises(UnknownPool):
             client.get_pool("openai")
         with pytest.raises(SecretsKeyRequired):
@@ -176,7 +174,7 @@ def test_a_holder_gets_the_data_and_nothing_shows_it(kind: str, caplog: pytest.L
     caplog.set_level(logging.DEBUG)
     fake = server_of()
     with Driver(kind, "http://fake", transport=fake) as client:
-        openai = of(client, "openai")
+        openai = client.of_pool("openai")
         made = client.generate()
         with openai.lease() as key:
             assert (key.name, key.data["user"], key.data["limit"]) == ("acct-17", USER, 5)

@@ -603,7 +603,7 @@ def test_a_durable_request_leaves_nothing_to_the_collector(kind: Kind, tmp_path:
     times = TIMES // 2
 
     async def main() -> Left:
-        engine = await open_durable(tmp_path / "keys.db")
+        engine = (await open_durable(tmp_path / "keys.db")).default
         return await left_by(kind, engine, times)
 
     expect_nothing_of(run_on("uvloop", main), times)

@@ -316,8 +316,8 @@ COMMANDS = (
         argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
     )),
     Command("pools", "keypool.cli.pools:pools", "list pools (viewer), or make, change and delete them (admin)", (
-        argument("action", "list (default); show NAME; apply FILE, so that the pools are those of a TOML file; delete NAME", "list|show|apply|delete", nargs="?", choices=("list", "show", "apply", "delete"),
-                 default="list"),
+        argument("action", "list (default); show NAME; apply FILE: make the pools as a TOML file says; delete NAME",
+                 "list|show|apply|delete", nargs="?", choices=("list", "show", "apply", "delete"), default="list"),
         argument("what", "the pool's name, or the file, - for standard input", "NAME|FILE", nargs="?"),
         switch("--dry-run", "apply: only print what it would do"),
         switch("--delete", "apply: also delete pools that the file doesn't have, when their leases have ended"),

@@ -30,8 +30,7 @@ class _NotedRetry(Retry):
 def settings(args: argparse.Namespace) -> Settings:
     """The client's settings. Raises ValueError for a wrong URL or token.
 
-    The token is that of --token-file, KEYPOOL_TOKEN or
-    KEYPOOL_TOKEN_FILE, in this order.
+    The token is that of --token-file, KEYPOOL_TOKEN or KEYPOOL_TOKEN_FILE, in this order.
     """
     for line in misspelled(os.environ, CLIENT_VARIABLES):
         note(line)

@@ -24,7 +24,7 @@ from keypool.client import Done, KeyPool, KeyPoolError, LeasedKey, LeaseItem, Re
 from keypool.client.calls import is_reference
 
 GENERATED = ("key", "id", "expires_in")
-LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle", "name")
+LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle")
 _ABOUT_REPORTS = ("failures", "outcome", "reason")
 _WRITTEN = ("name", "labels", "client")
 LISTED = (

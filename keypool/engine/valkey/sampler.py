@@ -29,19 +29,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import attrgetter
 
+from msgspec import Raw
+
 from keypool.core.answers import Lease
 from keypool.core.errors import StorageUnavailable
 from keypool.core.handles import Handles
-from keypool.core.rules import PoolRules
 from keypool.engine.valkey.attempts import KNOWN, Attempts, RepeatedLease
-from keypool.engine.valkey.calls import OutcomeUnknown, ScriptCall, all_of, seconds_left
+from keypool.engine.valkey.calls import NEVER_US, OutcomeUnknown, ScriptCall, all_of, expires_in, seconds_left
 from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import EXPIRING, PartitionPoller
+from keypool.engine.valkey.rekeying import seal_leased
+from keypool.engine.valkey.vault import details_in
 from keypool.engine.waiters import Request
 
 _MAX_ROUNDS = 8  # of draws, after which an acquire is content with what it has: others were faster each time
 _MAX_ROUNDS_BY_TOTALS = 4  # of these by `totals`, after which all partitions are polled
+_DETAILED = 3  # words behind the five of each lease, if there is more to say than whether it is repeated
 _MIN_SHARE = 0.25  # of available keys from which draws among all keys are worthwhile
 
 
@@ -49,15 +53,13 @@ class PartitionSampler:
     """See the module. `server` is this server's name in Valkey."""
 
     def __init__(
-        self, partitions: Partitions, poller: PartitionPoller, handles: Handles, server: str, rules: PoolRules
+        self, partitions: Partitions, poller: PartitionPoller, handles: Handles, server: str
     ) -> None:
         self.attempts = Attempts(partitions, server) if partitions.count > 1 else None
         self._partitions = partitions
         self._available = partitions.available
         self._poller = poller
         self._handles = handles
-        self._block_seconds = rules.block_seconds
-        self._block_us = round(rules.block_seconds * 1e6)
         self._tick = 0  # the highest tick of a lease (acquire.lua) that this server knows
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
         self._ends: list[int] = []  # cumulative totals of the partitions
@@ -138,7 +140,8 @@ class PartitionSampler:
 
     def block_of(self, request: Request) -> float:
         """Seconds for which a request blocks a key."""
-        return self._block_seconds if request.block_seconds is None else request.block_seconds
+        seconds = request.block_seconds
+        return self._partitions.rules.block_seconds if seconds is None else seconds
 
     async def take_in_order(self, requests: Sequence[Request], poll: bool) -> list[Lease | OutcomeUnknown]:
         """Acquire a key for each request, in order; or the one that its attempt holds, in a pool with one partition.
@@ -263,8 +266,11 @@ class PartitionSampler:
         if facts.partitions == 1:
             bound = 0
         words: list[Word] = [bound, "1" if takes else "", self._tick, facts.born, facts.base_tick]
-        words += [facts.partitions, partition, self._block_us]
-        if all(request.attempt is None and request.block_seconds is None for request in requests):
+        words += [facts.partitions, partition, self._partitions.block_us]
+        if all(
+            request.attempt is None and request.block_seconds is None and request.client is None
+            for request in requests
+        ):
             words.append("owner")
             for request in requests:
                 words += [request.owner or "", chance()]
@@ -272,29 +278,55 @@ class PartitionSampler:
             words.append(form)
             for request in requests:
                 block_us = round(self.block_of(request) * 1e6)
-                words += [request.owner or "", chance(), block_us, request.attempt or b""]
+                client = "" if request.client is None else request.client.name
+                words += [request.owner or "", chance(), block_us, request.attempt or b"", client]
                 self._poller.expect(partition, block_us / 1e6)
         return self._partitions.call(partition, "acquire", words, self._give_back_leases)
 
     def _leases_in(self, call: ScriptCall) -> list[Lease]:
         _, tick, *leases = call.result()
         self._tick = max(self._tick, tick)
+        if (vault := self._partitions.vault) is not None and vault.may_have_clear:
+            seal_leased(self._partitions, vault, call.partition, leases)
         return self._read(leases, call.age())
 
     def _read(self, leases: Iterable[Sequence[Reply]], age: float) -> list[Lease]:
         """Leases as acquire.lua and held.lua reply them."""
         make = self._handles.make
         return [
-            (RepeatedLease if repeated else Lease)(
+            (RepeatedLease if repeated and repeated[0] else Lease)(
                 id,
                 text.decode(),
                 lease,
                 make(id, lease),
                 seconds_left(release, age),
-                seconds_left(expires, age),
+                seconds_left(expires, age) if expires < NEVER_US else None,
             )
+            if len(repeated) < _DETAILED
+            else self._detailed((text, id, lease, expires, release, *repeated), age)
             for text, id, lease, expires, release, *repeated in leases
         ]
+
+    def _detailed(self, lease: Sequence[Reply], age: float) -> Lease:
+        """A lease of a key that is sealed, or about which an operator wrote something."""
+        text, id, number, expires, release, is_repeated, info, is_sealed = lease
+        details = details_in(info)
+        data = details.data
+        if is_sealed:
+            assert self._partitions.vault is not None
+            clear, data = self._partitions.vault.open(text, id)
+        else:
+            clear = text.decode()
+        return (RepeatedLease if is_repeated else Lease)(
+            id,
+            clear,
+            number,
+            self._handles.make(id, number),
+            seconds_left(release, age),
+            expires_in(expires, age),
+            details.name,
+            None if data is None else Raw(data),
+        )
 
     def _take_back(self, call: ScriptCall) -> None:
         """Give back the keys that a call acquires or has acquired."""
@@ -302,14 +334,14 @@ class PartitionSampler:
             self._give_back_leases(call.result())
 
     def _give_back_leases(self, reply: Reply) -> None:
-        for text, _, lease, _, _, *repeated in reply[2:]:
-            if not repeated:
-                self._free(text.decode(), lease)
+        for lease in self._read(reply[2:], 0.0):
+            self.give_back(lease)
 
     def give_back(self, lease: Lease) -> None:
         """Free a key whose lease was not delivered, unless its attempt had or has got it by another call."""
-        if not isinstance(lease, RepeatedLease):
-            self._free(lease.key, lease.lease)
-
-    def _free(self, text: str, lease: int) -> None:
-        self._partitions.call(self._partitions.of(text), "unblock", ("holder", "", text, lease, "-"))
+        if isinstance(lease, RepeatedLease):
+            return
+        id, facts = lease.id, self._partitions.facts
+        was_moved_in = id <= facts.base_id * facts.partitions
+        home = self._partitions.of(lease.key) if was_moved_in else (id - 1) % facts.partitions
+        self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % id, lease.lease, "-"))

@@ -17,7 +17,7 @@ import logging
 from itertools import islice
 
 from keypool.core.answers import Lease
-from keypool.core.errors import Draining, StorageUnavailable, Superseded, TooManyWaiters
+from keypool.core.errors import Draining, PoolDraining, StorageUnavailable, Superseded, TooManyWaiters
 from keypool.engine import Timed
 from keypool.engine.valkey.attempts import BUSY, KNOWN, Attempts
 from keypool.engine.valkey.calls import ScriptCall, all_of
@@ -45,7 +45,6 @@ class Waiters:
         sampler: PartitionSampler,
         poller: PartitionPoller,
         server: str,
-        max_waiters: int,
     ) -> None:
         self.seconds = Histogram(SECONDS_OF_WAIT)
         self.announced = 0
@@ -54,7 +53,6 @@ class Waiters:
         self._sampler = sampler
         self._poller = poller
         self._server = server
-        self._max_waiters = max_waiters
         self._loop = asyncio.get_running_loop()
         self._waiters = Queue()
         self._last_chances: dict[Waiter, bool] = {}
@@ -63,7 +61,7 @@ class Waiters:
         self._serving: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._announced_at = 0.0
-        self._draining = False
+        self._draining: type[Draining | PoolDraining] | None = None
         partitions.client.on_recovery = self._wake.set
         partitions.client.on_available = self._keys_available
 
@@ -75,12 +73,13 @@ class Waiters:
 
         Raises Draining, TooManyWaiters, Superseded and StorageUnavailable. O(log n), besides the look.
         """
-        if self._draining:
-            raise Draining
+        if self._draining is not None:
+            raise self._draining()
         superseded = self._waiters.waiter_of(request.attempt)
-        full = len(self._waiters) - len(self._last_chances) >= self._max_waiters
+        most = self._partitions.rules.max_waiters
+        full = len(self._waiters) - len(self._last_chances) >= most
         if seconds > 0 and superseded is None and full:
-            raise TooManyWaiters(self._max_waiters)
+            raise TooManyWaiters(most)
         waiter = Waiter(request, self._loop.time(), self._loop.create_future())
         if seconds > 0:
             waiter.timer = self._loop.call_later(seconds, self._time_is_up, waiter)
@@ -123,11 +122,11 @@ class Waiters:
         if self._waiters and not self._poller.waiting_elsewhere:
             self._wake.set()
 
-    def drain(self) -> None:
-        """Raise Draining in all waiters, and accept none from now on."""
-        self._draining = True
+    def drain(self, reason: type[Draining | PoolDraining] = Draining) -> None:
+        """Raise this in all waiters, and accept none from now on."""
+        self._draining = reason
         for waiter in self._waiters.all():
-            self._leave(waiter, Draining())
+            self._leave(waiter, reason())
 
     async def close(self) -> None:
         """Stop serving, and withdraw the announcement."""
@@ -149,7 +148,7 @@ class Waiters:
         self._waiters.discard(waiter)
         self._stop_timer(waiter)
         if keep_place:
-            self._waiters.keep_place(waiter, self._loop.time(), self._max_waiters)
+            self._waiters.keep_place(waiter, self._loop.time(), self._partitions.rules.max_waiters)
 
     def _stop_timer(self, waiter: Waiter) -> None:
         self._last_chances.pop(waiter, None)
@@ -200,7 +199,10 @@ class Waiters:
                     looked_at = self._loop.time()
                 served = await self._serve(everywhere)
             except Exception as error:
-                if not isinstance(error, StorageUnavailable):
+                if isinstance(error, PoolDraining):  # a partition knows it already
+                    for waiter in self._waiters.all():
+                        self._leave(waiter, error)
+                elif not isinstance(error, StorageUnavailable):
                     _log.exception("serving waiters failed")
                 served = False
                 self.announced = 0

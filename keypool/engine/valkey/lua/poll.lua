@@ -76,7 +76,7 @@ if new > 0 then events = call('LRANGE', EVENTS, -new, -1) end
 local cooling = tonumber(call('HGET', META, 'cooling') or 0)
 cooling = math.min(cooling, call('ZCARD', STATES) - available())
 local status = reply({
-  call('ZCARD', EXPIRY), cooling, call('ZCARD', QUARANTINE), waiting,
+  call('ZCARD', IDS), cooling, call('ZCARD', QUARANTINE), waiting,
   call('ZCOUNT', EXPIRY, '-inf', NOW + tonumber(ARGV[3])),
   left(EXPIRY, '-inf'), left(STATES, '(0'), expiry_lateness, release_lateness,
   tonumber(call('HGET', META, 'id') or -1), event_seq, turn_of(ARGV[1]), counters, events,
