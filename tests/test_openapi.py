@@ -229,7 +229,18 @@ def hurry(case: Any) -> None:
 
 
 QUICK = {
-    *("generate", "acquire", "batch", "extend", "list", "quarantine", "unblock", "find", "update", "pool-put"),
+    *(
+        "generate",
+        "acquire",
+        "batch",
+        "extend",
+        "list",
+        "quarantine",
+        "unblock",
+        "find",
+        "update",
+        "pool-put",
+    ),
 }
 
 
