@@ -31,7 +31,7 @@ from keypool.api import wrong_tokens
 from keypool.api.auth import Access
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.pools import OnePool
+from keypool.engine.pools import EmbeddedPools
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS, HttpServer
 
@@ -496,7 +496,7 @@ async def left_by(kind: Kind, engine: EmbeddedEngine, times: int) -> Left:
     """What is left of doing this so many times."""
     servers, ports, apps = [], [], []
     for access in (Access(), Access([TOKENS["client"]], [TOKENS["viewer"]], ["admin-token-0f5be8d36"])):
-        app = make_app(OnePool(engine), access)
+        app = make_app(EmbeddedPools(engine), access)
         server = make_server(app, None)
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from keypool import __version__
 from keypool.config.named_tokens import TOKENS_FILE, NamedToken
+from keypool.config.pool_settings import POOL_SETTINGS
 from keypool.config.proxies import is_loopback
 from keypool.config.secrets_keys import (
     SECRETS_FILE_VARIABLE,
@@ -33,13 +34,11 @@ from keypool.config.secrets_keys import (
     read_secrets_keys,
 )
 from keypool.config.setting_types import (
-    ONE_DAY,
     Address,
     Choice,
     DataFile,
     EngineName,
     File,
-    Percent,
     Proxies,
     Seconds,
     Text,
@@ -57,7 +56,6 @@ Origin = Literal["default", "toml", "environment", "flag"]
 Default = TypeVar("Default")
 
 PRINT_CONFIG = "--print-config"
-_YEAR = 366 * ONE_DAY
 _TOML_FILE = File("a TOML file")
 
 
@@ -66,6 +64,11 @@ def _setting(default: Default, kind: Text, about: str) -> Default:
     no_password = not isinstance(kind, EngineName)
     made: Any = field(default=default, repr=no_password, metadata={"kind": kind, "about": about})
     return made  # type: ignore[no-any-return]
+
+
+def _of_pool(name: str, about: str) -> Any:
+    """A setting that other pools have too, with the same type and default."""
+    return _setting(getattr(PoolRules, name), POOL_SETTINGS[name], about)
 
 
 def _all_default() -> dict[str, Origin]:
@@ -107,14 +110,13 @@ class Settings:
         Whole(0, 65535),
         "with several processes: process N listens on this port + N - 1 as well, alone; 0 for no such ports",
     )
-    block_seconds: float = _setting(
-        PoolRules.block_seconds, Seconds(), "how long an acquired key stays blocked"
+    block_seconds: float = _of_pool("block_seconds", "how long an acquired key stays blocked")
+    keepalive_seconds: float | None = _of_pool(
+        "keepalive_seconds", "how long a key lives without a keepalive"
     )
-    keepalive_seconds: float | None = _setting(
-        PoolRules.keepalive_seconds, Seconds(), "how long a key lives without a keepalive"
-    )
-    key_length: int = _setting(PoolRules.key_length, Whole(16, 64), "characters in a new key")
-    max_keys: int = _setting(PoolRules.max_keys, Whole(1, 10_000_000_000), "keys in the pool at most")
+    key_length: int = _of_pool("key_length", "characters in a new key")
+    max_keys: int = _of_pool("max_keys", "keys in the pool at most")
+    max_pools: int = _setting(100, Whole(0, 1000), "pools beside `default` at most")
     max_waiters: int = _setting(
         PoolRules.max_waiters, Whole(0, 1_000_000), "acquires waiting for a key at most"
     )
@@ -123,40 +125,29 @@ class Settings:
         Seconds(low=0.0),
         "after a start, every key lives at least this long, even if it expired during the stop",
     )
-    cooldown_seconds: float = _setting(
-        PoolRules.cooldown_seconds,
-        Seconds(low=0.0),
+    cooldown_seconds: float = _of_pool(
+        "cooldown_seconds",
         "how long a key cools after its first failure; it doubles with each failure in a row",
     )
-    max_cooldown_seconds: float = _setting(
-        PoolRules.max_cooldown_seconds,
-        Seconds(low=0.0, high=_YEAR),
-        "how long a key cools at most after failures",
+    max_cooldown_seconds: float = _of_pool(
+        "max_cooldown_seconds", "how long a key cools at most after failures"
     )
-    max_retry_after_seconds: float = _setting(
-        PoolRules.max_retry_after_seconds,
-        Seconds(low=0.0, high=_YEAR),
-        "how long a key cools at most because a holder's `retry_after` says so",
+    max_retry_after_seconds: float = _of_pool(
+        "max_retry_after_seconds", "how long a key cools at most because a holder's `retry_after` says so"
     )
-    error_threshold: int | None = _setting(
-        PoolRules.error_threshold, Whole(1, 1_000_000), "failures in a row from which an error cools the key"
+    error_threshold: int | None = _of_pool(
+        "error_threshold", "failures in a row from which an error cools the key"
     )
-    forget_seconds: float = _setting(
-        PoolRules.forget_seconds,
-        Seconds(low=0.0, high=_YEAR),
-        "how long after the last failure the failures in a row are forgotten",
+    forget_seconds: float = _of_pool(
+        "forget_seconds", "how long after the last failure the failures in a row are forgotten"
     )
-    max_quarantined_percent: float = _setting(
-        PoolRules.max_quarantined_percent,
-        Percent(),
+    max_quarantined_percent: float = _of_pool(
+        "max_quarantined_percent",
         "the part of the pool that reports of `invalid` may quarantine; one key may always go",
     )
-    rest_seconds: float = _setting(
-        PoolRules.rest_seconds, Seconds(low=0.0), "how long a key cools after every lease"
-    )
-    max_block_seconds: float | None = _setting(
-        PoolRules.max_block_seconds,
-        Seconds(high=_YEAR),
+    rest_seconds: float = _of_pool("rest_seconds", "how long a key cools after every lease")
+    max_block_seconds: float | None = _of_pool(
+        "max_block_seconds",
         "how long a lease may last with extensions; without it as long as `--block-seconds`, so that none is extended",
     )
     max_viewers: int = _setting(200, Whole(0, 100_000), "open websockets of the feed at most")
