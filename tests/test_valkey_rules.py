@@ -374,6 +374,10 @@ class Twins:
             key = self.pool.import_key(item, self.now, ADMIN)
         finally:
             self.pool.last_id = max(latest, self.pool.last_id)
+        if id < latest:  # in a batch that had to be repeated in part; the pool's own ids only grow
+            bucket = next(one for one in self.pool._by_id._buckets.values() if id in one)
+            for each in sorted(bucket):
+                bucket[each] = bucket.pop(each)
         self.ever.append((key.id, item.secret))
         return key
 
