@@ -216,9 +216,9 @@ def test_all_about_leases_moves(by_way_of: str | None, tmp_path: Path) -> None:
 
     for each in asyncio.run(run()):
         assert (each.keys, each.states) == (len(keys), Counter(key.state for key in keys))
-    found = {key.id: key for some in datafile.read_keys(last, 100) for key in some}
+    found = {key.id: key for _, some in datafile.read_keys(last, 100) for key in some}
     assert [durable(found[key.id]) for key in keys] == [durable(key) for key in keys]
-    assert {name: datafile.inspect(last)[name] for name in numbers} == numbers
+    assert {name: datafile.inspect(last).numbers[name] for name in numbers} == numbers
     assert datafile.secret_of(last) == datafile.secret_of(first)
 
 
@@ -238,7 +238,7 @@ def test_a_file_of_an_older_version_moves(tmp_path: Path) -> None:
 
     assert asyncio.run(run()).states == {State.AVAILABLE: 1, State.BLOCKED: 1}
     assert (datafile.version_of(first), datafile.version_of(last)) == (2, datafile.VERSION)
-    assert [key.lease for some in datafile.read_keys(last, 9) for key in some] == [0, 7]
+    assert [key.lease for _, some in datafile.read_keys(last, 9) for key in some] == [0, 7]
     assert len(datafile.secret_of(last) or b"") == SECRET_BYTES
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from engine_support import Call, HeldTimers, Moment, make_engine, now, on_loop, turns, turns_until
 
-from keypool.core.answers import Lease
+from keypool.core.answers import Lease, NewKey
 from keypool.core.errors import (
     BadRequest,
     NoKeyAvailable,
@@ -340,6 +340,25 @@ async def test_a_batch_that_generates_in_slices_stops_when_its_pool_is_drained()
         await batch
     await server.gone("openai")
     assert openai.pool.counters.generated == openai.pool.counters.deleted < 1000
+
+
+@on_loop
+async def test_a_batch_that_imports_in_slices_stops_when_its_pool_is_drained() -> None:
+    """All or none: it answers pool-draining, and what it had added is purged."""
+    server = Server()
+    openai = await server.put("openai", keepalive_seconds=None)
+    ticking = iter(range(1, 100_000))
+    openai.now = lambda: server.clock() + next(ticking) * 1e-5
+    items = [NewKey(f"sk-live-{number}") for number in range(500)]
+    batch = asyncio.ensure_future(openai.import_many(items, update=False, expire=False, origin=ADMIN))
+    await turns_until(lambda: openai.pool.total, "some are imported")
+    await server.delete("openai", drain=True)
+    with pytest.raises(PoolDraining):
+        await batch
+    await server.gone("openai")
+    assert openai._reserved == 0
+    with pytest.raises(PoolDraining):
+        await openai.import_key(NewKey("sk-live-1"), False, ADMIN)
 
 
 @on_loop

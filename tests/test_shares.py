@@ -255,12 +255,10 @@ async def test_the_waiters_of_a_share_come_in_their_order_whatever_their_pool() 
     first, second, third = wait(b, ONE), wait(a, ONE), wait(b, ONE)
     await now(a.unblock(lease.id, lease.lease))
     await turns()
-    assert first.over
-    assert not second.over
+    assert [call.over for call in (first, second, third)] == [True, False, False]
     await now(b.unblock(first.answer.id, first.answer.lease))
     await turns()
-    assert second.over
-    assert not third.over
+    assert [call.over for call in (first, second, third)] == [True, True, False]
 
 
 @on_loop

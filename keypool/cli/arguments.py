@@ -18,7 +18,7 @@ from keypool import __version__
 from keypool.cli.status import CommandError, Status
 from keypool.client.answers import Outcome, State
 from keypool.client.reports import retry_after_of
-from keypool.client.settings import DEFAULT_URL
+from keypool.client.settings import DEFAULT_POOL, DEFAULT_URL
 
 SHELLS = ("bash", "zsh", "fish")
 STATES = tuple(state.value for state in State)
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(do=command.do)
         for argument in command.arguments:
             sub.add_argument(*argument.names, **argument.options)
-        for flag in GLOBAL_FLAGS:
+        for flag in shared_flags(command):
             # After the command, a flag that isn't given must not undo one that was given before it.
             sub.add_argument(*flag.names, **flag.options | {"default": argparse.SUPPRESS})
     return top
@@ -157,6 +157,13 @@ def _wait(text: str) -> float | None:
     return None if text == "forever" else _number(float, 0, 86_400, "seconds, or forever")(text)
 
 
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {text!r}")
+    return name, value
+
+
 def _variable(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
         raise argparse.ArgumentTypeError(f"takes the name of a variable, not {text!r}")
@@ -193,6 +200,7 @@ def switch(names: str, about: str) -> Argument:
 # fmt: off
 GLOBAL_FLAGS = (
     argument("--url", f"the server; default $KEYPOOL_URL or {DEFAULT_URL}", "URL"),
+    argument("--pool", f"the pool; default $KEYPOOL_POOL or {DEFAULT_POOL}", "NAME"),
     argument("--token-file", "file that holds the token; default $KEYPOOL_TOKEN or the file "
               "$KEYPOOL_TOKEN_FILE", "FILE"),
     switch("--json", "print JSON, one document a line"),
@@ -203,8 +211,16 @@ GLOBAL_FLAGS = (
 )
 """Flags that every command but serve takes, before or after its name."""
 
+
+def shared_flags(command: Command) -> list[Argument]:
+    """The global flags that a command takes: those of which it has none of its own with the same name."""
+    own = {name for argument in command.arguments for name in argument.names}
+    return [flag for flag in GLOBAL_FLAGS if own.isdisjoint(flag.names)]
+
+
 _COUNT = argument("count", "how many; default 1", "N", nargs="?", type=_positive, default=1)
 _KEYS = argument("keys", "keys, handles, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
+_KEY = argument("key", "id:N, or its handle, name or text; - for standard input", "KEY")
 _LEASE = argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive)
 _WAIT = argument("--wait", "seconds to wait until a key is free, or forever", "S", type=_wait, default=0.0)
 _OWNER = argument("--owner", "name of the holder, which lists show", "NAME")
@@ -246,12 +262,35 @@ COMMANDS = (
             (_KEYS,)),
     Command("list", "keypool.cli.keys:list_keys", "list keys (viewer)", (
         argument("--state", "only keys in this state", choices=STATES),
-        argument("--prefix", "only keys that begin with these 1 to 4 characters", "TEXT"),
+        argument("--prefix", "only generated keys that begin with these 1 to 4 characters", "TEXT"),
+        argument("--name", "only keys whose name begins so, in order of name", "TEXT"),
         argument("--order", "default: id", choices=ORDERS),
         argument("--limit", "this many keys at most; default: all", "N", type=_positive),
     )),
     Command("show", "keypool.cli.keys:show", "show the state of one key", (
         argument("key", "the key, its handle, - for standard input, or id:N (admin, viewer)", "KEY"),
+    )),
+    Command("find", "keypool.cli.keys:find", "show the state of a key by its text, id, name or hint (viewer)", (
+        argument("text", "the whole key, id:N, its name or its hint; - for standard input", "TEXT"),
+    )),
+    Command("import", "keypool.cli.imports:import_keys", "import keys from a file (admin); prints how many", (
+        argument("file", "CSV with a header, JSON lines, or a secret a line; - for standard input", "FILE"),
+        argument("--format", "default: by the content", choices=("csv", "json", "lines")),
+        argument("--exists", "skip keys that the pool has (default), or update their names, labels and data",
+                 choices=("skip", "update"), default="skip"),
+        switch("--expire", "let them expire, in a pool that purges keys which nobody keeps alive"),
+    )),
+    Command("update", "keypool.cli.keys:update", "change a key's name, labels or data (admin)", (
+        _KEY,
+        argument("--name", "the name; '' removes it", "TEXT"),
+        argument("--label", "a label; may be repeated, and replaces all labels", "NAME=VALUE", type=_label,
+                 action="append", dest="labels"),
+        switch("--no-labels", "remove all labels"),
+        argument("--data", "file with a JSON object, - for standard input; {} removes the data", "FILE"),
+    )),
+    Command("replace", "keypool.cli.keys:replace", "give a key another secret (admin)", (
+        _KEY,
+        argument("source", "- reads the new secret from standard input", "-"),
     )),
     Command("stats", "keypool.cli.keys:stats", "show the counts of the pool (viewer)", (
         argument("--watch", "again every S seconds; default 2", "S", nargs="?", type=_some_seconds, const=2.0),
@@ -275,6 +314,25 @@ COMMANDS = (
         argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",
                   choices=("stop", "warn"), default="stop"),
         argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
+    )),
+    Command("pools", "keypool.cli.pools:pools", "list pools (viewer), or make, change and delete them (admin)", (
+        argument("action", "list (default); show NAME; apply FILE: make the pools as a TOML file says; delete NAME",
+                 "list|show|apply|delete", nargs="?", choices=("list", "show", "apply", "delete"), default="list"),
+        argument("what", "the pool's name, or the file, - for standard input", "NAME|FILE", nargs="?"),
+        switch("--dry-run", "apply: only print what it would do"),
+        switch("--delete", "apply: also delete pools that the file doesn't have, when their leases have ended"),
+        switch("--drain", "delete: also a pool that has keys, when its leases have ended"),
+        switch("--now", "delete --drain: without waiting for its leases"),
+    )),
+    Command("rekey", "keypool.cli.pools:rekey", "encrypt all stored keys under the first secrets key (admin)", (
+        switch("--wait", "until that is done"),
+    )),
+    Command("token", "keypool.server.token_command:token", "make a named token for the server's file of tokens", (
+        argument("name", "the token's name, which the audit log, events and lists show", "NAME"),
+        argument("--role", "what it may do", choices=("client", "viewer", "admin"), required=True),
+        argument("--pool", "only this pool; may be repeated; default: all", "NAME", action="append", dest="pools"),
+        argument("--max-held", "leases that it may hold at a time, in all pools together", "N", type=_positive),
+        argument("--file", "append it to this file of tokens, which need not exist yet", "FILE"),
     )),
     Command("backup", "keypool.server.backup_command:backup", "copy the data file while its server runs", (
         argument("file", "the copy; must not exist yet", "FILE"),

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Self
 
 from keypool.client.answers import hint
+from keypool.client.calls import is_reference
 
 Row = dict[str, Any]
 
@@ -22,7 +23,12 @@ BATCH = 1000
 """Items per batch call."""
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
-_WIDEST = {"owner": 20, "reason": 40}  # characters in a table; both may have 200
+_WIDEST = {
+    "owner": 20,
+    "name": 24,
+    "labels": 40,
+    "reason": 40,
+}  # characters in a table; they may have many more
 
 
 class Output:
@@ -64,7 +70,7 @@ class Output:
 
     def masked(self, key: str) -> str:
         """A key's text as this command may show it."""
-        return key if self.show_keys or key.startswith(("id:", "h:")) else hint(key)
+        return key if self.show_keys or is_reference(key) else hint(key)
 
     def _masked(self, row: Row) -> Row:
         return row | {"key": self.masked(row["key"])} if "key" in row else row
@@ -103,13 +109,19 @@ def _bold(text: str) -> str:
 
 
 def _plain(value: object) -> str:
-    return "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
+    return "" if value is None else _text(value).replace("\t", " ").replace("\n", " ")
+
+
+def _text(value: object) -> str:
+    return (
+        ",".join(f"{name}={each}" for name, each in value.items()) if isinstance(value, dict) else str(value)
+    )
 
 
 def _cell(value: object, column: str = "") -> str:
     if value is None:
         return "-"
-    text = f"{value:.1f}" if isinstance(value, float) else printable(str(value))
+    text = f"{value:.1f}" if isinstance(value, float) else printable(_text(value)) or "-"
     widest = _WIDEST.get(column, len(text))
     return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
@@ -143,6 +155,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Erase the bar."""
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

@@ -72,8 +72,12 @@ class GeneratedKey(Answer):
     expires_in: float | None
 
 
+IMPORT_STATUSES = ("created", "updated", "existed", "duplicate", "failed")
+"""What an import may do with an item; "duplicate" is one whose secret stands twice in the body."""
+
+
 class Imported(Answer, omit_defaults=True):
-    """What an import did with an item: "created", "updated", "existed", "duplicate" (twice in one body) or "failed".
+    """What an import did with an item, one of IMPORT_STATUSES.
 
     `id` is of the key that has the secret now; a failed item has the `code` and `detail` of its error instead.
     """

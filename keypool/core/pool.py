@@ -729,6 +729,10 @@ class Pool:
         """The next `count` keys after this id, in order of id and of any state. O(log n + count)."""
         return list(islice(self._by_id.walk((id,)), count))
 
+    def peek(self, id: int) -> Key | None:
+        """The key with this id as it is, whether or not its deadlines have passed. O(1)."""
+        return self._by_id.get(id)
+
     # -- the structures: only these methods change them
 
     def load(self, key: Key) -> None:

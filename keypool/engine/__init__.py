@@ -441,6 +441,10 @@ class LoadingPools:
     def __init__(self) -> None:
         self.default = Loading()
 
+    def get(self, name: str) -> Loading:
+        """An engine whose every call raises Loading, for any name."""
+        return self.default
+
     def drain(self) -> None:
         """Nobody waits yet."""
 

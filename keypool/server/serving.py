@@ -84,7 +84,9 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
     asked_to_stop = lifecycle.stop_asked()
     # A worker doesn't listen until it is ready; its siblings take the traffic.
     sockets = [] if isinstance(lifecycle, Worker) else _listen(settings.address, settings.port)
-    access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
+    access = Access(
+        settings.client_tokens, settings.viewer_tokens, settings.admin_tokens, settings.named_tokens
+    )
     app = make_loading_app(access)
     trusted = None if settings.trusted_proxies == "none" else TrustedProxies(settings.trusted_proxies)
     server = SERVERS[settings.http](app, None, trusted)
@@ -93,8 +95,10 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
         app.forget_callers()
         server.serve_app(app)
 
-    tokens = TokenReload(access, os.environ, callers_changed)
+    tokens = TokenReload(access, settings.token_sources(os.environ), callers_changed)
     lifecycle.on_reload(tokens.ask)
+    if not isinstance(lifecycle, Worker):  # else the supervisor does it
+        tokens.watch()
     server.add_sockets(sockets)
     lifecycle.report(State.LOADING)
     stop = asyncio.ensure_future(asked_to_stop.wait())
@@ -107,7 +111,7 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
     app = make_app(pools, access, settings)
     dashboard = app.settings["dashboard"]
     await dashboard.counting.wait()  # otherwise the first calls would be missing from the charts
-    tokens.sessions = dashboard.sessions
+    tokens.serve_sessions(dashboard.sessions)
     server.serve_app(app)
     _add_metrics(server, app.settings["metric_sources"])
     if isinstance(lifecycle, Worker):
@@ -130,8 +134,13 @@ async def open_pools(settings: Settings) -> Pools:
         return await _open_valkey(settings)
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
-        return EmbeddedPools(EmbeddedEngine(settings.rules))
-    return EmbeddedPools(await open_durable(Path(settings.data), settings.rules))
+        return EmbeddedPools(EmbeddedEngine(settings.rules), max_pools=settings.max_pools)
+    return await open_durable(
+        Path(settings.data),
+        settings.rules,
+        secrets_keys=settings.secrets_keys,
+        max_pools=settings.max_pools,
+    )
 
 
 async def _open_valkey(settings: Settings) -> Pools:

@@ -114,7 +114,8 @@ class FileSource:
         self._path = path
         self._lock = file_lock.hold(path)
         try:
-            self.numbers = datafile.inspect(path)
+            facts = datafile.inspect(path)
+            self.numbers = facts.numbers_of(0)
             self.secret = datafile.secret_of(path) or os.urandom(SECRET_BYTES)
             self.total = datafile.count(path)
         except BaseException:
@@ -124,7 +125,7 @@ class FileSource:
     async def keys(self) -> AsyncIterator[list[Key]]:
         """See Source."""
         try:
-            for keys in datafile.read_keys(self._path, KEYS_AT_ONCE):
+            for _, keys in datafile.read_keys(self._path, KEYS_AT_ONCE):
                 yield keys
         except ValueError as error:
             raise StartError(f"the data file {self._path} is damaged: {error}") from None
