@@ -214,6 +214,10 @@ def test_keys_are_found_changed_and_replaced(fake: FakeServer, command: Command)
     listed = in_pool("list", "--name", "acct").lines
     assert [columns[0] for columns in listed] == ["1"]
     assert listed[0][-3:] == ["acct-1", "region=eu,tier=", ""]
+    heading = in_pool("list", columns=200).out.splitlines()[0]
+    assert heading.replace("\x1b[1m", "").split()[:4] == ["ID", "HINT", "NAME", "STATE"]
+    assert "LABELS" in heading
+    assert "CLIENT" not in heading
     assert in_pool("update", "acct-1", "--no-labels", "--name", "").fields["labels"] == ""
     new = in_pool("replace", "id:1", "-", stdin="sk-new\n")
     assert (new.status, new.fields["id"]) == (0, "1")

@@ -48,6 +48,7 @@ from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import DRAINING, DRAINING_NOW, OPEN, Entry, Registry, Stored
 from keypool.engine.valkey.rekeying import Rekeyer
 from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.shares import Shares
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 
 PARTITIONS = 1
@@ -80,6 +81,8 @@ class ValkeyPools:
         partitions: Partitions,
         presence: Presence,
         subscriber: ReleaseSubscriber,
+        shares: Shares,
+        *,
         max_pools: int,
     ) -> None:
         self.default = default
@@ -88,6 +91,7 @@ class ValkeyPools:
         self._vault = partitions.vault
         self._presence = presence
         self._subscriber = subscriber
+        self._shares = shares
         self._max_pools = max_pools
         self._loop = asyncio.get_running_loop()
         self._registry = Registry(nodes, nodes.url.pool, facts.born)
@@ -325,7 +329,7 @@ class ValkeyPools:
         except BaseException:
             await client.close()
             raise
-        pool = _Pool(ValkeyEngine(name, partitions, self._presence, self._subscriber), stored)
+        pool = _Pool(ValkeyEngine(name, partitions, self._presence, self._subscriber, self._shares), stored)
         self._pools[name], self._engines[name] = pool, pool.engine
         return pool
 
@@ -431,6 +435,7 @@ class ValkeyPools:
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
         await self._presence.leave()
         await self._subscriber.close()
+        await self._shares.close()
         await self._nodes.close()
 
 
