@@ -6,6 +6,7 @@ Messages name an item by its number and never show what is in it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -60,7 +61,9 @@ def member_of(name: str, value: Any) -> Any:
     elif name == "data":
         fits, kind = isinstance(value, Mapping), "a dict"
     else:
-        raise ValueError(f"a key has {', '.join(_MEMBERS)}, and no {str(name)[:40]!r}")
+        # Only a typo is shown: a mapping of secrets to something has secrets for names.
+        shown = f"no {name!r}" if difflib.get_close_matches(str(name), _MEMBERS, n=1) else "nothing else"
+        raise ValueError(f"a key has {', '.join(_MEMBERS)}, and {shown}")
     if not fits:
         raise ValueError(f"{name} is {kind}, not {type(value).__name__}")
     return dict(value) if isinstance(value, Mapping) else value
