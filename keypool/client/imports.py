@@ -25,6 +25,7 @@ MOST_BYTES = 4 * 1024 * 1024
 """What the server takes in one batch of imports."""
 
 _MEMBERS = ("secret", "name", "labels", "data")
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 _AROUND = 1024  # bytes of a body beside its items
 _TOO_LARGE = Imported("failed", None, "payload-too-large", "this item alone is larger than a request may be")
 
@@ -71,7 +72,7 @@ def member_of(name: str, value: Any) -> Any:
 
 def _json(members: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(members, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        return _encode(members).encode()
     except UnicodeEncodeError:
         problem = "it has a character that UTF-8 doesn't have (a lone surrogate)"
     except (TypeError, ValueError, RecursionError):
