@@ -415,7 +415,7 @@ async def test_a_server_of_the_version_before_takes_it_for_another_pool(place: P
     before = place.valkey.ask("HGET", facts, "born")
     async with engine_on(place.url, 1):
         assert place.valkey.ask("HGET", facts, "born") != before
-        assert place.valkey.ask("HGET", facts, "layout") == b"2"
+        assert place.valkey.ask("HGET", facts, "layout") == b"3"
 
 
 # ---------------------------------------------------------------------------------------------------- settings

@@ -106,7 +106,7 @@ class ValkeyPool:
         if not facts:
             raise StartError(f"there is no pool in {self.place}")
         self._refuse_unfinished(facts)
-        if facts["layout"] not in (OLDER, str(LAYOUT)):
+        if facts["layout"] not in (*OLDER, str(LAYOUT)):
             raise StartError(f"the pool in {self.place} is of another version of keypool")
         await self._connect(int(facts["partitions"]))
         self.total = await self.count()
@@ -141,6 +141,8 @@ class ValkeyPool:
     async def _connect(self, partitions: int) -> None:
         """Connect to a pool of `partitions`. Raises StartError if a server subscribes to it."""
         self._partitions = partitions
+        if self._client is not None:
+            self._nodes.discard(self._client)
         self._client = ScriptClient(self._nodes, self._url.pool, partitions)
         await self._nodes.connect()
         replies = await self._nodes.execute_on_all("PUBSUB", "NUMSUB", self._keys(0)[-1])
@@ -223,7 +225,7 @@ class ValkeyPool:
 
     async def close(self) -> None:
         """Disconnect."""
-        await (self._client or self._nodes).close()
+        await self._nodes.close()
 
     async def _facts(self) -> dict[str, str]:
         """The hash `{POOL}:pool` (see engine.py); empty if there is no pool."""
