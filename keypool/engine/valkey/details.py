@@ -27,7 +27,7 @@ from msgspec import structs
 from keypool.core.answers import KeyPatch, Ref, Row
 from keypool.core.details import patched
 from keypool.core.errors import NameTaken, SecretExists, SecretsKeyRequired, StorageUnavailable, UnknownKey
-from keypool.core.keys import Details, hint
+from keypool.core.keys import MAX_NAME, Details, hint
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.pages import row_of
@@ -235,6 +235,8 @@ class Editor:
             with contextlib.suppress(UnknownKey):
                 row, age = await self._get_row(ref)
                 return row_of(row, age, forget_seconds)
+        if len(text) > MAX_NAME:
+            raise UnknownKey  # neither a name nor a hint; and it may be a secret, which Valkey must not see
         calls = [
             self._partitions.call(partition, "search", (text, _SEARCHED))
             for partition in range(self._partitions.count)
