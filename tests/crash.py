@@ -50,6 +50,7 @@ from support import (
     hint,
 )
 
+DEFAULT: Final = "default"
 LEGACY: Final = API + "/random_api_key/"
 DRIFT: Final = 0.02  # of the wall clock, which counts across a restart, from the monotonic one, which judges
 COUNTERS: Final = ("generated", "acquired", "unblocked", "deleted", "kept_alive")
@@ -493,11 +494,35 @@ class Unknown(Exception):
     """503: it may have happened or not."""
 
 
+class PoolClient(Client):
+    """A client of one pool, which takes the paths of `default`."""
+
+    def __init__(self, server: ServerProcess, pool: str) -> None:
+        super().__init__(server)
+        self._pool = pool
+
+    def request(self, method: str, path: str, **how: Any) -> Answer:
+        """The same call in the pool."""
+        return super().request(method, in_pool(self._pool, path), **how)
+
+
+def in_pool(pool: str, path: str) -> str:
+    """The path in a pool of what is a path in `default`."""
+    return path if pool == DEFAULT else path.replace(API, f"{API}/pools/{pool}", 1)
+
+
 class Worker:
     """One client that asks for anything, one call after the other, until it is cut off or told to stop."""
 
     def __init__(
-        self, server: ServerProcess, ledger: Ledger, seed: int, stop: threading.Event, keys: int
+        self,
+        server: ServerProcess,
+        ledger: Ledger,
+        seed: int,
+        stop: threading.Event,
+        keys: int,
+        *,
+        pool: str = DEFAULT,
     ) -> None:
         self.name = f"worker {seed}"
         self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -510,7 +535,8 @@ class Worker:
         self._random = random.Random(seed)
         self._stop_asked = stop
         self._keys = keys
-        self._client = Client(server)
+        self._pool = pool
+        self._client: Client = PoolClient(server, pool)
         self._held: list[tuple[str, int]] = []
         shares: dict[Callable[[], None], int] = {
             self._generate: 6, self._generate_batch: 1, self._generate_legacy: 2,
@@ -520,6 +546,14 @@ class Worker:
             self._delete: 3, self._delete_batch: 1, self._delete_legacy: 1,
             self._get: 12, self._reveal: 2, self._stats: 2, self._page: 1, self._hang_up: 3,
         }  # fmt: skip
+        if pool != DEFAULT:  # the first version's paths are about `default`
+            for call in (
+                self._generate_legacy,
+                self._acquire_legacy,
+                self._unblock_legacy,
+                self._delete_legacy,
+            ):
+                del shares[call]
         self._calls = list(shares)
         self._weights = list(shares.values())
 
@@ -849,7 +883,7 @@ class Worker:
                 self._tries_unheard(story, span, counter)
         try:
             with Wire(self._server) as wire:
-                wire.ask(method, path, **how)
+                wire.ask(method, in_pool(self._pool, path), **how)
                 if self._random.random() < 0.5:
                     time.sleep(self._random.random() * 0.02)
                 wire.reset()
@@ -869,9 +903,9 @@ class Worker:
 # -------------------------------------------------------------------------------------------- looking around
 
 
-def examine(server: ServerProcess, ledger: Ledger) -> None:
+def examine(server: ServerProcess, ledger: Ledger, pool: str = DEFAULT) -> None:
     """Have a server that nobody else asks tell all that it has, into the ledger."""
-    with Client(server) as client:
+    with PoolClient(server, pool) as client:
         ledger.stats(client.stats(), quiet=True)
         _walk(client, ledger)
         _ask_after_the_dead(client, ledger)
@@ -984,7 +1018,10 @@ class Tally:
 
 
 class Crasher:
-    """One data file, and server after server on it. All of it follows from the seed, but for the timing."""
+    """One data file, and server after server on it. All of it follows from the seed, but for the timing.
+
+    `pools` are loaded all at once, with as many workers each.
+    """
 
     def __init__(
         self,
@@ -997,9 +1034,13 @@ class Crasher:
         keys: int = 80,
         env: Mapping[str, str] | None = None,
         flags: Sequence[str] = (),
+        pools: Sequence[str] = (DEFAULT,),
     ) -> None:
         self.path = path
-        self.ledger = Ledger(block_seconds, keepalive_seconds)
+        self.ledgers = {pool: Ledger(block_seconds, keepalive_seconds) for pool in pools}
+        self.ledger = self.ledgers[DEFAULT]
+        self._missing = [pool for pool in pools if pool != DEFAULT]
+        self._settings = {"block_seconds": block_seconds, "keepalive_seconds": keepalive_seconds}
         self.tally = Tally()
         self._random = random.Random(seed)
         self._seeds = itertools.count(seed * 1_000_000)
@@ -1040,47 +1081,71 @@ class Crasher:
         if writer_kills or both:
             server.allow(r"can't be written")
         try:
-            examine(server, self.ledger)
+            self._make_pools(server)
+            self._examine(server)
             self._load_and_kill(server, answers or self._random.randint(30, 400), writer_kills, both)
             server.check()
         finally:
             server.close()
-        return judge(self.ledger)
+        return self._judge()
 
     def look(self) -> list[str]:
         """Start once more, look around, and end in peace. What is wrong in the end."""
         with self.start() as server:
-            examine(server, self.ledger)
-        return judge(self.ledger)
+            self._examine(server)
+        return self._judge()
+
+    def _make_pools(self, server: ServerProcess) -> None:
+        with Client(server) as client:
+            while self._missing:
+                client.make_pool(self._missing.pop(), **self._settings)
+
+    def _examine(self, server: ServerProcess) -> None:
+        for pool, ledger in self.ledgers.items():
+            examine(server, ledger, pool)
+
+    def _judge(self) -> list[str]:
+        faults = {pool: judge(ledger) for pool, ledger in self.ledgers.items()}
+        return [f"{pool}: {fault}" if len(faults) > 1 else fault for pool in faults for fault in faults[pool]]
+
+    def _answers(self) -> int:
+        return sum(ledger.answers for ledger in self.ledgers.values())
+
+    def _outage(self) -> None:
+        for ledger in self.ledgers.values():
+            ledger.outages.append(Span(time.monotonic()))
 
     def _load_and_kill(self, server: ServerProcess, answers: int, writer_kills: int, both: bool) -> None:
         stop = threading.Event()
         workers = [
-            Worker(server, self.ledger, next(self._seeds), stop, self._keys) for _ in range(self._workers)
+            Worker(server, ledger, next(self._seeds), stop, self._keys, pool=pool)
+            for pool, ledger in self.ledgers.items()
+            for _ in range(self._workers)
         ]
-        before = self.ledger.answers
+        before = self._answers()
         for worker in workers:
             worker.thread.start()
         try:
             for _ in range(writer_kills):
                 self._wait_for(answers, workers, server)
-                self.ledger.outages.append(Span(time.monotonic()))
+                self._outage()
                 kill(writer_of(server))
                 if self._random.random() < 0.5:  # or the next one is killed while it starts
                     _wait_for_storage(server)
             _wait_for_storage(server)
             self._wait_for(answers, workers, server)
             if both:
-                self.ledger.outages.append(Span(time.monotonic()))
+                self._outage()
                 kill(writer_of(server))
             killed_at = time.monotonic()
             server.signal(SIGKILL)
             server.wait()
         finally:
             stop.set()
-        self.ledger.died(time.monotonic())
-        for outage in self.ledger.outages:
-            outage.ended = min(outage.ended, time.monotonic())
+        for ledger in self.ledgers.values():
+            ledger.died(time.monotonic())
+            for outage in ledger.outages:
+                outage.ended = min(outage.ended, time.monotonic())
         for worker in workers:
             worker.thread.join(30)
             assert not worker.thread.is_alive(), f"{worker.name} still waits for a dead server"
@@ -1089,13 +1154,13 @@ class Crasher:
                     f"{worker.failure!r} of {worker.name}; the log:\n{server.log}"
                 ) from worker.failure
             assert worker.cut_at > killed_at, "a connection was cut by a living server"
-        self._count(self.ledger.answers - before, workers, writer_kills + both)
+        self._count(self._answers() - before, workers, writer_kills + both)
 
     def _wait_for(self, answers: int, workers: list[Worker], server: ServerProcess) -> None:
         """Until so many more answers have come, refused ones apart."""
 
         def answered() -> int:
-            return self.ledger.answers - sum(worker.refused for worker in workers)
+            return self._answers() - sum(worker.refused for worker in workers)
 
         target = answered() + answers
 

@@ -6,6 +6,7 @@ other, in histories, in data files and in the server itself: a judge that finds 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import pickle
@@ -59,6 +60,26 @@ def test_nothing_told_is_lost_by_kills_at_any_moment(tmp_path: Path, seed: int) 
     assert not (faults := crasher.look()), "\n".join(faults)
     assert not (faults := crasher.look()), "after a clean stop:\n" + "\n".join(faults)
     assert crasher.tally.kills == len(ROUNDS) + 1
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [5, 6])
+def test_nothing_told_of_any_pool_is_lost_by_kills(tmp_path: Path, seed: int) -> None:
+    """Of three pools that are loaded at once, all in one file that is encrypted."""
+    key = {"KEYPOOL_SECRETS_KEY": base64.b64encode(bytes(range(32))).decode()}
+    env = planted(tmp_path, FLUSHING_SOON) | key
+    pools = ("default", "openai", "b-1")
+    crasher = Crasher(tmp_path / "keypool.db", seed, workers=5, keys=40, env=env, pools=pools)
+    for number, kinds in enumerate(ROUNDS):
+        if number == 3:
+            crasher.kill_at_start()
+        faults = crasher.round(**kinds)
+        assert not faults, f"after {crasher.tally}:\n" + "\n".join(faults)
+    assert not (faults := crasher.look()), "\n".join(faults)
+    for pool, ledger in crasher.ledgers.items():
+        assert len(ledger.stories) > 40, f"little was asked of {pool}"
+        content = b"".join(path.read_bytes() for path in tmp_path.glob("keypool.db*"))
+        assert not [text for text in ledger.stories if text.encode() in content], f"{pool} isn't encrypted"
 
 
 # ------------------------------------------------------------------------- what the judge finds in histories
