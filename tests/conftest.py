@@ -11,7 +11,9 @@ ways the test fails if the server logged an error, a traceback, a key or a token
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import inspect
+import os
 import signal
 import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from app_client import Browser
 from engine_support import quiet
 from support import (
@@ -42,6 +45,9 @@ from keypool.api.auth import Access
 from keypool.config.settings import Settings, load
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS, open_pools
+
+HANGS = 400
+"""Seconds after which a test, or its teardown, is taken to hang. The longest takes 40 s when alone."""
 
 # --------------------------------------------------------------------------------------------- ways to run it
 
@@ -147,6 +153,44 @@ def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
     """Two for each core: half of the time a test waits, for a deadline or for a process that it started."""
     cores = yield
     return cores * 2
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End a process of tests that hangs, with the traceback of each thread: xdist reports its test, and goes on.
+
+    pytest's own `faulthandler_timeout` doesn't cover what comes after a failure, nor what comes between two tests.
+    """
+    _end_if_it_hangs(item.config)
+    try:
+        return (yield)
+    finally:
+        _end_if_it_hangs(item.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """After a failure pytest has cancelled the timer."""
+    _end_if_it_hangs(item.config)
+
+
+def _end_if_it_hangs(config: pytest.Config) -> None:
+    faulthandler.dump_traceback_later(HANGS, file=config.stash[fault_handler_stderr_fd_key], exit=True)
+
+
+def pytest_unconfigure() -> None:
+    """Let the process end."""
+    faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In CI, print a failure at once, as a run that is cut short prints no summary."""
+    if report.failed and os.environ.get("CI") == "true" and "PYTEST_XDIST_WORKER" not in os.environ:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(
+            f"\n{report.when} of {report.nodeid} failed: {getattr(crash, 'message', report.longrepr)}",
+            flush=True,
+        )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -31,7 +31,7 @@ from keypool.api import wrong_tokens
 from keypool.api.auth import Access
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.pools import OnePool
+from keypool.engine.pools import EmbeddedPools
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS, HttpServer
 
@@ -496,7 +496,7 @@ async def left_by(kind: Kind, engine: EmbeddedEngine, times: int) -> Left:
     """What is left of doing this so many times."""
     servers, ports, apps = [], [], []
     for access in (Access(), Access([TOKENS["client"]], [TOKENS["viewer"]], ["admin-token-0f5be8d36"])):
-        app = make_app(OnePool(engine), access)
+        app = make_app(EmbeddedPools(engine), access)
         server = make_server(app, None)
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
@@ -603,7 +603,7 @@ def test_a_durable_request_leaves_nothing_to_the_collector(kind: Kind, tmp_path:
     times = TIMES // 2
 
     async def main() -> Left:
-        engine = await open_durable(tmp_path / "keys.db")
+        engine = (await open_durable(tmp_path / "keys.db")).default
         return await left_by(kind, engine, times)
 
     expect_nothing_of(run_on("uvloop", main), times)

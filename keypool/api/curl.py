@@ -68,9 +68,11 @@ def call_lines(site: str, is_open: bool) -> list[CallLine]:
 
 
 def key_lines(
-    site: str, role: Role | None, key_id: int, lease: int | None, names: Sequence[str]
+    site: str, role: Role | None, key_id: int, lease: int | None, names: Sequence[str], *, pool: str = ""
 ) -> dict[str, str]:
     """The operations `names` for one key, with the token of a role, or without one if `role` is None.
+
+    `pool` is the beginning of the paths of another pool than `default`, /pools/NAME.
 
     Unblock names the key's latest lease, so that the line frees nothing if somebody else has acquired the key since.
     """
@@ -79,7 +81,7 @@ def key_lines(
         operation.name: curl(
             site,
             operation,
-            path=operation.path.replace("{key}", f"id:{key_id}"),
+            path=pool + operation.path.replace("{key}", f"id:{key_id}"),
             body=body if operation.name == "unblock" else None,
             role=role,
         )
@@ -88,13 +90,13 @@ def key_lines(
     }
 
 
-def generate_line(site: str, is_open: bool) -> str:
-    """The line of a batch that generates ten keys."""
+def generate_line(site: str, is_open: bool, pool: str = "") -> str:
+    """The line of a batch that generates ten keys. `pool` as for `key_lines`."""
     batch = next(operation for operation in OPERATIONS if operation.name == "batch")
     return curl(
         site,
         batch,
-        path=batch.path,
+        path=pool + batch.path,
         body='{"op":"generate","count":10}',
         role=None if is_open else Role.ADMIN,
     )

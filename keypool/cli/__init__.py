@@ -6,6 +6,9 @@
     connection.py         the server's URL and the token, from environment and files
     output.py             tables on a terminal, tab-separated lines in a pipe, JSON, masked keys; notes and progress
     keys.py               generate, acquire, unblock, extend, keepalive, delete, quarantine, restore, list, show, stats
+    imports.py            import FILE
+    pools.py              pools, and the encryption of all
+    input.py              files to be read, or standard input
     run.py                run -- COMMAND
     signal_forwarding.py  signals that `run` passes on; signals that wait until a call is answered
     events.py             follows the server's feed

@@ -24,6 +24,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from keypool.client import calls
 from keypool.client.answers import Extended, LeasedKey, Outcome, Row, State, Unblocked, hint
@@ -59,12 +60,15 @@ class Held:
         """The answer when the key was given back."""
         self.not_extended: KeyPoolError | None = None
         """Why the lease goes on to its end and can't be extended any more; None as long as that isn't known."""
+        self.name = leased.name
+        """The name that an operator gave it; None without one."""
         self._text = leased.secret
+        self._data = leased.data
         # When the server sent the answer to a call that waited is not known; it can't have been in transit for long.
         travelled = min(_LATEST_ON_THE_WAY, leased.release_in / 20)
         self._began_at = max(acquired.sent_at, acquired.received_at - travelled)
         self._released_at = self._began_at + leased.release_in
-        self._expires_at = self._began_at + leased.expires_in
+        self._expires_at = math.inf if leased.expires_in is None else self._began_at + leased.expires_in
         self._block_seconds = block_seconds
         self._stretch = leased.release_in if block_seconds is None else block_seconds
         self._lock = threading.Lock()
@@ -79,13 +83,19 @@ class Held:
         self.check()
         return self._text
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What an operator stored with the key: `key.data["user"]`. Raises LeaseLost once the lease has ended."""
+        self.check()
+        return self._data
+
     def __repr__(self) -> str:
         state = self._over or f"{self.remaining:.1f} s remaining"
         return f"<{type(self).__name__} {self.hint} id={self.id} lease={self.lease}, {state}>"
 
     @property
     def hint(self) -> str:
-        """First four characters, `…`, last four: what may be shown and logged."""
+        """First four characters, `…`, last four, fewer of a short text: what may be shown and logged."""
         return hint(self._text)
 
     @property
@@ -94,9 +104,11 @@ class Held:
         return 0.0 if self._over else max(0.0, min(self._released_at, self._expires_at) - now())
 
     @property
-    def expires_in(self) -> float:
-        """Seconds until the key expires, unless it is kept alive, which a lease does if necessary."""
-        return 0.0 if self._over else max(0.0, self._expires_at - now())
+    def expires_in(self) -> float | None:
+        """Seconds until the key expires, unless it is kept alive, which a lease does if necessary; None: never."""
+        if self._over:
+            return 0.0
+        return None if self._expires_at == math.inf else max(0.0, self._expires_at - now())
 
     @property
     def over(self) -> bool:
@@ -155,7 +167,7 @@ class Held:
 
     def _record(self, report: Report) -> None:
         """Of several reports the worst one is sent."""
-        reason = tidy(report.reason, self._text, self.hint)
+        reason = tidy(report.reason, self._text, self.hint, self._data)
         with self._lock:
             self._report = worse(self._report, Report(report.outcome, report.ready_at, reason))
 

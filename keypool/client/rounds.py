@@ -3,8 +3,13 @@
 A round sends every key once, in batches of a thousand, at a third of the keepalive time: two rounds may fail
 before a key expires. That time is in the answer to the keepalive of a single key, so the first round has one
 more call. The pause is shortened at random by up to a tenth, so that keepers do not synchronise. A round that
-failed is repeated, with growing pauses, until one succeeds; but if the token or the URL is refused, the keeper
-stops, as no repetition could help.
+failed is repeated, with growing pauses, until one succeeds; but if the token, the URL or the pool is refused, the
+keeper stops, as no repetition could help. The pool `default` has that time for as long as its server runs; that of
+other pools may change, so there each round has the one more call.
+
+A key that never expires needs no keepalive, so one that is known not to (its `expires_in` is None) is not kept at all.
+In a pool where no key expires, texts and ids are sent once, and then never again until another one is added: even if
+the pool's setting changes, a key that was kept alive under it expires only after its next keepalive.
 
 Each lease to be extended is extended by a call of its own when a third of its block has passed, since only the answer
 to a single call says how long it lasts then. One that can't last longer is not asked for again.
@@ -35,10 +40,11 @@ from keypool.client.errors import (
     Unauthorized,
     Unavailable,
     UnknownKey,
+    UnknownPool,
     WrongHost,
 )
 from keypool.client.held import Held
-from keypool.client.settings import Retry, Settings, now
+from keypool.client.settings import DEFAULT_POOL, Retry, Settings, now
 
 OnDead = Callable[[str], object]
 OnError = Callable[[KeyPoolError], object]
@@ -46,7 +52,7 @@ OnError = Callable[[KeyPoolError], object]
 log = logging.getLogger("keypool.client")
 
 _LEAST_EXTENSION = 0.05  # seconds; a lease that can't be extended by more lasts as long as it may
-_FINAL = (Unauthorized, Forbidden, WrongHost, NotFound, MethodNotAllowed)
+_FINAL = (Unauthorized, Forbidden, WrongHost, NotFound, MethodNotAllowed, UnknownPool)
 
 
 class Rounds:
@@ -62,9 +68,10 @@ class Rounds:
     ) -> None:
         # No retries within a call: rounds are repeated instead, without end.
         self._settings = replace(settings, retry=Retry(0))
-        self.keys: dict[str, KeyLike] = {calls.text(key): key for key in keys}
+        self.keys: dict[str, KeyLike] = {calls.text(key): key for key in keys if _expires(key)}
         self.error: KeyPoolError | None = None
-        self.keepalive_seconds = keepalive_seconds
+        self.keepalive_seconds = keepalive_seconds  # inf: keys of this pool never expire
+        self._given = keepalive_seconds is not None
         self._fresh: dict[str, None] = {}
         self._extending: dict[Held, float] = {}  # with the moment of the next attempt
         self._on_dead = on_dead
@@ -73,7 +80,9 @@ class Rounds:
         self._pauses = Retry(first=0.2, most=5.0)
 
     def add(self, key: KeyLike) -> None:
-        """Keep another key alive, from now on. O(1)."""
+        """Keep another key alive, from now on, unless it never expires. O(1)."""
+        if not _expires(key):
+            return
         text = calls.text(key)
         self.keys[text] = key
         self._fresh[text] = None
@@ -99,7 +108,7 @@ class Rounds:
             if due or self._fresh:
                 keys = list(self.keys if due else self._fresh)
                 self._fresh.clear()
-                yield from self._round(keys)
+                yield from self._round(keys, whole=due)
                 next_at = now() + self.pause() if due else min(next_at, now() + self.pause())
                 continue
             held, extend_at = self._next_extension()
@@ -116,15 +125,14 @@ class Rounds:
             return min(third / 4, self._pauses.pause(self._failures))
         return third * random.uniform(0.9, 1.0)  # noqa: S311 - see the module
 
-    def _round(self, keys: list[str]) -> Steps[None]:
+    def _round(self, keys: list[str], *, whole: bool) -> Steps[None]:
         error: KeyPoolError | None = None
         began = now()
         try:
             for part in calls.parts(keys):
                 done = yield from result(calls.keepalive_part(part), self._settings)
                 self._remove_dead([*done.unknown, *done.stale])
-            while self.keepalive_seconds is None and self.keys:
-                yield from self._read_keepalive_seconds(next(iter(self.keys)))
+            yield from self._read_keepalive_seconds(whole=whole)
             self._prolong(keys, began)
         except PoolClosed:
             raise
@@ -160,7 +168,15 @@ class Rounds:
         else:
             self._extending[held] = next_at
 
-    def _read_keepalive_seconds(self, key: str) -> Steps[None]:
+    def _read_keepalive_seconds(self, *, whole: bool) -> Steps[None]:
+        may_change = self._settings.pool != DEFAULT_POOL and whole
+        if not self._given and (may_change or self.keepalive_seconds == math.inf):
+            self.keepalive_seconds = None
+        while self.keepalive_seconds is None and self.keys:
+            yield from self._keep_one_alive(next(iter(self.keys)))
+
+    def _keep_one_alive(self, key: str) -> Steps[None]:
+        """Ask for the keepalive time by a keepalive of this key, unless it is dead."""
         named = self.keys[key]
         try:
             answer = yield from result(calls.keepalive(calls.handle(named) or named), self._settings)
@@ -176,7 +192,7 @@ class Rounds:
                 raise
             self.keepalive_seconds = named.expires_in
         else:
-            self.keepalive_seconds = answer.expires_in
+            self.keepalive_seconds = math.inf if answer.expires_in is None else answer.expires_in
 
     def _prolong(self, keys: Sequence[str], since: float) -> None:
         for text in keys:
@@ -213,6 +229,10 @@ class Rounds:
             callback(about)
         except Exception:
             log.exception("a callback of the keeper failed")
+
+
+def _expires(key: KeyLike) -> bool:
+    return getattr(key, "expires_in", 0.0) is not None
 
 
 def _is_final(error: KeyPoolError) -> bool:

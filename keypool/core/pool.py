@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import inf, nextafter
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 from sortedcontainers import SortedList
@@ -81,6 +81,26 @@ _OK, _INVALID = Outcome.OK, Outcome.INVALID
 _OK_REPORT, _ALL_WELL = Report(_OK), History(outcome=_OK)
 
 Listener = Callable[[Change, Key, str | None, Origin], None]
+
+
+class Clients(Protocol):
+    """What the pool reports about the leases of named clients, so that they can be counted over all pools."""
+
+    def begun(self, pool: Pool, key: Key) -> None:
+        """The lease of `key.client` began, or was loaded. O(1)."""
+        ...
+
+    def ended(self, key: Key) -> None:
+        """The lease of `key.client` is ending. This must not change a pool. O(log n)."""
+        ...
+
+
+class _NoClients:
+    def begun(self, pool: Pool, key: Key) -> None:
+        """Nobody counts."""
+
+    def ended(self, key: Key) -> None:
+        """Nobody counts."""
 
 
 @dataclass(slots=True)
@@ -139,6 +159,7 @@ class Pool:
         *,
         new_text: Callable[[], str],
         random: Callable[[], float],
+        clients: Clients | None = None,
         on_change: Listener = lambda change, key, owner, origin: None,
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
@@ -148,6 +169,7 @@ class Pool:
         self.last_lease = 0
         self.counters = Counters()
         self.on_change = on_change
+        self._clients = clients or _NoClients()
         self._new_text = new_text
         self._random = random
         self._available: list[Key] = []
@@ -400,6 +422,7 @@ class Pool:
                 key.acquired_at = now
                 if client is not None:
                     key.client = client
+                    self._clients.begun(self, key)
                 if attempt is not None:
                     key.attempt = attempt
                     self._by_attempt.add(key, attempt)
@@ -706,6 +729,10 @@ class Pool:
         """The next `count` keys after this id, in order of id and of any state. O(log n + count)."""
         return list(islice(self._by_id.walk((id,)), count))
 
+    def peek(self, id: int) -> Key | None:
+        """The key with this id as it is, whether or not its deadlines have passed. O(1)."""
+        return self._by_id.get(id)
+
     # -- the structures: only these methods change them
 
     def load(self, key: Key) -> None:
@@ -721,6 +748,8 @@ class Pool:
             self._cooling += key.state is _COOLING
             if key.attempt is not None:
                 self._by_attempt.add(key, key.attempt)
+            if key.client is not None:
+                self._clients.begun(self, key)
 
     def _insert(self, key: Key) -> None:
         self._by_id.add(key)
@@ -865,6 +894,7 @@ class Pool:
             key.attempt = None
             key.replayed = False
         if key.client is not None:
+            self._clients.ended(key)
             key.client = None
         if key.details is not NO_DETAILS and key.details.former is not None:
             self._end_former(key)

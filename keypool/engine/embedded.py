@@ -101,15 +101,21 @@ class EmbeddedEngine(OperatorCalls):
         if attempt is not None and (held := await self._replay(attempt)):
             return held[0]
         if self.pool_draining:
-            await self._refuse()
+            await self._refuse(None)
         digest = None if attempt is None else attempt.digest
-        token = None if client is None else client.name
         now = self.now()
-        key = None if self._waiters.waiting else self.pool.acquire(now, owner, block_seconds, digest, token)
+        if self._waiters.waiting:
+            key = None
+        elif client is None:
+            key = self.pool.acquire(now, owner, block_seconds, digest)
+        elif self.shares.may_take(client, now):
+            key = self.pool.acquire(now, owner, block_seconds, digest, client.name)
+        else:
+            key = None
         if key is not None:
             lease = self._lease(key, now)
         else:
-            lease = await self._take_or_wait(Request(owner, block_seconds, digest, token), wait, timed)
+            lease = await self._take_or_wait(Request(owner, block_seconds, digest, client), wait, timed)
         if (commit := journal.commit_of(lease.id)) is not None:
             started = self.now()
             try:
@@ -133,8 +139,7 @@ class EmbeddedEngine(OperatorCalls):
         self.journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held
-        digest = None if attempt is None else attempt.digest
-        request = Request(owner, block_seconds, digest, None if client is None else client.name)
+        request = Request(owner, block_seconds, None if attempt is None else attempt.digest, client)
         leases: list[Lease] = []
         moments: list[float] = []
         until = self.now() + SLICE_SECONDS
@@ -145,7 +150,7 @@ class EmbeddedEngine(OperatorCalls):
                 if now > until:
                     until = await self._pause()
             if not leases:
-                await self._refuse()
+                await self._refuse(client)
             await self._all_kept()
         except (GeneratorExit, asyncio.CancelledError):  # the caller hung up and never got these leases
             for lease in leases:
@@ -358,7 +363,12 @@ class EmbeddedEngine(OperatorCalls):
     ) -> EmbeddedEngine:
         """An engine for another pool of the same server, empty and without a journal. O(1)."""
         engine = EmbeddedEngine(
-            rules, start_timers=start_timers, loop=self.timers.loop, clock=self.now, pool_name=name
+            rules,
+            start_timers=start_timers,
+            loop=self.timers.loop,
+            clock=self.now,
+            pool_name=name,
+            shares=self.shares,
         )
         engine.handles = self.handles.of_pool(number)
         return engine
@@ -386,11 +396,11 @@ class EmbeddedEngine(OperatorCalls):
         return made
 
     async def _take_or_wait(self, request: Request, wait: float, timed: Timed | None) -> Lease:
-        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable."""
+        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable, ShareSpent."""
         lease = await self._take(request)
         if lease is None and wait > 0:
             lease = await self._waiters.wait(request, wait, timed)
-        return lease or await self._refuse()
+        return lease or await self._refuse(request.client)
 
     async def _take(self, request: Request) -> Lease | None:
         """Acquire an available key, if the waiters in the queue have left one."""
@@ -401,7 +411,10 @@ class EmbeddedEngine(OperatorCalls):
                 self._waiters.serve(now)
             if self.pool_draining:
                 return None
-            key = None if self._waiters.waiting else self.pool.acquire(now, *request)
+            client = request.client
+            if client is not None and not self.shares.may_take(client, now):
+                return None
+            key = None if self._waiters.waiting else self._waiters.take(request, now)
             if key is not None:
                 return self._lease(key, now)
             if not self.pool.may_have_more(now):
@@ -411,11 +424,14 @@ class EmbeddedEngine(OperatorCalls):
             await self._next_turn()  # a backlog of due keys may hide an available one
             self.journal.require()
 
-    async def _refuse(self) -> NoReturn:
-        """Raise NoKeyAvailable or PoolDraining, as soon as all changes are on disk."""
+    async def _refuse(self, client: Client | None) -> NoReturn:
+        """Raise PoolDraining, ShareSpent or NoKeyAvailable, as soon as all changes are on disk."""
         if self.pool_draining:
             await self._all_kept()
             raise PoolDraining
+        if client is not None and not self.shares.has_room(client, self.now()):
+            await self._all_kept()
+            raise self.shares.spent(client, self.now())
         self.pool.counters.refused += 1
         await self._all_kept()
         pool = self.pool

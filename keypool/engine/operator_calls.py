@@ -52,6 +52,7 @@ class OperatorCalls(Steps):
 
         def add(item: NewKey | Imported, now: float) -> Imported:
             nonlocal reserved
+            self._require_serving()  # if not, those that were added are purged with the others
             if isinstance(item, Imported):
                 return item
             if item.secret in seen:

@@ -34,6 +34,7 @@ from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, PoolRules
 from keypool.engine.clock import make_clock
 from keypool.engine.journal import Commit, Journal, NullJournal
 from keypool.engine.shapes import age, data_of, rounded, row_of
+from keypool.engine.shares import Shares
 from keypool.engine.timers import Timers
 from keypool.engine.waiters import Waiters
 from keypool.ops.histogram import SECONDS, Histogram
@@ -67,7 +68,9 @@ class Steps:
         clock: Callable[[], float] | None = None,
         new_text: Callable[[], str] | None = None,
         pool_name: str = DEFAULT_POOL,
+        shares: Shares | None = None,
     ) -> None:
+        self.shares = shares or Shares()
         self.pool_name = pool_name
         self.pool_draining = False
         self.now = clock or make_clock()
@@ -77,6 +80,7 @@ class Steps:
             rules,
             new_text=new_text or (lambda: random_text(self.pool.rules.key_length)),
             random=random.Random().random,  # noqa: S311 - which available key is served isn't secret
+            clients=self.shares,
             on_change=self._changed,
             on_opened=self.timers.opened,
             on_closed=self.timers.closed,
@@ -92,6 +96,7 @@ class Steps:
             self.timers,
             self.now,
             rules.max_waiters,
+            self.shares,
             lease_of=self._lease,
             give_back=self._give_back,
             storage_up=self.storage_up,

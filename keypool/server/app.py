@@ -26,13 +26,25 @@ from keypool.http.fast_call import FastApi
 from keypool.http.tornado_call import ApiRouter
 from keypool.web.dashboard import Dashboard
 from keypool.web.feed_handler import FeedHandler
-from keypool.web.handlers import Calls, Events, Figures, KeyPanel, Keys, Overview, Static, System
+from keypool.web.handlers import (
+    Calls,
+    Events,
+    Figures,
+    KeyPanel,
+    Keys,
+    Overview,
+    PoolList,
+    Static,
+    System,
+)
 from keypool.web.pages import Health, PageHandler, Ready, UnknownPath
 from keypool.web.scrape import Metrics, MetricSources
 from keypool.web.signin import SignIn, SignOut
 
 Pages = Sequence[tuple[str, type[PageHandler]]]
 """Patterns of paths with their handlers."""
+
+_POOL = r"(/pools/[^/]+)?"  # of the paths of a pool other than `default`
 
 
 class KeypoolApplication(Application):
@@ -52,7 +64,7 @@ class KeypoolApplication(Application):
         **settings: Any,
     ) -> None:
         in_flight, dispatcher = InFlight(), Dispatcher(pools, access, operations)
-        shared = {"engine": pools.default, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
+        shared = {"pools": pools, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
         api = Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight))
         first, last = ([(path, handler, shared) for path, handler in some] for some in (before_api, pages))
         super().__init__(
@@ -82,25 +94,31 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
     """
     settings = settings or Settings()
     calls = OPERATIONS + LEGACY
-    dashboard = Dashboard(pools.default, access, settings)
-    sources = MetricSources({"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.feed.viewers)
-    sources.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
+    dashboard = Dashboard(pools, access, settings)
+    sources = MetricSources(
+        {"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.viewers.count
+    )
+    sources.limits |= {
+        name: getattr(settings, name) for name in ("max_keys", "max_pools", "max_waiters", "max_viewers")
+    }
     return KeypoolApplication(
         pools,
         access,
         (*calls, describing(calls, access.open)),
-        before_api=[(f"{BASE}/feed", FeedHandler)],
+        before_api=[(rf"{BASE}{_POOL}/feed", FeedHandler)],
         pages=[
             (r"/healthz", Health),
             (r"/readyz", Ready),
             (r"/metrics", Metrics),
-            (r"/", Overview),
-            (r"/keys", Keys),
-            (r"/keys/([0-9]+)", KeyPanel),
-            (r"/events", Events),
+            (r"/()", Overview),
+            (r"(/pools/[^/]+)", Overview),
+            (r"/pools", PoolList),
+            (rf"{_POOL}/keys", Keys),
+            (rf"{_POOL}/keys/([0-9]+)", KeyPanel),
+            (rf"{_POOL}/events", Events),
             (r"/system", System),
             (r"/calls", Calls),
-            (r"/figures", Figures),
+            (rf"{_POOL}/figures", Figures),
             (r"/login", SignIn),
             (r"/logout", SignOut),
             (r"/static/([0-9a-f]+)/(.+)", Static),
@@ -127,6 +145,6 @@ def make_loading_app(access: Access) -> KeypoolApplication:
         access,
         [replace(operation, run=_refuse_loading, head=None) for operation in all_calls],
         # Sessions don't exist yet, so the feed can't check a role: it is refused like a page.
-        before_api=[(f"{BASE}/feed", Ready)],
+        before_api=[(rf"{BASE}{_POOL}/feed", Ready)],
         pages=[(r"/healthz", Health), (r".*", Ready)],
     )

@@ -30,7 +30,7 @@ from keypool.core.errors import StartError, StorageUnavailable
 from keypool.engine import Pools
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
-from keypool.engine.pools import EmbeddedPools, OnePool
+from keypool.engine.pools import EmbeddedPools
 from keypool.engine.valkey.url import parse, without_password
 from keypool.http.api_call import InFlight
 from keypool.http.http1.connection_limiter import ConnectionLimiter
@@ -135,8 +135,11 @@ async def open_pools(settings: Settings) -> Pools:
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
         return EmbeddedPools(EmbeddedEngine(settings.rules), max_pools=settings.max_pools)
-    return EmbeddedPools(
-        await open_durable(Path(settings.data), settings.rules), max_pools=settings.max_pools
+    return await open_durable(
+        Path(settings.data),
+        settings.rules,
+        secrets_keys=settings.secrets_keys,
+        max_pools=settings.max_pools,
     )
 
 
@@ -148,7 +151,13 @@ async def _open_valkey(settings: Settings) -> Pools:
             f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
             "and in keypool-service[server]"
         ) from None
-    return OnePool(await open_valkey(parse(settings.engine), settings.partitions, settings.rules))
+    return await open_valkey(
+        parse(settings.engine),
+        settings.partitions,
+        settings.rules,
+        max_pools=settings.max_pools,
+        secrets_keys=settings.secrets_keys,
+    )
 
 
 def _listen(address: str, port: int, *, shared: bool = False) -> list[socket.socket]:

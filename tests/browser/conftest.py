@@ -88,6 +88,8 @@ class Tabs:
     def close(self) -> None:
         """Close all pages, and fail if a console had a message that wasn't allowed."""
         for context in self._contexts:
+            for page in context.pages:
+                page.unroute_all(behavior="ignoreErrors")  # or a handler in its middle could wait for ever
             context.close()
         said = [text for text in self.said if not any(re.search(allowed, text) for allowed in self._allowed)]
         assert said == [], f"the console of a page: {said}"

@@ -11,7 +11,8 @@ from support import Client, ServerProcess
 from browser.conftest import Tabs, figure, quarantine, report, row, rows
 
 SCREENS = (
-    "/", "/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined", "/events", "/system", "/calls",
+    "/", "/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined", "/events", "/pools", "/system",
+    "/calls",
 )  # fmt: skip
 LONG = "429 from an-api-with-a-long-name.example.com: the daily quota of account 4711 is used up"
 

@@ -19,12 +19,11 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 from keypool.core.answers import GeneratedKey
 from keypool.core.errors import PoolFull
-from keypool.core.keys import State, random_text
-from keypool.core.rules import PoolRules
+from keypool.core.keys import State, hint, random_text
 from keypool.engine.valkey.calls import all_of, seconds_left
 from keypool.engine.valkey.link import Word
 from keypool.engine.valkey.partitions import Partitions
@@ -33,37 +32,39 @@ from keypool.engine.valkey.poller import PartitionPoller
 _AMPLE_KEYS, _AMPLE_SHARE = 10_000, 0.1  # ample room: the larger of so many keys and this share of the limit
 _RESERVED_SECONDS = 10.0  # after which room that a batch reserved lapses
 _PAUSE = 0.01  # seconds, on average, before trying again while another server has reserved room
+_NUMBER_USED = -1  # in a reply of generate.lua: a number was used already for which a text was sealed
 _TEXTS_A_TURN = 1000  # texts that are tried in one turn of the loop
 
 
 class KeyGenerator:
     """See the module. `server` is this server's name in reservations."""
 
-    def __init__(
-        self, partitions: Partitions, poller: PartitionPoller, server: str, rules: PoolRules
-    ) -> None:
+    def __init__(self, partitions: Partitions, poller: PartitionPoller, server: str) -> None:
         self._partitions = partitions
         self._poller = poller
         self._server = server
-        self._life_us = round(rules.keepalive_seconds * 1e6)
-        self._key_length = rules.key_length
-        self._max_keys = rules.max_keys
-        share, rest = divmod(rules.max_keys, partitions.count)
-        self._limits = [share + (number < rest) for number in range(partitions.count)]
-        self._ample = max(_AMPLE_KEYS, _AMPLE_SHARE * rules.max_keys) / partitions.count
+        self.set_limits()
         self._filling = asyncio.Lock()
         self._tasks: set[asyncio.Task[list[GeneratedKey]]] = set()
         self._reservations = itertools.count(1)
+
+    def set_limits(self) -> None:
+        """Share `max_keys` of the rules out to the partitions. O(partitions)."""
+        partitions, self._max_keys = self._partitions, self._partitions.rules.max_keys
+        share, rest = divmod(self._max_keys, partitions.count)
+        self.limits = [share + (number < rest) for number in range(partitions.count)]
+        self._ample = max(_AMPLE_KEYS, _AMPLE_SHARE * self._max_keys) / partitions.count
 
     async def generate(self, count: int, origin: Word) -> list[GeneratedKey]:
         """Generate `count` keys. `origin` is a word for scripts. Raises PoolFull and StorageUnavailable.
 
         O(count * log n); near the limit also O(partitions), and a few more round trips.
         """
-        texts = [random_text(self._key_length) for _ in range(count)]
+        length = self._partitions.rules.key_length
+        texts = [random_text(length) for _ in range(count)]
         wanted = Counter(map(self._partitions.of, texts))
         made: list[GeneratedKey] = []
-        if len(wanted) == 1 or self._has_ample_room(wanted):
+        if len(wanted) == 1 or self.has_ample_room(wanted):
             made = await self._generate(texts, "", origin)
         if len(made) == count:
             return made
@@ -85,8 +86,9 @@ class KeyGenerator:
             self._delete(made)
             raise
 
-    def _has_ample_room(self, wanted: Counter[int]) -> bool:
-        totals, limits = self._poller.totals, self._limits
+    def has_ample_room(self, wanted: Counter[int]) -> bool:
+        """Whether nothing needs to be reserved. O(partitions)."""
+        totals, limits = self._poller.totals, self.limits
         return all(
             totals[partition] + keys + self._ample <= limits[partition] for partition, keys in wanted.items()
         )
@@ -101,7 +103,7 @@ class KeyGenerator:
                         continue  # expired keys are being purged
                     raise PoolFull(snapshot.total, count, self._max_keys)
                 totals = self._poller.totals
-                room = [max(0, limit - total) for limit, total in zip(self._limits, totals, strict=True)]
+                room = [max(0, limit - total) for limit, total in zip(self.limits, totals, strict=True)]
                 if sum(room) >= count:
                     made = await self._generate_all(await self._texts_for(room, count), origin)
                     if made is not None:
@@ -112,7 +114,7 @@ class KeyGenerator:
         """Random texts whose partitions have room for them; takes that room off `room`."""
         found: list[str] = []
         for tried in itertools.count(1):
-            text = random_text(self._key_length)
+            text = random_text(self._partitions.rules.key_length)
             partition = self._partitions.of(text)
             if room[partition]:
                 room[partition] -= 1
@@ -128,8 +130,8 @@ class KeyGenerator:
         wanted = Counter(map(self._partitions.of, texts))
         reservation = ""
         if len(wanted) > 1:
-            reservation = f"{self._server}.{next(self._reservations)}"
-            if not await self._reserve(wanted, reservation):
+            reservation = self.new_reservation()
+            if not await self.reserve(wanted, reservation, self.limits):
                 return None
         made = await self._generate(texts, reservation, origin)
         if len(made) == len(texts):
@@ -137,14 +139,23 @@ class KeyGenerator:
         self._delete(made)  # partial, if the reservations lapsed before they were used
         return None
 
-    async def _reserve(self, wanted: Counter[int], name: str) -> bool:
-        """Reserve room in all of these partitions, or in none. Returns whether it did."""
+    def new_reservation(self) -> str:
+        """A name for a reservation of room."""
+        return f"{self._server}.{next(self._reservations)}"
+
+    async def reserve(
+        self, wanted: Counter[int], name: str, limits: Sequence[int] | Mapping[int, int]
+    ) -> bool:
+        """Reserve room in all of these partitions, or in none. Returns whether it did.
+
+        `limits` are how many keys each may hold.
+        """
         lapses = round(_RESERVED_SECONDS * 1e6)
         reserved = False
         try:
             replies = await all_of(
                 [
-                    self._partitions.call(partition, "room", (name, keys, self._limits[partition], lapses))
+                    self._partitions.call(partition, "room", (name, keys, limits[partition], lapses))
                     for partition, keys in wanted.items()
                 ]
             )
@@ -158,28 +169,45 @@ class KeyGenerator:
     async def _generate(self, texts: Sequence[str], reservation: str, origin: Word) -> list[GeneratedKey]:
         """Generate keys, in each partition all of its own or none. Returns those that were generated."""
         partitions, poller, count = self._partitions, self._poller, self._partitions.count
-        words: dict[int, list[Word]] = {}
-        for number, text in enumerate(texts, poller.id_number + 1):
-            partition = partitions.of(text)
-            if partition not in words:
-                limit = self._limits[partition]
-                words[partition] = [self._life_us, count, partition, limit, reservation, origin]
-            words[partition] += (number, text)
-        poller.id_number += len(texts)
-        calls = [partitions.call(partition, "generate", some) for partition, some in words.items()]
-        ids: dict[int, Iterator[int]] = {}
-        for partition, made in zip(words, await all_of(calls), strict=True):
-            if made:
-                poller.generated(partition, len(made))
-                poller.id_number = max(poller.id_number, (made[-1] - 1) // count)
-            ids[partition] = iter(made)
-        expires_in = seconds_left(self._life_us, max(call.age() for call in calls))
-        return [
-            GeneratedKey(id, text, State.AVAILABLE, expires_in)
-            for text in texts
-            if (id := next(ids[partitions.of(text)], 0))
-        ]
+        vault, life_us, age = partitions.vault, partitions.life_us, 0.0
+        ids: dict[str, int] = {}
+        left = texts
+        for attempt in itertools.count():
+            words: dict[int, list[Word]] = {}
+            places: dict[int, list[str]] = {}
+            # Others may be as fast: each attempt leaves more numbers out, so that one of them succeeds.
+            skipped = random.randrange(4 ** min(attempt, 8)) * len(left) if attempt else 0  # noqa: S311 - no secret
+            first = poller.id_number + 1 + skipped
+            poller.id_number = first + len(left) - 1
+            for number, text in enumerate(left, first):
+                partition = partitions.of(text)
+                if partition not in words:
+                    places[partition] = []
+                    limit, sealed = self.limits[partition], "" if vault is None else "1"
+                    words[partition] = [life_us, count, partition, limit, reservation, origin, sealed]
+                places[partition].append(text)
+                if vault is None:
+                    words[partition] += (number, text)
+                else:
+                    sealed_text = vault.seal(text, None, number * count + partition + 1)
+                    words[partition] += (number, vault.member(text), sealed_text, hint(text))
+            calls = [partitions.call(partition, "generate", some) for partition, some in words.items()]
+            left = []
+            for partition, made in zip(words, await all_of(calls), strict=True):
+                if made and made[0] == _NUMBER_USED:
+                    poller.id_number = max(poller.id_number, made[1])
+                    left += places[partition]
+                elif made:
+                    poller.generated(partition, len(made))
+                    poller.id_number = max(poller.id_number, (made[-1] - 1) // count)
+                    ids.update(zip(places[partition], made, strict=True))
+            age = max(age, *(call.age() for call in calls))
+            if not left:
+                break
+        lives = seconds_left(life_us, age) if life_us else None
+        return [GeneratedKey(ids[text], text, State.AVAILABLE, lives) for text in texts if text in ids]
 
     def _delete(self, made: Sequence[GeneratedKey]) -> None:
         for key in made:
-            self._partitions.call(self._partitions.of(key.key), "delete", ("holder", key.key))
+            partition = self._partitions.of(key.key)
+            self._partitions.call(partition, "delete", ("holder", b"\xff%d" % key.id))

@@ -3,9 +3,11 @@
 -- Add a key, a new one or one that is moved in.
 local function add(text, record)
   save(text, record)
-  call('ZADD', EXPIRY, record[EXPIRES], text)
+  if record[EXPIRES] ~= NEVER then call('ZADD', EXPIRY, record[EXPIRES], text) end
   call('ZADD', IDS, record[ID], text)
-  call('ZADD', TEXTS, 0, text)
+  call('ZADD', TEXTS, 0, entry_of(text, record))
+  local name = record[INFO] and named_as(record)
+  if name then call('ZADD', NAMES, 0, name) end
   if record[MARK] == QUARANTINED then
     call('ZADD', QUARANTINE, record[ID], text)
   else
@@ -25,6 +27,12 @@ local function reserved_but(name)
     end
   end
   return sum, table.concat(others)
+end
+
+-- The moment of expiry of a key that lives so long from now on, 0 for ever. A microsecond apart by `number`, so that the
+-- order by expiry has no ties.
+local function expiry_of(life, number)
+  return life == 0 and NEVER or NOW + life + number
 end
 
 local function reserve(reservations)

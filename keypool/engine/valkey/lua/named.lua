@@ -10,21 +10,49 @@ local function is_latest(record, lease)
   return lease ~= '0' and lease == string.format('%.0f', record[LEASE])
 end
 
+-- What a name with a member means that no key has: a text that was replaced, which its holder may still use, the clear
+-- text, or another name. Returns a name, its first byte, and whether it is of a replaced text.
+local function second_meaning(name, member)
+  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
+  if old then return '\255' .. old, 255, true end
+  local other = name:sub(DIGEST + 1)
+  return other, other:byte(1), false
+end
+
+-- A text that becomes a key's own names no other one, even if that is still leased under it.
+local function give_up_former(member)
+  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
+  local id = old and old:match('^%d+')
+  local text = id and call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
+  local record = text and record_of(text)
+  if record and record[FORMER] == member then
+    end_former(record)
+    save(text, record)
+  end
+end
+
 -- The record of a live key, brought up to this moment, its text, and whether the name has a lease that isn't the
 -- latest; nil if there is no such key.
 local function find(name)
-  local text, lease = name, ''
-  if name:byte(1) == 255 then
+  local text, lease, first, record, is_old = name, '', name:byte(1), nil, false
+  if first == MEMBER then
+    text = name:sub(1, DIGEST)
+    record = record_of(text)
+    if not record then text, first, is_old = second_meaning(name, text) end
+  end
+  if first == 255 then
     local id
-    id, lease = name:match('^\255(-?%d+)%.?(%d*)$')
+    id, lease = text:match('^\255(-?%d+)%.?(%d*)$')
     text = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
   end
-  local record = text and record_of(text)
+  record = record or text and record_of(text)
   if not record then return nil end
   if record[EXPIRES] <= NOW then
     purge(text, record, 'expired', 'deadline')
+    if #name > DIGEST and name:byte(1) == MEMBER then return find(name:sub(DIGEST + 1)) end
     return nil
   end
   catch_up(text, record)
+  if is_old and not (is_blocked(record) and is_latest(record, lease)) then return find(name:sub(DIGEST + 1)) end
   return record, text, lease ~= '' and not is_latest(record, lease)
 end
