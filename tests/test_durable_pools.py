@@ -147,6 +147,20 @@ async def test_the_number_of_a_pool_that_is_gone_is_never_used_again(path: Path)
 
 
 @on_loop
+async def test_a_number_stays_used_whatever_is_changed_after_its_pool_is_gone(path: Path) -> None:
+    """Also if the pool was the last one, and another one is changed in a later run."""
+    async with opened_pools(path) as pools:
+        for name in ("one", "two"):
+            await pools.put(name, {}, ADMIN)
+        await pools.delete("two", drain=False, now=False, origin=ADMIN)
+    async with opened_pools(path) as pools:
+        await pools.change("one", {"block_seconds": 5}, ADMIN)
+    async with opened_pools(path) as pools:
+        await pools.put("three", {}, ADMIN)
+    assert list(datafile.inspect(path).pools) == [1, 3]
+
+
+@on_loop
 async def test_a_pool_goes_on_being_emptied_after_a_restart(path: Path, wall: Moment) -> None:
     """It serves no key, holders keep theirs, and it is gone when their leases have ended."""
     async with opened_pools(path) as pools:
