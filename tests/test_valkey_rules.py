@@ -233,10 +233,14 @@ class Twins:
         digest = None if attempt is None else attempt.digest
         held = [] if digest is None else [key.id for key in self.pool.leases_of(digest, self.now)]
         if wanted == 1:
-            lease, refused = await _outcome(self.engine.acquire(owner, 0, None, block, attempt, client=client))
+            lease, refused = await _outcome(
+                self.engine.acquire(owner, 0, None, block, attempt, client=client)
+            )
             leases = [lease]
         else:
-            leases, refused = await _outcome(self.engine.acquire_many(owner, wanted, block, attempt, client=client))
+            leases, refused = await _outcome(
+                self.engine.acquire_many(owner, wanted, block, attempt, client=client)
+            )
         self.tick()
         if refused is not None:
             assert isinstance(refused, NoKeyAvailable)
@@ -254,7 +258,9 @@ class Twins:
             if not held:
                 self.find(lease.id)  # with all its deadlines: the scripts go further than a call of the pool
                 self.next_id, self.pool.last_lease = lease.id, lease.lease - 1
-                while (key := self.pool.acquire(self.now, owner, block, digest, client and client.name)) is None:
+                while (
+                    key := self.pool.acquire(self.now, owner, block, digest, client and client.name)
+                ) is None:
                     assert self.pool.may_have_more(self.now)
             key = self.find(lease.id)
             now = self.now
@@ -348,7 +354,10 @@ class Twins:
             revealed = await self.engine.reveal(ref, ADMIN)
             key = self.find(ref)
             assert (revealed.id, revealed.key) == (key.id, key.text)
-            assert (revealed.name, revealed.data and bytes(revealed.data)) == (key.details.name, key.details.data)
+            assert (revealed.name, revealed.data and bytes(revealed.data)) == (
+                key.details.name,
+                key.details.data,
+            )
             self._changed(Change.REVEALED, key, key.owner, ADMIN)
 
     # -- keys from elsewhere
@@ -428,7 +437,9 @@ class Twins:
     async def update(self) -> None:
         ref = self.ref()
         name = self.random.choice([None, "", *NAMES])
-        patch = KeyPatch(name, self.random.choice([None, {}, {"a": "b"}]), self.random.choice([None, b"{}", b'{"p":1}']))
+        patch = KeyPatch(
+            name, self.random.choice([None, {}, {"a": "b"}]), self.random.choice([None, b"{}", b'{"p":1}'])
+        )
         row, _ = await self.both(
             self.engine.update(ref, patch, ADMIN),
             lambda: self.pool.update(self.find(ref), patch, self.now, ADMIN),
