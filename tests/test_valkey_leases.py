@@ -21,7 +21,7 @@ from keypool.core.handles import Handle
 from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
 from keypool.engine.migrate.moving import FileSource, FileTarget, move
-from keypool.engine.migrate.moving_valkey import ValkeyPool
+from keypool.engine.migrate.moving_valkey import ValkeyPlace
 from keypool.engine.valkey import attempts as valkey_attempts
 from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -482,8 +482,8 @@ async def test_a_move_keeps_states_reports_attempts_and_handles(
         rows = await _rows(engine)
     path, other = tmp_path / "keypool.db", new_place()
     for source, target in (
-        (lambda: ValkeyPool.source(place.url), lambda: _made(FileTarget(path))),
-        (lambda: _made(FileSource(path)), lambda: ValkeyPool.target(other.url, there, clear=False)),
+        (lambda: ValkeyPlace.source(place.url), lambda: _made(FileTarget(path))),
+        (lambda: _made(FileSource(path)), lambda: ValkeyPlace.target(other.url, there, clear=False)),
     ):
         opened, filled = await source(), await target()
         try:
