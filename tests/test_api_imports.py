@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from conftest import Start, Variant
 from support import (
     ADMIN_TOKEN,
     API,
@@ -23,6 +24,12 @@ from support import (
 
 LIMIT, IMPORT_LIMIT = 256 * 1024, 4 * 1024 * 1024
 SECRET = "sk-live-3f0c2e91-77d1"
+
+
+@pytest.fixture
+def server(importing_server: ServerProcess) -> ServerProcess:
+    """The server of these tests."""
+    return importing_server
 
 
 @pytest.fixture
@@ -115,10 +122,14 @@ def test_the_same_secret_is_the_same_key(client: Client, pool: str) -> None:
 
 def test_without_a_secret_a_key_is_generated(client: Client) -> None:
     """As before; what goes with a secret only is refused rather than ignored."""
-    for body in ({}, {"secret": None}):
+    nothing: list[dict[str, Any]] = [{}, {"secret": None}]
+    for body in nothing:
         assert re.fullmatch(r"[A-Za-z0-9]{20}", client.post(API + "/keys", json=body).expect(201)["key"])
     assert re.fullmatch(r"[A-Za-z0-9]{20}", client.post(API + "/keys").expect(201)["key"])
-    for body in ({"name": "x"}, {"labels": {}}, {"data": {"a": 1}}, {"expire": True}, {"key": "sk-1"}):
+    wrong: list[dict[str, Any]] = [
+        {"name": "x"}, {"labels": {}}, {"data": {"a": 1}}, {"expire": True}, {"key": "sk-1"}
+    ]  # fmt: skip
+    for body in wrong:
         with client.expect_moved():
             client.post(API + "/keys", json=body).expect_problem(400, "bad-request")
 
@@ -566,6 +577,22 @@ def test_in_a_body_a_text_comes_before_an_id_and_in_a_path_it_does_not(client: C
     assert [row["id"] for row in client.get(pool + "/keys").expect(200)["keys"]] == [1]
     done = client.post(pool + "/batch", json={"op": "delete", "keys": ["id:1"]}).expect(200)
     assert done["done"] == 1
+
+
+def test_over_valkey_imports_need_a_secrets_key(lend: Start, variant: Variant) -> None:
+    """Nothing is written there in clear."""
+    if variant.name not in ("valkey", "cluster"):
+        pytest.skip("this engine takes keys without")
+    client = lend().client()
+    pool = client.make_pool("clear", keepalive_seconds=None)
+    made = client.post(pool + "/keys").expect(201)
+    for path, body in (
+        ("/keys", {"secret": "a"}),
+        ("/batch", {"op": "import", "keys": [{"secret": "a"}]}),
+        (f"/keys/id:{made['id']}/replace", {"secret": "a"}),
+    ):
+        client.post(pool + path, json=body).expect_problem(409, "secrets-key-required")
+    assert total(client, pool) == 1
 
 
 # --------------------------------------------------------------------------------------------------- who, and audit
