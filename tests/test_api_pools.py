@@ -446,11 +446,7 @@ def test_only_an_empty_pool_is_deleted(client: Client) -> None:
     """204 and its name is free again; with keys 409, which says how many."""
     path = client.make_pool("openai", rest_seconds=3)
     made = client.post(path + "/keys").expect(201)
-<<<<<<< HEAD
-    assert "keys (1)" in client.delete(path).expect_problem(409, "pool-not-empty")["detail"]
-=======
     assert "(1)" in client.delete(path).expect_problem(409, "pool-not-empty")["detail"]
->>>>>>> p4-api
     client.delete(f"{path}?drain=false").expect_problem(409, "pool-not-empty")
     client.delete(f"{path}/keys/{made['key']}").expect(204)
     client.delete(path).expect(204)
