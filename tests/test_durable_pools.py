@@ -246,6 +246,24 @@ async def test_deadlines_of_all_pools_go_on_during_a_stop(path: Path, wall: Mome
 
 
 @on_loop
+@pytest.mark.parametrize("step", [-1000.0, 25.0])
+async def test_clocks_of_all_pools_go_on_from_the_last_moment(path: Path, wall: Moment, step: float) -> None:
+    """That of any pool: a wall clock that was set back during the stop makes no lease longer."""
+    async with opened_pools(path) as pools:
+        await pools.put("openai", LASTING, ADMIN)
+        await pools.default.generate(1)
+        wall.on(30)
+        engine = pools.get("openai")
+        await engine.generate(1)
+        await engine.acquire("me", 0)
+    wall.at += step
+    async with opened_pools(path) as pools:
+        assert (await pools.get("openai").get(1)).release_in == pytest.approx(60 - max(step, 0), abs=0.002)
+        expires_in = (await pools.default.get(1)).expires_in
+        assert expires_in == pytest.approx(270 - max(step, 0), abs=0.002)
+
+
+@on_loop
 async def test_the_text_before_a_replacement_is_good_until_its_lease_ends(path: Path, wall: Moment) -> None:
     """Also across a restart; not longer, though the lease ended during the stop."""
     async with opened_pools(path) as pools:
@@ -497,7 +515,7 @@ def test_an_outage_is_one_of_all_pools(monkeypatch: pytest.MonkeyPatch) -> None:
         two.writer.answer(FULL)
         await turns()
         with pytest.raises(StorageUnavailable, match="full"):
-            assert failing.answer
+            _ = failing.answer
         assert not any(engine.storage_up() for engine in two.engines)
         two.clock.on(5000)
         batch = await two.writer.batch()
