@@ -291,6 +291,7 @@ def test_a_lost_answer_to_an_import_is_repeated_and_says_so(kind: str) -> None:
         (("a", "b", {}, {}, "e"), "a tuple"),
         ({"name": SECRET}, "has a secret"),
         ({"secret": SECRET, "nmae": "x"}, "'nmae'"),
+        ({SECRET: "acct-17"}, "nothing else"),
         ({"secret": SECRET.encode()}, "secret is a string, not bytes"),
         ({"secret": SECRET, "labels": {"a": 1}}, "dict of strings"),
         ({"secret": SECRET, "data": [USER]}, "data is a dict"),

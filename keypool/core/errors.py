@@ -251,7 +251,7 @@ class PoolNotEmpty(PoolError):
 
     def __init__(self, total: int) -> None:
         super().__init__(
-            f"this pool has {total} keys: delete them first, or add ?drain=true to have them purged with it"
+            f"this pool has keys ({total}): delete them first, or add ?drain=true to have them purged with it"
         )
 
 
@@ -278,7 +278,7 @@ class ShareSpent(PoolError):
 
     def __init__(self, max_held: int, retry_after: float) -> None:
         super().__init__(
-            f"this token holds {max_held} leases, as many as it may (max_held): give one back, or wait for its own"
+            f"this token holds as many leases as it may, {max_held} (max_held): give one back, or wait for its own"
         )
         self.retry_after = retry_after
 
