@@ -94,8 +94,8 @@ class HeldEngine(EmbeddedEngine):
         await self._kept()
         return answer
 
-    async def acquire(self, *args: Any) -> Any:
-        lease = await super().acquire(*args)
+    async def acquire(self, *args: Any, **more: Any) -> Any:
+        lease = await super().acquire(*args, **more)
         try:
             await self._kept()
         except GeneratorExit:

@@ -101,6 +101,7 @@ def test_json_lines() -> None:
     [
         ("[\n{}]", "JSON array"),
         ("key,name\nsk-1,a", "no column secret"),
+        ("sk-1,acct-1\nsk-2,acct-2", "without a first line"),
         ("secret,nmae\nsk-1,a", "'nmae'"),
         ("secret,label:\nsk-1,a", "'label:'"),
         ("secret,secret\nsk-1,a", "twice"),
@@ -115,6 +116,7 @@ def test_a_file_that_is_no_file_of_keys_is_refused_as_a_whole(text: str, says: s
 
 
 def test_a_format_can_be_forced() -> None:
+    assert keys_of("a,b\nc", None) == keys_of("a,b\nc", "lines")
     assert keys_of('{"secret":"x"}', "lines") == [(1, '{"secret":"x"}')]
     assert keys_of("secret\nsk-1", "lines") == [(1, "secret"), (2, "sk-1")]
     with pytest.raises(CommandError, match="no column secret"):
@@ -214,6 +216,10 @@ def test_keys_are_found_changed_and_replaced(fake: FakeServer, command: Command)
     listed = in_pool("list", "--name", "acct").lines
     assert [columns[0] for columns in listed] == ["1"]
     assert listed[0][-3:] == ["acct-1", "region=eu,tier=", ""]
+    heading = in_pool("list", columns=200).out.splitlines()[0]
+    assert heading.replace("\x1b[1m", "").split()[:4] == ["ID", "HINT", "NAME", "STATE"]
+    assert "LABELS" in heading
+    assert "CLIENT" not in heading
     assert in_pool("update", "acct-1", "--no-labels", "--name", "").fields["labels"] == ""
     new = in_pool("replace", "id:1", "-", stdin="sk-new\n")
     assert (new.status, new.fields["id"]) == (0, "1")

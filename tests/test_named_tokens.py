@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 from cli_support import run_command
 from client_support import unused_port
+from hypothesis import given
+from hypothesis import strategies as st
 from support import (
     ACQUIRE,
     ADMIN_TOKEN,
@@ -35,9 +38,10 @@ from viewing import Closed, Viewer
 from keypool.api.auth import Access, Role
 from keypool.config import token_sources
 from keypool.config.named_tokens import NamedToken, parse, read_named_tokens
-from keypool.config.settings import effective_settings, load
+from keypool.config.settings import Settings, effective_settings, load
 from keypool.config.token_sources import FileWatch
 from keypool.core.errors import SettingsError, Unauthorized
+from keypool.server import launch
 from keypool.web.session import Sessions
 
 ALICE, BOB, CAROL = "alice-token-5d21c0", "bob-token-77e1b9a0", "carol-token-0a44ee"
@@ -135,6 +139,31 @@ def test_the_secret_in_place_of_its_digest_is_not_shown() -> None:
     line = refused(A.replace(digest(ALICE), ALICE))
     assert ALICE not in line
     assert "keypool token" in line
+
+
+NAMES = st.one_of(st.text(max_size=5), st.sampled_from(["alice", "a.b", "none"]))
+MEMBERS = st.one_of(st.text(max_size=5), st.sampled_from(["role", "digest", "pools", "max_held"]))
+VALUES = st.recursive(
+    st.one_of(st.text(max_size=5), st.sampled_from(["client", "0" * 64]), st.integers(-1, 3), st.booleans()),
+    lambda some: st.lists(some, max_size=3),
+)
+
+
+@given(st.one_of(st.text(), st.dictionaries(NAMES, st.dictionaries(MEMBERS, VALUES, max_size=4), max_size=3)))
+def test_no_file_gives_anything_but_tokens_or_one_line(content: str | dict[str, dict[str, object]]) -> None:
+    """Whatever is in it."""
+
+    def table(name: str, members: dict[str, object]) -> str:
+        lines = [f"{json.dumps(member)} = {json.dumps(value)}" for member, value in members.items()]
+        return "\n".join([f"[tokens.{json.dumps(name)}]", *lines])
+
+    text = content if isinstance(content, str) else "\n".join(table(*each) for each in content.items())
+    try:
+        tokens = parse("--tokens", "t.toml", text)
+    except SettingsError:
+        refused(text)
+    else:
+        assert "".join(each.stanza() for each in tokens).count("[tokens.") == len(tokens)
 
 
 # ------------------------------------------------------------------------------------------------------ at the start
@@ -327,9 +356,10 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def named_server(file: Path) -> Iterator[ServerProcess]:
-    """A server with these tokens, and one of the environment."""
-    flags = [f"--port={unused_port()}", "--data=:memory:", f"--tokens={file}", "--log-format=json"]
+def named_server(file: Path, request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
+    """A server with these tokens, and one of the environment; the parameter is for --http."""
+    flags = ["--port=0", "--data=:memory:", f"--tokens={file}", "--log-format=json"]
+    flags.append(f"--http={getattr(request, 'param', 'fast')}")
     with ServerProcess(flags, cwd=file.parent, env={"KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}) as server:
         server.secrets |= {ALICE, BOB, CAROL, ADMIN_TOKEN, digest(ALICE), digest(BOB), digest(CAROL)}
         yield server
@@ -372,7 +402,11 @@ def test_a_named_session_is_written_under_its_name(named_server: ServerProcess) 
     assert "KEYPOOL_SECRETS_KEY" in body
 
 
-@pytest.mark.parametrize("how", ["signal", "write", "rename"])
+@pytest.mark.parametrize(
+    ("how", "named_server"),
+    [("signal", "fast"), ("write", "fast"), ("rename", "tornado")],
+    indirect=["named_server"],
+)
 def test_the_server_follows_the_file(named_server: ServerProcess, file: Path, how: str) -> None:
     """At SIGHUP, and within 10 s of a change. A removed token gets 401 at once, on connections that are open too and
     whose headers were seen before; its sessions and feeds end, and all others go on.
@@ -445,6 +479,15 @@ def test_a_file_that_others_can_read_is_warned_of(file: Path) -> None:
     with ServerProcess(flags, cwd=file.parent) as server:
         assert f"--tokens: others than its owner can read {file} (mode 0644); make it 0600" in server.log
         assert "there is no admin token" in server.log
+
+
+def test_a_named_admin_is_an_admin(caplog: pytest.LogCaptureFixture) -> None:
+    """Then there is no warning that nobody can generate keys."""
+    launch._warn(Settings(named_tokens=NAMED))
+    assert "there is no admin token" in caplog.text
+    caplog.clear()
+    launch._warn(Settings(named_tokens=(*NAMED, NamedToken("carol", "admin", bytes.fromhex(digest(CAROL))))))
+    assert not caplog.text
 
 
 def test_all_processes_follow_the_file(file: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import signal
 from pathlib import Path
 
 import pytest
-from support import ServerProcess, run_server
+from support import API, ServerProcess, run_server
+from valkeys import new_pool, shared_valkey
 
 from keypool.config.secrets_keys import read_secrets_keys
 from keypool.config.settings import effective_settings, load
@@ -139,6 +141,31 @@ def test_a_file_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
         assert (
             "KEYPOOL_SECRET_KEY is not a variable of keypool; did you mean KEYPOOL_SECRETS_KEY?" in server.log
         )
+
+
+@pytest.mark.parametrize("engine", ["embedded", "valkey"])
+def test_a_server_encrypts_under_them(engine: str, tmp_path: Path) -> None:
+    """Whatever its engine is: the text of a key is in no file, and a server without them doesn't start on it."""
+    pytest.importorskip("cryptography")
+    secret = "sk-live-0123456789abcdefghijkl"
+    if engine == "embedded":
+        flags = [f"--data={tmp_path / 'keypool.db'}", "--port=0"]
+    else:
+        flags = [f"--engine={new_pool(shared_valkey())}", "--port=0"]
+    with ServerProcess(flags, cwd=tmp_path, env={"KEYPOOL_SECRETS_KEY": f"{ONE},{TWO}"}) as server:
+        client = server.client()
+        client.post(f"{API}/keys", json={"secret": secret, "expire": True}).expect(201)
+        assert client.acquire()["key"] == secret
+        server.hang_up()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    for environ in ({}, {"KEYPOOL_SECRETS_KEY": TWO}):
+        status, text = run_server(flags, environ)
+        assert status == 1, text
+        assert "Traceback" not in text
+        assert "secrets key" in text.lower() or "KEYPOOL_SECRETS_KEY" in text
 
 
 def test_other_programs_read_them_by_themselves() -> None:

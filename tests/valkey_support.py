@@ -70,6 +70,19 @@ async def engine_on(
         yield pools.default
 
 
+SECRETS = (bytes(range(32)),)
+"""The secrets keys of tests that need some."""
+
+
+@contextlib.asynccontextmanager
+async def sealed_on_valkey(partitions: int, **rules: Any) -> AsyncIterator[ValkeyEngine]:
+    """An engine over a place of its own, which is checked at the end."""
+    place = new_place()
+    async with engine_on(place.url, partitions, secrets=SECRETS, **rules) as engine:
+        yield engine
+    check(place.valkey, place.pool, partitions)
+
+
 @contextlib.asynccontextmanager
 async def pools_on(
     url: str,
@@ -263,6 +276,7 @@ class _Record(NamedTuple):
     hint: Any = False
     info: Any = False
     former: Any = False
+    share: Any = False
 
 
 def _entry(text: bytes, record: _Record) -> bytes:

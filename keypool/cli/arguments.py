@@ -50,12 +50,13 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command: its name, the function that does it, its help text, its arguments."""
+    """A command: its name, the function that does it, its help text, its arguments, and what --help says at the end."""
 
     name: str
     do: str
     about: str
     arguments: tuple[Argument, ...] = ()
+    more: str = ""
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
             command.name,
             help=command.about,
             description=f"{command.about[:1].upper()}{command.about[1:]}.",
-            epilog=_statuses(of_run) if command.name == "run" else None,
+            epilog=command.more + (_statuses(of_run) if command.name == "run" else ""),
         )
         sub.set_defaults(do=command.do)
         for argument in command.arguments:
@@ -197,6 +198,48 @@ def switch(names: str, about: str) -> Argument:
     return Argument(tuple(names.split()), {"help": about, "action": "store_true"})
 
 
+_ABOUT_FILES = """\
+Of CSV the first line names the columns: secret, name, label:NAME and data:NAME, of which only secret must be there.
+JSON lines are objects with secret, name, labels and data. Otherwise each line is a secret. The same secret is the same
+key, so that a file may be imported again. What fails is reported by the number of its line, and the status is 1 then.
+
+  keypool import --pool openai keys.csv
+  pass show openai-keys | keypool import --pool openai -
+"""
+
+_ABOUT_UPDATE = """\
+Viewers see the name, which is unique in the pool, and the labels; only holders get the data.
+
+  keypool update id:42 --name acct-17 --label region=eu --label tier=2
+  echo '{"user": "x"}' | keypool update acct-17 --data -
+"""
+
+_ABOUT_REPLACE = """\
+The key keeps its id, name and history; a cooldown or quarantine is over. Whoever holds it may go on with the old secret
+until the lease ends.
+
+  pass show openai-key | keypool replace acct-17 -
+"""
+
+_ABOUT_POOLS = """\
+A file of pools has a table for each, with settings as docs/api.md lists them; "never" is a value of keepalive_seconds
+and error_threshold. What is left out has its default.
+
+  [pools.openai]
+  keepalive_seconds = "never"
+  max_block_seconds = 600
+
+  keypool pools apply pools.toml --dry-run
+  keypool pools delete openai --drain
+"""
+
+_ABOUT_RUN = """\
+The command gets the key in KEYPOOL_KEY, the lease in KEYPOOL_LEASE and KEYPOOL_HANDLE, the pool in KEYPOOL_POOL, and
+what an operator stored with the key in KEYPOOL_DATA_USER and the like: names in capitals, with _ for all but letters
+and digits, and values that are no text as JSON. It gets no token.
+
+"""
+
 # fmt: off
 GLOBAL_FLAGS = (
     argument("--url", f"the server; default $KEYPOOL_URL or {DEFAULT_URL}", "URL"),
@@ -279,7 +322,7 @@ COMMANDS = (
         argument("--exists", "skip keys that the pool has (default), or update their names, labels and data",
                  choices=("skip", "update"), default="skip"),
         switch("--expire", "let them expire, in a pool that purges keys which nobody keeps alive"),
-    )),
+    ), more=_ABOUT_FILES),
     Command("update", "keypool.cli.keys:update", "change a key's name, labels or data (admin)", (
         _KEY,
         argument("--name", "the name; '' removes it", "TEXT"),
@@ -287,11 +330,11 @@ COMMANDS = (
                  action="append", dest="labels"),
         switch("--no-labels", "remove all labels"),
         argument("--data", "file with a JSON object, - for standard input; {} removes the data", "FILE"),
-    )),
+    ), more=_ABOUT_UPDATE),
     Command("replace", "keypool.cli.keys:replace", "give a key another secret (admin)", (
         _KEY,
         argument("source", "- reads the new secret from standard input", "-"),
-    )),
+    ), more=_ABOUT_REPLACE),
     Command("stats", "keypool.cli.keys:stats", "show the counts of the pool (viewer)", (
         argument("--watch", "again every S seconds; default 2", "S", nargs="?", type=_some_seconds, const=2.0),
     )),
@@ -314,7 +357,7 @@ COMMANDS = (
         argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",
                   choices=("stop", "warn"), default="stop"),
         argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
-    )),
+    ), more=_ABOUT_RUN),
     Command("pools", "keypool.cli.pools:pools", "list pools (viewer), or make, change and delete them (admin)", (
         argument("action", "list (default); show NAME; apply FILE: make the pools as a TOML file says; delete NAME",
                  "list|show|apply|delete", nargs="?", choices=("list", "show", "apply", "delete"), default="list"),
@@ -323,7 +366,7 @@ COMMANDS = (
         switch("--delete", "apply: also delete pools that the file doesn't have, when their leases have ended"),
         switch("--drain", "delete: also a pool that has keys, when its leases have ended"),
         switch("--now", "delete --drain: without waiting for its leases"),
-    )),
+    ), more=_ABOUT_POOLS),
     Command("rekey", "keypool.cli.pools:rekey", "encrypt all stored keys under the first secrets key (admin)", (
         switch("--wait", "until that is done"),
     )),
@@ -342,7 +385,7 @@ COMMANDS = (
     Command("verify", "keypool.server.backup_command:verify", "check a data file or a copy, without changing it", (
         argument("file", "the file; a server may be using it", "FILE"),
     )),
-    Command("migrate", "keypool.server.migrate_command:migrate", "move a pool from a data file to Valkey, or back", (
+    Command("migrate", "keypool.server.migrate_command:migrate", "move all pools from a data file to Valkey, or back", (
         argument("--from", "a data file, a URL, or env:VARIABLE", "PLACE", dest="source", required=True),
         argument("--to", "valkey://HOST:PORT/DB, or a new data file", "PLACE", dest="target", required=True),
         argument("--partitions", "partitions of the pool in Valkey; default 1, 16 in a cluster", "N",

@@ -23,6 +23,8 @@ BATCH = 1000
 """Items per batch call."""
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
+_IF_GIVEN = ("name", "labels", "client")
+"""Columns that a table has only if one of the rows that are read first has something in them."""
 _WIDEST = {
     "owner": 20,
     "name": 24,
@@ -38,6 +40,7 @@ class Output:
         self.show_keys = show_keys
         self.as_json = as_json
         self.as_table = sys.stdout.isatty() and not as_json
+        self._columns: Sequence[str] = ()
         self._widths: list[int] = []
 
     def rows(self, columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -76,6 +79,11 @@ class Output:
         return row | {"key": self.masked(row["key"])} if "key" in row else row
 
     def _table(self, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        if not self._widths:
+            self._columns = [
+                each for each in columns if each not in _IF_GIVEN or any(row.get(each) for row in rows)
+            ]
+        columns = self._columns
         lines = [[_cell(row.get(column), column) for column in columns] for row in map(self._masked, rows)]
         if not self._widths:
             names = [column.removesuffix("_in").replace("_", " ").upper() for column in columns]

@@ -46,6 +46,8 @@ class Request(NamedTuple):
     block_seconds: float | None = None
     attempt: bytes | None = None
     client: Client | None = None
+    purse: Any = None
+    """Reservations in the client's share, over Valkey (valkey/shares.py)."""
 
     @property
     def limited(self) -> Client | None:
@@ -171,6 +173,16 @@ class Queue:
         if client in self._passed_over:
             self._passed_over.remove(client)
             self._step_forward(client)
+
+    def admit_all(self, name: str | None = None) -> bool:
+        """The same for all clients, or those of this name. Returns whether none is passed over any more."""
+        for client in [client for client in self._passed_over if name in (None, client.name)]:
+            self.admit(client)
+        return not self._passed_over
+
+    def has_lane(self, client: Client) -> bool:
+        """Whether waiters of this client are here."""
+        return client in self._lanes
 
     def first_place(self, client: Client) -> int:
         """The place of the first waiter of this client, which has one."""

@@ -151,7 +151,13 @@ async def _open_valkey(settings: Settings) -> Pools:
             f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
             "and in keypool-service[server]"
         ) from None
-    return await open_valkey(parse(settings.engine), settings.partitions, settings.rules)
+    return await open_valkey(
+        parse(settings.engine),
+        settings.partitions,
+        settings.rules,
+        max_pools=settings.max_pools,
+        secrets_keys=settings.secrets_keys,
+    )
 
 
 def _listen(address: str, port: int, *, shared: bool = False) -> list[socket.socket]:

@@ -38,6 +38,7 @@ HELD_SECONDS = 1.0
 
 _MAX_REPEATS = 20  # of one call, for whatever reasons
 _TRYAGAIN_PAUSE = 0.05
+_UNCHANGED = -1  # the number of available keys in a reply that doesn't say it
 _NEGLIGIBLE = 0.005  # seconds; a duration in a reply may be too long by this
 _log = logging.getLogger("keypool.valkey")
 
@@ -77,6 +78,9 @@ class ScriptCall(asyncio.Future[Reply]):
             self.client.refused(self, reply)
             return
         available = reply.pop(0)
+        if available < _UNCHANGED:
+            self.client.on_shares(reply.pop())
+            available = -2 - available
         if available >= 0:
             self.client.available[self.partition] = available
             if available:
@@ -115,6 +119,8 @@ class ScriptClient:
         """Called with the reason when a partition replies that it was emptied. Sets `gone`, or lets it be set."""
         self.on_available: Callable[[], None] = lambda: None
         """Called when a partition replies that it has available keys."""
+        self.on_shares: Callable[[Reply], None] = lambda words: None
+        """Called with what a reply says about leases that stand in a share (lua/common.lua)."""
         self.on_recovery: Callable[[], None] = lambda: None
         """Called when a node or a partition may be serving again."""
         self.attend: Callable[[int], Awaitable[None]] | None = None

@@ -204,11 +204,11 @@ class Editor:
         """Make sure that no other key gets the text meanwhile, and let it lead to this key. Raises SecretExists."""
         partitions, vault = self._partitions, self._partitions.vault
         assert vault is not None
-        home, _ = await partitions.name_of(id)
-        there = partitions.of(text)
-        if there == home:
+        if partitions.count == 1:
             yield 0
             return
+        home, _ = await partitions.name_of(id)
+        there = partitions.of(text)
         member, name = vault.member(text), vault.name(text)
         async with self._locks.of([(there, member)], self._locks.new_name()) as until:
             [known] = await partitions.call(there, "known", (1, name))
@@ -216,7 +216,7 @@ class Editor:
                 [known] = await partitions.call(known[1], "known", (1, name))
             if known[0] not in (0, id) and not known[4]:
                 raise SecretExists(known[0])
-            await partitions.call(there, "alias", (home, member))
+            await partitions.call(there, "alias", ("" if there == home else home, member))
             try:
                 yield until
             except BaseException:

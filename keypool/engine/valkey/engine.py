@@ -40,8 +40,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -75,6 +75,7 @@ from keypool.core.errors import (
     LeaseOver,
     NoKeyAvailable,
     PoolDraining,
+    ShareSpent,
     StaleLease,
     StorageUnavailable,
     UnknownKey,
@@ -99,6 +100,7 @@ from keypool.engine.valkey.registry import namespace
 from keypool.engine.valkey.rekeying import rekey
 from keypool.engine.valkey.sampler import PartitionSampler
 from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.shares import Shares, spent
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.waiters import Waiters
 from keypool.engine.waiters import Request
@@ -121,7 +123,12 @@ class ValkeyEngine:
     name = "valkey"
 
     def __init__(
-        self, pool_name: str, partitions: Partitions, presence: Presence, subscriber: ReleaseSubscriber
+        self,
+        pool_name: str,
+        partitions: Partitions,
+        presence: Presence,
+        subscriber: ReleaseSubscriber,
+        shares: Shares,
     ) -> None:
         self.pool_name = pool_name
         self.rules = partitions.rules
@@ -142,13 +149,15 @@ class ValkeyEngine:
         self._poller = PartitionPoller(
             partitions, server, POLL_SECONDS if facts.number == 0 else QUIET_SECONDS
         )
-        self._sampler = PartitionSampler(partitions, self._poller, self.handles, server)
+        self._shares = shares
+        client.on_shares = shares.moved
+        self._sampler = PartitionSampler(partitions, self._poller, self.handles, server, shares=shares)
         self._generator = KeyGenerator(partitions, self._poller, server)
         locks = Locks(partitions, server)
         self._details = Editor(partitions, locks, self._row_for_change)
         self._importer = Importer(partitions, self._poller, self._generator, self._details, locks)
         self._pages = Pages(partitions)
-        self._waiters = Waiters(partitions, self._sampler, self._poller, server)
+        self._waiters = Waiters(partitions, self._sampler, self._poller, server, shares)
         self._subscriber = subscriber
         self._channels = [keys_of(pool, number, facts.partitions)[-1] for number in range(facts.partitions)]
         subscriber.add(self._channels, self._waiters.key_freed)
@@ -271,21 +280,59 @@ class ValkeyEngine:
             raise PoolDraining
         digest = None if attempt is None else attempt.digest
         request = Request(owner, block_seconds, digest, client)
-        lease = await self._acquire(request, wait, timed)
+        if client is None or client.max_held is None:
+            lease = await self._acquire(request, wait, timed)
+        else:
+            lease = await self._acquire_in_share(request, client, wait, timed)
         if attempt is not None:
             attempt.replayed = isinstance(lease, RepeatedLease)
         return lease
 
     async def _acquire(self, request: Request, wait: float, timed: Timed | None) -> Lease:
-        if not self._waiters:
+        if not self._waiters.waiting:
             taken = await self._sampler.take(request, 1)
             if taken:
                 return taken[0]
         elif request.attempt is not None and (held := await self._sampler.held(request.attempt)):
             return held[0]
-        if wait <= 0 and not self._waiters:
+        if wait <= 0 and not self._waiters.waiting:
             self._refuse()
         return await self._waiters.wait(request, wait, timed) or self._refuse()
+
+    async def _acquire_in_share(
+        self, request: Request, client: Client, wait: float, timed: Timed | None
+    ) -> Lease:
+        """The same for a client that may hold so many leases and no more. Raises ShareSpent."""
+        if request.attempt is not None and (held := await self._sampler.held(request.attempt)):
+            return held[0]
+        if not self._has_earlier(client):
+            taken, error = await self._take_in_share(request, client, 1, self._sampler.take)
+            if taken:
+                return taken[0]
+            if wait <= 0:
+                self._refuse(error)
+        lease = await self._waiters.wait(request, wait, timed)
+        return lease or self._refuse(await self._shares.spent(client))
+
+    def _has_earlier(self, client: Client) -> bool:
+        """Whether acquires wait that are to be served before a new one of this client."""
+        return bool(self._waiters.waiting) or self._waiters.has_lane(client)
+
+    async def _take_in_share(
+        self,
+        request: Request,
+        client: Client,
+        count: int,
+        take: Callable[[Request, int], Coroutine[Any, Any, list[Lease]]],
+    ) -> tuple[list[Lease], ShareSpent | None]:
+        """Acquire as many keys as the client may have, `count` at most; and the error if it may have none."""
+        purse, left = await self._shares.reserve(client, count, self._sampler.block_of(request))
+        if not purse.reservations:
+            return [], spent(client, left)
+        try:
+            return await take(request._replace(purse=purse), len(purse.reservations)), None
+        finally:
+            self._shares.give_back(purse)
 
     async def acquire_many(
         self,
@@ -301,19 +348,40 @@ class ValkeyEngine:
             raise PoolDraining
         digest = None if attempt is None else attempt.digest
         request = Request(owner, block_seconds, digest, client)
-        leases = await self._acquire_many(request, count)
+        if client is None or client.max_held is None:
+            leases = await self._acquire_many(request, count)
+        else:
+            leases = await self._acquire_many_in_share(request, client, count)
         if attempt is not None:
             attempt.replayed = isinstance(leases[0], RepeatedLease)
         return leases
 
     async def _acquire_many(self, request: Request, count: int) -> list[Lease]:
-        if not self._waiters:
+        if not self._waiters.waiting:
             return await self._sampler.take(request, count) or self._refuse()
         if request.attempt is not None and (held := await self._sampler.held(request.attempt)):
             return held
         first = await self._waiters.wait(request, 0) or self._refuse()
         try:
-            return [first, *await self._sampler.take_more(request, 0 if self._waiters else count - 1)]
+            return [first, *await self._sampler.take_more(request, 0 if self._waiters.waiting else count - 1)]
+        except (GeneratorExit, asyncio.CancelledError):
+            self._sampler.give_back(first)
+            raise
+
+    async def _acquire_many_in_share(self, request: Request, client: Client, count: int) -> list[Lease]:
+        if request.attempt is not None and (held := await self._sampler.held(request.attempt)):
+            return held
+        if not self._has_earlier(client):
+            taken, error = await self._take_in_share(request, client, count, self._sampler.take)
+            return taken or self._refuse(error)
+        first = await self._waiters.wait(request, 0)
+        if first is None:
+            self._refuse(await self._shares.spent(client))
+        if count == 1 or self._has_earlier(client):
+            return [first]
+        try:
+            more, _ = await self._take_in_share(request, client, count - 1, self._sampler.take_more)
+            return [first, *more]
         except (GeneratorExit, asyncio.CancelledError):
             self._sampler.give_back(first)
             raise
@@ -651,7 +719,9 @@ class ValkeyEngine:
         statuses = await self._poller.poll(range(self._partitions.count), seconds)
         return sum(status.expiring for status in statuses)
 
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, error: ShareSpent | None = None) -> NoReturn:
+        if error is not None:
+            raise error
         self._poller.refused += 1
         last = self._poller.last
         if last is None:

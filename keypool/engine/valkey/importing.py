@@ -119,11 +119,7 @@ class Importer:
         seen: dict[str, int] = {}
         async with self._room_for(await self._new_of([*left.values()])) as room:
             while left:
-                # The first one of each secret; others are duplicates, unless that fails.
-                firsts: dict[str, int] = {}
-                for place, item in left.items():
-                    firsts.setdefault(item.secret, place)
-                run = [(place, left[place]) for place in firsts.values()]
+                run = _run_without_repeats(left)
                 if update:
                     run = run[:1] if await self._is_known(run[0][1]) else await self._run_of_new(run)
                 for place, _ in run:
@@ -381,3 +377,15 @@ class Importer:
                 await asyncio.sleep(_PAUSE * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
             elif not snapshot.overdue:
                 raise PoolFull(snapshot.total, wanted.total(), most)
+
+
+def _run_without_repeats(items: Mapping[int, NewKey]) -> list[tuple[int, NewKey]]:
+    """The first items, up to one whose secret is among them: it is a duplicate, unless the earlier one fails."""
+    run: list[tuple[int, NewKey]] = []
+    secrets: set[str] = set()
+    for place, item in items.items():
+        if item.secret in secrets:
+            break
+        secrets.add(item.secret)
+        run.append((place, item))
+    return run

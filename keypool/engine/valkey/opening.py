@@ -20,6 +20,7 @@ from keypool.engine.valkey.partitions import Partitions, PoolFacts
 from keypool.engine.valkey.pools import ValkeyPools
 from keypool.engine.valkey.presence import AWAY_SECONDS, Presence
 from keypool.engine.valkey.scripts import text_of
+from keypool.engine.valkey.shares import Shares
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.url import ValkeyUrl
 from keypool.engine.valkey.vault import begin_vault, new_vault, open_vault
@@ -55,9 +56,8 @@ async def open_valkey(
     """Open the pools in a Valkey, or create the pool `default`. Raises StartError.
 
     `partitions` must be the number of `default`, if it exists; None means that, or `url.default_partitions` for a new
-    one. `max_pools` is how many others there may be. With
-    `secrets_keys`, what is secret is stored encrypted (vault.py). Waits for up to a minute while Valkey loads its file, and up to
-    5 s for a server that was killed just now.
+    one. `max_pools` is how many others there may be. With `secrets_keys`, what is secret is stored sealed (vault.py).
+    Waits for up to a minute while Valkey loads its file, and up to 5 s for a server that was killed just now.
     """
     nodes = Nodes(url)
     where = ",".join(f"{host}:{port}" for host, port in url.nodes)
@@ -69,12 +69,14 @@ async def open_valkey(
         vault = await open_vault(nodes, pool_key, secrets_keys)
         client = ScriptClient(nodes, url.pool, facts.partitions)
         ending.append(client.close)
-        await _when_loaded(nodes.connect, where)
-        shared = {name: _as_flag(getattr(rules, name)) for name in SHARED}
-        shared["max_block_seconds"] = _as_flag(rules.longest_block)
-        shared["secrets_key"] = "set" if secrets_keys else "unset"
-        presence = Presence(nodes, url.pool, facts.born, shared)
+        settings = {name: _as_flag(getattr(rules, name)) for name in SHARED}
+        settings["max_block_seconds"] = _as_flag(rules.longest_block)
+        settings["secrets_key"] = "set" if secrets_keys else "unset"
+        presence = Presence(nodes, url.pool, facts.born, settings)
         ending.append(presence.leave)
+        shares = Shares(nodes, presence.server)
+        ending.append(shares.close)
+        await _when_loaded(nodes.connect, where)
         served = await presence.join(wait_for_dead=rules.restart_grace > 0)
         if vault is None and secrets_keys:
             vault = await begin_vault(nodes, pool_key, secrets_keys)
@@ -82,8 +84,8 @@ async def open_valkey(
         await Grace(default).start(served)
         nodes.verify = presence.heartbeat
         subscriber = ReleaseSubscriber(nodes)
-        engine = ValkeyEngine(DEFAULT_POOL, default, presence, subscriber)
-        pools = ValkeyPools(engine, default, presence, subscriber, max_pools)
+        engine = ValkeyEngine(DEFAULT_POOL, default, presence, subscriber, shares)
+        pools = ValkeyPools(engine, default, presence, subscriber, shares, max_pools=max_pools)
         ending = [pools.close]
         await pools.open_all(served=served)
     except BaseException as error:

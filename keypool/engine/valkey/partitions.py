@@ -160,8 +160,15 @@ class Partitions:
         }
         found = await self.known({text: vault.name(text) for text in texts.values()})
         for place, text in texts.items():
-            if (alias := found[text][1]) >= 0:
-                names[place] = alias, vault.name(text)
+            id, alias = found[text][:2]
+            name = vault.name(text)
+            if not id and alias >= 0 and isinstance(refs[place], Written):
+                # An alias may lead nowhere, and then the text isn't what was meant.
+                [[id, *_]] = await self.call(alias, "known", (1, name))
+                alias = alias if id else -1
+                id = 0
+            if id or alias >= 0:  # it is there by now, or the text wasn't looked for
+                names[place] = self.of(text) if id else alias, name
         written = [
             place for place, ref in enumerate(refs) if isinstance(ref, Written) and names[place] is None
         ]

@@ -48,12 +48,14 @@ from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import DRAINING, DRAINING_NOW, OPEN, Entry, Registry, Stored
 from keypool.engine.valkey.rekeying import Rekeyer
 from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.shares import Shares
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 
 PARTITIONS = 1
 """Of a new pool beside `default`."""
 
-_SLICE = 200  # keys that one call of drain.lua looks at, in some 3 ms
+_SLICE = 100  # keys that one call of drain.lua looks at, in a millisecond or two
+_SLICE_SHARE = 0.25  # of the time in which a server drains, so that the calls of others are served
 _DRAIN_PAUSE = 0.5  # seconds between two looks for keys whose leases have ended
 _MISSED_PAUSE = 0.25  # seconds from one look for an unknown pool to the next
 _log = logging.getLogger("keypool.valkey")
@@ -80,6 +82,8 @@ class ValkeyPools:
         partitions: Partitions,
         presence: Presence,
         subscriber: ReleaseSubscriber,
+        shares: Shares,
+        *,
         max_pools: int,
     ) -> None:
         self.default = default
@@ -88,6 +92,7 @@ class ValkeyPools:
         self._vault = partitions.vault
         self._presence = presence
         self._subscriber = subscriber
+        self._shares = shares
         self._max_pools = max_pools
         self._loop = asyncio.get_running_loop()
         self._registry = Registry(nodes, nodes.url.pool, facts.born)
@@ -325,7 +330,7 @@ class ValkeyPools:
         except BaseException:
             await client.close()
             raise
-        pool = _Pool(ValkeyEngine(name, partitions, self._presence, self._subscriber), stored)
+        pool = _Pool(ValkeyEngine(name, partitions, self._presence, self._subscriber, self._shares), stored)
         self._pools[name], self._engines[name] = pool, pool.engine
         return pool
 
@@ -359,6 +364,7 @@ class ValkeyPools:
             if now != (entry.draining == DRAINING_NOW):
                 now, after = not now, [0] * entry.partitions
             origin = Origin(By.OPERATOR, entry.actor or None)
+            began = self._loop.time()
             try:
                 left, more = await pool.engine.purge(origin, now, after, _SLICE)
                 if not left:
@@ -372,8 +378,8 @@ class ValkeyPools:
             except Exception:
                 _log.exception("draining the pool %s failed", name)
                 more = False
-            if not more:
-                await asyncio.sleep(_DRAIN_PAUSE)
+            took = self._loop.time() - began
+            await asyncio.sleep(took / _SLICE_SHARE - took if more else _DRAIN_PAUSE)
 
     async def _remove(self, name: str, pool: _Pool) -> tuple[bool, Stored | None]:
         """Remove an empty pool, which takes no keys any more. Returns whether it is gone, and its entry otherwise."""
@@ -431,6 +437,7 @@ class ValkeyPools:
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
         await self._presence.leave()
         await self._subscriber.close()
+        await self._shares.close()
         await self._nodes.close()
 
 

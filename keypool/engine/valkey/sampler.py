@@ -26,6 +26,7 @@ import random
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from operator import attrgetter
 
@@ -40,12 +41,15 @@ from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import EXPIRING, PartitionPoller
 from keypool.engine.valkey.rekeying import seal_leased
+from keypool.engine.valkey.shares import Purse, Shares
 from keypool.engine.valkey.vault import details_in
 from keypool.engine.waiters import Request
 
 _MAX_ROUNDS = 8  # of draws, after which an acquire is content with what it has: others were faster each time
 _MAX_ROUNDS_BY_TOTALS = 4  # of these by `totals`, after which all partitions are polled
 _DETAILED = 3  # words behind the five of each lease, if there is more to say than whether it is repeated
+_RELEASE, _REPEATED = 4, 5  # of a lease in a reply (lua/leases.lua)
+_Spent = tuple[Purse, str]  # a reservation, and where it is from
 _MIN_SHARE = 0.25  # of available keys from which draws among all keys are worthwhile
 
 
@@ -53,13 +57,23 @@ class PartitionSampler:
     """See the module. `server` is this server's name in Valkey."""
 
     def __init__(
-        self, partitions: Partitions, poller: PartitionPoller, handles: Handles, server: str
+        self,
+        partitions: Partitions,
+        poller: PartitionPoller,
+        handles: Handles,
+        server: str,
+        *,
+        shares: Shares,
     ) -> None:
         self.attempts = Attempts(partitions, server) if partitions.count > 1 else None
         self._partitions = partitions
         self._available = partitions.available
         self._poller = poller
         self._handles = handles
+        self._shares = shares
+        self._spending: dict[
+            ScriptCall, list[_Spent | None]
+        ] = {}  # what the calls under way spend, by key wanted
         self._tick = 0  # the highest tick of a lease (acquire.lua) that this server knows
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
         self._ends: list[int] = []  # cumulative totals of the partitions
@@ -115,6 +129,7 @@ class PartitionSampler:
                     form = "attempt"  # what it holds by now is its own
         except BaseException:  # the caller hung up, or a partition can't be reached
             for call in calls:
+                self._settle(call)
                 self._take_back(call)
             for lease in taken:
                 self.give_back(lease)
@@ -156,7 +171,7 @@ class PartitionSampler:
         rounds = 0
         try:
             while len(done) < len(requests) and (rounds < _MAX_ROUNDS or poll):
-                if (rounds or not any(self._available)) and not (poll and await self._poll()):
+                if (rounds or not any(self._available)) and not (poll and await self.poll()):
                     break
                 again = False
                 for partition, draws in self._among_available(len(requests) - len(done)).items():
@@ -181,9 +196,11 @@ class PartitionSampler:
         try:
             again: bool = (await call)[0] == 1
         except OutcomeUnknown as error:
+            self._settle(call)
             done += [error] * len(requests)
             raise
         except BaseException:
+            self._settle(call)
             self._take_back(call)
             raise
         done += self._leases_in(call)
@@ -203,7 +220,7 @@ class PartitionSampler:
             }
         # The only partition need not be polled: its script finds out whether it has keys.
         known = self._partitions.count == 1 and not rounds and self._available[0]
-        if not known and not await self._poll():
+        if not known and not await self.poll():
             return None
         available = self._available
         found = self._among_available(missing)
@@ -225,7 +242,7 @@ class PartitionSampler:
         enough = _MIN_SHARE * total <= available <= total and available > 0
         return enough and (missing == 1 or missing <= _MIN_SHARE * available)
 
-    async def _poll(self) -> bool:
+    async def poll(self) -> bool:
         """Poll all partitions until a key is available or nothing is overdue. Returns whether a key is available.
 
         While some partitions are unreachable, the others serve what they have. If that is nothing, whether a key is
@@ -276,16 +293,29 @@ class PartitionSampler:
                 words += [request.owner or "", chance()]
         else:
             words.append(form)
+            spending: list[_Spent | None] = []
             for request in requests:
                 block_us = round(self.block_of(request) * 1e6)
                 client = "" if request.client is None else request.client.name
+                spent = None
+                if request.purse is not None:
+                    reservation = request.purse.take()
+                    spent = request.purse, reservation
+                    client = f"{client}\0{reservation}"
+                spending.append(spent)
                 words += [request.owner or "", chance(), block_us, request.attempt or b"", client]
                 self._poller.expect(partition, block_us / 1e6)
+            if any(spending):
+                call = self._partitions.call(partition, "acquire", words, partial(self._orphaned, spending))
+                self._spending[call] = spending
+                return call
         return self._partitions.call(partition, "acquire", words, self._give_back_leases)
 
     def _leases_in(self, call: ScriptCall) -> list[Lease]:
         _, tick, *leases = call.result()
         self._tick = max(self._tick, tick)
+        if self._spending:
+            self._settle(call)
         if (vault := self._partitions.vault) is not None and vault.may_have_clear:
             seal_leased(self._partitions, vault, call.partition, leases)
         return self._read(leases, call.age())
@@ -327,6 +357,40 @@ class PartitionSampler:
             details.name,
             None if data is None else Raw(data),
         )
+
+    # -- reservations in shares
+
+    def _settle(self, call: ScriptCall) -> None:
+        """Keep the reservations that a call has spent, and put the others back. Those of a call that is under way, or
+        may have been executed, lapse by themselves, or are settled with its reply.
+        """
+        spending = self._spending.pop(call, None)
+        if spending is None or not call.done() or call.cancelled():
+            return
+        error = call.exception()
+        if error is None:
+            self._put_back(spending, call.result()[2:])
+        elif not isinstance(error, OutcomeUnknown):
+            self._put_back(spending, [])
+
+    def _put_back(self, spending: list[_Spent | None], leases: Sequence[Reply]) -> None:
+        for place, spent in enumerate(spending):
+            if spent is None:
+                continue
+            purse, reservation = spent
+            lease = leases[place] if place < len(leases) else None
+            if lease is None or (len(lease) > _REPEATED and lease[_REPEATED]):
+                purse.reservations.append(reservation)
+            else:
+                self._shares.keep(purse.client, reservation, lease[_RELEASE] / 1e6)
+
+    def _orphaned(self, spending: list[_Spent | None], reply: Reply) -> None:
+        """Give back keys and reservations, as nobody waits for the reply."""
+        self._give_back_leases(reply)
+        self._put_back(spending, reply[2:])
+        for spent in spending:
+            if spent is not None:
+                self._shares.give_back(spent[0])
 
     def _take_back(self, call: ScriptCall) -> None:
         """Give back the keys that a call acquires or has acquired."""

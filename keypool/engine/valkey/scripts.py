@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_UNATTENDED = frozenset({"alias", "claim", "grace", "lock", "move_in", "move_out"})
+_UNATTENDED = frozenset({"alias", "claim", "grace", "lock", "move_in", "move_out", "share"})
 """Scripts that also run on partitions that no server serves."""
 _PARTS = {
     "undrained": {"acquire", "generate", "import", "room"},

@@ -32,7 +32,18 @@ _OF_DIGESTS = (0, 0)  # the pool and the id for which the digests' key is sealed
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_sealed = msgspec.msgpack.Decoder(tuple[str, bytes | None]).decode
-_decode_info = msgspec.msgpack.Decoder(Details).decode
+
+
+class _Info(msgspec.Struct, array_like=True, omit_defaults=True):
+    """Details as a record has them (lua/common.lua). Data is text here: Lua's MessagePack knows no bytes."""
+
+    imported: bool = False
+    name: str | None = None
+    labels: dict[str, str] | None = None
+    data: str | None = None
+
+
+_decode_info = msgspec.msgpack.Decoder(_Info).decode
 
 
 class Vault:
@@ -81,12 +92,19 @@ class Vault:
 
 def info_of(details: Details) -> bytes:
     """Details as a record has them: all but the data of a sealed key, which the caller leaves out."""
-    return b"" if details == NO_DETAILS else _encode(details)
+    if details == NO_DETAILS:
+        return b""
+    data = None if details.data is None else details.data.decode()
+    return _encode(_Info(details.imported, details.name, details.labels, data))
 
 
 def details_in(info: bytes) -> Details:
     """The details that a record has."""
-    return _decode_info(info) if info else NO_DETAILS
+    if not info:
+        return NO_DETAILS
+    found = _decode_info(info)
+    data = None if found.data is None else found.data.encode()
+    return Details(found.imported, found.name, found.labels, data)
 
 
 async def open_vault(nodes: Nodes, key: str, secrets_keys: Sequence[bytes]) -> Vault | None:

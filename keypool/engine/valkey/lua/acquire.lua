@@ -3,7 +3,8 @@
 --         2 '1' if each key served takes a place away, 3 the highest tick that the caller has seen, 4 moment of
 --         the pool's creation, 5 tick at its creation, 6 partitions, 7 this partition, 8 microseconds that a block
 --         lasts, 9 what follows of each key wanted: 'owner': an owner ('' for none) and a random number from 0 to 1;
---         'attempt': the same, the microseconds of its block, an attempt and the name of a token ('' for none);
+--         'attempt': the same, the microseconds of its block, an attempt, and the name of a token ('' for none)
+--         with a zero byte and a reservation (shares.py) behind it if it has one;
 --         'repeat': the same, but if the attempt holds leases already, these are the answer to all that it wants, 10,
 --         11…
 -- reply   available; 1 if overdue keys were in the way, so that a repeat may help, else 0; the
@@ -71,7 +72,11 @@ for i = 10, #ARGV, step do
       record[RELEASE] = NOW + block + acquired
       record[OWNER], record[ACQUIRED] = owner ~= '' and owner, NOW
       if record[REPORTED] then record[REPORTED] = false end
-      if step == 5 and ARGV[at + 4] ~= '' then record[CLIENT] = ARGV[at + 4] end
+      if step == 5 and ARGV[at + 4] ~= '' then
+        local client, reservation = ARGV[at + 4]:match('^(%Z*)%z?(.*)$')
+        record[CLIENT] = client
+        if reservation ~= '' then record[SHARE] = reservation end
+      end
       if attempt ~= '' then
         record[ATTEMPT] = attempt
         call('ZADD', ATTEMPTS, 0, attempt .. text)

@@ -30,7 +30,8 @@
 -- data, is in the record, sealed by the server (engine/valkey/vault.py). Texts are UTF-8, which has no such byte.
 -- A record is an array whose fields are named below: without the last ones if they say nothing, and with false for
 -- others that say nothing. Of a key that was never served, it has five.
---    state        MARK         RELEASE                      the fields OWNER, ACQUIRED, ATTEMPT, REPLAYED, CLIENT
+--    state        MARK         RELEASE                      the fields OWNER, ACQUIRED, ATTEMPT, REPLAYED, CLIENT,
+--                                                           SHARE
 --    available    nothing      0                            say nothing
 --    blocked      nothing      when the block ends          say something
 --    blocked      PENDING      the same                     the same; it is quarantined when its lease ends
@@ -40,8 +41,9 @@
 -- A name of a key is its text, or \255 and its id, or \255, its id, a point and the number of a lease that must be its
 -- latest; or a member, and behind it another name that counts if no key has that member (a clear text, if the pool may
 -- still have some, or what else the caller may have meant). No text begins with the byte 255, which UTF-8 doesn't have.
--- An origin is `holder`, `deadline`, or `operator`, a space and the name of the operator's token. Every reply begins with the number of available keys, -1
--- if it is unchanged, which calls.py removes.
+-- An origin is `holder`, `deadline`, or `operator`, a space and the name of the operator's token.
+-- Every reply begins with the number of available keys, -1 if it is unchanged; or with -2 less that number, if leases
+-- that stand in a share have ended or end later: then `shares` is the last. calls.py removes both.
 --
 -- The rules are those of core/pool.py and core/outcomes.py, implemented a second time; the tests drive both alike.
 -- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after
@@ -80,6 +82,7 @@ local HINT = 15      -- what may be shown of a sealed text
 local INFO = 16      -- MessagePack: {whether it was imported, name, labels, data if it is in clear}
 local FORMER = 17    -- the member with which the lease was given, if the text was replaced since: `old:` and this member
                      -- has its id and lease, and it names the key until the lease ends
+local SHARE = 18     -- the reservation in the share of CLIENT, if that may hold so many leases and no more (shares.py)
 local NEVER = 9007199254740992
 local MEMBER = 254   -- the first byte of a sealed key's member
 local DIGEST = 17    -- length of such a member
@@ -95,6 +98,7 @@ local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
+local shares = {}  -- client, reservation, microseconds to the end (0: it is over), of each lease whose end has changed
 
 -- Add an event. Its last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
@@ -113,7 +117,7 @@ end
 
 -- A field that says nothing is never set where it is missing: that would make Lua grow the table.
 local function packed(record)
-  local last = FORMER
+  local last = SHARE
   while not record[last] do
     if record[last] == false then record[last] = nil end
     last = last - 1
@@ -155,6 +159,12 @@ local function end_former(record)
   record[FORMER] = false
 end
 
+-- Let the server know that a lease which stands in a share has ended, or ends later.
+local function share_moved(record, left)
+  local count = #shares
+  shares[count + 1], shares[count + 2], shares[count + 3] = record[CLIENT], record[SHARE], left
+end
+
 -- Remove a key, in any state. The first write is one for which Valkey needs no memory.
 local function purge(text, record, change, origin)
   call('HDEL', RECORDS, text)
@@ -165,6 +175,7 @@ local function purge(text, record, change, origin)
   if record[INFO] then call('ZREM', NAMES, named_as(record) or '') end
   if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
   if record[FORMER] then end_former(record) end
+  if record[SHARE] then share_moved(record, 0) end
   if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
   call('HINCRBY', META, change, 1)
@@ -206,6 +217,10 @@ end
 local function free(text, record, change, at, origin, cool_until)
   local owner, attempt, mark, release = record[OWNER], record[ATTEMPT], false, 0
   record[OWNER], record[ACQUIRED] = false, false
+  if record[SHARE] then
+    share_moved(record, 0)
+    record[SHARE] = false
+  end
   if record[CLIENT] then record[CLIENT] = false end
   if record[FORMER] then end_former(record) end
   if attempt then record[ATTEMPT], record[REPLAYED] = false, false end
@@ -278,13 +293,18 @@ end
 
 local function reply(results)
   if freed > 0 then publish_freed(freed) end
-  table.insert(results, 1, available())
+  local count = available()
+  if #shares > 0 then
+    count = -2 - count
+    results[#results + 1] = shares
+  end
+  table.insert(results, 1, count)
   return results
 end
 
 -- The reply of a script that itself changes no key's availability; what it processed that was overdue may have.
 local function reply_unchanged(results)
-  if freed > 0 then return reply(results) end
+  if freed > 0 or #shares > 0 then return reply(results) end
   table.insert(results, 1, -1)
   return results
 end

@@ -49,9 +49,10 @@ local function find(name)
   if not record then return nil end
   if record[EXPIRES] <= NOW then
     purge(text, record, 'expired', 'deadline')
+    if #name > DIGEST and name:byte(1) == MEMBER then return find(name:sub(DIGEST + 1)) end
     return nil
   end
   catch_up(text, record)
-  if is_old and not (is_blocked(record) and is_latest(record, lease)) then return nil end
+  if is_old and not (is_blocked(record) and is_latest(record, lease)) then return find(name:sub(DIGEST + 1)) end
   return record, text, lease ~= '' and not is_latest(record, lease)
 end
