@@ -230,7 +230,7 @@ class Pool(SelfCheck):
         `reserved` is the room that others need. Raises NameTaken, PoolFull.
         """
         if item.name:
-            self._require_name(item.name, None, now)
+            self._require_name(item.name, now)
         self.require_room(reserved + 1, now)
         self._give_up_former(item.secret, origin)
         self.last_id += 1
@@ -246,7 +246,7 @@ class Pool(SelfCheck):
         details = patched(key.details, patch)
         if details.name != key.details.name:
             if details.name is not None:
-                self._require_name(details.name, key, now)
+                self._require_name(details.name, now)
             if key.details.name is not None:
                 self._by_name.discard(key)
             key.details = details
@@ -276,10 +276,10 @@ class Pool(SelfCheck):
             self._enter_texts(key)
         self.restore(key, origin)
 
-    def _require_name(self, name: str, key: Key | None, now: float) -> None:
-        """Raise NameTaken if a key other than this one has the name. O(log n)."""
+    def _require_name(self, name: str, now: float) -> None:
+        """Raise NameTaken if a key has the name. O(log n)."""
         holder = self._unless_expired(self._by_name.get(name), now)
-        if holder is not None and holder is not key:
+        if holder is not None:
             raise NameTaken(holder.id)
 
     def _unless_expired(self, key: Key | None, now: float) -> Key | None:
