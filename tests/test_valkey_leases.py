@@ -292,11 +292,8 @@ async def test_the_guard_holds_over_all_partitions(place: Place, partitions: int
         await one.unblock_many([Unblock(lease.key, lease.lease, report) for lease in leases[:50]])
         await become(two, "three tenths", quarantined=30, cooling=20)
         answer = await two.unblock(leases[50].key, leases[50].lease, report=report)
-        assert (answer.state, answer.guarded, answer.available_in) == (
-            State.COOLING,
-            True,
-            pytest.approx(60, abs=1),
-        )
+        assert (answer.state, answer.guarded) == (State.COOLING, True)
+        assert answer.available_in == pytest.approx(60, abs=1)
         await two.restore(next(iter((await one.page(ListQuery(state="quarantined"))).keys)).id, ADMIN)
         await two.stats()
         answer = await two.unblock(leases[51].key, leases[51].lease, report=report)
