@@ -120,7 +120,9 @@ class Rekeyer:
                 _log.debug("the rekey waits: %s", error)
             except WrongSecretsKey as error:
                 self._state = "failed"
-                _log.warning("a key can't be encrypted anew: %s: start with the old secrets key as well", error)
+                _log.warning(
+                    "a key can't be encrypted anew: %s: start with the old secrets key as well", error
+                )
             except Exception:
                 self._state = "failed"
                 _log.exception("the rekey failed")
