@@ -101,6 +101,7 @@ def test_json_lines() -> None:
     [
         ("[\n{}]", "JSON array"),
         ("key,name\nsk-1,a", "no column secret"),
+        ("sk-1,acct-1\nsk-2,acct-2", "without a first line"),
         ("secret,nmae\nsk-1,a", "'nmae'"),
         ("secret,label:\nsk-1,a", "'label:'"),
         ("secret,secret\nsk-1,a", "twice"),
@@ -115,6 +116,7 @@ def test_a_file_that_is_no_file_of_keys_is_refused_as_a_whole(text: str, says: s
 
 
 def test_a_format_can_be_forced() -> None:
+    assert keys_of("a,b\nc", None) == keys_of("a,b\nc", "lines")
     assert keys_of('{"secret":"x"}', "lines") == [(1, '{"secret":"x"}')]
     assert keys_of("secret\nsk-1", "lines") == [(1, "secret"), (2, "sk-1")]
     with pytest.raises(CommandError, match="no column secret"):

@@ -114,7 +114,7 @@ class Reader:
         if b'"import"' not in body:
             raise too_large()
         try:
-            if msgspec.json.decode(body, type=_OnlyOp).op != ImportBatch.__struct_config__.tag:
+            if not _is_import(body):
                 raise too_large()
             decoded = _decode_import(body)
         except msgspec.ValidationError as error:
@@ -123,6 +123,14 @@ class Reader:
             raise not_json(str(error), self._body_fields) from None
         _check_batch(decoded, body)
         return decoded
+
+
+def _is_import(body: bytes) -> bool:
+    """Whether a body in JSON is an import. Raises what msgspec raises if it isn't JSON."""
+    try:
+        return bool(msgspec.json.decode(body, type=_OnlyOp).op == ImportBatch.__struct_config__.tag)
+    except msgspec.ValidationError:  # not an object
+        return False
 
 
 def too_large(limit: int = MAX_BODY) -> PayloadTooLarge:

@@ -385,7 +385,7 @@ COMMANDS = (
     Command("verify", "keypool.server.backup_command:verify", "check a data file or a copy, without changing it", (
         argument("file", "the file; a server may be using it", "FILE"),
     )),
-    Command("migrate", "keypool.server.migrate_command:migrate", "move a pool from a data file to Valkey, or back", (
+    Command("migrate", "keypool.server.migrate_command:migrate", "move all pools from a data file to Valkey, or back", (
         argument("--from", "a data file, a URL, or env:VARIABLE", "PLACE", dest="source", required=True),
         argument("--to", "valkey://HOST:PORT/DB, or a new data file", "PLACE", dest="target", required=True),
         argument("--partitions", "partitions of the pool in Valkey; default 1, 16 in a cluster", "N",

@@ -121,6 +121,13 @@ def _detected(text: str, file: str) -> str:
         raise CommandError(
             f"{file} seems to be CSV, and has no column secret in its first line", Status.USAGE
         )
+    counts = {line.count(_delimiter(text)) for _, line in _filled(text)}
+    if len(counts) == 1 and 0 not in counts:
+        raise CommandError(
+            f"{file} seems to be CSV without a first line that names its columns (secret, name, …); if each line is "
+            "a secret: --format lines",
+            Status.USAGE,
+        )
     return "lines"
 
 

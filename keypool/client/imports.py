@@ -6,6 +6,7 @@ Messages name an item by its number and never show what is in it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +25,7 @@ MOST_BYTES = 4 * 1024 * 1024
 """What the server takes in one batch of imports."""
 
 _MEMBERS = ("secret", "name", "labels", "data")
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 _AROUND = 1024  # bytes of a body beside its items
 _TOO_LARGE = Imported("failed", None, "payload-too-large", "this item alone is larger than a request may be")
 
@@ -60,7 +62,9 @@ def member_of(name: str, value: Any) -> Any:
     elif name == "data":
         fits, kind = isinstance(value, Mapping), "a dict"
     else:
-        raise ValueError(f"a key has {', '.join(_MEMBERS)}, and no {str(name)[:40]!r}")
+        # Only a typo is shown: a mapping of secrets to something has secrets for names.
+        shown = f"no {name!r}" if difflib.get_close_matches(str(name), _MEMBERS, n=1) else "nothing else"
+        raise ValueError(f"a key has {', '.join(_MEMBERS)}, and {shown}")
     if not fits:
         raise ValueError(f"{name} is {kind}, not {type(value).__name__}")
     return dict(value) if isinstance(value, Mapping) else value
@@ -68,7 +72,7 @@ def member_of(name: str, value: Any) -> Any:
 
 def _json(members: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(members, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        return _encode(members).encode()
     except UnicodeEncodeError:
         problem = "it has a character that UTF-8 doesn't have (a lone surrogate)"
     except (TypeError, ValueError, RecursionError):

@@ -198,14 +198,15 @@ class KeysWouldExpire(PoolError):
 
 
 class SecretsKeyRequired(PoolError):
-    """An import into Valkey on a server without a secrets key."""
+    """An import into Valkey, or a rekey, on a server without a secrets key."""
 
     code = "secrets-key-required"
     title = "Secrets key required"
 
     def __init__(self) -> None:
         super().__init__(
-            "over Valkey, keys from elsewhere are stored encrypted only: start the server with KEYPOOL_SECRETS_KEY"
+            "this server has no secrets key, under which keys would be encrypted, as imported ones always are over "
+            "Valkey: start it with KEYPOOL_SECRETS_KEY"
         )
 
 
@@ -251,7 +252,7 @@ class PoolNotEmpty(PoolError):
 
     def __init__(self, total: int) -> None:
         super().__init__(
-            f"this pool has {total} keys: delete them first, or add ?drain=true to have them purged with it"
+            f"this pool has keys ({total}): delete them first, or add ?drain=true to have them purged with it"
         )
 
 
@@ -278,7 +279,7 @@ class ShareSpent(PoolError):
 
     def __init__(self, max_held: int, retry_after: float) -> None:
         super().__init__(
-            f"this token holds {max_held} leases, as many as it may (max_held): give one back, or wait for its own"
+            f"this token holds as many leases as it may, {max_held} (max_held): give one back, or wait for its own"
         )
         self.retry_after = retry_after
 

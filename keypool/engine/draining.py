@@ -1,8 +1,11 @@
 """Empties pools that are deleted for good: what nobody holds at once, in slices, and the rest as its leases end.
 
 The keys are walked by id, so that a key is looked at once, however many are held. From then on a key that is held when
-the walk passes it comes back by itself: the pool reports the end of its lease (`Drain.changed`). One loop serves all
+the walk passes it comes back by itself: the pool reports the end of its lease (`Drain._changed`). One loop serves all
 pools that are being emptied, so a hundred of them take no more of a turn than one.
+
+The next slice waits until the one before is on disk. Otherwise the commits, which all pools share, would contain
+thousands of purges each, and every other call would wait for them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from keypool.core.events import Change, Origin
 from keypool.core.keys import DEAD, Key, State
 from keypool.engine.embedded import EmbeddedEngine
 
-_SLICE_SECONDS = 0.001  # of each turn of the loop, in which no other call is served
+_SLICE_SECONDS = 0.0015  # of each turn of the loop, in which no other call is served
 _KEYS_AT_ONCE = 64  # between two looks at the clock: about 0.2 ms
 _RETRY_SECONDS = 0.25  # between two looks whether storage works again
 _BLOCKED = State.BLOCKED
@@ -82,6 +85,7 @@ class Drains:
         self._loop = asyncio.get_running_loop()
         self._drains: dict[EmbeddedEngine, Drain] = {}
         self._turn: asyncio.Handle | None = None
+        self._committing = False
         self._closed = False
 
     def begin(self, engine: EmbeddedEngine, at_once: bool, origin: Origin) -> None:
@@ -100,8 +104,12 @@ class Drains:
             self._turn.cancel()
 
     def _wake(self) -> None:
-        if self._turn is None and not self._closed:
+        if self._turn is None and not self._committing and not self._closed:
             self._turn = self._loop.call_soon(self._go_on)
+
+    def _committed(self, commit: object) -> None:
+        self._committing = False
+        self._wake()
 
     def _go_on(self) -> None:
         """One slice of one pool; the next pool has the next turn."""
@@ -116,5 +124,10 @@ class Drains:
                 self._emptied(engine)
             elif more:
                 self._drains[engine] = self._drains.pop(engine)  # to the end
-                self._wake()
+                commit = engine.journal.commit_of_all()
+                if commit is None:
+                    self._wake()
+                else:
+                    self._committing = True
+                    commit.on_done(self._committed)
                 return

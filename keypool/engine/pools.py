@@ -24,7 +24,6 @@ from keypool.core.errors import (
 )
 from keypool.core.events import By, Origin
 from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
-from keypool.engine import Engine
 from keypool.engine.draining import Drains
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Commit, Journal, NullJournal
@@ -243,6 +242,7 @@ class EmbeddedPools:
         del self._pools[entry.definition.name]
         entry.engine.drain_pool()
         entry.engine.timers.close()
+        entry.engine.events.clear()  # an old engine is never collected (server/runtime.py), so its keys must go
         commit = self._store.forget(entry.definition.number)
         self._report()
         return commit
@@ -297,31 +297,6 @@ class EmbeddedPools:
         self._drains.close()
         for entry in self._pools.values():
             entry.engine.timers.close()
-        await self.default.close()
-
-
-class OnePool:
-    """The pool `default` alone. See the protocol Pools."""
-
-    def __init__(self, default: Engine) -> None:
-        self.default = default
-
-    def get(self, name: str) -> Engine:
-        """The pool `default`. Raises UnknownPool for any other name."""
-        if name != DEFAULT_POOL:
-            raise UnknownPool
-        return self.default
-
-    def names(self) -> list[str]:
-        """One name."""
-        return [DEFAULT_POOL]
-
-    def drain(self) -> None:
-        """Answer all waiters with Draining, and admit no more."""
-        self.default.drain()
-
-    async def close(self) -> None:
-        """Make durable what isn't durable yet, and stop."""
         await self.default.close()
 
 

@@ -1,7 +1,8 @@
 """Calls of the API on Tornado's server, as `HTTPMessageDelegate`s.
 
 A request that is refused for its head is answered when its body has been read and discarded, so that the connection
-can be used again; one whose body is larger than `DISCARDED`, or that sends `Expect`, is answered at once.
+can be used again; one whose body is larger than `DISCARDED` (and than an import may be), or that sends `Expect`, is
+answered at once.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
         self._body: list[bytes] = []
         self._size = 0
+        self._discarded = DISCARDED  # bytes of the body that are read though the request is refused
         self._whole = False
 
     def headers_received(
@@ -61,12 +63,11 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         pending = self.pending = self.dispatcher.check(self.request)
         length = _declared_length(headers)
         if pending.max_body > MAX_BODY and self._connection is not None:
-            self._connection.set_max_body_size(
-                pending.max_body + DISCARDED
-            )  # so that a larger body gets an answer
+            self._discarded += pending.max_body
+            self._connection.set_max_body_size(self._discarded)  # so that a larger body gets an answer
         if length > pending.max_body and pending.error is None:
             pending.error = too_large(pending.max_body)
-        if pending.error is not None and (length > DISCARDED or "Expect" in headers):
+        if pending.error is not None and (length > self._discarded or "Expect" in headers):
             self.refuse(at_once=True)
 
     def data_received(self, chunk: bytes) -> None:
@@ -78,7 +79,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
                 self._body.clear()
             else:
                 self._body.append(chunk)
-        elif self._size > DISCARDED and self._connection is not None:
+        elif self._size > self._discarded and self._connection is not None:
             self.refuse(at_once=True)
 
     def held(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keypool.core.errors import StartError
-from keypool.engine.durable.datafile import CHECK_PLACE, CHECKED, Facts
+from keypool.engine.durable.datafile import CHECK, CHECK_PLACE, CHECKED, Facts
 from keypool.engine.sealing import Sealer, WrongSecretsKey
 
 
@@ -42,9 +42,9 @@ def sealer_of(path: Path, facts: Facts, secrets_keys: Sequence[bytes]) -> Sealer
 
 
 def new_checks(facts: Facts, sealer: Sealer) -> dict[str, bytes]:
-    """The check value that a file lacks for the sealer's first secrets key, by name; empty if it has it."""
+    """The check value of the first secrets key, by its name in the file; empty if the file has it."""
     name = sealer.current.hex()
-    return {} if name in facts.checks else {name: sealer.seal(CHECKED, *CHECK_PLACE)}
+    return {} if name in facts.checks else {CHECK + name: sealer.seal(CHECKED, *CHECK_PLACE)}
 
 
 def _names(checks: dict[str, bytes]) -> str:

@@ -29,7 +29,7 @@ import contextlib
 import os
 import sqlite3
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
@@ -185,7 +185,7 @@ class Facts:
         return {
             name.removeprefix(prefix): value
             for name, value in self.numbers.items()
-            if name.startswith(prefix) and (number or "/" not in name)
+            if name.startswith(prefix) and (number or not name.partition("/")[0].isdecimal())
         }
 
 
@@ -478,12 +478,17 @@ def count(path: Path) -> int:
 
 
 class Filling:
-    """Writes a pool to a new file that the caller holds, without a writer process. Raises StartError."""
+    """Writes pools to a new file that the caller holds, without a writer process. Raises StartError.
 
-    def __init__(self, path: Path) -> None:
+    `checks` are the check values of the secrets keys under which rows are sealed, by the names of the keys.
+    """
+
+    def __init__(self, path: Path, checks: Mapping[str, bytes]) -> None:
         self._path = path
         try:
             self._database = connect(path)
+            if checks:
+                add_secrets(self._database, {CHECK + name: value for name, value in checks.items()})
         except sqlite3.Error as error:
             raise self._failed(error) from None
 
@@ -496,8 +501,18 @@ class Filling:
         except sqlite3.Error as error:
             raise self._failed(error) from None
 
+    def define(self, pools: Sequence[StoredPool], last_pool: int) -> None:
+        """Add pools beside `default`, and the largest number that any pool ever had."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(DEFINE, map(row_of_pool, pools))
+            self._database.execute(SET_POOL, (LAST_POOL, last_pool))
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
     def finish(self, numbers: dict[str, int], secret: bytes) -> None:
-        """Add the pool's numbers and the secret of its handles, checkpoint the log, and close the file."""
+        """Add the numbers of the pools and the secret of the handles, checkpoint the log, and close the file."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(_SET_HANDLES, (secret,))

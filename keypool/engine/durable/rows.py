@@ -268,11 +268,12 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
         more = _decode_more(content)
     except msgspec.MsgspecError:
         raise ValueError(f"the attempt, history or details of {key!r} can't be read") from None
-    history = more.history or NO_HISTORY
-    if history.failures < 0 or not isfinite(history.failed_at):
-        raise ValueError(f"{key!r} has a history that can't be")
+    history = more.history
+    if history is not None:
+        if history.failures < 0 or not isfinite(history.failed_at):
+            raise ValueError(f"{key!r} has a history that can't be")
+        key.history = history if history != NO_HISTORY else NO_HISTORY
     key.attempt = more.attempt
-    key.history = history
     key.client = more.client
     if more.details is not None:
         key.details = shared(more.details)

@@ -66,6 +66,11 @@ def new_entry(settings: Settings, partitions: int, base_tick: int = 0, base_id: 
     return Entry(0, 0, partitions, 0, base_tick, base_id, OPEN, "", json_of(settings))
 
 
+def packed(entry: Entry) -> bytes:
+    """An entry as it is stored; for keypool migrate, as servers leave that to the script."""
+    return _encode(entry)
+
+
 def json_of(settings: Settings) -> str:
     """Settings as they are stored."""
     return msgspec.json.encode(dict(settings)).decode()
