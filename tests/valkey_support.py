@@ -276,6 +276,7 @@ class _Record(NamedTuple):
     hint: Any = False
     info: Any = False
     former: Any = False
+    share: Any = False
 
 
 def _entry(text: bytes, record: _Record) -> bytes:
