@@ -17,16 +17,19 @@ local function add(text, record)
   if record[ATTEMPT] then call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. text) end
 end
 
--- The room that is reserved (room.lua) under names other than `name`, and those reservations as they are stored.
+-- The room that is reserved (room.lua) under names other than `name`, those reservations as they are stored, and the room
+-- that is reserved under this name.
 local function reserved_but(name)
-  local sum, others = 0, {}
+  local sum, others, own = 0, {}, 0
   for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
     if held ~= name and tonumber(ends) > NOW then
       sum = sum + tonumber(keys)
       others[#others + 1] = held .. ' ' .. keys .. ' ' .. ends .. ';'
+    elseif held == name and tonumber(ends) > NOW then
+      own = tonumber(keys)
     end
   end
-  return sum, table.concat(others)
+  return sum, table.concat(others), own
 end
 
 -- The moment of expiry of a key that lives so long from now on, 0 for ever. A microsecond apart by `number`, so that the
