@@ -14,7 +14,7 @@ from engine_support import quiet
 from valkey_support import SECRETS, Place, check, engine_on, eventually, new_place, on_loop
 from valkeys import new_pool, shared_cluster
 
-from keypool.core.answers import KeyPatch, NewKey
+from keypool.core.answers import KeyPatch, NewKey, Row
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import (
     KeypoolError,
@@ -378,7 +378,7 @@ def test_imported_keys_in_a_cluster() -> None:
             items = [NewKey(f"sk-live-{number:04}", f"n{number:03}") for number in range(200)]
             results = await one.import_many(items, False, False, OPERATOR)
             assert {result.status for result in results} == {"created"}
-            rows = []
+            rows: list[Row] = []
             after = None
             while rows == [] or after is not None:
                 page = await two.page(ListQuery(name="n", limit=70, after=after))

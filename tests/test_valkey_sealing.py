@@ -85,7 +85,8 @@ def clear_members(place: Place, partitions: int) -> int:
 async def rekeyed(pools: ValkeyPools) -> Rekeying:
     """The end of a rekey that begins now."""
     await pools.rekey()
-    return await eventually(lambda: (it := pools.rekeying()).state == "idle" and it, "the rekey is done")
+    await eventually(lambda: pools.rekeying().state == "idle", "the rekey is done")
+    return pools.rekeying()
 
 
 # ---------------------------------------------------------------------------------------------- nothing in clear
@@ -102,7 +103,7 @@ async def test_valkey_holds_and_logs_no_secret(alone: Place, tmp_path: Path, par
         items = [
             NewKey(f"sk-live-imported-{n:04}", f"n{n}", None, b'{"user":"hidden-%d"}' % n) for n in range(20)
         ]
-        await engine.import_many(items, False, False, OPERATOR)
+        ids = [result.id or 0 for result in await engine.import_many(items, False, False, OPERATOR)]
         secrets += [item.secret for item in items]
         leases = [await engine.acquire("ann", 0) for _ in range(10)]
         for number, lease in enumerate(leases):
@@ -112,13 +113,13 @@ async def test_valkey_holds_and_logs_no_secret(alone: Place, tmp_path: Path, par
             await engine.extend(lease.key, lease.lease, 90) if number % 2 else await engine.get(lease.key)
         for lease in leases[:5]:
             await engine.unblock(lease.key, lease.lease)
-        await engine.update(items[0].secret, KeyPatch(data=b'{"user":"hidden-anew"}'), OPERATOR)
-        await engine.quarantine(items[1].secret, "why", True, OPERATOR)
-        await engine.find(items[2].secret)
-        await engine.reveal(items[3].secret, OPERATOR)
+        await engine.update(ids[0], KeyPatch(data=b'{"user":"hidden-anew"}'), OPERATOR)
+        await engine.quarantine(ids[1], "why", True, OPERATOR)
+        await engine.find("n2")
+        await engine.reveal(ids[3], OPERATOR)
         await engine.page(ListQuery(order="release"))
         await engine.page(ListQuery(name="n"))
-        await engine.delete(items[4].secret, OPERATOR)
+        await engine.delete(ids[4], OPERATOR)
         with pytest.raises(UnknownKey):
             await engine.get("sk-live-nobody-has-it")
         held = everything(alone.valkey, tmp_path)
@@ -147,7 +148,7 @@ async def test_lists_hints_and_events_need_no_secrets_key(place: Place) -> None:
     async with engine_on(place.url, 3, secrets=SECRETS, **FOREVER) as engine:
         made = await engine.generate(9)
         await engine.import_key(NewKey("sk-live-imported"), False, OPERATOR)
-        engine._partitions.vault.open = None  # type: ignore[union-attr, method-assign, assignment]
+        engine._partitions.vault.open = None  # type: ignore[union-attr, method-assign]
         for key in made:
             page = await engine.page(ListQuery(prefix=key.key[:3]))
             assert [row.id for row in page.keys] == [key.id]

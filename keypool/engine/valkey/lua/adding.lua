@@ -5,8 +5,9 @@ local function add(text, record)
   save(text, record)
   if record[EXPIRES] ~= NEVER then call('ZADD', EXPIRY, record[EXPIRES], text) end
   call('ZADD', IDS, record[ID], text)
-  call('ZADD', TEXTS, 0, entry_of(text, record))
-  local name = record[INFO] and named_as(record)
+  local entry, name = text, nil
+  if record[SEALED] or record[INFO] then entry, name = entries_of(text, record) end
+  call('ZADD', TEXTS, 0, entry)
   if name then call('ZADD', NAMES, 0, name) end
   if record[MARK] == QUARANTINED then
     call('ZADD', QUARANTINE, record[ID], text)
