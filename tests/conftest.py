@@ -16,6 +16,7 @@ import inspect
 import os
 import signal
 import socket
+from base64 import b64encode
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,10 +333,24 @@ def short_server(lend: Start) -> ServerProcess:
 
 
 @pytest.fixture
-def guarded_server(lend: Start) -> ServerProcess:
+def secrets_key(variant: Variant) -> dict[str, str]:
+    """The variables with which a server takes keys from elsewhere: over Valkey it needs a secrets key."""
+    shared = variant.name in ("valkey", "cluster")
+    return {"KEYPOOL_SECRETS_KEY": b64encode(b"k" * 32).decode()} if shared else {}
+
+
+@pytest.fixture
+def importing_server(lend: Start, secrets_key: dict[str, str]) -> ServerProcess:
+    """An open server that takes keys from elsewhere."""
+    return lend(env=secrets_key)
+
+
+@pytest.fixture
+def guarded_server(lend: Start, secrets_key: dict[str, str]) -> ServerProcess:
     """A server that knows tokens: two for clients, one for viewers, one for admins."""
     server = lend(
-        env={
+        env=secrets_key
+        | {
             "KEYPOOL_CLIENT_TOKEN": f"{CLIENT_TOKEN},{OTHER_CLIENT_TOKEN}",
             "KEYPOOL_VIEWER_TOKEN": VIEWER_TOKEN,
             "KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN,

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from conftest import Start, Variant
 from support import (
     ADMIN_TOKEN,
     API,
@@ -23,6 +24,12 @@ from support import (
 
 LIMIT, IMPORT_LIMIT = 256 * 1024, 4 * 1024 * 1024
 SECRET = "sk-live-3f0c2e91-77d1"
+
+
+@pytest.fixture
+def server(importing_server: ServerProcess) -> ServerProcess:
+    """The server of these tests."""
+    return importing_server
 
 
 @pytest.fixture
@@ -76,14 +83,14 @@ def test_an_imported_key_is_served_with_its_name_and_data(client: Client, pool: 
     answer = client.post(pool + "/keys", json={"secret": SECRET, **details})
     made = expect_object(
         answer.expect(201),
-        id=1,
+        id=int,
         state="available",
         hint="sk-l…77d1",
         name="acct-17",
         expires_in=None,
         existed=False,
     )
-    assert answer.headers["Location"] == f"{pool}/keys/id:1"
+    assert answer.headers["Location"] == f"{pool}/keys/id:{made['id']}"
     row = expect_row(
         client.get(answer.headers["Location"]).expect(200),
         name="acct-17",
@@ -93,21 +100,21 @@ def test_an_imported_key_is_served_with_its_name_and_data(client: Client, pool: 
     assert client.get(pool + "/keys").expect(200)["keys"] == [row]
     lease = client.post(pool + "/keys/acquire").expect(200)
     assert (lease["key"], lease["name"], lease["data"]) == (SECRET, "acct-17", details["data"])
-    revealed = client.post(pool + "/keys/id:1/reveal").expect(200)
-    assert revealed == {"id": 1, "key": SECRET, "name": "acct-17", "data": details["data"]}
+    revealed = client.post(answer.headers["Location"] + "/reveal").expect(200)
+    assert revealed == {"id": made["id"], "key": SECRET, "name": "acct-17", "data": details["data"]}
     assert client.get(f"{pool}/keys/{SECRET}").expect(200)["state"] == "blocked"
     assert client.get(pool + "/stats").expect(200)["imported"] == 1
 
 
 def test_the_same_secret_is_the_same_key(client: Client, pool: str) -> None:
     """A repeat is 200 and changes nothing; another pool has a key of its own."""
-    imported(client, pool, name="one")
+    made = imported(client, pool, name="one")
     client.post(pool + "/keys/acquire").expect(200)
     again = client.post(pool + "/keys", json={"secret": SECRET, "name": "two"})
     assert again.expect(200) == {
-        "id": 1, "state": "blocked", "hint": "sk-l…77d1", "name": "one", "expires_in": None, "existed": True
+        "id": made["id"], "state": "blocked", "hint": "sk-l…77d1", "name": "one", "expires_in": None, "existed": True
     }  # fmt: skip
-    assert again.headers["Location"] == f"{pool}/keys/id:1"
+    assert again.headers["Location"] == f"{pool}/keys/id:{made['id']}"
     other = client.make_pool("other", keepalive_seconds=None)
     imported(client, other)
     assert client.post(other + "/keys/acquire").expect(200)["key"] == SECRET
@@ -115,10 +122,14 @@ def test_the_same_secret_is_the_same_key(client: Client, pool: str) -> None:
 
 def test_without_a_secret_a_key_is_generated(client: Client) -> None:
     """As before; what goes with a secret only is refused rather than ignored."""
-    for body in ({}, {"secret": None}):
+    nothing: list[dict[str, Any]] = [{}, {"secret": None}]
+    for body in nothing:
         assert re.fullmatch(r"[A-Za-z0-9]{20}", client.post(API + "/keys", json=body).expect(201)["key"])
     assert re.fullmatch(r"[A-Za-z0-9]{20}", client.post(API + "/keys").expect(201)["key"])
-    for body in ({"name": "x"}, {"labels": {}}, {"data": {"a": 1}}, {"expire": True}, {"key": "sk-1"}):
+    wrong: list[dict[str, Any]] = [
+        {"name": "x"}, {"labels": {}}, {"data": {"a": 1}}, {"expire": True}, {"key": "sk-1"}
+    ]  # fmt: skip
+    for body in wrong:
         with client.expect_moved():
             client.post(API + "/keys", json=body).expect_problem(400, "bad-request")
 
@@ -140,10 +151,9 @@ def test_a_hint_shows_no_more_than_is_safe(client: Client, pool: str, secret: st
 
 def test_any_text_may_be_a_secret(client: Client, pool: str) -> None:
     """Up to 4096 bytes; in a path it is percent-encoded, or named by id or handle."""
-    for number, secret in enumerate(
-        ["x" * 4096, "é" * 2048, "a/b?c#d", " ", "\n", "\0", "日本", "👩‍🚀", '"', "%41"], 1
-    ):
-        assert imported(client, pool, secret)["id"] == number
+    texts = ["x" * 4096, "é" * 2048, "a/b?c#d", " ", "\n", "\0", "日本", "👩🚀", '"', "%41"]
+    for secret in texts:
+        number = imported(client, pool, secret)["id"]
         assert client.post(f"{pool}/keys/id:{number}/reveal").expect(200)["key"] == secret
         assert client.post(pool + "/keys/find", json={"key": secret}).expect(200)["id"] == number
     for path in ("a%2Fb%3Fc%23d", "%20", "%0A", "%E6%97%A5%E6%9C%AC", "%2541"):
@@ -262,7 +272,7 @@ def test_what_stands_around_the_keys_of_an_import_is_checked(
 
 def test_each_item_of_a_batch_has_its_result(client: Client, pool: str) -> None:
     """In the order of the items, which counts; null is as if absent."""
-    imported(client, pool, "old", name="taken", labels={"a": "b"})
+    old = imported(client, pool, "old", name="taken", labels={"a": "b"})["id"]
     keys: list[dict[str, Any]] = [
         {"secret": "new", "name": "first", "labels": None, "data": None},
         {"secret": "old", "name": "other"},
@@ -280,11 +290,13 @@ def test_each_item_of_a_batch_has_its_result(client: Client, pool: str) -> None:
         "failed",
         "created",
     ]
-    assert [each.get("id") for each in results] == [2, 1, 2, None, None, 3]
+    new, last = results[0]["id"], results[5]["id"]
+    assert [each.get("id") for each in results] == [new, old, new, None, None, last]
+    assert len({old, new, last}) == 3
     assert [each.get("code") for each in results] == [None, None, None, "name-taken", "name-taken", None]
-    assert "id:1" in results[3]["detail"]
+    assert f"id:{old}" in results[3]["detail"]
     assert total(client, pool) == 3
-    assert client.get(pool + "/keys/id:1").expect(200)["name"] == "taken"
+    assert client.get(pool + "/keys/old").expect(200)["name"] == "taken"
     again = import_many(client, pool, keys)
     assert (again["created"], again["existed"], again["duplicate"], again["failed"]) == (0, 3, 1, 2)
 
@@ -295,12 +307,11 @@ def test_a_batch_may_update_keys_that_the_pool_has(client: Client, pool: str) ->
     lease = client.post(pool + "/keys/acquire").expect(200)
     keys = [{"secret": "old", "name": "b", "labels": {"y": "2"}}, {"secret": "new", "name": "a"}]
     results = import_many(client, pool, keys, exists="update")["results"]
-    assert results == [{"status": "updated", "id": 1}, {"status": "created", "id": 2}]
-    row = expect_row(
-        client.get(pool + "/keys/id:1").expect(200), name="b", labels={"y": "2"}, state="blocked"
-    )
+    assert [each["status"] for each in results] == ["updated", "created"]
+    assert results[0]["id"] == lease["id"] != results[1]["id"]
+    row = expect_row(client.get(pool + "/keys/old").expect(200), name="b", labels={"y": "2"}, state="blocked")
     assert row["lease"] == lease["lease"]
-    assert client.post(pool + "/keys/id:1/reveal").expect(200)["data"] == {"u": 1}
+    assert client.post(pool + "/keys/old/reveal").expect(200)["data"] == {"u": 1}
     assert import_many(client, pool, keys, exists="skip")["existed"] == 2
 
 
@@ -315,7 +326,7 @@ def test_a_pool_without_room_takes_none_of_a_batch(client: Client) -> None:
     )
     full.expect_problem(409, "pool-full")
     assert total(client, pool) == 1
-    assert client.get(pool + "/keys/id:1").expect(200)["name"] is None
+    assert client.get(pool + "/keys/old").expect(200)["name"] is None
     result = import_many(client, pool, [{"secret": "old"}, new[0], new[0], new[1]])
     assert (result["created"], result["existed"], result["duplicate"]) == (2, 1, 1)
     client.post(pool + "/keys", json=new[2]).expect_problem(409, "pool-full")
@@ -472,9 +483,9 @@ def test_wrong_details_are_refused_by_patch_as_by_import(client: Client, pool: s
     imported(client, pool, name="one")
     for wrong, why in WRONG_VALUES:
         if "secret" not in wrong and wrong != {"name": ""}:
-            answer = client.patch(pool + "/keys/id:1", json=wrong)
+            answer = client.patch(f"{pool}/keys/{SECRET}", json=wrong)
             assert why in answer.expect_problem(400, "bad-request")["detail"]
-    assert client.get(pool + "/keys/id:1").expect(200)["name"] == "one"
+    assert client.get(f"{pool}/keys/{SECRET}").expect(200)["name"] == "one"
 
 
 def test_keys_are_listed_by_the_beginning_of_their_names(client: Client, pool: str) -> None:
@@ -498,7 +509,8 @@ def test_replace_gives_a_key_another_text(client: Client, pool: str) -> None:
     lease = client.post(pool + "/keys/acquire").expect(200)
     client.post(f"{pool}/keys/{lease['handle']}/unblock", json={"outcome": "invalid"}).expect(200)
     row = expect_row(
-        client.post(pool + "/keys/id:1/replace", json={"secret": "new-secret-of-it"}).expect(200), id=1
+        client.post(f"{pool}/keys/id:{lease['id']}/replace", json={"secret": "new-secret-of-it"}).expect(200),
+        id=lease["id"],
     )
     assert (row["state"], row["failures"], row["name"], row["hint"]) == ("available", 0, "one", "new-…f-it")
     client.get(pool + "/keys/old-secret-of-it").expect_problem(404, "unknown-key")
@@ -520,52 +532,69 @@ def test_a_holder_may_go_on_with_the_old_text(client: Client, pool: str) -> None
 
 def test_a_wrong_replacement_changes_nothing(client: Client, pool: str) -> None:
     """One that another key has, too long, none, or for no key."""
-    imported(client, pool, "a")
-    imported(client, pool, "b")
+    ids = [imported(client, pool, secret)["id"] for secret in "ab"]
     client.post(pool + "/keys/a/replace", json={"secret": "b"}).expect_problem(409, "secret-exists")
     for body in ({"secret": ""}, {"secret": "x" * 4097}, {}, {"secret": None}, {"secret": "c", "name": "x"}):
         client.post(pool + "/keys/a/replace", json=body).expect_problem(400, "bad-request")
     client.post(pool + "/keys/a/replace").expect_problem(400, "bad-request")
     client.post(pool + "/keys/c/replace", json={"secret": "d"}).expect_problem(404, "unknown-key")
-    assert {client.get(f"{pool}/keys/{key}").expect(200)["id"] for key in "ab"} == {1, 2}
+    assert [client.get(f"{pool}/keys/{key}").expect(200)["id"] for key in "ab"] == ids
 
 
 def test_find_takes_what_an_operator_knows(client: Client, pool: str) -> None:
     """The whole text before an id, an id before a name, a name before a hint."""
     texts = ["sk-live-0123456789", "id:1", "one", "sk-l…6789"]
-    for text in texts:
-        imported(client, pool, text)
-    client.patch(pool + "/keys/id:4", json={"name": "two"}).expect(200)
+    ids = [imported(client, pool, text)["id"] for text in texts]
+    path, fourth = f"{pool}/keys/id:{ids[0]}", f"id:{ids[3]}"
+    client.patch(f"{pool}/keys/{fourth}", json={"name": "two"}).expect(200)
 
     def found(text: str) -> int:
         number: int = expect_row(client.post(pool + "/keys/find", json={"key": text}).expect(200))["id"]
         return number
 
-    assert [found(text) for text in texts] == [1, 2, 3, 4]
-    assert (found("id:4"), found("two")) == (4, 4)
-    client.patch(pool + "/keys/id:1", json={"name": "on…e"}).expect(200)
-    assert found("on…e") == 1
-    client.delete(pool + "/keys/id:4").expect(204)
-    assert found("sk-l…6789") == 1
-    for text in ("nope", "id:99", "id:x", "", "two"):
+    assert [found(text) for text in texts] == ids
+    assert found(fourth) == found("two") == ids[3]
+    client.patch(path, json={"name": "on…e"}).expect(200)
+    assert found("on…e") == ids[0]
+    client.delete(f"{pool}/keys/{fourth}").expect(204)
+    assert found("sk-l…6789") == ids[0]
+    for text in ("nope", fourth, "id:x", "", "two"):
         client.post(pool + "/keys/find", json={"key": text}).expect_problem(404, "unknown-key")
     client.post(pool + "/keys/find").expect_problem(400, "bad-request")
 
 
 def test_in_a_body_a_text_comes_before_an_id_and_in_a_path_it_does_not(client: Client, pool: str) -> None:
     """Whatever secrets look like; a handle is a handle."""
-    imported(client, pool, "first")
-    imported(client, pool, "id:1")
-    imported(client, pool, "h:1.1.abcdefghijk")
-    assert client.get(pool + "/keys/id:1").expect(200)["id"] == 1
-    client.get(pool + "/keys/h:1.1.abcdefghijk").expect_problem(404, "unknown-key")
-    done = client.post(pool + "/batch", json={"op": "delete", "keys": ["id:1", "h:1.1.abcdefghijk"]}).expect(
-        200
-    )
-    assert done["done"] == 2
-    assert [row["id"] for row in client.get(pool + "/keys").expect(200)["keys"]] == [1]
-    done = client.post(pool + "/batch", json={"op": "delete", "keys": ["id:1"]}).expect(200)
-    assert done["done"] == 1
+    first = imported(client, pool, "first")["id"]
+    like_an_id, like_a_handle = f"id:{first}", f"h:{first}.1.abcdefghijk"
+    imported(client, pool, like_an_id)
+    imported(client, pool, like_a_handle)
+    assert client.get(f"{pool}/keys/{like_an_id}").expect(200)["id"] == first
+    client.get(f"{pool}/keys/{like_a_handle}").expect_problem(404, "unknown-key")
+
+    def delete(*keys: str) -> int:
+        done: int = client.post(pool + "/batch", json={"op": "delete", "keys": keys}).expect(200)["done"]
+        return done
+
+    assert delete(like_an_id, like_a_handle) == 2
+    assert [row["id"] for row in client.get(pool + "/keys").expect(200)["keys"]] == [first]
+    assert delete(like_an_id) == 1
+
+
+def test_over_valkey_imports_need_a_secrets_key(lend: Start, variant: Variant) -> None:
+    """Nothing is written there in clear."""
+    if variant.name not in ("valkey", "cluster"):
+        pytest.skip("this engine takes keys without")
+    client = lend().client()
+    pool = client.make_pool("clear", keepalive_seconds=None)
+    made = client.post(pool + "/keys").expect(201)
+    for path, body in (
+        ("/keys", {"secret": "a"}),
+        ("/batch", {"op": "import", "keys": [{"secret": "a"}]}),
+        (f"/keys/id:{made['id']}/replace", {"secret": "a"}),
+    ):
+        client.post(pool + path, json=body).expect_problem(409, "secrets-key-required")
+    assert total(client, pool) == 1
 
 
 # --------------------------------------------------------------------------------------------------- who, and audit
@@ -577,23 +606,24 @@ def test_who_may_import_and_see_what(guarded_server: ServerProcess) -> None:
         guarded_server.client(token) for token in (ADMIN_TOKEN, VIEWER_TOKEN, CLIENT_TOKEN)
     )
     pool = admin.make_pool("openai", keepalive_seconds=None)
-    imported(admin, pool, name="one", data={"u": "hidden-from-viewers"})
+    made = imported(admin, pool, name="one", data={"u": "hidden-from-viewers"})
+    key = f"id:{made['id']}"
     many = {"op": "import", "keys": [{"secret": "x"}]}
     for method, path, body in (
         ("POST", "/keys", {"secret": "x"}),
         ("POST", "/batch", many),
-        ("PATCH", "/keys/id:1", {"name": "x"}),
-        ("POST", "/keys/id:1/replace", {"secret": "x"}),
-        ("POST", "/keys/id:1/reveal", {}),
+        ("PATCH", f"/keys/{key}", {"name": "x"}),
+        ("POST", f"/keys/{key}/replace", {"secret": "x"}),
+        ("POST", f"/keys/{key}/reveal", {}),
     ):
         for who in (viewer, client):
             who.request(method, pool + path, json=body).expect_problem(403, "forbidden")
     client.post(pool + "/keys/find", json={"key": "one"}).expect_problem(403, "forbidden")
-    client.post(pool + "/batch", json={"op": "keepalive", "keys": ["id:1"]}).expect_problem(403, "forbidden")
+    client.post(pool + "/batch", json={"op": "keepalive", "keys": [key]}).expect_problem(403, "forbidden")
     for answer in (
         viewer.post(pool + "/keys/find", json={"key": "one"}),
         viewer.get(pool + "/keys"),
-        viewer.get(pool + "/keys/id:1"),
+        viewer.get(f"{pool}/keys/{key}"),
         client.get(f"{pool}/keys/{SECRET}"),
     ):
         answer.expect(200)
@@ -607,17 +637,18 @@ def test_what_is_imported_is_in_the_audit_log(server: ServerProcess, client: Cli
     line = len(server.log_since(0))
     secrets = [f"Secret{number}OfTheAuditTest" for number in range(4)]
     server.secrets.update(secrets, ["DataOfTheAuditTest"])
-    imported(client, pool, secrets[0], data={"u": "DataOfTheAuditTest"})
+    first = imported(client, pool, secrets[0], data={"u": "DataOfTheAuditTest"})["id"]
     client.post(pool + "/keys", json={"secret": secrets[0]}).expect(200)
-    import_many(client, pool, [{"secret": secret} for secret in secrets[:3]] + [{"secret": ""}])
+    many = import_many(client, pool, [{"secret": secret} for secret in secrets[:3]] + [{"secret": ""}])
+    second, third = (each["id"] for each in many["results"][1:3])
     import_many(client, pool, [{"secret": secrets[1]}])
-    client.patch(pool + "/keys/id:2", json={"name": "x"}).expect(200)
-    client.post(pool + "/keys/id:2/replace", json={"secret": secrets[3]}).expect(200)
+    client.patch(f"{pool}/keys/id:{second}", json={"name": "x"}).expect(200)
+    client.post(f"{pool}/keys/id:{second}/replace", json={"secret": secrets[3]}).expect(200)
     wanted = [
-        "import by admin .*: id:1 Secr…Test, pool openai",
-        "import by admin .*: 2 keys, id:2 Secr…Test to id:3 Secr…Test, pool openai",
-        "update by admin .*: id:2 Secr…Test, pool openai",
-        "replace by admin .*: id:2 Secr…Test, pool openai",
+        f"import by admin .*: id:{first} Secr…Test, pool openai",
+        f"import by admin .*: 2 keys, id:{second} Secr…Test to id:{third} Secr…Test, pool openai",
+        f"update by admin .*: id:{second} Secr…Test, pool openai",
+        f"replace by admin .*: id:{second} Secr…Test, pool openai",
     ]
 
     def written() -> list[str]:

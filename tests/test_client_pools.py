@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
+import time
 from typing import Any
 
 import httpx2
@@ -14,8 +17,11 @@ from keypool.client import (
     AsyncKeyPool,
     Imported,
     KeyPool,
+    KeyPoolError,
     KeysWouldExpire,
+    LeaseLost,
     NameTaken,
+    PoolClosed,
     PoolDraining,
     PoolFixed,
     PoolFull,
@@ -23,14 +29,15 @@ from keypool.client import (
     SecretExists,
     SecretsKeyRequired,
     ShareSpent,
+    Unauthorized,
     UnknownKey,
     UnknownPool,
+    Unreachable,
 )
-from keypool.client import imports as client_imports
 from keypool.client.attempts import Answer, Pause, Send, perform
 from keypool.client.calls import acquire
 from keypool.client.imports import MOST_BYTES
-from keypool.client.rounds import Rounds
+from keypool.client.rounds import LeaseRounds, Rounds
 from keypool.client.settings import Settings
 from keypool.client.testing import FakeServer
 
@@ -427,7 +434,43 @@ def test_a_lease_of_a_key_that_never_expires_needs_no_keeper(kind: str) -> None:
         assert not key.expires_first
 
 
-def test_the_limits_are_the_servers() -> None:
-    from keypool.client.calls import MOST_ITEMS
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_leases_of_all_pools_share_one_keeper(kind: str) -> None:
+    """Leases of three pools are extended and their keys kept alive; a pool that is gone stops nobody else."""
+    fake = FakeServer(["in-default"], block_seconds=0.6, max_block_seconds=60, keepalive_seconds=0.6)
+    with Driver(kind, "http://fake", transport=fake) as client, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(client.lease(extend=True))]
+        for name in ("one", "two"):
+            client.put_pool(name, block_seconds=0.6, max_block_seconds=60, keepalive_seconds=0.6)
+            client.of_pool(name).import_key(SECRET, expire=True)
+            held.append(stack.enter_context(client.of_pool(name).lease(extend=True)))
+        assert [key.pool for key in held] == ["default", "one", "two"]
+        keeper: Any = client.pool._lease_keeper
+        assert [client.pool.pool(name)._lease_keeper for name in ("one", "two")] == [None, None]
+        assert sorted(keeper.keys) == sorted(["in-default", SECRET, SECRET])
+        client.delete_pool("one", drain=True, now=True)
+        ends = time.monotonic() + 2  # three blocks, and three lives
+        while time.monotonic() < ends:
+            client.wait(asyncio.sleep(0.05)) if kind == "async" else time.sleep(0.05)
+        assert [key.over for key in held] == [False, True, False]
+        with pytest.raises(LeaseLost):
+            client.wait(held[1].release())
+        assert keeper.running
+    assert fake.blocked == fake.pool("two").blocked == []
 
-    assert client_imports.MOST_ITEMS == MOST_ITEMS
+
+@pytest.mark.parametrize("failure", [Unauthorized("no"), UnknownPool("gone")])
+def test_a_pool_whose_keeper_stops_is_forgotten_until_it_is_needed_again(failure: KeyPoolError) -> None:
+    rounds = LeaseRounds(Settings.of())
+    steps = rounds.steps()
+    assert next(steps) == Pause(None)
+    rounds.add("sk-1")
+    assert isinstance(steps.send(None), Send)
+    assert steps.throw(failure) == Pause(None)
+    assert rounds.keys == []
+    rounds.add("sk-2")
+    assert isinstance(steps.send(None), Send)
+    assert isinstance(steps.throw(Unreachable("away")), Pause)
+    assert isinstance(rounds.error, Unreachable)
+    with pytest.raises(PoolClosed):
+        steps.throw(PoolClosed("closed"))

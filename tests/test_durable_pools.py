@@ -147,6 +147,20 @@ async def test_the_number_of_a_pool_that_is_gone_is_never_used_again(path: Path)
 
 
 @on_loop
+async def test_a_number_stays_used_whatever_is_changed_after_its_pool_is_gone(path: Path) -> None:
+    """Also if the pool was the last one, and another one is changed in a later run."""
+    async with opened_pools(path) as pools:
+        for name in ("one", "two"):
+            await pools.put(name, {}, ADMIN)
+        await pools.delete("two", drain=False, now=False, origin=ADMIN)
+    async with opened_pools(path) as pools:
+        await pools.change("one", {"block_seconds": 5}, ADMIN)
+    async with opened_pools(path) as pools:
+        await pools.put("three", {}, ADMIN)
+    assert list(datafile.inspect(path).pools) == [1, 3]
+
+
+@on_loop
 async def test_a_pool_goes_on_being_emptied_after_a_restart(path: Path, wall: Moment) -> None:
     """It serves no key, holders keep theirs, and it is gone when their leases have ended."""
     async with opened_pools(path) as pools:
@@ -229,6 +243,24 @@ async def test_deadlines_of_all_pools_go_on_during_a_stop(path: Path, wall: Mome
     async with opened_pools(path) as pools:
         assert (pools.row("short").total, pools.row("long").total) == (0, 2)
         assert (await pools.get("short").stats()).expired == 2
+
+
+@on_loop
+@pytest.mark.parametrize("step", [-1000.0, 25.0])
+async def test_clocks_of_all_pools_go_on_from_the_last_moment(path: Path, wall: Moment, step: float) -> None:
+    """That of any pool: a wall clock that was set back during the stop makes no lease longer."""
+    async with opened_pools(path) as pools:
+        await pools.put("openai", LASTING, ADMIN)
+        await pools.default.generate(1)
+        wall.on(30)
+        engine = pools.get("openai")
+        await engine.generate(1)
+        await engine.acquire("me", 0)
+    wall.at += step
+    async with opened_pools(path) as pools:
+        assert (await pools.get("openai").get(1)).release_in == pytest.approx(60 - max(step, 0), abs=0.002)
+        expires_in = (await pools.default.get(1)).expires_in
+        assert expires_in == pytest.approx(270 - max(step, 0), abs=0.002)
 
 
 @on_loop
@@ -483,7 +515,7 @@ def test_an_outage_is_one_of_all_pools(monkeypatch: pytest.MonkeyPatch) -> None:
         two.writer.answer(FULL)
         await turns()
         with pytest.raises(StorageUnavailable, match="full"):
-            assert failing.answer
+            _ = failing.answer
         assert not any(engine.storage_up() for engine in two.engines)
         two.clock.on(5000)
         batch = await two.writer.batch()

@@ -302,11 +302,11 @@ LOAD_GATE = """
             while {while_inspecting} and not gate.exists():
                 time.sleep(0.01)
             return inspect(path)
-        def slow_read(path, size):
+        def slow_read(*where):
             while not {while_inspecting} and not gate.exists():
                 time.sleep(0.001)
-                yield []
-            yield from read_keys(path, size)
+                yield 0, []
+            yield from read_keys(*where)
         datafile.inspect, datafile.read_keys = slow_inspect, slow_read
 """
 

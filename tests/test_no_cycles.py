@@ -346,7 +346,7 @@ async def cut_in_the_body(session: Session) -> None:
 
 async def early_refusal(session: Session) -> None:
     wire = await session.fresh()
-    head = request("POST", API + "/batch", None, "Expect: 100-continue")
+    head = request("POST", API + "/keys/acquire", None, "Expect: 100-continue")
     await wire.send(head.replace(b"Content-Length: 0", b"Content-Length: 900000"))
     assert (await wire.answer())[0] == 413
     wire.close()

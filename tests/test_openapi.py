@@ -173,7 +173,7 @@ def test_it_has_every_path_and_method_and_no_other(client: Client) -> None:
     wanted = {path: methods - {"HEAD"} for path, methods in {**ROUTES, **OF_POOLS}.items()}
     for path in [path for path in wanted if path + "/" in wanted]:
         del wanted[path + "/"]
-    assert described == wanted | {API + "/feed": {"GET"}}
+    assert described == wanted | {API + "/feed": {"GET"}, API + "/pools/{pool}/feed": {"GET"}}
 
 
 def test_every_call_names_the_errors_of_its_own() -> None:

@@ -25,9 +25,9 @@ from keypool.core.pool import Pool
 from keypool.engine import embedded
 from keypool.engine.durable import datafile, journal
 from keypool.engine.durable.file_lock import log_of
-from keypool.engine.durable.journal import Storage
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.durable.rows import Batch, encode
+from keypool.engine.durable.states import Storage
 from keypool.engine.durable.wire import Verdict
 from keypool.engine.durable.writer import Writer
 

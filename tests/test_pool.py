@@ -26,8 +26,9 @@ from keypool.core.cursor import ListQuery, decode, encode, page_query
 from keypool.core.errors import BadRequest, BlockLimit, PoolFull, StaleLease, UnknownKey
 from keypool.core.events import HOLDER, Change, event_of
 from keypool.core.keys import ALPHABET, DEAD, Key, State, hint, random_text
+from keypool.core.keyset import KeyPage, PageQuery
 from keypool.core.outcomes import NO_HISTORY, Outcome, Report
-from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, Ended, KeyPage, PageQuery, Pool
+from keypool.core.pool import MAX_DUE_PER_CALL, PAGE_SCAN_LIMIT, Ended, Pool
 from keypool.core.rules import PoolRules
 
 NOW = START

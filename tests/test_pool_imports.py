@@ -18,8 +18,9 @@ from keypool.core.details import IMPORTED
 from keypool.core.errors import BadRequest, KeysWouldExpire, NameTaken, PoolFull, SecretExists, UnknownKey
 from keypool.core.events import By, Change, Origin
 from keypool.core.keys import NEVER, NO_DETAILS, Details, Key, State
+from keypool.core.keyset import PageQuery
 from keypool.core.outcomes import NO_HISTORY, Outcome, Report
-from keypool.core.pool import PAGE_SCAN_LIMIT, PageQuery, Pool
+from keypool.core.pool import PAGE_SCAN_LIMIT, Pool
 from keypool.core.rules import PoolRules
 
 NOW = START

@@ -28,7 +28,7 @@ from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.errors import NameTaken, SecretExists, UnknownKey
 from keypool.core.events import Change
 from keypool.core.keys import Key, State, hint
-from keypool.core.pool import PageQuery
+from keypool.core.keyset import PageQuery
 from keypool.core.rules import PoolRules
 
 # Texts that are imported, or replace others. Some hints are those of several; some texts are those of generated keys.

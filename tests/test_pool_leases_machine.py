@@ -34,8 +34,9 @@ from keypool.core.counters import COUNTERS
 from keypool.core.errors import BlockLimit, LeaseOver, PoolError, StaleLease, UnknownKey
 from keypool.core.events import DEADLINE, HOLDER, SILENT, By, Change, Origin
 from keypool.core.keys import Details, Key, State
+from keypool.core.keyset import PageQuery
 from keypool.core.outcomes import Outcome, Report
-from keypool.core.pool import Ended, PageQuery, Pool
+from keypool.core.pool import Ended, Pool
 from keypool.core.rules import PoolRules
 
 MAX_KEYS = 8

@@ -557,7 +557,7 @@ class Twins:
             "release": lambda key: key.release_deadline,
             "ready": lambda key: key.release_deadline,
         }
-        assert sorted(row.id for row in rows) == [key.id for key in found]
+        assert sorted(row.id for row in rows) == [key.id for key in found], f"by {chosen}, {state}"
         for row in rows:
             self.expect_row(row)
         places = [place_of[order](self.pool.find_id(row.id, self.now)) for row in rows]

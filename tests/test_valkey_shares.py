@@ -105,6 +105,21 @@ async def test_whatever_ends_a_lease_makes_room(place: Place) -> None:
 
 
 @on_loop
+async def test_what_a_dead_server_has_reserved_lapses(place: Place) -> None:
+    """A reservation for which no key was acquired, and one whose end no server learned of."""
+    async with pools_on(place.url, 1, block_seconds=1.0) as pools:
+        engine = pools.default
+        await engine.generate(3)
+        await engine._shares.reserve(ANN, 1, -4.5)  # half a second, with the margin
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine._client, "on_shares", lambda words: None)
+            await engine.acquire(None, 0, client=ANN)
+            assert 0 < (await spent(engine)).retry_after <= 1
+            await asyncio.sleep(1)
+            assert len(await engine.acquire_many(None, 3, client=ANN)) == 2
+
+
+@on_loop
 async def test_no_key_and_no_room_are_told_apart(place: Place) -> None:
     """404 if there is none, and that reserves nothing; 429 if the share is spent, whether or not there are keys."""
     async with pools_on(place.url, 1) as pools:

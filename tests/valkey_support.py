@@ -14,6 +14,7 @@ import pytest
 from engine_support import quiet
 from valkeys import Valkey, new_pool, shared_valkey
 
+from keypool.core.answers import GeneratedKey, KeptAlive, Row
 from keypool.core.errors import KeypoolError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -120,6 +121,12 @@ async def eventually(condition: Callable[[], Any], what: str, within: float = 20
         if asyncio.get_running_loop().time() > deadline:
             raise AssertionError(f"in {within} s never came true: {what} (last: {last!r})")
         await asyncio.sleep(0.005)
+
+
+def expires_in(answer: Row | KeptAlive | GeneratedKey) -> float:
+    """The seconds that a key lives, which must not be for ever."""
+    assert answer.expires_in is not None
+    return answer.expires_in
 
 
 async def become(engine: ValkeyEngine, what: str, within: float = 20.0, **wanted: int) -> None:
@@ -276,10 +283,12 @@ class _Record(NamedTuple):
     hint: Any = False
     info: Any = False
     former: Any = False
+    share: Any = False
 
 
 def _entry(text: bytes, record: _Record) -> bytes:
     """What the order of texts has of a key."""
     if not record.sealed:
         return text
-    return (b"\xfe" if details_in(record.info).imported else b"") + record.hint.encode() + text
+    hint: str = record.hint
+    return (b"\xfe" if details_in(record.info).imported else b"") + hint.encode() + text

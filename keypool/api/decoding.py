@@ -114,11 +114,12 @@ class Reader:
         if b'"import"' not in body:
             raise too_large()
         try:
-            if not _is_import(body):
-                raise too_large()
-            decoded = _decode_import(body)
-        except msgspec.ValidationError as error:
-            raise bad_body(str(error), self._body_fields, self._described) from None
+            try:
+                decoded = _decode_import(body)
+            except msgspec.ValidationError as error:
+                if not _is_import(body):
+                    raise too_large() from None
+                raise bad_body(str(error), self._body_fields, self._described) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise not_json(str(error), self._body_fields) from None
         _check_batch(decoded, body)

@@ -113,6 +113,7 @@ class Pending(msgspec.Struct):
     # None for OPTIONS, and if the path has no such operation. Set first, so that errors are counted by operation.
     route: Route | None = None
     call: Call | None = None
+    subject: Any = None  # what the operation's `run` gets
     error: KeypoolError | None = None
     legacy: bool = False
     head: bool = False
@@ -146,6 +147,7 @@ _NOWHERE = _Path(False)
 _KEYS = BASE + "/keys/"
 _IN_POOL = BASE + POOLS
 _POOL = POOLS + "{pool}"
+_REMEMBERED_PATH, _REMEMBERED_PATHS = 128, 2000  # characters of a path in a pool that is cached, and how many
 
 
 class Dispatcher:
@@ -158,6 +160,9 @@ class Dispatcher:
         self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
         self._paths_of_pool: dict[str, _Path] = {}  # by what stands behind the name of the pool
         self._paths_of_key_of_pool: dict[str, _Path] = {}
+        self._seen: dict[
+            str, tuple[_Path, str, str]
+        ] = {}  # a cache of what was found in pools, without a key
         for operation in operations:
             self._add(operation)
         self.calls = CallMetrics(
@@ -254,8 +259,9 @@ class Dispatcher:
                 address = request.remote_ip or "?"
                 audit_refused(operation, Call(caller, address, pending.request_id, key, pool=pool), refused)
                 raise refused
-        if route.subject is None or caller.pools is not None:
-            self._check_pool(route, caller, pool)
+        if caller.pools is not None and route.limited and pool not in caller.pools:
+            raise UnknownPool
+        pending.subject = route.subject or self.pools.get(pool)
         if key:
             require_may_name(key, caller)
         if len(request.uri or "") > MAX_TARGET:
@@ -275,33 +281,31 @@ class Dispatcher:
         if method != "OPTIONS":
             raise MethodNotAllowed(pending.allow)
 
-    def _check_pool(self, route: Route, caller: Caller, pool: str) -> None:
-        """Raise UnknownPool unless the caller may use the pool, and it is there if the call needs it."""
-        if caller.pools is not None and route.limited and pool not in caller.pools:
-            raise UnknownPool
-        if route.subject is None:
-            self.pools.get(pool)
-
     def _find(self, text: str) -> tuple[_Path, str, str]:
         """A path with a key or a pool in it, the key, and the pool; `_NOWHERE` if there is no such path."""
-        pool, paths = DEFAULT_POOL, self._paths_of_key
-        if text.startswith(_KEYS):
-            text = text[len(_KEYS) :]
-        elif text.startswith(_IN_POOL):
-            segment, slash, text = text[len(_IN_POOL) :].partition("/")
-            pool = _unquoted(segment)
-            path = self._paths_of_pool.get(slash + text)
-            if path is not None and segment:
-                return path, "", pool
-            if not (segment and text.startswith("keys/")):
-                return _NOWHERE, "", pool
-            paths, text = self._paths_of_key_of_pool, text[len("keys/") :]
-        else:
-            return _NOWHERE, "", pool
-        segment, slash, rest = text.partition("/")
+        if not text.startswith(_KEYS):
+            return self._seen.get(text) or self._find_in_pool(text)
+        segment, slash, rest = text[len(_KEYS) :].partition("/")
         if not segment:
-            return _NOWHERE, "", pool
-        return paths.get(slash + rest, _NOWHERE), _unquoted(segment), pool
+            return _NOWHERE, "", DEFAULT_POOL
+        return self._paths_of_key.get(slash + rest, _NOWHERE), _unquoted(segment), DEFAULT_POOL
+
+    def _find_in_pool(self, text: str) -> tuple[_Path, str, str]:
+        segment, slash, rest = text[len(_IN_POOL) :].partition("/")
+        if not segment or not text.startswith(_IN_POOL):
+            return _NOWHERE, "", DEFAULT_POOL
+        pool = _unquoted(segment)
+        path = self._paths_of_pool.get(slash + rest)
+        if path is None:
+            if not rest.startswith("keys/"):
+                return _NOWHERE, "", pool
+            path, key = _with_key(self._paths_of_key_of_pool, rest[len("keys/") :])
+            return path, key, pool
+        if len(text) <= _REMEMBERED_PATH:
+            if len(self._seen) >= _REMEMBERED_PATHS:
+                self._seen.clear()
+            self._seen[text] = path, "", pool
+        return path, "", pool
 
     def answered(self, pending: Pending, reply: Reply, seconds: float) -> None:
         """Count a request that got `reply` after `seconds`, and write its line of the access log.
@@ -340,14 +344,12 @@ class Dispatcher:
             return None
         if body and pending.cached is None:
             _check_content_type(request.headers)
-        operation, subject = route.operation, route.subject
+        operation = route.operation
         if body or request.query or operation.query is not None or operation.body_required:
             route.reader.read(call, request.query, body)
-        if subject is None:  # looked up again, as the pool may have gone while the body came
-            subject = self.pools.get(call.pool)
         if pending.head and operation.head is not None:
-            return operation.head(subject, call)
-        return operation.run(subject, call)
+            return operation.head(pending.subject, call)
+        return operation.run(pending.subject, call)
 
     def ends_with_caller(self, pending: Pending) -> bool:
         """Whether a call that was started ends when its caller disconnects."""
@@ -384,6 +386,12 @@ class Dispatcher:
         status, headers = status_of(type(error)), problem_headers(error)
         last = error.code == Draining.code
         return Reply(status, pending.request_id, CONTENT_TYPE, body, headers, error.code, last)
+
+
+def _with_key(paths: Mapping[str, _Path], text: str) -> tuple[_Path, str]:
+    """The path that begins with a key, and the key; `_NOWHERE` if there is no such path."""
+    segment, slash, rest = text.partition("/")
+    return paths.get(slash + rest, _NOWHERE) if segment else _NOWHERE, _unquoted(segment)
 
 
 def _unquoted(segment: str) -> str:

@@ -329,6 +329,19 @@ def _other_paths(schema: Described, open: bool) -> Described:
         problems = {status: problem(code, schema, status) for status, code in sorted(refusals.items())}
         return {"get": described | {"responses": answers | problems}}
 
+    feed = page(
+        "feed",
+        "A websocket with changes: hello, then deltas and beats (docs/api.md). A plain GET is answered 426.",
+        {"101": {"description": "the websocket is open"}},
+        {
+            "400": "bad-request",
+            "404": "unknown-pool",
+            "426": "upgrade-required",
+            "429": "too-many-viewers",
+            "503": "draining, loading",
+        },
+        "admin, viewer, or a dashboard's cookie",
+    )
     return {
         "/healthz": page("health", "Whether the event loop runs.", _status("ok"), {}),
         "/readyz": page(
@@ -344,18 +357,8 @@ def _other_paths(schema: Described, open: bool) -> Described:
             {"503": "loading, storage-unavailable"},
             "admin, viewer",
         ),
-        f"{BASE}/feed": page(
-            "feed",
-            "A websocket with changes: hello, then deltas and beats (docs/api.md). A plain GET is answered 426.",
-            {"101": {"description": "the websocket is open"}},
-            {
-                "400": "bad-request",
-                "426": "upgrade-required",
-                "429": "too-many-viewers",
-                "503": "draining, loading",
-            },
-            "admin, viewer, or a dashboard's cookie",
-        ),
+        f"{BASE}/feed": feed,
+        f"{BASE}{POOLS}{{pool}}/feed": {"get": _in_pool(feed["get"])},
     }
 
 

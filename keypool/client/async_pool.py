@@ -58,7 +58,7 @@ from keypool.client.calls import (
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, Held, give_back_many, raise_or_note
 from keypool.client.imports import Exists, NewKey
-from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
+from keypool.client.rounds import KeptKeys, LeaseRounds, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_POOL,
     DEFAULT_TIMEOUT,
@@ -184,10 +184,19 @@ class AsyncKeyPool:
         return held
 
     def _keep_alive(self, held: AsyncHeldKey) -> AsyncKeeper:
+        if self._client is not None:
+            return self._client._keep_alive(held)  # noqa: SLF001 - one of this class
         if self._lease_keeper is None or not self._lease_keeper.running:
-            self._lease_keeper = self.keeper().start()
+            self._lease_keeper = AsyncKeeper(self._runner, LeaseRounds(self._settings)).start()
+            self._keepers.add(self._lease_keeper)
         self._lease_keeper.add(held)
         return self._lease_keeper
+
+    def _keep_no_longer(self, held: AsyncHeldKey) -> None:
+        if self._client is not None:
+            self._client._keep_no_longer(held)  # noqa: SLF001 - one of this class
+        elif self._lease_keeper is not None:
+            self._lease_keeper.discard(held)
 
     async def _acquire(
         self, owner: str | None, wait: float | None, block_seconds: float | None
@@ -209,8 +218,7 @@ class AsyncKeyPool:
     async def _give_back(
         self, held: AsyncHeldKey, within: float = math.inf, *, well: bool = False
     ) -> LeaseLost | None:
-        if self._lease_keeper is not None:
-            self._lease_keeper.discard(held)
+        self._keep_no_longer(held)
         lost = await self._runner.run_to_end(held.give_back(self._settings, within, well=well))
         self._held.discard(held)
         return lost
@@ -467,7 +475,7 @@ class AsyncHeldKey(Held):
     def __init__(
         self, pool: AsyncKeyPool, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None
     ) -> None:
-        super().__init__(acquired, owner, block_seconds)
+        super().__init__(acquired, owner, block_seconds, pool._settings.pool)  # noqa: SLF001 - a part of it
         self.lost = asyncio.Event()
         """Set when the lease is known to be lost."""
         self._pool = pool
@@ -564,7 +572,7 @@ class AsyncKeeper(KeptKeys):
     a wrong URL stops the keeper: then `running` is False and `error` says why.
     """
 
-    def __init__(self, runner: AsyncRunner, rounds: Rounds) -> None:
+    def __init__(self, runner: AsyncRunner, rounds: Rounds | LeaseRounds) -> None:
         self._wake = asyncio.Event()
         super().__init__(rounds, self._wake.set)
         self._runner = runner

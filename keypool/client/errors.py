@@ -11,7 +11,7 @@
     │   ├── PoolFull
     │   ├── NameTaken  SecretExists    another key of the pool has this name, this text
     │   ├── KeysWouldExpire        an import into a pool that purges keys
-    │   ├── SecretsKeyRequired     an import into Valkey through a server without a secrets key
+    │   ├── SecretsKeyRequired     an import into Valkey, or a rekey, by a server without a secrets key
     │   ├── UnknownPool            no such pool, or not one of this token's
     │   ├── TooManyPools  PoolDraining  PoolNotEmpty  PoolFixed
     │   ├── ShareSpent             the token holds as many leases as it may; `retry_after`: seconds, a hint
@@ -161,7 +161,7 @@ class KeysWouldExpire(Refused):
 
 
 class SecretsKeyRequired(Refused):
-    """The server stores its keys in Valkey and has no secrets key: so it imports none."""
+    """The server has no secrets key: so it imports nothing into Valkey, and encrypts nothing."""
 
 
 class UnknownPool(Refused):

@@ -29,14 +29,24 @@ from typing import Any
 from keypool.client import calls
 from keypool.client.answers import Extended, LeasedKey, Outcome, Row, State, Unblocked, hint
 from keypool.client.attempts import Steps, Timed, perform, result, results
-from keypool.client.errors import BlockLimit, KeyPoolError, LeaseLost, LeaseOver, StaleLease, UnknownKey
+from keypool.client.errors import (
+    BlockLimit,
+    KeyPoolError,
+    LeaseLost,
+    LeaseOver,
+    StaleLease,
+    UnknownKey,
+    UnknownPool,
+)
 from keypool.client.reports import Report, judge, rate_limit, tidy, worse
-from keypool.client.settings import Settings, now
+from keypool.client.settings import DEFAULT_POOL, Settings, now
 
 log = logging.getLogger("keypool.client")
 
 _LATEST_ON_THE_WAY = 0.5  # seconds in transit, at most, assumed for the answer to a call that waited
 _SHORTEST_TRY = 0.5  # seconds allowed for giving back a key whose lease has just ended
+GONE = (UnknownKey, UnknownPool)
+"""What a call about a key that was deleted raises: a pool may have been deleted with it."""
 LAST_TRY = 2.0
 """Seconds allowed for giving back a key at exit, or when its client is closed."""
 
@@ -49,8 +59,16 @@ class Held:
     HeldKey and AsyncHeldKey add what needs I/O: `lost`, `extend` and `release`.
     """
 
-    def __init__(self, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        acquired: Timed[LeasedKey],
+        owner: str,
+        block_seconds: float | None = None,
+        pool: str = DEFAULT_POOL,
+    ) -> None:
         leased = acquired.result
+        self.pool = pool
+        """The name of the pool."""
         self.id = leased.id
         self.lease = leased.lease
         self.handle = leased.handle
@@ -235,7 +253,7 @@ class Held:
         seconds = self._block_seconds if seconds is None else seconds
         try:
             answer = yield from perform(calls.extend(self, seconds, None), settings, within)
-        except (StaleLease, UnknownKey, LeaseOver, BlockLimit) as error:
+        except (StaleLease, *GONE, LeaseOver, BlockLimit) as error:
             extended = yield from self._not_extended(error, settings, within)
             if extended is None:
                 self.not_extended = error
@@ -254,11 +272,11 @@ class Held:
         """
         if isinstance(error, StaleLease):
             self.lose("was leased to someone else while it was held")
-        elif isinstance(error, UnknownKey):
+        elif isinstance(error, GONE):
             self.lose("was deleted or expired while it was held")
         elif isinstance(error, LeaseOver) or error.repeated:
             row: Timed[Row] | None = None
-            with contextlib.suppress(StaleLease, UnknownKey):
+            with contextlib.suppress(StaleLease, *GONE):
                 row = yield from perform(calls.get(self), settings, within)
             if row is None or (row.result.state, row.result.lease) != (State.BLOCKED, self.lease):
                 self.lose("was taken back while it was held")
@@ -323,7 +341,7 @@ class Held:
         return LeaseLost(f"the lease of key {self.hint} had ended before the key was given back")
 
     def _not_returned(self, error: KeyPoolError) -> LeaseLost | None:
-        if isinstance(error, UnknownKey):
+        if isinstance(error, GONE):
             return LeaseLost(f"key {self.hint} was deleted or expired while it was held")
         if isinstance(error, StaleLease):
             if error.repeated:
@@ -381,6 +399,8 @@ def give_back_many(keys: Sequence[LeasedKey], settings: Settings) -> Steps[Lease
     """Unblock keys that were acquired together, without a report. Results as of `Held.give_back`."""
     try:
         done = yield from results(calls.unblock_many(keys), settings)
+    except UnknownPool:
+        return LeaseLost("the keys were in a pool that is gone")
     except KeyPoolError as error:
         log.warning("%d keys not given back (%s); they are released by their deadlines", len(keys), error)
         return None

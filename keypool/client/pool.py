@@ -59,7 +59,7 @@ from keypool.client.calls import (
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, Held, LostEvent, give_back_many, raise_or_note
 from keypool.client.imports import Exists, NewKey
-from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
+from keypool.client.rounds import KeptKeys, LeaseRounds, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_POOL,
     DEFAULT_TIMEOUT,
@@ -130,8 +130,8 @@ class KeyPool:
     def pool(self, name: str) -> Self:
         """The same client for another pool of the server: `client.pool("openai").lease()`. No call is made.
 
-        It shares connections and settings with this one, has keepers of its own, and ends with this one; to close
-        it stops its keepers and gives back its leases. The same name gives the same object. Raises ValueError.
+        It shares connections, settings, and the thread that looks after leases with this one, and ends with it; to
+        close it stops its keepers and gives back its leases. The same name gives the same object. Raises ValueError.
         """
         if self._client is not None:
             return self._client.pool(name)
@@ -214,11 +214,20 @@ class KeyPool:
         return held
 
     def _keep_alive(self, held: HeldKey) -> Keeper:
+        if self._client is not None:
+            return self._client._keep_alive(held)  # noqa: SLF001 - one of this class
         with self._lock:
             if self._lease_keeper is None or not self._lease_keeper.running:
-                self._lease_keeper = self.keeper().start()
+                self._lease_keeper = Keeper(self._runner.another(), LeaseRounds(self._settings)).start()
+                self._keepers.add(self._lease_keeper)
         self._lease_keeper.add(held)
         return self._lease_keeper
+
+    def _keep_no_longer(self, held: HeldKey) -> None:
+        if self._client is not None:
+            self._client._keep_no_longer(held)  # noqa: SLF001 - one of this class
+        elif self._lease_keeper is not None:
+            self._lease_keeper.discard(held)
 
     def _extend(self, held: HeldKey, seconds: float | None) -> Extended:
         extended = self._runner.run(held.extension(self._settings, seconds))
@@ -227,8 +236,7 @@ class KeyPool:
         return extended
 
     def _give_back(self, held: HeldKey, within: float = math.inf, *, well: bool = False) -> LeaseLost | None:
-        if self._lease_keeper is not None:
-            self._lease_keeper.discard(held)
+        self._keep_no_longer(held)
         lost = self._runner.run(held.give_back(self._settings, within, well=well))
         self._held.discard(held)
         return lost
@@ -517,7 +525,7 @@ class HeldKey(Held):
     def __init__(
         self, pool: KeyPool, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None
     ) -> None:
-        super().__init__(acquired, owner, block_seconds)
+        super().__init__(acquired, owner, block_seconds, pool._settings.pool)  # noqa: SLF001 - a part of it
         self._pool = pool
         self._lost = LostEvent(min(self._released_at, self._expires_at))
 
@@ -611,7 +619,7 @@ class Keeper(KeptKeys):
     forked child has no keeper: the parent's goes on.
     """
 
-    def __init__(self, runner: Runner, rounds: Rounds) -> None:
+    def __init__(self, runner: Runner, rounds: Rounds | LeaseRounds) -> None:
         super().__init__(rounds, runner.wake)
         self._runner = runner
         self._pid = 0

@@ -11,6 +11,8 @@ A key that never expires needs no keepalive, so one that is known not to (its `e
 In a pool where no key expires, texts and ids are sent once, and then never again until another one is added: even if
 the pool's setting changes, a key that was kept alive under it expires only after its next keepalive.
 
+The leases of a client share one keeper, whichever of its pools they are of (LeaseRounds).
+
 Each lease to be extended is extended by a call of its own when a third of its block has passed, since only the answer
 to a single call says how long it lasts then. One that can't last longer is not asked for again.
 """
@@ -25,7 +27,7 @@ from dataclasses import replace
 
 from keypool.client import calls
 from keypool.client.answers import GeneratedKey, KeyLike
-from keypool.client.attempts import Pause, Steps, result
+from keypool.client.attempts import Pause, Send, Steps, result
 from keypool.client.errors import (
     BlockLimit,
     Forbidden,
@@ -215,6 +217,10 @@ class Rounds:
     def _record_outcome(self, error: KeyPoolError | None) -> None:
         self.error = error
         self._failures = 0 if error is None else self._failures + 1
+        if isinstance(error, UnknownPool):
+            for key in list(self.keys.values()):
+                if isinstance(key, Held):
+                    key.lose("was in a pool that is gone")
         if isinstance(error, _FINAL):
             log.error("the keeper stops: %s", error)
         elif self._failures == 1 and self._on_error is None:
@@ -240,10 +246,83 @@ def _is_final(error: KeyPoolError) -> bool:
     return (isinstance(error, Refused) and not isinstance(error, Unavailable)) or type(error) is KeyPoolError
 
 
+class LeaseRounds:
+    """What keeps a client's leases: the rounds of each pool of which it holds any, one after the other.
+
+    A pool whose keeper would stop is forgotten, until another of its leases is added.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pools: dict[str, Rounds] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        """The texts of the keys that are kept alive, of all pools."""
+        return [text for rounds in list(self._pools.values()) for text in rounds.keys]
+
+    @property
+    def error(self) -> KeyPoolError | None:
+        """Why the latest round of a pool failed; None if none did."""
+        return next((rounds.error for rounds in list(self._pools.values()) if rounds.error), None)
+
+    def add(self, key: KeyLike) -> None:
+        """Keep the key of a lease alive. O(1)."""
+        self._rounds(self._pool_of(key)).add(key)
+
+    def extend(self, held: Held) -> None:
+        """Extend a lease from now on. O(1)."""
+        self._rounds(held.pool).extend(held)
+
+    def discard(self, key: KeyLike) -> None:
+        """Do neither any more. O(1)."""
+        if (rounds := self._pools.get(self._pool_of(key))) is not None:
+            rounds.discard(key)
+
+    def _pool_of(self, key: KeyLike) -> str:
+        return key.pool if isinstance(key, Held) else self._settings.pool
+
+    def _rounds(self, pool: str) -> Rounds:
+        if pool not in self._pools:
+            self._pools.setdefault(pool, Rounds(replace(self._settings, pool=pool)))
+        return self._pools[pool]
+
+    def steps(self) -> Steps[None]:
+        """Rounds and pauses, without end. After `add` or `extend`, the runner ends the pause early."""
+        under_way: dict[str, Steps[None]] = {}
+        while True:
+            seconds = math.inf
+            for pool, rounds in list(self._pools.items()):
+                if pool not in under_way:
+                    under_way[pool] = rounds.steps()
+                pause = yield from _until_pause(under_way[pool])
+                if pause is None:
+                    del under_way[pool], self._pools[pool]
+                elif pause.seconds is not None:
+                    seconds = min(seconds, pause.seconds)
+            yield Pause(None if seconds == math.inf else seconds)
+
+
+def _until_pause(steps: Steps[None]) -> Steps[Pause | None]:
+    """Run steps to their next pause, which is the result; None if they end. Whoever is pausing goes on at once."""
+    try:
+        step = next(steps)
+        while isinstance(step, Send):
+            try:
+                answer = yield step
+            except KeyPoolError as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(answer)
+    except StopIteration:
+        return None
+    return step
+
+
 class KeptKeys:
     """The members that both keepers share. `wake` ends the pause between two rounds."""
 
-    def __init__(self, rounds: Rounds, wake: Callable[[], object]) -> None:
+    def __init__(self, rounds: Rounds | LeaseRounds, wake: Callable[[], object]) -> None:
         self._rounds = rounds
         self._wake_up = wake
 

@@ -15,7 +15,7 @@ import msgspec
 from keypool.core.errors import BadRequest
 from keypool.core.index import Position
 from keypool.core.keys import MAX_NAME, State
-from keypool.core.pool import PageQuery
+from keypool.core.keyset import PageQuery
 
 _LETTER = {"prefix": "p", "name": "n", "id": "i", "release": "r", "ready": "c", "expiry": "e"}
 _NUMBERS = {"prefix": 2, "name": 0, "id": 1, "release": 3, "ready": 3, "expiry": 3}

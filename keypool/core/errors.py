@@ -198,14 +198,15 @@ class KeysWouldExpire(PoolError):
 
 
 class SecretsKeyRequired(PoolError):
-    """An import into Valkey on a server without a secrets key."""
+    """An import into Valkey, or a rekey, on a server without a secrets key."""
 
     code = "secrets-key-required"
     title = "Secrets key required"
 
     def __init__(self) -> None:
         super().__init__(
-            "over Valkey, keys from elsewhere are stored encrypted only: start the server with KEYPOOL_SECRETS_KEY"
+            "this server has no secrets key, under which keys would be encrypted, as imported ones always are over "
+            "Valkey: start it with KEYPOOL_SECRETS_KEY"
         )
 
 

@@ -22,19 +22,16 @@ of keys, except `check`, which is for tests and for the moment after a restore.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable
 from math import inf, nextafter
 from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import msgspec
-from sortedcontainers import SortedList
 
 from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.counters import Counters
-from keypool.core.details import details_of, patched, with_text_from_elsewhere, without_former
+from keypool.core.details import details_of, patched, with_text_from_elsewhere
 from keypool.core.errors import (
     BlockLimit,
     KeysWouldExpire,
@@ -46,15 +43,9 @@ from keypool.core.errors import (
     UnknownKey,
 )
 from keypool.core.events import DEADLINE, HOLDER, Change, Origin
-from keypool.core.index import (
-    AttemptIndex,
-    BucketListener,
-    DeadlineBucket,
-    DeadlineIndex,
-    IdIndex,
-    Position,
-)
+from keypool.core.index import BucketListener
 from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
+from keypool.core.keyset import KeyPage, PageQuery
 from keypool.core.outcomes import (
     NO_HISTORY,
     History,
@@ -65,7 +56,7 @@ from keypool.core.outcomes import (
     may_quarantine,
 )
 from keypool.core.rules import PoolRules
-from keypool.core.texts import HashedIndex, HintIndex, NameIndex, TextIndex, generated_with_hint
+from keypool.core.self_check import SelfCheck
 
 MAX_DUE_PER_CALL = 64
 """At most so many due keys of each kind are processed by one call. The engine drains a larger backlog in slices."""
@@ -103,29 +94,6 @@ class _NoClients:
         """Nobody counts."""
 
 
-@dataclass(slots=True)
-class PageQuery:
-    """Which keys a page shows. `state` None means all states.
-
-    With a `prefix`, the order is that of the texts, which must be generated ones; with a `name`, that of the names.
-    """
-
-    state: State | None = None
-    prefix: str | None = None
-    order: str = "id"  # or "release", "ready", "expiry"
-    limit: int = 50
-    after: Position | None = None
-    name: str | None = None
-
-
-@dataclass(slots=True)
-class KeyPage:
-    """Live keys in order, and the position at which the next page begins; None at the end."""
-
-    keys: list[Key] = field(default_factory=list)
-    next: Position | None = None
-
-
 class Processed(NamedTuple):
     """The result of `process_due`: by how many seconds the first of each kind was late; whether more may be due."""
 
@@ -143,14 +111,12 @@ class Ended(NamedTuple):
 
 _CHANGED, _UNCHANGED = Ended(True), Ended(False)
 
-_MOST_PAST_TEXTS = 1000  # more than one commit replaces
 
+class Pool(SelfCheck):
+    """All keys, and the rules of what happens to them.
 
-class Pool:
-    """All keys, and the orders in which they are found.
-
-    `new_text` returns a random key text, `random` a float in [0, 1). `last_id` and `last_lease` only grow. `rules` may
-    be replaced at any time: a changed length of time holds for the deadlines that are set from then on.
+    `new_text` returns a random key text, `random` a float in [0, 1). `rules` may be replaced at any time: a changed
+    length of time holds for the deadlines that are set from then on.
     """
 
     def __init__(
@@ -164,57 +130,14 @@ class Pool:
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
     ) -> None:
+        super().__init__(on_opened, on_closed)
         self.rules = rules
-        self.last_id = 0
-        self.last_lease = 0
         self.counters = Counters()
         self.on_change = on_change
         self._clients = clients or _NoClients()
         self._new_text = new_text
         self._random = random
-        self._available: list[Key] = []
-        self._cooling = 0
-        self._quarantined: SortedList[int] = SortedList()
-        self._total = 0
         self._purge_until = inf  # keys whose deadline comes after it are not purged: see `suspend_expiry`
-        self._by_id = IdIndex()
-        self._by_text = TextIndex()  # of generated keys
-        self._imported = (
-            HashedIndex()
-        )  # of the others by text, and of leased ones by the text before a replacement
-        self._by_name = NameIndex()
-        self._by_hint = HintIndex()  # of imported keys
-        self._past: dict[str, int] = {}  # ids by texts that named them until lately
-        self._by_attempt = AttemptIndex()
-        self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
-        self._by_release = DeadlineIndex(attrgetter("release_deadline"), on_opened, on_closed)
-
-    # -- counts, each O(1)
-
-    @property
-    def total(self) -> int:
-        """Keys that aren't purged yet, including expired ones while a backlog is drained."""
-        return self._total
-
-    @property
-    def available(self) -> int:
-        """Keys that can be acquired, including expired ones likewise."""
-        return len(self._available)
-
-    @property
-    def blocked(self) -> int:
-        """Keys that are blocked, including overdue ones likewise."""
-        return self._total - len(self._available) - self._cooling - len(self._quarantined)
-
-    @property
-    def cooling(self) -> int:
-        """Keys that are cooling, including those that are ready likewise."""
-        return self._cooling
-
-    @property
-    def quarantined(self) -> int:
-        """Keys that are quarantined, including expired ones likewise."""
-        return len(self._quarantined)
 
     # -- finding
 
@@ -244,20 +167,7 @@ class Pool:
 
         Examines at most `PAGE_SCAN_LIMIT` keys, of which more would have to have expired, or begin likewise.
         """
-        generated = islice(generated_with_hint(hint, self._by_text, self._by_id), PAGE_SCAN_LIMIT)
-        imported = (self._by_id.get(id) for id in islice(self._by_hint.walk(hint), PAGE_SCAN_LIMIT))
-        found = [
-            next(
-                (key for key in keys if key is not None and key.hint == hint and key.expires_deadline > now),
-                None,
-            )
-            for keys in (sorted(generated, key=attrgetter("id")), imported)
-        ]
-        return self._live(min(filter(None, found), key=attrgetter("id"), default=None), now)
-
-    def past_id(self, text: str) -> int | None:
-        """The id of the key that had this text until lately, when it was replaced. O(1)."""
-        return self._past.get(text)
+        return self._live(self._first_with_hint(hint, now, PAGE_SCAN_LIMIT), now)
 
     def _live(self, key: Key | None, now: float) -> Key:
         if key is None:
@@ -320,7 +230,7 @@ class Pool:
         `reserved` is the room that others need. Raises NameTaken, PoolFull.
         """
         if item.name:
-            self._require_name(item.name, None, now)
+            self._require_name(item.name, now)
         self.require_room(reserved + 1, now)
         self._give_up_former(item.secret, origin)
         self.last_id += 1
@@ -336,7 +246,7 @@ class Pool:
         details = patched(key.details, patch)
         if details.name != key.details.name:
             if details.name is not None:
-                self._require_name(details.name, key, now)
+                self._require_name(details.name, now)
             if key.details.name is not None:
                 self._by_name.discard(key)
             key.details = details
@@ -366,10 +276,10 @@ class Pool:
             self._enter_texts(key)
         self.restore(key, origin)
 
-    def _require_name(self, name: str, key: Key | None, now: float) -> None:
-        """Raise NameTaken if a key other than this one has the name. O(log n)."""
+    def _require_name(self, name: str, now: float) -> None:
+        """Raise NameTaken if a key has the name. O(log n)."""
         holder = self._unless_expired(self._by_name.get(name), now)
-        if holder is not None and holder is not key:
+        if holder is not None:
             raise NameTaken(holder.id)
 
     def _unless_expired(self, key: Key | None, now: float) -> Key | None:
@@ -408,14 +318,14 @@ class Pool:
         """
         if now >= self._by_release.earliest:
             self._process_releases(now)
+        available = self._available
         for _ in range(MAX_DUE_PER_CALL):
-            if not self._available:
+            if not available:
                 return None
-            key = self._available[int(self._random() * len(self._available))]
+            key = available[int(self._random() * len(available))]
             if key.expires_deadline > now:
                 self._take_slot(key)
-                self.last_lease += 1
-                key.lease = self.last_lease
+                key.lease = self.last_lease = self.last_lease + 1
                 key.owner = owner
                 key.state = _BLOCKED
                 key.reported = False
@@ -602,25 +512,6 @@ class Pool:
         next_expiry = self.next_expiry()
         return next_expiry is not None and next_expiry <= min(now, self._purge_until)
 
-    def next_expiry(self) -> float | None:
-        """The earliest `expires_deadline`; None if there is no key. O(1)."""
-        first = self._by_expiry.first()
-        return None if first is None else first.expires_deadline
-
-    def next_release_deadline(self) -> float | None:
-        """The earliest `release_deadline`; None if no key is blocked or cooling. O(1)."""
-        first = self._by_release.first()
-        return None if first is None else first.release_deadline
-
-    def deadline_buckets(self) -> Iterator[DeadlineBucket]:
-        """All buckets of both orders by deadline. O(their number)."""
-        yield from self._by_expiry.buckets()
-        yield from self._by_release.buckets()
-
-    def expiring(self, until: float) -> int:
-        """How many keys expire before `until`, to within 1/64 s. O(seconds until then), not O(keys)."""
-        return self._by_expiry.count_until(until)
-
     def next_release(self, now: float) -> float | None:
         """Seconds until the earliest release or end of a cooldown, at least 0; None if nothing is due. O(1)."""
         deadline = self.next_release_deadline()
@@ -694,46 +585,7 @@ class Pool:
             self._live(key, now)
         return page
 
-    def _walk(self, query: PageQuery) -> Iterator[Key]:
-        if query.name is not None:
-            return self._by_name.walk(query.name, query.after)
-        if query.prefix is not None:
-            return self._by_text.walk(query.prefix, query.after, self._by_id)
-        if query.order == "expiry":
-            return self._by_expiry.walk(query.after)
-        if query.order in ("release", "ready"):
-            return self._by_release.walk(query.after)
-        if query.state is _QUARANTINED:
-            return self._walk_quarantined(query.after)
-        return self._by_id.walk(query.after)
-
-    def _walk_quarantined(self, after: Position | None) -> Iterator[Key]:
-        last = None if after is None else int(after[0])
-        for id in self._quarantined.irange(last, inclusive=(False, True)):
-            key = self._by_id.get(id)
-            assert key is not None  # a purged key leaves all orders
-            yield key
-
-    def _position(self, query: PageQuery, key: Key) -> Position:
-        if query.name is not None:
-            return self._by_name.position(key)
-        if query.prefix is not None:
-            return self._by_text.position(key)
-        if query.order == "expiry" and key.expiry_bucket is not None:
-            return self._by_expiry.position_of(key, key.expiry_bucket)
-        if query.order in ("release", "ready") and key.release_bucket is not None:
-            return self._by_release.position_of(key, key.release_bucket)
-        return self._by_id.position(key)
-
-    def after(self, id: int, count: int) -> list[Key]:
-        """The next `count` keys after this id, in order of id and of any state. O(log n + count)."""
-        return list(islice(self._by_id.walk((id,)), count))
-
-    def peek(self, id: int) -> Key | None:
-        """The key with this id as it is, whether or not its deadlines have passed. O(1)."""
-        return self._by_id.get(id)
-
-    # -- the structures: only these methods change them
+    # -- changes of state
 
     def load(self, key: Key) -> None:
         """Add a key from a journal, without counting or reporting it. Ids must ascend. O(log n)."""
@@ -751,58 +603,12 @@ class Pool:
             if key.client is not None:
                 self._clients.begun(self, key)
 
-    def _insert(self, key: Key) -> None:
-        self._by_id.add(key)
-        if key.details is NO_DETAILS:
-            self._by_text.add(key)
-        else:
-            self._enter_texts(key)
-            if key.details.name is not None:
-                self._by_name.add(key)
-        if key.expires_deadline != NEVER:
-            key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
-        self._total += 1
-
-    def _enter_texts(self, key: Key) -> None:
-        """Let a key be found by its text, by the one before if its lease goes on, and by the hint."""
-        if not key.details.imported:
-            self._by_text.add(key)
-            return
-        self._imported.add(key.text, key)
-        self._by_hint.add(key)
-        if key.details.former is not None:
-            self._imported.add(key.details.former, key)
-
-    def _leave_texts(self, key: Key) -> None:
-        """Undo `_enter_texts`."""
-        if not key.details.imported:
-            self._by_text.discard(key)
-            return
-        self._imported.discard(key.text)
-        self._by_hint.discard(key)
-        if key.details.former is not None:
-            self._imported.discard(key.details.former)
-
-    def _end_former(self, key: Key) -> None:
-        """A key's text before a replacement names it no longer."""
-        assert key.details.former is not None
-        self._imported.discard(key.details.former)
-        self._remember(key.details.former, key)
-        key.details = without_former(key.details)
-
     def _give_up_former(self, text: str, origin: Origin) -> None:
         """A text that becomes a key's own names no other one, even if that is still leased under it."""
         key = self._imported.get(text)
         if key is not None:
             self._end_former(key)
             self.on_change(Change.NOTED, key, key.owner, origin)
-
-    def _remember(self, text: str, key: Key) -> None:
-        """Remember whose text this was, and forget the oldest of such texts beyond `_MOST_PAST_TEXTS`."""
-        self._past.pop(text, None)
-        self._past[text] = key.id
-        if len(self._past) > _MOST_PAST_TEXTS:
-            del self._past[next(iter(self._past))]
 
     def _catch_up(self, key: Key, now: float) -> None:
         """Release a blocked key and end the cooldown of a cooling one, as of their deadlines, if these have passed."""
@@ -849,25 +655,11 @@ class Pool:
         self.counters.quarantines += 1
         self.on_change(Change.QUARANTINED, key, owner, origin)
 
-    def _move_release(self, key: Key, deadline: float) -> None:
-        """Move the end of a block or of a cooldown."""
-        assert key.release_bucket is not None
-        self._by_release.discard(key, key.release_bucket)
-        key.release_deadline = deadline
-        key.release_bucket = self._by_release.add(key, deadline)
-
     def _purge(self, key: Key, change: Change, origin: Origin = DEADLINE) -> None:
         owner = self._leave(key)
         key.quarantine_pending = False
-        if key.expiry_bucket is not None:
-            self._by_expiry.discard(key, key.expiry_bucket)
-            key.expiry_bucket = None
-        self._leave_texts(key)
-        if key.details.name is not None:
-            self._by_name.discard(key)
-        self._by_id.discard(key)
+        self._remove(key)
         key.expires_deadline = DEAD
-        self._total -= 1
         if change is Change.DELETED:
             self.counters.deleted += 1
         else:
@@ -900,118 +692,6 @@ class Pool:
             self._end_former(key)
         owner, key.owner = key.owner, None
         return owner
-
-    def _give_slot(self, key: Key) -> None:
-        key.state = _AVAILABLE
-        key.slot = len(self._available)
-        self._available.append(key)
-
-    def _take_slot(self, key: Key) -> None:
-        """Take a key out of the available list by moving the last one into its place."""
-        last = self._available.pop()
-        if last is not key:
-            self._available[key.slot] = last
-            last.slot = key.slot
-        key.slot = -1
-
-    # -- self-check
-
-    def check(self) -> None:
-        """Derive every count, slot and order from the keys and compare. O(n).
-
-        Raises ValueError, which names the wrong key and the contradiction.
-        """
-        for _ in self.check_in_slices(PAGE_SCAN_LIMIT):
-            pass
-
-    def check_in_slices(self, size: int) -> Iterator[None]:
-        """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
-        counts = dict.fromkeys(State, 0)
-        total = last = attempts = imported = formers = named = expiring = 0
-        for key in self._by_id.walk(None):
-            if key.id <= last:
-                raise ValueError("the walk by id is out of order or returns a key twice")
-            last = key.id
-            self._check_key(key)
-            total += 1
-            counts[key.state] += 1
-            attempts += key.attempt is not None
-            imported += key.details.imported
-            formers += key.details.former is not None
-            named += key.details.name is not None
-            expiring += key.expires_deadline != NEVER
-            if total % size == 0:
-                yield
-        found = (total, len(self._by_text) + len(self._imported) - formers, *counts.values())
-        expected = (
-            self._total,
-            self._total,
-            len(self._available),
-            self.blocked,
-            self._cooling,
-            len(self._quarantined),
-        )
-        if found != expected:
-            raise ValueError(f"by id, by text and by state there are {found} keys instead of {expected}")
-        indexed = (len(self._imported), len(self._by_hint), len(self._by_name))
-        if indexed != (imported + formers, imported, named):
-            raise ValueError(
-                f"{indexed} texts, hints and names lead to {imported} imported keys, {formers} of them with a former "
-                f"text, and {named} keys with a name"
-            )
-        self._by_attempt.check(attempts)
-        yield from self._by_expiry.check_in_slices(expiring, size)
-        yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
-
-    def _check_key(self, key: Key) -> None:
-        if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
-            last = (self.last_id, self.last_lease)
-            raise ValueError(f"{key!r}: id or lease {key.lease} is beyond the last given, {last}")
-        self._check_details(key)
-        if key.expires_deadline == DEAD:
-            raise ValueError(f"{key!r} was purged but is still found by id")
-        if key.expires_deadline != NEVER:
-            self._by_expiry.check_key(key, key.expiry_bucket)
-        elif key.expiry_bucket is not None:
-            raise ValueError(f"{key!r} never expires but has a place in the order by expiry")
-        self._check_place(key)
-        blocked = key.state is _BLOCKED
-        if blocked and key.lease == 0:
-            raise ValueError(f"{key!r} is blocked without a lease")
-        of_holder = (key.owner, key.attempt, key.client, key.details.former)
-        if not blocked and (key.quarantine_pending or any(each is not None for each in of_holder)):
-            raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
-        if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
-            raise ValueError(f"{key!r} is not found by its attempt")
-
-    def _check_details(self, key: Key) -> None:
-        """Raise ValueError unless the key is found by its texts, its hint and its name, and by them alone."""
-        details = key.details
-        if (self._imported if details.imported else self._by_text).get(key.text) is not key:
-            raise ValueError(f"{key!r} is not found by its text")
-        if details.imported and not self._by_hint.holds(key):
-            raise ValueError(f"{key!r} is not found by its hint")
-        if details.former is not None and self._imported.get(details.former) is not key:
-            raise ValueError(f"{key!r} is not found by the text of its lease")
-        if details.name is not None and self._by_name.get(details.name) is not key:
-            raise ValueError(f"{key!r} is not found by its name")
-
-    def _check_place(self, key: Key) -> None:
-        """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
-        state = key.state
-        if state in (_BLOCKED, _COOLING):
-            if key.release_deadline is None:
-                raise ValueError(f"{key!r} is {state} but has no release_deadline")
-            self._by_release.check_key(key, key.release_bucket)
-        elif key.release_deadline is not None or key.release_bucket is not None:
-            raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
-        in_slot = 0 <= key.slot < len(self._available) and self._available[key.slot] is key
-        if in_slot != (state is _AVAILABLE) or (not in_slot and key.slot != -1):
-            raise ValueError(
-                f"{key!r} is {state}, which contradicts its slot {key.slot} of the available ones"
-            )
-        if (key.id in self._quarantined) != (state is _QUARANTINED):
-            raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")
 
 
 def _require_latest(key: Key, lease: int) -> None:

@@ -242,6 +242,7 @@ class EmbeddedPools:
         del self._pools[entry.definition.name]
         entry.engine.drain_pool()
         entry.engine.timers.close()
+        entry.engine.events.clear()  # an old engine is never collected (server/runtime.py), so its keys must go
         commit = self._store.forget(entry.definition.number)
         self._report()
         return commit

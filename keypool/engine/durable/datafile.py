@@ -185,7 +185,7 @@ class Facts:
         return {
             name.removeprefix(prefix): value
             for name, value in self.numbers.items()
-            if name.startswith(prefix) and (number or "/" not in name)
+            if name.startswith(prefix) and (number or not name.partition("/")[0].isdecimal())
         }
 
 

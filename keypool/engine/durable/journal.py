@@ -542,6 +542,7 @@ class FileJournal:
         if self._writer is None:
             return
         self.before_close()
+        self._errand = None
         self._life = Life.CLOSING
         written = False
         try:

@@ -106,6 +106,7 @@ class _Opening:
         rekey = None
         if self._sealer is not None and self._behind is not None:
             rekey = Rekey(self.journal, self._sealer.current.hex(), self._behind)
+        last = self.journal.last_pool = self._facts.numbers.get(datafile.LAST_POOL, 0)
         store = FileStore(self.journal, rekey)
         for number, engine in self.engines.items():
             engine.journal = store.journal_of(number, engine)
@@ -113,7 +114,6 @@ class _Opening:
             engine.start()
         if rekey is not None and self._facts.numbers.get(datafile.REKEYING):
             rekey.go_on()
-        last = self._facts.numbers.get(datafile.LAST_POOL, 0)
         return EmbeddedPools(default, store, max_pools=max_pools, others=others, last_number=last)
 
     def _definitions(self) -> Iterator[Definition]:

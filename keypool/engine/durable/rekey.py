@@ -49,6 +49,10 @@ class Rekey:
         """There is another pool. O(1)."""
         self._engines[number] = engine
 
+    def remove(self, number: int) -> None:
+        """A pool is gone. O(1)."""
+        self._engines.pop(number, None)
+
     async def begin(self) -> None:
         """Begin, or go on: the file remembers it. O(1). Raises StorageUnavailable."""
         self._journal.require()

@@ -36,6 +36,8 @@ class FileStore:
 
     def forget(self, number: int) -> Commit:
         """Put the end of a pool into the next batch. O(1)."""
+        if self._rekey is not None:
+            self._rekey.remove(number)
         return self._journal.define(StoredPool(number))
 
     async def rekey(self) -> Rekeying:

@@ -31,7 +31,7 @@ class Grace:
         seconds = self._outage_seconds if served else restart_seconds
         for partition in range(self._partitions.count):
             count += (await self._give(partition, "start" if served else "stop", seconds))[1]
-        if restart_seconds:
+        if restart_seconds and (count or not self._partitions.facts.number):
             _log.info("%d keys were given until %.1f s after the start", count, restart_seconds)
         self._client.attend = self._attend
 

@@ -47,7 +47,7 @@ _CHUNK = 200  # keys that one script adds, in some 3 ms
 _LOCKED_ROOM = "room"  # the word that a server locks while it fills a pool near its limit
 _PAUSE = 0.02  # seconds, on average, before something that another server is at is tried again
 _MOST_TRIES = 100
-_ODD = 9  # the place of a word of import.lua
+_ODD = 8  # the place of a word of import.lua
 _NAME_TAKEN, _ALIAS, _LOCKED, _LATE, _NUMBER = -1, -2, -3, -4, -5  # of import.lua's replies
 
 
@@ -305,7 +305,7 @@ class Importer:
             if partition not in words:
                 places[partition] = []
                 words[partition] = [
-                    partitions.life_us, count, partition, room.limits[partition], room.reservation, "", terms.origin,
+                    partitions.life_us, count, partition, room.limits[partition], room.reservation, terms.origin,
                     terms.until, terms.locks, "",
                 ]  # fmt: skip
             if is_odd(item.secret):

@@ -110,7 +110,12 @@ class Nodes:
     async def execute(self, key: str, *words: Word) -> Reply:
         """The reply of the node that has `key`, a name with a hash tag. Raises OSError, ReplyError, ConnectionLost."""
         link = await self.link_to(self.of_slot[slot_of(key)])
-        return await link.execute(*words)
+        try:
+            return await link.execute(*words)
+        except ReplyError as error:
+            if str(error).startswith("MOVED"):
+                self.recover()
+            raise
 
     async def execute_on_all(self, *words: Word) -> list[Reply]:
         """The replies of all nodes that have slots. Raises OSError, ReplyError or ConnectionLost."""

@@ -19,8 +19,9 @@ from typing import Any
 from keypool.core.answers import Row
 from keypool.core.index import Position
 from keypool.core.keys import State, hint, moment
+from keypool.core.keyset import PageQuery
 from keypool.core.outcomes import Outcome
-from keypool.core.pool import PAGE_SCAN_LIMIT, PageQuery
+from keypool.core.pool import PAGE_SCAN_LIMIT
 from keypool.core.texts import rank_of, shown_of
 from keypool.engine.valkey.calls import ScriptCall, all_of, expires_in, seconds_left
 from keypool.engine.valkey.partitions import Partitions

@@ -175,8 +175,8 @@ class Partitions:
         others = await self.names_of(
             [ref.other for place in written if isinstance(ref := refs[place], Written)]
         )
-        for place, name in zip(written, others, strict=True):
-            names[place] = name
+        for place, other in zip(written, others, strict=True):
+            names[place] = other
         return names
 
     async def known(self, names: Mapping[str, bytes]) -> dict[str, Reply]:

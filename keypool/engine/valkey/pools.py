@@ -54,7 +54,8 @@ from keypool.engine.valkey.subscriber import ReleaseSubscriber
 PARTITIONS = 1
 """Of a new pool beside `default`."""
 
-_SLICE = 200  # keys that one call of drain.lua looks at, in some 3 ms
+_SLICE = 100  # keys that one call of drain.lua looks at, in a millisecond or two
+_SLICE_SHARE = 0.25  # of the time in which a server drains, so that the calls of others are served
 _DRAIN_PAUSE = 0.5  # seconds between two looks for keys whose leases have ended
 _MISSED_PAUSE = 0.25  # seconds from one look for an unknown pool to the next
 _log = logging.getLogger("keypool.valkey")
@@ -363,6 +364,7 @@ class ValkeyPools:
             if now != (entry.draining == DRAINING_NOW):
                 now, after = not now, [0] * entry.partitions
             origin = Origin(By.OPERATOR, entry.actor or None)
+            began = self._loop.time()
             try:
                 left, more = await pool.engine.purge(origin, now, after, _SLICE)
                 if not left:
@@ -376,8 +378,8 @@ class ValkeyPools:
             except Exception:
                 _log.exception("draining the pool %s failed", name)
                 more = False
-            if not more:
-                await asyncio.sleep(_DRAIN_PAUSE)
+            took = self._loop.time() - began
+            await asyncio.sleep(took / _SLICE_SHARE - took if more else _DRAIN_PAUSE)
 
     async def _remove(self, name: str, pool: _Pool) -> tuple[bool, Stored | None]:
         """Remove an empty pool, which takes no keys any more. Returns whether it is gone, and its entry otherwise."""

@@ -120,7 +120,9 @@ class Rekeyer:
                 _log.debug("the rekey waits: %s", error)
             except WrongSecretsKey as error:
                 self._state = "failed"
-                _log.error("a key can't be encrypted anew: %s: start with the old secrets key as well", error)
+                _log.warning(
+                    "a key can't be encrypted anew: %s: start with the old secrets key as well", error
+                )
             except Exception:
                 self._state = "failed"
                 _log.exception("the rekey failed")
@@ -139,8 +141,8 @@ class Rekeyer:
                 self._state, self._done = "idle", self._total
             return
         wanted, done, total = stored.decode().split()
-        if wanted != name:
-            return  # it is for servers with that key
+        if wanted != name or self._state == "failed":
+            return  # it is for servers with that key, or nothing has changed since it failed
         if not await self._has_turn():
             self._state, self._done, self._total = "running", int(done), int(total)
             return

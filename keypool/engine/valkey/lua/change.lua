@@ -23,7 +23,7 @@ local function change(name)
   if holder and holder ~= record[ID] then return {'name', holder} end
   local other = member ~= text and find(ARGV[4])
   if other and other[ID] ~= record[ID] and other[FORMER] ~= member then return {'text', other[ID]} end
-  local entry, named = entry_of(text, record), named_as(record)
+  local entry, named = entries_of(text, record)
   if ARGV[5] ~= '' then record[SEALED], record[HINT] = ARGV[5], ARGV[6] end
   if info ~= '' then record[INFO] = info elseif record[INFO] then record[INFO] = false end
   if ARGV[10] ~= '' then

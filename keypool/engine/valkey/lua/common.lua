@@ -14,7 +14,7 @@
 --                while quarantined
 --   4 expiry     sorted set: text by its expiry deadline; not if it never expires
 --   5 ids        sorted set: text by id: all keys
---   6 texts      sorted set: text by 0, so that it is in order of text; of sealed keys see entry_of
+--   6 texts      sorted set: text by 0, so that it is in order of text; of sealed keys see entries_of
 --   7 events     list: the latest changes, oldest first
 --   8 quarantine sorted set: text by id, while quarantined
 --   9 attempts   sorted set: attempt .. text by 0, while the key is blocked and its acquire named an attempt; so the
@@ -140,23 +140,16 @@ local function tombstone(text)
 end
 
 -- What TEXTS has of a key: its text; of a sealed one its hint and its member, so that it is found by its first
--- characters; and before these the byte 254 if it was imported, as only texts that were generated are found so.
-local function entry_of(text, record)
-  if not record[SEALED] then return text end
-  local imported = record[INFO] and cmsgpack.unpack(record[INFO])[1]
-  return (imported and '\254' or '') .. record[HINT] .. text
-end
-
--- What NAMES has of a key, nil if it has no name.
-local function named_as(record)
-  local name = record[INFO] and cmsgpack.unpack(record[INFO])[2]
-  return name and string.format('%s\0%.0f', name, record[ID])
-end
-
--- The text before a replacement names the key no longer.
-local function end_former(record)
-  call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
-  record[FORMER] = false
+-- characters; and before these the byte 254 if it was imported, as only texts that were generated are found so. And what
+-- NAMES has of it, nil if it has no name.
+local function entries_of(text, record)
+  local imported, name
+  if record[INFO] then
+    imported, name = unpack(cmsgpack.unpack(record[INFO]), 1, 2)
+    name = name and string.format('%s\0%.0f', name, record[ID])
+  end
+  if not record[SEALED] then return text, name end
+  return (imported and '\254' or '') .. record[HINT] .. text, name
 end
 
 -- Let the server know that a lease which stands in a share has ended, or ends later.
@@ -171,10 +164,12 @@ local function purge(text, record, change, origin)
   call('ZREM', STATES, text)
   call('ZREM', EXPIRY, text)
   call('ZREM', IDS, text)
-  call('ZREM', TEXTS, entry_of(text, record))
-  if record[INFO] then call('ZREM', NAMES, named_as(record) or '') end
+  local entry, name = text, nil
+  if record[SEALED] or record[INFO] then entry, name = entries_of(text, record) end
+  call('ZREM', TEXTS, entry)
+  if name then call('ZREM', NAMES, name) end
   if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
-  if record[FORMER] then end_former(record) end
+  if record[FORMER] then call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER]) end
   if record[SHARE] then share_moved(record, 0) end
   if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
@@ -222,7 +217,10 @@ local function free(text, record, change, at, origin, cool_until)
     record[SHARE] = false
   end
   if record[CLIENT] then record[CLIENT] = false end
-  if record[FORMER] then end_former(record) end
+  if record[FORMER] then
+    call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
+    record[FORMER] = false
+  end
   if attempt then record[ATTEMPT], record[REPLAYED] = false, false end
   if resting > 0 then cool_until = math.max(cool_until, at + resting) end
   if record[MARK] == PENDING then

@@ -1,9 +1,9 @@
 -- Add keys from elsewhere, available at once, unless they are there; all of those that aren't, or none if there is no
 -- room for them.
 -- ARGV    1 microseconds that a key lives, 0 for ever, 2 partitions, 3 this partition, 4 keys that it may hold at most,
---         5 name of a reservation of room ('' for none), 6 '1' if this call uses it up, 7 origin, 8 moment after which
---         nothing is done, as the caller's locks may have lapsed (0 for none), 9 name of the caller's locks ('' for none),
---         10 '1' if some of the texts look like other names, 11, 12… for each key: a number for its id, greater than the one before, a name of the key (its member, and
+--         5 name of a reservation of room ('' for none), of which this call uses what it needs, 6 origin, 7 moment after
+--         which nothing is done, as the caller's locks may have lapsed (0 for none), 8 name of the caller's locks (''
+--         for none), 9 '1' if some of the texts look like other names, 10, 11… for each key: a number for its id, greater than the one before, a name of the key (its member, and
 --         behind it the text if the pool may have that in clear), the sealed text, its hint, INFO, and '1' if an alias
 --         of the member is known to lead nowhere, else ''
 -- reply   available; for each key {1, its id}, {0, id of the key that has this text, microseconds to its expiry, its
@@ -16,10 +16,10 @@
 call('HINCRBY', META, 'generated', 0)  -- if memory is short, fail here
 process_due(MAX_DUE)
 local life, partitions, partition = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local origin, step, prefix = ARGV[7], 6, META:sub(1, -5)
-if ARGV[8] ~= '0' and NOW > tonumber(ARGV[8]) then return reply({{-4}}) end
+local origin, step, prefix = ARGV[6], 6, META:sub(1, -5)
+if ARGV[7] ~= '0' and NOW > tonumber(ARGV[7]) then return reply({{-4}}) end
 local number = tonumber(call('HGET', META, 'id') or -1)
-if #ARGV > 10 and tonumber(ARGV[11]) <= number then return reply({{-5, number}}) end
+if #ARGV > 9 and tonumber(ARGV[10]) <= number then return reply({{-5, number}}) end
 
 -- What prevents that a key is added, if anything does.
 local function obstacle(i, names)
@@ -30,7 +30,7 @@ local function obstacle(i, names)
   end
   if partitions > 1 then
     local lock = call('GET', prefix .. 'lock:' .. member)
-    if lock and lock ~= ARGV[9] then return {-3} end
+    if lock and lock ~= ARGV[8] then return {-3} end
     local alias = ARGV[i + 5] ~= '1' and call('GET', prefix .. 'alias:' .. member)
     if alias then return {-2, tonumber(alias)} end
   end
@@ -44,14 +44,18 @@ local function obstacle(i, names)
 end
 
 local results, names, wanted = {}, {}, {}
-for i = 11, #ARGV, step do
+for i = 10, #ARGV, step do
   local found = obstacle(i, names)
   if not found then wanted[#wanted + 1] = i end
   results[#results + 1] = found or {1, tonumber(ARGV[i]) * partitions + partition + 1}
 end
-local reserved, others = reserved_but(ARGV[5])
+local reserved, others, own = reserved_but(ARGV[5])
 if #wanted > 0 and call('ZCARD', IDS) + reserved + #wanted > tonumber(ARGV[4]) then return reply({}) end
-if ARGV[6] == '1' then reserve(others) end
+if own > #wanted then
+  reserve(string.format('%s%s %.0f %.0f;', others, ARGV[5], own - #wanted, NOW + 10000000))
+elseif own > 0 then
+  reserve(others)
+end
 for nth, i in ipairs(wanted) do
   local member = ARGV[i + 1]:sub(1, DIGEST)
   give_up_former(member)
@@ -65,7 +69,7 @@ end
 if #wanted > 0 then
   call('HSET', META, 'id', number)
   call('HINCRBY', META, 'imported', #wanted)
-  if ARGV[10] == '1' then call('HINCRBY', META, 'odd', 1) end
+  if ARGV[9] == '1' then call('HINCRBY', META, 'odd', 1) end
   freed = freed + #wanted
 end
 return reply(results)

@@ -1,4 +1,4 @@
--- For scripts about the names that operators give to keys.
+-- For scripts about what operators give to keys: names, and other texts.
 
 -- The id of the key with this name, nil if there is none. One that has expired is purged.
 local function holder_of(name)
@@ -10,4 +10,22 @@ local function holder_of(name)
     if record then purge(text, record, 'expired', 'deadline') else call('ZREM', NAMES, entry) end
   end
   return nil
+end
+
+-- The text before a replacement names the key no longer.
+local function end_former(record)
+  call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
+  record[FORMER] = false
+end
+
+-- A text that becomes a key's own names no other one, even if that is still leased under it.
+local function give_up_former(member)
+  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
+  local id = old and old:match('^%d+')
+  local text = id and call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
+  local record = text and record_of(text)
+  if record and record[FORMER] == member then
+    end_former(record)
+    save(text, record)
+  end
 end

@@ -10,27 +10,6 @@ local function is_latest(record, lease)
   return lease ~= '0' and lease == string.format('%.0f', record[LEASE])
 end
 
--- What a name with a member means that no key has: a text that was replaced, which its holder may still use, the clear
--- text, or another name. Returns a name, its first byte, and whether it is of a replaced text.
-local function second_meaning(name, member)
-  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
-  if old then return '\255' .. old, 255, true end
-  local other = name:sub(DIGEST + 1)
-  return other, other:byte(1), false
-end
-
--- A text that becomes a key's own names no other one, even if that is still leased under it.
-local function give_up_former(member)
-  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
-  local id = old and old:match('^%d+')
-  local text = id and call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
-  local record = text and record_of(text)
-  if record and record[FORMER] == member then
-    end_former(record)
-    save(text, record)
-  end
-end
-
 -- The record of a live key, brought up to this moment, its text, and whether the name has a lease that isn't the
 -- latest; nil if there is no such key.
 local function find(name)
@@ -38,7 +17,13 @@ local function find(name)
   if first == MEMBER then
     text = name:sub(1, DIGEST)
     record = record_of(text)
-    if not record then text, first, is_old = second_meaning(name, text) end
+    if not record then
+      -- No key has this member: it may be a text that was replaced, which its holder may still use, or the clear text,
+      -- or another name.
+      local old = call('GET', META:sub(1, -5) .. 'old:' .. text)
+      text, is_old = old and '\255' .. old or name:sub(DIGEST + 1), old
+      first = text:byte(1)
+    end
   end
   if first == 255 then
     local id

@@ -10,7 +10,7 @@ for i = 2, #ARGV, 6 do
   local text = call('ZRANGEBYSCORE', IDS, ARGV[i], ARGV[i], 'LIMIT', 0, 1)[1]
   local record = text and record_of(text)
   if record and (record[SEALED] or '') == ARGV[i + 1] then
-    local entry, name = entry_of(text, record), named_as(record)
+    local entry, name = entries_of(text, record)
     record[SEALED], record[HINT] = ARGV[i + 3], ARGV[i + 4]
     if ARGV[i + 5] ~= '' then record[INFO] = ARGV[i + 5] end
     rewrite(text, ARGV[i + 2], record, entry, name)

@@ -21,7 +21,7 @@ local function rewrite(text, member, record, entry, name)
       call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. member)
     end
   end
-  local new_entry, new_name = entry_of(member, record), named_as(record)
+  local new_entry, new_name = entries_of(member, record)
   if new_entry ~= entry then
     call('ZREM', TEXTS, entry)
     call('ZADD', TEXTS, 0, new_entry)
