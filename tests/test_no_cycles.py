@@ -565,7 +565,10 @@ def _named(kinds: list[Kind]) -> list[Any]:
     return [pytest.param(kind, id=kind.act.__name__) for kind in kinds]
 
 
-@pytest.fixture(autouse=True, params=list(SERVERS))
+_OTHER_SERVERS = [pytest.param(name, marks=pytest.mark.thorough) for name in SERVERS if name != "fast"]
+
+
+@pytest.fixture(autouse=True, params=["fast", *_OTHER_SERVERS])
 def _on_each_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "make_server", SERVERS[request.param])
 

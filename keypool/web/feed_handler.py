@@ -19,6 +19,7 @@ from tornado.websocket import (
 )
 
 from keypool.core.errors import BadRequest, TooManyViewers, UpgradeRequired
+from keypool.web.feed import Feed
 from keypool.web.pages import PageHandler
 from keypool.web.session import Session
 
@@ -81,6 +82,7 @@ class FeedHandler(PageHandler, WebSocketHandler):
     """/api/v1/feed, and that of another pool: a Viewer of the feed."""
 
     session: Session
+    feed: Feed | None = None  # until its handshake is accepted
 
     def check(self) -> None:
         super().check()
@@ -96,8 +98,8 @@ class FeedHandler(PageHandler, WebSocketHandler):
         if "upgrade" not in connection or not headers.get("Sec-WebSocket-Key"):
             raise BadRequest("a websocket handshake has Connection: Upgrade and a Sec-WebSocket-Key")
         self.choose_pool(self.session.caller)
-        self.feed = self.dashboard.view(self.engine).feed
-        self.feed.require_room()
+        feed = self.feed = self.dashboard.view(self.engine).feed
+        feed.require_room()
 
     def get_websocket_protocol(self) -> WebSocketProtocol:
         protocol = super().get_websocket_protocol()
@@ -120,6 +122,7 @@ class FeedHandler(PageHandler, WebSocketHandler):
         """After the upgrade the connection counts as a viewer and no longer as a request in flight."""
         self._leave()
         self.set_nodelay(True)
+        assert self.feed is not None  # `check` has set it
         try:
             await self.feed.join(self)
         except TooManyViewers as error:  # two handshakes for the last seat
@@ -129,7 +132,8 @@ class FeedHandler(PageHandler, WebSocketHandler):
         """Messages from viewers are ignored."""
 
     def on_close(self) -> None:
-        self.feed.part(self)
+        if self.feed is not None:
+            self.feed.part(self)
 
     def on_connection_close(self) -> None:
         self._leave()
