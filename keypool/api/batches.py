@@ -160,7 +160,9 @@ async def _keepalive_batch(engine: Engine, call: Call, body: KeepaliveBatch) -> 
 async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> UnblockedKeys:
     texts = [item if isinstance(item, str) else item.key for item in body.keys]
     refs = await _refs(engine, texts, call)
-    items = [_unblock_of(item, ref) for item, ref in zip(body.keys, refs, strict=True)]
+    items = [
+        _unblock_of(item, ref, number) for number, (item, ref) in enumerate(zip(body.keys, refs, strict=True))
+    ]
     ended: list[EndedLease] = []
     outcome = "ok"
     try:
@@ -177,11 +179,11 @@ async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> Unbl
     return _sorted_out(UnblockedKeys, texts, results)
 
 
-def _unblock_of(item: str | UnblockItem, ref: Ref) -> Unblock:
+def _unblock_of(item: str | UnblockItem, ref: Ref, number: int) -> Unblock:
     if isinstance(item, str):
         return Unblock(ref, lease_of(ref, None))
     lease = lease_of(ref, item.lease)
-    report = item.report()
+    report = item.report(f" - at `$.keys[{number}]`")
     if report is not None and lease is None and not item.key.startswith(PREFIX):
         raise BadRequest(REPORT_NEEDS)
     return Unblock(ref, lease, report)

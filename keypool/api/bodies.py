@@ -12,7 +12,8 @@ from msgspec import UNSET, Meta, UnsetType
 
 from keypool.config.pool_settings import NULL_MEANS, POOL_SETTINGS
 from keypool.config.setting_types import Whole
-from keypool.core.outcomes import Outcome, Report
+from keypool.core.errors import BadRequest
+from keypool.core.outcomes import OK_REPORT, Outcome, Report
 from keypool.core.rules import Settings
 
 MAX_BATCH = 1000
@@ -27,6 +28,8 @@ MAX_WAIT = 60
 MOST_SECONDS = 10**15
 """The largest length of time that a body may give: thirty million years, of which floats still count milliseconds."""
 
+
+_OK, _RATE_LIMITED = Outcome.OK, Outcome.RATE_LIMITED  # saves look-ups for each report
 
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)"  # in Python, $ also matches before a final newline
 _Owner = Annotated[
@@ -108,15 +111,21 @@ class UnblockBody(Body):
     retry_after: _RetryAfter | None = None
     reason: _Reason | None = None
 
-    def __post_init__(self) -> None:
-        if self.retry_after is not None and self.outcome is not Outcome.RATE_LIMITED:
-            raise ValueError("`retry_after` goes with `outcome` rate_limited only")
-        if self.reason is not None and self.outcome is None:
-            raise ValueError("`reason` goes with an `outcome`: ok, rate_limited, error or invalid")
+    def report(self, place: str = "") -> Report | None:
+        """What the holder reports, if anything. `place` is that of the item in a batch. Raises BadRequest.
 
-    def report(self) -> Report | None:
-        """What the holder reports, if anything."""
-        return None if self.outcome is None else Report(self.outcome, self.retry_after, self.reason)
+        Not checked as the body is decoded, since that would cost every unblock, most of which report nothing.
+        """
+        outcome, retry_after, reason = self.outcome, self.retry_after, self.reason
+        if retry_after is None and reason is None:
+            return OK_REPORT if outcome is _OK else None if outcome is None else Report(outcome)
+        if retry_after is not None and outcome is not _RATE_LIMITED:
+            raise BadRequest(f"wrong body: `retry_after` goes with `outcome` rate_limited only{place}")
+        if outcome is None:
+            raise BadRequest(
+                f"wrong body: `reason` goes with an `outcome`: ok, rate_limited, error or invalid{place}"
+            )
+        return Report(outcome, retry_after, reason)
 
 
 class UnblockItem(UnblockBody, kw_only=True):

@@ -17,6 +17,7 @@ from keypool.core.errors import BadRequest, Forbidden, StorageUnavailable, Unkno
 from keypool.core.events import HOLDER, By, Origin
 from keypool.core.handles import PREFIX, Handle
 from keypool.core.keys import hint
+from keypool.core.outcomes import Outcome
 from keypool.core.rules import DEFAULT_POOL, is_pool_name
 from keypool.engine import Engine
 from keypool.ops.audit import Fact, audit, known
@@ -61,6 +62,8 @@ class Call(msgspec.Struct, gc=False):
     is_other: bool = False
     """Whether the answer is the operation's `other_answer`, and has its `other_status`."""
     attempt: Attempt | None = None
+    reported: Outcome | None = None
+    """What an unblock reports, counted if its answer is that it counts."""
     query: Any = None
     body: Any = None
     waited: float = 0.0

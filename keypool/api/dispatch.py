@@ -366,6 +366,8 @@ class Dispatcher:
         if answer is None:
             return Reply(status, pending.request_id)
         reply = Reply(status, pending.request_id, "application/json", _encode(answer))
+        if call.reported is not None and answer.changed:
+            self.reports.add(call.reported, answer.guarded)
         if operation.locates:
             reply.own_headers = [("Location", location(call, answer.id))]
         if call.attempt is not None and call.attempt.replayed:

@@ -110,7 +110,6 @@ from keypool.core.errors import (
 )
 from keypool.core.handles import Handle
 from keypool.core.keys import hint
-from keypool.core.outcomes import Report
 from keypool.engine import Client, Engine
 from keypool.ops.audit import asked_for, known
 
@@ -215,22 +214,20 @@ def unblock(engine: Engine, call: Call, text: str, body: UnblockBody | None = No
 
     Raises BadRequest, Forbidden, UnknownKey, StaleLease, StorageUnavailable.
     """
+    lease = report = None
+    if body is not None:
+        lease = body.lease
+        if body.outcome is not None or body.reason is not None or body.retry_after is not None:
+            report = body.report()
     ref = key_ref(engine, text, call.caller)
-    lease = None if body is None else body.lease
     if isinstance(ref, Handle):
         lease = lease_of(ref, lease)
-    if body is not None and (report := body.outcome and body.report()):
+    if report is not None:
         if lease is None:
             raise BadRequest(REPORT_NEEDS)
-        return _report(engine, call, ref, lease, report)
+        call.reported = report.outcome
+        return engine.unblock(ref, lease, None, report)
     return engine.unblock(ref, lease) if lease is not None else _unblock_audited(engine, call, ref)
-
-
-async def _report(engine: Engine, call: Call, ref: Ref, lease: int, report: Report) -> Unblocked:
-    answer = await engine.unblock(ref, lease, None, report)
-    if answer.changed:
-        call.reports.add(report.outcome, answer.guarded)
-    return answer
 
 
 async def _unblock_audited(engine: Engine, call: Call, ref: Ref) -> Unblocked:

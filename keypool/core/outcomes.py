@@ -32,6 +32,10 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     reason: str | None = None
 
 
+OK_REPORT = Report(Outcome.OK)
+"""The most frequent report: one object, so that the pool need not look into it."""
+
+
 class History(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defaults=True):
     """What is remembered of a key's reports. Files and Valkey contain it, so fields may be added at the end only."""
 

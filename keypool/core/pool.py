@@ -48,6 +48,7 @@ from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
 from keypool.core.keyset import KeyPage, PageQuery
 from keypool.core.outcomes import (
     NO_HISTORY,
+    OK_REPORT,
     History,
     Outcome,
     Report,
@@ -69,7 +70,7 @@ _AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
 _ACQUIRED, _UNBLOCKED, _KEPT_ALIVE = Change.ACQUIRED, Change.UNBLOCKED, Change.KEPT_ALIVE
 _OK, _INVALID = Outcome.OK, Outcome.INVALID
 
-_OK_REPORT, _ALL_WELL = Report(_OK), History(outcome=_OK)
+_ALL_WELL = History(outcome=_OK)  # shared by the many keys with which nothing is wrong
 
 Listener = Callable[[Change, Key, str | None, Origin], None]
 
@@ -373,8 +374,12 @@ class Pool(SelfCheck):
         if key.reported:
             return _UNCHANGED
         key.reported = True
-        guarded = self._conclude(key, report, now, origin)
-        return Ended(True, guarded)
+        history = key.history
+        if report is OK_REPORT and blocked and (history is _ALL_WELL or history is NO_HISTORY):
+            key.history = _ALL_WELL
+            self._free(key, _UNBLOCKED, now, origin)
+            return _CHANGED
+        return Ended(True, self._conclude(key, report, now, origin))
 
     def _conclude(self, key: Key, report: Report, now: float, origin: Origin) -> bool:
         """Apply a report. Returns whether the guard turned a quarantine into a cooldown."""
@@ -390,8 +395,8 @@ class Pool(SelfCheck):
         elif not quarantine:
             failures, failed_at = failures + 1, now
             cooldown = cooldown_of(report, failures, self.rules)
-        if key.history in (NO_HISTORY, _ALL_WELL) and report == _OK_REPORT:
-            key.history = _ALL_WELL  # shared by the many keys with which nothing is wrong
+        if key.history in (NO_HISTORY, _ALL_WELL) and report == OK_REPORT:
+            key.history = _ALL_WELL
         else:
             key.history = msgspec.structs.replace(
                 key.history,
