@@ -44,6 +44,7 @@ def axe(page: Any) -> list[str]:
 THEMES = pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])
 
 
+@pytest.mark.once
 @pytest.mark.thorough
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_screen_is_accessible(server: ServerProcess, client: Client, tabs: Tabs, theme: str) -> None:
@@ -57,6 +58,7 @@ def test_every_screen_is_accessible(server: ServerProcess, client: Client, tabs:
         assert axe(page) == [], screen
 
 
+@pytest.mark.once
 @THEMES
 def test_the_panel_and_the_dialogs_are_accessible(
     server: ServerProcess, client: Client, tabs: Tabs, theme: str
@@ -104,6 +106,7 @@ def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: st
     assert axe(page) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "width", [320, *(pytest.param(width, marks=pytest.mark.thorough) for width in (390, 770))]
 )
