@@ -80,7 +80,7 @@ VARIANTS = [
         "file",
         lambda directory: [f"--data={directory / 'keypool.db'}"],
         ("test_api_batch", "test_process"),
-        (*_CALLS, *_LIFE),
+        (*_CALLS, "test_process", "test_feed"),
     ),
     # Errors and access are decided before any engine is asked: the dispatcher may not even import one.
     Variant(
@@ -101,7 +101,8 @@ VARIANTS = [
         "tornado",
         lambda directory: ["--data=:memory:", "--http=tornado"],
         ("test_api_errors", "test_api_access", "test_api_waiting", "test_hostile"),
-        ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/", "test_metrics"),
+        # Of the browser's tests, what a connection does; the rest is the same pages by another server.
+        ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/test_states", "test_metrics"),
     ),
 ]
 
