@@ -18,6 +18,7 @@ BENCHES = (
     "scaling",
     "fleet",
     "limits",
+    "imports",
     "walk",
 )
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 from argparse import ArgumentParser
+from collections.abc import Mapping
 from pathlib import Path
 
 from bench.load import Address
@@ -39,15 +40,22 @@ def add_old(parser: ArgumentParser) -> None:
 class Server:
     """A running server.py with these flags, in a folder of its own, where its log is.
 
-    `tree` is the checkout it runs from. `files` limits how many files it may have open.
+    `tree` is the checkout it runs from. `files` limits how many files it may have open. `env` are further variables.
     """
 
-    def __init__(self, *flags: str, tree: Path | None = None, files: int | None = None) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        tree: Path | None = None,
+        files: int | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="keypool-bench-")
         self.log = Path(self._folder.name) / "log"
         limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}", "--"]
         program = (tree or ROOT).resolve() / "server.py"
         self._command = [*limited, sys.executable, str(program), *flags]
+        self._environment = without_settings() | dict(env or {})
         self._port = 0
         self.start()
         self.wait_until_ready()
@@ -57,7 +65,7 @@ class Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*self._command, f"--port={self._port}"],
-                cwd=self._folder.name, env=without_settings(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self._folder.name, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 
     def wait_until_ready(self) -> None:

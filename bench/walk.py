@@ -26,7 +26,7 @@ from bench.scripts import ACQUIRE
 from keypool.api.auth import Access
 from keypool.config.settings import Settings
 from keypool.server.app import make_app
-from keypool.server.serving import SERVERS, open_engine
+from keypool.server.serving import SERVERS, open_pools
 
 QUICK: list[str] = []
 _ROOT = str(Path(__file__).resolve().parents[1] / "keypool") + "/"
@@ -69,12 +69,12 @@ def _servers(folder: str) -> Iterator[tuple[str, Settings]]:
 
 
 async def _walk(settings: Settings) -> dict[str, list[tuple[str, str]]]:
-    engine = await open_engine(settings)
-    server = SERVERS[settings.http](make_app(engine, Access(), settings), None)
+    pools = await open_pools(settings)
+    server = SERVERS[settings.http](make_app(pools, Access(), settings), None)
     listening = socket.create_server(("127.0.0.1", 0))
     listening.setblocking(False)
     server.add_sockets([listening])
-    made = await engine.generate(20)
+    made = await pools.default.generate(20)
     keepalive = request(f"/api/v1/keys/{made[0].key}/keepalive")
     walks: dict[str, list[tuple[str, str]]] = {}
     for _ in range(_TIMES):
@@ -83,7 +83,7 @@ async def _walk(settings: Settings) -> dict[str, list[tuple[str, str]]]:
             walks[call] = min(walks.get(call, path), path, key=len)  # without a timer that fired meanwhile
     server.stop()
     await server.close_all_connections()
-    await engine.close()
+    await pools.close()
     return walks
 
 

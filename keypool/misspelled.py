@@ -5,8 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-CLIENT_VARIABLES = ("KEYPOOL_URL", "KEYPOOL_TOKEN", "KEYPOOL_TOKEN_FILE")
+CLIENT_VARIABLES = ("KEYPOOL_URL", "KEYPOOL_TOKEN", "KEYPOOL_TOKEN_FILE", "KEYPOOL_POOL")
 """The variables of the command, in addition to those of the server's settings."""
+
+_OTHERS = ("KEYPOOL_TOKENS", "KEYPOOL_POOL")
+"""Right for the server or the command, though for the other it may look like a misspelled variable of its own."""
+
+_DATA = "KEYPOOL_DATA_"
+"""How `keypool run` names a key's data, whatever is in it."""
 
 
 def misspelled(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
@@ -15,7 +21,7 @@ def misspelled(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     lines = []
     for given in environ:
         word = given.removeprefix("KEYPOOL_")
-        if word != given and word not in names:
+        if word != given and word not in names and given not in _OTHERS and not given.startswith(_DATA):
             matches = difflib.get_close_matches(word, names, n=1, cutoff=0.75)
             # ADMIN_TOKEN_FILE is the server's, not a misspelled TOKEN_FILE.
             lines += [

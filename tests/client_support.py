@@ -45,6 +45,12 @@ class Driver:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args, **options: self.wait(getattr(self.pool, name)(*args, **options))
 
+    def of_pool(self, name: str) -> Driver:
+        """Another pool of the same client."""
+        made = object.__new__(Driver)
+        vars(made).update(vars(self), pool=self.pool.pool(name))
+        return made
+
     def wait(self, result: Any) -> Any:
         """The result of a call, awaited if it has to be; a generator becomes a list."""
         if inspect.isasyncgen(result):

@@ -16,6 +16,7 @@ import inspect
 import os
 import signal
 import socket
+from base64 import b64encode
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from valkeys import new_pool, shared_cluster, shared_valkey
 from keypool.api.auth import Access
 from keypool.config.settings import Settings, load
 from keypool.server.app import make_app
-from keypool.server.serving import SERVERS, open_engine
+from keypool.server.serving import SERVERS, open_pools
 
 HANGS = 400
 """Seconds after which a test, or its teardown, is taken to hang. The longest takes 40 s when alone."""
@@ -65,9 +66,10 @@ class Variant:
     thorough: tuple[str, ...] = ()
 
 
-_CALLS = tuple(
-    f"test_api_{what}" for what in ("batch", "keys", "leases", "legacy", "lists", "stats", "waiting")
-)
+_HOT_CALLS = ("test_api_batch", "test_api_keys", "test_api_leases", "test_api_waiting")
+_CALLS = (*_HOT_CALLS, "test_api_legacy", "test_api_lists", "test_api_stats")
+# Each engine has tests of its own of how it keeps pools and imported keys.
+_OF_POOLS = ("test_api_imports", "test_api_pools")
 _LIFE = ("test_fuzz", "test_process", "test_feed")
 
 VARIANTS = [
@@ -78,14 +80,14 @@ VARIANTS = [
         "file",
         lambda directory: [f"--data={directory / 'keypool.db'}"],
         ("test_api_batch", "test_process"),
-        (*_CALLS, *_LIFE),
+        (*_CALLS, "test_process", "test_feed"),
     ),
     # Errors and access are decided before any engine is asked: the dispatcher may not even import one.
     Variant(
         "valkey",
         lambda directory: [f"--engine={new_pool(shared_valkey())}"],
-        _CALLS,
-        (*_LIFE, "test_dashboard", "test_metrics"),
+        _HOT_CALLS,
+        (*_CALLS, *_OF_POOLS, *_LIFE, "test_dashboard", "test_metrics"),
     ),
     # The same engine once more: what a cluster adds shows in the calls.
     Variant(
@@ -98,11 +100,9 @@ VARIANTS = [
     Variant(
         "tornado",
         lambda directory: ["--data=:memory:", "--http=tornado"],
-        (
-            *("test_api_errors", "test_api_access", "test_api_leases", "test_api_legacy", "test_api_waiting"),
-            "test_hostile",
-        ),
-        ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/", "test_metrics"),
+        ("test_api_errors", "test_api_access", "test_api_waiting", "test_hostile"),
+        # Of the browser's tests, what a connection does; the rest is the same pages by another server.
+        ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/test_states", "test_metrics"),
     ),
 ]
 
@@ -331,10 +331,24 @@ def short_server(lend: Start) -> ServerProcess:
 
 
 @pytest.fixture
-def guarded_server(lend: Start) -> ServerProcess:
+def secrets_key(variant: Variant) -> dict[str, str]:
+    """The variables with which a server takes keys from elsewhere: over Valkey it needs a secrets key."""
+    shared = variant.name in ("valkey", "cluster")
+    return {"KEYPOOL_SECRETS_KEY": b64encode(b"k" * 32).decode()} if shared else {}
+
+
+@pytest.fixture
+def importing_server(lend: Start, secrets_key: dict[str, str]) -> ServerProcess:
+    """An open server that takes keys from elsewhere."""
+    return lend(env=secrets_key)
+
+
+@pytest.fixture
+def guarded_server(lend: Start, secrets_key: dict[str, str]) -> ServerProcess:
     """A server that knows tokens: two for clients, one for viewers, one for admins."""
     server = lend(
-        env={
+        env=secrets_key
+        | {
             "KEYPOOL_CLIENT_TOKEN": f"{CLIENT_TOKEN},{OTHER_CLIENT_TOKEN}",
             "KEYPOOL_VIEWER_TOKEN": VIEWER_TOKEN,
             "KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN,
@@ -382,14 +396,14 @@ def app(io_loop: IOLoop, settings: Settings) -> Iterator[Application]:
 
     async def make() -> Application:
         access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
-        app = make_app(await open_engine(settings), access, settings)
+        app = make_app(await open_pools(settings), access, settings)
         await app.settings["dashboard"].counting.wait()
         return app
 
     async def stop() -> None:
         made.settings["dashboard"].drain()
         made.settings["dispatcher"].wrong_tokens.close()
-        await made.settings["dispatcher"].engine.close()
+        await made.settings["dispatcher"].pools.close()
         assert not made.settings["in_flight"].count, "a request is still being answered"
 
     with quiet():

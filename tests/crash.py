@@ -35,7 +35,6 @@ from signal import SIGKILL
 from typing import Any, Final
 
 from support import (
-    ACQUIRE,
     API,
     EARLY,
     LATE,
@@ -135,10 +134,21 @@ class Attempt:
 class Ledger:
     """Everything that was asked of one data file's servers, and what they told. Threads may share it."""
 
-    def __init__(self, block_seconds: float, keepalive_seconds: float, *, told_short: bool = False) -> None:
-        """`told_short`: lengths of time are reckoned from a server that is asked over a network, and so may be
+    def __init__(
+        self,
+        block_seconds: float,
+        keepalive_seconds: float,
+        *,
+        told_short: bool = False,
+        pool: str | None = None,
+    ) -> None:
+        """`pool` is the name of the pool, None for `default` as the first paths name it.
+
+        `told_short`: lengths of time are reckoned from a server that is asked over a network, and so may be
         told shorter than they are by as long as the answer took. Never longer.
         """
+        self.pool = pool
+        self.base = API if pool is None else f"{API}/pools/{pool}"
         self.told_short = told_short
         self.block_seconds = block_seconds
         self.keepalive_seconds = keepalive_seconds
@@ -510,6 +520,7 @@ class Worker:
         self._random = random.Random(seed)
         self._stop_asked = stop
         self._keys = keys
+        self._base = ledger.base
         self._client = Client(server)
         self._held: list[tuple[str, int]] = []
         shares: dict[Callable[[], None], int] = {
@@ -520,6 +531,14 @@ class Worker:
             self._delete: 3, self._delete_batch: 1, self._delete_legacy: 1,
             self._get: 12, self._reveal: 2, self._stats: 2, self._page: 1, self._hang_up: 3,
         }  # fmt: skip
+        if ledger.pool is not None:  # the first version's paths are about `default`
+            for call in (
+                self._generate_legacy,
+                self._acquire_legacy,
+                self._unblock_legacy,
+                self._delete_legacy,
+            ):
+                del shares[call]
         self._calls = list(shares)
         self._weights = list(shares.values())
 
@@ -557,7 +576,7 @@ class Worker:
         return answer
 
     def _batch(self, attempt: Attempt, **body: object) -> Answer:
-        return self._ask(attempt, "POST", API + "/batch", json=body)
+        return self._ask(attempt, "POST", self._base + "/batch", json=body)
 
     def _name(self, story: Story) -> str:
         """What a key is called in a path or a batch: its text, or sometimes its id."""
@@ -586,11 +605,11 @@ class Worker:
             self._ledger.made(attempt.span, key | {"key": key.get("key") or key["api_key"]})
 
     def _generate(self) -> None:
-        self._generate_by(1, "POST", API + "/keys")
+        self._generate_by(1, "POST", self._base + "/keys")
 
     def _generate_batch(self) -> None:
         count = self._random.randint(1, 8)
-        self._generate_by(count, "POST", API + "/batch", json={"op": "generate", "count": count})
+        self._generate_by(count, "POST", self._base + "/batch", json={"op": "generate", "count": count})
 
     def _generate_legacy(self) -> None:
         self._generate_by(1, "POST", LEGACY)
@@ -605,7 +624,7 @@ class Worker:
 
     def _acquire_with(self, body: dict[str, object]) -> None:
         attempt = self._ledger.asks("acquired")
-        answer = self._ask(attempt, "POST", ACQUIRE, json=body)
+        answer = self._ask(attempt, "POST", self._base + "/keys/acquire", json=body)
         if answer.status == 404:
             answer.expect_problem(404, "no-key-available")
             attempt.settle(0)
@@ -651,7 +670,7 @@ class Worker:
         attempt = self._ledger.asks("unblocked")
         tried = self._tries_unblock(story, attempt, lease)
         body = {} if lease is None else {"lease": lease}
-        answer = self._ask(attempt, "POST", f"{API}/keys/{self._name(story)}/unblock", json=body)
+        answer = self._ask(attempt, "POST", f"{self._base}/keys/{self._name(story)}/unblock", json=body)
         if answer.status == 200:
             attempt.settle(int(answer.json["changed"]))
             self._freed(story, attempt, lease, answer.json["id"])
@@ -722,7 +741,7 @@ class Worker:
         if (story := self._pick()) is None:
             return
         attempt = self._tries("kept_alive", "keepalives", [story])
-        answer = self._ask(attempt, "POST", f"{API}/keys/{self._name(story)}/keepalive")
+        answer = self._ask(attempt, "POST", f"{self._base}/keys/{self._name(story)}/keepalive")
         if answer.status == 404:
             self._told_unknown(attempt, "keepalives", [story], 0)
         else:
@@ -744,7 +763,7 @@ class Worker:
                 self._ledger.saw(story.text, Seen(attempt.span, "keepalive"))
 
     def _delete(self) -> None:
-        self._delete_by(lambda story: ("DELETE", f"{API}/keys/{self._name(story)}"), 204, 404)
+        self._delete_by(lambda story: ("DELETE", f"{self._base}/keys/{self._name(story)}"), 204, 404)
 
     def _delete_legacy(self) -> None:
         self._delete_by(lambda story: ("DELETE", f"{LEGACY}?api_key={story.text}"), 200, 400)
@@ -796,7 +815,7 @@ class Worker:
         if (story := self._pick()) is None:
             return
         attempt = self._ledger.asks()
-        answer = self._ask(attempt, "GET", f"{API}/keys/{self._name(story)}")
+        answer = self._ask(attempt, "GET", f"{self._base}/keys/{self._name(story)}")
         if answer.status == 404:
             self._ledger.lost(story.text, attempt.span)
         else:
@@ -806,7 +825,7 @@ class Worker:
         if (story := self._pick()) is None:
             return
         attempt = self._ledger.asks()
-        answer = self._ask(attempt, "POST", f"{API}/keys/{self._name(story)}/reveal")
+        answer = self._ask(attempt, "POST", f"{self._base}/keys/{self._name(story)}/reveal")
         if answer.status == 404:
             self._ledger.lost(story.text, attempt.span)
         else:
@@ -815,12 +834,12 @@ class Worker:
             self._ledger.saw(story.text, Seen(attempt.span, "reveal"), told["id"])
 
     def _stats(self) -> None:
-        stats = self._ask(self._ledger.asks(), "GET", API + "/stats").expect(200)
+        stats = self._ask(self._ledger.asks(), "GET", self._base + "/stats").expect(200)
         self._ledger.stats(stats, quiet=False)
 
     def _page(self) -> None:
         order = self._random.choice(("id", "expiry", "release"))
-        page = self._ask(self._ledger.asks(), "GET", f"{API}/keys?order={order}&limit=20").expect(200)
+        page = self._ask(self._ledger.asks(), "GET", f"{self._base}/keys?order={order}&limit=20").expect(200)
         for row in page["keys"]:  # may lead the disk: looked at, not believed
             expect_row(row)
 
@@ -831,12 +850,12 @@ class Worker:
         story = self._pick()
         name = "none" if story is None else story.text
         calls: list[tuple[str, str, str, dict[str, Any]]] = [
-            ("acquired", "POST", ACQUIRE, {"json": {"owner": "gone", "wait": 1}}),
-            ("acquired", "POST", ACQUIRE, {}),
-            ("generated", "POST", API + "/keys", {}),
-            ("kept_alive", "POST", f"{API}/keys/{name}/keepalive", {}),
-            ("unblocked", "POST", f"{API}/keys/{name}/unblock", {}),
-            ("deleted", "DELETE", f"{API}/keys/{name}", {}),
+            ("acquired", "POST", self._base + "/keys/acquire", {"json": {"owner": "gone", "wait": 1}}),
+            ("acquired", "POST", self._base + "/keys/acquire", {}),
+            ("generated", "POST", self._base + "/keys", {}),
+            ("kept_alive", "POST", f"{self._base}/keys/{name}/keepalive", {}),
+            ("unblocked", "POST", f"{self._base}/keys/{name}/unblock", {}),
+            ("deleted", "DELETE", f"{self._base}/keys/{name}", {}),
         ]
         [(counter, method, path, how)] = self._random.choices(calls, (4, 2, 1, 1, 1, 1))
         with self._ledger.lock:
@@ -872,24 +891,24 @@ class Worker:
 def examine(server: ServerProcess, ledger: Ledger) -> None:
     """Have a server that nobody else asks tell all that it has, into the ledger."""
     with Client(server) as client:
-        ledger.stats(client.stats(), quiet=True)
+        ledger.stats(client.get(ledger.base + "/stats").expect(200), quiet=True)
         _walk(client, ledger)
         _ask_after_the_dead(client, ledger)
         for text in list(ledger.living)[:20]:
-            answer = client.get(f"{API}/keys/{text}")
+            answer = client.get(f"{ledger.base}/keys/{text}")
             span = Span(answer.asked_at, answer.answered_at)
             if answer.status == 404:
                 ledger.lost(text, span)
             else:
                 ledger.saw_row(span, expect_row(answer.expect(200)), ledger.stories[text])
-        ledger.stats(client.stats(), quiet=True)
+        ledger.stats(client.get(ledger.base + "/stats").expect(200), quiet=True)
 
 
 def _walk(client: Client, ledger: Ledger) -> None:
     """All rows by id; a key that isn't among them is gone."""
     began, met, after = time.monotonic(), set(), ""
     while True:
-        answer = client.get(f"{API}/keys?limit=500{after}")
+        answer = client.get(f"{ledger.base}/keys?limit=500{after}")
         page = answer.expect(200)
         for row in page["keys"]:
             story = ledger.find(expect_row(row))
@@ -997,19 +1016,28 @@ class Crasher:
         keys: int = 80,
         env: Mapping[str, str] | None = None,
         flags: Sequence[str] = (),
+        pools: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
+        """`pools` are others beside `default`, each with its block and keepalive in seconds."""
         self.path = path
         self.ledger = Ledger(block_seconds, keepalive_seconds)
+        others = [Ledger(*seconds, pool=name) for name, seconds in (pools or {}).items()]
+        self.ledgers = [self.ledger, *others]
         self.tally = Tally()
         self._random = random.Random(seed)
         self._seeds = itertools.count(seed * 1_000_000)
         self._workers = workers
         self._keys = keys
         self._env = dict(env or {})
+        self._defined = False
         self._flags = [
             f"--data={path}", "--port=0", "--log-level=warning",
             f"--block-seconds={block_seconds}", f"--keepalive-seconds={keepalive_seconds}", *flags,
         ]  # fmt: skip
+
+    def set_env(self, **env: str) -> None:
+        """Start the servers from now on with these variables."""
+        self._env |= env
 
     def start(self) -> ServerProcess:
         """A server on the file."""
@@ -1040,47 +1068,73 @@ class Crasher:
         if writer_kills or both:
             server.allow(r"can't be written")
         try:
-            examine(server, self.ledger)
+            self._define(server)
+            for ledger in self.ledgers:
+                examine(server, ledger)
             self._load_and_kill(server, answers or self._random.randint(30, 400), writer_kills, both)
             server.check()
         finally:
             server.close()
-        return judge(self.ledger)
+        return self._faults()
+
+    def _define(self, server: ServerProcess) -> None:
+        """Make the pools that aren't there: those of a server that ran before must be."""
+        with Client(server) as client:
+            for ledger in self.ledgers[1:]:
+                settings = {
+                    "block_seconds": ledger.block_seconds,
+                    "keepalive_seconds": ledger.keepalive_seconds,
+                }
+                answer = client.put(f"{API}/pools/{ledger.pool}", json=settings)
+                assert answer.status == (200 if self._defined else 201), f"a pool was lost: {answer}"
+        self._defined = True
+
+    def _faults(self) -> list[str]:
+        return [
+            fault if ledger.pool is None else f"{fault} in {ledger.pool}"
+            for ledger in self.ledgers
+            for fault in judge(ledger)
+        ]
 
     def look(self) -> list[str]:
         """Start once more, look around, and end in peace. What is wrong in the end."""
         with self.start() as server:
-            examine(server, self.ledger)
-        return judge(self.ledger)
+            self._define(server)
+            for ledger in self.ledgers:
+                examine(server, ledger)
+        return self._faults()
 
     def _load_and_kill(self, server: ServerProcess, answers: int, writer_kills: int, both: bool) -> None:
         stop = threading.Event()
         workers = [
-            Worker(server, self.ledger, next(self._seeds), stop, self._keys) for _ in range(self._workers)
+            Worker(server, ledger, next(self._seeds), stop, self._keys)
+            for ledger in self.ledgers
+            for _ in range(self._workers // len(self.ledgers))
         ]
-        before = self.ledger.answers
+        before = self._answers()
         for worker in workers:
             worker.thread.start()
         try:
             for _ in range(writer_kills):
                 self._wait_for(answers, workers, server)
-                self.ledger.outages.append(Span(time.monotonic()))
+                self._outage()
                 kill(writer_of(server))
                 if self._random.random() < 0.5:  # or the next one is killed while it starts
                     _wait_for_storage(server)
             _wait_for_storage(server)
             self._wait_for(answers, workers, server)
             if both:
-                self.ledger.outages.append(Span(time.monotonic()))
+                self._outage()
                 kill(writer_of(server))
             killed_at = time.monotonic()
             server.signal(SIGKILL)
             server.wait()
         finally:
             stop.set()
-        self.ledger.died(time.monotonic())
-        for outage in self.ledger.outages:
-            outage.ended = min(outage.ended, time.monotonic())
+        for ledger in self.ledgers:
+            ledger.died(time.monotonic())
+            for outage in ledger.outages:
+                outage.ended = min(outage.ended, time.monotonic())
         for worker in workers:
             worker.thread.join(30)
             assert not worker.thread.is_alive(), f"{worker.name} still waits for a dead server"
@@ -1089,13 +1143,21 @@ class Crasher:
                     f"{worker.failure!r} of {worker.name}; the log:\n{server.log}"
                 ) from worker.failure
             assert worker.cut_at > killed_at, "a connection was cut by a living server"
-        self._count(self.ledger.answers - before, workers, writer_kills + both)
+        self._count(self._answers() - before, workers, writer_kills + both)
+
+    def _answers(self) -> int:
+        return sum(ledger.answers for ledger in self.ledgers)
+
+    def _outage(self) -> None:
+        """Storage fails now, for all pools."""
+        for ledger in self.ledgers:
+            ledger.outages.append(Span(time.monotonic()))
 
     def _wait_for(self, answers: int, workers: list[Worker], server: ServerProcess) -> None:
         """Until so many more answers have come, refused ones apart."""
 
         def answered() -> int:
-            return self.ledger.answers - sum(worker.refused for worker in workers)
+            return self._answers() - sum(worker.refused for worker in workers)
 
         target = answered() + answers
 

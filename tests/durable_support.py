@@ -28,6 +28,7 @@ from keypool.engine.durable import datafile, rows
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.durable.rows import Row
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 
 
 def rows_in(path: Path) -> list[Row]:
@@ -37,7 +38,7 @@ def rows_in(path: Path) -> list[Row]:
 
 def numbers_in(path: Path) -> dict[str, int]:
     """The pool's numbers in a data file."""
-    return datafile.inspect(path)
+    return datafile.inspect(path).numbers
 
 
 def table_of(path: Path) -> list[tuple[Any, ...]]:
@@ -67,16 +68,18 @@ def row(
 def old_file(
     path: Path, version: int, keys: Sequence[tuple[Any, ...]], batches: Sequence[object] = ()
 ) -> None:
-    """A data file as a server of this older version left it: keys as rows of seven columns, batches as lists."""
+    """A data file as a server of this older version left it: keys as rows of its columns, batches as lists."""
     numbers = {"last_id": len(keys), "last_lease": 9, "generated": len(keys), "moment": 1}
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = WAL")
+        database.create_function("new_secret", 0, lambda: os.urandom(32))
         for step in datafile.MIGRATIONS[:version]:
             database.executescript(step)
         database.executescript(
             f"PRAGMA application_id = {datafile.APPLICATION_ID}; PRAGMA user_version = {version}"
         )
-        database.executemany("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", keys)
+        for key in keys:
+            database.execute(f"INSERT INTO keys VALUES ({', '.join('?' * len(key))})", key)  # noqa: S608
         database.executemany("INSERT INTO pool VALUES (?, ?)", numbers.items())
         for number, batch in enumerate(batches, 1):
             database.execute("INSERT INTO batches VALUES (?, ?)", (number, msgspec.msgpack.encode(batch)))
@@ -141,12 +144,19 @@ def durable(key: Key) -> dict[str, object]:
 
 @contextlib.asynccontextmanager
 async def opened(path: Path, restart_grace: float = 0.0, **rules: Any) -> AsyncIterator[EmbeddedEngine]:
-    """The durable engine over a file, with the real writer; closed in peace."""
-    engine = await open_durable(path, PoolRules(restart_grace=restart_grace, **rules))
+    """The durable engine of `default` over a file, with the real writer; closed in peace."""
+    async with opened_pools(path, restart_grace=restart_grace, **rules) as pools:
+        yield pools.default
+
+
+@contextlib.asynccontextmanager
+async def opened_pools(path: Path, *keys: bytes, **rules: Any) -> AsyncIterator[EmbeddedPools]:
+    """All pools of a file, with these secrets keys and the real writer; closed in peace."""
+    pools = await open_durable(path, PoolRules(**rules), secrets_keys=keys)
     try:
-        yield engine
+        yield pools
     finally:
-        await engine.close()
+        await pools.close()
 
 
 def durable_server(path: Path, *flags: str, env: dict[str, str] | None = None) -> ServerProcess:

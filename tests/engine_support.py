@@ -15,7 +15,8 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
@@ -25,6 +26,7 @@ from keypool.core.answers import Lease
 from keypool.core.index import BucketListener
 from keypool.core.pool import Listener, Pool
 from keypool.core.rules import PoolRules
+from keypool.engine import Engine
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Commit
 
@@ -224,6 +226,20 @@ def make_engine(
     return EmbeddedEngine(
         PoolRules(**rules), start_timers=start_timers, loop=loop, clock=clock, new_text=new_text
     )
+
+
+Opener = Callable[..., AbstractAsyncContextManager[Engine]]
+"""Opens an engine with the default rules but for these, and closes it in the end."""
+
+
+@contextlib.asynccontextmanager
+async def embedded(**rules: Any) -> AsyncIterator[Engine]:
+    """An engine in this process, with a real clock and real timers. An Opener."""
+    engine = EmbeddedEngine(PoolRules(**rules))
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 class Held:

@@ -111,20 +111,16 @@ class Held:
         """Open the journal, so that calls can be made."""
         lock = os.open(os.devnull, os.O_RDONLY)
         engine = self.engine
-        journal = FileJournal(Path("none"), lock, engine)
+        self.journal = journal = FileJournal(Path("none"), lock)
+        pool_journal = journal.join(0, engine)
         starting = asyncio.ensure_future(journal.open())
         await turns()
         self.writer.answer()
         await starting
         await journal.start(None)
         self.writer.batches.clear()
-        engine.journal = journal
+        engine.journal = pool_journal
         return self
-
-    @property
-    def journal(self) -> FileJournal:
-        assert isinstance(self.engine.journal, FileJournal)
-        return self.engine.journal
 
     @property
     def writer(self) -> HeldWriter:

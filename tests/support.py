@@ -61,7 +61,9 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     # Every path of the contract that this suite covers, with the methods it takes; {key} stands for a key.
     "/api/v1/keys": frozenset({"GET", "HEAD", "POST"}),
     "/api/v1/keys/acquire": frozenset({"POST"}),
-    "/api/v1/keys/{key}": frozenset({"GET", "HEAD", "DELETE"}),
+    "/api/v1/keys/find": frozenset({"POST"}),
+    "/api/v1/keys/{key}": frozenset({"GET", "HEAD", "DELETE", "PATCH"}),
+    "/api/v1/keys/{key}/replace": frozenset({"POST"}),
     "/api/v1/keys/{key}/unblock": frozenset({"POST"}),
     "/api/v1/keys/{key}/extend": frozenset({"POST"}),
     "/api/v1/keys/{key}/quarantine": frozenset({"POST"}),
@@ -70,6 +72,9 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     "/api/v1/keys/{key}/reveal": frozenset({"POST"}),
     "/api/v1/batch": frozenset({"POST"}),
     "/api/v1/stats": frozenset({"GET", "HEAD"}),
+    "/api/v1/pools": frozenset({"GET", "HEAD"}),
+    "/api/v1/pools/{pool}": frozenset({"GET", "HEAD", "PUT", "PATCH", "DELETE"}),
+    "/api/v1/rekey": frozenset({"GET", "HEAD", "POST"}),
     "/api/v1/random_api_key": frozenset({"GET", "HEAD", "POST", "PUT", "DELETE"}),
     "/api/v1/random_api_key/": frozenset({"GET", "HEAD", "POST", "PUT", "DELETE"}),
     "/api/v1/start_scheduler": frozenset({"GET", "HEAD"}),
@@ -79,6 +84,12 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     "/healthz": frozenset({"GET", "HEAD"}),
     "/readyz": frozenset({"GET", "HEAD"}),
 }
+OF_POOLS: Final[Mapping[str, frozenset[str]]] = {
+    path.replace(API, API + "/pools/{pool}"): methods
+    for path, methods in ROUTES.items()
+    if re.match(rf"{API}/(keys|batch|stats)", path)
+}
+"""The paths of ROUTES that every pool has under its own."""
 LEGACY: Final = re.compile(r"/api/v1/(random_api_key|start_scheduler)/?(\?|$)")
 
 # Logged as JSON, the line has its closing quote behind the address.
@@ -149,22 +160,26 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
     """`value`, if it is a row as `GET /keys/{key}` and lists give it, with the `known` members so."""
     members: dict[str, object] = {
         "id": int,
-        "hint": re.compile(r"[A-Za-z0-9]{4}…[A-Za-z0-9]{4}"),
+        "hint": re.compile(r".{4}….{4}|.{2}….{2}|…", re.DOTALL),
         "state": ("available", "blocked", "cooling", "quarantined"),
         "owner": (str, None),
         "lease": (int, None),
         "created_at": MOMENT,
-        "expires_in": float,
+        "expires_in": (float, None),
         "release_in": (float, None),
         "available_in": (float, None),
         "failures": int,
         "outcome": ("ok", "rate_limited", "error", "invalid", None),
         "reason": (str, None),
+        "client": (str, None),
+        "name": (str, None),
+        "labels": dict,
     }
     row = expect_object(value, **(members | known))
-    assert row["expires_in"] >= 0, f"an expired key was shown: {row}"
+    assert row["expires_in"] is None or row["expires_in"] >= 0, f"an expired key was shown: {row}"
     assert (row["available_in"] is not None) is (row["state"] == "cooling"), f"available_in: {row}"
     if row["state"] != "blocked":
+        assert row["client"] is None, f"client of a key that nobody holds: {row}"
         assert row["owner"] is None, f"owner or release_in of a key that nobody holds: {row}"
         assert row["release_in"] is None, f"owner or release_in of a key that nobody holds: {row}"
     else:
@@ -393,6 +408,10 @@ class Client:
         """POST."""
         return self.request("POST", path, **how)
 
+    def patch(self, path: str, **how: Any) -> Answer:
+        """PATCH."""
+        return self.request("PATCH", path, **how)
+
     def put(self, path: str, **how: Any) -> Answer:
         """PUT."""
         return self.request("PUT", path, **how)
@@ -410,6 +429,11 @@ class Client:
         return self.request("OPTIONS", path, **how)
 
     # What most tests need before they come to their point.
+
+    def make_pool(self, name: str, **settings: object) -> str:
+        """A new pool; the beginning of its paths."""
+        self.put(f"{API}/pools/{name}", json=settings).expect(201)
+        return f"{API}/pools/{name}"
 
     def make(self) -> dict[str, Any]:
         """A new key, as generate answers it."""
@@ -670,6 +694,7 @@ class ServerProcess:
         self._allowed: list[re.Pattern[str]] = []
         self._pieces: set[str] = set()
         self._unpurged: set[str] = set()
+        self._pools: set[str] = set()
         self._lines: list[str] = []
         self._checked = 0
         self._changed = threading.Condition()
@@ -778,7 +803,9 @@ class ServerProcess:
         self._clients.clear()
 
     def note(self, answer: Answer) -> None:
-        """Remember the keys that an answer shows."""
+        """Remember the pools that an answer made, and the keys that it shows."""
+        if answer.method == "PUT" and answer.status == 201:
+            self._pools.add(answer.path)
         if b'key"' not in answer.body or answer.headers.get_content_type() != "application/json":
             return
         found: list[Any] = [answer.json]
@@ -804,12 +831,24 @@ class ServerProcess:
             for at in range(0, len(keys), 1000):
                 client.batch(op="delete", keys=keys[at : at + 1000]).expect(200)
             self._unpurged.clear()
+            self._drop_pools(client)
+            if client.stats()["total"]:  # imported keys, whose texts no answer showed
+                rows = client.get(API + "/keys?limit=500").expect(200)["keys"]
+                client.batch(op="delete", keys=[f"id:{row['id']}" for row in rows]).expect(200)
 
             def empty() -> bool:
                 stats = client.stats()
                 return bool(stats["total"] == 0 and stats["waiting"] == 0)
 
             eventually(empty, "a pool without keys and waiters")
+
+    def _drop_pools(self, client: Client) -> None:
+        """Delete all pools that were made, and wait until they are gone."""
+        for path in self._pools:
+            client.delete(f"{path}?drain=true&now=true")
+        for path in self._pools:
+            eventually(lambda path=path: client.get(path).status == 404, f"{path} is gone")  # type: ignore[misc]
+        self._pools.clear()
 
     # ---- judging and ending it
 

@@ -16,6 +16,7 @@ from support import (
     API,
     CLIENT_TOKEN,
     JSON,
+    OF_POOLS,
     REQUEST_ID,
     ROUTES,
     VIEWER_TOKEN,
@@ -26,34 +27,35 @@ from support import (
 )
 
 LIMIT = 256 * 1024
+ALL_ROUTES = {**ROUTES, **OF_POOLS}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def fill(template: str, key: str) -> str:
     """The path with this key in it."""
-    return template.replace("{key}", key)
+    return template.replace("{key}", key).replace("{pool}", "default")
 
 
 # ----------------------------------------------------------------------------------------- paths and methods
 
 
-@pytest.mark.parametrize("template", ROUTES)
+@pytest.mark.parametrize("template", ALL_ROUTES)
 def test_options_answers_204_with_the_methods(client: Client, template: str) -> None:
     """On every path, for a key that is there or not."""
     for key in (client.make()["key"], "nope", "id:1"):
         answer = client.options(fill(template, key))
         assert answer.status == 204, str(answer)
         allowed = answer.allowed()
-        assert ROUTES[template] <= allowed <= ROUTES[template] | {"OPTIONS"}, f"Allow {allowed}"
+        assert ALL_ROUTES[template] <= allowed <= ALL_ROUTES[template] | {"OPTIONS"}, f"Allow {allowed}"
 
 
-@pytest.mark.parametrize("template", ROUTES)
+@pytest.mark.parametrize("template", ALL_ROUTES)
 def test_other_methods_are_405_with_the_methods(client: Client, template: str) -> None:
     """On every path; Allow is what OPTIONS says; nothing changes."""
     key = client.make()["key"]
     path = fill(template, key)
     allowed = client.options(path).allowed()
-    for method in sorted(set(METHODS) - ROUTES[template]):
+    for method in sorted(set(METHODS) - ALL_ROUTES[template]):
         with client.expect_moved():
             answer = client.request(method, path)
             assert answer.status == 405, str(answer)
@@ -140,7 +142,6 @@ def test_new_request_ids_differ(client: Client) -> None:
 
 # A method and a path of each call that is in the contract's own table; {key} stands for a key.
 WITHOUT_BODY = [
-    ("POST", "/api/v1/keys"),
     ("POST", "/api/v1/keys/{key}/keepalive"),
     ("POST", "/api/v1/keys/{key}/reveal"),
     ("DELETE", "/api/v1/keys/{key}"),
@@ -149,6 +150,12 @@ WITHOUT_BODY = [
     ("GET", "/api/v1/stats"),
 ]
 WITH_BODY = [
+    ("POST", "/api/v1/keys"),
+    ("POST", "/api/v1/keys/find"),
+    ("PATCH", "/api/v1/keys/{key}"),
+    ("POST", "/api/v1/keys/{key}/replace"),
+    ("PUT", "/api/v1/pools/{pool}"),
+    ("PATCH", "/api/v1/pools/{pool}"),
     ("POST", "/api/v1/keys/acquire"),
     ("POST", "/api/v1/keys/{key}/unblock"),
     ("POST", "/api/v1/batch"),

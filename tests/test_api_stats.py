@@ -12,7 +12,7 @@ from support import ACQUIRE, API, Client, eventually, expect_object, pass_until
 STATS: dict[str, object] = {
     "total": int, "available": int, "blocked": int, "cooling": int, "quarantined": int, "waiting": int,
     "generated": int, "acquired": int, "unblocked": int, "released": int, "deleted": int, "expired": int,
-    "kept_alive": int, "refused": int, "cooled": int, "quarantines": int, "restored": int,
+    "kept_alive": int, "refused": int, "cooled": int, "quarantines": int, "restored": int, "imported": int,
     "uptime": float, "engine": str, "version": str,
 }  # fmt: skip
 LEGACY = API + "/random_api_key/"

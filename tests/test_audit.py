@@ -31,6 +31,7 @@ from keypool.config.proxies import TrustedProxies
 from keypool.core.errors import StorageUnavailable
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 from keypool.http.http1.connection_limiter import ConnectionLimiter
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS
@@ -93,8 +94,8 @@ class HeldEngine(EmbeddedEngine):
         await self._kept()
         return answer
 
-    async def acquire(self, *args: Any) -> Any:
-        lease = await super().acquire(*args)
+    async def acquire(self, *args: Any, **more: Any) -> Any:
+        lease = await super().acquire(*args, **more)
         try:
             await self._kept()
         except GeneratorExit:
@@ -208,7 +209,7 @@ class Lines(logging.Handler):
 async def serving(http: str, access: Access = TOKENS, trusted: str | None = None) -> AsyncIterator[Served]:
     """The application on one of the two HTTP servers; no request is left in flight, and nothing held back."""
     engine = HeldEngine()
-    app = make_app(engine, access)
+    app = make_app(EmbeddedPools(engine), access)
     server = SERVERS[http](app, None, None if trusted is None else TrustedProxies(trusted))
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
@@ -696,13 +697,13 @@ def headers(cookie: str) -> dict[str, str]:
 
 async def test_a_sign_out_is_written_and_holds_after_a_restart(tmp_path: Path) -> None:
     """The notes are loaded from the data file; other sessions of the token go on."""
-    engine = await open_durable(tmp_path / "keypool.db")
+    engine = (await open_durable(tmp_path / "keypool.db")).default
     sessions = Sessions(TOKENS)
     (mine, cookie), (_, other) = sessions.sign_in(ADMIN), sessions.sign_in(ADMIN)
     sessions.end(mine)
     await sessions.share(engine)
     await engine.close()
-    engine = await open_durable(tmp_path / "keypool.db")
+    engine = (await open_durable(tmp_path / "keypool.db")).default
     again = Sessions(TOKENS)
     assert again._read(headers(cookie)["Cookie"]) is not None  # the signature is good
     await again.share(engine)

@@ -63,7 +63,7 @@ class Model:
         """Assert that the file has the expected content."""
         assert [row for some in datafile.read_rows(path, 7) for row in some] == sorted(self.rows.values())
         assert datafile.count(path) == len(self.rows)
-        assert datafile.inspect(path) == self.numbers
+        assert datafile.inspect(path).numbers == self.numbers
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_a_file_of_the_first_version_is_read_and_upgraded(path: Path) -> None:
     key = (1, "00000000000000000001", 1, 2, None, 0, None)
     old_file(path, 1, [key])
     model = Model(7)
-    model.rows, model.numbers = {1: (*key, None, 0, None)}, datafile.inspect(path)
+    model.rows, model.numbers = {1: (*key, None, 0, None)}, datafile.inspect(path).numbers
     model.expect(path)
     writer = Writer(path, open_held(path))
     work(writer, model, 40)

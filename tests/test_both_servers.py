@@ -18,6 +18,7 @@ from keypool.api.auth import Access
 from keypool.config.limits import DISCARDED, MAX_BODY, MAX_HEADERS, MAX_TARGET
 from keypool.core.handles import Handles
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS
 
@@ -260,7 +261,7 @@ async def compare(
         engine = EmbeddedEngine(clock=lambda: 1_000_000_000.0, new_text=_Made())
         engine.pool._random = lambda: 0.0
         engine.handles = HANDLES
-        server = make(make_app(engine, access), None)
+        server = make(make_app(EmbeddedPools(engine), access), None)
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
         sides.append(Side(sockets[0].getsockname()[1], engine))

@@ -191,6 +191,32 @@ def test_the_real_feed(server: ServerProcess) -> None:
     assert all(set(event) == {"event", "id", "hint", "owner", "lease", "at", "by", "actor"} for event in seen)
 
 
+def test_the_feed_of_a_pool_has_its_events_only(server: ServerProcess) -> None:
+    with KeyPool(url_of(server)) as client:
+        client.put_pool("openai", keepalive_seconds=None)
+        pool = client.pool("openai")
+        words = ["-m", "keypool", "--pool", "openai", "events", "--past", "0", "--count", "3"]
+        with started(server, words) as process:
+            assert process.stdout is not None
+
+            def seen_one() -> bool:
+                client.generate()
+                pool.generate()
+                return _readable(process.stdout)
+
+            eventually(seen_one, "a first event")
+            client.generate()
+            pool.generate_many(3)
+            ids = {line.split("\t")[2] for line in process.stdout}
+            assert process.wait(30) == 0
+        assert ids <= {str(row.id) for row in pool.rows()}
+        client.delete_pool("openai", drain=True, now=True)
+        eventually(lambda: len(client.pools()) == 1, "the pool to be gone")
+    clean(server)
+    unknown = run_command(server, "events", "--pool", "openai")
+    assert (unknown.status, "no pool openai" in unknown.err) == (Status.UNKNOWN_KEY, True)
+
+
 def _readable(stream: Any) -> bool:
     import select
 

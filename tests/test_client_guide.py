@@ -45,7 +45,7 @@ _pool.generate_many(3)
 EPILOGUE = """
 asyncio.run(work())
 _pool.close()
-assert len(used) == 7, used
+assert len(used) == 8, used
 print("end")
 """
 

@@ -6,6 +6,7 @@ other, in histories, in data files and in the server itself: a judge that finds 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import pickle
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 from crash import COUNTERS, Crasher, Ledger, Seen, Span, Stale, Story, Unblock, examine, judge
-from support import API, ROOT, Client
+from support import API, ROOT, Client, eventually
 
 from keypool.engine.durable import datafile
 from keypool.engine.durable.compaction import BatchLog
@@ -59,6 +60,49 @@ def test_nothing_told_is_lost_by_kills_at_any_moment(tmp_path: Path, seed: int) 
     assert not (faults := crasher.look()), "\n".join(faults)
     assert not (faults := crasher.look()), "after a clean stop:\n" + "\n".join(faults)
     assert crasher.tally.kills == len(ROUNDS) + 1
+
+
+OLD_KEY, NEW_KEY = (base64.b64encode(bytes([number]) * 32).decode() for number in (1, 2))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [7, 8])
+def test_three_encrypted_pools_in_one_file_lose_nothing_by_kills(tmp_path: Path, seed: int) -> None:
+    """Each has times of its own, all are under load at once, and no key is in clear in the file or its log.
+
+    From the third round on under a new secrets key, and rekeyed in the last.
+    """
+    env = planted(tmp_path, FLUSHING_SOON) if seed % 2 else {}
+    crasher = Crasher(
+        tmp_path / "keypool.db",
+        seed,
+        env=env | {"KEYPOOL_SECRETS_KEY": OLD_KEY},
+        pools={"openai": (0.7, 5.0), "anthropic": (1.5, 8.0)},
+    )
+    for number, kinds in enumerate(ROUNDS):
+        if number == 2:
+            crasher.set_env(KEYPOOL_SECRETS_KEY=f"{NEW_KEY},{OLD_KEY}")
+        if number == 3:
+            crasher.kill_at_start()
+        faults = crasher.round(**kinds)
+        assert not faults, f"after {crasher.tally}:\n" + "\n".join(faults)
+        _expect_no_key_in_clear(crasher)
+    assert not (faults := crasher.look()), "\n".join(faults)
+    with crasher.start() as server, Client(server) as client:
+        client.post(API + "/rekey").expect(202)
+        eventually(lambda: client.get(API + "/rekey").expect(200)["state"] == "idle", "the end of the rekey")
+    crasher.set_env(KEYPOOL_SECRETS_KEY=NEW_KEY)
+    assert not (faults := crasher.look()), "after the rekey:\n" + "\n".join(faults)
+    _expect_no_key_in_clear(crasher)
+
+
+def _expect_no_key_in_clear(crasher: Crasher) -> None:
+    content = b"".join(
+        each.read_bytes() for each in crasher.path.parent.glob("keypool.db*") if each.is_file()
+    )
+    texts = [text for ledger in crasher.ledgers for text in ledger.stories]
+    assert texts
+    assert not [text[:4] for text in texts if text.encode() in content], "keys are in the file in clear"
 
 
 # ------------------------------------------------------------------------- what the judge finds in histories
@@ -614,7 +658,7 @@ FORGETFUL_OF_THE_LIVING = """
     class Forgetful(sqlite3.Connection):
         def executemany(self, sql, rows):
             if "INTO keys" in sql:
-                sql = "INSERT OR IGNORE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)"
+                sql = "INSERT OR IGNORE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             return super().executemany(sql, rows)
 """
 CONNECT = (
@@ -638,9 +682,9 @@ HASTY_SERVER = """
     connect = sqlite3.connect
     sqlite3.connect = lambda *rest, **named: connect(*rest, factory=Slow, **named)
     if any(word.endswith("server.py") for word in sys.orig_argv):
-        from keypool.engine.durable.journal import FileJournal
+        from keypool.engine.durable.pool_journal import PoolJournal
         for name in ("commit_of", "commit_of_text", "commit_of_all"):
-            setattr(FileJournal, name, lambda *rest: None)
+            setattr(PoolJournal, name, lambda *rest: None)
 """
 BROKEN = {
     "a writer that forgets every third batch": CONNECT.format(forgetful=FORGETFUL_WRITER.strip()),

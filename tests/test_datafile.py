@@ -66,7 +66,7 @@ def test_a_new_file_is_made_durable(tmp_path: Path) -> None:
             assert database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
             assert database.execute("PRAGMA application_id").fetchone() == (datafile.APPLICATION_ID,)
             assert database.execute("PRAGMA user_version").fetchone() == (datafile.VERSION,)
-        assert datafile.inspect(path) == {}
+        assert datafile.inspect(path).numbers == {}
     assert len(datafile.MIGRATIONS) == datafile.VERSION
 
 
@@ -82,7 +82,7 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(
     for _ in range(2):
         datafile.connect(path).close()
         assert table_of(path)[0][10:] == (None, "x")
-    assert datafile.inspect(path)["last_id"] == 1
+    assert datafile.inspect(path).numbers["last_id"] == 1
 
 
 def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path, monkeypatch
             datafile.connect(path)
     assert len(table_of(path)[0]) == 10
     datafile.connect(path).close()
-    assert datafile.inspect(path)["last_id"] == 1
+    assert datafile.inspect(path).numbers["last_id"] == 1
 
 
 def test_a_batch_is_whole_and_may_be_written_twice(tmp_path: Path) -> None:
@@ -526,8 +526,8 @@ def test_a_flipped_bit_is_refused_in_one_line_or_harmless(tmp_path: Path) -> Non
                     engine.pool.check()
             else:  # all that reads it, without a writer process
                 engine = EmbeddedEngine(start_timers=False)
-                engine.restore_numbers(datafile.inspect(path))
-                await opening._restore_keys(engine, path, 0.0)
+                engine.restore_numbers(datafile.inspect(path).numbers)
+                await opening._restore_keys({0: engine}, path)
         except (StartError, ValueError, KeyError) as error:
             return str(error)
         return None

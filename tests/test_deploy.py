@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from keypool.api.bodies import MAX_WAIT
-from keypool.config.limits import MAX_BODY, Limits
+from keypool.config.limits import MAX_IMPORT, Limits
 from keypool.config.settings import OPTIONS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -129,7 +129,7 @@ def test_proxies_wait_longer_than_an_acquire_and_keep_connections_shorter_than_t
     kept = r"upstream keypool \{[^}]*keepalive_timeout (\d+)s", r"keepalive (\d+)s"
     for pattern, text in zip(kept, (nginx, caddy), strict=True):
         assert int(re.findall(pattern, text, re.DOTALL)[0]) < Limits().idle_seconds, pattern
-    assert f"client_max_body_size {MAX_BODY // 1024}k" in nginx
+    assert f"client_max_body_size {MAX_IMPORT // 1024**2}m;" in nginx
     assert "$http_upgrade" in nginx
 
 

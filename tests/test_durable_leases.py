@@ -94,7 +94,7 @@ def test_a_key_of_any_kind_survives_the_file(path: Path) -> None:
     half = len(keys) // 2
     fill(path, list(map(row_of, keys[:half])))
     assert Writer(path, open_held(path)).commit([encode(Batch(list(map(row_of, keys[half:]))))]).error is None
-    found = [key for some in datafile.read_keys(path, 7) for key in some]
+    found = [key for _, some in datafile.read_keys(path, 7) for key in some]
     assert [durable(key) for key in found] == [durable(key) for key in keys]
     assert all(key.history is NO_HISTORY for key in found if key.history == NO_HISTORY), (
         "each one costs memory"
@@ -271,8 +271,8 @@ def test_a_server_does_not_start_on_nonsense_about_leases(whole_file: Path, path
     shutil.copy(whole_file, path)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.executescript(STORIES["a more that is no MessagePack"])
-    assert "contradicts itself: the attempt or the history of <Key id:1 " in refused_start(path)
-    with pytest.raises(Exception, match="is damaged: the attempt or the history of"):
+    assert "contradicts itself: the attempt, history or details of <Key id:1 " in refused_start(path)
+    with pytest.raises(Exception, match="is damaged: the attempt, history or details of"):
         copying.verify(path)
 
 
@@ -556,7 +556,7 @@ async def calls(engine):
 {calls}
 
 async def main():
-    await calls(await open_durable(Path(sys.argv[1]), PoolRules(max_block_seconds=600)))
+    await calls((await open_durable(Path(sys.argv[1]), PoolRules(max_block_seconds=600))).default)
     die()
 
 asyncio.run(main())

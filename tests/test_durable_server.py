@@ -77,8 +77,9 @@ def test_acknowledged_changes_survive_a_kill(tmp_path: Path) -> None:
         client.delete(f"{API}/keys/{three['key']}").expect(204)
         leases = {lease["id"]: lease["lease"] for lease in (client.acquire(owner="me"), client.acquire())}
         client.post(f"{API}/keys/{one['key']}/unblock", json={"lease": leases[1]}).expect(200)
+        told_at = time.monotonic()
         rows = {key["id"]: client.row(key["key"]) for key in (one, two)}
-        before, told_at = client.stats(), time.monotonic()
+        before = client.stats()
         crash(server)
     with durable_server(path) as server:
         client = server.client()
@@ -302,11 +303,11 @@ LOAD_GATE = """
             while {while_inspecting} and not gate.exists():
                 time.sleep(0.01)
             return inspect(path)
-        def slow_read(path, size):
+        def slow_read(*where):
             while not {while_inspecting} and not gate.exists():
                 time.sleep(0.001)
-                yield []
-            yield from read_keys(path, size)
+                yield 0, []
+            yield from read_keys(*where)
         datafile.inspect, datafile.read_keys = slow_inspect, slow_read
 """
 
@@ -472,8 +473,8 @@ def test_a_clock_that_jumps_while_the_server_runs(tmp_path: Path) -> None:
         made = [client.make()]
         for jump in (3600, -3600, 86_400):
             set_offset(offset, jump)
-            lease = client.acquire()
             began = time.monotonic()
+            lease = client.acquire()
             assert lease["release_in"] <= 0.3
             assert lease["expires_in"] > 200
             eventually(lambda: client.stats()["blocked"] == 0, "the release")

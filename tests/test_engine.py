@@ -49,7 +49,8 @@ from keypool.core.errors import (
 from keypool.core.keys import Key, State, hint
 from keypool.core.pool import MAX_DUE_PER_CALL
 from keypool.engine import Engine
-from keypool.engine.embedded import RECENT_EVENTS, EmbeddedEngine
+from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.steps import RECENT_EVENTS
 
 # ------------------------------------------------------------------------------------- the calls, as they answer
 

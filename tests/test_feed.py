@@ -33,7 +33,7 @@ from viewing import FEED, Closed, Viewer
 from keypool.core.answers import Stats
 from keypool.core.errors import StorageUnavailable
 from keypool.web import feed
-from keypool.web.feed import Feed
+from keypool.web.feed import Feed, ViewerLimit
 from keypool.web.history import History
 
 
@@ -243,7 +243,7 @@ async def test_a_feed_beats_while_storage_is_away(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(feed, "INTERVAL", 0.01)
     monkeypatch.setattr(feed, "QUIET", 0.03)
     engine = make_engine(Moment())
-    watched = Feed(engine, History(), 5, Moment())
+    watched = Feed(engine, History(), ViewerLimit(5), Moment())
     early, late = Watching(), Watching()
     await watched.join(early)
     assert await early.until(1) == ["hello"]

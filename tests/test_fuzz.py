@@ -336,7 +336,9 @@ def path_shot(rng: random.Random, aim: Range) -> Shot:
 def method_shot(rng: random.Random, aim: Range) -> Shot:
     """A method that the path doesn't take."""
     template = rng.choice(list(ROUTES))
-    path = template.replace("{key}", rng.choice([aim.free, aim.held, f"id:{aim.held_id}"]))
+    path = template.replace("{pool}", "default").replace(
+        "{key}", rng.choice([aim.free, aim.held, f"id:{aim.held_id}"])
+    )
     method = rng.choice([one for one in KNOWN_METHODS if one not in ROUTES[template]])
     body = rng.choice([None, b"{}", b"x" * 100])
     return Shot("method", method, path, encode_request(method, path, aim.host, body=body))

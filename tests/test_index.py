@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from sortedcontainers import SortedDict
 
 from keypool.core import index as index_module
-from keypool.core.index import AttemptIndex, DeadlineBucket, DeadlineIndex, IdIndex, TextIndex
+from keypool.core.index import AttemptIndex, DeadlineBucket, DeadlineIndex, IdIndex
 from keypool.core.keys import ALPHABET, Key
+from keypool.core.texts import TextIndex
 
 FULL = 3
 SETTINGS = settings(

@@ -204,7 +204,7 @@ def test_only_the_timers_and_their_engine_name_tornados_loop() -> None:
         for module in modules().values()
         if any(names(target, "tornado.ioloop") for target in module.imports)
     }
-    assert users <= {"keypool.engine.timers", "keypool.engine.embedded", "keypool.server.sd_notify"}
+    assert users <= {"keypool.engine.timers", "keypool.engine.steps", "keypool.server.sd_notify"}
 
 
 def test_only_the_data_file_and_its_writer_speak_to_sqlite() -> None:

@@ -89,7 +89,7 @@ def drive_calls(server: ServerProcess, key: str, headers: dict[str, str]) -> int
     asked = 0
     with server.client() as client:
         for template in ROUTES:
-            path = template.replace("{key}", key)
+            path = template.replace("{key}", key).replace("{pool}", "default")
             for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
                 for query, body in (
                     ("", None),

@@ -20,6 +20,7 @@ from keypool.core.answers import Unblock
 from keypool.core.errors import PoolFull
 from keypool.core.rules import DEFAULT_RULES, PoolRules
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS
 
@@ -119,7 +120,7 @@ async def test_a_caller_makes_progress_beside_pipelined_batches(http: str) -> No
         return keepalive_many(refs)
 
     engine.keepalive_many = counted  # type: ignore[method-assign]
-    app = make_app(engine, Access())
+    app = make_app(EmbeddedPools(engine), Access())
     server = SERVERS[http](app, None)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
@@ -145,7 +146,7 @@ async def test_a_batch_whose_caller_hangs_up_runs_to_its_end(http: str) -> None:
     """Also if it happens between two slices; only an acquire is cancelled, and leaves no key leased."""
     engine = slow_engine()
     texts = [key.key for key in await engine.generate(COUNT)]
-    app = make_app(engine, Access())
+    app = make_app(EmbeddedPools(engine), Access())
     server = SERVERS[http](app, None)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)

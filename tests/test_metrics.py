@@ -20,9 +20,9 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def parsed(text: str) -> Samples:
-    """Every sample by name and labels."""
+    """Every sample by name and labels, without the label of the pool `default`."""
     return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
+        (sample.name, frozenset(sample.labels.items() - {("pool", "default")})): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -161,6 +161,27 @@ async def test_reports_are_counted_by_outcome(pages: Browser) -> None:
     assert states == [1, 0, 1, 1]
 
 
+async def test_each_pool_has_series_of_its_own(pages: Browser) -> None:
+    """Under the label `pool`, which goes with the pool; histograms are over all pools."""
+    (await pages.call("PUT", "/pools/openai", {"max_keys": 7})).expect(201)
+    (await pages.call("POST", "/pools/openai/batch", {"op": "generate", "count": 3})).expect(201)
+    (await pages.call("POST", "/pools/openai/keys/acquire")).expect(200)
+    found = await scraped(pages)
+    assert value(found, "keypool_keys", pool="openai", state="available") == 2
+    assert value(found, "keypool_keys", state="available") == 0
+    assert value(found, "keypool_generated_total", pool="openai") == 3
+    assert value(found, "keypool_pool_max_keys", pool="openai") == 7
+    (await pages.call("POST", "/pools/openai/keys/acquire", {"wait": 0.01})).expect(200)
+    (await pages.call("POST", "/pools/openai/keys/acquire", {"wait": 0.01})).expect(200)
+    (await pages.call("POST", "/pools/openai/keys/acquire", {"wait": 0.01})).expect(404)
+    assert value(await scraped(pages), "keypool_acquire_wait_seconds_count") == 1
+    (await pages.call("DELETE", "/pools/openai?drain=true&now=true")).expect(202)
+    for _ in range(1000):
+        if (await pages.call("GET", "/pools/openai")).status == 404:
+            break
+    assert not [labels for _, labels in await scraped(pages) if ("pool", "openai") in labels]
+
+
 @guarded
 async def test_refusals_count_under_their_operation(pages: Browser) -> None:
     """A wrong token or a missing role counts under the operation that was requested."""
@@ -257,6 +278,7 @@ async def test_no_label_holds_a_key_an_owner_or_a_path(pages: Browser) -> None:
     allowed |= {"keypool_limit": {"limit"}}
     allowed |= {"keypool_calls_total": {"operation", "outcome"}, "keypool_call_seconds": {"operation", "le"}}
     allowed |= {"keypool_auth_failures_total": {"kind"}, "keypool_outcomes_total": {"outcome"}}
+    # The one pool there is, `default`, is left out by `parsed`.
     for name, labels in parsed(text):
         base = name if name in BY_NAME else SUFFIX.sub("", name)
         assert {label for label, _ in labels} <= allowed.get(base, {"le"}), f"{name} {sorted(labels)}"

@@ -25,13 +25,20 @@ from valkeys import Valkey, new_pool, shared_cluster, shared_valkey
 
 from keypool.cli.main import main
 from keypool.core.counters import COUNTERS
+from keypool.core.errors import StartError
+from keypool.core.events import By, Origin
 from keypool.core.handles import SECRET_BYTES
-from keypool.core.keys import State
+from keypool.core.keys import NEVER, Details, Key, State
+from keypool.core.rules import PoolRules
 from keypool.engine.durable import datafile, file_lock
+from keypool.engine.durable.checks import new_checks
 from keypool.engine.durable.rows import row_of
 from keypool.engine.migrate.moving import FileSource, FileTarget, Moved, Source, Target, move
-from keypool.engine.migrate.moving_valkey import ValkeyPool
+from keypool.engine.migrate.moving_valkey import ValkeyPlace
+from keypool.engine.sealing import Sealer
+from keypool.engine.valkey.opening import open_valkey
 from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.url import parse
 
 
 @pytest.fixture(params=["valkey", pytest.param("cluster", marks=pytest.mark.thorough)])
@@ -211,15 +218,137 @@ def test_all_about_leases_moves(by_way_of: str | None, tmp_path: Path) -> None:
         if by_way_of is None:
             return [await moved(FileSource(first), FileTarget(last))]
         url = new_pool(shared_valkey() if by_way_of == "valkey" else shared_cluster())
-        there = await moved(FileSource(first), await ValkeyPool.target(url, None, clear=False))
-        return [there, await moved(await ValkeyPool.source(url), FileTarget(last))]
+        there = await moved(FileSource(first), await ValkeyPlace.target(url, None, clear=False))
+        return [there, await moved(await ValkeyPlace.source(url), FileTarget(last))]
 
     for each in asyncio.run(run()):
         assert (each.keys, each.states) == (len(keys), Counter(key.state for key in keys))
-    found = {key.id: key for some in datafile.read_keys(last, 100) for key in some}
+    found = {key.id: key for _, some in datafile.read_keys(last, 100) for key in some}
     assert [durable(found[key.id]) for key in keys] == [durable(key) for key in keys]
-    assert {name: datafile.inspect(last)[name] for name in numbers} == numbers
+    assert {name: datafile.inspect(last).numbers[name] for name in numbers} == numbers
     assert datafile.secret_of(last) == datafile.secret_of(first)
+
+
+SECRETS = (b"s" * 32,)
+
+
+def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
+    """A data file with three pools, one of them draining, and keys with all that an operator may have written."""
+    kinds = keys_of_all_kinds()
+    details = Details(True, "acct 1", {"region": "eu"}, b'{"user":"x"}')
+    imported = Key(100, "sk-live-1", 1_700_000_000.0, NEVER, details=details)
+    held = Key(7, "h:1.2.AAAAAAAAAAA", 1_700_000_000.0, 1_700_000_900.0, lease=9, details=Details(True))
+    now = float(round(time.time()))
+    held.state, held.release_deadline, held.acquired_at = State.BLOCKED, now + 600, now
+    held.client, held.owner = "ann", "wörker"
+    keys = {0: kinds if sealer is None else [*kinds[:3], imported], 3: [held] if sealer else kinds[:2], 5: []}
+    rows = [row_of(key, pool, sealer) for pool, some in keys.items() for key in some]
+    with contextlib.closing(datafile.connect(path)) as database:
+        if sealer is not None:
+            datafile.add_secrets(
+                database,
+                {
+                    datafile.CHECK + name: value
+                    for name, value in new_checks(datafile.Facts(), sealer).items()
+                },
+            )
+        database.execute("BEGIN")
+        database.executemany(datafile.UPSERT, rows)
+        for number, name, settings, draining in (
+            (3, "openai", '{"block_seconds":20.0,"keepalive_seconds":null}', 0), (5, "old", "{}", 1),
+        ):  # fmt: skip
+            database.execute(datafile.DEFINE, (number, name, settings, draining))
+        numbers = {
+            "last_id": 500,
+            "last_lease": 700,
+            "3/last_id": 9,
+            "3/last_lease": 9,
+            "3/generated": 4,
+            "last_pool": 6,
+        }
+        database.executemany(datafile.SET_POOL, numbers.items())
+        database.execute("COMMIT")
+    return keys
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("partitions", [1, pytest.param(4, marks=pytest.mark.thorough)])
+def test_all_pools_move_to_one_valkey_and_another_and_back(
+    tmp_path: Path, *, sealed: bool, partitions: int
+) -> None:
+    """Their settings, numbers, counters; names, labels, data; encrypted ones stay so. Ids and leases go on."""
+    first, last = tmp_path / "first.db", tmp_path / "last.db"
+    secrets = SECRETS if sealed else ()
+    sealer = Sealer(SECRETS) if sealed else None
+    keys = many_pools(first, sealer)
+    one, two = new_pool(shared_valkey()), new_pool(shared_valkey())
+
+    async def moved(source: Source, target: Target) -> Moved:
+        try:
+            return await move(source, target, lambda done: None)
+        finally:
+            await target.close()
+            await source.close()
+
+    async def run() -> None:
+        target = await ValkeyPlace.target(one, partitions, clear=False, secrets_keys=secrets)
+        there = await moved(FileSource(first, secrets), target)
+        assert (there.keys, there.pools) == (sum(map(len, keys.values())), 2)
+        target = await ValkeyPlace.target(two, None, clear=False, secrets_keys=secrets)
+        await moved(await ValkeyPlace.source(one, secrets), target)
+        await moved(await ValkeyPlace.source(two, secrets), FileTarget(last, secrets))
+        pools = await open_valkey(parse(two), None, PoolRules(), secrets_keys=secrets)
+        try:
+            engine = pools.get("openai")
+            assert engine.rules.block_seconds == 20
+            assert engine.rules.keepalive_seconds is None
+            [made] = await engine.generate(1)
+            assert made.id > 9
+            lease = await engine.acquire(None, 0)
+            assert lease.lease > 9
+            await pools.put("new", {}, Origin(By.OPERATOR))
+            assert pools._pools["new"].stored.entry.number == 7
+        finally:
+            await pools.close()
+
+    asyncio.run(run())
+    facts = datafile.inspect(last)
+    assert facts.pools == datafile.inspect(first).pools
+    assert facts.numbers["3/generated"] == 4
+    assert facts.numbers["last_pool"] == 6
+    assert (facts.numbers["3/last_id"], facts.numbers["last_id"]) == (9, 500)
+    found = {
+        (pool, key.id): (durable(key), key.details, key.client)
+        for pool, some in datafile.read_keys(last, 100, sealer)
+        for key in some
+    }
+    assert found == {
+        (pool, key.id): (durable(key), key.details, key.client) for pool, some in keys.items() for key in some
+    }
+    assert datafile.secret_of(last) == datafile.secret_of(first)
+    if sealed:
+        for path in (first, last):
+            assert b"sk-live-1" not in path.read_bytes()
+        with pytest.raises(StartError, match="SECRETS_KEY"):
+            FileSource(last)
+        with pytest.raises(StartError, match="SECRETS_KEY"):
+            asyncio.run(ValkeyPlace.source(two))
+
+
+def test_keys_from_elsewhere_do_not_move_in_clear_to_valkey(empty: str, tmp_path: Path) -> None:
+    """As they can't be imported there either."""
+    path = tmp_path / "keypool.db"
+    fill(path, [row_of(Key(1, "sk-live-1", 1_700_000_000.0, NEVER, details=Details(True)))])
+    refused(migrate(path, empty), 1, "KEYPOOL_SECRETS_KEY", "--clear")
+
+
+def test_a_move_between_valkeys_is_run_by_the_command(data: Path, empty: str) -> None:
+    """From one place to another."""
+    assert migrate(data, empty).returncode == 0
+    ran = migrate(empty, f"{empty}-2")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "keys\t3\n" in ran.stdout
+    refused(migrate(empty, empty), 1, "already")
 
 
 def test_a_file_of_an_older_version_moves(tmp_path: Path) -> None:
@@ -238,7 +367,7 @@ def test_a_file_of_an_older_version_moves(tmp_path: Path) -> None:
 
     assert asyncio.run(run()).states == {State.AVAILABLE: 1, State.BLOCKED: 1}
     assert (datafile.version_of(first), datafile.version_of(last)) == (2, datafile.VERSION)
-    assert [key.lease for some in datafile.read_keys(last, 9) for key in some] == [0, 7]
+    assert [key.lease for _, some in datafile.read_keys(last, 9) for key in some] == [0, 7]
     assert len(datafile.secret_of(last) or b"") == SECRET_BYTES
 
 
@@ -332,7 +461,7 @@ def test_what_cannot_be_moved_is_one_line(empty: str, data: Path, tmp_path: Path
     line = refused(migrate(data, "valkey://:sesame@127.0.0.1:x/0"), 2, "valkey://HOST")
     assert "sesame" not in line
     refused(migrate(data, tmp_path / "other.db"), 2, "on the other")
-    refused(migrate(empty, empty), 2, "on the other")
+    refused(migrate(empty, empty), 1, "no pool")
     (tmp_path / "text.db").write_text("no database")
     refused(migrate(tmp_path / "text.db", empty), 1, "damaged")
     assert not list(tmp_path.glob("*.migrating"))
@@ -390,7 +519,7 @@ def test_an_interrupted_move_to_valkey_is_run_again_with_clear(empty: str, tmp_p
     path = a_file(tmp_path / "keypool.db", 4500)
 
     async def opening() -> tuple[Source, Target]:
-        return FileSource(path), await ValkeyPool.target(empty, None, clear=False)
+        return FileSource(path), await ValkeyPlace.target(empty, None, clear=False)
 
     interrupt(opening)
     refused(migrate(path, empty), 1, "--clear")
@@ -411,7 +540,7 @@ def test_an_interrupted_move_to_a_file_leaves_none(empty: str, tmp_path: Path) -
     target, temporary = tmp_path / "new.db", tmp_path / "new.db.migrating"
 
     async def opening() -> tuple[Source, Target]:
-        return await ValkeyPool.source(empty), FileTarget(target)
+        return await ValkeyPlace.source(empty), FileTarget(target)
 
     interrupt(opening)
     assert not target.exists()

@@ -31,6 +31,7 @@ from keypool.api import wrong_tokens
 from keypool.api.auth import Access
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS, HttpServer
 
@@ -345,7 +346,7 @@ async def cut_in_the_body(session: Session) -> None:
 
 async def early_refusal(session: Session) -> None:
     wire = await session.fresh()
-    head = request("POST", API + "/batch", None, "Expect: 100-continue")
+    head = request("POST", API + "/keys/acquire", None, "Expect: 100-continue")
     await wire.send(head.replace(b"Content-Length: 0", b"Content-Length: 900000"))
     assert (await wire.answer())[0] == 413
     wire.close()
@@ -495,7 +496,7 @@ async def left_by(kind: Kind, engine: EmbeddedEngine, times: int) -> Left:
     """What is left of doing this so many times."""
     servers, ports, apps = [], [], []
     for access in (Access(), Access([TOKENS["client"]], [TOKENS["viewer"]], ["admin-token-0f5be8d36"])):
-        app = make_app(engine, access)
+        app = make_app(EmbeddedPools(engine), access)
         server = make_server(app, None)
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
@@ -564,7 +565,10 @@ def _named(kinds: list[Kind]) -> list[Any]:
     return [pytest.param(kind, id=kind.act.__name__) for kind in kinds]
 
 
-@pytest.fixture(autouse=True, params=list(SERVERS))
+_OTHER_SERVERS = [pytest.param(name, marks=pytest.mark.thorough) for name in SERVERS if name != "fast"]
+
+
+@pytest.fixture(autouse=True, params=["fast", *_OTHER_SERVERS])
 def _on_each_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "make_server", SERVERS[request.param])
 
@@ -602,7 +606,7 @@ def test_a_durable_request_leaves_nothing_to_the_collector(kind: Kind, tmp_path:
     times = TIMES // 2
 
     async def main() -> Left:
-        engine = await open_durable(tmp_path / "keys.db")
+        engine = (await open_durable(tmp_path / "keys.db")).default
         return await left_by(kind, engine, times)
 
     expect_nothing_of(run_on("uvloop", main), times)

@@ -15,7 +15,7 @@ import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from openapi_spec_validator import validate
-from support import ADMIN_TOKEN, API, ROUTES, Client, ServerProcess
+from support import ADMIN_TOKEN, API, OF_POOLS, ROUTES, Client, ServerProcess
 
 from keypool.api.bodies import MOST_SECONDS
 from keypool.api.first_version import LEGACY
@@ -34,6 +34,14 @@ NOT_FOR: dict[str, set[str]] = {
     "unblock": {"positive_data_acceptance"},
     "extend": {"positive_data_acceptance"},
     "batch": {"positive_data_acceptance"},
+    # A name without a `secret`, a `now` without `drain`, a `max_block_seconds` below the `block_seconds`.
+    "generate": {"positive_data_acceptance"},
+    "pool-delete": {"positive_data_acceptance"},
+    "pool-put": {"positive_data_acceptance"},
+    "pool-change": {"positive_data_acceptance"},
+    # Lengths in bytes, and characters that aren't allowed.
+    "replace": {"positive_data_acceptance"},
+    "update": {"positive_data_acceptance"},
     # The first version's 400 for an unknown key, which its clients compare: any key that is made up is unknown.
     "legacy-unblock": {"positive_data_acceptance"},
     "legacy-delete": {"positive_data_acceptance"},
@@ -42,6 +50,8 @@ NOT_FOR: dict[str, set[str]] = {
 TAKES_ANYTHING = {"health", "ready", "metrics"}
 # A websocket: a later test asks it what a plain GET is answered; the rest is the feed's own tests'.
 NOT_DRIVEN = {"feed"}
+# Under the path of a pool: the same operations, on a pool that isn't there if its name is made up.
+IN_POOL = "-in-pool"
 
 
 def operations(doc: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -53,7 +63,11 @@ def operations(doc: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 CALLS = (*OPERATIONS, *LEGACY)
 DOCUMENT = document((*CALLS, describing(CALLS, open=False)), open=False)
-NAMES = [name for _, _, name in operations(DOCUMENT) if name not in NOT_DRIVEN]
+NAMES = [
+    name
+    for _, _, name in operations(DOCUMENT)
+    if name not in NOT_DRIVEN and (name == "stats-in-pool" or not name.endswith(IN_POOL))
+]
 
 
 # -------------------------------------------------------------------------------------------------- the document
@@ -89,7 +103,7 @@ def test_answers_of_batches_are_discriminated_by_op() -> None:
     assert schema["discriminator"]["propertyName"] == "op"
     mapping = schema["discriminator"]["mapping"]
     assert set(mapping) == {
-        *("acquire", "keepalive", "unblock", "extend", "delete", "quarantine", "restore"),
+        *("import", "acquire", "keepalive", "unblock", "extend", "delete", "quarantine", "restore"),
     }
     assert [option["$ref"] for option in schema["oneOf"]] == list(mapping.values())
     components = DOCUMENT["components"]["schemas"]
@@ -108,7 +122,7 @@ def test_acquires_take_an_idempotency_key() -> None:
         for each in path.values()
         if any(one["name"] == "Idempotency-Key" for one in each.get("parameters", ()))
     }
-    assert takers == {"acquire", "batch"}
+    assert takers == {"acquire", "acquire-in-pool", "batch", "batch-in-pool"}
     answers = DOCUMENT["paths"][f"{API}/keys/acquire"]["post"]["responses"]
     assert "Idempotent-Replayed" in answers["200"]["headers"]
     assert "superseded" in answers["409"]["description"]
@@ -117,7 +131,9 @@ def test_acquires_take_an_idempotency_key() -> None:
 def test_examples_fit_their_schemas() -> None:
     """Each is what its operation takes: it is decoded by the types of the bodies."""
     examples = {
-        each["operationId"]: each["requestBody"]["content"]["application/json"]["example"]
+        each["operationId"].removesuffix(IN_POOL): each["requestBody"]["content"]["application/json"][
+            "example"
+        ]
         for path in DOCUMENT["paths"].values()
         for each in path.values()
         if "requestBody" in each
@@ -126,6 +142,20 @@ def test_examples_fit_their_schemas() -> None:
     assert set(examples) == set(bodies)
     for name, example in examples.items():
         msgspec.convert(example, bodies[name])
+
+
+def test_the_paths_of_a_pool_have_the_operations_of_default() -> None:
+    """The same schemas, which stand in the document once, and one more parameter."""
+    paths = DOCUMENT["paths"]
+    for path, described in paths.items():
+        for method, each in described.items():
+            if each["operationId"].endswith(IN_POOL):
+                pool, *others = each["parameters"]
+                assert pool["name"] == "pool"
+                there = paths[path.replace("/pools/{pool}", "")][method]
+                assert there["responses"] == each["responses"]
+                assert there.get("requestBody") == each.get("requestBody")
+                assert there.get("parameters", []) == others
 
 
 def test_moments_are_dates() -> None:
@@ -140,10 +170,10 @@ def test_it_has_every_path_and_method_and_no_other(client: Client) -> None:
     described: dict[str, set[str]] = {}
     for path, method, _ in operations(doc):
         described.setdefault(path, set()).add(method)
-    wanted = {path: methods - {"HEAD"} for path, methods in ROUTES.items()}
+    wanted = {path: methods - {"HEAD"} for path, methods in {**ROUTES, **OF_POOLS}.items()}
     for path in [path for path in wanted if path + "/" in wanted]:
         del wanted[path + "/"]
-    assert described == wanted | {API + "/feed": {"GET"}}
+    assert described == wanted | {API + "/feed": {"GET"}, API + "/pools/{pool}/feed": {"GET"}}
 
 
 def test_every_call_names_the_errors_of_its_own() -> None:
@@ -181,6 +211,9 @@ def purge_all(server: ServerProcess, token: str | None) -> None:
     with server.client(token) as client:
         while rows := client.get(API + "/keys?limit=500").expect(200)["keys"]:
             client.batch(op="delete", keys=[f"id:{row['id']}" for row in rows]).expect(200)
+        for pool in client.get(API + "/pools").expect(200)["pools"]:
+            if pool["name"] != "default":
+                client.delete(f"{API}/pools/{pool['name']}?drain=true&now=true")
 
 
 def hurry(case: Any) -> None:
@@ -195,7 +228,20 @@ def hurry(case: Any) -> None:
         body["count"] = min(body["count"], 3) if body["count"] > 0 else body["count"]
 
 
-QUICK = {"generate", "acquire", "batch", "extend", "list", "quarantine", "unblock"}
+QUICK = {
+    *(
+        "generate",
+        "acquire",
+        "batch",
+        "extend",
+        "list",
+        "quarantine",
+        "unblock",
+        "find",
+        "update",
+        "pool-put",
+    ),
+}
 
 
 @pytest.mark.parametrize("mode", ["fitting", pytest.param("not fitting", marks=pytest.mark.thorough)])
@@ -217,7 +263,7 @@ def test_the_server_keeps_to_its_document(
     doc = session.get(f"{url}{API}/openapi.json", timeout=30).json()
     schema = schemathesis.openapi.from_dict(doc)
     operation = schema.find_operation_by_id(name)
-    if mode != "fitting" and (name in TAKES_ANYTHING or not has_inputs(operation)):
+    if mode != "fitting" and (name in TAKES_ANYTHING or not can_be_wrong(operation)):
         pytest.skip("it takes no input that could be wrong")
     modes = schemathesis.GenerationMode
     generated = modes.POSITIVE if mode == "fitting" else modes.NEGATIVE
@@ -239,9 +285,9 @@ def test_the_server_keeps_to_its_document(
     drive()
 
 
-def has_inputs(operation: Any) -> bool:
-    """Whether there is anything to generate."""
-    return bool(operation.path_parameters or operation.query or operation.body)
+def can_be_wrong(operation: Any) -> bool:
+    """Whether any input doesn't fit: any text may be a key in a path."""
+    return bool(operation.query or operation.body)
 
 
 def test_pages_have_the_types_of_the_document(server: ServerProcess) -> None:

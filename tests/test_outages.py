@@ -25,9 +25,9 @@ from keypool.core.pool import Pool
 from keypool.engine import embedded
 from keypool.engine.durable import datafile, journal
 from keypool.engine.durable.file_lock import log_of
-from keypool.engine.durable.journal import FileJournal, Storage
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.durable.rows import Batch, encode
+from keypool.engine.durable.states import Storage
 from keypool.engine.durable.wire import Verdict
 from keypool.engine.durable.writer import Writer
 
@@ -172,7 +172,7 @@ def test_the_grace_is_on_disk_before_anything_is_answered(writers: list[HeldWrit
                 writer.close()
             rows = [row for some in datafile.read_rows(path, 9) for row in some]
             assert [row[3] for row in rows] == [round((held.clock() + 150) * 1000)] * 2
-        assert datafile.GRACE not in datafile.inspect(path)
+        assert datafile.GRACE not in datafile.inspect(path).numbers
         assert one
 
     run(test)
@@ -350,12 +350,11 @@ async def test_an_idle_writer_reports_that_the_file_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a call that changes anything."""
-    monkeypatch.setattr(journal, "_IDLE", 0.05)
+    monkeypatch.setattr(journal, "_UNSEEN", 0.05)
     monkeypatch.setattr(journal, "_WATCH", 0.02)
     path = tmp_path / "keypool.db"
-    engine = await open_durable(path)
-    assert isinstance(engine.journal, FileJournal)
-    counted = engine.journal.commit_seconds.count
+    engine = (await open_durable(path)).default
+    counted = engine.journal.histograms()["commit_seconds"].count
     await engine.generate(1)
     logging.getLogger("keypool.journal").setLevel(logging.CRITICAL)
     try:
@@ -373,8 +372,10 @@ async def test_an_idle_writer_reports_that_the_file_is_gone(
         assert (await engine.generate(1))[0].id == 2
     finally:
         logging.getLogger("keypool.journal").setLevel(logging.NOTSET)
-    assert engine.journal.commit_seconds.sum < 60, "the probe was measured from the start of the machine"
-    assert engine.journal.commit_seconds.count > counted
+    assert engine.journal.histograms()["commit_seconds"].sum < 60, (
+        "the probe was measured from the start of the machine"
+    )
+    assert engine.journal.histograms()["commit_seconds"].count > counted
     await engine.close()
     assert len([row for some in datafile.read_rows(path, 9) for row in some]) == 2
 
@@ -389,11 +390,11 @@ def test_a_log_that_was_deleted_is_noticed_and_nothing_is_lost(tmp_path: Path) -
     assert writer.commit([encode(Batch([], [], {"last_id": 3}))]) == Verdict()
     log_of(path).unlink()
     assert "its log was deleted" in str(writer.commit([encode(Batch([], [], {"last_id": 4}))]).error)
-    assert datafile.inspect(path) == {"last_id": 3}
+    assert datafile.inspect(path).numbers == {"last_id": 3}
     assert writer.commit([encode(Batch([], [], {"last_id": 5}))]) == Verdict()
     assert log_of(path).exists()
     writer.close()
-    assert datafile.inspect(path) == {"last_id": 5}
+    assert datafile.inspect(path).numbers == {"last_id": 5}
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
@@ -411,9 +412,11 @@ def test_no_commit_goes_to_a_file_without_its_name(tmp_path: Path, how: str) -> 
     for _ in range(2):
         assert "deleted, moved or replaced" in str(writer.commit([encode(Batch())]).error)
         assert path.exists() == (how == "replaced")
-    assert datafile.inspect(away) == {"last_id": 3}, "what was told is not in the file itself"
+    assert datafile.inspect(away).numbers == {"last_id": 3}, "what was told is not in the file itself"
     if how == "replaced":
-        assert datafile.inspect(path) == {"last_id": 99}, "the log of one file was taken for the other's"
+        assert datafile.inspect(path).numbers == {"last_id": 99}, (
+            "the log of one file was taken for the other's"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- incomplete copies
@@ -445,7 +448,9 @@ def test_a_live_file_copied_without_its_log_is_refused(tmp_path: Path) -> None:
                 datafile.inspect(bare)
             assert bare.read_bytes() == before
             assert sorted(tmp_path.glob("bare*-*")) == []
-            assert datafile.inspect(copy(path, tmp_path / f"whole{number}", "-wal"))["last_id"] == number
+            assert (
+                datafile.inspect(copy(path, tmp_path / f"whole{number}", "-wal")).numbers["last_id"] == number
+            )
             for how in ("VACUUM", "backup"):
                 made = tmp_path / f"{how}{number}"
                 with contextlib.closing(sqlite3.connect(path)) as source:
@@ -454,15 +459,15 @@ def test_a_live_file_copied_without_its_log_is_refused(tmp_path: Path) -> None:
                     else:
                         with contextlib.closing(sqlite3.connect(made)) as target:
                             source.backup(target)
-                assert datafile.inspect(made)["last_id"] == number
+                assert datafile.inspect(made).numbers["last_id"] == number
     crashed = copy(path, tmp_path / "crashed", "-wal")
     with contextlib.closing(sqlite3.connect(crashed)) as shell:  # an operator looks, which brings the log in
         assert shell.execute("SELECT count(*) FROM batches").fetchone()[0] > 0
     assert not log_of(crashed).exists()
-    assert datafile.inspect(crashed)["last_id"] == 400
+    assert datafile.inspect(crashed).numbers["last_id"] == 400
     writer.close()
-    assert datafile.inspect(path)["last_id"] == 400
-    assert datafile.inspect(copy(path, tmp_path / "closed"))["last_id"] == 400
+    assert datafile.inspect(path).numbers["last_id"] == 400
+    assert datafile.inspect(copy(path, tmp_path / "closed")).numbers["last_id"] == 400
 
 
 # ------------------------------------------------------------------------------------------------------ the start

@@ -33,9 +33,10 @@ from keypool.core import pool as pool_module
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import BlockLimit, LeaseOver, PoolError, StaleLease, UnknownKey
 from keypool.core.events import DEADLINE, HOLDER, SILENT, By, Change, Origin
-from keypool.core.keys import Key, State
+from keypool.core.keys import Details, Key, State
+from keypool.core.keyset import PageQuery
 from keypool.core.outcomes import Outcome, Report
-from keypool.core.pool import Ended, PageQuery, Pool
+from keypool.core.pool import Ended, Pool
 from keypool.core.rules import PoolRules
 
 MAX_KEYS = 8
@@ -45,7 +46,7 @@ OPERATOR = Origin(By.OPERATOR, "ops")
 COUNTER_OF = {Change.QUARANTINED: "quarantines"} | {
     change: change.value for change in Change if change.value in COUNTERS
 }
-DURABLE = Key.__struct_fields__[: Key.__struct_fields__.index("history") + 1]
+DURABLE = Key.__struct_fields__[: Key.__struct_fields__.index("details") + 1]
 ATTEMPTS = (b"one" * 5 + b".", b"two" * 5 + b".")
 RULES = (
     PoolRules(),
@@ -69,6 +70,7 @@ class PlainKey:
     expires: float
     lease: int = 0
     owner: str | None = None
+    client: str | None = None
     attempt: bytes | None = None
     acquired_at: float = 0.0
     release: float | None = None  # while blocked
@@ -81,6 +83,15 @@ class PlainKey:
     outcome: Outcome | None = None
     reason: str | None = None
     operators_reason: str | None = None
+    former: str | None = None
+    imported: bool = False
+    name: str | None = None
+    labels: dict[str, str] | None = None
+    data: bytes | None = None
+
+    @property
+    def details(self) -> Details:
+        return Details(self.imported, self.name, self.labels, self.data, self.former)
 
     @property
     def state(self) -> State:
@@ -98,7 +109,17 @@ class Plain:
         self.rules = rules
         self.now = START
         self.keys: dict[int, PlainKey] = {}
+        self.dead: dict[int, str] = {}  # the texts of keys that lived
         self.events: dict[int, list[Told]] = defaultdict(list)
+
+    def with_text(self, text: str) -> PlainKey | None:
+        """The key that this text names."""
+        return next((key for key in self.keys.values() if text in (key.text, key.former)), None)
+
+    def alive_until(self) -> float:
+        """When a key that is kept alive now expires."""
+        seconds = self.rules.keepalive_seconds
+        return math.inf if seconds is None else self.now + seconds
 
     def in_state(self, state: State | None) -> list[PlainKey]:
         return [key for key in self.keys.values() if state in (None, key.state)]
@@ -117,10 +138,10 @@ class Plain:
 
     def purge(self, key: PlainKey, change: Change, origin: Origin) -> None:
         self.events[key.id].append((change, key.owner, origin))
-        del self.keys[key.id]
+        self.dead[key.id] = self.keys.pop(key.id).text
 
     def generated(self, id: int, text: str) -> None:
-        self.keys[id] = PlainKey(id, text, self.now + self.rules.keepalive_seconds)
+        self.keys[id] = PlainKey(id, text, self.alive_until())
         self.events[id].append((Change.GENERATED, None, HOLDER))
 
     def acquired(
@@ -135,6 +156,7 @@ class Plain:
         self, key: PlainKey, change: Change, at: float, origin: Origin, ready: float = 0.0
     ) -> None:
         owner, key.owner, key.release, key.attempt = key.owner, None, None, None
+        key.client = key.former = None
         self.events[key.id].append((change, owner, origin))
         if key.to_be_quarantined:
             self._quarantine(key, owner, origin)
@@ -201,7 +223,8 @@ class Plain:
         key.failures, key.failed_at = self.failures(key) + 1, self.now
         if report.retry_after is not None:
             return min(report.retry_after, self.rules.max_retry_after_seconds)
-        if report.outcome is Outcome.ERROR and key.failures < self.rules.error_threshold:
+        threshold = self.rules.error_threshold
+        if report.outcome is Outcome.ERROR and (threshold is None or key.failures < threshold):
             return 0.0
         return self._back_off(key.failures)
 
@@ -227,12 +250,14 @@ class LeasesMachine(RuleBasedStateMachine):
     """See the module."""
 
     due_per_call: ClassVar[int] = pool_module.MAX_DUE_PER_CALL
+    scan_limit: ClassVar[int] = 4
+    plain: Plain
 
     def __init__(self) -> None:
         super().__init__()
         self._patches = pytest.MonkeyPatch()
         self._patches.setattr(pool_module, "MAX_DUE_PER_CALL", self.due_per_call)
-        self._patches.setattr(pool_module, "PAGE_SCAN_LIMIT", 4)
+        self._patches.setattr(pool_module, "PAGE_SCAN_LIMIT", self.scan_limit)
         self.now = START
         self.chance = 0.0
         self.subject = 1  # the key that the latest call was about
@@ -248,10 +273,13 @@ class LeasesMachine(RuleBasedStateMachine):
     @initialize(rules=st.sampled_from(RULES), keys=st.integers(1, 4))
     def start(self, rules: PoolRules, keys: int) -> None:
         """A pool with some keys."""
-        self.plain = Plain(rules)
+        self.plain = self._new_plain(rules)
         self.pool = self._new_pool(rules)
         for _ in range(keys):
             self._generate()
+
+    def _new_plain(self, rules: PoolRules) -> Plain:
+        return Plain(rules)
 
     def _new_pool(self, rules: PoolRules) -> Pool:
         return Pool(rules, new_text=self.new_text, random=lambda: self.chance, on_change=self._on_change)
@@ -269,8 +297,10 @@ class LeasesMachine(RuleBasedStateMachine):
             self.subject = (ids or range(1, self.pool.last_id + 1))[which % (len(ids) or self.pool.last_id)]
         id = self.subject
         plain = self.plain.keys.get(id)
+        text = self.plain.dead[id] if plain is None else plain.text
+        by_text = by_text and self.plain.with_text(text) is plain  # of the dead, another may have it
         try:
-            found = self.pool.find(f"{id:020}", self.now) if by_text else self.pool.find_id(id, self.now)
+            found = self.pool.find(text, self.now) if by_text else self.pool.find_id(id, self.now)
         except UnknownKey:
             assert plain is None, f"id:{id} is unknown, but it is {plain}"
             return None
@@ -280,10 +310,9 @@ class LeasesMachine(RuleBasedStateMachine):
 
     def _expect_same(self, key: Key, plain: PlainKey) -> None:
         """Fails unless a key, which no overdue deadline has, is what the model has."""
-        held = {
-            name: getattr(key, name) for name in ("state", "lease", "owner", "attempt", "quarantine_pending")
-        }
-        wanted = {name: getattr(plain, name) for name in ("state", "lease", "owner", "attempt")}
+        alike = ("text", "state", "lease", "owner", "client", "attempt", "details")
+        held = {name: getattr(key, name) for name in (*alike, "quarantine_pending")}
+        wanted = {name: getattr(plain, name) for name in alike}
         wanted["quarantine_pending"] = plain.to_be_quarantined
         held["deadlines"] = key.expires_deadline, key.release_deadline
         wanted["deadlines"] = plain.expires, plain.ready if plain.release is None else plain.release
@@ -312,16 +341,19 @@ class LeasesMachine(RuleBasedStateMachine):
         owner=st.sampled_from([None, "ann", "bob"]),
         block=st.sampled_from(["default", "short", "longest"]),
         attempt=st.sampled_from([None, ATTEMPTS[0], *ATTEMPTS]),
+        client=st.sampled_from([None, "worker"]),
     )
-    def acquire(self, chance: float, owner: str | None, block: str, attempt: bytes | None) -> None:
+    def acquire(
+        self, chance: float, owner: str | None, block: str, attempt: bytes | None, client: str | None = None
+    ) -> None:
         """An available key, if there is one; mostly there is."""
         self.chance = chance
         if not self.plain.in_state(State.AVAILABLE):
             self._generate()
         seconds = {"default": None, "short": 1.5, "longest": self.plain.rules.longest_block}[block]
-        key = self.pool.acquire(self.now, owner, seconds, attempt)
+        key = self.pool.acquire(self.now, owner, seconds, attempt, client)
         while key is None and self.pool.may_have_more(self.now):
-            key = self.pool.acquire(self.now, owner, seconds, attempt)
+            key = self.pool.acquire(self.now, owner, seconds, attempt, client)
         wanted = {plain.id for plain in self.plain.in_state(State.AVAILABLE)}
         if key is None:
             assert not wanted, f"nothing was served, though ids {wanted} are available"
@@ -329,6 +361,7 @@ class LeasesMachine(RuleBasedStateMachine):
         assert key.id in wanted, f"{key!r} was served, but only ids {wanted} are available"
         assert key.lease == self.pool.last_lease > self.plain.keys[key.id].lease
         self.plain.acquired(self.plain.keys[key.id], key.lease, owner, seconds, attempt)
+        self.plain.keys[key.id].client = client
         self.subject = key.id
 
     @rule(
@@ -446,7 +479,7 @@ class LeasesMachine(RuleBasedStateMachine):
         found = self._find(which, by_text=True)
         if found is not None:
             self.pool.keepalive(found[0], self.now)
-            found[1].expires = self.now + self.plain.rules.keepalive_seconds
+            found[1].expires = self.plain.alive_until()
             self._expect_same(*found)
 
     @rule(which=st.sampled_from(WHICH), delete=MOSTLY)
@@ -464,16 +497,16 @@ class LeasesMachine(RuleBasedStateMachine):
             self.plain.generated(key.id, key.text)
 
     @rule(
-        listed=st.sampled_from(
+        what=st.sampled_from(
             [(state, order) for state in (None, *State) for order in ("id", "expiry")]
             + [(State.BLOCKED, "release"), (State.COOLING, "ready")]
         ),
         limit=st.integers(1, 5),
     )
-    def read_a_list(self, listed: tuple[State | None, str], limit: int) -> None:
+    def read_a_list(self, what: tuple[State | None, str], limit: int) -> None:
         """Page by page, to its end."""
         self._settle_a_crowd()
-        state, order = listed
+        state, order = what
         query, found = PageQuery(state, None, order, limit), []
         while True:
             page = self.pool.page(query, self.now)
@@ -486,7 +519,8 @@ class LeasesMachine(RuleBasedStateMachine):
             {"release": key.release, "ready": key.ready, "expiry": key.expires}.get(order) or 0.0,
             key.id,
         )
-        assert found == [key.id for key in sorted(self.plain.in_state(state), key=place)]
+        listed = [key for key in self.plain.in_state(state) if order != "expiry" or key.expires < math.inf]
+        assert found == [key.id for key in sorted(listed, key=place)]
 
     # -- time, timers and restarts
 
@@ -505,7 +539,7 @@ class LeasesMachine(RuleBasedStateMachine):
     def _keep_all_alive(self) -> None:
         for plain in self.plain.keys.values():
             self.pool.keepalive(self.pool.find_id(plain.id, self.now), self.now)
-            plain.expires = self.now + self.plain.rules.keepalive_seconds
+            plain.expires = self.plain.alive_until()
 
     @rule(which=st.sampled_from(WHICH), before=st.booleans(), kept_alive=MOSTLY)
     def time_comes_to_a_deadline(self, which: int, before: bool, kept_alive: bool) -> None:

@@ -35,7 +35,8 @@ from keypool.core.errors import PoolFull, StaleLease, UnknownKey
 from keypool.core.events import Change, Origin
 from keypool.core.index import DeadlineBucket
 from keypool.core.keys import DEAD, Key, State
-from keypool.core.pool import Ended, PageQuery
+from keypool.core.keyset import PageQuery
+from keypool.core.pool import Ended
 
 MAX_KEYS = 10
 PAGE_SCAN_LIMIT = 4

@@ -68,6 +68,7 @@ class Checkout:
         shutil.copy(RUN, self.root)
         (self.root / "server.py").write_text(SERVER)
         (self.root / "requirements.txt").write_text("# none\n")
+        (self.root / "requirements-secrets.txt").write_text("# none\n")
         (self.root / "requirements-dev.txt").write_text("-r requirements.txt\n")
         (self.root / "requirements-bench.txt").write_text("-r requirements.txt\n")
         for tool in TOOLS:
@@ -195,7 +196,10 @@ def test_tests_on_a_fresh_machine_install_once(checkout: Checkout) -> None:
     assert [call.split()[-1] for call in checkout.calls("-m pip")] == ["requirements-dev.txt"]
 
 
-@pytest.mark.parametrize(("file", "job"), [("requirements.txt", ()), ("requirements-dev.txt", ("test",))])
+@pytest.mark.parametrize(
+    ("file", "job"),
+    [("requirements.txt", ()), ("requirements-secrets.txt", ()), ("requirements-dev.txt", ("test",))],
+)
 def test_changed_requirements_are_installed(checkout: Checkout, file: str, job: tuple[str, ...]) -> None:
     checkout.run("test")
     (checkout.root / file).write_text("# another\n")

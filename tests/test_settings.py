@@ -38,6 +38,7 @@ from keypool.core.errors import SettingsError, StartError
 from keypool.server import launch
 
 TOKEN, OTHER = "client-token-0123456789", "viewer-token-0123456789"
+TABLE = f"[tokens.alice]\nrole = 'client'\ndigest = '{'0' * 64}'\n"
 BY_NAME = {option.name: option for option in OPTIONS}
 IN_TOML = [option for option in OPTIONS if option.name != "config"]
 
@@ -80,7 +81,7 @@ def right_values(option: Option, directory: Path) -> list[object]:  # noqa: C901
         case File():
             paths = [directory / f"{i}.toml" for i in range(3)]
             for path in paths:
-                path.write_text("")
+                path.write_text(TABLE if option.name == "tokens" else "")
             return [str(path) for path in paths]
         case DataFile():
             return [str(directory / f"{i}.db") for i in range(3)]
@@ -202,6 +203,8 @@ def wrong_toml(kind: Text) -> list[str]:
             return [*everywhere, "-1", "-0.1", "100.1", "101", "nan", "inf", '"50"', '"50%"']
         case DataFile():
             return ["true", "[]", "{}", "1979-05-27", "1", "1.5", "''", '"\\n"']
+        case File():
+            return ["true", "[]", "{}", "1979-05-27", "1", "1.5", "''"]
         case _:
             return [*everywhere, "1", "1.5", "''"]
 
@@ -231,7 +234,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 
 def test_every_field_is_an_option_or_tokens_or_the_origins() -> None:
     rest = {field.name for field in fields(Settings)} - BY_NAME.keys()
-    assert rest == {"client_tokens", "viewer_tokens", "admin_tokens", "origins"}
+    tokens = {"client_tokens", "viewer_tokens", "admin_tokens", "named_tokens"}
+    assert rest == tokens | {"secrets_keys", "origins"}
 
 
 @each(OPTIONS)
@@ -709,8 +713,8 @@ def test_docs_table_has_a_row_of_five_cells_for_every_setting_and_role() -> None
     assert rule == "| --- | --- | --- | --- | --- |"
     cells = [row.strip("| ").split(" | ") for row in (head, *rows)]
     assert {len(row) for row in cells} == {5}
-    assert [row[0] for row in cells[1:]] == [f"`{option.flag}`" for option in OPTIONS] + ["none"] * 3
-    assert [row[1] for row in cells[1:-3]] == [f"`{option.variable}`" for option in OPTIONS]
+    assert [row[0] for row in cells[1:]] == [f"`{option.flag}`" for option in OPTIONS] + ["none"] * 4
+    assert [row[1] for row in cells[1:-4]] == [f"`{option.variable}`" for option in OPTIONS]
     assert all(f"`KEYPOOL_{role}_TOKEN_FILE`" in settings_table() for role in ("CLIENT", "VIEWER", "ADMIN"))
 
 
@@ -762,7 +766,7 @@ def test_a_token_file_that_others_can_open_is_worth_a_warning(
     path = tmp_path / "tokens"
     path.write_text(TOKEN)
     path.chmod(mode)
-    lines = exposed_files({"KEYPOOL_ADMIN_TOKEN_FILE": str(path), "KEYPOOL_CLIENT_TOKEN": OTHER})
+    lines = exposed_files({"KEYPOOL_ADMIN_TOKEN_FILE": str(path)})
     assert len(lines) == (can is not None)
     if can:
         assert f"others than its owner can {can} {path} (mode {mode:04o})" in lines[0]

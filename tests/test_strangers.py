@@ -27,6 +27,7 @@ from keypool.api.auth import Access
 from keypool.config import limits
 from keypool.config.limits import Limits
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 from keypool.http.http1.connection_limiter import ConnectionLimiter
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS, HttpServer
@@ -111,7 +112,7 @@ class Wire:
 async def serving(limits: Limits, access: Access | None = None) -> AsyncIterator[Served]:
     """The application on the server that the test is run with."""
     engine = EmbeddedEngine()
-    app = make_app(engine, access or Access())
+    app = make_app(EmbeddedPools(engine), access or Access())
     server = make_server(app, limits)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)

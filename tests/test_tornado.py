@@ -70,7 +70,7 @@ async def test_a_client_that_gives_up_is_leased_nothing(
         await http_client.fetch(
             keys + "/acquire", method="POST", body='{"wait": 30}', headers=JSON, request_timeout=0.2
         )
-    engine: EmbeddedEngine = app.settings["dispatcher"].engine
+    engine: EmbeddedEngine = app.settings["dispatcher"].pools.default
     assert engine.pool.counters.refused == 0, "answered, instead of left to wait"
     await turns_until(lambda: not engine._waiters.queue, "nobody waits any more")
     await call(http_client, keys, "POST")

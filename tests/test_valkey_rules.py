@@ -9,36 +9,44 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from valkey_support import Place, age, check, engine_on, new_place, on_loop, with_constants
+from valkey_support import SECRETS, Place, age, check, engine_on, new_place, on_loop, with_constants
 
-from keypool.core.answers import Extension, Lease, Ref, Row, Unblock
+from keypool.core.answers import Extension, Imported, KeyPatch, Lease, NewKey, Ref, Row, Unblock, Written
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import BlockLimit, KeypoolError, LeaseOver, NoKeyAvailable, StaleLease, UnknownKey
 from keypool.core.events import HOLDER, SILENT, By, Change, Origin
 from keypool.core.handles import Handle
-from keypool.core.keys import Key, State
+from keypool.core.keys import NEVER, Key, State, hint
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pool import Pool
 from keypool.core.rules import PoolRules
+from keypool.engine import Client
 from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey import poller as valkey_poller
 from keypool.engine.valkey.engine import ValkeyEngine
 
 ADMIN = Origin(By.OPERATOR, "night shift")
 RULES: dict[str, Any] = {
-    "block_seconds": 60.0, "keepalive_seconds": 300.0, "max_block_seconds": 140.0, "cooldown_seconds": 40.0,
+    "block_seconds": 60.0, "max_block_seconds": 140.0, "cooldown_seconds": 40.0,
     "max_cooldown_seconds": 250.0, "max_retry_after_seconds": 333.0, "error_threshold": 2, "forget_seconds": 170.0,
     "max_quarantined_percent": 40.0,
 }  # fmt: skip
+NAMES = ["acct-1", "acct-2", "Größe", "z"]
+ODD = ["id:1", "h:1.1.aaaaaaaaaaa"]
+TEXTS = [*(f"sk-live-{number:02}-{'x' * 9}" for number in range(8)), "tiny", "ключ-номер-1", *ODD]
+"""Texts from elsewhere: all of them begin alike, are short, or look like other names."""
 SLOW = 3.0
 """Seconds that a call may take on a busy machine, so by which the moments of both may differ."""
+NEAR = 1.0
+"""Seconds that most calls take less than."""
 _WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
 
 
@@ -63,6 +71,7 @@ class Twins:
     def __init__(
         self, place: Place, partitions: int, engine: ValkeyEngine, rules: PoolRules, seed: int
     ) -> None:
+        self.sealed = engine._partitions.vault is not None
         self.place = place
         self.partitions = partitions
         self.engine = engine
@@ -106,10 +115,23 @@ class Twins:
         if chance < 0.3 and self.leases:
             lease = self.random.choice(self.leases[-12:])
             return Handle(lease.id, lease.lease)
-        return id if chance < 0.5 else text
+        if chance < 0.55 and self.sealed:
+            others: list[int | Handle] = [id, *(Handle(one.id, one.lease) for one in self.leases[-3:])]
+            return Written(self.random.choice(ODD), self.random.choice(others))
+        if chance < 0.65 and self.sealed:
+            return self.random.choice(TEXTS)
+        return id if chance < 0.75 else text
+
+    def batch_ref(self) -> Ref:
+        """A name for a batch. With several partitions, one that is found in the first call: other items come later, so
+        not in their order."""
+        ref = self.ref()
+        return ref if self.partitions == 1 or isinstance(ref, int | Handle) else self.some()[0]
 
     def lease_of(self, ref: Ref) -> int:
         """Mostly the number of the latest lease."""
+        if isinstance(ref, Written):
+            ref = ref.other
         if isinstance(ref, Handle):
             return ref.lease
         try:
@@ -129,6 +151,11 @@ class Twins:
 
     def find(self, ref: Ref) -> Key:
         """The pool's key, as engines find it."""
+        if isinstance(ref, Written):
+            try:
+                return self.pool.find(ref.text, self.now)
+            except UnknownKey:
+                ref = ref.other
         if isinstance(ref, str):
             return self.pool.find(ref, self.now)
         key = self.pool.find_id(ref if isinstance(ref, int) else ref.id, self.now)
@@ -161,9 +188,17 @@ class Twins:
         assert (row.state, row.owner, row.lease) == (state, key.owner, key.lease or None)
         assert (row.failures, row.outcome) == (self.pool.failures_of(key, now), history.outcome)
         assert row.reason == (reason or history.reason)
-        assert row.expires_in == pytest.approx(key.expires_deadline - now, abs=SLOW)
+        assert row.expires_in == self.left(key)
+        assert (row.hint, row.client) == (key.hint, key.client)
+        assert (row.name, row.labels) == (key.details.name, key.details.labels or {})
         assert row.release_in == (pytest.approx(left, abs=SLOW) if state is State.BLOCKED else None)
         assert row.available_in == (pytest.approx(left, abs=SLOW) if state is State.COOLING else None)
+
+    def left(self, key: Key) -> Any:
+        """What is left of a key's life."""
+        if key.expires_deadline == NEVER:
+            return None
+        return pytest.approx(key.expires_deadline - self.now, abs=SLOW)
 
     def catch_up(self) -> None:
         """Deal with all that is overdue, in the pool."""
@@ -192,16 +227,21 @@ class Twins:
 
     async def acquire(self) -> None:
         owner = self.random.choice([None, "a", "b"])
+        client = self.random.choice([None, None, Client("ci-1")])
         wanted = self.random.choice([1, 1, 1, 4, 50])
         block = self.random.choice([None, None, 20.0, 130.0])
         attempt = self.random.choice([None, None, *(Attempted(bytes([255 - 17 * n]) * 16) for n in range(6))])
         digest = None if attempt is None else attempt.digest
         held = [] if digest is None else [key.id for key in self.pool.leases_of(digest, self.now)]
         if wanted == 1:
-            lease, refused = await _outcome(self.engine.acquire(owner, 0, None, block, attempt))
+            lease, refused = await _outcome(
+                self.engine.acquire(owner, 0, None, block, attempt, client=client)
+            )
             leases = [lease]
         else:
-            leases, refused = await _outcome(self.engine.acquire_many(owner, wanted, block, attempt))
+            leases, refused = await _outcome(
+                self.engine.acquire_many(owner, wanted, block, attempt, client=client)
+            )
         self.tick()
         if refused is not None:
             assert isinstance(refused, NoKeyAvailable)
@@ -219,14 +259,17 @@ class Twins:
             if not held:
                 self.find(lease.id)  # with all its deadlines: the scripts go further than a call of the pool
                 self.next_id, self.pool.last_lease = lease.id, lease.lease - 1
-                while (key := self.pool.acquire(self.now, owner, block, digest)) is None:
+                while (
+                    key := self.pool.acquire(self.now, owner, block, digest, client and client.name)
+                ) is None:
                     assert self.pool.may_have_more(self.now)
             key = self.find(lease.id)
             now = self.now
             assert (lease.key, lease.lease, key.state) == (key.text, key.lease, State.BLOCKED)
             assert self.engine.handles.read(lease.handle) == Handle(lease.id, lease.lease)
             assert lease.release_in == pytest.approx((key.release_deadline or 0) - now, abs=SLOW)
-            assert lease.expires_in == pytest.approx(key.expires_deadline - now, abs=SLOW)
+            assert lease.expires_in == self.left(key)
+            assert (lease.name, lease.data and bytes(lease.data)) == (key.details.name, key.details.data)
         self.leases += leases
 
     async def unblock(self) -> None:
@@ -312,12 +355,132 @@ class Twins:
             revealed = await self.engine.reveal(ref, ADMIN)
             key = self.find(ref)
             assert (revealed.id, revealed.key) == (key.id, key.text)
+            assert (revealed.name, revealed.data and bytes(revealed.data)) == (
+                key.details.name,
+                key.details.data,
+            )
             self._changed(Change.REVEALED, key, key.owner, ADMIN)
+
+    # -- keys from elsewhere
+
+    def item(self) -> NewKey:
+        """A key to import."""
+        name = self.random.choice([None, None, *NAMES])
+        labels = self.random.choice([None, {"region": "eu"}])
+        return NewKey(self.random.choice(TEXTS), name, labels, self.random.choice([None, b'{"user":"x"}']))
+
+    def known(self, secret: str) -> Key | None:
+        """The pool's key with this text, not the one of which it is the text before."""
+        try:
+            key = self.pool.find(secret, self.now)
+        except UnknownKey:
+            return None
+        return key if key.text == secret else None
+
+    def imported(self, item: NewKey, id: int) -> Key:
+        """Import a key into the pool, with the id that it has in the engine."""
+        latest, self.pool.last_id = self.pool.last_id, id - 1
+        try:
+            key = self.pool.import_key(item, self.now, ADMIN)
+        finally:
+            self.pool.last_id = max(latest, self.pool.last_id)
+        if id < latest:  # in a batch that had to be repeated in part; the pool's own ids only grow
+            bucket = next(one for one in self.pool._by_id._buckets.values() if id in one)
+            for each in sorted(bucket):
+                bucket[each] = bucket.pop(each)
+        self.ever.append((key.id, item.secret))
+        return key
+
+    async def import_key(self) -> None:
+        item = self.item()
+        answer, error = await _outcome(self.engine.import_key(item, True, ADMIN))
+        self.tick()
+        known = self.known(item.secret)
+        if known is None:
+            key, wanted = await _outcome(lambda: self.imported(item, 0 if answer is None else answer.id))
+            assert (type(error), error and error.detail) == (type(wanted), wanted and wanted.detail)
+            if wanted is not None:
+                return
+        else:
+            key = known
+        assert error is None
+        assert (answer.id, answer.existed, answer.name) == (key.id, known is not None, key.details.name)
+        assert (answer.state, answer.hint, answer.expires_in) == (key.state, key.hint, self.left(key))
+
+    async def import_many(self) -> None:
+        items = [self.item() for _ in range(self.random.choice([1, 4, 9]))]
+        update = self.random.random() < 0.5
+        results = await self.engine.import_many(items, update, True, ADMIN)
+        self.tick()
+        seen: dict[str, int] = {}
+        for item, result in zip(items, results, strict=True):
+            wanted = "duplicate"
+            if item.secret not in seen:
+                wanted = await self.import_like(item, result, update)
+                if wanted != "failed":
+                    assert result.id is not None
+                    seen[item.secret] = result.id
+            assert (result.status, result.id) == (wanted, seen.get(item.secret)), (item, result, wanted)
+
+    async def import_like(self, item: NewKey, result: Imported, update: bool) -> str:
+        """The status of an item by the pool."""
+        key = self.known(item.secret)
+        if key is None:
+            _, error = await _outcome(lambda: self.imported(item, result.id or 0))
+            status = "created"
+        else:
+            patch = KeyPatch(item.name, item.labels, item.data)
+            change = (lambda: self.pool.update(key, patch, self.now, ADMIN)) if update else (lambda: None)
+            _, error = await _outcome(change)
+            status = "updated" if update else "existed"
+            assert error is not None or result.id == key.id
+        if error is None:
+            return status
+        assert (result.code, result.detail) == (error.code, error.detail)
+        return "failed"
+
+    async def update(self) -> None:
+        ref = self.ref()
+        name = self.random.choice([None, "", *NAMES])
+        patch = KeyPatch(
+            name, self.random.choice([None, {}, {"a": "b"}]), self.random.choice([None, b"{}", b'{"p":1}'])
+        )
+        row, _ = await self.both(
+            self.engine.update(ref, patch, ADMIN),
+            lambda: self.pool.update(self.find(ref), patch, self.now, ADMIN),
+        )
+        if row is not None:
+            self.expect_row(row)
+
+    async def replace(self) -> None:
+        ref = self.ref()
+        secret = self.some()[1] if self.random.random() < 0.3 else self.random.choice(TEXTS)
+        row, _ = await self.both(
+            self.engine.replace(ref, secret, ADMIN),
+            lambda: self.pool.replace(self.find(ref), secret, self.now, ADMIN),
+        )
+        if row is not None:
+            self.ever.append((row.id, secret))
+            self.expect_row(row)
+
+    async def search(self) -> None:
+        """By name and by hint; by text, see `get`."""
+        name = self.random.choice(NAMES)
+        row, _ = await self.both(self.engine.find(name), lambda: self.pool.find_name(name, self.now))
+        if row is not None:
+            self.expect_row(row)
+        shown = hint(self.some()[1])
+        row, _ = await self.both(self.engine.find(shown), lambda: self.pool.find_hint(shown, self.now))
+        if row is not None:
+            assert row.id == self.pool.find_hint(shown, self.now).id
+            self.expect_row(row)
+
+    # -- many at once
 
     async def batches(self) -> None:
         """Many at once, some named twice."""
         engine = self.engine
-        refs = [self.ref() for _ in range(6)] * 2
+        refs = [self.batch_ref() for _ in range(6)] * 2
         reports = [Report(Outcome.ERROR), Report(Outcome.OK, None, "well"), None]
         items = [Unblock(ref, self.lease_of(ref), self.random.choice(reports)) for ref in refs]
         self.same(await engine.unblock_many(items), items, self._unblock)
@@ -361,18 +524,21 @@ class Twins:
 
     async def walk(self) -> None:
         """A list from its first page to its last: each key once, in order."""
-        chosen = self.random.choice(["id", "expiry", "release", "ready", "prefix"])
+        chosen = self.random.choice(["id", "expiry", "release", "ready", "prefix", "name"])
         only = {"release": "blocked", "ready": "cooling"}.get(chosen)
         state: Any = only or self.random.choice([None, *State])
         prefix = None
         if chosen == "prefix":
             prefix = self.some()[1][: self.random.choice([1, 1, 2, 4])]
-        order: Any = None if chosen == "prefix" else chosen
+            if not re.fullmatch("[A-Za-z0-9]+", prefix):
+                return
+        name = self.random.choice(["a", "acct-", "acct-1", "Gr"]) if chosen == "name" else None
+        order: Any = None if chosen in ("prefix", "name") else chosen
         rows: list[Row] = []
         after = None
         for _ in range(1000):
             limit = self.random.choice([1, 2, 7])
-            page = await self.engine.page(ListQuery(state, prefix, order, limit, after))
+            page = await self.engine.page(ListQuery(state, prefix, order, limit, after, name))
             rows += page.keys
             after = page.next
             if after is None:
@@ -381,15 +547,19 @@ class Twins:
         self.catch_up()
         found = [key for key in self.pool._by_id.walk(None) if state in (None, key.state)]
         if prefix is not None:
-            found = [key for key in found if key.text.startswith(prefix)]
+            found = [key for key in found if key.text.startswith(prefix) and not key.details.imported]
+        if name is not None:
+            found = [key for key in found if (key.details.name or "").startswith(name)]
+        if order == "expiry":
+            found = [key for key in found if key.expires_deadline != NEVER]
         place_of: dict[str | None, Callable[[Key], Any]] = {
-            None: lambda key: key.text,
+            None: lambda key: key.details.name if name else key.text[: 4 if self.sealed else None],
             "id": lambda key: key.id,
             "expiry": lambda key: key.expires_deadline,
             "release": lambda key: key.release_deadline,
             "ready": lambda key: key.release_deadline,
         }
-        assert sorted(row.id for row in rows) == [key.id for key in found]
+        assert sorted(row.id for row in rows) == [key.id for key in found], f"by {chosen}, {state}"
         for row in rows:
             self.expect_row(row)
         places = [place_of[order](self.pool.find_id(row.id, self.now)) for row in rows]
@@ -400,10 +570,30 @@ class Twins:
 
     async def time_passes(self) -> None:
         """A step."""
-        seconds = self.random.choice([7.0, 31.0, 53.0, 97.0, 211.0])
+        self.grow_older(self.random.choice([7.0, 31.0, 53.0, 97.0, 211.0]))
+
+    def grow_older(self, seconds: float) -> None:
+        """Let so much time pass for both."""
         age(self.place.valkey, self.place.pool, self.partitions, seconds)
         self.aged += seconds
         self.tick()
+
+    def keep_clear_of_deadlines(self) -> None:
+        """Let time pass until no deadline is near: one that passed between the two calls of a step, which is long on a
+        busy machine, would make them differ.
+        """
+        self.tick()
+        while near := [at for at in self.deadlines() if self.now < at <= self.now + NEAR]:
+            self.grow_older(max(near) - self.now + 0.01)
+
+    def deadlines(self) -> Iterator[float]:
+        """The moments at which anything changes by itself."""
+        for key in self.pool._by_id.walk(None):
+            yield key.expires_deadline
+            if key.release_deadline is not None:
+                yield key.release_deadline
+                yield key.release_deadline + self.pool.rules.rest_seconds
+            yield key.history.failed_at + self.pool.rules.forget_seconds
 
     async def look(self) -> None:
         """The counts, once all that is overdue is dealt with; and the events of each key."""
@@ -416,6 +606,8 @@ class Twins:
         pool.check()
         check(self.place.valkey, self.place.pool, self.partitions)
         events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+        if self.engine.rules.keepalive_seconds is None:
+            assert not stats.expired
         counted: Counter[str] = Counter(refused=self.refused, kept_alive=pool.counters.kept_alive)
         for event in self.engine.recent(10**6):
             events[event.id].append((event.event, event.owner, event.lease, event.by, event.actor))
@@ -442,22 +634,30 @@ async def _outcome(call: Awaitable[Any] | Callable[[], Any]) -> tuple[Any, Any]:
 
 
 @on_loop
-@pytest.mark.parametrize("shape", [(1, 1, 0.0), (4, 1, 13.0), (16, 32, 0.0), (7, 3, 29.0)])
+@pytest.mark.parametrize("sealed", [False, True], ids=["clear", "sealed"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 0.0, 300.0), (4, 1, 13.0, 300.0), (16, 32, 0.0, None), (7, 3, 29.0, 300.0)]
+)
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(1, 6))]
 )
 async def test_the_scripts_agree_with_the_pool_call_by_call(
-    place: Place, shape: tuple[int, int, float], seed: int, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    shape: tuple[int, int, float, float | None],
+    sealed: bool,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In random order, also while many overdue keys have not been swept yet. `shape`: how many partitions, how many
-    overdue keys a call processes, and how long keys rest.
+    overdue keys a call processes, how long keys rest, and how long they live. Those from elsewhere are `sealed` only.
     """
-    partitions, at_once, rest = shape
+    partitions, at_once, rest, life = shape
     with_constants(monkeypatch, MAX_DUE=at_once, KEPT_EVENTS=100_000)
     monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
     monkeypatch.setattr(valkey_poller, "RECENT_EVENTS", 100_000)
-    rules = PoolRules(**RULES, rest_seconds=rest)
-    async with engine_on(place.url, partitions, **RULES, rest_seconds=rest) as engine:
+    settings = {**RULES, "rest_seconds": rest, "keepalive_seconds": life}
+    rules = PoolRules(**settings)
+    async with engine_on(place.url, partitions, secrets=SECRETS if sealed else (), **settings) as engine:
         await engine.stats()
         engine._poller._stopped = True  # no sweep but those of the calls
         twins = Twins(place, partitions, engine, rules, seed)
@@ -466,7 +666,13 @@ async def test_the_scripts_agree_with_the_pool_call_by_call(
             *[twins.extend] * 3, twins.quarantine, *[twins.restore] * 2, twins.delete, twins.get, twins.get,
             twins.batches, *[twins.walk] * 2, twins.time_passes,
         ]  # fmt: skip
+        if sealed:
+            steps += [
+                *[twins.import_key] * 3, *[twins.import_many] * 2, *[twins.replace] * 3, *[twins.search] * 2,
+            ]  # fmt: skip
+        steps += [twins.update] * 2
         for number in range(300):
+            twins.keep_clear_of_deadlines()
             await twins.random.choice(steps)()
             if number % 50 == 49:
                 await twins.look()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec
 
@@ -14,12 +14,15 @@ import pytest
 from engine_support import quiet
 from valkeys import Valkey, new_pool, shared_valkey
 
+from keypool.core.answers import GeneratedKey, KeptAlive, Row
 from keypool.core.errors import KeypoolError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.opening import open_valkey
+from keypool.engine.valkey.pools import ValkeyPools
 from keypool.engine.valkey.scripts import KEYS, build, keys_of
 from keypool.engine.valkey.url import parse
+from keypool.engine.valkey.vault import details_in
 
 P = ParamSpec("P")
 
@@ -56,14 +59,48 @@ def on_loop(test: Callable[P, Awaitable[None]], within: float = 60.0) -> Callabl
 
 @contextlib.asynccontextmanager
 async def engine_on(
-    url: str, partitions: int | None = 16, grace: float = 0.0, **rules: Any
+    url: str,
+    partitions: int | None = 16,
+    grace: float = 0.0,
+    *,
+    secrets: Sequence[bytes] = (),
+    **rules: Any,
 ) -> AsyncIterator[ValkeyEngine]:
     """A server's engine over the pool that the URL names."""
-    engine = await open_valkey(parse(url), partitions, PoolRules(restart_grace=grace, **rules))
-    try:
+    async with pools_on(url, partitions, grace, secrets=secrets, **rules) as pools:
+        yield pools.default
+
+
+SECRETS = (bytes(range(32)),)
+"""The secrets keys of tests that need some."""
+
+
+@contextlib.asynccontextmanager
+async def sealed_on_valkey(partitions: int, **rules: Any) -> AsyncIterator[ValkeyEngine]:
+    """An engine over a place of its own, which is checked at the end."""
+    place = new_place()
+    async with engine_on(place.url, partitions, secrets=SECRETS, **rules) as engine:
         yield engine
+    check(place.valkey, place.pool, partitions)
+
+
+@contextlib.asynccontextmanager
+async def pools_on(
+    url: str,
+    partitions: int | None = 16,
+    grace: float = 0.0,
+    *,
+    max_pools: int = 100,
+    secrets: Sequence[bytes] = (),
+    **rules: Any,
+) -> AsyncIterator[ValkeyPools]:
+    """A server's pools over the place that the URL names."""
+    all_rules = PoolRules(restart_grace=grace, **rules)
+    pools = await open_valkey(parse(url), partitions, all_rules, max_pools=max_pools, secrets_keys=secrets)
+    try:
+        yield pools
     finally:
-        await engine.close()
+        await pools.close()
 
 
 async def eventually(condition: Callable[[], Any], what: str, within: float = 20.0) -> Any:
@@ -84,6 +121,12 @@ async def eventually(condition: Callable[[], Any], what: str, within: float = 20
         if asyncio.get_running_loop().time() > deadline:
             raise AssertionError(f"in {within} s never came true: {what} (last: {last!r})")
         await asyncio.sleep(0.005)
+
+
+def expires_in(answer: Row | KeptAlive | GeneratedKey) -> float:
+    """The seconds that a key lives, which must not be for ever."""
+    assert answer.expires_in is not None
+    return answer.expires_in
 
 
 async def become(engine: ValkeyEngine, what: str, within: float = 20.0, **wanted: int) -> None:
@@ -113,17 +156,18 @@ def with_constants(patch: pytest.MonkeyPatch, **constants: int) -> None:
         patch.setattr(f"keypool.engine.valkey.{module}.scripts", lambda: made)
 
 
+NEVER = 9007199254740992
 _AGE = """
-local by = tonumber(ARGV[1])
+local by, NEVER = tonumber(ARGV[1]), 9007199254740992
 for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
   local record = cmsgpack.unpack(redis.call('HGET', KEYS[2], text))
   for _, field in ipairs({4, 5, 7}) do
-    if record[field] and record[field] ~= 0 then record[field] = record[field] - by end
+    if record[field] and record[field] ~= 0 and record[field] ~= NEVER then record[field] = record[field] - by end
   end
   if record[11] and record[11][2] ~= 0 then record[11][2] = record[11][2] - by end
   redis.call('HSET', KEYS[2], text, cmsgpack.pack(record))
   if record[9] ~= 'q' then redis.call('ZADD', KEYS[3], record[5], text) end
-  redis.call('ZADD', KEYS[4], record[4], text)
+  if record[4] ~= NEVER then redis.call('ZADD', KEYS[4], record[4], text) end
 end
 if ARGV[2] == '1' then redis.call('HINCRBY', KEYS[1], 'seen', string.format('%.0f', -by)) end
 """
@@ -135,7 +179,12 @@ for _, text in ipairs(redis.call('HKEYS', KEYS[1])) do
   local record = cmsgpack.unpack(redis.call('HGET', KEYS[1], text))
   local attempt = record[8] or ''
   if record[8] then record[8] = false end
-  records[#records + 1] = {text, attempt, cmsgpack.pack(record)}
+  local bytes = {}
+  for name, field in pairs({sealed = 14, info = 16, former = 17}) do
+    bytes[name] = record[field] or ''
+    if record[field] then record[field] = false end
+  end
+  records[#records + 1] = {text, attempt, cmsgpack.pack(record), bytes.sealed, bytes.info, bytes.former}
 end
 return records
 """
@@ -159,15 +208,24 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
         for partition in range(partitions):
             keys = dict(zip(KEYS, keys_of(pool, partition, partitions), strict=True))
             kept = {
-                text: _Record(*msgspec.msgpack.decode(packed))._replace(attempt=attempt)
-                for text, attempt, packed in commands.ask("EVAL", _READ, 1, keys["records"])
+                text: _Record(*msgspec.msgpack.decode(packed))._replace(
+                    attempt=attempt, sealed=sealed, info=info, former=former
+                )
+                for text, attempt, packed, sealed, info, former in commands.ask(
+                    "EVAL", _READ, 1, keys["records"]
+                )
             }
+            names = {text: details_in(record.info).name for text, record in kept.items()}
+            tag = keys["meta"].removesuffix("meta")
             away = {text: record.id for text, record in kept.items() if record.mark == "q"}
             wanted = {
                 "states": {text: record.release for text, record in kept.items() if text not in away},
-                "expiry": {text: record.expires for text, record in kept.items()},
+                "expiry": {text: record.expires for text, record in kept.items() if record.expires != NEVER},
                 "ids": {text: record.id for text, record in kept.items()},
-                "texts": dict.fromkeys(kept, 0),
+                "texts": {_entry(text, record): 0 for text, record in kept.items()},
+                "names": {
+                    f"{name}\0{kept[text].id}".encode(): 0 for text, name in names.items() if name is not None
+                },
                 "quarantine": away,
                 "attempts": {record.attempt + text: 0 for text, record in kept.items() if record.attempt},
             }
@@ -180,20 +238,28 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
                 assert record.mark in (False, "c", "q", "p"), record
                 assert record.release or record.mark in (False, "q"), f"no moment when that ends: {record}"
                 if record.mark in ("c", "q") or not record.release:
-                    held = (record.owner, record.acquired, record.attempt, record.replayed)
+                    held = (
+                        record.owner, record.acquired, record.attempt, record.replayed, record.client, record.former,
+                    )  # fmt: skip
                     assert not any(held), f"nobody holds it: {record}"
+                assert bool(record.sealed) == (text[:1] == b"\xfe") == bool(record.hint), record
+                if record.former:
+                    old = commands.ask_bytes("GET", tag.encode() + b"old:" + record.former)
+                    assert old == f"{record.id}.{record.lease}".encode()
                 ids.add(record.id)
             counts = commands.ask("HGETALL", keys["meta"])
             numbers = {
                 name.decode(): int(value)
                 for name, value in zip(counts[::2], counts[1::2], strict=True)
-                if name != b"sweepers"
+                if name not in (b"sweepers", b"rekeyed")
             }
             assert numbers.get("cooling", 0) == sum(record.mark == "c" for record in kept.values())
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0) + value
     gone = sums.get("deleted", 0) + sums.get("expired", 0)
-    assert sums.get("generated", 0) - gone == len(ids), f"{sums} and {len(ids)} keys"
+    assert sums.get("generated", 0) + sums.get("imported", 0) - gone == len(ids), (
+        f"{sums} and {len(ids)} keys"
+    )
     return sums
 
 
@@ -212,3 +278,17 @@ class _Record(NamedTuple):
     reported: Any = False
     history: Any = False
     replayed: Any = False
+    client: Any = False
+    sealed: Any = False
+    hint: Any = False
+    info: Any = False
+    former: Any = False
+    share: Any = False
+
+
+def _entry(text: bytes, record: _Record) -> bytes:
+    """What the order of texts has of a key."""
+    if not record.sealed:
+        return text
+    hint: str = record.hint
+    return (b"\xfe" if details_in(record.info).imported else b"") + hint.encode() + text

@@ -176,7 +176,11 @@ class Commands:
 
     def ask(self, *words: str | int) -> Any:
         """The reply; an error is raised."""
-        self._socket.sendall(hiredis.pack_command(cast("Any", tuple(map(str, words)))))
+        return self.ask_bytes(*map(str, words))
+
+    def ask_bytes(self, *words: str | bytes) -> Any:
+        """The same for words of any bytes."""
+        self._socket.sendall(hiredis.pack_command(cast("Any", words)))
         while (reply := self._reader.gets()) is False:
             data = self._socket.recv(65536)
             assert data, "Valkey closed the connection"

@@ -23,14 +23,14 @@ FEED: Final = API + "/feed"
 STATS: Final = (
     "total", "available", "blocked", "cooling", "quarantined", "waiting",
     "generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused",
-    "cooled", "quarantines", "restored", "uptime", "engine", "version",
+    "cooled", "quarantines", "restored", "imported", "uptime", "engine", "version",
 )  # fmt: skip
 EVENTS: Final = (
-    "generated", "acquired", "unblocked", "released", "deleted", "expired",
+    "generated", "imported", "acquired", "unblocked", "released", "deleted", "expired",
     "cooled", "ready", "quarantined", "restored", "revealed",
 )  # fmt: skip
 BY: Final = ("holder", "deadline", "operator")
-HINT: Final = re.compile(r"[A-Za-z0-9]{4}…[A-Za-z0-9]{4}")
+HINT: Final = re.compile(r".{4}….{4}|.{2}….{2}|…")
 CLOSE: Final = 0x8
 
 
@@ -52,6 +52,7 @@ class Viewer:
         token: str | None = None,
         headers: Mapping[str, str] | None = None,
         buffer: int = 0,
+        path: str = FEED,
     ) -> None:
         self.server = server
         self.socket = socket.socket()
@@ -70,7 +71,7 @@ class Viewer:
             sent["Authorization"] = f"Bearer {token}"
         sent.update(headers or {})
         lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items() if value)
-        self.socket.sendall(f"GET {FEED} HTTP/1.1\r\n{lines}\r\n".encode())
+        self.socket.sendall(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode())
         while b"\r\n\r\n" not in self._buffer:
             self._more()
         head, self._buffer = self._buffer.split(b"\r\n\r\n", 1)

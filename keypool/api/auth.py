@@ -15,6 +15,7 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 from keypool.config.limits import REMEMBERED_HOST
+from keypool.config.named_tokens import NamedToken
 from keypool.config.proxies import is_loopback
 from keypool.core.errors import CrossSite, Unauthorized, WrongHost, WrongToken
 
@@ -33,14 +34,23 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A role, and for the audit log the first 8 hex digits of the token's digest."""
+    """A role, and what the caller's token is and may do.
+
+    `token` stands for it in the audit log and in events: the name of a named token, else the first 8 hex digits of its
+    digest. `pools` are the only pools that it may use, `max_held` is the most leases that it may hold at a time in all
+    of them together; None is no limit. `mark` is that of its digest: another token of the same name is another caller.
+    """
 
     role: Role
     token: str
+    name: str | None = None
+    pools: frozenset[str] | None = None
+    max_held: int | None = None
+    mark: str = ""
 
 
 def mark_of(digest: bytes) -> str:
-    """The start of a token's digest, by which a session's cookie names it."""
+    """The start of a token's digest, 16 hex digits, by which a session's cookie names it."""
     return digest.hex()[:16]
 
 
@@ -65,17 +75,25 @@ class Access:
     """The valid tokens. Without any the server is open."""
 
     def __init__(
-        self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
+        self,
+        client: Iterable[str] = (),
+        viewer: Iterable[str] = (),
+        admin: Iterable[str] = (),
+        named: Iterable[NamedToken] = (),
     ) -> None:
-        self.replace(client, viewer, admin)
+        self.replace(client, viewer, admin, named)
         self.open = not self._callers
         self.by_session: Callable[[Mapping[str, str]], Caller] = _no_session
         """Returns the caller of a session cookie; set by session.py. Raises Unauthorized."""
 
     def replace(
-        self, client: Iterable[str] = (), viewer: Iterable[str] = (), admin: Iterable[str] = ()
+        self,
+        client: Iterable[str] = (),
+        viewer: Iterable[str] = (),
+        admin: Iterable[str] = (),
+        named: Iterable[NamedToken] = (),
     ) -> None:
-        """Replace all tokens. Cached results of `caller` become invalid.
+        """Replace all tokens. Cached results of `caller` become invalid. About 3 µs a token.
 
         `open` stays as it is, since the OpenAPI document and other answers depend on it.
         """
@@ -83,9 +101,13 @@ class Access:
         for role, tokens in ((Role.CLIENT, client), (Role.VIEWER, viewer), (Role.ADMIN, admin)):
             for token in tokens:
                 digest = hashlib.sha256(token.encode()).digest()
-                callers[digest] = Caller(role, digest.hex()[:8])
+                callers[digest] = Caller(role, digest.hex()[:8], mark=mark_of(digest))
+        for each in named:
+            callers[each.digest] = Caller(
+                Role(each.role), each.name, each.name, each.pools, each.max_held, mark_of(each.digest)
+            )
         self._callers = callers
-        self._by_mark = {mark_of(digest): caller for digest, caller in callers.items()}
+        self._digests = {caller.mark: digest for digest, caller in callers.items()}
         self._known = frozenset(callers.values())
 
     def knows(self, caller: Caller) -> bool:
@@ -94,7 +116,12 @@ class Access:
 
     def marked(self, mark: str) -> Caller | None:
         """The caller whose token has this mark, if there is one. O(1)."""
-        return self._by_mark.get(mark)
+        digest = self._digests.get(mark)
+        return None if digest is None else self._callers[digest]
+
+    def digest(self, mark: str) -> bytes | None:
+        """The digest of the token that has this mark, if there is one. O(1)."""
+        return self._digests.get(mark)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """The caller of an API call: by token, or by session for the dashboard's scripts. Raises Unauthorized.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from keypool.api.bodies import (
     ExtendBatch,
     ExtendItem,
     GenerateBatch,
+    ImportBatch,
     KeepaliveBatch,
     QuarantineBatch,
     RestoreBatch,
@@ -40,37 +42,48 @@ from keypool.api.calls import (
     unknown_outcome,
     write_audit,
 )
+from keypool.api.imports import read_items
 from keypool.core.answers import (
+    IMPORT_STATUSES,
     DeletedKeys,
     EndedLease,
     ExtendedLeases,
     Extension,
     GeneratedKeys,
     Identity,
+    ImportedKeys,
     KeptAliveKeys,
     KeysAnswer,
     Leases,
+    NewKey,
     QuarantinedKeys,
     Ref,
     RestoredKeys,
     Unblock,
     UnblockedKeys,
+    Written,
 )
 from keypool.core.errors import BadRequest, Forbidden, StorageUnavailable, UnknownKey
 from keypool.core.handles import PREFIX
-from keypool.engine import Engine
+from keypool.core.keys import hint
+from keypool.engine import Client, Engine
 from keypool.ops.audit import asked_for, known
 
 _HANDLES_PER_TURN = 200  # that are read before others run: about 0.6 ms
 
 
 async def _refs(engine: Engine, texts: Sequence[str], call: Call) -> list[Ref]:
-    """The key of each text. A malformed id or handle stays a text, which no key has. Raises Forbidden."""
+    """The key of each text. A malformed id or handle stays a text. Raises Forbidden.
+
+    What reads as an id is a key's text first, as secrets from elsewhere may look so; but not for clients, who may not
+    write ids at all. A handle is a handle: a secret that is one as well can only have been copied from it.
+    """
     refs: list[Ref] = []
     for number, text in enumerate(texts):
         if text.startswith((ID, PREFIX)):
             try:
-                refs.append(key_ref(engine, text, call.caller))
+                ref = key_ref(engine, text, call.caller)
+                refs.append(Written(text, ref) if isinstance(ref, int) else ref)
             except UnknownKey:
                 refs.append(text)
         else:
@@ -112,12 +125,31 @@ async def _generate_batch(engine: Engine, call: Call, body: GenerateBatch) -> Ge
     with unknown_outcome(call, "generate", [], body.count):
         made = await engine.generate(body.count, operator(call))
     write_audit(call, "generate", [name_of(key) for key in ends(made)], count=len(made))
+    call.is_other = True
     return GeneratedKeys(made)
 
 
+async def _import_batch(engine: Engine, call: Call, body: ImportBatch) -> ImportedKeys:
+    items = await read_items(body)
+    with unknown_outcome(call, "import", [], len(items)):
+        results = await engine.import_many(
+            items, body.exists == "update", body.expire or False, operator(call)
+        )
+    counts = Counter(result.status for result in results)
+    changed = [
+        Identity(result.id, hint(item.secret))
+        for item, result in zip(items, results, strict=True)
+        if result.status in ("created", "updated") and result.id is not None and isinstance(item, NewKey)
+    ]
+    if changed:
+        write_audit(call, "import", [known(key) for key in ends(changed)], count=len(changed))
+    return ImportedKeys(**{status: counts[status] for status in IMPORT_STATUSES}, results=results)
+
+
 async def _acquire_batch(engine: Engine, call: Call, body: AcquireBatch) -> Leases:
-    block = block_of(engine, body.block_seconds)
-    return Leases(await engine.acquire_many(body.owner, body.count, block, attempt_of(call, body)))
+    block, attempt, caller = block_of(engine, body.block_seconds), attempt_of(call, body), call.caller
+    client = None if caller.name is None else Client(caller.name, caller.max_held)
+    return Leases(await engine.acquire_many(body.owner, body.count, block, attempt, client=client))
 
 
 async def _keepalive_batch(engine: Engine, call: Call, body: KeepaliveBatch) -> KeptAliveKeys:
@@ -128,7 +160,9 @@ async def _keepalive_batch(engine: Engine, call: Call, body: KeepaliveBatch) -> 
 async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> UnblockedKeys:
     texts = [item if isinstance(item, str) else item.key for item in body.keys]
     refs = await _refs(engine, texts, call)
-    items = [_unblock_of(item, ref) for item, ref in zip(body.keys, refs, strict=True)]
+    items = [
+        _unblock_of(item, ref, number) for number, (item, ref) in enumerate(zip(body.keys, refs, strict=True))
+    ]
     ended: list[EndedLease] = []
     outcome = "ok"
     try:
@@ -145,11 +179,11 @@ async def _unblock_batch(engine: Engine, call: Call, body: UnblockBatch) -> Unbl
     return _sorted_out(UnblockedKeys, texts, results)
 
 
-def _unblock_of(item: str | UnblockItem, ref: Ref) -> Unblock:
+def _unblock_of(item: str | UnblockItem, ref: Ref, number: int) -> Unblock:
     if isinstance(item, str):
         return Unblock(ref, lease_of(ref, None))
     lease = lease_of(ref, item.lease)
-    report = item.report()
+    report = item.report(f" - at `$.keys[{number}]`")
     if report is not None and lease is None and not item.key.startswith(PREFIX):
         raise BadRequest(REPORT_NEEDS)
     return Unblock(ref, lease, report)
@@ -209,6 +243,7 @@ async def _audited(call: Call, act: str, texts: Sequence[str], change: Answering
 
 _BATCHES: dict[type, tuple[frozenset[Role], Callable[[Engine, Call, Any], Awaitable[Any]]]] = {
     GenerateBatch: (ADMIN, _generate_batch),
+    ImportBatch: (ADMIN, _import_batch),
     AcquireBatch: (CLIENT, _acquire_batch),
     KeepaliveBatch: (CLIENT, _keepalive_batch),
     UnblockBatch: (CLIENT, _unblock_batch),

@@ -5,18 +5,31 @@ The description of a member is in the error about a wrong value and in OpenAPI.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
-from keypool.core.outcomes import Outcome, Report
+from keypool.config.pool_settings import NULL_MEANS, POOL_SETTINGS
+from keypool.config.setting_types import Whole
+from keypool.core.errors import BadRequest
+from keypool.core.outcomes import OK_REPORT, Outcome, Report
+from keypool.core.rules import Settings
 
 MAX_BATCH = 1000
+MAX_SECRET = 4096
+"""Bytes of the text of an imported key, in UTF-8."""
+MAX_DATA = 4096
+"""Bytes of a key's data, as compact JSON in UTF-8."""
+MAX_LABELS = 16
+MAX_NAME = 63
+"""Characters of a key's name, and of the name and the value of a label."""
 MAX_WAIT = 60
 MOST_SECONDS = 10**15
 """The largest length of time that a body may give: thirty million years, of which floats still count milliseconds."""
 
+
+_OK, _RATE_LIMITED = Outcome.OK, Outcome.RATE_LIMITED  # saves look-ups for each report
 
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)"  # in Python, $ also matches before a final newline
 _Owner = Annotated[
@@ -98,15 +111,21 @@ class UnblockBody(Body):
     retry_after: _RetryAfter | None = None
     reason: _Reason | None = None
 
-    def __post_init__(self) -> None:
-        if self.retry_after is not None and self.outcome is not Outcome.RATE_LIMITED:
-            raise ValueError("`retry_after` goes with `outcome` rate_limited only")
-        if self.reason is not None and self.outcome is None:
-            raise ValueError("`reason` goes with an `outcome`: ok, rate_limited, error or invalid")
+    def report(self, place: str = "") -> Report | None:
+        """What the holder reports, if anything. `place` is that of the item in a batch. Raises BadRequest.
 
-    def report(self) -> Report | None:
-        """What the holder reports, if anything."""
-        return None if self.outcome is None else Report(self.outcome, self.retry_after, self.reason)
+        Not checked as the body is decoded, since that would cost every unblock, most of which report nothing.
+        """
+        outcome, retry_after, reason = self.outcome, self.retry_after, self.reason
+        if retry_after is None and reason is None:
+            return OK_REPORT if outcome is _OK else None if outcome is None else Report(outcome)
+        if retry_after is not None and outcome is not _RATE_LIMITED:
+            raise BadRequest(f"wrong body: `retry_after` goes with `outcome` rate_limited only{place}")
+        if outcome is None:
+            raise BadRequest(
+                f"wrong body: `reason` goes with an `outcome`: ok, rate_limited, error or invalid{place}"
+            )
+        return Report(outcome, retry_after, reason)
 
 
 class UnblockItem(UnblockBody, kw_only=True):
@@ -140,8 +159,83 @@ class QuarantineBody(Body):
     now: _Now | None = None
 
 
+# The lengths are in the descriptions only: an item of a batch that doesn't keep to them fails by itself, while one of
+# another shape is refused with the whole body. keypool/api/imports.py checks them.
+_Secret = Annotated[
+    str,
+    Meta(
+        description=f"the key from elsewhere: 1 to {MAX_SECRET} bytes of UTF-8",
+        extra_json_schema={"minLength": 1, "maxLength": MAX_SECRET},
+    ),
+]
+_Name = Annotated[
+    str,
+    Meta(
+        description=f"for people, unique in the pool: 1 to {MAX_NAME} characters, no control characters, not beginning "
+        "with id: or h:",
+        extra_json_schema={"maxLength": MAX_NAME},
+    ),
+]
+_Labels = Annotated[
+    dict[str, str],
+    Meta(
+        description=f"shown to viewers: up to {MAX_LABELS}, names of 1 to {MAX_NAME} characters and values of up to "
+        f"{MAX_NAME}, no control characters",
+        extra_json_schema={"maxProperties": MAX_LABELS},
+    ),
+]
+_Data = Annotated[
+    dict[str, Any],
+    Meta(description=f"a JSON object of up to {MAX_DATA} bytes, as secret as the key: for its holders only"),
+]
+_Expire = Annotated[
+    bool,
+    Meta(description="true if imported keys shall be purged without keepalive, in a pool that purges keys"),
+]
+
+
+class DetailsBody(Body):
+    """What an operator writes about a key. `""` and `{}` remove what was there."""
+
+    name: _Name | None = None
+    labels: _Labels | None = None
+    data: _Data | None = None
+
+
+class ImportItem(DetailsBody, kw_only=True):
+    """A key to import."""
+
+    secret: _Secret
+
+
+class NewKeyBody(DetailsBody):
+    """Without `secret` a key is generated, and no other member may be there."""
+
+    secret: _Secret | None = None
+    expire: _Expire | None = None
+
+    def __post_init__(self) -> None:
+        others = (self.name, self.labels, self.data, self.expire)
+        if self.secret is None and any(value is not None for value in others):
+            raise ValueError(
+                "`name`, `labels`, `data` and `expire` go with a `secret`; PATCH gives them to a key"
+            )
+
+
+class ReplaceBody(Body):
+    """The new text of a key."""
+
+    secret: _Secret
+
+
+class FindBody(Body):
+    """What an operator knows of a key."""
+
+    key: Annotated[str, Meta(description="a whole key, else id:N, a name, or a hint as rows show it")]
+
+
 class BatchBody(Body, tag_field="op"):
-    """One of eight kinds, distinguished by `op`."""
+    """One of nine kinds, distinguished by `op`."""
 
 
 class GenerateBatch(BatchBody, tag="generate"):
@@ -196,8 +290,37 @@ class DeleteBatch(BatchBody, tag="delete"):
     keys: _Keys
 
 
+class ImportBatch(BatchBody, tag="import"):
+    """Import keys, one by one."""
+
+    # As it stands: it may have megabytes, and is read in slices (imports.py).
+    keys: Annotated[
+        msgspec.Raw,
+        Meta(
+            description=f"1 to {MAX_BATCH} keys to import",
+            extra_json_schema={
+                "type": "array",
+                "items": {"$ref": "#/components/schemas/ImportItem"},
+                "minItems": 1,
+                "maxItems": MAX_BATCH,
+            },
+        ),
+    ]
+    exists: (
+        Annotated[
+            Literal["skip", "update"],
+            Meta(
+                description="what to do with a key that the pool has: skip (default), or update its name, labels, data"
+            ),
+        ]
+        | None
+    ) = None
+    expire: _Expire | None = None
+
+
 AnyBatch = (
     GenerateBatch
+    | ImportBatch
     | AcquireBatch
     | KeepaliveBatch
     | UnblockBatch
@@ -206,3 +329,57 @@ AnyBatch = (
     | QuarantineBatch
     | RestoreBatch
 )
+
+
+# -- pools
+
+
+class DeletePoolQuery(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The query of a delete of a pool."""
+
+    drain: Annotated[
+        Literal["true", "false"] | None,
+        Meta(description="true to purge the pool's keys first: those that are held when their leases end"),
+    ] = None
+    now: Annotated[
+        Literal["true", "false"] | None,
+        Meta(description="true to purge held keys at once; with drain=true only"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.now == "true" and self.drain != "true":
+            raise ValueError("`now` goes with drain=true only")
+
+
+def _setting(name: str) -> tuple[str, Any, Any]:
+    """A field of PoolBody. Its range is that of the flag."""
+    kind = POOL_SETTINGS[name]
+    takes = f"{kind.takes}, or null: {NULL_MEANS[name]}" if name in NULL_MEANS else kind.takes
+    number = int if isinstance(kind, Whole) else float
+    ranged = Annotated[number, Meta(ge=kind.low, le=kind.high, description=takes)]  # type: ignore[valid-type]
+    return name, ranged | None | UnsetType, UNSET
+
+
+class _PoolBody(Body):
+    """The settings of a pool, all optional."""
+
+    def settings(self) -> Settings:
+        """The settings that were given. Null is a value for some, and for the others as if it were absent."""
+        given = zip(self.__struct_fields__, msgspec.structs.astuple(self), strict=True)
+        return {
+            name: value
+            for name, value in given
+            if value is not UNSET and (value is not None or name in NULL_MEANS)
+        }
+
+
+if TYPE_CHECKING:
+    PoolBody = _PoolBody
+else:
+    PoolBody = msgspec.defstruct(
+        "PoolBody",
+        [_setting(name) for name in POOL_SETTINGS],
+        bases=(_PoolBody,),
+        namespace={"__doc__": _PoolBody.__doc__},
+        module=__name__,
+    )

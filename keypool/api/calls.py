@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -17,8 +17,10 @@ from keypool.core.errors import BadRequest, Forbidden, StorageUnavailable, Unkno
 from keypool.core.events import HOLDER, By, Origin
 from keypool.core.handles import PREFIX, Handle
 from keypool.core.keys import hint
+from keypool.core.outcomes import Outcome
+from keypool.core.rules import DEFAULT_POOL, is_pool_name
 from keypool.engine import Engine
-from keypool.ops.audit import audit, known
+from keypool.ops.audit import Fact, audit, known
 from keypool.ops.histogram import ReportMetrics
 
 ANYONE: frozenset[Role] = frozenset()  # no token needed
@@ -31,7 +33,10 @@ CLIENT_OR_VIEWER = CLIENT | VIEWER
 ATTEMPT_HEADER = "Idempotency-Key"
 """The header by which a caller names its acquire, so that it can repeat it."""
 _ATTEMPT_KEY = re.compile(r"[!-~]{1,64}")
-_POOL = "default"
+BASE = "/api/v1"
+"""The beginning of every path of the API."""
+POOLS = "/pools/"
+"""What is between that and the name of a pool in the paths about one."""
 
 
 class Attempt(msgspec.Struct, gc=False):
@@ -52,7 +57,13 @@ class Call(msgspec.Struct, gc=False):
     """The header as it came; only acquires look at it."""
     reports: ReportMetrics = msgspec.field(default_factory=ReportMetrics)
     """Counts the reports of holders."""
+    pool: str = DEFAULT_POOL
+    """The name of the pool that the path is about."""
+    is_other: bool = False
+    """Whether the answer is the operation's `other_answer`, and has its `other_status`."""
     attempt: Attempt | None = None
+    reported: Outcome | None = None
+    """What an unblock reports, counted if its answer is that it counts."""
     query: Any = None
     body: Any = None
     waited: float = 0.0
@@ -61,6 +72,12 @@ class Call(msgspec.Struct, gc=False):
 
 T = TypeVar("T")
 Answering = Coroutine[Any, Any, T]
+
+
+def location(call: Call, key_id: int) -> str:
+    """The path of a key of the call's pool."""
+    pool = "" if call.pool == DEFAULT_POOL else POOLS + call.pool
+    return f"{BASE}{pool}/keys/id:{key_id}"
 
 
 ID = "id:"
@@ -121,7 +138,7 @@ def attempt_of(call: Call, body: Body) -> Attempt | None:
     if key is None:
         return None
     check_attempt(key)
-    name = msgspec.json.encode((call.caller.token, key, _POOL, body))  # a batch's body has the operation
+    name = msgspec.json.encode((call.caller.token, key, call.pool, body))  # a batch's body has the operation
     call.attempt = Attempt(blake2b(name, digest_size=16).digest())
     return call.attempt
 
@@ -162,9 +179,16 @@ def origin_without_lease(call: Call) -> Origin:
 
 
 def write_audit(
-    call: Call, act: str, keys: Sequence[str], outcome: str = "ok", count: int | None = None, **facts: int
+    call: Call,
+    act: str,
+    keys: Sequence[str],
+    outcome: str = "ok",
+    count: int | None = None,
+    *,
+    facts: Mapping[str, Fact] | None = None,
 ) -> None:
     """Write an audit line for a call; for a batch, with `count` and its first and last key."""
+    of_pool = {"pool": call.pool} if call.pool != DEFAULT_POOL and is_pool_name(call.pool) else {}
     audit(
         act,
         role=call.caller.role.value,
@@ -174,7 +198,7 @@ def write_audit(
         outcome=outcome,
         keys=keys,
         count=count,
-        **facts,
+        facts={**of_pool, **(facts or {})},
     )
 
 

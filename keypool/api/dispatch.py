@@ -11,19 +11,19 @@ import logging
 import re
 import secrets
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from urllib.parse import unquote
 
 import msgspec
 
 from keypool.api.auth import NOBODY, Access, Caller, Role
-from keypool.api.calls import ATTEMPT_HEADER, Call, require_may_name
+from keypool.api.calls import ATTEMPT_HEADER, BASE, POOLS, Call, location, require_may_name
 from keypool.api.decoding import Reader
-from keypool.api.operations import BASE, Operation, audit_refused, ends_with_caller
+from keypool.api.operations import Operation, audit_refused, ends_with_caller
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.api.wrong_tokens import WrongTokens
-from keypool.config.limits import MAX_BODY, MAX_HEADERS, MAX_TARGET
+from keypool.config.limits import MAX_BODY, MAX_HEADERS, MAX_IMPORT, MAX_TARGET
 from keypool.core.errors import (
     Draining,
     Forbidden,
@@ -31,17 +31,19 @@ from keypool.core.errors import (
     KeypoolError,
     MethodNotAllowed,
     NotFound,
-    PayloadTooLarge,
+    UnknownPool,
     UnsupportedMediaType,
     UriTooLong,
 )
-from keypool.engine import Engine
+from keypool.core.rules import DEFAULT_POOL
+from keypool.engine import Pools
 from keypool.ops.histogram import NO_OPERATION, CallMetrics, ReportMetrics
 from keypool.ops.logs import access_line, access_log
 
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = logging.getLogger("keypool.api")
 _encode = msgspec.json.Encoder().encode
+_ADMIN = Role.ADMIN
 
 
 class Request(Protocol):
@@ -91,10 +93,16 @@ class CachedChecks:
 
 @dataclass(slots=True)
 class Route:
-    """An operation of a path, and the reader of its bodies and queries."""
+    """An operation of a path, the reader of its bodies and queries, and what it is about.
+
+    `subject` is what the operation's `run` gets: the engine of `default`, or Pools; None stands for the engine of the
+    pool that the path names.
+    """
 
     operation: Operation
     reader: Reader
+    subject: Any
+    limited: bool  # whether the caller must be allowed to use the pool
 
 
 class Pending(msgspec.Struct):
@@ -105,10 +113,19 @@ class Pending(msgspec.Struct):
     # None for OPTIONS, and if the path has no such operation. Set first, so that errors are counted by operation.
     route: Route | None = None
     call: Call | None = None
+    subject: Any = None  # what the operation's `run` gets
     error: KeypoolError | None = None
     legacy: bool = False
     head: bool = False
     allow: str = ""
+
+    @property
+    def max_body(self) -> int:
+        """Bytes of the body that are read: more than usual if it may be an import by an admin."""
+        route, call = self.route, self.call
+        if route is None or call is None or not route.operation.takes_import:
+            return MAX_BODY
+        return MAX_IMPORT if call.caller.role is _ADMIN else MAX_BODY
 
     @property
     def operation_name(self) -> str:
@@ -128,18 +145,26 @@ class _Path:
 
 _NOWHERE = _Path(False)
 _KEYS = BASE + "/keys/"
+_IN_POOL = BASE + POOLS
+_POOL = POOLS + "{pool}"
+_REMEMBERED_PATH, _REMEMBERED_PATHS = 128, 2000  # characters of a path in a pool that is cached, and how many
 
 
 class Dispatcher:
     """Finds the operation of each request, and makes its reply. See the module."""
 
-    def __init__(self, engine: Engine, access: Access, operations: Sequence[Operation]) -> None:
-        self.engine = engine
+    def __init__(self, pools: Pools, access: Access, operations: Sequence[Operation]) -> None:
+        self.pools = pools
         self._access = access
         self._paths: dict[str, _Path] = {}
         self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
+        self._paths_of_pool: dict[str, _Path] = {}  # by what stands behind the name of the pool
+        self._paths_of_key_of_pool: dict[str, _Path] = {}
+        self._seen: dict[
+            str, tuple[_Path, str, str]
+        ] = {}  # a cache of what was found in pools, without a key
         for operation in operations:
-            self._add(Route(operation, Reader(operation)))
+            self._add(operation)
         self.calls = CallMetrics(
             {operation.name: [error.code for error in operation.errors] for operation in operations}
         )
@@ -148,12 +173,22 @@ class Dispatcher:
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(5)
 
-    def _add(self, route: Route) -> None:
-        operation = route.operation
+    def _add(self, operation: Operation) -> None:
+        subject = self.pools if operation.on_pools else self.pools.default
+        route = Route(operation, Reader(operation), subject, operation.about_a_pool)
         for path in (operation.path, operation.path + "/") if operation.legacy else (operation.path,):
-            of_key, key, rest = path.partition("{key}")
-            paths, name = (self._paths_of_key, rest) if key else (self._paths, BASE + of_key)
-            paths.setdefault(name, _Path(operation.legacy)).methods[operation.method] = route
+            self._add_path(path, route)
+        if operation.in_pools:
+            self._add_path(_POOL + operation.path, replace(route, subject=None))
+
+    def _add_path(self, path: str, route: Route) -> None:
+        before, key, behind_key = path.partition("{key}")
+        if before.startswith(_POOL):
+            of_key, others, name = self._paths_of_key_of_pool, self._paths_of_pool, before[len(_POOL) :]
+        else:
+            of_key, others, name = self._paths_of_key, self._paths, BASE + before
+        paths, name = (of_key, behind_key) if key else (others, name)
+        paths.setdefault(name, _Path(route.operation.legacy)).methods[route.operation.method] = route
 
     # -- the head
 
@@ -202,10 +237,10 @@ class Dispatcher:
 
     def _check_head(self, request: Request, pending: Pending, idempotency_key: str | None) -> None:
         method, cached = request.method or "", pending.cached
-        text, key = request.path, ""
+        text, key, pool = request.path, "", DEFAULT_POOL
         path = self._paths.get(text)
         if path is None:
-            path, key = self._find_with_key(text)
+            path, key, pool = self._find(text)
         pending.legacy = path.legacy
         pending.head = method == "HEAD"
         route = pending.route = path.methods.get("GET" if pending.head else method)
@@ -221,20 +256,22 @@ class Dispatcher:
             caller = self._access.caller(request.headers) if cached is None else cached.caller
             if caller.role not in operation.roles:
                 refused = Forbidden(_needs(operation, caller.role))
-                audit_refused(
-                    operation, Call(caller, request.remote_ip or "?", pending.request_id, key), refused
-                )
+                address = request.remote_ip or "?"
+                audit_refused(operation, Call(caller, address, pending.request_id, key, pool=pool), refused)
                 raise refused
+        if caller.pools is not None and route.limited and pool not in caller.pools:
+            raise UnknownPool
+        pending.subject = route.subject or self.pools.get(pool)
         if key:
             require_may_name(key, caller)
         if len(request.uri or "") > MAX_TARGET:
             check_target(request)
         if cached is None:
             check_size_of_headers(request.headers)
-            if operation.repeatable and idempotency_key is None:
-                idempotency_key = request.headers.get(ATTEMPT_HEADER)
+            wanted = idempotency_key is None and operation.repeatable
+            idempotency_key = request.headers.get(ATTEMPT_HEADER) if wanted else idempotency_key
         address = request.remote_ip or "?"
-        pending.call = Call(caller, address, pending.request_id, key, idempotency_key, self.reports)
+        pending.call = Call(caller, address, pending.request_id, key, idempotency_key, self.reports, pool)
 
     @staticmethod
     def _no_operation(path: _Path, method: str, pending: Pending) -> None:
@@ -244,15 +281,31 @@ class Dispatcher:
         if method != "OPTIONS":
             raise MethodNotAllowed(pending.allow)
 
-    def _find_with_key(self, text: str) -> tuple[_Path, str]:
-        """A path with a key in it, and the key; `_NOWHERE` if there is no such path."""
+    def _find(self, text: str) -> tuple[_Path, str, str]:
+        """A path with a key or a pool in it, the key, and the pool; `_NOWHERE` if there is no such path."""
         if not text.startswith(_KEYS):
-            return _NOWHERE, ""
+            return self._seen.get(text) or self._find_in_pool(text)
         segment, slash, rest = text[len(_KEYS) :].partition("/")
         if not segment:
-            return _NOWHERE, ""
-        key = unquote(segment, errors="replace") if "%" in segment else segment
-        return self._paths_of_key.get(slash + rest, _NOWHERE), key
+            return _NOWHERE, "", DEFAULT_POOL
+        return self._paths_of_key.get(slash + rest, _NOWHERE), _unquoted(segment), DEFAULT_POOL
+
+    def _find_in_pool(self, text: str) -> tuple[_Path, str, str]:
+        segment, slash, rest = text[len(_IN_POOL) :].partition("/")
+        if not segment or not text.startswith(_IN_POOL):
+            return _NOWHERE, "", DEFAULT_POOL
+        pool = _unquoted(segment)
+        path = self._paths_of_pool.get(slash + rest)
+        if path is None:
+            if not rest.startswith("keys/"):
+                return _NOWHERE, "", pool
+            path, key = _with_key(self._paths_of_key_of_pool, rest[len("keys/") :])
+            return path, key, pool
+        if len(text) <= _REMEMBERED_PATH:
+            if len(self._seen) >= _REMEMBERED_PATHS:
+                self._seen.clear()
+            self._seen[text] = path, "", pool
+        return path, "", pool
 
     def answered(self, pending: Pending, reply: Reply, seconds: float) -> None:
         """Count a request that got `reply` after `seconds`, and write its line of the access log.
@@ -295,8 +348,8 @@ class Dispatcher:
         if body or request.query or operation.query is not None or operation.body_required:
             route.reader.read(call, request.query, body)
         if pending.head and operation.head is not None:
-            return operation.head(self.engine, call)
-        return operation.run(self.engine, call)
+            return operation.head(pending.subject, call)
+        return operation.run(pending.subject, call)
 
     def ends_with_caller(self, pending: Pending) -> bool:
         """Whether a call that was started ends when its caller disconnects."""
@@ -307,15 +360,17 @@ class Dispatcher:
         """The reply to a call that returned `answer`."""
         if pending.route is None:
             return Reply(204, pending.request_id, own_headers=[("Allow", pending.allow)])
-        operation = pending.route.operation
+        operation, call = pending.route.operation, pending.call
+        assert call is not None
+        status = operation.other_status if call.is_other and operation.other_status else operation.status
         if answer is None:
-            return Reply(operation.status, pending.request_id)
-        status = 201 if isinstance(answer, operation.created) else operation.status
+            return Reply(status, pending.request_id)
         reply = Reply(status, pending.request_id, "application/json", _encode(answer))
-        if operation.location is not None:
-            reply.own_headers = [("Location", operation.location(answer))]
-        call = pending.call
-        if call is not None and call.attempt is not None and call.attempt.replayed:
+        if call.reported is not None and answer.changed:
+            self.reports.add(call.reported, answer.guarded)
+        if operation.locates:
+            reply.own_headers = [("Location", location(call, answer.id))]
+        if call.attempt is not None and call.attempt.replayed:
             reply.own_headers = [*reply.own_headers, ("Idempotent-Replayed", "true")]
         return reply
 
@@ -335,9 +390,14 @@ class Dispatcher:
         return Reply(status, pending.request_id, CONTENT_TYPE, body, headers, error.code, last)
 
 
-def too_large() -> PayloadTooLarge:
-    """The error of a body over the limit."""
-    return PayloadTooLarge(f"the body is larger than {MAX_BODY} bytes; send a batch in parts")
+def _with_key(paths: Mapping[str, _Path], text: str) -> tuple[_Path, str]:
+    """The path that begins with a key, and the key; `_NOWHERE` if there is no such path."""
+    segment, slash, rest = text.partition("/")
+    return paths.get(slash + rest, _NOWHERE) if segment else _NOWHERE, _unquoted(segment)
+
+
+def _unquoted(segment: str) -> str:
+    return unquote(segment, errors="replace") if "%" in segment else segment
 
 
 def unexpected() -> KeypoolError:

@@ -96,7 +96,7 @@ _PATH = "/random_api_key"
 # fmt: off
 LEGACY: tuple[Operation, ...] = (
     Operation("legacy-generate", "POST", _PATH, ADMIN, "generate, as in the first version.",
-        _generate, ApiKey, created=(ApiKey,), errors=(PoolFull,), legacy=True),
+        _generate, ApiKey, status=201, errors=(PoolFull,), legacy=True),
     Operation("legacy-acquire", "GET", _PATH, CLIENT, "acquire, as in the first version: a GET that blocks a key.",
         _acquire, ApiKey, errors=(NoKeyAvailable,), legacy=True, head=_acquire_head, acquires=True),
     Operation("legacy-unblock", "PUT", _PATH, CLIENT, "unblock, as in the first version.",

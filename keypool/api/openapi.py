@@ -12,16 +12,17 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import msgspec
 
 from keypool import __version__
-from keypool.api.calls import ANYONE, ATTEMPT_HEADER, Call
+from keypool.api.bodies import ImportItem
+from keypool.api.calls import ANYONE, ATTEMPT_HEADER, BASE, POOLS, Call
 from keypool.api.curl import EXAMPLES
-from keypool.api.operations import BASE, Operation
+from keypool.api.operations import Operation
 from keypool.api.problems import CONTENT_TYPE, status_of
 from keypool.core import errors
 from keypool.core.errors import KeypoolError
@@ -67,6 +68,7 @@ _OF_ANY_PAGE = {
 _OF_STATUS = {
     "401": _headers("WWW-Authenticate"),
     "404": _headers("Retry-After"),
+    "429": _headers("Retry-After"),
     "503": _headers("Retry-After"),
 }
 
@@ -92,12 +94,16 @@ _KEY = {
     "name": "key",
     "in": "path",
     "required": True,
-    "description": "the key itself, the handle of its lease or, for viewers and admins, its public id written id:N",
-    "schema": {
-        "type": "string",
-        "pattern": "^([A-Za-z0-9]{16,64}|id:[0-9]{1,18}"
-        r"|h:[1-9][0-9]{0,18}\.[1-9][0-9]{0,18}\.[A-Za-z0-9_-]{11})$",
-    },
+    "description": "the handle of a lease (h:…), for viewers and admins the key's public id written id:N, or the key "
+    "itself, percent-encoded",
+    "schema": {"type": "string", "minLength": 1},
+}
+_POOL = {
+    "name": "pool",
+    "in": "path",
+    "required": True,
+    "description": "the name of a pool; the same paths without /pools/{pool} are about `default`",
+    "schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
 }
 _ATTEMPT = {
     "name": ATTEMPT_HEADER,
@@ -146,8 +152,11 @@ def document(operations: Iterable[Operation], open: bool) -> dict[str, Any]:
     schemas, components = _schemas(operations)
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        path = paths.setdefault(f"{BASE}{operation.path}", {})
-        path[operation.method.lower()] = _operation(operation, schemas, open)
+        method, described = operation.method.lower(), _operation(operation, schemas, open)
+        paths.setdefault(f"{BASE}{operation.path}", {})[method] = described
+        if operation.in_pools:
+            in_pool = paths.setdefault(f"{BASE}{POOLS}{{pool}}{operation.path}", {})
+            in_pool[method] = _in_pool(described)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -187,6 +196,14 @@ def _operation(operation: Operation, schemas: dict[Any, Any], open: bool) -> dic
     return described
 
 
+def _in_pool(described: dict[str, Any]) -> dict[str, Any]:
+    """The same operation on the pool that the path names."""
+    return described | {
+        "operationId": f"{described['operationId']}-in-pool",
+        "parameters": [_POOL, *described.get("parameters", ())],
+    }
+
+
 def _content(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"schema": schemas[operation.body]}
     if operation.name in EXAMPLES:
@@ -195,7 +212,9 @@ def _content(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
-    parameters: list[dict[str, Any]] = [_KEY] if "{key}" in operation.path else []
+    parameters: list[dict[str, Any]] = [_POOL] if "{pool}" in operation.path else []
+    if "{key}" in operation.path:
+        parameters.append(_KEY)
     if operation.repeatable:
         parameters.append(_ATTEMPT)
     if operation.query is not None:
@@ -221,6 +240,8 @@ def _responses(operation: Operation, schemas: dict[Any, Any], open: bool) -> dic
     refusals: list[type[KeypoolError]] = [*operation.errors, *_EVERYWHERE]
     if operation.roles and not open:
         refusals += _WITH_ROLE
+    if operation.about_a_pool:
+        refusals.append(errors.UnknownPool)
     codes: dict[str, set[str]] = {}
     for error in refusals:
         codes.setdefault(str(int(status_of(error))), set()).add(error.code)
@@ -230,23 +251,26 @@ def _responses(operation: Operation, schemas: dict[Any, Any], open: bool) -> dic
 
 
 def _successes(operation: Operation, schemas: dict[Any, Any]) -> Iterable[tuple[int, dict[str, Any]]]:
-    answers = _members(operation.answer)
-    if answers == (None,):
-        yield operation.status, {"description": "done", "headers": OF_ALL}
-        return
-    for status in (operation.status, 201):
-        of_status = [a for a in answers if (201 if a in operation.created else operation.status) == status]
-        if of_status:
-            options = [schemas[answer] for answer in of_status]
-            schema = options[0] if len(options) == 1 else _one_of(of_status, options)
-            content = {"application/json": {"schema": schema}}
-            headers = OF_ALL | (LOCATION if operation.location else {})
-            headers |= REPLAYED if operation.repeatable and status == operation.status else {}
-            yield status, {"description": "done", "headers": headers, "content": content}
+    yield operation.status, _success(operation, operation.answer, schemas, operation.repeatable)
+    if operation.other_status is not None:
+        yield operation.other_status, _success(operation, operation.other_answer, schemas, False)
 
 
-def _one_of(answers: list[Any], schemas: list[Any]) -> dict[str, Any]:
-    """One of several answers, distinguished by the member that has their tags."""
+def _success(operation: Operation, answer: Any, schemas: dict[Any, Any], repeatable: bool) -> dict[str, Any]:
+    if answer is None:
+        return {"description": "done", "headers": OF_ALL}
+    answers = _members(answer)
+    options = [schemas[answer] for answer in answers]
+    schema = options[0] if len(options) == 1 else _one_of(answers, options)
+    content = {"application/json": {"schema": schema}}
+    headers = OF_ALL | (LOCATION if operation.locates else {}) | (REPLAYED if repeatable else {})
+    return {"description": "done", "headers": headers, "content": content}
+
+
+def _one_of(answers: Sequence[Any], schemas: list[Any]) -> dict[str, Any]:
+    """One of several answers, distinguished by the member that has their tags, if they have any."""
+    if answers[0].__struct_config__.tag is None:
+        return {"oneOf": schemas}
     mapping = {
         answer.__struct_config__.tag: schema["$ref"] for answer, schema in zip(answers, schemas, strict=True)
     }
@@ -262,9 +286,10 @@ def _members(answer: Any) -> tuple[Any, ...]:
 
 def _schemas(operations: tuple[Operation, ...]) -> tuple[dict[Any, Any], dict[str, Any]]:
     """The schema of each body and answer, and the components that these refer to."""
-    kinds: list[Any] = [Problem]
+    kinds: list[Any] = [Problem, ImportItem]
     for operation in operations:
-        kinds += [answer for answer in _members(operation.answer) if answer is not None]
+        answers = (*_members(operation.answer), *_members(operation.other_answer))
+        kinds += [answer for answer in answers if answer is not None]
         if operation.body is not None:
             kinds.append(operation.body)
     found: dict[Any, Any] = {}
@@ -304,6 +329,19 @@ def _other_paths(schema: Described, open: bool) -> Described:
         problems = {status: problem(code, schema, status) for status, code in sorted(refusals.items())}
         return {"get": described | {"responses": answers | problems}}
 
+    feed = page(
+        "feed",
+        "A websocket with changes: hello, then deltas and beats (docs/api.md). A plain GET is answered 426.",
+        {"101": {"description": "the websocket is open"}},
+        {
+            "400": "bad-request",
+            "404": "unknown-pool",
+            "426": "upgrade-required",
+            "429": "too-many-viewers",
+            "503": "draining, loading",
+        },
+        "admin, viewer, or a dashboard's cookie",
+    )
     return {
         "/healthz": page("health", "Whether the event loop runs.", _status("ok"), {}),
         "/readyz": page(
@@ -319,18 +357,8 @@ def _other_paths(schema: Described, open: bool) -> Described:
             {"503": "loading, storage-unavailable"},
             "admin, viewer",
         ),
-        f"{BASE}/feed": page(
-            "feed",
-            "A websocket with changes: hello, then deltas and beats (docs/api.md). A plain GET is answered 426.",
-            {"101": {"description": "the websocket is open"}},
-            {
-                "400": "bad-request",
-                "426": "upgrade-required",
-                "429": "too-many-viewers",
-                "503": "draining, loading",
-            },
-            "admin, viewer, or a dashboard's cookie",
-        ),
+        f"{BASE}/feed": feed,
+        f"{BASE}{POOLS}{{pool}}/feed": {"get": _in_pool(feed["get"])},
     }
 
 

@@ -13,7 +13,20 @@ from typing import Any
 
 from keypool.api.auth import Role
 from keypool.api.batches import batch
-from keypool.api.bodies import AcquireBatch, AcquireBody, AnyBatch, ExtendBody, QuarantineBody, UnblockBody
+from keypool.api.bodies import (
+    AcquireBatch,
+    AcquireBody,
+    AnyBatch,
+    DeletePoolQuery,
+    DetailsBody,
+    ExtendBody,
+    FindBody,
+    NewKeyBody,
+    PoolBody,
+    QuarantineBody,
+    ReplaceBody,
+    UnblockBody,
+)
 from keypool.api.calls import (
     ADMIN,
     CLIENT,
@@ -33,6 +46,16 @@ from keypool.api.calls import (
     unknown_outcome,
     write_audit,
 )
+from keypool.api.imports import checked_secret, new_key, patch_of
+from keypool.api.pool_calls import (
+    change_pool,
+    delete_pool,
+    get_pool,
+    list_pools,
+    put_pool,
+    rekey,
+    rekeying,
+)
 from keypool.core.answers import (
     DeletedKeys,
     EndedLease,
@@ -41,13 +64,18 @@ from keypool.core.answers import (
     GeneratedKey,
     GeneratedKeys,
     Identity,
+    ImportedKey,
+    ImportedKeys,
     KeptAlive,
     KeptAliveKeys,
     Lease,
     Leases,
     Page,
+    PoolRow,
+    PoolRows,
     QuarantinedKeys,
     Ref,
+    Rekeying,
     RestoredKeys,
     Revealed,
     Row,
@@ -61,35 +89,44 @@ from keypool.core.errors import (
     BlockLimit,
     Draining,
     KeypoolError,
+    KeysWouldExpire,
     LeaseOver,
+    NameTaken,
     NoKeyAvailable,
+    PoolDraining,
+    PoolFixed,
     PoolFull,
+    PoolNotEmpty,
+    SecretExists,
+    SecretsKeyRequired,
+    ShareSpent,
     StaleLease,
     StorageUnavailable,
     Superseded,
+    TooManyPools,
     TooManyWaiters,
     UnknownKey,
+    UnknownPool,
 )
 from keypool.core.handles import Handle
 from keypool.core.keys import hint
-from keypool.core.outcomes import Report
-from keypool.engine import Engine
+from keypool.engine import Client, Engine
 from keypool.ops.audit import asked_for, known
-
-BASE = "/api/v1"
-"""The beginning of every path of the API."""
-
 
 # -- a call, and an operation
 
 
-Run = Callable[[Engine, Call], Answering[Any]]
+Run = Callable[[Any, Call], Answering[Any]]
 """Mostly returns the engine's own coroutine, as another one around it would cost a call a third of a microsecond."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call of the API. `path` is below BASE; `{key}` in it is one segment."""
+    """One call of the API. `path` is below BASE; `{key}` and `{pool}` in it are one segment each.
+
+    `run` gets the engine of a pool: that of `default`, or under `/pools/{pool}` before `path` that of another. If the
+    operation is `on_pools`, it gets all Pools, and there is one path.
+    """
 
     name: str
     method: str
@@ -103,14 +140,27 @@ class Operation:
     body_required: bool = False
     query: Any = None
     errors: tuple[type[KeypoolError], ...] = ()
-    created: tuple[type, ...] = ()  # types of answers that have status 201 instead of `status`
-    location: Callable[[Any], str] | None = None
+    other_answer: Any = None  # what has `other_status` in place of `status`, if the call's `is_other` is set
+    other_status: int | None = None
+    locates: bool = False  # whether the answer is about a key, whose path is in the header Location
     legacy: bool = False
     head: Run | None = None  # what HEAD does, where GET would change something
+    on_pools: bool = False
+    takes_import: bool = False  # whether the body of an import may be larger than others
     changes: bool = True  # whether it changes anything but the feed and counters
     acquires: bool = False
     repeatable: bool = False  # whether it takes an Idempotency-Key, which of batches only op acquire uses
     audits_refusals: bool = False  # whether the audit log also has callers refused for their role
+
+    @property
+    def in_pools(self) -> bool:
+        """Whether each pool has this call under its own path."""
+        return bool(self.roles) and not (self.on_pools or self.legacy)
+
+    @property
+    def about_a_pool(self) -> bool:
+        """Whether a caller must be allowed to use the pool of the path, `default` if it names none."""
+        return self.legacy or self.in_pools or "{pool}" in self.path
 
 
 # -- the calls
@@ -138,6 +188,19 @@ async def generate_audited(engine: Engine, call: Call) -> GeneratedKey:
     return made
 
 
+async def _new_key(engine: Engine, call: Call) -> GeneratedKey | ImportedKey:
+    body: NewKeyBody | None = call.body
+    if body is None or body.secret is None:
+        return await generate_audited(engine, call)
+    item = new_key(body.secret, body)
+    with unknown_outcome(call, "import", []):
+        made = await engine.import_key(item, body.expire or False, operator(call))
+    call.is_other = made.existed
+    if not made.existed:
+        write_audit(call, "import", [known(Identity(made.id, made.hint))])
+    return made
+
+
 async def delete_audited(engine: Engine, call: Call, text: str) -> None:
     """Purge a key, by its text, handle or `id:N`. Raises UnknownKey, StaleLease, StorageUnavailable."""
     ref = key_ref(engine, text, call.caller)
@@ -151,22 +214,20 @@ def unblock(engine: Engine, call: Call, text: str, body: UnblockBody | None = No
 
     Raises BadRequest, Forbidden, UnknownKey, StaleLease, StorageUnavailable.
     """
+    lease = report = None
+    if body is not None:
+        lease = body.lease
+        if body.outcome is not None or body.reason is not None or body.retry_after is not None:
+            report = body.report()
     ref = key_ref(engine, text, call.caller)
-    lease = None if body is None else body.lease
     if isinstance(ref, Handle):
         lease = lease_of(ref, lease)
-    if body is not None and (report := body.outcome and body.report()):
+    if report is not None:
         if lease is None:
             raise BadRequest(REPORT_NEEDS)
-        return _report(engine, call, ref, lease, report)
+        call.reported = report.outcome
+        return engine.unblock(ref, lease, None, report)
     return engine.unblock(ref, lease) if lease is not None else _unblock_audited(engine, call, ref)
-
-
-async def _report(engine: Engine, call: Call, ref: Ref, lease: int, report: Report) -> Unblocked:
-    answer = await engine.unblock(ref, lease, None, report)
-    if answer.changed:
-        call.reports.add(report.outcome, answer.guarded)
-    return answer
 
 
 async def _unblock_audited(engine: Engine, call: Call, ref: Ref) -> Unblocked:
@@ -179,7 +240,7 @@ async def _unblock_audited(engine: Engine, call: Call, ref: Ref) -> Unblocked:
         raise
     finally:
         for key in ended:
-            write_audit(call, "unblock", [known(key)], outcome, lease=key.lease)
+            write_audit(call, "unblock", [known(key)], outcome, facts={"lease": key.lease})
 
 
 _NOTHING_ASKED = AcquireBody()
@@ -190,7 +251,11 @@ def _acquire(engine: Engine, call: Call) -> Answering[Lease]:
     # Checked here, as calls of the two functions would cost every acquire a percent.
     block = None if body.block_seconds is None else block_of(engine, body.block_seconds)
     attempt = None if call.idempotency_key is None else attempt_of(call, body)
-    return engine.acquire(body.owner, body.wait or 0, call, block, attempt)
+    caller = call.caller
+    if caller.name is None:
+        return engine.acquire(body.owner, body.wait or 0, call, block, attempt)
+    client = Client(caller.name, caller.max_held)
+    return engine.acquire(body.owner, body.wait or 0, call, block, attempt, client=client)
 
 
 def _unblock(engine: Engine, call: Call) -> Answering[Unblocked]:
@@ -245,6 +310,29 @@ async def _restore(engine: Engine, call: Call) -> Row:
     return row
 
 
+async def _update(engine: Engine, call: Call) -> Row:
+    body: DetailsBody = call.body
+    patch, ref = patch_of(body), key_ref(engine, call.key, call.caller)
+    with unknown_outcome(call, "update", [asked_for(call.key)]):
+        row = await engine.update(ref, patch, operator(call))
+    write_audit(call, "update", [known(Identity(row.id, row.hint))])
+    return row
+
+
+async def _replace(engine: Engine, call: Call) -> Row:
+    body: ReplaceBody = call.body
+    secret, ref = checked_secret(body.secret), key_ref(engine, call.key, call.caller)
+    with unknown_outcome(call, "replace", [asked_for(call.key)]):
+        row = await engine.replace(ref, secret, operator(call))
+    write_audit(call, "replace", [known(Identity(row.id, row.hint))])
+    return row
+
+
+def _find(engine: Engine, call: Call) -> Answering[Row]:
+    body: FindBody = call.body
+    return engine.find(body.key)
+
+
 def _list(engine: Engine, call: Call) -> Answering[Page]:
     return engine.page(call.query)
 
@@ -253,15 +341,22 @@ def _stats(engine: Engine, call: Call) -> Answering[Stats]:
     return engine.stats()
 
 
+_NEW = (PoolFull, PoolDraining)
+
 # fmt: off
 OPERATIONS: tuple[Operation, ...] = (
-    Operation("generate", "POST", "/keys", ADMIN, "Generate a key, available at once.",
-        generate_audited, GeneratedKey, created=(GeneratedKey,), errors=(PoolFull,),
-        location=lambda made: f"{BASE}/keys/id:{made.id}"),
+    Operation("generate", "POST", "/keys", ADMIN,
+        "Generate a key, available at once; with a `secret`, import one from elsewhere.",
+        _new_key, GeneratedKey | ImportedKey, status=201, other_answer=ImportedKey, other_status=200, body=NewKeyBody,
+        errors=(*_NEW, NameTaken, KeysWouldExpire, SecretsKeyRequired), locates=True),
     Operation("acquire", "POST", "/keys/acquire", CLIENT,
         "Get a random available key, blocked for everybody else; optionally wait for one.",
-        _acquire, Lease, body=AcquireBody, errors=(NoKeyAvailable, Superseded, TooManyWaiters, Draining), acquires=True,
+        _acquire, Lease, body=AcquireBody,
+        errors=(NoKeyAvailable, Superseded, PoolDraining, ShareSpent, TooManyWaiters, Draining), acquires=True,
         repeatable=True),
+    Operation("find", "POST", "/keys/find", VIEWER,
+        "The row of a key, by its whole text, `id:N`, its name or its hint.",
+        _find, Row, body=FindBody, body_required=True, errors=(UnknownKey,), changes=False),
     Operation("unblock", "POST", "/keys/{key}/unblock", CLIENT,
         "Give a key back, and report how the work with it went; with lease or handle, only if it is still yours.",
         _unblock, Unblocked, body=UnblockBody, errors=(UnknownKey, StaleLease)),
@@ -275,6 +370,12 @@ OPERATIONS: tuple[Operation, ...] = (
         _delete, None, status=204, errors=(UnknownKey, StaleLease)),
     Operation("get", "GET", "/keys/{key}", CLIENT_OR_VIEWER, "The state of a key, without its text.",
         _get, Row, errors=(UnknownKey, StaleLease), changes=False),
+    Operation("update", "PATCH", "/keys/{key}", ADMIN, "Give a key a name, labels or data.",
+        _update, Row, body=DetailsBody, body_required=True, errors=(UnknownKey, StaleLease, NameTaken)),
+    Operation("replace", "POST", "/keys/{key}/replace", ADMIN,
+        "Give a key another text, and forget its failures. Its holder may use the old one until the lease ends.",
+        _replace, Row, body=ReplaceBody, body_required=True,
+        errors=(UnknownKey, StaleLease, SecretExists, SecretsKeyRequired)),
     Operation("reveal", "POST", "/keys/{key}/reveal", ADMIN, "The text of a key. Written to the audit log.",
         _reveal, Revealed, errors=(UnknownKey, StaleLease), audits_refusals=True),
     Operation("quarantine", "POST", "/keys/{key}/quarantine", ADMIN,
@@ -286,11 +387,29 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("list", "GET", "/keys", VIEWER, "List keys in an order, a page at a time.",
         _list, Page, query=ListQuery, errors=(BadRequest,), changes=False),
     Operation("batch", "POST", "/batch", CLIENT, "Up to 1000 of the single calls in one.", batch,
-        GeneratedKeys | Leases | KeptAliveKeys | UnblockedKeys | ExtendedLeases | DeletedKeys | QuarantinedKeys
+        ImportedKeys | Leases | KeptAliveKeys | UnblockedKeys | ExtendedLeases | DeletedKeys | QuarantinedKeys
         | RestoredKeys,
-        body=AnyBatch, body_required=True, created=(GeneratedKeys,), errors=(NoKeyAvailable, PoolFull, Draining),
-        repeatable=True),
+        other_answer=GeneratedKeys, other_status=201, body=AnyBatch, body_required=True, takes_import=True,
+        errors=(NoKeyAvailable, *_NEW, KeysWouldExpire, SecretsKeyRequired, ShareSpent, Draining), repeatable=True),
     Operation("stats", "GET", "/stats", VIEWER, "Current counts, and totals since the pool began.",
         _stats, Stats, changes=False),
+    Operation("pools", "GET", "/pools", VIEWER, "All pools, with their settings and current counts.",
+        list_pools, PoolRows, on_pools=True, changes=False),
+    Operation("pool", "GET", "/pools/{pool}", VIEWER, "One pool, with its settings and current counts.",
+        get_pool, PoolRow, errors=(UnknownPool,), on_pools=True, changes=False),
+    Operation("pool-put", "PUT", "/pools/{pool}", ADMIN,
+        "Make a pool, or set up an existing one. Settings that are left out get their defaults.",
+        put_pool, PoolRow, other_answer=PoolRow, other_status=201, body=PoolBody,
+        errors=(TooManyPools, PoolDraining, PoolFixed), on_pools=True),
+    Operation("pool-change", "PATCH", "/pools/{pool}", ADMIN, "Change some settings of a pool.",
+        change_pool, PoolRow, body=PoolBody, errors=(UnknownPool, PoolFixed), on_pools=True),
+    Operation("pool-delete", "DELETE", "/pools/{pool}", ADMIN,
+        "Delete an empty pool. With `drain`, purge its keys first: those that are held when their leases end.",
+        delete_pool, None, status=204, other_answer=PoolRow, other_status=202, query=DeletePoolQuery,
+        errors=(UnknownPool, PoolNotEmpty, PoolFixed), on_pools=True),
+    Operation("rekeying", "GET", "/rekey", VIEWER, "How far stored keys are encrypted under the first secrets key.",
+        rekeying, Rekeying, on_pools=True, changes=False),
+    Operation("rekey", "POST", "/rekey", ADMIN, "Begin to encrypt the stored keys that aren't yet.",
+        rekey, Rekeying, status=202, errors=(SecretsKeyRequired,), on_pools=True),
 )
 # fmt: on

@@ -15,6 +15,7 @@ from keypool.core import errors
 from keypool.core.errors import KeypoolError
 
 CONTENT_TYPE = "application/problem+json"
+_WITH_RETRY_AFTER = (errors.NoKeyAvailable, errors.TooMany, errors.ShareSpent)
 
 STATUSES: dict[type[KeypoolError], HTTPStatus] = {
     errors.BadRequest: HTTPStatus.BAD_REQUEST,
@@ -36,6 +37,16 @@ STATUSES: dict[type[KeypoolError], HTTPStatus] = {
     errors.BlockLimit: HTTPStatus.CONFLICT,
     errors.Superseded: HTTPStatus.CONFLICT,
     errors.PoolFull: HTTPStatus.CONFLICT,
+    errors.NameTaken: HTTPStatus.CONFLICT,
+    errors.SecretExists: HTTPStatus.CONFLICT,
+    errors.KeysWouldExpire: HTTPStatus.CONFLICT,
+    errors.SecretsKeyRequired: HTTPStatus.CONFLICT,
+    errors.UnknownPool: HTTPStatus.NOT_FOUND,
+    errors.TooManyPools: HTTPStatus.CONFLICT,
+    errors.PoolDraining: HTTPStatus.CONFLICT,
+    errors.PoolNotEmpty: HTTPStatus.CONFLICT,
+    errors.PoolFixed: HTTPStatus.CONFLICT,
+    errors.ShareSpent: HTTPStatus.TOO_MANY_REQUESTS,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.TooMany: HTTPStatus.TOO_MANY_REQUESTS,
     errors.UpgradeRequired: HTTPStatus.UPGRADE_REQUIRED,
@@ -50,7 +61,7 @@ def status_of(error: type[KeypoolError]) -> HTTPStatus:
 
 def problem_headers(error: KeypoolError) -> list[tuple[str, str]]:
     """The error's own headers, with names in Tornado's spelling."""
-    if isinstance(error, errors.NoKeyAvailable | errors.TooMany) and error.retry_after is not None:
+    if isinstance(error, _WITH_RETRY_AFTER) and error.retry_after is not None:
         return [("Retry-After", str(max(1, math.ceil(error.retry_after))))]
     if isinstance(error, errors.StorageUnavailable):
         return [("Retry-After", "1")]

@@ -18,7 +18,7 @@ from keypool import __version__
 from keypool.cli.status import CommandError, Status
 from keypool.client.answers import Outcome, State
 from keypool.client.reports import retry_after_of
-from keypool.client.settings import DEFAULT_URL
+from keypool.client.settings import DEFAULT_POOL, DEFAULT_URL
 
 SHELLS = ("bash", "zsh", "fish")
 STATES = tuple(state.value for state in State)
@@ -50,12 +50,13 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command: its name, the function that does it, its help text, its arguments."""
+    """A command: its name, the function that does it, its help text, its arguments, and what --help says at the end."""
 
     name: str
     do: str
     about: str
     arguments: tuple[Argument, ...] = ()
+    more: str = ""
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -103,12 +104,12 @@ def _parser() -> argparse.ArgumentParser:
             command.name,
             help=command.about,
             description=f"{command.about[:1].upper()}{command.about[1:]}.",
-            epilog=_statuses(of_run) if command.name == "run" else None,
+            epilog=command.more + (_statuses(of_run) if command.name == "run" else ""),
         )
         sub.set_defaults(do=command.do)
         for argument in command.arguments:
             sub.add_argument(*argument.names, **argument.options)
-        for flag in GLOBAL_FLAGS:
+        for flag in shared_flags(command):
             # After the command, a flag that isn't given must not undo one that was given before it.
             sub.add_argument(*flag.names, **flag.options | {"default": argparse.SUPPRESS})
     return top
@@ -157,6 +158,13 @@ def _wait(text: str) -> float | None:
     return None if text == "forever" else _number(float, 0, 86_400, "seconds, or forever")(text)
 
 
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {text!r}")
+    return name, value
+
+
 def _variable(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
         raise argparse.ArgumentTypeError(f"takes the name of a variable, not {text!r}")
@@ -190,9 +198,52 @@ def switch(names: str, about: str) -> Argument:
     return Argument(tuple(names.split()), {"help": about, "action": "store_true"})
 
 
+_ABOUT_FILES = """\
+Of CSV the first line names the columns: secret, name, label:NAME and data:NAME, of which only secret must be there.
+JSON lines are objects with secret, name, labels and data. Otherwise each line is a secret. The same secret is the same
+key, so that a file may be imported again. What fails is reported by the number of its line, and the status is 1 then.
+
+  keypool import --pool openai keys.csv
+  pass show openai-keys | keypool import --pool openai -
+"""
+
+_ABOUT_UPDATE = """\
+Viewers see the name, which is unique in the pool, and the labels; only holders get the data.
+
+  keypool update id:42 --name acct-17 --label region=eu --label tier=2
+  echo '{"user": "x"}' | keypool update acct-17 --data -
+"""
+
+_ABOUT_REPLACE = """\
+The key keeps its id, name and history; a cooldown or quarantine is over. Whoever holds it may go on with the old secret
+until the lease ends.
+
+  pass show openai-key | keypool replace acct-17 -
+"""
+
+_ABOUT_POOLS = """\
+A file of pools has a table for each, with settings as docs/api.md lists them; "never" is a value of keepalive_seconds
+and error_threshold. What is left out has its default.
+
+  [pools.openai]
+  keepalive_seconds = "never"
+  max_block_seconds = 600
+
+  keypool pools apply pools.toml --dry-run
+  keypool pools delete openai --drain
+"""
+
+_ABOUT_RUN = """\
+The command gets the key in KEYPOOL_KEY, the lease in KEYPOOL_LEASE and KEYPOOL_HANDLE, the pool in KEYPOOL_POOL, and
+what an operator stored with the key in KEYPOOL_DATA_USER and the like: names in capitals, with _ for all but letters
+and digits, and values that are no text as JSON. It gets no token.
+
+"""
+
 # fmt: off
 GLOBAL_FLAGS = (
     argument("--url", f"the server; default $KEYPOOL_URL or {DEFAULT_URL}", "URL"),
+    argument("--pool", f"the pool; default $KEYPOOL_POOL or {DEFAULT_POOL}", "NAME"),
     argument("--token-file", "file that holds the token; default $KEYPOOL_TOKEN or the file "
               "$KEYPOOL_TOKEN_FILE", "FILE"),
     switch("--json", "print JSON, one document a line"),
@@ -203,8 +254,16 @@ GLOBAL_FLAGS = (
 )
 """Flags that every command but serve takes, before or after its name."""
 
+
+def shared_flags(command: Command) -> list[Argument]:
+    """The global flags that a command takes: those of which it has none of its own with the same name."""
+    own = {name for argument in command.arguments for name in argument.names}
+    return [flag for flag in GLOBAL_FLAGS if own.isdisjoint(flag.names)]
+
+
 _COUNT = argument("count", "how many; default 1", "N", nargs="?", type=_positive, default=1)
 _KEYS = argument("keys", "keys, handles, or id:N (admin); - reads them from standard input", "KEY", nargs="+")
+_KEY = argument("key", "id:N, or its handle, name or text; - for standard input", "KEY")
 _LEASE = argument("--lease", "only if this is the key's latest lease", "NUMBER", type=_positive)
 _WAIT = argument("--wait", "seconds to wait until a key is free, or forever", "S", type=_wait, default=0.0)
 _OWNER = argument("--owner", "name of the holder, which lists show", "NAME")
@@ -246,13 +305,36 @@ COMMANDS = (
             (_KEYS,)),
     Command("list", "keypool.cli.keys:list_keys", "list keys (viewer)", (
         argument("--state", "only keys in this state", choices=STATES),
-        argument("--prefix", "only keys that begin with these 1 to 4 characters", "TEXT"),
+        argument("--prefix", "only generated keys that begin with these 1 to 4 characters", "TEXT"),
+        argument("--name", "only keys whose name begins so, in order of name", "TEXT"),
         argument("--order", "default: id", choices=ORDERS),
         argument("--limit", "this many keys at most; default: all", "N", type=_positive),
     )),
     Command("show", "keypool.cli.keys:show", "show the state of one key", (
         argument("key", "the key, its handle, - for standard input, or id:N (admin, viewer)", "KEY"),
     )),
+    Command("find", "keypool.cli.keys:find", "show the state of a key by its text, id, name or hint (viewer)", (
+        argument("text", "the whole key, id:N, its name or its hint; - for standard input", "TEXT"),
+    )),
+    Command("import", "keypool.cli.imports:import_keys", "import keys from a file (admin); prints how many", (
+        argument("file", "CSV with a header, JSON lines, or a secret a line; - for standard input", "FILE"),
+        argument("--format", "default: by the content", choices=("csv", "json", "lines")),
+        argument("--exists", "skip keys that the pool has (default), or update their names, labels and data",
+                 choices=("skip", "update"), default="skip"),
+        switch("--expire", "let them expire, in a pool that purges keys which nobody keeps alive"),
+    ), more=_ABOUT_FILES),
+    Command("update", "keypool.cli.keys:update", "change a key's name, labels or data (admin)", (
+        _KEY,
+        argument("--name", "the name; '' removes it", "TEXT"),
+        argument("--label", "a label; may be repeated, and replaces all labels", "NAME=VALUE", type=_label,
+                 action="append", dest="labels"),
+        switch("--no-labels", "remove all labels"),
+        argument("--data", "file with a JSON object, - for standard input; {} removes the data", "FILE"),
+    ), more=_ABOUT_UPDATE),
+    Command("replace", "keypool.cli.keys:replace", "give a key another secret (admin)", (
+        _KEY,
+        argument("source", "- reads the new secret from standard input", "-"),
+    ), more=_ABOUT_REPLACE),
     Command("stats", "keypool.cli.keys:stats", "show the counts of the pool (viewer)", (
         argument("--watch", "again every S seconds; default 2", "S", nargs="?", type=_some_seconds, const=2.0),
     )),
@@ -275,6 +357,25 @@ COMMANDS = (
         argument("--overrun", "if the lease ends before the command: stop the command (default), or only say so",
                   choices=("stop", "warn"), default="stop"),
         argument("words", "the command to run", "-- COMMAND ...", nargs=argparse.REMAINDER),
+    ), more=_ABOUT_RUN),
+    Command("pools", "keypool.cli.pools:pools", "list pools (viewer), or make, change and delete them (admin)", (
+        argument("action", "list (default); show NAME; apply FILE: make the pools as a TOML file says; delete NAME",
+                 "list|show|apply|delete", nargs="?", choices=("list", "show", "apply", "delete"), default="list"),
+        argument("what", "the pool's name, or the file, - for standard input", "NAME|FILE", nargs="?"),
+        switch("--dry-run", "apply: only print what it would do"),
+        switch("--delete", "apply: also delete pools that the file doesn't have, when their leases have ended"),
+        switch("--drain", "delete: also a pool that has keys, when its leases have ended"),
+        switch("--now", "delete --drain: without waiting for its leases"),
+    ), more=_ABOUT_POOLS),
+    Command("rekey", "keypool.cli.pools:rekey", "encrypt all stored keys under the first secrets key (admin)", (
+        switch("--wait", "until that is done"),
+    )),
+    Command("token", "keypool.server.token_command:token", "make a named token for the server's file of tokens", (
+        argument("name", "the token's name, which the audit log, events and lists show", "NAME"),
+        argument("--role", "what it may do", choices=("client", "viewer", "admin"), required=True),
+        argument("--pool", "only this pool; may be repeated; default: all", "NAME", action="append", dest="pools"),
+        argument("--max-held", "leases that it may hold at a time, in all pools together", "N", type=_positive),
+        argument("--file", "append it to this file of tokens, which need not exist yet", "FILE"),
     )),
     Command("backup", "keypool.server.backup_command:backup", "copy the data file while its server runs", (
         argument("file", "the copy; must not exist yet", "FILE"),
@@ -284,7 +385,7 @@ COMMANDS = (
     Command("verify", "keypool.server.backup_command:verify", "check a data file or a copy, without changing it", (
         argument("file", "the file; a server may be using it", "FILE"),
     )),
-    Command("migrate", "keypool.server.migrate_command:migrate", "move a pool from a data file to Valkey, or back", (
+    Command("migrate", "keypool.server.migrate_command:migrate", "move all pools from a data file to Valkey, or back", (
         argument("--from", "a data file, a URL, or env:VARIABLE", "PLACE", dest="source", required=True),
         argument("--to", "valkey://HOST:PORT/DB, or a new data file", "PLACE", dest="target", required=True),
         argument("--partitions", "partitions of the pool in Valkey; default 1, 16 in a cluster", "N",

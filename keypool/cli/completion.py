@@ -16,7 +16,15 @@ import re
 import shlex
 from collections.abc import Iterable
 
-from keypool.cli.arguments import COMMANDS, GLOBAL_FLAGS, Argument, Command, argument, switch
+from keypool.cli.arguments import (
+    COMMANDS,
+    GLOBAL_FLAGS,
+    Argument,
+    Command,
+    argument,
+    shared_flags,
+    switch,
+)
 from keypool.cli.status import Status
 
 _HELP = switch("--help -h", "show help")
@@ -216,7 +224,7 @@ def _zsh_spec(each: Argument) -> list[str]:
     if each.options.get("nargs") == argparse.REMAINDER:
         return []
     values = f"({' '.join(each.choices)})" if each.choices else ""
-    values = "_files" if each.options.get("metavar") == "FILE" else values
+    values = "_files" if _is_file(each) else values
     value = f":{each.names[0].lstrip('-')}:{values}"
     if not each.is_flag:
         return [f"*{value}" if each.options.get("nargs") == "+" else value]
@@ -224,6 +232,11 @@ def _zsh_spec(each: Argument) -> list[str]:
     value = f"=[{about}]{value}" if each.takes_value else f"[{about}]"
     before = "*" if each.options.get("action") == "append" else f"({' '.join(each.names)})"
     return [f"{before}{name}{value}" for name in each.names]
+
+
+def _is_file(each: Argument) -> bool:
+    """Whether it takes the name of a file, perhaps among others."""
+    return "FILE" in str(each.options.get("metavar")).split("|")
 
 
 def fish() -> str:
@@ -235,7 +248,7 @@ def fish() -> str:
         if each.is_flag:
             words += [f"-l {name[2:]}" if name[1] == "-" else f"-s {name[1]}" for name in each.names]
             words.append(f"-d {shlex.quote(each.options['help'])}")
-        if each.options.get("metavar") == "FILE":
+        if _is_file(each):
             words.append("-r -F")
         elif each.choices:
             words.append(f"-x -a '{' '.join(each.choices)}'")
@@ -263,7 +276,7 @@ def _valued_flags() -> list[str]:
 def _arguments(command: Command) -> list[Argument]:
     """A command's arguments. The server's flags come from its settings, if the server is installed."""
     if command.name != "serve":
-        return [*command.arguments, *_SHARED]
+        return [*command.arguments, *shared_flags(command), _HELP]
     try:
         options = importlib.import_module("keypool.config.settings").OPTIONS
     except ImportError:

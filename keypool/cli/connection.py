@@ -1,4 +1,4 @@
-"""The server's URL and the token, from the environment and from files.
+"""The server's URL, the pool and the token, from the environment and from files.
 
 A token is never an argument: everybody on the machine can see a command line, and the shell stores it.
 """
@@ -10,7 +10,7 @@ import os
 
 from keypool.cli.output import note
 from keypool.client import KeyPool, Retry
-from keypool.client.settings import Settings, from_environment, read_token
+from keypool.client.settings import DEFAULT_POOL, Settings, from_environment, read_token
 from keypool.misspelled import CLIENT_VARIABLES, misspelled
 
 DEFAULT_RETRY = 5.0
@@ -36,15 +36,20 @@ def settings(args: argparse.Namespace) -> Settings:
         note(line)
     if args.token_file:
         token = read_token("--token-file", args.token_file)
-        environ = {"KEYPOOL_URL": os.environ.get("KEYPOOL_URL", ""), "KEYPOOL_TOKEN": token}
+        environ = dict(os.environ) | {"KEYPOOL_TOKEN": token}
     else:
         environ = dict(os.environ)
     found = from_environment(environ)
     retry = _NotedRetry(DEFAULT_RETRY if args.retry is None else args.retry)
-    return Settings.of(args.url or found["url"], found["token"], args.timeout, retry)
+    return Settings.of(args.url or found["url"], found["token"], args.timeout, retry, pool_of(args))
+
+
+def pool_of(args: argparse.Namespace) -> str:
+    """The name of the pool."""
+    return args.pool or os.environ.get("KEYPOOL_POOL") or DEFAULT_POOL
 
 
 def connect(args: argparse.Namespace) -> KeyPool:
     """A client of the server. Raises ValueError for a wrong URL or token."""
     found = settings(args)
-    return KeyPool(found.url, found.token, timeout=found.timeout, retry=found.retry)
+    return KeyPool(found.url, found.token, timeout=found.timeout, retry=found.retry, pool=found.pool)

@@ -21,7 +21,7 @@ from keypool.cli.connection import settings
 from keypool.cli.keys import output_of
 from keypool.cli.output import Output, note, printable
 from keypool.cli.status import CommandError, Status
-from keypool.client.settings import BASE, Settings
+from keypool.client.settings import DEFAULT_POOL, Settings
 
 COLUMNS = ("at", "event", "id", "hint", "owner", "lease", "by", "actor")
 _SILENCE = 20.0  # seconds without a frame after which the feed counts as lost: one comes every 5 s
@@ -97,7 +97,7 @@ async def _messages(client: Settings) -> AsyncGenerator[dict[str, Any], None]:
 
 async def _connect(client: Settings) -> WebSocketClientConnection:
     url = client.url
-    feed = f"ws{url.removeprefix('http')}{BASE}/feed"
+    feed = f"ws{client.base.removeprefix('http')}/feed"
     request = HTTPRequest(feed, headers=client.headers(), request_timeout=client.timeout)
     try:
         async with asyncio.timeout(client.timeout):
@@ -105,6 +105,10 @@ async def _connect(client: Settings) -> WebSocketClientConnection:
     except HTTPError as error:
         if error.code in _UNAVAILABLE:
             raise _Disconnected(f"{url} answered {error.code}") from None
+        if error.code == 404 and client.pool != DEFAULT_POOL:
+            raise CommandError(
+                f"there is no pool {client.pool}, or this token is not for it", Status.UNKNOWN_KEY
+            ) from None
         status = Status.DENIED if error.code in _DENIED else Status.FAILED
         raise CommandError(f"the feed was refused with HTTP status {error.code}", status) from None
     except TimeoutError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import logging
 import queue
 import signal
@@ -15,14 +16,17 @@ from datetime import datetime
 from typing import Any
 
 from keypool.cli.connection import connect
+from keypool.cli.input import in_words, read_input
 from keypool.cli.output import BATCH, Output, Progress, note
 from keypool.cli.signal_forwarding import answer_first
 from keypool.cli.status import TRANSIENT, CommandError, Status
-from keypool.client import Done, KeyPoolError, LeasedKey, LeaseItem, Refused, Unblock
+from keypool.client import Done, KeyPool, KeyPoolError, LeasedKey, LeaseItem, Refused, Unblock
+from keypool.client.calls import is_reference
 
 GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle")
 _ABOUT_REPORTS = ("failures", "outcome", "reason")
+_WRITTEN = ("name", "labels", "client")
 LISTED = (
     "id",
     "hint",
@@ -34,16 +38,20 @@ LISTED = (
     "created_at",
     "available_in",
     *_ABOUT_REPORTS,
+    *_WRITTEN,
 )
 _LISTED_IN_TABLES = (
     "id",
     "hint",
+    "name",
     "state",
     "owner",
     "lease",
     "ends_in",
     "expires_in",
     *_ABOUT_REPORTS,
+    "client",
+    "labels",
     "created_at",
 )
 """Columns that may not fit the terminal come last. `ends_in`: seconds until the block or the cooldown ends."""
@@ -64,7 +72,7 @@ def generate(args: argparse.Namespace) -> Status:
             while generated < args.count and not signals:
                 batch = pool.generate_many(min(BATCH, args.count - generated))
                 generated += len(batch)
-                output.rows(GENERATED, map(_members, batch))
+                output.rows(GENERATED, map(members_of, batch))
                 printed = generated
                 bar(generated)
         finally:
@@ -108,7 +116,7 @@ def acquire(args: argparse.Namespace) -> Status:
         try:
             for number in signals:
                 signal.raise_signal(number)
-            output.rows(LEASED, map(_members, leased))
+            output.rows(LEASED, map(members_of, leased))
         except BaseException:
             pool.unblock_many(leased)
             raise
@@ -126,7 +134,7 @@ def unblock(args: argparse.Namespace) -> Status:
     with connect(args) as pool:
         if single := _single(args):
             [(_, lease)] = leases
-            output_of(args).fields(_members(pool.unblock(single, lease, **report)))
+            output_of(args).fields(members_of(pool.unblock(single, lease, **report)))
             return Status.OK
         items = [Unblock(key, lease, **report) for key, lease in leases]
         with Progress("giving back", len(items)) as bar:
@@ -139,7 +147,7 @@ def extend(args: argparse.Namespace) -> Status:
     with connect(args) as pool:
         if single := _single(args):
             [(_, lease)] = leases
-            output_of(args).fields(_members(pool.extend(single, args.seconds, lease=lease)))
+            output_of(args).fields(members_of(pool.extend(single, args.seconds, lease=lease)))
             return Status.OK
         items: list[LeaseItem] = [key if lease is None else (key, lease) for key, lease in leases]
         with Progress("extending", len(items)) as bar:
@@ -173,7 +181,7 @@ def keepalive(args: argparse.Namespace) -> Status:
         return _keep_alive(args, keys)
     with connect(args) as pool:
         if single := _single(args):
-            output_of(args).fields(_members(pool.keepalive(single)))
+            output_of(args).fields(members_of(pool.keepalive(single)))
             return Status.OK
         with Progress("keeping alive", len(keys)) as bar:
             return _report(args, pool.keepalive_many(keys, progress=bar))
@@ -214,7 +222,7 @@ def quarantine(args: argparse.Namespace) -> Status:
     keys = [key for key, _ in _named(args.keys)]
     with connect(args) as pool:
         if single := _single(args):
-            output_of(args).fields(_members(pool.quarantine(single, reason=args.reason, now=args.now)))
+            output_of(args).fields(members_of(pool.quarantine(single, reason=args.reason, now=args.now)))
             return Status.OK
         with Progress("quarantining", len(keys)) as bar:
             return _report(args, pool.quarantine_many(keys, reason=args.reason, now=args.now, progress=bar))
@@ -225,7 +233,7 @@ def restore(args: argparse.Namespace) -> Status:
     keys = [key for key, _ in _named(args.keys)]
     with connect(args) as pool:
         if single := _single(args):
-            output_of(args).fields(_members(pool.restore(single)))
+            output_of(args).fields(members_of(pool.restore(single)))
             return Status.OK
         with Progress("restoring", len(keys)) as bar:
             return _report(args, pool.restore_many(keys, progress=bar))
@@ -235,8 +243,8 @@ def list_keys(args: argparse.Namespace) -> Status:
     """List keys, page by page as they are read."""
     output = output_of(args)
     with connect(args) as pool:
-        rows = pool.rows(state=args.state, prefix=args.prefix, order=args.order)
-        members = map(_members, itertools.islice(rows, args.limit))
+        rows = pool.rows(state=args.state, prefix=args.prefix, order=args.order, name=args.name)
+        members = map(members_of, itertools.islice(rows, args.limit))
         # JSON has the API's members unchanged, so there a key that isn't blocked still has its latest lease.
         output.rows(
             _LISTED_IN_TABLES if output.as_table else LISTED,
@@ -249,22 +257,95 @@ def show(args: argparse.Namespace) -> Status:
     """Print the state of one key; with --show-keys also its text, which needs an admin token and is audited."""
     [(key, _)] = _named([args.key])
     with connect(args) as pool:
-        row = _members(pool.get(key))
+        row = members_of(pool.get(key))
         if args.show_keys:
-            row["key"] = pool.reveal(key).secret
+            revealed = members_of(pool.reveal(key))
+            row |= {"key": revealed["key"], "data": revealed["data"]}
     output_of(args).fields(row)
     return Status.OK
+
+
+def find(args: argparse.Namespace) -> Status:
+    """Print the state of the key that has this text, id, name or hint."""
+    with connect(args) as pool:
+        output_of(args).fields(members_of(pool.find(_one_line() if args.text == "-" else args.text)))
+    return Status.OK
+
+
+def update(args: argparse.Namespace) -> Status:
+    """Change name, labels or data of a key."""
+    if args.labels and args.no_labels:
+        raise CommandError("--label and --no-labels don't go together", Status.USAGE)
+    labels = {} if args.no_labels else None if args.labels is None else dict(args.labels)
+    data = None if args.data is None else _json_object(args.data)
+    if args.name is None and labels is None and data is None:
+        raise CommandError("update takes --name, --label, --no-labels or --data", Status.USAGE)
+    if args.key == "-" == args.data:
+        raise CommandError("the key or its data come from standard input, not both", Status.USAGE)
+    with connect(args) as pool:
+        row = pool.update(_reference(pool, args.key), name=args.name, labels=labels, data=data)
+        output_of(args).fields(members_of(row))
+    return Status.OK
+
+
+def replace(args: argparse.Namespace) -> Status:
+    """Give a key another text, which comes from standard input."""
+    if args.source != "-":
+        raise CommandError(
+            "a secret is never an argument, which everybody on the machine can see: keypool replace KEY - "
+            "reads it from standard input",
+            Status.USAGE,
+        )
+    if args.key == "-":
+        raise CommandError(
+            "standard input has the new secret: name the key by id:N or its name", Status.USAGE
+        )
+    secret = _one_line()
+    with connect(args) as pool:
+        output_of(args).fields(members_of(pool.replace(_reference(pool, args.key), secret)))
+    return Status.OK
+
+
+def _reference(pool: KeyPool, named: str) -> str | int:
+    """A key as a URL may name it: by its handle, or by its id, for which its text or name is looked up."""
+    [(key, _)] = _named([named])
+    if is_reference(key):
+        return key
+    return pool.find(key).id
+
+
+def _one_line() -> str:
+    """The only line of standard input, without the spaces around it. Raises CommandError."""
+    text = sys.stdin.read().strip()
+    if not text or "\n" in text:
+        raise CommandError(
+            f"standard input has {'more than one line' if text else 'nothing'}: it takes one line",
+            Status.USAGE,
+        )
+    return text
+
+
+def _json_object(file: str) -> dict[str, Any]:
+    """The JSON object in a file, or standard input for `-`. Raises CommandError, whose text shows nothing of it."""
+    text = read_input(file)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CommandError(f"--data: {in_words(file)} has no JSON object", Status.USAGE)
+    return found
 
 
 def stats(args: argparse.Namespace) -> Status:
     """Print the counts once, or with --watch every so many seconds, also across outages of the server."""
     output = output_of(args)
     with connect(args) as pool:
-        output.fields(_members(pool.stats()))
+        output.fields(members_of(pool.stats()))
         while args.watch is not None:
             time.sleep(args.watch)
             try:
-                now = _members(pool.stats())
+                now = members_of(pool.stats())
             except TRANSIENT as error:
                 note(f"retrying: {error}")
                 continue
@@ -286,7 +367,7 @@ def _named(keys: list[str]) -> list[tuple[str, int | None]]:
     `-` stands for the lines of standard input, as generate and acquire print them. Raises CommandError if
     there is no key, or a masked one.
     """
-    lines = [line for key in keys for line in (map(str.split, sys.stdin) if key == "-" else [[key]]) if line]
+    lines = [line for key in keys for line in (map(_columns, sys.stdin) if key == "-" else [[key]]) if line]
     if not lines:
         raise CommandError("no key on standard input", Status.USAGE)
     for key, *_ in lines:
@@ -297,6 +378,12 @@ def _named(keys: list[str]) -> list[tuple[str, int | None]]:
                 Status.USAGE,
             )
     return [(line[0], _lease(line)) for line in lines]
+
+
+def _columns(line: str) -> list[str]:
+    """The columns of a line. Keys from elsewhere may have spaces in them; tabs are between columns."""
+    columns = line.strip("\r\n").split("\t")
+    return columns if len(columns) > 1 else line.split()
 
 
 def _lease(columns: list[str]) -> int | None:
@@ -330,7 +417,7 @@ def _as_listed(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"ends_in": row["available_in"], "lease": None}
 
 
-def _members(value: Any) -> dict[str, Any]:
+def members_of(value: Any) -> dict[str, Any]:
     """The members of an answer, under their names in JSON."""
     members = {}
     for each in dataclasses.fields(value):

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Self
 
 from keypool.client.answers import hint
+from keypool.client.calls import is_reference
 
 Row = dict[str, Any]
 
@@ -22,7 +23,14 @@ BATCH = 1000
 """Items per batch call."""
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
-_WIDEST = {"owner": 20, "reason": 40}  # characters in a table; both may have 200
+_IF_GIVEN = ("name", "labels", "client")
+"""Columns that a table has only if one of the rows that are read first has something in them."""
+_WIDEST = {
+    "owner": 20,
+    "name": 24,
+    "labels": 40,
+    "reason": 40,
+}  # characters in a table; they may have many more
 
 
 class Output:
@@ -32,6 +40,7 @@ class Output:
         self.show_keys = show_keys
         self.as_json = as_json
         self.as_table = sys.stdout.isatty() and not as_json
+        self._columns: Sequence[str] = ()
         self._widths: list[int] = []
 
     def rows(self, columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -64,12 +73,17 @@ class Output:
 
     def masked(self, key: str) -> str:
         """A key's text as this command may show it."""
-        return key if self.show_keys or key.startswith(("id:", "h:")) else hint(key)
+        return key if self.show_keys or is_reference(key) else hint(key)
 
     def _masked(self, row: Row) -> Row:
         return row | {"key": self.masked(row["key"])} if "key" in row else row
 
     def _table(self, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        if not self._widths:
+            self._columns = [
+                each for each in columns if each not in _IF_GIVEN or any(row.get(each) for row in rows)
+            ]
+        columns = self._columns
         lines = [[_cell(row.get(column), column) for column in columns] for row in map(self._masked, rows)]
         if not self._widths:
             names = [column.removesuffix("_in").replace("_", " ").upper() for column in columns]
@@ -103,13 +117,19 @@ def _bold(text: str) -> str:
 
 
 def _plain(value: object) -> str:
-    return "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
+    return "" if value is None else _text(value).replace("\t", " ").replace("\n", " ")
+
+
+def _text(value: object) -> str:
+    return (
+        ",".join(f"{name}={each}" for name, each in value.items()) if isinstance(value, dict) else str(value)
+    )
 
 
 def _cell(value: object, column: str = "") -> str:
     if value is None:
         return "-"
-    text = f"{value:.1f}" if isinstance(value, float) else printable(str(value))
+    text = f"{value:.1f}" if isinstance(value, float) else printable(_text(value)) or "-"
     widest = _WIDEST.get(column, len(text))
     return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
@@ -143,6 +163,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Erase the bar."""
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

@@ -3,9 +3,9 @@
 What the command's exit status says of the key, by --on-exit, is reported when it is given back. With --extend the
 client's keeper extends the lease, in a thread of its own.
 
-The command gets the key in its environment, and every signal that is sent to keypool, once. In a terminal's
-foreground the command shares keypool's process group, to which the terminal sends Ctrl-C. Elsewhere (cron, a
-supervisor) the command gets a process group of its own, and signals go to all of it.
+The command gets the key and its data in its environment, but no token, and every signal that is sent to keypool,
+once. In a terminal's foreground the command shares keypool's process group, to which the terminal sends Ctrl-C.
+Elsewhere (cron, a supervisor) the command gets a process group of its own, and signals go to all of it.
 
 If keypool itself is killed by SIGKILL, the key is released at its deadline, and on Linux the command gets a
 SIGTERM, since it would go on with a key that others may get.
@@ -16,20 +16,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from keypool.cli.connection import connect
+from keypool.cli.connection import connect, pool_of
 from keypool.cli.output import note
 from keypool.cli.signal_forwarding import CaughtSignals, answer_first, in_foreground
 from keypool.cli.status import CommandError, Status, command_error
 from keypool.client import HeldKey, KeyPoolError, LeaseLost
+from keypool.environment import without_secrets
 from keypool.pdeathsig import end_with_parent
 
+_DATA = "KEYPOOL_DATA_"
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL for a command that outlives its lease
 
 
@@ -63,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
                 key = stack.enter_context(lease)
             for number in signals:
                 signal.raise_signal(number)
-            environment = {
+            environment = data_variables(key.data) | {
                 args.env: key.secret,
                 "KEYPOOL_LEASE": str(key.lease),
                 "KEYPOOL_HANDLE": key.handle or "",
+                "KEYPOOL_POOL": pool_of(args),
             }
             ended = _supervise(words, environment, key, stop=stop)
             if ended.by_itself:
@@ -76,6 +82,22 @@ def run(args: argparse.Namespace) -> int:
         return _result(ended, key, stop=stop)
     except KeyPoolError as error:
         raise command_error(error, f"{words[0]} was not run: ") from None
+
+
+def data_variables(data: Mapping[str, Any]) -> dict[str, str]:
+    """A key's data as variables: `{"user": "x"}` is KEYPOOL_DATA_USER=x. Values that are no text are JSON."""
+    variables = {}
+    for name, value in data.items():
+        variable = _DATA + re.sub(r"[^A-Z0-9_]", "_", name.upper(), flags=re.ASCII)
+        if variable in variables:
+            note(f"two of the key's data would be {variable}: the later one is")
+        variables[variable] = value if isinstance(value, str) else json.dumps(value)
+    return variables
+
+
+def _inherited() -> dict[str, str]:
+    """This process's variables, without secrets, and without the data of a key that it may have from another `run`."""
+    return {name: value for name, value in without_secrets(os.environ).items() if not name.startswith(_DATA)}
 
 
 def _outcomes(args: argparse.Namespace) -> dict[int, str]:
@@ -127,10 +149,14 @@ def _supervise(words: Sequence[str], environment: dict[str, str], key: HeldKey, 
         try:
             process = subprocess.Popen(  # noqa: S603 - the user's own command
                 words,
-                env=os.environ | environment,
+                env=_inherited() | environment,
                 process_group=None if foreground else 0,
                 preexec_fn=prepare_child,  # noqa: PLW1509 - takes no lock that the keeper's thread may hold
             )
+        except ValueError:  # of the command's words, none has one
+            raise CommandError(
+                "the key or its data have a NUL character, which no variable can hold", Status.FAILED
+            ) from None
         except OSError as error:
             note(f"{words[0]} can't be run: {error.strerror or error}")
             missing = isinstance(error, FileNotFoundError)

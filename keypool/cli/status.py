@@ -15,7 +15,7 @@ class Status(IntEnum):
     FAILED = 1, "any other failure"
     USAGE = 2, "wrong flag, argument, URL or token file"
     NO_KEY = 3, "no key is available"
-    UNKNOWN_KEY = 4, "a key is unknown: never generated, deleted or expired"
+    UNKNOWN_KEY = 4, "a key is unknown: never generated, deleted or expired; or the pool is unknown"
     LEASE_OVER = 5, "the lease had ended: the key may be held by somebody else"
     DENIED = 6, "no token, an unknown token, or a token without the role for this call"
     UNREACHABLE = 7, "the server can't be reached; nothing has changed"
@@ -46,8 +46,8 @@ class Status(IntEnum):
 
 
 _ERRORS: dict[Status, tuple[type[KeyPoolError], ...]] = {
-    Status.NO_KEY: (errors.NoKeyAvailable,),
-    Status.UNKNOWN_KEY: (errors.UnknownKey,),
+    Status.NO_KEY: (errors.NoKeyAvailable, errors.ShareSpent),
+    Status.UNKNOWN_KEY: (errors.UnknownKey, errors.UnknownPool),
     Status.LEASE_OVER: (errors.StaleLease, errors.LeaseOver, errors.LeaseLost),
     Status.BLOCK_LIMIT: (errors.BlockLimit,),
     Status.DENIED: (errors.Unauthorized, errors.Forbidden),

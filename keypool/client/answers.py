@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any, Protocol, Self, TypeVar, get_type_hints, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, get_origin, get_type_hints, runtime_checkable
 
 from keypool.client.errors import UnexpectedAnswer
 
@@ -65,8 +65,13 @@ KeyLike = str | int | HasSecret
 
 
 def hint(secret: str) -> str:
-    """The first and last four characters of a key, to show in place of its text; only `…` below 12 characters."""
-    return f"{secret[:4]}…{secret[-4:]}" if len(secret) >= 12 else "…"
+    """What may be shown of a key in place of its text: the first and last four characters.
+
+    Two and two of a text of less than 16 characters, none of one of less than 8.
+    """
+    if len(secret) >= 16:
+        return f"{secret[:4]}…{secret[-4:]}"
+    return f"{secret[:2]}…{secret[-2:]}" if len(secret) >= 8 else "…"
 
 
 class _WithSecret:
@@ -74,7 +79,7 @@ class _WithSecret:
 
     @property
     def hint(self) -> str:
-        """First four characters, `…`, last four."""
+        """First four characters, `…`, last four; fewer of a text of less than 16 characters."""
         return hint(self.secret)
 
 
@@ -83,12 +88,72 @@ _KEY = {"json": "key"}  # the member's name in JSON
 
 @dataclass(frozen=True, slots=True)
 class GeneratedKey(_WithSecret):
-    """A new key. Unless it is kept alive, it expires in `expires_in` seconds."""
+    """A new key. Unless it is kept alive, it expires in `expires_in` seconds; None: it never expires."""
 
     id: int
     secret: str = field(repr=False, metadata=_KEY)
     state: State
-    expires_in: float
+    expires_in: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedKey:
+    """A key that was imported, or `existed` before: then nothing has changed.
+
+    It never expires if `expires_in` is None. If `repeated` is true, an earlier attempt whose answer was lost may have
+    imported it.
+    """
+
+    id: int
+    state: State
+    hint: str
+    name: str | None
+    expires_in: float | None
+    existed: bool
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of one item of `import_many`, as its `status` says.
+
+    It is "created", "updated", "existed", "duplicate" (the same secret as an item before), or "failed", for the reason
+    in `code` and `detail`. `id` is of the key that has the secret; None if it failed.
+    """
+
+    status: str
+    id: int | None = None
+    code: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Imports:
+    """The result of `import_many`: how many items have which status, and `results`, one for each item in their order.
+
+    If `repeated` is true, an answer was lost and the call sent again: then the first attempt may have created keys
+    that are counted as existed.
+    """
+
+    created: int = 0
+    updated: int = 0
+    existed: int = 0
+    duplicate: int = 0
+    failed: int = 0
+    results: list[Imported] = field(default_factory=list, repr=False)
+    repeated: bool = False
+
+    def __add__(self, other: Imports) -> Imports:
+        """Both, one after the other."""
+        return Imports(
+            self.created + other.created,
+            self.updated + other.updated,
+            self.existed + other.existed,
+            self.duplicate + other.duplicate,
+            self.failed + other.failed,
+            self.results + other.results,
+            self.repeated or other.repeated,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +161,27 @@ class LeasedKey(_WithSecret):
     """An acquired key: yours for `release_in` seconds, under the number `lease`.
 
     `handle` names key and lease in the client's requests, in place of the text; None from an older server.
+    `expires_in` is None if the key never expires. `name` and `data` are an operator's: None and `{}` without.
     """
 
     id: int
     secret: str = field(repr=False, metadata=_KEY)
     lease: int
     release_in: float
-    expires_in: float
+    expires_in: float | None
     handle: str | None = None
+    name: str | None = None
+    data: dict[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Revealed(_WithSecret):
-    """The text of a key."""
+    """The text of a key, and its name and data, if an operator gave it some."""
 
     id: int
     secret: str = field(repr=False, metadata=_KEY)
+    name: str | None = None
+    data: dict[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +213,10 @@ class Extended:
 
 @dataclass(frozen=True, slots=True)
 class KeptAlive:
-    """The key now expires in `expires_in` seconds."""
+    """The key now expires in `expires_in` seconds; None: it never does."""
 
     id: int
-    expires_in: float
+    expires_in: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +224,8 @@ class Row:
     """A key without its text. `owner` and `release_in` are None unless it is blocked, `available_in` unless it cools.
 
     `failures` are those in a row. `outcome` and `reason` are those of the latest report, None if there was none; the
-    reason of a quarantined key is the operator's, if one gave it.
+    reason of a quarantined key is the operator's, if one gave it. `client` is the name of the token that holds the key,
+    None unless it has one. `name` and `labels` are an operator's. `expires_in` is None if the key never expires.
     """
 
     id: int
@@ -163,12 +234,15 @@ class Row:
     owner: str | None
     lease: int | None
     created_at: datetime
-    expires_in: float
+    expires_in: float | None
     release_in: float | None
     available_in: float | None = None
     failures: int = 0
     outcome: Outcome | None = None
     reason: str | None = None
+    client: str | None = None
+    name: str | None = None
+    labels: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +277,41 @@ class Stats:
     cooled: int = 0
     quarantines: int = 0
     restored: int = 0
+    imported: int = 0
     uptime: float
     engine: str
     version: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """A pool: how many keys it has in which state, and all its settings by name, of which lengths are in seconds.
+
+    A pool that is `draining` is being deleted: it is gone when its last lease has ended.
+    """
+
+    name: str
+    total: int
+    available: int
+    blocked: int
+    cooling: int
+    quarantined: int
+    waiting: int
+    draining: bool
+    settings: dict[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rekeying:
+    """How far the stored keys are encrypted under the first secrets key: `state` is "idle", "running" or "failed".
+
+    `done` of `total` keys were looked at. `encrypted` is whether the server has a secrets key at all.
+    """
+
+    state: str
+    done: int
+    total: int
+    encrypted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +338,8 @@ def read(kind: type[T], value: object) -> T:
     members = {}
     for each in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = each.metadata.get("json", each.name)
+        if value.get(name) is None and each.default_factory is not dataclasses.MISSING:
+            continue
         if name in value:
             members[each.name] = _member(kind, each.name, value[name])
         elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
@@ -239,12 +347,20 @@ def read(kind: type[T], value: object) -> T:
     return kind(**members)
 
 
-def read_list(kind: type[T], value: object) -> list[T]:
-    """The list of `kind` in the member `keys` of an answer. Raises UnexpectedAnswer."""
-    items = value.get("keys") if isinstance(value, dict) else None
+def read_list(kind: type[T], value: object, member: str = "keys") -> list[T]:
+    """The list of `kind` in this member of an answer. Raises UnexpectedAnswer."""
+    items = value.get(member) if isinstance(value, dict) else None
     if not isinstance(items, list):
-        raise UnexpectedAnswer("not the expected answer: no list of keys")
+        raise UnexpectedAnswer(f"not the expected answer: no list of {member}")
     return [read(kind, item) for item in items]
+
+
+def read_imports(value: object) -> Imports:
+    """The answer of a batch of imports. Raises UnexpectedAnswer."""
+    if not isinstance(value, dict):
+        raise UnexpectedAnswer("not the expected answer: no results")
+    counts = read(Imports, value | {"results": None})
+    return dataclasses.replace(counts, results=read_list(Imported, value, "results"))
 
 
 def read_page(value: object) -> Page:
@@ -269,7 +385,7 @@ def _member(kind: type, name: str, value: object) -> object:
             return datetime.fromisoformat(str(value))
     except ValueError:
         wanted = ()
-    fits = isinstance(value, list) if wanted == list[str] else isinstance(value, wanted)
+    fits = isinstance(value, get_origin(wanted) if get_origin(wanted) in (list, dict) else wanted)
     if not fits or (isinstance(value, bool) and wanted is not bool):
         raise UnexpectedAnswer(f"not the expected answer: wrong {name} in {kind.__name__}")
     return value

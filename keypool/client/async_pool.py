@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import math
 import os
 import ssl
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -27,10 +29,14 @@ from keypool.client.answers import (
     Done,
     Extended,
     GeneratedKey,
+    ImportedKey,
+    Imports,
     KeptAlive,
     KeyLike,
     LeasedKey,
     Page,
+    PoolInfo,
+    Rekeying,
     Revealed,
     Row,
     Stats,
@@ -51,14 +57,17 @@ from keypool.client.calls import (
 )
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, Held, give_back_many, raise_or_note
-from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
+from keypool.client.imports import Exists, NewKey
+from keypool.client.rounds import KeptKeys, LeaseRounds, OnDead, OnError, Rounds
 from keypool.client.settings import (
+    DEFAULT_POOL,
     DEFAULT_TIMEOUT,
     DEFAULT_URL,
     Retry,
     Settings,
     default_owner,
     from_environment,
+    pool_name,
 )
 
 T = TypeVar("T")
@@ -77,24 +86,28 @@ class AsyncKeyPool:
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         retry: Retry | int | None = None,
+        pool: str = DEFAULT_POOL,
         ssl_context: ssl.SSLContext | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._settings = Settings.of(url, token, timeout, retry)
+        self._settings = Settings.of(url, token, timeout, retry, pool)
         self._runner = AsyncRunner(self._settings, ssl_context, transport)
         self._ssl_context = ssl_context
         self._transport = transport
         self._keepers: weakref.WeakSet[AsyncKeeper] = weakref.WeakSet()
         self._held: weakref.WeakSet[AsyncHeldKey] = weakref.WeakSet()
         self._lease_keeper: AsyncKeeper | None = None
+        self._client: Self | None = None
+        self._pools: dict[str, Self] = {}
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
-        """A client configured by KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE; see KeyPool.from_env."""
-        return cls(**from_environment(environ), **options)
+        """A client configured by KEYPOOL_URL, KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE, KEYPOOL_POOL; see KeyPool.from_env."""
+        return cls(**from_environment(environ) | options)
 
     def __repr__(self) -> str:
-        return f"AsyncKeyPool({self._settings.url!r})"
+        pool = "" if self._settings.pool == DEFAULT_POOL else f", pool={self._settings.pool!r}"
+        return f"AsyncKeyPool({self._settings.url!r}{pool})"
 
     async def __aenter__(self) -> Self:
         return self
@@ -102,13 +115,34 @@ class AsyncKeyPool:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def pool(self, name: str) -> Self:
+        """The same client for another pool of the server; see KeyPool. Raises ValueError."""
+        if self._client is not None:
+            return self._client.pool(name)
+        if pool_name(name) == self._settings.pool:
+            return self
+        if name not in self._pools:
+            self._pools[name] = copy.copy(self)
+            self._pools[name]._become(name, self)  # noqa: SLF001 - one of this class
+        return self._pools[name]
+
+    def _become(self, name: str, client: Self) -> None:
+        """Turn this copy of the client into another pool of it."""
+        self._settings = replace(self._settings, pool=name)
+        self._keepers, self._held = weakref.WeakSet(), weakref.WeakSet()
+        self._lease_keeper = None
+        self._client, self._pools = client, {}
+
     async def close(self) -> None:
         """Stop the keepers, give back what leases hold, close the connections. Later calls raise PoolClosed."""
+        for pool in list(self._pools.values()):
+            await pool.close()
         for keeper in list(self._keepers):
             await keeper.stop()
         for held in list(self._held):
             await self._give_back(held, LAST_TRY)
-        await self._runner.close()
+        if self._client is None:
+            await self._runner.close()
 
     # -- leases and keepers
 
@@ -150,10 +184,19 @@ class AsyncKeyPool:
         return held
 
     def _keep_alive(self, held: AsyncHeldKey) -> AsyncKeeper:
+        if self._client is not None:
+            return self._client._keep_alive(held)  # noqa: SLF001 - one of this class
         if self._lease_keeper is None or not self._lease_keeper.running:
-            self._lease_keeper = self.keeper().start()
+            self._lease_keeper = AsyncKeeper(self._runner, LeaseRounds(self._settings)).start()
+            self._keepers.add(self._lease_keeper)
         self._lease_keeper.add(held)
         return self._lease_keeper
+
+    def _keep_no_longer(self, held: AsyncHeldKey) -> None:
+        if self._client is not None:
+            self._client._keep_no_longer(held)  # noqa: SLF001 - one of this class
+        elif self._lease_keeper is not None:
+            self._lease_keeper.discard(held)
 
     async def _acquire(
         self, owner: str | None, wait: float | None, block_seconds: float | None
@@ -175,8 +218,7 @@ class AsyncKeyPool:
     async def _give_back(
         self, held: AsyncHeldKey, within: float = math.inf, *, well: bool = False
     ) -> LeaseLost | None:
-        if self._lease_keeper is not None:
-            self._lease_keeper.discard(held)
+        self._keep_no_longer(held)
         lost = await self._runner.run_to_end(held.give_back(self._settings, within, well=well))
         self._held.discard(held)
         return lost
@@ -251,25 +293,62 @@ class AsyncKeyPool:
         """The text of a key, by its id (admin). Goes to the audit log. Raises UnknownKey."""
         return await self._call(calls.reveal(key))
 
+    async def import_key(
+        self,
+        secret: str,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        data: Mapping[str, Any] | None = None,
+        expire: bool = False,
+    ) -> ImportedKey:
+        """Import a key (admin). Raises NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired."""
+        return await self._call(calls.import_key(secret, name, labels, data, expire))
+
+    async def update(
+        self,
+        key: KeyLike,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> Row:
+        """Change a key's name, labels or data (admin). Raises UnknownKey, NameTaken."""
+        return await self._call(calls.update(key, name, labels, data))
+
+    async def replace(self, key: KeyLike, secret: str) -> Row:
+        """Give a key another text (admin). Raises UnknownKey, SecretExists."""
+        return await self._call(calls.replace(key, secret))
+
+    async def find(self, text: str) -> Row:
+        """The state of the key that has this text, id, name or hint (viewer). Raises UnknownKey."""
+        return await self._call(calls.find(text))
+
     async def page(
         self,
         *,
         state: StateName | None = None,
         prefix: str | None = None,
         order: Order | None = None,
+        name: str | None = None,
         limit: int | None = None,
         after: str | None = None,
     ) -> Page:
         """One page of keys (viewer). Raises BadRequest."""
-        return await self._call(calls.page(state, prefix, order, limit, after))
+        return await self._call(calls.page(state, prefix, order, limit, after, name=name))
 
     async def rows(
-        self, *, state: StateName | None = None, prefix: str | None = None, order: Order | None = None
+        self,
+        *,
+        state: StateName | None = None,
+        prefix: str | None = None,
+        order: Order | None = None,
+        name: str | None = None,
     ) -> AsyncIterator[Row]:
         """All keys (viewer), one call for each 500, as they are read."""
         after: str | None = None
         while True:
-            page = await self.page(state=state, prefix=prefix, order=order, limit=500, after=after)
+            page = await self.page(state=state, prefix=prefix, order=order, limit=500, after=after, name=name)
             for row in page.keys:
                 yield row
             after = page.next
@@ -280,11 +359,52 @@ class AsyncKeyPool:
         """All counts (viewer)."""
         return await self._call(calls.stats())
 
+    # -- pools, and the whole server
+
+    async def pools(self) -> list[PoolInfo]:
+        """All pools that the token is for, in order of name (viewer)."""
+        return await self._call(calls.pools())
+
+    async def get_pool(self, name: str) -> PoolInfo:
+        """Counts and settings of a pool (viewer). Raises UnknownPool."""
+        return await self._call(calls.get_pool(name))
+
+    async def put_pool(self, name: str, **settings: float | None) -> PoolInfo:
+        """Make a pool, or give the one of this name these settings (admin). Raises TooManyPools, PoolFixed."""
+        return await self._call(calls.put_pool(name, settings))
+
+    async def change_pool(self, name: str, **settings: float | None) -> PoolInfo:
+        """Change some settings of a pool (admin). Raises UnknownPool, PoolFixed, PoolDraining."""
+        return await self._call(calls.change_pool(name, settings))
+
+    async def delete_pool(self, name: str, *, drain: bool = False, now: bool = False) -> PoolInfo | None:
+        """Delete a pool (admin). Raises UnknownPool, PoolNotEmpty, PoolFixed."""
+        return await self._call(calls.delete_pool(name, drain, now))
+
+    async def rekey(self) -> Rekeying:
+        """Begin to encrypt all stored keys under the server's first secrets key (admin). Raises SecretsKeyRequired."""
+        return await self._call(calls.rekey())
+
+    async def rekeying(self) -> Rekeying:
+        """How far that is (admin)."""
+        return await self._call(calls.rekeying())
+
     # -- batches of any size, a thousand items a call
 
     async def generate_many(self, count: int, *, progress: Progress | None = None) -> list[GeneratedKey]:
         """Make keys (admin). Raises PoolFull; what was made before is in the error's `partial`."""
         return await self._batch(calls.generate_many(count, progress))
+
+    async def import_many(
+        self,
+        items: Iterable[NewKey],
+        *,
+        exists: Exists = "skip",
+        expire: bool = False,
+        progress: Progress | None = None,
+    ) -> Imports:
+        """Import keys (admin); see KeyPool. Raises PoolFull, KeysWouldExpire, SecretsKeyRequired."""
+        return await self._batch(calls.import_many(items, exists, expire, progress))
 
     def acquire_many(
         self,
@@ -355,7 +475,7 @@ class AsyncHeldKey(Held):
     def __init__(
         self, pool: AsyncKeyPool, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None
     ) -> None:
-        super().__init__(acquired, owner, block_seconds)
+        super().__init__(acquired, owner, block_seconds, pool._settings.pool)  # noqa: SLF001 - a part of it
         self.lost = asyncio.Event()
         """Set when the lease is known to be lost."""
         self._pool = pool
@@ -452,7 +572,7 @@ class AsyncKeeper(KeptKeys):
     a wrong URL stops the keeper: then `running` is False and `error` says why.
     """
 
-    def __init__(self, runner: AsyncRunner, rounds: Rounds) -> None:
+    def __init__(self, runner: AsyncRunner, rounds: Rounds | LeaseRounds) -> None:
         self._wake = asyncio.Event()
         super().__init__(rounds, self._wake.set)
         self._runner = runner

@@ -8,7 +8,8 @@
 "It did not happen" is a connection that could not be made, and the server's `loading`, `draining`,
 `superseded` and `too-many-waiters`. "It may have happened" is a connection that broke, a timeout after the connection
 was made, `storage-unavailable`, and 502, 503 or 504 from a proxy, which may or may not have passed the request on.
-Everything else (404, 409, not HTTP) is an answer and final.
+Everything else (404, 409, not HTTP) is an answer and final. But as long as an acquire's wait lasts, it is sent again
+after `no-key-available`, and after `share-spent`: somebody may give back a key, or its own token one.
 
 The server recognises the repetition of an acquire by its Idempotency-Key and its body, so every request of an acquire
 has the same `wait`: a longer wait than the server's longest is divided into equal parts. Such a repetition gets the
@@ -32,17 +33,19 @@ from typing import Any, Generic, TypeVar
 
 import httpx2
 
-from keypool.client.answers import Done, Unblocked
+from keypool.client.answers import Done, ImportedKey, Imports, Unblocked
 from keypool.client.calls import Batch, Call
 from keypool.client.errors import (
     AnswerLost,
     GatewayError,
     KeyPoolError,
     NoKeyAvailable,
+    ShareSpent,
     Superseded,
     Unavailable,
     UnexpectedAnswer,
     UnknownKey,
+    UnknownPool,
     Unreachable,
     from_answer,
 )
@@ -60,7 +63,7 @@ class Send:
     """Send one request, once. It fails after `timeout` seconds, whatever it was doing; inf means no limit."""
 
     method: str
-    url: str
+    url: str = field(repr=False)  # a key's text may be in it
     headers: Mapping[str, str] = field(repr=False)
     body: bytes | None = field(repr=False)
     timeout: float
@@ -145,7 +148,7 @@ def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Step
             answer = yield send
             assert answer is not None
             return Timed(_read(call, answer, repeated=repeated), sent_at, now())
-        except NoKeyAvailable as error:
+        except (NoKeyAvailable, ShareSpent) as error:
             error.repeated = repeated
             if wait_until - now() <= _WAIT_TOLERANCE:
                 raise
@@ -154,7 +157,7 @@ def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Step
             pause = 0.0 if now() - sent_at >= wait / 2 else min(1.0, wait_until - now())
         except KeyPoolError as error:
             error.repeated = repeated
-            if repeated and call.result_if_gone is not None and isinstance(error, UnknownKey):
+            if repeated and call.result_if_gone is not None and isinstance(error, UnknownKey | UnknownPool):
                 return Timed(call.result_if_gone(), sent_at, now())
             times += 1
             too_often = settings.retry.times is not None and times > settings.retry.times
@@ -175,16 +178,17 @@ def perform(call: Call[T], settings: Settings, within: float = math.inf) -> Step
 def _send(
     call: Call[Any], settings: Settings, headers: Mapping[str, str], wait: float, timeout: float
 ) -> Send:
-    body = call.body
+    body, content = call.body, call.content
     if wait:
         body = {**(body or {}), "wait": round(wait, 3)}
-    content = None
     if body is not None:
         content = json.dumps(body, separators=(",", ":")).encode()
+    if content is not None:
         headers = {**headers, "Content-Type": "application/json"}
     if call.idempotency_key is not None:
         headers = {**headers, "Idempotency-Key": call.idempotency_key}
-    return Send(call.method, f"{settings.url}{BASE}{call.path}", headers, content, max(timeout, 0.001))
+    base = f"{settings.url}{BASE}" if call.of_server else settings.base
+    return Send(call.method, f"{base}{call.path}", headers, content, max(timeout, 0.001))
 
 
 def _read(call: Call[T], answer: Answer, *, repeated: bool) -> T:
@@ -202,7 +206,7 @@ def _read(call: Call[T], answer: Answer, *, repeated: bool) -> T:
         read = call.read(value)
     except UnexpectedAnswer as error:
         raise UnexpectedAnswer(f"{call.name}: {error}; is the URL right?", answer.status) from None
-    if repeated and isinstance(read, Done | Unblocked):
+    if repeated and isinstance(read, Done | Unblocked | ImportedKey | Imports):
         return replace(read, repeated=True)
     return read
 

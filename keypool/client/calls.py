@@ -8,8 +8,11 @@ again after an attempt whose outcome is not known.
 | get, list, stats, reveal | repeated | they change no key |
 | keepalive | repeated | the last one counts |
 | unblock with a lease number or handle, extend | repeated | the number protects whoever holds the key by then |
-| delete | repeated | a deleted key never comes back |
-| quarantine, restore | repeated | the last one counts |
+| delete, also of a pool | repeated | a deleted key never comes back |
+| quarantine, restore, update; pools and their settings; rekey | repeated | the last one counts |
+| import | repeated | a secret that the pool has is found, and not imported again |
+| replace, by id or handle | repeated | the key has that text then, as after the first |
+| replace, by the old text | not repeated | the first attempt may have made it unknown |
 | acquire | repeated | by its Idempotency-Key the server knows it again, and answers with the same lease |
 | generate | not repeated | a second key would be made, and the first be lost |
 | unblock without a number | not repeated | it could free a key that someone else holds by then |
@@ -26,6 +29,7 @@ if an older server's lease has no handle. Batches name keys in the body, by thei
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,25 +40,34 @@ from keypool.client.answers import (
     Done,
     Extended,
     GeneratedKey,
+    ImportedKey,
+    Imports,
     KeptAlive,
     KeyLike,
     LeasedKey,
     Outcome,
     Page,
+    PoolInfo,
+    Rekeying,
     Revealed,
     Row,
     State,
     Stats,
     Unblocked,
     read,
+    read_imports,
     read_list,
     read_page,
 )
-from keypool.client.errors import KeyPoolError, NoKeyAvailable
+from keypool.client.errors import KeyPoolError, NoKeyAvailable, ShareSpent, UnexpectedAnswer
+from keypool.client.imports import Exists, NewKey, batches, body_of, member_of, new_key, with_refused
 from keypool.client.reports import checked_retry_after
+from keypool.client.settings import pool_name
 
 T = TypeVar("T")
 Item = TypeVar("Item")
+
+_HANDLE = re.compile(r"h:[0-9]+\.[0-9]+\.[A-Za-z0-9_-]{11}", re.ASCII)
 
 MOST_ITEMS = 1000
 """Items that the server takes in one batch."""
@@ -87,17 +100,24 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One call. `path` is below /api/v1. `wait` is how long an acquire may wait, in seconds; None is for ever."""
+    """One call. `path` is below that of the pool, or with `of_server` below /api/v1.
+
+    `wait` is how long an acquire may wait, in seconds; None is for ever. `content` is a body that is encoded already.
+    """
 
     name: str
     method: str
-    path: str
+    path: str = field(repr=False)
     read: Callable[[object], T]
-    body: Mapping[str, Any] | None = None
+    body: Mapping[str, Any] | None = field(default=None, repr=False)
     repeatable: bool = False
     wait: float | None = 0.0
     idempotency_key: str | None = None
-    result_if_gone: Callable[[], T] | None = None  # makes the result if a retry gets unknown-key
+    result_if_gone: Callable[[], T] | None = (
+        None  # makes the result if a retry gets unknown-key or unknown-pool
+    )
+    content: bytes | None = field(default=None, repr=False)
+    of_server: bool = False
 
 
 def generate() -> Call[GeneratedKey]:
@@ -170,16 +190,119 @@ def reveal(key: KeyLike) -> Call[Revealed]:
     return Call("reveal", "POST", path, lambda value: read(Revealed, value), repeatable=True)
 
 
+def import_key(
+    secret: str,
+    name: str | None,
+    labels: Mapping[str, str] | None,
+    data: Mapping[str, Any] | None,
+    expire: bool,
+) -> Call[ImportedKey]:
+    """Raises ValueError for a wrong type, or a text that UTF-8 can't hold."""
+    content = new_key({"secret": secret, "name": name, "labels": labels, "data": data}, expire=expire)
+    return Call(
+        "import", "POST", "/keys", lambda value: read(ImportedKey, value), content=content, repeatable=True
+    )
+
+
+def update(
+    key: KeyLike, name: str | None, labels: Mapping[str, str] | None, data: Mapping[str, Any] | None
+) -> Call[Row]:
+    """Raises ValueError for a wrong type, and if nothing is given."""
+    given = {"name": name, "labels": labels, "data": data}
+    body = {each: member_of(each, value) for each, value in given.items() if value is not None}
+    if not body:
+        raise ValueError("update changes the name, the labels or the data: give one of them")
+    path = _path(key, by_id=True)
+    return Call("update", "PATCH", path, lambda value: read(Row, value), body, repeatable=True)
+
+
+def replace(key: KeyLike, secret: str) -> Call[Row]:
+    """Raises ValueError for a secret that is no text."""
+    body = {"secret": member_of("secret", secret)}
+    path = f"{_path(key, by_id=True)}/replace"
+    repeatable = not isinstance(key, str) or _is_handle(key) or is_id(key)
+    return Call("replace", "POST", path, lambda value: read(Row, value), body, repeatable)
+
+
+def find(text: str) -> Call[Row]:
+    body = {"key": member_of("key", text)}
+    return Call("find", "POST", "/keys/find", lambda value: read(Row, value), body, repeatable=True)
+
+
 def page(
-    state: StateName | None, prefix: str | None, order: Order | None, limit: int | None, after: str | None
+    state: StateName | None,
+    prefix: str | None,
+    order: Order | None,
+    limit: int | None,
+    after: str | None,
+    *,
+    name: str | None = None,
 ) -> Call[Page]:
-    query = {"state": state, "prefix": prefix, "order": order, "limit": limit, "after": after}
+    query = {
+        "state": state, "prefix": prefix, "name": name, "order": order, "limit": limit, "after": after
+    }  # fmt: skip
     given = urlencode({name: value for name, value in query.items() if value is not None})
     return Call("list", "GET", f"/keys?{given}" if given else "/keys", read_page, repeatable=True)
 
 
 def stats() -> Call[Stats]:
     return Call("stats", "GET", "/stats", lambda value: read(Stats, value), repeatable=True)
+
+
+# -- pools, and the whole server
+
+
+def pools() -> Call[list[PoolInfo]]:
+    return Call(
+        "pools", "GET", "/pools", lambda value: read_list(PoolInfo, value, "pools"), repeatable=True,
+        of_server=True,
+    )  # fmt: skip
+
+
+def get_pool(name: str) -> Call[PoolInfo]:
+    return _of_pool("pool", "GET", name)
+
+
+def put_pool(name: str, settings: Mapping[str, Any]) -> Call[PoolInfo]:
+    return _of_pool("put pool", "PUT", name, settings)
+
+
+def change_pool(name: str, settings: Mapping[str, Any]) -> Call[PoolInfo]:
+    return _of_pool("change pool", "PATCH", name, settings)
+
+
+def _of_pool(call: str, method: str, name: str, settings: Mapping[str, Any] | None = None) -> Call[PoolInfo]:
+    """Raises ValueError for a name that no pool can have."""
+    return Call(
+        call, method, f"/pools/{pool_name(name)}", lambda value: read(PoolInfo, value), settings,
+        repeatable=True, of_server=True,
+    )  # fmt: skip
+
+
+def delete_pool(name: str, drain: bool, now: bool) -> Call[PoolInfo | None]:
+    """Raises ValueError for a name that no pool can have, and for `now` without `drain`."""
+    if now and not drain:
+        raise ValueError("now goes with drain: an empty pool is deleted at once anyway")
+    query = urlencode({each: "true" for each, given in (("drain", drain), ("now", now)) if given})
+    path = f"/pools/{pool_name(name)}" + (f"?{query}" if query else "")
+    return Call(
+        "delete pool", "DELETE", path, lambda value: None if value is None else read(PoolInfo, value),
+        repeatable=True, result_if_gone=lambda: None, of_server=True,
+    )  # fmt: skip
+
+
+def rekey() -> Call[Rekeying]:
+    return _rekey("POST")
+
+
+def rekeying() -> Call[Rekeying]:
+    return _rekey("GET")
+
+
+def _rekey(method: str) -> Call[Rekeying]:
+    return Call(
+        "rekey", method, "/rekey", lambda value: read(Rekeying, value), repeatable=True, of_server=True
+    )
 
 
 # -- batches of any size: generators of calls, which are sent each call's result and return the total
@@ -211,7 +334,7 @@ def acquire_many(
         )  # fmt: skip
         try:
             part = yield from _part(call, held)
-        except NoKeyAvailable:
+        except (NoKeyAvailable, ShareSpent):
             if held:
                 break
             raise
@@ -220,6 +343,33 @@ def acquire_many(
         if len(part) < size:
             break
     return held
+
+
+def import_many(
+    items: Iterable[NewKey], exists: Exists, expire: bool, progress: Progress | None
+) -> Batch[Imports]:
+    """Raises ValueError for a wrong item before anything is sent."""
+    if exists not in ("skip", "update"):
+        raise ValueError(f"exists is skip or update, not {exists!r}")
+    return _import_many(list(batches(items)), exists, expire, progress)
+
+
+def _import_many(
+    parts: Sequence[Sequence[bytes | None]], exists: Exists, expire: bool, progress: Progress | None
+) -> Batch[Imports]:
+    total = Imports()
+    for part in parts:
+        sent = [item for item in part if item is not None]
+        answer = Imports()
+        if sent:
+            content = body_of(sent, exists, expire)
+            call = Call("import", "POST", "/batch", read_imports, content=content, repeatable=True)
+            answer = yield from _part(call, total)
+            if len(answer.results) != len(sent):
+                raise UnexpectedAnswer("not the expected answer: not a result for each item")
+        total += with_refused(part, answer)
+        _report(progress, len(total.results))
+    return total
 
 
 def keepalive_many(keys: Iterable[KeyLike], progress: Progress | None = None) -> Batch[Done]:
@@ -342,6 +492,16 @@ def handle(key: KeyLike) -> str | None:
         return str(key)
     found = getattr(key, "handle", None)
     return found if isinstance(found, str) else None
+
+
+def is_id(text: str) -> bool:
+    """Whether this is a public id as it stands in requests: `id:42`."""
+    return text.startswith("id:") and text[3:].isdecimal()
+
+
+def is_reference(text: str) -> bool:
+    """Whether this is an id or looks like a handle, which may be shown, and not a key's text."""
+    return is_id(text) or _HANDLE.fullmatch(text) is not None
 
 
 def _is_handle(key: KeyLike) -> bool:

@@ -9,6 +9,12 @@
     │   ├── BlockLimit             an extension that would not let the lease last longer
     │   ├── Superseded             the same acquire was sent again, and waits in place of this one
     │   ├── PoolFull
+    │   ├── NameTaken  SecretExists    another key of the pool has this name, this text
+    │   ├── KeysWouldExpire        an import into a pool that purges keys
+    │   ├── SecretsKeyRequired     an import into Valkey, or a rekey, by a server without a secrets key
+    │   ├── UnknownPool            no such pool, or not one of this token's
+    │   ├── TooManyPools  PoolDraining  PoolNotEmpty  PoolFixed
+    │   ├── ShareSpent             the token holds as many leases as it may; `retry_after`: seconds, a hint
     │   ├── Unavailable            temporarily; the client has retried already
     │   │   ├── StorageUnavailable     the outcome is not known
     │   │   ├── Loading  Draining  TooManyWaiters
@@ -139,7 +145,47 @@ class Superseded(Refused):
 
 
 class PoolFull(Refused):
-    """The server holds as many keys as it may."""
+    """The pool holds as many keys as it may."""
+
+
+class NameTaken(Refused):
+    """Another key of the pool has this name."""
+
+
+class SecretExists(Refused):
+    """Another key of the pool has this text."""
+
+
+class KeysWouldExpire(Refused):
+    """The pool purges keys that nobody keeps alive: an import into it has to allow that, by `expire=True`."""
+
+
+class SecretsKeyRequired(Refused):
+    """The server has no secrets key: so it imports nothing into Valkey, and encrypts nothing."""
+
+
+class UnknownPool(Refused):
+    """There is no pool of this name, or the token is not for it."""
+
+
+class TooManyPools(Refused):
+    """The server has as many pools as it may."""
+
+
+class PoolDraining(Refused):
+    """The pool is being deleted: it serves and takes no key any more, and only its leases go on to their ends."""
+
+
+class PoolNotEmpty(Refused):
+    """The pool has keys: it is deleted only with `drain`."""
+
+
+class PoolFixed(Refused):
+    """The server's flags decide this for the pool `default`, which can't be deleted either."""
+
+
+class ShareSpent(Refused):
+    """The token holds as many leases as it may. `retry_after`: seconds until one of them may end."""
 
 
 class Unavailable(Refused):

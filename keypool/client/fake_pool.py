@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import math
 import random
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from keypool.client.answers import Outcome, State, hint
+from keypool.client.pool_settings import POOL_SETTINGS
+from keypool.client.settings import DEFAULT_POOL
 
 _COUNTED = (
     *("generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused"),
-    *("cooled", "quarantines", "restored"),
+    *("cooled", "quarantines", "restored", "imported"),
 )
+
+SETTINGS = {name: setting.default for name, setting in POOL_SETTINGS.items()}
+"""The default settings. The fake keeps all, and ignores `key_length`, `max_retry_after_seconds`, `rest_seconds`."""
 
 
 class Refused(Exception):
@@ -39,7 +47,7 @@ class Key:
     """A key. `until` is the end of a block or of a cooldown."""
 
     id: int
-    text: str
+    text: str = field(repr=False)
     created_at: datetime
     expires: float
     state: str = "available"
@@ -55,36 +63,60 @@ class Key:
     outcome: str | None = None
     reason: str | None = None
     operator_reason: str | None = None
+    name: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 class FakePool:
-    """Keys and their rules. The arguments are those of FakeServer."""
+    """The keys of one pool and their rules."""
 
-    def __init__(
-        self,
-        *,
-        block_seconds: float,
-        max_block_seconds: float | None,
-        keepalive_seconds: float,
-        cooldown_seconds: float,
-        max_cooldown_seconds: float,
-        error_threshold: int,
-        forget_seconds: float,
-        max_quarantined_percent: float,
-    ) -> None:
-        self.block_seconds = block_seconds
-        self.max_block_seconds = max_block_seconds
-        self.keepalive_seconds = keepalive_seconds
-        self.cooldown_seconds = cooldown_seconds
-        self.max_cooldown_seconds = max_cooldown_seconds
-        self.error_threshold = error_threshold
-        self.forget_seconds = forget_seconds
-        self.max_quarantined_percent = max_quarantined_percent
+    def __init__(self, name: str = DEFAULT_POOL, settings: Mapping[str, float | None] = SETTINGS) -> None:
+        self.name = name
+        self.draining = False
+        self.settings = {**SETTINGS, **settings}
         self.skipped = 0.0
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.reports: list[tuple[str, str]] = []
         self._keys: dict[int, Key] = {}
         self._ids = self._leases = 0
+
+    # -- for tests
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys."""
+        return self._texts(None)
+
+    @property
+    def blocked(self) -> list[str]:
+        """The keys that are held."""
+        return self._texts("blocked")
+
+    @property
+    def cooling(self) -> list[str]:
+        """The keys that cool."""
+        return self._texts("cooling")
+
+    @property
+    def quarantined(self) -> list[str]:
+        """The keys that are not served until they are restored."""
+        return self._texts("quarantined")
+
+    def _texts(self, state: str | None) -> list[str]:
+        return [key.text for key in self.live(state)]
+
+    # -- its parts
+
+    def setting(self, name: str) -> float:
+        """A setting, of which null means endless."""
+        value = self.settings[name]
+        return math.inf if value is None else value
+
+    @property
+    def longest_block(self) -> float:
+        """How long a lease may last with extensions."""
+        return max(self.settings["max_block_seconds"] or 0.0, self.setting("block_seconds"))
 
     def now(self) -> float:
         """The moment on the clock of the keys."""
@@ -103,6 +135,8 @@ class FakePool:
                     self._end(key)
                 else:
                     key.state, key.until = "available", None
+        if self.draining:
+            self._keys = {id: key for id, key in self._keys.items() if key.state == "blocked"}
         return [key for key in self._keys.values() if state in (None, key.state)]
 
     def find(self, name: str) -> tuple[Key, int | None]:
@@ -122,12 +156,27 @@ class FakePool:
 
     def generate(self, text: str | None = None) -> dict[str, Any]:
         """Make a key, of this text or one of its own."""
-        self._ids += 1
-        text = f"fakekey{self._ids:013}" if text is None else text
-        key = Key(self._ids, text, datetime.now(UTC), self.now() + self.keepalive_seconds)
-        self._keys[key.id] = key
+        self.check_open(1)
+        key = self._add(f"fakekey{self._ids + 1:013}" if text is None else text)
         self.counts["generated"] += 1
-        return {"id": key.id, "key": text, "state": "available", "expires_in": self.keepalive_seconds}
+        return {"id": key.id, "key": key.text, "state": "available", "expires_in": self._left(key)}
+
+    def check_open(self, more: int) -> None:
+        """Refuse if the pool is being deleted, or has no place for so many more keys."""
+        if self.draining:
+            raise Refused(409, "pool-draining")
+        if len(self.live()) + more > self.setting("max_keys"):
+            raise Refused(409, "pool-full")
+
+    def _add(self, text: str) -> Key:
+        self._ids += 1
+        key = Key(self._ids, text, datetime.now(UTC), self.now() + self.setting("keepalive_seconds"))
+        self._keys[key.id] = key
+        return key
+
+    def _left(self, key: Key) -> float | None:
+        """Seconds until it expires, None if never."""
+        return None if key.expires == math.inf else key.expires - self.now()
 
     def acquire(
         self,
@@ -140,8 +189,9 @@ class FakePool:
         again = [key for key in self.live("blocked") if attempt is not None and key.attempt == attempt]
         if again:
             return [self._leased(key) for key in again]
-        longest = self.max_block_seconds or self.block_seconds
-        if block_seconds is not None and not min(1, self.block_seconds) <= block_seconds <= longest:
+        self.check_open(0)
+        block = self.setting("block_seconds")
+        if block_seconds is not None and not min(1, block) <= block_seconds <= self.longest_block:
             raise Refused(400, "bad-request", "block_seconds is out of range")
         free = self.live("available")
         if not free:
@@ -151,7 +201,7 @@ class FakePool:
             self._leases += 1
             key.state, key.owner, key.lease, key.attempt = "blocked", owner, self._leases, attempt
             key.reported, key.acquired = False, self.now()
-            key.until = key.acquired + (block_seconds or self.block_seconds)
+            key.until = key.acquired + (block_seconds or block)
             self.counts["acquired"] += 1
         return [self._leased(key) for key in chosen]
 
@@ -194,7 +244,7 @@ class FakePool:
         key.reported, key.outcome, key.reason = True, outcome, reason
         leaving = key.leaving or key.state == "quarantined"
         gone = len(self.live("quarantined"))
-        room = gone == 0 or (gone + 1) * 100 <= self.max_quarantined_percent * len(self._keys)
+        room = gone == 0 or (gone + 1) * 100 <= self.setting("max_quarantined_percent") * len(self._keys)
         quarantine = outcome == "invalid" and (leaving or room)
         cooldown = 0.0
         if outcome == "ok":
@@ -204,9 +254,9 @@ class FakePool:
             key.failed = now
             if retry_after is not None:
                 cooldown = retry_after
-            elif outcome != "error" or key.failures >= self.error_threshold:
-                doubled = self.cooldown_seconds * 2.0 ** min(key.failures - 1, 64)
-                cooldown = min(doubled, self.max_cooldown_seconds)
+            elif outcome != "error" or key.failures >= self.setting("error_threshold"):
+                doubled = self.setting("cooldown_seconds") * 2.0 ** min(key.failures - 1, 64)
+                cooldown = min(doubled, self.setting("max_cooldown_seconds"))
         key.leaving = key.leaving or quarantine
         if key.state == "blocked":
             self.counts["unblocked"] += 1
@@ -224,8 +274,8 @@ class FakePool:
             raise Refused(400, "bad-request", "extend needs a lease")
         if key.state != "blocked" or key.leaving or key.until is None:
             raise Refused(409, "lease-over")
-        last = key.acquired + max(self.max_block_seconds or 0.0, self.block_seconds)
-        until = min(self.now() + (self.block_seconds if seconds is None else seconds), last)
+        last = key.acquired + self.longest_block
+        until = min(self.now() + (self.setting("block_seconds") if seconds is None else seconds), last)
         if until <= key.until:
             raise Refused(409, "block-limit")
         key.until = until
@@ -256,14 +306,107 @@ class FakePool:
     def keepalive(self, name: str) -> dict[str, Any]:
         """Postpone the expiry."""
         key, _ = self.find(name)
-        key.expires = self.now() + self.keepalive_seconds
+        key.expires = self.now() + self.setting("keepalive_seconds")
         self.counts["kept_alive"] += 1
-        return {"id": key.id, "expires_in": self.keepalive_seconds}
+        return {"id": key.id, "expires_in": self.settings["keepalive_seconds"]}
 
     def delete(self, name: str) -> None:
         """Purge a key."""
         del self._keys[self.find(name)[0].id]
         self.counts["deleted"] += 1
+
+    def reveal(self, name: str) -> dict[str, Any]:
+        """The text of a key."""
+        key, _ = self.find(name)
+        return {"id": key.id, "key": key.text, **given(key)}
+
+    # -- keys from elsewhere
+
+    def import_key(self, item: Mapping[str, Any], expire: bool = False) -> tuple[Key, bool]:
+        """The key that has the item's secret, and whether it is new."""
+        if self.settings["keepalive_seconds"] is not None and not expire:
+            raise Refused(409, "keys-would-expire")
+        if (problem := _problem(item)) is not None:
+            raise Refused(400, "bad-request", problem)
+        secret = item["secret"]
+        if (key := self._with(text=secret)) is not None:
+            return key, False
+        self.check_open(1)
+        self._check_name(None, item.get("name"))
+        key = self._add(secret)
+        self._note(key, item)
+        self.counts["imported"] += 1
+        return key, True
+
+    def import_many(
+        self, keys: Sequence[Mapping[str, Any]], exists: str = "skip", expire: bool = False
+    ) -> dict[str, Any]:
+        """Import keys one by one, but none if the pool hasn't room for all."""
+        fresh = {item["secret"] for item in keys} - set(self.keys)
+        self.check_open(len(fresh))
+        results: list[dict[str, Any]] = []
+        seen: set[str] = set()
+        for item in keys:
+            try:
+                key, new = self.import_key(item, expire)
+                status = "created" if new else "duplicate" if key.text in seen else "existed"
+                if status == "existed" and exists == "update":
+                    self.update(f"id:{key.id}", **{name: item.get(name) for name in _NOTES})
+                    status = "updated"
+                seen.add(key.text)
+                results.append({"status": status, "id": key.id})
+            except Refused as refused:
+                if refused.code == "keys-would-expire":
+                    raise
+                results.append({"status": "failed", "code": refused.code, "detail": refused.detail})
+        counts = Counter(result["status"] for result in results)
+        statuses = ("created", "updated", "existed", "duplicate", "failed")
+        return {status: counts[status] for status in statuses} | {"results": results}
+
+    def update(self, name: str, /, **patch: Any) -> dict[str, Any]:
+        """Change name, labels or data."""
+        key, _ = self.find(name)
+        if (problem := _problem({"secret": "x"} | patch)) is not None:
+            raise Refused(400, "bad-request", problem)
+        self._check_name(key, patch.get("name"))
+        self._note(key, patch)
+        return self.row(key)
+
+    def replace(self, name: str, secret: str) -> dict[str, Any]:
+        """Give a key another text."""
+        key, _ = self.find(name)
+        if (problem := _problem({"secret": secret})) is not None:
+            raise Refused(400, "bad-request", problem)
+        if self._with(text=secret) not in (None, key):
+            raise Refused(409, "secret-exists")
+        key.text = secret
+        return self.restore(f"id:{key.id}")
+
+    def look_up(self, text: str) -> dict[str, Any]:
+        """The row of a key by its text, id, name or hint."""
+        found = self._with(text=text) or self._with(name=text)
+        if found is None:
+            hinted = [key for key in self.live() if hint(key.text) == text]
+            found = hinted[0] if hinted else self.find(text)[0]
+        return self.row(found)
+
+    def _with(self, **members: str) -> Key | None:
+        """The key whose members are these."""
+        pairs = members.items()
+        found = (key for key in self.live() if all(getattr(key, name) == value for name, value in pairs))
+        return next(found, None)
+
+    def _check_name(self, key: Key | None, name: str | None) -> None:
+        if name and self._with(name=name) not in (None, key):
+            raise Refused(409, "name-taken")
+
+    def _note(self, key: Key, item: Mapping[str, Any]) -> None:
+        if item.get("name") is not None:
+            key.name = item["name"] or None
+        if item.get("labels") is not None:
+            key.labels = dict(item["labels"])
+        if item.get("data") is not None:
+            key.data = dict(item["data"])
 
     def row(self, key: Key) -> dict[str, Any]:
         """A key without its text."""
@@ -276,12 +419,15 @@ class FakePool:
             "owner": key.owner,
             "lease": key.lease,
             "created_at": key.created_at.isoformat(timespec="milliseconds"),
-            "expires_in": key.expires - self.now(),
+            "expires_in": self._left(key),
             "release_in": left if key.state == "blocked" else None,
             "available_in": left if key.state == "cooling" else None,
             "failures": self._failures(key),
             "outcome": key.outcome,
             "reason": operators or key.reason,
+            "client": None,
+            "name": key.name,
+            "labels": key.labels,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -317,18 +463,19 @@ class FakePool:
         key.state, key.until = "cooling", until
 
     def _failures(self, key: Key) -> int:
-        return key.failures if self.now() < key.failed + self.forget_seconds else 0
+        return key.failures if self.now() < key.failed + self.setting("forget_seconds") else 0
 
     def _leased(self, key: Key) -> dict[str, Any]:
         assert key.lease is not None
         assert key.until is not None
-        times = {"release_in": key.until - self.now(), "expires_in": key.expires - self.now()}
+        times = {"release_in": key.until - self.now(), "expires_in": self._left(key)}
         return {
             "id": key.id,
             "key": key.text,
             "lease": key.lease,
             "handle": handle(key.id, key.lease),
             **times,
+            **given(key),
         }
 
     def _unblocked(self, key: Key, changed: bool) -> dict[str, Any]:
@@ -338,6 +485,11 @@ class FakePool:
         return answer
 
 
+def given(key: Key) -> dict[str, Any]:
+    """What an operator gave a key that only its holders see, and its name."""
+    return {name: value for name, value in (("name", key.name), ("data", key.data)) if value}
+
+
 def handle(id: int, lease: int) -> str:
     """The handle of a lease. Anybody can make it: this pool is a fake."""
     digest = hashlib.blake2b(f"{id}.{lease}".encode(), digest_size=8).digest()
@@ -345,6 +497,22 @@ def handle(id: int, lease: int) -> str:
 
 
 _RESULTS = {"unknown-key": "unknown", "stale-lease": "stale", "lease-over": "over", "block-limit": "limit"}
+
+
+_NOTES = ("name", "labels", "data")
+
+
+def _problem(item: Mapping[str, Any]) -> str | None:
+    """What is out of range in a key to be imported."""
+    if not 1 <= len(item["secret"].encode()) <= 4096:
+        return "secret has 1 to 4096 bytes"
+    if len(item.get("name") or "") > 63:
+        return "name has at most 63 characters"
+    if len(item.get("labels") or {}) > 16:
+        return "a key has at most 16 labels"
+    if len(json.dumps(item.get("data") or {}).encode()) > 4096:
+        return "data has at most 4096 bytes as JSON"
+    return None
 
 
 def batch(call: Callable[..., object], items: Iterable[Any], **more: Any) -> dict[str, Any]:

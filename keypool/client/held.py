@@ -24,18 +24,29 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from keypool.client import calls
 from keypool.client.answers import Extended, LeasedKey, Outcome, Row, State, Unblocked, hint
 from keypool.client.attempts import Steps, Timed, perform, result, results
-from keypool.client.errors import BlockLimit, KeyPoolError, LeaseLost, LeaseOver, StaleLease, UnknownKey
+from keypool.client.errors import (
+    BlockLimit,
+    KeyPoolError,
+    LeaseLost,
+    LeaseOver,
+    StaleLease,
+    UnknownKey,
+    UnknownPool,
+)
 from keypool.client.reports import Report, judge, rate_limit, tidy, worse
-from keypool.client.settings import Settings, now
+from keypool.client.settings import DEFAULT_POOL, Settings, now
 
 log = logging.getLogger("keypool.client")
 
 _LATEST_ON_THE_WAY = 0.5  # seconds in transit, at most, assumed for the answer to a call that waited
 _SHORTEST_TRY = 0.5  # seconds allowed for giving back a key whose lease has just ended
+GONE = (UnknownKey, UnknownPool)
+"""What a call about a key that was deleted raises: a pool may have been deleted with it."""
 LAST_TRY = 2.0
 """Seconds allowed for giving back a key at exit, or when its client is closed."""
 
@@ -48,8 +59,16 @@ class Held:
     HeldKey and AsyncHeldKey add what needs I/O: `lost`, `extend` and `release`.
     """
 
-    def __init__(self, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        acquired: Timed[LeasedKey],
+        owner: str,
+        block_seconds: float | None = None,
+        pool: str = DEFAULT_POOL,
+    ) -> None:
         leased = acquired.result
+        self.pool = pool
+        """The name of the pool."""
         self.id = leased.id
         self.lease = leased.lease
         self.handle = leased.handle
@@ -59,12 +78,15 @@ class Held:
         """The answer when the key was given back."""
         self.not_extended: KeyPoolError | None = None
         """Why the lease goes on to its end and can't be extended any more; None as long as that isn't known."""
+        self.name = leased.name
+        """The name that an operator gave it; None without one."""
         self._text = leased.secret
+        self._data = leased.data
         # When the server sent the answer to a call that waited is not known; it can't have been in transit for long.
         travelled = min(_LATEST_ON_THE_WAY, leased.release_in / 20)
         self._began_at = max(acquired.sent_at, acquired.received_at - travelled)
         self._released_at = self._began_at + leased.release_in
-        self._expires_at = self._began_at + leased.expires_in
+        self._expires_at = math.inf if leased.expires_in is None else self._began_at + leased.expires_in
         self._block_seconds = block_seconds
         self._stretch = leased.release_in if block_seconds is None else block_seconds
         self._lock = threading.Lock()
@@ -79,13 +101,19 @@ class Held:
         self.check()
         return self._text
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What an operator stored with the key: `key.data["user"]`. Raises LeaseLost once the lease has ended."""
+        self.check()
+        return self._data
+
     def __repr__(self) -> str:
         state = self._over or f"{self.remaining:.1f} s remaining"
         return f"<{type(self).__name__} {self.hint} id={self.id} lease={self.lease}, {state}>"
 
     @property
     def hint(self) -> str:
-        """First four characters, `…`, last four: what may be shown and logged."""
+        """First four characters, `…`, last four, fewer of a short text: what may be shown and logged."""
         return hint(self._text)
 
     @property
@@ -94,9 +122,11 @@ class Held:
         return 0.0 if self._over else max(0.0, min(self._released_at, self._expires_at) - now())
 
     @property
-    def expires_in(self) -> float:
-        """Seconds until the key expires, unless it is kept alive, which a lease does if necessary."""
-        return 0.0 if self._over else max(0.0, self._expires_at - now())
+    def expires_in(self) -> float | None:
+        """Seconds until the key expires, unless it is kept alive, which a lease does if necessary; None: never."""
+        if self._over:
+            return 0.0
+        return None if self._expires_at == math.inf else max(0.0, self._expires_at - now())
 
     @property
     def over(self) -> bool:
@@ -155,7 +185,7 @@ class Held:
 
     def _record(self, report: Report) -> None:
         """Of several reports the worst one is sent."""
-        reason = tidy(report.reason, self._text, self.hint)
+        reason = tidy(report.reason, self._text, self.hint, self._data)
         with self._lock:
             self._report = worse(self._report, Report(report.outcome, report.ready_at, reason))
 
@@ -223,7 +253,7 @@ class Held:
         seconds = self._block_seconds if seconds is None else seconds
         try:
             answer = yield from perform(calls.extend(self, seconds, None), settings, within)
-        except (StaleLease, UnknownKey, LeaseOver, BlockLimit) as error:
+        except (StaleLease, *GONE, LeaseOver, BlockLimit) as error:
             extended = yield from self._not_extended(error, settings, within)
             if extended is None:
                 self.not_extended = error
@@ -242,11 +272,11 @@ class Held:
         """
         if isinstance(error, StaleLease):
             self.lose("was leased to someone else while it was held")
-        elif isinstance(error, UnknownKey):
+        elif isinstance(error, GONE):
             self.lose("was deleted or expired while it was held")
         elif isinstance(error, LeaseOver) or error.repeated:
             row: Timed[Row] | None = None
-            with contextlib.suppress(StaleLease, UnknownKey):
+            with contextlib.suppress(StaleLease, *GONE):
                 row = yield from perform(calls.get(self), settings, within)
             if row is None or (row.result.state, row.result.lease) != (State.BLOCKED, self.lease):
                 self.lose("was taken back while it was held")
@@ -311,7 +341,7 @@ class Held:
         return LeaseLost(f"the lease of key {self.hint} had ended before the key was given back")
 
     def _not_returned(self, error: KeyPoolError) -> LeaseLost | None:
-        if isinstance(error, UnknownKey):
+        if isinstance(error, GONE):
             return LeaseLost(f"key {self.hint} was deleted or expired while it was held")
         if isinstance(error, StaleLease):
             if error.repeated:
@@ -369,6 +399,8 @@ def give_back_many(keys: Sequence[LeasedKey], settings: Settings) -> Steps[Lease
     """Unblock keys that were acquired together, without a report. Results as of `Held.give_back`."""
     try:
         done = yield from results(calls.unblock_many(keys), settings)
+    except UnknownPool:
+        return LeaseLost("the keys were in a pool that is gone")
     except KeyPoolError as error:
         log.warning("%d keys not given back (%s); they are released by their deadlines", len(keys), error)
         return None

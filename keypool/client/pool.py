@@ -13,12 +13,14 @@ those that any call may raise.
 from __future__ import annotations
 
 import atexit
+import copy
 import math
 import os
 import ssl
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -29,10 +31,14 @@ from keypool.client.answers import (
     Done,
     Extended,
     GeneratedKey,
+    ImportedKey,
+    Imports,
     KeptAlive,
     KeyLike,
     LeasedKey,
     Page,
+    PoolInfo,
+    Rekeying,
     Revealed,
     Row,
     Stats,
@@ -52,14 +58,17 @@ from keypool.client.calls import (
 )
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, Held, LostEvent, give_back_many, raise_or_note
-from keypool.client.rounds import KeptKeys, OnDead, OnError, Rounds
+from keypool.client.imports import Exists, NewKey
+from keypool.client.rounds import KeptKeys, LeaseRounds, OnDead, OnError, Rounds
 from keypool.client.settings import (
+    DEFAULT_POOL,
     DEFAULT_TIMEOUT,
     DEFAULT_URL,
     Retry,
     Settings,
     default_owner,
     from_environment,
+    pool_name,
 )
 from keypool.client.signals import block_all
 
@@ -73,7 +82,8 @@ class KeyPool:
     None means no limit. `retry` is a Retry, or how many times at most a failing call is sent again.
     `transport` is an httpx2 transport to use instead of the default one: for proxies, or for tests
     (keypool.client.testing). It is closed with the client, and `timeout` bounds each of its reads and writes
-    rather than their sum. Raises ValueError for a wrong argument.
+    rather than their sum. The calls about keys are for `pool`; its method of that name gives other ones.
+    Raises ValueError for a wrong argument.
 
     `close` it, or use it in a `with`: that stops its keepers and gives back what its leases still hold.
     """
@@ -85,26 +95,31 @@ class KeyPool:
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         retry: Retry | int | None = None,
+        pool: str = DEFAULT_POOL,
         ssl_context: ssl.SSLContext | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        self._settings = Settings.of(url, token, timeout, retry)
+        self._settings = Settings.of(url, token, timeout, retry, pool)
         self._runner = Runner(self._settings, ssl_context, transport)
         self._keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
         self._held: weakref.WeakSet[HeldKey] = weakref.WeakSet()
         self._lease_keeper: Keeper | None = None
         self._lock = threading.Lock()
+        self._client: Self | None = None
+        """The client that this is a pool of; None if it is one itself."""
+        self._pools: dict[str, Self] = {}
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
-        """A client configured by KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE; `options` are KeyPool's.
+        """A client configured by KEYPOOL_URL, KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE, KEYPOOL_POOL; `options` come before.
 
         Raises ValueError, also for a token file that cannot be read.
         """
-        return cls(**from_environment(environ), **options)
+        return cls(**from_environment(environ) | options)
 
     def __repr__(self) -> str:
-        return f"KeyPool({self._settings.url!r})"
+        pool = "" if self._settings.pool == DEFAULT_POOL else f", pool={self._settings.pool!r}"
+        return f"KeyPool({self._settings.url!r}{pool})"
 
     def __enter__(self) -> Self:
         return self
@@ -112,13 +127,39 @@ class KeyPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def pool(self, name: str) -> Self:
+        """The same client for another pool of the server: `client.pool("openai").lease()`. No call is made.
+
+        It shares connections, settings, and the thread that looks after leases with this one, and ends with it; to
+        close it stops its keepers and gives back its leases. The same name gives the same object. Raises ValueError.
+        """
+        if self._client is not None:
+            return self._client.pool(name)
+        if pool_name(name) == self._settings.pool:
+            return self
+        with self._lock:
+            if name not in self._pools:
+                self._pools[name] = copy.copy(self)
+                self._pools[name]._become(name, self)  # noqa: SLF001 - one of this class
+            return self._pools[name]
+
+    def _become(self, name: str, client: Self) -> None:
+        """Turn this copy of the client into another pool of it."""
+        self._settings = replace(self._settings, pool=name)
+        self._keepers, self._held = weakref.WeakSet(), weakref.WeakSet()
+        self._lease_keeper, self._lock = None, threading.Lock()
+        self._client, self._pools = client, {}
+
     def close(self) -> None:
         """Stop the keepers, give back what leases hold, close the connections. Later calls raise PoolClosed."""
+        for pool in list(self._pools.values()):
+            pool.close()
         for keeper in list(self._keepers):
             keeper.stop()
         for held in list(self._held):
             self._give_back(held, LAST_TRY)
-        self._runner.close()
+        if self._client is None:
+            self._runner.close()
 
     # -- leases and keepers
 
@@ -173,11 +214,20 @@ class KeyPool:
         return held
 
     def _keep_alive(self, held: HeldKey) -> Keeper:
+        if self._client is not None:
+            return self._client._keep_alive(held)  # noqa: SLF001 - one of this class
         with self._lock:
             if self._lease_keeper is None or not self._lease_keeper.running:
-                self._lease_keeper = self.keeper().start()
+                self._lease_keeper = Keeper(self._runner.another(), LeaseRounds(self._settings)).start()
+                self._keepers.add(self._lease_keeper)
         self._lease_keeper.add(held)
         return self._lease_keeper
+
+    def _keep_no_longer(self, held: HeldKey) -> None:
+        if self._client is not None:
+            self._client._keep_no_longer(held)  # noqa: SLF001 - one of this class
+        elif self._lease_keeper is not None:
+            self._lease_keeper.discard(held)
 
     def _extend(self, held: HeldKey, seconds: float | None) -> Extended:
         extended = self._runner.run(held.extension(self._settings, seconds))
@@ -186,8 +236,7 @@ class KeyPool:
         return extended
 
     def _give_back(self, held: HeldKey, within: float = math.inf, *, well: bool = False) -> LeaseLost | None:
-        if self._lease_keeper is not None:
-            self._lease_keeper.discard(held)
+        self._keep_no_longer(held)
         lost = self._runner.run(held.give_back(self._settings, within, well=well))
         self._held.discard(held)
         return lost
@@ -264,25 +313,80 @@ class KeyPool:
         """The text of a key, by its id (admin). Goes to the audit log. Raises UnknownKey."""
         return self._call(calls.reveal(key))
 
+    def import_key(
+        self,
+        secret: str,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        data: Mapping[str, Any] | None = None,
+        expire: bool = False,
+    ) -> ImportedKey:
+        """Add a key from elsewhere to the pool, unless it has this secret already (admin). So a repeat is safe.
+
+        `name` is unique in the pool; `labels` are shown to viewers; `data`, at most 4 KiB as JSON, only to the holders
+        of the key. Into a pool whose keys expire it needs `expire=True`, and a keeper. Raises NameTaken, PoolFull,
+        KeysWouldExpire, SecretsKeyRequired.
+        """
+        return self._call(calls.import_key(secret, name, labels, data, expire))
+
+    def update(
+        self,
+        key: KeyLike,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> Row:
+        """Change a key's name, labels or data, each as a whole (admin): `""` or `{}` removes it, None leaves it.
+
+        Raises UnknownKey, NameTaken.
+        """
+        return self._call(calls.update(key, name, labels, data))
+
+    def replace(self, key: KeyLike, secret: str) -> Row:
+        """Give a key another text, and forget its failures (admin). Raises UnknownKey, SecretExists.
+
+        Id, name and history stay; a cooldown or quarantine is over. Whoever holds the key may go on with the old text
+        until the lease ends.
+        """
+        return self._call(calls.replace(key, secret))
+
+    def find(self, text: str) -> Row:
+        """The state of a key by its whole text, else `id:42`, its name, or the first with this hint (viewer).
+
+        The text is not in the URL. Raises UnknownKey.
+        """
+        return self._call(calls.find(text))
+
     def page(
         self,
         *,
         state: StateName | None = None,
         prefix: str | None = None,
         order: Order | None = None,
+        name: str | None = None,
         limit: int | None = None,
         after: str | None = None,
     ) -> Page:
-        """One page of keys (viewer): see docs/api.md for what goes with what. Raises BadRequest."""
-        return self._call(calls.page(state, prefix, order, limit, after))
+        """One page of keys (viewer): see docs/api.md for what goes with what. Raises BadRequest.
+
+        `prefix` is how generated keys begin, `name` how names do.
+        """
+        return self._call(calls.page(state, prefix, order, limit, after, name=name))
 
     def rows(
-        self, *, state: StateName | None = None, prefix: str | None = None, order: Order | None = None
+        self,
+        *,
+        state: StateName | None = None,
+        prefix: str | None = None,
+        order: Order | None = None,
+        name: str | None = None,
     ) -> Iterator[Row]:
         """All keys (viewer), one call for each 500, as they are read."""
         after: str | None = None
         while True:
-            page = self.page(state=state, prefix=prefix, order=order, limit=500, after=after)
+            page = self.page(state=state, prefix=prefix, order=order, limit=500, after=after, name=name)
             yield from page.keys
             after = page.next
             if after is None:
@@ -292,11 +396,68 @@ class KeyPool:
         """All counts (viewer)."""
         return self._call(calls.stats())
 
+    # -- pools, and the whole server
+
+    def pools(self) -> list[PoolInfo]:
+        """All pools that the token is for, in order of name (viewer)."""
+        return self._call(calls.pools())
+
+    def get_pool(self, name: str) -> PoolInfo:
+        """Counts and settings of a pool (viewer). Raises UnknownPool."""
+        return self._call(calls.get_pool(name))
+
+    def put_pool(self, name: str, **settings: float | None) -> PoolInfo:
+        """Make a pool, or give these settings to the one of this name (admin); the others get their defaults.
+
+        docs/api.md lists them; None is a value for `keepalive_seconds` (keys never expire) and `error_threshold`.
+        Raises TooManyPools, PoolDraining, PoolFixed, BadRequest.
+        """
+        return self._call(calls.put_pool(name, settings))
+
+    def change_pool(self, name: str, **settings: float | None) -> PoolInfo:
+        """Change some settings of a pool, for what is acquired or kept alive from then on (admin).
+
+        Raises UnknownPool, PoolFixed, PoolDraining, BadRequest.
+        """
+        return self._call(calls.change_pool(name, settings))
+
+    def delete_pool(self, name: str, *, drain: bool = False, now: bool = False) -> PoolInfo | None:
+        """Delete a pool (admin): an empty one at once; with `drain` any, as soon as its last lease has ended, or `now`.
+
+        Returns None if it is gone, else its counts. Raises UnknownPool, PoolNotEmpty, PoolFixed.
+        """
+        return self._call(calls.delete_pool(name, drain, now))
+
+    def rekey(self) -> Rekeying:
+        """Begin to encrypt all stored keys under the server's first secrets key (admin). Raises SecretsKeyRequired."""
+        return self._call(calls.rekey())
+
+    def rekeying(self) -> Rekeying:
+        """How far that is (admin)."""
+        return self._call(calls.rekeying())
+
     # -- batches of any size, a thousand items a call
 
     def generate_many(self, count: int, *, progress: Progress | None = None) -> list[GeneratedKey]:
         """Make keys (admin). Raises PoolFull; what was made before is in the error's `partial`."""
         return self._batch(calls.generate_many(count, progress))
+
+    def import_many(
+        self,
+        items: Iterable[NewKey],
+        *,
+        exists: Exists = "skip",
+        expire: bool = False,
+        progress: Progress | None = None,
+    ) -> Imports:
+        """Add keys from elsewhere (admin): each is a secret, a tuple of secret, name, labels, data, or a dict of these.
+
+        The result has one for each item, in their order; one that can't be imported, as its name is taken for example,
+        fails alone. With `exists="update"`, a key that the pool has gets the item's name, labels and data. Raises
+        PoolFull (then none of the call's thousand is imported), KeysWouldExpire, SecretsKeyRequired; what was done
+        before is in the error's `partial`. Raises ValueError, before anything is sent, for an item of a wrong type.
+        """
+        return self._batch(calls.import_many(items, exists, expire, progress))
 
     def acquire_many(
         self,
@@ -364,7 +525,7 @@ class HeldKey(Held):
     def __init__(
         self, pool: KeyPool, acquired: Timed[LeasedKey], owner: str, block_seconds: float | None
     ) -> None:
-        super().__init__(acquired, owner, block_seconds)
+        super().__init__(acquired, owner, block_seconds, pool._settings.pool)  # noqa: SLF001 - a part of it
         self._pool = pool
         self._lost = LostEvent(min(self._released_at, self._expires_at))
 
@@ -458,7 +619,7 @@ class Keeper(KeptKeys):
     forked child has no keeper: the parent's goes on.
     """
 
-    def __init__(self, runner: Runner, rounds: Rounds) -> None:
+    def __init__(self, runner: Runner, rounds: Rounds | LeaseRounds) -> None:
         super().__init__(rounds, runner.wake)
         self._runner = runner
         self._pid = 0

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from types import MappingProxyType
 from typing import Any
 
 from keypool.client.answers import Outcome
@@ -29,6 +30,7 @@ LONGEST_RETRY_AFTER = 1e15
 
 _LONGEST_HEADER = 1e9  # seconds, about 30 years: a longer Retry-After is cut to it
 _LONGEST_REASON = 200  # characters
+_SHORTEST_DATA = 4  # characters; a shorter text of a key's data is found in any sentence
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
 # Base classes of requests, httpx and httpx2, urllib3.
 _TIMEOUTS = {"Timeout", "TimeoutException", "TimeoutError"}
@@ -79,14 +81,20 @@ def _weight(report: Report) -> tuple[int, float]:
     return _SEVERITY.index(report.outcome), -math.inf if report.ready_at is None else report.ready_at
 
 
-def tidy(reason: str | None, secret: str, hint: str) -> str | None:
-    """A reason as the server accepts it: in one line, of 200 characters at most, without the key's text.
+def tidy(
+    reason: str | None, secret: str, hint: str, data: Mapping[str, Any] = MappingProxyType({})
+) -> str | None:
+    """A reason as the server accepts it: in one line, of 200 characters at most, without the key's text and data.
 
     Reasons are often messages of exceptions, and cutting one is better than losing the report.
     """
     if reason is None:
         return None
-    words = "".join(each if each.isprintable() else " " for each in reason.replace(secret, hint)).split()
+    reason = reason.replace(secret, hint)
+    for value in data.values():
+        if isinstance(value, str) and len(value) >= _SHORTEST_DATA:
+            reason = reason.replace(value, "…")
+    words = "".join(each if each.isprintable() else " " for each in reason).split()
     text = " ".join(words)
     return (text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…") or None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import secrets
 import socket
 import time
@@ -19,6 +20,10 @@ import httpx2
 BASE = "/api/v1"
 DEFAULT_URL = "http://127.0.0.1:8888"
 DEFAULT_TIMEOUT = 15.0
+DEFAULT_POOL = "default"
+"""The pool that every server has."""
+
+_POOL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 _BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
@@ -55,12 +60,13 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The checked arguments of a client. `url` is without `/api/v1` and without a slash at its end."""
+    """The checked arguments of a client, for one pool. `url` is without `/api/v1` and without a slash at its end."""
 
     url: str
     token: str | None = field(repr=False)
     timeout: float
     retry: Retry
+    pool: str = DEFAULT_POOL
 
     @classmethod
     def of(
@@ -69,9 +75,16 @@ class Settings:
         token: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         retry: Retry | int | None = None,
+        pool: str = DEFAULT_POOL,
     ) -> Self:
         """Check the arguments of a client. Raises ValueError, whose message never contains the token."""
-        return cls(_url(url), _token(token), _timeout(timeout), _retry(retry))
+        return cls(_url(url), _token(token), _timeout(timeout), _retry(retry), pool_name(pool))
+
+    @property
+    def base(self) -> str:
+        """The URL of the pool's calls. An older server knows only those of `default`, so they have no name in them."""
+        of_pool = "" if self.pool == DEFAULT_POOL else f"/pools/{self.pool}"
+        return f"{self.url}{BASE}{of_pool}"
 
     def headers(self) -> dict[str, str]:
         """The headers of one call, the same for all its attempts."""
@@ -92,7 +105,7 @@ def default_owner() -> str:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments `url` and `token` from KEYPOOL_URL, KEYPOOL_TOKEN and KEYPOOL_TOKEN_FILE.
+    """The arguments `url`, `token` and `pool`, from KEYPOOL_URL, KEYPOOL_TOKEN, KEYPOOL_TOKEN_FILE and KEYPOOL_POOL.
 
     KEYPOOL_TOKEN comes before KEYPOOL_TOKEN_FILE, whose `~` is expanded. Raises ValueError for a file that
     cannot be read or does not hold exactly one token.
@@ -101,7 +114,11 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     path = environ.get("KEYPOOL_TOKEN_FILE")
     if token is None and path:
         token = read_token("KEYPOOL_TOKEN_FILE", path)
-    return {"url": environ.get("KEYPOOL_URL") or DEFAULT_URL, "token": token}
+    return {
+        "url": environ.get("KEYPOOL_URL") or DEFAULT_URL,
+        "token": token,
+        "pool": environ.get("KEYPOOL_POOL") or DEFAULT_POOL,
+    }
 
 
 def read_token(source: str, path: str) -> str:
@@ -113,6 +130,16 @@ def read_token(source: str, path: str) -> str:
     if len(words) != 1:
         raise ValueError(f"{source} {path} must hold one token and nothing else")
     return words[0]
+
+
+def pool_name(name: str) -> str:
+    """The name, if a pool may have it: 1 to 63 of a-z 0-9 . _ -, first a letter or a digit. Raises ValueError."""
+    if _POOL_NAME.fullmatch(name) is None:
+        raise ValueError(
+            "a pool's name has 1 to 63 characters of a-z 0-9 . _ -, the first a letter or a digit, "
+            f"not {name[:80]!r}"
+        )
+    return name
 
 
 def _url(url: str) -> str:

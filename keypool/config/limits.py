@@ -17,6 +17,9 @@ from dataclasses import dataclass
 MAX_BODY = 256 * 1024
 """Bytes of a body; more is 413."""
 
+MAX_IMPORT = 4 * 1024 * 1024
+"""Bytes of the body of an import by an admin, alone of all."""
+
 MAX_TARGET = 8 * 1024
 """Bytes of a request target; more is 414."""
 

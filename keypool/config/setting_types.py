@@ -20,6 +20,7 @@ from keypool.engine.valkey.url import TAKES, parse, without_password
 Given = TypeVar("Given")
 
 ONE_DAY = 86_400.0
+ONE_YEAR = 366 * ONE_DAY
 
 
 class Text:
@@ -130,7 +131,9 @@ class Seconds(Text):
 
 
 class Percent(Text):
-    """A percentage, kept as a float."""
+    """A percentage, kept as a float, both bounds included."""
+
+    low, high = 0.0, 100.0
 
     def __init__(self) -> None:
         super().__init__("a number from 0 to 100, fractions allowed")
@@ -139,7 +142,7 @@ class Percent(Text):
         return self._check(float(_plain(text)))
 
     def _check(self, value: object) -> object:
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100:
+        if isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high:
             return float(value)
         raise ValueError(value)
 

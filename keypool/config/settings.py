@@ -8,7 +8,8 @@ Flags are parsed here and not by argparse because a wrong one has to give one li
 takes, the same on every Python: argparse also prints its usage, and its messages change with each
 version.
 
-`load` reads the TOML file and the files of the tokens, once. No error and no repr shows a token.
+`load` reads the TOML file and the files of tokens and secrets keys, once. No error and no repr shows a token or a
+secrets key.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from keypool import __version__
+from keypool.config.named_tokens import TOKENS_FILE, NamedToken
+from keypool.config.pool_settings import POOL_SETTINGS
 from keypool.config.proxies import is_loopback
+from keypool.config.secrets_keys import (
+    SECRETS_FILE_VARIABLE,
+    SECRETS_TAKE,
+    SECRETS_VARIABLE,
+    read_secrets_keys,
+)
 from keypool.config.setting_types import (
-    ONE_DAY,
     Address,
     Choice,
     DataFile,
     EngineName,
     File,
-    Percent,
     Proxies,
     Seconds,
     Text,
@@ -39,7 +46,8 @@ from keypool.config.setting_types import (
     shown,
     shown_path,
 )
-from keypool.config.tokens import ROLES, TOKENS_TAKE, read_tokens, token_variables
+from keypool.config.token_sources import Tokens, TokenSources
+from keypool.config.tokens import ROLES, TOKENS_TAKE, token_variables
 from keypool.core.errors import SettingsError
 from keypool.core.rules import PoolRules
 from keypool.engine.valkey.url import without_password
@@ -48,7 +56,6 @@ Origin = Literal["default", "toml", "environment", "flag"]
 Default = TypeVar("Default")
 
 PRINT_CONFIG = "--print-config"
-_YEAR = 366 * ONE_DAY
 _TOML_FILE = File("a TOML file")
 
 
@@ -57,6 +64,11 @@ def _setting(default: Default, kind: Text, about: str) -> Default:
     no_password = not isinstance(kind, EngineName)
     made: Any = field(default=default, repr=no_password, metadata={"kind": kind, "about": about})
     return made  # type: ignore[no-any-return]
+
+
+def _of_pool(name: str, about: str) -> Any:
+    """A setting that other pools have too, with the same type and default."""
+    return _setting(getattr(PoolRules, name), POOL_SETTINGS[name], about)
 
 
 def _all_default() -> dict[str, Origin]:
@@ -98,14 +110,13 @@ class Settings:
         Whole(0, 65535),
         "with several processes: process N listens on this port + N - 1 as well, alone; 0 for no such ports",
     )
-    block_seconds: float = _setting(
-        PoolRules.block_seconds, Seconds(), "how long an acquired key stays blocked"
+    block_seconds: float = _of_pool("block_seconds", "how long an acquired key stays blocked")
+    keepalive_seconds: float | None = _of_pool(
+        "keepalive_seconds", "how long a key lives without a keepalive"
     )
-    keepalive_seconds: float = _setting(
-        PoolRules.keepalive_seconds, Seconds(), "how long a key lives without a keepalive"
-    )
-    key_length: int = _setting(PoolRules.key_length, Whole(16, 64), "characters in a new key")
-    max_keys: int = _setting(PoolRules.max_keys, Whole(1, 10_000_000_000), "keys in the pool at most")
+    key_length: int = _of_pool("key_length", "characters in a new key")
+    max_keys: int = _of_pool("max_keys", "keys in the pool at most")
+    max_pools: int = _setting(100, Whole(0, 1000), "pools beside `default` at most")
     max_waiters: int = _setting(
         PoolRules.max_waiters, Whole(0, 1_000_000), "acquires waiting for a key at most"
     )
@@ -114,40 +125,29 @@ class Settings:
         Seconds(low=0.0),
         "after a start, every key lives at least this long, even if it expired during the stop",
     )
-    cooldown_seconds: float = _setting(
-        PoolRules.cooldown_seconds,
-        Seconds(low=0.0),
+    cooldown_seconds: float = _of_pool(
+        "cooldown_seconds",
         "how long a key cools after its first failure; it doubles with each failure in a row",
     )
-    max_cooldown_seconds: float = _setting(
-        PoolRules.max_cooldown_seconds,
-        Seconds(low=0.0, high=_YEAR),
-        "how long a key cools at most after failures",
+    max_cooldown_seconds: float = _of_pool(
+        "max_cooldown_seconds", "how long a key cools at most after failures"
     )
-    max_retry_after_seconds: float = _setting(
-        PoolRules.max_retry_after_seconds,
-        Seconds(low=0.0, high=_YEAR),
-        "how long a key cools at most because a holder's `retry_after` says so",
+    max_retry_after_seconds: float = _of_pool(
+        "max_retry_after_seconds", "how long a key cools at most because a holder's `retry_after` says so"
     )
-    error_threshold: int = _setting(
-        PoolRules.error_threshold, Whole(1, 1_000_000), "failures in a row from which an error cools the key"
+    error_threshold: int | None = _of_pool(
+        "error_threshold", "failures in a row from which an error cools the key"
     )
-    forget_seconds: float = _setting(
-        PoolRules.forget_seconds,
-        Seconds(low=0.0, high=_YEAR),
-        "how long after the last failure the failures in a row are forgotten",
+    forget_seconds: float = _of_pool(
+        "forget_seconds", "how long after the last failure the failures in a row are forgotten"
     )
-    max_quarantined_percent: float = _setting(
-        PoolRules.max_quarantined_percent,
-        Percent(),
+    max_quarantined_percent: float = _of_pool(
+        "max_quarantined_percent",
         "the part of the pool that reports of `invalid` may quarantine; one key may always go",
     )
-    rest_seconds: float = _setting(
-        PoolRules.rest_seconds, Seconds(low=0.0), "how long a key cools after every lease"
-    )
-    max_block_seconds: float | None = _setting(
-        PoolRules.max_block_seconds,
-        Seconds(high=_YEAR),
+    rest_seconds: float = _of_pool("rest_seconds", "how long a key cools after every lease")
+    max_block_seconds: float | None = _of_pool(
+        "max_block_seconds",
         "how long a lease may last with extensions; without it as long as `--block-seconds`, so that none is extended",
     )
     max_viewers: int = _setting(200, Whole(0, 100_000), "open websockets of the feed at most")
@@ -159,6 +159,9 @@ class Settings:
     trusted_proxies: str = _setting(
         "none", Proxies(), "proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` count"
     )
+    tokens: str | None = _setting(
+        None, TOKENS_FILE, "file of named tokens; it is read again within 10 s of a change"
+    )
     config: str | None = _setting(
         None, _TOML_FILE, "file with the settings that no flag and no variable gives"
     )
@@ -166,6 +169,11 @@ class Settings:
     client_tokens: tuple[str, ...] = field(default=(), repr=False)
     viewer_tokens: tuple[str, ...] = field(default=(), repr=False)
     admin_tokens: tuple[str, ...] = field(default=(), repr=False)
+    named_tokens: tuple[NamedToken, ...] = field(default=(), repr=False)
+    """Those of the file `tokens`."""
+
+    secrets_keys: tuple[bytes, ...] = field(default=(), repr=False)
+    """Keys of 32 bytes, under which the pool's keys are encrypted at rest: the first encrypts, all decrypt."""
 
     origins: Mapping[str, Origin] = field(default_factory=_all_default, compare=False)
     """Where the value of every other field comes from."""
@@ -189,17 +197,20 @@ class Settings:
     @property
     def open(self) -> bool:
         """Whether there are no tokens, so that everybody who reaches the server may do everything."""
-        return not (self.client_tokens or self.viewer_tokens or self.admin_tokens)
+        return not (self.client_tokens or self.viewer_tokens or self.admin_tokens or self.named_tokens)
 
     @property
     def rules(self) -> PoolRules:
         """The settings of the pool."""
         return PoolRules(**{each.name: getattr(self, each.name) for each in fields(PoolRules)})
 
-    def with_tokens(self, tokens: Mapping[str, tuple[str, ...]]) -> Settings:
-        """These settings with the tokens that `read_tokens` returned."""
-        given: dict[str, Any] = {f"{role}_tokens": tokens.get(role, ()) for role in ROLES}
-        return replace(self, **given)
+    def token_sources(self, environ: Mapping[str, str]) -> TokenSources:
+        """Where the tokens come from, to read them again."""
+        return TokenSources(environ, self.tokens, _source(self, "tokens"))
+
+    def with_tokens(self, tokens: Tokens) -> Settings:
+        """These settings with other tokens."""
+        return replace(self, **_fields_of(tokens))
 
 
 class Option(NamedTuple):
@@ -245,12 +256,17 @@ def load(argv: Sequence[str], environ: Mapping[str, str], program: str = "python
     """
     flags, variables = _from_flags(argv, program), _from_environment(environ)
     toml = _from_toml(flags, variables)
-    variables |= {f"{role}_tokens": tokens for role, tokens in read_tokens(environ).items()}
     origins = _all_default()
     by_source: dict[Origin, dict[str, Any]] = {"toml": toml, "environment": variables, "flag": flags}
     for source, given in by_source.items():
         origins |= dict.fromkeys(given, source)
-    return Settings(**{**toml, **variables, **flags}, origins=origins)
+    settings = {**toml, **variables, **flags}
+    named_by = _named_by("tokens", origins["tokens"], settings.get("config"))
+    secret = _fields_of(TokenSources(environ, settings.get("tokens"), named_by).read())
+    secret["secrets_keys"] = read_secrets_keys(environ)
+    origins |= {name: "environment" for name, value in secret.items() if value}
+    origins["named_tokens"] = origins["tokens"]
+    return Settings(**settings, **secret, origins=origins)
 
 
 def data_file(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -336,12 +352,21 @@ def _check_processes(settings: Settings) -> None:
         )
 
 
+def _fields_of(tokens: Tokens) -> dict[str, Any]:
+    """The fields of Settings that hold these tokens."""
+    return {f"{each.name}_tokens": getattr(tokens, each.name) for each in fields(tokens)}
+
+
 def _source(settings: Settings, name: str) -> str:
     """The flag, variable or key of the file that the value came from."""
+    return _named_by(name, settings.origins[name], settings.config)
+
+
+def _named_by(name: str, origin: Origin, config: str | None) -> str:
     option = next(each for each in OPTIONS if each.name == name)
-    file = shown_path(settings.config or "the TOML file")
+    file = shown_path(config or "the TOML file")
     names = {"flag": option.flag, "environment": option.variable, "toml": f"{name} in {file}"}
-    return names.get(settings.origins[name], name)
+    return names.get(origin, name)
 
 
 def _no_token(settings: Settings) -> str:
@@ -349,14 +374,14 @@ def _no_token(settings: Settings) -> str:
     variables = ", ".join(token_variables(role)[0] for role in ROLES)
     return (
         f"{source} takes a loopback address (127.0.0.1, ::1, localhost) as long as there is no token, "
-        f"not {shown(settings.address)}: set one of {variables}, or the matching ..._FILE variable"
+        f"not {shown(settings.address)}: set one of {variables}, or the matching ..._FILE variable, or --tokens"
     )
 
 
 def effective_settings(settings: Settings) -> str:
     """What `--print-config` prints: every setting and where it comes from, as a TOML file for `--config`.
 
-    Tokens are counted and not shown.
+    Tokens and secrets keys are counted and not shown.
     """
     assignments = [_assignment(option, settings) for option in OPTIONS]
     width = max(map(len, assignments))
@@ -375,6 +400,8 @@ def effective_settings(settings: Settings) -> str:
         lines.append(
             f"# tokens of the role {role}: {count or 'none'} from {where}{', not shown' if count else ''}"
         )
+    where, count = f"{SECRETS_VARIABLE} or {SECRETS_FILE_VARIABLE}", len(settings.secrets_keys)
+    lines.append(f"# secrets keys: {count or 'none'} from {where}{', not shown' if count else ''}")
     if settings.open:
         lines.append("# no tokens: open to everybody who reaches it, on loopback only")
     return "\n".join(lines)
@@ -400,6 +427,9 @@ def settings_table() -> str:
     for role in ROLES:
         variables = " or ".join(f"`{name}`" for name in token_variables(role))
         rows.append(("none", variables, "none", f"tokens of the role {role}, or a file of them", TOKENS_TAKE))
+    variables = f"`{SECRETS_VARIABLE}` or `{SECRETS_FILE_VARIABLE}`"
+    about = "keys that encrypt the pool's keys at rest, or a file of them; the first encrypts, all decrypt"
+    rows.append(("none", variables, "none", about, SECRETS_TAKE))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -418,10 +448,14 @@ def _help(program: str) -> str:
 _HELP_HEAD = """\
 Leases API keys over HTTP. Each flag is also an environment variable (--block-seconds is
 KEYPOOL_BLOCK_SECONDS) and a key of the TOML file (block_seconds); a flag beats a variable, a
-variable beats the file. Tokens come from KEYPOOL_CLIENT_TOKEN, KEYPOOL_VIEWER_TOKEN and
-KEYPOOL_ADMIN_TOKEN, or from the files named by KEYPOOL_CLIENT_TOKEN_FILE and so on.
+variable beats the file.
+
+Tokens come from KEYPOOL_CLIENT_TOKEN, KEYPOOL_VIEWER_TOKEN and KEYPOOL_ADMIN_TOKEN, or from the
+files named by KEYPOOL_CLIENT_TOKEN_FILE and so on; named ones from the file of --tokens, for
+which `keypool token` makes them. Keys that encrypt the pool's keys at rest come from
+KEYPOOL_SECRETS_KEY, or from the file named by KEYPOOL_SECRETS_KEY_FILE.
 
   --print-config
-      print the effective settings and where each comes from, without the tokens, and exit
+      print the effective settings and where each comes from, no tokens or secrets keys, and exit
   --help, --version
       print this, or the version, and exit"""

@@ -1,4 +1,4 @@
-"""The server's tokens: where they come from and which are valid.
+"""The tokens of the environment: where they come from and which are valid. named_tokens.py has the others.
 
 They come from environment variables or from files named by variables, never from flags or the TOML file:
 everybody on the machine can see a command line, and a settings file is soon copied. Errors name a token by
@@ -44,20 +44,24 @@ def token_variables(role: str) -> tuple[str, str]:
     return f"KEYPOOL_{role.upper()}_TOKEN", f"KEYPOOL_{role.upper()}_TOKEN_FILE"
 
 
-def exposed_files(environ: Mapping[str, str]) -> list[str]:
-    """A warning for each file of tokens that others than its owner can read or write. Blocks."""
+def token_files(environ: Mapping[str, str]) -> dict[str, str]:
+    """The paths of the files of tokens, by the variable that names each."""
+    variables = [token_variables(role)[1] for role in ROLES]
+    return {variable: path for variable in variables if (path := environ.get(variable))}
+
+
+def exposed_files(files: Mapping[str, str]) -> list[str]:
+    """A warning for each file that others than its owner can read or write; paths by what names them. Blocks."""
     lines = []
-    for role in ROLES:
-        variable = token_variables(role)[1]
-        path = environ.get(variable, "")
+    for source, path in files.items():
         try:
-            mode = stat.S_IMODE(Path(path).stat().st_mode) if path else 0
+            mode = stat.S_IMODE(Path(path).stat().st_mode)
         except OSError:  # it was removed after it was read
             continue
         if mode & 0o077:
             can = "write" if mode & 0o022 else "read"
             lines.append(
-                f"{variable}: others than its owner can {can} {shown_path(path)} (mode {mode:04o}); make it 0600"
+                f"{source}: others than its owner can {can} {shown_path(path)} (mode {mode:04o}); make it 0600"
             )
     return lines
 

@@ -6,7 +6,7 @@ milliseconds. `gc=False`: these hold no cycles, so the collector needn't track t
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -14,8 +14,33 @@ from keypool.core.handles import Handle
 from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
 
-Ref = str | int | Handle
-"""How a caller names a key: its text, its public id as an int, or the handle of a lease."""
+
+class Written(NamedTuple):
+    """What a caller wrote in a body for a key whose text it may be exactly; if no key has it, it is the other one."""
+
+    text: str
+    other: int | Handle
+
+
+Ref = str | int | Handle | Written
+"""How a caller names a key: its text, its public id as an int, the handle of a lease, or one of two."""
+
+
+class NewKey(msgspec.Struct, frozen=True, gc=False):
+    """A key to import. `data` is a JSON object as text."""
+
+    secret: str
+    name: str | None = None
+    labels: dict[str, str] | None = None
+    data: bytes | None = None
+
+
+class KeyPatch(msgspec.Struct, frozen=True, gc=False):
+    """What to change of a key's details: None leaves it as it is; an empty name, labels or data (`{}`) remove it."""
+
+    name: str | None = None
+    labels: dict[str, str] | None = None
+    data: bytes | None = None
 
 
 class Unblock(msgspec.Struct, frozen=True, gc=False):
@@ -44,13 +69,41 @@ class GeneratedKey(Answer):
     id: int
     key: str
     state: State
-    expires_in: float
+    expires_in: float | None
 
 
-class Lease(Answer):
+IMPORT_STATUSES = ("created", "updated", "existed", "duplicate", "failed")
+"""What an import may do with an item; "duplicate" is one whose secret stands twice in the body."""
+
+
+class Imported(Answer, omit_defaults=True):
+    """What an import did with an item, one of IMPORT_STATUSES.
+
+    `id` is of the key that has the secret now; a failed item has the `code` and `detail` of its error instead.
+    """
+
+    status: str
+    id: int | None = None
+    code: str | None = None
+    detail: str | None = None
+
+
+class ImportedKey(Answer):
+    """An imported key; `existed` if the pool had its secret already, which changes nothing."""
+
+    id: int
+    state: State
+    hint: str
+    name: str | None
+    expires_in: float | None
+    existed: bool
+
+
+class Lease(Answer, omit_defaults=True):
     """An acquired key. It is available again after `release_in` seconds, unless it is unblocked before.
 
-    `handle` names key and lease in the calls about them, and may stand in a URL.
+    `handle` names key and lease in the calls about them, and may stand in a URL. `expires_in` is null if the key never
+    expires. `name` and `data` are there if an operator gave them.
     """
 
     id: int
@@ -58,7 +111,9 @@ class Lease(Answer):
     lease: int
     handle: str
     release_in: float
-    expires_in: float
+    expires_in: float | None
+    name: str | None = None
+    data: msgspec.Raw | None = None
 
 
 class Unblocked(Answer, omit_defaults=True):
@@ -84,10 +139,10 @@ class Extended(Answer):
 
 
 class KeptAlive(Answer):
-    """A key whose expiry was postponed."""
+    """A key whose expiry was postponed; `expires_in` is null if it never expires."""
 
     id: int
-    expires_in: float
+    expires_in: float | None
 
 
 class Identity(Answer):
@@ -109,8 +164,10 @@ Moment = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 class Row(Answer):
     """A key without its text: `owner` and `release_in` null unless blocked, `lease` null if never served.
 
-    `available_in` is null unless the key cools. `failures` are those in a row. `outcome` and `reason` are those of the
-    latest report, null if there was none; while a key is quarantined, `reason` is the operator's if one gave it.
+    `available_in` is null unless the key cools, `expires_in` if it never expires. `failures` are those in a row.
+    `outcome` and `reason` are those of the latest report, null if there was none; while a key is quarantined, `reason`
+    is the operator's if one gave it. `client` is the name of the token that holds the key, null unless it has one.
+    `name` and `labels` are an operator's.
     """
 
     id: int
@@ -119,12 +176,15 @@ class Row(Answer):
     owner: str | None
     lease: int | None
     created_at: Moment
-    expires_in: float
+    expires_in: float | None
     release_in: float | None
     available_in: float | None
     failures: int
     outcome: Outcome | None
     reason: str | None
+    client: str | None = None
+    name: str | None = None
+    labels: dict[str, str] = {}
 
 
 class Page(Answer):
@@ -134,11 +194,45 @@ class Page(Answer):
     next: str | None
 
 
-class Revealed(Answer):
-    """The text of a key."""
+class Revealed(Answer, omit_defaults=True):
+    """The text of a key, with its name and its data if an operator gave them."""
 
     id: int
     key: str
+    name: str | None = None
+    data: msgspec.Raw | None = None
+
+
+class PoolRow(Answer):
+    """A pool: counts of now, whether it is being emptied for good, and all its settings by name."""
+
+    name: str
+    total: int
+    available: int
+    blocked: int
+    cooling: int
+    quarantined: int
+    waiting: int
+    draining: bool
+    settings: dict[str, float | int | None]
+
+
+class PoolRows(Answer):
+    """All pools, in order of name."""
+
+    pools: list[PoolRow]
+
+
+class Rekeying(Answer):
+    """How far stored keys are encrypted under the first secrets key: `state` is "idle", "running" or "failed".
+
+    `done` of `total` keys were looked at since it began. `encrypted` is whether there is a secrets key at all.
+    """
+
+    state: str
+    done: int
+    total: int
+    encrypted: bool
 
 
 class Stats(Answer):
@@ -161,6 +255,7 @@ class Stats(Answer):
     cooled: int
     quarantines: int
     restored: int
+    imported: int
     uptime: float
     engine: str
     version: str
@@ -184,6 +279,17 @@ class Leases(BatchAnswer, tag="acquire"):
     """The keys that a batch acquired: fewer than requested if fewer were available."""
 
     keys: list[Lease]
+
+
+class ImportedKeys(BatchAnswer, tag="import"):
+    """How many items of an import have which status, and the result of each, in their order."""
+
+    created: int
+    updated: int
+    existed: int
+    duplicate: int
+    failed: int
+    results: list[Imported]
 
 
 class KeysAnswer(BatchAnswer):

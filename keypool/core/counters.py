@@ -31,6 +31,7 @@ class Counters:
     cooled: int = _counter("cooldowns begun")
     quarantines: int = _counter("keys quarantined")
     restored: int = _counter("cooling or quarantined keys restored by an operator")
+    imported: int = _counter("keys imported")
 
     def by_name(self) -> dict[str, Any]:
         """The values by name, in the order of `COUNTERS`."""
@@ -49,6 +50,7 @@ class Counters:
             + self.cooled
             + self.quarantines
             + self.restored
+            + self.imported
         )
 
 

@@ -1,7 +1,7 @@
 """Lists: their query, and the opaque cursor of the next page (keyset pagination).
 
-A cursor is a position in one order of a list. It consists of numbers, and holds no key text. Its shape is checked, but
-it isn't signed: an invented cursor leads to another place of the same list and reveals nothing.
+A cursor is a position in one order of a list. It consists of numbers, or is a name, and holds no key text. Its shape is
+checked, but it isn't signed: an invented cursor leads to another place of the same list and reveals nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import msgspec
 
 from keypool.core.errors import BadRequest
 from keypool.core.index import Position
-from keypool.core.keys import State
-from keypool.core.pool import PageQuery
+from keypool.core.keys import MAX_NAME, State
+from keypool.core.keyset import PageQuery
 
-_LETTER = {"prefix": "p", "id": "i", "release": "r", "ready": "c", "expiry": "e"}
-_NUMBERS = {"prefix": 2, "id": 1, "release": 3, "ready": 3, "expiry": 3}
+_LETTER = {"prefix": "p", "name": "n", "id": "i", "release": "r", "ready": "c", "expiry": "e"}
+_NUMBERS = {"prefix": 2, "name": 0, "id": 1, "release": 3, "ready": 3, "expiry": 3}
 _STATE_OF_ORDER = {"release": State.BLOCKED, "ready": State.COOLING}
-_WRONG_CURSOR = "after must be the next of the previous page, of a list with the same prefix and order"
+_LONGEST = 400  # a name of 63 characters of four bytes, and what is around it
+_WRONG_CURSOR = "after must be the next of the previous page, of a list with the same prefix, name and order"
 
 
 class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -33,7 +34,8 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     prefix: Annotated[
         Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9]{1,4}$(?!\n)")] | None,
         msgspec.Meta(
-            description="only keys whose text starts with this: 1 to 4 characters of A-Z a-z 0-9; not with order"
+            description="only generated keys whose text starts with this: 1 to 4 characters of A-Z a-z 0-9; not with "
+            "order or name"
         ),
     ] = None
     order: Annotated[
@@ -45,8 +47,14 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     ] = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=500, description="keys on a page, at most")] = 50
     after: Annotated[
-        Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None,
+        Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST)] | None,
         msgspec.Meta(description="the next of the previous page"),
+    ] = None
+    name: Annotated[
+        Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)] | None,
+        msgspec.Meta(
+            description="only keys whose name starts with this, in order of name; not with order or prefix"
+        ),
     ] = None
 
 
@@ -54,19 +62,29 @@ def page_query(query: ListQuery) -> PageQuery:
     """The pool's query. Raises BadRequest for parameters that exclude each other, and for a wrong cursor."""
     if query.prefix is not None and query.order is not None:
         raise BadRequest("prefix can't be combined with order: a list by prefix is in order of the text")
+    if query.name is not None and (query.prefix or query.order):
+        raise BadRequest(
+            "name can't be combined with prefix or order: a list by name is in order of the name"
+        )
     state = State(query.state) if query.state else None
     order = query.order or "id"
     only = _STATE_OF_ORDER.get(order)
     if only is not None and state not in (None, only):
         raise BadRequest(f"order={order} lists {only} keys only: leave state out, or set state={only}")
     state = only or state
-    after = None if query.after is None else decode(query.after, "prefix" if query.prefix else order)
-    return PageQuery(state, query.prefix, order, query.limit, after)
+    asked = PageQuery(state, query.prefix, order, query.limit, name=query.name)
+    if query.after is not None:
+        asked.after = decode(query.after, _order_of(asked))
+    return asked
+
+
+def _order_of(query: PageQuery) -> str:
+    return "prefix" if query.prefix else "name" if query.name else query.order
 
 
 def encode(query: PageQuery, position: Position) -> str:
     """The cursor of a position in the list of this query."""
-    payload = msgspec.json.encode([_LETTER["prefix" if query.prefix else query.order], *position])
+    payload = msgspec.json.encode([_LETTER[_order_of(query)], *position])
     return base64.urlsafe_b64encode(payload).rstrip(b"=").decode("ascii")
 
 
@@ -77,7 +95,12 @@ def decode(text: str, order: str) -> Position:
         letter, *position = msgspec.json.decode(payload, type=list[int | float | str])
     except (ValueError, binascii.Error, msgspec.MsgspecError):
         raise BadRequest(_WRONG_CURSOR) from None
-    numbers = tuple(number for number in position if not isinstance(number, str) and 0 <= number < 2**63)
-    if letter != _LETTER[order] or len(numbers) != len(position) or len(numbers) != _NUMBERS[order]:
+    if letter != _LETTER.get(order):
         raise BadRequest(_WRONG_CURSOR)
-    return numbers
+    names = [each for each in position if isinstance(each, str) and 0 < len(each) <= MAX_NAME]
+    numbers = [each for each in position if not isinstance(each, str) and 0 <= each < 2**63]
+    if (len(numbers), len(names)) != (_NUMBERS[order], order == "name") or len(position) != len(
+        numbers
+    ) + len(names):
+        raise BadRequest(_WRONG_CURSOR)
+    return tuple(position)

@@ -8,7 +8,17 @@
     │   ├── LeaseOver                the key's latest lease has ended, so it can't be extended
     │   ├── BlockLimit               an extension that would not move the end of the lease
     │   ├── Superseded               the same attempt was made again, and waits in place of this call
-    │   └── PoolFull                 `--max-keys` reached
+    │   ├── PoolFull                 `max_keys` reached
+    │   ├── NameTaken                another key of the pool has this name
+    │   ├── SecretExists             another key of the pool has this text
+    │   ├── KeysWouldExpire          an import into a pool that purges keys
+    │   ├── SecretsKeyRequired       an import into a Valkey without a secrets key
+    │   ├── UnknownPool              no such pool, or not one of this token's
+    │   ├── TooManyPools             `--max-pools` reached
+    │   ├── PoolDraining             the pool is being emptied for good
+    │   ├── PoolNotEmpty             a pool that has keys can't be deleted without draining it
+    │   ├── PoolFixed                what flags decide of the pool `default` can't be changed by a call
+    │   └── ShareSpent               the token holds as many leases as it may; carries `retry_after`
     ├── Unavailable                  the same call may succeed later
     │   ├── StorageUnavailable       the outcome is unknown: the change may yet reach the disk
     │   ├── Loading                  the server is reading its keys; the call was not made
@@ -152,15 +162,137 @@ class Superseded(PoolError):
         )
 
 
+class NameTaken(PoolError):
+    """Another key of the pool has this name."""
+
+    code = "name-taken"
+    title = "Name taken"
+
+    def __init__(self, id: int) -> None:
+        super().__init__(f"the key id:{id} of this pool has this name already: names are unique in a pool")
+
+
+class SecretExists(PoolError):
+    """Another key of the pool has this text."""
+
+    code = "secret-exists"
+    title = "Secret exists"
+
+    def __init__(self, id: int) -> None:
+        super().__init__(
+            f"the key id:{id} of this pool has this secret already: delete one of the two, or give another secret"
+        )
+
+
+class KeysWouldExpire(PoolError):
+    """An import into a pool that purges keys that nobody keeps alive."""
+
+    code = "keys-would-expire"
+    title = "Keys would expire"
+
+    def __init__(self, keepalive_seconds: float) -> None:
+        super().__init__(
+            f"this pool purges keys that nobody keeps alive for {keepalive_seconds:.15g} s: set its keepalive_seconds "
+            'to null, or say "expire":true if imported keys shall expire likewise'
+        )
+
+
+class SecretsKeyRequired(PoolError):
+    """An import into Valkey, or a rekey, on a server without a secrets key."""
+
+    code = "secrets-key-required"
+    title = "Secrets key required"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this server has no secrets key, under which keys would be encrypted, as imported ones always are over "
+            "Valkey: start it with KEYPOOL_SECRETS_KEY"
+        )
+
+
+class UnknownPool(PoolError):
+    """No such pool, or not one that this token may use."""
+
+    code = "unknown-pool"
+    title = "Unknown pool"
+
+    def __init__(self) -> None:
+        super().__init__("there is no pool of this name, or this token is not for it: see GET /api/v1/pools")
+
+
+class TooManyPools(PoolError):
+    """The server has as many pools as it may."""
+
+    code = "too-many-pools"
+    title = "Too many pools"
+
+    def __init__(self, max_pools: int) -> None:
+        super().__init__(
+            f"there are {max_pools} pools beside `default` already (--max-pools): delete one first"
+        )
+
+
+class PoolDraining(PoolError):
+    """The pool is being emptied, and will be gone."""
+
+    code = "pool-draining"
+    title = "Pool is draining"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this pool is being deleted: it serves and takes no key any more, and is gone when its leases have ended"
+        )
+
+
+class PoolNotEmpty(PoolError):
+    """A pool that has keys is not deleted by accident."""
+
+    code = "pool-not-empty"
+    title = "Pool not empty"
+
+    def __init__(self, total: int) -> None:
+        super().__init__(
+            f"this pool has keys ({total}): delete them first, or add ?drain=true to have them purged with it"
+        )
+
+
+class PoolFixed(PoolError):
+    """What the server's flags decide can't be changed by a call."""
+
+    code = "pool-fixed"
+    title = "Pool is fixed"
+
+    def __init__(self, settings: tuple[str, ...] = ()) -> None:
+        super().__init__(
+            f"the server's flags decide {', '.join(settings)} of the pool `default`: start it with other flags, or make"
+            " a pool of its own"
+            if settings
+            else "the pool `default` is always there, and can't be deleted"
+        )
+
+
+class ShareSpent(PoolError):
+    """The token holds as many leases as it may. `retry_after`: seconds until one of them may end."""
+
+    code = "share-spent"
+    title = "Share spent"
+
+    def __init__(self, max_held: int, retry_after: float) -> None:
+        super().__init__(
+            f"this token holds as many leases as it may, {max_held} (max_held): give one back, or wait for its own"
+        )
+        self.retry_after = retry_after
+
+
 class PoolFull(PoolError):
-    """The call would take the pool beyond `--max-keys` keys."""
+    """The call would take the pool beyond `max_keys` keys."""
 
     code = "pool-full"
     title = "Pool full"
 
     def __init__(self, total: int, requested: int, max_keys: int) -> None:
         super().__init__(
-            f"{requested} more would exceed --max-keys={max_keys}: the pool holds {total}; delete keys first"
+            f"{requested} more would exceed max_keys, {max_keys}: the pool holds {total}; delete keys first"
         )
 
 

@@ -20,6 +20,7 @@ class Change(StrEnum):
     """A change of a key, or REVEALED, which changes nothing. Those in SILENT are no events."""
 
     GENERATED = "generated"
+    IMPORTED = "imported"
     ACQUIRED = "acquired"
     UNBLOCKED = "unblocked"
     RELEASED = "released"
@@ -32,7 +33,7 @@ class Change(StrEnum):
     REVEALED = "revealed"
     KEPT_ALIVE = "kept_alive"
     EXTENDED = "extended"
-    NOTED = "noted"  # a report or an operator's wish was recorded, and the state is as before
+    NOTED = "noted"  # a report, an operator's wish or another name was recorded, and the state is as before
 
 
 SILENT = frozenset({Change.KEPT_ALIVE, Change.EXTENDED, Change.NOTED})

@@ -1,7 +1,8 @@
 """Handles: names of leases that may stand in a URL or a log, because they hold no secret.
 
 `h:42.17.Vq3xT0aB9cE` is key 42, lease 17, and 64 bits of a keyed BLAKE2s digest of the two (RFC 7693), which nobody
-can make without the pool's secret. Nothing is stored for a handle.
+can make without the server's secret. The pool's number is in the digest too, so a handle of one pool is no handle of
+another. Nothing is stored for a handle.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ PREFIX = "h:"
 """How every handle begins. No key text does."""
 
 SECRET_BYTES = 32
-"""The length of the pool's secret."""
+"""The length of the secret."""
 
 _DIGEST_BYTES = 8
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
@@ -32,11 +33,19 @@ class Handle(NamedTuple):
 
 
 class Handles:
-    """Makes and reads the handles of one pool, which keeps the `secret` with its keys."""
+    """Makes and reads the handles of one pool. The `secret` is kept with the keys; that of all pools is the same."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, pool: int = 0) -> None:
+        keyed = blake2s(digest_size=_DIGEST_BYTES, key=secret)
+        if pool:  # those of `default` are as they were when there was no other pool
+            keyed.update(b"%d/" % pool)
         # Copied for each handle, which saves the compression of the secret: a third of the time.
-        self._keyed = blake2s(digest_size=_DIGEST_BYTES, key=secret).copy
+        self._keyed = keyed.copy
+        self._secret = secret
+
+    def of_pool(self, number: int) -> Handles:
+        """Those of another pool of the same server."""
+        return Handles(self._secret, number)
 
     def make(self, id: int, lease: int) -> str:
         """The handle of a lease. About 1.3 µs."""

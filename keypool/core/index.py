@@ -1,4 +1,4 @@
-"""The orders in which keys can be found and listed: by id, by text, by deadline.
+"""The orders in which keys can be found and listed: by id and by deadline; by text and name, see texts.py.
 
 A dict of a million entries moves all of them when it grows, and a sorted list needs a search for each move of a
 deadline. So keys are kept in many small dicts ("buckets"), and only the buckets are kept in order, by sortedcontainers:
@@ -16,18 +16,16 @@ from math import inf
 
 from sortedcontainers import SortedDict
 
-from keypool.core.keys import ALPHABET, Key
+from keypool.core.keys import Key
 
 _IDS_PER_BUCKET = 1024
-_TEXT_BUCKET = 2  # characters: 3,844 buckets
-_SHOWN = 4  # characters of a text that a hint shows, so that a position may hold them too
 _QUANTUM = 64  # buckets a second
 _FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
 _ATTEMPT_PARTS = 256  # one for each value of a digest's first byte
 _PARTS = 1 << 20  # bucket numbers reserved for each quantum
 
-Position = tuple[int | float, ...]
-"""A place in an order that holds no key text: numbers only."""
+Position = tuple[int | float | str, ...]
+"""A place in an order that holds no key text: numbers, or a name."""
 
 
 class Bucket(dict[int, Key]):
@@ -103,81 +101,6 @@ class IdIndex:
     def position(key: Key) -> Position:
         """The position from which a walk that ends at this key goes on. O(1)."""
         return (key.id,)
-
-
-class TextIndex:
-    """Keys by text, the secret. Finding is O(1); walking sorts one small bucket at a time."""
-
-    def __init__(self) -> None:
-        self._buckets: SortedDict[str, dict[str, Key]] = SortedDict()
-
-    def __len__(self) -> int:
-        return sum(map(len, self._buckets.values()))
-
-    def get(self, text: str) -> Key | None:
-        """The key, or None. O(1)."""
-        bucket = self._buckets.get(text[:_TEXT_BUCKET])
-        return None if bucket is None else bucket.get(text)
-
-    def add(self, key: Key) -> None:
-        """Add a key. O(log n)."""
-        start = key.text[:_TEXT_BUCKET]
-        bucket = self._buckets.get(start)
-        if bucket is None:
-            bucket = self._buckets[start] = {}
-        bucket[key.text] = key
-
-    def discard(self, key: Key) -> None:
-        """Take a key out. O(log n)."""
-        start = key.text[:_TEXT_BUCKET]
-        bucket = self._buckets[start]
-        del bucket[key.text]
-        if not bucket:
-            del self._buckets[start]
-
-    def walk(self, prefix: str, after: Position | None, by_id: IdIndex) -> Iterator[Key]:
-        """The keys whose text starts with `prefix`, in order of text, from a position on.
-
-        If the key at `after` is gone, those that share its first four characters are walked again: a key
-        may then be met twice, but none is missed.
-        """
-        least, last = prefix, ""
-        if after is not None:
-            least = max(prefix, shown_of(int(after[0])))
-            passed = by_id.get(int(after[1]))
-            if passed is not None and passed.text.startswith(least):
-                last = passed.text
-        for start in self._buckets.irange(least[:_TEXT_BUCKET]):
-            if not start.startswith(prefix[:_TEXT_BUCKET]):
-                return
-            bucket = self._buckets[start]
-            yield from (
-                bucket[text]
-                for text in sorted(bucket)
-                if text > last and text >= least and text.startswith(prefix)
-            )
-
-    @staticmethod
-    def position(key: Key) -> Position:
-        """The rank of the first four characters, which the hint shows as well, and the id. O(1)."""
-        return (rank_of(key.text), key.id)
-
-
-def rank_of(text: str) -> int:
-    """The first four characters of a text as a number in base 62: reveals no more than a hint does."""
-    rank = 0
-    for character in text[:_SHOWN]:
-        rank = rank * len(ALPHABET) + ALPHABET.index(character)
-    return rank
-
-
-def shown_of(rank: int) -> str:
-    """The characters that `rank_of` made a number of."""
-    characters = []
-    for _ in range(_SHOWN):
-        rank, digit = divmod(rank, len(ALPHABET))
-        characters.append(ALPHABET[digit])
-    return "".join(reversed(characters))
 
 
 class AttemptIndex:

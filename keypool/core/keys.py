@@ -31,9 +31,14 @@ _UNBIASED = 256 - 256 % len(ALPHABET)
 _CHARACTER_OF = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256))
 _DROPPED = bytes(range(_UNBIASED, 256))
 
+_LONG, _SHORT = 16, 8  # characters of a text from which a hint shows eight of them, and four
+
 DEAD = float("-inf")
 """The `expires_deadline` of a purged key: always in the past, so that a purged key that is still referenced can't be
 taken for a live one."""
+
+NEVER = float("inf")
+"""The `expires_deadline` of a key that never expires. Such a key stands in no order by expiry."""
 
 
 class State(StrEnum):
@@ -43,6 +48,29 @@ class State(StrEnum):
     BLOCKED = "blocked"
     COOLING = "cooling"
     QUARANTINED = "quarantined"
+
+
+MAX_NAME = 63
+"""Characters of a name."""
+
+
+class Details(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defaults=True):
+    """What an operator wrote about a key. Files and Valkey contain it: fields may be added at the end only."""
+
+    imported: bool = False
+    """Whether the text came from elsewhere. A text that was generated is found by its beginning, too."""
+    name: str | None = None
+    """Unique in its pool."""
+    labels: dict[str, str] | None = None
+    """Shown to viewers."""
+    data: bytes | None = None
+    """A JSON object, as secret as the text."""
+    former: str | None = None
+    """The text with which the lease was given, if it was replaced since: it names the key until the lease ends."""
+
+
+NO_DETAILS = Details()
+"""The details of a generated key about which nobody wrote anything."""
 
 
 class Key(msgspec.Struct, gc=False, eq=False):
@@ -78,6 +106,10 @@ class Key(msgspec.Struct, gc=False, eq=False):
     """Whether the key is quarantined when its lease ends. False unless blocked."""
     history: History = NO_HISTORY
     """What its holders reported."""
+    client: str | None = None
+    """The name of the token that holds it; None unless blocked by a named token (config/tokens.py)."""
+    details: Details = NO_DETAILS
+    """Name, labels and data, and whether it was imported."""
     # in memory
     replayed: bool = False
     """Whether the latest lease was given to its attempt again, so that the first call can't take it back alone."""
@@ -90,7 +122,7 @@ class Key(msgspec.Struct, gc=False, eq=False):
 
     @property
     def hint(self) -> str:
-        """The part of the text that may be shown: first four characters, an ellipsis, last four."""
+        """The part of the text that may be shown."""
         return hint(self.text)
 
     def __repr__(self) -> str:
@@ -98,8 +130,13 @@ class Key(msgspec.Struct, gc=False, eq=False):
 
 
 def hint(text: str) -> str:
-    """The hint of a key's text, which has at least 16 characters."""
-    return f"{text[:4]}…{text[-4:]}"
+    """The part of a key's text that may be shown: the first four characters, an ellipsis, the last four.
+
+    Two and two of a text of less than 16 characters, none of one of less than 8.
+    """
+    if len(text) >= _LONG:
+        return f"{text[:4]}…{text[-4:]}"
+    return f"{text[:2]}…{text[-2:]}" if len(text) >= _SHORT else "…"
 
 
 def random_text(length: int) -> str:

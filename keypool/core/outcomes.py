@@ -32,6 +32,10 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     reason: str | None = None
 
 
+OK_REPORT = Report(Outcome.OK)
+"""The most frequent report: one object, so that the pool need not look into it."""
+
+
 class History(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defaults=True):
     """What is remembered of a key's reports. Files and Valkey contain it, so fields may be added at the end only."""
 
@@ -67,7 +71,9 @@ def cooldown_of(report: Report, failures: int, rules: PoolRules) -> float:
     outcome = report.outcome
     if outcome is Outcome.RATE_LIMITED and report.retry_after is not None:
         return min(report.retry_after, rules.max_retry_after_seconds)
-    if outcome is Outcome.OK or (outcome is Outcome.ERROR and failures < rules.error_threshold):
+    if outcome is Outcome.OK:
+        return 0.0
+    if outcome is Outcome.ERROR and (rules.error_threshold is None or failures < rules.error_threshold):
         return 0.0
     return back_off(failures, rules)
 

@@ -22,30 +22,33 @@ of keys, except `check`, which is for tests and for the moment after a restore.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from math import inf, nextafter
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
-from sortedcontainers import SortedList
 
+from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.counters import Counters
-from keypool.core.errors import BlockLimit, LeaseOver, PoolFull, StaleLease, UnknownKey
-from keypool.core.events import DEADLINE, HOLDER, Change, Origin
-from keypool.core.index import (
-    AttemptIndex,
-    BucketListener,
-    DeadlineBucket,
-    DeadlineIndex,
-    IdIndex,
-    Position,
-    TextIndex,
+from keypool.core.details import details_of, patched, with_text_from_elsewhere
+from keypool.core.errors import (
+    BlockLimit,
+    KeysWouldExpire,
+    LeaseOver,
+    NameTaken,
+    PoolFull,
+    SecretExists,
+    StaleLease,
+    UnknownKey,
 )
-from keypool.core.keys import DEAD, Key, State
+from keypool.core.events import DEADLINE, HOLDER, Change, Origin
+from keypool.core.index import BucketListener
+from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
+from keypool.core.keyset import KeyPage, PageQuery
 from keypool.core.outcomes import (
     NO_HISTORY,
+    OK_REPORT,
     History,
     Outcome,
     Report,
@@ -54,6 +57,7 @@ from keypool.core.outcomes import (
     may_quarantine,
 )
 from keypool.core.rules import PoolRules
+from keypool.core.self_check import SelfCheck
 
 MAX_DUE_PER_CALL = 64
 """At most so many due keys of each kind are processed by one call. The engine drains a larger backlog in slices."""
@@ -66,28 +70,29 @@ _AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
 _ACQUIRED, _UNBLOCKED, _KEPT_ALIVE = Change.ACQUIRED, Change.UNBLOCKED, Change.KEPT_ALIVE
 _OK, _INVALID = Outcome.OK, Outcome.INVALID
 
-_OK_REPORT, _ALL_WELL = Report(_OK), History(outcome=_OK)
+_ALL_WELL = History(outcome=_OK)  # shared by the many keys with which nothing is wrong
 
 Listener = Callable[[Change, Key, str | None, Origin], None]
 
 
-@dataclass(slots=True)
-class PageQuery:
-    """Which keys a page shows. `state` None means all states; with a prefix, the order is that of the texts."""
+class Clients(Protocol):
+    """What the pool reports about the leases of named clients, so that they can be counted over all pools."""
 
-    state: State | None = None
-    prefix: str | None = None
-    order: str = "id"  # or "release", "ready", "expiry"
-    limit: int = 50
-    after: Position | None = None
+    def begun(self, pool: Pool, key: Key) -> None:
+        """The lease of `key.client` began, or was loaded. O(1)."""
+        ...
+
+    def ended(self, key: Key) -> None:
+        """The lease of `key.client` is ending. This must not change a pool. O(log n)."""
+        ...
 
 
-@dataclass(slots=True)
-class KeyPage:
-    """Live keys in order, and the position at which the next page begins; None at the end."""
+class _NoClients:
+    def begun(self, pool: Pool, key: Key) -> None:
+        """Nobody counts."""
 
-    keys: list[Key] = field(default_factory=list)
-    next: Position | None = None
+    def ended(self, key: Key) -> None:
+        """Nobody counts."""
 
 
 class Processed(NamedTuple):
@@ -108,10 +113,11 @@ class Ended(NamedTuple):
 _CHANGED, _UNCHANGED = Ended(True), Ended(False)
 
 
-class Pool:
-    """All keys, and the orders in which they are found.
+class Pool(SelfCheck):
+    """All keys, and the rules of what happens to them.
 
-    `new_text` returns a random key text, `random` a float in [0, 1). `last_id` and `last_lease` only grow.
+    `new_text` returns a random key text, `random` a float in [0, 1). `rules` may be replaced at any time: a changed
+    length of time holds for the deadlines that are set from then on.
     """
 
     def __init__(
@@ -120,64 +126,49 @@ class Pool:
         *,
         new_text: Callable[[], str],
         random: Callable[[], float],
+        clients: Clients | None = None,
         on_change: Listener = lambda change, key, owner, origin: None,
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
     ) -> None:
+        super().__init__(on_opened, on_closed)
         self.rules = rules
-        self.last_id = 0
-        self.last_lease = 0
         self.counters = Counters()
         self.on_change = on_change
+        self._clients = clients or _NoClients()
         self._new_text = new_text
         self._random = random
-        self._available: list[Key] = []
-        self._cooling = 0
-        self._quarantined: SortedList[int] = SortedList()
-        self._total = 0
         self._purge_until = inf  # keys whose deadline comes after it are not purged: see `suspend_expiry`
-        self._by_id = IdIndex()
-        self._by_text = TextIndex()
-        self._by_attempt = AttemptIndex()
-        self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
-        self._by_release = DeadlineIndex(attrgetter("release_deadline"), on_opened, on_closed)
-
-    # -- counts, each O(1)
-
-    @property
-    def total(self) -> int:
-        """Keys that aren't purged yet, including expired ones while a backlog is drained."""
-        return self._total
-
-    @property
-    def available(self) -> int:
-        """Keys that can be acquired, including expired ones likewise."""
-        return len(self._available)
-
-    @property
-    def blocked(self) -> int:
-        """Keys that are blocked, including overdue ones likewise."""
-        return self._total - len(self._available) - self._cooling - len(self._quarantined)
-
-    @property
-    def cooling(self) -> int:
-        """Keys that are cooling, including those that are ready likewise."""
-        return self._cooling
-
-    @property
-    def quarantined(self) -> int:
-        """Keys that are quarantined, including expired ones likewise."""
-        return len(self._quarantined)
 
     # -- finding
 
     def find(self, text: str, now: float) -> Key:
-        """The live key with this text, its deadlines applied. O(1). Raises UnknownKey."""
-        return self._live(self._by_text.get(text), now)
+        """The live key with this text, its deadlines applied. O(1). Raises UnknownKey.
+
+        A text that was replaced names its key until the lease ends that was given with it.
+        """
+        key = self._by_text.get(text)
+        if key is None:
+            key = self._imported.get(text)
+            if key is not None and key.text != text:
+                self._live(key, now)  # which may end its lease
+                key = self._imported.get(text)
+        return self._live(key, now)
 
     def find_id(self, id: int, now: float) -> Key:
         """The live key with this id, its deadlines applied. O(1). Raises UnknownKey."""
         return self._live(self._by_id.get(id), now)
+
+    def find_name(self, name: str, now: float) -> Key:
+        """The live key with this name, its deadlines applied. O(log n). Raises UnknownKey."""
+        return self._live(self._by_name.get(name), now)
+
+    def find_hint(self, hint: str, now: float) -> Key:
+        """The first live key by id with this hint, its deadlines applied. O(log n). Raises UnknownKey.
+
+        Examines at most `PAGE_SCAN_LIMIT` keys, of which more would have to have expired, or begin likewise.
+        """
+        return self._live(self._first_with_hint(hint, now, PAGE_SCAN_LIMIT), now)
 
     def _live(self, key: Key | None, now: float) -> Key:
         if key is None:
@@ -221,12 +212,88 @@ class Pool:
         """Make a key, available at once. O(log n). Raises PoolFull."""
         self.require_room(1, now)
         self.last_id += 1
-        key = Key(self.last_id, self._new_text(), now, now + self.rules.keepalive_seconds)
+        key = Key(self.last_id, self._new_text(), now, self._expiry(now))
         self._insert(key)
         self._give_slot(key)
         self.counters.generated += 1
         self.on_change(Change.GENERATED, key, None, origin)
         return key
+
+    def require_lasting(self, expire: bool) -> None:
+        """Raise KeysWouldExpire if the pool purges keys and the importer doesn't know it. O(1)."""
+        seconds = self.rules.keepalive_seconds
+        if seconds is not None and not expire:
+            raise KeysWouldExpire(seconds)
+
+    def import_key(self, item: NewKey, now: float, origin: Origin, reserved: int = 0) -> Key:
+        """Add a key from elsewhere, available at once, whose text `find` hasn't found. O(log n).
+
+        `reserved` is the room that others need. Raises NameTaken, PoolFull.
+        """
+        if item.name:
+            self._require_name(item.name, now)
+        self.require_room(reserved + 1, now)
+        self._give_up_former(item.secret, origin)
+        self.last_id += 1
+        key = Key(self.last_id, item.secret, now, self._expiry(now), details=details_of(item))
+        self._insert(key)
+        self._give_slot(key)
+        self.counters.imported += 1
+        self.on_change(Change.IMPORTED, key, None, origin)
+        return key
+
+    def update(self, key: Key, patch: KeyPatch, now: float, origin: Origin) -> None:
+        """Change name, labels or data of a live key. O(log n). Raises NameTaken."""
+        details = patched(key.details, patch)
+        if details.name != key.details.name:
+            if details.name is not None:
+                self._require_name(details.name, now)
+            if key.details.name is not None:
+                self._by_name.discard(key)
+            key.details = details
+            if details.name is not None:
+                self._by_name.add(key)
+        key.details = details
+        self.on_change(Change.NOTED, key, key.owner, origin)
+
+    def replace(self, key: Key, secret: str, now: float, origin: Origin) -> None:
+        """Give a live key another text, which `find` hasn't found for another key. O(log n). Raises SecretExists.
+
+        What was reported about the old text is forgotten, and a cooldown or quarantine is over. A lease goes on, and
+        the text with which it was given names the key until it ends.
+        """
+        other = self._unless_expired(self._by_text.get(secret) or self._imported.get(secret), now)
+        if other is not None and other is not key and other.text == secret:
+            raise SecretExists(other.id)
+        if secret != key.text:
+            first = key.details.former or key.text
+            former = first if key.state is _BLOCKED and first != secret else None
+            self._leave_texts(key)
+            self._give_up_former(secret, origin)
+            if key.text != former:
+                self._remember(key.text, key)
+            key.text = secret
+            key.details = with_text_from_elsewhere(key.details, former)
+            self._enter_texts(key)
+        self.restore(key, origin)
+
+    def _require_name(self, name: str, now: float) -> None:
+        """Raise NameTaken if a key has the name. O(log n)."""
+        holder = self._unless_expired(self._by_name.get(name), now)
+        if holder is not None:
+            raise NameTaken(holder.id)
+
+    def _unless_expired(self, key: Key | None, now: float) -> Key | None:
+        """The key; None if it has expired, and is purged now, which waits while expiry is suspended."""
+        if key is not None and key.expires_deadline <= min(now, self._purge_until):
+            self._purge(key, Change.EXPIRED)
+            return None
+        return key
+
+    def _expiry(self, now: float) -> float:
+        """The `expires_deadline` of a key that is kept alive now."""
+        seconds = self.rules.keepalive_seconds
+        return NEVER if seconds is None else now + seconds
 
     def require_room(self, count: int, now: float) -> None:
         """Raise PoolFull unless `count` more keys fit. O(1)."""
@@ -241,27 +308,32 @@ class Pool:
         owner: str | None,
         block_seconds: float | None = None,
         attempt: bytes | None = None,
+        client: str | None = None,
     ) -> Key | None:
         """Block a uniformly random available key under a new lease; None if none is available. O(1).
 
         `block_seconds` is in place of the pool's own; `leases_of` finds the key by its `attempt` as long as it is held.
+        `client` is the name of the caller's token.
         Up to `MAX_DUE_PER_CALL` due keys are processed first. After a None, `may_have_more` returns whether that wasn't
         enough and the caller should try again.
         """
         if now >= self._by_release.earliest:
             self._process_releases(now)
+        available = self._available
         for _ in range(MAX_DUE_PER_CALL):
-            if not self._available:
+            if not available:
                 return None
-            key = self._available[int(self._random() * len(self._available))]
+            key = available[int(self._random() * len(available))]
             if key.expires_deadline > now:
                 self._take_slot(key)
-                self.last_lease += 1
-                key.lease = self.last_lease
+                key.lease = self.last_lease = self.last_lease + 1
                 key.owner = owner
                 key.state = _BLOCKED
                 key.reported = False
                 key.acquired_at = now
+                if client is not None:
+                    key.client = client
+                    self._clients.begun(self, key)
                 if attempt is not None:
                     key.attempt = attempt
                     self._by_attempt.add(key, attempt)
@@ -302,8 +374,12 @@ class Pool:
         if key.reported:
             return _UNCHANGED
         key.reported = True
-        guarded = self._conclude(key, report, now, origin)
-        return Ended(True, guarded)
+        history = key.history
+        if report is OK_REPORT and blocked and (history is _ALL_WELL or history is NO_HISTORY):
+            key.history = _ALL_WELL
+            self._free(key, _UNBLOCKED, now, origin)
+            return _CHANGED
+        return Ended(True, self._conclude(key, report, now, origin))
 
     def _conclude(self, key: Key, report: Report, now: float, origin: Origin) -> bool:
         """Apply a report. Returns whether the guard turned a quarantine into a cooldown."""
@@ -319,8 +395,8 @@ class Pool:
         elif not quarantine:
             failures, failed_at = failures + 1, now
             cooldown = cooldown_of(report, failures, self.rules)
-        if key.history in (NO_HISTORY, _ALL_WELL) and report == _OK_REPORT:
-            key.history = _ALL_WELL  # shared by the many keys with which nothing is wrong
+        if key.history in (NO_HISTORY, _ALL_WELL) and report == OK_REPORT:
+            key.history = _ALL_WELL
         else:
             key.history = msgspec.structs.replace(
                 key.history,
@@ -397,12 +473,16 @@ class Pool:
             self.on_change(Change.NOTED, key, key.owner, origin)
 
     def keepalive(self, key: Key, now: float) -> None:
-        """Set a live key's `expires_deadline` to `now + keepalive_seconds`. O(1)."""
-        deadline = now + self.rules.keepalive_seconds
-        assert key.expiry_bucket is not None  # a live key is in the order by expiry
-        self._by_expiry.discard(key, key.expiry_bucket)
-        key.expires_deadline = deadline
-        key.expiry_bucket = self._by_expiry.add(key, deadline)
+        """Set a live key's `expires_deadline` to `now + keepalive_seconds`, or to NEVER if that is None. O(1)."""
+        if key.expiry_bucket is not None:
+            self._by_expiry.discard(key, key.expiry_bucket)
+        seconds = self.rules.keepalive_seconds
+        if seconds is not None:
+            key.expires_deadline = deadline = now + seconds
+            key.expiry_bucket = self._by_expiry.add(key, deadline)
+        else:
+            key.expires_deadline = NEVER
+            key.expiry_bucket = None
         self.counters.kept_alive += 1
         self.on_change(_KEPT_ALIVE, key, key.owner, HOLDER)
 
@@ -437,25 +517,6 @@ class Pool:
         next_expiry = self.next_expiry()
         return next_expiry is not None and next_expiry <= min(now, self._purge_until)
 
-    def next_expiry(self) -> float | None:
-        """The earliest `expires_deadline`; None if there is no key. O(1)."""
-        first = self._by_expiry.first()
-        return None if first is None else first.expires_deadline
-
-    def next_release_deadline(self) -> float | None:
-        """The earliest `release_deadline`; None if no key is blocked or cooling. O(1)."""
-        first = self._by_release.first()
-        return None if first is None else first.release_deadline
-
-    def deadline_buckets(self) -> Iterator[DeadlineBucket]:
-        """All buckets of both orders by deadline. O(their number)."""
-        yield from self._by_expiry.buckets()
-        yield from self._by_release.buckets()
-
-    def expiring(self, until: float) -> int:
-        """How many keys expire before `until`, to within 1/64 s. O(seconds until then), not O(keys)."""
-        return self._by_expiry.count_until(until)
-
     def next_release(self, now: float) -> float | None:
         """Seconds until the earliest release or end of a cooldown, at least 0; None if nothing is due. O(1)."""
         deadline = self.next_release_deadline()
@@ -481,7 +542,9 @@ class Pool:
         """Whether a key that `find` didn't find is still kept, because expiry is suspended. O(1)."""
         if not self.expiry_suspended:
             return False
-        return (self._by_id.get(ref) if isinstance(ref, int) else self._by_text.get(ref)) is not None
+        if isinstance(ref, int):
+            return self._by_id.get(ref) is not None
+        return self._by_text.get(ref) is not None or self._imported.get(ref) is not None
 
     def grant_grace(self, until: float, limit: int) -> bool:
         """Let keys that would expire before `until` live until then, soonest first. Returns whether more may be left.
@@ -527,34 +590,7 @@ class Pool:
             self._live(key, now)
         return page
 
-    def _walk(self, query: PageQuery) -> Iterator[Key]:
-        if query.prefix is not None:
-            return self._by_text.walk(query.prefix, query.after, self._by_id)
-        if query.order == "expiry":
-            return self._by_expiry.walk(query.after)
-        if query.order in ("release", "ready"):
-            return self._by_release.walk(query.after)
-        if query.state is _QUARANTINED:
-            return self._walk_quarantined(query.after)
-        return self._by_id.walk(query.after)
-
-    def _walk_quarantined(self, after: Position | None) -> Iterator[Key]:
-        last = None if after is None else int(after[0])
-        for id in self._quarantined.irange(last, inclusive=(False, True)):
-            key = self._by_id.get(id)
-            assert key is not None  # a purged key leaves all orders
-            yield key
-
-    def _position(self, query: PageQuery, key: Key) -> Position:
-        if query.prefix is not None:
-            return self._by_text.position(key)
-        if query.order == "expiry" and key.expiry_bucket is not None:
-            return self._by_expiry.position_of(key, key.expiry_bucket)
-        if query.order in ("release", "ready") and key.release_bucket is not None:
-            return self._by_release.position_of(key, key.release_bucket)
-        return self._by_id.position(key)
-
-    # -- the structures: only these methods change them
+    # -- changes of state
 
     def load(self, key: Key) -> None:
         """Add a key from a journal, without counting or reporting it. Ids must ascend. O(log n)."""
@@ -569,12 +605,15 @@ class Pool:
             self._cooling += key.state is _COOLING
             if key.attempt is not None:
                 self._by_attempt.add(key, key.attempt)
+            if key.client is not None:
+                self._clients.begun(self, key)
 
-    def _insert(self, key: Key) -> None:
-        self._by_id.add(key)
-        self._by_text.add(key)
-        key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
-        self._total += 1
+    def _give_up_former(self, text: str, origin: Origin) -> None:
+        """A text that becomes a key's own names no other one, even if that is still leased under it."""
+        key = self._imported.get(text)
+        if key is not None:
+            self._end_former(key)
+            self.on_change(Change.NOTED, key, key.owner, origin)
 
     def _catch_up(self, key: Key, now: float) -> None:
         """Release a blocked key and end the cooldown of a cooling one, as of their deadlines, if these have passed."""
@@ -621,23 +660,11 @@ class Pool:
         self.counters.quarantines += 1
         self.on_change(Change.QUARANTINED, key, owner, origin)
 
-    def _move_release(self, key: Key, deadline: float) -> None:
-        """Move the end of a block or of a cooldown."""
-        assert key.release_bucket is not None
-        self._by_release.discard(key, key.release_bucket)
-        key.release_deadline = deadline
-        key.release_bucket = self._by_release.add(key, deadline)
-
     def _purge(self, key: Key, change: Change, origin: Origin = DEADLINE) -> None:
         owner = self._leave(key)
         key.quarantine_pending = False
-        assert key.expiry_bucket is not None
-        self._by_expiry.discard(key, key.expiry_bucket)
-        self._by_text.discard(key)
-        self._by_id.discard(key)
-        key.expiry_bucket = None
+        self._remove(key)
         key.expires_deadline = DEAD
-        self._total -= 1
         if change is Change.DELETED:
             self.counters.deleted += 1
         else:
@@ -663,95 +690,13 @@ class Pool:
             self._by_attempt.discard(key, key.attempt)
             key.attempt = None
             key.replayed = False
+        if key.client is not None:
+            self._clients.ended(key)
+            key.client = None
+        if key.details is not NO_DETAILS and key.details.former is not None:
+            self._end_former(key)
         owner, key.owner = key.owner, None
         return owner
-
-    def _give_slot(self, key: Key) -> None:
-        key.state = _AVAILABLE
-        key.slot = len(self._available)
-        self._available.append(key)
-
-    def _take_slot(self, key: Key) -> None:
-        """Take a key out of the available list by moving the last one into its place."""
-        last = self._available.pop()
-        if last is not key:
-            self._available[key.slot] = last
-            last.slot = key.slot
-        key.slot = -1
-
-    # -- self-check
-
-    def check(self) -> None:
-        """Derive every count, slot and order from the keys and compare. O(n).
-
-        Raises ValueError, which names the wrong key and the contradiction.
-        """
-        for _ in self.check_in_slices(PAGE_SCAN_LIMIT):
-            pass
-
-    def check_in_slices(self, size: int) -> Iterator[None]:
-        """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
-        counts = dict.fromkeys(State, 0)
-        total = last = attempts = 0
-        for key in self._by_id.walk(None):
-            if key.id <= last:
-                raise ValueError("the walk by id is out of order or returns a key twice")
-            last = key.id
-            self._check_key(key)
-            total += 1
-            counts[key.state] += 1
-            attempts += key.attempt is not None
-            if total % size == 0:
-                yield
-        found = (total, len(self._by_text), *counts.values())
-        expected = (
-            self._total,
-            self._total,
-            len(self._available),
-            self.blocked,
-            self._cooling,
-            len(self._quarantined),
-        )
-        if found != expected:
-            raise ValueError(f"by id, by text and by state there are {found} keys instead of {expected}")
-        self._by_attempt.check(attempts)
-        yield from self._by_expiry.check_in_slices(total, size)
-        yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
-
-    def _check_key(self, key: Key) -> None:
-        if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
-            last = (self.last_id, self.last_lease)
-            raise ValueError(f"{key!r}: id or lease {key.lease} is beyond the last given, {last}")
-        if self._by_text.get(key.text) is not key:
-            raise ValueError(f"{key!r} is not found by its text")
-        if key.expires_deadline == DEAD:
-            raise ValueError(f"{key!r} was purged but is still found by id")
-        self._by_expiry.check_key(key, key.expiry_bucket)
-        self._check_place(key)
-        blocked = key.state is _BLOCKED
-        if blocked and key.lease == 0:
-            raise ValueError(f"{key!r} is blocked without a lease")
-        if not blocked and (key.owner is not None or key.attempt is not None or key.quarantine_pending):
-            raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
-        if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
-            raise ValueError(f"{key!r} is not found by its attempt")
-
-    def _check_place(self, key: Key) -> None:
-        """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
-        state = key.state
-        if state in (_BLOCKED, _COOLING):
-            if key.release_deadline is None:
-                raise ValueError(f"{key!r} is {state} but has no release_deadline")
-            self._by_release.check_key(key, key.release_bucket)
-        elif key.release_deadline is not None or key.release_bucket is not None:
-            raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
-        in_slot = 0 <= key.slot < len(self._available) and self._available[key.slot] is key
-        if in_slot != (state is _AVAILABLE) or (not in_slot and key.slot != -1):
-            raise ValueError(
-                f"{key!r} is {state}, which contradicts its slot {key.slot} of the available ones"
-            )
-        if (key.id in self._quarantined) != (state is _QUARANTINED):
-            raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")
 
 
 def _require_latest(key: Key, lease: int) -> None:

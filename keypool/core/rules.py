@@ -1,12 +1,28 @@
 """The settings of a pool, and their only defaults.
 
-`config/settings.py` reads flags, environment and TOML file into one PoolRules, which the engines get. So a new setting
-of the pool is one field here and one there.
+`config/settings.py` reads flags, environment and TOML file into one PoolRules: those of the pool `default`, which the
+engines get. Every other pool has settings of its own (`SETTINGS`), and the rest of the rules from the server.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+DEFAULT_POOL = "default"
+"""The name of the pool that is always there, whose settings are the server's flags."""
+
+MAX_POOL_NAME = 63
+_POOL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+
+Settings = Mapping[str, float | int | None]
+"""Settings that a pool was given, by name (`SETTINGS`). The others have their defaults."""
+
+
+def is_pool_name(text: str) -> bool:
+    """Whether a pool may have this name: 1 to 63 of a-z 0-9 . _ -, the first a letter or a digit."""
+    return _POOL_NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -16,8 +32,8 @@ class PoolRules:
     block_seconds: float = 60.0
     """How long an acquired key stays blocked."""
 
-    keepalive_seconds: float = 300.0
-    """How long a key lives without a keepalive."""
+    keepalive_seconds: float | None = 300.0
+    """How long a key lives without a keepalive; None: keys never expire."""
 
     key_length: int = 20
     """Characters in a new key."""
@@ -40,8 +56,8 @@ class PoolRules:
     max_retry_after_seconds: float = 604_800.0
     """How long a key cools at most because a holder said so."""
 
-    error_threshold: int = 3
-    """Failures in a row from which an error cools the key."""
+    error_threshold: int | None = 3
+    """Failures in a row from which an error cools the key; None: never."""
 
     forget_seconds: float = 3600.0
     """How long after the last failure the failures in a row are forgotten."""
@@ -60,5 +76,45 @@ class PoolRules:
         """How long a lease may last with extensions."""
         return self.block_seconds if self.max_block_seconds is None else self.max_block_seconds
 
+    def of_pool(self, settings: Settings) -> PoolRules:
+        """The rules of another pool of the same server, which was given these settings. O(settings).
+
+        A setting that wasn't given has the default of its field, whatever `default` has; `max_keys` and `key_length`,
+        and the rules that aren't settings of a pool, are the server's.
+        """
+        given = {name: getattr(DEFAULT_RULES, name) for name in SETTINGS if name not in _OF_SERVER}
+        return replace(self, **given | dict(settings))
+
+    def contradiction(self) -> str | None:
+        """Which two settings contradict each other; None if all can hold together. O(1)."""
+        if self.longest_block < self.block_seconds:
+            return (
+                f"max_block_seconds takes no less than block_seconds, which is {self.block_seconds:.15g}, "
+                f"not {self.longest_block:.15g}"
+            )
+        return None
+
+    def settings(self) -> dict[str, float | int | None]:
+        """All settings of a pool with these rules, in the order of `SETTINGS`. O(settings)."""
+        return {name: getattr(self, name) for name in SETTINGS} | {"max_block_seconds": self.longest_block}
+
+
+SETTINGS = (
+    "block_seconds",
+    "max_block_seconds",
+    "keepalive_seconds",
+    "max_keys",
+    "key_length",
+    "cooldown_seconds",
+    "max_cooldown_seconds",
+    "max_retry_after_seconds",
+    "error_threshold",
+    "forget_seconds",
+    "max_quarantined_percent",
+    "rest_seconds",
+)
+"""The settings that each pool has of its own, in the order of the docs."""
+
+_OF_SERVER = ("max_keys", "key_length")
 
 DEFAULT_RULES = PoolRules()

@@ -5,16 +5,19 @@ since an engine answers only when everything that the answer says is durable. A 
 suspends: its caller has the answer in the same turn of the loop. A call may await futures and nothing else, because its
 caller need not be a task.
 
+An Engine is one pool; `Pools` has all of a server. Calls raise PoolDraining once their pool is being emptied for good,
+unless they only look at keys or end what is there.
+
 A `Ref` names a key: the text, the public id as an int, or the Handle of a lease, with which the call raises StaleLease
-once a newer lease of the key exists. Batches process their items in order, one by one as the single calls would, and
-return one result for each: "done", "unknown" or "stale", for an extension also "over" or "limit". `origin` is who
-changes something: it is in the event.
+once a newer lease of the key exists; or a Written, which is the text if a key has it, else the other. Batches process
+their items in order, one by one as the single calls would, and return one result for each: "done", "unknown" or
+"stale", for an extension also "over" or "limit". `origin` is who changes something: it is in the event.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from keypool.core import errors
 from keypool.core.answers import (
@@ -23,10 +26,16 @@ from keypool.core.answers import (
     Extension,
     GeneratedKey,
     Identity,
+    Imported,
+    ImportedKey,
     KeptAlive,
+    KeyPatch,
     Lease,
+    NewKey,
     Page,
+    PoolRow,
     Ref,
+    Rekeying,
     Revealed,
     Row,
     Stats,
@@ -37,7 +46,7 @@ from keypool.core.cursor import ListQuery
 from keypool.core.events import HOLDER, Event, Origin
 from keypool.core.handles import Handles
 from keypool.core.outcomes import Report
-from keypool.core.rules import PoolRules
+from keypool.core.rules import PoolRules, Settings
 from keypool.ops.histogram import Histogram
 
 NOTE = "note."
@@ -60,19 +69,75 @@ class Attempt(Protocol):
     """Set if the answer repeats leases that were given before."""
 
 
-class Engine(Protocol):
-    """See the module. Every call may raise StorageUnavailable. n is the number of keys in the pool, k of items."""
+class Client(NamedTuple):
+    """The named token with which a caller acquires, and how many leases it may hold in all pools together."""
 
     name: str
+    max_held: int | None = None
 
-    rules: PoolRules
-    """The settings of the pool."""
+
+class Engine(Protocol):
+    """One pool. Every call may raise StorageUnavailable. n is the number of keys in the pool, k of items."""
+
+    name: str
+    """Of the kind of engine."""
+
+    @property
+    def pool_name(self) -> str:
+        """The name of the pool."""
+        ...
+
+    @property
+    def rules(self) -> PoolRules:
+        """The settings of the pool, which may change."""
+        ...
+
+    @property
+    def pool_draining(self) -> bool:
+        """Whether the pool is being emptied for good."""
+        ...
 
     handles: Handles
     """Makes and reads the handles of the pool's leases."""
 
     async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate `count` keys, all or none. O(k log n). Raises PoolFull."""
+        ...
+
+    async def import_key(self, item: NewKey, expire: bool, origin: Origin) -> ImportedKey:
+        """Add a key from elsewhere, available at once, unless the pool has its secret. O(log n).
+
+        It never expires, unless the pool purges keys, which `expire` has to allow.
+        Raises KeysWouldExpire, NameTaken, PoolFull, SecretsKeyRequired.
+        """
+        ...
+
+    async def import_many(
+        self, items: Sequence[NewKey | Imported], update: bool, expire: bool, origin: Origin
+    ) -> list[Imported]:
+        """Add keys from elsewhere, one by one, but all or none of the new ones if the pool gets full. O(k log n).
+
+        With `update`, a key that the pool has gets the item's name, labels and data. An item that is a result already,
+        a failed one, is passed through in its place. Raises KeysWouldExpire, PoolFull, SecretsKeyRequired.
+        """
+        ...
+
+    async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
+        """Change name, labels or data of a key. O(log n). Raises UnknownKey, StaleLease, NameTaken."""
+        ...
+
+    async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
+        """Give a key another text. O(log n). Raises UnknownKey, StaleLease, SecretExists, SecretsKeyRequired.
+
+        Its failures are forgotten, and a cooldown or quarantine is over, but a lease goes on: its holder may use the
+        old text for it as well until it ends.
+        """
+        ...
+
+    async def find(self, text: str) -> Row:
+        """The row of a key that an operator looks for: by the whole text, `id:N`, the name, or else the first with
+        this hint. O(log n). Raises UnknownKey.
+        """
         ...
 
     async def acquire(
@@ -82,6 +147,8 @@ class Engine(Protocol):
         timed: Timed | None = None,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> Lease:
         """Serve a uniformly random available key, or wait up to `wait` seconds for one. O(log n).
 
@@ -92,7 +159,9 @@ class Engine(Protocol):
         If the `attempt` was given a lease that is still held, that is the answer. If it is waiting on this server, this
         call takes its place, and the other one raises Superseded. For 10 s after the attempt's NoKeyAvailable with a
         `wait`, its place in this server's queue is kept for it.
-        Raises NoKeyAvailable, TooManyWaiters, Draining, Superseded.
+
+        A `client` that holds as many leases as it may waits until one of them has ended, and is passed over meanwhile.
+        Raises NoKeyAvailable, ShareSpent, TooManyWaiters, Draining, PoolDraining, Superseded.
         """
         ...
 
@@ -102,10 +171,13 @@ class Engine(Protocol):
         count: int,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> list[Lease]:
-        """Serve up to `count` keys, at least one. O(k log n). Raises NoKeyAvailable.
+        """Serve up to `count` keys, at least one. O(k log n). Raises NoKeyAvailable, ShareSpent.
 
-        If the `attempt` was given leases of which some are still held, those are the answer.
+        A `client` gets no more than it may hold. If the `attempt` was given leases of which some are still held, those
+        are the answer.
         """
         ...
 
@@ -261,6 +333,75 @@ class Engine(Protocol):
         ...
 
 
+class Pools(Protocol):
+    """All pools of a server. Calls that change something may raise StorageUnavailable. p is the number of pools.
+
+    A pool that was changed on another server over the same Valkey is found within 2 s.
+    """
+
+    @property
+    def default(self) -> Engine:
+        """The pool `default`, which is always there, whose settings are the server's flags."""
+        ...
+
+    def get(self, name: str) -> Engine:
+        """The pool of this name. O(1). Raises UnknownPool."""
+        ...
+
+    def names(self) -> list[str]:
+        """The names of all pools, in order. O(p)."""
+        ...
+
+    def row(self, name: str) -> PoolRow:
+        """Counts and settings of a pool. O(1). Raises UnknownPool."""
+        ...
+
+    async def put(self, name: str, settings: Settings, origin: Origin) -> bool:
+        """Make a pool with these settings, or give them to the one of this name; whether it is new. O(log p).
+
+        Settings that aren't given have their defaults from then on. Raises TooManyPools, PoolDraining, PoolFixed.
+        """
+        ...
+
+    async def change(self, name: str, settings: Settings, origin: Origin) -> None:
+        """Change some settings of a pool, for deadlines that are set from then on. O(1).
+
+        Raises UnknownPool, PoolFixed, and BadRequest if the settings would contradict each other.
+        """
+        ...
+
+    async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
+        """Delete an empty pool, or drain one: it serves no more, and its keys are purged in slices. O(1).
+
+        Keys that are held are purged when their leases end, or `now`. Returns whether the pool is gone already; when
+        the last key of a draining one is, its name is free again. Raises UnknownPool, PoolNotEmpty, PoolFixed.
+        """
+        ...
+
+    def on_change(self, callback: Callable[[], object]) -> None:
+        """Call this whenever a pool comes, goes, drains, or gets other settings. O(1)."""
+        ...
+
+    async def rekey(self) -> Rekeying:
+        """Begin to encrypt under the first secrets key what isn't yet, in slices, in all pools. O(1).
+
+        It survives a restart. Raises SecretsKeyRequired.
+        """
+        ...
+
+    def rekeying(self) -> Rekeying:
+        """How far that is. O(1)."""
+        ...
+
+    def drain(self) -> None:
+        """Answer the waiters of all pools with Draining, and admit no more. O(waiters)."""
+        ...
+
+    async def close(self) -> None:
+        """Make durable what isn't durable yet, and stop all engines. Raises StorageUnavailable."""
+        ...
+
+
 class Loading:
     """The engine of a server that is still reading its keys: every call raises Loading."""
 
@@ -292,3 +433,23 @@ class Loading:
 
 async def _refuse_loading(*args: Any) -> NoReturn:
     raise errors.Loading
+
+
+class LoadingPools:
+    """The pools of a server that is still reading its keys: every call raises Loading."""
+
+    def __init__(self) -> None:
+        self.default = Loading()
+
+    def get(self, name: str) -> Loading:
+        """An engine whose every call raises Loading, for any name."""
+        return self.default
+
+    def drain(self) -> None:
+        """Nobody waits yet."""
+
+    async def close(self) -> None:
+        """Nothing is open yet."""
+
+    def __getattr__(self, call: str) -> Any:
+        return _refuse_loading

@@ -7,14 +7,8 @@ only when everything that its answer says is in the journal. Only `page` and `st
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
-import secrets
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import NoReturn, TypeVar
-
-from tornado.ioloop import IOLoop
+from collections.abc import Generator, Mapping, Sequence
+from typing import NoReturn
 
 from keypool import __version__
 from keypool.core.answers import (
@@ -22,12 +16,10 @@ from keypool.core.answers import (
     Extended,
     Extension,
     GeneratedKey,
-    Identity,
     KeptAlive,
     Lease,
     Page,
     Ref,
-    Revealed,
     Row,
     Stats,
     Unblock,
@@ -35,47 +27,23 @@ from keypool.core.answers import (
 )
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import ListQuery, encode, page_query
-from keypool.core.errors import (
-    BlockLimit,
-    Draining,
-    LeaseOver,
-    NoKeyAvailable,
-    PoolError,
-    StaleLease,
-    StorageUnavailable,
-    UnknownKey,
-)
-from keypool.core.events import HOLDER, SILENT, Change, Event, Happened, Origin, latest
-from keypool.core.handles import SECRET_BYTES, Handle, Handles
-from keypool.core.keys import Key, State, moment, random_text
-from keypool.core.outcomes import NO_HISTORY, Report
-from keypool.core.pool import Pool
-from keypool.core.rules import DEFAULT_RULES, PoolRules
-from keypool.engine import NOTE, Attempt, Timed
-from keypool.engine.clock import make_clock
-from keypool.engine.journal import Journal, NullJournal
-from keypool.engine.timers import Timers
-from keypool.engine.waiters import Request, Waiters
-from keypool.ops.histogram import SECONDS, Histogram
+from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining
+from keypool.core.events import HOLDER, Event, Origin, latest
+from keypool.core.keys import State
+from keypool.core.outcomes import Report
+from keypool.core.rules import PoolRules
+from keypool.engine import NOTE, Attempt, Client, Timed
+from keypool.engine.operator_calls import OperatorCalls
+from keypool.engine.shapes import age, expires_in, less, less_or_none, rounded, row_of
+from keypool.engine.steps import SLICE_SECONDS
+from keypool.engine.waiters import Request
+from keypool.ops.histogram import Histogram
 
-RECENT_EVENTS = 1000
-# Globals, because in Python 3.11 each look-up of an enum's member by name costs a tenth of a microsecond.
-_AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
-_ACQUIRED, _READY = Change.ACQUIRED, Change.READY
-_MAKES_AVAILABLE = frozenset(
-    {Change.UNBLOCKED, Change.RELEASED, Change.GENERATED, Change.READY, Change.RESTORED}
-)
-_WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
+_AVAILABLE = State.AVAILABLE
 _GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: about 2 ms
-_SLICE_SECONDS = 0.00008  # that a batch runs before the loop serves other callers
-_NEGLIGIBLE_DELAY = 0.005  # seconds by which a release may be early
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(OperatorCalls):
     """See the module, and the Engine protocol for the calls. It may be used on one IOLoop and its thread only.
 
     The pool is in memory only until a journal is set, for which the pool must have been restored. Without
@@ -86,74 +54,27 @@ class EmbeddedEngine:
     degraded = None  # the pool is served completely or not at all
     clock_steps = 0  # deadlines follow the monotonic clock
 
-    def __init__(
-        self,
-        rules: PoolRules = DEFAULT_RULES,
-        *,
-        start_timers: bool = True,
-        loop: IOLoop | None = None,
-        clock: Callable[[], float] | None = None,
-        new_text: Callable[[], str] | None = None,
-    ) -> None:
-        self.now = clock or make_clock()
-        self.timers = Timers(loop or IOLoop.current(), self.now, self._process_due)
-        self.rules = rules
-        self.handles = Handles(secrets.token_bytes(SECRET_BYTES))
-        self.pool = Pool(
-            rules,
-            new_text=new_text or (lambda: random_text(rules.key_length)),
-            random=random.Random().random,  # noqa: S311 - which available key is served isn't secret
-            on_change=self._changed,
-            on_opened=self.timers.opened,
-            on_closed=self.timers.closed,
-        )
-        self.journal: Journal = NullJournal()
-        self.release_lateness = Histogram(SECONDS)
-        self.expiry_lateness = Histogram(SECONDS)
-        self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
-        self._notes: dict[str, int] = {}
-        self._loop = asyncio.get_running_loop()
-        self._outage_grace = max(rules.restart_grace, rules.keepalive_seconds / 2)
-        self._waiters = Waiters(
-            self.pool,
-            self.timers,
-            self.now,
-            rules.max_waiters,
-            lease_of=self._lease,
-            give_back=self._give_back,
-            storage_up=self.storage_up,
-        )
-        self._started_at = self.now()
-        self._draining = False
-        self._reserved = 0  # keys that batches in progress will still generate
-        self._uncounted = 0  # events that no counter has
-        if start_timers:
-            self.start()
-
     # -- the calls
 
     async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate keys, all or none. O(count · log n)."""
         self.journal.require()
+        self._require_serving()
         now = self.now()
-        while self.pool.total + self._reserved + count > self.rules.max_keys and self.pool.overdue(now):
-            self.pool.process_due(now)
-            if self.pool.overdue(now):
-                await self._next_turn()  # there is a backlog of expired keys
-                now = self.now()
         made: list[GeneratedKey] = []
         moments: list[float] = []
         try:
-            self.pool.require_room(self._reserved + count, now)
+            now = await self._make_room(count)
             self._reserved += count  # so that no other call takes this room between two slices
             try:
-                until = now + _SLICE_SECONDS
+                until = now + SLICE_SECONDS
                 while len(made) < count:
                     made.append(self._generate(now, origin))
                     moments.append(now)
                     self._reserved -= 1
                     if (now := self.now()) > until:
                         until = await self._pause()
+                        self._require_serving()  # if not, those that were made are purged with the others
                         now = self.now()
             finally:
                 self._reserved -= count - len(made)
@@ -161,7 +82,7 @@ class EmbeddedEngine:
             self._waiters.serve(now)
             await self._all_kept()
         for answer, at in zip(made, moments, strict=True):
-            answer.expires_in = _less(answer.expires_in, self._delay(at))
+            answer.expires_in = less_or_none(answer.expires_in, self._delay(at))
         return made
 
     async def acquire(
@@ -171,19 +92,30 @@ class EmbeddedEngine:
         timed: Timed | None = None,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> Lease:
         """Acquire a key, now or within `wait` seconds. O(log n)."""
         journal = self.journal
         journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held[0]
+        if self.pool_draining:
+            await self._refuse(None)
         digest = None if attempt is None else attempt.digest
         now = self.now()
-        key = None if self._waiters.waiting else self.pool.acquire(now, owner, block_seconds, digest)
+        if self._waiters.waiting:
+            key = None
+        elif client is None:
+            key = self.pool.acquire(now, owner, block_seconds, digest)
+        elif self.shares.may_take(client, now):
+            key = self.pool.acquire(now, owner, block_seconds, digest, client.name)
+        else:
+            key = None
         if key is not None:
             lease = self._lease(key, now)
         else:
-            lease = await self._take_or_wait(Request(owner, block_seconds, digest), wait, timed)
+            lease = await self._take_or_wait(Request(owner, block_seconds, digest, client), wait, timed)
         if (commit := journal.commit_of(lease.id)) is not None:
             started = self.now()
             try:
@@ -191,7 +123,7 @@ class EmbeddedEngine:
             except (GeneratorExit, asyncio.CancelledError):  # the caller hung up and never got this lease
                 self._give_back(lease)
                 raise
-            _age(lease, self._delay(started))
+            age(lease, self._delay(started))
         return lease
 
     async def acquire_many(
@@ -200,15 +132,17 @@ class EmbeddedEngine:
         count: int,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> list[Lease]:
         """Acquire up to `count` keys. O(count · log n)."""
         self.journal.require()
         if attempt is not None and (held := await self._replay(attempt)):
             return held
-        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
+        request = Request(owner, block_seconds, None if attempt is None else attempt.digest, client)
         leases: list[Lease] = []
         moments: list[float] = []
-        until = self.now() + _SLICE_SECONDS
+        until = self.now() + SLICE_SECONDS
         try:
             while len(leases) < count and (lease := await self._take(request)) is not None:
                 leases.append(lease)
@@ -216,14 +150,14 @@ class EmbeddedEngine:
                 if now > until:
                     until = await self._pause()
             if not leases:
-                await self._refuse()
+                await self._refuse(client)
             await self._all_kept()
         except (GeneratorExit, asyncio.CancelledError):  # the caller hung up and never got these leases
             for lease in leases:
                 self._give_back(lease)
             raise
         for lease, at in zip(leases, moments, strict=True):
-            _age(lease, self._delay(at))
+            age(lease, self._delay(at))
         return leases
 
     async def _replay(self, attempt: Attempt) -> list[Lease]:
@@ -256,7 +190,7 @@ class EmbeddedEngine:
             if (commit := self.journal.commit_of(key.id)) is not None:
                 await commit
         if answer.available_in is not None:
-            answer.available_in = _less(answer.available_in, self._delay(now))
+            answer.available_in = less(answer.available_in, self._delay(now))
         return answer
 
     async def unblock_many(
@@ -282,14 +216,14 @@ class EmbeddedEngine:
         try:
             self.pool.extend(key, lease, seconds, now)
             assert key.release_deadline is not None  # it is blocked
-            left = key.acquired_at + self.rules.longest_block - now
-            answer = Extended(key.id, key.lease, _seconds(key.release_deadline - now), _seconds(left))
+            left = key.acquired_at + self.pool.rules.longest_block - now
+            answer = Extended(key.id, key.lease, rounded(key.release_deadline - now), rounded(left))
         finally:
             if (commit := self.journal.commit_of(key.id)) is not None:
                 await commit
         delay = self._delay(now)
-        answer.release_in = _less(answer.release_in, delay)
-        answer.block_left = _less(answer.block_left, delay)
+        answer.release_in = less(answer.release_in, delay)
+        answer.block_left = less(answer.block_left, delay)
         return answer
 
     async def extend_many(self, items: Sequence[Extension]) -> list[str]:
@@ -302,52 +236,18 @@ class EmbeddedEngine:
 
         return await self._in_slices(items, extend)
 
-    async def quarantine(self, ref: Ref, reason: str | None, now: bool, origin: Origin) -> Row:
-        """Take a key out of service. O(log n)."""
-        self.journal.require()
-        key = self._find(ref, self.now()) or await self._raise_missing(ref)
-        self.pool.quarantine(key, reason, now, self.now(), origin)
-        return await self._kept_row(key)
-
-    async def quarantine_many(
-        self, refs: Sequence[Ref], reason: str | None, now: bool, origin: Origin
-    ) -> list[str]:
-        """Take keys out of service, one by one. O(items · log n)."""
-
-        def quarantine(ref: Ref, moment: float) -> str:
-            return self._tried(
-                ref, moment, lambda key: self.pool.quarantine(key, reason, now, moment, origin)
-            )
-
-        return await self._in_slices(refs, quarantine)
-
-    async def restore(self, ref: Ref, origin: Origin) -> Row:
-        """Make a cooling or quarantined key available. O(log n)."""
-        self.journal.require()
-        key = self._find(ref, self.now()) or await self._raise_missing(ref)
-        self.pool.restore(key, origin)
-        return await self._kept_row(key)
-
-    async def restore_many(self, refs: Sequence[Ref], origin: Origin) -> list[str]:
-        """Make cooling and quarantined keys available, one by one. O(items · log n)."""
-
-        def restore(ref: Ref, now: float) -> str:
-            return self._tried(ref, now, lambda key: self.pool.restore(key, origin))
-
-        return await self._in_slices(refs, restore)
-
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Postpone the expiry of a key. O(log n)."""
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
         self.pool.keepalive(key, now)
-        answer = KeptAlive(key.id, _seconds(key.expires_deadline - now))
+        answer = KeptAlive(key.id, expires_in(key, now))
         if self._waiters.waiting:
             self._waiters.serve(now)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
-            answer.expires_in = _less(answer.expires_in, self._delay(now))
+            answer.expires_in = less_or_none(answer.expires_in, self._delay(now))
         return answer
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
@@ -358,52 +258,9 @@ class EmbeddedEngine:
 
         return await self._in_slices(refs, keepalive)
 
-    async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
-        """Purge a key. O(log n)."""
-        self.journal.require()
-        key = self._find(ref, self.now()) or await self._raise_missing(ref)
-        self.pool.delete(key, origin)
-        if (commit := self.journal.commit_of(key.id)) is not None:
-            await commit
-        return Identity(key.id, key.hint)
-
-    async def delete_many(self, refs: Sequence[Ref], origin: Origin = HOLDER) -> list[Identity | str]:
-        """Purge keys, one by one. O(items · log n)."""
-
-        def delete(ref: Ref, now: float) -> Identity | str:
-            key = self._find(ref, now)
-            if key is None:
-                return _WORDS[type(self._missing(ref, now))]
-            self.pool.delete(key, origin)
-            return Identity(key.id, key.hint)
-
-        return await self._in_slices(refs, delete)
-
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(1)."""
         return await self._kept_row(self._find(ref, self.now()) or await self._raise_missing(ref))
-
-    async def _kept_row(self, key: Key) -> Row:
-        """The row of a live key, as soon as it is on disk."""
-        now = self.now()
-        row = self._row(key, now)
-        self._waiters.serve(now)
-        if (commit := self.journal.commit_of(key.id)) is not None:
-            await commit
-            _age(row, self._delay(now))
-        return row
-
-    async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
-        """The text of a key; the call is recorded as an event. O(1)."""
-        now = self.now()
-        key = self._find(ref, now) or await self._raise_missing(ref)
-        revealed = Revealed(key.id, key.text)
-        self.events.append((Change.REVEALED, key, key.owner, key.lease, now, origin))
-        self._uncounted += 1
-        self._waiters.serve(now)
-        if (commit := self.journal.commit_of(key.id)) is not None:
-            await commit
-        return revealed
 
     async def page(self, query: ListQuery) -> Page:
         """A page of rows. O(log n + page). May be ahead of the disk by the commit in flight."""
@@ -411,7 +268,7 @@ class EmbeddedEngine:
         asked = page_query(query)
         found = self.pool.page(asked, now)
         cursor = None if found.next is None else encode(asked, found.next)
-        page = Page([self._row(key, now) for key in found.keys], cursor)
+        page = Page([row_of(key, now, self.pool.rules) for key in found.keys], cursor)
         self._waiters.serve(now)  # with blocks that were found overdue
         return page
 
@@ -424,9 +281,9 @@ class EmbeddedEngine:
             blocked=pool.blocked,
             cooling=pool.cooling,
             quarantined=pool.quarantined,
-            waiting=len(self._waiters.waiting),
+            waiting=self.waiting,
             **pool.counters.by_name(),
-            uptime=_seconds(self.now() - self._started_at),
+            uptime=rounded(self.now() - self._started_at),
             engine=self.name,
             version=__version__,
         )
@@ -464,10 +321,6 @@ class EmbeddedEngine:
             raise Draining
         self.journal.require()
 
-    def storage_up(self) -> bool:
-        """Whether the journal can keep changes. O(1)."""
-        return self.journal.failing is None
-
     def oldest_wait(self) -> float:
         """Seconds that the first in the queue has waited, 0 if the queue is empty. O(1)."""
         return self._waiters.oldest_wait()
@@ -496,27 +349,58 @@ class EmbeddedEngine:
     def drain(self) -> None:
         """Answer all waiters with Draining, and admit no more. O(waiters)."""
         self._draining = True
-        self._waiters.drain()
+        self._waiters.drain(Draining)
 
     async def close(self) -> None:
         """Stop the timers, and commit all changes. Raises StorageUnavailable if they can't be committed."""
         self.timers.close()
         await self.journal.close()
 
+    # -- what EmbeddedPools calls
+
+    def sibling(
+        self, name: str, number: int, rules: PoolRules, *, start_timers: bool = True
+    ) -> EmbeddedEngine:
+        """An engine for another pool of the same server, empty and without a journal. O(1)."""
+        engine = EmbeddedEngine(
+            rules,
+            start_timers=start_timers,
+            loop=self.timers.loop,
+            clock=self.now,
+            pool_name=name,
+            shares=self.shares,
+        )
+        engine.handles = self.handles.of_pool(number)
+        return engine
+
+    def set_rules(self, rules: PoolRules) -> None:
+        """Apply these rules to whatever comes from now on. O(1)."""
+        self.pool.rules = rules
+
+    def drain_pool(self) -> None:
+        """Serve and take no key any more: PoolDraining, to the waiters as well. O(waiters)."""
+        self.pool_draining = True
+        self._waiters.drain(PoolDraining)
+
+    @property
+    def waiting(self) -> int:
+        """How many acquires wait in this pool. O(1)."""
+        return len(self._waiters.queue)
+
     # -- steps of the calls
 
     def _generate(self, now: float, origin: Origin) -> GeneratedKey:
         key = self.pool.generate(now, origin)
-        made = GeneratedKey(key.id, key.text, _AVAILABLE, _seconds(key.expires_deadline - now))
+        made = GeneratedKey(key.id, key.text, _AVAILABLE, expires_in(key, now))
         self._waiters.serve(now)
         return made
 
     async def _take_or_wait(self, request: Request, wait: float, timed: Timed | None) -> Lease:
-        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable."""
+        """Acquire a key that may become available within `wait` seconds. Raises NoKeyAvailable, ShareSpent."""
         lease = await self._take(request)
         if lease is None and wait > 0:
             lease = await self._waiters.wait(request, wait, timed)
-        return lease or await self._refuse()
+        return lease or await self._refuse(request.client)
 
     async def _take(self, request: Request) -> Lease | None:
         """Acquire an available key, if the waiters in the queue have left one."""
@@ -525,7 +409,12 @@ class EmbeddedEngine:
             if self._waiters.waiting:  # a block may have run out whose timer is late
                 self.pool.process_due(now)
                 self._waiters.serve(now)
-            key = None if self._waiters.waiting else self.pool.acquire(now, *request)
+            if self.pool_draining:
+                return None
+            client = request.client
+            if client is not None and not self.shares.may_take(client, now):
+                return None
+            key = None if self._waiters.waiting else self._waiters.take(request, now)
             if key is not None:
                 return self._lease(key, now)
             if not self.pool.may_have_more(now):
@@ -535,151 +424,24 @@ class EmbeddedEngine:
             await self._next_turn()  # a backlog of due keys may hide an available one
             self.journal.require()
 
-    def _unblock(
-        self,
-        key: Key,
-        lease: int | None,
-        now: float,
-        *,
-        ended: list[EndedLease] | None = None,
-        report: Report | None = None,
-        origin: Origin = HOLDER,
-    ) -> Unblocked:
-        """End a lease and take its report. Adds to `ended` a lease that was ended without its number."""
-        changed, guarded = self.pool.unblock(key, lease, now, report, origin)
-        if changed and lease is None and ended is not None:
-            ended.append(EndedLease(key.id, key.hint, key.lease))
-        available_in = None
-        if key.release_deadline is not None:  # then it isn't blocked any more, so it cools
-            available_in = _seconds(key.release_deadline - now)
-        answer = Unblocked(key.id, key.state, changed, available_in, guarded)
-        if self._waiters.waiting:  # one of them may get the key
-            self._waiters.serve(now)
-        return answer
-
-    def _find(self, ref: Ref, now: float) -> Key | None:
-        """The live key, or None. This may release the key, so waiters must be served after it.
-
-        None too for a handle of an older lease: `_missing` tells the two apart. Raises StorageUnavailable if the key
-        has expired while expiry is suspended.
-        """
-        try:
-            if isinstance(ref, str):
-                return self.pool.find(ref, now)
-            if isinstance(ref, int):
-                return self.pool.find_id(ref, now)
-            key = self.pool.find_id(ref.id, now)
-        except UnknownKey:
-            if self.pool.is_suspended(ref.id if isinstance(ref, Handle) else ref):
-                raise self.journal.unknown_outcome() from None
-            return None
-        return key if key.lease == ref.lease else None
-
-    def _missing(self, ref: Ref, now: float) -> UnknownKey | StaleLease:
-        """The error about a key that `_find` didn't find."""
-        if isinstance(ref, Handle):
-            with contextlib.suppress(UnknownKey):
-                return StaleLease(ref.lease, self.pool.find_id(ref.id, now).lease)
-        return UnknownKey()
-
-    async def _raise_missing(self, ref: Ref) -> NoReturn:
-        """Raise UnknownKey or StaleLease, as soon as the change that made it one is on disk."""
-        journal = self.journal
-        error = self._missing(ref, self.now())
-        if isinstance(ref, str):
-            commit = journal.commit_of_text(ref)
-        else:
-            commit = journal.commit_of(ref.id if isinstance(ref, Handle) else ref)
-        try:
-            if commit is not None:
-                await commit
-            raise error
-        finally:
-            del error  # or its traceback would refer to this frame, and this frame to it
-
-    def _tried(self, ref: Ref, now: float, change: Callable[[Key], object]) -> str:
-        """Change the key of an item of a batch. Returns the result's word."""
-        key = self._find(ref, now)
-        try:
-            if key is None:
-                raise self._missing(ref, now)
-            change(key)
-        except PoolError as error:
-            return _WORDS[type(error)]
-        return "done"
-
-    async def _in_slices(
-        self, items: Iterable[Item], change: Callable[[Item, float], Result]
-    ) -> list[Result]:
-        """What `change(item, now)` returns for each item, as soon as all is on disk. Others are served in between."""
-        self.journal.require()
-        results = []
-        until = self.now() + _SLICE_SECONDS
-        for item in items:
-            if (now := self.now()) > until:
-                until = await self._pause()
-                now = self.now()
-            results.append(change(item, now))
-        self._waiters.serve(self.now())
-        await self._all_kept()
-        return results
-
-    async def _refuse(self) -> NoReturn:
-        """Raise NoKeyAvailable, as soon as all changes are on disk."""
+    async def _refuse(self, client: Client | None) -> NoReturn:
+        """Raise PoolDraining, ShareSpent or NoKeyAvailable, as soon as all changes are on disk."""
+        if self.pool_draining:
+            await self._all_kept()
+            raise PoolDraining
+        if client is not None and not self.shares.has_room(client, self.now()):
+            await self._all_kept()
+            raise self.shares.spent(client, self.now())
         self.pool.counters.refused += 1
         await self._all_kept()
         pool = self.pool
         seconds = pool.next_release(self.now())
         raise NoKeyAvailable(
-            None if seconds is None else _seconds(seconds),
+            None if seconds is None else rounded(seconds),
             blocked=pool.blocked,
             cooling=pool.cooling,
             quarantined=pool.quarantined,
         )
-
-    async def _pause(self) -> float:
-        """Let the loop serve other calls between two slices of a batch. Returns the moment when the next slice ends.
-
-        This is a bare yield, which both a task and `http.api_call.CoroutineDriver` resume later. Raises
-        StorageUnavailable if storage failed meanwhile.
-        """
-        self.journal.pause()
-        try:
-            await asyncio.sleep(0)
-        finally:
-            self.journal.resume()
-        self.journal.require()
-        return self.now() + _SLICE_SECONDS
-
-    async def _next_turn(self) -> None:
-        """Resume in the next turn of the loop. With a future, since the caller need not be a task."""
-        turn = self._loop.create_future()
-        self._loop.call_soon(_done, turn)
-        await turn
-
-    # -- durability: answers wait until what they say is on disk
-
-    def _delay(self, since: float) -> float:
-        """Seconds that were spent waiting for the disk, 0 if negligible.
-
-        Lengths of time are relative to when the answer is sent, so that a holder never overestimates its lease.
-        """
-        waited = self.now() - since
-        return waited if waited > _NEGLIGIBLE_DELAY else 0.0
-
-    async def _all_kept(self) -> None:
-        """Wait until all changes are on disk. Raises StorageUnavailable."""
-        if (commit := self.journal.commit_of_all()) is not None:
-            await commit
-
-    def _give_back(self, lease: Lease) -> None:
-        # A StaleLease means that the key was served to somebody else meanwhile. While expiry is suspended, an expired
-        # key stays blocked until its deadline. A replayed lease may have reached its caller by another call.
-        now = self.now()
-        with contextlib.suppress(StaleLease, StorageUnavailable):
-            key = self._find(lease.id, now)
-            if key is not None and not key.replayed:
-                self._unblock(key, lease.lease, now)
 
     # -- what the journal calls
 
@@ -715,7 +477,9 @@ class EmbeddedEngine:
         Yields between slices; O(log n) for each key that would expire sooner. Returns the end of the grace in
         milliseconds. No call changes anything meanwhile.
         """
-        until = round((self.now() + self._outage_grace) * 1000)
+        rules = self.pool.rules
+        grace = max(rules.restart_grace, (rules.keepalive_seconds or 0.0) / 2)
+        until = round((self.now() + grace) * 1000)
         while self.pool.grant_grace(until / 1000, _GRACES_PER_TURN):
             yield
         return until
@@ -725,88 +489,3 @@ class EmbeddedEngine:
         self.pool.resume_expiry()
         self.timers.process_soon()
         self._waiters.serve_soon()
-
-    # -- deadlines and changes
-
-    def start(self) -> None:
-        """Set the timers of all deadlines. O(their buckets)."""
-        self.timers.start(self.pool.deadline_buckets())
-
-    def _changed(self, change: Change, key: Key, owner: str | None, origin: Origin) -> None:
-        self.journal.touch(key)
-        if change in SILENT:
-            return
-        at = key.acquired_at if change is _ACQUIRED else self.now()
-        self.events.append((change, key, owner, key.lease, at, origin))
-        if change is _READY:
-            self._uncounted += 1
-        if self._waiters.waiting and change in _MAKES_AVAILABLE:
-            self._waiters.serve_soon()
-
-    # -- answers
-
-    def _lease(self, key: Key, now: float) -> Lease:
-        assert key.release_deadline is not None
-        # `_seconds`, inlined: two calls of it would triple the cost.
-        return Lease(
-            key.id,
-            key.text,
-            key.lease,
-            self.handles.make(key.id, key.lease),
-            round((key.release_deadline - now) * 1000) / 1000,
-            round((key.expires_deadline - now) * 1000) / 1000,
-        )
-
-    def _row(self, key: Key, now: float) -> Row:
-        state, history = key.state, key.history
-        due_in = None if key.release_deadline is None else _seconds(key.release_deadline - now)
-        reason = history.reason
-        if state is _QUARANTINED and history.operator_reason is not None:
-            reason = history.operator_reason
-        return Row(
-            key.id,
-            key.hint,
-            state,
-            key.owner,
-            key.lease or None,
-            moment(key.created_at),
-            _seconds(key.expires_deadline - now),
-            due_in if state is _BLOCKED else None,
-            due_in if state is _COOLING else None,
-            0 if history is NO_HISTORY else self.pool.failures_of(key, now),
-            history.outcome,
-            reason,
-        )
-
-    def _process_due(self) -> bool:
-        """Process some of the deadlines that have passed. Returns whether there are more. O(MAX_DUE_PER_CALL)."""
-        now = self.now()
-        found = self.pool.process_due(now)
-        if found.release_lateness is not None:
-            self.release_lateness.add(found.release_lateness)
-        if found.expiry_lateness is not None:
-            self.expiry_lateness.add(found.expiry_lateness)
-        self._waiters.serve(now)
-        return found.more
-
-
-def _age(answer: Lease | Row, delay: float) -> None:
-    if delay:
-        answer.expires_in = _less(answer.expires_in, delay)
-        if answer.release_in is not None:
-            answer.release_in = _less(answer.release_in, delay)
-        if isinstance(answer, Row) and answer.available_in is not None:
-            answer.available_in = _less(answer.available_in, delay)
-
-
-def _less(length: float, delay: float) -> float:
-    return max(0.0, _seconds(length - delay)) if delay else length
-
-
-def _seconds(length: float) -> float:
-    return round(length * 1000) / 1000  # a third of the cost of round(length, 3)
-
-
-def _done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

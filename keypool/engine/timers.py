@@ -30,7 +30,7 @@ class Timers:
     """
 
     def __init__(self, loop: IOLoop, now: Callable[[], float], process: Callable[[], bool]) -> None:
-        self._loop = loop
+        self.loop = loop
         self._now = now
         self._process = process
         self._running = False
@@ -54,22 +54,22 @@ class Timers:
         timer, bucket.timer = bucket.timer, None
         if timer is not None:
             self.armed -= 1
-            self._loop.remove_timeout(timer)
+            self.loop.remove_timeout(timer)
 
     def after(self, seconds: float, callback: Callable[..., None], *args: object) -> object:
         """Set a timer that isn't for deadlines. Returns the handle for `cancel`. O(log timers)."""
-        return self._loop.call_later(seconds, callback, *args)
+        return self.loop.call_later(seconds, callback, *args)
 
     def cancel(self, timer: object) -> None:
         """Cancel a timer of `after`. None stands for a timer that has fired."""
         if timer is not None:
-            self._loop.remove_timeout(timer)
+            self.loop.remove_timeout(timer)
 
     def process_soon(self) -> None:
         """Process due keys in the next turn: their timers may have fired while expiry was suspended."""
         if self._running and not self._processing:
             self._processing = True
-            self._loop.add_callback(self._go_on)
+            self.loop.add_callback(self._go_on)
 
     def close(self) -> None:
         """Stop. Timers that are still set do nothing when they fire."""
@@ -77,7 +77,7 @@ class Timers:
 
     def _arm(self, bucket: DeadlineBucket) -> None:
         self.armed += 1
-        bucket.timer = self._loop.call_later(bucket.ends + MARGIN - self._now(), self._due, bucket)
+        bucket.timer = self.loop.call_later(bucket.ends + MARGIN - self._now(), self._due, bucket)
 
     def _due(self, bucket: DeadlineBucket) -> None:
         bucket.timer = None
@@ -94,4 +94,4 @@ class Timers:
         self._processing = False  # before `_process`, so that its exception ends this round only
         if self._running and self._process():
             self._processing = True
-            self._loop.add_callback(self._go_on)
+            self.loop.add_callback(self._go_on)

@@ -5,21 +5,24 @@ A request that is refused for its head is answered at once; the server then read
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from http import HTTPStatus
 from time import monotonic, time
 
 import msgspec
 
-from keypool.api.dispatch import CachedChecks, Dispatcher, Reply, too_large
-from keypool.api.operations import BASE
+from keypool.api.calls import BASE
+from keypool.api.decoding import too_large
+from keypool.api.dispatch import CachedChecks, Dispatcher, Reply
 from keypool.config.limits import REMEMBERED_NAME
 from keypool.http.api_call import ApiCall, InFlight
 from keypool.http.http1 import ANSWERED, RawDelegate, Request
 from keypool.http.http1.responses import Headers, date_at
 
 _API = b"/api"
-_FEED = f"{BASE}/feed".encode()
+_KEYS = f"{BASE}/keys".encode()
+_FEED = re.compile(rf"{re.escape(BASE)}(?:/pools/[^/?]+)?/feed(?:\?|$)".encode())
 _ENDS = (b"", b"/", b"?")
 
 
@@ -66,10 +69,12 @@ class FastApi:
         target = request.target
         if not target.startswith(_API) or target[4:5] not in _ENDS:
             return None
-        if target.startswith(_FEED) and target[len(_FEED) :][:1] in (b"", b"?"):
+        if not target.startswith(_KEYS) and _FEED.match(target):
             return None
         call = FastCall(self, request)
         if call.pending.error is None:
+            if request.body is not None and not request.received:
+                request.set_max_body_size(call.pending.max_body)
             return call
         call.refuse()
         return ANSWERED if request.answered else call
@@ -104,7 +109,7 @@ class FastCall(ApiCall, RawDelegate):
     def too_large(self) -> None:
         """Refuse the request: its body is over the limit."""
         if self.pending.error is None:
-            self.pending.error = too_large()
+            self.pending.error = too_large(self.pending.max_body)
         self.refuse()
 
     def send(self, reply: Reply) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tornado.web import Application
 
-from keypool.api.dispatch import Dispatcher, too_large, unexpected
+from keypool.api.decoding import too_large
+from keypool.api.dispatch import Dispatcher, unexpected
 from keypool.config.limits import Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.core.errors import HeadersTooLarge, KeypoolError, RequestTimeout, UriTooLong

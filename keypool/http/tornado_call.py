@@ -1,7 +1,8 @@
 """Calls of the API on Tornado's server, as `HTTPMessageDelegate`s.
 
 A request that is refused for its head is answered when its body has been read and discarded, so that the connection
-can be used again; one whose body is larger than `DISCARDED`, or that sends `Expect`, is answered at once.
+can be used again; one whose body is larger than `DISCARDED` (and than an import may be), or that sends `Expect`, is
+answered at once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 from tornado.routing import Router
 
-from keypool.api.dispatch import Dispatcher, Reply, too_large
+from keypool.api.decoding import too_large
+from keypool.api.dispatch import Dispatcher, Reply
 from keypool.config.limits import DISCARDED, MAX_BODY
 from keypool.http.api_call import ApiCall, InFlight
 from keypool.http.http1.responses import http_date
@@ -47,6 +49,7 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         self._connection: HTTP1Connection | None = cast("HTTP1Connection", request.connection)
         self._body: list[bytes] = []
         self._size = 0
+        self._discarded = DISCARDED  # bytes of the body that are read though the request is refused
         self._whole = False
 
     def headers_received(
@@ -59,22 +62,29 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
         self.in_flight.count += 1
         pending = self.pending = self.dispatcher.check(self.request)
         length = _declared_length(headers)
-        if length > MAX_BODY and pending.error is None:
-            pending.error = too_large()
-        if pending.error is not None and (length > DISCARDED or "Expect" in headers):
+        if pending.max_body > MAX_BODY and self._connection is not None:
+            self._discarded += pending.max_body
+            self._connection.set_max_body_size(self._discarded)  # so that a larger body gets an answer
+        if length > pending.max_body and pending.error is None:
+            pending.error = too_large(pending.max_body)
+        if pending.error is not None and (length > self._discarded or "Expect" in headers):
             self.refuse(at_once=True)
 
     def data_received(self, chunk: bytes) -> None:
         """Keep a part of the body, or throw it away if the request is refused."""
         self._size += len(chunk)
         if self.pending.error is None:
-            if self._size > MAX_BODY:
-                self.pending.error = too_large()
+            if self._size > self.pending.max_body:
+                self.pending.error = too_large(self.pending.max_body)
                 self._body.clear()
             else:
                 self._body.append(chunk)
-        elif self._size > DISCARDED and self._connection is not None:
+        elif self._size > self._discarded and self._connection is not None:
             self.refuse(at_once=True)
+
+    def held(self) -> int:
+        """Bytes that are held of the body."""
+        return 0 if self._whole or self.pending.error is not None else self._size
 
     def finish(self) -> None:
         """The request is whole: run its call."""

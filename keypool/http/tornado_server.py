@@ -286,6 +286,8 @@ class _Message(httputil.HTTPMessageDelegate):
 
     def held(self) -> int:
         """Bytes held of a message that isn't complete, about."""
+        if isinstance(self._inner, TornadoCall):
+            return self._buffered() + self._inner.held()
         return self._buffered() + (0 if self._phase is _Phase.ANSWER else min(self._body, MAX_BODY))
 
     def writing(self) -> bool:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from keypool.core.answers import Identity
 from keypool.core.keys import hint
+
+Fact = str | float | None
+"""The value of a further field of a line."""
 
 _log = logging.getLogger("keypool.audit")
 _KEY = re.compile(r"[A-Za-z0-9]{16,64}", re.ASCII)
@@ -32,7 +36,7 @@ def audit(
     outcome: str = "ok",
     keys: Sequence[str] = (),
     count: int | None = None,
-    **facts: int,
+    facts: Mapping[str, Fact] = MappingProxyType({}),
 ) -> None:
     """Write one line. About 20 µs.
 
@@ -54,7 +58,10 @@ def audit(
         story.append(f"{count} keys")
     elif keys:
         fields["keys"] = list(keys)
-    story += [" to ".join(keys), *(f"{name.replace('_', ' ')} {number}" for name, number in facts.items())]
+    story += [
+        " to ".join(keys),
+        *(f"{name.replace('_', ' ')} {_shown(fact)}" for name, fact in facts.items()),
+    ]
     _log.info(
         "%s by %s (token %s) from %s, request %s: %s",
         act,
@@ -65,6 +72,10 @@ def audit(
         ", ".join(filter(None, story)) or outcome,
         extra={"audit": fields},
     )
+
+
+def _shown(fact: Fact) -> str:
+    return "null" if fact is None else f"{fact:.15g}" if isinstance(fact, float) else str(fact)
 
 
 def known(key: Identity) -> str:

@@ -53,6 +53,12 @@ class Histogram:
         if value > self.largest:  # noqa: PLR1730 - max() costs half of all this
             self.largest = value
 
+    def include(self, other: Histogram) -> None:
+        """Add the observations of another one with the same bounds. O(buckets)."""
+        self.counts = [own + others for own, others in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+        self.largest = max(self.largest, other.largest)
+
     @property
     def count(self) -> int:
         """Observations. O(buckets)."""

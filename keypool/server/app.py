@@ -12,27 +12,39 @@ from tornado.routing import PathMatches, Rule
 from tornado.web import Application
 
 from keypool.api.auth import Access
-from keypool.api.calls import Call
+from keypool.api.calls import BASE, Call
 from keypool.api.dispatch import Dispatcher
 from keypool.api.first_version import LEGACY
 from keypool.api.openapi import describing
-from keypool.api.operations import BASE, OPERATIONS, Operation
+from keypool.api.operations import OPERATIONS, Operation
 from keypool.config.limits import MAX_NAME
 from keypool.config.settings import Settings
 from keypool.core import errors
-from keypool.engine import Engine, Loading
+from keypool.engine import Engine, LoadingPools, Pools
 from keypool.http.api_call import InFlight
 from keypool.http.fast_call import FastApi
 from keypool.http.tornado_call import ApiRouter
 from keypool.web.dashboard import Dashboard
 from keypool.web.feed_handler import FeedHandler
-from keypool.web.handlers import Calls, Events, Figures, KeyPanel, Keys, Overview, Static, System
+from keypool.web.handlers import (
+    Calls,
+    Events,
+    Figures,
+    KeyPanel,
+    Keys,
+    Overview,
+    PoolList,
+    Static,
+    System,
+)
 from keypool.web.pages import Health, PageHandler, Ready, UnknownPath
 from keypool.web.scrape import Metrics, MetricSources
 from keypool.web.signin import SignIn, SignOut
 
 Pages = Sequence[tuple[str, type[PageHandler]]]
 """Patterns of paths with their handlers."""
+
+_POOL = r"(/pools/[^/]+)?"  # of the paths of a pool other than `default`
 
 
 class KeypoolApplication(Application):
@@ -43,7 +55,7 @@ class KeypoolApplication(Application):
 
     def __init__(
         self,
-        engine: Engine,
+        pools: Pools,
         access: Access,
         operations: Sequence[Operation],
         *,
@@ -51,8 +63,8 @@ class KeypoolApplication(Application):
         before_api: Pages = (),
         **settings: Any,
     ) -> None:
-        in_flight, dispatcher = InFlight(), Dispatcher(engine, access, operations)
-        shared = {"engine": engine, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
+        in_flight, dispatcher = InFlight(), Dispatcher(pools, access, operations)
+        shared = {"pools": pools, "access": access, "dispatcher": dispatcher, "in_flight": in_flight}
         api = Rule(PathMatches(r"/api(?:/.*)?"), ApiRouter(dispatcher, in_flight))
         first, last = ([(path, handler, shared) for path, handler in some] for some in (before_api, pages))
         super().__init__(
@@ -75,32 +87,38 @@ class KeypoolApplication(Application):
 set_parse_body_config(ParseBodyConfig(multipart=ParseMultipartConfig(max_part_header_size=2 * MAX_NAME)))
 
 
-def make_app(engine: Engine, access: Access, settings: Settings | None = None) -> KeypoolApplication:
-    """The application over an engine. Needs a running loop.
+def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> KeypoolApplication:
+    """The application over the pools of an engine. Needs a running loop.
 
     `settings["dashboard"]` has to be drained at a stop; `settings["metric_sources"]` feeds /metrics.
     """
     settings = settings or Settings()
     calls = OPERATIONS + LEGACY
-    dashboard = Dashboard(engine, access, settings)
-    sources = MetricSources({"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.feed.viewers)
-    sources.limits |= {name: getattr(settings, name) for name in ("max_keys", "max_waiters", "max_viewers")}
+    dashboard = Dashboard(pools, access, settings)
+    sources = MetricSources(
+        {"loop_stall_seconds": dashboard.stall.histogram}, lambda: dashboard.viewers.count
+    )
+    sources.limits |= {
+        name: getattr(settings, name) for name in ("max_keys", "max_pools", "max_waiters", "max_viewers")
+    }
     return KeypoolApplication(
-        engine,
+        pools,
         access,
         (*calls, describing(calls, access.open)),
-        before_api=[(f"{BASE}/feed", FeedHandler)],
+        before_api=[(rf"{BASE}{_POOL}/feed", FeedHandler)],
         pages=[
             (r"/healthz", Health),
             (r"/readyz", Ready),
             (r"/metrics", Metrics),
-            (r"/", Overview),
-            (r"/keys", Keys),
-            (r"/keys/([0-9]+)", KeyPanel),
-            (r"/events", Events),
+            (r"/()", Overview),
+            (r"(/pools/[^/]+)", Overview),
+            (r"/pools", PoolList),
+            (rf"{_POOL}/keys", Keys),
+            (rf"{_POOL}/keys/([0-9]+)", KeyPanel),
+            (rf"{_POOL}/events", Events),
             (r"/system", System),
             (r"/calls", Calls),
-            (r"/figures", Figures),
+            (rf"{_POOL}/figures", Figures),
             (r"/login", SignIn),
             (r"/logout", SignOut),
             (r"/static/([0-9a-f]+)/(.+)", Static),
@@ -123,10 +141,10 @@ def make_loading_app(access: Access) -> KeypoolApplication:
     calls = OPERATIONS + LEGACY
     all_calls = (*calls, describing(calls, access.open))
     return KeypoolApplication(
-        Loading(),
+        LoadingPools(),
         access,
         [replace(operation, run=_refuse_loading, head=None) for operation in all_calls],
         # Sessions don't exist yet, so the feed can't check a role: it is refused like a page.
-        before_api=[(f"{BASE}/feed", Ready)],
+        before_api=[(rf"{BASE}{_POOL}/feed", Ready)],
         pages=[(r"/healthz", Health), (r".*", Ready)],
     )

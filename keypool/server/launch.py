@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 from collections.abc import Sequence
 
 from keypool.config.limits import SPARE_FILES, allowed_files
+from keypool.config.secrets_keys import SECRETS_FILE_VARIABLE, SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, PRINT_CONFIG, Settings, effective_settings, load
-from keypool.config.tokens import ROLES, exposed_files, read_tokens, token_variables
+from keypool.config.token_sources import FileWatch
+from keypool.config.tokens import ROLES, exposed_files, token_variables
 from keypool.core.errors import SettingsError, StartError
 from keypool.early_exit import open_standard_streams
 from keypool.misspelled import CLIENT_VARIABLES, misspelled
@@ -67,21 +68,40 @@ def _warn(settings: Settings) -> None:
     """Warn about settings that are valid but probably a mistake."""
     known = [option.variable for option in OPTIONS]
     known += [variable for role in ROLES for variable in token_variables(role)]
+    known += [SECRETS_VARIABLE, SECRETS_FILE_VARIABLE]
     for line in misspelled(os.environ, [*known, *CLIENT_VARIABLES]):
         _log.warning("%s", line)
-    for line in exposed_files(os.environ):
+    files = settings.token_sources(os.environ).files
+    if path := os.environ.get(SECRETS_FILE_VARIABLE):
+        files[SECRETS_FILE_VARIABLE] = path
+    for line in exposed_files(files):
         _log.warning("%s", line)
-    if not (settings.open or settings.admin_tokens):
+    named_admin = any(token.role == "admin" for token in settings.named_tokens)
+    if not (settings.open or settings.admin_tokens or named_admin):
         _log.warning(
-            "there is no admin token, so nobody can generate keys: set %s or %s", *token_variables("admin")
+            "there is no admin token, so nobody can generate keys: set %s or %s, or give one in the file of --tokens",
+            *token_variables("admin"),
         )
 
 
 def _serve_in_workers(settings: Settings) -> int:
-    def reload() -> None:
+    sources = settings.token_sources(os.environ)
+    file = None if sources.path is None else FileWatch(sources.path)
+
+    def reload() -> bool:
+        """Read the tokens for the workers to come. Whether the present ones have to read them, and to log errors."""
         nonlocal settings
-        with contextlib.suppress(SettingsError):  # the workers log it
-            settings = settings.with_tokens(read_tokens(os.environ))
+        before = settings
+        if file is not None:
+            file.reading()
+        try:
+            settings = settings.with_tokens(sources.read())
+        except SettingsError:
+            return True
+        return settings != before
+
+    def watch() -> bool:
+        return file is not None and file.changed() and reload()
 
     def serve_one(worker: Worker) -> int:
         try:
@@ -95,6 +115,7 @@ def _serve_in_workers(settings: Settings) -> int:
         drain_seconds=settings.drain_seconds,
         serve=serve_one,
         reload=reload,
+        watch=watch,
         environ=os.environ,
     )
     return supervisor.run(settings.port)

@@ -1,4 +1,4 @@
-"""`keypool migrate --from PLACE --to PLACE`: moves a pool from a data file to Valkey, or back.
+"""`keypool migrate --from PLACE --to PLACE`: moves all pools from a data file to Valkey, or back, or to another Valkey.
 
 It opens both places itself, while no server uses either. It needs the server's packages, so it is here and not
 in keypool/cli/.
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 
 def migrate(args: argparse.Namespace) -> Status:
-    """Move a pool and print what was moved. Raises CommandError."""
+    """Move all pools and print what was moved. Raises CommandError."""
     from keypool.core.errors import SettingsError, StartError  # noqa: PLC0415
     from keypool.core.keys import State  # noqa: PLC0415
     from keypool.engine.migrate import moving, moving_valkey  # noqa: F401, PLC0415
 
     args.source, args.target = _place(args.source), _place(args.target)
-    if _is_url(args.source) == _is_url(args.target):
+    if not (_is_url(args.source) or _is_url(args.target)):
         raise CommandError(
-            "migrate takes a data file on one side and valkey://HOST:PORT/DB (or valkey+cluster://…) on the other",
+            "migrate takes valkey://HOST:PORT/DB (or valkey+cluster://…) on one side, and a data file or another "
+            "Valkey on the other",
             Status.USAGE,
         )
     advice = _Advice("nothing was moved: run it again")
@@ -46,7 +47,11 @@ def migrate(args: argparse.Namespace) -> Status:
         raise CommandError(str(error), Status.USAGE) from None
     except StartError as error:
         raise CommandError(str(error), Status.FAILED) from None
-    fields: dict[str, object] = {"keys": moved.keys, **{state: moved.states[state] for state in State}}
+    fields: dict[str, object] = {
+        "keys": moved.keys,
+        "pools": moved.pools + 1,
+        **{state: moved.states[state] for state in State},
+    }
     fields |= {name: number for name, number in moved.numbers.items() if name != "moment"}
     Output(as_json=args.json).fields(fields)
     return Status.OK
@@ -103,13 +108,22 @@ async def _source(args: argparse.Namespace) -> Source:
     from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
 
     if _is_url(args.source):
-        return await moving_valkey.ValkeyPool.source(args.source)
-    return moving.FileSource(Path(args.source))
+        return await moving_valkey.ValkeyPlace.source(args.source, _secrets_keys())
+    return moving.FileSource(Path(args.source), _secrets_keys())
 
 
 async def _target(args: argparse.Namespace) -> Target:
     from keypool.engine.migrate import moving, moving_valkey  # noqa: PLC0415
 
     if _is_url(args.target):
-        return await moving_valkey.ValkeyPool.target(args.target, args.partitions, clear=args.clear)
-    return moving.FileTarget(Path(args.target))
+        return await moving_valkey.ValkeyPlace.target(
+            args.target, args.partitions, clear=args.clear, secrets_keys=_secrets_keys()
+        )
+    return moving.FileTarget(Path(args.target), _secrets_keys())
+
+
+def _secrets_keys() -> tuple[bytes, ...]:
+    """Those of the environment, as for a server. Raises SettingsError."""
+    from keypool.config.secrets_keys import read_secrets_keys  # noqa: PLC0415
+
+    return read_secrets_keys(os.environ)

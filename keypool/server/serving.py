@@ -27,9 +27,10 @@ from keypool.config.limits import Limits
 from keypool.config.proxies import TrustedProxies
 from keypool.config.settings import Settings
 from keypool.core.errors import StartError, StorageUnavailable
-from keypool.engine import Engine
+from keypool.engine import Pools
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.pools import EmbeddedPools
 from keypool.engine.valkey.url import parse, without_password
 from keypool.http.api_call import InFlight
 from keypool.http.http1.connection_limiter import ConnectionLimiter
@@ -83,7 +84,9 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
     asked_to_stop = lifecycle.stop_asked()
     # A worker doesn't listen until it is ready; its siblings take the traffic.
     sockets = [] if isinstance(lifecycle, Worker) else _listen(settings.address, settings.port)
-    access = Access(settings.client_tokens, settings.viewer_tokens, settings.admin_tokens)
+    access = Access(
+        settings.client_tokens, settings.viewer_tokens, settings.admin_tokens, settings.named_tokens
+    )
     app = make_loading_app(access)
     trusted = None if settings.trusted_proxies == "none" else TrustedProxies(settings.trusted_proxies)
     server = SERVERS[settings.http](app, None, trusted)
@@ -92,21 +95,23 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
         app.forget_callers()
         server.serve_app(app)
 
-    tokens = TokenReload(access, os.environ, callers_changed)
+    tokens = TokenReload(access, settings.token_sources(os.environ), callers_changed)
     lifecycle.on_reload(tokens.ask)
+    if not isinstance(lifecycle, Worker):  # else the supervisor does it
+        tokens.watch()
     server.add_sockets(sockets)
     lifecycle.report(State.LOADING)
     stop = asyncio.ensure_future(asked_to_stop.wait())
-    loading = asyncio.ensure_future(open_engine(settings))
+    loading = asyncio.ensure_future(open_pools(settings))
     await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
         return 0
-    engine = await loading
-    app = make_app(engine, access, settings)
+    pools = await loading
+    app = make_app(pools, access, settings)
     dashboard = app.settings["dashboard"]
     await dashboard.counting.wait()  # otherwise the first calls would be missing from the charts
-    tokens.sessions = dashboard.sessions
+    tokens.serve_sessions(dashboard.sessions)
     server.serve_app(app)
     _add_metrics(server, app.settings["metric_sources"])
     if isinstance(lifecycle, Worker):
@@ -118,22 +123,27 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> int:
     await stop
     lifecycle.report(State.DRAINING)
     seconds = max(settings.drain_seconds / 2, settings.drain_seconds - lifecycle.reserve)
-    kept = await _drain(server, sockets, app, engine, seconds)
+    kept = await _drain(server, sockets, app, pools, seconds)
     lifecycle.report(State.STOPPED)
     return 0 if kept else 1
 
 
-async def open_engine(settings: Settings) -> Engine:
+async def open_pools(settings: Settings) -> Pools:
     """Open the engine that the settings name, and load its keys. O(keys). Raises StartError."""
     if settings.engine != "embedded":
         return await _open_valkey(settings)
     if settings.data == ":memory:":
         _log.warning("nothing is kept: --data=:memory: loses every key when the server stops")
-        return EmbeddedEngine(settings.rules)
-    return await open_durable(Path(settings.data), settings.rules)
+        return EmbeddedPools(EmbeddedEngine(settings.rules), max_pools=settings.max_pools)
+    return await open_durable(
+        Path(settings.data),
+        settings.rules,
+        secrets_keys=settings.secrets_keys,
+        max_pools=settings.max_pools,
+    )
 
 
-async def _open_valkey(settings: Settings) -> Engine:
+async def _open_valkey(settings: Settings) -> Pools:
     try:
         from keypool.engine.valkey.opening import open_valkey  # noqa: PLC0415 - hiredis is needed for this only
     except ImportError:
@@ -141,7 +151,13 @@ async def _open_valkey(settings: Settings) -> Engine:
             f"--engine={without_password(settings.engine)} needs hiredis: it is in requirements.txt, "
             "and in keypool-service[server]"
         ) from None
-    return await open_valkey(parse(settings.engine), settings.partitions, settings.rules)
+    return await open_valkey(
+        parse(settings.engine),
+        settings.partitions,
+        settings.rules,
+        max_pools=settings.max_pools,
+        secrets_keys=settings.secrets_keys,
+    )
 
 
 def _listen(address: str, port: int, *, shared: bool = False) -> list[socket.socket]:
@@ -167,14 +183,14 @@ def _add_metrics(server: HttpServer, sources: MetricSources) -> None:
 
 
 async def _drain(
-    server: HttpServer, sockets: list[socket.socket], app: Application, engine: Engine, seconds: float
+    server: HttpServer, sockets: list[socket.socket], app: Application, pools: Pools, seconds: float
 ) -> bool:
     """Finish requests in flight and close the engine, within `seconds`; True if all changes were committed."""
     deadline = time.monotonic() + seconds
     server.drain_accept_queue(sockets)
     server.stop()
     server.disable_keep_alive()
-    engine.drain()
+    pools.drain()
     app.settings["dashboard"].drain()
     in_flight: InFlight = app.settings["in_flight"]
     if not await _wait_idle(server, in_flight, deadline - min(_CLOSING_SECONDS, seconds / 4)):
@@ -183,7 +199,7 @@ async def _drain(
     server.cut_all()
     app.settings["dispatcher"].wrong_tokens.close()
     cutting = asyncio.ensure_future(server.close_all_connections())
-    keeping = asyncio.ensure_future(engine.close())
+    keeping = asyncio.ensure_future(pools.close())
     await asyncio.wait([cutting, keeping], timeout=max(0.1, deadline - time.monotonic()))
     if cutting.done():
         cutting.result()

@@ -23,7 +23,7 @@ forwarded to all.
 Tornado's fork_processes forks and restarts too, but has no beats, forwards no signal, and doesn't drain.
 
 Forking is safe here: the supervisor runs no event loop, and its only thread is the log's, which holds no lock
-(log_writer.py). Settings are read once, before the fork; tokens again at SIGHUP.
+(log_writer.py). Settings are read once, before the fork; tokens again at SIGHUP, and when their file has changed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class _Child:
 class Supervisor:
     """Starts and watches `count` workers. `serve` runs in each worker, and returns its exit status.
 
-    `reload` is called at SIGHUP, for the workers that are started later. Lengths of time are seconds.
+    `reload` is called at SIGHUP, for the workers that are started later, and `watch` at every step: once a second or
+    more often. If it returns True, the workers reload their tokens as at SIGHUP. Lengths of time are seconds.
     """
 
     def __init__(
@@ -96,13 +97,15 @@ class Supervisor:
         *,
         drain_seconds: float,
         serve: Callable[[Worker], int],
-        reload: Callable[[], None],
+        reload: Callable[[], object],
+        watch: Callable[[], bool],
         environ: Mapping[str, str],
     ) -> None:
         self._address = address
         self._drain_seconds = drain_seconds
         self._serve = serve
         self._reload = reload
+        self._watch = watch
         self._children = [_Child(index) for index in range(count)]
         self._notifier = Notifier(environ)
         self._selector = selectors.DefaultSelector()
@@ -139,6 +142,8 @@ class Supervisor:
                 self._handle_signals()
             else:
                 self._receive(key.data)
+        if self._watch():
+            self._send_all(RELOAD)
         self._reap()
         self._announce()
         self._kill_hung()

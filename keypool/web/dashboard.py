@@ -1,9 +1,9 @@
 """What the dashboard's handlers share, and its one-second ticker.
 
-    Dashboard = history + feed + sessions + loop stall + templates and assets
+    Dashboard = views of pools (charts and feed) + sessions + loop stall + templates and assets
 
-Once a second it takes a sample of the engine; everything else happens at a request. Pages are rendered here;
-their scripts keep them live from the feed, and poll `/figures` for what the feed doesn't have.
+Once a second it takes a sample of each pool that has a view; everything else happens at a request. Pages are rendered
+here; their scripts keep them live from the feed, and poll `/figures` for what the feed doesn't have.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from keypool import __version__
 from keypool.api.auth import Access
 from keypool.config.limits import Limits, allowed_viewers
+from keypool.config.secrets_keys import SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
 from keypool.core.answers import Row, Stats
-from keypool.core.errors import KeypoolError
+from keypool.core.errors import KeypoolError, UnknownPool
 from keypool.core.events import By, Event
 from keypool.core.keys import State
-from keypool.engine import Engine
+from keypool.engine import Engine, Pools
 from keypool.engine.valkey.url import without_password
 from keypool.web.assets import Assets, folder
-from keypool.web.feed import Feed
-from keypool.web.history import History
+from keypool.web.feed import ViewerLimit
 from keypool.web.loop_lag import LoopStall
+from keypool.web.pool_view import PoolView
 from keypool.web.session import Sessions
 
 HTML = "text/html; charset=UTF-8"
@@ -49,7 +50,6 @@ PAGE_HEADERS = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
 )
 
-EXPIRING = 60  # seconds: keys that expire within this time are counted
 REFUSED = 300  # seconds: refused acquires are counted over this time
 _log = logging.getLogger("keypool.dashboard")
 
@@ -57,16 +57,16 @@ _log = logging.getLogger("keypool.dashboard")
 class Dashboard:
     """The state behind the dashboard's pages. Needs a running loop; `drain` stops its timers."""
 
-    def __init__(self, engine: Engine, access: Access, settings: Settings) -> None:
-        self.engine = engine
+    def __init__(self, pools: Pools, access: Access, settings: Settings) -> None:
+        self.pools = pools
         self.access = access
         self.settings = settings
-        self.history = History()
-        self.feed = Feed(engine, self.history, allowed_viewers(settings.max_viewers, Limits()), time.time)
+        self.viewers = ViewerLimit(allowed_viewers(settings.max_viewers, Limits()))
+        self._views: dict[str, PoolView] = {}
+        self.view(pools.default)
         self.sessions = Sessions(access)
         self.stall = LoopStall()
         self.assets = Assets()
-        self.expiring = 0
         self._templates = Environment(
             loader=FileSystemLoader(folder("templates")),
             autoescape=True,
@@ -86,10 +86,21 @@ class Dashboard:
         self._task = asyncio.create_task(self._count_seconds())
 
     def drain(self) -> None:
-        """Close the feed and stop the timers."""
-        self.feed.drain()
+        """Close the feeds and stop the timers."""
+        for view in self._views.values():
+            view.feed.drain()
         self.stall.close()
         self._task.cancel()
+
+    def view(self, engine: Engine) -> PoolView:
+        """The view of a pool, a new one if nobody has looked at it yet. O(1)."""
+        name = engine.pool_name
+        found = self._views.get(name)
+        if found is None or found.engine is not engine:  # a pool of this name was deleted, and made again
+            if found is not None:
+                found.feed.drain()
+            found = self._views[name] = PoolView(engine, self.viewers)
+        return found
 
     def render(self, template: str, **facts: Any) -> bytes:
         """The page of a template."""
@@ -99,42 +110,55 @@ class Dashboard:
         """The page for an error."""
         return self.render("error.html", error=error, status=status, request_id=request_id, theme="")
 
-    def figures(self) -> dict[str, Any]:
-        """The members of /figures: numbers that the feed doesn't send. O(1)."""
+    def figures(self, view: PoolView) -> dict[str, Any]:
+        """The members of /figures: numbers that the feed of a pool doesn't send. O(1)."""
         return {
             "ready": self.readiness(),
-            "expiring": self.expiring,
-            "refused": self.history.within(REFUSED, "refused"),
-            "viewers": self.feed.viewers,
+            "expiring": view.expiring,
+            "refused": view.history.within(REFUSED, "refused"),
+            "viewers": self.viewers.count,
             "max_viewers": self.settings.max_viewers,
             "loop_stall_seconds": round(self.stall.worst, 4),
-            "engine": self.engine.figures(),
+            "engine": self.pools.default.figures(),
         }
 
     def readiness(self) -> dict[str, str] | None:
         """Why calls aren't served; None if they are."""
         try:
-            self.engine.ready()
+            self.pools.default.ready()
         except KeypoolError as error:
             return {"code": error.code, "title": error.title, "detail": error.detail}
         return None
 
     async def _count_seconds(self) -> None:
         while True:
-            try:
-                self.history.add(time.time(), await self.engine.stats())
-                self.expiring = await self.engine.expiring(EXPIRING)
-            except KeypoolError as error:
-                _log.debug("no sample this second: %s", error.detail)
-            except Exception:
-                _log.exception("no sample this second")
+            for view in list(self._views.values()):
+                await self._sample(view)
             await self._share_sign_outs()
             self.counting.set()
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
 
+    async def _sample(self, view: PoolView) -> None:
+        name = view.engine.pool_name
+        try:
+            if self.pools.get(name) is view.engine:
+                await view.sample()
+                return
+        except UnknownPool:
+            pass
+        except KeypoolError as error:
+            _log.debug("no sample this second: %s", error.detail)
+            return
+        except Exception:
+            _log.exception("no sample this second")
+            return
+        if self._views.get(name) is view:  # the pool is gone
+            del self._views[name]
+        view.feed.drain()
+
     async def _share_sign_outs(self) -> None:
         try:
-            await self.sessions.share(self.engine)
+            await self.sessions.share(self.pools.default)
         except KeypoolError as error:
             _log.debug("sign-outs could not be shared: %s", error.detail)
         except Exception:
@@ -142,7 +166,11 @@ class Dashboard:
 
 
 def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]]:
-    """Every setting with its value and origin; for tokens, their number and the first digits of their digests."""
+    """Every setting with its value and origin; for tokens, their number and how the audit log names them.
+
+    Of secrets keys only their number.
+    """
+    callers = access.callers().values()
     rows = [
         {
             "flag": option.flag,
@@ -152,8 +180,12 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
         }
         for option in OPTIONS
     ]
+    names = sorted(caller.name for caller in callers if caller.name is not None)
+    if names:
+        row = next(row for row in rows if row["flag"] == "--tokens")
+        row["value"] += f": {len(names)} set: {', '.join(names)}"
     for role in ROLES:
-        marks = sorted(caller.token for caller in access.callers().values() if caller.role.value == role)
+        marks = sorted(each.token for each in callers if each.role.value == role and each.name is None)
         rows.append(
             {
                 "flag": token_variables(role)[0],
@@ -162,7 +194,27 @@ def settings_in_force(settings: Settings, access: Access) -> list[dict[str, str]
                 "about": f"tokens of the role {role}, by the start of their digests as in the audit log",
             }
         )
+    count = len(settings.secrets_keys)
+    rows.append(
+        {
+            "flag": SECRETS_VARIABLE,
+            "value": f"{count} set" if count else "none",
+            "origin": settings.origins.get("secrets_keys", "default"),
+            "about": "keys that encrypt the pool's keys at rest",
+        }
+    )
     return rows
+
+
+def at_rest(settings: Settings) -> str:
+    """How keys are protected where they are stored, in words."""
+    if settings.secrets_keys:
+        return "encrypted (AES-256-GCM)"
+    if settings.engine != "embedded":
+        return "not encrypted: everybody who can read this Valkey can read them; set KEYPOOL_SECRETS_KEY"
+    if settings.data == ":memory:":
+        return "not stored: this pool is in memory only"
+    return "not encrypted: protected by the file's mode 0600 only; set KEYPOOL_SECRETS_KEY to encrypt them"
 
 
 def number(value: float) -> str:

@@ -72,30 +72,39 @@ class _Seat:
         self.written_at = 0.0
 
 
+class ViewerLimit:
+    """The number of open viewers of all pools, `most` at most."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.count = 0
+
+    def require_room(self) -> None:
+        """Raise TooManyViewers if no further viewer may join."""
+        if self.count >= self.most:
+            raise TooManyViewers(self.most)
+
+
 class Feed:
     """Sends changes of one engine to its viewers. `now` is the wall clock, in seconds. Needs a running loop."""
 
-    def __init__(self, engine: Engine, history: History, max_viewers: int, now: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, history: History, limit: ViewerLimit, now: Callable[[], float]
+    ) -> None:
         self._engine = engine
         self._history = history
-        self._max_viewers = max_viewers
+        self._limit = limit
         self._now = now
         self._seats: dict[Viewer, _Seat] = {}
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    @property
-    def viewers(self) -> int:
-        """The number of open viewers."""
-        return len(self._seats)
-
     def require_room(self) -> None:
         """Raise Draining or TooManyViewers if no further viewer may join."""
         if self._closed:
             raise Draining
-        if len(self._seats) >= self._max_viewers:
-            raise TooManyViewers(self._max_viewers)
+        self._limit.require_room()
 
     async def join(self, viewer: Viewer) -> None:
         """Add a viewer and send it a hello; while draining, close it instead. Raises TooManyViewers."""
@@ -104,6 +113,7 @@ class Feed:
             return
         self.require_room()
         seat = self._seats[viewer] = _Seat(viewer)
+        self._limit.count += 1
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         try:
@@ -115,7 +125,8 @@ class Feed:
 
     def part(self, viewer: Viewer) -> None:
         """Remove a viewer; harmless if it isn't there."""
-        self._seats.pop(viewer, None)
+        if self._seats.pop(viewer, None) is not None:
+            self._limit.count -= 1
 
     def drain(self) -> None:
         """Close all viewers, and refuse new ones."""

@@ -1,4 +1,4 @@
-"""The feed's websocket.
+"""The websocket of a pool's feed.
 
 Before the upgrade the request gets the same checks and errors as a page. A page of another site can't open it
 with a session's cookie: browsers send an Origin with every websocket handshake, which must be this server's.
@@ -19,6 +19,7 @@ from tornado.websocket import (
 )
 
 from keypool.core.errors import BadRequest, TooManyViewers, UpgradeRequired
+from keypool.web.feed import Feed
 from keypool.web.pages import PageHandler
 from keypool.web.session import Session
 
@@ -78,9 +79,10 @@ def _fault(opcode: int, data: bytes) -> int | None:
 
 
 class FeedHandler(PageHandler, WebSocketHandler):
-    """/api/v1/feed: a Viewer of the feed."""
+    """/api/v1/feed, and that of another pool: a Viewer of the feed."""
 
     session: Session
+    feed: Feed | None = None  # until its handshake is accepted
 
     def check(self) -> None:
         super().check()
@@ -95,7 +97,9 @@ class FeedHandler(PageHandler, WebSocketHandler):
         connection = [word.strip().lower() for word in headers.get("Connection", "").split(",")]
         if "upgrade" not in connection or not headers.get("Sec-WebSocket-Key"):
             raise BadRequest("a websocket handshake has Connection: Upgrade and a Sec-WebSocket-Key")
-        self.dashboard.feed.require_room()
+        self.choose_pool(self.session.caller)
+        feed = self.feed = self.dashboard.view(self.engine).feed
+        feed.require_room()
 
     def get_websocket_protocol(self) -> WebSocketProtocol:
         protocol = super().get_websocket_protocol()
@@ -118,8 +122,9 @@ class FeedHandler(PageHandler, WebSocketHandler):
         """After the upgrade the connection counts as a viewer and no longer as a request in flight."""
         self._leave()
         self.set_nodelay(True)
+        assert self.feed is not None  # `check` has set it
         try:
-            await self.dashboard.feed.join(self)
+            await self.feed.join(self)
         except TooManyViewers as error:  # two handshakes for the last seat
             self.close(1013, error.code)
 
@@ -127,7 +132,8 @@ class FeedHandler(PageHandler, WebSocketHandler):
         """Messages from viewers are ignored."""
 
     def on_close(self) -> None:
-        self.dashboard.feed.part(self)
+        if self.feed is not None:
+            self.feed.part(self)
 
     def on_connection_close(self) -> None:
         self._leave()

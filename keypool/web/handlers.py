@@ -15,11 +15,21 @@ from msgspec import ValidationError, convert
 from keypool.api.auth import Role
 from keypool.api.curl import call_lines, generate_line, key_lines
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import BadRequest, KeypoolError, NotFound, Unauthorized, UnknownKey, WrongToken
+from keypool.core.errors import (
+    BadRequest,
+    KeypoolError,
+    NotFound,
+    Unauthorized,
+    UnknownKey,
+    UnknownPool,
+    WrongToken,
+)
 from keypool.core.events import SILENT, Change
 from keypool.core.keys import State, moment
-from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, mostly_out, settings_in_force
+from keypool.core.rules import DEFAULT_POOL
+from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, at_rest, mostly_out, settings_in_force
 from keypool.web.pages import PageHandler
+from keypool.web.pool_view import PoolView
 from keypool.web.session import Session
 
 TABS = {
@@ -30,6 +40,9 @@ TABS = {
     "quarantined": ("Quarantined", {"state": "quarantined"}),
     "expiring": ("Expiring soon", {"order": "expiry"}),
 }
+NAME = "name:"
+"""How a search for names begins."""
+
 # Events of the overview, and rows of each of its lists; static/js/pages/overview.js has the same.
 SHOWN = 10
 SHOWN_DUE = 5
@@ -41,6 +54,7 @@ class DashboardHandler(PageHandler):
     """Base class of the dashboard's pages: checks the session, and adds what every page shows."""
 
     public = False
+    of_pool = False  # whether the first group of its path is that of a pool, if any
     session: Session | None
 
     def check(self) -> None:
@@ -54,6 +68,11 @@ class DashboardHandler(PageHandler):
         except KeypoolError:
             if not self.public and self.request.method != "OPTIONS":
                 raise
+        if self.session is not None and self.of_pool:
+            self.choose_pool(self.session.caller)
+        elif self.session is not None and self.session.caller.pools is not None:
+            # What the page keeps live is of a pool that this session may see.
+            self.engine = next(map(self.pools.get, self.pool_names()), self.engine)
 
     def refuse(self, error: KeypoolError) -> None:
         """Redirect a browser that isn't signed in to the sign-in, which leads back."""
@@ -61,12 +80,30 @@ class DashboardHandler(PageHandler):
             back = "" if self.request.uri == "/" else f"?next={quote(self.request.uri or '/', safe='')}"
             self.redirect(f"/login{back}", status=303)
             return
+        if isinstance(error, UnknownPool) and self.wants_page and self.request.path == "/":
+            self.redirect("/pools", status=303)  # the session is of some pools, and `default` is none of them
+            return
         super().refuse(error)
 
     @property
     def site(self) -> str:
         """The URL of this server as the client knows it, for shell lines."""
         return f"{self.request.protocol}://{self.request.host}"
+
+    @property
+    def base(self) -> str:
+        """The beginning of the paths of this pool's pages: empty for `default`."""
+        name = self.engine.pool_name
+        return "" if name == DEFAULT_POOL else f"/pools/{name}"
+
+    @property
+    def view(self) -> PoolView:
+        return self.dashboard.view(self.engine)
+
+    def pool_names(self) -> list[str]:
+        """The pools that this session may see, in order."""
+        allowed = None if self.session is None else self.session.caller.pools
+        return [name for name in self.pools.names() if allowed is None or name in allowed]
 
     @property
     def role(self) -> Role | None:
@@ -77,13 +114,20 @@ class DashboardHandler(PageHandler):
         for name, value in PAGE_HEADERS:
             self.set_header(name, value)
         theme = self.get_cookie("keypool_theme", "")
+        engine = self.engine
         common = {
+            "pool": engine.pool_name,
+            "pool_names": self.pool_names() if self.session else [],
+            "pool_draining": engine.pool_draining,
+            "rules": engine.rules,
+            "base": self.base,
+            "home": self.base or "/",
             "theme": theme if theme in THEMES else "",
             "session": self.session,
             "admin": self.role is Role.ADMIN,
             "open": self.access.open,
             "xsrf": self.dashboard.sessions.xsrf(self.session) if self.session else "",
-            "generate_line": generate_line(self.site, self.access.open),
+            "generate_line": generate_line(self.site, self.access.open, self.base),
             "now": moment(time.time()),
             "not_ready": self.dashboard.readiness(),
         }
@@ -91,10 +135,11 @@ class DashboardHandler(PageHandler):
 
 
 class Overview(DashboardHandler):
-    """/: the state of the pool."""
+    """/, and /pools/NAME: the state of a pool."""
+
+    of_pool = True
 
     async def get(self, *args: str) -> None:
-        dashboard = self.dashboard
         stats = await self.engine.stats()
         released = (await self.engine.page(ListQuery(order="release", limit=SHOWN_DUE))).keys
         ready = (await self.engine.page(ListQuery(order="ready", limit=SHOWN_DUE))).keys
@@ -107,7 +152,7 @@ class Overview(DashboardHandler):
             title="Overview",
             stats=stats,
             mostly_out=mostly_out(stats),
-            figures=dashboard.figures(),
+            figures=self.dashboard.figures(self.view),
             events=self.engine.recent(SHOWN)[::-1],
             released=released,
             ready=ready,
@@ -115,8 +160,20 @@ class Overview(DashboardHandler):
         )
 
 
+class PoolList(DashboardHandler):
+    """/pools: all pools, with their counts and settings."""
+
+    def get(self, *args: str) -> None:
+        rows = [self.pools.row(name) for name in self.pool_names()]
+        self.show(
+            "pools.html", page="pools", title="Pools", rows=rows, max_pools=self.dashboard.settings.max_pools
+        )
+
+
 class Keys(DashboardHandler):
     """/keys: the table of keys, 50 a page."""
+
+    of_pool = True
 
     async def get(self, *args: str) -> None:
         tab = self.get_query_argument("tab", "all")
@@ -125,7 +182,7 @@ class Keys(DashboardHandler):
         if tab not in TABS:
             raise BadRequest(f"tab takes {', '.join(TABS)}")
         if search.startswith("id:") and search[3:].isascii() and search[3:].isdigit():
-            self.redirect(f"/keys/{int(search[3:][:18])}", status=303)
+            self.redirect(f"{self.base}/keys/{int(search[3:][:18])}", status=303)
             return
         wrong = None
         rows, following = [], None
@@ -148,7 +205,9 @@ class Keys(DashboardHandler):
             after=after,
             rows=rows,
             wrong=wrong,
-            next_url=None if following is None else "/keys?" + urlencode(query | {"after": following}),
+            next_url=None
+            if following is None
+            else f"{self.base}/keys?" + urlencode(query | {"after": following}),
             next=following,
             stats=await self.engine.stats(),
         )
@@ -158,18 +217,23 @@ def list_query(tab: str, search: str, after: str | None) -> ListQuery:
     """The API's query for a tab and a search by prefix. Raises BadRequest."""
     asked = dict(TABS[tab][1])
     if search:
-        asked = {"prefix": search} | ({"state": tab} if tab in list(State) else {})
+        by = "name" if search.startswith(NAME) else "prefix"
+        asked = {by: search.removeprefix(NAME)} | ({"state": tab} if tab in list(State) else {})
     try:
         return convert({**asked, "after": after, "limit": 50}, ListQuery)
     except ValidationError:
-        raise BadRequest("search takes the first 1 to 4 characters of a key, or id:42") from None
+        raise BadRequest(
+            "search takes the first 1 to 4 characters of a generated key, id:42, or name: and the beginning of a name"
+        ) from None
 
 
 class KeyPanel(DashboardHandler):
     """/keys/ID: one key without its text; with `?part` only its panel, for a dialog."""
 
+    of_pool = True
+
     async def get(self, *args: str) -> None:
-        key_id = int(args[0][:18])
+        key_id = int(args[1][:18])
         await self.engine.stats()  # the Valkey engine fetches events together with stats
         events = self.engine.recent(20, key_id)[::-1]
         part = self.get_query_argument("part", None) is not None
@@ -191,13 +255,20 @@ class KeyPanel(DashboardHandler):
             row=row,
             events=events,
             lines=key_lines(
-                self.site, None if self.access.open else self.role, key_id, row.lease if row else None, names
+                self.site,
+                None if self.access.open else self.role,
+                key_id,
+                row.lease if row else None,
+                names,
+                pool=self.base,
             ),
         )
 
 
 class Events(DashboardHandler):
     """/events: the latest events, newest first."""
+
+    of_pool = True
 
     async def get(self, *args: str) -> None:
         kind = self.get_query_argument("kind", "")
@@ -226,9 +297,10 @@ class System(DashboardHandler):
             page="system",
             title="System",
             stats=await self.engine.stats(),
-            figures=self.dashboard.figures(),
+            figures=self.dashboard.figures(self.view),
             engine_figures=self.engine.figures(),
             rows=settings_in_force(self.dashboard.settings, self.access),
+            at_rest=at_rest(self.dashboard.settings),
         )
 
 
@@ -242,10 +314,12 @@ class Calls(DashboardHandler):
 class Figures(DashboardHandler):
     """/figures: numbers that the feed doesn't send, as JSON; with `?state` also the feed's state, for polling."""
 
+    of_pool = True
+
     async def get(self, *args: str) -> None:
-        body: dict[str, Any] = self.dashboard.figures()
+        body: dict[str, Any] = self.dashboard.figures(self.view)
         if self.get_query_argument("state", None) is not None:
-            body["state"] = await self.dashboard.feed.snapshot()
+            body["state"] = await self.view.feed.snapshot()
         self.answer(body)
 
 

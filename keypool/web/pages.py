@@ -10,8 +10,9 @@ import msgspec
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
-from keypool.api.auth import Access, Role
-from keypool.api.dispatch import Dispatcher, check_size_of_headers, check_target, too_large, unexpected
+from keypool.api.auth import Access, Caller, Role
+from keypool.api.decoding import too_large
+from keypool.api.dispatch import Dispatcher, check_size_of_headers, check_target, unexpected
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
 from keypool.config.limits import MAX_BODY
 from keypool.core.errors import (
@@ -21,9 +22,11 @@ from keypool.core.errors import (
     KeypoolError,
     MethodNotAllowed,
     NotFound,
+    UnknownPool,
     WrongToken,
 )
-from keypool.engine import Engine
+from keypool.core.rules import DEFAULT_POOL
+from keypool.engine import Engine, Pools
 from keypool.http.api_call import InFlight
 from keypool.http.http1.responses import http_date
 from keypool.ops.logs import access_line
@@ -45,8 +48,9 @@ class PageHandler(RequestHandler):
     name = "none"
     roles: frozenset[Role] = frozenset()  # empty: no token needed
 
-    def initialize(self, engine: Engine, access: Access, dispatcher: Dispatcher, in_flight: InFlight) -> None:
-        self.engine = engine
+    def initialize(self, pools: Pools, access: Access, dispatcher: Dispatcher, in_flight: InFlight) -> None:
+        self.pools = pools
+        self.engine: Engine = pools.default
         self.dispatcher = dispatcher
         self.access = access
         self.request_id = dispatcher.request_id(self.request.headers.get("X-Request-Id"))
@@ -108,9 +112,17 @@ class PageHandler(RequestHandler):
         if len(self.request.body) > MAX_BODY:
             raise too_large()
 
+    def choose_pool(self, caller: Caller) -> None:
+        """Take the pool that the path names, if it is of this caller's. Raises UnknownPool."""
+        prefix = self.path_args[0]
+        name = prefix.removeprefix("/pools/") if prefix else DEFAULT_POOL
+        if caller.pools is not None and name not in caller.pools:
+            raise UnknownPool
+        self.engine = self.pools.get(name)
+
     def require_role(self) -> None:
         """Raise Unauthorized or Forbidden unless the caller has one of the page's roles."""
-        caller = self.access.identify(self.request.headers.get("Authorization"))
+        caller = self.caller = self.access.identify(self.request.headers.get("Authorization"))
         if caller.role not in self.roles:
             wanted = " or ".join(sorted(self.roles))
             raise Forbidden(f"{self.name} needs the role {wanted}; this token is a {caller.role.value}'s")

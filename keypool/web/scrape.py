@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from keypool.api.calls import VIEWER
@@ -34,16 +34,22 @@ class Metrics(PageHandler):
     roles = VIEWER
 
     async def get(self, *args: str) -> None:
+        """A token that is for some pools gets their metrics only, and those of the server."""
         sources: MetricSources = self.application.settings["metric_sources"]
         engine = self.engine
-        stats = await engine.stats()
+        allowed = self.caller.pools
+        pools = {
+            name: self.pools.get(name) for name in self.pools.names() if allowed is None or name in allowed
+        }
+        stats = {name: await each.stats() for name, each in pools.items()}
         numbers: dict[str, float | Mapping[str, float]] = {
             "keypool_viewers": sources.viewers(),
             "keypool_connections": sources.connections(),
             "keypool_connections_refused_total": sources.refused_connections(),
             "keypool_log_dropped_total": sources.log_dropped(),
             "keypool_storage_up": int(engine.storage_up()),
-            "keypool_oldest_wait_seconds": engine.oldest_wait(),
+            "keypool_pool_max_keys": {name: each.rules.max_keys for name, each in pools.items()},
+            "keypool_oldest_wait_seconds": {name: each.oldest_wait() for name, each in pools.items()},
             "keypool_limit": sources.limits,
             "keypool_outcomes_total": self.dispatcher.reports.outcomes,
             "keypool_guarded_total": self.dispatcher.reports.guarded,
@@ -51,5 +57,21 @@ class Metrics(PageHandler):
             "keypool_clock_steps_total": engine.clock_steps,
             **engine.measures(),
         }
-        page = exposition(stats, self.dispatcher.calls, engine.histograms() | sources.histograms, numbers)
+        histograms = engine.histograms() | _merged([each.histograms() for each in pools.values()])
+        page = exposition(
+            await engine.stats(), stats, self.dispatcher.calls, histograms | sources.histograms, numbers
+        )
         self._answer(page, CONTENT_TYPE)
+
+
+_OF_POOLS = ("acquire_wait_seconds", "release_lateness_seconds", "expiry_lateness_seconds")
+
+
+def _merged(histograms: Sequence[Mapping[str, Histogram]]) -> dict[str, Histogram]:
+    """The histograms that each pool has of its own, over all pools: one for each pool would be thousands of series."""
+    merged: dict[str, Histogram] = {}
+    for name in _OF_POOLS:
+        for each in histograms:
+            if name in each:
+                merged.setdefault(name, Histogram(each[name].bounds)).include(each[name])
+    return merged

@@ -5,7 +5,8 @@
 The cookie holds no token, and the server stores no sessions: it checks its own signature and looks the token
 up by its mark, so removing a token ends its sessions. The signing key is derived from the token's digest, so
 neither a restart nor a change of other tokens ends a session, and several processes accept each other's.
-scrypt makes it expensive to guess a token from a stolen cookie.
+scrypt makes it expensive to guess a token from a stolen cookie. It takes 30 to 60 ms a token: `prepare` does that in
+a thread, and a session that comes before it has got to its token waits.
 
 The dashboard's scripts make changes through the API, with its role checks and audit log. The dispatcher
 accepts the cookie only together with the header `X-Keypool-Xsrf`, whose value is bound to the session and is
@@ -27,12 +28,13 @@ Both are in milliseconds of the wall clock.
 from __future__ import annotations
 
 import binascii
+import contextlib
 import hashlib
 import hmac
 import secrets
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -79,18 +81,28 @@ class Sessions:
         self._access = access
         self._wall = wall
         self._keys: dict[str, bytes] = {}
-        self.prepare(digest for digest, caller in access.callers().items() if caller.role is not Role.CLIENT)
         self._notes: dict[str, int] = {}
         self._unshared: dict[str, int | None] = {}
         access.by_session = self._caller_of_call
 
-    def prepare(self, digests: Iterable[bytes]) -> None:
-        """Derive the signing keys of these tokens, and drop others. Blocks 30 to 60 ms a new token; any thread."""
-        known = self._keys
-        self._keys = {
-            mark: known.get(mark) or hashlib.scrypt(digest, salt=b"keypool session", **_SCRYPT)
-            for digest, mark in ((digest, mark_of(digest)) for digest in digests)
-        }
+    def prepare(self) -> None:
+        """Derive the signing keys of all tokens, and drop others. Blocks 30 to 60 ms a new token; any thread."""
+        marks = {caller.mark for caller in self._access.callers().values() if caller.role is not Role.CLIENT}
+        for mark in self._keys.keys() - marks:
+            self._keys.pop(mark, None)
+        for mark in marks - self._keys.keys():
+            with contextlib.suppress(Unauthorized):  # it was removed meanwhile
+                self._key(mark)
+
+    def _key(self, mark: str) -> bytes:
+        """The signing key of the token with this mark. Raises Unauthorized if there is no such token."""
+        key = self._keys.get(mark)
+        if key is None:
+            digest = self._access.digest(mark)
+            if digest is None:
+                raise Unauthorized("the session has ended: sign in at /login")
+            key = self._keys[mark] = hashlib.scrypt(digest, salt=b"keypool session", **_SCRYPT)
+        return key
 
     def sign_in(self, token: str) -> tuple[Session, str]:
         """A new session for this token, and its cookie. Raises Unauthorized, Forbidden."""
@@ -197,7 +209,7 @@ class Sessions:
             return None
         caller = self._access.marked(mark)
         # Nothing in the cookie is trusted until its signature is checked; the mark only selects the signing key.
-        if caller is None or mark not in self._keys:
+        if caller is None or caller.role is Role.CLIENT:
             return None
         if not hmac.compare_digest(self._sign(mark, payload).encode(), signature.encode()):
             return None
@@ -205,7 +217,7 @@ class Sessions:
         return session if self.alive(session) else None
 
     def _sign(self, mark: str, text: str) -> str:
-        return hmac.new(self._keys[mark], text.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._key(mark), text.encode(), hashlib.sha256).hexdigest()
 
 
 def _milliseconds(seconds: float) -> int:

@@ -39,7 +39,7 @@ export async function generate() {
 export function keepalive(key) {
   return done(
     () => call("POST", `/keys/id:${key.id}/keepalive`),
-    (answer) => `Key ${key.id} now expires in ${Math.round(answer.expires_in)} s.`,
+    (answer) => (answer.expires_in === null ? `Key ${key.id} never expires.` : `Key ${key.id} now expires in ${Math.round(answer.expires_in)} s.`),
   );
 }
 

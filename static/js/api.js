@@ -37,7 +37,15 @@ export async function request(method, path, body) {
   return answer;
 }
 
-/** A call of the API: `path` is below /api/v1. */
+/** The beginning of the paths of this page's pool: empty for `default`, else /pools/NAME. */
+export const { base } = document.body.dataset;
+
+/** A call about this page's pool: `path` is below /api/v1, or below the pool's own path there. */
 export function call(method, path, body) {
-  return request(method, `/api/v1${path}`, body);
+  return request(method, `/api/v1${base}${path}`, body);
+}
+
+/** A call about pools: `path` is below /api/v1/pools. */
+export function callPools(method, path, body) {
+  return request(method, `/api/v1/pools${path}`, body);
 }

@@ -7,7 +7,7 @@
 // A connection can be dead without being closed, so the page watches for the heartbeat: the server is never silent for
 // longer than 5 s. A hidden tab holds no connection; it reconnects at once when it is shown, or when the network is back.
 
-import { Problem, request, whenSignedOut } from "./api.js";
+import { base, Problem, request, whenSignedOut } from "./api.js";
 import { hear } from "./clock.js";
 
 const SILENCE = 12_000;
@@ -74,7 +74,7 @@ function connect() {
   triedAt = performance.now();
   if (state !== "polling" && state !== "lost" && state !== "draining") become("connecting");
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-  const opened = new WebSocket(`${scheme}//${location.host}/api/v1/feed`);
+  const opened = new WebSocket(`${scheme}//${location.host}/api/v1${base}/feed`);
   let heard = false;
   socket = opened;
   opened.onmessage = ({ data }) => {
@@ -136,7 +136,7 @@ function again() {
 /** Browsers don't report why a websocket was refused, so request the figures. */
 async function whyNot() {
   try {
-    const figures = await request("GET", "/figures?state");
+    const figures = await request("GET", `${base}/figures?state`);
     if (figures.viewers < figures.max_viewers) again();
     else pollInstead(figures);
   } catch (problem) {
@@ -169,7 +169,7 @@ async function poll() {
     return;
   }
   try {
-    onFigures(await request("GET", state === "polling" ? "/figures?state" : "/figures"));
+    onFigures(await request("GET", `${base}/figures${state === "polling" ? "?state" : ""}`));
   } catch (problem) {
     if (state === "polling" && problem.status !== 401) dropped("lost");
   }

@@ -1,6 +1,8 @@
 // Keyboard shortcuts: single keys that only navigate and change nothing. They can be switched off, since speech input
 // types them by accident (WCAG 2.1.4).
 
+import { base } from "./api.js";
+
 const help = document.getElementById("help");
 const choice = document.getElementById("shortcuts");
 const STORE = "keypool-shortcuts";
@@ -24,7 +26,7 @@ function move(step) {
 function search() {
   const field = document.getElementById("search");
   if (field) field.focus();
-  else location.assign("/keys#search");
+  else location.assign(`${base}/keys#search`);
 }
 
 const KEYS = { "/": search, "?": () => help.showModal(), j: () => move(1), k: () => move(-1) };

@@ -1,6 +1,7 @@
 // Every page starts here: what all of them share, then the page's own module, then the connection.
 
 import "./clock.js";
+import "./import.js";
 import "./keyboard.js";
 import "./panel.js";
 import "./status.js";
@@ -18,8 +19,15 @@ theme.addEventListener("change", () => {
   else delete document.documentElement.dataset.theme;
 });
 
+const pool = document.getElementById("pool-switch");
+pool?.addEventListener("change", () => {
+  const { page } = document.body.dataset;
+  const path = page === "keys" || page === "events" ? `/${page}` : "";
+  location.assign((pool.value === "default" ? "" : `/pools/${pool.value}`) + path || "/");
+});
+
 document.querySelector(".tabs [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" }); // on a phone they scroll
 
 const page = document.body.dataset.page;
-if (["overview", "keys", "events", "system"].includes(page)) await import(`./pages/${page}.js`);
+if (["overview", "keys", "events", "pools", "system"].includes(page)) await import(`./pages/${page}.js`);
 feed.start();

@@ -4,7 +4,7 @@
 // or the tab is hidden. The server leaves out actions that aren't allowed.
 
 import * as actions from "./actions.js";
-import { call } from "./api.js";
+import { base, call } from "./api.js";
 import { adopt, now } from "./clock.js";
 import * as feed from "./feed.js";
 import { copy, setText, toast } from "./ui.js";
@@ -38,7 +38,7 @@ async function load() {
   }
   loading = true;
   try {
-    const response = await fetch(`/keys/${open}?part`, { headers: { Accept: "text/html" } });
+    const response = await fetch(`${base}/keys/${open}?part`, { headers: { Accept: "text/html" } });
     if (response.redirected) throw new Error("signed out");
     const html = await response.text();
     if (open !== null && !revealed) {

@@ -1,6 +1,7 @@
 // Rows of keys and events: templates of the page, filled. Used for rows that arrive live; the server draws the first ones with
 // the same markup (templates/parts.html).
 
+import { base } from "./api.js";
 import { setLeft } from "./clock.js";
 import { made, setText } from "./ui.js";
 
@@ -29,12 +30,15 @@ export function fillKey(element, key, asOf) {
   const link = element.querySelector(".key-link");
   if (element.dataset.id !== String(key.id)) {
     element.dataset.id = key.id;
-    link.href = `/keys/${key.id}`;
+    link.href = `${base}/keys/${key.id}`;
   }
   setState(element, key.state, key.release_in ?? key.available_in, asOf);
   element.dataset.lease = key.lease ?? "";
   const expires = element.querySelector('[data-kind="expires"]');
-  if (expires) setLeft(expires, key.expires_in, asOf);
+  if (expires) {
+    setLeft(expires, key.expires_in, asOf);
+    expires.nextElementSibling.hidden = key.expires_in !== null;
+  }
 }
 
 /** Show the state of a row's key, and the seconds until the state ends by itself, null if it doesn't. */
@@ -70,7 +74,7 @@ export function eventRow(event) {
   const shown = { ...event, at: event.at.slice(11, 19), lease: event.lease ? `lease ${event.lease}` : "", origin: origin(event) };
   for (const field of element.querySelectorAll("[data-f]")) field.textContent = shown[field.dataset.f] ?? "";
   element.querySelector("time").dateTime = event.at;
-  element.querySelector(".key-link").href = `/keys/${event.id}`;
+  element.querySelector(".key-link").href = `${base}/keys/${event.id}`;
   return element;
 }
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,9 @@ ARGUMENTS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 TIMEOUT = 15_000
+PATIENCE = 30.0
+"""Seconds after which a browser that gives no answer is taken to hang."""
+LAUNCHES = 3
 
 Page = Any
 """playwright's, which is imported late: it need not be there."""
@@ -34,7 +40,7 @@ def missing(what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser() -> Iterator[Chromium]:
     """One Chromium for the tests of a module: while playwright is there its loop runs, and no other can."""
     try:
         from playwright.sync_api import sync_playwright
@@ -44,15 +50,75 @@ def browser() -> Iterator[Any]:
     if path is None:
         missing("there is no chromium in PATH")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        chromium = Chromium(lambda: playwright.chromium.launch(executable_path=path, args=ARGUMENTS))
         yield chromium
         chromium.close()
+
+
+class Chromium:
+    """A browser that is killed, and another one started, if it doesn't answer.
+
+    On a busy machine Chromium now and then answers a call for a new profile, or for the end of one, never, and for
+    these calls playwright has no time limit.
+    """
+
+    def __init__(self, launch: Callable[[], Any]) -> None:
+        self._launch = launch
+        self._browser = launch()
+
+    def profile(self, **options: Any) -> Any:
+        """A new profile (playwright's context)."""
+        for _ in range(LAUNCHES):
+            found = self._answered(lambda: self._browser.new_context(**options))
+            if found is not None:
+                return found
+            self._browser = self._launch()
+        raise AssertionError(f"{LAUNCHES} browsers in turn gave no profile within {PATIENCE} s")
+
+    def end(self, context: Any) -> None:
+        """End a profile and its pages."""
+        self._answered(context.close)
+
+    def close(self) -> None:
+        """End the browser."""
+        self._answered(self._browser.close)
+
+    @staticmethod
+    def _answered(call: Callable[[], Any]) -> Any:
+        """The result of a call; None if the browser is gone, or was killed as it gave no answer."""
+        from playwright.sync_api import Error
+
+        timer = threading.Timer(PATIENCE, kill_browsers)
+        timer.start()
+        try:
+            return call()
+        except Error as error:
+            if "closed" in str(error):
+                return None
+            raise
+        finally:
+            timer.cancel()
+
+
+def kill_browsers() -> None:
+    """Kill those that this process has started, by way of playwright's driver."""
+    processes: dict[int, tuple[str, int]] = {}  # name and parent, by process id
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, rest = stat.read_text().split(" (", 1)
+        except OSError:  # it has ended meanwhile
+            continue
+        name, _, fields = rest.rpartition(") ")
+        processes[int(number)] = (name, int(fields.split()[1]))
+    for pid, (name, parent) in processes.items():
+        if name.startswith("chrom") and processes.get(parent, ("", 0))[1] == os.getpid():
+            os.kill(pid, signal.SIGKILL)
 
 
 class Tabs:
     """Opens pages, each in a browser profile of its own, and keeps what their consoles say."""
 
-    def __init__(self, browser: Any) -> None:
+    def __init__(self, browser: Chromium) -> None:
         self._browser = browser
         self._contexts: list[Any] = []
         self.said: list[str] = []
@@ -62,7 +128,7 @@ class Tabs:
 
     def open(self, server: ServerProcess, path: str = "/", *, script: bool = True, **options: Any) -> Page:
         """A new page at this path of the server."""
-        context = self._browser.new_context(
+        context = self._browser.profile(
             base_url=f"http://{server.host}",
             java_script_enabled=script,
             **({"viewport": {"width": 1280, "height": 800}} | options),
@@ -90,7 +156,7 @@ class Tabs:
         for context in self._contexts:
             for page in context.pages:
                 page.unroute_all(behavior="ignoreErrors")  # or a handler in its middle could wait for ever
-            context.close()
+            self._browser.end(context)
         said = [text for text in self.said if not any(re.search(allowed, text) for allowed in self._allowed)]
         assert said == [], f"the console of a page: {said}"
 
@@ -100,7 +166,7 @@ class Tabs:
 
 
 @pytest.fixture
-def tabs(browser: Any) -> Iterator[Tabs]:
+def tabs(browser: Chromium) -> Iterator[Tabs]:
     """Pages of one test."""
     tabs = Tabs(browser)
     yield tabs

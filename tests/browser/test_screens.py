@@ -11,7 +11,8 @@ from support import Client, ServerProcess
 from browser.conftest import Tabs, figure, quarantine, report, row, rows
 
 SCREENS = (
-    "/", "/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined", "/events", "/system", "/calls",
+    "/", "/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined", "/events", "/pools", "/system",
+    "/calls",
 )  # fmt: skip
 LONG = "429 from an-api-with-a-long-name.example.com: the daily quota of account 4711 is used up"
 
@@ -43,6 +44,7 @@ def axe(page: Any) -> list[str]:
 THEMES = pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])
 
 
+@pytest.mark.once
 @pytest.mark.thorough
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_screen_is_accessible(server: ServerProcess, client: Client, tabs: Tabs, theme: str) -> None:
@@ -56,6 +58,7 @@ def test_every_screen_is_accessible(server: ServerProcess, client: Client, tabs:
         assert axe(page) == [], screen
 
 
+@pytest.mark.once
 @THEMES
 def test_the_panel_and_the_dialogs_are_accessible(
     server: ServerProcess, client: Client, tabs: Tabs, theme: str
@@ -103,6 +106,7 @@ def test_the_sign_in_is_accessible(tokened: ServerProcess, tabs: Tabs, theme: st
     assert axe(page) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "width", [320, *(pytest.param(width, marks=pytest.mark.thorough) for width in (390, 770))]
 )
@@ -232,11 +236,11 @@ def test_a_cooling_key_counts_down_until_it_is_available(
 ) -> None:
     """In the list and in its panel, which say why it cools; the row follows by itself when the cooldown is over."""
     client.make_many(2)
-    key_id = report(client, "rate_limited", retry_after=6, reason="429 from example.com")
+    key_id = report(client, "rate_limited", retry_after=8, reason="429 from example.com")
     page = tabs.live(server, "/keys")
     cooling = row(page, key_id)
     first = cooling.locator("[data-kind=ready] .time").inner_text()
-    assert re.fullmatch(r"0:0[4-6]", first)
+    assert re.fullmatch(r"0:0[1-8]", first)
     assert "rate limited, 1 failure" in cooling.inner_text()
     cooling.locator(".key-link").click()
     panel = page.locator("#panel[open] .key-panel")

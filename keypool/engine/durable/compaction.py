@@ -93,10 +93,14 @@ class BatchLog:
         self._gather()
         left = Memtable()
         left.rows = {id: self._flushing.rows[id] for id in self._ids} | self._memtable.rows
-        left.numbers = self._flushing.numbers | self._memtable.numbers
+        left.numbers = self._flushing.numbers
+        left.pools = self._flushing.pools
+        for definition in self._memtable.pools.values():
+            left.define(definition)
+        left.numbers = left.numbers | self._memtable.numbers
         self._database.execute("BEGIN IMMEDIATE")
         self._write(left, sorted(left.rows))
-        self._database.executemany(datafile.SET_POOL, left.numbers.items())
+        self._write_pools(left)
         self._database.execute(datafile.TRIM, (self._last,))
         self._database.execute("COMMIT")
 
@@ -120,12 +124,21 @@ class BatchLog:
         del self._ids[-count:]
         self._write(self._flushing, ids[::-1])
         if not self._ids:
-            self._database.executemany(datafile.SET_POOL, self._flushing.numbers.items())
+            self._write_pools(self._flushing)
 
     def _write(self, memtable: Memtable, ids: list[int]) -> None:
         rows = [row for id in ids if (row := memtable.rows[id]) is not None]
         self._database.executemany(datafile.UPSERT, rows)
         self._database.executemany(datafile.PURGE, [(id,) for id in ids if memtable.rows[id] is None])
+
+    def _write_pools(self, memtable: Memtable) -> None:
+        for number, definition in memtable.pools.items():
+            if definition.name is None:
+                for statement in datafile.FORGET_POOL:
+                    self._database.execute(statement, (number,))
+            else:
+                self._database.execute(datafile.DEFINE, datafile.row_of_pool(definition))
+        self._database.executemany(datafile.SET_POOL, memtable.numbers.items())
 
     def _delete_batches(self, count: int) -> None:
         until = min(self._first + count, self._flushing_until)

@@ -80,7 +80,7 @@ def _checked(path: Path, check: str = "quick_check") -> Checked:
     datafile.examine(path, check)
     found = Counter[str]()
     try:
-        for keys in datafile.read_keys(path, _READ_AT_ONCE):
+        for _, keys in datafile.read_keys(path, _READ_AT_ONCE):
             found.update(key.state for key in keys)
     except ValueError as error:
         raise StartError(f"the data file {path} is damaged: {error}") from None

@@ -9,8 +9,11 @@ is a row of 60 bytes.
 
 A commit appends its batch to `batches`; compaction.py flushes it to the other tables later. So the content of the file
 is its tables, overridden by its batches in order: `read_rows` reads both. After a clean shutdown `batches` is empty.
-The number `grace_until` is the end of the last grace after an outage of storage: no key expires before it, whatever its
-row says. So a grace for a million keys is one number, which `read_rows` applies.
+The number `grace_until` is the end of the last grace of a pool after an outage of storage: none of its keys expires
+before it, whatever its row says. So a grace for a million keys is one number, which `read_rows` applies.
+
+A file that was ever used with a secrets key has a check value for each one under which a row may be sealed. A server
+that lacks one of these keys is refused before it changes anything (checks.py).
 
 A file in use is marked, so that a copy without its write-ahead log (`-wal`) is refused as incomplete. The mark is in
 bytes of the header that SQLite reserves for later versions. It is written without SQLite, once the log holds a newer
@@ -25,7 +28,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
 from operator import itemgetter
@@ -38,7 +43,17 @@ from keypool.core.handles import SECRET_BYTES
 from keypool.core.keys import Key
 from keypool.engine import NOTE
 from keypool.engine.durable.file_lock import companions, log_of
-from keypool.engine.durable.rows import Memtable, Row, decode_any, key_of
+from keypool.engine.durable.rows import (
+    POOL_SHIFT,
+    Memtable,
+    Row,
+    StoredPool,
+    decode_any,
+    key_of,
+    pool_of,
+    prefix_of,
+)
+from keypool.engine.sealing import Sealer
 
 APPLICATION_ID = 0x6B706F6C  # "kpol"
 
@@ -75,16 +90,26 @@ MIGRATIONS = (
     ) STRICT, WITHOUT ROWID;
     INSERT INTO secrets VALUES ('handles', new_secret());
     """,
+    """
+    -- keys.id: since this version the number of the pool << 40 | the id of the key
+    CREATE TABLE pools (         -- all pools but `default`, which is listed only if it was given settings
+        number INTEGER PRIMARY KEY,  -- never used again
+        name TEXT NOT NULL,
+        settings TEXT NOT NULL,      -- those that were given, as JSON
+        draining INTEGER NOT NULL    -- 1: when leases have ended, 2: at once
+    ) STRICT;
+    """,
 )
 VERSION = len(MIGRATIONS)
 _LEASES = 3  # the version from which a file has more than seven columns, and a secret
+_POOLS = 4  # the version from which a file has several pools, and rows may be sealed
 
 ADD_BATCH = "INSERT INTO batches VALUES (?, ?)"
 TRIM = "DELETE FROM batches WHERE number <= ?"
 UPSERT = """
     INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET
-        expires_at = excluded.expires_at, release_at = excluded.release_at,
+        text = excluded.text, expires_at = excluded.expires_at, release_at = excluded.release_at,
         lease = excluded.lease, owner = excluded.owner,
         acquired_at = excluded.acquired_at, flags = excluded.flags, more = excluded.more
 """
@@ -92,37 +117,91 @@ PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
-_FORGET_NOTES = f"DELETE FROM pool WHERE name GLOB '{NOTE}*' AND value = 0"  # noqa: S608 - a constant
+DEFINE = """
+    INSERT INTO pools VALUES (?, ?, ?, ?)
+    ON CONFLICT (number) DO UPDATE SET
+        name = excluded.name, settings = excluded.settings, draining = excluded.draining
+"""
+FORGET_POOL = ("DELETE FROM pools WHERE number = ?", "DELETE FROM pool WHERE name GLOB ? || '/*'")
+OVERWRITE = "PRAGMA secure_delete = ON"
+"""Has a connection overwrite what it deletes or replaces."""
+ADD_CHECK = "INSERT INTO secrets VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+
+_FORGET_NOTES = f"DELETE FROM pool WHERE (name GLOB '{NOTE}*' OR name GLOB '[0-9]*/{NOTE}*') AND value = 0"  # noqa: S608
 
 GRACE = "grace_until"
-"""The name of the number that is the end of a grace, in milliseconds."""
+"""The name of the number that is the end of a grace of a pool, in milliseconds."""
+REKEYING = "rekeying"
+"""The name of the number that is 1 from the beginning of a rekey to its end."""
+WAS_CLEAR = "was_clear"
+"""The name of the number that is 1 while free space of the file may hold texts that were written in clear."""
+LAST_POOL = "last_pool"
+"""The name of the number of the pool that was made last."""
+
+CHECK = "key."
+"""How the names of check values begin: `key.` and which secrets key. Each is CHECKED, sealed under that key for a place
+that no key has. A file has one for each secrets key under which a row may be sealed."""
+CHECKED = b"keypool"
+CHECK_PLACE = (0, 0)
+"""Pool and id for which check values are sealed."""
 
 _MARK = b"kpIU"  # "keypool: in use"
 _MARK_AT = 72  # bytes 72 to 91 of the header are "reserved for expansion"; SQLite doesn't change them
 _HEADER = 100  # bytes of the header of the file
 _LOG_HEADER = 32  # bytes of a log without frames
+_CHECKS = f"SELECT name, value FROM secrets WHERE name GLOB '{CHECK}*'"  # noqa: S608 - a constant
+_FORGET_CHECKS = f"DELETE FROM secrets WHERE name GLOB '{CHECK}*' AND name != ?"  # noqa: S608 - a constant
+_WAS_USED = "SELECT EXISTS (SELECT 1 FROM pool) OR EXISTS (SELECT 1 FROM batches)"
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
-_ROWS = "SELECT id, text, created_at, max(expires_at, ?), release_at, lease, owner, {} FROM keys ORDER BY id"
+_ROWS = """
+    SELECT id, text, created_at, max(expires_at, ?), release_at, lease, owner, {} FROM keys
+    WHERE id BETWEEN ? AND ? ORDER BY id
+"""
+_FIRST_FROM = "SELECT min(id) FROM keys WHERE id >= ?"
 _SET_HANDLES = "UPDATE secrets SET value = ? WHERE name = 'handles'"
 _HANDLES = "SELECT value FROM secrets WHERE name = 'handles'"
 _MAGIC = b"SQLite format 3\0"
 _COUNTED_AT_ONCE = 5000
+_decode_settings = msgspec.json.Decoder(dict[str, int | float | None]).decode
 
 
-def inspect(path: Path) -> dict[str, int]:
-    """The pool's numbers by name, empty for a new file. O(size of the file). Raises StartError like `examine`.
+@dataclass
+class Facts:
+    """What a file contains beside its keys; nothing if it is new."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+    """By name; those of another pool than `default` begin with its number and a slash."""
+    pools: dict[int, StoredPool] = field(default_factory=dict)
+    """By number. `default` is among them only if it was given settings."""
+    handles: bytes | None = None
+    """The secret of the handles; None if the file is of a version before handles."""
+    checks: dict[str, bytes] = field(default_factory=dict)
+    """The check values of secrets keys, by the hexadecimal names of the keys."""
+
+    def numbers_of(self, number: int) -> dict[str, int]:
+        """The numbers of a pool, by their names without a prefix. O(all numbers)."""
+        prefix = prefix_of(number)
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.numbers.items()
+            if name.startswith(prefix) and (number or not name.partition("/")[0].isdecimal())
+        }
+
+
+def inspect(path: Path) -> Facts:
+    """The facts of a file, none for a new one. O(size of the file). Raises StartError like `examine`.
 
     Makes the file inaccessible to other users (mode 0600), whoever created it, because it holds the keys.
     """
-    numbers = examine(path)
+    facts = examine(path)
     for each in (path, *companions(path)):
         with contextlib.suppress(FileNotFoundError):
             each.chmod(0o600)
-    return numbers
+    return facts
 
 
-def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
+def examine(path: Path, check: str = "quick_check") -> Facts:
     """The same, without changing anything. `check` is a pragma: "quick_check", or "integrity_check" for indexes too.
 
     Raises StartError unless the file is complete, intact, one of keypool's and of a known version.
@@ -151,21 +230,53 @@ def examine(path: Path, check: str = "quick_check") -> dict[str, int]:
                     f"the data file {path} is of the newer version {version}; this server supports {VERSION}"
                 )
             verdict = database.execute(f"PRAGMA {check}(1)").fetchone()[0]
-            numbers = {} if empty else dict(database.execute("SELECT name, value FROM pool"))
-            if not all(isinstance(number, int) for number in numbers.values()):
-                raise StartError(
-                    f"the data file {path} is damaged: one of the pool's numbers is not a number"
-                )
-            numbers |= read_batches(database).numbers
-            secret = _secret(database)
+            facts = Facts() if empty else _facts(database)
+    except ValueError as error:
+        raise StartError(f"the data file {path} is damaged: {error}") from None
     except sqlite3.Error as error:
         raise StartError(f"the data file {path} is damaged or can't be read: {line_of(error)}") from None
     if verdict != "ok":
         raise StartError(f"the data file {path} is damaged: {verdict.splitlines()[-1]}")
-    if secret is not None and len(secret) != SECRET_BYTES:
-        raise StartError(f"the data file {path} is damaged: the secret of its handles is missing or broken")
-    numbers.pop(GRACE, None)  # read_rows applies it
-    return numbers
+    for name in [name for name in facts.numbers if name.rpartition("/")[2] == GRACE]:
+        del facts.numbers[name]  # read_rows applies it
+    return facts
+
+
+def _facts(database: sqlite3.Connection) -> Facts:
+    """The facts of a file with a schema. Raises ValueError, sqlite3.Error."""
+    numbers = dict(database.execute("SELECT name, value FROM pool"))
+    if not all(isinstance(number, int) for number in numbers.values()):
+        raise ValueError("one of the pool's numbers is not a number")
+    memtable = read_batches(database)
+    facts = Facts(handles=_secret(database))
+    if facts.handles is not None and len(facts.handles) != SECRET_BYTES:
+        raise ValueError("the secret of its handles is missing or broken")
+    if _version(database) >= _POOLS:
+        facts.checks = {name.removeprefix(CHECK): value for name, value in database.execute(_CHECKS)}
+        for row in database.execute("SELECT number, name, settings, draining FROM pools ORDER BY number"):
+            facts.pools[row[0]] = _definition(row)
+    # Merged as a flush would merge them: the numbers of a pool that is gone go with its definition.
+    merged = Memtable()
+    merged.numbers, merged.pools = numbers, facts.pools
+    for definition in memtable.pools.values():
+        merged.define(definition)
+    facts.numbers = merged.numbers | memtable.numbers
+    facts.pools = {number: each for number, each in merged.pools.items() if each.name is not None}
+    return facts
+
+
+def row_of_pool(definition: StoredPool) -> tuple[int, str | None, str, int]:
+    """The definition of a pool as a row of its table."""
+    settings = msgspec.json.encode(definition.settings).decode()
+    return definition.number, definition.name, settings, definition.draining + definition.at_once
+
+
+def _definition(row: tuple[int, str, str, int]) -> StoredPool:
+    number, name, settings, draining = row
+    try:
+        return StoredPool(number, name, _decode_settings(settings), draining > 0, draining > 1)
+    except msgspec.MsgspecError:
+        raise ValueError(f"the settings of the pool number {number} can't be read") from None
 
 
 def _has_log(path: Path) -> bool:
@@ -193,7 +304,10 @@ def mark_in_use(database: sqlite3.Connection, held: int) -> None:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection that writes; upgrades the file to this version first. Raises sqlite3.Error."""
+    """A connection that writes; upgrades the file to this version first. Raises sqlite3.Error.
+
+    In a file that is used with a secrets key, it overwrites what it deletes or replaces.
+    """
     # Absolute, because names such as `file:x.db` and `:memory:` have a special meaning to SQLite.
     database = sqlite3.connect(path.absolute(), isolation_level=None)
     try:
@@ -206,6 +320,8 @@ def connect(path: Path) -> sqlite3.Connection:
                 f"BEGIN IMMEDIATE; {step} PRAGMA application_id = {APPLICATION_ID};"
                 f" PRAGMA user_version = {number}; COMMIT;"
             )
+        if database.execute(_CHECKS).fetchone():
+            database.execute(OVERWRITE)
         database.execute(_FORGET_NOTES)  # 0 stands for a removed note
     except BaseException:
         database.close()
@@ -213,35 +329,94 @@ def connect(path: Path) -> sqlite3.Connection:
     return database
 
 
-def read_keys(path: Path, slice_size: int) -> Iterator[list[Key]]:
-    """The keys in order of id, `slice_size` at a time. O(1) memory beside the keys. Raises ValueError."""
+def add_secrets(database: sqlite3.Connection, secrets: Mapping[str, bytes]) -> None:
+    """Add check values, before the first row that is sealed under their key. Raises sqlite3.Error."""
+    database.execute(OVERWRITE)
+    used = database.execute(_WAS_USED).fetchone()[0] and not database.execute(_CHECKS).fetchone()
+    database.execute("BEGIN IMMEDIATE")
+    if used:
+        database.execute(SET_POOL, (WAS_CLEAR, 1))
+    database.executemany(ADD_CHECK, secrets.items())
+    database.execute("COMMIT")
+
+
+def forget_clear_text(database: sqlite3.Connection) -> bool:
+    """Leave no text in free space or in the log, whose rows are all sealed. Returns False while a reader prevents it.
+
+    O(1), or O(n) if the file was written in clear before: a second or two for a million keys. Raises sqlite3.Error.
+    """
+    if database.execute("SELECT count(*) FROM pool WHERE name = ?", (WAS_CLEAR,)).fetchone()[0]:
+        # Free space within pages may hold texts that were deleted before there was a secrets key.
+        database.execute("VACUUM")
+        database.execute("DELETE FROM pool WHERE name = ?", (WAS_CLEAR,))
+    patience = database.execute("PRAGMA busy_timeout").fetchone()[0]
+    database.execute("PRAGMA busy_timeout = 0")
+    try:
+        busy: int = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    finally:
+        database.execute(f"PRAGMA busy_timeout = {patience}")
+    return not busy
+
+
+def end_rekey(database: sqlite3.Connection, name: str) -> None:
+    """No row is sealed under another secrets key than the one with this name. O(1). Raises sqlite3.Error."""
+    database.execute("BEGIN IMMEDIATE")
+    database.execute(_FORGET_CHECKS, (CHECK + name,))
+    database.execute("DELETE FROM pool WHERE name = ?", (REKEYING,))
+    database.execute("COMMIT")
+
+
+def read_keys(
+    path: Path, slice_size: int, sealer: Sealer | None = None, behind: array[int] | None = None
+) -> Iterator[tuple[int, list[Key]]]:
+    """The keys in order of pool and id, as a pool's number with up to `slice_size` of its keys.
+
+    O(1) memory beside the keys. See rows.key_of for `sealer` and `behind`. Raises ValueError, WrongSecretsKey.
+    """
     try:
         for some in read_rows(path, slice_size):
-            yield list(map(key_of, some))
+            yield pool_of(some[0][0]), [key_of(row, sealer, behind) for row in some]
     except TypeError:
         raise ValueError("a row has something else where a number or bytes must be") from None
 
 
 def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
-    """The keys as rows, likewise; no rows if the file has no schema. O(batches) memory. Raises ValueError."""
+    """The keys as rows, likewise, a slice of one pool at a time. O(batches) memory. Raises ValueError."""
     with _reading(path) as database:
         try:
             if not _has(database, "keys"):
                 return
             memtable = read_batches(database)
-            grace = memtable.numbers.get(GRACE) or _grace_of(database)
             added = "acquired_at, flags, more" if _version(database) >= _LEASES else "NULL, 0, NULL"
-            rows: Iterator[Row] = database.execute(_ROWS.format(added), (grace,))
-            if memtable.rows:
-                rows = _over(rows, memtable.rows, grace)
-            while some := list(islice(rows, slice_size)):
-                yield some
-        except sqlite3.Error:  # not quoted: its message may contain a key
+            for number in _pools_with_rows(database, memtable):
+                grace = _grace_of(database, memtable, number)
+                first, last = number << POOL_SHIFT, ((number + 1) << POOL_SHIFT) - 1
+                rows: Iterator[Row] = database.execute(_ROWS.format(added), (grace, first, last))
+                changed = {id: row for id, row in memtable.rows.items() if first <= id <= last}
+                if changed:
+                    rows = _over(rows, changed, grace)
+                while some := list(islice(rows, slice_size)):
+                    yield some
+        except (sqlite3.Error, OverflowError):  # not quoted: its message may contain a key
             raise ValueError("a row can't be read") from None
 
 
-def _grace_of(database: sqlite3.Connection) -> int:
-    found = database.execute("SELECT value FROM pool WHERE name = ?", (GRACE,)).fetchone()
+def _pools_with_rows(database: sqlite3.Connection, memtable: Memtable) -> list[int]:
+    """The numbers of the pools of all rows, defined or not, in order. O(pools · log n)."""
+    found = set(map(pool_of, memtable.rows))
+    last: int | None = database.execute("SELECT min(id) FROM keys").fetchone()[0]
+    while last is not None:
+        number = pool_of(last)
+        found.add(number)
+        last = database.execute(_FIRST_FROM, (number + 1 << POOL_SHIFT,)).fetchone()[0]
+    return sorted(found)
+
+
+def _grace_of(database: sqlite3.Connection, memtable: Memtable, number: int) -> int:
+    name = prefix_of(number) + GRACE
+    if name in memtable.numbers:
+        return memtable.numbers[name]
+    found = database.execute("SELECT value FROM pool WHERE name = ?", (name,)).fetchone()
     return found[0] if found else 0
 
 
@@ -278,7 +453,7 @@ def _version(database: sqlite3.Connection) -> int:
 
 
 def secret_of(path: Path) -> bytes | None:
-    """The secret of the pool's handles; None if the file is of a version before handles. O(1). Raises StartError."""
+    """The secret of the pools' handles; None if the file is of a version before handles. O(1). Raises StartError."""
     try:
         with _reading(path) as database:
             return _secret(database)
@@ -303,12 +478,17 @@ def count(path: Path) -> int:
 
 
 class Filling:
-    """Writes a pool to a new file that the caller holds, without a writer process. Raises StartError."""
+    """Writes pools to a new file that the caller holds, without a writer process. Raises StartError.
 
-    def __init__(self, path: Path) -> None:
+    `checks` are the check values of the secrets keys under which rows are sealed, by the names of the keys.
+    """
+
+    def __init__(self, path: Path, checks: Mapping[str, bytes]) -> None:
         self._path = path
         try:
             self._database = connect(path)
+            if checks:
+                add_secrets(self._database, {CHECK + name: value for name, value in checks.items()})
         except sqlite3.Error as error:
             raise self._failed(error) from None
 
@@ -321,8 +501,18 @@ class Filling:
         except sqlite3.Error as error:
             raise self._failed(error) from None
 
+    def define(self, pools: Sequence[StoredPool], last_pool: int) -> None:
+        """Add pools beside `default`, and the largest number that any pool ever had."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(DEFINE, map(row_of_pool, pools))
+            self._database.execute(SET_POOL, (LAST_POOL, last_pool))
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
     def finish(self, numbers: dict[str, int], secret: bytes) -> None:
-        """Add the pool's numbers and the secret of its handles, checkpoint the log, and close the file."""
+        """Add the numbers of the pools and the secret of the handles, checkpoint the log, and close the file."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(_SET_HANDLES, (secret,))

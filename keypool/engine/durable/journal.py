@@ -10,142 +10,93 @@ encoded when it is sent: a key that changed twice is one row. A large batch is e
 loop, and still committed completely or not at all. A change made meanwhile may be in it, and is certainly in the next
 one, which its call waits for.
 
+All pools of the file share its batches, its writer and its outages. Each has a PoolJournal (pool_journal.py), which
+collects the changed keys of the pool.
+
 While batches fail, the pool in memory is ahead of the disk, calls that would change it are refused, and the batch is
 repeated until it is committed. No answered change is lost, since it was on disk before it was answered. No key expires
 meanwhile, since keepalives fail. When batches are committed again, the keys get a grace, which is on disk before
-anything else is answered. `Storage` and `Activity` have the steps.
+anything else is answered. `states.Storage` and `states.Activity` have the steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
 from keypool.core.errors import StartError, StorageUnavailable
-from keypool.core.keys import DEAD, Key
-from keypool.engine import NOTE
-from keypool.engine.durable import datafile
-from keypool.engine.durable.rows import Batch, encode, row_of
+from keypool.core.keys import Key
+from keypool.engine.durable.datafile import GRACE
+from keypool.engine.durable.pool_journal import PoolJournal
+from keypool.engine.durable.rows import Batch, Row, StoredPool, encode, prefix_of
+from keypool.engine.durable.states import Activity, Life, Storage
 from keypool.engine.durable.wire import Figures, Kind, Verdict
 from keypool.engine.durable.writer_link import WriterLink
 from keypool.engine.journal import Commit, JournaledEngine
+from keypool.engine.sealing import Sealer
 from keypool.ops.histogram import ROWS, SECONDS, Histogram
 
 _PART_ROWS = 5000  # rows encoded in one turn of the loop: about 4 ms
+_SEALED_PART_ROWS = 800  # likewise, if they are sealed
 _FIRST_BACK_OFF = 0.05  # seconds; doubled up to _LONGEST_BACK_OFF
 _LONGEST_BACK_OFF = 1.0
 _WATCH = 0.25  # seconds between two checks of the commit in flight
 _SLOW = 0.5  # seconds that a commit may take before expiry is suspended: it may become an outage
 _OUTAGE = 5.0  # seconds after which a commit is an outage
-_IDLE = 2.0  # seconds without a commit after which the writer checks that the file is still there
+_UNSEEN = 2.0  # seconds without a commit after which the writer checks that the file is still there
 _log = logging.getLogger("keypool.journal")
 
 
-class Storage(enum.Enum):
-    """The health of storage.
-
-    | from           | to       | when                                                    |
-    | -------------- | -------- | ------------------------------------------------------- |
-    | UP             | SLOW     | a commit has taken _SLOW seconds                        |
-    | SLOW           | UP       | that commit is done                                     |
-    | any            | DOWN     | an error, the writer died, or a commit took _OUTAGE s   |
-    | DOWN           | GRANTING | a batch is committed                                    |
-    | GRANTING       | UP       | the grace is committed, within _OUTAGE seconds          |
-
-    Expiry is suspended in all states but UP. In DOWN and GRANTING (`failing` is not None), calls that change something
-    are refused.
-    """
-
-    UP = enum.auto()
-    SLOW = enum.auto()
-    DOWN = enum.auto()
-    GRANTING = enum.auto()
-
-
-class Activity(enum.Enum):
-    """What the journal is doing with its writer.
-
-    | from                      | to                | when                                                      |
-    | ------------------------- | ----------------- | --------------------------------------------------------- |
-    | IDLE                      | SCHEDULED         | a change: it is sent at the end of this turn              |
-    | IDLE                      | LOOKING           | no commit for _IDLE seconds                               |
-    | SCHEDULED                 | IDLE              | no call waits yet, and a call in slices changes more      |
-    | SCHEDULED                 | IN_FLIGHT         | the batch is sent, or its first part                      |
-    | IN_FLIGHT, LOOKING        | IN_FLIGHT or IDLE | success, and there are or aren't other changes            |
-    | IN_FLIGHT, LOOKING        | GRANTING          | success after an outage: each key gets the grace          |
-    | GRANTING                  | IN_FLIGHT         | all keys have it: it is sent with all changes             |
-    | any but RESTARTING        | BACKING_OFF       | the writer reports an error, or dies                      |
-    | BACKING_OFF               | IN_FLIGHT         | the back-off is over: the batch is repeated               |
-    | BACKING_OFF               | RESTARTING        | the back-off is over, and the writer is dead              |
-    | RESTARTING                | IN_FLIGHT         | another writer was started: the batch is repeated         |
-    | RESTARTING                | BACKING_OFF       | no writer could be started                                |
-
-    A batch whose commit hangs stays IN_FLIGHT: the journal waits for its verdict, but calls don't. `close` waits while
-    the activity is IN_FLIGHT, LOOKING, GRANTING or RESTARTING.
-    """
-
-    IDLE = enum.auto()
-    SCHEDULED = enum.auto()
-    IN_FLIGHT = enum.auto()
-    LOOKING = enum.auto()
-    GRANTING = enum.auto()
-    BACKING_OFF = enum.auto()
-    RESTARTING = enum.auto()
-
-
-class Life(enum.Enum):
-    """The life of the journal; each step happens once. In ENDED, the end of the writer is expected."""
-
-    OPENING = enum.auto()
-    OPEN = enum.auto()
-    CLOSING = enum.auto()
-    ENDED = enum.auto()
-
-
-_IDLE_ACTIVITY = Activity.IDLE  # compared at every change: saves an attribute look-up
+_IDLE = Activity.IDLE
 _LIVING = (Life.OPENING, Life.OPEN)
 _BUSY = frozenset({Activity.IN_FLIGHT, Activity.LOOKING, Activity.GRANTING, Activity.RESTARTING})
 
 
 class _Changes:
-    """Changes that are committed together: keys by id, and notes. `commit` is what calls wait for."""
+    """What is committed together beside keys: numbers and definitions of pools. `commit` is what calls wait for."""
 
-    __slots__ = ("commit", "keys", "notes")
+    __slots__ = ("commit", "numbers", "pools")
 
     def __init__(self) -> None:
-        self.keys: dict[int, Key] = {}
-        self.notes: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
+        self.pools: dict[int, StoredPool] = {}
         self.commit: Commit | None = None
 
 
-class FileJournal:
-    """See the module, and the protocol `engine.journal.Journal` for the calls. For use on its loop's thread only.
+_Unsent = list[tuple[PoolJournal, Iterator[Key], int]]
+"""What isn't sent yet of a batch that is sent in parts: for each pool the keys that are left, and how many."""
 
-    `lock` is the descriptor of the file, from `file_lock.hold`. `close` and `abandon` close it.
+
+class FileJournal:
+    """See the module. For use on its loop's thread only.
+
+    `lock` is the descriptor of the file, from `file_lock.hold`. `close` and `abandon` close it. With a `sealer`, rows
+    are sealed before they are sent.
     """
 
-    def __init__(self, path: Path, lock: int, engine: JournaledEngine) -> None:
-        self._engine = engine
+    def __init__(self, path: Path, lock: int, sealer: Sealer | None = None) -> None:
+        self._pools: list[PoolJournal] = []
+        self._gone: set[int] = set()  # numbers of pools that are gone, whose last changes aren't on disk yet
+        self._sealer = sealer
+        self._part_rows = _PART_ROWS if sealer is None else _SEALED_PART_ROWS
         self._path = path
         self._lock = lock
         self._loop = asyncio.get_running_loop()
         self._writer: WriterLink | None = None
         self._life = Life.OPENING
-        self._activity = Activity.IDLE
+        self.activity = Activity.IDLE
         self._storage = Storage.UP
-        self._open = _Changes()  # since the last batch was sent
-        self._sent = _Changes()  # in the batch in flight
-        self._rest: tuple[Iterator[Key], int] | None = None  # of a batch that is sent in parts, and how many
+        self.next_batch = _Changes()
+        self.sent_batch = _Changes()  # the one in flight
+        self._rest: _Unsent | None = None  # of a batch that is sent in parts
         self._paused = 0  # calls between two of their slices
-        self._purged: dict[str, int] = {}  # ids by text of keys whose purge isn't on disk yet
-        self._grant: Generator[None, None, int] | None = None  # gives keys their grace, in slices
-        self._grace: int | None = None  # its end: in the next batch, or in the one in flight
+        self._grant: Iterator[None] | None = None  # gives keys their grace, in slices
+        self._errand: tuple[Kind, bytes, Commit] | None = None  # a request that is sent between two batches
         self._back_off = _FIRST_BACK_OFF
         self._back_off_timer: asyncio.TimerHandle | None = None
         self._restart_task: asyncio.Task[None] | None = None
@@ -157,11 +108,46 @@ class FileJournal:
         self._failing_since = 0.0
         self._figures = Figures(0, 0, 0)
         self._writer_restarts = 0
+        self.before_close: Callable[[], object] = lambda: None
+        self.last_pool = 0  # the largest number of a pool that there ever was
         self.failing: str | None = None
         self.commit_seconds = Histogram(SECONDS)
         self.commit_rows = Histogram(ROWS)
 
-    # -- the engine's calls, see the protocol
+    # -- the pools
+
+    def join(self, number: int, engine: JournaledEngine) -> PoolJournal:
+        """The journal of the pool with this number, which has no key that isn't in the file. O(1)."""
+        pool = PoolJournal(self, number, engine, self._sealer)
+        self._pools.append(pool)
+        self.last_pool = max(self.last_pool, number)
+        if self._storage is not Storage.UP:
+            engine.suspend_expiry()
+        return pool
+
+    def define(self, definition: StoredPool) -> Commit:
+        """Put the definition of a pool into the next batch. The numbers of one without a name are forgotten. O(1)."""
+        self.next_batch.pools[definition.number] = definition
+        if definition.name is None:
+            self._gone.add(definition.number)
+        if self.activity is _IDLE:
+            self.schedule()
+        return self.open_commit()
+
+    def put_numbers(self, numbers: Mapping[str, int]) -> Commit:
+        """Put numbers into the next batch, by their names in the file. O(numbers)."""
+        self.next_batch.numbers |= numbers
+        if self.activity is _IDLE:
+            self.schedule()
+        return self.open_commit()
+
+    def commit_of_all(self) -> Commit | None:
+        """The commit with which all changes of all pools are on disk; None if they are. O(pools)."""
+        if self._has_open():
+            return self.open_commit()
+        return self.sent_batch.commit
+
+    # -- what concerns all pools alike, see the protocol `engine.journal.Journal`
 
     def require(self) -> None:
         """Raise StorageUnavailable while batches fail."""
@@ -174,14 +160,6 @@ class FileJournal:
             return self._unavailable()
         return StorageUnavailable("whether this key has expired is unknown until the current commit is done")
 
-    def touch(self, key: Key) -> None:
-        """Put a key that was changed or purged into the next batch."""
-        self._open.keys[key.id] = key
-        if key.expires_deadline == DEAD:
-            self._purged[key.text] = key.id
-        if self._activity is _IDLE_ACTIVITY:
-            self._schedule()
-
     def pause(self) -> None:
         """A call is between two slices, and awaits a commit when all are done."""
         self._paused += 1
@@ -189,30 +167,8 @@ class FileJournal:
     def resume(self) -> None:
         """Its next slice begins, or it has failed."""
         self._paused -= 1
-        if self._open.keys and self._activity is _IDLE_ACTIVITY:
-            self._schedule()
-
-    def note(self, notes: Mapping[str, int | None]) -> Commit:
-        """Put notes into the next batch."""
-        self._open.notes |= {NOTE + name: value or 0 for name, value in notes.items()}
-        if self._activity is _IDLE_ACTIVITY:
-            self._schedule()
-        return self._open_commit()
-
-    def commit_of(self, id: int) -> Commit | None:
-        """The commit to await before answering about this key."""
-        if id in self._open.keys:
-            return self._open.commit or self._open_commit()
-        return self._sent.commit if id in self._sent.keys else None
-
-    def commit_of_text(self, text: str) -> Commit | None:
-        """The commit of the purge of the key with this text."""
-        id = self._purged.get(text)
-        return None if id is None else self.commit_of(id)
-
-    def commit_of_all(self) -> Commit | None:
-        """The commit to await before answering about the pool as a whole."""
-        return self._open_commit() if self._open.keys else self._sent.commit
+        if self.activity is _IDLE and self._has_open():
+            self.schedule()
 
     def histograms(self) -> dict[str, Histogram]:
         """Seconds and rows of each commit."""
@@ -222,24 +178,29 @@ class FileJournal:
         """The age of a commit, the length of an outage, restarts of the writer, sizes on the disk."""
         figures, now = self._figures, time.monotonic()
         return {
-            "keypool_commit_age_seconds": now - self._sent_at
-            if self._activity is Activity.IN_FLIGHT
-            else 0.0,
+            "keypool_commit_age_seconds": now - self._sent_at if self.activity is Activity.IN_FLIGHT else 0.0,
             "keypool_storage_failing_seconds": 0.0 if self.failing is None else now - self._failing_since,
             "keypool_writer_restarts_total": self._writer_restarts,
             "keypool_data_file_bytes": {"data": figures.data, "log": figures.log},
             "keypool_disk_free_bytes": figures.free,
         }
 
-    def _open_commit(self) -> Commit:
-        commit = self._open.commit
+    def open_commit(self) -> Commit:
+        """The commit of the next batch. O(1)."""
+        commit = self.next_batch.commit
         if commit is None:
-            commit = self._open.commit = Commit(self._loop)
+            commit = self.next_batch.commit = Commit(self._loop)
             if self.failing is not None:
                 commit.finish(self._unavailable())
-            elif self._activity is _IDLE_ACTIVITY:
-                self._schedule()
+            elif self.activity is _IDLE:
+                self.schedule()
         return commit
+
+    def _has_open(self) -> bool:
+        """Whether there are changes that aren't sent yet. O(pools)."""
+        if self.next_batch.numbers or self.next_batch.pools:
+            return True
+        return any(pool.open for pool in self._pools)
 
     def _unavailable(self) -> StorageUnavailable:
         return StorageUnavailable(
@@ -259,8 +220,13 @@ class FileJournal:
             ) from None
         await self._request(Kind.PROBE)
 
-    async def start(self, grace_until: float | None) -> None:
-        """Commit the end of the restart grace (seconds since the epoch), if any, and begin. Raises StartError."""
+    async def start(self, grace_until: float | None, secrets: Mapping[str, bytes] | None = None) -> None:
+        """Commit the end of the restart grace (seconds since the epoch), if any, and begin. Raises StartError.
+
+        Before it, commits these `secrets` of the file.
+        """
+        if secrets:
+            await self._request(Kind.SECRETS, encode(secrets))
         if grace_until is not None:
             await self._request(Kind.GRACE, encode(round(grace_until * 1000)))
         self._life = Life.OPEN
@@ -273,8 +239,8 @@ class FileJournal:
 
     async def _request(self, kind: Kind, content: bytes = b"") -> None:
         assert self._writer is not None
-        self._activity = Activity.IN_FLIGHT
-        commit = self._sent.commit = Commit(self._loop)
+        self.activity = Activity.IN_FLIGHT
+        commit = self.sent_batch.commit = Commit(self._loop)
         self._sent_at = time.monotonic()
         self._writer.send(kind, content)
         try:
@@ -285,60 +251,78 @@ class FileJournal:
 
     # -- batches
 
-    def _schedule(self) -> None:
-        self._activity = Activity.SCHEDULED
+    def schedule(self) -> None:
+        """Send what has changed at the end of this turn of the loop. Call it only while the activity is IDLE. O(1)."""
+        self.activity = Activity.SCHEDULED
         self._loop.call_soon(self._send)
 
     def _send(self) -> None:
         """Send the open changes, unless the writer is busy or dead. O(keys), in parts of _PART_ROWS."""
-        if self._activity in _BUSY or self._writer is None or self._writer.dead:
+        if self.activity in _BUSY or self._writer is None or self._writer.dead:
             return
-        changes = self._open
+        if self._errand is not None and self._storage is Storage.UP and self._life is Life.OPEN:
+            self._send_errand(*self._errand)
+            return
+        changes = self.next_batch
         # While batches fail, even an empty one is sent, to find out whether they still do.
-        if not (changes.keys or changes.notes or self.failing is not None or self._life is Life.CLOSING):
-            self._activity = Activity.IDLE
+        if not (self._has_open() or self.failing is not None or self._life is Life.CLOSING):
+            self.activity = Activity.IDLE
             return
         # A commit for each slice of a call would cost a third of the rate of such calls.
-        awaited = changes.commit is not None or changes.notes
+        awaited = changes.commit is not None or changes.numbers or changes.pools
         if self._paused and not awaited and self._storage is Storage.UP and self._life is Life.OPEN:
-            self._activity = Activity.IDLE
+            self.activity = Activity.IDLE
             return
-        self._activity = Activity.IN_FLIGHT
-        self._sent, self._open = changes, _Changes()
+        self.activity = Activity.IN_FLIGHT
+        self.sent_batch, self.next_batch = changes, _Changes()
         if changes.commit is None:
             changes.commit = Commit(self._loop)
         self._sent_at = time.monotonic()
-        self._send_part(iter(changes.keys.values()), len(changes.keys))
+        unsent: _Unsent = []
+        for pool in self._pools:
+            if pool.open:
+                pool.sent, pool.open = pool.open, {}
+                unsent.append((pool, iter(pool.sent.values()), len(pool.sent)))
+        self._send_part(unsent[::-1])
 
-    def _send_part(self, keys: Iterator[Key], left: int) -> None:
+    def _send_part(self, unsent: _Unsent) -> None:
         """Send the next part of a batch, and the one after it when the socket isn't full. O(_PART_ROWS)."""
         assert self._writer is not None
         self._part_sent_at = time.monotonic()
-        rows, purged = [], []
-        for key in islice(keys, _PART_ROWS):
-            if key.expires_deadline == DEAD:
-                purged.append(key.id)
-            else:
-                rows.append(row_of(key))
-        left -= _PART_ROWS
-        if left > 0:
+        rows: list[Row] = []
+        purged: list[int] = []
+        room = self._part_rows
+        while unsent and room:
+            pool, keys, left = unsent.pop()
+            pool.take(islice(keys, room), rows, purged)
+            if left > room:
+                unsent.append((pool, keys, left - room))
+            room -= min(room, left)
+        if unsent:
             self._writer.send(Kind.PART, encode(Batch(rows, purged)))
-            self._rest = keys, left
+            self._rest = unsent
             if not self._writer.full:
                 self._loop.call_soon(self._send_rest)
             return
-        # The numbers are read last, so that no part contains a larger id or lease.
-        numbers = self._engine.numbers()
-        if self._sent.notes:
-            numbers |= self._sent.notes
-        if self._grace is not None:
-            numbers[datafile.GRACE] = self._grace
-        self._writer.send(Kind.BATCH, encode(Batch(rows, purged, numbers)))
+        self._writer.send(
+            Kind.BATCH, encode(Batch(rows, purged, self._numbers(), [*self.sent_batch.pools.values()]))
+        )
+
+    def _numbers(self) -> dict[str, int]:
+        """The numbers of this batch. They are read last, so that no part contains a larger id or lease."""
+        numbers: dict[str, int] = {}
+        for pool in self._pools:
+            # `moment`, which is of all pools, comes with `default`.
+            if pool.sent or not pool.number or (self._life is Life.CLOSING and pool.number not in self._gone):
+                numbers |= pool.numbers()
+            if pool.grace is not None:
+                numbers[prefix_of(pool.number) + GRACE] = pool.grace
+        return numbers | self.sent_batch.numbers if self.sent_batch.numbers else numbers
 
     def _send_rest(self) -> None:
         rest, self._rest = self._rest, None
         if rest is not None:
-            self._send_part(*rest)
+            self._send_part(rest)
 
     def _answered(self, verdict: Verdict) -> None:
         if verdict.figures is not None:
@@ -346,33 +330,43 @@ class FileJournal:
         if verdict.error is not None:
             self._failed(verdict.error)
             return
-        sent, self._sent = self._sent, _Changes()
+        sent, self.sent_batch = self.sent_batch, _Changes()
         seconds = time.monotonic() - self._sent_at
-        if self._purged:
-            for id, key in sent.keys.items():
-                if key.expires_deadline == DEAD and id not in self._open.keys:
-                    self._purged.pop(key.text, None)
-        if self._activity is not Activity.LOOKING:
+        rows = sum([pool.kept() for pool in self._pools if pool.sent])
+        if self.activity is not Activity.LOOKING:
             self.commit_seconds.add(seconds)
-            self.commit_rows.add(len(sent.keys))
-        self._activity = Activity.IDLE
+            self.commit_rows.add(rows)
+        self.activity = Activity.IDLE
         if self._storage is not Storage.UP:
             self._recovering(seconds)
-        if self._open.keys or self._open.notes:
+        postponed = None if verdict.postponed is None else StorageUnavailable(verdict.postponed)
+        if self._errand is not None and self._errand[2] is sent.commit:
+            self._errand = None
+        if self._gone:
+            self._forget_gone()
+        if self._errand is not None or self._has_open():
             self._send()  # first, so that the next fsync overlaps with sending the answers
         if sent.commit is not None:
-            sent.commit.finish()
+            sent.commit.finish(postponed)
         self._stepped()
+
+    def _forget_gone(self) -> None:
+        """Forget pools that are gone, as soon as their last changes are on disk."""
+        gone = {pool for pool in self._pools if pool.number in self._gone and not (pool.open or pool.sent)}
+        self._pools = [pool for pool in self._pools if pool not in gone]
+        self._gone -= {pool.number for pool in gone}
 
     # -- failures and recovery
 
     def _failed(self, reason: str) -> None:
         """The request in flight failed, or its outcome is unknown: its changes go into the next batch."""
         self._go_down(reason)
-        sent, self._sent, self._rest = self._sent, _Changes(), None
-        self._open.keys = {**sent.keys, **self._open.keys}
-        self._open.notes = {**sent.notes, **self._open.notes}
-        self._activity = Activity.BACKING_OFF
+        sent, self.sent_batch, self._rest = self.sent_batch, _Changes(), None
+        for pool in self._pools:
+            pool.not_kept()
+        self.next_batch.numbers = {**sent.numbers, **self.next_batch.numbers}
+        self.next_batch.pools = {**sent.pools, **self.next_batch.pools}
+        self.activity = Activity.BACKING_OFF
         if self._life in _LIVING and self._back_off_timer is None:
             self._back_off_timer = self._loop.call_later(self._back_off, self._try_again)
             self._back_off = min(2 * self._back_off, _LONGEST_BACK_OFF)
@@ -386,20 +380,24 @@ class FileJournal:
                 _log.error("the data file can't be written: %s; calls that change something get 503", reason)
         self.failing = reason
         self._storage = Storage.DOWN
-        self._grant = self._grace = None
-        self._engine.suspend_expiry()
+        if self._errand is not None:
+            self._errand[2].finish(self._unavailable())
+        self._grant = self._errand = None
+        for pool in self._pools:
+            pool.grace = None
+            pool.engine.suspend_expiry()
 
     def _fail_calls(self, sent: Commit | None) -> None:
-        for commit in (sent, self._open.commit):
+        for commit in (sent, self.next_batch.commit):
             if commit is not None:
                 commit.finish(self._unavailable())
 
     def _try_again(self) -> None:
         self._back_off_timer = None
-        if self._writer is None or self._activity is not Activity.BACKING_OFF or self._life not in _LIVING:
+        if self._writer is None or self.activity is not Activity.BACKING_OFF or self._life not in _LIVING:
             return
         if self._writer.dead:
-            self._activity = Activity.RESTARTING
+            self.activity = Activity.RESTARTING
             self._restart_task = self._loop.create_task(self._restart(self._writer))
         else:
             self._send_again()
@@ -412,16 +410,16 @@ class FileJournal:
         except Exception as error:
             if not isinstance(error, OSError):
                 _log.exception("the writer could not be started again")
-            self._activity = Activity.IDLE
+            self.activity = Activity.IDLE
             self._failed(f"no writer process: {error}")
             return
         self._writer_restarts += 1
-        self._activity = Activity.IDLE
+        self.activity = Activity.IDLE
         self._send_again()
         self._stepped()
 
     def _send_again(self) -> None:
-        self._open.commit = None  # it has failed; calls from now on wait for another
+        self.next_batch.commit = None  # it has failed; calls from now on wait for another
         self._send()
 
     def _lost(self) -> None:
@@ -432,18 +430,24 @@ class FileJournal:
         """A request succeeded after `seconds`, and storage isn't UP: go on towards UP."""
         granted = self._storage is Storage.GRANTING and seconds <= _OUTAGE
         if self._storage is not Storage.SLOW and not granted:
-            self._storage, self._activity = Storage.GRANTING, Activity.GRANTING
-            self._grace = None
+            self._storage, self.activity = Storage.GRANTING, Activity.GRANTING
             self._cancel_back_off()
-            self._grant = self._engine.grant_grace()
+            self._grant = self._grant_graces()
             self._loop.call_soon(self._grant_slice)
             return
         if granted:
             _log.warning("the data file can be written again")
-            self._open.commit = None
-        self.failing, self._grace, self._back_off = None, None, _FIRST_BACK_OFF
+            self.next_batch.commit = None
+        self.failing, self._back_off = None, _FIRST_BACK_OFF
         self._storage = Storage.UP
-        self._engine.on_recovered()
+        for pool in self._pools:
+            pool.grace = None
+            pool.engine.on_recovered()
+
+    def _grant_graces(self) -> Iterator[None]:
+        """Give the keys of all pools their grace, in slices."""
+        for pool in self._pools:
+            pool.grace = yield from pool.engine.grant_grace()
 
     def _grant_slice(self) -> None:
         """Give the next slice of keys their grace; after the last one, send it with all open changes."""
@@ -451,9 +455,9 @@ class FileJournal:
             return
         try:
             next(self._grant)
-        except StopIteration as end:
-            self._grant, self._grace = None, end.value
-            self._activity = Activity.IDLE
+        except StopIteration:
+            self._grant = None
+            self.activity = Activity.IDLE
             self._send_again()
             self._stepped()
         else:
@@ -476,27 +480,49 @@ class FileJournal:
 
     def _judge(self, now: float) -> None:
         waited = now - self._part_sent_at
-        if self._activity is Activity.IDLE:
-            if self._storage is Storage.UP and now - self._sent_at > _IDLE:
+        if self.activity is Activity.IDLE:
+            if self._storage is Storage.UP and now - self._sent_at > _UNSEEN:
                 self._look(now)
-        elif self._activity in (Activity.IN_FLIGHT, Activity.LOOKING):
-            commit = self._sent.commit
+        elif self.activity in (Activity.IN_FLIGHT, Activity.LOOKING):
+            commit = self.sent_batch.commit
             if waited > _OUTAGE:
                 if commit is not None and not commit.done():  # fail it once
                     self._go_down(f"a commit has taken over {_OUTAGE:.0f} s")
                     self._fail_calls(commit)
             elif waited > _SLOW and self._storage is Storage.UP:
                 self._storage = Storage.SLOW
-                self._engine.suspend_expiry()
+                for pool in self._pools:
+                    pool.engine.suspend_expiry()
 
     def _look(self, now: float) -> None:
         """Have the writer check that the file is still there. No call waits for it."""
         if self._writer is None or self._writer.dead or self._life is not Life.OPEN:
             return
-        self._activity = Activity.LOOKING
-        self._sent.commit = Commit(self._loop)
+        self.activity = Activity.LOOKING
+        self.sent_batch.commit = Commit(self._loop)
         self._sent_at = self._part_sent_at = now
         self._writer.send(Kind.LOOK)
+
+    def ask(self, kind: Kind, content: bytes) -> Commit:
+        """Send a request to the writer between two batches, which wait for it. One at a time. O(1).
+
+        The commit raises StorageUnavailable also if the writer postpones it.
+        """
+        commit = Commit(self._loop)
+        if self.failing is not None:
+            commit.finish(self._unavailable())
+        else:
+            self._errand = kind, content, commit
+            if self.activity is _IDLE:
+                self.schedule()
+        return commit
+
+    def _send_errand(self, kind: Kind, content: bytes, commit: Commit) -> None:
+        assert self._writer is not None
+        self.activity = Activity.LOOKING
+        self.sent_batch.commit = commit
+        self._sent_at = self._part_sent_at = time.monotonic()
+        self._writer.send(kind, content)
 
     # -- the end
 
@@ -515,6 +541,8 @@ class FileJournal:
         """
         if self._writer is None:
             return
+        self.before_close()
+        self._errand = None
         self._life = Life.CLOSING
         written = False
         try:
@@ -523,7 +551,7 @@ class FileJournal:
             self._send()
             await self._until_settled()
             self._life = Life.ENDED
-            written = self.failing is None and not self._open.keys and not self._open.notes
+            written = self.failing is None and not self._has_open()
             if written:
                 await self._writer.end()
         except asyncio.CancelledError:
@@ -548,6 +576,6 @@ class FileJournal:
 
     async def _until_settled(self) -> None:
         """Wait until nothing is in flight, no grace is being granted and no writer is being started."""
-        while self._activity in _BUSY:
+        while self.activity in _BUSY:
             self._settled = self._loop.create_future()
             await self._settled

@@ -25,6 +25,10 @@ class Kind(enum.IntEnum):
     GRACE = 4  # a moment in milliseconds: let keys that would expire before it live until then
     VERDICT = 5  # a Verdict
     LOOK = 6  # no content: check that the file is still there
+    SECRETS = 7  # secrets by name: add them to the file
+    REKEYED = (
+        8  # the name of a secrets key: all rows are sealed under it, so forget the others and all clear text
+    )
 
 
 class Figures(msgspec.Struct, array_like=True):
@@ -41,10 +45,14 @@ class Verdict(msgspec.Struct, array_like=True):
 
     error: str | None = None
     figures: Figures | None = None
+    postponed: str | None = None
+    """Why a REKEYED was not completed now, although nothing is wrong."""
 
 
 decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
 decode_moment = msgspec.msgpack.Decoder(int).decode
+decode_secrets = msgspec.msgpack.Decoder(dict[str, bytes]).decode
+decode_name = msgspec.msgpack.Decoder(str).decode
 
 
 def frame(kind: Kind, content: bytes = b"") -> bytes:

@@ -28,7 +28,16 @@ from keypool.engine.durable import datafile
 from keypool.engine.durable.compaction import BatchLog
 from keypool.engine.durable.file_lock import log_of
 from keypool.engine.durable.rows import encode
-from keypool.engine.durable.wire import Figures, Kind, Verdict, decode_moment, frame, read_frame
+from keypool.engine.durable.wire import (
+    Figures,
+    Kind,
+    Verdict,
+    decode_moment,
+    decode_name,
+    decode_secrets,
+    frame,
+    read_frame,
+)
 from keypool.pdeathsig import end_with_parent
 
 _MEASURED_EVERY = 1.0  # seconds
@@ -60,6 +69,7 @@ class Writer:
         self._marked = False
         self._log: BatchLog
         self._failed: str | None = None
+        self._postponed: str | None = None
 
     def probe(self) -> Verdict:
         """Check that the file can be written, without writing to it."""
@@ -72,6 +82,17 @@ class Writer:
     def grant(self, until: int) -> Verdict:
         """Let all keys that would expire before `until` (milliseconds) live until then."""
         return self._try(lambda database: self._grant(database, until))
+
+    def add_secrets(self, secrets: dict[str, bytes]) -> Verdict:
+        """Add check values of secrets keys."""
+        return self._try(lambda database: datafile.add_secrets(database, secrets))
+
+    def rekeyed(self, name: str) -> Verdict:
+        """All rows are sealed under the secrets key of this name: forget what was in clear or under others."""
+        self._postponed = None
+        verdict = self._try(lambda database: self._rekeyed(database, name))
+        verdict.postponed = self._postponed
+        return verdict
 
     def look(self) -> Verdict:
         """Check that the file is still there, without writing to it."""
@@ -172,6 +193,15 @@ class Writer:
         database.execute(datafile.GRANT_GRACE, {"until": until})
         self._log = BatchLog(database)
 
+    def _rekeyed(self, database: sqlite3.Connection, name: str) -> None:
+        self._log.flush_all()
+        self._log = BatchLog(database)
+        self._marked = False
+        if not datafile.forget_clear_text(database):
+            self._postponed = "another program is reading the data file"
+            return
+        datafile.end_rekey(database, name)
+
     def _drop(self) -> None:
         """Close the connection, which rolls back an open transaction."""
         database, self._database = self._database, None
@@ -208,6 +238,10 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
                 parts.clear()
             case Kind.GRACE:
                 verdict = writer.grant(decode_moment(content))
+            case Kind.SECRETS:
+                verdict = writer.add_secrets(decode_secrets(content))
+            case Kind.REKEYED:
+                verdict = writer.rekeyed(decode_name(content))
             case Kind.LOOK:
                 verdict = writer.look()
             case _:

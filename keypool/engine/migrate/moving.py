@@ -1,13 +1,17 @@
-"""Moving a pool from one place to another: the two ends, and the order of the steps.
+"""Moving all pools from one place to another: the two ends, and the order of the steps.
 
     source: locked, so that no server serves it           target: empty, and no server serves it
-        keys, some thousands at a time  ------------------->  written, and marked as incomplete
+        definitions of the pools  -------------------------->  written, and marked as incomplete
+        keys, some thousands at a time  ------------------->  written
         numbers: last id and lease, counters  ------------->  written; keys are counted; the mark is removed
         the secret of the handles
 
-A key is moved as a core.keys.Key with its durable fields, in whose terms each end reads and writes its own form.
-Its moments are seconds of the wall clock, by which both engines go after a restart. Everything is moved, what holders
-reported and the attempts of held leases too, and handles given before stay valid. The source isn't changed, so an
+A key is moved as a core.keys.Key with its durable fields, in whose terms each end reads and writes its own form. What
+is stored encrypted is decrypted by the one end and encrypted by the other, both with the same secrets keys. Moments are
+seconds of the wall clock, by which both engines go after a restart. Everything is moved: what holders reported, names,
+labels and data, the attempts of held leases. Pools keep their numbers, and handles given before stay valid. Two things
+are left behind: a held lease doesn't count in its client's share over Valkey, and a text that was replaced while its
+key was leased stops naming the key where it can't be kept (moving_valkey.py). The source isn't changed, so an
 interrupted move can simply be run again.
 
 A move is one coroutine, which Ctrl-C cancels where it waits. File operations block, as nothing else runs meanwhile.
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -26,23 +30,31 @@ from keypool.core.errors import StartError
 from keypool.core.handles import SECRET_BYTES
 from keypool.core.keys import Key, State
 from keypool.engine.durable import datafile, file_lock
-from keypool.engine.durable.rows import row_of
+from keypool.engine.durable.checks import new_checks, sealer_of
+from keypool.engine.durable.datafile import Facts
+from keypool.engine.durable.rows import StoredPool, prefix_of, row_of
+from keypool.engine.sealing import Sealer, WrongSecretsKey
 
 KEYS_AT_ONCE = 2000
 """Keys in a batch; one batch is in memory at a time."""
 
 
 class Source(Protocol):
-    """Where a pool comes from. While it is open, no server can serve it. All methods raise StartError."""
+    """Where pools come from. While it is open, no server can serve it. All methods raise StartError."""
 
     total: int
-    numbers: dict[str, int]
-    """`last_id`, `last_lease`, `moment` (ms) and the counters of stats, by name."""
+    """How many keys all pools have."""
+    pools: list[StoredPool]
+    """Those beside `default`."""
+    last_pool: int
+    """The largest number that a pool ever had."""
+    numbers: dict[int, dict[str, int]]
+    """Of each pool by its number: `last_id`, `last_lease`, `moment` (ms) and the counters of stats, by name."""
     secret: bytes
-    """Of the pool's handles; a new one if the pool is from a version before handles."""
+    """Of the handles; a new one if the pool is from a version before handles."""
 
-    def keys(self) -> AsyncIterator[list[Key]]:
-        """All keys, in batches, in the states that they had when they last changed.
+    def keys(self) -> AsyncIterator[tuple[int, list[Key]]]:
+        """All keys, in batches with the pool's number, in the states that they had when they last changed.
 
         `acquired_at` is 0 unless the key is blocked, and if it was blocked by a version that didn't keep the moment.
         """
@@ -54,20 +66,24 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """Where a pool goes. Empty when opened; not served before `finish`. All methods raise StartError."""
+    """Where pools go. Empty when opened; not served before `finish`. All methods raise StartError."""
 
     unfinished: str
     """What to tell a user about an interrupted move to this target."""
 
-    async def write(self, keys: list[Key]) -> None:
-        """Add keys."""
+    async def define(self, pools: list[StoredPool], last_pool: int) -> None:
+        """Add pools beside `default`. Called before keys are written."""
+        ...
+
+    async def write(self, pool: int, keys: list[Key]) -> None:
+        """Add keys to the pool with this number."""
         ...
 
     async def count(self) -> int:
         """How many keys it has by now."""
         ...
 
-    async def finish(self, numbers: dict[str, int], secret: bytes) -> None:
+    async def finish(self, numbers: dict[int, dict[str, int]], secret: bytes) -> None:
         """Write the numbers and the secret of the handles, and let servers serve it."""
         ...
 
@@ -78,9 +94,10 @@ class Target(Protocol):
 
 @dataclass
 class Moved:
-    """The result of a move: how many keys of which states, and the source's `numbers`."""
+    """The result of a move: how many keys of which states, of how many pools beside `default`, and its `numbers`."""
 
     numbers: dict[str, int]
+    pools: int = 0
     keys: int = 0
     states: Counter[State] = field(default_factory=Counter)
 
@@ -90,9 +107,10 @@ async def move(source: Source, target: Target, progress: Callable[[int], None]) 
 
     Raises StartError.
     """
-    moved = Moved(source.numbers)
-    async for keys in source.keys():
-        await target.write(keys)
+    moved = Moved(source.numbers[0], len(source.pools))
+    await target.define(source.pools, source.last_pool)
+    async for pool, keys in source.keys():
+        await target.write(pool, keys)
         moved.keys += len(keys)
         moved.states.update(key.state for key in keys)
         progress(moved.keys)
@@ -108,25 +126,34 @@ async def move(source: Source, target: Target, progress: Callable[[int], None]) 
 class FileSource:
     """A data file. Waits up to 5 s for a server to release it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, secrets_keys: Sequence[bytes] = ()) -> None:
         if not path.is_file():
             raise StartError(f"there is no data file {path}")
         self._path = path
         self._lock = file_lock.hold(path)
         try:
-            self.numbers = datafile.inspect(path)
+            facts = datafile.inspect(path)
+            self._sealer = sealer_of(path, facts, secrets_keys)
+            self.pools = [pool for number, pool in facts.pools.items() if number]
+            self.last_pool = facts.numbers.get(datafile.LAST_POOL, 0)
+            self.numbers = {number: _moved(facts, number) for number in (0, *(p.number for p in self.pools))}
             self.secret = datafile.secret_of(path) or os.urandom(SECRET_BYTES)
             self.total = datafile.count(path)
         except BaseException:
             file_lock.release(self._lock)
             raise
 
-    async def keys(self) -> AsyncIterator[list[Key]]:
+    async def keys(self) -> AsyncIterator[tuple[int, list[Key]]]:
         """See Source."""
         try:
-            for keys in datafile.read_keys(self._path, KEYS_AT_ONCE):
-                yield keys
-        except ValueError as error:
+            for number, keys in datafile.read_keys(self._path, KEYS_AT_ONCE, self._sealer):
+                if number in self.numbers:
+                    yield number, keys
+                else:
+                    raise StartError(
+                        f"the data file {self._path} is damaged: there is no pool number {number}"
+                    )
+        except (ValueError, WrongSecretsKey) as error:
             raise StartError(f"the data file {self._path} is damaged: {error}") from None
 
     async def close(self) -> None:
@@ -139,14 +166,16 @@ class FileTarget:
 
     unfinished = "nothing was left behind: run it again"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, secrets_keys: Sequence[bytes] = ()) -> None:
         self._path = path
+        self._sealer = Sealer(secrets_keys) if secrets_keys else None
         self._temporary = path.with_name(f"{path.name}.migrating")
         self._refuse_existing()
         self._lock = file_lock.hold(self._temporary)
         try:
             file_lock.clear(self._temporary)  # of a move that was killed
-            self._database = datafile.Filling(self._temporary)
+            checks = {} if self._sealer is None else new_checks(datafile.Facts(), self._sealer)
+            self._database = datafile.Filling(self._temporary, checks)
         except BaseException:
             file_lock.remove(self._temporary)
             file_lock.release(self._lock)
@@ -156,17 +185,24 @@ class FileTarget:
         if self._path.exists():
             raise StartError(f"the file {self._path} exists already: move the pool to a new file")
 
-    async def write(self, keys: list[Key]) -> None:
+    async def define(self, pools: list[StoredPool], last_pool: int) -> None:
         """See Target."""
-        self._database.write(list(map(row_of, keys)))
+        self._database.define(pools, last_pool)
+
+    async def write(self, pool: int, keys: list[Key]) -> None:
+        """See Target."""
+        self._database.write([row_of(key, pool, self._sealer) for key in keys])
 
     async def count(self) -> int:
         """See Target."""
         return datafile.count(self._temporary)
 
-    async def finish(self, numbers: dict[str, int], secret: bytes) -> None:
+    async def finish(self, numbers: dict[int, dict[str, int]], secret: bytes) -> None:
         """See Target."""
-        self._database.finish(numbers, secret)
+        named = {
+            prefix_of(pool) + name: number for pool, each in numbers.items() for name, number in each.items()
+        }
+        self._database.finish(named, secret)
         self._refuse_existing()
         file_lock.rename(self._temporary, self._path)
 
@@ -175,3 +211,9 @@ class FileTarget:
         self._database.close()
         file_lock.remove(self._temporary)
         file_lock.release(self._lock)
+
+
+def _moved(facts: Facts, pool: int) -> dict[str, int]:
+    """The numbers of a pool that mean the same at another place."""
+    of_file = (datafile.LAST_POOL, datafile.REKEYING, datafile.WAS_CLEAR)
+    return {name: number for name, number in facts.numbers_of(pool).items() if name not in of_file}

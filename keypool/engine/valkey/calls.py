@@ -6,7 +6,8 @@
     sent                 UNATTENDED: no server has polled the    held until its keys were given time (`attend`)
                          partition for a while
     sent                 READONLY, LOADING, CLUSTERDOWN, OOM …   503; the node has failed until it accepts a write
-    sent                 GONE: the pool isn't there              503, and so is every later call
+    sent                 GONE: the pool isn't there              503, and so is every later call (`gone`)
+    sent                 DRAINING: the pool is being emptied     409
     sent                 a lost connection, or 3 s of silence    503: whether it was executed is not known
     sent                 any other error                         a bug: RuntimeError
     new                  a node that isn't serving               held
@@ -26,7 +27,7 @@ from typing import Any, cast
 
 import hiredis
 
-from keypool.core.errors import StorageUnavailable
+from keypool.core.errors import PoolDraining, StorageUnavailable
 from keypool.engine.valkey.link import UNREACHABLE, ConnectionLost, Link, Reply, ReplyError, Word
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.scripts import KEYS, keys_of, scripts, slot_of
@@ -37,6 +38,7 @@ HELD_SECONDS = 1.0
 
 _MAX_REPEATS = 20  # of one call, for whatever reasons
 _TRYAGAIN_PAUSE = 0.05
+_UNCHANGED = -1  # the number of available keys in a reply that doesn't say it
 _NEGLIGIBLE = 0.005  # seconds; a duration in a reply may be too long by this
 _log = logging.getLogger("keypool.valkey")
 
@@ -76,6 +78,9 @@ class ScriptCall(asyncio.Future[Reply]):
             self.client.refused(self, reply)
             return
         available = reply.pop(0)
+        if available < _UNCHANGED:
+            self.client.on_shares(reply.pop())
+            available = -2 - available
         if available >= 0:
             self.client.available[self.partition] = available
             if available:
@@ -101,22 +106,29 @@ class ScriptCall(asyncio.Future[Reply]):
 
 
 class ScriptClient:
-    """See the module. After it is made, `nodes.connect` connects to the nodes that have the partitions."""
+    """The calls of one pool: see the module. After it is made, `nodes.connect` connects to its nodes."""
 
     def __init__(self, nodes: Nodes, pool: str, partitions: int) -> None:
         self.nodes = nodes
         self.loop = nodes.loop
         self.available = [0] * partitions
         """How many keys each partition had available when it last replied; 0 while it is unreachable."""
+        self.gone = nodes.gone
+        """Why no call will be served any more."""
+        self.on_gone: Callable[[str], None] = nodes.lose_pool
+        """Called with the reason when a partition replies that it was emptied. Sets `gone`, or lets it be set."""
         self.on_available: Callable[[], None] = lambda: None
         """Called when a partition replies that it has available keys."""
+        self.on_shares: Callable[[Reply], None] = lambda words: None
+        """Called with what a reply says about leases that stand in a share (lua/common.lua)."""
         self.on_recovery: Callable[[], None] = lambda: None
         """Called when a node or a partition may be serving again."""
         self.attend: Callable[[int], Awaitable[None]] | None = None
         """Awaited before a partition is served again after an outage: gives its keys time (grace.py)."""
         keys = [keys_of(pool, partition, partitions) for partition in range(partitions)]
         self._metas = [names[0] for names in keys]
-        self._slots = nodes.slots = [slot_of(meta) for meta in self._metas]
+        self.slots = [slot_of(meta) for meta in self._metas]
+        self._slots = self.slots
         # Packed once: each command up to its arguments, except the count of its words.
         self._heads = {
             script.name: [_packed(["EVALSHA", script.sha, len(KEYS), *names]) for names in keys]
@@ -126,9 +138,8 @@ class ScriptClient:
         self._attended: set[int] = set()  # partitions for which `attend` is running
         self._suspects: set[int] = set()  # partitions whose nodes refused a write
         self._tasks: set[asyncio.Task[None]] = set()
-        nodes.on_failure = self._node_failed
-        nodes.on_recovery = self._recovered
-        nodes.check_writable = self._check_writable
+        self._closed = False
+        nodes.add(self)
 
     def call(
         self,
@@ -151,12 +162,12 @@ class ScriptClient:
     @property
     def degraded(self) -> bool:
         """Whether any partition can't be served. O(1)."""
-        return bool(self.nodes.failures or self._attended) or self.nodes.gone is not None
+        return bool(self.nodes.failures or self._attended) or self.gone is not None
 
     @property
     def unreachable(self) -> list[int]:
         """The partitions for which no call can be served. O(partitions)."""
-        if self.nodes.gone is not None:
+        if self.gone is not None:
             return list(range(len(self._slots)))
         return [
             partition
@@ -169,21 +180,21 @@ class ScriptClient:
         return self.nodes.of_slot[self._slots[partition]]
 
     async def close(self) -> None:
-        """Fail all held calls, and close all connections."""
-        self.nodes.closed = True
+        """Fail all held calls, and use the connections no more."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._refuse_held()
-        await self.nodes.close()
+        self.nodes.discard(self)
 
     # -- sending and holding
 
     def _submit(self, call: ScriptCall) -> None:
         nodes = self.nodes
         link = nodes.serving.get(nodes.of_slot[self._slots[call.partition]])
-        if nodes.gone is not None:
-            call.fail(_unavailable(nodes.gone))
+        if self.gone is not None:
+            call.fail(_unavailable(self.gone))
         elif link is not None and link.up:
             call.sent_at = self.loop.time()
             link.send(call.command, call.replied)
@@ -192,7 +203,7 @@ class ScriptClient:
 
     def _hold(self, call: ScriptCall) -> None:
         """Keep a call that was not executed for up to HELD_SECONDS, until it can be sent."""
-        if self.nodes.closed:
+        if self._closed or self.nodes.closed:
             call.fail(_unavailable("the server is closing its connections"))
             return
         address = self.node_of(call.partition)
@@ -214,8 +225,8 @@ class ScriptClient:
 
     def _reason(self, partition: int) -> str:
         """Why the partition isn't served."""
-        if self.nodes.gone is not None:
-            return self.nodes.gone
+        if self.gone is not None:
+            return self.gone
         if partition in self._attended:
             return "keys are being given time after an outage"
         failure = self.nodes.failures.get(self.node_of(partition))
@@ -246,7 +257,7 @@ class ScriptClient:
         text = str(error)
         found = _CODE.match(text)
         code = found[1] if found else ""
-        if code in _NOT_EXECUTED and call.repeats <= _MAX_REPEATS and not self.nodes.closed:
+        if code in _NOT_EXECUTED and call.repeats <= _MAX_REPEATS and not self._closed:
             self._repeat(call, code, text)
         elif code in _NODE_FAILED or code in _NOT_EXECUTED:
             self._suspects.add(call.partition)
@@ -254,8 +265,10 @@ class ScriptClient:
             call.fail(_unavailable(f"Valkey refuses: {text}"))
         elif code == "GONE":
             reason = text.removeprefix("GONE ")
-            self.nodes.lose_pool(reason)
+            self.on_gone(reason)
             call.fail(_unavailable(reason))
+        elif code == "DRAINING":
+            call.fail(PoolDraining())
         else:
             call.fail(RuntimeError(f"the script {call.script} failed: {text}"))
 
@@ -314,19 +327,25 @@ class ScriptClient:
 
     # -- called by Nodes
 
-    def _node_failed(self, address: Address | None) -> None:
+    def node_failed(self, address: Address | None) -> None:
         """Assume that no key is available there, so that acquires go to the other partitions."""
         for partition in range(len(self._slots)):
             if address in (None, self.node_of(partition)):
                 self.available[partition] = 0
         if address is None:
-            self._refuse_held()
+            self.lose(self.nodes.gone or "the pool is gone")
 
-    def _recovered(self) -> None:
+    def lose(self, reason: str) -> None:
+        """Refuse all calls from now on: the pool is not there any more."""
+        self.gone = self.gone or reason
+        self._refuse_held()
+
+    def recovered(self) -> None:
+        """Send the calls that were held."""
         self._send_held()
         self.on_recovery()
 
-    async def _check_writable(self, address: Address, link: Link) -> None:
+    async def check_writable(self, address: Address, link: Link) -> None:
         """Make a write that changes nothing. HINCRBY, as commands that need memory are the first to be refused."""
         for partition in [each for each in self._suspects if self.node_of(each) == address]:
             await link.execute("HINCRBY", self._metas[partition], "id", 0)
@@ -345,6 +364,15 @@ async def all_of(calls: Sequence[ScriptCall]) -> list[Reply]:
     if failed is not None:
         raise failed
     return replies
+
+
+NEVER_US = 2**52
+"""Microseconds in a reply from which on they stand for ever (lua/common.lua)."""
+
+
+def expires_in(microseconds: int, age: float) -> float | None:
+    """The time to an expiry in a reply, as `seconds_left`; None if the key never expires."""
+    return None if microseconds > NEVER_US else seconds_left(microseconds, age)
 
 
 def seconds_left(microseconds: int, age: float) -> float:

@@ -5,13 +5,14 @@ names of a partition's Valkey keys start with its hash tag (`{POOL:3.17}:`), so 
 and a call is one script (lua/*.lua) on one partition, executed as a whole or not at all; lua/common.lua lists the names
 and what each holds. In addition there is one hash, `{POOL}:pool`:
 
-    layout      2: what this page describes
+    layout      3: what this page describes
     secret      of the handles, in hexadecimal
     partitions  their number; never changes
     born        moment of the first start, in microseconds since the epoch
     base_tick   where lease numbers start: 0, or (last lease of the pool that was moved in) // partitions + 1
     base_id     where ids start: 0, or (last id of the pool that was moved in) // partitions + 1
     note.NAME   numbers that other parts of a server store: see web/session.py
+    pools_version, pools_last   of the registry of the other pools (registry.py)
     and the settings that all servers of the pool share, by their names
 
 and a sorted set, `{POOL}:servers`: the running servers, by the moment of their latest heartbeat (presence.py).
@@ -39,8 +40,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -51,15 +52,21 @@ from keypool.core.answers import (
     Extension,
     GeneratedKey,
     Identity,
+    Imported,
+    ImportedKey,
     KeptAlive,
+    KeyPatch,
     Lease,
+    NewKey,
     Page,
+    PoolRow,
     Ref,
     Revealed,
     Row,
     Stats,
     Unblock,
     Unblocked,
+    Written,
 )
 from keypool.core.cursor import ListQuery, encode, page_query
 from keypool.core.errors import (
@@ -67,6 +74,8 @@ from keypool.core.errors import (
     Draining,
     LeaseOver,
     NoKeyAvailable,
+    PoolDraining,
+    ShareSpent,
     StaleLease,
     StorageUnavailable,
     UnknownKey,
@@ -76,22 +85,30 @@ from keypool.core.handles import Handle, Handles
 from keypool.core.keys import State, hint
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.rules import PoolRules
-from keypool.engine import NOTE, Attempt, Timed
+from keypool.engine import NOTE, Attempt, Client, Timed
 from keypool.engine.valkey.attempts import RepeatedLease
-from keypool.engine.valkey.calls import ScriptClient, seconds_left
+from keypool.engine.valkey.calls import seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
+from keypool.engine.valkey.details import Editor, Locks
+from keypool.engine.valkey.importing import Importer
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
-from keypool.engine.valkey.pages import Pages, row_of
-from keypool.engine.valkey.partitions import Partitions, PoolFacts
-from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, PartitionPoller
+from keypool.engine.valkey.pages import Pages, hint_of, row_of
+from keypool.engine.valkey.partitions import Name, Named, Partitions
+from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, QUIET_SECONDS, PartitionPoller
 from keypool.engine.valkey.presence import Presence
+from keypool.engine.valkey.registry import namespace
+from keypool.engine.valkey.rekeying import rekey
 from keypool.engine.valkey.sampler import PartitionSampler
+from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.shares import Shares, spent
 from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.waiters import Waiters
 from keypool.engine.waiters import Request
 from keypool.ops.histogram import Histogram
 
 _NOTE_SECONDS = 2.0
+_NO_THRESHOLD = 2**53  # failures in a row that no key has
+_LAST_ID = 2**53  # larger than any id
 _UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT = -1, -2, -3, -4, -6
 _WORDS = {1: "done", 0: "done", _UNKNOWN: "unknown", _STALE: "stale", _OVER: "over", _PENDING: "over"}
 """The outcomes of unblock.lua and extend.lua; the others are those of `limit`."""
@@ -105,34 +122,148 @@ class ValkeyEngine:
 
     name = "valkey"
 
-    def __init__(self, client: ScriptClient, facts: PoolFacts, presence: Presence, rules: PoolRules) -> None:
-        self._client = client
+    def __init__(
+        self,
+        pool_name: str,
+        partitions: Partitions,
+        presence: Presence,
+        subscriber: ReleaseSubscriber,
+        shares: Shares,
+    ) -> None:
+        self.pool_name = pool_name
+        self.rules = partitions.rules
+        self.pool_draining = False
+        facts = partitions.facts
+        self.handles = Handles(facts.secret, facts.number)
+        self._client = client = partitions.client
         self._nodes = client.nodes
-        pool = self._nodes.url.pool
+        pool = namespace(self._nodes.url.pool, facts.number)
         self._pool_key = f"{{{pool}}}:pool"
-        self.rules = rules
-        self._life_us = round(rules.keepalive_seconds * 1e6)
-        self.handles = Handles(facts.secret)
         self._loop = asyncio.get_running_loop()
         self._presence = presence
         self._started_at = self._loop.time()
         self._draining = False
         self._guarding = asyncio.Lock()
         server = presence.server
-        self._partitions = Partitions(client, facts)
-        self._poller = PartitionPoller(self._partitions, server, rules)
-        self._sampler = PartitionSampler(self._partitions, self._poller, self.handles, server, rules)
-        self._generator = KeyGenerator(self._partitions, self._poller, server, rules)
-        self._pages = Pages(self._partitions, rules.forget_seconds)
-        self._waiters = Waiters(self._partitions, self._sampler, self._poller, server, rules.max_waiters)
-        self._subscriber = ReleaseSubscriber(self._nodes, pool, facts.partitions, self._waiters.key_freed)
+        self._partitions = partitions
+        self._poller = PartitionPoller(
+            partitions, server, POLL_SECONDS if facts.number == 0 else QUIET_SECONDS
+        )
+        self._shares = shares
+        client.on_shares = shares.moved
+        self._sampler = PartitionSampler(partitions, self._poller, self.handles, server, shares=shares)
+        self._generator = KeyGenerator(partitions, self._poller, server)
+        locks = Locks(partitions, server)
+        self._details = Editor(partitions, locks, self._row_for_change)
+        self._importer = Importer(partitions, self._poller, self._generator, self._details, locks)
+        self._pages = Pages(partitions)
+        self._waiters = Waiters(partitions, self._sampler, self._poller, server, shares)
+        self._subscriber = subscriber
+        self._channels = [keys_of(pool, number, facts.partitions)[-1] for number in range(facts.partitions)]
+        subscriber.add(self._channels, self._waiters.key_freed)
         self._poller.sweep()
+
+    # -- the pool
+
+    async def set_rules(self, rules: PoolRules, revision: int) -> None:
+        """Go by these settings from now on, those of a revision of the pool (registry.py).
+
+        O(partitions). Raises StorageUnavailable if not all of them know it now.
+        """
+        self.rules = rules
+        self._partitions.set_rules(rules)
+        self._poller.set_interval()
+        self._generator.set_limits()
+        rest_us = round(rules.rest_seconds * 1e6)
+        await self._partitions.all("rules", revision, rest_us, "1" if self.pool_draining else "")
+
+    def close_pool(self) -> None:
+        """Raise PoolDraining in all waiters, and in calls that want keys or make some, from now on. O(waiters)."""
+        self.pool_draining = True
+        self._waiters.drain(PoolDraining)
+
+    async def close_if_empty(self) -> int:
+        """The same on all servers, if the pool has no keys. Returns how many it has. Raises StorageUnavailable."""
+        return sum(reply[0] for reply in await self._partitions.all("close"))
+
+    async def purge(self, origin: Origin, held_too: bool, after: list[int], limit: int) -> tuple[int, bool]:
+        """Purge a slice of the keys that nobody holds, or of all keys. Raises StorageUnavailable. O(limit * log n).
+
+        `after` are the ids up to which keys were looked at, by partition, and is updated. Returns how many keys are
+        left, and whether there is more to do at once.
+        """
+        left, more = 0, False
+        for partition in range(self._partitions.count):
+            words = (_word(origin), int(held_too), after[partition], limit)
+            total, last, cooling = await self._client.call(partition, "drain", words)
+            left += total
+            more = more or last >= 0
+            # Keys that cool after a lease are found by their ids only.
+            after[partition] = last if last >= 0 else 0 if cooling else _LAST_ID
+        return left, more
+
+    def row(self) -> PoolRow:
+        """Counts, as of the latest replies and polls, and settings. O(partitions)."""
+        poller = self._poller
+        statuses = [status for status in poller.statuses if status is not None]
+        total = sum(poller.totals) if statuses else 0
+        cooling = sum(status.cooling for status in statuses)
+        quarantined = sum(status.quarantined for status in statuses)
+        available = min(sum(self._client.available), total - cooling - quarantined)
+        return PoolRow(
+            self.pool_name,
+            total,
+            available,
+            total - available - cooling - quarantined,
+            cooling,
+            quarantined,
+            len(self._waiters) + poller.waiting_elsewhere,
+            self.pool_draining,
+            self.rules.settings(),
+        )
 
     # -- the calls
 
     async def generate(self, count: int, origin: Origin = HOLDER) -> list[GeneratedKey]:
         """Generate keys, all or none. O(count * log n), and O(partitions) near `max_keys`."""
+        if self.pool_draining:
+            raise PoolDraining
         return await self._generator.generate(count, _word(origin))
+
+    async def import_key(self, item: NewKey, expire: bool, origin: Origin) -> ImportedKey:
+        """Add a key from elsewhere, unless the pool has its secret. O(log n), O(partitions) near `max_keys`."""
+        if self.pool_draining:
+            raise PoolDraining
+        return await self._importer.import_key(item, expire, _word(origin))
+
+    async def import_many(
+        self, items: Sequence[NewKey | Imported], update: bool, expire: bool, origin: Origin
+    ) -> list[Imported]:
+        """Add keys from elsewhere, one by one. O(items * log n), O(partitions) near `max_keys`."""
+        if self.pool_draining:
+            raise PoolDraining
+        return await self._importer.import_many(items, update, expire, _word(origin))
+
+    async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
+        """Change name, labels or data of a key. O(log n), O(partitions) for a name."""
+        return await self._details.update(ref, patch, _word(origin))
+
+    async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
+        """Give a key another text. O(log n)."""
+        return await self._details.replace(ref, secret, _word(origin))
+
+    async def find(self, text: str) -> Row:
+        """The row of the key with this text, id, name, or hint. O(partitions * log n)."""
+        return await self._details.find(text)
+
+    @property
+    def total(self) -> int:
+        """How many keys the pool has, as of the latest polls. O(partitions)."""
+        return sum(status.total for status in self._poller.statuses if status is not None)
+
+    async def rekey(self, on_slice: Callable[[int], Awaitable[object]]) -> None:
+        """Encrypt all keys under the first secrets key, in slices (rekeying.py). O(n log n)."""
+        await rekey(self._partitions, on_slice)
 
     async def acquire(
         self,
@@ -141,24 +272,67 @@ class ValkeyEngine:
         timed: Timed | None = None,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> Lease:
         """Lease a key, now or within `wait` seconds. O(log n), and O(partitions) if none is available."""
-        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
-        lease = await self._acquire(request, wait, timed)
+        if self.pool_draining:
+            raise PoolDraining
+        digest = None if attempt is None else attempt.digest
+        request = Request(owner, block_seconds, digest, client)
+        if client is None or client.max_held is None:
+            lease = await self._acquire(request, wait, timed)
+        else:
+            lease = await self._acquire_in_share(request, client, wait, timed)
         if attempt is not None:
             attempt.replayed = isinstance(lease, RepeatedLease)
         return lease
 
     async def _acquire(self, request: Request, wait: float, timed: Timed | None) -> Lease:
-        if not self._waiters:
+        if not self._waiters.waiting:
             taken = await self._sampler.take(request, 1)
             if taken:
                 return taken[0]
         elif request.attempt is not None and (held := await self._sampler.held(request.attempt)):
             return held[0]
-        if wait <= 0 and not self._waiters:
+        if wait <= 0 and not self._waiters.waiting:
             self._refuse()
         return await self._waiters.wait(request, wait, timed) or self._refuse()
+
+    async def _acquire_in_share(
+        self, request: Request, client: Client, wait: float, timed: Timed | None
+    ) -> Lease:
+        """The same for a client that may hold so many leases and no more. Raises ShareSpent."""
+        if request.attempt is not None and (held := await self._sampler.held(request.attempt)):
+            return held[0]
+        if not self._has_earlier(client):
+            taken, error = await self._take_in_share(request, client, 1, self._sampler.take)
+            if taken:
+                return taken[0]
+            if wait <= 0:
+                self._refuse(error)
+        lease = await self._waiters.wait(request, wait, timed)
+        return lease or self._refuse(await self._shares.spent(client))
+
+    def _has_earlier(self, client: Client) -> bool:
+        """Whether acquires wait that are to be served before a new one of this client."""
+        return bool(self._waiters.waiting) or self._waiters.has_lane(client)
+
+    async def _take_in_share(
+        self,
+        request: Request,
+        client: Client,
+        count: int,
+        take: Callable[[Request, int], Coroutine[Any, Any, list[Lease]]],
+    ) -> tuple[list[Lease], ShareSpent | None]:
+        """Acquire as many keys as the client may have, `count` at most; and the error if it may have none."""
+        purse, left = await self._shares.reserve(client, count, self._sampler.block_of(request))
+        if not purse.reservations:
+            return [], spent(client, left)
+        try:
+            return await take(request._replace(purse=purse), len(purse.reservations)), None
+        finally:
+            self._shares.give_back(purse)
 
     async def acquire_many(
         self,
@@ -166,22 +340,48 @@ class ValkeyEngine:
         count: int,
         block_seconds: float | None = None,
         attempt: Attempt | None = None,
+        *,
+        client: Client | None = None,
     ) -> list[Lease]:
         """Lease up to `count` keys. O(count * log n)."""
-        request = Request(owner, block_seconds, None if attempt is None else attempt.digest)
-        leases = await self._acquire_many(request, count)
+        if self.pool_draining:
+            raise PoolDraining
+        digest = None if attempt is None else attempt.digest
+        request = Request(owner, block_seconds, digest, client)
+        if client is None or client.max_held is None:
+            leases = await self._acquire_many(request, count)
+        else:
+            leases = await self._acquire_many_in_share(request, client, count)
         if attempt is not None:
             attempt.replayed = isinstance(leases[0], RepeatedLease)
         return leases
 
     async def _acquire_many(self, request: Request, count: int) -> list[Lease]:
-        if not self._waiters:
+        if not self._waiters.waiting:
             return await self._sampler.take(request, count) or self._refuse()
         if request.attempt is not None and (held := await self._sampler.held(request.attempt)):
             return held
         first = await self._waiters.wait(request, 0) or self._refuse()
         try:
-            return [first, *await self._sampler.take_more(request, 0 if self._waiters else count - 1)]
+            return [first, *await self._sampler.take_more(request, 0 if self._waiters.waiting else count - 1)]
+        except (GeneratorExit, asyncio.CancelledError):
+            self._sampler.give_back(first)
+            raise
+
+    async def _acquire_many_in_share(self, request: Request, client: Client, count: int) -> list[Lease]:
+        if request.attempt is not None and (held := await self._sampler.held(request.attempt)):
+            return held
+        if not self._has_earlier(client):
+            taken, error = await self._take_in_share(request, client, count, self._sampler.take)
+            return taken or self._refuse(error)
+        first = await self._waiters.wait(request, 0)
+        if first is None:
+            self._refuse(await self._shares.spent(client))
+        if count == 1 or self._has_earlier(client):
+            return [first]
+        try:
+            more, _ = await self._take_in_share(request, client, count - 1, self._sampler.take_more)
+            return [first, *more]
         except (GeneratorExit, asyncio.CancelledError):
             self._sampler.give_back(first)
             raise
@@ -217,28 +417,88 @@ class ValkeyEngine:
         """The replies of unblock.lua, one for each item, and how old they are."""
         words = [("" if item.lease is None else item.lease, _report(item.report)) for item in items]
         outcomes = {item.report.outcome for item in items if item.report is not None}
-        names = await self._partitions.names_of([item.ref for item in items])
-        known = [(*name, *more) for name, more in zip(names, words, strict=True) if name is not None]
         common = _word(origin), self._outcome_rules(0, 0) if outcomes else ""
-        if Outcome.INVALID in outcomes and self._partitions.count > 1:
-            found, age = await self._quarantine_in_turn(known, common[0])
-        else:
-            found, age = await self._partitions.each("unblock", known, common)
+
+        async def send(known: list[Named]) -> tuple[list[Reply], float]:
+            if Outcome.INVALID in outcomes and self._partitions.count > 1:
+                found, age = await self._quarantine_in_turn(known, common[0])
+            else:
+                found, age = await self._partitions.each("unblock", known, common)
+            if outcomes:
+                for (partition, *_), reply in zip(known, found, strict=True):
+                    if reply[0] == 1 and reply[4]:  # it cools
+                        self._poller.expect(partition, reply[4] / 1e6)
+            return found, age
+
+        refs = [item.ref for item in items]
+        names = await self._partitions.names_of(refs)
+        found, age = await send(
+            [_joined(name, words[place]) for place, name in enumerate(names) if name is not None]
+        )
         replies = _in_places(names, found, (_UNKNOWN, 0, 0))
-        if outcomes:
-            for (partition, *_), reply in zip(known, found, strict=True):
-                if reply[0] == 1 and reply[4]:  # it cools
-                    self._poller.expect(partition, reply[4] / 1e6)
+        if self._partitions.may_be_elsewhere:
+            age = max(age, await self._look_elsewhere(refs, replies, _UNKNOWN, send, words))
         if ended is not None:
             for item, reply in zip(items, replies, strict=True):
                 if item.lease is None and reply[0] == 1:
-                    text = item.ref if isinstance(item.ref, str) else reply[6].decode()
-                    ended.append(EndedLease(reply[1], hint(text), reply[2]))
+                    ref = item.ref.text if isinstance(item.ref, Written) else item.ref
+                    shown = _hint_of(reply[6].decode() or str(ref))
+                    ended.append(EndedLease(reply[1], shown, reply[2]))
         return replies, age
 
-    async def _quarantine_in_turn(
-        self, items: Sequence[tuple[int, Word, Word, Word]], origin: Word
+    async def _about(
+        self,
+        refs: Sequence[Ref],
+        send: Callable[[list[Named]], Awaitable[tuple[list[Reply], float]]],
+        missing: Reply,
+        words: Sequence[tuple[Word, ...]] | None = None,
     ) -> tuple[list[Reply], float]:
+        """The replies of a script about keys, one for each ref, and how old they are.
+
+        `send` calls the script with names, and behind each name its `words`; `missing` is the reply about no key. Keys
+        that aren't found in the partition of their text are looked for where else they may be.
+        """
+        names = await self._partitions.names_of(refs)
+        words = words or [()] * len(refs)
+        found, age = await send(
+            [_joined(name, words[place]) for place, name in enumerate(names) if name is not None]
+        )
+        replies = _in_places(names, found, missing)
+        if self._partitions.may_be_elsewhere:
+            unknown = missing if isinstance(missing, int) else missing[0]
+            age = max(age, await self._look_elsewhere(refs, replies, unknown, send, words))
+        return replies, age
+
+    async def _look_elsewhere(
+        self,
+        refs: Sequence[Ref],
+        replies: list[Reply],
+        unknown: int,
+        send: Callable[[list[Named]], Awaitable[tuple[list[Reply], float]]],
+        words: Sequence[tuple[Word, ...]],
+    ) -> float:
+        """Call the script where the keys may be that weren't found, and put its replies in their places.
+
+        `unknown` is how a reply about no key begins. Returns how old the replies are.
+        """
+        lost = [
+            place
+            for place, reply in enumerate(replies)
+            if isinstance(refs[place], str | Written)
+            and (reply if isinstance(reply, int) else reply[0]) == unknown
+        ]
+        if not lost:
+            return 0.0
+        others = await self._partitions.other_names_of([refs[place] for place in lost])
+        again = {place: name for place, name in zip(lost, others, strict=True) if name is not None}
+        if not again:
+            return 0.0
+        found, age = await send([_joined(name, words[place]) for place, name in again.items()])
+        for place, reply in zip(again, found, strict=True):
+            replies[place] = reply
+        return age
+
+    async def _quarantine_in_turn(self, items: Sequence[Named], origin: Word) -> tuple[list[Reply], float]:
         """Call unblock.lua for one partition after the other, with what its guard must know of the others.
 
         One batch at a time, after a look at all partitions that can be reached.
@@ -267,7 +527,7 @@ class ValkeyEngine:
         lengths = (rules.cooldown_seconds, rules.max_cooldown_seconds, rules.max_retry_after_seconds)
         return _pack((
             *(round(seconds * 1e6) for seconds in lengths),
-            rules.error_threshold,
+            _NO_THRESHOLD if rules.error_threshold is None else rules.error_threshold,
             round(rules.forget_seconds * 1e6),
             rules.max_quarantined_percent,
             quarantined_elsewhere,
@@ -300,14 +560,17 @@ class ValkeyEngine:
             (item.lease, "" if item.seconds is None else round(min(item.seconds, longest) * 1e6))
             for item in items
         ]
-        names = await self._partitions.names_of([item.ref for item in items])
-        known = [(*name, *more) for name, more in zip(names, words, strict=True) if name is not None]
-        found, age = await self._partitions.each("extend", known, (round(longest * 1e6), round(block * 1e6)))
+        replies, age = await self._about(
+            [item.ref for item in items],
+            lambda known: self._partitions.each("extend", known, (round(longest * 1e6), round(block * 1e6))),
+            (_UNKNOWN, 0, 0, 0, 0, b""),
+            words,
+        )
         if (attempts := self._sampler.attempts) is not None:
-            for outcome, _, _, release, _, attempt in found:
+            for outcome, _, _, release, _, attempt in replies:
                 if outcome == 1 and attempt:
                     attempts.keep(attempt, release / 1e6)
-        return _in_places(names, found, (_UNKNOWN, 0, 0, 0, 0, b"")), age
+        return replies, age
 
     async def quarantine(self, ref: Ref, reason: str | None, now: bool, origin: Origin) -> Row:
         """Take a key out of service. O(log n)."""
@@ -317,7 +580,7 @@ class ValkeyEngine:
         self, refs: Sequence[Ref], reason: str | None, now: bool, origin: Origin
     ) -> list[str]:
         """Take keys out of service, one by one. O(items * log n)."""
-        replies = await self._change("quarantine", refs, (_word(origin), reason or "", int(now)))
+        replies, _ = await self._change("quarantine", refs, (_word(origin), reason or "", int(now)), (0,))
         return [_word_of(reply[0]) for reply in replies]
 
     async def restore(self, ref: Ref, origin: Origin) -> Row:
@@ -326,48 +589,53 @@ class ValkeyEngine:
 
     async def restore_many(self, refs: Sequence[Ref], origin: Origin) -> list[str]:
         """Make cooling and quarantined keys available, one by one. O(items * log n)."""
-        return [_word_of(reply[0]) for reply in await self._change("restore", refs, (_word(origin),))]
+        replies, _ = await self._change("restore", refs, (_word(origin),), (0,))
+        return [_word_of(reply[0]) for reply in replies]
 
     async def _change_row(self, script: str, ref: Ref, common: Sequence[Word]) -> Row:
-        partition, name = await self._partitions.name_of(ref)
-        call = self._client.call(partition, script, (*common, name))
-        [[done, *row]] = await call
+        [[done, *row]], age = await self._change(script, [ref], common, (0,))
         if not row:
             self._raise_missing(ref, done)
-        return row_of(row[0], call.age(), self.rules.forget_seconds)
+        return row_of(row[0], age, self.rules.forget_seconds)
 
     async def _change(
-        self, script: str, refs: Sequence[Ref], common: Sequence[Word], unknown: Reply = (0, "")
-    ) -> list[Reply]:
-        """Call a script that takes names and replies what it did about each. `unknown` is the reply about no key."""
-        names = await self._partitions.names_of(refs)
-        found, _ = await self._partitions.each(script, [name for name in names if name is not None], common)
-        return _in_places(names, found, unknown)
+        self, script: str, refs: Sequence[Ref], common: Sequence[Word], unknown: Reply
+    ) -> tuple[list[Reply], float]:
+        """Call a script that takes names and replies what it did about each. `unknown` is the reply about no key.
+
+        Returns the replies, one for each ref, and how old they are.
+        """
+        return await self._about(refs, lambda names: self._partitions.each(script, names, common), unknown)
 
     async def keepalive(self, ref: Ref) -> KeptAlive:
         """Postpone a key's expiry. O(log n)."""
         partition, name = await self._partitions.name_of(ref)
-        call = self._client.call(partition, "keepalive", (self._life_us, name))
+        life_us = self._partitions.life_us
+        call = self._client.call(partition, "keepalive", (life_us, name))
         [id] = await call
+        age = call.age()
+        if id == 0 and self._partitions.may_be_elsewhere:
+            [id], age = await self._change("keepalive", [ref], (life_us,), 0)
         if id <= 0:
             self._raise_missing(ref, id)
-        return KeptAlive(id, seconds_left(self._life_us, call.age()))
+        return KeptAlive(id, seconds_left(life_us, age) if life_us else None)
 
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
         """Postpone expiries one by one. O(items * log n)."""
-        return [_word_of(id) for id in await self._change("keepalive", refs, (self._life_us,), 0)]
+        ids, _ = await self._change("keepalive", refs, (self._partitions.life_us,), 0)
+        return [_word_of(id) for id in ids]
 
     async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
-        [[id, text]] = await self._change("delete", [ref], (_word(origin),))
+        [[id, text, shown]], _ = await self._change("delete", [ref], (_word(origin),), (0, "", ""))
         if id <= 0:
             self._raise_missing(ref, id)
-        return Identity(id, hint(text.decode()))
+        return Identity(id, hint_of(text, shown))
 
     async def delete_many(self, refs: Sequence[Ref], origin: Origin = HOLDER) -> list[Identity | str]:
         """Purge keys one by one. O(items * log n)."""
-        replies = await self._change("delete", refs, (_word(origin),))
-        return [Identity(id, hint(text.decode())) if id > 0 else _word_of(id) for id, text in replies]
+        replies, _ = await self._change("delete", refs, (_word(origin),), (0, "", ""))
+        return [Identity(id, hint_of(text, shown)) if id > 0 else _word_of(id) for id, text, shown in replies]
 
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(log n)."""
@@ -377,19 +645,32 @@ class ValkeyEngine:
     async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """A key's text, reported as an event. O(log n)."""
         row, _ = await self._get(ref, _word(origin))
-        return Revealed(row[1], row[0].decode())
+        text, details = self._details.read(row)
+        data = None if details.data is None else msgspec.Raw(details.data)
+        return Revealed(row[1], text, details.name, data)
+
+    async def _row_for_change(self, ref: Ref) -> tuple[Reply, float]:
+        return await self._get(ref, "")
 
     async def _get(self, ref: Ref, revealed_by: str) -> tuple[Reply, float]:
         """The row in the reply of get.lua, and how old it is. Raises UnknownKey, StaleLease."""
-        partition, name = await self._partitions.name_of(ref)
-        call = self._client.call(partition, "get", (name, revealed_by))
-        [row] = await call
+
+        async def send(names: list[Named]) -> tuple[list[Reply], float]:
+            if not names:
+                return [], 0.0
+            partition, name = names[0][0], names[0][1]
+            call = self._client.call(partition, "get", (name, revealed_by))
+            return await call, call.age()
+
+        [row], age = await self._about([ref], send, 0)
         if isinstance(row, int):
             self._raise_missing(ref, row)
-        return row, call.age()
+        return row, age
 
     def _raise_missing(self, ref: Ref, refusal: int) -> NoReturn:
         """Raise what a refusal of common.lua means."""
+        if isinstance(ref, Written):
+            ref = ref.other
         if refusal and isinstance(ref, Handle):
             raise StaleLease(ref.lease, -refusal)
         raise UnknownKey
@@ -399,6 +680,8 @@ class ValkeyEngine:
         outcome, _, latest = reply[:3]
         if outcome == _UNKNOWN:
             raise UnknownKey
+        if isinstance(ref, Written):
+            ref = ref.other
         if isinstance(ref, Handle):
             lease = ref.lease
         assert lease is not None  # no other is refused as stale
@@ -431,12 +714,14 @@ class ValkeyEngine:
     async def expiring(self, seconds: float) -> int:
         """Keys that expire within `seconds`. O(partitions)."""
         last = self._poller.last
-        if seconds == EXPIRING and last is not None and self._loop.time() - last.taken_at < POLL_SECONDS:
+        if seconds == EXPIRING and last is not None and self._loop.time() - last.taken_at < 2 * POLL_SECONDS:
             return last.expiring
         statuses = await self._poller.poll(range(self._partitions.count), seconds)
         return sum(status.expiring for status in statuses)
 
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, error: ShareSpent | None = None) -> NoReturn:
+        if error is not None:
+            raise error
         self._poller.refused += 1
         last = self._poller.last
         if last is None:
@@ -545,16 +830,15 @@ class ValkeyEngine:
         self._waiters.drain()
 
     async def close(self) -> None:
-        """Count the refusals of the last second, leave the pool and disconnect. Call `drain` first."""
+        """Count the refusals of the last second, and use the connections no more. Call `drain` first."""
         self._poller.stop()
         await self._waiters.close()
-        if self._poller.refused and self._nodes.failing is None:
+        self._subscriber.discard(self._channels)
+        if self._poller.refused and self._nodes.failing is None and self._client.gone is None:
             try:
                 await self._client.call(0, "refuse", (self._poller.refused,))
             except StorageUnavailable as error:
                 _log.warning("%d refused acquires were not counted: %s", self._poller.refused, error.detail)
-        await self._presence.leave()
-        await self._subscriber.close()
         await self._client.close()
         await self._poller.join()
 
@@ -567,6 +851,16 @@ def _word(origin: Origin) -> str:
 def _report(report: Report | None) -> Word:
     """A report for unblock.lua."""
     return "" if report is None else _pack((report.outcome, report.retry_after, report.reason))
+
+
+def _joined(name: Name, words: tuple[Word, ...]) -> Named:
+    """A name of a key, and what goes behind it."""
+    return name[0], name[1], *words
+
+
+def _hint_of(text: str) -> str:
+    """What may be shown of a text, of which a script replied that already if it is sealed."""
+    return text if "…" in text else hint(text)
 
 
 def _word_of(refusal: int) -> str:

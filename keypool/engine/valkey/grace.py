@@ -10,8 +10,7 @@ import asyncio
 import logging
 
 from keypool.core.errors import StorageUnavailable
-from keypool.core.rules import PoolRules
-from keypool.engine.valkey.calls import ScriptClient
+from keypool.engine.valkey.partitions import Partitions
 
 _SLICE = 500  # keys that one call of the script processes, in some 10 ms
 _URGENT_SECONDS = 30.0  # keys with more time left than this get theirs once the partition is served again
@@ -21,22 +20,25 @@ _log = logging.getLogger("keypool.valkey")
 class Grace:
     """See the module. All methods raise StorageUnavailable."""
 
-    def __init__(self, client: ScriptClient, rules: PoolRules) -> None:
-        self._client = client
-        self._restart_seconds = rules.restart_grace
-        self._rest_us = round(rules.rest_seconds * 1e6)
-        self._outage_seconds = max(rules.restart_grace, rules.keepalive_seconds / 2)
+    def __init__(self, partitions: Partitions) -> None:
+        self._partitions = partitions
+        self._client = partitions.client
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, served: bool) -> None:
         """Begin to serve all partitions; `served` is whether other servers do already. O(n log n)."""
-        count = 0
-        for partition in range(len(self._client.available)):
-            seconds = self._outage_seconds if served else self._restart_seconds
+        count, restart_seconds = 0, self._partitions.rules.restart_grace
+        seconds = self._outage_seconds if served else restart_seconds
+        for partition in range(self._partitions.count):
             count += (await self._give(partition, "start" if served else "stop", seconds))[1]
-        if self._restart_seconds:
-            _log.info("%d keys were given until %.1f s after the start", count, self._restart_seconds)
+        if restart_seconds and (count or not self._partitions.facts.number):
+            _log.info("%d keys were given until %.1f s after the start", count, restart_seconds)
         self._client.attend = self._attend
+
+    @property
+    def _outage_seconds(self) -> float:
+        rules = self._partitions.rules
+        return max(rules.restart_grace, (rules.keepalive_seconds or 0.0) / 2)
 
     async def _attend(self, partition: int) -> None:
         """Give the urgent keys of an unattended partition time, after which it is served. O(urgent keys * log n)."""
@@ -59,9 +61,9 @@ class Grace:
         self, partition: int, why: str, seconds: float, *, ends: int = 0, count: int = 0, urgent: float = 1e6
     ) -> tuple[int, int]:
         """Extend the life of keys to a moment. Returns that moment (Valkey's clock, µs) and how many have it now."""
-        more = 1
+        more, rest_us = 1, round(self._partitions.rules.rest_seconds * 1e6)
         while more:
-            words = (why, round(seconds * 1e6), ends, round(urgent * 1e6), count, _SLICE, self._rest_us)
+            words = (why, round(seconds * 1e6), ends, round(urgent * 1e6), count, _SLICE, rest_us)
             ends, given, more = await self._client.call(partition, "grace", words)
             count += given
         return ends, count

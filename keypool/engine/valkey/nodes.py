@@ -32,6 +32,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 from keypool.engine.valkey.link import UNREACHABLE, Link, PipelineMetrics, Reply, ReplyError, Word, connect
 from keypool.engine.valkey.scripts import SLOTS, scripts, slot_of
@@ -49,8 +50,29 @@ class Failure:
     since: float
 
 
+class User(Protocol):
+    """Who sends calls to the nodes: the ScriptClient of a pool."""
+
+    @property
+    def slots(self) -> Collection[int]:
+        """Those of the pool's partitions."""
+        ...
+
+    def node_failed(self, address: Address | None) -> None:
+        """Called with the address of a node that has failed just now, or with None if the pools are gone."""
+        ...
+
+    def recovered(self) -> None:
+        """Called after each round of recovery: calls for some nodes may be served again."""
+        ...
+
+    async def check_writable(self, address: Address, link: Link) -> None:
+        """Raise, as commands do, while a node that refused a write still refuses it."""
+        ...
+
+
 class Nodes:
-    """See the module. Usage: `connect`, set `slots`, `connect` again; then calls can be sent."""
+    """See the module. Usage: `connect`, `add` those who use it, `connect` again; then calls can be sent."""
 
     def __init__(self, url: ValkeyUrl) -> None:
         self.url = url
@@ -60,28 +82,40 @@ class Nodes:
         """Why no call will be served any more."""
         self.of_slot: list[Address] = [url.nodes[0]] * SLOTS
         """The node that has each slot, as far as is known."""
-        self.slots: Collection[int] = ()
-        """The slots of the pool's partitions: only nodes that have one of them are connected to."""
         self.serving: dict[Address, Link] = {}
         self.failures: dict[Address, Failure] = {}
-        self.on_failure: Callable[[Address | None], None] = lambda address: None
-        """Called with the address of a node that has failed just now, or with None if the pool is gone."""
-        self.on_recovery: Callable[[], None] = lambda: None
-        """Called after each round of recovery: calls for some nodes may be served again."""
         self.verify: Callable[[], Awaitable[object]] | None = None
         """Awaited in each round of recovery: calls `lose_pool` unless the pool is still there."""
-        self.check_writable: Callable[[Address, Link], Awaitable[None]] | None = None
-        """Raises, as commands do, while a node that refused a write still refuses it."""
+        self._users: list[User] = []
         self._links: dict[Address, Link] = {}
         self._error: str | None = "not connected yet"  # of the latest round; it needn't concern any one node
         self._recovery: asyncio.Task[None] | None = None
         self._another_round = False
         self.closed = False
 
+    def add(self, user: User) -> None:
+        """Connect from the next round on to the nodes that have this one's slots; to no others."""
+        self._users.append(user)
+
+    def discard(self, user: User) -> None:
+        """Forget one that was added. O(users)."""
+        if user in self._users:
+            self._users.remove(user)
+
+    @property
+    def slots(self) -> set[int]:
+        """The slots of the partitions of all pools. O(partitions)."""
+        return {slot for user in self._users for slot in user.slots}
+
     async def execute(self, key: str, *words: Word) -> Reply:
         """The reply of the node that has `key`, a name with a hash tag. Raises OSError, ReplyError, ConnectionLost."""
         link = await self.link_to(self.of_slot[slot_of(key)])
-        return await link.execute(*words)
+        try:
+            return await link.execute(*words)
+        except ReplyError as error:
+            if str(error).startswith("MOVED"):
+                self.recover()
+            raise
 
     async def execute_on_all(self, *words: Word) -> list[Reply]:
         """The replies of all nodes that have slots. Raises OSError, ReplyError or ConnectionLost."""
@@ -118,7 +152,7 @@ class Nodes:
         if self.gone is None:
             _log.error("%s: no call is served until this server is restarted", reason)
             self.gone = reason
-            self.on_failure(None)
+            self._failed(None)
 
     def fail(self, address: Address, reason: str) -> None:
         """Mark a node as failed, and start recovery."""
@@ -156,7 +190,11 @@ class Nodes:
         self.failures[address] = Failure(reason, self.loop.time())
         if any(self.of_slot[slot] == address for slot in self.slots):
             _log.warning("Valkey at %s:%d: %s", *address, reason)
-            self.on_failure(address)
+            self._failed(address)
+
+    def _failed(self, address: Address | None) -> None:
+        for user in self._users:
+            user.node_failed(address)
 
     async def _recover(self) -> None:
         pause = _FIRST_PAUSE
@@ -169,7 +207,8 @@ class Nodes:
                     if not isinstance(error, UNREACHABLE):
                         _log.exception("recovery failed")
                     self._error, self._another_round = str(error), True
-                self.on_recovery()
+                for user in list(self._users):
+                    user.recovered()
                 if self._another_round:
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
                     pause = min(2 * pause, _LONGEST_PAUSE)
@@ -203,7 +242,7 @@ class Nodes:
                 self._note_failure(address, str(result))
             elif result.up:  # else it was lost during this round, and its failure is recorded already
                 self.serving[address] = result
-                if self.failures.pop(address, None) is not None and self.slots:
+                if self.failures.pop(address, None) is not None and self._users:
                     _log.info("Valkey at %s:%d serves again", *address)
         for address in self.failures.keys() - found.keys():
             del self.failures[address]
@@ -218,8 +257,8 @@ class Nodes:
         await _require_primary(link)
         if self.serving.get(address) is not link:
             await _refuse_eviction(link)
-        if self.check_writable is not None:
-            await self.check_writable(address, link)
+        for user in list(self._users):
+            await user.check_writable(address, link)
         return link
 
     async def _find_primary(self) -> Address:

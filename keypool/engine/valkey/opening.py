@@ -1,29 +1,35 @@
-"""Opening the engine: connect to Valkey, check the pool there or create it, begin to serve it."""
+"""Opening the engines: connect to Valkey, check the pool there or create it, begin to serve it and the others."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from keypool.core.errors import StartError, StorageUnavailable
 from keypool.core.handles import SECRET_BYTES
-from keypool.core.rules import DEFAULT_RULES, PoolRules
+from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, PoolRules
+from keypool.engine.pools import MAX_POOLS
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.grace import Grace
 from keypool.engine.valkey.link import UNREACHABLE, ReplyError, Word
 from keypool.engine.valkey.nodes import Nodes
-from keypool.engine.valkey.partitions import PoolFacts
+from keypool.engine.valkey.partitions import Partitions, PoolFacts
+from keypool.engine.valkey.pools import ValkeyPools
 from keypool.engine.valkey.presence import AWAY_SECONDS, Presence
 from keypool.engine.valkey.scripts import text_of
+from keypool.engine.valkey.shares import Shares
+from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.url import ValkeyUrl
+from keypool.engine.valkey.vault import begin_vault, new_vault, open_vault
 
-LAYOUT = 2
-"""That of engine.py. Layout 1 had no handles, outcomes and attempts; lua/upgrade.lua brings it up."""
-OLDER = "1"
-"""The layout that is brought up, as it is stored."""
+LAYOUT = 3
+"""That of engine.py. Layout 1 had no handles, outcomes and attempts, layout 2 no pools beside `default` and no keys
+from elsewhere; lua/upgrade.lua brings them up."""
+OLDER = ("1", "2")
+"""The layouts that are brought up, as they are stored."""
 MOVING = 0
 """The layout that keypool migrate writes until all keys are there."""
 
@@ -40,38 +46,57 @@ _log = logging.getLogger("keypool.valkey")
 
 
 async def open_valkey(
-    url: ValkeyUrl, partitions: int | None = None, rules: PoolRules = DEFAULT_RULES
-) -> ValkeyEngine:
-    """Open the pool in a Valkey, or create it. Raises StartError.
+    url: ValkeyUrl,
+    partitions: int | None = None,
+    rules: PoolRules = DEFAULT_RULES,
+    *,
+    max_pools: int = MAX_POOLS,
+    secrets_keys: Sequence[bytes] = (),
+) -> ValkeyPools:
+    """Open the pools in a Valkey, or create the pool `default`. Raises StartError.
 
-    `partitions` must be the pool's number, if it exists; None means that, or `url.default_partitions` for a new pool.
+    `partitions` must be the number of `default`, if it exists; None means that, or `url.default_partitions` for a new
+    one. `max_pools` is how many others there may be. With `secrets_keys`, what is secret is stored sealed (vault.py).
     Waits for up to a minute while Valkey loads its file, and up to 5 s for a server that was killed just now.
     """
     nodes = Nodes(url)
     where = ",".join(f"{host}:{port}" for host, port in url.nodes)
-    presence = client = None
+    ending: list[Callable[[], Awaitable[None]]] = [nodes.close]
     try:
         await _when_loaded(nodes.connect, where)
-        facts = await read_facts(nodes, url, partitions)
+        facts = await read_facts(nodes, url, partitions, secrets_keys)
+        pool_key = f"{{{url.pool}}}:pool"
+        vault = await open_vault(nodes, pool_key, secrets_keys)
         client = ScriptClient(nodes, url.pool, facts.partitions)
+        ending.append(client.close)
+        settings = {name: _as_flag(getattr(rules, name)) for name in SHARED}
+        settings["max_block_seconds"] = _as_flag(rules.longest_block)
+        settings["secrets_key"] = "set" if secrets_keys else "unset"
+        presence = Presence(nodes, url.pool, facts.born, settings)
+        ending.append(presence.leave)
+        shares = Shares(nodes, presence.server)
+        ending.append(shares.close)
         await _when_loaded(nodes.connect, where)
-        shared = {name: _as_flag(getattr(rules, name)) for name in SHARED}
-        shared["max_block_seconds"] = _as_flag(rules.longest_block)
-        presence = Presence(nodes, url.pool, facts.born, shared)
         served = await presence.join(wait_for_dead=rules.restart_grace > 0)
-        await Grace(client, rules).start(served)
+        if vault is None and secrets_keys:
+            vault = await begin_vault(nodes, pool_key, secrets_keys)
+        default = Partitions(client, facts, rules, vault)
+        await Grace(default).start(served)
         nodes.verify = presence.heartbeat
-        engine = ValkeyEngine(client, facts, presence, rules)
+        subscriber = ReleaseSubscriber(nodes)
+        engine = ValkeyEngine(DEFAULT_POOL, default, presence, subscriber, shares)
+        pools = ValkeyPools(engine, default, presence, subscriber, shares, max_pools=max_pools)
+        ending = [pools.close]
+        await pools.open_all(served=served)
     except BaseException as error:
-        if presence is not None:
-            await presence.leave()
-        await (client or nodes).close()
+        for end in reversed(ending):
+            await end()
         if isinstance(error, (*UNREACHABLE, StorageUnavailable)):
             reason = error.detail if isinstance(error, StorageUnavailable) else error
             raise StartError(f"the Valkey at {where} can't be used: {reason}") from None
         raise
     _log.info("serving the pool %s with %d partitions at %s", url.pool, facts.partitions, where)
-    return engine
+    return pools
 
 
 async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> None:
@@ -92,7 +117,9 @@ async def _when_loaded(connect: Callable[[], Awaitable[None]], where: str) -> No
         await asyncio.sleep(_LOADING_PAUSE)
 
 
-async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> PoolFacts:
+async def read_facts(
+    nodes: Nodes, url: ValkeyUrl, partitions: int | None, secrets_keys: Sequence[bytes] = ()
+) -> PoolFacts:
     """Read `{POOL}:pool`, or write it if it is missing. Raises StartError if it doesn't match the flags."""
     pool = url.pool
     key = f"{{{pool}}}:pool"
@@ -105,6 +132,7 @@ async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> Po
             "base_tick": 0,
             "base_id": 0,
             "secret": os.urandom(SECRET_BYTES).hex(),
+            **({"digests": new_vault(secrets_keys).sealed_digests_key()} if secrets_keys else {}),
             "layout": LAYOUT,  # the last, so that no server finds a part of them
         }
         for field, value in new.items():  # servers that start together agree on the first one's values
@@ -130,7 +158,7 @@ async def read_facts(nodes: Nodes, url: ValkeyUrl, partitions: int | None) -> Po
 
 
 async def _upgrade(nodes: Nodes, pool: str, key: str) -> None:
-    """Bring a pool of layout 1 up to this one, in one step, whatever its size.
+    """Bring pools of an older layout up to this one, in one step, whatever its size.
 
     Waits up to 5 s for a server of the older version that was killed. Raises StartError if one serves the pool.
     """
@@ -165,5 +193,7 @@ async def _refuse_new_pool_if_served(nodes: Nodes, pool: str, key: str) -> None:
         await asyncio.sleep(_LOADING_PAUSE)
 
 
-def _as_flag(value: float) -> str:
+def _as_flag(value: float | None) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if value < 1e6 and value == round(value, 3) else str(value)

@@ -17,26 +17,30 @@ from operator import itemgetter
 from typing import Any
 
 from keypool.core.answers import Row
-from keypool.core.index import Position, rank_of, shown_of
+from keypool.core.index import Position
 from keypool.core.keys import State, hint, moment
+from keypool.core.keyset import PageQuery
 from keypool.core.outcomes import Outcome
-from keypool.core.pool import PAGE_SCAN_LIMIT, PageQuery
-from keypool.engine.valkey.calls import ScriptCall, all_of, seconds_left
+from keypool.core.pool import PAGE_SCAN_LIMIT
+from keypool.core.texts import rank_of, shown_of
+from keypool.engine.valkey.calls import ScriptCall, all_of, expires_in, seconds_left
 from keypool.engine.valkey.partitions import Partitions
+from keypool.engine.valkey.vault import details_in
 
 _MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
 _MAX_ROUNDS = 4  # of calls, after which a page may be short
-_TEXT, _ID, _PLACE = 0, 1, 12  # of a row in page.lua's reply
+_TEXT, _ID, _HINT, _PLACE = 0, 1, 13, 15  # of a row in page.lua's reply
 _ORDERS: dict[str, Callable[[Any], Any]] = {
     "id": itemgetter(_ID),
     "expiry": itemgetter(_PLACE, _TEXT),
     "release": itemgetter(_PLACE, _TEXT),
     "ready": itemgetter(_PLACE, _TEXT),
-    "text": itemgetter(_TEXT),
+    "text": itemgetter(_PLACE),
+    "name": itemgetter(_PLACE),
 }
 """The orders of page.lua, and the sort key of a row in each."""
 
-_Start = tuple[int | str, str, str]
+_Start = tuple[int | str, str | bytes, str]
 """The arguments of page.lua for a position."""
 
 
@@ -52,14 +56,13 @@ class _Walk:
 class Pages:
     """See the module."""
 
-    def __init__(self, partitions: Partitions, forget_seconds: float) -> None:
+    def __init__(self, partitions: Partitions) -> None:
         self._partitions = partitions
-        self._forget_seconds = forget_seconds
         self._examined = max(_MIN_EXAMINED, PAGE_SCAN_LIMIT // partitions.count)
 
     async def page(self, query: PageQuery) -> tuple[list[Row], Position | None]:
         """A page, and the position that the next one starts after; None on the last. Raises StorageUnavailable."""
-        order = "text" if query.prefix is not None else query.order
+        order = "text" if query.prefix is not None else "name" if query.name is not None else query.order
         key = _ORDERS[order]
         start = await self._start_of(query)
         walks = [_Walk(start) for _ in range(self._partitions.count)]
@@ -84,7 +87,8 @@ class Pages:
             rows = rows[: query.limit]
             last = rows[-1][0]
         position = None if last is None else _position(query, last)
-        return [row_of(row, call.age(), self._forget_seconds) for row, call in rows], position
+        forget_seconds = self._partitions.rules.forget_seconds
+        return [row_of(row, call.age(), forget_seconds) for row, call in rows], position
 
     async def _advance(self, walks: list[_Walk], behind: list[int], query: PageQuery, order: str) -> None:
         """Read more rows from the partitions that are behind."""
@@ -102,46 +106,69 @@ class Pages:
             walk.end = rows.pop() if more else None
             walk.rows += [(row, call) for row in rows]
             if walk.end is not None:
-                text = walk.end[_TEXT].decode()
-                walk.start = ("" if order == "text" else walk.end[_PLACE], text, query.prefix or "")
+                place, text = walk.end[_PLACE], walk.end[_TEXT]
+                by_word = order in ("text", "name")
+                walk.start = ("", place, _beginning(query)) if by_word else (place, text, "")
 
     async def _start_of(self, query: PageQuery) -> _Start:
         if query.after is None:
-            return query.prefix or "", "", query.prefix or ""
+            return _beginning(query), "", _beginning(query)
+        if query.name is not None:
+            # Behind the key of that name: what follows the zero byte in NAMES is less than this byte.
+            return "", str(query.after[0]).encode("utf-8", "surrogatepass") + b"\0\xff", query.name
         if query.prefix is not None:
             rank, id = map(int, query.after)
             least = max(query.prefix, shown_of(rank))
-            passed = (await self._partitions.texts_of_ids([id]))[0]
-            return least, passed if passed is not None and passed.startswith(least) else "", query.prefix
+            found = (await self._partitions.places_of_ids([id]))[0]
+            passed = b"" if found is None else found[1]
+            return least, passed if passed.startswith(least.encode()) else "", query.prefix
         if query.order == "id":
             return int(query.after[0]), "", ""
         place, id, rank = map(int, query.after)
-        passed = (await self._partitions.texts_of_ids([id]))[0]
-        return place, shown_of(rank) if passed is None else passed, ""
+        found = (await self._partitions.places_of_ids([id]))[0]
+        return place, shown_of(rank) if found is None else found[0], ""
+
+
+def _beginning(query: PageQuery) -> str:
+    return query.prefix or query.name or ""
 
 
 def _position(query: PageQuery, row: Any) -> Position:
+    if query.name is not None:
+        return (row[_PLACE].rpartition(b"\0")[0].decode("utf-8", "surrogatepass"),)
     if query.prefix is None and query.order == "id":
         return (row[_ID],)
-    rank = rank_of(row[_TEXT].decode())
-    return (row[_PLACE], row[_ID], rank) if query.prefix is None else (rank, row[_ID])
+    if query.prefix is not None:
+        return (rank_of((row[_HINT] or row[_TEXT]).decode()), row[_ID])
+    # Sealed keys with the same deadline are in order of their digests, all behind those in clear.
+    return (row[_PLACE], row[_ID], 0 if row[_HINT] else rank_of(row[_TEXT].decode()))
+
+
+def hint_of(text: bytes, shown: bytes) -> str:
+    """What may be shown of a text, or of a sealed one, of which a script replies it."""
+    return shown.decode() or hint(text.decode())
 
 
 def row_of(row: Any, age: float, forget_seconds: float) -> Row:
     """A Row from one in a reply (lua/common.lua); `age` is that of the call."""
-    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason = row[:12]
+    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason, *more = row[:15]
+    client, shown, info = more
     state = State(state.decode())
+    details = details_in(info)
     return Row(
         id,
-        hint(text.decode()),
+        hint_of(text, shown),
         state,
         owner.decode() or None,
         lease or None,
         moment(created / 1e6),
-        seconds_left(expires, age),
+        expires_in(expires, age),
         seconds_left(left, age) if state is State.BLOCKED else None,
         seconds_left(left, age) if state is State.COOLING else None,
         failures if failed < forget_seconds * 1e6 else 0,
         Outcome(outcome.decode()) if outcome else None,
         reason.decode() or None,
+        client.decode() or None,
+        details.name,
+        details.labels or {},
     )

@@ -6,7 +6,7 @@ the last poll can have passed.
 
 Of several servers, one sweeps a partition: the one that polled it first. A second one stands in for it: it polls a
 little after each deadline, so that releases are on time even if the first one dies, and takes its place if that has not
-polled for 2.5 s. All others poll once a second, for counts and events.
+polled for 2.5 s. All others poll twice a second, for counts and events.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,7 +26,6 @@ from keypool.core.counters import COUNTERS
 from keypool.core.errors import StorageUnavailable
 from keypool.core.events import SILENT, By, Change, Event
 from keypool.core.keys import moment
-from keypool.core.rules import PoolRules
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.partitions import Partitions
 from keypool.ops.histogram import SECONDS, Histogram
@@ -33,15 +33,18 @@ from keypool.ops.histogram import SECONDS, Histogram
 RECENT_EVENTS = 1000
 EXPIRING = 60.0
 """Seconds ahead in which a snapshot counts expiries."""
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 """Seconds after which a partition is polled again, even if nothing is due."""
+QUIET_SECONDS = 2.0
+"""The same for a pool beside `default` in which nothing happens: a hundred of them should cost little."""
 
 _EVENT_COUNTERS = tuple(
     "quarantines" if change is Change.QUARANTINED else change.value
     for change in Change
     if change not in SILENT
 )
-_POLLED_COUNTERS = (*_EVENT_COUNTERS, *(name for name in COUNTERS if name not in _EVENT_COUNTERS))
+_ODD = "odd"
+_POLLED_COUNTERS = (*_EVENT_COUNTERS, *(name for name in COUNTERS if name not in _EVENT_COUNTERS), _ODD)
 _STANDS_IN = 1  # the turn of poll.lua's reply between 0, sweeps, and 2, neither
 _TURN_SECONDS = 2.5  # without a poll after which another server takes a sweeper's place
 _STAND_IN_AFTER = 0.03  # seconds after a deadline at which the stand-in polls
@@ -129,19 +132,19 @@ class PoolSnapshot(NamedTuple):
 class PartitionPoller:
     """See the module. `server` is this server's name in Valkey."""
 
-    def __init__(self, partitions: Partitions, server: str, rules: PoolRules) -> None:
+    def __init__(self, partitions: Partitions, server: str, quiet_seconds: float = POLL_SECONDS) -> None:
         self._partitions = partitions
+        self._quiet_seconds = quiet_seconds
         self._server = server
-        # At most half the shortest time that a deadline usually lies ahead, so that none is missed between two polls;
-        # for others there is `expect`.
-        usual = (rules.block_seconds, rules.keepalive_seconds, rules.rest_seconds or POLL_SECONDS)
-        self._interval = min(POLL_SECONDS, max(0.02, min(usual) / 2))
+        self.set_interval()
         self._loop = asyncio.get_running_loop()
         count = partitions.count
-        self.totals = [rules.max_keys] * count
+        self.totals = [partitions.rules.max_keys] * count
         """Each partition's keys, at most; except for those that other servers generated since the last poll."""
         self.totals_version = 0
         """Incremented when `totals` change."""
+        self.statuses: list[PartitionStatus | None] = [None] * count
+        """Each partition's latest reply."""
         self.quarantined = [0] * count
         """Each partition's quarantined keys, as far as this server knows."""
         self.id_number = partitions.facts.base_id - 1
@@ -169,6 +172,19 @@ class PartitionPoller:
         self._timer_at = 0.0  # kept here, as a uvloop handle that is due at once has no `when`
         self._stopped = False
 
+    def set_interval(self) -> None:
+        """Poll as often as the rules require. O(1)."""
+        rules = self._partitions.rules
+        # At most half the shortest time that a deadline usually lies ahead, so that none is missed between two polls;
+        # for others there is `expect`.
+        usual = (
+            rules.block_seconds,
+            rules.keepalive_seconds or inf,
+            rules.rest_seconds or inf,
+        )
+        longest = max(0.02, min(usual) / 2)
+        self._interval, self._quiet_interval = min(POLL_SECONDS, longest), min(self._quiet_seconds, longest)
+
     def stop(self) -> None:
         """Stop sweeping. O(1)."""
         self._stopped = True
@@ -192,7 +208,7 @@ class PartitionPoller:
         O(1), O(partitions) if it is nearer than the next poll.
         """
         now = self._loop.time()
-        if seconds < 2 * POLL_SECONDS:
+        if seconds < 2 * self._quiet_seconds:
             self._expecting[partition] = max(self._expecting[partition], now + seconds + _STAND_IN_AFTER)
             self._due[partition] = min(self._due[partition], now + seconds + _AFTER_DEADLINE)
             if self._timer is not None and self._timer_at > self._due[partition]:
@@ -284,14 +300,19 @@ class PartitionPoller:
         if total != self.totals[partition]:
             self.totals[partition] = total
             self.totals_version += 1
+        before, self.statuses[partition] = self.statuses[partition], status
+        quiet = before is not None and before.event_seq == status.event_seq
         self.quarantined[partition] = status.quarantined
+        if status.counters[-1]:
+            self._partitions.has_odd_texts = True
         self.waiting_elsewhere = status.waiting_elsewhere
         self.id_number = max(self.id_number, status.last_id)
         if status.expiry_lateness >= 0:
             self.expiry_lateness.add(status.expiry_lateness / 1e6)
         if status.release_lateness >= 0:
             self.release_lateness.add(status.release_lateness / 1e6)
-        self._due[partition] = self._loop.time() + self._until_next_poll(partition, status)
+        interval = self._quiet_interval if quiet else self._interval
+        self._due[partition] = self._loop.time() + self._until_next_poll(partition, status, interval)
 
     def _new_events(self, partition: int, status: PartitionStatus) -> list[bytes]:
         """The events that no other poll has reported, as several may be under way at a time."""
@@ -303,16 +324,16 @@ class PartitionPoller:
 
     # -- sweeping
 
-    def _until_next_poll(self, partition: int, status: PartitionStatus) -> float:
+    def _until_next_poll(self, partition: int, status: PartitionStatus, interval: float) -> float:
         """Seconds until the partition is to be polled again."""
         left = status.next_deadline
         expecting = self._expecting[partition] > self._loop.time()
         if left is None or (status.turn > _STANDS_IN and not expecting):
-            return self._interval
+            return interval
         if status.turn == _STANDS_IN and not expecting:
-            return min(self._interval, left + _STAND_IN_AFTER)
+            return min(interval, left + _STAND_IN_AFTER)
         # At once, if more keys are overdue than one sweep processes.
-        return max(min(self._interval, left + _AFTER_DEADLINE), _MIN_INTERVAL) if left else 0.0
+        return max(min(interval, left + _AFTER_DEADLINE), _MIN_INTERVAL) if left else 0.0
 
     def sweep(self) -> None:
         """Poll every partition that is due, then set a timer to do so again; from then on until `stop`."""
@@ -333,7 +354,7 @@ class PartitionPoller:
                 _log.debug("could not sweep: %s", error.detail)
             else:
                 _log.exception("could not sweep")
-            retry_at = self._loop.time() + POLL_SECONDS / 4
+            retry_at = self._loop.time() + POLL_SECONDS / 2
             for partition in partitions:
                 self._due[partition] = max(self._due[partition], retry_at)
         self._set_timer()
@@ -357,7 +378,7 @@ def _event_of(parts: list[Any]) -> Event:
         by, _, actor = origin[0].partition(" ")
     else:
         by, actor = (By.DEADLINE if change in (Change.RELEASED, Change.EXPIRED) else By.HOLDER), ""
-    hint = f"{start}…{end}"
+    hint = f"{start}…{end}" if end is not False else start  # of a sealed text it is there as a whole
     return Event(change, id, hint, owner or None, lease or None, moment(at / 1e6), By(by), actor or None)
 
 

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from keypool.core.errors import StartError
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
@@ -45,6 +45,8 @@ class Presence:
         self._born = str(born)
         self._settings = settings
         self._keys = (f"{{{pool}}}:pool", f"{{{pool}}}:servers")
+        self.on_version: Callable[[int], None] = lambda version: None
+        """Called after each heartbeat with the version of the pools beside `default` (registry.py)."""
         self._loop = asyncio.get_running_loop()
         self._clocks: tuple[int, float] | None = None
         self._heartbeats: asyncio.Task[None] | None = None
@@ -108,8 +110,9 @@ class Presence:
             away,
             *settings,
         ]
-        now, born, *rest = await self._nodes.execute(self._keys[0], *words)
+        now, born, version, *rest = await self._nodes.execute(self._keys[0], *words)
         self._compare_clocks(now)
+        self.on_version(version)
         if not born:
             self._nodes.lose_pool(f"the pool {self._pool} isn't in Valkey any more: it was emptied")
         elif born.decode() != self._born:

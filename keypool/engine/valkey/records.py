@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import NamedTuple
 
-from keypool.core.keys import Key, State
+import msgspec
+from msgspec import structs
+
+from keypool.core.details import shared
+from keypool.core.keys import NEVER, Key, State, hint
 from keypool.core.outcomes import NO_HISTORY, History, Outcome
+from keypool.engine.valkey.calls import NEVER_US
+from keypool.engine.valkey.link import Word
+from keypool.engine.valkey.vault import Vault, details_in, info_of
 
 _MARKS = {State.COOLING: "c", State.QUARANTINED: "q"}
 _PENDING = "p"
 _STATES = {mark: state for state, mark in _MARKS.items()}
+_NEVER = 2**53  # the moment of expiry of a key that never expires (lua/common.lua)
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -28,25 +36,51 @@ class _Record(msgspec.Struct, array_like=True):
     reported: bool = False
     history: list[int | str | bool] | bool = False
     replayed: bool = False
+    client: str | bool = False
 
 
 _decode = msgspec.msgpack.Decoder(_Record).decode
 
 
-def key_of(text: str, attempt: bytes, packed: bytes) -> Key:
-    """The key of what move_out.lua replies about it. Raises ValueError if it is damaged."""
+class Moved(NamedTuple):
+    """A key as move_out.lua replies it, and what stands beside its record, empty if there is nothing."""
+
+    text: bytes
+    """Or its member, if it is sealed."""
+    attempt: bytes
+    sealed: bytes
+    info: bytes
+    former: bytes
+    record: bytes
+
+
+def key_of(moved: Moved, vault: Vault | None) -> Key:
+    """The key of what move_out.lua replies about it. Raises ValueError if it is damaged, WrongSecretsKey."""
     try:
-        record = _decode(packed)
+        record, details = _decode(moved.record), details_in(moved.info)
+        if moved.sealed:
+            if vault is None:
+                raise ValueError("a key is sealed, although the pool is not")
+            text, data = vault.open(moved.sealed, record.id)
+            details = structs.replace(details, data=data)
+        else:
+            text = moved.text.decode()
+            if moved.former:
+                details = structs.replace(details, former=moved.former.decode())
     except msgspec.DecodeError as error:
         raise ValueError(f"a record can't be read: {error}") from None
-    key = Key(record.id, text, record.created / 1e6, record.expires / 1e6, lease=record.lease)
+    expires = NEVER if record.expires > NEVER_US else record.expires / 1e6
+    key = Key(record.id, text, record.created / 1e6, expires, lease=record.lease)
+    key.details = shared(details)
+    if isinstance(record.client, str):
+        key.client = record.client
     if record.release:
         key.release_deadline = record.release / 1e6
         key.state = State.BLOCKED
     if isinstance(record.owner, str):
         key.owner = record.owner
     key.acquired_at = record.acquired / 1e6
-    key.attempt = attempt or None
+    key.attempt = moved.attempt or None
     key.state = _STATES.get(record.mark, key.state) if isinstance(record.mark, str) else key.state
     key.quarantine_pending = record.mark == _PENDING
     key.reported = record.reported
@@ -62,8 +96,20 @@ def key_of(text: str, attempt: bytes, packed: bytes) -> Key:
     return key
 
 
-def record_of(key: Key) -> bytes:
-    """The record of a key for move_in.lua, which gets the attempt beside it."""
+def words_of(key: Key, vault: Vault | None) -> list[Word]:
+    """The words of a key for move_in.lua."""
+    details = key.details
+    kept = structs.replace(details, former=None)
+    if vault is None:
+        beside = (key.attempt or b"", b"", b"", info_of(kept), details.former or b"")
+        return [key.text, *beside, _record_of(key)]
+    sealed = vault.seal(key.text, details.data, key.id)
+    info = info_of(structs.replace(kept, data=None))
+    former = b"" if details.former is None else vault.member(details.former)
+    return [vault.member(key.text), key.attempt or b"", sealed, hint(key.text), info, former, _record_of(key)]
+
+
+def _record_of(key: Key) -> bytes:
     history = key.history
     reports: list[int | str | bool] | bool = False
     if history != NO_HISTORY:
@@ -73,8 +119,9 @@ def record_of(key: Key) -> bytes:
         key.id, _micros(key.created_at), key.lease, _micros(key.expires_deadline), _micros(key.release_deadline or 0),
         key.owner or False, (key.state is State.BLOCKED and _micros(key.acquired_at)) or False, False,
         _PENDING if key.quarantine_pending else _MARKS.get(key.state, False), key.reported, reports,
+        client=key.client or False,
     ))  # fmt: skip
 
 
 def _micros(seconds: float) -> int:
-    return round(seconds * 1_000_000)
+    return _NEVER if seconds == NEVER else round(seconds * 1_000_000)

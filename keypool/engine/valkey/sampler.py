@@ -26,22 +26,30 @@ import random
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from operator import attrgetter
+
+from msgspec import Raw
 
 from keypool.core.answers import Lease
 from keypool.core.errors import StorageUnavailable
 from keypool.core.handles import Handles
-from keypool.core.rules import PoolRules
 from keypool.engine.valkey.attempts import KNOWN, Attempts, RepeatedLease
-from keypool.engine.valkey.calls import OutcomeUnknown, ScriptCall, all_of, seconds_left
+from keypool.engine.valkey.calls import NEVER_US, OutcomeUnknown, ScriptCall, all_of, expires_in, seconds_left
 from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import EXPIRING, PartitionPoller
+from keypool.engine.valkey.rekeying import seal_leased
+from keypool.engine.valkey.shares import Purse, Shares
+from keypool.engine.valkey.vault import details_in
 from keypool.engine.waiters import Request
 
 _MAX_ROUNDS = 8  # of draws, after which an acquire is content with what it has: others were faster each time
 _MAX_ROUNDS_BY_TOTALS = 4  # of these by `totals`, after which all partitions are polled
+_DETAILED = 3  # words behind the five of each lease, if there is more to say than whether it is repeated
+_RELEASE, _REPEATED = 4, 5  # of a lease in a reply (lua/leases.lua)
+_Spent = tuple[Purse, str]  # a reservation, and where it is from
 _MIN_SHARE = 0.25  # of available keys from which draws among all keys are worthwhile
 
 
@@ -49,15 +57,23 @@ class PartitionSampler:
     """See the module. `server` is this server's name in Valkey."""
 
     def __init__(
-        self, partitions: Partitions, poller: PartitionPoller, handles: Handles, server: str, rules: PoolRules
+        self,
+        partitions: Partitions,
+        poller: PartitionPoller,
+        handles: Handles,
+        server: str,
+        *,
+        shares: Shares,
     ) -> None:
         self.attempts = Attempts(partitions, server) if partitions.count > 1 else None
         self._partitions = partitions
         self._available = partitions.available
         self._poller = poller
         self._handles = handles
-        self._block_seconds = rules.block_seconds
-        self._block_us = round(rules.block_seconds * 1e6)
+        self._shares = shares
+        self._spending: dict[
+            ScriptCall, list[_Spent | None]
+        ] = {}  # what the calls under way spend, by key wanted
         self._tick = 0  # the highest tick of a lease (acquire.lua) that this server knows
         self._random = random.Random()  # noqa: S311 - which free key is served is no secret
         self._ends: list[int] = []  # cumulative totals of the partitions
@@ -113,6 +129,7 @@ class PartitionSampler:
                     form = "attempt"  # what it holds by now is its own
         except BaseException:  # the caller hung up, or a partition can't be reached
             for call in calls:
+                self._settle(call)
                 self._take_back(call)
             for lease in taken:
                 self.give_back(lease)
@@ -138,7 +155,8 @@ class PartitionSampler:
 
     def block_of(self, request: Request) -> float:
         """Seconds for which a request blocks a key."""
-        return self._block_seconds if request.block_seconds is None else request.block_seconds
+        seconds = request.block_seconds
+        return self._partitions.rules.block_seconds if seconds is None else seconds
 
     async def take_in_order(self, requests: Sequence[Request], poll: bool) -> list[Lease | OutcomeUnknown]:
         """Acquire a key for each request, in order; or the one that its attempt holds, in a pool with one partition.
@@ -153,7 +171,7 @@ class PartitionSampler:
         rounds = 0
         try:
             while len(done) < len(requests) and (rounds < _MAX_ROUNDS or poll):
-                if (rounds or not any(self._available)) and not (poll and await self._poll()):
+                if (rounds or not any(self._available)) and not (poll and await self.poll()):
                     break
                 again = False
                 for partition, draws in self._among_available(len(requests) - len(done)).items():
@@ -178,9 +196,11 @@ class PartitionSampler:
         try:
             again: bool = (await call)[0] == 1
         except OutcomeUnknown as error:
+            self._settle(call)
             done += [error] * len(requests)
             raise
         except BaseException:
+            self._settle(call)
             self._take_back(call)
             raise
         done += self._leases_in(call)
@@ -200,7 +220,7 @@ class PartitionSampler:
             }
         # The only partition need not be polled: its script finds out whether it has keys.
         known = self._partitions.count == 1 and not rounds and self._available[0]
-        if not known and not await self._poll():
+        if not known and not await self.poll():
             return None
         available = self._available
         found = self._among_available(missing)
@@ -222,7 +242,7 @@ class PartitionSampler:
         enough = _MIN_SHARE * total <= available <= total and available > 0
         return enough and (missing == 1 or missing <= _MIN_SHARE * available)
 
-    async def _poll(self) -> bool:
+    async def poll(self) -> bool:
         """Poll all partitions until a key is available or nothing is overdue. Returns whether a key is available.
 
         While some partitions are unreachable, the others serve what they have. If that is nothing, whether a key is
@@ -263,38 +283,114 @@ class PartitionSampler:
         if facts.partitions == 1:
             bound = 0
         words: list[Word] = [bound, "1" if takes else "", self._tick, facts.born, facts.base_tick]
-        words += [facts.partitions, partition, self._block_us]
-        if all(request.attempt is None and request.block_seconds is None for request in requests):
+        words += [facts.partitions, partition, self._partitions.block_us]
+        if all(
+            request.attempt is None and request.block_seconds is None and request.client is None
+            for request in requests
+        ):
             words.append("owner")
             for request in requests:
                 words += [request.owner or "", chance()]
         else:
             words.append(form)
+            spending: list[_Spent | None] = []
             for request in requests:
                 block_us = round(self.block_of(request) * 1e6)
-                words += [request.owner or "", chance(), block_us, request.attempt or b""]
+                client = "" if request.client is None else request.client.name
+                spent = None
+                if request.purse is not None:
+                    reservation = request.purse.take()
+                    spent = request.purse, reservation
+                    client = f"{client}\0{reservation}"
+                spending.append(spent)
+                words += [request.owner or "", chance(), block_us, request.attempt or b"", client]
                 self._poller.expect(partition, block_us / 1e6)
+            if any(spending):
+                call = self._partitions.call(partition, "acquire", words, partial(self._orphaned, spending))
+                self._spending[call] = spending
+                return call
         return self._partitions.call(partition, "acquire", words, self._give_back_leases)
 
     def _leases_in(self, call: ScriptCall) -> list[Lease]:
         _, tick, *leases = call.result()
         self._tick = max(self._tick, tick)
+        if self._spending:
+            self._settle(call)
+        if (vault := self._partitions.vault) is not None and vault.may_have_clear:
+            seal_leased(self._partitions, vault, call.partition, leases)
         return self._read(leases, call.age())
 
     def _read(self, leases: Iterable[Sequence[Reply]], age: float) -> list[Lease]:
         """Leases as acquire.lua and held.lua reply them."""
         make = self._handles.make
         return [
-            (RepeatedLease if repeated else Lease)(
+            (RepeatedLease if repeated and repeated[0] else Lease)(
                 id,
                 text.decode(),
                 lease,
                 make(id, lease),
                 seconds_left(release, age),
-                seconds_left(expires, age),
+                seconds_left(expires, age) if expires < NEVER_US else None,
             )
+            if len(repeated) < _DETAILED
+            else self._detailed((text, id, lease, expires, release, *repeated), age)
             for text, id, lease, expires, release, *repeated in leases
         ]
+
+    def _detailed(self, lease: Sequence[Reply], age: float) -> Lease:
+        """A lease of a key that is sealed, or about which an operator wrote something."""
+        text, id, number, expires, release, is_repeated, info, is_sealed = lease
+        details = details_in(info)
+        data = details.data
+        if is_sealed:
+            assert self._partitions.vault is not None
+            clear, data = self._partitions.vault.open(text, id)
+        else:
+            clear = text.decode()
+        return (RepeatedLease if is_repeated else Lease)(
+            id,
+            clear,
+            number,
+            self._handles.make(id, number),
+            seconds_left(release, age),
+            expires_in(expires, age),
+            details.name,
+            None if data is None else Raw(data),
+        )
+
+    # -- reservations in shares
+
+    def _settle(self, call: ScriptCall) -> None:
+        """Keep the reservations that a call has spent, and put the others back. Those of a call that is under way, or
+        may have been executed, lapse by themselves, or are settled with its reply.
+        """
+        spending = self._spending.pop(call, None)
+        if spending is None or not call.done() or call.cancelled():
+            return
+        error = call.exception()
+        if error is None:
+            self._put_back(spending, call.result()[2:])
+        elif not isinstance(error, OutcomeUnknown):
+            self._put_back(spending, [])
+
+    def _put_back(self, spending: list[_Spent | None], leases: Sequence[Reply]) -> None:
+        for place, spent in enumerate(spending):
+            if spent is None:
+                continue
+            purse, reservation = spent
+            lease = leases[place] if place < len(leases) else None
+            if lease is None or (len(lease) > _REPEATED and lease[_REPEATED]):
+                purse.reservations.append(reservation)
+            else:
+                self._shares.keep(purse.client, reservation, lease[_RELEASE] / 1e6)
+
+    def _orphaned(self, spending: list[_Spent | None], reply: Reply) -> None:
+        """Give back keys and reservations, as nobody waits for the reply."""
+        self._give_back_leases(reply)
+        self._put_back(spending, reply[2:])
+        for spent in spending:
+            if spent is not None:
+                self._shares.give_back(spent[0])
 
     def _take_back(self, call: ScriptCall) -> None:
         """Give back the keys that a call acquires or has acquired."""
@@ -302,14 +398,14 @@ class PartitionSampler:
             self._give_back_leases(call.result())
 
     def _give_back_leases(self, reply: Reply) -> None:
-        for text, _, lease, _, _, *repeated in reply[2:]:
-            if not repeated:
-                self._free(text.decode(), lease)
+        for lease in self._read(reply[2:], 0.0):
+            self.give_back(lease)
 
     def give_back(self, lease: Lease) -> None:
         """Free a key whose lease was not delivered, unless its attempt had or has got it by another call."""
-        if not isinstance(lease, RepeatedLease):
-            self._free(lease.key, lease.lease)
-
-    def _free(self, text: str, lease: int) -> None:
-        self._partitions.call(self._partitions.of(text), "unblock", ("holder", "", text, lease, "-"))
+        if isinstance(lease, RepeatedLease):
+            return
+        id, facts = lease.id, self._partitions.facts
+        was_moved_in = id <= facts.base_id * facts.partitions
+        home = self._partitions.of(lease.key) if was_moved_in else (id - 1) % facts.partitions
+        self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % id, lease.lease, "-"))

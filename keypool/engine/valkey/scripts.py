@@ -1,7 +1,7 @@
 """The scripts that run inside Valkey: lua/*.lua, each with common.lua before it, and other parts that it shares.
 
 Scripts that serve calls have attended.lua behind it: it refuses to act on a partition that was emptied, or that
-no server has polled for a while. presence.lua and upgrade.lua stand alone: they concern the pool and not a partition.
+no server has polled for a while. Those that concern the pools and not a partition stand alone (`text_of`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_UNATTENDED = frozenset({"claim", "grace", "move_in", "move_out"})
+_UNATTENDED = frozenset({"alias", "claim", "grace", "lock", "move_in", "move_out", "share"})
 """Scripts that also run on partitions that no server serves."""
 _PARTS = {
-    "named": {"delete", "extend", "get", "keepalive", "quarantine", "restore", "unblock"},
-    "states": {"get", "page", "quarantine", "restore", "unblock"},
-    "rows": {"get", "page", "quarantine", "restore"},
-    "attempts": {"acquire", "held"},
-    "adding": {"generate", "move_in", "room"},
-}
+    "undrained": {"acquire", "generate", "import", "room"},
+    "named": {
+        "change", "delete", "extend", "get", "import", "keepalive", "known", "quarantine", "restore", "unblock",
+    },
+    "states": {"change", "get", "import", "known", "page", "quarantine", "restore", "search", "unblock"},
+    "rows": {"change", "get", "page", "quarantine", "restore", "search"},
+    "leases": {"acquire", "held"},
+    "adding": {"generate", "import", "move_in", "room"},
+    "labelled": {"change", "import", "known", "search"},
+    "rewriting": {"change", "reseal"},
+}  # fmt: skip
 """Parts that several scripts have in common, and those scripts. All are run at each call, so they have no others."""
-_NOT_CALLED = frozenset({"common", "attended", "presence", "upgrade", *_PARTS})
-_CONSTANT = re.compile(r"^local ([A-Z_]+) = (\d{1,7}|'\w'|KEYS\[\d+\])$", re.MULTILINE)
+_ALONE = ("pools", "presence", "upgrade")
+_NOT_CALLED = frozenset({"common", "attended", *_ALONE, *_PARTS})
+_CONSTANT = re.compile(r"^local ([A-Z_]+) = (\d{1,16}|'\w'|KEYS\[\d+\])$", re.MULTILINE)
 _COMMENT = re.compile(r" *--.*$", re.MULTILINE)
 
 KEYS = (
-    "meta", "records", "states", "expiry", "ids", "texts", "events", "quarantine", "attempts", "waiters",
+    "meta", "records", "states", "expiry", "ids", "texts", "events", "quarantine", "attempts", "names",
+    "waiters",
 )  # fmt: skip
 """The names of a partition's Valkey keys, in the order of common.lua."""
 SLOTS = 16384

@@ -11,36 +11,47 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keypool.engine.valkey.link import UNREACHABLE, Link, ReplyError
 from keypool.engine.valkey.nodes import Nodes
-from keypool.engine.valkey.scripts import keys_of
 
 _CHANNELS_A_COMMAND = 100
 _PING_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds before it connects again
+OnFreed = Callable[[int, str], None]
+"""Called with the partition in which keys were freed, and the server that may take them ("*": any)."""
 _log = logging.getLogger("keypool.valkey")
 
 
 class ReleaseSubscriber:
-    """See the module. `on_freed` is called with the partition in which keys were freed, and the server that may take
-    them ("*": any).
-    """
+    """See the module. One connection for all pools of a server."""
 
-    def __init__(
-        self, nodes: Nodes, pool: str, partitions: int, on_freed: Callable[[int, str], None]
-    ) -> None:
+    def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
-        self._on_freed = on_freed
-        names = [keys_of(pool, partition, partitions)[-1] for partition in range(partitions)]
-        self._partition_of = {name.encode(): partition for partition, name in enumerate(names)}
+        self._listeners: dict[bytes, tuple[int, OnFreed]] = {}
         self._link: Link | None = None
         self._lost = asyncio.Event()
         self._received_any = False
         self._warned = False
         self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def add(self, channels: Sequence[str], on_freed: OnFreed) -> None:
+        """Subscribe to the channels of a pool's partitions, in their order. O(partitions)."""
+        self._listeners |= {name.encode(): (number, on_freed) for number, name in enumerate(channels)}
+        self._subscribe("SUBSCRIBE", list(channels))
+
+    def discard(self, channels: Sequence[str]) -> None:
+        """Unsubscribe from these. O(channels)."""
+        for name in channels:
+            self._listeners.pop(name.encode(), None)
+        self._subscribe("UNSUBSCRIBE", list(channels))
+
+    def _subscribe(self, command: str, channels: Sequence[str | bytes]) -> None:
+        if self._link is not None:
+            for at in range(0, len(channels), _CHANNELS_A_COMMAND):
+                self._link.send_only(command, *channels[at : at + _CHANNELS_A_COMMAND])
 
     async def close(self) -> None:
         """Stop, and close the connection."""
@@ -58,9 +69,7 @@ class ReleaseSubscriber:
                     self._nodes.any_node(), lambda link, reason: self._lost.set()
                 )
                 self._link.on_message = self._received
-                channels = list(self._partition_of)
-                for at in range(0, len(channels), _CHANNELS_A_COMMAND):
-                    self._link.send_only("SUBSCRIBE", *channels[at : at + _CHANNELS_A_COMMAND])
+                self._subscribe("SUBSCRIBE", list(self._listeners))
                 pause = _FIRST_PAUSE
                 await self._watch(self._link)
             except UNREACHABLE:
@@ -80,7 +89,9 @@ class ReleaseSubscriber:
     def _received(self, message: Any) -> None:
         self._received_any = True
         if isinstance(message, list) and message[0] == b"message":
-            self._on_freed(self._partition_of[message[1]], message[2].decode())
+            listener = self._listeners.get(message[1])
+            if listener is not None:  # else its pool is gone
+                listener[1](listener[0], message[2].decode())
         elif isinstance(message, ReplyError) and not self._warned:
             self._warned = True
             _log.warning(

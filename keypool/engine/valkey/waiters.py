@@ -14,16 +14,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from itertools import islice
 
 from keypool.core.answers import Lease
-from keypool.core.errors import Draining, StorageUnavailable, Superseded, TooManyWaiters
-from keypool.engine import Timed
+from keypool.core.errors import Draining, PoolDraining, StorageUnavailable, Superseded, TooManyWaiters
+from keypool.engine import Client, Timed
 from keypool.engine.valkey.attempts import BUSY, KNOWN, Attempts
 from keypool.engine.valkey.calls import ScriptCall, all_of
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import PartitionPoller
 from keypool.engine.valkey.sampler import PartitionSampler
+from keypool.engine.valkey.shares import Purse, Shares
 from keypool.engine.waiters import Queue, Request, Waiter
 from keypool.ops.histogram import SECONDS_OF_WAIT, Histogram
 
@@ -45,7 +47,7 @@ class Waiters:
         sampler: PartitionSampler,
         poller: PartitionPoller,
         server: str,
-        max_waiters: int,
+        shares: Shares,
     ) -> None:
         self.seconds = Histogram(SECONDS_OF_WAIT)
         self.announced = 0
@@ -54,33 +56,41 @@ class Waiters:
         self._sampler = sampler
         self._poller = poller
         self._server = server
-        self._max_waiters = max_waiters
         self._loop = asyncio.get_running_loop()
+        self._shares = shares
         self._waiters = Queue()
+        self.waiting = self._waiters.by_place
+        """The waiters that may be served: all but those of clients whose share is spent."""
+        self._passed_over = False  # whether waiters were, since this was last looked at
         self._last_chances: dict[Waiter, bool] = {}
         """The waiters whose time is up: they leave unless the next look at all partitions finds a key for them. The
         value is whether they had any time, so that their places are kept."""
         self._serving: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._announced_at = 0.0
-        self._draining = False
+        self._draining: type[Draining | PoolDraining] | None = None
         partitions.client.on_recovery = self._wake.set
         partitions.client.on_available = self._keys_available
 
     def __len__(self) -> int:
         return len(self._waiters)
 
+    def has_lane(self, client: Client) -> bool:
+        """Whether acquires of this client, which has a share, wait here."""
+        return self._waiters.has_lane(client)
+
     async def wait(self, request: Request, seconds: float, timed: Timed | None = None) -> Lease | None:
         """Queue for up to `seconds`; None if no key came. With 0, for one look at all partitions, whoever is ahead.
 
         Raises Draining, TooManyWaiters, Superseded and StorageUnavailable. O(log n), besides the look.
         """
-        if self._draining:
-            raise Draining
+        if self._draining is not None:
+            raise self._draining()
         superseded = self._waiters.waiter_of(request.attempt)
-        full = len(self._waiters) - len(self._last_chances) >= self._max_waiters
+        most = self._partitions.rules.max_waiters
+        full = len(self._waiters) - len(self._last_chances) >= most
         if seconds > 0 and superseded is None and full:
-            raise TooManyWaiters(self._max_waiters)
+            raise TooManyWaiters(most)
         waiter = Waiter(request, self._loop.time(), self._loop.create_future())
         if seconds > 0:
             waiter.timer = self._loop.call_later(seconds, self._time_is_up, waiter)
@@ -105,14 +115,14 @@ class Waiters:
 
     def oldest(self) -> float:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
-        first = self._waiters.first()
-        return 0.0 if first is None else self._loop.time() - first.since
+        since = self._waiters.waiting_since()
+        return 0.0 if since is None else self._loop.time() - since
 
     def key_freed(self, partition: int, server: str) -> None:
         """Handle a message that keys were freed in a partition, for the named server or any ("*")."""
         if server not in (self._server, "*"):
             return
-        if self._waiters:
+        if self.waiting:
             self._partitions.available[partition] = max(1, self._partitions.available[partition])
             self._wake.set()
         elif server == self._server:
@@ -120,14 +130,15 @@ class Waiters:
 
     def _keys_available(self) -> None:
         """Serve waiters, as a reply reported available keys; but not if servers compete for them by messages."""
-        if self._waiters and not self._poller.waiting_elsewhere:
+        if self.waiting and not self._poller.waiting_elsewhere:
             self._wake.set()
 
-    def drain(self) -> None:
-        """Raise Draining in all waiters, and accept none from now on."""
-        self._draining = True
-        for waiter in list(self._waiters):
-            self._leave(waiter, Draining())
+    def drain(self, reason: type[Draining | PoolDraining] = Draining) -> None:
+        """Raise this in all waiters, and accept none from now on."""
+        self._draining = reason
+        self._shares.listeners.pop(self._has_room, None)
+        for waiter in self._waiters.all():
+            self._leave(waiter, reason())
 
     async def close(self) -> None:
         """Stop serving, and withdraw the announcement."""
@@ -149,7 +160,7 @@ class Waiters:
         self._waiters.discard(waiter)
         self._stop_timer(waiter)
         if keep_place:
-            self._waiters.keep_place(waiter, self._loop.time(), self._max_waiters)
+            self._waiters.keep_place(waiter, self._loop.time(), self._partitions.rules.max_waiters)
 
     def _stop_timer(self, waiter: Waiter) -> None:
         self._last_chances.pop(waiter, None)
@@ -196,11 +207,15 @@ class Waiters:
             everywhere = bool(self._last_chances) or self._loop.time() - looked_at >= LOOK_SECONDS
             try:
                 if everywhere:  # announce first, so that any key freed after the look is published
-                    await self._announce(len(self._waiters))
+                    self._waiters.admit_all()
+                    await self._announce(len(self.waiting))
                     looked_at = self._loop.time()
                 served = await self._serve(everywhere)
             except Exception as error:
-                if not isinstance(error, StorageUnavailable):
+                if isinstance(error, PoolDraining):  # a partition knows it already
+                    for waiter in self._waiters.all():
+                        self._leave(waiter, error)
+                elif not isinstance(error, StorageUnavailable):
                     _log.exception("serving waiters failed")
                 served = False
                 self.announced = 0
@@ -234,11 +249,21 @@ class Waiters:
             for waiter, waited in leaving:
                 if waiter in self._waiters:
                     self._leave(waiter, None, keep_place=waited)
-        return done > 0
+        passed_over, self._passed_over = self._passed_over, False
+        return done > 0 or passed_over
 
     async def _serve_some(self, waiters: list[Waiter], everywhere: bool) -> int:
         """Serve waiters in order. Returns how many have an outcome."""
-        done = await self._sampler.take_in_order([waiter.request for waiter in waiters], everywhere)
+        purses: dict[Waiter, Purse] = {}
+        if any(waiter.limited is not None for waiter in waiters):
+            purses = await self._reserve(waiters, everywhere)
+            waiters = [waiter for waiter in waiters if waiter.limited is None or waiter in purses]
+        requests = [waiter.request._replace(purse=purses.get(waiter)) for waiter in waiters]
+        try:
+            done = await self._sampler.take_in_order(requests, everywhere)
+        finally:
+            for purse in purses.values():
+                self._shares.give_back(purse)
         for waiter, outcome in zip(waiters, done, strict=False):
             if waiter not in self._waiters:  # it hung up, or its attempt was repeated
                 heir = self._waiters.waiter_of(waiter.request.attempt)
@@ -249,6 +274,34 @@ class Waiters:
             else:
                 self._leave(waiter, outcome)
         return len(done)
+
+    async def _reserve(self, waiters: Sequence[Waiter], everywhere: bool) -> dict[Waiter, Purse]:
+        """Reserve leases for those whose client has a share, if there are keys. Pass over clients without room."""
+        if not any(self._partitions.available) and not (everywhere and await self._sampler.poll()):
+            return {}
+        limited = [(waiter, waiter.limited) for waiter in waiters if waiter.limited is not None]
+        found = await asyncio.gather(
+            *(
+                self._shares.reserve(client, 1, self._sampler.block_of(waiter.request))
+                for waiter, client in limited
+            ),
+            return_exceptions=True,
+        )
+        purses = {}
+        for (waiter, client), result in zip(limited, found, strict=True):
+            if not isinstance(result, BaseException) and result[0].reservations:
+                purses[waiter] = result[0]
+            elif waiter in self._waiters:
+                self._waiters.pass_over(client)
+                self._passed_over = True
+                self._shares.listeners[self._has_room] = None
+        return purses
+
+    def _has_room(self, client: str) -> None:
+        """A lease of this client has ended, wherever that was."""
+        if self._waiters.admit_all(client):
+            self._shares.listeners.pop(self._has_room, None)
+        self._wake.set()
 
     async def _serve_attempts(self, waiters: list[Waiter], everywhere: bool, attempts: Attempts) -> int:
         """The same where other servers may serve the same attempts in other partitions (attempts.py).

@@ -5,7 +5,7 @@
 // whose key is gone is struck through.
 
 import * as actions from "../actions.js";
-import { call } from "../api.js";
+import { base, call } from "../api.js";
 import { now, setLeft } from "../clock.js";
 import * as feed from "../feed.js";
 import { model } from "../model.js";
@@ -35,7 +35,8 @@ const holding = () => performance.now() - pointedAt < POINTED_FOR || chosen.size
 
 function query() {
   const asked = new URLSearchParams({ limit: "50" });
-  if (search) asked.set("prefix", search);
+  if (search.startsWith("name:")) asked.set("name", search.slice(5));
+  else if (search) asked.set("prefix", search);
   else if (ORDERS[tab]) asked.set("order", ORDERS[tab]);
   if (STATES.includes(tab)) asked.set("state", tab);
   if (after) asked.set("after", after);
@@ -82,7 +83,7 @@ function replace({ keys, next }, asOf) {
   if (next) {
     const url = new URLSearchParams(location.search);
     url.set("after", next);
-    more.href = `/keys?${url}`;
+    more.href = `${base}/keys?${url}`;
   }
   table.hidden = keys.length === 0;
   states(keys.length);
@@ -113,7 +114,9 @@ function apply(event) {
   if (event.event === "deleted" || event.event === "expired") {
     row.classList.add("gone");
     setState(row, event.event, null);
-    setLeft(row.querySelector('[data-kind="expires"]'), null);
+    const expires = row.querySelector('[data-kind="expires"]');
+    setLeft(expires, null);
+    expires.nextElementSibling.hidden = true;
     choose(event.id, false);
   } else if (AFTER[event.event]) {
     const state = AFTER[event.event];

@@ -3,11 +3,12 @@
 --         2 '1' if each key served takes a place away, 3 the highest tick that the caller has seen, 4 moment of
 --         the pool's creation, 5 tick at its creation, 6 partitions, 7 this partition, 8 microseconds that a block
 --         lasts, 9 what follows of each key wanted: 'owner': an owner ('' for none) and a random number from 0 to 1;
---         'attempt': the same, the microseconds of its block and an attempt ('' for none); 'repeat': the same, but if
---         the attempt holds leases already, these are the answer to all that it wants, 10, 11…
+--         'attempt': the same, the microseconds of its block, an attempt, and the name of a token ('' for none)
+--         with a zero byte and a reservation (shares.py) behind it if it has one;
+--         'repeat': the same, but if the attempt holds leases already, these are the answer to all that it wants, 10,
+--         11…
 -- reply   available; 1 if overdue keys were in the way, so that a repeat may help, else 0; the
---         highest tick; {text, id, lease, microseconds to its expiry, to its release} of each key served, in the order
---         of the owners, and a 1 behind these if the attempt had it before
+--         highest tick; for each key served, in the order of the owners, what lease_of returns
 -- cost    O(keys wanted * log n)
 --
 -- Rejection sampling: a draw falls on one of `bound` places, of which the first ones stand for the available keys. One
@@ -22,7 +23,7 @@ process_due(MAX_DUE)
 local bound, takes = tonumber(ARGV[1]), ARGV[2] == '1'
 local seen, born, base = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local partitions, partition, usual_block = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-local step = ARGV[9] == 'owner' and 2 or 4
+local step = ARGV[9] == 'owner' and 2 or 5
 local last = tonumber(call('HGET', META, 'tick') or 0)
 local tick = math.max(last, seen, base + math.floor((NOW - born) / 100))
 local free_here = available()
@@ -60,7 +61,7 @@ end
 for i = 10, #ARGV, step do
   local at = 10 + served * step
   local owner, block, attempt = ARGV[at], usual_block, ''
-  if step == 4 then block, attempt = tonumber(ARGV[at + 2]), ARGV[at + 3] end
+  if step == 5 then block, attempt = tonumber(ARGV[at + 2]), ARGV[at + 3] end
   if attempt ~= '' and is_repeated and is_repeated(attempt) then
     served = served + 1
   else
@@ -71,6 +72,11 @@ for i = 10, #ARGV, step do
       record[RELEASE] = NOW + block + acquired
       record[OWNER], record[ACQUIRED] = owner ~= '' and owner, NOW
       if record[REPORTED] then record[REPORTED] = false end
+      if step == 5 and ARGV[at + 4] ~= '' then
+        local client, reservation = ARGV[at + 4]:match('^(%Z*)%z?(.*)$')
+        record[CLIENT] = client
+        if reservation ~= '' then record[SHARE] = reservation end
+      end
       if attempt ~= '' then
         record[ATTEMPT] = attempt
         call('ZADD', ATTEMPTS, 0, attempt .. text)
@@ -82,7 +88,7 @@ for i = 10, #ARGV, step do
       served = served + 1
       free_here = free_here - 1
       if takes then bound = bound - 1 end
-      results[#results + 1] = {text, record[ID], record[LEASE], record[EXPIRES] - NOW, record[RELEASE] - NOW}
+      results[#results + 1] = lease_of(text, record, false)
     end
   end
 end

@@ -3,9 +3,12 @@
 -- Add a key, a new one or one that is moved in.
 local function add(text, record)
   save(text, record)
-  call('ZADD', EXPIRY, record[EXPIRES], text)
+  if record[EXPIRES] ~= NEVER then call('ZADD', EXPIRY, record[EXPIRES], text) end
   call('ZADD', IDS, record[ID], text)
-  call('ZADD', TEXTS, 0, text)
+  local entry, name = text, nil
+  if record[SEALED] or record[INFO] then entry, name = entries_of(text, record) end
+  call('ZADD', TEXTS, 0, entry)
+  if name then call('ZADD', NAMES, 0, name) end
   if record[MARK] == QUARANTINED then
     call('ZADD', QUARANTINE, record[ID], text)
   else
@@ -15,16 +18,25 @@ local function add(text, record)
   if record[ATTEMPT] then call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. text) end
 end
 
--- The room that is reserved (room.lua) under names other than `name`, and those reservations as they are stored.
+-- The room that is reserved (room.lua) under names other than `name`, those reservations as they are stored, and the room
+-- that is reserved under this name.
 local function reserved_but(name)
-  local sum, others = 0, {}
+  local sum, others, own = 0, {}, 0
   for held, keys, ends in (call('HGET', META, 'reserved') or ''):gmatch('(%S+) (%d+) (%d+);') do
     if held ~= name and tonumber(ends) > NOW then
       sum = sum + tonumber(keys)
       others[#others + 1] = held .. ' ' .. keys .. ' ' .. ends .. ';'
+    elseif held == name and tonumber(ends) > NOW then
+      own = tonumber(keys)
     end
   end
-  return sum, table.concat(others)
+  return sum, table.concat(others), own
+end
+
+-- The moment of expiry of a key that lives so long from now on, 0 for ever. A microsecond apart by `number`, so that the
+-- order by expiry has no ties.
+local function expiry_of(life, number)
+  return life == 0 and NEVER or NOW + life + number
 end
 
 local function reserve(reservations)

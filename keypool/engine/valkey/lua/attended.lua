@@ -2,8 +2,10 @@
 -- was unreachable: nobody could keep its keys alive, so none may be purged before grace.lua has given them time. If
 -- the moment of the latest poll is missing, the partition was emptied. In both cases nothing is executed, so the
 -- caller may repeat the call.
+local draining
 do
-  local seen, since, rest = unpack(call('HMGET', META, 'seen', 'since', 'rest'))
+  local seen, since, rest
+  seen, since, rest, draining = unpack(call('HMGET', META, 'seen', 'since', 'rest', 'draining'))
   if not seen then
     return redis.error_reply('GONE the pool was emptied, or part of it')
   end

@@ -1,28 +1,37 @@
 -- At the top of every script; scripts.py includes more, and replaces the constants below by their values. A script
 -- first processes what is overdue in its partition.
 --
--- KEYS, the same ten for every script, all with one hash tag, so that they lie in one slot:
+-- KEYS, the same eleven for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
 --                `cooling`, how many keys cool, `rest`, how long keys rest after each lease (missing if they don't),
 --                `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it
---                is at work), `sweepers`, the two servers that sweep here (poll.lua), and `reserved`, room reserved
---                for keys that are about to be generated (room.lua)
+--                is at work), `sweepers`, the two servers that sweep here (poll.lua), `reserved`, room reserved for keys
+--                that are about to be generated (room.lua), `odd`, how many calls stored texts that look like other
+--                names, `rekeyed` (reseal.lua), and in pools beside `default` `revision`, that of the settings that are
+--                known here (rules.lua), and `draining`, 1 while the pool is being emptied for good
 --   2 records    hash: text -> record
 --   3 states     sorted set: text by the deadline at which its block or its cooldown ends, by 0 while available; not
 --                while quarantined
---   4 expiry     sorted set: text by its expiry deadline
---   5 ids        sorted set: text by id
---   6 texts      sorted set: text by 0, so that it is in order of text
+--   4 expiry     sorted set: text by its expiry deadline; not if it never expires
+--   5 ids        sorted set: text by id: all keys
+--   6 texts      sorted set: text by 0, so that it is in order of text; of sealed keys see entries_of
 --   7 events     list: the latest changes, oldest first
 --   8 quarantine sorted set: text by id, while quarantined
 --   9 attempts   sorted set: attempt .. text by 0, while the key is blocked and its acquire named an attempt; so the
 --                leases of an attempt stand together
---  10 waiters    hash: server -> "number of acquires that wait there, moment at which this lapses"; missing if none
+--  10 names      sorted set: name, a zero byte, id, by 0; only of keys that were given a name
+--  11 waiters    hash: server -> "number of acquires that wait there, moment at which this lapses"; missing if none
 --                waits. Its name is also the channel on which freed keys are published: for the server named, or for
 --                all (*).
+-- Keys of their own, with the same hash tag: `attempt:` and an attempt (claim.lua), `lock:` and a word (lock.lua),
+-- `alias:` and a member (alias.lua), `old:` and a member (FORMER).
+-- Where a text is said to be a member or a field above, that is so of a key in clear. A pool with secrets keys holds no
+-- text: there it is MEMBER, the byte 254 and 16 bytes of a keyed digest of the text, and the text itself, with the key's
+-- data, is in the record, sealed by the server (engine/valkey/vault.py). Texts are UTF-8, which has no such byte.
 -- A record is an array whose fields are named below: without the last ones if they say nothing, and with false for
 -- others that say nothing. Of a key that was never served, it has five.
---    state        MARK         RELEASE                      the fields OWNER, ACQUIRED, ATTEMPT, REPLAYED
+--    state        MARK         RELEASE                      the fields OWNER, ACQUIRED, ATTEMPT, REPLAYED, CLIENT,
+--                                                           SHARE
 --    available    nothing      0                            say nothing
 --    blocked      nothing      when the block ends          say something
 --    blocked      PENDING      the same                     the same; it is quarantined when its lease ends
@@ -30,9 +39,11 @@
 --    quarantined  QUARANTINED  0                            say nothing
 -- Moments are microseconds since the epoch by this Valkey's clock; records and events are MessagePack.
 -- A name of a key is its text, or \255 and its id, or \255, its id, a point and the number of a lease that must be its
--- latest; no text begins with the byte 255, which UTF-8 doesn't have. An origin is `holder`, `deadline`, or
--- `operator`, a space and the name of the operator's token. Every reply begins with the number of available keys, -1
--- if it is unchanged, which calls.py removes.
+-- latest; or a member, and behind it another name that counts if no key has that member (a clear text, if the pool may
+-- still have some, or what else the caller may have meant). No text begins with the byte 255, which UTF-8 doesn't have.
+-- An origin is `holder`, `deadline`, or `operator`, a space and the name of the operator's token.
+-- Every reply begins with the number of available keys, -1 if it is unchanged; or with -2 less that number, if leases
+-- that stand in a share have ended or end later: then `shares` is the last. calls.py removes both.
 --
 -- The rules are those of core/pool.py and core/outcomes.py, implemented a second time; the tests drive both alike.
 -- If memory is short or the disk fails, Valkey refuses a script's first write, so nothing was done, and none after
@@ -51,11 +62,12 @@ local TEXTS = KEYS[6]
 local EVENTS = KEYS[7]
 local QUARANTINE = KEYS[8]
 local ATTEMPTS = KEYS[9]
-local WAITERS = KEYS[10]
+local NAMES = KEYS[10]
+local WAITERS = KEYS[11]
 local ID = 1
 local CREATED = 2
 local LEASE = 3      -- number of the latest one, 0 if it was never served
-local EXPIRES = 4    -- expiry deadline
+local EXPIRES = 4    -- expiry deadline, NEVER if there is none
 local RELEASE = 5    -- deadline of a block or a cooldown, else 0
 local OWNER = 6      -- the holder's name
 local ACQUIRED = 7   -- moment of the acquire; missing too if a server of layout 1 acquired it
@@ -64,6 +76,16 @@ local MARK = 9       -- see above
 local REPORTED = 10  -- whether the latest lease can't report any more
 local HISTORY = 11   -- {failures in a row, moment of the last, outcome, reason, operator's reason}: core/outcomes.py
 local REPLAYED = 12  -- whether the lease was given to its attempt again
+local CLIENT = 13    -- name of the token that holds the key
+local SEALED = 14    -- the text and the data, encrypted; missing if the key is in clear
+local HINT = 15      -- what may be shown of a sealed text
+local INFO = 16      -- MessagePack: {whether it was imported, name, labels, data if it is in clear}
+local FORMER = 17    -- the member with which the lease was given, if the text was replaced since: `old:` and this member
+                     -- has its id and lease, and it names the key until the lease ends
+local SHARE = 18     -- the reservation in the share of CLIENT, if that may hold so many leases and no more (shares.py)
+local NEVER = 9007199254740992
+local MEMBER = 254   -- the first byte of a sealed key's member
+local DIGEST = 17    -- length of such a member
 local COOLING = 'c'
 local QUARANTINED = 'q'
 local PENDING = 'p'
@@ -76,10 +98,13 @@ local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
+local shares = {}  -- client, reservation, microseconds to the end (0: it is over), of each lease whose end has changed
 
 -- Add an event. Its last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
-  local event = {change, record[ID], text:sub(1, 4), text:sub(-4), owner or false, record[LEASE], origin, NOW}
+  local start, finish = text:sub(1, 4), text:sub(-4)
+  if record[HINT] then start, finish = record[HINT], false end
+  local event = {change, record[ID], start, finish, owner or false, record[LEASE], origin, NOW}
   if call('RPUSH', EVENTS, cmsgpack.pack(event)) > 4 * KEPT_EVENTS then
     call('LTRIM', EVENTS, -KEPT_EVENTS, -1)
   end
@@ -92,7 +117,7 @@ end
 
 -- A field that says nothing is never set where it is missing: that would make Lua grow the table.
 local function packed(record)
-  local last = REPLAYED
+  local last = SHARE
   while not record[last] do
     if record[last] == false then record[last] = nil end
     last = last - 1
@@ -109,7 +134,28 @@ end
 
 -- A substitute for a missing record: expired, with the id, and with a mark by which its key is purged from QUARANTINE.
 local function tombstone(text)
-  return {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0, false, false, false, QUARANTINED}
+  local record = {tonumber(call('ZSCORE', IDS, text) or 0), 0, 0, 0, 0, false, false, false, QUARANTINED}
+  if text:byte(1) == MEMBER then record[HINT] = '…' end
+  return record
+end
+
+-- What TEXTS has of a key: its text; of a sealed one its hint and its member, so that it is found by its first
+-- characters; and before these the byte 254 if it was imported, as only texts that were generated are found so. And what
+-- NAMES has of it, nil if it has no name.
+local function entries_of(text, record)
+  local imported, name
+  if record[INFO] then
+    imported, name = unpack(cmsgpack.unpack(record[INFO]), 1, 2)
+    name = name and string.format('%s\0%.0f', name, record[ID])
+  end
+  if not record[SEALED] then return text, name end
+  return (imported and '\254' or '') .. record[HINT] .. text, name
+end
+
+-- Let the server know that a lease which stands in a share has ended, or ends later.
+local function share_moved(record, left)
+  local count = #shares
+  shares[count + 1], shares[count + 2], shares[count + 3] = record[CLIENT], record[SHARE], left
 end
 
 -- Remove a key, in any state. The first write is one for which Valkey needs no memory.
@@ -118,8 +164,13 @@ local function purge(text, record, change, origin)
   call('ZREM', STATES, text)
   call('ZREM', EXPIRY, text)
   call('ZREM', IDS, text)
-  call('ZREM', TEXTS, text)
+  local entry, name = text, nil
+  if record[SEALED] or record[INFO] then entry, name = entries_of(text, record) end
+  call('ZREM', TEXTS, entry)
+  if name then call('ZREM', NAMES, name) end
   if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
+  if record[FORMER] then call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER]) end
+  if record[SHARE] then share_moved(record, 0) end
   if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
   call('HINCRBY', META, change, 1)
@@ -161,6 +212,15 @@ end
 local function free(text, record, change, at, origin, cool_until)
   local owner, attempt, mark, release = record[OWNER], record[ATTEMPT], false, 0
   record[OWNER], record[ACQUIRED] = false, false
+  if record[SHARE] then
+    share_moved(record, 0)
+    record[SHARE] = false
+  end
+  if record[CLIENT] then record[CLIENT] = false end
+  if record[FORMER] then
+    call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
+    record[FORMER] = false
+  end
   if attempt then record[ATTEMPT], record[REPLAYED] = false, false end
   if resting > 0 then cool_until = math.max(cool_until, at + resting) end
   if record[MARK] == PENDING then
@@ -231,13 +291,18 @@ end
 
 local function reply(results)
   if freed > 0 then publish_freed(freed) end
-  table.insert(results, 1, available())
+  local count = available()
+  if #shares > 0 then
+    count = -2 - count
+    results[#results + 1] = shares
+  end
+  table.insert(results, 1, count)
   return results
 end
 
 -- The reply of a script that itself changes no key's availability; what it processed that was overdue may have.
 local function reply_unchanged(results)
-  if freed > 0 then return reply(results) end
+  if freed > 0 or #shares > 0 then return reply(results) end
   table.insert(results, 1, -1)
   return results
 end

@@ -1,7 +1,7 @@
 -- Purge keys.
 -- ARGV    1 origin, 2… names
--- reply   available; for each key {its id and text}, or {0 if it is unknown, else -(its latest lease), as the name has
---         another one; ''}
+-- reply   available; for each key {its id, its text, and what may be shown of it if that is sealed}, or {0 if it is unknown, else -(its latest lease), as the name has
+--         another one; '', ''}
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
 local origin, results = ARGV[1], {}
@@ -9,9 +9,9 @@ for i = 2, #ARGV do
   local record, text, stale = find(ARGV[i])
   if record and not stale then
     purge(text, record, 'deleted', origin)
-    results[#results + 1] = {record[ID], text}
+    results[#results + 1] = {record[ID], text, record[HINT] or ''}
   else
-    results[#results + 1] = {record and -record[LEASE] or 0, ''}
+    results[#results + 1] = {record and -record[LEASE] or 0, '', ''}
   end
 end
 return reply(results)

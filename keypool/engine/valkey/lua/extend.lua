@@ -19,6 +19,7 @@ local function extend(record, text, lease, seconds)
   record[RELEASE] = release
   save(text, record)
   call('ZADD', STATES, release, text)
+  if record[SHARE] then share_moved(record, release - NOW) end
   return 1, last
 end
 

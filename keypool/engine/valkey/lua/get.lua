@@ -1,6 +1,6 @@
 -- Read a key.
 -- ARGV    1 name, 2 origin if its text is being revealed, which is an event, else ''
--- reply   available, or -1; a row, or 0 if it is unknown, or -(its latest lease) if the name has another one
+-- reply   available, or -1; a row, and behind its fields the sealed text, or ''; or 0 if it is unknown, or -(its latest lease) if the name has another one
 -- cost    O(log n)
 process_due(MAX_DUE)
 local record, text, stale = find(ARGV[1])
@@ -9,4 +9,6 @@ if ARGV[2] ~= '' then
   call('HINCRBY', META, 'revealed', 1)
   emit('revealed', record, text, record[OWNER], ARGV[2])
 end
-return reply_unchanged({row_of(text, record)})
+local row = row_of(text, record)
+row[#row + 1] = record[SEALED] or ''
+return reply_unchanged({row})

@@ -1,5 +1,5 @@
 -- Postpone the expiry of keys.
--- ARGV    1 microseconds that they live from now, 2… names
+-- ARGV    1 microseconds that they live from now, 0 for ever, 2… names
 -- reply   available, or -1; for each key its id, 0 if it is unknown, or -(its latest lease) if the name has another
 --         one
 -- cost    O(keys * log n)
@@ -9,9 +9,9 @@ local results, kept = {}, 0
 for i = 2, #ARGV do
   local record, text, stale = find(ARGV[i])
   if record and not stale then
-    record[EXPIRES] = NOW + life + kept
+    record[EXPIRES] = life == 0 and NEVER or NOW + life + kept
     save(text, record)
-    call('ZADD', EXPIRY, record[EXPIRES], text)
+    if life == 0 then call('ZREM', EXPIRY, text) else call('ZADD', EXPIRY, record[EXPIRES], text) end
     kept = kept + 1
     results[#results + 1] = record[ID]
   else

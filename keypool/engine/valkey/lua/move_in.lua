@@ -1,11 +1,18 @@
 -- Add keys of another pool, as they are; for keypool migrate, while no server serves this one.
--- ARGV    1, 2, 3… for each key: its text, its attempt ('' for none), and its record (common.lua) as MessagePack,
---         without the attempt
+-- ARGV    1, 2… for each key: its text, or its member if it is sealed, its attempt, what is SEALED and HINT and INFO and
+--         FORMER ('' for nothing), and its record (common.lua) as MessagePack, without these
 -- reply   available
 -- cost    O(keys * log n)
-for i = 1, #ARGV, 3 do
-  local record = cmsgpack.unpack(ARGV[i + 2])
-  if ARGV[i + 1] ~= '' then record[ATTEMPT] = ARGV[i + 1] end
-  add(ARGV[i], record)
+local fields = {ATTEMPT, SEALED, HINT, INFO, FORMER}
+for i = 1, #ARGV, #fields + 2 do
+  local text, record = ARGV[i], cmsgpack.unpack(ARGV[i + #fields + 1])
+  for number, field in ipairs(fields) do
+    local value = ARGV[i + number]
+    if value ~= '' then record[field] = value end
+  end
+  add(text, record)
+  if record[FORMER] then
+    call('SET', META:sub(1, -5) .. 'old:' .. record[FORMER], string.format('%.0f.%.0f', record[ID], record[LEASE]))
+  end
 end
 return reply({})

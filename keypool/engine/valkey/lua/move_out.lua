@@ -1,12 +1,17 @@
 -- Read keys as they are, overdue or not, in order of id; for keypool migrate, while no server serves the pool.
 -- ARGV    1 rank of the first, 2 of the last
--- reply   available; {text, attempt or '', record (common.lua) as MessagePack, without the attempt} of each
+-- reply   available; of each its text, or its member if it is sealed, its attempt, what is SEALED and INFO and FORMER (''
+--         for nothing), and its record (common.lua) as MessagePack, without these: for other bytes than UTF-8 would be
+--         taken for text there
 -- cost    O(log n + keys)
 local results = {}
 for _, text in ipairs(call('ZRANGE', IDS, ARGV[1], ARGV[2])) do
-  local record = record_of(text) or tombstone(text)
-  local attempt = record[ATTEMPT] or ''
-  if record[ATTEMPT] then record[ATTEMPT] = false end  -- as any 16 bytes: they would be taken for text in MessagePack
-  results[#results + 1] = {text, attempt, packed(record)}
+  local record, found = record_of(text) or tombstone(text), {text}
+  for number, field in ipairs({ATTEMPT, SEALED, INFO, FORMER}) do
+    found[number + 1] = record[field] or ''
+    if record[field] then record[field] = false end
+  end
+  found[6] = packed(record)
+  results[#results + 1] = found
 end
 return reply(results)

@@ -1,15 +1,16 @@
 -- List keys in an order, from a position on. Keys with the same score are in order of their texts, byte by byte.
--- ARGV    1 order: id, expiry, release, ready or text, 2 state, or '' for all, 3 rows at most, 4 keys to examine at
---         most, 5 position: a score ('' for the first), or in order of text the text to begin with, 6 of the keys with
---         that score, only those after this text; in order of text, only keys after it ('' for all), 7 in order of
---         text: the prefix
--- reply   available; 1 if there may be more, else 0; each row, and behind its fields its score in the order; if there
---         may be more, also the same of the last key that was examined
+-- ARGV    1 order: id, expiry, release, ready, text or name, 2 state, or '' for all, 3 rows at most, 4 keys to examine at
+--         most, 5 position: a score ('' for the first), or in order of text or name the one to begin with, 6 of the keys
+--         with that score, only those after this text; in order of text or name, only keys after it, as TEXTS or NAMES
+--         has it ('' for all), 7 in order of text or name: the prefix
+-- reply   available; 1 if there may be more, else 0; each row, and behind its fields its score in the order, or what
+--         TEXTS or NAMES has of it; if there may be more, also the same of the last key that was examined
 -- cost    O(log n + keys examined), O(log² n) for a position among keys with the same score
 process_due(MAX_DUE)
 local order, state, limit, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local after, passed = ARGV[5], ARGV[6]
-local set = ({id = IDS, expiry = EXPIRY, release = STATES, ready = STATES, text = TEXTS})[order]
+local set = ({id = IDS, expiry = EXPIRY, release = STATES, ready = STATES, text = TEXTS, name = NAMES})[order]
+local by_word = order == 'text' or order == 'name'
 if order == 'id' and state == 'quarantined' then set = QUARANTINE end
 
 -- Whether a text comes after another one in a sorted set. Lua's own comparison goes by the locale.
@@ -35,12 +36,26 @@ local function start()
 end
 
 local found, step
-if order == 'text' then
+if by_word then
   local least = passed ~= '' and '(' .. passed or '[' .. after
   found, step = call('ZRANGEBYLEX', set, least, '[' .. ARGV[7] .. '\255', 'LIMIT', 0, most + 1), 1
 else
   local first = start()
   found, step = call('ZRANGE', set, first, first + most, 'WITHSCORES'), 2
+end
+
+-- The text of what stands in the set. A key that is gone stands among texts and names only where Valkey evicted records.
+local function text_of(entry)
+  if not by_word then return entry end
+  local text = entry
+  if order == 'name' then
+    local id = entry:match('%z(%d+)$')
+    text = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1] or ''
+  else
+    text = entry:find('\254', 1, true) and entry:sub(-DIGEST) or entry
+  end
+  if call('HEXISTS', RECORDS, text) == 0 then call('ZREM', set, entry) end
+  return text
 end
 
 local function shown(text, place)
@@ -57,7 +72,7 @@ for i = 1, #found, step do
     results[1] = 1
     break
   end
-  local is_shown, row = shown(found[i], step == 2 and tonumber(found[i + 1]) or 0)
+  local is_shown, row = shown(text_of(found[i]), step == 2 and tonumber(found[i + 1]) or found[i])
   last = row
   if is_shown then
     rows = rows + 1

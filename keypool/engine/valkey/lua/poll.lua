@@ -76,12 +76,11 @@ if new > 0 then events = call('LRANGE', EVENTS, -new, -1) end
 local cooling = tonumber(call('HGET', META, 'cooling') or 0)
 cooling = math.min(cooling, call('ZCARD', STATES) - available())
 local status = reply({
-  call('ZCARD', EXPIRY), cooling, call('ZCARD', QUARANTINE), waiting,
+  available(), call('ZCARD', IDS), cooling, call('ZCARD', QUARANTINE), waiting,
   call('ZCOUNT', EXPIRY, '-inf', NOW + tonumber(ARGV[3])),
   left(EXPIRY, '-inf'), left(STATES, '(0'), expiry_lateness, release_lateness,
   tonumber(call('HGET', META, 'id') or -1), event_seq, turn_of(ARGV[1]), counters, events,
 })
-table.insert(status, 2, status[1])
 -- pcall, as a poll must reply even if Valkey refuses writes. If only memory is short, the HDEL, which needs none,
 -- makes Valkey accept the HSET. A `seen` in the future was written before the clock was set back: hence math.abs.
 if math.abs(NOW - call('HGET', META, 'seen')) > 500000 then

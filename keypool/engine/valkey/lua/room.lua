@@ -11,6 +11,6 @@ if ARGV[2] == '0' then
 end
 process_due(MAX_DUE)
 local sum, others = reserved_but(ARGV[1])
-local fits = call('ZCARD', EXPIRY) + sum + tonumber(ARGV[2]) <= tonumber(ARGV[3])
+local fits = call('ZCARD', IDS) + sum + tonumber(ARGV[2]) <= tonumber(ARGV[3])
 if fits then reserve(string.format('%s%s %s %.0f;', others, ARGV[1], ARGV[2], NOW + tonumber(ARGV[4]))) end
 return reply_unchanged({fits and 1 or 0})

@@ -2,7 +2,7 @@
 
 -- A row, as pages.py reads it: {text, id, created, lease, owner or '', microseconds to its expiry, state, microseconds
 -- left of it (0 if available or quarantined), failures in a row, microseconds since the last one, outcome or '',
--- reason or ''}.
+-- reason or '', client or '', hint or '' if the text is in clear, INFO or ''}.
 local function row_of(text, record)
   local state, left = state_of(record)
   local history = record[HISTORY] or {0, 0}
@@ -10,6 +10,7 @@ local function row_of(text, record)
   local reason = state == 'quarantined' and history[5] or history[4] or ''
   return {
     text, record[ID], record[CREATED], record[LEASE], owner, record[EXPIRES] - NOW, state, left, history[1],
-    NOW - history[2], history[3] or '', reason,
+    NOW - history[2], history[3] or '', reason, state == 'blocked' and record[CLIENT] or '', record[HINT] or '',
+    record[INFO] or '',
   }
 end

@@ -6,7 +6,8 @@
 --         under ('' for any), and a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
 --         for none, or '-' if the lease did not reach its caller and is to end unless its attempt was given it again
 -- reply   available; for each key {outcome, id, latest lease, state, microseconds to the end of its cooldown, 1 if the
---         guard turned a quarantine into a cooldown, its text if the name isn't}; the outcome is 1 changed, 0 not, -1
+--         guard turned a quarantine into a cooldown, its text (or what may be shown of a sealed one)
+--         if the name isn't}; the outcome is 1 changed, 0 not, -1
 --         unknown, -2 the lease isn't the latest
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
@@ -26,7 +27,7 @@ if ARGV[2] ~= '' then
 
   local function may_quarantine()
     local quarantined = call('ZCARD', QUARANTINE) + quarantined_elsewhere
-    return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', EXPIRY) + elsewhere)
+    return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', IDS) + elsewhere)
   end
 
   -- Apply a report. Returns whether the guard turned a quarantine into a cooldown.
@@ -83,7 +84,7 @@ for i = 3, #ARGV, 3 do
     local state, left = state_of(record)
     if state ~= 'cooling' then left = 0 end
     results[#results + 1] = {
-      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and text or '',
+      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or text) or '',
     }
   end
 end

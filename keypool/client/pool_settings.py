@@ -1,0 +1,66 @@
+"""The settings of a pool: their defaults, and which values the server takes. docs/api.md says what they mean.
+
+The server has tables of its own, as the client imports nothing of it; a test compares them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+_DAY, _YEAR = 86_400.0, 366 * 86_400.0
+
+
+class PoolSetting(NamedTuple):
+    """One setting: a number from `low` to `high`, with `null` also None; `whole` if it has no fractions."""
+
+    default: float | None
+    low: float
+    high: float
+    whole: bool = False
+    null: bool = False
+
+
+POOL_SETTINGS = {
+    "block_seconds": PoolSetting(60.0, 0.001, _DAY),
+    "max_block_seconds": PoolSetting(None, 0.001, _YEAR),
+    "keepalive_seconds": PoolSetting(300.0, 0.001, _DAY, null=True),
+    "max_keys": PoolSetting(1_000_000, 1, 10_000_000_000, whole=True),
+    "key_length": PoolSetting(20, 16, 64, whole=True),
+    "cooldown_seconds": PoolSetting(60.0, 0.0, _DAY),
+    "max_cooldown_seconds": PoolSetting(3600.0, 0.0, _YEAR),
+    "max_retry_after_seconds": PoolSetting(604_800.0, 0.0, _YEAR),
+    "error_threshold": PoolSetting(3, 1, 1_000_000, whole=True, null=True),
+    "forget_seconds": PoolSetting(3600.0, 0.0, _YEAR),
+    "max_quarantined_percent": PoolSetting(50.0, 0.0, 100.0),
+    "rest_seconds": PoolSetting(0.0, 0.0, _DAY),
+}
+"""By name, in the order of the docs. Of `max_keys` and `key_length` the server's flags are the defaults, and
+`max_block_seconds` is as long as `block_seconds`."""
+
+OF_SERVER = ("max_keys", "key_length")
+"""The settings whose defaults are the server's flags."""
+
+
+def wrong_setting(name: str, value: Any) -> str | None:
+    """What this setting takes, if it doesn't take the value; None if it does. Raises KeyError for another name."""
+    setting = POOL_SETTINGS[name]
+    if value is None and setting.null:
+        return None
+    number = isinstance(value, int if setting.whole else int | float) and not isinstance(value, bool)
+    if number and setting.low <= value <= setting.high:
+        return None
+    kind = "a whole number" if setting.whole else "a number"
+    return f"{kind} from {setting.low:.15g} to {setting.high:.15g}"
+
+
+def contradiction(settings: Mapping[str, Any]) -> str | None:
+    """Why these settings can't be those of one pool; None if they can."""
+    block = settings.get("block_seconds", POOL_SETTINGS["block_seconds"].default)
+    longest = settings.get("max_block_seconds")
+    if longest is not None and longest < (block or math.inf):
+        return (
+            f"max_block_seconds takes no less than block_seconds, which is {block:.15g}, not {longest:.15g}"
+        )
+    return None

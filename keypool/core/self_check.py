@@ -1,0 +1,115 @@
+"""The self-check of a pool: every count, place and order derived again from the keys themselves.
+
+It is for tests, and for the moment after a restore: it reads the whole set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from keypool.core.keys import DEAD, NEVER, Key, State
+from keypool.core.keyset import KeySet
+
+_AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
+_SLICE = 1000  # keys
+
+
+class SelfCheck(KeySet):
+    """See the module."""
+
+    def check(self) -> None:
+        """Derive every count, slot and order from the keys and compare. O(n).
+
+        Raises ValueError, which names the wrong key and the contradiction.
+        """
+        for _ in self.check_in_slices(_SLICE):
+            pass
+
+    def check_in_slices(self, size: int) -> Iterator[None]:
+        """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
+        counts = dict.fromkeys(State, 0)
+        total = last = attempts = imported = formers = named = expiring = 0
+        for key in self._by_id.walk(None):
+            if key.id <= last:
+                raise ValueError("the walk by id is out of order or returns a key twice")
+            last = key.id
+            self._check_key(key)
+            total += 1
+            counts[key.state] += 1
+            attempts += key.attempt is not None
+            imported += key.details.imported
+            formers += key.details.former is not None
+            named += key.details.name is not None
+            expiring += key.expires_deadline != NEVER
+            if total % size == 0:
+                yield
+        found = (total, len(self._by_text) + len(self._imported) - formers, *counts.values())
+        expected = (
+            self._total,
+            self._total,
+            len(self._available),
+            self.blocked,
+            self._cooling,
+            len(self._quarantined),
+        )
+        if found != expected:
+            raise ValueError(f"by id, by text and by state there are {found} keys instead of {expected}")
+        indexed = (len(self._imported), len(self._by_hint), len(self._by_name))
+        if indexed != (imported + formers, imported, named):
+            raise ValueError(
+                f"{indexed} texts, hints and names lead to {imported} imported keys, {formers} of them with a former "
+                f"text, and {named} keys with a name"
+            )
+        self._by_attempt.check(attempts)
+        yield from self._by_expiry.check_in_slices(expiring, size)
+        yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
+
+    def _check_key(self, key: Key) -> None:
+        if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
+            last = (self.last_id, self.last_lease)
+            raise ValueError(f"{key!r}: id or lease {key.lease} is beyond the last given, {last}")
+        self._check_details(key)
+        if key.expires_deadline == DEAD:
+            raise ValueError(f"{key!r} was purged but is still found by id")
+        if key.expires_deadline != NEVER:
+            self._by_expiry.check_key(key, key.expiry_bucket)
+        elif key.expiry_bucket is not None:
+            raise ValueError(f"{key!r} never expires but has a place in the order by expiry")
+        self._check_place(key)
+        blocked = key.state is _BLOCKED
+        if blocked and key.lease == 0:
+            raise ValueError(f"{key!r} is blocked without a lease")
+        of_holder = (key.owner, key.attempt, key.client, key.details.former)
+        if not blocked and (key.quarantine_pending or any(each is not None for each in of_holder)):
+            raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
+        if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
+            raise ValueError(f"{key!r} is not found by its attempt")
+
+    def _check_details(self, key: Key) -> None:
+        """Raise ValueError unless the key is found by its texts, its hint and its name, and by them alone."""
+        details = key.details
+        if (self._imported if details.imported else self._by_text).get(key.text) is not key:
+            raise ValueError(f"{key!r} is not found by its text")
+        if details.imported and not self._by_hint.holds(key):
+            raise ValueError(f"{key!r} is not found by its hint")
+        if details.former is not None and self._imported.get(details.former) is not key:
+            raise ValueError(f"{key!r} is not found by the text of its lease")
+        if details.name is not None and self._by_name.get(details.name) is not key:
+            raise ValueError(f"{key!r} is not found by its name")
+
+    def _check_place(self, key: Key) -> None:
+        """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
+        state = key.state
+        if state in (_BLOCKED, _COOLING):
+            if key.release_deadline is None:
+                raise ValueError(f"{key!r} is {state} but has no release_deadline")
+            self._by_release.check_key(key, key.release_bucket)
+        elif key.release_deadline is not None or key.release_bucket is not None:
+            raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
+        in_slot = 0 <= key.slot < len(self._available) and self._available[key.slot] is key
+        if in_slot != (state is _AVAILABLE) or (not in_slot and key.slot != -1):
+            raise ValueError(
+                f"{key!r} is {state}, which contradicts its slot {key.slot} of the available ones"
+            )
+        if (key.id in self._quarantined) != (state is _QUARANTINED):
+            raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")

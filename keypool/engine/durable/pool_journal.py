@@ -1,0 +1,147 @@
+"""What one pool's engine sees of the journal of the data file: it collects the changes of that pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from keypool.core.errors import StorageUnavailable
+from keypool.core.keys import DEAD, Key
+from keypool.engine import NOTE
+from keypool.engine.durable.rows import POOL_SHIFT, Row, prefix_of, row_of
+from keypool.engine.durable.states import Activity
+from keypool.engine.journal import Commit, JournaledEngine
+from keypool.engine.sealing import Sealer
+from keypool.ops.histogram import Histogram
+
+if TYPE_CHECKING:
+    from keypool.engine.durable.journal import FileJournal
+
+_IDLE = Activity.IDLE
+
+
+class PoolJournal:
+    """See the protocol `engine.journal.Journal` for the calls.
+
+    `open` are the changed keys since the last batch was sent, `sent` those in the batch in flight, by id. Only the
+    FileJournal, which made this, replaces them.
+    """
+
+    __slots__ = (
+        "open",
+        "sent",
+        "grace",
+        "number",
+        "engine",
+        "require",
+        "unknown_outcome",
+        "pause",
+        "resume",
+        "histograms",
+        "measures",
+        "_file",
+        "_purged",
+        "_prefix",
+        "_sealer",
+    )
+
+    def __init__(
+        self, file: FileJournal, number: int, engine: JournaledEngine, sealer: Sealer | None
+    ) -> None:
+        self.number = number
+        self.engine = engine
+        self.open: dict[int, Key] = {}
+        self.sent: dict[int, Key] = {}
+        self.grace: int | None = None  # its end: in the next batch, or in the one in flight
+        self._file = file
+        self._purged: dict[str, int] = {}  # ids by text of keys whose purge isn't on disk yet
+        self._prefix = prefix_of(number)
+        self._sealer = sealer
+        # Those that concern all pools alike. As attributes, because each change of a key calls `require`.
+        self.require: Callable[[], None] = file.require
+        self.unknown_outcome: Callable[[], StorageUnavailable] = file.unknown_outcome
+        self.pause: Callable[[], None] = file.pause
+        self.resume: Callable[[], None] = file.resume
+        self.histograms: Callable[[], dict[str, Histogram]] = file.histograms
+        self.measures: Callable[[], Mapping[str, float | Mapping[str, float]]] = file.measures
+
+    @property
+    def failing(self) -> str | None:
+        """The reason why changes can't be kept; None while they can."""
+        return self._file.failing
+
+    @failing.setter
+    def failing(self, reason: str | None) -> None:
+        raise AttributeError("it is the file that fails")
+
+    # -- the engine's calls, see the protocol
+
+    def touch(self, key: Key) -> None:
+        """Put a key that was changed or purged into the next batch."""
+        self.open[key.id] = key
+        if key.expires_deadline == DEAD:
+            self._purged[key.text] = key.id
+        if self._file.activity is _IDLE:
+            self._file.schedule()
+
+    def note(self, notes: Mapping[str, int | None]) -> Commit:
+        """Put notes into the next batch."""
+        return self._file.put_numbers({
+            self._prefix + NOTE + name: value or 0 for name, value in notes.items()
+        })  # fmt: skip
+
+    def commit_of(self, id: int) -> Commit | None:
+        """The commit to await before answering about this key."""
+        if id in self.open:
+            return self._file.next_batch.commit or self._file.open_commit()
+        return self._file.sent_batch.commit if id in self.sent else None
+
+    def commit_of_text(self, text: str) -> Commit | None:
+        """The commit of the purge of the key with this text."""
+        id = self._purged.get(text)
+        return None if id is None else self.commit_of(id)
+
+    def commit_of_all(self) -> Commit | None:
+        """The commit to await before answering about the pool as a whole."""
+        if self.open:
+            return self._file.open_commit()
+        return self._file.sent_batch.commit if self.sent else None
+
+    async def close(self) -> None:
+        """Close the file if this is the journal of `default`. Raises StorageUnavailable."""
+        if not self.number:
+            await self._file.close()
+
+    # -- the file's calls
+
+    def take(self, keys: Iterator[Key], rows: list[Row], purged: list[int]) -> None:
+        """Add the rows of these keys, and the ids of the rows of those that were purged. O(keys)."""
+        number, sealer = self.number, self._sealer
+        for key in keys:
+            if key.expires_deadline == DEAD:
+                purged.append(number << POOL_SHIFT | key.id)
+            else:
+                rows.append(row_of(key, number, sealer))
+
+    def numbers(self) -> dict[str, int]:
+        """The pool's numbers as they are kept in the file. `moment` is of all pools, so its name has no prefix."""
+        numbers = self.engine.numbers()
+        if self.number:
+            moment = numbers.pop("moment")
+            numbers = {self._prefix + name: value for name, value in numbers.items()}
+            numbers["moment"] = moment
+        return numbers
+
+    def kept(self) -> int:
+        """What was sent is on disk. Returns how many keys that were. O(keys)."""
+        sent, self.sent = self.sent, {}
+        if self._purged:
+            for id, key in sent.items():
+                if key.expires_deadline == DEAD and id not in self.open:
+                    self._purged.pop(key.text, None)
+        return len(sent)
+
+    def not_kept(self) -> None:
+        """What was sent may not be on disk: it goes into the next batch. O(keys)."""
+        sent, self.sent = self.sent, {}
+        self.open = {**sent, **self.open}

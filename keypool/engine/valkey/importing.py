@@ -1,0 +1,391 @@
+"""Keys from elsewhere: those that the pool doesn't have are added, all of them or none if there is no room.
+
+A key is added in the partition of its text, by a script that looks whether the text is there already
+(lua/import.lua). So two servers that import the same secret at the same moment make one key of it. A sealed text holds
+only for its id, so the number of the id is chosen here, above all that this server knows; if another server was faster,
+the script adds nothing and replies the latest number, and the keys are sealed again.
+
+The limit of keys is that of creation.py: each partition may hold its share of it. As a text can't choose its partition,
+near the limit a partition gets more than its share if the others have room: that is counted and reserved by one server
+at a time.
+
+Names: details.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import NamedTuple
+
+from msgspec import structs
+
+from keypool.core.answers import Imported, ImportedKey, KeyPatch, NewKey
+from keypool.core.details import details_of
+from keypool.core.errors import (
+    KeysWouldExpire,
+    NameTaken,
+    PoolError,
+    PoolFull,
+    SecretsKeyRequired,
+    StorageUnavailable,
+    UnknownKey,
+)
+from keypool.core.keys import State, hint
+from keypool.engine.valkey.calls import all_of, expires_in, seconds_left
+from keypool.engine.valkey.creation import KeyGenerator
+from keypool.engine.valkey.details import Editor, Locks, is_odd
+from keypool.engine.valkey.link import Reply, Word
+from keypool.engine.valkey.partitions import Partitions
+from keypool.engine.valkey.poller import PartitionPoller
+from keypool.engine.valkey.vault import details_in, info_of
+
+_CHUNK = 200  # keys that one script adds, in some 3 ms
+_LOCKED_ROOM = "room"  # the word that a server locks while it fills a pool near its limit
+_PAUSE = 0.02  # seconds, on average, before something that another server is at is tried again
+_MOST_TRIES = 100
+_ODD = 8  # the place of a word of import.lua
+_NAME_TAKEN, _ALIAS, _LOCKED, _LATE, _NUMBER = -1, -2, -3, -4, -5  # of import.lua's replies
+
+
+class _Terms(NamedTuple):
+    """On whose behalf keys are added, under which locks, and until which moment these hold."""
+
+    origin: Word
+    locks: str = ""
+    until: int = 0
+
+
+class _Room(NamedTuple):
+    """Room that is reserved, and how many keys each partition may hold; without a name as long as there is plenty."""
+
+    reservation: str
+    limits: Sequence[int] | Mapping[int, int]
+
+
+class Importer:
+    """See the module."""
+
+    def __init__(
+        self,
+        partitions: Partitions,
+        poller: PartitionPoller,
+        generator: KeyGenerator,
+        editor: Editor,
+        locks: Locks,
+    ) -> None:
+        self._partitions = partitions
+        self._poller = poller
+        self._generator = generator
+        self._editor = editor
+        self._locks = locks
+
+    def _require_importing(self, expire: bool) -> None:
+        seconds = self._partitions.rules.keepalive_seconds
+        if seconds is not None and not expire:
+            raise KeysWouldExpire(seconds)
+        if self._partitions.vault is None:
+            raise SecretsKeyRequired
+
+    async def import_key(self, item: NewKey, expire: bool, origin: Word) -> ImportedKey:
+        """Add a key, unless the pool has its secret. O(log n); in pools with several partitions O(partitions) for a
+        name. Raises KeysWouldExpire, NameTaken, PoolFull, SecretsKeyRequired, PoolDraining, StorageUnavailable.
+        """
+        self._require_importing(expire)
+        [reply] = await self._import([item], origin)
+        if reply[0] == _NAME_TAKEN:
+            raise NameTaken(reply[1])
+        shown = hint(item.secret)
+        if reply[0] == 1:
+            life_us = self._partitions.life_us
+            lives = seconds_left(life_us, 0.0) if life_us else None
+            return ImportedKey(reply[1], State.AVAILABLE, shown, item.name or None, lives, False)
+        _, id, expires, state, info = reply
+        name = details_in(info).name
+        return ImportedKey(id, State(state.decode()), shown, name, expires_in(expires, 0.0), True)
+
+    async def import_many(
+        self, items: Sequence[NewKey | Imported], update: bool, expire: bool, origin: Word
+    ) -> list[Imported]:
+        """Add keys, one by one, or none if there is no room. O(k log n). Raises as `import_key`, but NameTaken."""
+        self._require_importing(expire)
+        results: dict[int, Imported] = {
+            place: item for place, item in enumerate(items) if isinstance(item, Imported)
+        }
+        left = {place: item for place, item in enumerate(items) if isinstance(item, NewKey)}
+        seen: dict[str, int] = {}
+        async with self._room_for(await self._new_of([*left.values()])) as room:
+            while left:
+                run = _run_without_repeats(left)
+                if update:
+                    run = run[:1] if await self._is_known(run[0][1]) else await self._run_of_new(run)
+                for place, _ in run:
+                    del left[place]
+                replies = await self._import([item for _, item in run], origin, room)
+                for (place, item), reply in zip(run, replies, strict=True):
+                    results[place] = await self._result(item, reply, update, origin)
+                    if results[place].id is not None:
+                        seen[item.secret] = reply[1]
+                for place in [place for place, item in left.items() if item.secret in seen]:
+                    results[place] = Imported("duplicate", seen[left.pop(place).secret])
+        return [results[place] for place in range(len(items))]
+
+    async def _result(self, item: NewKey, reply: Reply, update: bool, origin: Word) -> Imported:
+        """The result of an item, whose details a key gets that was there, if `update`."""
+        if reply[0] == 1:
+            return Imported("created", reply[1])
+        try:
+            if reply[0] == _NAME_TAKEN:
+                raise NameTaken(reply[1])
+            if not update:
+                return Imported("existed", reply[1])
+            await self._editor.update(reply[1], KeyPatch(item.name, item.labels, item.data), origin)
+            return Imported("updated", reply[1])
+        except UnknownKey:  # it was deleted just now
+            return Imported("existed", reply[1])
+        except PoolError as error:
+            return Imported("failed", code=error.code, detail=error.detail)
+
+    async def _is_known(self, item: NewKey) -> bool:
+        return not await self._new_of([item])
+
+    async def _run_of_new(self, run: list[tuple[int, NewKey]]) -> list[tuple[int, NewKey]]:
+        """The items before the first one that the pool has: as items are taken in order, others come after that."""
+        new = {item.secret for item in await self._new_of([item for _, item in run])}
+        count = next((nth for nth, (_, item) in enumerate(run) if item.secret not in new), len(run))
+        return run[:count]
+
+    async def _new_of(self, items: Sequence[NewKey]) -> list[NewKey]:
+        """The items whose secrets no key has, each secret once. O(k log n)."""
+        vault = self._partitions.vault
+        assert vault is not None
+        unique = [*{item.secret: item for item in items}.values()]
+        new: list[NewKey] = []
+        for start in range(0, len(unique), _CHUNK):
+            some = unique[start : start + _CHUNK]
+            names = {item.secret: vault.name(item.secret) for item in some}
+            known = await self._partitions.known(names)
+            for item in some:
+                found = known[item.secret]
+                if not found[0] and found[1] >= 0:
+                    [found] = await self._partitions.call(found[1], "known", (1, names[item.secret]))
+                if not found[0] or found[4]:
+                    new.append(item)
+            await asyncio.sleep(0)
+        return new
+
+    # -- adding
+
+    async def _import(self, items: Sequence[NewKey], origin: Word, room: _Room | None = None) -> list[Reply]:
+        """What import.lua replies about each item, in their order; of the first kinds only."""
+        partitions = self._partitions
+        names = {item.name for item in items if item.name}
+        if partitions.count == 1 or not names:
+            return await self._import_locked(items, room, _Terms(origin), {})
+        name = self._locks.new_name()
+        words = [(partitions.of(each), f"name {each}") for each in sorted(names)]
+        async with self._locks.of(words, name) as until:
+            asked = sorted(names)
+            replies = await partitions.all("known", 0, *asked)
+            holders = {
+                each: holder
+                for each, ids in zip(asked, zip(*replies, strict=True), strict=True)
+                if (holder := max(ids))
+            }
+            return await self._import_locked(items, room, _Terms(origin, name, until), holders)
+
+    async def _import_locked(
+        self,
+        items: Sequence[NewKey],
+        room: _Room | None,
+        terms: _Terms,
+        holders: dict[str, int],
+    ) -> list[Reply]:
+        """The same, where no other server gives these names to keys; `holders` has those that are taken."""
+        replies: dict[int, Reply] = {}
+        left = [*range(len(items))]
+        several = self._partitions.count > 1
+        while left:
+            chunk: list[int] = []
+            names: set[str] = set()
+            for place in left:
+                name = items[place].name
+                if len(chunk) == _CHUNK or (several and name in names):
+                    break  # whether the earlier item of this name gets it shows first
+                chunk.append(place)
+                if name:
+                    names.add(name)
+            left = left[len(chunk) :]
+            taken = {place: holders[name] for place in chunk if (name := items[place].name) in holders}
+            for place, holder in taken.items():
+                replies[place] = await self._known(items[place].secret) or (_NAME_TAKEN, holder)
+            adding = [place for place in chunk if place not in taken]
+            found = await self._add([items[place] for place in adding], room, terms)
+            for place, reply in zip(adding, found, strict=True):
+                replies[place] = reply
+                if several and (name := items[place].name) and reply[0] == 1:
+                    holders[name] = reply[1]
+        return [replies[place] for place in range(len(items))]
+
+    async def _known(self, secret: str, partition: int | None = None) -> Reply:
+        """What import.lua replies about a text that a key has; None if none has, by which one may still be named."""
+        vault = self._partitions.vault
+        assert vault is not None
+        name = vault.name(secret)
+        if partition is None:
+            partition = self._partitions.of(secret)
+        [found] = await self._partitions.call(partition, "known", (1, name))
+        if not found[0] and found[1] >= 0:
+            [found] = await self._partitions.call(found[1], "known", (1, name))
+        return None if not found[0] or found[4] else (0, *found[:4])
+
+    async def _add(self, items: Sequence[NewKey], room: _Room | None, terms: _Terms) -> list[Reply]:
+        """What import.lua replies about each item, once nothing is in the way."""
+        replies: list[Reply] = [None] * len(items)
+        left = [*range(len(items))]
+        forced: set[int] = set()  # whose aliases lead nowhere
+        for attempt in range(_MOST_TRIES):
+            sent = [items[place] for place in left]
+            flags = ["1" if place in forced else "" for place in left]
+            if room is None:
+                found = await self._add_without_reservation(sent, flags, terms, attempt)
+            else:
+                found = await self._send(sent, flags, room, terms, attempt)
+            for place, reply in zip(left, found, strict=True):
+                replies[place] = await self._settled(items[place], reply)
+                if reply[0] == _ALIAS and replies[place] is None:
+                    forced.add(place)
+            left = [place for place in left if replies[place] is None]
+            if not left:
+                return replies
+            if any(reply[0] == _LOCKED for reply in found):
+                await asyncio.sleep(_PAUSE)
+        raise StorageUnavailable("other servers import the same secrets; try again")
+
+    async def _settled(self, item: NewKey, reply: Reply) -> Reply:
+        """The reply about an item as the caller gets it; None if the script is to be called again."""
+        if reply[0] == _LATE:
+            raise StorageUnavailable("the import took too long; repeat it: what was added stays")
+        if reply[0] == _ALIAS:
+            return await self._known(item.secret, reply[1])
+        return reply if reply[0] > _ALIAS else None
+
+    async def _add_without_reservation(
+        self, items: Sequence[NewKey], flags: Sequence[str], terms: _Terms, attempt: int
+    ) -> list[Reply]:
+        """Call import.lua for items that it can refuse as a whole, as they are for one partition."""
+        found = await self._send(items, flags, _Room("", self._generator.limits), terms, attempt)
+        if None not in found:
+            return found
+        async with self._room_for(items, is_ample=False) as room:
+            return await self._send(items, flags, room, terms, attempt)
+
+    async def _send(
+        self,
+        items: Sequence[NewKey],
+        flags: Sequence[str],
+        room: _Room,
+        terms: _Terms,
+        attempt: int,
+    ) -> list[Reply]:
+        """One round of calls of import.lua. The reply about an item is None if there was no room."""
+        partitions, poller, count = self._partitions, self._poller, self._partitions.count
+        vault = partitions.vault
+        assert vault is not None
+        places: dict[int, list[int]] = {}
+        words: dict[int, list[Word]] = {}
+        # Others may be as fast: each attempt leaves more numbers out, so that one of them succeeds.
+        first = poller.id_number + 1 + (random.randrange(4 ** min(attempt, 8)) * len(items) if attempt else 0)  # noqa: S311
+        poller.id_number = first + len(items) - 1
+        for place, item in enumerate(items):
+            partition, number = partitions.of(item.secret), first + place
+            if partition not in words:
+                places[partition] = []
+                words[partition] = [
+                    partitions.life_us, count, partition, room.limits[partition], room.reservation, terms.origin,
+                    terms.until, terms.locks, "",
+                ]  # fmt: skip
+            if is_odd(item.secret):
+                partitions.has_odd_texts = True
+                words[partition][_ODD] = "1"
+            details, id = details_of(item), number * count + partition + 1
+            info = info_of(structs.replace(details, data=None))
+            sealed = vault.seal(item.secret, details.data, id)
+            places[partition].append(place)
+            words[partition] += (
+                number,
+                vault.name(item.secret),
+                sealed,
+                hint(item.secret),
+                info,
+                flags[place],
+            )
+        calls = [partitions.call(partition, "import", some) for partition, some in words.items()]
+        replies: list[Reply] = [None] * len(items)
+        for partition, found in zip(words, await all_of(calls), strict=True):
+            if found and found[0][0] == _NUMBER:
+                poller.id_number = max(poller.id_number, found[0][1])
+            if found and found[0][0] in (_NUMBER, _LATE):
+                found = [found[0]] * len(places[partition])  # noqa: PLW2901
+            for place, reply in zip(places[partition], found, strict=False):
+                replies[place] = reply
+            poller.generated(partition, sum(reply[0] == 1 for reply in found))
+        return replies
+
+    # -- room
+
+    @contextlib.asynccontextmanager
+    async def _room_for(self, items: Sequence[NewKey], *, is_ample: bool = True) -> AsyncIterator[_Room]:
+        """Room for as many keys, reserved if the pool is near its limit. Raises PoolFull."""
+        generator, partitions = self._generator, self._partitions
+        wanted = Counter(partitions.of(item.secret) for item in items)
+        if not wanted or (is_ample and generator.has_ample_room(wanted)):
+            yield _Room("", generator.limits)
+            return
+        limits = dict(enumerate(generator.limits))
+        async with self._only_filler():
+            name = await self._reserve(wanted, limits)
+            try:
+                yield _Room(name, limits)
+            finally:
+                for partition in wanted:
+                    partitions.call(partition, "room", (name, 0))
+
+    @contextlib.asynccontextmanager
+    async def _only_filler(self) -> AsyncIterator[None]:
+        """While this is held, no other server fills a partition beyond its share."""
+        if self._partitions.count == 1:
+            yield
+            return
+        async with self._locks.of([(0, _LOCKED_ROOM)], self._locks.new_name()):
+            yield
+
+    async def _reserve(self, wanted: Counter[int], limits: dict[int, int]) -> str:
+        """Reserve room, and raise the limits of partitions that need more than their share. Raises PoolFull."""
+        generator, poller, most = self._generator, self._poller, self._partitions.rules.max_keys
+        while True:
+            snapshot = await poller.snapshot()
+            if snapshot.total + wanted.total() <= most:
+                for partition, keys in wanted.items():
+                    limits[partition] = max(generator.limits[partition], poller.totals[partition] + keys)
+                name = generator.new_reservation()
+                if await generator.reserve(wanted, name, limits):
+                    return name
+                await asyncio.sleep(_PAUSE * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+            elif not snapshot.overdue:
+                raise PoolFull(snapshot.total, wanted.total(), most)
+
+
+def _run_without_repeats(items: Mapping[int, NewKey]) -> list[tuple[int, NewKey]]:
+    """The first items, up to one whose secret is among them: it is a duplicate, unless the earlier one fails."""
+    run: list[tuple[int, NewKey]] = []
+    secrets: set[str] = set()
+    for place, item in items.items():
+        if item.secret in secrets:
+            break
+        secrets.add(item.secret)
+        run.append((place, item))
+    return run

@@ -1,0 +1,7 @@
+-- Record that the key with a text is in another partition, as its text was replaced; or remove that.
+-- ARGV    1 the partition ('' to remove), 2 member
+-- reply   available, or -1
+-- cost    O(1)
+local alias = META:sub(1, -5) .. 'alias:' .. ARGV[2]
+if ARGV[1] == '' then call('DEL', alias) else call('SET', alias, ARGV[1]) end
+return reply_unchanged({})

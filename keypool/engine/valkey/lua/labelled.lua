@@ -1,0 +1,31 @@
+-- For scripts about what operators give to keys: names, and other texts.
+
+-- The id of the key with this name, nil if there is none. One that has expired is purged.
+local function holder_of(name)
+  for _, entry in ipairs(call('ZRANGEBYLEX', NAMES, '[' .. name .. '\0', '(' .. name .. '\1', 'LIMIT', 0, 2)) do
+    local id = entry:match('%z(%d+)$')
+    local text = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
+    local record = text and record_of(text)
+    if record and record[EXPIRES] > NOW then return tonumber(id) end
+    if record then purge(text, record, 'expired', 'deadline') else call('ZREM', NAMES, entry) end
+  end
+  return nil
+end
+
+-- The text before a replacement names the key no longer.
+local function end_former(record)
+  call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
+  record[FORMER] = false
+end
+
+-- A text that becomes a key's own names no other one, even if that is still leased under it.
+local function give_up_former(member)
+  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
+  local id = old and old:match('^%d+')
+  local text = id and call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
+  local record = text and record_of(text)
+  if record and record[FORMER] == member then
+    end_former(record)
+    save(text, record)
+  end
+end

@@ -1,0 +1,18 @@
+-- Let a partition know what it needs of a pool's settings, unless it knows later ones.
+-- ARGV    1 revision of the pool (registry.py), 2 microseconds that keys rest after each lease, 3 '1' if the pool is
+--         being emptied for good, else ''
+-- reply   available, or -1
+-- cost    O(1)
+--
+-- `draining` may be set already by drain.lua, in the name of no revision: only a later one opens the partition again.
+local known, revision = tonumber(call('HGET', META, 'revision') or -1), tonumber(ARGV[1])
+if revision >= known then
+  if ARGV[2] == '0' then call('HDEL', META, 'rest') else call('HSET', META, 'rest', ARGV[2]) end
+  if ARGV[3] ~= '' then
+    call('HSET', META, 'draining', 1)
+  elseif revision > known then
+    call('HDEL', META, 'draining')
+  end
+  call('HSET', META, 'revision', ARGV[1])
+end
+return reply_unchanged({})
