@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import inspect
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -266,6 +267,23 @@ def unused_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+def ports_in_a_row(count: int) -> int:
+    """The first of so many consecutive free ports, below those that the system gives to others meanwhile."""
+    while True:
+        first = random.randrange(11_000, 19_000)
+        if all(_free(first + number) for number in range(count)):
+            return first
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 # ----------------------------------------------------------------------------------------------------- processes

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from cli_support import run_command
-from client_support import unused_port
+from client_support import ports_in_a_row
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
@@ -492,7 +492,7 @@ def test_a_named_admin_is_an_admin(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_all_processes_follow_the_file(file: Path) -> None:
     """The supervisor looks after it for all, and for those that it starts later."""
-    first = unused_port()
+    first = ports_in_a_row(2)
     flags = [
         f"--engine={new_pool(shared_valkey())}", "--processes=2", "--port=0", f"--process-port={first}",
         f"--tokens={file}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import random
 import signal
 import socket
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
+from client_support import ports_in_a_row
 from crash import children_of, lives
 from support import (
     ACQUIRE,
@@ -76,23 +76,6 @@ def at(server: ServerProcess, port: int) -> Iterator[Client]:
         server.port = shared
 
 
-def own_ports() -> int:
-    """The first of N consecutive free ports, below the ephemeral range."""
-    while True:
-        first = random.randrange(11_000, 19_000)
-        if all(_free(first + number) for number in range(COUNT)):
-            return first
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as one:
-        try:
-            one.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
 # ------------------------------------------------------------------------------------------------------ start
 
 
@@ -113,7 +96,7 @@ def test_one_process_only_over_the_embedded_engine(tmp_path: Path) -> None:
 
 def test_all_serve_one_pool_on_one_address(start: Start) -> None:
     """The supervisor logs `ready` once, when all are; keys of one are served by all; stats cover the whole pool."""
-    first = own_ports()
+    first = ports_in_a_row(COUNT)
     server = start(f"--process-port={first}")
     assert server.log.count("ready on http://") == 1
     assert len(children_of(server.pid)) == COUNT
@@ -153,7 +136,7 @@ def test_two_groups_do_not_share_a_port(start: Start, valkey: Valkey) -> None:
 
 def test_a_session_holds_at_every_process(start: Start) -> None:
     """A cookie signed by one process is accepted by the others."""
-    first = own_ports()
+    first = ports_in_a_row(COUNT)
     tokens = {"CLIENT": CLIENT_TOKEN, "VIEWER": VIEWER_TOKEN, "ADMIN": ADMIN_TOKEN}
     start(f"--process-port={first}", env={f"KEYPOOL_{role}_TOKEN": token for role, token in tokens.items()})
     body = urlencode({"token": VIEWER_TOKEN})
@@ -240,7 +223,7 @@ def test_processes_ignore_the_signals_that_are_for_everybody(start: Start) -> No
 
 def test_sighup_reaches_all_of_them_and_those_that_come_later(start: Start, tmp_path: Path) -> None:
     """A removed token is refused by every process, including one that is started later."""
-    first = own_ports()
+    first = ports_in_a_row(COUNT)
     file = tmp_path / "client-tokens"
     file.write_text(CLIENT_TOKEN)
     env = {"KEYPOOL_CLIENT_TOKEN_FILE": str(file), "KEYPOOL_ADMIN_TOKEN": ADMIN_TOKEN}
@@ -285,7 +268,7 @@ def waiters(server: ServerProcess, first: int) -> list[Wire]:
 @pytest.mark.parametrize("whom", ["parent", "group"])
 def test_a_signal_drains_all_of_them(start: Start, whom: str) -> None:
     """Waiters at each get 503 and the exit status is 0; the same for Ctrl-C, which the whole group gets."""
-    first = own_ports()
+    first = ports_in_a_row(COUNT)
     server = start(f"--process-port={first}")
     wires = waiters(server, first)
     if whom == "parent":
