@@ -38,7 +38,8 @@ class Caller:
 
     `token` stands for it in the audit log and in events: the name of a named token, else the first 8 hex digits of its
     digest. `pools` are the only pools that it may use, `max_held` is the most leases that it may hold at a time in all
-    of them together; None is no limit. `mark` is that of its digest: another token of the same name is another caller.
+    of them together; None means no limit. `mark` is that of its digest, so that a different token under the same name
+    is a different caller.
     """
 
     role: Role

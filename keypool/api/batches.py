@@ -75,8 +75,9 @@ _HANDLES_PER_TURN = 200  # that are read before others run: about 0.6 ms
 async def _refs(engine: Engine, texts: Sequence[str], call: Call) -> list[Ref]:
     """The key of each text. A malformed id or handle stays a text. Raises Forbidden.
 
-    What reads as an id is a key's text first, as secrets from elsewhere may look so; but not for clients, who may not
-    write ids at all. A handle is a handle: a secret that is one as well can only have been copied from it.
+    A text that looks like an id is first taken for a key's text, since a secret from elsewhere may look like one; but
+    not from clients, who may not write ids at all. A valid handle is always taken for a handle: a secret that equals it
+    can only be a copy of it.
     """
     refs: list[Ref] = []
     for number, text in enumerate(texts):

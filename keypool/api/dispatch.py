@@ -282,7 +282,7 @@ class Dispatcher:
             raise MethodNotAllowed(pending.allow)
 
     def _find(self, text: str) -> tuple[_Path, str, str]:
-        """A path with a key or a pool in it, the key, and the pool; `_NOWHERE` if there is no such path."""
+        """The route of a path that contains a key or a pool, with both; `_NOWHERE` if there is none."""
         if not text.startswith(_KEYS):
             return self._seen.get(text) or self._find_in_pool(text)
         segment, slash, rest = text[len(_KEYS) :].partition("/")
@@ -391,7 +391,7 @@ class Dispatcher:
 
 
 def _with_key(paths: Mapping[str, _Path], text: str) -> tuple[_Path, str]:
-    """The path that begins with a key, and the key; `_NOWHERE` if there is no such path."""
+    """The route of what follows `keys/` in a path, and the key in it; `_NOWHERE` if there is none."""
     segment, slash, rest = text.partition("/")
     return paths.get(slash + rest, _NOWHERE) if segment else _NOWHERE, _unquoted(segment)
 

@@ -199,9 +199,9 @@ def switch(names: str, about: str) -> Argument:
 
 
 _ABOUT_FILES = """\
-Of CSV the first line names the columns: secret, name, label:NAME and data:NAME, of which only secret must be there.
-JSON lines are objects with secret, name, labels and data. Otherwise each line is a secret. The same secret is the same
-key, so that a file may be imported again. What fails is reported by the number of its line, and the status is 1 then.
+The first line of a CSV file names the columns: secret, name, label:NAME and data:NAME; only secret is required. JSON
+lines are objects with secret, name, labels and data. Otherwise each line is a secret. The same secret is the same key,
+so a file may be imported again. Lines that fail are reported by their number, and the status is then 1.
 
   keypool import --pool openai keys.csv
   pass show openai-keys | keypool import --pool openai -
@@ -215,15 +215,15 @@ Viewers see the name, which is unique in the pool, and the labels; only holders 
 """
 
 _ABOUT_REPLACE = """\
-The key keeps its id, name and history; a cooldown or quarantine is over. Whoever holds it may go on with the old secret
-until the lease ends.
+The key keeps its id, name and history; a cooldown or quarantine ends. Its holder may go on with the old secret until the
+lease ends.
 
   pass show openai-key | keypool replace acct-17 -
 """
 
 _ABOUT_POOLS = """\
 A file of pools has a table for each, with settings as docs/api.md lists them; "never" is a value of keepalive_seconds
-and error_threshold. What is left out has its default.
+and error_threshold. Settings that are left out have their defaults.
 
   [pools.openai]
   keepalive_seconds = "never"

@@ -95,7 +95,7 @@ def _print(
 
 
 def parse(text: str, format: str | None, file: str) -> list[Line]:
-    """The keys in a file's text, in the order of their lines. Raises CommandError for a file that is no such one."""
+    """The keys in a file's text, in the order of their lines. Raises CommandError for any other content."""
     kind = format or _detected(text, file)
     read = {"csv": _csv, "json": _json_lines, "lines": _plain_lines}[kind]
     return [_checked(line) for line in read(text, file)]

@@ -217,7 +217,7 @@ def update(
 
 
 def replace(key: KeyLike, secret: str) -> Call[Row]:
-    """Raises ValueError for a secret that is no text."""
+    """Raise ValueError unless the secret is text."""
     body = {"secret": member_of("secret", secret)}
     path = f"{_path(key, by_id=True)}/replace"
     repeatable = not isinstance(key, str) or _is_handle(key) or is_id(key)
