@@ -22,7 +22,7 @@ from engine_support import open_held
 from keypool.core.errors import StartError
 from keypool.engine.durable import compaction, datafile, file_lock
 from keypool.engine.durable.compaction import BatchLog
-from keypool.engine.durable.rows import Batch, Row, encode
+from keypool.engine.durable.rows import Batch, Row, StoredPool, encode
 from keypool.engine.durable.wire import Verdict
 from keypool.engine.durable.writer import Writer
 
@@ -155,6 +155,21 @@ def test_batches_do_not_pile_up(path: Path) -> None:
             most = max(most, tables(database)[1])
         a_generation = 100 // (1 + compaction.ROWS_PER_BATCH)
         assert a_generation <= most <= 3 * a_generation
+
+
+def test_what_is_kept_beside_keys_is_flushed_without_any_key(path: Path) -> None:
+    """Definitions of pools and numbers outlive their batches, though no batch of the memtable has a row."""
+    with opened(path) as database:
+        writing = BatchLog(database)
+        definition = StoredPool(3, "openai", {"block_seconds": 20.0})
+        writing.commit([encode(Batch([], [], {"note.x": 7}, [definition]))])
+        while tables(database)[1] and writing._last < 1000:
+            writing.commit([encode(Batch([], [], {"moment": writing._last}))])
+            writing.flush()
+            facts = datafile.examine(path)
+            assert facts.pools == {3: definition}
+            assert facts.numbers["note.x"] == 7
+        assert writing._first > 1, "no batch was deleted"
 
 
 def test_many_changes_are_flushed_in_bounded_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

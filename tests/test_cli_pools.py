@@ -85,6 +85,20 @@ def test_csv_as_a_spreadsheet_writes_it(delimiter: str) -> None:
     assert keys_of(text) == [(2, {"secret": "sk-1", "name": "acct-1"})]
 
 
+def test_the_delimiter_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each line: a file of many secrets took the square of its length."""
+    found: list[str] = []
+    delimiter = imports._delimiter
+
+    def looked_for(text: str) -> str:
+        found.append(text)
+        return delimiter(text)
+
+    monkeypatch.setattr(imports, "_delimiter", looked_for)
+    assert len(imports.parse("\n".join(f"sk-live-{number:08}" for number in range(500)), None, "f")) == 500
+    assert len(found) <= 2
+
+
 def test_json_lines() -> None:
     wrong = ["none", '["sk-2"]', '{"secret":5}', '{"nmae":1,"secret":"x"}', '{"secret":"\\ud800"}', "{}"]
     text = "\n".join(['{"secret":"sk-1","data":{"n":1}}', "", *wrong])

@@ -245,13 +245,7 @@ def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
     rows = [row_of(key, pool, sealer) for pool, some in keys.items() for key in some]
     with contextlib.closing(datafile.connect(path)) as database:
         if sealer is not None:
-            datafile.add_secrets(
-                database,
-                {
-                    datafile.CHECK + name: value
-                    for name, value in new_checks(datafile.Facts(), sealer).items()
-                },
-            )
+            datafile.add_secrets(database, new_checks(datafile.Facts(), sealer))
         database.execute("BEGIN")
         database.executemany(datafile.UPSERT, rows)
         for number, name, settings, draining in (
@@ -314,6 +308,7 @@ def test_all_pools_move_to_one_valkey_and_another_and_back(
     asyncio.run(run())
     facts = datafile.inspect(last)
     assert facts.pools == datafile.inspect(first).pools
+    assert facts.checks.keys() == (set() if sealer is None else {sealer.current.hex()})
     assert facts.numbers["3/generated"] == 4
     assert facts.numbers["last_pool"] == 6
     assert (facts.numbers["3/last_id"], facts.numbers["last_id"]) == (9, 500)

@@ -14,7 +14,7 @@ from engine_support import quiet
 from valkey_support import SECRETS, Place, check, engine_on, eventually, new_place, on_loop
 from valkeys import new_pool, shared_cluster
 
-from keypool.core.answers import KeyPatch, NewKey, Row
+from keypool.core.answers import EndedLease, KeyPatch, NewKey, Row
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import (
     KeypoolError,
@@ -397,3 +397,43 @@ def test_imported_keys_in_a_cluster() -> None:
 
     with quiet():
         asyncio.run(main())
+
+
+@on_loop
+async def test_a_secret_that_looks_like_a_hint_is_no_hint(place: Place) -> None:
+    """What is reported of a lease that ended without its number, for the audit log, shows four and four characters."""
+    secret = "sk-live-\N{HORIZONTAL ELLIPSIS}-0123456789abcdef"
+    async with engine_on(place.url, 1, **SEALED) as engine:
+        await engine.import_key(NewKey(secret), False, OPERATOR)
+        await engine.acquire(None, 0)
+        ended: list[EndedLease] = []
+        await engine.unblock(secret, None, ended)
+        assert [lease.hint for lease in ended] == ["sk-l\N{HORIZONTAL ELLIPSIS}cdef"]
+
+
+@on_loop
+async def test_room_that_others_took_meanwhile_is_found_elsewhere(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There seemed to be ample room, so none was reserved; partitions that are full by now refuse their keys."""
+    async with engine_on(place.url, 4, **SEALED, max_keys=40) as engine:
+        items = [NewKey(text_in(engine, 0, f"sk-{number}")) for number in range(40)]
+        monkeypatch.setattr(engine._generator, "has_ample_room", lambda wanted: True)
+        results = await engine.import_many(items, False, False, OPERATOR)
+        assert [result.status for result in results] == ["created"] * 40
+        with pytest.raises(PoolFull):
+            await engine.import_key(NewKey("sk-live-too-many"), False, OPERATOR)
+
+
+@on_loop
+async def test_a_batch_that_updates_looks_each_secret_up_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However known and new ones alternate; each item is what a batch of its own would have made of it."""
+    async with engine_on(place.url, 1, **SEALED) as engine:
+        items = [NewKey(f"sk-live-{number:04}", name=f"n{number}") for number in range(60)]
+        await engine.import_many(items[::2], False, False, OPERATOR)
+        called = calls_of(engine, monkeypatch)
+        results = await engine.import_many(items, True, False, OPERATOR)
+        assert [result.status for result in results] == ["updated", "created"] * 30
+        assert called.count("known") == 1

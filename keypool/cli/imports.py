@@ -102,7 +102,7 @@ def parse(text: str, format: str | None, file: str) -> list[Line]:
 
 
 def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.split("\n") if line.strip()), "")
+    return next((line for _, line in _filled(text)), "")
 
 
 def _detected(text: str, file: str) -> str:
@@ -121,7 +121,8 @@ def _detected(text: str, file: str) -> str:
         raise CommandError(
             f"{file} seems to be CSV, and has no column secret in its first line", Status.USAGE
         )
-    counts = {line.count(_delimiter(text)) for _, line in _filled(text)}
+    delimiter = _delimiter(text)
+    counts = {line.count(delimiter) for _, line in _filled(text)}
     if len(counts) == 1 and 0 not in counts:
         raise CommandError(
             f"{file} seems to be CSV without a first line that names its columns (secret, name, …); if each line is "

@@ -95,9 +95,7 @@ class BatchLog:
         left.rows = {id: self._flushing.rows[id] for id in self._ids} | self._memtable.rows
         left.numbers = self._flushing.numbers
         left.pools = self._flushing.pools
-        for definition in self._memtable.pools.values():
-            left.define(definition)
-        left.numbers = left.numbers | self._memtable.numbers
+        left.merge_pools(self._memtable)
         self._database.execute("BEGIN IMMEDIATE")
         self._write(left, sorted(left.rows))
         self._write_pools(left)
@@ -141,6 +139,8 @@ class BatchLog:
         self._database.executemany(datafile.SET_POOL, memtable.numbers.items())
 
     def _delete_batches(self, count: int) -> None:
+        if not self._flushing.rows:  # then no step before has written these
+            self._write_pools(self._flushing)
         until = min(self._first + count, self._flushing_until)
         self._database.execute(datafile.TRIM, (until,))
         self._first = until + 1

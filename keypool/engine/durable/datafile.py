@@ -29,7 +29,7 @@ import contextlib
 import os
 import sqlite3
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
@@ -258,9 +258,8 @@ def _facts(database: sqlite3.Connection) -> Facts:
     # Merged as a flush would merge them: the numbers of a pool that is gone go with its definition.
     merged = Memtable()
     merged.numbers, merged.pools = numbers, facts.pools
-    for definition in memtable.pools.values():
-        merged.define(definition)
-    facts.numbers = merged.numbers | memtable.numbers
+    merged.merge_pools(memtable)
+    facts.numbers = merged.numbers
     facts.pools = {number: each for number, each in merged.pools.items() if each.name is not None}
     return facts
 
@@ -387,23 +386,28 @@ def read_rows(path: Path, slice_size: int) -> Iterator[list[Row]]:
             if not _has(database, "keys"):
                 return
             memtable = read_batches(database)
+            changed: dict[int, dict[int, Row | None]] = {}
+            for id, row in memtable.rows.items():
+                changed.setdefault(pool_of(id), {})[id] = row
             added = "acquired_at, flags, more" if _version(database) >= _LEASES else "NULL, 0, NULL"
-            for number in _pools_with_rows(database, memtable):
+            for number in _pools_with_rows(database, changed):
                 grace = _grace_of(database, memtable, number)
                 first, last = number << POOL_SHIFT, ((number + 1) << POOL_SHIFT) - 1
                 rows: Iterator[Row] = database.execute(_ROWS.format(added), (grace, first, last))
-                changed = {id: row for id, row in memtable.rows.items() if first <= id <= last}
-                if changed:
-                    rows = _over(rows, changed, grace)
+                if number in changed:
+                    rows = _over(rows, changed[number], grace)
                 while some := list(islice(rows, slice_size)):
                     yield some
         except (sqlite3.Error, OverflowError):  # not quoted: its message may contain a key
             raise ValueError("a row can't be read") from None
 
 
-def _pools_with_rows(database: sqlite3.Connection, memtable: Memtable) -> list[int]:
-    """The numbers of the pools of all rows, defined or not, in order. O(pools · log n)."""
-    found = set(map(pool_of, memtable.rows))
+def _pools_with_rows(database: sqlite3.Connection, changed: Iterable[int]) -> list[int]:
+    """The numbers of the pools of all rows, defined or not, in order. O(pools · log n).
+
+    `changed` are the pools that have rows in batches.
+    """
+    found = set(changed)
     last: int | None = database.execute("SELECT min(id) FROM keys").fetchone()[0]
     while last is not None:
         number = pool_of(last)
@@ -480,7 +484,7 @@ def count(path: Path) -> int:
 class Filling:
     """Writes pools to a new file that the caller holds, without a writer process. Raises StartError.
 
-    `checks` are the check values of the secrets keys under which rows are sealed, by the names of the keys.
+    `checks` are the check values of the secrets keys under which rows are sealed, by their names in the file.
     """
 
     def __init__(self, path: Path, checks: Mapping[str, bytes]) -> None:
@@ -488,7 +492,7 @@ class Filling:
         try:
             self._database = connect(path)
             if checks:
-                add_secrets(self._database, {CHECK + name: value for name, value in checks.items()})
+                add_secrets(self._database, checks)
         except sqlite3.Error as error:
             raise self._failed(error) from None
 

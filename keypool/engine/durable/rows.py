@@ -149,6 +149,12 @@ class Memtable:
                 name: value for name, value in self.numbers.items() if not name.startswith(prefix)
             }
 
+    def merge_pools(self, later: Memtable) -> None:
+        """Merge the definitions and numbers of later batches. O(numbers), for each pool that is gone."""
+        for definition in later.pools.values():
+            self.define(definition)
+        self.numbers = self.numbers | later.numbers
+
 
 def prefix_of(number: int) -> str:
     """How the names of the numbers of this pool begin. Its notes have it, too."""

@@ -212,8 +212,7 @@ class Editor:
         member, name = vault.member(text), vault.name(text)
         async with self._locks.of([(there, member)], self._locks.new_name()) as until:
             [known] = await partitions.call(there, "known", (1, name))
-            if not known[0] and known[1] >= 0:
-                [known] = await partitions.call(known[1], "known", (1, name))
+            known = await partitions.followed(known, name)
             if known[0] not in (0, id) and not known[4]:
                 raise SecretExists(known[0])
             await partitions.call(there, "alias", ("" if there == home else home, member))

@@ -442,7 +442,8 @@ class ValkeyEngine:
             for item, reply in zip(items, replies, strict=True):
                 if item.lease is None and reply[0] == 1:
                     ref = item.ref.text if isinstance(item.ref, Written) else item.ref
-                    shown = _hint_of(reply[6].decode() or str(ref))
+                    # Only what the script replied may be a hint already: a text may have an ellipsis in it, too.
+                    shown = _hint_of(reply[6].decode()) if reply[6] else hint(str(ref))
                     ended.append(EndedLease(reply[1], shown, reply[2]))
         return replies, age
 

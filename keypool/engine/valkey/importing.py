@@ -19,6 +19,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from msgspec import structs
@@ -117,11 +118,14 @@ class Importer:
         }
         left = {place: item for place, item in enumerate(items) if isinstance(item, NewKey)}
         seen: dict[str, int] = {}
-        async with self._room_for(await self._new_of([*left.values()])) as room:
+        new = await self._new_of([*left.values()])
+        secrets = {item.secret for item in new}
+        async with self._room_for(new) as room:
             while left:
                 run = _run_without_repeats(left)
                 if update:
-                    run = run[:1] if await self._is_known(run[0][1]) else await self._run_of_new(run)
+                    # Items are taken in order: one that the pool has ends the run, or is a run of its own.
+                    run = [*takewhile(lambda each: each[1].secret in secrets, run)] or run[:1]
                 for place, _ in run:
                     del left[place]
                 replies = await self._import([item for _, item in run], origin, room)
@@ -149,15 +153,6 @@ class Importer:
         except PoolError as error:
             return Imported("failed", code=error.code, detail=error.detail)
 
-    async def _is_known(self, item: NewKey) -> bool:
-        return not await self._new_of([item])
-
-    async def _run_of_new(self, run: list[tuple[int, NewKey]]) -> list[tuple[int, NewKey]]:
-        """The items before the first one that the pool has: as items are taken in order, others come after that."""
-        new = {item.secret for item in await self._new_of([item for _, item in run])}
-        count = next((nth for nth, (_, item) in enumerate(run) if item.secret not in new), len(run))
-        return run[:count]
-
     async def _new_of(self, items: Sequence[NewKey]) -> list[NewKey]:
         """The items whose secrets no key has, each secret once. O(k log n)."""
         vault = self._partitions.vault
@@ -169,9 +164,7 @@ class Importer:
             names = {item.secret: vault.name(item.secret) for item in some}
             known = await self._partitions.known(names)
             for item in some:
-                found = known[item.secret]
-                if not found[0] and found[1] >= 0:
-                    [found] = await self._partitions.call(found[1], "known", (1, names[item.secret]))
+                found = await self._partitions.followed(known[item.secret], names[item.secret])
                 if not found[0] or found[4]:
                     new.append(item)
             await asyncio.sleep(0)
@@ -182,17 +175,16 @@ class Importer:
     async def _import(self, items: Sequence[NewKey], origin: Word, room: _Room | None = None) -> list[Reply]:
         """What import.lua replies about each item, in their order; of the first kinds only."""
         partitions = self._partitions
-        names = {item.name for item in items if item.name}
+        names = sorted({item.name for item in items if item.name})
         if partitions.count == 1 or not names:
             return await self._import_locked(items, room, _Terms(origin), {})
         name = self._locks.new_name()
-        words = [(partitions.of(each), f"name {each}") for each in sorted(names)]
+        words = [(partitions.of(each), f"name {each}") for each in names]
         async with self._locks.of(words, name) as until:
-            asked = sorted(names)
-            replies = await partitions.all("known", 0, *asked)
+            replies = await partitions.all("known", 0, *names)
             holders = {
                 each: holder
-                for each, ids in zip(asked, zip(*replies, strict=True), strict=True)
+                for each, ids in zip(names, zip(*replies, strict=True), strict=True)
                 if (holder := max(ids))
             }
             return await self._import_locked(items, room, _Terms(origin, name, until), holders)
@@ -238,8 +230,7 @@ class Importer:
         if partition is None:
             partition = self._partitions.of(secret)
         [found] = await self._partitions.call(partition, "known", (1, name))
-        if not found[0] and found[1] >= 0:
-            [found] = await self._partitions.call(found[1], "known", (1, name))
+        found = await self._partitions.followed(found, name)
         return None if not found[0] or found[4] else (0, *found[:4])
 
     async def _add(self, items: Sequence[NewKey], room: _Room | None, terms: _Terms) -> list[Reply]:
@@ -250,7 +241,7 @@ class Importer:
         for attempt in range(_MOST_TRIES):
             sent = [items[place] for place in left]
             flags = ["1" if place in forced else "" for place in left]
-            if room is None:
+            if room is None or not room.reservation:
                 found = await self._add_without_reservation(sent, flags, terms, attempt)
             else:
                 found = await self._send(sent, flags, room, terms, attempt)
@@ -267,6 +258,8 @@ class Importer:
 
     async def _settled(self, item: NewKey, reply: Reply) -> Reply:
         """The reply about an item as the caller gets it; None if the script is to be called again."""
+        if reply is None:
+            raise StorageUnavailable("the reserved room has lapsed; repeat the import: what was added stays")
         if reply[0] == _LATE:
             raise StorageUnavailable("the import took too long; repeat it: what was added stays")
         if reply[0] == _ALIAS:
@@ -276,12 +269,15 @@ class Importer:
     async def _add_without_reservation(
         self, items: Sequence[NewKey], flags: Sequence[str], terms: _Terms, attempt: int
     ) -> list[Reply]:
-        """Call import.lua for items that it can refuse as a whole, as they are for one partition."""
+        """Call import.lua, and once more, with room reserved, for the items that it had no room for."""
         found = await self._send(items, flags, _Room("", self._generator.limits), terms, attempt)
-        if None not in found:
-            return found
-        async with self._room_for(items, is_ample=False) as room:
-            return await self._send(items, flags, room, terms, attempt)
+        if lacking := [place for place, reply in enumerate(found) if reply is None]:
+            some = [items[place] for place in lacking]
+            async with self._room_for(some, is_ample=False) as room:
+                again = await self._send(some, [flags[place] for place in lacking], room, terms, attempt)
+            for place, reply in zip(lacking, again, strict=True):
+                found[place] = reply
+        return found
 
     async def _send(
         self,

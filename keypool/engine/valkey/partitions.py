@@ -193,6 +193,12 @@ class Partitions:
             replies.update(zip(texts, reply, strict=True))
         return replies
 
+    async def followed(self, found: Reply, name: bytes) -> Reply:
+        """What known.lua replied about a text with this name, or what it replies where an alias leads. O(log n)."""
+        if not found[0] and found[1] >= 0:
+            [found] = await self.call(found[1], "known", (1, name))
+        return found
+
     async def places_of_ids(self, ids: Sequence[int]) -> list[tuple[bytes, bytes] | None]:
         """The texts of ids, and their places in order of text, as scripts have both; None if there is no such key.
 

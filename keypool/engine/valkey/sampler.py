@@ -406,6 +406,8 @@ class PartitionSampler:
         if isinstance(lease, RepeatedLease):
             return
         id, facts = lease.id, self._partitions.facts
+        # A key that was moved in may be in any partition; the others don't know its id.
         was_moved_in = id <= facts.base_id * facts.partitions
-        home = self._partitions.of(lease.key) if was_moved_in else (id - 1) % facts.partitions
-        self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % id, lease.lease, "-"))
+        homes = range(facts.partitions) if was_moved_in else [(id - 1) % facts.partitions]
+        for home in homes:
+            self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % id, lease.lease, "-"))
