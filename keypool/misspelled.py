@@ -11,7 +11,7 @@ CLIENT_VARIABLES = ("KEYPOOL_URL", "KEYPOOL_TOKEN", "KEYPOOL_TOKEN_FILE", "KEYPO
 _OTHERS = ("KEYPOOL_TOKENS", "KEYPOOL_POOL")
 """Right for the server or the command, though for the other it may look like a misspelled variable of its own."""
 
-_DATA = "KEYPOOL_DATA_"
+DATA = "KEYPOOL_DATA_"
 """How `keypool run` names a key's data, whatever is in it."""
 
 
@@ -21,7 +21,7 @@ def misspelled(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     lines = []
     for given in environ:
         word = given.removeprefix("KEYPOOL_")
-        if word != given and word not in names and given not in _OTHERS and not given.startswith(_DATA):
+        if word != given and word not in names and given not in _OTHERS and not given.startswith(DATA):
             matches = difflib.get_close_matches(word, names, n=1, cutoff=0.75)
             # ADMIN_TOKEN_FILE is the server's, not a misspelled TOKEN_FILE.
             lines += [

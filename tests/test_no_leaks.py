@@ -309,14 +309,7 @@ class Place:
                 {"op": "keepalive", "keys": {"a": secret}}, {"op": "unblock", "keys": [{"key": [secret]}]},
                 {"op": "import", "keys": [{"secret": secret}], "exists": 1}, {"lease": secret}, [secret], secret,
             ):  # fmt: skip
-                for path in (
-                    "/keys",
-                    "/batch",
-                    "/keys/acquire",
-                    "/keys/find",
-                    "/keys/id:1/replace",
-                    "/keys/id:1/extend",
-                ):
+                for path in _CALLS_WITH_BODIES:
                     self.refused(client.post(OF_POOL + path, json=wrong))
                 self.refused(client.patch(OF_POOL + "/keys/id:1", json=wrong))
             # These answers name the unknown member or word, to who sent it; nothing else does.

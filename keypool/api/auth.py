@@ -49,6 +49,10 @@ class Caller:
     max_held: int | None = None
     mark: str = ""
 
+    def may_use(self, pool: str) -> bool:
+        """Whether the token is for this pool. O(1)."""
+        return self.pools is None or pool in self.pools
+
 
 def mark_of(digest: bytes) -> str:
     """The start of a token's digest, 16 hex digits, by which a session's cookie names it."""

@@ -13,6 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from keypool.config.pool_settings import NULL_MEANS, POOL_SETTINGS
 from keypool.config.setting_types import Whole
 from keypool.core.errors import BadRequest
+from keypool.core.keys import MAX_NAME
 from keypool.core.outcomes import OK_REPORT, Outcome, Report
 from keypool.core.rules import Settings
 
@@ -22,8 +23,6 @@ MAX_SECRET = 4096
 MAX_DATA = 4096
 """Bytes of a key's data, as compact JSON in UTF-8."""
 MAX_LABELS = 16
-MAX_NAME = 63
-"""Characters of a key's name, and of the name and the value of a label."""
 MAX_WAIT = 60
 MOST_SECONDS = 10**15
 """The largest length of time that a body may give: thirty million years, of which floats still count milliseconds."""

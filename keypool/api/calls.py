@@ -36,7 +36,7 @@ _ATTEMPT_KEY = re.compile(r"[!-~]{1,64}")
 BASE = "/api/v1"
 """The beginning of every path of the API."""
 POOLS = "/pools/"
-"""What is between that and the name of a pool in the paths about one."""
+"""What stands between BASE and the name of a pool in the paths about that pool."""
 
 
 class Attempt(msgspec.Struct, gc=False):
@@ -74,14 +74,18 @@ T = TypeVar("T")
 Answering = Coroutine[Any, Any, T]
 
 
-def location(call: Call, key_id: int) -> str:
-    """The path of a key of the call's pool."""
-    pool = "" if call.pool == DEFAULT_POOL else POOLS + call.pool
-    return f"{BASE}{pool}/keys/id:{key_id}"
-
-
 ID = "id:"
 """How the public id of a key begins where a key may stand."""
+
+
+def path_of_pool(name: str) -> str:
+    """The beginning of the paths about a pool: empty for `default`, else /pools/NAME."""
+    return "" if name == DEFAULT_POOL else POOLS + name
+
+
+def location(call: Call, key_id: int) -> str:
+    """The path of a key of the call's pool."""
+    return f"{BASE}{path_of_pool(call.pool)}/keys/{ID}{key_id}"
 
 
 def require_may_name(text: str, caller: Caller) -> None:

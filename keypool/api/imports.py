@@ -17,15 +17,17 @@ from keypool.api.bodies import (
     MAX_BATCH,
     MAX_DATA,
     MAX_LABELS,
-    MAX_NAME,
     MAX_SECRET,
     DetailsBody,
     ImportBatch,
     ImportItem,
 )
+from keypool.api.calls import ID
 from keypool.api.decoding import bad_body, fields_of, not_json, require_unique_members
 from keypool.core.answers import Imported, KeyPatch, NewKey
 from keypool.core.errors import BadRequest
+from keypool.core.handles import PREFIX
+from keypool.core.keys import MAX_NAME
 
 _SLICE_BYTES = 64 * 1024  # of items that are read before others run: 0.1 to 0.5 ms
 _SLICE_ITEMS = 50
@@ -116,7 +118,7 @@ def _check_name(name: str) -> None:
         raise BadRequest(f"name takes {_FIELDS['name']}, not {len(name)} characters")
     if _CONTROL.search(name):
         raise BadRequest(f"name takes {_FIELDS['name']}, and this has a control character")
-    if name.startswith(("id:", "h:")):
+    if name.startswith((ID, PREFIX)):
         raise BadRequest(f"name takes {_FIELDS['name']}, as these are ids and handles")
 
 

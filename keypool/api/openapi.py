@@ -26,6 +26,7 @@ from keypool.api.operations import Operation
 from keypool.api.problems import CONTENT_TYPE, status_of
 from keypool.core import errors
 from keypool.core.errors import KeypoolError
+from keypool.core.rules import POOL_NAME
 from keypool.engine import Engine
 
 Described = dict[str, Any]
@@ -103,7 +104,7 @@ _POOL = {
     "in": "path",
     "required": True,
     "description": "the name of a pool; the same paths without /pools/{pool} are about `default`",
-    "schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"},
+    "schema": {"type": "string", "pattern": f"^{POOL_NAME.pattern}$"},
 }
 _ATTEMPT = {
     "name": ATTEMPT_HEADER,

@@ -293,39 +293,36 @@ async def _reveal(engine: Engine, call: Call) -> Revealed:
     return revealed
 
 
+async def _audited(call: Call, act: str, change: Answering[Row]) -> Row:
+    """Make a change of the call's key, and write an audit line."""
+    with unknown_outcome(call, act, [asked_for(call.key)]):
+        row = await change
+    write_audit(call, act, [known(Identity(row.id, row.hint))])
+    return row
+
+
 async def _quarantine(engine: Engine, call: Call) -> Row:
     body: QuarantineBody = call.body or QuarantineBody()
     ref = key_ref(engine, call.key, call.caller)
-    with unknown_outcome(call, "quarantine", [asked_for(call.key)]):
-        row = await engine.quarantine(ref, body.reason, body.now or False, operator(call))
-    write_audit(call, "quarantine", [known(Identity(row.id, row.hint))])
-    return row
+    change = engine.quarantine(ref, body.reason, body.now or False, operator(call))
+    return await _audited(call, "quarantine", change)
 
 
 async def _restore(engine: Engine, call: Call) -> Row:
     ref = key_ref(engine, call.key, call.caller)
-    with unknown_outcome(call, "restore", [asked_for(call.key)]):
-        row = await engine.restore(ref, operator(call))
-    write_audit(call, "restore", [known(Identity(row.id, row.hint))])
-    return row
+    return await _audited(call, "restore", engine.restore(ref, operator(call)))
 
 
 async def _update(engine: Engine, call: Call) -> Row:
     body: DetailsBody = call.body
     patch, ref = patch_of(body), key_ref(engine, call.key, call.caller)
-    with unknown_outcome(call, "update", [asked_for(call.key)]):
-        row = await engine.update(ref, patch, operator(call))
-    write_audit(call, "update", [known(Identity(row.id, row.hint))])
-    return row
+    return await _audited(call, "update", engine.update(ref, patch, operator(call)))
 
 
 async def _replace(engine: Engine, call: Call) -> Row:
     body: ReplaceBody = call.body
     secret, ref = checked_secret(body.secret), key_ref(engine, call.key, call.caller)
-    with unknown_outcome(call, "replace", [asked_for(call.key)]):
-        row = await engine.replace(ref, secret, operator(call))
-    write_audit(call, "replace", [known(Identity(row.id, row.hint))])
-    return row
+    return await _audited(call, "replace", engine.replace(ref, secret, operator(call)))
 
 
 def _find(engine: Engine, call: Call) -> Answering[Row]:

@@ -12,8 +12,7 @@ from keypool.engine import Pools
 
 async def list_pools(pools: Pools, call: Call) -> PoolRows:
     """The rows of all pools that the caller may use, in order of name."""
-    allowed = call.caller.pools
-    return PoolRows([pools.row(name) for name in pools.names() if allowed is None or name in allowed])
+    return PoolRows([pools.row(name) for name in pools.names() if call.caller.may_use(name)])
 
 
 async def get_pool(pools: Pools, call: Call) -> PoolRow:
@@ -75,5 +74,5 @@ async def rekey(pools: Pools, call: Call) -> Rekeying:
 
 
 async def rekeying(pools: Pools, call: Call) -> Rekeying:
-    """How far that is."""
+    """How far the encryption of the stored keys has got."""
     return pools.rekeying()

@@ -215,8 +215,8 @@ Viewers see the name, which is unique in the pool, and the labels; only holders 
 """
 
 _ABOUT_REPLACE = """\
-The key keeps its id, name and history; a cooldown or quarantine ends. Its holder may go on with the old secret until the
-lease ends.
+The key keeps its id, name and history; a cooldown or quarantine ends. Its holder may go on with the old secret until
+the lease ends.
 
   pass show openai-key | keypool replace acct-17 -
 """

@@ -10,7 +10,7 @@ import os
 
 from keypool.cli.output import note
 from keypool.client import KeyPool, Retry
-from keypool.client.settings import DEFAULT_POOL, Settings, from_environment, read_token
+from keypool.client.settings import Settings, from_environment, read_token
 from keypool.misspelled import CLIENT_VARIABLES, misspelled
 
 DEFAULT_RETRY = 5.0
@@ -34,19 +34,14 @@ def settings(args: argparse.Namespace) -> Settings:
     """
     for line in misspelled(os.environ, CLIENT_VARIABLES):
         note(line)
+    environ = dict(os.environ)
     if args.token_file:
-        token = read_token("--token-file", args.token_file)
-        environ = dict(os.environ) | {"KEYPOOL_TOKEN": token}
-    else:
-        environ = dict(os.environ)
+        environ["KEYPOOL_TOKEN"] = read_token("--token-file", args.token_file)
     found = from_environment(environ)
     retry = _NotedRetry(DEFAULT_RETRY if args.retry is None else args.retry)
-    return Settings.of(args.url or found["url"], found["token"], args.timeout, retry, pool_of(args))
-
-
-def pool_of(args: argparse.Namespace) -> str:
-    """The name of the pool."""
-    return args.pool or os.environ.get("KEYPOOL_POOL") or DEFAULT_POOL
+    return Settings.of(
+        args.url or found["url"], found["token"], args.timeout, retry, args.pool or found["pool"]
+    )
 
 
 def connect(args: argparse.Namespace) -> KeyPool:

@@ -26,15 +26,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from keypool.cli.connection import connect, pool_of
+from keypool.cli.connection import connect
 from keypool.cli.output import note
 from keypool.cli.signal_forwarding import CaughtSignals, answer_first, in_foreground
 from keypool.cli.status import CommandError, Status, command_error
 from keypool.client import HeldKey, KeyPoolError, LeaseLost
 from keypool.environment import without_secrets
+from keypool.misspelled import DATA
 from keypool.pdeathsig import end_with_parent
 
-_DATA = "KEYPOOL_DATA_"
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL for a command that outlives its lease
 
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 args.env: key.secret,
                 "KEYPOOL_LEASE": str(key.lease),
                 "KEYPOOL_HANDLE": key.handle or "",
-                "KEYPOOL_POOL": pool_of(args),
+                "KEYPOOL_POOL": key.pool,
             }
             ended = _supervise(words, environment, key, stop=stop)
             if ended.by_itself:
@@ -85,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def data_variables(data: Mapping[str, Any]) -> dict[str, str]:
-    """A key's data as variables: `{"user": "x"}` is KEYPOOL_DATA_USER=x. Values that are no text are JSON."""
+    """A key's data as variables: `{"user": "x"}` is KEYPOOL_DATA_USER=x. Values that aren't strings are JSON."""
     variables = {}
     for name, value in data.items():
-        variable = _DATA + re.sub(r"[^A-Z0-9_]", "_", name.upper(), flags=re.ASCII)
+        variable = DATA + re.sub(r"[^A-Z0-9_]", "_", name.upper(), flags=re.ASCII)
         if variable in variables:
             note(f"two of the key's data would be {variable}: the later one is")
         variables[variable] = value if isinstance(value, str) else json.dumps(value)
@@ -97,7 +97,7 @@ def data_variables(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _inherited() -> dict[str, str]:
     """This process's variables, without secrets, and without the data of a key that it may have from another `run`."""
-    return {name: value for name, value in without_secrets(os.environ).items() if not name.startswith(_DATA)}
+    return {name: value for name, value in without_secrets(os.environ).items() if not name.startswith(DATA)}
 
 
 def _outcomes(args: argparse.Namespace) -> dict[int, str]:

@@ -60,7 +60,16 @@ from keypool.client.answers import (
     read_page,
 )
 from keypool.client.errors import KeyPoolError, NoKeyAvailable, ShareSpent, UnexpectedAnswer
-from keypool.client.imports import Exists, NewKey, batches, body_of, member_of, new_key, with_refused
+from keypool.client.imports import (
+    MOST_ITEMS,
+    Exists,
+    NewKey,
+    batches,
+    body_of,
+    member_of,
+    new_key,
+    with_refused,
+)
 from keypool.client.reports import checked_retry_after
 from keypool.client.settings import pool_name
 
@@ -68,9 +77,6 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 _HANDLE = re.compile(r"h:[0-9]+\.[0-9]+\.[A-Za-z0-9_-]{11}", re.ASCII)
-
-MOST_ITEMS = 1000
-"""Items that the server takes in one batch."""
 
 OutcomeName = Outcome | Literal["ok", "rate_limited", "error", "invalid"]
 

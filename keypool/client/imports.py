@@ -21,6 +21,7 @@ Exists = Literal["skip", "update"]
 """What becomes of a key that the pool has already."""
 
 MOST_ITEMS = 1000
+"""What the server takes in one batch of any kind."""
 MOST_BYTES = 4 * 1024 * 1024
 """What the server takes in one batch of imports."""
 

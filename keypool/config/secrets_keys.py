@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Mapping
 
-from keypool.config.setting_types import File, shown_path
+from keypool.config.setting_types import File
+from keypool.config.tokens import secret_texts
 from keypool.core.errors import SettingsError
 
 SECRETS_VARIABLE, SECRETS_FILE_VARIABLE = "KEYPOOL_SECRETS_KEY", "KEYPOOL_SECRETS_KEY_FILE"
@@ -22,22 +22,10 @@ _SECRETS_FILE = File(f"a file of {SECRETS_TAKE} or line breaks")
 
 def read_secrets_keys(environ: Mapping[str, str]) -> tuple[bytes, ...]:
     """The secrets keys in order, without duplicates: the first encrypts, all decrypt. Blocks. Raises SettingsError."""
-    text, path = environ.get(SECRETS_VARIABLE, ""), environ.get(SECRETS_FILE_VARIABLE, "")
-    if text and path:
-        raise SettingsError(
-            f"{SECRETS_VARIABLE} and {SECRETS_FILE_VARIABLE} are both set: the keys come from one of them"
-        )
-    if path:
-        # An empty file is refused: a key that failed to arrive must not leave the pool in clear.
-        pieces = re.split(r"[,\n]", _SECRETS_FILE.read(SECRETS_FILE_VARIABLE, path))
-        return _decoded(f"{SECRETS_FILE_VARIABLE} ({shown_path(path)})", pieces)
-    return _decoded(SECRETS_VARIABLE, text.split(",")) if text else ()
-
-
-def _decoded(source: str, pieces: list[str]) -> tuple[bytes, ...]:
-    texts = [text for piece in pieces if (text := piece.strip())]
-    if not texts:
-        raise SettingsError(f"{source} takes {SECRETS_TAKE}, but has none")
+    variables = (SECRETS_VARIABLE, SECRETS_FILE_VARIABLE)
+    source, texts = secret_texts(
+        environ, variables, _SECRETS_FILE, SECRETS_TAKE, "the keys come from one of them"
+    )
     keys = []
     for number, text in enumerate(texts, 1):
         try:

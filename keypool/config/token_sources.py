@@ -36,11 +36,6 @@ class TokenSources:
     source: str = "--tokens"
 
     @property
-    def has_files(self) -> bool:
-        """Whether any tokens come from a file, which may be changed."""
-        return bool(self.files)
-
-    @property
     def files(self) -> dict[str, str]:
         """Their paths, by the setting or variable that names each."""
         named = {} if self.path is None else {self.source: self.path}

@@ -27,10 +27,16 @@ def read_tokens(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     role_of: dict[str, str] = {}
     for role in ROLES:
-        source, pieces = _source(role, environ)
-        if not pieces:
+        source, tokens = secret_texts(
+            environ,
+            token_variables(role),
+            _TOKEN_FILE,
+            TOKENS_TAKE,
+            "a role takes its tokens from one of them",
+        )
+        if not tokens:
             continue
-        found[role] = _checked(source, pieces)
+        found[role] = _checked(source, tokens)
         for number, token in enumerate(found[role], 1):
             if role_of.setdefault(token, role) != role:
                 raise SettingsError(
@@ -66,24 +72,32 @@ def exposed_files(files: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _source(role: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
-    variable, file_variable = token_variables(role)
+def secret_texts(
+    environ: Mapping[str, str], variables: tuple[str, str], file: File, takes: str, rule: str
+) -> tuple[str, list[str]]:
+    """The source of the secrets of a kind, and their texts; none if neither of the two variables is set. Blocks.
+
+    Raises SettingsError, which ends with `rule` if both are set.
+    """
+    variable, file_variable = variables
     text, path = environ.get(variable, ""), environ.get(file_variable, "")
     if text and path:
-        raise SettingsError(
-            f"{variable} and {file_variable} are both set: a role takes its tokens from one of them"
-        )
-    if not path:
-        return variable, text.split(",") if text else []
-    # An empty variable counts as unset, but an empty file is refused: somebody named it on purpose, and a secret
-    # that failed to arrive must not leave the server open.
-    return f"{file_variable} ({shown_path(path)})", re.split(r"[,\n]", _TOKEN_FILE.read(file_variable, path))
+        raise SettingsError(f"{variable} and {file_variable} are both set: {rule}")
+    if not (text or path):
+        return variable, []
+    source, pieces = variable, text.split(",")
+    if path:
+        # An empty variable counts as unset, but an empty file is refused: somebody named it on purpose, and a secret
+        # that failed to arrive must not leave the server open, or the pool in clear.
+        source = f"{file_variable} ({shown_path(path)})"
+        pieces = re.split(r"[,\n]", file.read(file_variable, path))
+    texts = [stripped for piece in pieces if (stripped := piece.strip())]
+    if not texts:
+        raise SettingsError(f"{source} takes {takes}, but has none")
+    return source, texts
 
 
-def _checked(source: str, pieces: Sequence[str]) -> tuple[str, ...]:
-    tokens = [token for piece in pieces if (token := piece.strip())]
-    if not tokens:
-        raise SettingsError(f"{source} takes {TOKENS_TAKE}, but has none")
+def _checked(source: str, tokens: Sequence[str]) -> tuple[str, ...]:
     for number, token in enumerate(tokens, 1):
         if not re.fullmatch(r"[!-~]+", token):
             raise SettingsError(f"{source} takes {TOKENS_TAKE}, but token {number} has another character")

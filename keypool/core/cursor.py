@@ -18,7 +18,7 @@ from keypool.core.keys import MAX_NAME, State
 from keypool.core.keyset import PageQuery
 
 _LETTER = {"prefix": "p", "name": "n", "id": "i", "release": "r", "ready": "c", "expiry": "e"}
-_NUMBERS = {"prefix": 2, "name": 0, "id": 1, "release": 3, "ready": 3, "expiry": 3}
+_LENGTH = {"prefix": 2, "name": 1, "id": 1, "release": 3, "ready": 3, "expiry": 3}
 _STATE_OF_ORDER = {"release": State.BLOCKED, "ready": State.COOLING}
 _LONGEST = 400  # a name of 63 characters of four bytes, and what is around it
 _WRONG_CURSOR = "after must be the next of the previous page, of a list with the same prefix, name and order"
@@ -95,12 +95,15 @@ def decode(text: str, order: str) -> Position:
         letter, *position = msgspec.json.decode(payload, type=list[int | float | str])
     except (ValueError, binascii.Error, msgspec.MsgspecError):
         raise BadRequest(_WRONG_CURSOR) from None
-    if letter != _LETTER.get(order):
-        raise BadRequest(_WRONG_CURSOR)
-    names = [each for each in position if isinstance(each, str) and 0 < len(each) <= MAX_NAME]
-    numbers = [each for each in position if not isinstance(each, str) and 0 <= each < 2**63]
-    if (len(numbers), len(names)) != (_NUMBERS[order], order == "name") or len(position) != len(
-        numbers
-    ) + len(names):
+    fits = _is_name if order == "name" else _is_number
+    if letter != _LETTER.get(order) or len(position) != _LENGTH[order] or not all(map(fits, position)):
         raise BadRequest(_WRONG_CURSOR)
     return tuple(position)
+
+
+def _is_name(part: float | str) -> bool:
+    return isinstance(part, str) and 0 < len(part) <= MAX_NAME
+
+
+def _is_number(part: float | str) -> bool:
+    return not isinstance(part, str) and 0 <= part < 2**63

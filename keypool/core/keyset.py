@@ -100,7 +100,7 @@ class KeySet:
         return self._past.get(text)
 
     def next_expiry(self) -> float | None:
-        """The earliest `expires_deadline`; None if there is no key. O(1)."""
+        """The earliest `expires_deadline`; None if no key expires. O(1)."""
         first = self._by_expiry.first()
         return None if first is None else first.expires_deadline
 

@@ -14,7 +14,7 @@ DEFAULT_POOL = "default"
 """The name of the pool that is always there, whose settings are the server's flags."""
 
 MAX_POOL_NAME = 63
-_POOL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+POOL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 Settings = Mapping[str, float | int | None]
 """Settings that a pool was given, by name (`SETTINGS`). The others have their defaults."""
@@ -22,7 +22,7 @@ Settings = Mapping[str, float | int | None]
 
 def is_pool_name(text: str) -> bool:
     """Whether a pool may have this name: 1 to 63 of a-z 0-9 . _ -, the first a letter or a digit."""
-    return _POOL_NAME.fullmatch(text) is not None
+    return POOL_NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class PoolRules:
     def longest_block(self) -> float:
         """How long a lease may last with extensions."""
         return self.block_seconds if self.max_block_seconds is None else self.max_block_seconds
+
+    @property
+    def outage_grace(self) -> float:
+        """How long keys live at least after an outage in which nobody could keep them alive."""
+        return max(self.restart_grace, (self.keepalive_seconds or 0.0) / 2)
 
     def of_pool(self, settings: Settings) -> PoolRules:
         """The rules of another pool of the same server, which was given these settings. O(settings).

@@ -477,9 +477,7 @@ class EmbeddedEngine(OperatorCalls):
         Yields between slices; O(log n) for each key that would expire sooner. Returns the end of the grace in
         milliseconds. No call changes anything meanwhile.
         """
-        rules = self.pool.rules
-        grace = max(rules.restart_grace, (rules.keepalive_seconds or 0.0) / 2)
-        until = round((self.now() + grace) * 1000)
+        until = round((self.now() + self.pool.rules.outage_grace) * 1000)
         while self.pool.grant_grace(until / 1000, _GRACES_PER_TURN):
             yield
         return until

@@ -77,8 +77,10 @@ class JournaledEngine(Protocol):
 class Journal(Protocol):
     """Makes changes durable, and lets answers wait until the changes that they depend on are on disk."""
 
-    failing: str | None
-    """The reason why changes can't be kept; None while they can."""
+    @property
+    def failing(self) -> str | None:
+        """The reason why changes can't be kept; None while they can."""
+        ...
 
     def require(self) -> None:
         """Raise StorageUnavailable while changes can't be kept: no call may change anything then. O(1)."""

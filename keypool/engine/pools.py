@@ -38,7 +38,7 @@ class Definition(NamedTuple):
     """What is kept of a pool beside its keys. `settings` are those that were given; the others have their defaults."""
 
     number: int
-    """Never used again: 0 is `default`, which has no definition."""
+    """Never used again: 0 is `default`, whose definition isn't kept."""
     name: str
     settings: Settings
     draining: bool = False
@@ -95,6 +95,20 @@ class NullStore:
     def rekeying(self) -> Rekeying:
         """Nothing to do."""
         return Rekeying("idle", 0, 0, encrypted=False)
+
+
+def require_fixed(settings: Settings) -> None:
+    """Raise PoolFixed if these are settings of `default`, which the server's flags decide."""
+    if settings:
+        raise PoolFixed(tuple(settings))
+
+
+def checked_rules(default: PoolRules, settings: Settings) -> PoolRules:
+    """The rules of another pool with these settings. Raises BadRequest if two of them contradict each other."""
+    rules = default.of_pool(settings)
+    if (contradiction := rules.contradiction()) is not None:
+        raise BadRequest(contradiction)
+    return rules
 
 
 class _Entry:
@@ -174,10 +188,10 @@ class EmbeddedPools:
     async def put(self, name: str, settings: Settings, origin: Origin) -> bool:
         """Make a pool with these settings, or give it these; whether it is new. O(log p)."""
         if name == DEFAULT_POOL:
-            self._require_fixed(settings)
+            require_fixed(settings)
             return False
         self.default.journal.require()
-        rules = self._rules_of(settings)
+        rules = checked_rules(self.default.rules, settings)
         entry = self._pools.get(name)
         if entry is not None:
             if entry.engine.pool_draining:
@@ -198,11 +212,13 @@ class EmbeddedPools:
         """Change some settings of a pool. O(settings)."""
         entry = self._entry(name)
         if name == DEFAULT_POOL:
-            self._require_fixed(settings)
+            require_fixed(settings)
             return
         self.default.journal.require()
         merged = {**entry.definition.settings, **settings}
-        await self._define(entry, entry.definition._replace(settings=merged), self._rules_of(merged))
+        await self._define(
+            entry, entry.definition._replace(settings=merged), checked_rules(self.default.rules, merged)
+        )
 
     async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
         """Delete an empty pool, or drain one. Returns whether it is gone. O(1)."""
@@ -263,19 +279,6 @@ class EmbeddedPools:
         if entry is None:
             raise UnknownPool
         return entry
-
-    def _rules_of(self, settings: Settings) -> PoolRules:
-        """The rules of a pool with these settings. Raises BadRequest."""
-        rules = self.default.rules.of_pool(settings)
-        if (contradiction := rules.contradiction()) is not None:
-            raise BadRequest(contradiction)
-        return rules
-
-    @staticmethod
-    def _require_fixed(settings: Settings) -> None:
-        """The settings of `default` are the server's flags. Raises PoolFixed."""
-        if settings:
-            raise PoolFixed(tuple(settings))
 
     # -- the server
 

@@ -21,7 +21,7 @@ from keypool.core.errors import StartError
 
 _NAME_BYTES, _NONCE_BYTES = 4, 12
 _HEAD = _NAME_BYTES + _NONCE_BYTES
-DIGEST_BYTES = 16
+_DIGEST_BYTES = 16
 """The length of a digest by which a key is found: 2^64 keys until two are likely to have the same one."""
 
 
@@ -78,7 +78,7 @@ class Digests:
     """Names of key texts where they are stored encrypted: keyed BLAKE2b (RFC 7693) under 32 bytes of its own."""
 
     def __init__(self, key: bytes) -> None:
-        self._keyed = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key).copy
+        self._keyed = hashlib.blake2b(digest_size=_DIGEST_BYTES, key=key).copy
 
     def of(self, text: str) -> bytes:
         """The digest of a text. About 0.8 µs."""

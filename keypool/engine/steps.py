@@ -274,7 +274,7 @@ class Steps:
     def _lease(self, key: Key, now: float) -> Lease:
         assert key.release_deadline is not None
         deadline = key.expires_deadline
-        # `seconds`, inlined: two calls of it would triple the cost.
+        # `rounded`, inlined: two calls of it would triple the cost.
         lease = Lease(
             key.id,
             key.text,

@@ -115,8 +115,8 @@ class Queue:
     def waiting_since(self) -> float | None:
         """Since when the waiter with the first place has waited; None if nobody waits. O(lanes)."""
         firsts = [lane.peekitem(0)[1] for lane in self._lanes.values()]
-        if self.by_place:
-            firsts.append(self.by_place.peekitem(0)[1])
+        if (first := self.first()) is not None:
+            firsts.append(first)
         return min(firsts, key=lambda waiter: waiter.place).since if firsts else None
 
     def waiter_of(self, attempt: bytes | None) -> Waiter | None:

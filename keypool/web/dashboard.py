@@ -139,20 +139,22 @@ class Dashboard:
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
 
     async def _sample(self, view: PoolView) -> None:
-        name = view.engine.pool_name
         try:
-            if self.pools.get(name) is view.engine:
+            if self.pools.get(view.engine.pool_name) is view.engine:
                 await view.sample()
-                return
+            else:
+                self._forget(view)
         except UnknownPool:
-            pass
+            self._forget(view)
         except KeypoolError as error:
             _log.debug("no sample this second: %s", error.detail)
-            return
         except Exception:
             _log.exception("no sample this second")
-            return
-        if self._views.get(name) is view:  # the pool is gone
+
+    def _forget(self, view: PoolView) -> None:
+        """Drop the view of a pool that is gone."""
+        name = view.engine.pool_name
+        if self._views.get(name) is view:
             del self._views[name]
         view.feed.drain()
 

@@ -13,6 +13,7 @@ from urllib.parse import quote, urlencode
 from msgspec import ValidationError, convert
 
 from keypool.api.auth import Role
+from keypool.api.calls import path_of_pool
 from keypool.api.curl import call_lines, generate_line, key_lines
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import (
@@ -26,7 +27,6 @@ from keypool.core.errors import (
 )
 from keypool.core.events import SILENT, Change
 from keypool.core.keys import State, moment
-from keypool.core.rules import DEFAULT_POOL
 from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, at_rest, mostly_out, settings_in_force
 from keypool.web.pages import PageHandler
 from keypool.web.pool_view import PoolView
@@ -81,7 +81,7 @@ class DashboardHandler(PageHandler):
             self.redirect(f"/login{back}", status=303)
             return
         if isinstance(error, UnknownPool) and self.wants_page and self.request.path == "/":
-            self.redirect("/pools", status=303)  # the session is of some pools, and `default` is none of them
+            self.redirect("/pools", status=303)  # this session may not see `default`
             return
         super().refuse(error)
 
@@ -93,8 +93,7 @@ class DashboardHandler(PageHandler):
     @property
     def base(self) -> str:
         """The beginning of the paths of this pool's pages: empty for `default`."""
-        name = self.engine.pool_name
-        return "" if name == DEFAULT_POOL else f"/pools/{name}"
+        return path_of_pool(self.engine.pool_name)
 
     @property
     def view(self) -> PoolView:
@@ -102,8 +101,8 @@ class DashboardHandler(PageHandler):
 
     def pool_names(self) -> list[str]:
         """The pools that this session may see, in order."""
-        allowed = None if self.session is None else self.session.caller.pools
-        return [name for name in self.pools.names() if allowed is None or name in allowed]
+        caller = None if self.session is None else self.session.caller
+        return [name for name in self.pools.names() if caller is None or caller.may_use(name)]
 
     @property
     def role(self) -> Role | None:

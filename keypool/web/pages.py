@@ -11,6 +11,7 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
 from keypool.api.auth import Access, Caller, Role
+from keypool.api.calls import POOLS
 from keypool.api.decoding import too_large
 from keypool.api.dispatch import Dispatcher, check_size_of_headers, check_target, unexpected
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
@@ -113,10 +114,10 @@ class PageHandler(RequestHandler):
             raise too_large()
 
     def choose_pool(self, caller: Caller) -> None:
-        """Take the pool that the path names, if it is of this caller's. Raises UnknownPool."""
+        """Use the pool that the path names. Raises UnknownPool, also if the caller may not use it."""
         prefix = self.path_args[0]
-        name = prefix.removeprefix("/pools/") if prefix else DEFAULT_POOL
-        if caller.pools is not None and name not in caller.pools:
+        name = prefix.removeprefix(POOLS) if prefix else DEFAULT_POOL
+        if not caller.may_use(name):
             raise UnknownPool
         self.engine = self.pools.get(name)
 

@@ -13,7 +13,7 @@ from keypool.web.feed import Feed, ViewerLimit
 from keypool.web.history import History
 
 EXPIRING = 60
-"""Seconds within which keys expire that are counted."""
+"""Keys that expire within so many seconds are counted."""
 
 
 class PoolView:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from keypool.api.calls import VIEWER
+from keypool.core.rules import DEFAULT_POOL
 from keypool.ops.histogram import Histogram
 from keypool.ops.metrics import CONTENT_TYPE, exposition
 from keypool.web.pages import PageHandler
@@ -37,11 +38,9 @@ class Metrics(PageHandler):
         """A token that is for some pools gets their metrics only, and those of the server."""
         sources: MetricSources = self.application.settings["metric_sources"]
         engine = self.engine
-        allowed = self.caller.pools
-        pools = {
-            name: self.pools.get(name) for name in self.pools.names() if allowed is None or name in allowed
-        }
+        pools = {name: self.pools.get(name) for name in self.pools.names() if self.caller.may_use(name)}
         stats = {name: await each.stats() for name, each in pools.items()}
+        server = stats.get(DEFAULT_POOL) or await engine.stats()  # a token may be for other pools only
         numbers: dict[str, float | Mapping[str, float]] = {
             "keypool_viewers": sources.viewers(),
             "keypool_connections": sources.connections(),
@@ -58,9 +57,7 @@ class Metrics(PageHandler):
             **engine.measures(),
         }
         histograms = engine.histograms() | _merged([each.histograms() for each in pools.values()])
-        page = exposition(
-            await engine.stats(), stats, self.dispatcher.calls, histograms | sources.histograms, numbers
-        )
+        page = exposition(server, stats, self.dispatcher.calls, histograms | sources.histograms, numbers)
         self._answer(page, CONTENT_TYPE)
 
 

@@ -5,8 +5,8 @@
 The cookie holds no token, and the server stores no sessions: it checks its own signature and looks the token
 up by its mark, so removing a token ends its sessions. The signing key is derived from the token's digest, so
 neither a restart nor a change of other tokens ends a session, and several processes accept each other's.
-scrypt makes it expensive to guess a token from a stolen cookie. It takes 30 to 60 ms a token: `prepare` does that in
-a thread, and a session that comes before it has got to its token waits.
+scrypt makes it expensive to guess a token from a stolen cookie. It takes 30 to 60 ms a token, once: `prepare` does that
+in a thread. If a session comes first, its key is derived then and there, and the event loop waits.
 
 The dashboard's scripts make changes through the API, with its role checks and audit log. The dispatcher
 accepts the cookie only together with the header `X-Keypool-Xsrf`, whose value is bound to the session and is
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import msgspec
 from tornado.httputil import parse_cookie
 
-from keypool.api.auth import ANYONE, XSRF_HEADER, Access, Caller, Role, mark_of
+from keypool.api.auth import ANYONE, XSRF_HEADER, Access, Caller, Role
 from keypool.core.errors import Forbidden, Unauthorized
 from keypool.engine import Engine
 
@@ -109,7 +109,7 @@ class Sessions:
         caller = self._access.identify(f"Bearer {token}")
         if caller.role is Role.CLIENT:
             raise Forbidden("this is a client token: the dashboard needs a viewer or an admin token")
-        mark = mark_of(hashlib.sha256(token.strip().encode()).digest())
+        mark = caller.mark
         session = Session(caller, secrets.token_hex(12), mark, self._wall() + LIFE)
         payload = urlsafe_b64encode(msgspec.json.encode([mark, session.id, session.ends_at])).decode()
         return session, f"{payload}.{self._sign(mark, payload)}"

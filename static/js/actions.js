@@ -14,7 +14,8 @@ const isOut = (key) => key.state === "cooling" || key.state === "quarantined";
 const several = (keys) => (keys.length === 1 ? "one key" : `${keys.length} keys`);
 const ids = (keys) => keys.map((key) => `id:${key.id}`);
 
-async function done(work, said) {
+/** Make a call, and show what it did or why it failed; true if it did it. */
+export async function done(work, said) {
   try {
     toast(said(await work()));
     return true;

@@ -24,7 +24,7 @@ def sealer_of(path: Path, facts: Facts, secrets_keys: Sequence[bytes]) -> Sealer
         if facts.checks:
             raise StartError(
                 f"the data file {path} is encrypted: set KEYPOOL_SECRETS_KEY to the secrets key whose name is "
-                f"{_names(facts.checks)}"
+                f"{' and '.join(facts.checks)}"
             )
         return None
     sealer = Sealer(secrets_keys)
@@ -45,7 +45,3 @@ def new_checks(facts: Facts, sealer: Sealer) -> dict[str, bytes]:
     """The check value of the first secrets key, by its name in the file; empty if the file has it."""
     name = sealer.current.hex()
     return {} if name in facts.checks else {CHECK + name: sealer.seal(CHECKED, *CHECK_PLACE)}
-
-
-def _names(checks: dict[str, bytes]) -> str:
-    return " and ".join(checks)

@@ -70,10 +70,6 @@ class PoolJournal:
         """The reason why changes can't be kept; None while they can."""
         return self._file.failing
 
-    @failing.setter
-    def failing(self, reason: str | None) -> None:
-        raise AttributeError("it is the file that fails")
-
     # -- the engine's calls, see the protocol
 
     def touch(self, key: Key) -> None:

@@ -91,7 +91,7 @@ class Rekey:
         try:
             while self._behind:
                 self._journal.require()
-                await self._rewrite(_KEYS_AT_ONCE)
+                await self._rewrite()
             if (commit := self._journal.commit_of_all()) is not None:
                 await commit
             await self._journal.ask(Kind.REKEYED, encode(self._name))
@@ -99,10 +99,10 @@ class Rekey:
             return False
         return True
 
-    async def _rewrite(self, count: int) -> None:
+    async def _rewrite(self) -> None:
         """Have some rows written again. What the journal was given is written, even if this commit fails."""
         last: tuple[PoolJournal, Key] | None = None
-        for _ in range(min(count, len(self._behind))):
+        for _ in range(min(_KEYS_AT_ONCE, len(self._behind))):
             id = self._behind.pop()
             engine = self._engines.get(pool_of(id))
             key = None if engine is None else engine.pool.peek(key_id_of(id))

@@ -137,7 +137,7 @@ class FileSource:
             self.pools = [pool for number, pool in facts.pools.items() if number]
             self.last_pool = facts.numbers.get(datafile.LAST_POOL, 0)
             self.numbers = {number: _moved(facts, number) for number in (0, *(p.number for p in self.pools))}
-            self.secret = datafile.secret_of(path) or os.urandom(SECRET_BYTES)
+            self.secret = facts.handles or os.urandom(SECRET_BYTES)
             self.total = datafile.count(path)
         except BaseException:
             file_lock.release(self._lock)

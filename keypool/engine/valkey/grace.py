@@ -28,21 +28,16 @@ class Grace:
     async def start(self, served: bool) -> None:
         """Begin to serve all partitions; `served` is whether other servers do already. O(n log n)."""
         count, restart_seconds = 0, self._partitions.rules.restart_grace
-        seconds = self._outage_seconds if served else restart_seconds
+        seconds = self._partitions.rules.outage_grace if served else restart_seconds
         for partition in range(self._partitions.count):
             count += (await self._give(partition, "start" if served else "stop", seconds))[1]
         if restart_seconds and (count or not self._partitions.facts.number):
             _log.info("%d keys were given until %.1f s after the start", count, restart_seconds)
         self._client.attend = self._attend
 
-    @property
-    def _outage_seconds(self) -> float:
-        rules = self._partitions.rules
-        return max(rules.restart_grace, (rules.keepalive_seconds or 0.0) / 2)
-
     async def _attend(self, partition: int) -> None:
         """Give the urgent keys of an unattended partition time, after which it is served. O(urgent keys * log n)."""
-        seconds = self._outage_seconds
+        seconds = self._partitions.rules.outage_grace
         ends, count = await self._give(partition, "outage", seconds, urgent=_URGENT_SECONDS)
         if ends:
             _log.info("partition %d is served again: %d keys were given %.1f s", partition, count, seconds)

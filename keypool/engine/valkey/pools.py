@@ -29,7 +29,6 @@ from msgspec import structs
 
 from keypool.core.answers import PoolRow, Rekeying
 from keypool.core.errors import (
-    BadRequest,
     PoolDraining,
     PoolFixed,
     PoolNotEmpty,
@@ -38,6 +37,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import By, Origin
 from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
+from keypool.engine.pools import checked_rules, require_fixed
 from keypool.engine.valkey import registry
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -148,12 +148,12 @@ class ValkeyPools:
         Raises TooManyPools, PoolDraining, PoolFixed, BadRequest, StorageUnavailable.
         """
         if name == DEFAULT_POOL:
-            _refuse_flags(settings)
+            require_fixed(settings)
             return False
         return await self._run(self._put(name, settings))
 
     async def _put(self, name: str, settings: Settings) -> bool:
-        self._require_sense(settings)
+        checked_rules(self.default.rules, settings)
         async with self._changing:
             seen = await self._registry.get(name)
             while True:
@@ -176,7 +176,7 @@ class ValkeyPools:
         Raises UnknownPool, PoolFixed, BadRequest, StorageUnavailable.
         """
         if name == DEFAULT_POOL:
-            _refuse_flags(settings)
+            require_fixed(settings)
             return
         await self._run(self._change(name, settings))
 
@@ -185,7 +185,7 @@ class ValkeyPools:
             seen = await self._registry.get(name)
             while seen is not None:
                 merged = {**seen.entry.settings, **settings}
-                self._require_sense(merged)
+                checked_rules(self.default.rules, merged)
                 entry = structs.replace(seen.entry, json=registry.json_of(merged))
                 done, seen = await self._registry.put(name, seen, entry, self._max_pools)
                 if done:
@@ -334,11 +334,6 @@ class ValkeyPools:
         self._pools[name], self._engines[name] = pool, pool.engine
         return pool
 
-    def _require_sense(self, settings: Settings) -> None:
-        """Raise BadRequest if these settings contradict each other."""
-        if (contradiction := self.default.rules.of_pool(settings).contradiction()) is not None:
-            raise BadRequest(contradiction)
-
     def _rules_of(self, entry: Entry) -> PoolRules:
         return self.default.rules.of_pool(entry.settings)
 
@@ -439,9 +434,3 @@ class ValkeyPools:
         await self._subscriber.close()
         await self._shares.close()
         await self._nodes.close()
-
-
-def _refuse_flags(settings: Settings) -> None:
-    """Raise PoolFixed if these are settings of `default`, which the server's flags decide."""
-    if settings:
-        raise PoolFixed(tuple(settings))

@@ -134,8 +134,7 @@ class Rekeyer:
     async def _look(self, vault: Vault, name: str) -> None:
         stored, clear = await self._execute("HMGET", self._pool_key, "rekey", "clear")
         if clear is None:
-            for each in (vault, *vault.others):
-                each.may_have_clear = False
+            vault.all_sealed()
         if stored is None:
             if self._state == "running":
                 self._state, self._done = "idle", self._total
@@ -179,8 +178,7 @@ class Rekeyer:
             return
         await self._execute("HSET", self._pool_key, "digests", vault.sealed_digests_key())
         await self._execute("HDEL", self._pool_key, "rekey", "clear")
-        for each in (vault, *vault.others):
-            each.may_have_clear = False
+        vault.all_sealed()
         self._state, self._total = "idle", self._done
         _log.info("all keys are encrypted under the first secrets key: %d keys were looked at", self._done)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Sequence
 
 import msgspec
@@ -53,8 +54,7 @@ class Vault:
         self.sealer = sealer
         self.may_have_clear = may_have_clear
         """Whether keys of the pool may be in clear."""
-        self.others: list[Vault] = []
-        """Those of the other pools."""
+        self._others: weakref.WeakSet[Vault] = weakref.WeakSet()  # those of the other pools that are open
         self._digests_key = digests_key
         self._pool = pool
         # Of each pool its own, so that nobody sees which secrets stand in several.
@@ -64,8 +64,13 @@ class Vault:
     def of_pool(self, pool: int) -> Vault:
         """That of another pool of the same server."""
         other = Vault(self.sealer, self._digests_key, pool, may_have_clear=self.may_have_clear)
-        self.others.append(other)
+        self._others.add(other)
         return other
+
+    def all_sealed(self) -> None:
+        """No key of any pool is in clear any more. O(pools)."""
+        for each in (self, *self._others):
+            each.may_have_clear = False
 
     def member(self, text: str) -> bytes:
         """What stands for a text in Valkey. About 1 µs."""

@@ -1,8 +1,9 @@
 // The list of pools, fetched again every few seconds; and for an admin, a new pool and the end of one.
 
+import { done } from "../actions.js";
 import { callPools } from "../api.js";
 import { spell } from "../clock.js";
-import { ask, confirm, made, number, setText, toast } from "../ui.js";
+import { ask, confirm, made, number, setText } from "../ui.js";
 
 const EVERY = 5000;
 const STATES = ["available", "blocked", "cooling", "quarantined"];
@@ -54,12 +55,11 @@ async function make() {
   if (!(await ask(dialog))) return;
   const settings = { block_seconds: Number(form.block_seconds.value) };
   if (form.forever.checked) settings.keepalive_seconds = null;
-  try {
-    await callPools("PUT", `/${encodeURIComponent(form.elements.name.value)}`, settings);
-    toast(`Pool ${form.elements.name.value} is there.`);
-  } catch (problem) {
-    toast(`${problem.title}. ${problem.message}`, "danger");
-  }
+  const name = form.elements.name.value;
+  await done(
+    () => callPools("PUT", `/${encodeURIComponent(name)}`, settings),
+    () => `Pool ${name} is there.`,
+  );
   load();
 }
 
@@ -77,12 +77,10 @@ async function remove(row) {
     danger: true,
   });
   if (!sure) return;
-  try {
-    const draining = await callPools("DELETE", `/${name}${empty ? "" : "?drain=true"}`);
-    toast(draining === null ? `Pool ${name} was deleted.` : `Pool ${name} is being deleted.`);
-  } catch (problem) {
-    toast(`${problem.title}. ${problem.message}`, "danger");
-  }
+  await done(
+    () => callPools("DELETE", `/${name}${empty ? "" : "?drain=true"}`),
+    (draining) => (draining === null ? `Pool ${name} was deleted.` : `Pool ${name} is being deleted.`),
+  );
   load();
 }
 

@@ -4,7 +4,7 @@
 -- reply   available, or -1
 -- cost    O(1)
 --
--- `draining` may be set already by drain.lua, in the name of no revision: only a later one opens the partition again.
+-- `draining` may be set already by close.lua, in the name of no revision: only a later one opens the partition again.
 local known, revision = tonumber(call('HGET', META, 'revision') or -1), tonumber(ARGV[1])
 if revision >= known then
   if ARGV[2] == '0' then call('HDEL', META, 'rest') else call('HSET', META, 'rest', ARGV[2]) end
