@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 from support import ROOT, ServerProcess, clean_environment
 
-from keypool.client import AsyncKeyPool, KeyPool, Retry
+from keypool.client import AsyncKeyPool, KeyPool, NameTaken, Retry, SecretExists, UnknownKey
 
 KINDS = ("sync", "async")
 QUICK = Retry(seconds=5, first=0.01, most=0.05)
+SECRET, USER = "sk-live-0123456789abcdef", "somebody@example.org"
+ITEM = {"secret": SECRET, "name": "acct-17", "labels": {"region": "eu"}, "data": {"user": USER, "limit": 5}}
 
 
 class Driver:
@@ -94,6 +97,31 @@ class Driver:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def change_one_key(pool: Driver) -> Any:
+    """Import ITEM and a second key into an empty pool, find, change and replace the first; its answer."""
+    made = pool.import_key(**ITEM)
+    assert (made.existed, made.name, made.expires_in, made.hint) == (False, "acct-17", None, "sk-l…cdef")
+    assert pool.import_key(SECRET).existed
+    other = pool.import_key("sk-other")
+    with pytest.raises(NameTaken):
+        pool.import_key("sk-third", name="acct-17")
+    with pytest.raises(NameTaken):
+        pool.update(other.id, name="acct-17")
+    for text in (SECRET, f"id:{made.id}", "acct-17", made.hint):
+        assert pool.find(text).id == made.id
+    with pytest.raises(UnknownKey):
+        pool.find("nobody")
+    with pytest.raises(SecretExists):
+        pool.replace(other.id, SECRET)
+    row = pool.update(made.id, labels={"region": "us"}, data={})
+    assert (row.labels, row.name) == ({"region": "us"}, "acct-17")
+    assert pool.reveal(made.id).data == {}
+    assert pool.update(made.id, name="").name is None
+    assert pool.replace(made.id, "sk-new").id == made.id
+    assert pool.reveal(made.id).secret == "sk-new"
+    return made
 
 
 async def _awaited(result: Any) -> Any:

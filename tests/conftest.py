@@ -47,6 +47,8 @@ from keypool.config.settings import Settings, load
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS, open_pools
 
+pytest.register_assert_rewrite("client_support")  # so that what it asserts fails with the values
+
 HANGS = 400
 """Seconds after which a test, or its teardown, is taken to hang. The longest takes 40 s when alone."""
 

@@ -11,24 +11,37 @@ import sqlite3
 import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any, Final
 
 import msgspec
 import pytest
+from engine_support import Moment
 from support import API, ROOT, Answer, Client, ServerProcess, eventually, run_server
 
 from keypool.core.errors import StartError
 from keypool.core.keys import Key, State
 from keypool.core.outcomes import NO_HISTORY, History, Outcome
 from keypool.core.rules import PoolRules
-from keypool.engine.durable import datafile, rows
+from keypool.engine.clock import make_clock
+from keypool.engine.durable import datafile, opening, rows
 from keypool.engine.durable.opening import open_durable
 from keypool.engine.durable.rows import Row
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.pools import EmbeddedPools
+
+
+def hold_clocks(monkeypatch: pytest.MonkeyPatch) -> Moment:
+    """Give all engines that are opened from now on this clock, which stands until it is set."""
+    wall = Moment()
+
+    def clock(not_before: float) -> Callable[[], float]:
+        return make_clock(wall, wall, not_before)
+
+    monkeypatch.setattr(opening, "make_clock", clock)
+    return wall
 
 
 def rows_in(path: Path) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli_support import run_command
-from client_support import KINDS, Driver, Proxy, clean, url_of
+from client_support import ITEM, KINDS, SECRET, USER, Driver, Proxy, change_one_key, clean, url_of
 from conftest import Start
 from support import ServerProcess, eventually
 
@@ -21,20 +21,14 @@ from keypool.client import (
     BadRequest,
     KeyPool,
     KeysWouldExpire,
-    NameTaken,
     NoKeyAvailable,
     PoolDraining,
     PoolFixed,
     PoolFull,
     PoolNotEmpty,
-    SecretExists,
     ShareSpent,
-    UnknownKey,
     UnknownPool,
 )
-
-SECRET, USER = "sk-live-0123456789abcdef", "somebody@example.org"
-ITEM = {"secret": SECRET, "name": "acct-17", "labels": {"region": "eu"}, "data": {"user": USER}}
 
 
 @pytest.fixture(params=KINDS)
@@ -90,26 +84,7 @@ def test_pools_come_change_and_go(client: Driver) -> None:
 
 def test_one_key_is_imported_found_changed_and_replaced(client: Driver) -> None:
     pool = client.of_pool("openai")
-    made = pool.import_key(**ITEM)
-    assert (made.existed, made.name, made.expires_in, made.hint) == (False, "acct-17", None, "sk-l…cdef")
-    assert pool.import_key(SECRET).existed
-    other = pool.import_key("sk-other")
-    with pytest.raises(NameTaken):
-        pool.import_key("sk-third", name="acct-17")
-    with pytest.raises(NameTaken):
-        pool.update(other.id, name="acct-17")
-    for text in (SECRET, f"id:{made.id}", "acct-17", made.hint):
-        assert pool.find(text).id == made.id
-    with pytest.raises(UnknownKey):
-        pool.find("nobody")
-    with pytest.raises(SecretExists):
-        pool.replace(other.id, SECRET)
-    row = pool.update(made.id, labels={"region": "us"}, data={})
-    assert (row.labels, row.name) == ({"region": "us"}, "acct-17")
-    assert pool.reveal(made.id).data == {}
-    assert pool.update(made.id, name="").name is None
-    assert pool.replace(made.id, "sk-new").id == made.id
-    assert pool.reveal(made.id).secret == "sk-new"
+    change_one_key(pool)
     pool.import_many([("sk-4", "acct-4"), ("sk-3", "acct-3")])
     assert [row.name for row in pool.rows(name="acct-")] == ["acct-3", "acct-4"]
 

@@ -14,7 +14,6 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -22,6 +21,7 @@ import pytest
 from durable_support import (
     durable,
     fill,
+    hold_clocks,
     keys_of_all_kinds,
     old_file,
     opened,
@@ -39,8 +39,7 @@ from keypool.core.events import By, Origin
 from keypool.core.handles import SECRET_BYTES, Handles
 from keypool.core.keys import Key, State
 from keypool.core.outcomes import NO_HISTORY, Outcome, Report
-from keypool.engine.clock import make_clock
-from keypool.engine.durable import copying, datafile, opening
+from keypool.engine.durable import copying, datafile
 from keypool.engine.durable.rows import (
     COOLING,
     QUARANTINE_PENDING,
@@ -70,13 +69,7 @@ class Attempt:
 @pytest.fixture
 def wall(monkeypatch: pytest.MonkeyPatch) -> Moment:
     """The clock of all engines that are opened in the test."""
-    wall = Moment()
-
-    def clock(not_before: float) -> Callable[[], float]:
-        return make_clock(wall, wall, not_before)
-
-    monkeypatch.setattr(opening, "make_clock", clock)
-    return wall
+    return hold_clocks(monkeypatch)
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from durable_support import (
     durable,
+    hold_clocks,
     numbers_in,
     old_file,
     opened_pools,
@@ -29,8 +29,7 @@ from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.errors import StaleLease, StorageUnavailable, UnknownKey, UnknownPool
 from keypool.core.events import By, Origin
 from keypool.core.keys import NEVER, Details, Key, State
-from keypool.engine.clock import make_clock
-from keypool.engine.durable import copying, datafile, opening
+from keypool.engine.durable import copying, datafile
 from keypool.engine.durable.journal import FileJournal
 from keypool.engine.durable.rows import NEVER_AT, POOL_SHIFT, Batch, StoredPool, encode, key_of, row_of
 from keypool.engine.durable.writer import Writer
@@ -49,13 +48,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def wall(monkeypatch: pytest.MonkeyPatch) -> Moment:
     """The clock of all engines that are opened in the test."""
-    wall = Moment()
-
-    def clock(not_before: float) -> Callable[[], float]:
-        return make_clock(wall, wall, not_before)
-
-    monkeypatch.setattr(opening, "make_clock", clock)
-    return wall
+    return hold_clocks(monkeypatch)
 
 
 def states(engine: EmbeddedEngine) -> list[dict[str, object]]:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 from client_support import started
+from crash import children_of
 from support import ADMIN_TOKEN, CLIENT_TOKEN, VIEWER_TOKEN, ServerProcess, eventually
 
 from keypool.client import KeyPool
@@ -48,10 +49,6 @@ def environment_of(pid: int) -> dict[str, str]:
     """The variables of a process, as everybody who may read them finds them."""
     text = Path(f"/proc/{pid}/environ").read_bytes().decode()
     return dict(each.split("=", 1) for each in text.split("\0") if each)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_the_command_of_run_inherits_no_secret(guarded_server: ServerProcess, tmp_path: Path) -> None:

@@ -196,6 +196,15 @@ def test_a_pool_moves_there_and_back_whole(url: str, tmp_path: Path) -> None:
     database.close()
 
 
+async def moved(source: Source, target: Target) -> Moved:
+    """Move everything, and close both."""
+    try:
+        return await move(source, target, lambda done: None)
+    finally:
+        await target.close()
+        await source.close()
+
+
 PLACES = [None, "valkey", pytest.param("cluster", marks=pytest.mark.thorough)]
 
 
@@ -206,13 +215,6 @@ def test_all_about_leases_moves(by_way_of: str | None, tmp_path: Path) -> None:
     keys = keys_of_all_kinds()
     numbers = {name: number for number, name in enumerate(COUNTERS, 1000)}
     fill(first, list(map(row_of, keys)), **numbers)
-
-    async def moved(source: Source, target: Target) -> Moved:
-        try:
-            return await move(source, target, lambda done: None)
-        finally:
-            await target.close()
-            await source.close()
 
     async def run() -> list[Moved]:
         if by_way_of is None:
@@ -276,13 +278,6 @@ def test_all_pools_move_to_one_valkey_and_another_and_back(
     sealer = Sealer(SECRETS) if sealed else None
     keys = many_pools(first, sealer)
     one, two = new_pool(shared_valkey()), new_pool(shared_valkey())
-
-    async def moved(source: Source, target: Target) -> Moved:
-        try:
-            return await move(source, target, lambda done: None)
-        finally:
-            await target.close()
-            await source.close()
 
     async def run() -> None:
         target = await ValkeyPlace.target(one, partitions, clear=False, secrets_keys=secrets)
