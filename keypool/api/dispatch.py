@@ -291,16 +291,21 @@ class Dispatcher:
         return self._paths_of_key.get(slash + rest, _NOWHERE), _unquoted(segment), DEFAULT_POOL
 
     def _find_in_pool(self, text: str) -> tuple[_Path, str, str]:
+        if not text.startswith(_IN_POOL):
+            return _NOWHERE, "", DEFAULT_POOL
         segment, slash, rest = text[len(_IN_POOL) :].partition("/")
-        if not segment or not text.startswith(_IN_POOL):
+        if not segment:
             return _NOWHERE, "", DEFAULT_POOL
         pool = _unquoted(segment)
-        path = self._paths_of_pool.get(slash + rest)
+        key, behind = "", ""
+        if rest.startswith("keys/"):
+            key, another_slash, behind = rest[len("keys/") :].partition("/")
+        # What has nothing behind the key may be no key but a call, such as acquire.
+        path = None if behind else self._paths_of_pool.get(slash + rest)
         if path is None:
-            if not rest.startswith("keys/"):
+            if not key:
                 return _NOWHERE, "", pool
-            path, key = _with_key(self._paths_of_key_of_pool, rest[len("keys/") :])
-            return path, key, pool
+            return self._paths_of_key_of_pool.get(another_slash + behind, _NOWHERE), _unquoted(key), pool
         if len(text) <= _REMEMBERED_PATH:
             if len(self._seen) >= _REMEMBERED_PATHS:
                 self._seen.clear()
@@ -388,12 +393,6 @@ class Dispatcher:
         status, headers = status_of(type(error)), problem_headers(error)
         last = error.code == Draining.code
         return Reply(status, pending.request_id, CONTENT_TYPE, body, headers, error.code, last)
-
-
-def _with_key(paths: Mapping[str, _Path], text: str) -> tuple[_Path, str]:
-    """The route of what follows `keys/` in a path, and the key in it; `_NOWHERE` if there is none."""
-    segment, slash, rest = text.partition("/")
-    return paths.get(slash + rest, _NOWHERE) if segment else _NOWHERE, _unquoted(segment)
 
 
 def _unquoted(segment: str) -> str:
