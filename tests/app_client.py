@@ -81,6 +81,7 @@ class Browser:
         answer = await self._client.fetch(
             self.base_url + path, method=method, body=body, headers=dict(headers or {}),
             follow_redirects=False, raise_error=False, allow_nonstandard_methods=True,
+            connect_timeout=60, request_timeout=60,
         )  # fmt: skip
         return Page(answer.code, answer.headers, answer.body)
 

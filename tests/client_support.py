@@ -28,7 +28,7 @@ from support import ROOT, ServerProcess, clean_environment
 from keypool.client import AsyncKeyPool, KeyPool, NameTaken, Retry, SecretExists, UnknownKey
 
 KINDS = ("sync", "async")
-QUICK = Retry(seconds=5, first=0.01, most=0.05)
+QUICK = Retry(seconds=30, first=0.01, most=0.05)
 SECRET, USER = "sk-live-0123456789abcdef", "somebody@example.org"
 ITEM = {"secret": SECRET, "name": "acct-17", "labels": {"region": "eu"}, "data": {"user": USER, "limit": 5}}
 
@@ -291,16 +291,17 @@ def _reset(sock: socket.socket) -> None:
 
 def unused_port() -> int:
     """A port that nobody listens on, for now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    return ports_in_a_row(1)
 
 
 def ports_in_a_row(count: int) -> int:
-    """The first of so many consecutive free ports, below those that the system gives to others meanwhile."""
+    """The first of so many consecutive free ports, below those that the system gives to others meanwhile.
+
+    Each process of tests (xdist numbers them gw0, gw1, …) looks among a thousand of its own.
+    """
+    low = 11_000 + 1000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8)
     while True:
-        first = random.randrange(11_000, 19_000)
+        first = random.randrange(low, low + 1000 - count)
         if all(_free(first + number) for number in range(count)):
             return first
 

@@ -26,9 +26,12 @@ from crash import Attempt, Cut, Ledger, Tally, Unknown, Worker, examine, judge
 from support import API, Answer, Client, ServerProcess, eventually, pass_until
 from valkeys import Valkey
 
-SLACK: Final = 0.5
+SLACK: Final = 3.0
 """Seconds after the death of a server in which Valkey may still do what it had been sent. It takes no lock and waits
 for nothing, so it does so at once, if the system lets it run."""
+
+QUIET: Final = 0.5
+"""The least time that nothing is asked before all is looked at."""
 
 LATEST: Final = 4.0
 """The same for a call that was answered 503: it may be on its way to a Valkey that doesn't answer."""
@@ -69,7 +72,7 @@ class FleetWorker(Worker):
         try:
             answer = self._client.request(method, path, **how)
         except (OSError, http.client.HTTPException) as error:
-            attempt.span.ended = time.monotonic() + SLACK
+            attempt.span.ended = self._fleet.cut_until = time.monotonic() + SLACK
             raise Cut from error
         attempt.span.ended = answer.answered_at
         with self._ledger.lock:
@@ -103,6 +106,8 @@ class Fleet:
         self.ledger = Ledger(block_seconds, keepalive_seconds, told_short=True)
         self.tally = Tally()
         self.keys = keys
+        self.cut_until = 0.0
+        """Until when what was cut off last may have an effect."""
         self.allowed: list[str] = []
         """Patterns of errors that servers may log from their start on."""
         self._folder = folder
@@ -167,7 +172,7 @@ class Fleet:
         """Wait until nothing that was asked can have an effect any more."""
         with Client(self.servers[0]) as client:
             eventually(lambda: client.stats()["waiting"] == 0, "nobody waits")
-        pass_until(time.monotonic() + SLACK)
+        pass_until(max(time.monotonic() + QUIET, self.cut_until))
         self.ledger.died(time.monotonic())
 
     def wait_for(self, answers: int, within: float = 60.0) -> None:
@@ -273,7 +278,7 @@ def fail_over(
     primary: Valkey,
     *,
     answers: int = 300,
-    within: float = 15.0,
+    within: float = 60.0,
     frozen: bool = False,
     behind: tuple[Valkey, int] | None = None,
 ) -> FailedOver:
@@ -296,9 +301,19 @@ def fail_over(
         else:
             primary.kill()
         killed_at = time.monotonic()
+        logged = [(server, len(server.log_since(0))) for server in fleet.servers]
+        lost = f"Valkey at 127.0.0.1:{primary.port}: "
         if behind is not None:
             os.kill(behind[0].pid, SIGCONT)
-        eventually(lambda: not all(map(_is_ready, fleet.servers)), "some server notices", within)
+        # By the log too: they may all have recovered between two looks.
+        eventually(
+            lambda: (
+                not all(map(_is_ready, fleet.servers))
+                or any(lost in line for server, since in logged for line in server.log_since(since))
+            ),
+            "some server notices",
+            within,
+        )
         noticed = time.monotonic() - killed_at
         eventually(lambda: all(map(_serves_all, fleet.servers)), "all servers go on", within)
         recovered = time.monotonic() - killed_at

@@ -55,7 +55,7 @@ class Zygote:
 
     def _end(self) -> None:
         self._channel.close()
-        self._process.wait(20)
+        self._process.wait(60)
 
     def ask(self, output: int | None = None, **request: Any) -> int:
         """The answer to a request, which may hand over a file descriptor."""

@@ -39,13 +39,13 @@ def end(how: str) -> None:
 
 def blocking(how: str) -> None:
     """In the main thread."""
-    with KeyPool(URL, timeout=5) as pool, pool.lease(owner="program"):
+    with KeyPool(URL, timeout=30) as pool, pool.lease(owner="program"):
         end(how)
 
 
 def bare(how: str) -> None:
     """Without closing the pool, or even naming it."""
-    with KeyPool(URL, timeout=5).lease(owner="program"):
+    with KeyPool(URL, timeout=30).lease(owner="program"):
         end(how)
 
 
@@ -54,7 +54,7 @@ def thread(how: str) -> None:
     held = threading.Event()
 
     def hold() -> None:
-        with KeyPool(URL, timeout=5).lease(owner="program"):
+        with KeyPool(URL, timeout=30).lease(owner="program"):
             held.set()
             time.sleep(60)
 
@@ -65,7 +65,7 @@ def thread(how: str) -> None:
 
 def waiting(how: str) -> None:
     """Waits for a key that doesn't come."""
-    with KeyPool(URL, timeout=5) as pool:
+    with KeyPool(URL, timeout=30) as pool:
         say("held")
         with pool.lease(wait=None):
             pass
@@ -73,7 +73,7 @@ def waiting(how: str) -> None:
 
 def forked(how: str) -> None:
     """A child that leaves the `with` of its parent's lease doesn't give the parent's key back."""
-    with KeyPool(URL, timeout=5) as pool, pool.lease() as key:
+    with KeyPool(URL, timeout=30) as pool, pool.lease() as key:
         pool.stats()
         child = os.fork()
         if child == 0:
@@ -86,10 +86,12 @@ def forked(how: str) -> None:
         say(f"blocked {stats.blocked} unblocked {stats.unblocked}")
 
 
-async def _asynchronous(how: str) -> None:
-    async with AsyncKeyPool(URL, timeout=5) as pool, pool.lease(owner="program"):
+async def _asynchronous(how: str, held: asyncio.Event | None = None) -> None:
+    async with AsyncKeyPool(URL, timeout=30) as pool, pool.lease(owner="program"):
         if how == "sleep":
             say("held")
+            if held is not None:
+                held.set()
             await asyncio.sleep(60)
         end(how)
 
@@ -102,8 +104,10 @@ def asynchronous(how: str) -> None:
 def stopped(how: str) -> None:
     """On a loop that is stopped with the task still waiting."""
     loop = asyncio.new_event_loop()
-    task = loop.create_task(_asynchronous("sleep"))
-    loop.run_until_complete(asyncio.wait({task}, timeout=2))
+    held = asyncio.Event()
+    task = loop.create_task(_asynchronous("sleep", held))
+    waiting = {task, loop.create_task(held.wait())}
+    loop.run_until_complete(asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))
     os._exit(1) if task.done() else sys.exit(5)
 
 

@@ -902,7 +902,7 @@ class ServerProcess:
             status = self._process.wait(within)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the server still runs after {within} s; its log:\n{self.log}") from None
-        self._reader.join(5)
+        self._reader.join(30)
         return status
 
     def finish(self) -> None:
@@ -917,7 +917,7 @@ class ServerProcess:
                 f"the server died with {self._process.returncode}; its log:\n{self.log}"
             )
             eventually(
-                lambda: not self._group_lives(), "no process that the server started outlives it", within=5
+                lambda: not self._group_lives(), "no process that the server started outlives it", within=30
             )
         finally:
             self.close()
@@ -943,7 +943,7 @@ class ServerProcess:
         _kill_group(self._process.pid)
         self._process.wait()
         _release(self._process)
-        self._reader.join(5)
+        self._reader.join(30)
         self._output.close()
 
     def __enter__(self) -> Self:

@@ -429,11 +429,10 @@ def test_keepalive_does_not_lengthen_a_block(client: Client) -> None:
 def test_acquire_is_not_a_keepalive(client: Client) -> None:
     """Being served leaves expires as it was."""
     made_answer = client.post(API + "/keys")
-    key = made_answer.expect(201)["key"]
-    eventually(lambda: client.row(key)["expires_in"] < 299.8, "some of the 300 s to pass")
+    made_answer.expect(201)
+    pass_until(made_answer.answered_at + 4 * LATE)
     answer, served = take(client)
     expect_left(served["expires_in"], 300, made_answer, answer)
-    assert served["expires_in"] < 299.8, "acquire moved expires"
 
 
 # ----------------------------------------------------------------------------------------------------- delete
@@ -715,7 +714,7 @@ def test_keepalive_keeps_a_key_beyond_its_first_life(short_server: ServerProcess
         assert time.monotonic() >= last.asked_at + SHORT_LIFE - EARLY, "purged early"
         return "yes"
 
-    assert any(lived() == "yes" for _ in range(5)), "this machine is too slow to tell"
+    assert any(lived() == "yes" for _ in range(20)), "this machine is too slow to tell"
 
 
 def test_nothing_revives_an_expired_key(lend: Start) -> None:
@@ -738,7 +737,9 @@ def test_a_block_ends_by_itself_however_often_it_is_kept_alive(short_server: Ser
     def seen() -> bool:
         """Whether the block was seen to end; not when this machine let the key's life pass meanwhile."""
         made = client.make()
-        started, _ = take(client)
+        started = client.post(ACQUIRE)
+        if started.status == 404:
+            return False
         while (kept := client.post(key_path(made["key"], "keepalive"))).status == 200:
             answer = client.get(key_path(made["key"]))
             if answer.status != 200:
@@ -751,13 +752,13 @@ def test_a_block_ends_by_itself_however_often_it_is_kept_alive(short_server: Ser
             pass_until(kept.asked_at + 0.05)
         return False
 
-    assert any(seen() for _ in range(5)), "this machine is too slow to tell"
+    assert any(seen() for _ in range(20)), "this machine is too slow to tell"
 
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["available", "blocked"])
 def test_a_late_server_goes_by_the_deadlines(lend: Start, blocked: bool) -> None:
     """A call that waited in the socket of a stopped process sees no key beyond its deadline."""
-    server = lend("--block-seconds=0.5", "--keepalive-seconds=2")
+    server = lend("--block-seconds=0.5" if blocked else "--keepalive-seconds=2")
     client = server.client()
     started = client.post(API + "/keys")
     key = started.expect(201)["key"]
@@ -771,10 +772,8 @@ def test_a_late_server_goes_by_the_deadlines(lend: Start, blocked: bool) -> None
             reader.ask("GET", key_path(key))
             other.ask("POST", key_path(key, "unblock"), json={"lease": lease})
             pass_until(time.monotonic() + 0.6)
-        row = reader.answer()
-        if row.answered_at < started.asked_at + 2 - EARLY:
-            expect_row(row.expect(200), state="available")
-            assert other.answer().expect(200)["changed"] is False
+        expect_row(reader.answer().expect(200), state="available")
+        assert other.answer().expect(200)["changed"] is False
         return
     with server.paused():
         reader.ask("GET", key_path(key))

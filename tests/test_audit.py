@@ -250,8 +250,9 @@ def served(io_loop: IOLoop, http: str) -> Iterator[Served]:
 
 @pytest.fixture(autouse=True)
 def _quick(io_loop: IOLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A burst that is soon spent. Each test fails if an error was logged."""
+    """A burst that is soon spent, and not regained while a test runs. Each test fails if an error was logged."""
     monkeypatch.setattr(wrong_tokens, "BURST", 3)
+    monkeypatch.setattr(wrong_tokens, "REGAINED_SECONDS", 3600.0)
     with quiet():
         yield
 
@@ -354,7 +355,7 @@ async def test_an_unblock_without_the_lease_is_written_if_it_ended_one(served: S
     ):
         served.lines.clear()
         lease = await served.engine.acquire(None, 0)
-        waiting = asyncio.ensure_future(served.engine.acquire(None, 5))
+        waiting = asyncio.ensure_future(served.engine.acquire(None, 60))
         await asyncio.sleep(0)
         assert (await served.ask(method, target, body, CLIENT)).status == 200
         await served.engine.unblock(made.key, (await waiting).lease)
@@ -515,6 +516,7 @@ async def wrong_on_each_path(served: Served) -> None:
 def few_lines(_quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow four lines about wrong tokens and a large burst. Request this fixture before `served`."""
     monkeypatch.setattr(wrong_tokens, "LINES", 4)
+    monkeypatch.setattr(wrong_tokens, "LINE_SECONDS", 3600.0)
     monkeypatch.setattr(wrong_tokens, "BURST", 100)
 
 
@@ -537,18 +539,31 @@ async def test_wrong_tokens_are_counted_and_a_few_of_them_written(few_lines: Non
     assert served.lines[-1]["address"] == "127.0.0.1"
 
 
-async def test_wrong_tokens_are_answered_late_and_right_ones_at_once(served: Served) -> None:
+async def test_wrong_tokens_are_answered_late_and_right_ones_at_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once the burst is spent; on one connection they come one after the other, so guessing is slow."""
-    await wrong_on_each_path(served)
+    assert wrong_tokens.LONGEST == 1
+    monkeypatch.setattr(wrong_tokens, "LONGEST", 0.5)
     loop = asyncio.get_running_loop()
     started = loop.time()
-    waiting = [asyncio.ensure_future(wrong_on_each_path(served)) for _ in range(2)]
+    await asyncio.gather(*(wrong_on_each_path(served) for _ in range(2)))
+    # Of the ten only three were in the burst, so that one connection had to wait for four at least.
+    assert loop.time() - started >= 4 * 0.5 - 0.05
+    # From here on so late that none is answered while others are asked.
+    monkeypatch.setattr(wrong_tokens, "LONGEST", 1000.0)
+    leaving = []
+    for _ in range(2):
+        leaving.append((await served.connect())[1])
+        leaving[-1].write(request("GET", "/api/v1/stats", None, WRONG))
     await until(lambda: served.wrong.held == 2)
     assert (await served.ask("GET", "/api/v1/stats")).status == 200
     assert (await served.ask("GET", "/metrics", token=VIEWER)).status == 200
-    assert served.wrong.held, "a right token waited until the wrong ones were answered"
-    await asyncio.gather(*waiting)
-    assert loop.time() - started > 2  # five times up to a second, on each of the two
+    assert served.wrong.held == 2
+    for writer in leaving:
+        writer.close()
+    await until(lambda: served.wrong.held == 0)
+    monkeypatch.setattr(wrong_tokens, "LONGEST", 0.5)
     # A caller that leaves meanwhile takes its place along.
     for asked in (
         request("POST", "/api/v1/batch", {"op": "keepalive", "keys": ["x"]}, WRONG),
@@ -561,6 +576,7 @@ async def test_wrong_tokens_are_answered_late_and_right_ones_at_once(served: Ser
         writer.close()
         await until(lambda: served.wrong.held == 0 and not served.in_flight)
     # Tornado reads a form before anything is checked: a broken one is no way round.
+    monkeypatch.setattr(wrong_tokens, "LONGEST", 0.0)
     before = served.wrong.counts["token"]
     answer = await served.ask("POST", "/logout", b"x" * 16, WRONG, Content_Type="multipart/form-data")
     assert (answer.status, answer.headers["Connection"]) == (401, "close")

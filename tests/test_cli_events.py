@@ -12,6 +12,7 @@ from cli_support import run_command
 from client_support import clean, keypool, started, unused_port, url_of
 from support import API, ServerProcess, eventually
 from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
 from tornado.web import Application
 from tornado.websocket import WebSocketHandler
 
@@ -69,9 +70,9 @@ class Feed:
                     self.close(1001)
 
         server = HTTPServer(Application([(f"{API}/feed", Handler)]))
-        port = unused_port()
-        server.listen(port, "127.0.0.1")
-        self.url = f"http://127.0.0.1:{port}"
+        sockets = bind_sockets(0, "127.0.0.1")
+        server.add_sockets(sockets)
+        self.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         self._ready.set()
         await self._stop.wait()
         server.stop()

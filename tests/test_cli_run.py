@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_support import run_command
-from client_support import Proxy, clean, keypool, started, unused_port, url_of
+from client_support import Proxy, clean, keypool, started, url_of
 from conftest import Start
-from support import ServerProcess, eventually
+from support import ServerProcess, eventually, pass_until
 from test_cli import in_terminal
 
+from keypool.cli import run
 from keypool.cli.status import Status
-from keypool.client import KeyPool
+from keypool.client import HeldKey, KeyPool, held, settings
 
 
 @pytest.fixture
@@ -25,6 +30,27 @@ def pool(server: ServerProcess) -> Iterator[KeyPool]:
     with KeyPool(url_of(server)) as made:
         yield made
     clean(server)
+
+
+@pytest.fixture
+def overdue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file: while it is there, every lease is over by the clock of `run_command`, however long it is."""
+    file = tmp_path / "overdue"
+    monkeypatch.setattr(held, "now", lambda: settings.now() + (10_000 if file.exists() else 0))
+    monkeypatch.setattr(held, "_SHORTEST_TRY", 30.0)  # seconds for giving the key back all the same
+    return file
+
+
+def on_note(monkeypatch: pytest.MonkeyPatch, part: str, act: Callable[[], object]) -> None:
+    """Do this whenever `run_command` has noted something that contains this."""
+    note: Callable[[str], None] = vars(run)["note"]
+
+    def noted(text: str) -> None:
+        note(text)
+        if part in text:
+            act()
+
+    monkeypatch.setattr(run, "note", noted)
 
 
 def test_the_command_has_the_key_and_its_status_is_passed_on(server: ServerProcess, pool: KeyPool) -> None:
@@ -66,8 +92,10 @@ def test_each_failure_has_its_own_status(server: ServerProcess, pool: KeyPool) -
     pool.generate()
     assert status("run", "--", "no-such-command") == Status.RUN_NOT_FOUND
     assert status("run", "--", "/dev/null") == Status.RUN_NOT_EXECUTABLE
-    away = f"http://127.0.0.1:{unused_port()}"
-    assert status("--url", away, "--retry", "0", "run", "--", "true") == Status.RUN_UNREACHABLE
+    with socket.socket() as taken:  # and nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        away = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert status("--url", away, "--retry", "0", "run", "--", "true") == Status.RUN_UNREACHABLE
     with Proxy(server) as proxy:
         proxy.faults[:] = ["lose"]
         assert status("--url", proxy.url, "--retry", "0", "run", "--", "true") == Status.RUN_UNCERTAIN
@@ -119,7 +147,7 @@ def test_it_waits_for_a_key(server: ServerProcess, pool: KeyPool) -> None:
         pool.generate()
         assert process.stdout is not None
         assert process.stdout.read() == "done\n"
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     assert pool.stats().blocked == 0
 
 
@@ -141,7 +169,7 @@ def test_signals_are_passed_on_once(server: ServerProcess, pool: KeyPool, name: 
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.Signals[f"SIG{name}"])
         assert process.stdout.read() == f"got {name}\n"
-        assert process.wait(30) == 3
+        assert process.wait(60) == 3
     assert pool.stats().blocked == 0
 
 
@@ -156,7 +184,7 @@ def test_a_command_that_a_signal_ends(server: ServerProcess, pool: KeyPool, numb
         assert process.stdout is not None
         grandchild = int(process.stdout.readline())
         process.send_signal(number)
-        status = process.wait(30)
+        status = process.wait(60)
         if number != signal.SIGINT:  # sh ignores that for what it runs in the background, when it gets to it
             assert status == 128 + number
             eventually(lambda: not _lives(grandchild), "the end of what the command started")
@@ -180,7 +208,7 @@ def test_ended_while_it_waits_for_a_key(server: ServerProcess, pool: KeyPool, nu
     with started(server, ["-m", "keypool", "run", "--wait", "60", "--", "echo", "never"]) as process:
         eventually(lambda: pool.stats().waiting == 1, "a waiter")
         process.send_signal(number)
-        assert process.wait(30) == 128 + number
+        assert process.wait(60) == 128 + number
         assert process.stdout is not None
         assert process.stdout.read() == ""
     eventually(lambda: pool.stats().waiting == 0, "nobody waiting")
@@ -209,17 +237,20 @@ def test_a_kill_that_can_not_be_caught_ends_the_command(server: ServerProcess, p
         eventually(lambda: not _lives(child), "the end of the command")
 
 
-def test_a_command_that_outlives_its_lease(start_server: Start) -> None:
-    server = start_server("--block-seconds=0.5")
-    with KeyPool(url_of(server)) as pool:
-        pool.generate()
-        stopped = run_command(server, "run", "--", "sleep", "60")
-        assert stopped.status == Status.RUN_LEASE_OVER
-        assert len(stopped.err.splitlines()) == 1
-        assert "ended after its 0.5 s, and sleep still runs: it is stopped" in stopped.err
-        ran = run_command(server, "run", "--overrun", "warn", "--", "sh", "-c", "sleep 1; exit 3")
-        assert ran.status == 3
-        assert "it goes on" in ran.err
+def test_a_command_that_outlives_its_lease(
+    server: ServerProcess, pool: KeyPool, overdue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.generate()
+    stopped = run_command(server, "run", "--", "sh", "-c", f"touch {overdue}; exec sleep 60")
+    assert stopped.status == Status.RUN_LEASE_OVER
+    assert len(stopped.err.splitlines()) == 1
+    assert "ended after its 60.0 s, and sh still runs: it is stopped" in stopped.err
+    overdue.unlink()
+    on_note(monkeypatch, "it goes on", (tmp_path / "go").touch)
+    script = f"touch {overdue}; while ! test -e {tmp_path}/go; do sleep 0.05; done; exit 3"
+    ran = run_command(server, "run", "--overrun", "warn", "--", "sh", "-c", script)
+    assert ran.status == 3
+    assert "it goes on" in ran.err
 
 
 @pytest.mark.parametrize(("served_again", "status"), [(False, 3), (True, Status.RUN_LEASE_OVER)])
@@ -236,7 +267,7 @@ def test_a_lease_that_was_ended_by_somebody_else(
         if served_again:
             pool.acquire()
         (tmp_path / "go").touch()
-        _, noted = process.communicate(timeout=30)
+        _, noted = process.communicate(timeout=60)
         assert process.returncode == status
         assert len(noted.splitlines()) == served_again
 
@@ -281,15 +312,16 @@ def test_how_long_a_limited_key_cools(server: ServerProcess, pool: KeyPool) -> N
     assert 1200 < (pool.get(made).available_in or 0) <= 1234
 
 
-def test_a_command_that_was_not_run_or_was_stopped_has_no_outcome(start_server: Start) -> None:
+def test_a_command_that_was_not_run_or_was_stopped_has_no_outcome(
+    server: ServerProcess, pool: KeyPool, overdue: Path
+) -> None:
     """The statuses are those of `run`, not of the command, so --on-exit doesn't apply."""
-    server = start_server("--block-seconds=0.5")
-    with KeyPool(url_of(server)) as pool:
-        made = pool.generate()
-        flags = ("--on-exit", "127=invalid", "--on-exit", "124=invalid", "--on-exit", "143=invalid")
-        assert run_command(server, "run", *flags, "--", "no-such-command").status == Status.RUN_NOT_FOUND
-        assert run_command(server, "run", *flags, "--", "sleep", "60").status == Status.RUN_LEASE_OVER
-        assert pool.get(made).outcome is None
+    made = pool.generate()
+    flags = ("--on-exit", "127=invalid", "--on-exit", "124=invalid", "--on-exit", "143=invalid")
+    assert run_command(server, "run", *flags, "--", "no-such-command").status == Status.RUN_NOT_FOUND
+    late = ("sh", "-c", f"touch {overdue}; exec sleep 60")
+    assert run_command(server, "run", *flags, "--", *late).status == Status.RUN_LEASE_OVER
+    assert pool.get(made).outcome is None
 
 
 def test_the_command_may_report_an_outcome_itself(server: ServerProcess, pool: KeyPool) -> None:
@@ -326,24 +358,35 @@ def test_the_first_stretch_is_chosen(start_server: Start) -> None:
         ) as process:
             eventually(lambda: (pool.get(made).release_in or 0) > 1900, "a long lease")
             process.terminate()
-            process.wait(30)
+            process.wait(60)
         refused = run_command(server, "run", "--block-seconds", "4000", "--", "true")
         assert refused.status == Status.RUN_FAILED
         assert "block_seconds" in refused.err
 
 
-def test_a_lease_that_lasts_as_long_as_the_command(start_server: Start) -> None:
-    server = start_server("--block-seconds=1.5", "--max-block-seconds=600")
+def test_a_lease_that_lasts_as_long_as_the_command(start_server: Start, tmp_path: Path) -> None:
+    server = start_server("--block-seconds=4.5", "--max-block-seconds=600")
+    script = f"while ! test -e {tmp_path}/go; do sleep 0.05; done; exit 3"
     with KeyPool(url_of(server)) as pool:
         made = pool.generate()
-        ran = run_command(server, "run", "--extend", "--", "sh", "-c", "sleep 4; exit 3")
-        assert (ran.status, ran.err) == (3, "")
+        with started(server, ["-m", "keypool", "run", "--extend", "--", "sh", "-c", script]) as process:
+            left = eventually(lambda: pool.get(made).release_in or 0.0, "a key at work")
+            pass_until(time.monotonic() + left)
+            assert pool.get(made).state == "blocked"
+            (tmp_path / "go").touch()
+            _, noted = process.communicate(timeout=60)
+        assert (process.returncode, noted) == (3, "")
         assert pool.stats().released == 0
         assert pool.get(made).state == "available"
 
 
-def test_the_pool_does_not_allow_a_longer_lease(start_server: Start) -> None:
-    server = start_server("--block-seconds=2")
+def test_the_pool_does_not_allow_a_longer_lease(
+    start_server: Start, overdue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is noted a third into the lease, and what becomes of the command at its end."""
+    server = start_server("--block-seconds=6")
+    on_note(monkeypatch, "max_block_seconds", overdue.touch)
+    on_note(monkeypatch, "it goes on", (tmp_path / "go").touch)
     with KeyPool(url_of(server)) as pool:
         pool.generate()
         stopped = run_command(server, "run", "--extend", "--", "sleep", "60")
@@ -351,29 +394,49 @@ def test_the_pool_does_not_allow_a_longer_lease(start_server: Start) -> None:
         limit, end = stopped.err.splitlines()
         assert "max_block_seconds" in limit
         assert "it is stopped" in end
-        warned = run_command(server, "run", "--extend", "--overrun=warn", "--", "sh", "-c", "sleep 3; exit 4")
+        overdue.unlink()
+        script = f"while ! test -e {tmp_path}/go; do sleep 0.05; done; exit 4"
+        warned = run_command(server, "run", "--extend", "--overrun=warn", "--", "sh", "-c", script)
         assert warned.status == 4
         limit, end, *_ = warned.err.splitlines()
         assert "max_block_seconds" in limit
         assert "it goes on" in end
 
 
-def test_a_longer_lease_ends_at_the_limit_of_the_pool(start_server: Start) -> None:
-    server = start_server("--block-seconds=1", "--max-block-seconds=2")
+def test_a_longer_lease_ends_at_the_limit_of_the_pool(
+    start_server: Start, overdue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server("--block-seconds=4.5", "--max-block-seconds=7")
+    supervise = run._supervise
+
+    def supervised(words: Sequence[str], environment: dict[str, str], key: HeldKey, *, stop: bool) -> Any:
+        def moved(until: float) -> None:
+            move(until)
+            if key.released_at - key._began_at > 6.9:
+                overdue.touch()  # there is nothing more to wait for
+
+        move = key._moved
+        monkeypatch.setattr(key, "_moved", moved)
+        return supervise(words, environment, key, stop=stop)
+
+    monkeypatch.setattr(run, "_supervise", supervised)
     with KeyPool(url_of(server)) as pool:
         pool.generate()
         stopped = run_command(server, "run", "--extend", "--", "sleep", "60")
         assert stopped.status == Status.RUN_LEASE_OVER
-        assert "ended after its 2.0 s" in stopped.err
+        lasted = re.search(r"ended after its ([\d.]+) s", stopped.err)
+        assert lasted is not None
+        # It may seem shorter by the time that the extension took, and longer by that of the first answer.
+        assert 4.6 < float(lasted[1]) <= 7.3
 
 
 def test_an_operator_who_takes_the_key_stops_the_command(start_server: Start) -> None:
-    server = start_server("--block-seconds=1.5", "--max-block-seconds=600")
+    server = start_server("--block-seconds=4.5", "--max-block-seconds=600")
     with KeyPool(url_of(server)) as pool:
         made = pool.generate()
         with started(server, ["-m", "keypool", "run", "--extend", "--", "sleep", "60"]) as process:
             eventually(lambda: pool.get(made).state == "blocked", "a key at work")
             pool.quarantine(made, now=True)
-            _, noted = process.communicate(timeout=30)
+            _, noted = process.communicate(timeout=60)
         assert process.returncode == Status.RUN_LEASE_OVER
         assert "was taken back while it was held, and sleep still runs: it is stopped" in noted

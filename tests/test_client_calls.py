@@ -242,7 +242,7 @@ def test_arguments_from_the_environment(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "token").write_text(VIEWER_TOKEN + "\n")
     by_file = {"KEYPOOL_URL": url_of(guarded_server), "KEYPOOL_TOKEN_FILE": "~/token"}
-    with KeyPool.from_env(by_file, timeout=5) as pool:
+    with KeyPool.from_env(by_file, timeout=60) as pool:
         assert pool.stats().total == 0
     with KeyPool.from_env(by_file | {"KEYPOOL_TOKEN": CLIENT_TOKEN}) as pool, pytest.raises(Forbidden):
         pool.stats()

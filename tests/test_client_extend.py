@@ -147,8 +147,8 @@ def test_an_extension_finds_out_that_the_lease_is_lost(driver: Driver, how: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lease_goes_on_for_longer_than_its_block(start_server: Start, kind: str) -> None:
-    """With a block of 4 s, extended each 1.3 s, on a real server; the keeper does it while this thread waits."""
-    server = start_server("--block-seconds=4", "--max-block-seconds=600")
+    """With a block of 8 s, extended each 2.7 s, on a real server; the keeper does it while this thread waits."""
+    server = start_server("--block-seconds=8", "--max-block-seconds=600")
     with KeyPool(url_of(server)) as other, Driver(kind, url_of(server)) as driver:
         made = other.generate()
         with driver.lease(extend=True) as key:
@@ -170,32 +170,42 @@ async def _lost_within(seconds: float, key: Any) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pool_without_extensions_is_asked_once(kind: str) -> None:
-    fake, driver = fake_driver(kind, block_seconds=0.6)
-    with driver, pytest.raises(LeaseLost, match="ended"), driver.lease(extend=True) as key:  # noqa: PT012 - its end raises
-        assert driver.wait(_wait(key))
-        assert key.over
-    assert extends(fake) == 1
+    def asked(block_seconds: float) -> int:
+        """How often it was asked; not at all if this machine stood still until the end of the block."""
+        fake, driver = fake_driver(kind, block_seconds=block_seconds)
+        with driver, pytest.raises(LeaseLost, match="ended"), driver.lease(extend=True) as key:  # noqa: PT012 - its end raises
+            assert driver.wait(_wait(key))
+            assert key.over
+        return extends(fake)
+
+    assert next(filter(None, map(asked, (0.6, 6, 20)))) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lease_that_lasts_as_long_as_it_may_is_not_asked_for_again(kind: str) -> None:
     """Here the third extension reaches the cap: its answer says so."""
-    fake, driver = fake_driver(kind, block_seconds=0.9, max_block_seconds=1.6)
-    with driver, pytest.raises(LeaseLost, match="had ended before"), driver.lease(extend=True) as key:  # noqa: PT012 - its end raises
-        assert driver.wait(_wait(key))
-        with pytest.raises(LeaseLost, match=r"ended after its 1\.6 s"):
-            key.check()
-    assert 1 <= extends(fake) <= 3
+
+    def lasted(most: float) -> bool:
+        """Whether it lasted for so long; not if this machine stood still when it had to be extended."""
+        fake, driver = fake_driver(kind, block_seconds=most * 0.55, max_block_seconds=most)
+        with driver, pytest.raises(LeaseLost, match="had ended before"), driver.lease(extend=True) as key:  # noqa: PT012 - its end raises
+            assert driver.wait(_wait(key))
+            with pytest.raises(LeaseLost, match="ended after its") as lost:
+                key.check()
+        assert extends(fake) <= 3
+        return extends(fake) >= 1 and f"ended after its {most:.1f} s" in str(lost.value)
+
+    assert any(map(lasted, (1.6, 8, 24))), "it wasn't extended up to the cap"
 
 
 async def _wait_for_event(key: Any) -> bool:
-    await asyncio.wait_for(key.lost.wait(), 20)
+    await asyncio.wait_for(key.lost.wait(), 60)
     return True
 
 
 def _wait(key: Any) -> Any:
     """Until the lease is lost."""
-    return key.lost.wait(20) if isinstance(key.lost, threading.Event) else _wait_for_event(key)
+    return key.lost.wait(60) if isinstance(key.lost, threading.Event) else _wait_for_event(key)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,9 +228,9 @@ def test_the_keeper_notices_a_lost_lease(kind: str) -> None:
 def test_a_lost_lease_is_noticed_without_extensions(kind: str) -> None:
     """By its time alone, with no thread and no request for it."""
     fake, driver = fake_driver(kind, block_seconds=0.3)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with driver, pytest.raises(LeaseLost), driver.lease() as key:  # noqa: PT012 - its end raises
-        assert threading.active_count() == threads
+        assert set(threading.enumerate()) <= threads
         assert driver.wait(_wait(key))
     assert len(fake.requests) == 2
 
@@ -232,7 +242,7 @@ def test_whoever_waits_for_the_loss_is_woken_when_the_key_is_given_back() -> Non
         thread.start()
         assert key.lost.wait(0.01) is False
         key.release()
-        thread.join(20)
+        thread.join(60)
         assert results == [False]
         assert not key.lost.is_set()
 
@@ -317,7 +327,7 @@ def test_every_request_of_an_acquire_is_the_same(monkeypatch: pytest.MonkeyPatch
 
 def test_waiting_in_several_requests_is_fair(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """One who asks again and again keeps the place that it had before one who came later."""
-    monkeypatch.setattr("keypool.client.attempts._LONGEST_WAIT", 1.0)
+    monkeypatch.setattr("keypool.client.attempts._LONGEST_WAIT", 3.0)
     got: list[str] = []
 
     def wait(name: str, wait: float | None) -> None:
@@ -334,8 +344,7 @@ def test_waiting_in_several_requests_is_fair(server: ServerProcess, monkeypatch:
         second = threading.Thread(target=wait, args=("second", 60))
         second.start()
         eventually(lambda: pool.stats().waiting == 2, "the second one to wait")
-        eventually(lambda: len(proxy.requests) >= 2, "the first one to have asked again")
-        # A place that is kept holds nobody up, so the key has to come while the first one waits.
+        # A place that is kept holds nobody up, so the key has to come while the first one waits, best as it begins to.
         asked = len(proxy.requests)
         eventually(
             lambda: len(proxy.requests) > asked and pool.stats().waiting == 2, "the first one to wait again"

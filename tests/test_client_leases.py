@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -16,7 +17,8 @@ from typing import Any
 import pytest
 from client_support import KINDS, Driver, Proxy, clean, started, url_of
 from conftest import Start
-from support import ServerProcess, eventually
+from engine_support import turns
+from support import SHORT_BLOCK, ServerProcess, eventually
 
 from keypool.client import AsyncKeyPool, KeyPool, KeyPoolError, LeaseLost, NoKeyAvailable, Retry, Unreachable
 
@@ -70,9 +72,15 @@ def test_several_keys_in_one_with(driver: Driver) -> None:
     assert driver.stats().blocked == 0
 
 
+@pytest.fixture
+def short_blocks(lend: Start) -> ServerProcess:
+    """A server whose blocks end soon, and whose keys don't."""
+    return lend(f"--block-seconds={SHORT_BLOCK}")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lease_that_has_ended_is_lost(short_server: ServerProcess, kind: str) -> None:
-    with Driver(kind, url_of(short_server)) as driver:
+def test_a_lease_that_has_ended_is_lost(short_blocks: ServerProcess, kind: str) -> None:
+    with Driver(kind, url_of(short_blocks)) as driver:
         made = driver.generate()
         with pytest.raises(LeaseLost, match="had ended before"), driver.lease() as key:  # noqa: PT012 - it is the end
             eventually(lambda: key.over, "the end of the lease")
@@ -81,20 +89,20 @@ def test_a_lease_that_has_ended_is_lost(short_server: ServerProcess, kind: str) 
                 _ = key.secret
             # Never later than the server: what looks alive here is alive there.
             eventually(lambda: driver.get(made.id).state == "available", "the end of the block")
-    clean(short_server)
+    clean(short_blocks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_key_that_others_hold_by_now_is_theirs(short_server: ServerProcess, kind: str) -> None:
-    with Driver(kind, url_of(short_server)) as driver:
+def test_a_key_that_others_hold_by_now_is_theirs(short_blocks: ServerProcess, kind: str) -> None:
+    with Driver(kind, url_of(short_blocks)) as driver:
         made = driver.generate()
         with pytest.raises(LeaseLost, match="someone else"), driver.lease():
-            theirs = driver.acquire(wait=5)
+            theirs = driver.acquire(wait=30)
         row = driver.get(made.id)
         assert row.lease == theirs.lease
-        with pytest.raises(LeaseLost, match="deleted"), driver.lease(wait=5):
+        with pytest.raises(LeaseLost, match="deleted"), driver.lease(wait=30):
             driver.delete(made.id)
-    clean(short_server)
+    clean(short_blocks)
 
 
 def test_an_error_in_the_block_is_not_hidden(driver: Driver) -> None:
@@ -107,28 +115,31 @@ def test_an_error_in_the_block_is_not_hidden(driver: Driver) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lease_keeps_its_key_alive(start_server: Start, kind: str) -> None:
-    """The key's 3 s would end long before its lease."""
-    server = start_server("--keepalive-seconds=3", "--block-seconds=60")
+    """The key's 5 s would end long before its lease."""
+    server = start_server("--keepalive-seconds=5", "--block-seconds=60")
     with Driver(kind, url_of(server)) as driver, KeyPool(url_of(server)) as other:
         made = driver.generate()
         with driver.lease() as key:
-            driver.wait(asyncio.sleep(5)) if kind == "async" else eventually(
-                lambda: other.stats().kept_alive >= 5, "some rounds"
+            driver.wait(asyncio.sleep(6)) if kind == "async" else eventually(
+                lambda: other.stats().kept_alive >= 4, "some rounds"
             )
             key.check()
-            assert 1 < key.expires_in <= 3
+            assert 0 < key.expires_in <= 5
             assert other.get(made).lease == key.lease
         assert other.get(made).state == "available"
-        eventually(lambda: other.stats().total == 0, "the key to die that nobody keeps")
+        # A round comes when a third of it has passed.
+        eventually(
+            lambda: all((row.expires_in or 0) < 2 for row in other.rows()), "nobody keeps the key any more"
+        )
 
 
 def test_a_lease_fails_once_its_key_was_purged(start_server: Start) -> None:
-    server = start_server("--keepalive-seconds=3", "--block-seconds=60")
+    server = start_server("--keepalive-seconds=5", "--block-seconds=60")
     with KeyPool(url_of(server)) as pool:
         made = pool.generate()
         with pytest.raises(LeaseLost, match="deleted or expired"), pool.lease() as key:  # noqa: PT012 - its end raises
             pool.delete(made)
-            eventually(lambda: key.over, "the keeper to notice", within=5)
+            eventually(lambda: key.over, "the keeper to notice")
             with pytest.raises(LeaseLost, match="deleted or expired"):
                 key.check()
 
@@ -211,10 +222,8 @@ def test_a_cancelled_waiter_leaves_nothing(server: ServerProcess) -> None:
                 pass
             for task in tasks:
                 task.cancel()
-            done, _ = await asyncio.wait(
-                tasks, timeout=0.5
-            )  # at once, though the queue is left a second later
-            assert len(done) == 20
+            await turns()  # at once, though the queue is left a second later
+            assert all(task.cancelled() for task in tasks)
             while (await pool.stats()).waiting:
                 pass
             await pool.generate_many(5)
@@ -237,9 +246,10 @@ def test_300_cancellations_lose_no_key(
                 async with pool.lease(wait=60):
                     await asyncio.sleep(0)
             elif how == "acquire":
-                # To give it back is up to this program, whatever happens.
-                key = await pool.acquire(wait=random.choice([0.5, 60]))
-                await asyncio.shield(asyncio.ensure_future(pool.unblock(key)))
+                with contextlib.suppress(NoKeyAvailable):
+                    # To give it back is up to this program, whatever happens.
+                    key = await pool.acquire(wait=random.choice([0.5, 60]))
+                    await asyncio.shield(asyncio.ensure_future(pool.unblock(key)))
             else:
                 try:
                     async with pool.acquire_many(2):
@@ -261,7 +271,9 @@ def test_300_cancellations_lose_no_key(
             assert cancelled == 300
         with KeyPool(url_of(server)) as pool:
             eventually(lambda: pool.stats().waiting == 0, "all waiters to leave")
-            assert pool.stats().blocked == 0
+            eventually(
+                lambda: pool.stats().blocked == 0, "every key is given back, not released by its deadline"
+            )
 
     asyncio.run(main())
     assert "never retrieved" not in caplog.text
@@ -349,7 +361,7 @@ def test_nothing_is_left_behind(server: ServerProcess) -> None:
         key = pool.generate()
         with pool.lease(), pool.keeper([key]):
             pass
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
     assert sys.getrefcount(pool) < 10
     clean(server)
 

@@ -20,6 +20,7 @@ from keypool.client import (
     KeyPoolError,
     KeysWouldExpire,
     LeaseLost,
+    NoKeyAvailable,
     PoolClosed,
     PoolDraining,
     PoolFixed,
@@ -412,10 +413,19 @@ def test_a_lease_of_a_key_that_never_expires_needs_no_keeper(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_leases_of_all_pools_share_one_keeper(kind: str) -> None:
     """Leases of three pools are extended and their keys kept alive; a pool that is gone stops nobody else."""
-    # A busy machine may stall a second.
-    times: Any = {"block_seconds": 2, "max_block_seconds": 60, "keepalive_seconds": 2}
+    # A machine that stands still for the most of a block loses them all.
+    assert any(_held_for_three_blocks(kind, seconds) for seconds in (2, 6, 15))
+
+
+def _held_for_three_blocks(kind: str, seconds: float) -> bool:
+    """Whether the leases of two pools last for three blocks of so many seconds, and three lives."""
+    times: Any = {"block_seconds": seconds, "max_block_seconds": 30 * seconds, "keepalive_seconds": seconds}
     fake = FakeServer(["in-default"], **times)
-    with Driver(kind, "http://fake", transport=fake) as client, contextlib.ExitStack() as stack:
+    with (
+        contextlib.suppress(LeaseLost, NoKeyAvailable),
+        Driver(kind, "http://fake", transport=fake) as client,
+        contextlib.ExitStack() as stack,
+    ):
         held = [stack.enter_context(client.lease(extend=True))]
         for name in ("one", "two"):
             client.put_pool(name, **times)
@@ -424,16 +434,23 @@ def test_the_leases_of_all_pools_share_one_keeper(kind: str) -> None:
         assert [key.pool for key in held] == ["default", "one", "two"]
         keeper: Any = client.pool._lease_keeper
         assert [client.pool.pool(name)._lease_keeper for name in ("one", "two")] == [None, None]
-        assert sorted(keeper.keys) == sorted(["in-default", SECRET, SECRET])
+        if sorted(keeper.keys) != sorted(["in-default", SECRET, SECRET]):
+            assert any(key.over for key in held)
+            return False
         client.delete_pool("one", drain=True, now=True)
-        ends = time.monotonic() + 6  # three blocks, and three lives
+        ends = time.monotonic() + 3 * seconds
         while time.monotonic() < ends:
             client.wait(asyncio.sleep(0.05)) if kind == "async" else time.sleep(0.05)
-        assert [key.over for key in held] == [False, True, False]
+        if held[0].over or held[2].over:
+            return False
+        assert held[1].over
         with pytest.raises(LeaseLost):
             client.wait(held[1].release())
         assert keeper.running
-    assert fake.blocked == fake.pool("two").blocked == []
+        stack.close()
+        assert fake.blocked == fake.pool("two").blocked == []
+        return True
+    return False
 
 
 @pytest.mark.parametrize("failure", [Unauthorized("no"), UnknownPool("gone")])

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from client_support import KINDS, QUICK, Driver, Proxy, clean, unused_port, url_of
+from client_support import KINDS, QUICK, Driver, Proxy, clean, url_of
 from conftest import Start
 from support import ServerProcess, eventually
+from valkeys import held_port
 
 from keypool.client import (
     AnswerLost,
@@ -41,6 +42,13 @@ def proxy(server: ServerProcess) -> Iterator[Proxy]:
     with Proxy(server) as made:
         yield made
     clean(server)
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """One on which nobody listens but whom the test starts there."""
+    with held_port() as port:
+        yield port
 
 
 @pytest.fixture(params=KINDS)
@@ -151,9 +159,10 @@ def test_the_result_of_a_repetition_is_marked(server: ServerProcess, proxy: Prox
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refused_connection_is_tried_again_for_every_call(server: ServerProcess, kind: str) -> None:
+def test_a_refused_connection_is_tried_again_for_every_call(
+    server: ServerProcess, port: int, kind: str
+) -> None:
     """When a server listens at last, even generate gets through, once."""
-    port = unused_port()
     before = server.client().stats()["generated"]
     with (
         contextlib.ExitStack() as stack,
@@ -172,9 +181,9 @@ def test_a_refused_connection_is_tried_again_for_every_call(server: ServerProces
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("retry", [Retry(0.2, first=0.01), 0, 2])
-def test_retries_end(kind: str, retry: Retry | int) -> None:
+def test_retries_end(port: int, kind: str, retry: Retry | int) -> None:
     with (
-        Driver(kind, f"http://127.0.0.1:{unused_port()}", retry=retry) as driver,
+        Driver(kind, f"http://127.0.0.1:{port}", retry=retry) as driver,
         pytest.raises(Unreachable) as refused,
     ):
         driver.stats()
@@ -196,11 +205,16 @@ def test_the_timeout_bounds_a_call_with_all_its_retries(
     """Against a silent server, one that sends a byte now and then, and one that refuses again and again."""
     with Driver(kind, proxy.url, timeout=0.5) as driver:
         for faults in (["mute"] * 9, ["trickle"] * 9, ["503"] * 999):
-            proxy.faults[:] = faults
-            began = time.monotonic()
-            with pytest.raises((AnswerLost, GatewayError)):
-                driver.stats()
-            assert time.monotonic() - began < 1.5
+            took = [99.0]
+            while took[-1] >= 1.5 and len(took) < 9:  # again if the machine stood still meanwhile
+                proxy.faults[:] = faults
+                began = time.monotonic()
+                with pytest.raises((AnswerLost, GatewayError, Unreachable)) as failed:
+                    driver.stats()
+                took.append(time.monotonic() - began)
+                if failed.type is Unreachable:  # not even the connection was there in time
+                    took[-1] = 99.0
+            assert took[-1] < 1.5, took
 
 
 def test_a_host_that_does_not_answer_is_unreachable_in_time() -> None:
@@ -317,8 +331,9 @@ def test_a_wait_of_more_than_a_minute_asks_again(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
 @pytest.mark.parametrize("wait", [60, None])
-def test_waiting_survives_the_end_of_the_server(start_server: Start, how: str, wait: float | None) -> None:
-    port = unused_port()
+def test_waiting_survives_the_end_of_the_server(
+    start_server: Start, port: int, how: str, wait: float | None
+) -> None:
     with KeyPool(f"http://127.0.0.1:{port}", retry=Retry(60, most=0.1)) as pool:
         first = start_server(f"--port={port}")
         got: list[str] = []
@@ -337,10 +352,10 @@ def test_waiting_survives_the_end_of_the_server(start_server: Start, how: str, w
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["waiting", "in a pause"])
-def test_closing_ends_a_wait(server: ServerProcess, away: bool) -> None:
-    url = f"http://127.0.0.1:{unused_port()}" if away else url_of(server)
-    patient = Retry(60, first=30, most=30)
-    pool = KeyPool(url, timeout=60, retry=patient)
+def test_closing_ends_a_wait(server: ServerProcess, port: int, away: bool) -> None:
+    url = f"http://127.0.0.1:{port}" if away else url_of(server)
+    patient = Retry(600, first=200, most=200)  # pauses of more than all that is waited for here
+    pool = KeyPool(url, timeout=600, retry=patient)
     errors: list[BaseException] = []
 
     def wait() -> None:
@@ -349,23 +364,22 @@ def test_closing_ends_a_wait(server: ServerProcess, away: bool) -> None:
         errors.append(closed.value)
 
     async def wait_async() -> None:
-        async with AsyncKeyPool(url, timeout=60, retry=patient) as pool:
+        async with AsyncKeyPool(url, timeout=600, retry=patient) as pool:
             task = asyncio.ensure_future(pool.acquire(wait=None))
             await asyncio.sleep(0.5)
         errors.append((await asyncio.gather(task, return_exceptions=True))[0])  # type: ignore[arg-type]
 
     thread = threading.Thread(target=wait)
     thread.start()
-    asyncio.run(asyncio.wait_for(wait_async(), 10))
+    asyncio.run(asyncio.wait_for(wait_async(), 30))
     pool.close()
-    thread.join(5)
+    thread.join(30)
     assert [type(error) for error in errors] == [PoolClosed, PoolClosed]
     eventually(lambda: server.client().stats()["waiting"] == 0, "the waiters to leave")
 
 
-def test_a_connection_that_the_server_closed_is_noticed(start_server: Start) -> None:
+def test_a_connection_that_the_server_closed_is_noticed(start_server: Start, port: int) -> None:
     """Over a restart: the end of the old connection is seen before a call is entrusted to it."""
-    port = unused_port()
     with KeyPool(f"http://127.0.0.1:{port}", retry=0) as pool:
         first = start_server(f"--port={port}")
         pool.generate()

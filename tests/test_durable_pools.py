@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from durable_support import (
     rows_in,
     table_of,
 )
-from engine_support import Call, HeldTimers, Moment, make_engine, on_loop, open_held, turns, turns_until
+from engine_support import Call, HeldTimers, Moment, make_engine, on_loop, open_held, turns
 from held_writer import FULL, HeldWriter, hold_writers, run
 
 from keypool.core.answers import KeyPatch, NewKey
@@ -54,6 +55,15 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Moment:
 def states(engine: EmbeddedEngine) -> list[dict[str, object]]:
     """Everything durable of every key."""
     return [durable(key) for key in engine.pool.after(0, 10_000)]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what takes a commit of the real writer."""
+    for _ in range(30_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError(f"never came true: {what}")
 
 
 async def data_of(engine: EmbeddedEngine, id: int) -> bytes | None:
@@ -124,7 +134,7 @@ async def test_the_number_of_a_pool_that_is_gone_is_never_used_again(path: Path)
         await pools.get("openai").generate(3)
         old = (await pools.get("openai").acquire("me", 0)).handle
         await pools.delete("openai", drain=True, now=True, origin=ADMIN)
-        await turns_until(lambda: "openai" not in pools.names(), "the pool is gone")
+        await until(lambda: "openai" not in pools.names(), "the pool is gone")
     facts = datafile.inspect(path)
     assert (facts.pools, rows_in(path)) == ({}, [])
     assert not [name for name in facts.numbers if name.startswith("1/")]
@@ -165,10 +175,10 @@ async def test_a_pool_goes_on_being_emptied_after_a_restart(path: Path, wall: Mo
     async with opened_pools(path) as pools:
         engine = pools.get("openai")
         assert pools.row("openai").draining
-        await turns_until(lambda: engine.pool.total == 1, "what nobody holds is gone")
+        await until(lambda: engine.pool.total == 1, "what nobody holds is gone")
         assert (await engine.get(lease.id)).state is State.BLOCKED
         await engine.unblock(lease.id, lease.lease)
-        await turns_until(lambda: "openai" not in pools.names(), "the pool is gone")
+        await until(lambda: "openai" not in pools.names(), "the pool is gone")
     assert rows_in(path) == []
 
 

@@ -7,7 +7,7 @@ import re
 from hashlib import blake2s
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keypool.core.handles import SECRET_BYTES, Handle, Handles
@@ -16,6 +16,8 @@ SECRET = bytes(range(SECRET_BYTES))
 HANDLES = Handles(SECRET)
 OTHERS = Handles(SECRET[::-1])
 NUMBERS = st.integers(1, 10**19 - 1)
+UNHURRIED = settings(deadline=None)
+"""An example may take long on a busy machine."""
 
 
 def test_a_handle_is_a_keyed_digest_of_key_and_lease() -> None:
@@ -26,6 +28,7 @@ def test_a_handle_is_a_keyed_digest_of_key_and_lease() -> None:
     assert len(expected) == len("h:42.17.Vq3xT0aB9cE")
 
 
+@UNHURRIED
 @given(id=NUMBERS, lease=NUMBERS)
 def test_a_handle_is_read_as_the_lease_that_it_was_made_of(id: int, lease: int) -> None:
     """Up to the largest numbers, and it needs no quoting in a URL."""
@@ -34,12 +37,14 @@ def test_a_handle_is_read_as_the_lease_that_it_was_made_of(id: int, lease: int) 
     assert re.fullmatch(r"h:[A-Za-z0-9._-]+", text), text
 
 
+@UNHURRIED
 @given(id=NUMBERS, lease=NUMBERS)
 def test_a_handle_of_another_pool_is_not_read(id: int, lease: int) -> None:
     """The digits don't fit."""
     assert OTHERS.read(HANDLES.make(id, lease)) is None
 
 
+@UNHURRIED
 @given(
     first=st.tuples(st.integers(1, 999), st.integers(1, 999)),
     second=st.tuples(st.integers(1, 999), st.integers(1, 999)),
@@ -50,6 +55,7 @@ def test_the_digits_of_a_handle_fit_no_other_lease(first: tuple[int, int], secon
     assert (HANDLES.read(f"h:{second[0]}.{second[1]}.{digits}") is not None) == (first == second)
 
 
+@UNHURRIED
 @given(place=st.integers(0, 18), character=st.sampled_from("0aAzZ9_-.:h"))
 def test_a_handle_with_one_other_character_is_not_read(place: int, character: str) -> None:
     """Wherever it is."""
@@ -89,6 +95,7 @@ def test_what_is_not_a_handle_is_not_read(text: str) -> None:
     assert HANDLES.read(text) is None
 
 
+@UNHURRIED
 @given(text=st.text(max_size=60))
 def test_no_text_raises_an_error(text: str) -> None:
     """Whatever a path or a body has."""

@@ -123,7 +123,7 @@ def test_lines_to_a_closed_pipe_are_counted_and_raise_nothing(pipe: Pipe) -> Non
     pipe.close_reading()
     for number in range(3):
         pipe.writer.put(LINE % number)
-    pipe.writer.flush()
+    pipe.writer.flush(30)
     assert pipe.writer.dropped == 3
 
 

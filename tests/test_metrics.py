@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from app_client import Browser, guarded
 from prometheus_client.parser import text_string_to_metric_families
-from support import ACQUIRE, ADMIN_TOKEN, API, CLIENT_TOKEN, VIEWER_TOKEN, ServerProcess, eventually
+from support import (
+    ACQUIRE,
+    ADMIN_TOKEN,
+    API,
+    CLIENT_TOKEN,
+    SHORT_BLOCK,
+    VIEWER_TOKEN,
+    ServerProcess,
+    eventually,
+)
 
 from keypool.ops.metrics import METRICS
 
@@ -234,14 +243,15 @@ def test_the_service_time_excludes_waiting(server: ServerProcess) -> None:
     assert value(after, "keypool_oldest_wait_seconds") == 0
 
 
-def test_releases_and_commits_are_measured(short_server: ServerProcess) -> None:
+def test_releases_and_commits_are_measured(server: ServerProcess) -> None:
     """How late a release came; how long a commit took, where there is a data file."""
-    client = short_server.client()
-    client.make()
-    count = value(samples(short_server), "keypool_release_lateness_seconds_count")
-    client.acquire()
+    client = server.client()
+    pool = client.make_pool("short", block_seconds=SHORT_BLOCK)
+    client.post(pool + "/keys").expect(201)
+    count = value(samples(server), "keypool_release_lateness_seconds_count")
+    client.post(pool + "/keys/acquire").expect(200)
     eventually(
-        lambda: value(samples(short_server), "keypool_release_lateness_seconds_count") == count + 1,
+        lambda: value(samples(server), "keypool_release_lateness_seconds_count") == count + 1,
         "a release",
     )
 

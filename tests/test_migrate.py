@@ -372,12 +372,16 @@ def test_nonsense_about_leases_is_not_moved(empty: str, data: Path, wrong: str) 
 def test_deadlines_go_on_during_a_move(empty: str, tmp_path: Path) -> None:
     """Keys that expire or are released meanwhile are purged or available at the target, and counted there."""
     path = tmp_path / "keypool.db"
-    flags = ["--port=0", "--block-seconds=0.4", "--keepalive-seconds=1.5"]
-    with ServerProcess([f"--data={path}", *flags], cwd=tmp_path) as server:
+    with ServerProcess([f"--data={path}", "--port=0"], cwd=tmp_path) as server:
         client = server.client()
         client.make_many(5)
         client.acquire()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        now = round(time.time() * 1000)
+        database.execute("UPDATE keys SET expires_at = ?", [now + 1000])
+        database.execute("UPDATE keys SET release_at = ? WHERE release_at IS NOT NULL", [now + 400])
     assert migrate(path, empty).returncode == 0
+    flags = ["--port=0", "--block-seconds=0.4", "--keepalive-seconds=1.5"]
     with ServerProcess([f"--engine={empty}", *flags], cwd=tmp_path) as server:
         client = server.client()
         eventually(lambda: client.stats()["expired"] == 5, "all are dead, by the moments that they had")
@@ -546,7 +550,7 @@ def test_an_interrupted_move_to_a_file_leaves_none(empty: str, tmp_path: Path) -
 @pytest.mark.parametrize(("number", "status"), [(SIGINT, 130), (SIGKILL, -9)])
 def test_a_move_is_ended_by_signals(empty: str, tmp_path: Path, number: int, status: int) -> None:
     """Ctrl-C prints one line with what to do next."""
-    path = a_file(tmp_path / "keypool.db", 60_000)
+    path = a_file(tmp_path / "keypool.db", 200_000)
     process = subprocess.Popen(
         command("--from", str(path), "--to", empty), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=clean_environment({"PYTHONPATH": str(ROOT)}), stdin=subprocess.DEVNULL,

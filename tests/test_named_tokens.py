@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from cli_support import run_command
 from client_support import ports_in_a_row
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
     ACQUIRE,
@@ -149,6 +149,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)  # an example may take long on a busy machine
 @given(st.one_of(st.text(), st.dictionaries(NAMES, st.dictionaries(MEMBERS, VALUES, max_size=4), max_size=3)))
 def test_no_file_gives_anything_but_tokens_or_one_line(content: str | dict[str, dict[str, object]]) -> None:
     """Whatever is in it."""
@@ -330,6 +331,7 @@ def test_a_change_counts_once_when_the_file_rests(watched: tuple[Path, Callable[
     for change in (write, rename, file.unlink, write):
         change()
         assert [poll() for _ in range(4)] == [False, True, False, False], change.__name__
+    assert 3 * token_sources.POLL_SECONDS < 10, "a server follows within 10 s of a change"
 
 
 def test_a_file_that_is_being_written_is_left_alone(watched: tuple[Path, Callable[[], bool]]) -> None:
@@ -370,7 +372,7 @@ def named_server(file: Path, request: pytest.FixtureRequest) -> Iterator[ServerP
 
 
 def logged(server: ServerProcess, text: str) -> None:
-    eventually(lambda: text in server.log, f"{text!r} in the log", within=10)
+    eventually(lambda: text in server.log, f"{text!r} in the log", within=30)
 
 
 def test_names_stand_in_the_audit_log_and_in_events(named_server: ServerProcess) -> None:
@@ -387,9 +389,13 @@ def test_names_stand_in_the_audit_log_and_in_events(named_server: ServerProcess)
     by_act = [(event["event"], event["actor"]) for event in events]
     assert ("quarantined", "carol") in by_act
     assert ("quarantined", digest(ADMIN_TOKEN)[:8]) in by_act
-    lines = [line for line in named_server.log_since(0) if '"keypool.audit"' in line]
-    tokens = [found[1] for line in lines if (found := re.search(r'"token": ?"([^"]*)"', line))]
-    assert sorted(tokens) == sorted(["carol", "carol", digest(ADMIN_TOKEN)[:8], digest(ADMIN_TOKEN)[:8]])
+
+    def audited() -> list[str]:
+        lines = [line for line in named_server.log_since(0) if '"keypool.audit"' in line]
+        return [found[1] for line in lines if (found := re.search(r'"token": ?"([^"]*)"', line))]
+
+    eventually(lambda: len(audited()) >= 4, "four lines of the audit log")
+    assert sorted(audited()) == sorted(["carol", "carol", digest(ADMIN_TOKEN)[:8], digest(ADMIN_TOKEN)[:8]])
 
 
 def test_a_named_session_is_written_under_its_name(named_server: ServerProcess) -> None:
@@ -510,8 +516,10 @@ def test_all_processes_follow_the_file(file: Path) -> None:
 
         assert statuses(BOB) == [200, 200]
         file.write_text(stanza("dave", "viewer", VIEWER_TOKEN))
-        eventually(lambda: statuses(BOB) == [401, 401], "the removed token refused by both", 10)
+        eventually(lambda: statuses(BOB) == [401, 401], "the removed token refused by both", 30)
         assert statuses(VIEWER_TOKEN) == [200, 200]
+        # One that is killed may not have written its line yet.
+        eventually(lambda: server.log.count("were reloaded") == 2, "both have logged it")
         workers = [int(pid) for pid in re.findall(r"serves, pid (\d+)", server.log)]
         os.kill(workers[0], signal.SIGKILL)
         eventually(lambda: server.log.count("serves, pid") == 3, "another in its place")
@@ -625,7 +633,7 @@ def test_a_server_takes_what_the_command_made(tmp_path: Path) -> None:
     with ServerProcess(["--port=0", "--data=:memory:", f"--tokens={file}"], cwd=tmp_path) as server:
         server.client(admin).make()
         client = server.client(made("worker", "client"))
-        eventually(lambda: client.post(ACQUIRE).status == 200, "the new token is valid", 10)
+        eventually(lambda: client.post(ACQUIRE).status == 200, "the new token is valid", 30)
 
 
 # ------------------------------------------------------------------------------------------------- pools and shares
@@ -652,4 +660,4 @@ def test_pools_share_and_name_of_a_token_reach_the_calls(tmp_path: Path) -> None
         alice.post(f"{API}/pools/openai/keys/{first['handle']}/unblock").expect(200)
         alice.post(f"{API}/pools/openai/keys/acquire").expect(200)
         file.write_text(stanza("alice", "client", ALICE, max_held=4))
-        eventually(lambda: alice.post(ACQUIRE).status == 200, "the default pool", 10)
+        eventually(lambda: alice.post(ACQUIRE).status == 200, "the default pool", 30)

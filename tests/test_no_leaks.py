@@ -397,14 +397,16 @@ def watched(server: ServerProcess, secrets: Secrets) -> Iterator[None]:
         thread.start()
     try:
         yield
+        eventually(lambda: all(len(seen) > 1 for seen in frames.values()), "frames of both")
         eventually(
-            lambda: all(frames[path][-1:] and len(frames[path]) > 1 for path in frames), "frames of both"
+            lambda: (
+                {"imported", "acquired", "quarantined"}
+                <= {event["event"] for frame in [*frames[OF_POOL]] for event in frame.get("events", ())}
+            ),
+            "the events of what was done",
         )
         for seen in frames.values():
             secrets.expect_none(json.dumps([*seen], ensure_ascii=False), "the feed")
-        assert {"imported", "acquired", "quarantined"} <= {
-            event["event"] for frame in frames[OF_POOL] for event in frame.get("events", ())
-        }
     finally:
         for viewer in viewers.values():
             viewer.socket.shutdown(socket.SHUT_RDWR)

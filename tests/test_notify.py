@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
 
 def test_loading_ready_watchdog_and_stopping_are_notified(manager: Manager, start_server: Start) -> None:
     """In that order; READY comes when it answers, with its process id; no message before holds READY."""
-    server = start_server(env={**manager.environ, "WATCHDOG_USEC": "200000"})
+    server = start_server(env={**manager.environ, "WATCHDOG_USEC": "600000"})
     assert manager.next() == {"STATUS": "loading"}
     ready = manager.next()
     assert ready["READY"] == "1"
@@ -58,8 +59,9 @@ def test_loading_ready_watchdog_and_stopping_are_notified(manager: Manager, star
     assert server.client().get(API + "/stats").status == 200
     for _ in range(3):  # from the loop, again and again
         assert manager.wait_for("WATCHDOG") == {"WATCHDOG": "1"}
-    server.finish()
+    server.signal(signal.SIGTERM)
     assert manager.wait_for("STOPPING")["STOPPING"] == "1"
+    assert server.wait() == 0
 
 
 def test_without_a_watchdog_no_keepalive_is_sent(manager: Manager, start_server: Start) -> None:

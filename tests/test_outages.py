@@ -359,13 +359,13 @@ async def test_an_idle_writer_reports_that_the_file_is_gone(
     logging.getLogger("keypool.journal").setLevel(logging.CRITICAL)
     try:
         path.rename(tmp_path / "elsewhere")
-        for _ in range(1000):
+        for _ in range(3000):
             if not engine.storage_up():
                 break
             await asyncio.sleep(0.01)
         assert "deleted, moved or replaced" in str(engine.journal.failing)
         (tmp_path / "elsewhere").rename(path)
-        for _ in range(1000):
+        for _ in range(3000):
             if engine.storage_up():
                 break
             await asyncio.sleep(0.01)

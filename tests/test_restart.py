@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from client_support import ports_in_a_row
 from conftest import Start
 from support import ACQUIRE, API, ServerProcess, encode_request, eventually
 
@@ -149,9 +150,7 @@ class Retrying(threading.Thread):
 
 def test_clients_that_try_again_lose_nothing_across_a_restart(tmp_path: Path) -> None:
     """Every call that was answered is kept, every call that was not was not done, and lease numbers never repeat."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = ports_in_a_row(1)
     flags = [f"--port={port}", "--keepalive-seconds=3600", "--block-seconds=3600"]
     told, over = Told(), threading.Event()
     server = ServerProcess(flags, cwd=tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,8 @@ RUN = Path(__file__).parent.parent / "run"
 TOOLS = ("basename", "cat", "cp", "dirname", "mkdir", "readlink", "rm", "rmdir", "sh", "sleep")
 SHELLS = [shell for shell in ("sh", "dash", "bash", "ksh", "zsh", "yash") if shutil.which(shell)]
 
-# A Python as ./run sees it. STUB_... variables make it old, incomplete, slow or failing. What is not part of
+# A Python as ./run sees it. STUB_... variables make it old, incomplete, slow or failing; with STUB_PIP_UNTIL pip
+# goes on until there is a file of that name. What is not part of
 # setting up goes to a real Python. It turns into sleep, as a shell may miss an interrupt while it starts one.
 STUB = f"""#!/bin/sh
 echo "$(basename "$0") $*" >>"$CALLS"
@@ -33,7 +35,9 @@ case "$*" in
     *version_info*) exit "${{STUB_OLD:-0}}" ;;
     *ensurepip*) exit "${{STUB_NO_VENV:-0}}" ;;
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-    "-m pip "*) [ -z "${{STUB_PIP_STATUS-}}" ] || exit "$STUB_PIP_STATUS"; exec sleep "${{STUB_PIP_SECONDS:-0}}" ;;
+    "-m pip "*) [ -z "${{STUB_PIP_STATUS-}}" ] || exit "$STUB_PIP_STATUS"
+        while [ "${{STUB_PIP_UNTIL-}}" ] && ! [ -e "$STUB_PIP_UNTIL" ]; do sleep 0.02; done
+        exec sleep "${{STUB_PIP_SECONDS:-0}}" ;;
     "-m "*) ;;
     *) exec '{sys.executable}' "$@" ;;
 esac
@@ -147,7 +151,7 @@ def checkout(bare: Checkout) -> Checkout:
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.01)
@@ -331,7 +335,7 @@ def test_run_that_was_killed_leaves_nothing_that_is_believed_or_waited_for(check
     killed = checkout.start(STUB_PIP_SECONDS="60")
     wait_until(lambda: checkout.calls("-m pip"), "pip")
     os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait(20)
+    killed.wait(60)
     assert checkout.lock.exists()
     done = checkout.run()
     assert done.returncode == 0
@@ -345,7 +349,7 @@ def test_run_that_is_interrupted_takes_its_lock_along(checkout: Checkout, number
     stopped = checkout.start(STUB_PIP_SECONDS="60")
     wait_until(lambda: checkout.calls("-m pip"), "pip")
     os.killpg(stopped.pid, number)
-    assert stopped.wait(20) != 0
+    assert stopped.wait(60) != 0
     assert not checkout.lock.exists()
     assert "setting up .venv" in checkout.run().stderr
 
@@ -354,11 +358,16 @@ def test_run_that_is_interrupted_takes_its_lock_along(checkout: Checkout, number
 
 
 def test_two_at_once_set_up_once(checkout: Checkout) -> None:
-    first = checkout.start("first", STUB_PIP_SECONDS="1")
+    end = checkout.root / "end"
+    first = checkout.start("first", STUB_PIP_UNTIL=str(end))
     wait_until(lambda: checkout.calls("-m pip"), "pip")
     second = checkout.start("second")
+    said = second.stderr
+    assert said is not None
+    wait_until(lambda: select.select([said], [], [], 0)[0], "what the second one says")
+    end.touch()
     out, err = zip(first.communicate(timeout=60), second.communicate(timeout=60), strict=True)
-    assert [json.loads(said)["argv"] for said in out] == [["first"], ["second"]]
+    assert [json.loads(line)["argv"] for line in out] == [["first"], ["second"]]
     assert err[1] == "run: waiting for another run that sets up .venv\n"
     assert len(checkout.calls("-m venv")) == len(checkout.calls("-m pip")) == 1
 
@@ -385,7 +394,7 @@ def test_becomes_the_server_with_its_flags_untouched(checkout: Checkout) -> None
     said = json.loads(process.stdout.readline())
     assert said == {"pid": process.pid, "argv": flags, "cwd": str(checkout.root.resolve())}
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 7
+    assert process.wait(60) == 7
 
 
 @pytest.mark.thorough
@@ -396,7 +405,7 @@ def test_any_posix_shell_will_do(checkout: Checkout, shell: str) -> None:
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["pid"] == process.pid
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 7
+    assert process.wait(60) == 7
     assert checkout.run(command=command).stderr == ""
 
 

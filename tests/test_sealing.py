@@ -466,8 +466,9 @@ async def test_after_a_rekey_the_old_key_is_not_needed(path: Path) -> None:
 
 
 @on_loop
-async def test_calls_go_on_during_a_rekey(path: Path) -> None:
+async def test_calls_go_on_during_a_rekey(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they change is kept, keys that are purged meanwhile stay purged, and it ends."""
+    monkeypatch.setattr("keypool.engine.durable.rekey._KEYS_AT_ONCE", 50)
     async with opened_pools(path, OLD) as pools:
         await pools.default.generate(3000)
     async with opened_pools(path, NEW, OLD) as pools:
@@ -511,7 +512,7 @@ async def test_a_rekey_waits_for_a_reader_of_the_file(path: Path) -> None:
             reader.execute("SELECT count(*) FROM keys").fetchone()
             await pools.rekey()
             for _ in range(20):
-                await asyncio.wait_for(pools.default.keepalive(1), 2)
+                await asyncio.wait_for(pools.default.keepalive(1), 30)
                 await asyncio.sleep(0.02)
             assert pools.rekeying().state == "running"
             assert pools.default.storage_up()
@@ -589,6 +590,11 @@ def test_a_rekey_that_was_killed_goes_on_after_the_restart(path: Path, beginning
     assert found_in(path, made) == []
 
 
+def moved(path: Path, to: Path) -> None:
+    """Move a file."""
+    path.rename(to)
+
+
 @on_loop
 async def test_an_outage_interrupts_a_rekey_which_goes_on_after_it(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -602,10 +608,10 @@ async def test_an_outage_interrupts_a_rekey_which_goes_on_after_it(
             texts = [key.key for key in await pools.default.generate(3000)]
         async with opened_pools(path, NEW, OLD) as pools:
             await pools.rekey()
-            await asyncio.to_thread(path.rename, tmp_path / "elsewhere")
+            moved(path, tmp_path / "elsewhere")  # in this thread: the rekey can't end meanwhile
             await until(lambda: not pools.default.storage_up(), "storage is down")
             assert pools.rekeying().state == "running"
-            await asyncio.to_thread((tmp_path / "elsewhere").rename, path)
+            moved(tmp_path / "elsewhere", path)
             await until(lambda: pools.rekeying().state == "idle", "the rekey ends")
             assert pools.rekeying().done == 3000
         async with opened_pools(path, NEW) as pools:

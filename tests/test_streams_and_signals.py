@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_support import unused_port
+from client_support import ports_in_a_row
 from support import (
     ACQUIRE,
     ADMIN_TOKEN,
@@ -68,7 +68,7 @@ def test_a_log_that_nobody_reads_stops_neither_calls_nor_the_stop(tmp_path: Path
     """With a pipe for standard error that is full after a dozen lines; a signal still ends the server, status 0."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
-    port = unused_port()
+    port = ports_in_a_row(1)
     command = [*SERVER, f"--port={port}", "--data=:memory:", "--log-level=debug"]
     with started(command, stderr=writing, cwd=tmp_path) as process:
         os.close(writing)
@@ -76,20 +76,20 @@ def test_a_log_that_nobody_reads_stops_neither_calls_nor_the_stop(tmp_path: Path
         for _ in range(100):  # each with a line of the access log
             assert status(port) == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     os.close(reading)
 
 
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_closed_standard_streams_are_no_trouble(tmp_path: Path, closed: str) -> None:
     """It serves, stops with status 0, and no log line ends up in a file that was given a closed stream's number."""
-    port, log = unused_port(), tmp_path / "log"
+    port, log = ports_in_a_row(1), tmp_path / "log"
     line = f'exec "$@" {closed}'
     command = ["sh", "-c", line, "sh", *SERVER, f"--port={port}", "--data=keys.db", "--log-level=debug"]
     with log.open("wb") as file, started(command, stdout=file, stderr=file, cwd=tmp_path) as process:
         eventually(lambda: status(port, "/readyz") == 200, "a server", 60)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, log.read_text()
+        assert process.wait(60) == 0, log.read_text()
     text = log.read_text()
     assert "Traceback" not in text
     assert ("ready on" in text) is ("2>" not in closed)
@@ -204,7 +204,7 @@ def test_sighup_reads_the_tokens_again(tmp_path: Path) -> None:
     """
     files = TokenFiles(tmp_path)
     files.write(client=CLIENT_TOKEN, viewer=f"{VIEWER_TOKEN},viewer-who-stays-1234", admin=ADMIN_TOKEN)
-    flags = [f"--port={unused_port()}", "--data=:memory:"]
+    flags = [f"--port={ports_in_a_row(1)}", "--data=:memory:"]
     with ServerProcess(flags, cwd=tmp_path, env=files.env, admin_token=ADMIN_TOKEN) as server:
         removed, stays, new = map(server.client, (CLIENT_TOKEN, ADMIN_TOKEN, OTHER_CLIENT_TOKEN))
         for _ in range(3):

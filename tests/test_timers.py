@@ -1,4 +1,4 @@
-"""The timers on real loops: asyncio's with a clock that the test advances, and uvloop in real time.
+"""The timers on real loops: asyncio's with a clock that only the test advances, and uvloop in real time.
 
 After the clock was advanced, all timers up to then are due at once, as on a loop that was kept busy. uvloop's clock
 can't be advanced, so these tests have deadlines some milliseconds ahead, and wait for the event, not for a time.
@@ -7,6 +7,7 @@ can't be advanced, so these tests have deadlines some milliseconds ahead, and wa
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -84,11 +85,22 @@ class Rig:
         return first is not None and first.expires_deadline <= now
 
 
-class Skewed:
-    """An asyncio loop whose clock, which is also the pool's, the test can advance."""
+class StandingLoop(SkewedLoop):
+    """A loop on which no time passes but what the test advances its clock by, however slow the machine is."""
 
     def __init__(self) -> None:
-        self.raw = SkewedLoop()
+        super().__init__()
+        self._began = super().time()
+
+    def time(self) -> float:
+        return self._began + self.skew
+
+
+class Skewed:
+    """An asyncio loop whose clock, which is also the pool's, the test advances."""
+
+    def __init__(self) -> None:
+        self.raw = StandingLoop()
         self.loop = IOLoop(asyncio_loop=self.raw, make_current=False)
 
     def run(self, test: Test) -> None:
@@ -438,23 +450,35 @@ def on_uvloop(test: Test) -> None:
 def test_on_uvloop_deadlines_are_never_early_by_more_than_5_ms() -> None:
     """Measured for a release and an expiry, without any call."""
 
-    async def test() -> None:
-        engine = EmbeddedEngine(PoolRules(block_seconds=0.1, keepalive_seconds=0.8))
-        loop, listener = asyncio.get_running_loop(), engine.pool.on_change
-        fired = {change: loop.create_future() for change in (Change.RELEASED, Change.EXPIRED)}
+    def observed(engine: EmbeddedEngine) -> tuple[dict[Change, Key], asyncio.Future[float]]:
+        """A copy of the key as each change leaves it, and when the first deadline was processed."""
+        listener, seen = engine.pool.on_change, dict[Change, Key]()
+        processed: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
         def hear(change: Change, key: Key, owner: str | None, origin: Origin) -> None:
             listener(change, key, owner, origin)
-            if change in fired:
-                fired[change].set_result(engine.now())
+            seen[change] = copy.copy(key)
+            if change in (Change.RELEASED, Change.EXPIRED):
+                processed.set_result(engine.now())
 
         engine.pool.on_change = hear
+        return seen, processed
+
+    async def test() -> None:
+        engine = EmbeddedEngine(PoolRules(block_seconds=0.1))
+        seen, processed = observed(engine)
         await engine.generate(1)
-        key = engine.pool.find_id((await engine.acquire("ann", 0)).id, engine.now())
-        release, expiry = key.release_deadline, key.expires_deadline
+        await engine.acquire("ann", 0)
+        released, release = await processed, seen[Change.ACQUIRED].release_deadline
         assert release is not None
-        released, expired = await fired[Change.RELEASED], await fired[Change.EXPIRED]
         assert released >= release - 0.005, f"released {release - released} s early"
+        await engine.delete(1)
+        assert engine.timers.armed == 0
+
+        engine = EmbeddedEngine(PoolRules(keepalive_seconds=0.3))
+        seen, processed = observed(engine)
+        await engine.generate(1)
+        expired, expiry = await processed, seen[Change.GENERATED].expires_deadline
         assert expired >= expiry - 0.005, f"purged {expiry - expired} s early"
         assert engine.timers.armed == 0
 

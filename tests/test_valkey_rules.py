@@ -2,7 +2,8 @@
 
 The scripts implement the rules a second time, so here a `Pool` follows the engine call by call. It draws the keys that
 the engine drew, with the same ids and lease numbers; every answer, error and row must be the same, and so must each
-key's events at the end. Time passes by making the pool older in Valkey (`age`), so no test waits for it.
+key's events at the end. The scripts go by a clock that stands during a step, and time passes by making the pool older
+in Valkey (`age`): so no test waits, and both see the same moment, however slow the machine is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 import re
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -43,10 +44,10 @@ NAMES = ["acct-1", "acct-2", "Größe", "z"]
 ODD = ["id:1", "h:1.1.aaaaaaaaaaa"]
 TEXTS = [*(f"sk-live-{number:02}-{'x' * 9}" for number in range(8)), "tiny", "ключ-номер-1", *ODD]
 """Texts from elsewhere: all of them begin alike, are short, or look like other names."""
-SLOW = 3.0
-"""Seconds that a call may take on a busy machine, so by which the moments of both may differ."""
-NEAR = 1.0
-"""Seconds that most calls take less than."""
+NEAR = 0.002
+"""Seconds by which rounding may make lengths of time of both differ."""
+TICK = 1_037
+"""Microseconds that a step takes, by the clock: odd, so that no deadline comes at the moment of a step."""
 _WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
 
 
@@ -55,6 +56,11 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Place:
     """See Place. On a busy machine a large batch may take longer than the silence that ends a connection."""
     monkeypatch.setattr(valkey_link, "SILENCE", 30.0)
     return new_place()
+
+
+def clock_of(place: Place) -> str:
+    """The name in Valkey of the clock that a test's scripts go by."""
+    return f"{place.pool}:clock"
 
 
 class Attempted:
@@ -77,8 +83,9 @@ class Twins:
         self.engine = engine
         self.rules = rules
         self.random = random.Random(seed)
+        self.clock = int(place.valkey.ask("GET", clock_of(place)))
         self.aged = 0.0  # seconds by which the pool was made older
-        self.now = time.time()
+        self.tick()
         self.texts: deque[str] = deque()
         self.next_id = 0  # of the key that the pool draws next
         self.events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
@@ -98,8 +105,16 @@ class Twins:
             self.events[key.id].append((change, owner, key.lease or None, *origin))
 
     def tick(self) -> None:
-        """Let the pool's moment be that of Valkey, after a call."""
-        self.now = time.time() + self.aged
+        """Let the clock go on."""
+        self.began = time.monotonic()
+        self.clock += TICK
+        self.place.valkey.ask("SET", clock_of(self.place), self.clock)
+        self.now = self.clock / 1e6 + self.aged
+
+    @property
+    def near(self) -> float:
+        """Seconds by which lengths may differ: an engine's are less by the time that its call took."""
+        return NEAR + time.monotonic() - self.began
 
     # -- what is chosen
 
@@ -166,7 +181,6 @@ class Twins:
     async def both(self, call: Awaitable[Any], follow: Callable[[], Any]) -> tuple[Any, Any]:
         """The results of the same call to both; (None, None) if both raised the same error."""
         answer, error = await _outcome(call)
-        self.tick()
         followed, wanted = await _outcome(follow)
         if wanted is not None:
             assert type(error) is type(wanted), f"{error!r} or {answer} instead of {wanted!r}"
@@ -191,14 +205,14 @@ class Twins:
         assert row.expires_in == self.left(key)
         assert (row.hint, row.client) == (key.hint, key.client)
         assert (row.name, row.labels) == (key.details.name, key.details.labels or {})
-        assert row.release_in == (pytest.approx(left, abs=SLOW) if state is State.BLOCKED else None)
-        assert row.available_in == (pytest.approx(left, abs=SLOW) if state is State.COOLING else None)
+        assert row.release_in == (pytest.approx(left, abs=self.near) if state is State.BLOCKED else None)
+        assert row.available_in == (pytest.approx(left, abs=self.near) if state is State.COOLING else None)
 
     def left(self, key: Key) -> Any:
         """What is left of a key's life."""
         if key.expires_deadline == NEVER:
             return None
-        return pytest.approx(key.expires_deadline - self.now, abs=SLOW)
+        return pytest.approx(key.expires_deadline - self.now, abs=self.near)
 
     def catch_up(self) -> None:
         """Deal with all that is overdue, in the pool."""
@@ -208,7 +222,6 @@ class Twins:
 
     async def settle(self) -> None:
         """Deal with all that is overdue, in both."""
-        self.tick()
         self.catch_up()
         while (await self.engine._poller.snapshot()).overdue:
             pass
@@ -218,7 +231,6 @@ class Twins:
     async def generate(self) -> None:
         origin = self.random.choice([HOLDER, ADMIN])
         some = await self.engine.generate(self.random.choice([1, 1, 3]), origin)
-        self.tick()
         for made in some:
             self.texts.append(made.key)
             self.pool.last_id = made.id - 1
@@ -242,7 +254,6 @@ class Twins:
             leases, refused = await _outcome(
                 self.engine.acquire_many(owner, wanted, block, attempt, client=client)
             )
-        self.tick()
         if refused is not None:
             assert isinstance(refused, NoKeyAvailable)
             await self.settle()
@@ -267,7 +278,7 @@ class Twins:
             now = self.now
             assert (lease.key, lease.lease, key.state) == (key.text, key.lease, State.BLOCKED)
             assert self.engine.handles.read(lease.handle) == Handle(lease.id, lease.lease)
-            assert lease.release_in == pytest.approx((key.release_deadline or 0) - now, abs=SLOW)
+            assert lease.release_in == pytest.approx((key.release_deadline or 0) - now, abs=self.near)
             assert lease.expires_in == self.left(key)
             assert (lease.name, lease.data and bytes(lease.data)) == (key.details.name, key.details.data)
         self.leases += leases
@@ -299,7 +310,7 @@ class Twins:
         assert (answer.id, answer.state, answer.changed, answer.guarded) == (key.id, key.state, *followed)
         cooling = key.state is State.COOLING
         left = (key.release_deadline or 0) - self.now
-        assert answer.available_in == (pytest.approx(left, abs=SLOW) if cooling else None)
+        assert answer.available_in == (pytest.approx(left, abs=self.near) if cooling else None)
         wanted = [(key.id, key.hint, key.lease)] if lease is None and followed.changed else []
         assert [(one.id, one.hint, one.lease) for one in ended] == wanted
 
@@ -318,8 +329,8 @@ class Twins:
             assert key is not None
             left = key.acquired_at + self.rules.longest_block - self.now
             assert (answer.id, answer.lease) == (key.id, key.lease)
-            assert answer.release_in == pytest.approx((key.release_deadline or 0) - self.now, abs=SLOW)
-            assert answer.block_left == pytest.approx(left, abs=SLOW)
+            assert answer.release_in == pytest.approx((key.release_deadline or 0) - self.now, abs=self.near)
+            assert answer.block_left == pytest.approx(left, abs=self.near)
 
     async def quarantine(self) -> None:
         ref, reason = self.ref(), self.random.choice([None, "by hand"])
@@ -394,7 +405,6 @@ class Twins:
     async def import_key(self) -> None:
         item = self.item()
         answer, error = await _outcome(self.engine.import_key(item, True, ADMIN))
-        self.tick()
         known = self.known(item.secret)
         if known is None:
             key, wanted = await _outcome(lambda: self.imported(item, 0 if answer is None else answer.id))
@@ -411,7 +421,6 @@ class Twins:
         items = [self.item() for _ in range(self.random.choice([1, 4, 9]))]
         update = self.random.random() < 0.5
         results = await self.engine.import_many(items, update, True, ADMIN)
-        self.tick()
         seen: dict[str, int] = {}
         for item, result in zip(items, results, strict=True):
             wanted = "duplicate"
@@ -513,7 +522,6 @@ class Twins:
 
     def same(self, results: list[Any], items: list[Any], step: Callable[[Any], None]) -> None:
         """Fails unless the pool has the same results, item by item."""
-        self.tick()
         for result, item in zip(results, items, strict=True):
             try:
                 step(item)
@@ -543,7 +551,6 @@ class Twins:
             after = page.next
             if after is None:
                 break
-        self.tick()
         self.catch_up()
         found = [key for key in self.pool._by_id.walk(None) if state in (None, key.state)]
         if prefix is not None:
@@ -565,8 +572,8 @@ class Twins:
         places = [place_of[order](self.pool.find_id(row.id, self.now)) for row in rows]
         if order in (None, "id"):
             assert places == sorted(places)
-        else:  # the pool's moments are a little later than the engine's, never by so much
-            assert all(one < other + SLOW for one, other in itertools.pairwise(places))
+        else:
+            assert all(one < other + NEAR for one, other in itertools.pairwise(places))
 
     async def time_passes(self) -> None:
         """A step."""
@@ -576,24 +583,7 @@ class Twins:
         """Let so much time pass for both."""
         age(self.place.valkey, self.place.pool, self.partitions, seconds)
         self.aged += seconds
-        self.tick()
-
-    def keep_clear_of_deadlines(self) -> None:
-        """Let time pass until no deadline is near: one that passed between the two calls of a step, which is long on a
-        busy machine, would make them differ.
-        """
-        self.tick()
-        while near := [at for at in self.deadlines() if self.now < at <= self.now + NEAR]:
-            self.grow_older(max(near) - self.now + 0.01)
-
-    def deadlines(self) -> Iterator[float]:
-        """The moments at which anything changes by itself."""
-        for key in self.pool._by_id.walk(None):
-            yield key.expires_deadline
-            if key.release_deadline is not None:
-                yield key.release_deadline
-                yield key.release_deadline + self.pool.rules.rest_seconds
-            yield key.history.failed_at + self.pool.rules.forget_seconds
+        self.now += seconds
 
     async def look(self) -> None:
         """The counts, once all that is overdue is dealt with; and the events of each key."""
@@ -652,11 +642,12 @@ async def test_the_scripts_agree_with_the_pool_call_by_call(
     overdue keys a call processes, how long keys rest, and how long they live. Those from elsewhere are `sealed` only.
     """
     partitions, at_once, rest, life = shape
-    with_constants(monkeypatch, MAX_DUE=at_once, KEPT_EVENTS=100_000)
+    with_constants(monkeypatch, clock=clock_of(place), MAX_DUE=at_once, KEPT_EVENTS=100_000)
     monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
     monkeypatch.setattr(valkey_poller, "RECENT_EVENTS", 100_000)
     settings = {**RULES, "rest_seconds": rest, "keepalive_seconds": life}
     rules = PoolRules(**settings)
+    place.valkey.ask("SET", clock_of(place), round(time.time() * 1e6))
     async with engine_on(place.url, partitions, secrets=SECRETS if sealed else (), **settings) as engine:
         await engine.stats()
         engine._poller._stopped = True  # no sweep but those of the calls
@@ -672,7 +663,7 @@ async def test_the_scripts_agree_with_the_pool_call_by_call(
             ]  # fmt: skip
         steps += [twins.update] * 2
         for number in range(300):
-            twins.keep_clear_of_deadlines()
+            twins.tick()
             await twins.random.choice(steps)()
             if number % 50 == 49:
                 await twins.look()

@@ -55,14 +55,14 @@ async def spent(engine: ValkeyEngine, client: Client = ANN) -> ShareSpent:
 async def test_a_share_holds_over_pools_and_servers(place: Place, partitions: int) -> None:
     """Whoever serves it; others aren't affected, and room is room at once."""
     async with pools_on(place.url, partitions) as one, pools_on(place.url, partitions) as two:
-        await one.put("b", {"block_seconds": 20.0}, ADMIN)
+        await one.put("b", {"block_seconds": 40.0}, ADMIN)
         b = one.get("b")
         await one.default.generate(10)
         await b.generate(10)
         first = await two.default.acquire(None, 0, client=ANN)
         second = await b.acquire(None, 0, client=ANN)
         for engine in (one.default, two.default, b):
-            assert 15 < (await spent(engine)).retry_after <= 20
+            assert 20 < (await spent(engine)).retry_after <= 40
             await engine.acquire(None, 0)
             await engine.acquire(None, 0, client=Client("bob"))
         with pytest.raises(ShareSpent):
@@ -79,14 +79,14 @@ async def test_a_share_holds_over_pools_and_servers(place: Place, partitions: in
 @on_loop
 async def test_whatever_ends_a_lease_makes_room(place: Place) -> None:
     """Its deadline, an operator, a delete, a hang-up, the end of its pool; an extension takes room for longer."""
-    async with pools_on(place.url, 2, block_seconds=1.0, max_block_seconds=60.0) as pools:
+    async with pools_on(place.url, 2, block_seconds=4.0, max_block_seconds=90.0) as pools:
         engine = pools.default
         await engine.generate(10)
         lease, other = await engine.acquire_many(None, 2, client=ANN)
-        await engine.extend(lease.key, lease.lease, 30)
-        assert (await spent(engine)).retry_after <= 1
+        await engine.extend(lease.key, lease.lease, 60)
+        assert (await spent(engine)).retry_after <= 4
         await eventually(lambda: held(place) == 1, "the other one's deadline passes")
-        other = await engine.acquire(None, 0, block_seconds=30, client=ANN)
+        other = await engine.acquire(None, 0, block_seconds=60, client=ANN)
         assert (await spent(engine)).retry_after > 20, "it goes by the extended lease"
         await engine.quarantine(other.key, None, now=True, origin=ADMIN)
         await engine.delete(lease.key)
@@ -107,15 +107,15 @@ async def test_whatever_ends_a_lease_makes_room(place: Place) -> None:
 @on_loop
 async def test_what_a_dead_server_has_reserved_lapses(place: Place) -> None:
     """A reservation for which no key was acquired, and one whose end no server learned of."""
-    async with pools_on(place.url, 1, block_seconds=1.0) as pools:
+    async with pools_on(place.url, 1, block_seconds=3.0) as pools:
         engine = pools.default
         await engine.generate(3)
-        await engine._shares.reserve(ANN, 1, -4.5)  # half a second, with the margin
+        await engine._shares.reserve(ANN, 1, -2.0)  # three seconds, with the margin
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine._client, "on_shares", lambda words: None)
             await engine.acquire(None, 0, client=ANN)
-            assert 0 < (await spent(engine)).retry_after <= 1
-            await asyncio.sleep(1)
+            assert 0 < (await spent(engine)).retry_after <= 3
+            await asyncio.sleep(3)
             assert len(await engine.acquire_many(None, 3, client=ANN)) == 2
 
 
@@ -157,14 +157,14 @@ async def test_waiters_in_their_own_share_hold_up_nobody(place: Place) -> None:
         engine = one.default
         await engine.generate(3)
         mine = await two.default.acquire_many(None, 2, client=ANN)
-        waiting = [asyncio.ensure_future(engine.acquire(None, 30, client=ANN)) for _ in range(100)]
+        waiting = [asyncio.ensure_future(engine.acquire(None, 50, client=ANN)) for _ in range(100)]
         await eventually(lambda: len(engine._waiters) == 100, "they wait")
-        bob = await asyncio.wait_for(engine.acquire(None, 5), 2)
-        waiting.append(asyncio.ensure_future(engine.acquire(None, 30)))
+        bob = await asyncio.wait_for(engine.acquire(None, 50), 20)
+        waiting.append(asyncio.ensure_future(engine.acquire(None, 50)))
         await two.default.unblock(bob.key, bob.lease)
-        await asyncio.wait_for(waiting[-1], 2)
+        await asyncio.wait_for(waiting[-1], 20)
         await two.default.unblock(mine[0].key, mine[0].lease)
-        await eventually(waiting[0].done, "the first of them is served", 2)
+        await eventually(waiting[0].done, "the first of them is served")
         assert isinstance(waiting[0].result(), Lease)
         assert not any(task.done() for task in waiting[1:100])
         for task in waiting[1:100]:
@@ -173,16 +173,15 @@ async def test_waiters_in_their_own_share_hold_up_nobody(place: Place) -> None:
         await eventually(lambda: held(place) == 2, "two are held")
 
 
-async def _load(engines: list[ValkeyEngine], client: Client, seconds: float, seed: int) -> int:
-    """Many callers of one client at random; fails if it ever holds more than it may. Returns how many leases it had."""
+async def _load(engines: list[ValkeyEngine], client: Client, leases: int, seed: int) -> None:
+    """Many callers of one client at random, until it had so many leases; fails if it ever holds more than it may."""
     chance = random.Random(seed)
     most = client.max_held or 0
     now, had = 0, 0
-    until = asyncio.get_running_loop().time() + seconds
 
     async def work() -> None:
         nonlocal now, had
-        while asyncio.get_running_loop().time() < until:
+        while had < leases:
             engine = chance.choice(engines)
             calling = asyncio.ensure_future(engine.acquire(None, chance.choice([0.0, 0.5]), client=client))
             try:
@@ -204,8 +203,7 @@ async def _load(engines: list[ValkeyEngine], client: Client, seconds: float, see
                 lease.key, lease.lease
             )
 
-    await asyncio.gather(*(work() for _ in range(12)))
-    return had
+    await asyncio.wait_for(asyncio.gather(*(work() for _ in range(12))), 60)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -218,8 +216,8 @@ async def test_a_share_is_never_exceeded_under_random_load(place: Place, seed: i
         await one.get("b").generate(2)
         await eventually(lambda: "b" in two.names(), "it is found")
         engines = [one.default, two.default, one.get("b"), two.get("b")]
-        assert await _load(engines, Client("ann", 3), 3, seed) > 50
-        await eventually(lambda: held(place) == 0, "nothing is left of it", 10)
+        await _load(engines, Client("ann", 3), 100, seed)
+        await eventually(lambda: held(place) == 0, "nothing is left of it", 30)
 
 
 @on_loop
@@ -232,5 +230,4 @@ async def test_shares_in_a_cluster() -> None:
         await one.get("b").generate(10)
         await eventually(lambda: "b" in two.names(), "it is found")
         engines: list[Any] = [one.default, two.default, one.get("b"), two.get("b")]
-        done = await asyncio.gather(*(_load(engines, Client(f"c{n}", n), 2, n) for n in (1, 2, 5)))
-        assert all(done)
+        await asyncio.gather(*(_load(engines, Client(f"c{n}", n), 30 * n, n) for n in (1, 2, 5)))

@@ -80,13 +80,32 @@ def test_the_crawler(server: ServerProcess) -> None:
 @pytest.mark.parametrize("program", ["limited_worker.py", "limited_worker_async.py"])
 def test_a_limit_of_the_service_is_hit_once_and_respected(server: ServerProcess, program: str) -> None:
     """8 workers with 2 keys: every request is answered, and no key is used while it should rest."""
-    ran = run(server, sys.executable, str(EXAMPLES / program), "8", "24")
+    path = str(EXAMPLES / program)
+    refused = run_limited(server, path)
+    if not refused:  # a busy machine may take longer than a window of a second for more requests than it has
+        refused = run_limited(server, "-c", LONG_WINDOWS, path)
+    assert refused >= 1  # 2 keys have 10 requests at once
+    stats = server.client().stats()
+    assert stats["total"] == 0
+    assert stats["cooled"] >= refused
+
+
+LONG_WINDOWS = """
+import functools, runpy, sys
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+import limited_service
+limited_service.Limits = functools.partial(limited_service.Limits, seconds=15.0)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_limited(server: ServerProcess, *words: str) -> int:
+    """Run it. Returns how many requests the service refused."""
+    ran = run(server, sys.executable, *words, "8", "24")
     *answers, summary = ran.stdout.splitlines()
     numbers = [re.fullmatch(r"worker-\d, request (\d+): an answer", line) for line in answers]
     assert sorted(int(match[1]) for match in numbers if match) == list(range(24))
     found = re.fullmatch(r"served 24, refused (\d+), of these in spite of Retry-After 0", summary)
     assert found, summary
-    assert int(found[1]) >= 1  # 2 keys have 10 requests at once
-    stats = server.client().stats()
-    assert stats["total"] == 0
-    assert stats["cooled"] >= int(found[1])
+    return int(found[1])

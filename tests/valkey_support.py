@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec
@@ -20,7 +21,7 @@ from keypool.core.rules import PoolRules
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.opening import open_valkey
 from keypool.engine.valkey.pools import ValkeyPools
-from keypool.engine.valkey.scripts import KEYS, build, keys_of
+from keypool.engine.valkey.scripts import KEYS, Script, build, keys_of
 from keypool.engine.valkey.url import parse
 from keypool.engine.valkey.vault import details_in
 
@@ -146,14 +147,25 @@ async def serves(engine: ValkeyEngine) -> None:
         engine.ready()
         return bool(await engine.stats())
 
-    await eventually(served, "the engine serves again", within=15)
+    await eventually(served, "the engine serves again", within=30)
 
 
-def with_constants(patch: pytest.MonkeyPatch, **constants: int) -> None:
-    """Let scripts have other constants than those in common.lua."""
+def with_constants(patch: pytest.MonkeyPatch, *, clock: str | None = None, **constants: int) -> None:
+    """Let scripts have other constants than those in common.lua; and for a clock, instead of Valkey's own, the value
+    under this name in Valkey, in microseconds.
+    """
     made = build({name: str(value) for name, value in constants.items()})
+    if clock is not None:
+        made = {name: _by_clock(script, clock) for name, script in made.items()}
     for module in ("nodes", "calls"):
         patch.setattr(f"keypool.engine.valkey.{module}.scripts", lambda: made)
+
+
+def _by_clock(script: Script, clock: str) -> Script:
+    own = "local clock = call('TIME')"
+    assert own in script.text
+    text = script.text.replace(own, f"local clock = {{0, tonumber(call('GET', '{clock}'))}}")
+    return Script(script.name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - as EVALSHA has it
 
 
 NEVER = 9007199254740992

@@ -14,6 +14,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,10 @@ from typing import Any, Self, cast
 
 import hiredis
 
-_LISTENS = 20.0  # seconds that one may take to start
+_LISTENS = 60.0  # seconds that one may take to start
+
+PATIENT = 15_000
+"""Milliseconds of silence after which a node is taken for dead, where no test waits for that."""
 
 
 def binary() -> Path:
@@ -33,27 +37,62 @@ def binary() -> Path:
     return Path(get_binary_path())
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment, and that a cluster's second port (10,000 up) fits on."""
+_held: dict[int, list[socket.socket]] = {}
+
+
+def hold_ports(count: int) -> list[int]:
+    """Ports that nobody else gets until `give_back`, and that a cluster's second port (10,000 up) fits on.
+
+    Each is bound, without a listener: a server that sets SO_REUSEADDR, as all here do, can listen there, while a
+    connection is refused as long as none does. Elsewhere than on Linux they are only free at this moment.
+    """
     found: list[int] = []
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as passed_over:
         while len(found) < count:
-            low = held.enter_context(socket.socket())
+            low, high = socket.socket(), socket.socket()
             low.bind(("127.0.0.1", 0))
             port = low.getsockname()[1]
-            if port + 10_000 > 65_535:
-                low = held.enter_context(socket.socket())
-                with contextlib.suppress(OSError):
-                    low.bind(("127.0.0.1", port - 10_000))
-                    port -= 10_000
-                if port + 10_000 > 65_535:
-                    continue
-            high = held.enter_context(socket.socket())
             try:
+                if port + 10_000 > 65_535:
+                    passed_over.enter_context(low)
+                    low, port = socket.socket(), port - 10_000
+                    low.bind(("127.0.0.1", port))
                 high.bind(("127.0.0.1", port + 10_000))
             except OSError:
+                passed_over.enter_context(low)
+                high.close()
                 continue
+            for each in (low, high):  # only now: when they are bound, no port may be shared with who holds it
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _held[port] = [low, high]
             found.append(port)
+    if sys.platform != "linux":
+        for port in found:
+            give_back(port)
+    return found
+
+
+def give_back(port: int) -> None:
+    """Hold a port no longer."""
+    for each in _held.pop(port, []):
+        each.close()
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port that nobody else gets meanwhile (`hold_ports`)."""
+    [port] = hold_ports(1)
+    try:
+        yield port
+    finally:
+        give_back(port)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    found = hold_ports(count)
+    for port in found:
+        give_back(port)
     return found
 
 
@@ -61,7 +100,7 @@ class Valkey:
     """One Valkey of one's own."""
 
     def __init__(self, *flags: str, port: int | None = None) -> None:
-        self.port = port or free_ports(1)[0]
+        self.port = port or hold_ports(1)[0]
         self._flags = flags
         self._folder = tempfile.TemporaryDirectory(prefix="keypool-valkey-")
         self._process: subprocess.Popen[bytes] | None = None
@@ -154,6 +193,7 @@ class Valkey:
         """End it, and leave nothing."""
         self.kill()
         self._folder.cleanup()
+        give_back(self.port)
 
     def __enter__(self) -> Self:
         return self
@@ -204,7 +244,7 @@ class Cluster:
     """Primaries, each with as many replicas, that share the slots."""
 
     def __init__(self, primaries: int = 3, replicas: int = 0, *flags: str, node_timeout: int = 1000) -> None:
-        ports = free_ports(primaries * (1 + replicas))
+        self._ports = hold_ports(primaries * (1 + replicas))
         settings = [
             "--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout),
             "--cluster-config-file", "nodes.conf",
@@ -212,7 +252,7 @@ class Cluster:
         self.nodes: list[Valkey] = []
         self._primaries = primaries
         try:
-            for port in ports:
+            for port in self._ports:
                 self.nodes.append(Valkey(*settings, *flags, port=port))
             self._form(primaries)
         except BaseException:
@@ -294,6 +334,8 @@ class Cluster:
         """End all of them."""
         for node in self.nodes:
             node.close()
+        for port in self._ports:
+            give_back(port)
 
     def __enter__(self) -> Self:
         return self
@@ -328,8 +370,8 @@ def shared_valkey() -> Valkey:
 
 @cache
 def shared_cluster() -> Cluster:
-    """Three primaries, for the same use."""
-    cluster = Cluster()
+    """Three primaries, for the same use. None is taken for dead because a busy machine lets it wait."""
+    cluster = Cluster(node_timeout=PATIENT)
     atexit.register(cluster.close)
     return cluster
 

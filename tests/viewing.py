@@ -58,7 +58,7 @@ class Viewer:
         self.socket = socket.socket()
         if buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
         self.socket.connect((server.address, server.port))
         self._buffer = b""
         self.seq = 0
@@ -119,19 +119,21 @@ class Viewer:
         return frames
 
     def _read(self) -> tuple[int, bytes]:
-        first, length = self._take(2)
-        length &= 0x7F
-        if length == 126:
-            length = struct.unpack("!H", self._take(2))[0]
-        elif length == 127:
-            length = struct.unpack("!Q", self._take(8))[0]
-        return first & 0x0F, self._take(length)
+        """A frame, taken from the buffer when it is whole: time may run out in the middle of one."""
+        self._have(2)
+        length, start = self._buffer[1] & 0x7F, 2
+        if length >= 126:
+            start = 4 if length == 126 else 10
+            self._have(start)
+            length = int.from_bytes(self._buffer[2:start], "big")
+        self._have(start + length)
+        opcode, payload = self._buffer[0] & 0x0F, self._buffer[start : start + length]
+        self._buffer = self._buffer[start + length :]
+        return opcode, payload
 
-    def _take(self, size: int) -> bytes:
+    def _have(self, size: int) -> None:
         while len(self._buffer) < size:
             self._more()
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
-        return taken
 
     def _more(self) -> None:
         received = self.socket.recv(65536)

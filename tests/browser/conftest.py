@@ -23,7 +23,7 @@ ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-TIMEOUT = 15_000
+TIMEOUT = 30_000
 PATIENCE = 30.0
 """Seconds after which a browser that gives no answer is taken to hang."""
 LAUNCHES = 3
@@ -206,7 +206,7 @@ def quarantine(client: Client, key_id: int, **fields: object) -> None:
     client.post(f"{API}/keys/id:{key_id}/quarantine", json=fields).expect(200)
 
 
-def state(page: Page, wanted: str, within: float = 15) -> None:
+def state(page: Page, wanted: str, within: float = 30) -> None:
     """Wait until the pill shows this state of the connection."""
     page.wait_for_selector(f'#pill[data-state="{wanted}"]', timeout=within * 1000)
 

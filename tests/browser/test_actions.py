@@ -33,7 +33,7 @@ def test_generate_from_an_empty_pool(start_server: Start, tabs: Tabs) -> None:
     page.get_by_label("How many").press("Enter")
     page.get_by_text("25 keys generated.").wait_for()
     figure(page, "available", "25")
-    assert not page.locator("#empty").is_visible()
+    page.locator("#empty").wait_for(state="hidden")
 
 
 def test_cancel_generates_nothing(server: ServerProcess, client: Client, tabs: Tabs) -> None:
@@ -130,9 +130,10 @@ def test_call_off_a_quarantine_that_is_to_come(server: ServerProcess, client: Cl
     lease = client.acquire(owner="worker-7")
     quarantine(client, lease["id"])
     page = tabs.live(server, f"/keys/{lease['id']}")
+    before = len(server.log_since(0))  # other tests have restored keys of this server
     page.locator("[data-act=restore]").click()
     confirm(page, "called off", "Restore")
-    eventually(lambda: "restore by admin" in server.log, "its line of the audit log")
+    eventually(lambda: "restore by admin" in "\n".join(server.log_since(before)), "its line of the audit log")
     assert client.row(lease["key"])["owner"] == "worker-7"
     client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
     assert client.row(lease["key"])["state"] == "available"
@@ -317,8 +318,7 @@ def test_a_key_revealed_while_its_panel_is_updated_is_shown(
     page.locator("#panel .key-panel").evaluate("panel => { panel.old = true; }")
     client.acquire()  # an event of this key: the panel is loaded anew
     page.wait_for_function("() => !document.querySelector('#panel .key-panel').old")
-    page.wait_for_timeout(0)  # handles the route, if it has not come yet
-    assert held, "no request to reveal"
+    eventually(lambda: page.wait_for_timeout(10) or held, "the request to reveal")
     held[0].continue_()
     page.wait_for_function("key => document.querySelector('.secret').textContent === key", arg=key["key"])
 
@@ -352,7 +352,7 @@ def test_the_stream_pauses_and_is_filtered(server: ServerProcess, client: Client
     page.locator("#search").fill("nothing like it")
     assert page.get_by_text("No matching events").is_visible()
     page.get_by_role("link", name="generated").click()
-    assert page.url.endswith("/events?kind=generated")
+    page.wait_for_url("**/events?kind=generated")
     assert set(page.locator("#stream .event").evaluate_all("rows => rows.map(row => row.dataset.kind)")) == {
         "generated"
     }

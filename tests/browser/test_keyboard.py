@@ -32,7 +32,7 @@ def test_single_keys_go_somewhere(server: ServerProcess, client: Client, tabs: T
     page.keyboard.press("?")
     page.locator("#help[open]").wait_for()
     page.keyboard.press("Escape")
-    assert not page.locator("#help").is_visible()
+    page.locator("#help").wait_for(state="hidden")
 
 
 def test_no_single_key_changes_anything(server: ServerProcess, client: Client, tabs: Tabs) -> None:
@@ -75,7 +75,7 @@ def test_a_row_and_a_dialog_by_tab_and_enter(server: ServerProcess, client: Clie
     page.locator("#confirm[open]").wait_for()
     assert page.evaluate("document.activeElement.textContent") == "Cancel"
     page.keyboard.press("Enter")
-    assert not page.locator("#confirm").is_visible()
+    page.locator("#confirm").wait_for(state="hidden")
     assert button.evaluate("button => button === document.activeElement")
     assert client.stats()["total"] == 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support import API, Client, ServerProcess
+from support import API, Client, ServerProcess, eventually
 
 from browser.conftest import Page, Tabs
 
@@ -126,4 +126,5 @@ def test_a_pool_is_made_and_deleted(server: ServerProcess, client: Client, tabs:
     page.locator("#confirm-typed input").fill("fresh")
     page.locator("#confirm-go").click()
     row.wait_for(state="detached")
+    eventually(lambda: client.get(f"{API}/pools/fresh").status == 404, "the pool is gone")
     client.get(f"{API}/pools/fresh").expect_problem(404, "unknown-pool")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
-from support import Client, ServerProcess
+from conftest import Start
+from support import Client, ServerProcess, eventually
 
 from browser.conftest import Tabs, figure, quarantine, report, row, rows
 
@@ -150,9 +152,10 @@ def test_no_column_of_a_table_is_cut_off(
         assert edges[1] <= edges[0], f"{screen}: the table ends at {edges[1]}, its card at {edges[0]}"
 
 
-def test_everything_can_be_read_without_scripts(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+def test_everything_can_be_read_without_scripts(lend: Start, tabs: Tabs) -> None:
     """Numbers, rows, pages, one key; nothing is offered that would need a script."""
-    lease = fill(client)
+    server = lend("--block-seconds=3600")
+    lease = fill(server.client())
     page = tabs.open(server, script=False)
     assert page.locator("#tile-blocked .figure").inner_text() == "31"
     assert page.locator("noscript .banner").is_visible()
@@ -215,20 +218,29 @@ def test_twenty_four_hours_instead(server: ServerProcess, tabs: Tabs) -> None:
 
 def test_countdowns_run_on_server_time(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """They count down correctly even if the browser's clock is wrong."""
-    client.make()
-    client.acquire()
     page = tabs.open(server, "about:blank")
     page.clock.set_system_time("2031-05-05T05:05:05Z")
+    began = time.monotonic()
+    client.make()
+    client.acquire()
+    acquired = time.monotonic()
+
+    def shown(kind: str, whole: float) -> str:
+        """A countdown, if it is that of so many seconds; it may be shown a second late or rounded."""
+        before = time.monotonic()
+        text: str = page.locator(f".key-row [data-kind={kind}] .time").inner_text()
+        minutes, _, seconds = text.partition(":")
+        left = int(minutes) * 60 + int(seconds)
+        assert whole - (time.monotonic() - began) - 1.5 <= left <= whole - (before - acquired) + 2, text
+        return text
+
     page.goto("/keys?tab=blocked")
-    time = page.locator(".key-row [data-kind=release] .time")
-    first = time.inner_text()
-    assert re.fullmatch(r"0:5\d|1:00", first)
+    first = shown("release", 60)
     page.wait_for_function(
-        "first => document.querySelector('.key-row [data-kind=release] .time').textContent < first",
-        arg="0:58",
+        "first => document.querySelector('.key-row [data-kind=release] .time').textContent < first", arg=first
     )
-    assert re.fullmatch(r"0:5\d", time.inner_text())
-    assert re.fullmatch(r"4:5\d", page.locator(".key-row [data-kind=expires] .time").inner_text())
+    shown("release", 60)
+    shown("expires", 300)
 
 
 def test_a_cooling_key_counts_down_until_it_is_available(
@@ -236,11 +248,11 @@ def test_a_cooling_key_counts_down_until_it_is_available(
 ) -> None:
     """In the list and in its panel, which say why it cools; the row follows by itself when the cooldown is over."""
     client.make_many(2)
+    page = tabs.live(server, "/keys")  # before the key cools, as a busy machine may take seconds for that
     key_id = report(client, "rate_limited", retry_after=8, reason="429 from example.com")
-    page = tabs.live(server, "/keys")
     cooling = row(page, key_id)
-    first = cooling.locator("[data-kind=ready] .time").inner_text()
-    assert re.fullmatch(r"0:0[1-8]", first)
+    countdown = cooling.locator("[data-kind=ready] .time")
+    eventually(lambda: re.fullmatch(r"0:0[1-8]", countdown.inner_text()), "its row counts down")
     assert "rate limited, 1 failure" in cooling.inner_text()
     cooling.locator(".key-link").click()
     panel = page.locator("#panel[open] .key-panel")
@@ -262,7 +274,7 @@ def test_a_row_follows_its_key_through_all_states(server: ServerProcess, client:
     lease = client.acquire(owner="worker-7")
     shown.locator(".state", has_text="blocked").wait_for()
     assert due.get_attribute("data-kind") == "release"
-    body = {"lease": lease["lease"], "outcome": "rate_limited", "retry_after": 500}
+    body = {"lease": lease["lease"], "outcome": "rate_limited", "retry_after": 538}
     client.post(f"/api/v1/keys/{lease['key']}/unblock", json=body).expect(200)
     shown.locator(".state", has_text="cooling").wait_for()
     page.wait_for_function("() => /^8:\\d\\d$/.test(document.querySelector('.due .time').textContent)")

@@ -102,10 +102,10 @@ async def test_pipelined_requests_wait_unparsed() -> None:
         count = 100_000
         sending = asyncio.ensure_future(client.send(request("/raw/1") * count))
         await until(lambda: hung)
-        await asyncio.sleep(0.2)
-        assert not sending.done()
         connection = next(iter(served.server._connections))
-        assert connection._read_paused
+        await asyncio.sleep(0.2)
+        await until(lambda: connection._read_paused and not connection._scheduled)
+        assert not sending.done()
         assert len(connection._held) <= 512 * 1024
         assert len(connection._queue) < 400
         assert application.started == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
+from typing import Any
 
 import pytest
 from tornado import web
@@ -20,13 +20,34 @@ QUICK = Limits(
     body_seconds=0.3,
     write_seconds=0.3,
     linger_seconds=0.3,
-    sweep_seconds=0.075,
+    sweep_seconds=0.01,
 )
+
+
+class Clock:
+    """The loop of a server, with a clock that stands until the test puts it forward."""
+
+    def __init__(self, server: Any) -> None:
+        self._server, self._loop = server, server._loop
+        self.now: float = server._loop.time()
+        server._loop = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def time(self) -> float:
+        return self.now
+
+    async def on(self, seconds: float) -> None:
+        """Put it forward, and have the server look at the connections that it has."""
+        self.now += seconds
+        await until(lambda: self._server.clock > self.now or not self._server.open_connections)
 
 
 class Hello(web.RequestHandler):
     async def get(self) -> None:
-        await asyncio.sleep(float(self.get_argument("sleep", "0")))
+        if self.get_argument("wait", ""):
+            await self.application.go_on.wait()  # type: ignore[attr-defined]
         self.write("hello")
 
     def post(self) -> None:
@@ -36,6 +57,7 @@ class Hello(web.RequestHandler):
 class Application(web.Application):
     def __init__(self) -> None:
         super().__init__([("/", Hello)], log_function=lambda handler: None)
+        self.go_on = asyncio.Event()
 
     def start_raw_request(self, request: Request) -> RawDelegate | None:
         if request.target == b"/big":
@@ -48,23 +70,31 @@ class Application(web.Application):
 async def test_an_idle_connection_is_closed() -> None:
     """Not before its time, and soon after; with nothing sent."""
     async with serve("http1", Application(), limits=QUICK) as served:
-        client = await served.connect()
+        clock = Clock(served.server)
         for used in (False, True):
+            client = await served.connect()
             if used:
-                client = await served.connect()
                 await client.get("/")
-            start = time.monotonic()
+            await until(lambda: served.server.open_connections == 1)
+            await clock.on(0.29)
+            assert served.server.open_connections == 1
+            await clock.on(0.03)
             assert await client.closed()
-            assert time.monotonic() - start > 0.29
 
 
 async def test_a_used_connection_is_not_idle() -> None:
     """Each request starts the time anew; an answer in the making has no limit."""
-    async with serve("http1", Application(), limits=QUICK) as served:
+    application = Application()
+    async with serve("http1", application, limits=QUICK) as served:
+        clock = Clock(served.server)
         client = await served.connect()
-        assert (await client.get("/?sleep=1")).status == 200
+        answer = asyncio.ensure_future(client.get("/?wait=1"))
+        await until(lambda: served.server.requests_in_flight)
+        await clock.on(100)
+        application.go_on.set()
+        assert (await answer).status == 200
         for _ in range(4):
-            await asyncio.sleep(0.2)
+            await clock.on(0.2)
             assert (await client.get("/")).status == 200
 
 
@@ -83,15 +113,16 @@ async def test_a_dripping_head_is_answered_408() -> None:
     """However steadily it drips, by the application's own answer."""
     refusals: list[Refusal] = []
     async with serve("http1", Application(), limits=QUICK, on_refused=refusals.append) as served:
+        clock = Clock(served.server)
         client = await served.connect()
         answer = asyncio.ensure_future(client.response())
-        start = time.monotonic()
-        client.writer.write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n")
+        start = clock.now
+        await client.dribble(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n")
         while not answer.done():
             client.writer.write(b"A: b\r\n")
-            await asyncio.sleep(0.02)
+            await clock.on(0.02)
         assert (await answer).status == 408
-        assert time.monotonic() - start > 0.29
+        assert clock.now - start > 0.29
         assert (refusals[0].status, refusals[0].target) == (408, b"/slow")
         assert refusals[0].headers[0] == (b"host", b"localhost")
         assert await client.closed()
@@ -100,19 +131,21 @@ async def test_a_dripping_head_is_answered_408() -> None:
 async def test_heads_that_end_in_time_are_served() -> None:
     """The limit is per request: pipelined heads cut anywhere don't add up."""
     async with serve("http1", Application(), limits=QUICK) as served:
+        clock = Clock(served.server)
         client = await served.connect()
         data = request("/") * 40
         step = 37
         for start in range(0, len(data), step):
             client.writer.write(data[start : start + step])
-            await asyncio.sleep(0.02)
+            await clock.on(0.02)
         for _ in range(40):
             assert (await client.response()).status == 200
 
 
 async def test_a_slow_body_is_answered_408() -> None:
     """A body that drips is given up, whatever it is for."""
-    async with serve("http1", Application(), limits=QUICK) as served:
+    limits = Limits(body_seconds=0.3, sweep_seconds=0.075)
+    async with serve("http1", Application(), limits=limits) as served:
         client = await served.connect()
         answer = asyncio.ensure_future(client.response())
         await client.send(request("/", "Transfer-Encoding: chunked", method="POST"))
@@ -126,34 +159,38 @@ async def test_a_slow_body_is_answered_408() -> None:
 async def test_a_peer_that_does_not_read_is_cut() -> None:
     """No progress of the answer for the time set ends the connection."""
     async with serve("http1", Application(), limits=QUICK) as served:
+        clock = Clock(served.server)
         client = await served.connect(limit=1024)
         await client.send(request("/big") * 2)
-        await until(lambda: served.server.open_connections == 1)
-        start = time.monotonic()
-        await until(lambda: served.server.open_connections == 0)
-        assert time.monotonic() - start > 0.2
+        await until(lambda: any(connection.unsent() for connection in served.server._connections))
+        start = clock.now
+        while served.server.open_connections:
+            await clock.on(0.05)
+        assert clock.now - start > 0.2
 
 
 async def test_a_peer_that_reads_slowly_is_served() -> None:
     """Slow progress is progress, for longer than the time set, which is several times what a single write needs."""
-    limits = Limits(write_seconds=1.5, sweep_seconds=0.075)
+    limits = Limits(write_seconds=1.5, sweep_seconds=0.01)
     async with serve("http1", Application(), limits=limits) as served:
+        clock = Clock(served.server)
         client = await served.connect(limit=256 * 1024)
         await client.send(request("/big", "Connection: close"))
         await client.head()
         size = 0
-        start = time.monotonic()
+        start = clock.now
         while size < 8_000_000:
             piece = await client.reader.read(400_000)
-            assert piece, f"cut after {size} bytes and {time.monotonic() - start:.1f} s"
+            assert piece, f"cut after {size} bytes and {clock.now - start:.1f} s"
             size += len(piece)
-            await asyncio.sleep(0.1)
-        assert time.monotonic() - start > limits.write_seconds
+            await clock.on(len(piece) / 4_000_000)
+        assert clock.now - start > limits.write_seconds
 
 
 async def test_lingering_is_bounded_in_time() -> None:
     """After a refusal a peer that keeps its end open is cut."""
-    async with serve("http1", Application(), limits=QUICK) as served:
+    limits = Limits(linger_seconds=0.3, sweep_seconds=0.075)
+    async with serve("http1", Application(), limits=limits) as served:
         client = await served.connect()
         await client.send(b"GET BROKEN\0")
         assert (await client.response()).status == 400
@@ -213,11 +250,16 @@ async def test_a_connection_that_fails_in_the_sweep_does_not_end_the_sweep() -> 
             raise ZeroDivisionError
 
     async with serve("http1", Application(), limits=QUICK) as served:
+        clock = Clock(served.server)
         failing, first = await served.connect(), await served.connect()
         await until(lambda: served.server.open_connections == 2)
         for connection in served.server._connections:
             if connection.peer.address == failing.writer.get_extra_info("sockname"):
                 connection.__class__ = Failing
+        await clock.on(0.32)
         assert await failing.closed()
         assert await first.closed()
-        assert await (await served.connect()).closed()
+        last = await served.connect()
+        await until(lambda: served.server.open_connections == 1)
+        await clock.on(0.32)
+        assert await last.closed()
