@@ -17,7 +17,7 @@ from typing import Literal
 import pytest
 import uvloop
 
-_SECONDS = 30
+_SECONDS = 120
 _PHASES: tuple[Literal["setup"], Literal["call"]] = ("setup", "call")
 _BY_TRANSPORT = ("test_raw", "test_server", "test_time", "test_turns", "test_websocket", "test_writer")
 _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {

@@ -83,13 +83,13 @@ class Client:
         return int(status), headers
 
     async def _chunks(self) -> bytes:
-        body = b""
+        body = bytearray()
         while True:
             size = int(await self.reader.readuntil(b"\r\n"), 16)
             chunk = await self.reader.readexactly(size + 2)
             assert chunk.endswith(b"\r\n")
             if not size:
-                return body
+                return bytes(body)
             body += chunk[:-2]
 
     async def ended(self) -> bytes:
