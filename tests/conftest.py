@@ -72,7 +72,7 @@ _HOT_CALLS = ("test_api_batch", "test_api_keys", "test_api_leases", "test_api_wa
 _CALLS = (*_HOT_CALLS, "test_api_legacy", "test_api_lists", "test_api_stats")
 # Each engine has tests of its own of how it keeps pools and imported keys.
 _OF_POOLS = ("test_api_imports", "test_api_pools")
-_LIFE = ("test_fuzz", "test_process", "test_feed")
+_LIFE = ("test_process", "test_feed")
 
 VARIANTS = [
     # All that is neither storage's nor another HTTP server's shows here.
@@ -104,7 +104,15 @@ VARIANTS = [
         lambda directory: ["--data=:memory:", "--http=tornado"],
         ("test_api_errors", "test_api_access", "test_api_waiting", "test_hostile"),
         # Of the browser's tests, what a connection does; the rest is the same pages by another server.
-        ("test_api_", *_LIFE, "test_client_calls", "test_dashboard", "browser/test_states", "test_metrics"),
+        (
+            "test_api_",
+            *_LIFE,
+            "test_fuzz",
+            "test_client_calls",
+            "test_dashboard",
+            "browser/test_states",
+            "test_metrics",
+        ),
     ),
 ]
 
