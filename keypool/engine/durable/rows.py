@@ -280,7 +280,7 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
     try:
         more = _decode_more(content)
     except msgspec.MsgspecError:
-        raise ValueError(f"the attempt, history, details or pace of {key!r} can't be read") from None
+        raise ValueError(f"the attempt, history or details of {key!r} can't be read") from None
     history = more.history
     if history is not None:
         if history.failures < 0 or not isfinite(history.failed_at):
