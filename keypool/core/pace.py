@@ -33,7 +33,7 @@ class Pace(msgspec.Struct, frozen=True, gc=False):
     @property
     def tolerance(self) -> float:
         """Seconds by which the theoretical arrival time may be ahead of a use."""
-        return (self.burst - 1) * self.interval
+        return (self.burst - 1) * (self.seconds / self.count)
 
     def charged(self, paced_until: float, uses: int, now: float) -> float:
         """The theoretical arrival time after more uses in a lease that is charged already.

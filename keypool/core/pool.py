@@ -59,7 +59,6 @@ from keypool.core.outcomes import (
     failures_at,
     may_quarantine,
 )
-from keypool.core.pace import Pace
 from keypool.core.rules import PoolRules
 from keypool.core.self_check import SelfCheck
 
@@ -343,7 +342,7 @@ class Pool(SelfCheck):
                 key.reported = False
                 key.acquired_at = now
                 if (pace := key.details.pace or rules.pace) is not None:
-                    key.paced_until = max(key.paced_until, now) + pace.interval
+                    key.paced_until = max(key.paced_until, now) + pace.seconds / pace.count
                 if client is not None:
                     key.client = client
                     self._clients.begun(self, key)
@@ -676,7 +675,7 @@ class Pool(SelfCheck):
             self.counters.released += 1
         if self.rules.rest_seconds:
             cool_until = max(cool_until, now + self.rules.rest_seconds)
-        if key.paced_until and not key.quarantine_pending:
+        if key.paced_until > now and not key.quarantine_pending:  # otherwise it has its full budget
             cool_until = self._with_budget(key, max(cool_until, now))
         if key.quarantine_pending:
             key.quarantine_pending = False
@@ -691,18 +690,15 @@ class Pool(SelfCheck):
 
     def _charge(self, key: Key, uses: int, now: float) -> bool:
         """Charge a key for more uses of a lease. Returns whether it has a pace."""
-        pace = self._pace_of(key)
+        pace = key.details.pace or self.rules.pace
         if pace is None:
             return False
         key.paced_until = pace.charged(key.paced_until, uses, now)
         return True
 
-    def _pace_of(self, key: Key) -> Pace | None:
-        return key.details.pace or self.rules.pace
-
     def _has_budget_at(self, key: Key) -> float:
         """The moment from which a key that is not held has budget."""
-        pace = self._pace_of(key)
+        pace = key.details.pace or self.rules.pace
         return 0.0 if pace is None else key.paced_until - pace.tolerance
 
     def _with_budget(self, key: Key, until: float) -> float:
