@@ -136,6 +136,7 @@ def keys_of_all_kinds() -> list[Key]:
                 state=State.COOLING,
                 release_deadline=1_800_000_000.125,
                 lease=7,
+                paced_until=1_800_000_000.0625,
             )
         for attempt in (None, bytes(range(16))):
             for pending in (False, True):
@@ -150,7 +151,7 @@ def durable(key: Key) -> dict[str, object]:
     """All durable fields of a key."""
     fields = (
         "id", "text", "created_at", "expires_deadline", "release_deadline", "lease", "owner", "state", "acquired_at",
-        "attempt", "reported", "quarantine_pending", "history",
+        "attempt", "reported", "quarantine_pending", "history", "paced_until",
     )  # fmt: skip
     return {name: getattr(key, name) for name in fields}
 

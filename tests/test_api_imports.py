@@ -107,6 +107,41 @@ def test_an_imported_key_is_served_with_its_name_and_data(client: Client, pool: 
     assert client.get(pool + "/stats").expect(200)["imported"] == 1
 
 
+def test_a_key_may_have_a_pace_of_its_own(client: Client, pool: str) -> None:
+    """Imported with it or changed; an empty one removes it, and rows show it."""
+    pace = {"count": 5, "seconds": 60.0, "burst": 1}
+    made = imported(client, pool, pace={"count": 5, "seconds": 60})
+    path = f"{pool}/keys/id:{made['id']}"
+    expect_row(client.get(path).expect(200), pace=pace)
+    lease = client.post(pool + "/keys/acquire").expect(200)
+    batch = {"op": "unblock", "keys": [{"key": lease["handle"], "outcome": "ok", "uses": 5}]}
+    assert client.post(pool + "/batch", json=batch).expect(200)["done"] == 1
+    row = expect_row(client.get(path).expect(200), state="cooling")
+    assert 50 <= row["available_in"] <= 60
+    changed = client.patch(path, json={"pace": {"count": 1, "seconds": 0.5, "burst": 3}, "name": "a"}).expect(
+        200
+    )
+    assert changed["pace"] == {"count": 1, "seconds": 0.5, "burst": 3}
+    assert client.patch(path, json={"labels": {}, "pace": None}).expect(200)["pace"] == changed["pace"]
+    client.patch(path, json={"pace": {"burst": 3}}).expect_problem(400, "bad-request")
+    assert client.patch(path, json={"pace": {}}).expect(200)["pace"] is None
+    item = {"secret": SECRET, "pace": {"count": 7, "seconds": 1}}
+    import_many(client, pool, [item])
+    assert client.get(path).expect(200)["pace"] is None
+    import_many(client, pool, [item], exists="update")
+    assert client.get(path).expect(200)["pace"] == {"count": 7, "seconds": 1, "burst": 1}
+
+
+@pytest.mark.parametrize("uses", [0, -1, 10**9 + 1, 1.5, "2"])
+def test_wrong_uses_are_refused_and_nothing_is_freed(client: Client, uses: object) -> None:
+    client.make()
+    lease = client.post(API + "/keys/acquire").expect(200)
+    path = f"{API}/keys/{lease['handle']}"
+    wrong = client.post(path + "/unblock", json={"uses": uses}).expect_problem(400, "bad-request")
+    assert "1 to 10^9" in wrong["detail"]
+    assert client.get(path).expect(200)["state"] == "blocked"
+
+
 def test_the_same_secret_is_the_same_key(client: Client, pool: str) -> None:
     """A repeat is 200 and changes nothing; another pool has a key of its own."""
     made = imported(client, pool, name="one")
@@ -176,6 +211,8 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"labels": {"a": "x" * 64}}, "64 characters"),
     ({"labels": {"a": "\x7f"}}, "control character"),
     ({"data": {"a": "x" * 4096}}, "data takes"),
+    ({"pace": {"count": 1}}, "`count` and `seconds` go together"),
+    ({"pace": {"count": 1_000_001, "seconds": 1}}, "pace.count takes a whole number from 1 to 1000000"),
     ({"data": {"a": "é" * 2048}}, "4104 bytes"),
 ]
 WRONG_SHAPES: list[tuple[bytes, str]] = [
@@ -187,6 +224,9 @@ WRONG_SHAPES: list[tuple[bytes, str]] = [
     (b'{"secret":"s","data":"x"}', "data"),
     (b'{"secret":"s","data":[{}]}', "data"),
     (b'{"secret":"s","data":1}', "data"),
+    (b'{"secret":"s","pace":[]}', "pace"),
+    (b'{"secret":"s","pace":{"count":1,"seconds":1,"per":2}}', "per"),
+    (b'{"secret":"s","pace":{"count":1,"seconds":1,"count":2}}', "'count' was given twice"),
     (b'{"secret":"s","key":"s"}', "key"),
     (b'{"secret":"s","seats":2}', "seats"),
     (b'{"secret":"s","secret":"t"}', "secret"),

@@ -40,6 +40,7 @@ DEFAULTS = {
     "forget_seconds": 3600,
     "max_quarantined_percent": 50,
     "rest_seconds": 0,
+    "pace": None,
 }
 COUNTS = ("total", "available", "blocked", "cooling", "quarantined", "waiting")
 
@@ -114,7 +115,7 @@ def test_put_gives_what_is_left_out_its_default_and_patch_leaves_it(client: Clie
     assert changed["settings"] == DEFAULTS | {"keepalive_seconds": 20}
 
 
-def test_null_is_a_value_for_two_settings_and_else_as_if_absent(client: Client) -> None:
+def test_null_is_a_value_for_some_settings_and_else_as_if_absent(client: Client) -> None:
     """Those of which the contract says so."""
     path = client.make_pool("openai", **dict.fromkeys(DEFAULTS))
     assert settings_of(client, "openai") == DEFAULTS | {"keepalive_seconds": None, "error_threshold": None}
@@ -202,6 +203,15 @@ WRONG: list[tuple[str, object, str]] = [
     ("forget_seconds", "", "a number of seconds from 0"),
     ("max_quarantined_percent", 100.5, "a number from 0 to 100"),
     ("rest_seconds", 86_401, "a number of seconds from 0 to 86400"),
+    ("pace", 5, "or null: keys are served whenever they are available"),
+    ("pace", {}, "`count` and `seconds` go together"),
+    ("pace", {"count": 5}, "`count` and `seconds` go together"),
+    ("pace", {"count": 0, "seconds": 1}, "pace.count takes a whole number from 1 to 1000000"),
+    ("pace", {"count": 1.5, "seconds": 1}, "a whole number from 1 to 1000000"),
+    ("pace", {"count": 1, "seconds": 0}, "pace.seconds takes a number of seconds from 0.001 to 31622400"),
+    ("pace", {"count": 1, "seconds": "1"}, "a number of seconds from 0.001 to 31622400"),
+    ("pace", {"count": 1, "seconds": 1, "burst": 0}, "pace.burst takes a whole number from 1 to 1000000"),
+    ("pace", {"count": 1, "seconds": 1, "brust": 2}, "brust"),
 ]
 
 
@@ -224,7 +234,7 @@ def test_a_wrong_setting_is_named_with_what_it_takes(
     assert names(client) == ["default", "openai"]
 
 
-@pytest.mark.parametrize("member", ["blok_seconds", "pace", "history_leases", "name", "settings"])
+@pytest.mark.parametrize("member", ["blok_seconds", "history_leases", "name", "settings"])
 def test_an_unknown_setting_is_named(client: Client, member: str) -> None:
     """With those that there are; a typing error must not be taken for a default."""
     for answer in (
@@ -272,6 +282,32 @@ def test_default_is_fixed(client: Client) -> None:
         client.patch(POOLS + "/default").expect(200) == client.put(POOLS + "/default").expect(200) == before
     )
     client.make()
+
+
+def test_default_takes_a_pace_which_is_no_flag(client: Client) -> None:
+    """PATCH gives it, and a PUT without it takes it away; a flag beside it refuses both."""
+    path, pace = POOLS + "/default", {"count": 5, "seconds": 60, "burst": 2}
+    given = client.patch(path, json={"pace": pace}).expect(200)
+    assert given["settings"] == DEFAULTS | {"pace": pace}
+    client.put(path, json={"pace": None, "rest_seconds": 1}).expect_problem(409, "pool-fixed")
+    assert client.patch(path).expect(200) == given
+    assert client.put(path).expect(200)["settings"] == DEFAULTS
+    client.put(path, json={"pace": {"count": 1, "seconds": 0.5}}).expect(200)
+    assert client.patch(path, json={"pace": None}).expect(200)["settings"] == DEFAULTS
+
+
+def test_a_pool_keeps_its_pace_and_its_keys_keep_to_it(client: Client) -> None:
+    """An unblock says how long the key cools, and a 404 when there will be one."""
+    path = client.make_pool("openai", pace={"count": 2, "seconds": 60})
+    client.post(path + "/keys").expect(201)
+    lease = client.post(path + "/keys/acquire").expect(200)
+    answer = client.post(f"{path}/keys/{lease['handle']}/unblock", json={"uses": 2}).expect(200)
+    assert (answer["state"], answer["changed"]) == ("cooling", True)
+    assert 50 <= answer["available_in"] <= 60
+    refused = client.post(path + "/keys/acquire").expect_problem(404, "no-key-available")
+    assert 50 <= refused["retry_after"] <= answer["available_in"]
+    expect_row(client.post(f"{path}/keys/id:{lease['id']}/restore").expect(200), state="cooling", pace=None)
+    assert client.get(path + "/stats").expect(200)["paced"] == 2
 
 
 def test_no_more_than_max_pools(lend: Start) -> None:

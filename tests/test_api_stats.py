@@ -13,6 +13,7 @@ STATS: dict[str, object] = {
     "total": int, "available": int, "blocked": int, "cooling": int, "quarantined": int, "waiting": int,
     "generated": int, "acquired": int, "unblocked": int, "released": int, "deleted": int, "expired": int,
     "kept_alive": int, "refused": int, "cooled": int, "quarantines": int, "restored": int, "imported": int,
+    "paced": int,
     "uptime": float, "engine": str, "version": str,
 }  # fmt: skip
 LEGACY = API + "/random_api_key/"

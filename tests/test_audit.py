@@ -89,8 +89,8 @@ class HeldEngine(EmbeddedEngine):
         await self._kept()
         return words
 
-    async def unblock(self, *args: Any) -> Any:
-        answer = await super().unblock(*args)
+    async def unblock(self, *args: Any, **more: Any) -> Any:
+        answer = await super().unblock(*args, **more)
         await self._kept()
         return answer
 

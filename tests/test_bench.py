@@ -36,7 +36,8 @@ def test_an_unknown_name_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "least", "most"), list(zip(limits.POLICIES, (0.4, 0.01, 0.0), (0.6, 0.08, 0.0), strict=True))
+    ("policy", "least", "most"),
+    list(zip(limits.POLICIES, (0.4, 0.01, 0.0, 0.0), (0.6, 0.08, 0.0, 0.0), strict=True)),
 )
 def test_fewer_requests_are_refused_the_more_is_reported(policy: str, least: float, most: float) -> None:
     """In ten simulated minutes, in which all of them are served what the service allows."""

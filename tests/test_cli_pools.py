@@ -336,9 +336,49 @@ def test_a_file_makes_the_pools_as_it_says(fake: FakeServer, command: Command, t
         assert client.get_pool("openai").settings["keepalive_seconds"] == 300
 
 
+def test_a_file_gives_pools_their_pace(fake: FakeServer, command: Command) -> None:
+    """`default` too, though the server's flags decide its other settings; what the file leaves out is none."""
+    text = """
+[pools.openai]
+keepalive_seconds = "never"
+pace = { count = 5, seconds = 60 }
+[pools.default.pace]
+count = 1
+seconds = 0.5
+burst = 2
+"""
+    assert command("pools", "apply", "-", stdin=text).out.splitlines() == [
+        "default: changed: pace never -> count 1, seconds 0.5, burst 2",
+        "openai: changed: pace never -> count 5, seconds 60, burst 1",
+    ]
+    assert "are as" in command("pools", "apply", "-", stdin=text).err
+    with KeyPool(transport=fake) as client:
+        assert client.get_pool("openai").settings["pace"] == {"count": 5, "seconds": 60, "burst": 1}
+        assert command("pools", "apply", "-", stdin="[pools.default]\n[pools.openai]").status == 0
+        assert {info.settings["pace"] for info in client.pools()} == {None}
+
+
+def test_a_key_gets_a_pace_and_an_unblock_says_its_uses(fake: FakeServer, command: Command) -> None:
+    in_pool = functools.partial(command, KEYPOOL_POOL="openai")
+    in_pool("import", "-", stdin=json.dumps({"secret": SECRETS[0], "pace": {"count": 1, "seconds": 60}}))
+    for given, pace in (("3/60", [3, 60, 1]), ("5/0.5/2", [5, 0.5, 2])):
+        row = json.loads(in_pool("update", "id:1", "--pace", given, "--json").out)
+        assert list(row["pace"].values()) == pace
+    assert json.loads(in_pool("update", "id:1", "--pace", "none", "--json").out)["pace"] is None
+    assert "COUNT/SECONDS" in in_pool("update", "id:1", "--pace", "5").err
+    in_pool("update", "id:1", "--pace", "1/60")
+    leased = json.loads(in_pool("acquire", "--json").out)
+    done = json.loads(in_pool("unblock", leased["handle"], "--outcome", "ok", "--uses", "2", "--json").out)
+    assert done["state"] == "cooling"
+    assert 100 < done["available_in"] <= 120
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("[pools.openai]\npace = 5", "pace takes an object of count, seconds, burst"),
+        ("[pools.openai]\npace = { count = 5 }", "seconds is a number from 0.001"),
+        ("[pools.openai]\npace = { count = 5, seconds = 1, per = 2 }", "pace takes an object"),
         ("[pools.openai", "no TOML"),
         ("[pool.openai]", "pool is not known"),
         ("pools = 3", "pools is not a setting"),

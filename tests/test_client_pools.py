@@ -271,7 +271,7 @@ def test_a_lost_answer_to_an_import_is_repeated_and_says_so(kind: str) -> None:
     [
         (17, "a tuple"),
         ((), "a tuple"),
-        (("a", "b", {}, {}, "e"), "a tuple"),
+        (("a", "b", {}, {}, {}, "e"), "a tuple"),
         ({"name": SECRET}, "has a secret"),
         ({"secret": SECRET, "nmae": "x"}, "'nmae'"),
         ({SECRET: "acct-17"}, "nothing else"),

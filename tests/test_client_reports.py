@@ -246,6 +246,42 @@ def test_what_was_reported_is_sent_even_if_the_block_raises(driver: Driver) -> N
     assert (restored.state, restored.outcome, restored.failures) == ("available", None, 0)
 
 
+def test_uses_are_charged_to_a_key_with_a_pace(driver: Driver) -> None:
+    """By a report of a held key, whichever; without one; by an unblock, and by items of a batch."""
+    pace = {"count": 1, "seconds": 100.0, "burst": 1}
+    made = driver.generate()
+    assert driver.update(made.id, pace=pace).pace == pace
+    charged = []
+    for give_back in (
+        lambda key: key.ok(uses=2),
+        lambda key: key.report(_httpx2(200, {}), uses=3),
+        lambda key: [key.error(uses=5), key.ok(uses=4)],
+        lambda key: None,
+    ):
+        with driver.lease() as key:
+            give_back(key)
+        charged.append(round(driver.get(made).available_in / 100))
+        driver.replace(made.id, f"sk-another-{len(charged)}")  # which has its full budget
+    assert charged == [2, 3, 4, 1]
+    lease = driver.acquire()
+    assert 590 < driver.unblock(lease, uses=6).available_in <= 600
+    driver.replace(made.id, "sk-the-last-one")
+    assert driver.unblock_many([Unblock(driver.acquire(), uses=7)]).done == 1
+    assert 690 < driver.get(made).available_in <= 700
+    assert driver.stats().paced >= 6
+    assert driver.update(made.id, pace={}).pace is None
+
+
+@pytest.mark.parametrize("uses", [0, -1, 1.5, True, 10**9 + 1])
+def test_wrong_uses_are_refused_before_anything_is_sent(uses: Any) -> None:
+    fake = FakeServer(["key-1"])
+    with KeyPool(transport=fake) as pool, pool.lease() as key:
+        for call in (lambda: key.ok(uses=uses), lambda: pool.unblock(key, uses=uses)):
+            with pytest.raises(ValueError, match="uses is a whole number from 1 to 10"):
+                call()
+        assert not key.over
+
+
 def test_every_outcome(driver: Driver) -> None:
     made = driver.generate_many(8)  # the guard lets half of them be quarantined
     rows = {}

@@ -27,14 +27,17 @@ from engine_support import Call, HeldTimers, Moment, make_engine, on_loop, open_
 from held_writer import FULL, HeldWriter, hold_writers, run
 
 from keypool.core.answers import KeyPatch, NewKey
+from keypool.core.cursor import ListQuery
 from keypool.core.errors import StaleLease, StorageUnavailable, UnknownKey, UnknownPool
 from keypool.core.events import By, Origin
 from keypool.core.keys import NEVER, Details, Key, State
+from keypool.core.pace import Pace
 from keypool.engine.durable import copying, datafile
 from keypool.engine.durable.journal import FileJournal
 from keypool.engine.durable.rows import NEVER_AT, POOL_SHIFT, Batch, StoredPool, encode, key_of, row_of
 from keypool.engine.durable.writer import Writer
 from keypool.engine.embedded import EmbeddedEngine
+from keypool.engine.sealing import Sealer
 
 ADMIN = Origin(By.OPERATOR, "ops")
 LASTING = {"keepalive_seconds": None}
@@ -189,7 +192,11 @@ async def test_changed_settings_are_kept_as_they_were_given(path: Path) -> None:
         await pools.put("openai", {"block_seconds": 5, "error_threshold": None}, ADMIN)
         await pools.change("openai", {"rest_seconds": 0.25}, ADMIN)
     [stored] = datafile.inspect(path).pools.values()
-    given = {"block_seconds": 5, "error_threshold": None, "rest_seconds": 0.25}
+    given: dict[str, int | float | Pace | None] = {
+        "block_seconds": 5,
+        "error_threshold": None,
+        "rest_seconds": 0.25,
+    }
     assert stored == StoredPool(1, "openai", given)
     async with opened_pools(path) as pools:
         settings = pools.row("openai").settings
@@ -344,7 +351,7 @@ async def test_a_file_of_an_older_version_gets_pools(path: Path, version: int) -
         await pools.put("openai", {}, ADMIN)
     async with opened_pools(path) as pools:
         assert (pools.names(), pools.default.pool.total) == (["default", "openai"], 2)
-    assert datafile.version_of(path) == datafile.VERSION == 4
+    assert datafile.version_of(path) == datafile.VERSION == 5
 
 
 @on_loop
@@ -356,6 +363,52 @@ async def test_a_batch_of_version_3_is_read(path: Path) -> None:
         assert [key.text for key in pools.default.pool.after(0, 9)] == ["c" * 20]
 
 
+# ---------------------------------------------------------------------------------------------------------- pace
+
+
+@on_loop
+async def test_a_pace_survives_a_restart(path: Path, wall: Moment) -> None:
+    """That of a pool, of `default`, of a key, and what each key has used, exactly."""
+    own, pace = Pace(1, 0.3), Pace(7, 60.5, 2)
+    async with opened_pools(path) as pools:
+        await pools.put("openai", {"pace": pace, **LASTING}, ADMIN)
+        await pools.change("default", {"pace": own}, ADMIN)
+        openai = pools.get("openai")
+        await openai.generate(3)
+        await openai.update(1, KeyPatch(pace=own), ADMIN)
+        for _ in range(3):
+            lease = await openai.acquire(None, 0)
+            await openai.unblock(lease.id, lease.lease, uses=5)
+        before = states(openai)
+        assert openai.pool.counters.paced == 3
+    async with opened_pools(path) as pools:
+        openai = pools.get("openai")
+        assert [row.pace for row in (await openai.page(ListQuery())).keys] == [own, None, None]
+        for was, found in zip(before, states(openai), strict=True):
+            assert found["paced_until"] == was["paced_until"]
+        assert (openai.rules.pace, pools.default.rules.pace) == (pace, own)
+        assert (openai.pool.counters.paced, openai.pool.cooling) == (3, 3)
+        assert await pools.put("default", {}, ADMIN) is False
+    async with opened_pools(path) as pools:
+        assert pools.row("default").settings["pace"] is None
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_row_has_the_budget_and_the_pace_of_its_key(sealed: bool) -> None:
+    sealer = Sealer([b"k" * 32]) if sealed else None
+    key = Key(7, "sk-live-seven", 1_000.0, NEVER, details=Details(imported=True, pace=Pace(2, 0.5)))
+    key.paced_until = 1_700_000_000.123456
+    found = key_of(row_of(key, 3, sealer), sealer)
+    assert (found.paced_until, found.details) == (key.paced_until, key.details)
+
+
+def test_a_row_with_a_budget_that_cannot_be_is_refused() -> None:
+    row = row_of(Key(7, "sk-live-seven", 1_000.0, NEVER))
+    more = encode((None, None, None, None, None, -1.0))
+    with pytest.raises(ValueError, match="a pace that can't be"):
+        key_of((*row[:-1], more))
+
+
 # ---------------------------------------------------------------------------------------------------------- damage
 
 DAMAGES = {
@@ -363,6 +416,8 @@ DAMAGES = {
     "a name that can't be": "UPDATE pools SET name = 'No!'",
     "the name of default": "UPDATE pools SET name = 'default'",
     "settings that aren't JSON": "UPDATE pools SET settings = '{'",
+    "a pace that is a number": "UPDATE pools SET settings = '{\"pace\":5}'",
+    "a pace in the place of a number": 'UPDATE pools SET settings = \'{"max_keys":{"count":1,"seconds":1}}\'',
     "settings of another type": 'UPDATE pools SET settings = \'{"rest_seconds":"long"}\'',
     "an unknown setting": "UPDATE pools SET settings = '{\"pase\":1}'",
     "settings that contradict each other": "UPDATE pools SET settings = '{\"max_block_seconds\":1}'",

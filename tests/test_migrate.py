@@ -29,6 +29,7 @@ from keypool.core.errors import StartError
 from keypool.core.events import By, Origin
 from keypool.core.handles import SECRET_BYTES
 from keypool.core.keys import NEVER, Details, Key, State
+from keypool.core.pace import Pace
 from keypool.core.rules import PoolRules
 from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.checks import new_checks
@@ -237,7 +238,7 @@ SECRETS = (b"s" * 32,)
 def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
     """A data file with three pools, one of them draining, and keys with all that an operator may have written."""
     kinds = keys_of_all_kinds()
-    details = Details(True, "acct 1", {"region": "eu"}, b'{"user":"x"}')
+    details = Details(True, "acct 1", {"region": "eu"}, b'{"user":"x"}', None, Pace(5, 60.0, 2))
     imported = Key(100, "sk-live-1", 1_700_000_000.0, NEVER, details=details)
     held = Key(7, "h:1.2.AAAAAAAAAAA", 1_700_000_000.0, 1_700_000_900.0, lease=9, details=Details(True))
     now = float(round(time.time()))
@@ -251,6 +252,7 @@ def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
         database.execute("BEGIN")
         database.executemany(datafile.UPSERT, rows)
         for number, name, settings, draining in (
+            (0, "default", '{"pace":{"count":2,"seconds":0.5,"burst":1}}', 0),
             (3, "openai", '{"block_seconds":20.0,"keepalive_seconds":null}', 0), (5, "old", "{}", 1),
         ):  # fmt: skip
             database.execute(datafile.DEFINE, (number, name, settings, draining))
@@ -291,6 +293,7 @@ def test_all_pools_move_to_one_valkey_and_another_and_back(
             engine = pools.get("openai")
             assert engine.rules.block_seconds == 20
             assert engine.rules.keepalive_seconds is None
+            assert pools.default.rules.pace == Pace(2, 0.5)
             [made] = await engine.generate(1)
             assert made.id > 9
             lease = await engine.acquire(None, 0)

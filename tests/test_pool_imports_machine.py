@@ -8,6 +8,7 @@ changes of the pool's rules, by which keys may never expire. Texts and names are
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,7 @@ from keypool.core.errors import NameTaken, SecretExists, UnknownKey
 from keypool.core.events import Change
 from keypool.core.keys import Key, State, hint
 from keypool.core.keyset import PageQuery
+from keypool.core.pace import Pace
 from keypool.core.rules import PoolRules
 
 # Texts that are imported, or replace others. Some hints are those of several; some texts are those of generated keys.
@@ -49,6 +51,9 @@ secrets = st.sampled_from(SECRETS)
 names = st.sampled_from(NAMES)
 labels = st.sampled_from(LABELS)
 data = st.sampled_from(DATA)
+paces: st.SearchStrategy[Pace | Literal[False] | None] = st.sampled_from(
+    [None, None, False, Pace(1, 100.0, 3), Pace(4, 10.0)]
+)
 which_key = st.sampled_from(WHICH)
 
 
@@ -64,7 +69,7 @@ class PlainImports(Plain):
         self._take_text(item.secret)
         key = PlainKey(id, item.secret, self.alive_until(), imported=True)
         self.keys[id] = key
-        self.update(key, KeyPatch(item.name, item.labels, item.data))
+        self.update(key, KeyPatch(item.name, item.labels, item.data, item.pace))
         self.events[id].append((Change.IMPORTED, None, OPERATOR))
 
     def update(self, key: PlainKey, patch: KeyPatch) -> None:
@@ -72,6 +77,7 @@ class PlainImports(Plain):
         key.name = key.name if patch.name is None else patch.name or None
         key.labels = key.labels if patch.labels is None else patch.labels or None
         key.data = key.data if patch.data is None else (None if patch.data == b"{}" else patch.data)
+        key.pace = key.pace if patch.pace is None else patch.pace or None
 
     def replace(self, key: PlainKey, secret: str) -> None:
         """Another text; a lease goes on under the one that it was given with."""
@@ -81,7 +87,7 @@ class PlainImports(Plain):
             self._take_text(secret)
             if key.state is State.BLOCKED and first != secret:
                 key.former = first
-            key.text, key.imported = secret, True
+            key.text, key.imported, key.used_until = secret, True, 0.0
         self.restore(key)
 
     def _take_text(self, text: str) -> None:
@@ -138,12 +144,19 @@ class ImportsMachine(LeasesMachine):
         self.subject = key.id
         self._expect_same(key, self.plain.keys[key.id])
 
-    @rule(which=which_key, name=names, labels=labels, data=data)
-    def update(self, which: int, name: str | None, labels: dict[str, str] | None, data: bytes | None) -> None:
+    @rule(which=which_key, name=names, labels=labels, data=data, pace=paces)
+    def update(
+        self,
+        which: int,
+        name: str | None,
+        labels: dict[str, str] | None,
+        data: bytes | None,
+        pace: Pace | Literal[False] | None,
+    ) -> None:
         """Generated keys as well."""
         found = self._find(which, by_text=True)
         if found is not None:
-            self._update(*found, KeyPatch(name, labels, data))
+            self._update(*found, KeyPatch(name, labels, data, pace))
 
     def _update(self, key: Key, plain: PlainKey, patch: KeyPatch) -> None:
         if self.plain.with_name(patch.name) not in (None, plain):

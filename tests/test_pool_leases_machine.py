@@ -36,17 +36,19 @@ from keypool.core.events import DEADLINE, HOLDER, SILENT, By, Change, Origin
 from keypool.core.keys import Details, Key, State
 from keypool.core.keyset import PageQuery
 from keypool.core.outcomes import Outcome, Report
+from keypool.core.pace import LONGEST_WAIT, Pace
 from keypool.core.pool import Ended, Pool
 from keypool.core.rules import PoolRules
 
 MAX_KEYS = 8
 WHICH = range(20)
 MOSTLY = st.sampled_from([True, True, True, False])
+USES = st.sampled_from([1, 1, 1, 2, 4, 10**9])
 OPERATOR = Origin(By.OPERATOR, "ops")
 COUNTER_OF = {Change.QUARANTINED: "quarantines"} | {
     change: change.value for change in Change if change.value in COUNTERS
 }
-DURABLE = Key.__struct_fields__[: Key.__struct_fields__.index("details") + 1]
+DURABLE = Key.__struct_fields__[: Key.__struct_fields__.index("replayed")]
 ATTEMPTS = (b"one" * 5 + b".", b"two" * 5 + b".")
 RULES = (
     PoolRules(),
@@ -55,6 +57,8 @@ RULES = (
     PoolRules(rest_seconds=90.0, forget_seconds=100.0, error_threshold=2, max_cooldown_seconds=150.0),
     PoolRules(cooldown_seconds=0.0, max_quarantined_percent=100.0, keepalive_seconds=70.0),
     PoolRules(cooldown_seconds=2000.0, max_quarantined_percent=34.0, keepalive_seconds=20_000.0),
+    PoolRules(pace=Pace(1, 65.0, 2), keepalive_seconds=20_000.0),
+    PoolRules(pace=Pace(3, 20.0), rest_seconds=5.0, cooldown_seconds=10.0, max_block_seconds=90.0),
 )
 
 Told = tuple[Change, str | None, Origin]
@@ -88,10 +92,12 @@ class PlainKey:
     name: str | None = None
     labels: dict[str, str] | None = None
     data: bytes | None = None
+    pace: Pace | None = None
+    used_until: float = 0.0  # the theoretical arrival time
 
     @property
     def details(self) -> Details:
-        return Details(self.imported, self.name, self.labels, self.data, self.former)
+        return Details(self.imported, self.name, self.labels, self.data, self.former, self.pace)
 
     @property
     def state(self) -> State:
@@ -110,6 +116,7 @@ class Plain:
         self.now = START
         self.keys: dict[int, PlainKey] = {}
         self.dead: dict[int, str] = {}  # the texts of keys that lived
+        self.spent = 0  # cooldowns that a pace began or prolonged
         self.events: dict[int, list[Told]] = defaultdict(list)
 
     def with_text(self, text: str) -> PlainKey | None:
@@ -151,6 +158,28 @@ class Plain:
         key.acquired_at, key.may_report = self.now, True
         key.release = self.now + (self.rules.block_seconds if block is None else block)
         self.events[key.id].append((Change.ACQUIRED, owner, HOLDER))
+        if pace := self._pace(key):
+            key.used_until = max(key.used_until, self.now) + pace.seconds / pace.count
+
+    def _pace(self, key: PlainKey) -> Pace | None:
+        return key.pace or self.rules.pace
+
+    def _budget(self, key: PlainKey, ready: float) -> float:
+        """When a key is ready that would be without a pace, to which it cools until it has budget."""
+        if (pace := self._pace(key)) is None:
+            return ready
+        budget = key.used_until - (pace.burst - 1) * (pace.seconds / pace.count)
+        self.spent += budget > ready
+        return max(ready, budget)
+
+    def _used(self, key: PlainKey, uses: int) -> bool:
+        """Charge what a lease used beside its acquire."""
+        if (pace := self._pace(key)) is None or uses == 1:
+            return False
+        interval = pace.seconds / pace.count
+        furthest = self.now + (pace.burst - 1) * interval + LONGEST_WAIT
+        key.used_until = min((key.used_until or self.now) + (uses - 1) * interval, furthest)
+        return True
 
     def _end_lease(
         self, key: PlainKey, change: Change, at: float, origin: Origin, ready: float = 0.0
@@ -163,6 +192,7 @@ class Plain:
             return
         if self.rules.rest_seconds > 0:
             ready = max(ready, at + self.rules.rest_seconds)
+        ready = self._budget(key, max(ready, at))
         if ready > at:
             key.ready = ready
             self.events[key.id].append((Change.COOLED, owner, origin))
@@ -180,16 +210,18 @@ class Plain:
             seconds = min(seconds * 2, self.rules.max_cooldown_seconds)
         return min(seconds, self.rules.max_cooldown_seconds)
 
-    def unblock(self, key: PlainKey, report: Report | None, origin: Origin) -> Ended:
+    def unblock(self, key: PlainKey, report: Report | None, origin: Origin, uses: int = 1) -> Ended:
         """By the key's latest lease, or without one and without a report."""
         if report is None:
             if key.state is not State.BLOCKED:
                 return Ended(False)
+            self._used(key, uses)
             self._end_lease(key, Change.UNBLOCKED, self.now, origin)
             return Ended(True)
         if not key.may_report:
             return Ended(False)
         key.may_report = False
+        charged = self._used(key, uses)
         key.outcome, key.reason = report.outcome, report.reason
         quarantine = report.outcome is Outcome.INVALID
         guarded = (
@@ -202,11 +234,12 @@ class Plain:
         elif quarantine and not guarded:
             if key.state is not State.QUARANTINED:
                 self._quarantine(key, None, origin)
-        elif key.state is State.COOLING:
-            key.ready = max(ready, key.ready or 0)
-        elif key.state is State.AVAILABLE and ready > self.now:
-            key.ready = ready
-            self.events[key.id].append((Change.COOLED, None, origin))
+        elif key.state is not State.QUARANTINED:
+            ready = max(ready, key.ready or 0)
+            ready = self._budget(key, ready) if charged else ready
+            if key.state is State.AVAILABLE and ready > self.now:
+                self.events[key.id].append((Change.COOLED, None, origin))
+            key.ready = ready if ready > self.now else None
         return Ended(True, guarded)
 
     def _has_room_for_one(self) -> bool:
@@ -244,6 +277,10 @@ class Plain:
         if key.state in (State.COOLING, State.QUARANTINED):
             key.ready, key.quarantined = None, False
             self.events[key.id].append((Change.RESTORED, None, OPERATOR))
+            ready = self._budget(key, self.now)
+            if ready > self.now:
+                key.ready = ready
+                self.events[key.id].append((Change.COOLED, None, OPERATOR))
 
 
 class LeasesMachine(RuleBasedStateMachine):
@@ -316,6 +353,7 @@ class LeasesMachine(RuleBasedStateMachine):
         wanted["quarantine_pending"] = plain.to_be_quarantined
         held["deadlines"] = key.expires_deadline, key.release_deadline
         wanted["deadlines"] = plain.expires, plain.ready if plain.release is None else plain.release
+        held["paced"], wanted["paced"] = key.paced_until, plain.used_until
         held["failures"], wanted["failures"] = (
             self.pool.failures_of(key, self.now),
             self.plain.failures(plain),
@@ -370,9 +408,17 @@ class LeasesMachine(RuleBasedStateMachine):
         retry_after=st.sampled_from([None, 0.0, 1.0, 20.0, 100.0, 1e15]),
         reason=st.booleans(),
         lease=st.sampled_from(["any", "any", "new", "new", "unblocked", "released", "taken", "to be taken"]),
+        uses=USES,
     )
     def report(
-        self, which: int, outcome: Outcome, retry_after: float | None, reason: bool, lease: str
+        self,
+        which: int,
+        outcome: Outcome,
+        retry_after: float | None,
+        reason: bool,
+        lease: str,
+        *,
+        uses: int,
     ) -> None:
         """By the latest lease of any key; or by a new one, which may be over for one reason or another."""
         if lease != "any":
@@ -391,8 +437,8 @@ class LeasesMachine(RuleBasedStateMachine):
         key, plain = found
         waits = retry_after if outcome is Outcome.RATE_LIMITED else None
         report = Report(outcome, waits, f"{outcome}, {retry_after}" if reason else None)
-        ended = self.plain.unblock(plain, report, HOLDER)
-        assert self.pool.unblock(key, plain.lease, self.now, report, HOLDER) == ended
+        ended = self.plain.unblock(plain, report, HOLDER, uses=uses)
+        assert self.pool.unblock(key, plain.lease, self.now, report, HOLDER, uses=uses) == ended
         self._expect_same(key, plain)
 
     @rule(
@@ -400,8 +446,9 @@ class LeasesMachine(RuleBasedStateMachine):
         lease=st.sampled_from(["none", "latest", "older", "newer"]),
         reports=st.booleans(),
         origin=st.sampled_from([HOLDER, OPERATOR]),
+        uses=USES,
     )
-    def unblock(self, which: int, lease: str, reports: bool, origin: Origin) -> None:
+    def unblock(self, which: int, lease: str, reports: bool, origin: Origin, uses: int = 1) -> None:
         """Without a report; or with a lease number that isn't the key's latest, and changes nothing."""
         found = self._find(which, by_text=True)
         if found is None:
@@ -411,8 +458,8 @@ class LeasesMachine(RuleBasedStateMachine):
             lease
         ]
         if number in (None, plain.lease or None):
-            ended = self.plain.unblock(plain, None, origin)
-            assert self.pool.unblock(key, number, self.now, None, origin) == ended
+            ended = self.plain.unblock(plain, None, origin, uses=uses)
+            assert self.pool.unblock(key, number, self.now, None, origin, uses=uses) == ended
         else:
             with pytest.raises(StaleLease):
                 self.pool.unblock(key, number, self.now, Report(Outcome.INVALID) if reports else None, origin)
@@ -469,7 +516,7 @@ class LeasesMachine(RuleBasedStateMachine):
             which = 0
         found = self._find(which, by_text=False)
         if found is not None:
-            self.pool.restore(found[0], OPERATOR)
+            self.pool.restore(found[0], self.now, OPERATOR)
             self.plain.restore(found[1])
             self._expect_same(*found)
 
@@ -571,6 +618,10 @@ class LeasesMachine(RuleBasedStateMachine):
         counts |= {State.COOLING: self.pool.cooling, State.QUARANTINED: self.pool.quarantined}
         assert counts == {state: len(self.plain.in_state(state)) for state in State}
         assert self.pool.total == len(self.plain.keys)
+        if (
+            not self.plain.dead
+        ):  # of an expired key, it may not have been noticed that its lease had ended before
+            assert self.pool.counters.paced == self.plain.spent
         ends = [end for key in self.plain.keys.values() if (end := key.release or key.ready) is not None]
         assert self.pool.next_release(self.now) == (min(ends) - self.now if ends else None)
 

@@ -7,19 +7,22 @@ import re
 
 from support import ROOT
 
+from keypool.api.bodies import MAX_USES
 from keypool.api.calls import BASE
 from keypool.client import Stats as ClientStats
 from keypool.client import answers as client_answers
 from keypool.client.imports import MOST_BYTES, MOST_ITEMS
-from keypool.client.pool_settings import OF_SERVER
+from keypool.client.pool_settings import NO_FLAGS, OF_SERVER
 from keypool.client.pool_settings import POOL_SETTINGS as CLIENT_SETTINGS
+from keypool.client.reports import MOST_USES
 from keypool.client.settings import BASE as CLIENT_BASE
 from keypool.client.settings import pool_name
-from keypool.config.pool_settings import NULL_MEANS, POOL_SETTINGS
+from keypool.config.pool_settings import NULL_MEANS, PACE, POOL_SETTINGS
 from keypool.config.setting_types import Whole
 from keypool.core import answers, rules
 from keypool.core.answers import Stats
 from keypool.core.counters import COUNTERS, Counters
+from keypool.core.pace import Pace
 
 
 def test_stats_has_every_counter_in_order() -> None:
@@ -72,11 +75,27 @@ def test_client_and_server_agree_on_the_settings_of_a_pool() -> None:
     """Names, defaults, ranges, and which may be null."""
     assert tuple(CLIENT_SETTINGS) == rules.SETTINGS
     for name, mine in CLIENT_SETTINGS.items():
-        theirs = POOL_SETTINGS[name]
-        assert (mine.low, mine.high, mine.whole) == (theirs.low, theirs.high, isinstance(theirs, Whole)), name
         assert mine.default == getattr(rules.DEFAULT_RULES, name), name
         assert mine.null == (name in NULL_MEANS), name
+        if mine.members is None:
+            theirs = POOL_SETTINGS[name]
+            ranged = (mine.low, mine.high, mine.whole)
+            assert ranged == (theirs.low, theirs.high, isinstance(theirs, Whole)), name
     assert OF_SERVER == rules._OF_SERVER
+    assert NO_FLAGS == rules.NO_FLAGS
+
+
+def test_client_and_server_agree_on_the_members_of_a_pace() -> None:
+    """Names, ranges and what a burst is if it is left out; and on the most uses."""
+    members = CLIENT_SETTINGS["pace"].members
+    assert members is not None
+    assert tuple(members) == tuple(PACE) == Pace.__struct_fields__
+    assert (members["burst"].default,) == Pace.__struct_defaults__
+    for name, mine in members.items():
+        theirs = PACE[name]
+        ranged = (mine.low, mine.high, mine.whole)
+        assert ranged == (theirs.low, theirs.high, isinstance(theirs, Whole)), name
+    assert MOST_USES == MAX_USES
 
 
 def test_client_and_server_agree_on_names_of_pools() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from valkey_support import Place, age, become, eventually, new_place, on_loop, pools_on
 from valkeys import Valkey, new_pool, shared_cluster
 
+from keypool.core.answers import KeyPatch, Unblock
 from keypool.core.errors import (
     BadRequest,
     NoKeyAvailable,
@@ -31,6 +34,7 @@ from keypool.core.errors import (
 from keypool.core.events import By, Change, Event, Origin
 from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
+from keypool.core.pace import Pace
 from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey import presence
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -233,6 +237,92 @@ async def test_changes_by_several_servers_at_once_are_all_kept(place: Place) -> 
         wanted = {key: value for change in changes for key, value in change.items()}
         for pools in (one, two):
             await follow(pools, partial(_has, pools, "a", wanted), "all are known")
+
+
+# ---------------------------------------------------------------------------------------------------------- pace
+
+
+@on_loop
+async def test_a_pace_holds_on_all_servers_and_after_a_stop_of_all(place: Place) -> None:
+    """That of a pool, and of `default`, which is no flag of theirs."""
+    pace, own = Pace(2, 120.0), Pace(3, 1.5, 2)
+    async with two_servers(place.url, max_pools=1) as (one, two):
+        assert await one.put("default", {}, ADMIN) is False
+        await one.change("default", {"pace": own}, ADMIN)
+        assert await one.put("openai", {"pace": pace}, ADMIN), "default isn't counted"
+        openai = await found(two, "openai")
+        await follow(two, partial(_has, two, "default", {"pace": own}), "the other server knows")
+        await one.get("openai").generate(1)
+        lease = await openai.acquire(None, 0)
+        answer = await openai.unblock(lease.id, lease.lease, uses=2)
+        assert answer.state is State.COOLING
+        assert answer.available_in == pytest.approx(120, abs=5)
+        row = await one.get("openai").update(lease.id, KeyPatch(pace=own), ADMIN)
+        assert row.pace == own
+        with pytest.raises(PoolFixed):
+            await two.put("default", {"pace": None, "max_keys": 5}, ADMIN)
+    async with pools_on(place.url, 2) as pools:
+        assert _has(pools, "default", {"pace": own})
+        assert _has(pools, "openai", {"pace": pace})
+        restored = await pools.get("openai").restore(1, ADMIN)
+        assert (restored.state, restored.pace) == (State.COOLING, own), "what it was charged before counts"
+        await pools.default.generate(2)
+        leases = await pools.default.acquire_many(None, 2)
+        await pools.default.unblock_many([Unblock(lease.id, lease.lease, None, 9) for lease in leases])
+        await become(pools.default, "both cool", cooling=2, paced=2)
+        assert await pools.put("default", {}, ADMIN) is False
+        assert _has(pools, "default", {"pace": None})
+
+
+@on_loop
+async def test_a_key_is_ready_by_itself_when_it_has_budget(place: Place) -> None:
+    """After an unblock and after a release; nobody calls meanwhile."""
+    async with pools_on(place.url, 1, block_seconds=0.2, max_block_seconds=60.0) as pools:
+        engine = pools.default
+        await pools.change("default", {"pace": Pace(1, 0.4)}, ADMIN)
+        await engine.generate(2)
+        await engine.acquire(None, 0)
+        lease = await engine.acquire(None, 0, block_seconds=60)
+        await engine.unblock(lease.id, lease.lease)
+
+        def ready() -> int:
+            return sum(event.event is Change.READY for event in engine.recent(100))
+
+        await eventually(lambda: ready() == 2, "both are ready")
+        stats = await engine.stats()
+        assert (stats.released, stats.unblocked, stats.paced, stats.available) == (1, 1, 2, 2)
+
+
+@on_loop
+async def test_no_window_has_more_acquires_than_the_pace_allows(place: Place) -> None:
+    """Over random histories of two servers, as time is made to pass."""
+    chance, pace = random.Random(7), Pace(3, 60.0, 2)
+    async with two_servers(place.url) as servers:
+        await servers[0].change("default", {"pace": pace}, ADMIN)
+        [key] = await servers[0].default.generate(1)
+        acquired: list[tuple[float, float]] = []  # the moments between which each was
+        aged = 0.0
+        for _ in range(120):
+            engine = chance.choice(servers).default
+            before = time.time() + aged
+            step = chance.choice(["acquire", "acquire", "acquire", "restore", "pass", "pass"])
+            if step == "acquire":
+                with contextlib.suppress(NoKeyAvailable):
+                    lease = await engine.acquire(None, 0)
+                    acquired.append((before, time.time() + aged))
+                    report = chance.choice([None, Report(Outcome.OK), Report(Outcome.RATE_LIMITED, 1)])
+                    await engine.unblock(key.id, lease.lease, report=report, uses=chance.choice([1, 1, 2]))
+            elif step == "restore":
+                await engine.restore(key.id, ADMIN)
+            else:
+                seconds = chance.choice([1.0, 5.0, 19.0, 21.0])
+                await engine.keepalive(key.id)
+                age(place.valkey, place.pool, 2, seconds)
+                aged += seconds
+        most = pace.count + pace.burst - 1
+        assert len(acquired) > 2 * most
+        for (first, _), (_, last) in zip(acquired, acquired[most:], strict=False):
+            assert last - first >= pace.seconds
 
 
 def _has(pools: ValkeyPools, name: str, settings: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from valkey_support import SECRETS, Place, age, check, engine_on, new_place, on_loop, with_constants
@@ -27,6 +27,7 @@ from keypool.core.events import HOLDER, SILENT, By, Change, Origin
 from keypool.core.handles import Handle
 from keypool.core.keys import NEVER, Key, State, hint
 from keypool.core.outcomes import Outcome, Report
+from keypool.core.pace import Pace
 from keypool.core.pool import Pool
 from keypool.core.rules import PoolRules
 from keypool.engine import Client
@@ -40,6 +41,8 @@ RULES: dict[str, Any] = {
     "max_cooldown_seconds": 250.0, "max_retry_after_seconds": 333.0, "error_threshold": 2, "forget_seconds": 170.0,
     "max_quarantined_percent": 40.0,
 }  # fmt: skip
+PACES = [Pace(1, 19.3, 3), Pace(5, 611.5), Pace(1000, 1.0)]
+USES = [1, 2, 7, 10**9]
 NAMES = ["acct-1", "acct-2", "Größe", "z"]
 ODD = ["id:1", "h:1.1.aaaaaaaaaaa"]
 TEXTS = [*(f"sk-live-{number:02}-{'x' * 9}" for number in range(8)), "tiny", "ключ-номер-1", *ODD]
@@ -162,6 +165,14 @@ class Twins:
         limited = outcome is Outcome.RATE_LIMITED
         return Report(outcome, self.random.choice([None, 0, 23.5, 110, 1e15]) if limited else None, reason)
 
+    def uses(self) -> int:
+        """How often a key was used; mostly once."""
+        return self.random.choice([1, 1, *USES])
+
+    def pace(self) -> Pace | Literal[False] | None:
+        """A key's own, or none, where the pool has one."""
+        return None if self.rules.pace is None else self.random.choice([None, None, False, *PACES])
+
     # -- calls to both
 
     def find(self, ref: Ref) -> Key:
@@ -205,6 +216,7 @@ class Twins:
         assert row.expires_in == self.left(key)
         assert (row.hint, row.client) == (key.hint, key.client)
         assert (row.name, row.labels) == (key.details.name, key.details.labels or {})
+        assert row.pace == key.details.pace
         assert row.release_in == (pytest.approx(left, abs=self.near) if state is State.BLOCKED else None)
         assert row.available_in == (pytest.approx(left, abs=self.near) if state is State.COOLING else None)
 
@@ -294,16 +306,17 @@ class Twins:
         report = self.report() if lease is not None and self.random.random() < 0.8 else None
         if report is not None and report.outcome is Outcome.INVALID:
             await self.settle()  # the guard counts the keys
-        origin = self.random.choice([HOLDER, ADMIN])
+        origin, uses = self.random.choice([HOLDER, ADMIN]), self.uses()
         key: Key | None = None
 
         def follow() -> Any:
             nonlocal key
             key = self.find(ref)
             by = origin if lease is None else HOLDER  # whoever has the lease number is its holder
-            return self.pool.unblock(key, lease, self.now, report, by)
+            return self.pool.unblock(key, lease, self.now, report, by, uses=uses)
 
-        answer, followed = await self.both(self.engine.unblock(ref, lease, ended, report, origin), follow)
+        call = self.engine.unblock(ref, lease, ended, report, origin, uses=uses)
+        answer, followed = await self.both(call, follow)
         if answer is None:
             return
         assert key is not None
@@ -345,7 +358,7 @@ class Twins:
     async def restore(self) -> None:
         ref = self.ref()
         row, _ = await self.both(
-            self.engine.restore(ref, ADMIN), lambda: self.pool.restore(self.find(ref), ADMIN)
+            self.engine.restore(ref, ADMIN), lambda: self.pool.restore(self.find(ref), self.now, ADMIN)
         )
         if row is not None:
             self.expect_row(row)
@@ -378,7 +391,8 @@ class Twins:
         """A key to import."""
         name = self.random.choice([None, None, *NAMES])
         labels = self.random.choice([None, {"region": "eu"}])
-        return NewKey(self.random.choice(TEXTS), name, labels, self.random.choice([None, b'{"user":"x"}']))
+        data = self.random.choice([None, b'{"user":"x"}'])
+        return NewKey(self.random.choice(TEXTS), name, labels, data, self.pace() or None)
 
     def known(self, secret: str) -> Key | None:
         """The pool's key with this text, not the one of which it is the text before."""
@@ -438,7 +452,7 @@ class Twins:
             _, error = await _outcome(lambda: self.imported(item, result.id or 0))
             status = "created"
         else:
-            patch = KeyPatch(item.name, item.labels, item.data)
+            patch = KeyPatch(item.name, item.labels, item.data, item.pace)
             change = (lambda: self.pool.update(key, patch, self.now, ADMIN)) if update else (lambda: None)
             _, error = await _outcome(change)
             status = "updated" if update else "existed"
@@ -451,9 +465,11 @@ class Twins:
     async def update(self) -> None:
         ref = self.ref()
         name = self.random.choice([None, "", *NAMES])
-        patch = KeyPatch(
-            name, self.random.choice([None, {}, {"a": "b"}]), self.random.choice([None, b"{}", b'{"p":1}'])
+        labels, data = (
+            self.random.choice([None, {}, {"a": "b"}]),
+            self.random.choice([None, b"{}", b'{"p":1}']),
         )
+        patch = KeyPatch(name, labels, data, self.pace())
         row, _ = await self.both(
             self.engine.update(ref, patch, ADMIN),
             lambda: self.pool.update(self.find(ref), patch, self.now, ADMIN),
@@ -491,7 +507,7 @@ class Twins:
         engine = self.engine
         refs = [self.batch_ref() for _ in range(6)] * 2
         reports = [Report(Outcome.ERROR), Report(Outcome.OK, None, "well"), None]
-        items = [Unblock(ref, self.lease_of(ref), self.random.choice(reports)) for ref in refs]
+        items = [Unblock(ref, self.lease_of(ref), self.random.choice(reports), self.uses()) for ref in refs]
         self.same(await engine.unblock_many(items), items, self._unblock)
         longer = [Extension(ref, self.lease_of(ref), self.random.choice([None, 90.0])) for ref in refs]
         self.same(await engine.extend_many(longer), longer, self._extend)
@@ -503,7 +519,7 @@ class Twins:
         self.same(await engine.delete_many(some, ADMIN), some, self._delete)
 
     def _unblock(self, item: Unblock) -> None:
-        self.pool.unblock(self.find(item.ref), item.lease, self.now, item.report)
+        self.pool.unblock(self.find(item.ref), item.lease, self.now, item.report, uses=item.uses)
 
     def _extend(self, item: Extension) -> None:
         self.pool.extend(self.find(item.ref), item.lease, item.seconds, self.now)
@@ -515,7 +531,7 @@ class Twins:
         self.pool.quarantine(self.find(ref), "all", False, self.now, ADMIN)
 
     def _restore(self, ref: Ref) -> None:
-        self.pool.restore(self.find(ref), ADMIN)
+        self.pool.restore(self.find(ref), self.now, ADMIN)
 
     def _delete(self, ref: Ref) -> None:
         self.pool.delete(self.find(ref), ADMIN)
@@ -599,6 +615,8 @@ class Twins:
         if self.engine.rules.keepalive_seconds is None:
             assert not stats.expired
         counted: Counter[str] = Counter(refused=self.refused, kept_alive=pool.counters.kept_alive)
+        # Whether it was noticed of an expired key that its lease had ended is chance.
+        counted["paced"] = stats.paced if stats.expired else pool.counters.paced
         for event in self.engine.recent(10**6):
             events[event.id].append((event.event, event.owner, event.lease, event.by, event.actor))
             counted["quarantines" if event.event is Change.QUARANTINED else event.event] += 1
@@ -626,29 +644,38 @@ async def _outcome(call: Awaitable[Any] | Callable[[], Any]) -> tuple[Any, Any]:
 @on_loop
 @pytest.mark.parametrize("sealed", [False, True], ids=["clear", "sealed"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 0.0, 300.0), (4, 1, 13.0, 300.0), (16, 32, 0.0, None), (7, 3, 29.0, 300.0)]
+    "shape",
+    [
+        (1, 1, 0.0, 300.0, None),
+        (4, 1, 13.0, 300.0, Pace(3, 311.0, 2)),
+        (16, 32, 0.0, None, Pace(1, 41.3)),
+        (7, 3, 29.0, 300.0, None),
+    ],
 )
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(1, 6))]
 )
 async def test_the_scripts_agree_with_the_pool_call_by_call(
     place: Place,
-    shape: tuple[int, int, float, float | None],
+    shape: tuple[int, int, float, float | None, Pace | None],
     sealed: bool,
     seed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In random order, also while many overdue keys have not been swept yet. `shape`: how many partitions, how many
-    overdue keys a call processes, how long keys rest, and how long they live. Those from elsewhere are `sealed` only.
+    overdue keys a call processes, how long keys rest, how long they live, and their pace. Those from elsewhere are
+    `sealed` only.
     """
-    partitions, at_once, rest, life = shape
+    partitions, at_once, rest, life, pace = shape
     with_constants(monkeypatch, clock=clock_of(place), MAX_DUE=at_once, KEPT_EVENTS=100_000)
     monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
     monkeypatch.setattr(valkey_poller, "RECENT_EVENTS", 100_000)
     settings = {**RULES, "rest_seconds": rest, "keepalive_seconds": life}
-    rules = PoolRules(**settings)
+    rules = PoolRules(**settings, pace=pace)
     place.valkey.ask("SET", clock_of(place), round(time.time() * 1e6))
     async with engine_on(place.url, partitions, secrets=SECRETS if sealed else (), **settings) as engine:
+        if pace is not None:
+            await engine.set_rules(rules, 1)
         await engine.stats()
         engine._poller._stopped = True  # no sweep but those of the calls
         twins = Twins(place, partitions, engine, rules, seed)

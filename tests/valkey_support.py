@@ -173,7 +173,7 @@ _AGE = """
 local by, NEVER = tonumber(ARGV[1]), 9007199254740992
 for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
   local record = cmsgpack.unpack(redis.call('HGET', KEYS[2], text))
-  for _, field in ipairs({4, 5, 7}) do
+  for _, field in ipairs({4, 5, 7, 19}) do
     if record[field] and record[field] ~= 0 and record[field] ~= NEVER then record[field] = record[field] - by end
   end
   if record[11] and record[11][2] ~= 0 then record[11][2] = record[11][2] - by end
@@ -263,7 +263,7 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
             numbers = {
                 name.decode(): int(value)
                 for name, value in zip(counts[::2], counts[1::2], strict=True)
-                if name not in (b"sweepers", b"rekeyed")
+                if name not in (b"sweepers", b"rekeyed", b"pace")
             }
             assert numbers.get("cooling", 0) == sum(record.mark == "c" for record in kept.values())
             for name, value in numbers.items():
@@ -296,6 +296,7 @@ class _Record(NamedTuple):
     info: Any = False
     former: Any = False
     share: Any = False
+    paced: Any = False
 
 
 def _entry(text: bytes, record: _Record) -> bytes:

@@ -187,7 +187,7 @@ def _unblock_of(item: str | UnblockItem, ref: Ref, number: int) -> Unblock:
     report = item.report(f" - at `$.keys[{number}]`")
     if report is not None and lease is None and not item.key.startswith(PREFIX):
         raise BadRequest(REPORT_NEEDS)
-    return Unblock(ref, lease, report)
+    return Unblock(ref, lease, report, item.uses or 1)
 
 
 async def _extend_batch(engine: Engine, call: Call, body: ExtendBatch) -> ExtendedLeases:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from keypool.config.pool_settings import NULL_MEANS, POOL_SETTINGS
+from keypool.config.pool_settings import NULL_MEANS, PACE, PACE_TAKES, POOL_SETTINGS
 from keypool.config.setting_types import Whole
-from keypool.core.errors import BadRequest
+from keypool.core.errors import BadRequest, SettingsError
 from keypool.core.keys import MAX_NAME
 from keypool.core.outcomes import OK_REPORT, Outcome, Report
-from keypool.core.rules import Settings
+from keypool.core.pace import Pace
+from keypool.core.rules import SETTINGS, Settings
 
 MAX_BATCH = 1000
 MAX_SECRET = 4096
@@ -24,6 +25,7 @@ MAX_DATA = 4096
 """Bytes of a key's data, as compact JSON in UTF-8."""
 MAX_LABELS = 16
 MAX_WAIT = 60
+MAX_USES = 10**9
 MOST_SECONDS = 10**15
 """The largest length of time that a body may give: thirty million years, of which floats still count milliseconds."""
 
@@ -80,6 +82,15 @@ _BlockSeconds = Annotated[
         "if that is less, to max_block_seconds",
     ),
 ]
+_Uses = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=MAX_USES,
+        description="how often the key was used in this lease, 1 to 10^9, that of the acquire among them: what is "
+        "charged to a key with a pace",
+    ),
+]
 _LeaseNumber = Annotated[int, Meta(ge=0, le=2**63 - 1, description="the lease number that acquire gave")]
 _Count = Annotated[int, Meta(ge=1, le=MAX_BATCH)]
 _KeyText = Annotated[str, Meta(description="the key, the handle of its lease, or id:N for admins")]
@@ -109,6 +120,7 @@ class UnblockBody(Body):
     outcome: _Outcome | None = None
     retry_after: _RetryAfter | None = None
     reason: _Reason | None = None
+    uses: _Uses | None = None
 
     def report(self, place: str = "") -> Report | None:
         """What the holder reports, if anything. `place` is that of the item in a batch. Raises BadRequest.
@@ -193,12 +205,42 @@ _Expire = Annotated[
 ]
 
 
+def _of_pace(name: str) -> Meta:
+    """What a member of a pace takes. Its range is described only, as those of names are."""
+    kind = PACE[name]
+    return Meta(description=kind.takes, extra_json_schema={"minimum": kind.low, "maximum": kind.high})
+
+
+class PaceBody(Body):
+    """How often a key may be used: `count` times in `seconds`, of which `burst`, 1 if left out, may come at once."""
+
+    count: Annotated[int, _of_pace("count")] | None = None
+    seconds: Annotated[float, _of_pace("seconds")] | None = None
+    burst: Annotated[int, _of_pace("burst")] | None = None
+
+    def pace(self) -> Pace:
+        """The pace. Raises BadRequest for a value that is missing or out of range."""
+        if self.count is None or self.seconds is None:
+            raise BadRequest(f"pace takes {PACE_TAKES}; `count` and `seconds` go together")
+        burst = 1 if self.burst is None else self.burst
+        try:
+            for name, value in (("count", self.count), ("seconds", self.seconds), ("burst", burst)):
+                PACE[name].typed(f"pace.{name}", value)
+        except SettingsError as error:
+            raise BadRequest(str(error)) from None
+        return Pace(self.count, self.seconds, burst)
+
+
+_Pace = Annotated[PaceBody, Meta(description=PACE_TAKES)]
+
+
 class DetailsBody(Body):
     """What an operator writes about a key. `""` and `{}` remove what was there."""
 
     name: _Name | None = None
     labels: _Labels | None = None
     data: _Data | None = None
+    pace: _Pace | None = None
 
 
 class ImportItem(DetailsBody, kw_only=True):
@@ -214,10 +256,10 @@ class NewKeyBody(DetailsBody):
     expire: _Expire | None = None
 
     def __post_init__(self) -> None:
-        others = (self.name, self.labels, self.data, self.expire)
+        others = (self.name, self.labels, self.data, self.pace, self.expire)
         if self.secret is None and any(value is not None for value in others):
             raise ValueError(
-                "`name`, `labels`, `data` and `expire` go with a `secret`; PATCH gives them to a key"
+                "`name`, `labels`, `data`, `pace` and `expire` go with a `secret`; PATCH gives them to a key"
             )
 
 
@@ -309,7 +351,7 @@ class ImportBatch(BatchBody, tag="import"):
         Annotated[
             Literal["skip", "update"],
             Meta(
-                description="what to do with a key that the pool has: skip (default), or update its name, labels, data"
+                description="what to do with a key that the pool has: skip (default), or update what was given with it"
             ),
         ]
         | None
@@ -352,6 +394,9 @@ class DeletePoolQuery(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
 
 def _setting(name: str) -> tuple[str, Any, Any]:
     """A field of PoolBody. Its range is that of the flag."""
+    if name == "pace":
+        takes = f"{PACE_TAKES}; or null: {NULL_MEANS[name]}"
+        return name, Annotated[PaceBody, Meta(description=takes)] | None | UnsetType, UNSET
     kind = POOL_SETTINGS[name]
     takes = f"{kind.takes}, or null: {NULL_MEANS[name]}" if name in NULL_MEANS else kind.takes
     number = int if isinstance(kind, Whole) else float
@@ -363,10 +408,13 @@ class _PoolBody(Body):
     """The settings of a pool, all optional."""
 
     def settings(self) -> Settings:
-        """The settings that were given. Null is a value for some, and for the others as if it were absent."""
+        """The settings that were given. Null is a value for some, and for the others as if it were absent.
+
+        Raises BadRequest for a wrong pace.
+        """
         given = zip(self.__struct_fields__, msgspec.structs.astuple(self), strict=True)
         return {
-            name: value
+            name: value.pace() if isinstance(value, PaceBody) else value
             for name, value in given
             if value is not UNSET and (value is not None or name in NULL_MEANS)
         }
@@ -377,7 +425,7 @@ if TYPE_CHECKING:
 else:
     PoolBody = msgspec.defstruct(
         "PoolBody",
-        [_setting(name) for name in POOL_SETTINGS],
+        [_setting(name) for name in SETTINGS],
         bases=(_PoolBody,),
         namespace={"__doc__": _PoolBody.__doc__},
         module=__name__,

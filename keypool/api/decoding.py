@@ -170,6 +170,8 @@ _CHECKS: dict[Any, Callable[[Any, bytes], None]] = {
 def require_unique_members(item: ImportItem, raw: bytes) -> None:
     """Raise BadRequest if an object in an item of an import has a member twice. O(members)."""
     members = _members(item) + _inner_members(item.labels) + _inner_members(item.data)
+    if item.pace is not None:
+        members += _members(item.pace)
     if raw.count(b":") > members:  # which a colon in a text makes likely
         _require_unique(raw)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ from keypool.api.bodies import (
     DetailsBody,
     ImportBatch,
     ImportItem,
+    PaceBody,
 )
 from keypool.api.calls import ID
 from keypool.api.decoding import bad_body, fields_of, not_json, require_unique_members
@@ -28,6 +29,7 @@ from keypool.core.answers import Imported, KeyPatch, NewKey
 from keypool.core.errors import BadRequest
 from keypool.core.handles import PREFIX
 from keypool.core.keys import MAX_NAME
+from keypool.core.pace import Pace
 
 _SLICE_BYTES = 64 * 1024  # of items that are read before others run: 0.1 to 0.5 ms
 _SLICE_ITEMS = 50
@@ -38,6 +40,7 @@ _split = msgspec.json.Decoder(
 ).decode
 _decode = msgspec.json.Decoder(ImportItem).decode
 _FIELDS = fields_of(ImportItem)
+_NO_PACE = PaceBody()
 
 
 async def read_items(body: ImportBatch) -> list[NewKey | Imported]:
@@ -88,7 +91,7 @@ def new_key(secret: str, details: DetailsBody) -> NewKey:
     if details.name == "":
         raise BadRequest(f"name takes {_FIELDS['name']}, not an empty text")
     patch = patch_of(details)
-    return NewKey(checked_secret(secret), patch.name, patch.labels, patch.data)
+    return NewKey(checked_secret(secret), patch.name, patch.labels, patch.data, patch.pace or None)
 
 
 def checked_secret(secret: str) -> str:
@@ -110,7 +113,10 @@ def patch_of(body: DetailsBody) -> KeyPatch:
         data = msgspec.json.encode(body.data)
         if len(data) > MAX_DATA:
             raise BadRequest(f"data takes {_FIELDS['data']}, not {len(data)} bytes")
-    return KeyPatch(body.name, body.labels, data)
+    pace: Pace | Literal[False] | None = None
+    if body.pace is not None:
+        pace = body.pace != _NO_PACE and body.pace.pace()
+    return KeyPatch(body.name, body.labels, data, pace)
 
 
 def _check_name(name: str) -> None:

@@ -215,8 +215,11 @@ def unblock(engine: Engine, call: Call, text: str, body: UnblockBody | None = No
     Raises BadRequest, Forbidden, UnknownKey, StaleLease, StorageUnavailable.
     """
     lease = report = None
+    uses = 1
     if body is not None:
         lease = body.lease
+        if body.uses is not None:
+            uses = body.uses
         if body.outcome is not None or body.reason is not None or body.retry_after is not None:
             report = body.report()
     ref = key_ref(engine, text, call.caller)
@@ -226,15 +229,17 @@ def unblock(engine: Engine, call: Call, text: str, body: UnblockBody | None = No
         if lease is None:
             raise BadRequest(REPORT_NEEDS)
         call.reported = report.outcome
-        return engine.unblock(ref, lease, None, report)
-    return engine.unblock(ref, lease) if lease is not None else _unblock_audited(engine, call, ref)
+        return engine.unblock(ref, lease, None, report, uses=uses)
+    if lease is not None:
+        return engine.unblock(ref, lease, uses=uses)
+    return _unblock_audited(engine, call, ref, uses)
 
 
-async def _unblock_audited(engine: Engine, call: Call, ref: Ref) -> Unblocked:
+async def _unblock_audited(engine: Engine, call: Call, ref: Ref, uses: int) -> Unblocked:
     ended: list[EndedLease] = []
     outcome = "ok"
     try:
-        return await engine.unblock(ref, None, ended, None, origin_without_lease(call))
+        return await engine.unblock(ref, None, ended, None, origin_without_lease(call), uses=uses)
     except StorageUnavailable as error:
         outcome = error.code
         raise
@@ -367,7 +372,7 @@ OPERATIONS: tuple[Operation, ...] = (
         _delete, None, status=204, errors=(UnknownKey, StaleLease)),
     Operation("get", "GET", "/keys/{key}", CLIENT_OR_VIEWER, "The state of a key, without its text.",
         _get, Row, errors=(UnknownKey, StaleLease), changes=False),
-    Operation("update", "PATCH", "/keys/{key}", ADMIN, "Give a key a name, labels or data.",
+    Operation("update", "PATCH", "/keys/{key}", ADMIN, "Give a key a name, labels, data or a pace.",
         _update, Row, body=DetailsBody, body_required=True, errors=(UnknownKey, StaleLease, NameTaken)),
     Operation("replace", "POST", "/keys/{key}/replace", ADMIN,
         "Give a key another text, and forget its failures. Its holder may use the old one until the lease ends.",

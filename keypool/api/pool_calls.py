@@ -6,8 +6,10 @@ from keypool.api.bodies import DeletePoolQuery, PoolBody
 from keypool.api.calls import Call, operator, unknown_outcome, write_audit
 from keypool.core.answers import PoolRow, PoolRows, Rekeying
 from keypool.core.errors import BadRequest, Forbidden
+from keypool.core.pace import Pace
 from keypool.core.rules import MAX_POOL_NAME, Settings, is_pool_name
 from keypool.engine import Pools
+from keypool.ops.audit import Fact
 
 
 async def list_pools(pools: Pools, call: Call) -> PoolRows:
@@ -29,7 +31,7 @@ async def put_pool(pools: Pools, call: Call) -> PoolRow:
     settings = _settings(call)
     with unknown_outcome(call, "pool-put", []):
         call.is_other = await pools.put(call.pool, settings, operator(call))
-    write_audit(call, "pool-put", [], facts=settings)
+    write_audit(call, "pool-put", [], facts=_facts(settings))
     return pools.row(call.pool)
 
 
@@ -38,13 +40,18 @@ async def change_pool(pools: Pools, call: Call) -> PoolRow:
     settings = _settings(call)
     with unknown_outcome(call, "pool-change", []):
         await pools.change(call.pool, settings, operator(call))
-    write_audit(call, "pool-change", [], facts=settings)
+    write_audit(call, "pool-change", [], facts=_facts(settings))
     return pools.row(call.pool)
 
 
 def _settings(call: Call) -> Settings:
     body: PoolBody | None = call.body
     return {} if body is None else body.settings()
+
+
+def _facts(settings: Settings) -> dict[str, Fact]:
+    """Settings for the audit log."""
+    return {name: str(value) if isinstance(value, Pace) else value for name, value in settings.items()}
 
 
 async def delete_pool(pools: Pools, call: Call) -> PoolRow | None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from keypool import __version__
 from keypool.cli.status import CommandError, Status
 from keypool.client.answers import Outcome, State
-from keypool.client.reports import retry_after_of
+from keypool.client.reports import MOST_USES, retry_after_of
 from keypool.client.settings import DEFAULT_POOL, DEFAULT_URL
 
 SHELLS = ("bash", "zsh", "fish")
@@ -137,6 +137,7 @@ def _number(convert: Callable[[str], float], low: float, high: float, takes: str
     return read
 
 
+_uses = _number(int, 1, MOST_USES, "a whole number from 1 to 10^9")
 _whole = _number(int, 0, 10**18, "a whole number")
 _positive = _number(int, 1, 10**18, "a whole number from 1")
 _seconds = _number(float, 0, 86_400, "seconds, from 0 to 86400")
@@ -152,6 +153,19 @@ def _retry_after(text: str) -> float:
             f"takes seconds, from 0, or the date of a Retry-After header, not {text!r}"
         )
     return seconds
+
+
+def _pace(text: str) -> dict[str, float]:
+    """`none` is an empty one, which removes it."""
+    if text == "none":
+        return {}
+    try:
+        count, seconds, *burst = text.split("/")
+        return {"count": int(count), "seconds": float(seconds)} | ({"burst": int(*burst)} if burst else {})
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(
+            f"takes COUNT/SECONDS, COUNT/SECONDS/BURST or none, not {text!r}"
+        ) from None
 
 
 def _wait(text: str) -> float | None:
@@ -200,8 +214,8 @@ def switch(names: str, about: str) -> Argument:
 
 _ABOUT_FILES = """\
 The first line of a CSV file names the columns: secret, name, label:NAME and data:NAME; only secret is required. JSON
-lines are objects with secret, name, labels and data. Otherwise each line is a secret. The same secret is the same key,
-so a file may be imported again. Lines that fail are reported by their number, and the status is then 1.
+lines are objects with secret, name, labels, data and pace. Otherwise each line is a secret. The same secret is the same
+key, so a file may be imported again. Lines that fail are reported by their number, and the status is then 1.
 
   keypool import --pool openai keys.csv
   pass show openai-keys | keypool import --pool openai -
@@ -284,6 +298,7 @@ COMMANDS = (
         argument("--retry-after", "with rate_limited: for how long, in seconds or as an HTTP date", "S",
                  type=_retry_after),
         argument("--reason", "with --outcome: a word of explanation, which lists show", "TEXT"),
+        argument("--uses", "how often each key was used, which counts for its pace; default: 1", "N", type=_uses),
     )),
     Command("extend", "keypool.cli.keys:extend", "let leases last longer; prints id, lease, release_in, block_left", (
         argument("keys", "handles, or keys with their leases; - reads acquire's lines from standard input", "KEY",
@@ -319,17 +334,19 @@ COMMANDS = (
     Command("import", "keypool.cli.imports:import_keys", "import keys from a file (admin); prints how many", (
         argument("file", "CSV with a header, JSON lines, or a secret a line; - for standard input", "FILE"),
         argument("--format", "default: by the content", choices=("csv", "json", "lines")),
-        argument("--exists", "skip keys that the pool has (default), or update their names, labels and data",
+        argument("--exists", "skip keys that the pool has (default), or update what the file has of them",
                  choices=("skip", "update"), default="skip"),
         switch("--expire", "let them expire, in a pool that purges keys which nobody keeps alive"),
     ), more=_ABOUT_FILES),
-    Command("update", "keypool.cli.keys:update", "change a key's name, labels or data (admin)", (
+    Command("update", "keypool.cli.keys:update", "change a key's name, labels, data or pace (admin)", (
         _KEY,
         argument("--name", "the name; '' removes it", "TEXT"),
         argument("--label", "a label; may be repeated, and replaces all labels", "NAME=VALUE", type=_label,
                  action="append", dest="labels"),
         switch("--no-labels", "remove all labels"),
         argument("--data", "file with a JSON object, - for standard input; {} removes the data", "FILE"),
+        argument("--pace", "how often it may be used in so many seconds, and of these at once: 5/60 or 5/60/2; none: "
+                 "as the pool says", "N/S[/BURST]", type=_pace),
     ), more=_ABOUT_UPDATE),
     Command("replace", "keypool.cli.keys:replace", "give a key another secret (admin)", (
         _KEY,

@@ -1,7 +1,7 @@
 """`keypool import FILE`: imports keys from CSV, JSON lines, or a secret a line.
 
     CSV          a header with the columns secret, name, label:REGION, data:USER; also between ; or tabs
-    JSON lines   an object a line: {"secret": …, "name": …, "labels": {…}, "data": {…}}
+    JSON lines   an object a line: {"secret": …, "name": …, "labels": {…}, "data": {…}, "pace": {…}}
     lines        a secret a line
 
 A header or a format that is wrong refuses the file, and nothing is imported. A line that is wrong fails alone, as one

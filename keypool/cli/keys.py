@@ -26,7 +26,7 @@ from keypool.client.calls import is_reference
 GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle")
 _ABOUT_REPORTS = ("failures", "outcome", "reason")
-_WRITTEN = ("name", "labels", "client")
+_WRITTEN = ("name", "labels", "client", "pace")
 LISTED = (
     "id",
     "hint",
@@ -52,6 +52,7 @@ _LISTED_IN_TABLES = (
     *_ABOUT_REPORTS,
     "client",
     "labels",
+    "pace",
     "created_at",
 )
 """Columns that may not fit the terminal come last. `ends_in`: seconds until the block or the cooldown ends."""
@@ -130,7 +131,12 @@ def unblock(args: argparse.Namespace) -> Status:
     if args.reason is not None and args.outcome is None:
         raise CommandError("--reason goes with --outcome only", Status.USAGE)
     leases = _leases(args, needed=args.outcome is not None)
-    report = {"outcome": args.outcome, "retry_after": args.retry_after, "reason": args.reason}
+    report = {
+        "outcome": args.outcome,
+        "retry_after": args.retry_after,
+        "reason": args.reason,
+        "uses": args.uses,
+    }
     with connect(args) as pool:
         if single := _single(args):
             [(_, lease)] = leases
@@ -273,17 +279,18 @@ def find(args: argparse.Namespace) -> Status:
 
 
 def update(args: argparse.Namespace) -> Status:
-    """Change name, labels or data of a key."""
+    """Change name, labels, data or pace of a key."""
     if args.labels and args.no_labels:
         raise CommandError("--label and --no-labels don't go together", Status.USAGE)
     labels = {} if args.no_labels else None if args.labels is None else dict(args.labels)
     data = None if args.data is None else _json_object(args.data)
-    if args.name is None and labels is None and data is None:
-        raise CommandError("update takes --name, --label, --no-labels or --data", Status.USAGE)
+    if args.name is None and labels is None and data is None and args.pace is None:
+        raise CommandError("update takes --name, --label, --no-labels, --data or --pace", Status.USAGE)
     if args.key == "-" == args.data:
         raise CommandError("the key or its data come from standard input, not both", Status.USAGE)
     with connect(args) as pool:
-        row = pool.update(_reference(pool, args.key), name=args.name, labels=labels, data=data)
+        key = _reference(pool, args.key)
+        row = pool.update(key, name=args.name, labels=labels, data=data, pace=args.pace)
         output_of(args).fields(members_of(row))
     return Status.OK
 

@@ -23,7 +23,7 @@ BATCH = 1000
 """Items per batch call."""
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
-_IF_GIVEN = ("name", "labels", "client")
+_IF_GIVEN = ("name", "labels", "client", "pace")
 """Columns that a table has only if one of the rows that are read first has something in them."""
 _WIDEST = {
     "owner": 20,

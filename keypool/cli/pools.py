@@ -6,6 +6,8 @@
     block_seconds = 120
     keepalive_seconds = "never"
 
+    pace = { count = 5, seconds = 60 }
+
 A setting that is not in the file has its default. The whole file is checked before anything is changed.
 """
 
@@ -24,7 +26,15 @@ from keypool.cli.keys import members_of, output_of
 from keypool.cli.output import Output, Progress, note
 from keypool.cli.status import CommandError, Status, command_error
 from keypool.client import KeyPool, PoolInfo, Refused, UnknownPool
-from keypool.client.pool_settings import OF_SERVER, POOL_SETTINGS, contradiction, wrong_setting
+from keypool.client.pool_settings import (
+    NO_FLAGS,
+    OF_SERVER,
+    POOL_SETTINGS,
+    PoolValue,
+    contradiction,
+    with_defaults,
+    wrong_setting,
+)
 from keypool.client.settings import DEFAULT_POOL, pool_name
 
 COLUMNS = ("name", "total", "available", "blocked", "cooling", "quarantined", "waiting", "draining")
@@ -32,7 +42,7 @@ _FLAGS_OF = {"apply": ("dry_run", "delete"), "delete": ("drain", "now")}
 _NEVER = "never"  # in TOML, which has no null
 _POLL_SECONDS = 1.0
 
-Settings = dict[str, float | None]
+Settings = dict[str, PoolValue]
 
 
 def pools(args: argparse.Namespace) -> Status:
@@ -90,7 +100,7 @@ class Change(NamedTuple):
     pool: str
     does: str
     settings: Settings
-    changes: dict[str, tuple[float | None, float | None]]
+    changes: dict[str, tuple[PoolValue, PoolValue]]
 
 
 def _apply(args: argparse.Namespace) -> Status:
@@ -138,6 +148,8 @@ def _say(output: Output, pool: str, did: str, details: str) -> None:
 def _shown(value: object) -> object:
     if value is None:
         return _NEVER
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
     return f"{value:.15g}" if isinstance(value, float) else value
 
 
@@ -173,6 +185,7 @@ def _settings(file: str, name: str, table: object) -> Settings:
         if (takes := wrong_setting(key, settings[key])) is not None:
             takes += f', or "{_NEVER}"' if null else ""
             raise _wrong(file, f"{place}: {key} takes {takes}, not {value!r}")
+        settings[key] = with_defaults(key, settings[key])
     if (problem := contradiction(settings)) is not None:
         raise _wrong(file, f"{place}: {problem}")
     return settings
@@ -206,17 +219,25 @@ def planned(wanted: Mapping[str, Settings], there: Mapping[str, PoolInfo], file:
                 Status.FAILED,
             )
         differ = _differences(wanted[name], info.settings, of_server, whole=name != DEFAULT_POOL)
-        if name == DEFAULT_POOL and differ:
-            raise _wrong(file, f"[pools.{name}]: the server's flags decide {', '.join(differ)} of this pool")
-        changes.append(Change(name, "change" if differ else "keep", wanted[name], differ))
+        settings = wanted[name]
+        if name == DEFAULT_POOL:
+            if fixed := [each for each in differ if each not in NO_FLAGS]:
+                raise _wrong(
+                    file, f"[pools.{name}]: the server's flags decide {', '.join(fixed)} of this pool"
+                )
+            settings = {each: settings[each] for each in NO_FLAGS if each in settings}
+        changes.append(Change(name, "change" if differ else "keep", settings, differ))
     return changes
 
 
 def _differences(
     wanted: Settings, now: Mapping[str, Any], of_server: Mapping[str, Any], *, whole: bool
-) -> dict[str, tuple[float | None, float | None]]:
-    """The settings that differ, before and after. With `whole`, those that aren't wanted have their defaults."""
-    after: dict[str, float | None] = dict(wanted)
+) -> dict[str, tuple[PoolValue, PoolValue]]:
+    """The settings that differ, before and after. With `whole`, those that aren't wanted have their defaults.
+
+    Otherwise that is so of those only that aren't flags.
+    """
+    after: dict[str, Any] = {name: POOL_SETTINGS[name].default for name in NO_FLAGS if name in now} | wanted
     if whole:
         defaults = {name: setting.default for name, setting in POOL_SETTINGS.items()}
         defaults |= {name: of_server.get(name, defaults[name]) for name in OF_SERVER}

@@ -225,7 +225,8 @@ class Row:
 
     `failures` are those in a row. `outcome` and `reason` are those of the latest report, None if there was none; the
     reason of a quarantined key is the operator's, if one gave it. `client` is the name of the token that holds the key,
-    None unless it has one. `name` and `labels` are an operator's. `expires_in` is None if the key never expires.
+    None unless it has one. `name`, `labels` and `pace` (`count`, `seconds`, `burst`) are an operator's; `pace` is None
+    unless the key has its own. `expires_in` is None if the key never expires.
     """
 
     id: int
@@ -243,6 +244,7 @@ class Row:
     client: str | None = None
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict, hash=False)
+    pace: dict[str, float] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +280,7 @@ class Stats:
     quarantines: int = 0
     restored: int = 0
     imported: int = 0
+    paced: int = 0
     uptime: float
     engine: str
     version: str
@@ -385,6 +388,8 @@ def _member(kind: type, name: str, value: object) -> object:
             return datetime.fromisoformat(str(value))
     except ValueError:
         wanted = ()
+    if wanted == dict[str, float] | None:
+        wanted = dict | None
     fits = isinstance(value, get_origin(wanted) if get_origin(wanted) in (list, dict) else wanted)
     if not fits or (isinstance(value, bool) and wanted is not bool):
         raise UnexpectedAnswer(f"not the expected answer: wrong {name} in {kind.__name__}")

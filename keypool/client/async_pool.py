@@ -58,6 +58,7 @@ from keypool.client.calls import (
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, Held, give_back_many, raise_or_note
 from keypool.client.imports import Exists, NewKey
+from keypool.client.pool_settings import PoolValue
 from keypool.client.rounds import KeptKeys, LeaseRounds, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_POOL,
@@ -259,9 +260,10 @@ class AsyncKeyPool:
         outcome: OutcomeName | None = None,
         retry_after: float | None = None,
         reason: str | None = None,
+        uses: int | None = None,
     ) -> Unblocked:
         """Give a key back, and report how the work with it went. Raises UnknownKey, StaleLease."""
-        return await self._call(calls.unblock(key, lease, outcome, retry_after, reason))
+        return await self._call(calls.unblock(key, lease, outcome, retry_after, reason, uses=uses))
 
     async def extend(
         self, key: KeyLike, seconds: float | None = None, *, lease: int | None = None
@@ -300,10 +302,11 @@ class AsyncKeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        pace: Mapping[str, float] | None = None,
         expire: bool = False,
     ) -> ImportedKey:
         """Import a key (admin). Raises NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired."""
-        return await self._call(calls.import_key(secret, name, labels, data, expire))
+        return await self._call(calls.import_key(secret, name, labels, data, pace, expire=expire))
 
     async def update(
         self,
@@ -312,9 +315,10 @@ class AsyncKeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        pace: Mapping[str, float] | None = None,
     ) -> Row:
-        """Change a key's name, labels or data (admin). Raises UnknownKey, NameTaken."""
-        return await self._call(calls.update(key, name, labels, data))
+        """Change a key's name, labels, data or pace (admin). Raises UnknownKey, NameTaken."""
+        return await self._call(calls.update(key, name, labels, data, pace))
 
     async def replace(self, key: KeyLike, secret: str) -> Row:
         """Give a key another text (admin). Raises UnknownKey, SecretExists."""
@@ -369,11 +373,11 @@ class AsyncKeyPool:
         """Counts and settings of a pool (viewer). Raises UnknownPool."""
         return await self._call(calls.get_pool(name))
 
-    async def put_pool(self, name: str, **settings: float | None) -> PoolInfo:
+    async def put_pool(self, name: str, **settings: PoolValue) -> PoolInfo:
         """Make a pool, or give the one of this name these settings (admin). Raises TooManyPools, PoolFixed."""
         return await self._call(calls.put_pool(name, settings))
 
-    async def change_pool(self, name: str, **settings: float | None) -> PoolInfo:
+    async def change_pool(self, name: str, **settings: PoolValue) -> PoolInfo:
         """Change some settings of a pool (admin). Raises UnknownPool, PoolFixed, PoolDraining."""
         return await self._call(calls.change_pool(name, settings))
 

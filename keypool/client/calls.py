@@ -70,7 +70,7 @@ from keypool.client.imports import (
     new_key,
     with_refused,
 )
-from keypool.client.reports import checked_retry_after
+from keypool.client.reports import checked_retry_after, checked_uses
 from keypool.client.settings import pool_name
 
 T = TypeVar("T")
@@ -90,6 +90,7 @@ class Unblock:
     outcome: OutcomeName | None = None
     retry_after: float | None = None
     reason: str | None = None
+    uses: int | None = None
 
 
 LeaseItem = KeyLike | tuple[KeyLike, int]
@@ -147,12 +148,16 @@ def unblock(
     outcome: OutcomeName | None = None,
     retry_after: float | None = None,
     reason: str | None = None,
+    *,
+    uses: int | None = None,
 ) -> Call[Unblocked]:
-    """Without `lease`, for the lease of `key`, if it is one. Raises ValueError for a wrong retry_after."""
+    """Without `lease`, for the lease of `key`, if it is one. Raises ValueError for a wrong retry_after, and uses."""
     named = handle(key) is not None
     number = _number(key) if lease is None and not named else lease
     retry_after = checked_retry_after(retry_after)
-    body = _given(lease=number, outcome=outcome, retry_after=retry_after, reason=reason)
+    body = _given(
+        lease=number, outcome=outcome, retry_after=retry_after, reason=reason, uses=checked_uses(uses)
+    )
     path = f"{_path(key)}/unblock"
     repeatable = named or number is not None
     return Call("unblock", "POST", path, lambda value: read(Unblocked, value), body, repeatable)
@@ -201,23 +206,30 @@ def import_key(
     name: str | None,
     labels: Mapping[str, str] | None,
     data: Mapping[str, Any] | None,
+    pace: Mapping[str, float] | None,
+    *,
     expire: bool,
 ) -> Call[ImportedKey]:
     """Raises ValueError for a wrong type, or a text that UTF-8 can't hold."""
-    content = new_key({"secret": secret, "name": name, "labels": labels, "data": data}, expire=expire)
+    item = {"secret": secret, "name": name, "labels": labels, "data": data, "pace": pace}
+    content = new_key(item, expire=expire)
     return Call(
         "import", "POST", "/keys", lambda value: read(ImportedKey, value), content=content, repeatable=True
     )
 
 
 def update(
-    key: KeyLike, name: str | None, labels: Mapping[str, str] | None, data: Mapping[str, Any] | None
+    key: KeyLike,
+    name: str | None,
+    labels: Mapping[str, str] | None,
+    data: Mapping[str, Any] | None,
+    pace: Mapping[str, float] | None,
 ) -> Call[Row]:
     """Raises ValueError for a wrong type, and if nothing is given."""
-    given = {"name": name, "labels": labels, "data": data}
+    given = {"name": name, "labels": labels, "data": data, "pace": pace}
     body = {each: member_of(each, value) for each, value in given.items() if value is not None}
     if not body:
-        raise ValueError("update changes the name, the labels or the data: give one of them")
+        raise ValueError("update changes the name, the labels, the data or the pace: give one of them")
     path = _path(key, by_id=True)
     return Call("update", "PATCH", path, lambda value: read(Row, value), body, repeatable=True)
 
@@ -391,7 +403,8 @@ def _unblock_item(item: UnblockItem) -> tuple[Any, bool]:
     if isinstance(item, Unblock):
         key, lease = item.key, item.lease
         retry_after = checked_retry_after(item.retry_after)
-        report = _given(outcome=item.outcome, retry_after=retry_after, reason=item.reason)
+        uses = checked_uses(item.uses)
+        report = _given(outcome=item.outcome, retry_after=retry_after, reason=item.reason, uses=uses)
     else:
         key, lease = item if isinstance(item, tuple) else (item, None)
         report = {}

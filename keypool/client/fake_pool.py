@@ -19,15 +19,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keypool.client.answers import Outcome, State, hint
-from keypool.client.pool_settings import POOL_SETTINGS
+from keypool.client.pool_settings import POOL_SETTINGS, with_defaults, wrong_setting
 from keypool.client.settings import DEFAULT_POOL
 
 _COUNTED = (
     *("generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused"),
-    *("cooled", "quarantines", "restored", "imported"),
+    *("cooled", "quarantines", "restored", "imported", "paced"),
 )
 
-SETTINGS = {name: setting.default for name, setting in POOL_SETTINGS.items()}
+SETTINGS: dict[str, Any] = {name: setting.default for name, setting in POOL_SETTINGS.items()}
 """The default settings. The fake keeps all, and ignores `key_length`, `max_retry_after_seconds`, `rest_seconds`."""
 
 
@@ -66,12 +66,14 @@ class Key:
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict, repr=False)
+    pace: dict[str, float] | None = None
+    paced: float = 0.0  # the theoretical arrival time of the pace
 
 
 class FakePool:
     """The keys of one pool and their rules."""
 
-    def __init__(self, name: str = DEFAULT_POOL, settings: Mapping[str, float | None] = SETTINGS) -> None:
+    def __init__(self, name: str = DEFAULT_POOL, settings: Mapping[str, Any] = SETTINGS) -> None:
         self.name = name
         self.draining = False
         self.settings = {**SETTINGS, **settings}
@@ -110,7 +112,7 @@ class FakePool:
 
     def setting(self, name: str) -> float:
         """A setting, of which null means endless."""
-        value = self.settings[name]
+        value: float | None = self.settings[name]
         return math.inf if value is None else value
 
     @property
@@ -202,6 +204,8 @@ class FakePool:
             key.state, key.owner, key.lease, key.attempt = "blocked", owner, self._leases, attempt
             key.reported, key.acquired = False, self.now()
             key.until = key.acquired + (block_seconds or block)
+            if pace := self._pace(key):
+                key.paced = max(key.paced, key.acquired) + pace["seconds"] / pace["count"]
             self.counts["acquired"] += 1
         return [self._leased(key) for key in chosen]
 
@@ -217,6 +221,8 @@ class FakePool:
         outcome: str | None = None,
         retry_after: float | None = None,
         reason: str | None = None,
+        *,
+        uses: int = 1,
     ) -> dict[str, Any]:
         """End a lease, and take its holder's report."""
         key, number = self._latest(name, lease)
@@ -226,6 +232,7 @@ class FakePool:
                 raise Refused(400, "bad-request", "retry_after and reason go with an outcome")
             if changed:
                 self.counts["unblocked"] += 1
+                self._charge(key, uses)
                 self._end(key)
             return self._unblocked(key, changed)
         if outcome not in tuple(Outcome) or number is None:
@@ -234,6 +241,7 @@ class FakePool:
             raise Refused(400, "bad-request", "retry_after is 0 or more, with rate_limited")
         if key.reported:
             return self._unblocked(key, False)
+        self._charge(key, uses)
         guarded = self._take_report(key, outcome, retry_after, reason)
         return self._unblocked(key, True) | ({"guarded": True} if guarded else {})
 
@@ -263,8 +271,10 @@ class FakePool:
             self._end(key, now + cooldown)
         elif quarantine and key.state != "quarantined":
             self._end(key)
-        elif cooldown and key.state in ("available", "cooling"):
-            self._cool(key, max(now + cooldown, key.until or 0.0))
+        elif key.state in ("available", "cooling"):
+            until = self._with_budget(key, max(now + cooldown, key.until or 0.0))
+            if until > now:
+                self._cool(key, until)
         return outcome == "invalid" and not quarantine
 
     def extend(self, name: str, lease: int | None = None, seconds: float | None = None) -> dict[str, Any]:
@@ -299,8 +309,8 @@ class FakePool:
         key, _ = self.find(name)
         key.leaving, key.failures, key.outcome, key.reason, key.operator_reason = False, 0, None, None, None
         if key.state in ("cooling", "quarantined"):
-            key.state, key.until = "available", None
             self.counts["restored"] += 1
+            self._end(key)
         return self.row(key)
 
     def keepalive(self, name: str) -> dict[str, Any]:
@@ -379,7 +389,8 @@ class FakePool:
             raise Refused(400, "bad-request", problem)
         if self._with(text=secret) not in (None, key):
             raise Refused(409, "secret-exists")
-        key.text = secret
+        if secret != key.text:
+            key.text, key.paced = secret, 0.0
         return self.restore(f"id:{key.id}")
 
     def look_up(self, text: str) -> dict[str, Any]:
@@ -407,6 +418,8 @@ class FakePool:
             key.labels = dict(item["labels"])
         if item.get("data") is not None:
             key.data = dict(item["data"])
+        if item.get("pace") is not None:
+            key.pace = with_defaults("pace", dict(item["pace"]) or None)
 
     def row(self, key: Key) -> dict[str, Any]:
         """A key without its text."""
@@ -428,6 +441,7 @@ class FakePool:
             "client": None,
             "name": key.name,
             "labels": key.labels,
+            "pace": key.pace,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -455,8 +469,22 @@ class FakePool:
         if key.leaving:
             key.leaving, key.state = False, "quarantined"
             self.counts["quarantines"] += 1
-        elif cool_until > self.now():
+        elif (cool_until := self._with_budget(key, max(cool_until, self.now()))) > self.now():
             self._cool(key, cool_until)
+
+    def _pace(self, key: Key) -> dict[str, float] | None:
+        return key.pace or self.settings["pace"]
+
+    def _charge(self, key: Key, uses: int) -> None:
+        if pace := self._pace(key):
+            key.paced = (key.paced or self.now()) + (uses - 1) * pace["seconds"] / pace["count"]
+
+    def _with_budget(self, key: Key, until: float) -> float:
+        """The end of a cooldown, not before the key has budget."""
+        pace = self._pace(key)
+        ready = key.paced - (pace["burst"] - 1) * pace["seconds"] / pace["count"] if pace else 0.0
+        self.counts["paced"] += ready > until
+        return max(until, ready)
 
     def _cool(self, key: Key, until: float) -> None:
         self.counts["cooled"] += key.state != "cooling"
@@ -499,7 +527,7 @@ def handle(id: int, lease: int) -> str:
 _RESULTS = {"unknown-key": "unknown", "stale-lease": "stale", "lease-over": "over", "block-limit": "limit"}
 
 
-_NOTES = ("name", "labels", "data")
+_NOTES = ("name", "labels", "data", "pace")
 
 
 def _problem(item: Mapping[str, Any]) -> str | None:
@@ -512,6 +540,8 @@ def _problem(item: Mapping[str, Any]) -> str | None:
         return "a key has at most 16 labels"
     if len(json.dumps(item.get("data") or {}).encode()) > 4096:
         return "data has at most 4096 bytes as JSON"
+    if item.get("pace") and (takes := wrong_setting("pace", item["pace"])) is not None:
+        return f"pace takes {takes}"
     return None
 
 

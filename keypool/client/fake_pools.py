@@ -7,7 +7,7 @@ from typing import Any
 
 from keypool.client.answers import State
 from keypool.client.fake_pool import SETTINGS, FakePool, Refused
-from keypool.client.pool_settings import contradiction, wrong_setting
+from keypool.client.pool_settings import NO_FLAGS, contradiction, with_defaults, wrong_setting
 from keypool.client.settings import DEFAULT_POOL, pool_name
 
 
@@ -50,25 +50,26 @@ class FakePools:
             pool_name(name)
         except ValueError as error:
             raise Refused(400, "bad-request", str(error)) from None
-        _check(settings)
+        settings = _checked(settings)
         try:
             pool = self.get(name)
         except Refused:
             pool = self._pools[name] = FakePool(name, settings)
             pool.skipped = self.default.skipped
             return 201, self.row(pool)
-        self._change(pool, {**SETTINGS, **settings})
+        defaults = {name: SETTINGS[name] for name in NO_FLAGS} if pool is self.default else SETTINGS
+        self._change(pool, {**defaults, **settings})
         return 200, self.row(pool)
 
     def change(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Change some settings of a pool."""
-        _check(settings)
+        settings = _checked(settings)
         pool = self.get(name)
         self._change(pool, settings)
         return self.row(pool)
 
     def _change(self, pool: FakePool, settings: Mapping[str, Any]) -> None:
-        if pool is self.default:
+        if pool is self.default and settings.keys() - set(NO_FLAGS):
             raise Refused(409, "pool-fixed")
         if pool.draining:
             raise Refused(409, "pool-draining")
@@ -88,7 +89,8 @@ class FakePools:
         return 204, None
 
 
-def _check(settings: Mapping[str, Any]) -> None:
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with what they have by default. Raises Refused."""
     for name, value in settings.items():
         if name not in SETTINGS:
             raise Refused(400, "bad-request", f"{name} is not a setting of a pool")
@@ -96,3 +98,4 @@ def _check(settings: Mapping[str, Any]) -> None:
             raise Refused(400, "bad-request", f"{name} takes {takes}, not {value!r}")
     if (problem := contradiction(settings)) is not None:
         raise Refused(400, "bad-request", problem)
+    return {name: with_defaults(name, value) for name, value in settings.items()}

@@ -38,7 +38,7 @@ from keypool.client.errors import (
     UnknownKey,
     UnknownPool,
 )
-from keypool.client.reports import Report, judge, rate_limit, tidy, worse
+from keypool.client.reports import Report, checked_uses, judge, rate_limit, tidy, worse
 from keypool.client.settings import DEFAULT_POOL, Settings, now
 
 log = logging.getLogger("keypool.client")
@@ -91,6 +91,7 @@ class Held:
         self._stretch = leased.release_in if block_seconds is None else block_seconds
         self._lock = threading.Lock()
         self._report: Report | None = None
+        self._uses: int | None = None
         self._over = ""
         self._returned = False
         self._pid = os.getpid()
@@ -153,38 +154,47 @@ class Held:
         """What was reported so far."""
         return None if self._report is None else self._report.outcome
 
-    def ok(self) -> None:
-        """Report that the key worked. A `with` that ends well reports it by itself, unless something else was."""
-        self._record(Report(Outcome.OK))
+    def ok(self, *, uses: int | None = None) -> None:
+        """Report that the key worked. A `with` that ends well reports it by itself, unless something else was.
 
-    def rate_limited(self, retry_after: float | None = None, reason: str | None = None) -> None:
+        This and the other reports may say how many `uses` the lease had: the last number is what a key with a pace is
+        charged. Raises ValueError unless it is a whole number from 1.
+        """
+        self._record(Report(Outcome.OK), uses)
+
+    def rate_limited(
+        self, retry_after: float | None = None, reason: str | None = None, *, uses: int | None = None
+    ) -> None:
         """Report that the service limits the key: it cools for `retry_after` seconds from now.
 
         If None, the pool decides for how long. Raises ValueError for a `retry_after` that is not a number from 0.
         """
-        self._record(rate_limit(retry_after, reason))
+        self._record(rate_limit(retry_after, reason), uses)
 
-    def error(self, reason: str | None = None) -> None:
+    def error(self, reason: str | None = None, *, uses: int | None = None) -> None:
         """Report a failure that may be the key's: it cools after several in a row."""
-        self._record(Report(Outcome.ERROR, reason=reason))
+        self._record(Report(Outcome.ERROR, reason=reason), uses)
 
-    def invalid(self, reason: str | None = None) -> None:
+    def invalid(self, reason: str | None = None, *, uses: int | None = None) -> None:
         """Report that the service refuses the key: it is not served again until an operator restores it."""
-        self._record(Report(Outcome.INVALID, reason=reason))
+        self._record(Report(Outcome.INVALID, reason=reason), uses)
 
-    def report(self, response: object) -> Outcome | None:
+    def report(self, response: object, *, uses: int | None = None) -> Outcome | None:
         """Report what a response, or an exception, of httpx, httpx2, requests or aiohttp means. Returns that.
 
         429, 402, and 503 with Retry-After: rate_limited. 401: invalid. Other 5xx and time-outs: error. Everything
         else reports nothing, and returns None. Raises TypeError for an object that is neither.
         """
         found = judge(response)
-        if found is not None:
-            self._record(found)
+        self._record(found, uses)
         return None if found is None else found.outcome
 
-    def _record(self, report: Report) -> None:
+    def _record(self, report: Report | None, uses: int | None) -> None:
         """Of several reports the worst one is sent."""
+        if checked_uses(uses) is not None:
+            self._uses = uses
+        if report is None:
+            return
         reason = tidy(report.reason, self._text, self.hint, self._data)
         with self._lock:
             self._report = worse(self._report, Report(report.outcome, report.ready_at, reason))
@@ -329,8 +339,9 @@ class Held:
                 log.warning("key %s: this server doesn't take reports (%s)", self.hint, report.outcome)
             return calls.unblock(self._text, self.lease)
         if report is None:
-            return calls.unblock(self.handle, None)
-        return calls.unblock(self.handle, None, report.outcome, report.retry_after, report.reason)
+            return calls.unblock(self.handle, None, uses=self._uses)
+        words = report.outcome, report.retry_after, report.reason
+        return calls.unblock(self.handle, None, *words, uses=self._uses)
 
     def _was_returned(self, answer: Unblocked, lost: str, *, in_time: bool) -> LeaseLost | None:
         if lost:

@@ -59,6 +59,7 @@ from keypool.client.calls import (
 from keypool.client.errors import KeyPoolError, LeaseLost, PoolClosed
 from keypool.client.held import LAST_TRY, Held, LostEvent, give_back_many, raise_or_note
 from keypool.client.imports import Exists, NewKey
+from keypool.client.pool_settings import PoolValue
 from keypool.client.rounds import KeptKeys, LeaseRounds, OnDead, OnError, Rounds
 from keypool.client.settings import (
     DEFAULT_POOL,
@@ -273,14 +274,16 @@ class KeyPool:
         outcome: OutcomeName | None = None,
         retry_after: float | None = None,
         reason: str | None = None,
+        uses: int | None = None,
     ) -> Unblocked:
         """Give a key back, and report how the work with it went. Raises UnknownKey, StaleLease.
 
         With a lease number, from `lease` or from `key` itself, only if that lease is still its latest. Without
         one, frees the key whoever holds it, takes no `outcome`, and is not repeated after a lost answer. `retry_after`,
-        in seconds, goes with the outcome `rate_limited`; `reason`, up to 200 characters, is for people.
+        in seconds, goes with the outcome `rate_limited`; `reason`, up to 200 characters, is for people. A key with a
+        pace is charged for `uses` in all, one by default.
         """
-        return self._call(calls.unblock(key, lease, outcome, retry_after, reason))
+        return self._call(calls.unblock(key, lease, outcome, retry_after, reason, uses=uses))
 
     def extend(self, key: KeyLike, seconds: float | None = None, *, lease: int | None = None) -> Extended:
         """Let a lease end `seconds` from now, by default the pool's block, if that is later.
@@ -320,15 +323,16 @@ class KeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        pace: Mapping[str, float] | None = None,
         expire: bool = False,
     ) -> ImportedKey:
         """Add a key from elsewhere to the pool, unless it has this secret already (admin). So a repeat is safe.
 
         `name` is unique in the pool; `labels` are shown to viewers; `data`, at most 4 KiB as JSON, only to the holders
-        of the key. Into a pool whose keys expire it needs `expire=True`, and a keeper. Raises NameTaken, PoolFull,
-        KeysWouldExpire, SecretsKeyRequired.
+        of the key; `pace`, `{"count": 5, "seconds": 60, "burst": 1}`, is in place of the pool's. Into a pool whose keys
+        expire it needs `expire=True`, and a keeper. Raises NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired.
         """
-        return self._call(calls.import_key(secret, name, labels, data, expire))
+        return self._call(calls.import_key(secret, name, labels, data, pace, expire=expire))
 
     def update(
         self,
@@ -337,12 +341,13 @@ class KeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        pace: Mapping[str, float] | None = None,
     ) -> Row:
-        """Change a key's name, labels or data, each as a whole (admin): `""` or `{}` removes it, None leaves it.
+        """Change a key's name, labels, data or pace, each as a whole (admin): `""` or `{}` removes it, None leaves it.
 
         Raises UnknownKey, NameTaken.
         """
-        return self._call(calls.update(key, name, labels, data))
+        return self._call(calls.update(key, name, labels, data, pace))
 
     def replace(self, key: KeyLike, secret: str) -> Row:
         """Give a key another text, and forget its failures (admin). Raises UnknownKey, SecretExists.
@@ -406,15 +411,15 @@ class KeyPool:
         """Counts and settings of a pool (viewer). Raises UnknownPool."""
         return self._call(calls.get_pool(name))
 
-    def put_pool(self, name: str, **settings: float | None) -> PoolInfo:
+    def put_pool(self, name: str, **settings: PoolValue) -> PoolInfo:
         """Make a pool, or give these settings to the one of this name (admin); the others get their defaults.
 
-        docs/api.md lists them; None is a value for `keepalive_seconds` (keys never expire) and `error_threshold`.
+        docs/api.md lists them; None is a value for `keepalive_seconds` (keys never expire), `error_threshold`, `pace`.
         Raises TooManyPools, PoolDraining, PoolFixed, BadRequest.
         """
         return self._call(calls.put_pool(name, settings))
 
-    def change_pool(self, name: str, **settings: float | None) -> PoolInfo:
+    def change_pool(self, name: str, **settings: PoolValue) -> PoolInfo:
         """Change some settings of a pool, for what is acquired or kept alive from then on (admin).
 
         Raises UnknownPool, PoolFixed, PoolDraining, BadRequest.
@@ -450,10 +455,10 @@ class KeyPool:
         expire: bool = False,
         progress: Progress | None = None,
     ) -> Imports:
-        """Add keys from elsewhere (admin): each is a secret, a tuple of secret, name, labels, data, or a dict of these.
+        """Add keys from elsewhere (admin): a secret, a tuple of secret, name, labels, data, pace, or a dict of these.
 
         The result has one for each item, in their order; one that can't be imported, as its name is taken for example,
-        fails alone. With `exists="update"`, a key that the pool has gets the item's name, labels and data. Raises
+        fails alone. With `exists="update"`, a key that the pool has gets the item's name, labels, data and pace. Raises
         PoolFull (then none of the call's thousand is imported), KeysWouldExpire, SecretsKeyRequired; what was done
         before is in the error's `partial`. Raises ValueError, before anything is sent, for an item of a wrong type.
         """

@@ -12,15 +12,30 @@ from typing import Any, NamedTuple
 _DAY, _YEAR = 86_400.0, 366 * 86_400.0
 
 
+PoolValue = float | Mapping[str, float] | None
+"""A value of a setting: a mapping for `pace`, `{"count": 5, "seconds": 60, "burst": 1}`."""
+
+
 class PoolSetting(NamedTuple):
-    """One setting: a number from `low` to `high`, with `null` also None; `whole` if it has no fractions."""
+    """One setting: a number from `low` to `high`, with `null` also None; `whole` if it has no fractions.
+
+    With `members`, it is an object of these instead.
+    """
 
     default: float | None
-    low: float
-    high: float
+    low: float = 0.0
+    high: float = 0.0
     whole: bool = False
     null: bool = False
+    members: Mapping[str, PoolSetting] | None = None
 
+
+PACE = {
+    "count": PoolSetting(None, 1, 1_000_000, whole=True),
+    "seconds": PoolSetting(None, 0.001, _YEAR),
+    "burst": PoolSetting(1, 1, 1_000_000, whole=True),
+}
+"""The members of a pace; those without a default must be there."""
 
 POOL_SETTINGS = {
     "block_seconds": PoolSetting(60.0, 0.001, _DAY),
@@ -35,9 +50,13 @@ POOL_SETTINGS = {
     "forget_seconds": PoolSetting(3600.0, 0.0, _YEAR),
     "max_quarantined_percent": PoolSetting(50.0, 0.0, 100.0),
     "rest_seconds": PoolSetting(0.0, 0.0, _DAY),
+    "pace": PoolSetting(None, null=True, members=PACE),
 }
 """By name, in the order of the docs. Of `max_keys` and `key_length` the server's flags are the defaults, and
 `max_block_seconds` is as long as `block_seconds`."""
+
+NO_FLAGS = ("pace",)
+"""The settings that aren't flags of the server, which `default` takes as the other pools do."""
 
 OF_SERVER = ("max_keys", "key_length")
 """The settings whose defaults are the server's flags."""
@@ -48,6 +67,29 @@ def wrong_setting(name: str, value: Any) -> str | None:
     setting = POOL_SETTINGS[name]
     if value is None and setting.null:
         return None
+    return _wrong(setting, value) if setting.members is None else _wrong_object(setting.members, value)
+
+
+def _wrong_object(members: Mapping[str, PoolSetting], value: Any) -> str | None:
+    takes = f"an object of {', '.join(members)}"
+    if not isinstance(value, Mapping) or value.keys() - members.keys():
+        return takes
+    for name, member in members.items():
+        given = value.get(name, member.default)
+        if (wrong := _wrong(member, given)) is not None:
+            return f"{takes}, where {name} is {wrong}"
+    return None
+
+
+def with_defaults(name: str, value: Any) -> Any:
+    """A right value of this setting, with what an object has by default."""
+    members = POOL_SETTINGS[name].members
+    if members is None or value is None:
+        return value
+    return {each: value.get(each, member.default) for each, member in members.items()}
+
+
+def _wrong(setting: PoolSetting, value: Any) -> str | None:
     number = isinstance(value, int if setting.whole else int | float) and not isinstance(value, bool)
     if number and setting.low <= value <= setting.high:
         return None

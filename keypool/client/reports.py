@@ -28,6 +28,8 @@ from keypool.client.settings import now
 LONGEST_RETRY_AFTER = 1e15
 """Seconds; the server refuses more."""
 
+MOST_USES = 10**9
+
 _LONGEST_HEADER = 1e9  # seconds, about 30 years: a longer Retry-After is cut to it
 _LONGEST_REASON = 200  # characters
 _SHORTEST_DATA = 4  # characters; a shorter text of a key's data is found in any sentence
@@ -64,6 +66,13 @@ def checked_retry_after(retry_after: float | None) -> float | None:
             f"retry_after is a number of seconds from 0, or None if not known, not {retry_after!r}"
         )
     return retry_after
+
+
+def checked_uses(uses: int | None) -> int | None:
+    """The argument, if it is a whole number from 1 to 10^9, or None. Raises ValueError."""
+    if uses is not None and not (type(uses) is int and 1 <= uses <= MOST_USES):
+        raise ValueError(f"uses is a whole number from 1 to 10^9, not {uses!r}")
+    return uses
 
 
 def worse(first: Report | None, second: Report) -> Report:

@@ -20,7 +20,23 @@ POOL_SETTINGS: Mapping[str, Whole | Seconds | Percent] = {
     "max_quarantined_percent": Percent(),
     "rest_seconds": Seconds(low=0.0),
 }
-"""The type of each setting in core.rules.SETTINGS."""
+"""The type of each setting in core.rules.SETTINGS that is a flag."""
 
-NULL_MEANS = {"keepalive_seconds": "keys never expire", "error_threshold": "errors never cool a key"}
+PACE: Mapping[str, Whole | Seconds] = {
+    "count": Whole(1, 1_000_000),
+    "seconds": Seconds(high=ONE_YEAR),
+    "burst": Whole(1, 1_000_000),
+}
+"""The type of each member of a pace."""
+
+PACE_TAKES = (
+    f"an object: how often a key may be used (count, {PACE['count'].takes}) in a time (seconds, "
+    f"{PACE['seconds'].takes}), and how often of these at once (burst, {PACE['burst'].takes}; 1 if left out)"
+)
+
+NULL_MEANS = {
+    "keepalive_seconds": "keys never expire",
+    "error_threshold": "errors never cool a key",
+    "pace": "keys are served whenever they are available",
+}
 """The settings that a pool may have as null, and what it means. A flag can't be null."""

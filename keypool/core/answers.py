@@ -6,13 +6,14 @@ milliseconds. `gc=False`: these hold no cycles, so the collector needn't track t
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
 from keypool.core.handles import Handle
 from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
+from keypool.core.pace import Pace
 
 
 class Written(NamedTuple):
@@ -33,22 +34,28 @@ class NewKey(msgspec.Struct, frozen=True, gc=False):
     name: str | None = None
     labels: dict[str, str] | None = None
     data: bytes | None = None
+    pace: Pace | None = None
 
 
 class KeyPatch(msgspec.Struct, frozen=True, gc=False):
-    """What to change of a key's details: None leaves it as it is; an empty name, labels or data (`{}`) remove it."""
+    """What to change of a key's details: None leaves it as it is.
+
+    An empty name, labels or data (`{}`), and False for the pace, remove it.
+    """
 
     name: str | None = None
     labels: dict[str, str] | None = None
     data: bytes | None = None
+    pace: Pace | Literal[False] | None = None
 
 
 class Unblock(msgspec.Struct, frozen=True, gc=False):
-    """An item of a batch of unblocks."""
+    """An item of a batch of unblocks. `uses` are those of the lease, that of its acquire among them."""
 
     ref: Ref
     lease: int | None = None
     report: Report | None = None
+    uses: int = 1
 
 
 class Extension(msgspec.Struct, frozen=True, gc=False):
@@ -167,7 +174,7 @@ class Row(Answer):
     `available_in` is null unless the key cools, `expires_in` if it never expires. `failures` are those in a row.
     `outcome` and `reason` are those of the latest report, null if there was none; while a key is quarantined, `reason`
     is the operator's if one gave it. `client` is the name of the token that holds the key, null unless it has one.
-    `name` and `labels` are an operator's.
+    `name`, `labels` and `pace` are an operator's: `pace` is null unless the key has its own.
     """
 
     id: int
@@ -185,6 +192,7 @@ class Row(Answer):
     client: str | None = None
     name: str | None = None
     labels: dict[str, str] = {}
+    pace: Pace | None = None
 
 
 class Page(Answer):
@@ -214,7 +222,7 @@ class PoolRow(Answer):
     quarantined: int
     waiting: int
     draining: bool
-    settings: dict[str, float | int | None]
+    settings: dict[str, float | int | Pace | None]
 
 
 class PoolRows(Answer):
@@ -256,6 +264,7 @@ class Stats(Answer):
     quarantines: int
     restored: int
     imported: int
+    paced: int
     uptime: float
     engine: str
     version: str

@@ -32,6 +32,7 @@ class Counters:
     quarantines: int = _counter("keys quarantined")
     restored: int = _counter("cooling or quarantined keys restored by an operator")
     imported: int = _counter("keys imported")
+    paced: int = _counter("cooldowns begun or prolonged because a key's budget was spent")
 
     def by_name(self) -> dict[str, Any]:
         """The values by name, in the order of `COUNTERS`."""

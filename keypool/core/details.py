@@ -18,7 +18,7 @@ _EMPTY = b"{}"
 
 def details_of(item: NewKey) -> Details:
     """The details of a key that is imported. About 0.3 µs."""
-    return patched(IMPORTED, KeyPatch(item.name, item.labels, item.data))
+    return patched(IMPORTED, KeyPatch(item.name, item.labels, item.data, item.pace))
 
 
 def patched(details: Details, patch: KeyPatch) -> Details:
@@ -26,7 +26,9 @@ def patched(details: Details, patch: KeyPatch) -> Details:
     name = details.name if patch.name is None else patch.name or None
     labels = details.labels if patch.labels is None else patch.labels or None
     data = details.data if patch.data is None else patch.data
-    return shared(Details(details.imported, name, labels, None if data == _EMPTY else data, details.former))
+    pace = details.pace if patch.pace is None else patch.pace or None
+    data = None if data == _EMPTY else data
+    return shared(Details(details.imported, name, labels, data, details.former, pace))
 
 
 def shared(details: Details) -> Details:

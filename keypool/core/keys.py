@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from keypool.core.outcomes import NO_HISTORY, History
+from keypool.core.pace import Pace
 
 if TYPE_CHECKING:
     from keypool.core.index import DeadlineBucket
@@ -67,6 +68,8 @@ class Details(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defau
     """A JSON object, as secret as the text."""
     former: str | None = None
     """The text with which the lease was given, if it was replaced since: it names the key until the lease ends."""
+    pace: Pace | None = None
+    """How often the key may be used, in place of the pool's pace."""
 
 
 NO_DETAILS = Details()
@@ -109,7 +112,9 @@ class Key(msgspec.Struct, gc=False, eq=False):
     client: str | None = None
     """The name of the token that holds it; None unless blocked by a named token (config/tokens.py)."""
     details: Details = NO_DETAILS
-    """Name, labels and data, and whether it was imported."""
+    """Name, labels, data and pace, and whether it was imported."""
+    paced_until: float = 0.0
+    """The theoretical arrival time of its pace (pace.py); 0 if none was ever charged: full budget."""
     # in memory
     replayed: bool = False
     """Whether the latest lease was given to its attempt again, so that the first call can't take it back alone."""

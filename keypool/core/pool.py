@@ -2,7 +2,7 @@
 
     generate              acquire, at random               unblock, or 60 s passed
     ---------> AVAILABLE --------------------> BLOCKED ---------------------------> AVAILABLE
-                   ^   cooled down, or restored   |  reported a limit or errors, or the pool lets keys rest
+                   ^   cooled down, or restored   |  reported a limit or errors, has to rest, or spent its budget
                    +----------- COOLING <---------+
                    ^   restored                   |  reported invalid, or an operator's quarantine
                    +--------- QUARANTINED <-------+
@@ -15,6 +15,9 @@ to the one listener, `on_change(change, key, owner, origin)`, after it has been 
 
 A cooling key stands in the order of deadlines in which blocked ones stand, so the end of a cooldown costs what a
 release costs. Quarantined keys stand in an order of their own, by id. Acquire sees neither.
+
+A pace (pace.py) is charged by each acquire. Whether a key has budget is decided when it would become available: if not,
+it cools until it has.
 
 Nothing here iterates over the whole set: with the structures of index.py every call is O(1) or O(log n) in the number
 of keys, except `check`, which is for tests and for the moment after a restore.
@@ -199,8 +202,10 @@ class Pool(SelfCheck):
             return key.state
         if key.quarantine_pending:
             return _QUARANTINED
-        resting = key.state is _BLOCKED and deadline + self.rules.rest_seconds > now
-        return _COOLING if resting else _AVAILABLE
+        if key.state is not _BLOCKED:
+            return _AVAILABLE
+        ready = max(deadline + self.rules.rest_seconds, self._has_budget_at(key))
+        return _COOLING if ready > now else _AVAILABLE
 
     def failures_of(self, key: Key, now: float) -> int:
         """The failures in a row of a key that aren't forgotten. O(1)."""
@@ -243,7 +248,10 @@ class Pool(SelfCheck):
         return key
 
     def update(self, key: Key, patch: KeyPatch, now: float, origin: Origin) -> None:
-        """Change name, labels or data of a live key. O(log n). Raises NameTaken."""
+        """Change name, labels, data or pace of a live key. O(log n). Raises NameTaken.
+
+        Another pace is what later uses are charged by.
+        """
         details = patched(key.details, patch)
         if details.name != key.details.name:
             if details.name is not None:
@@ -259,8 +267,8 @@ class Pool(SelfCheck):
     def replace(self, key: Key, secret: str, now: float, origin: Origin) -> None:
         """Give a live key another text, which `find` hasn't found for another key. O(log n). Raises SecretExists.
 
-        What was reported about the old text is forgotten, and a cooldown or quarantine is over. A lease goes on, and
-        the text with which it was given names the key until it ends.
+        What was reported about the old text is forgotten, and a cooldown or quarantine is over. A new text has its full
+        budget. A lease goes on, and the text with which it was given names the key until it ends.
         """
         other = self._unless_expired(self._by_text.get(secret) or self._imported.get(secret), now)
         if other is not None and other is not key and other.text == secret:
@@ -273,9 +281,10 @@ class Pool(SelfCheck):
             if key.text != former:
                 self._remember(key.text, key)
             key.text = secret
+            key.paced_until = 0.0
             key.details = with_text_from_elsewhere(key.details, former)
             self._enter_texts(key)
-        self.restore(key, origin)
+        self.restore(key, now, origin)
 
     def _require_name(self, name: str, now: float) -> None:
         """Raise NameTaken if a key has the name. O(log n)."""
@@ -319,6 +328,7 @@ class Pool(SelfCheck):
         """
         if now >= self._by_release.earliest:
             self._process_releases(now)
+        rules = self.rules
         available = self._available
         for _ in range(MAX_DUE_PER_CALL):
             if not available:
@@ -331,13 +341,15 @@ class Pool(SelfCheck):
                 key.state = _BLOCKED
                 key.reported = False
                 key.acquired_at = now
+                if (pace := key.details.pace or rules.pace) is not None:
+                    key.paced_until = max(key.paced_until, now) + pace.seconds / pace.count
                 if client is not None:
                     key.client = client
                     self._clients.begun(self, key)
                 if attempt is not None:
                     key.attempt = attempt
                     self._by_attempt.add(key, attempt)
-                block = self.rules.block_seconds if block_seconds is None else block_seconds
+                block = rules.block_seconds if block_seconds is None else block_seconds
                 key.release_deadline = deadline = now + block
                 key.release_bucket = self._by_release.add(key, deadline)
                 self.counters.acquired += 1
@@ -358,31 +370,40 @@ class Pool(SelfCheck):
         now: float,
         report: Report | None = None,
         origin: Origin = HOLDER,
+        *,
+        uses: int = 1,
     ) -> Ended:
         """End the lease of a live key, if it has one, and take its holder's report. O(log n).
 
         A lease number must be that of the key's latest lease; any other raises StaleLease. A report needs it. One that
-        comes after the end of its lease counts as well, but each lease reports once.
+        comes after the end of its lease counts as well, but each lease reports once. If it changes anything, `uses` are
+        charged, one of which the acquire has charged already.
         """
         if lease is not None:
             _require_latest(key, lease)
         blocked = key.state is _BLOCKED
         if report is None:
             if blocked:
+                if uses > 1:
+                    self._charge(key, uses - 1, now)
                 self._free(key, _UNBLOCKED, now, origin)
             return _CHANGED if blocked else _UNCHANGED
         if key.reported:
             return _UNCHANGED
         key.reported = True
+        charged = uses > 1 and self._charge(key, uses - 1, now)
         history = key.history
         if report is OK_REPORT and blocked and (history is _ALL_WELL or history is NO_HISTORY):
             key.history = _ALL_WELL
             self._free(key, _UNBLOCKED, now, origin)
             return _CHANGED
-        return Ended(True, self._conclude(key, report, now, origin))
+        return Ended(True, self._conclude(key, report, now, origin, charged))
 
-    def _conclude(self, key: Key, report: Report, now: float, origin: Origin) -> bool:
-        """Apply a report. Returns whether the guard turned a quarantine into a cooldown."""
+    def _conclude(self, key: Key, report: Report, now: float, origin: Origin, charged: bool) -> bool:
+        """Apply a report, with which uses were `charged` or not.
+
+        Returns whether the guard turned a quarantine into a cooldown.
+        """
         invalid = report.outcome is _INVALID
         if invalid:
             self.process_due(now)  # the guard doesn't count keys that have expired
@@ -411,14 +432,25 @@ class Pool(SelfCheck):
         elif quarantine and key.state is not _QUARANTINED:
             self._leave(key)
             self._quarantine(key, None, origin)
-        elif key.state is _AVAILABLE and cooldown:
-            self._leave(key)
-            self._cool(key, now + cooldown, None, origin)
-        else:
-            if key.state is _COOLING and now + cooldown > (key.release_deadline or now):
-                self._move_release(key, now + cooldown)
+        elif key.state is _QUARANTINED:
             self.on_change(Change.NOTED, key, None, origin)
+        else:
+            self._cool_longer(key, now + cooldown, now, origin, charged)
         return invalid and not quarantine
+
+    def _cool_longer(self, key: Key, until: float, now: float, origin: Origin, charged: bool) -> None:
+        """Let an available or cooling key cool at least `until` then, and if it was `charged` until it has budget."""
+        ends = key.release_deadline or now
+        until = max(until, ends)
+        if charged:
+            until = self._with_budget(key, until)
+        if until > ends and key.state is _AVAILABLE:
+            self._leave(key)
+            self._cool(key, until, None, origin)
+        else:
+            if until > ends:
+                self._move_release(key, until)
+            self.on_change(Change.NOTED, key, None, origin)
 
     def extend(self, key: Key, lease: int, seconds: float | None, now: float) -> None:
         """Let the lease of a live key last `seconds` from now, `block_seconds` if None. O(1).
@@ -460,15 +492,23 @@ class Pool(SelfCheck):
             self._leave(key)
             self._quarantine(key, None, origin)
 
-    def restore(self, key: Key, origin: Origin) -> None:
-        """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports. O(log n)."""
+    def restore(self, key: Key, now: float, origin: Origin) -> None:
+        """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports. O(log n).
+
+        A key without budget cools until it has.
+        """
         key.history = NO_HISTORY
         key.quarantine_pending = False
         if key.state in (_COOLING, _QUARANTINED):
             self._leave(key)
-            self._give_slot(key)
             self.counters.restored += 1
-            self.on_change(Change.RESTORED, key, None, origin)
+            until = self._with_budget(key, now)
+            if until > now:
+                self.on_change(Change.RESTORED, key, None, origin)
+                self._cool(key, until, None, origin)
+            else:
+                self._give_slot(key)
+                self.on_change(Change.RESTORED, key, None, origin)
         else:
             self.on_change(Change.NOTED, key, key.owner, origin)
 
@@ -635,6 +675,8 @@ class Pool(SelfCheck):
             self.counters.released += 1
         if self.rules.rest_seconds:
             cool_until = max(cool_until, now + self.rules.rest_seconds)
+        if key.paced_until > now and not key.quarantine_pending:  # otherwise it has its full budget
+            cool_until = self._with_budget(key, max(cool_until, now))
         if key.quarantine_pending:
             key.quarantine_pending = False
             self.on_change(change, key, owner, origin)
@@ -645,6 +687,27 @@ class Pool(SelfCheck):
         else:
             self._give_slot(key)
             self.on_change(change, key, owner, origin)
+
+    def _charge(self, key: Key, uses: int, now: float) -> bool:
+        """Charge a key for more uses of a lease. Returns whether it has a pace."""
+        pace = key.details.pace or self.rules.pace
+        if pace is None:
+            return False
+        key.paced_until = pace.charged(key.paced_until, uses, now)
+        return True
+
+    def _has_budget_at(self, key: Key) -> float:
+        """The moment from which a key that is not held has budget."""
+        pace = key.details.pace or self.rules.pace
+        return 0.0 if pace is None else key.paced_until - pace.tolerance
+
+    def _with_budget(self, key: Key, until: float) -> float:
+        """The end of a cooldown `until` then that must not end before the key has budget, which is counted."""
+        ready = self._has_budget_at(key)
+        if ready <= until:
+            return until
+        self.counters.paced += 1
+        return ready
 
     def _cool(self, key: Key, until: float, owner: str | None, origin: Origin) -> None:
         key.state = _COOLING

@@ -1,7 +1,8 @@
 """The settings of a pool, and their only defaults.
 
 `config/settings.py` reads flags, environment and TOML file into one PoolRules: those of the pool `default`, which the
-engines get. Every other pool has settings of its own (`SETTINGS`), and the rest of the rules from the server.
+engines get. Every other pool has settings of its own (`SETTINGS`), and the rest of the rules from the server. Settings
+that aren't flags (`NO_FLAGS`) are given to `default` as to the others.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from keypool.core.pace import Pace
+
 DEFAULT_POOL = "default"
 """The name of the pool that is always there, whose settings are the server's flags."""
 
 MAX_POOL_NAME = 63
 POOL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
-Settings = Mapping[str, float | int | None]
+Settings = Mapping[str, float | int | Pace | None]
 """Settings that a pool was given, by name (`SETTINGS`). The others have their defaults."""
 
 
@@ -71,6 +74,9 @@ class PoolRules:
     max_block_seconds: float | None = None
     """How long a lease may last with extensions; None: as long as `block_seconds`."""
 
+    pace: Pace | None = None
+    """How often each key may be used that has no pace of its own; None: as often as it is available."""
+
     @property
     def longest_block(self) -> float:
         """How long a lease may last with extensions."""
@@ -90,6 +96,10 @@ class PoolRules:
         given = {name: getattr(DEFAULT_RULES, name) for name in SETTINGS if name not in _OF_SERVER}
         return replace(self, **given | dict(settings))
 
+    def of_default(self, settings: Settings) -> PoolRules:
+        """These rules of the pool `default`, with the settings that it was given. O(settings)."""
+        return replace(self, **{name: getattr(DEFAULT_RULES, name) for name in NO_FLAGS} | dict(settings))
+
     def contradiction(self) -> str | None:
         """Which two settings contradict each other; None if all can hold together. O(1)."""
         if self.longest_block < self.block_seconds:
@@ -99,7 +109,7 @@ class PoolRules:
             )
         return None
 
-    def settings(self) -> dict[str, float | int | None]:
+    def settings(self) -> dict[str, float | int | Pace | None]:
         """All settings of a pool with these rules, in the order of `SETTINGS`. O(settings)."""
         return {name: getattr(self, name) for name in SETTINGS} | {"max_block_seconds": self.longest_block}
 
@@ -117,8 +127,12 @@ SETTINGS = (
     "forget_seconds",
     "max_quarantined_percent",
     "rest_seconds",
+    "pace",
 )
 """The settings that each pool has of its own, in the order of the docs."""
+
+NO_FLAGS = ("pace",)
+"""The settings that aren't flags of the server: `default` is given them as other pools are."""
 
 _OF_SERVER = ("max_keys", "key_length")
 

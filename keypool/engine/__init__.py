@@ -117,13 +117,13 @@ class Engine(Protocol):
     ) -> list[Imported]:
         """Add keys from elsewhere, one by one, but all or none of the new ones if the pool gets full. O(k log n).
 
-        With `update`, a key that the pool has gets the item's name, labels and data. An item that is a result already,
-        a failed one, is passed through in its place. Raises KeysWouldExpire, PoolFull, SecretsKeyRequired.
+        With `update`, a key that the pool has gets the item's name, labels, data and pace. An item that is a result
+        already, a failed one, is passed through in its place. Raises KeysWouldExpire, PoolFull, SecretsKeyRequired.
         """
         ...
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
-        """Change name, labels or data of a key. O(log n). Raises UnknownKey, StaleLease, NameTaken."""
+        """Change name, labels, data or pace of a key. O(log n). Raises UnknownKey, StaleLease, NameTaken."""
         ...
 
     async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
@@ -188,11 +188,14 @@ class Engine(Protocol):
         ended: list[EndedLease] | None = None,
         report: Report | None = None,
         origin: Origin = HOLDER,
+        *,
+        uses: int = 1,
     ) -> Unblocked:
         """Make a key available again, or what its holder's `report` asks for. O(log n). Raises UnknownKey, StaleLease.
 
-        If `lease` is None and the call ends a lease, that lease is added to `ended` as soon as the change is made, even
-        if the call then raises StorageUnavailable. A `report` needs a lease number, which with a Handle is its own.
+        If the key has a pace and the call changes anything, it is charged for so many `uses` in all. If `lease` is None
+        and the call ends a lease, that lease is added to `ended` as soon as the change is made, even if the call then
+        raises StorageUnavailable. A `report` needs a lease number, which with a Handle is its own.
         """
         ...
 
@@ -224,7 +227,7 @@ class Engine(Protocol):
         ...
 
     async def restore(self, ref: Ref, origin: Origin) -> Row:
-        """Make a cooling or quarantined key available, and forget its reports. O(log n).
+        """Make a cooling or quarantined key available as soon as it has budget, and forget its reports. O(log n).
 
         Raises UnknownKey, StaleLease.
         """

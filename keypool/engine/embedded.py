@@ -179,13 +179,15 @@ class EmbeddedEngine(OperatorCalls):
         ended: list[EndedLease] | None = None,
         report: Report | None = None,
         origin: Origin = HOLDER,
+        *,
+        uses: int = 1,
     ) -> Unblocked:
         """Make a key available again, or what the report asks for. O(log n)."""
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
         try:
-            answer = self._unblock(key, lease, now, ended=ended, report=report, origin=origin)
+            answer = self._unblock(key, lease, now, ended=ended, report=report, origin=origin, uses=uses)
         finally:
             if (commit := self.journal.commit_of(key.id)) is not None:
                 await commit
@@ -203,7 +205,9 @@ class EmbeddedEngine(OperatorCalls):
             return self._tried(
                 item.ref,
                 now,
-                lambda key: self._unblock(key, item.lease, now, ended=ended, report=item.report, origin=by),
+                lambda key: self._unblock(
+                    key, item.lease, now, ended=ended, report=item.report, origin=by, uses=item.uses
+                ),
             )
 
         return await self._in_slices(items, unblock)

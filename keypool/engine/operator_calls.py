@@ -67,7 +67,7 @@ class OperatorCalls(Steps):
                     reserved -= own
                     self._reserved -= own
                 elif update:
-                    self.pool.update(key, KeyPatch(item.name, item.labels, item.data), now, origin)
+                    self.pool.update(key, KeyPatch(item.name, item.labels, item.data, item.pace), now, origin)
             except PoolError as error:
                 return Imported("failed", code=error.code, detail=error.detail)
             seen[item.secret] = key.id
@@ -108,7 +108,7 @@ class OperatorCalls(Steps):
         return len(new)
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
-        """Change name, labels or data of a key. O(log n)."""
+        """Change name, labels, data or pace of a key. O(log n)."""
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
@@ -170,15 +170,16 @@ class OperatorCalls(Steps):
     async def restore(self, ref: Ref, origin: Origin) -> Row:
         """Make a cooling or quarantined key available. O(log n)."""
         self.journal.require()
-        key = self._find(ref, self.now()) or await self._raise_missing(ref)
-        self.pool.restore(key, origin)
+        now = self.now()
+        key = self._find(ref, now) or await self._raise_missing(ref)
+        self.pool.restore(key, now, origin)
         return await self._kept_row(key)
 
     async def restore_many(self, refs: Sequence[Ref], origin: Origin) -> list[str]:
         """Make cooling and quarantined keys available, one by one. O(items · log n)."""
 
         def restore(ref: Ref, now: float) -> str:
-            return self._tried(ref, now, lambda key: self.pool.restore(key, origin))
+            return self._tried(ref, now, lambda key: self.pool.restore(key, now, origin))
 
         return await self._in_slices(refs, restore)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from sortedcontainers import SortedDict
@@ -23,7 +24,7 @@ from keypool.core.errors import (
     UnknownPool,
 )
 from keypool.core.events import By, Origin
-from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
+from keypool.core.rules import DEFAULT_POOL, NO_FLAGS, PoolRules, Settings
 from keypool.engine.draining import Drains
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Commit, Journal, NullJournal
@@ -38,7 +39,7 @@ class Definition(NamedTuple):
     """What is kept of a pool beside its keys. `settings` are those that were given; the others have their defaults."""
 
     number: int
-    """Never used again: 0 is `default`, whose definition isn't kept."""
+    """Never used again: 0 is `default`, whose definition is kept only once it is given settings."""
     name: str
     settings: Settings
     draining: bool = False
@@ -97,10 +98,12 @@ class NullStore:
         return Rekeying("idle", 0, 0, encrypted=False)
 
 
-def require_fixed(settings: Settings) -> None:
-    """Raise PoolFixed if these are settings of `default`, which the server's flags decide."""
-    if settings:
-        raise PoolFixed(tuple(settings))
+def rules_of_default(default: PoolRules, settings: Settings) -> PoolRules:
+    """The rules of `default` with these settings. Raises PoolFixed if the server's flags decide one of them."""
+    fixed = tuple(name for name in settings if name not in NO_FLAGS)
+    if fixed:
+        raise PoolFixed(fixed)
+    return default.of_default(settings)
 
 
 def checked_rules(default: PoolRules, settings: Settings) -> PoolRules:
@@ -125,7 +128,8 @@ class EmbeddedPools:
     """See the module, and the protocol Pools. For use on its loop's thread only.
 
     `default` and the engines of `others`, which a store has restored, have their journals and their timers. Pools that
-    were being emptied go on. `last_number` is the largest number that any pool ever had.
+    were being emptied go on. `last_number` is the largest number that any pool ever had, and `settings` are those that
+    `default` was given.
     """
 
     def __init__(
@@ -136,13 +140,14 @@ class EmbeddedPools:
         max_pools: int = MAX_POOLS,
         others: Iterable[tuple[Definition, EmbeddedEngine]] = (),
         last_number: int = 0,
+        settings: Settings = MappingProxyType({}),
     ) -> None:
         self.default = default
         self._store = store or NullStore()
         self._max_pools = max_pools
         self._last_number = last_number
         self._pools: SortedDict[str, _Entry] = SortedDict()
-        self._pools[DEFAULT_POOL] = _Entry(default, Definition(0, DEFAULT_POOL, {}))
+        self._pools[DEFAULT_POOL] = _Entry(default, Definition(0, DEFAULT_POOL, settings))
         self._drains = Drains(self._emptied)
         self._listeners: list[Callable[[], object]] = []
         for definition, engine in others:
@@ -187,12 +192,11 @@ class EmbeddedPools:
 
     async def put(self, name: str, settings: Settings, origin: Origin) -> bool:
         """Make a pool with these settings, or give it these; whether it is new. O(log p)."""
-        if name == DEFAULT_POOL:
-            require_fixed(settings)
-            return False
-        self.default.journal.require()
-        rules = checked_rules(self.default.rules, settings)
         entry = self._pools.get(name)
+        rules = self._rules_of(name, settings)
+        if entry is not None and name == DEFAULT_POOL and settings == entry.definition.settings:
+            return False  # its definition is kept only once it was given settings
+        self.default.journal.require()
         if entry is not None:
             if entry.engine.pool_draining:
                 raise PoolDraining
@@ -211,14 +215,17 @@ class EmbeddedPools:
     async def change(self, name: str, settings: Settings, origin: Origin) -> None:
         """Change some settings of a pool. O(settings)."""
         entry = self._entry(name)
-        if name == DEFAULT_POOL:
-            require_fixed(settings)
+        merged = {**entry.definition.settings, **settings}
+        rules = self._rules_of(name, merged)
+        if name == DEFAULT_POOL and merged == entry.definition.settings:
             return
         self.default.journal.require()
-        merged = {**entry.definition.settings, **settings}
-        await self._define(
-            entry, entry.definition._replace(settings=merged), checked_rules(self.default.rules, merged)
-        )
+        await self._define(entry, entry.definition._replace(settings=merged), rules)
+
+    def _rules_of(self, name: str, settings: Settings) -> PoolRules:
+        """Raises PoolFixed, BadRequest."""
+        of_pool = rules_of_default if name == DEFAULT_POOL else checked_rules
+        return of_pool(self.default.rules, settings)
 
     async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
         """Delete an empty pool, or drain one. Returns whether it is gone. O(1)."""

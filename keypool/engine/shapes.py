@@ -40,6 +40,7 @@ def row_of(key: Key, now: float, rules: PoolRules) -> Row:
         key.client,
         details.name,
         details.labels or {},
+        details.pace,
     )
 
 

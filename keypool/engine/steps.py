@@ -296,9 +296,10 @@ class Steps:
         ended: list[EndedLease] | None = None,
         report: Report | None = None,
         origin: Origin = HOLDER,
+        uses: int = 1,
     ) -> Unblocked:
         """End a lease and take its report. Adds to `ended` a lease that was ended without its number."""
-        changed, guarded = self.pool.unblock(key, lease, now, report, origin)
+        changed, guarded = self.pool.unblock(key, lease, now, report, origin, uses=uses)
         if changed and lease is None and ended is not None:
             ended.append(EndedLease(key.id, key.hint, key.lease))
         available_in = None

@@ -41,6 +41,7 @@ import msgspec
 from keypool.core.errors import StartError
 from keypool.core.handles import SECRET_BYTES
 from keypool.core.keys import Key
+from keypool.core.pace import Pace
 from keypool.engine import NOTE
 from keypool.engine.durable.file_lock import companions, log_of
 from keypool.engine.durable.rows import (
@@ -98,6 +99,9 @@ MIGRATIONS = (
         settings TEXT NOT NULL,      -- those that were given, as JSON
         draining INTEGER NOT NULL    -- 1: when leases have ended, 2: at once
     ) STRICT;
+    """,
+    """
+    -- keys.more: since this version it may have the theoretical arrival time of a pace, and `pools.settings` a pace
     """,
 )
 VERSION = len(MIGRATIONS)
@@ -163,7 +167,7 @@ _SET_HANDLES = "UPDATE secrets SET value = ? WHERE name = 'handles'"
 _HANDLES = "SELECT value FROM secrets WHERE name = 'handles'"
 _MAGIC = b"SQLite format 3\0"
 _COUNTED_AT_ONCE = 5000
-_decode_settings = msgspec.json.Decoder(dict[str, int | float | None]).decode
+_decode_settings = msgspec.json.Decoder(dict[str, int | float | Pace | None]).decode
 
 
 @dataclass
@@ -506,7 +510,7 @@ class Filling:
             raise self._failed(error) from None
 
     def define(self, pools: Sequence[StoredPool], last_pool: int) -> None:
-        """Add pools beside `default`, and the largest number that any pool ever had."""
+        """Add pools, and the largest number that any pool ever had."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(DEFINE, map(row_of_pool, pools))

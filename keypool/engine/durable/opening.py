@@ -15,7 +15,16 @@ from pathlib import Path
 from keypool.core.errors import StartError
 from keypool.core.handles import Handles
 from keypool.core.keys import State
-from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, SETTINGS, PoolRules, Settings, is_pool_name
+from keypool.core.pace import Pace
+from keypool.core.rules import (
+    DEFAULT_POOL,
+    DEFAULT_RULES,
+    NO_FLAGS,
+    SETTINGS,
+    PoolRules,
+    Settings,
+    is_pool_name,
+)
 from keypool.engine.clock import make_clock
 from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.checks import new_checks, sealer_of
@@ -85,7 +94,8 @@ class _Opening:
     async def pools(self, max_pools: int) -> EmbeddedPools:
         """Read and check everything, and then begin to write. Raises StartError, ValueError, WrongSecretsKey."""
         grace_until = self._clock() + self._rules.restart_grace if self._rules.restart_grace else None
-        default = self.engines[0] = EmbeddedEngine(self._rules, clock=self._clock, start_timers=False)
+        rules, settings = self._of_default()
+        default = self.engines[0] = EmbeddedEngine(rules, clock=self._clock, start_timers=False)
         others = []
         for definition in self._definitions():
             number, name = definition.number, definition.name
@@ -114,13 +124,17 @@ class _Opening:
             engine.start()
         if rekey is not None and self._facts.numbers.get(datafile.REKEYING):
             rekey.go_on()
-        return EmbeddedPools(default, store, max_pools=max_pools, others=others, last_number=last)
+        return EmbeddedPools(
+            default, store, max_pools=max_pools, others=others, last_number=last, settings=settings
+        )
 
     def _definitions(self) -> Iterator[Definition]:
         """The pools beside `default`. Raises ValueError."""
         names = {DEFAULT_POOL}
         for number, stored in self._facts.pools.items():
             name = stored.name
+            if number == 0 and name == DEFAULT_POOL:
+                continue
             if number <= 0 or name is None or not is_pool_name(name) or name in names:
                 raise ValueError(
                     f"the pool number {number} has a number or a name that can't be, or is there twice"
@@ -128,13 +142,28 @@ class _Opening:
             names.add(name)
             yield Definition(number, name, stored.settings, stored.draining, stored.at_once)
 
+    def _of_default(self) -> tuple[PoolRules, Settings]:
+        """The rules of `default`, and the settings that it was given. Raises ValueError."""
+        stored = self._facts.pools.get(0)
+        settings: Settings = {} if stored is None else stored.settings
+        _check_settings(DEFAULT_POOL, settings, NO_FLAGS)
+        return self._rules.of_default(settings), settings
+
     def _rules_of(self, name: str, settings: Settings) -> PoolRules:
-        if wrong := settings.keys() - set(SETTINGS):
-            raise ValueError(f"the pool {name} has the unknown setting {min(wrong)}")
+        _check_settings(name, settings, SETTINGS)
         rules = self._rules.of_pool(settings)
         if (contradiction := rules.contradiction()) is not None:
             raise ValueError(f"the settings of the pool {name} contradict each other: {contradiction}")
         return rules
+
+
+def _check_settings(name: str, settings: Settings, known: Sequence[str]) -> None:
+    """Raise ValueError unless a pool can have been given these settings."""
+    if wrong := settings.keys() - set(known):
+        raise ValueError(f"the pool {name} has the unknown setting {min(wrong)}")
+    for setting, value in settings.items():
+        if value is not None and isinstance(value, Pace) != (setting == "pace"):
+            raise ValueError(f"the setting {setting} of the pool {name} is of another type")
 
 
 async def _restore_keys(

@@ -1,8 +1,9 @@
 """Keys as rows of the data file, and batches of rows: what the tables and the batches of a file contain.
 
 Moments are integer milliseconds of the pool's clock (engine/clock.py). The end of a cooldown is rounded up, so that no
-restart shortens one; other moments are rounded to the nearest. A row has the complete state of its key. What most keys
-don't have is in one column, `more`, so that the row of such a key stays small.
+restart shortens one, and other moments to the nearest. The one of a pace is in seconds, and isn't rounded. A row has
+the complete state of its key. What most keys don't have is in one column, `more`, so that the row of such a key stays
+small.
 
 All pools of a server are in one file. The id of a row is the number of the pool and the id of the key, `pool << 40 |
 id`, so the keys of a pool are neighbours, and those of `default`, whose number is 0, have their own ids.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from math import ceil, isfinite
+from math import ceil, inf, isfinite
 from typing import Annotated
 
 import msgspec
@@ -23,6 +24,7 @@ import msgspec
 from keypool.core.details import shared
 from keypool.core.keys import NEVER, NO_DETAILS, Details, Key, State
 from keypool.core.outcomes import NO_HISTORY, History
+from keypool.core.pace import Pace
 from keypool.engine.sealing import Sealer, WrongSecretsKey
 
 Row = tuple[int, str, int, int, int | None, int, str | None, int | None, int, bytes | None]
@@ -57,6 +59,8 @@ class More(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Without `data` and `former` if the row is sealed."""
     sealed: bytes | None = None
     """The Contents of a sealed row."""
+    paced_until: float | None = None
+    """As the key has it, in seconds: rounded, a restart might give it a little budget."""
 
 
 class Contents(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -73,7 +77,7 @@ class StoredPool(msgspec.Struct, array_like=True, frozen=True):
     number: int
     """Never used again. 0 is `default`."""
     name: str | None = None
-    settings: dict[str, int | float | None] = {}
+    settings: dict[str, int | float | Pace | None] = {}
     """Those that were given."""
     draining: bool = False
     at_once: bool = False
@@ -190,6 +194,7 @@ def row_of(key: Key, pool: int = 0, sealer: Sealer | None = None) -> Row:
         or key.attempt is not None
         or key.details is not NO_DETAILS
         or key.client is not None
+        or key.paced_until
     ):
         more = encode(_more_of(key, key.details))
     expires = key.expires_deadline
@@ -213,6 +218,8 @@ def _more_of(key: Key, details: Details) -> More:
         None if key.history is NO_HISTORY else key.history,
         key.client,
         None if details is NO_DETAILS else details,
+        None,
+        key.paced_until or None,
     )
 
 
@@ -283,6 +290,10 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
     key.client = more.client
     if more.details is not None:
         key.details = shared(more.details)
+    if more.paced_until is not None:
+        if not 0 < more.paced_until < inf:
+            raise ValueError(f"{key!r} has a pace that can't be")
+        key.paced_until = more.paced_until
     return more.sealed
 
 

@@ -45,7 +45,7 @@ class Source(Protocol):
     total: int
     """How many keys all pools have."""
     pools: list[StoredPool]
-    """Those beside `default`."""
+    """Those beside `default`, and `default` if it was given settings."""
     last_pool: int
     """The largest number that a pool ever had."""
     numbers: dict[int, dict[str, int]]
@@ -72,7 +72,7 @@ class Target(Protocol):
     """What to tell a user about an interrupted move to this target."""
 
     async def define(self, pools: list[StoredPool], last_pool: int) -> None:
-        """Add pools beside `default`. Called before keys are written."""
+        """Add these pools. Called before keys are written."""
         ...
 
     async def write(self, pool: int, keys: list[Key]) -> None:
@@ -107,7 +107,7 @@ async def move(source: Source, target: Target, progress: Callable[[int], None]) 
 
     Raises StartError.
     """
-    moved = Moved(source.numbers[0], len(source.pools))
+    moved = Moved(source.numbers[0], sum(pool.number > 0 for pool in source.pools))
     await target.define(source.pools, source.last_pool)
     async for pool, keys in source.keys():
         await target.write(pool, keys)
@@ -134,7 +134,7 @@ class FileSource:
         try:
             facts = datafile.inspect(path)
             self._sealer = sealer_of(path, facts, secrets_keys)
-            self.pools = [pool for number, pool in facts.pools.items() if number]
+            self.pools = [*facts.pools.values()]
             self.last_pool = facts.numbers.get(datafile.LAST_POOL, 0)
             self.numbers = {number: _moved(facts, number) for number in (0, *(p.number for p in self.pools))}
             self.secret = facts.handles or os.urandom(SECRET_BYTES)

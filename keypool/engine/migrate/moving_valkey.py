@@ -157,6 +157,8 @@ class ValkeyPlace:
         notes = {name: int(number) for name, number in facts.items() if name.startswith(NOTE)}
         self.numbers[0] = notes | await self._numbers(self._pools[0], moved)
         for entry in entries.values():
+            if not entry.number:
+                continue
             pool = self._pools[entry.number]
             moved = {
                 "last_id": max(0, entry.base_id - 1) * pool.partitions,
@@ -198,6 +200,8 @@ class ValkeyPlace:
             self._nodes.discard(pool.scripts)
         self._pools = {0: _Pool(self._nodes, 0, partitions, self._vault)}
         for entry in entries:
+            if not entry.number:
+                continue
             self._pools[entry.number] = _Pool(self._nodes, entry.number, entry.partitions, self._vault)
         await self._nodes.connect()
         replies = await self._nodes.execute_on_all("PUBSUB", "NUMSUB", self._pools[0].keys(0)[-1])
@@ -257,6 +261,8 @@ class ValkeyPlace:
         """See moving.Target."""
         self.pools = pools
         for pool in pools:
+            if not pool.number:
+                continue
             self._pools[pool.number] = _Pool(self._nodes, pool.number, PARTITIONS, self._vault)
         if pools:
             await self._write_entries({})

@@ -5,7 +5,7 @@ names of a partition's Valkey keys start with its hash tag (`{POOL:3.17}:`), so 
 and a call is one script (lua/*.lua) on one partition, executed as a whole or not at all; lua/common.lua lists the names
 and what each holds. In addition there is one hash, `{POOL}:pool`:
 
-    layout      3: what this page describes
+    layout      4: what this page describes
     secret      of the handles, in hexadecimal
     partitions  their number; never changes
     born        moment of the first start, in microseconds since the epoch
@@ -174,8 +174,9 @@ class ValkeyEngine:
         self._partitions.set_rules(rules)
         self._poller.set_interval()
         self._generator.set_limits()
-        rest_us = round(rules.rest_seconds * 1e6)
-        await self._partitions.all("rules", revision, rest_us, "1" if self.pool_draining else "")
+        rest_us, pace = round(rules.rest_seconds * 1e6), rules.pace
+        paced = "" if pace is None else f"{pace.interval * 1e6} {pace.tolerance * 1e6}"
+        await self._partitions.all("rules", revision, rest_us, "1" if self.pool_draining else "", paced)
 
     def close_pool(self) -> None:
         """Raise PoolDraining in all waiters, and in calls that want keys or make some, from now on. O(waiters)."""
@@ -245,7 +246,7 @@ class ValkeyEngine:
         return await self._importer.import_many(items, update, expire, _word(origin))
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
-        """Change name, labels or data of a key. O(log n), O(partitions) for a name."""
+        """Change name, labels, data or pace of a key. O(log n), O(partitions) for a name."""
         return await self._details.update(ref, patch, _word(origin))
 
     async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
@@ -393,9 +394,11 @@ class ValkeyEngine:
         ended: list[EndedLease] | None = None,
         report: Report | None = None,
         origin: Origin = HOLDER,
+        *,
+        uses: int = 1,
     ) -> Unblocked:
         """End a lease, and take its holder's report. O(log n), O(partitions) for a report of INVALID."""
-        [reply], age = await self._unblock([Unblock(ref, lease, report)], ended, origin)
+        [reply], age = await self._unblock([Unblock(ref, lease, report, uses)], ended, origin)
         if reply[0] < 0:
             self._raise_refusal(ref, lease, reply)
         outcome, id, _, state, left, guarded, _ = reply
@@ -415,7 +418,9 @@ class ValkeyEngine:
         self, items: Sequence[Unblock], ended: list[EndedLease] | None, origin: Origin
     ) -> tuple[list[Reply], float]:
         """The replies of unblock.lua, one for each item, and how old they are."""
-        words = [("" if item.lease is None else item.lease, _report(item.report)) for item in items]
+        words = [
+            ("" if item.lease is None else item.lease, _report(item.report), item.uses) for item in items
+        ]
         outcomes = {item.report.outcome for item in items if item.report is not None}
         common = _word(origin), self._outcome_rules(0, 0) if outcomes else ""
 
@@ -424,10 +429,9 @@ class ValkeyEngine:
                 found, age = await self._quarantine_in_turn(known, common[0])
             else:
                 found, age = await self._partitions.each("unblock", known, common)
-            if outcomes:
-                for (partition, *_), reply in zip(known, found, strict=True):
-                    if reply[0] == 1 and reply[4]:  # it cools
-                        self._poller.expect(partition, reply[4] / 1e6)
+            for named, reply in zip(known, found, strict=True):
+                if reply[0] == 1 and reply[4]:  # it cools
+                    self._poller.expect(named[0], reply[4] / 1e6)
             return found, age
 
         refs = [item.ref for item in items]

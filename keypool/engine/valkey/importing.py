@@ -146,7 +146,9 @@ class Importer:
                 raise NameTaken(reply[1])
             if not update:
                 return Imported("existed", reply[1])
-            await self._editor.update(reply[1], KeyPatch(item.name, item.labels, item.data), origin)
+            await self._editor.update(
+                reply[1], KeyPatch(item.name, item.labels, item.data, item.pace), origin
+            )
             return Imported("updated", reply[1])
         except UnknownKey:  # it was deleted just now
             return Imported("existed", reply[1])

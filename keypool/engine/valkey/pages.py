@@ -171,4 +171,5 @@ def row_of(row: Any, age: float, forget_seconds: float) -> Row:
         client.decode() or None,
         details.name,
         details.labels or {},
+        details.pace,
     )

@@ -1,9 +1,10 @@
 """All pools of a server over one Valkey: an engine for each, over the same connections.
 
-The pool `default` is described in engine.py. The others are in the registry (registry.py), and each has partitions of
-its own: one, as a hundred pools spread over the nodes of a cluster by themselves, and each partition costs a poll a
-second, and a call of each list. What the engines share: the connections, so that the calls of all pools in one turn of
-the loop are one pipeline for each node, the subscription, and the heartbeat.
+The pool `default` is described in engine.py; only those of its settings that aren't flags are in the registry
+(registry.py). The others are there as a whole, and each has partitions of its own: one, as a hundred pools spread over
+the nodes of a cluster by themselves, and each partition costs a poll a second, and a call of each list. The engines
+share the connections, so that the calls of all pools in one turn of the loop are one pipeline for each node, the
+subscription, and the heartbeat.
 
 The life of a pool, as the registry has it; each step is one script (lua/pools.lua):
 
@@ -37,7 +38,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import By, Origin
 from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
-from keypool.engine.pools import checked_rules, require_fixed
+from keypool.engine.pools import checked_rules, rules_of_default
 from keypool.engine.valkey import registry
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -98,6 +99,8 @@ class ValkeyPools:
         self._registry = Registry(nodes, nodes.url.pool, facts.born)
         self._engines: dict[str, ValkeyEngine] = {DEFAULT_POOL: default}
         self._pools: dict[str, _Pool] = {}
+        self._default_packed = b""  # its entry in the registry
+        self._default_known = True  # whether the partitions know that
         self._changing = asyncio.Lock()  # held while the registry and the engines are made to agree
         self._version = -1  # of the registry, as of the latest heartbeat
         self._looked_at = 0.0
@@ -147,15 +150,14 @@ class ValkeyPools:
 
         Raises TooManyPools, PoolDraining, PoolFixed, BadRequest, StorageUnavailable.
         """
-        if name == DEFAULT_POOL:
-            require_fixed(settings)
-            return False
         return await self._run(self._put(name, settings))
 
     async def _put(self, name: str, settings: Settings) -> bool:
-        checked_rules(self.default.rules, settings)
+        self._checked_rules(name, settings)
         async with self._changing:
             seen = await self._registry.get(name)
+            if name == DEFAULT_POOL and settings == ({} if seen is None else seen.entry.settings):
+                return False
             while True:
                 if seen is None:
                     entry = registry.new_entry(settings, PARTITIONS)
@@ -167,7 +169,7 @@ class ValkeyPools:
                 if done:
                     assert found is not None
                     await self._agree(name, found)
-                    return seen is None
+                    return seen is None and name != DEFAULT_POOL
                 seen = found
 
     async def change(self, name: str, settings: Settings, origin: Origin) -> None:
@@ -175,17 +177,20 @@ class ValkeyPools:
 
         Raises UnknownPool, PoolFixed, BadRequest, StorageUnavailable.
         """
-        if name == DEFAULT_POOL:
-            require_fixed(settings)
-            return
         await self._run(self._change(name, settings))
 
     async def _change(self, name: str, settings: Settings) -> None:
         async with self._changing:
             seen = await self._registry.get(name)
+            if name == DEFAULT_POOL:
+                self._checked_rules(name, settings)
+                if not settings:
+                    return
+                if seen is None:
+                    seen = registry.UNSET_DEFAULT
             while seen is not None:
                 merged = {**seen.entry.settings, **settings}
-                checked_rules(self.default.rules, merged)
+                self._checked_rules(name, merged)
                 entry = structs.replace(seen.entry, json=registry.json_of(merged))
                 done, seen = await self._registry.put(name, seen, entry, self._max_pools)
                 if done:
@@ -193,6 +198,11 @@ class ValkeyPools:
                     await self._agree(name, seen)
                     return
         raise UnknownPool
+
+    def _checked_rules(self, name: str, settings: Settings) -> PoolRules:
+        """Raises PoolFixed, BadRequest."""
+        of_pool = rules_of_default if name == DEFAULT_POOL else checked_rules
+        return of_pool(self.default.rules, settings)
 
     async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
         """Delete a pool that is empty, or empty it first. Returns whether it is gone already. O(1).
@@ -208,6 +218,7 @@ class ValkeyPools:
             seen = await self._registry.get(name)
             while seen is not None:
                 pool = await self._agree(name, seen)
+                assert pool is not None  # `default` isn't deleted
                 left = await pool.engine.close_if_empty()
                 if not left:
                     done, seen = await self._remove(name, pool)
@@ -245,7 +256,7 @@ class ValkeyPools:
 
     def _at_version(self, version: int) -> None:
         """Follow the registry if it has changed, or not all of it was done. Called with each heartbeat."""
-        unknown = any(not pool.known for pool in self._pools.values())
+        unknown = not self._default_known or any(not pool.known for pool in self._pools.values())
         if version != self._version or unknown:
             self._version = version
             self._follow()
@@ -289,8 +300,14 @@ class ValkeyPools:
             elif isinstance(result, BaseException):
                 raise result
 
-    async def _agree(self, name: str, stored: Stored, *, served: bool = True) -> _Pool:
-        """Make the engine of a pool agree with its entry. `_changing` is held. Raises StorageUnavailable."""
+    async def _agree(self, name: str, stored: Stored, *, served: bool = True) -> _Pool | None:
+        """Make the engine of a pool agree with its entry. `_changing` is held. Raises StorageUnavailable.
+
+        Returns None for `default`.
+        """
+        if name == DEFAULT_POOL:
+            await self._agree_default(stored)
+            return None
         pool = self._pools.get(name)
         entry = stored.entry
         if pool is not None and pool.stored.entry.number != entry.number:
@@ -311,6 +328,16 @@ class ValkeyPools:
                 pool.drainer = self._loop.create_task(self._drain_pool(name, pool))
             self._notify()
         return pool
+
+    async def _agree_default(self, stored: Stored) -> None:
+        """The same for `default`, of which the registry has settings only."""
+        if self._default_known and self._default_packed == stored.packed:
+            return
+        self._default_known, self._default_packed = False, stored.packed
+        rules = self.default.rules.of_default(stored.entry.settings)
+        await self.default.set_rules(rules, stored.entry.revision)
+        self._default_known = True
+        self._notify()
 
     async def _open(self, name: str, stored: Stored, *, served: bool) -> _Pool:
         entry, facts = stored.entry, self._facts

@@ -1,4 +1,6 @@
-"""The registry of the pools beside `default`, in Valkey: one hash, `{POOL}:pools`, name -> entry (lua/pools.lua).
+"""The registry of the pools in Valkey: one hash, `{POOL}:pools`, name -> entry (lua/pools.lua).
+
+`default` stands in it once it was given settings that aren't flags; the rest about it is in engine.py.
 
 A change of an entry is one script, which makes it only if the entry is still the one that the caller has seen. Every
 change makes a larger version, which servers read with each heartbeat (presence.py): if it is another one than before,
@@ -11,11 +13,10 @@ were given, so settings that weren't given have the defaults of the version that
 
 from __future__ import annotations
 
-from typing import cast
-
 import msgspec
 
 from keypool.core.errors import StorageUnavailable, TooManyPools
+from keypool.core.pace import Pace
 from keypool.core.rules import Settings
 from keypool.engine.valkey.link import Reply
 from keypool.engine.valkey.nodes import Nodes
@@ -47,7 +48,7 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     @property
     def settings(self) -> Settings:
         """The settings that the pool was given."""
-        return cast("Settings", msgspec.json.decode(self.json))
+        return _decode_settings(self.json)
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -58,6 +59,7 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 _decode = msgspec.msgpack.Decoder(Entry).decode
+_decode_settings = msgspec.json.Decoder(dict[str, int | float | Pace | None]).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -79,6 +81,10 @@ def json_of(settings: Settings) -> str:
 def namespace(pool: str, number: int) -> str:
     """What the names of a pool's Valkey keys begin with, in a hash tag. `pool` is that of the URL."""
     return f"{pool}/{number}" if number else pool
+
+
+UNSET_DEFAULT = Stored(new_entry({}, 0), b"")
+"""Stands for the entry of `default` before it is given settings."""
 
 
 class Registry:

@@ -410,4 +410,4 @@ class PartitionSampler:
         was_moved_in = id <= facts.base_id * facts.partitions
         homes = range(facts.partitions) if was_moved_in else [(id - 1) % facts.partitions]
         for home in homes:
-            self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % id, lease.lease, "-"))
+            self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % id, lease.lease, "-", 1))

@@ -28,6 +28,7 @@ _PARTS = {
     "adding": {"generate", "import", "move_in", "room"},
     "labelled": {"change", "import", "known", "search"},
     "rewriting": {"change", "reseal"},
+    "restoring": {"change", "restore"},
 }  # fmt: skip
 """Parts that several scripts have in common, and those scripts. All are run at each call, so they have no others."""
 _ALONE = ("pools", "presence", "upgrade")

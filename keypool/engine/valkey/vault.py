@@ -23,6 +23,7 @@ import msgspec
 
 from keypool.core.errors import StartError
 from keypool.core.keys import NO_DETAILS, Details
+from keypool.core.pace import Pace
 from keypool.engine.sealing import Digests, Sealer, WrongSecretsKey
 from keypool.engine.valkey.nodes import Nodes
 
@@ -35,13 +36,17 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_sealed = msgspec.msgpack.Decoder(tuple[str, bytes | None]).decode
 
 
-class _Info(msgspec.Struct, array_like=True, omit_defaults=True):
-    """Details as a record has them (lua/common.lua). Data is text here: Lua's MessagePack knows no bytes."""
+class _Info(msgspec.Struct, array_like=True):
+    """Details as a record has them (lua/common.lua). Data is text here: Lua's MessagePack knows no bytes.
+
+    `pace` is not there unless the key has its own: by the length, scripts know whether to look at it.
+    """
 
     imported: bool = False
     name: str | None = None
     labels: dict[str, str] | None = None
     data: str | None = None
+    pace: tuple[int, float, int] | None = None
 
 
 _decode_info = msgspec.msgpack.Decoder(_Info).decode
@@ -100,7 +105,9 @@ def info_of(details: Details) -> bytes:
     if details == NO_DETAILS:
         return b""
     data = None if details.data is None else details.data.decode()
-    return _encode(_Info(details.imported, details.name, details.labels, data))
+    info = (details.imported, details.name, details.labels, data)
+    pace = details.pace
+    return _encode(info if pace is None else (*info, (pace.count, pace.seconds, pace.burst)))
 
 
 def details_in(info: bytes) -> Details:
@@ -109,7 +116,8 @@ def details_in(info: bytes) -> Details:
         return NO_DETAILS
     found = _decode_info(info)
     data = None if found.data is None else found.data.encode()
-    return Details(found.imported, found.name, found.labels, data)
+    pace = None if found.pace is None else Pace(*found.pace)
+    return Details(found.imported, found.name, found.labels, data, None, pace)
 
 
 async def open_vault(nodes: Nodes, key: str, secrets_keys: Sequence[bytes]) -> Vault | None:

@@ -72,6 +72,10 @@ for i = 10, #ARGV, step do
       record[RELEASE] = NOW + block + acquired
       record[OWNER], record[ACQUIRED] = owner ~= '' and owner, NOW
       if record[REPORTED] then record[REPORTED] = false end
+      if interval or record[INFO] then
+        local own = pace_of(record)
+        if own then record[PACED] = math.max(record[PACED] or 0, NOW) + own end
+      end
       if step == 5 and ARGV[at + 4] ~= '' then
         local client, reservation = ARGV[at + 4]:match('^(%Z*)%z?(.*)$')
         record[CLIENT] = client

@@ -27,6 +27,7 @@ local function change(name)
   if ARGV[5] ~= '' then record[SEALED], record[HINT] = ARGV[5], ARGV[6] end
   if info ~= '' then record[INFO] = info elseif record[INFO] then record[INFO] = false end
   if ARGV[10] ~= '' then
+    if record[PACED] then record[PACED] = false end
     give_up_former(member)
     local former = is_blocked(record) and (record[FORMER] or ARGV[10])
     if record[FORMER] then end_former(record) end
@@ -41,9 +42,7 @@ local function change(name)
   if over == PENDING then record[MARK] = false end
   rewrite(text, member, record, entry, named)
   if over == COOLING or over == QUARANTINED then
-    place(member, record, false, 0)
-    call('HINCRBY', META, 'restored', 1)
-    emit('restored', record, member, nil, ARGV[9])
+    end_exclusion(member, record, ARGV[9])
   end
   return {1, row_of(member, record)}
 end

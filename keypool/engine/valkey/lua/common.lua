@@ -4,10 +4,11 @@
 -- KEYS, the same eleven for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
 --                `cooling`, how many keys cool, `rest`, how long keys rest after each lease (missing if they don't),
+--                `pace`, interval and tolerance of the pool's pace (missing if it has none),
 --                `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it
 --                is at work), `sweepers`, the two servers that sweep here (poll.lua), `reserved`, room reserved for keys
 --                that are about to be generated (room.lua), `odd`, how many calls stored texts that look like other
---                names, `rekeyed` (reseal.lua), and in pools beside `default` `revision`, that of the settings that are
+--                names, `rekeyed` (reseal.lua), `revision`, that of the settings of the registry that are
 --                known here (rules.lua), and `draining`, 1 while the pool is being emptied for good
 --   2 records    hash: text -> record
 --   3 states     sorted set: text by the deadline at which its block or its cooldown ends, by 0 while available; not
@@ -79,10 +80,14 @@ local REPLAYED = 12  -- whether the lease was given to its attempt again
 local CLIENT = 13    -- name of the token that holds the key
 local SEALED = 14    -- the text and the data, encrypted; missing if the key is in clear
 local HINT = 15      -- what may be shown of a sealed text
-local INFO = 16      -- MessagePack: {whether it was imported, name, labels, data if it is in clear}
+local INFO = 16      -- MessagePack: {whether it was imported, name, labels, data if it is in clear}, and behind these its
+                     -- own pace if it has one: {count, seconds, burst}
 local FORMER = 17    -- the member with which the lease was given, if the text was replaced since: `old:` and this member
                      -- has its id and lease, and it names the key until the lease ends
 local SHARE = 18     -- the reservation in the share of CLIENT, if that may hold so many leases and no more (shares.py)
+local PACED = 19     -- theoretical arrival time of its pace (core/pace.py); missing if none was ever charged
+local WITH_PACE = 149  -- the first byte of an INFO that has a pace
+local LONGEST_WAIT = 316224000000000  -- microseconds: core/pace.py
 local NEVER = 9007199254740992
 local MEMBER = 254   -- the first byte of a sealed key's member
 local DIGEST = 17    -- length of such a member
@@ -94,6 +99,7 @@ local MAX_DUE = 32      -- overdue keys of each kind that a call processes on it
 local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
 
 local resting = 0  -- microseconds that a key cools after each lease, as attended.lua reads it
+local interval, tolerance  -- of the pool's pace in microseconds, nil if it has none, likewise
 local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
@@ -117,7 +123,7 @@ end
 
 -- A field that says nothing is never set where it is missing: that would make Lua grow the table.
 local function packed(record)
-  local last = SHARE
+  local last = PACED
   while not record[last] do
     if record[last] == false then record[last] = nil end
     last = last - 1
@@ -208,9 +214,28 @@ local function entered(mark, text, record, owner, origin)
   emit(mark == COOLING and 'cooled' or 'quarantined', record, text, owner, origin)
 end
 
+-- Interval and tolerance of the pace that a key keeps to, in microseconds; nil if there is none.
+local function pace_of(record)
+  local info = record[INFO]
+  if info and info:byte(1) == WITH_PACE then
+    local count, seconds, burst = unpack(cmsgpack.unpack(info)[5])
+    local own = seconds * 1000000 / count
+    return own, (burst - 1) * own
+  end
+  return interval, tolerance
+end
+
+-- The end of a cooldown that must not end before the key has budget, and whether that makes it longer.
+local function with_budget(record, release)
+  if not record[PACED] then return release, false end
+  local own, ahead = pace_of(record)
+  local ready = own and math.ceil(record[PACED] - ahead) or 0
+  return math.max(release, ready), ready > release
+end
+
 -- End a lease at a moment: the key is available, or cools first, or is quarantined.
 local function free(text, record, change, at, origin, cool_until)
-  local owner, attempt, mark, release = record[OWNER], record[ATTEMPT], false, 0
+  local owner, attempt, mark, release, spent = record[OWNER], record[ATTEMPT], false, 0, false
   record[OWNER], record[ACQUIRED] = false, false
   if record[SHARE] then
     share_moved(record, 0)
@@ -225,10 +250,12 @@ local function free(text, record, change, at, origin, cool_until)
   if resting > 0 then cool_until = math.max(cool_until, at + resting) end
   if record[MARK] == PENDING then
     mark = QUARANTINED
-  elseif cool_until > at then
-    mark, release = COOLING, cool_until
+  else
+    cool_until, spent = with_budget(record, math.max(cool_until, at))
+    if cool_until > at then mark, release = COOLING, cool_until end
   end
   place(text, record, mark, release)
+  if spent then call('HINCRBY', META, 'paced', 1) end
   if attempt then call('ZREM', ATTEMPTS, attempt .. text) end
   call('HINCRBY', META, change, 1)
   emit(change, record, text, owner, origin)

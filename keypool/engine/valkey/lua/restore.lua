@@ -1,4 +1,4 @@
--- Make cooling and quarantined keys available, call off quarantines to come, and forget reports.
+-- Make cooling and quarantined keys available as soon as they have budget, call off quarantines to come, and forget reports.
 -- ARGV    1 origin, 2… names
 -- reply   available; for each key {1, its row}, {0} if it is unknown, or {-(its latest lease)} if the name has another
 --         one
@@ -10,9 +10,7 @@ for i = 2, #ARGV do
   if record and not stale then
     if record[HISTORY] then record[HISTORY] = false end
     if record[MARK] == COOLING or record[MARK] == QUARANTINED then
-      place(text, record, false, 0)
-      call('HINCRBY', META, 'restored', 1)
-      emit('restored', record, text, nil, origin)
+      end_exclusion(text, record, origin)
     else
       if record[MARK] then record[MARK] = false end
       save(text, record)

@@ -7,6 +7,9 @@ local function state_of(record)
   if record[RELEASE] == 0 then return 'available', 0 end
   if left > 0 then return mark == COOLING and 'cooling' or 'blocked', left end
   if mark == PENDING then return 'quarantined', 0 end
-  if mark ~= COOLING and left + resting > 0 then return 'cooling', left + resting end
+  if mark ~= COOLING then
+    left = with_budget(record, record[RELEASE] + resting) - NOW
+    if left > 0 then return 'cooling', left end
+  end
   return 'available', 0
 end

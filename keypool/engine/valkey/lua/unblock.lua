@@ -2,9 +2,10 @@
 -- ARGV    1 origin of keys without a lease number, 2 '' if there are no reports, else MessagePack: {cooldown, longest
 --         cooldown, longest retry_after, failures in a row from which an error cools, after how long they are forgotten,
 --         percentage of keys that reports may quarantine, keys quarantined in other partitions, keys in other
---         partitions}, lengths in microseconds, 3, 4, 5… for each key: its name, the lease number that it must be held
---         under ('' for any), and a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
---         for none, or '-' if the lease did not reach its caller and is to end unless its attempt was given it again
+--         partitions}, lengths in microseconds, 3, 4, 5, 6… for each key: its name, the lease number that it must be
+--         held under ('' for any), a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
+--         for none, or '-' if the lease did not reach its caller and is to end unless its attempt was given it again;
+--         and how often the key was used, that of the acquire among them
 -- reply   available; for each key {outcome, id, latest lease, state, microseconds to the end of its cooldown, 1 if the
 --         guard turned a quarantine into a cooldown, its text (or what may be shown of a sealed one)
 --         if the name isn't}; the outcome is 1 changed, 0 not, -1
@@ -13,6 +14,16 @@
 process_due(MAX_DUE)
 local origin  -- of the key that is processed: whoever has its lease number is its holder
 local conclude
+
+-- Charge a key for what its lease used beside the acquire. Returns whether it has a pace.
+local function charge(record, uses)
+  if uses == '1' then return false end
+  local own, ahead = pace_of(record)
+  if not own then return false end
+  record[PACED] = math.min((record[PACED] or NOW) + (tonumber(uses) - 1) * own, NOW + ahead + LONGEST_WAIT)
+  return true
+end
+
 if ARGV[2] ~= '' then
   local cooldown, longest, longest_retry, threshold, forget, percent, quarantined_elsewhere, elsewhere =
     unpack(cmsgpack.unpack(ARGV[2]))
@@ -30,8 +41,22 @@ if ARGV[2] ~= '' then
     return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', IDS) + elsewhere)
   end
 
+  -- Let an available or cooling key cool at least until then, and if it was charged until it has budget.
+  local function cool_longer(text, record, release, charged)
+    local mark, ends, spent = record[MARK], record[MARK] == COOLING and record[RELEASE] or NOW, false
+    release = math.max(release, ends)
+    if charged then release, spent = with_budget(record, release) end
+    if release == ends then
+      save(text, record)
+      return
+    end
+    place(text, record, COOLING, release)
+    if spent then call('HINCRBY', META, 'paced', 1) end
+    if mark ~= COOLING then entered(COOLING, text, record, nil, origin) end
+  end
+
   -- Apply a report. Returns whether the guard turned a quarantine into a cooldown.
-  conclude = function(text, record, outcome, retry_after, reason)
+  conclude = function(text, record, uses, outcome, retry_after, reason)
     local history, mark = record[HISTORY] or {0, 0}, record[MARK]
     local invalid = outcome == 'invalid'
     local quarantine = invalid and (mark == PENDING or mark == QUARANTINED or may_quarantine())
@@ -44,27 +69,25 @@ if ARGV[2] ~= '' then
     end
     record[HISTORY] = {failures, failed_at, outcome, reason or history[5] and false, history[5] or nil}
     record[REPORTED] = true
+    local charged = charge(record, uses)
     if is_blocked(record) then
       if quarantine then record[MARK] = PENDING end
       free(text, record, 'unblocked', NOW, origin, NOW + cools)
     elseif quarantine and mark ~= QUARANTINED then
       place(text, record, QUARANTINED, 0)
       entered(QUARANTINED, text, record, nil, origin)
-    elseif cools > 0 and not mark then
-      place(text, record, COOLING, NOW + cools)
-      entered(COOLING, text, record, nil, origin)
-    elseif mark == COOLING and NOW + cools > record[RELEASE] then
-      place(text, record, COOLING, NOW + cools)
-    else
+    elseif mark == QUARANTINED then
       save(text, record)
+    else
+      cool_longer(text, record, NOW + cools, charged)
     end
     return invalid and not quarantine
   end
 end
 
 local results = {}
-for i = 3, #ARGV, 3 do
-  local name, lease, report = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+for i = 3, #ARGV, 4 do
+  local name, lease, report, uses = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local record, text, stale = find(name)
   if not record then
     results[#results + 1] = {-1, 0, 0}
@@ -75,9 +98,10 @@ for i = 3, #ARGV, 3 do
     local outcome, guarded = 0, false
     if report ~= '' and report ~= '-' then
       if not record[REPORTED] then
-        outcome, guarded = 1, conclude(text, record, unpack(cmsgpack.unpack(report), 1, 3))
+        outcome, guarded = 1, conclude(text, record, uses, unpack(cmsgpack.unpack(report), 1, 3))
       end
     elseif is_blocked(record) and not (report == '-' and record[REPLAYED]) then
+      charge(record, uses)
       free(text, record, 'unblocked', NOW, origin, 0)
       outcome = 1
     end
