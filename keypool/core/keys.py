@@ -110,6 +110,8 @@ class Key(msgspec.Struct, gc=False, eq=False):
     """The name of the token that holds it; None unless blocked by a named token (config/tokens.py)."""
     details: Details = NO_DETAILS
     """Name, labels and data, and whether it was imported."""
+    extended: int = 0
+    """How often its lease was extended; 0 unless blocked."""
     # in memory
     replayed: bool = False
     """Whether the latest lease was given to its attempt again, so that the first call can't take it back alone."""

@@ -71,6 +71,9 @@ class PoolRules:
     max_block_seconds: float | None = None
     """How long a lease may last with extensions; None: as long as `block_seconds`."""
 
+    history_leases: int = 0
+    """How many leases that have ended are kept; 0: none are recorded. Not a flag: `default` is given it, too."""
+
     @property
     def longest_block(self) -> float:
         """How long a lease may last with extensions."""
@@ -88,7 +91,11 @@ class PoolRules:
         and the rules that aren't settings of a pool, are the server's.
         """
         given = {name: getattr(DEFAULT_RULES, name) for name in SETTINGS if name not in _OF_SERVER}
-        return replace(self, **given | dict(settings))
+        return replace(self, **given | _OF_OTHER_POOLS | dict(settings))
+
+    def of_default(self, settings: Settings) -> PoolRules:
+        """The rules of `default` with these settings, which must be NOT_FLAGS. The others have their defaults. O(1)."""
+        return replace(self, **{name: getattr(DEFAULT_RULES, name) for name in NOT_FLAGS} | dict(settings))
 
     def contradiction(self) -> str | None:
         """Which two settings contradict each other; None if all can hold together. O(1)."""
@@ -117,9 +124,15 @@ SETTINGS = (
     "forget_seconds",
     "max_quarantined_percent",
     "rest_seconds",
+    "history_leases",
 )
 """The settings that each pool has of its own, in the order of the docs."""
 
+NOT_FLAGS = frozenset({"history_leases"})
+"""The settings that aren't flags: `default` is given them as other pools are."""
+
 _OF_SERVER = ("max_keys", "key_length")
+_OF_OTHER_POOLS = {"history_leases": 100_000}
+"""The defaults that are others in a pool beside `default`."""
 
 DEFAULT_RULES = PoolRules()

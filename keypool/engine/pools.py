@@ -23,7 +23,7 @@ from keypool.core.errors import (
     UnknownPool,
 )
 from keypool.core.events import By, Origin
-from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
+from keypool.core.rules import DEFAULT_POOL, NOT_FLAGS, PoolRules, Settings
 from keypool.engine.draining import Drains
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Commit, Journal, NullJournal
@@ -38,7 +38,7 @@ class Definition(NamedTuple):
     """What is kept of a pool beside its keys. `settings` are those that were given; the others have their defaults."""
 
     number: int
-    """Never used again: 0 is `default`, whose definition isn't kept."""
+    """Never used again: 0 is `default`, whose definition is kept only if it was given settings."""
     name: str
     settings: Settings
     draining: bool = False
@@ -97,14 +97,16 @@ class NullStore:
         return Rekeying("idle", 0, 0, encrypted=False)
 
 
-def require_fixed(settings: Settings) -> None:
-    """Raise PoolFixed if these are settings of `default`, which the server's flags decide."""
-    if settings:
-        raise PoolFixed(tuple(settings))
+def checked_rules(default: PoolRules, name: str, settings: Settings) -> PoolRules:
+    """The rules of a pool with these settings, given those of `default`.
 
-
-def checked_rules(default: PoolRules, settings: Settings) -> PoolRules:
-    """The rules of another pool with these settings. Raises BadRequest if two of them contradict each other."""
+    Raises PoolFixed for settings of `default` that the server's flags decide, and BadRequest if two contradict each
+    other.
+    """
+    if name == DEFAULT_POOL:
+        if fixed := tuple(setting for setting in settings if setting not in NOT_FLAGS):
+            raise PoolFixed(fixed)
+        return default.of_default(settings)
     rules = default.of_pool(settings)
     if (contradiction := rules.contradiction()) is not None:
         raise BadRequest(contradiction)
@@ -125,7 +127,8 @@ class EmbeddedPools:
     """See the module, and the protocol Pools. For use on its loop's thread only.
 
     `default` and the engines of `others`, which a store has restored, have their journals and their timers. Pools that
-    were being emptied go on. `last_number` is the largest number that any pool ever had.
+    were being emptied go on. `last_number` is the largest number that any pool ever had. `default_settings` are those
+    that `default` was given, which its engine goes by already.
     """
 
     def __init__(
@@ -136,13 +139,14 @@ class EmbeddedPools:
         max_pools: int = MAX_POOLS,
         others: Iterable[tuple[Definition, EmbeddedEngine]] = (),
         last_number: int = 0,
+        default_settings: Settings | None = None,
     ) -> None:
         self.default = default
         self._store = store or NullStore()
         self._max_pools = max_pools
         self._last_number = last_number
         self._pools: SortedDict[str, _Entry] = SortedDict()
-        self._pools[DEFAULT_POOL] = _Entry(default, Definition(0, DEFAULT_POOL, {}))
+        self._pools[DEFAULT_POOL] = _Entry(default, Definition(0, DEFAULT_POOL, default_settings or {}))
         self._drains = Drains(self._emptied)
         self._listeners: list[Callable[[], object]] = []
         for definition, engine in others:
@@ -187,11 +191,8 @@ class EmbeddedPools:
 
     async def put(self, name: str, settings: Settings, origin: Origin) -> bool:
         """Make a pool with these settings, or give it these; whether it is new. O(log p)."""
-        if name == DEFAULT_POOL:
-            require_fixed(settings)
-            return False
+        rules = checked_rules(self.default.rules, name, settings)
         self.default.journal.require()
-        rules = checked_rules(self.default.rules, settings)
         entry = self._pools.get(name)
         if entry is not None:
             if entry.engine.pool_draining:
@@ -211,14 +212,10 @@ class EmbeddedPools:
     async def change(self, name: str, settings: Settings, origin: Origin) -> None:
         """Change some settings of a pool. O(settings)."""
         entry = self._entry(name)
-        if name == DEFAULT_POOL:
-            require_fixed(settings)
-            return
-        self.default.journal.require()
         merged = {**entry.definition.settings, **settings}
-        await self._define(
-            entry, entry.definition._replace(settings=merged), checked_rules(self.default.rules, merged)
-        )
+        rules = checked_rules(self.default.rules, name, merged)
+        self.default.journal.require()
+        await self._define(entry, entry.definition._replace(settings=merged), rules)
 
     async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
         """Delete an empty pool, or drain one. Returns whether it is gone. O(1)."""

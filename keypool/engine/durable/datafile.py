@@ -15,6 +15,10 @@ before it, whatever its row says. So a grace for a million keys is one number, w
 A file that was ever used with a secrets key has a check value for each one under which a row may be sealed. A server
 that lacks one of these keys is refused before it changes anything (checks.py).
 
+Of leases that have ended, `history` has those of each key side by side, and `ends` their order in the pool. Which of
+them count is said by two numbers of the pool; older ones are deleted in slices (compaction.py). A start doesn't read
+them.
+
 A file in use is marked, so that a copy without its write-ahead log (`-wal`) is refused as incomplete. The mark is in
 bytes of the header that SQLite reserves for later versions. It is written without SQLite, once the log holds a newer
 first page without the mark. Therefore a program that reads the file with its log (a backup, a recovery) doesn't see the
@@ -99,10 +103,32 @@ MIGRATIONS = (
         draining INTEGER NOT NULL    -- 1: when leases have ended, 2: at once
     ) STRICT;
     """,
+    """
+    CREATE TABLE history (       -- leases that have ended: see Past in rows.py
+        key INTEGER NOT NULL,    -- as keys.id, though the key may be gone
+        lease INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        acquired_at INTEGER NOT NULL,
+        held INTEGER NOT NULL,
+        how INTEGER NOT NULL,
+        extended INTEGER NOT NULL,
+        owner TEXT,
+        client TEXT,
+        outcome INTEGER,
+        reason TEXT,
+        PRIMARY KEY (key, lease)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE ends (          -- the same leases in the order in which they ended, from which the oldest are deleted
+        number INTEGER PRIMARY KEY,  -- the number of the pool << 40 | that of the lease's end
+        key INTEGER NOT NULL,
+        lease INTEGER NOT NULL
+    ) STRICT;
+    """,
 )
 VERSION = len(MIGRATIONS)
 _LEASES = 3  # the version from which a file has more than seven columns, and a secret
 _POOLS = 4  # the version from which a file has several pools, and rows may be sealed
+_HISTORY = 5  # the version from which a file has the leases that have ended
 
 ADD_BATCH = "INSERT INTO batches VALUES (?, ?)"
 TRIM = "DELETE FROM batches WHERE number <= ?"
@@ -115,6 +141,15 @@ UPSERT = """
 """
 PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+ADD_PAST = "INSERT OR REPLACE INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+ADD_END = "INSERT OR REPLACE INTO ends VALUES (?, ?, ?)"
+ADD_REPORT = "UPDATE history SET outcome = ?, reason = ? WHERE key = ? AND lease = ?"
+PAST_OF_KEY = "SELECT * FROM history WHERE key = ? AND lease < ? ORDER BY lease DESC LIMIT ?"
+OLDEST_ENDS = "SELECT number, key, lease FROM ends WHERE number BETWEEN ? AND ? ORDER BY number LIMIT ?"
+FORGET_PAST = "DELETE FROM history WHERE key = ? AND lease = ?"
+FORGET_ENDS = "DELETE FROM ends WHERE number BETWEEN ? AND ?"
+FIRST_END_FROM = "SELECT min(number) FROM ends WHERE number >= ?"
+
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
 DEFINE = """
@@ -129,6 +164,9 @@ ADD_CHECK = "INSERT INTO secrets VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET 
 
 _FORGET_NOTES = f"DELETE FROM pool WHERE (name GLOB '{NOTE}*' OR name GLOB '[0-9]*/{NOTE}*') AND value = 0"  # noqa: S608
 
+FIRST_PAST, LAST_PAST = "history_first", "history_last"
+"""The names of the numbers of the oldest and the latest lease of a pool in its history. Older ones may still be in the
+tables for a while."""
 GRACE = "grace_until"
 """The name of the number that is the end of a grace of a pool, in milliseconds."""
 REKEYING = "rekeying"

@@ -37,7 +37,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import By, Origin
 from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
-from keypool.engine.pools import checked_rules, require_fixed
+from keypool.engine.pools import checked_rules
 from keypool.engine.valkey import registry
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 class _Pool:
-    """A pool beside `default`: its engine, and the entry that it goes by."""
+    """A pool: its engine, and the entry that it goes by. `default` has none until it is given settings."""
 
     def __init__(self, engine: ValkeyEngine, stored: Stored) -> None:
         self.engine = engine
@@ -97,7 +97,9 @@ class ValkeyPools:
         self._loop = asyncio.get_running_loop()
         self._registry = Registry(nodes, nodes.url.pool, facts.born)
         self._engines: dict[str, ValkeyEngine] = {DEFAULT_POOL: default}
-        self._pools: dict[str, _Pool] = {}
+        self._default = _Pool(default, Stored(self._new_entry(DEFAULT_POOL, {}), b""))
+        self._default.known = True
+        self._pools: dict[str, _Pool] = {}  # without `default`
         self._changing = asyncio.Lock()  # held while the registry and the engines are made to agree
         self._version = -1  # of the registry, as of the latest heartbeat
         self._looked_at = 0.0
@@ -147,18 +149,15 @@ class ValkeyPools:
 
         Raises TooManyPools, PoolDraining, PoolFixed, BadRequest, StorageUnavailable.
         """
-        if name == DEFAULT_POOL:
-            require_fixed(settings)
-            return False
+        checked_rules(self.default.rules, name, settings)
         return await self._run(self._put(name, settings))
 
     async def _put(self, name: str, settings: Settings) -> bool:
-        checked_rules(self.default.rules, settings)
         async with self._changing:
             seen = await self._registry.get(name)
             while True:
                 if seen is None:
-                    entry = registry.new_entry(settings, PARTITIONS)
+                    entry = self._new_entry(name, settings)
                 elif seen.entry.draining != OPEN:
                     raise PoolDraining
                 else:
@@ -167,7 +166,7 @@ class ValkeyPools:
                 if done:
                     assert found is not None
                     await self._agree(name, found)
-                    return seen is None
+                    return seen is None and name != DEFAULT_POOL
                 seen = found
 
     async def change(self, name: str, settings: Settings, origin: Origin) -> None:
@@ -176,23 +175,30 @@ class ValkeyPools:
         Raises UnknownPool, PoolFixed, BadRequest, StorageUnavailable.
         """
         if name == DEFAULT_POOL:
-            require_fixed(settings)
-            return
+            checked_rules(self.default.rules, name, settings)
         await self._run(self._change(name, settings))
 
     async def _change(self, name: str, settings: Settings) -> None:
         async with self._changing:
             seen = await self._registry.get(name)
-            while seen is not None:
-                merged = {**seen.entry.settings, **settings}
-                checked_rules(self.default.rules, merged)
-                entry = structs.replace(seen.entry, json=registry.json_of(merged))
+            while seen is not None or name == DEFAULT_POOL:
+                before = self._new_entry(name, {}) if seen is None else seen.entry
+                merged = {**before.settings, **settings}
+                checked_rules(self.default.rules, name, merged)
+                entry = structs.replace(before, json=registry.json_of(merged))
                 done, seen = await self._registry.put(name, seen, entry, self._max_pools)
                 if done:
                     assert seen is not None
                     await self._agree(name, seen)
                     return
         raise UnknownPool
+
+    def _new_entry(self, name: str, settings: Settings) -> Entry:
+        if name != DEFAULT_POOL:
+            return registry.new_entry(settings, PARTITIONS)
+        facts = self._facts
+        entry = registry.new_entry(settings, facts.partitions, facts.base_tick, facts.base_id)
+        return structs.replace(entry, born=facts.born)
 
     async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
         """Delete a pool that is empty, or empty it first. Returns whether it is gone already. O(1).
@@ -245,7 +251,7 @@ class ValkeyPools:
 
     def _at_version(self, version: int) -> None:
         """Follow the registry if it has changed, or not all of it was done. Called with each heartbeat."""
-        unknown = any(not pool.known for pool in self._pools.values())
+        unknown = any(not pool.known for pool in (self._default, *self._pools.values()))
         if version != self._version or unknown:
             self._version = version
             self._follow()
@@ -291,7 +297,7 @@ class ValkeyPools:
 
     async def _agree(self, name: str, stored: Stored, *, served: bool = True) -> _Pool:
         """Make the engine of a pool agree with its entry. `_changing` is held. Raises StorageUnavailable."""
-        pool = self._pools.get(name)
+        pool = self._pools.get(name) if name != DEFAULT_POOL else self._default
         entry = stored.entry
         if pool is not None and pool.stored.entry.number != entry.number:
             await self._drop(name, pool)
@@ -335,7 +341,8 @@ class ValkeyPools:
         return pool
 
     def _rules_of(self, entry: Entry) -> PoolRules:
-        return self.default.rules.of_pool(entry.settings)
+        rules = self.default.rules
+        return rules.of_pool(entry.settings) if entry.number else rules.of_default(entry.settings)
 
     def _lost(self, client: ScriptClient, reason: str) -> None:
         """A pool's partition is not there: it was deleted, which the registry says, or Valkey has lost it."""
