@@ -57,6 +57,9 @@ PARTITIONS = 1
 _SLICE = 100  # keys that one call of drain.lua looks at, in a millisecond or two
 _SLICE_SHARE = 0.25  # of the time in which a server drains, so that the calls of others are served
 _DRAIN_PAUSE = 0.5  # seconds between two looks for keys whose leases have ended
+_FORGOTTEN_AT_ONCE = 500  # leases of a pool that is gone, in half a millisecond
+_FORGET_PAUSE = 0.002  # seconds between two such calls
+_GONE = "gone."  # what the names of fields about pools that are gone begin with (engine.py)
 _MISSED_PAUSE = 0.25  # seconds from one look for an unknown pool to the next
 _log = logging.getLogger("keypool.valkey")
 
@@ -95,6 +98,7 @@ class ValkeyPools:
         self._shares = shares
         self._max_pools = max_pools
         self._loop = asyncio.get_running_loop()
+        self._facts_key = f"{{{nodes.url.pool}}}:pool"
         self._registry = Registry(nodes, nodes.url.pool, facts.born)
         self._engines: dict[str, ValkeyEngine] = {DEFAULT_POOL: default}
         self._default = _Pool(default, Stored(self._new_entry(DEFAULT_POOL, {}), b""))
@@ -248,6 +252,7 @@ class ValkeyPools:
         async with self._changing:
             await self._agree_all(await self._registry.read(), served=served)
         self._rekeyer.start()
+        self._start(self._forget_left_histories())
 
     def _at_version(self, version: int) -> None:
         """Follow the registry if it has changed, or not all of it was done. Called with each heartbeat."""
@@ -385,19 +390,47 @@ class ValkeyPools:
 
     async def _remove(self, name: str, pool: _Pool) -> tuple[bool, Stored | None]:
         """Remove an empty pool, which takes no keys any more. Returns whether it is gone, and its entry otherwise."""
+        number, partitions = pool.stored.entry.number, pool.stored.entry.partitions
+        await self._nodes.execute(self._facts_key, "HSET", self._facts_key, f"{_GONE}{number}", partitions)
         done, found = await self._registry.remove(name, pool.stored)
-        number = pool.stored.entry.number
         if not done and found is not None and found.entry.number == number:
             return False, found
         await self._drop(name, pool)
         if done:
             where = registry.namespace(self._nodes.url.pool, number)
-            for partition in range(pool.stored.entry.partitions):
-                for key in keys_of(where, partition, pool.stored.entry.partitions):
+            for partition in range(partitions):
+                for key in keys_of(where, partition, partitions):
                     await self._nodes.execute(key, "UNLINK", key)
             facts = f"{{{where}}}:pool"
             await self._nodes.execute(facts, "UNLINK", facts)
+            self._start(self._forget_history(number, partitions))
         return True, None
+
+    async def _forget_left_histories(self) -> None:
+        """Go on with what `_forget_history` didn't end, as its server stopped. Those of pools that exist stay."""
+        flat = await self._nodes.execute(self._facts_key, "HGETALL", self._facts_key)
+        numbers = {stored.entry.number for stored in (await self._registry.read()).values()}
+        for field, partitions in zip(flat[::2], flat[1::2], strict=True):
+            number = int(field[len(_GONE) :]) if field.startswith(_GONE.encode()) else 0
+            if number and number not in numbers:
+                await self._forget_history(number, int(partitions))
+
+    async def _forget_history(self, number: int, partitions: int) -> None:
+        """Delete the history of a pool that is gone, in slices. What is left at an error is for the next start."""
+        client = ScriptClient(self._nodes, registry.namespace(self._nodes.url.pool, number), partitions)
+        try:
+            for partition in range(partitions):
+                left = 1
+                while left:
+                    if self._draining:
+                        return
+                    [left] = await client.call(partition, "forget", (_FORGOTTEN_AT_ONCE,))
+                    await asyncio.sleep(_FORGET_PAUSE)
+            await self._nodes.execute(self._facts_key, "HDEL", self._facts_key, f"{_GONE}{number}")
+        except (*UNREACHABLE, StorageUnavailable) as error:
+            _log.debug("the history of a pool that is gone can't be deleted now: %s", error)
+        finally:
+            await client.close()
 
     def _notify(self) -> None:
         for callback in self._callbacks:
@@ -405,13 +438,17 @@ class ValkeyPools:
 
     async def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do this to the end, even if the caller hangs up. Raises StorageUnavailable."""
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task = self._start(work)
         try:
             return await asyncio.shield(task)
         except UNREACHABLE as error:
             raise StorageUnavailable(f"Valkey: {str(error) or 'no answer'}") from None
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

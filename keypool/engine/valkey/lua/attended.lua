@@ -4,8 +4,8 @@
 -- caller may repeat the call.
 local draining
 do
-  local seen, since, rest
-  seen, since, rest, draining = unpack(call('HMGET', META, 'seen', 'since', 'rest', 'draining'))
+  local seen, since, rest, history
+  seen, since, rest, draining, history = unpack(call('HMGET', META, 'seen', 'since', 'rest', 'draining', 'history'))
   if not seen then
     return redis.error_reply('GONE the pool was emptied, or part of it')
   end
@@ -13,4 +13,5 @@ do
     return redis.error_reply('UNATTENDED no server has polled this partition for a while')
   end
   resting = tonumber(rest or 0)
+  recording = tonumber(history or 0)
 end

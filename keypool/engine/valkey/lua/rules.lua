@@ -1,6 +1,6 @@
 -- Let a partition know what it needs of a pool's settings, unless it knows later ones.
 -- ARGV    1 revision of the pool (registry.py), 2 microseconds that keys rest after each lease, 3 '1' if the pool is
---         being emptied for good, else ''
+--         being emptied for good, else '', 4 how many leases that have ended are kept here
 -- reply   available, or -1
 -- cost    O(1)
 --
@@ -8,6 +8,7 @@
 local known, revision = tonumber(call('HGET', META, 'revision') or -1), tonumber(ARGV[1])
 if revision >= known then
   if ARGV[2] == '0' then call('HDEL', META, 'rest') else call('HSET', META, 'rest', ARGV[2]) end
+  if ARGV[4] == '0' then call('HDEL', META, 'history') else call('HSET', META, 'history', ARGV[4]) end
   if ARGV[3] ~= '' then
     call('HSET', META, 'draining', 1)
   elseif revision > known then

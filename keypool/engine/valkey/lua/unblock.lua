@@ -30,6 +30,18 @@ if ARGV[2] ~= '' then
     return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', IDS) + elsewhere)
   end
 
+  -- Add a report to a lease that has ended, if it is kept.
+  local function amend_past(record, outcome, reason)
+    local leases, lease = META:sub(1, -5) .. 'past:' .. string.format('%.0f', record[ID]), record[LEASE]
+    local number = string.format('%.0f', lease)
+    local found = call('ZRANGEBYSCORE', leases, number, number)[1]
+    if not found then return end
+    local past = cmsgpack.unpack(found)
+    past[7], past[8] = outcome, reason or false
+    call('ZREM', leases, found)
+    call('ZADD', leases, number, cmsgpack.pack(past))
+  end
+
   -- Apply a report. Returns whether the guard turned a quarantine into a cooldown.
   conclude = function(text, record, outcome, retry_after, reason)
     local history, mark = record[HISTORY] or {0, 0}, record[MARK]
@@ -46,8 +58,10 @@ if ARGV[2] ~= '' then
     record[REPORTED] = true
     if is_blocked(record) then
       if quarantine then record[MARK] = PENDING end
-      free(text, record, 'unblocked', NOW, origin, NOW + cools)
-    elseif quarantine and mark ~= QUARANTINED then
+      free(text, record, 'unblocked', NOW, origin, NOW + cools, outcome, reason)
+      return invalid and not quarantine
+    end
+    if quarantine and mark ~= QUARANTINED then
       place(text, record, QUARANTINED, 0)
       entered(QUARANTINED, text, record, nil, origin)
     elseif cools > 0 and not mark then
@@ -58,6 +72,7 @@ if ARGV[2] ~= '' then
     else
       save(text, record)
     end
+    if recording > 0 then amend_past(record, outcome, reason) end
     return invalid and not quarantine
   end
 end
