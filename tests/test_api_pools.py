@@ -40,6 +40,7 @@ DEFAULTS = {
     "forget_seconds": 3600,
     "max_quarantined_percent": 50,
     "rest_seconds": 0,
+    "history_leases": 100_000,
 }
 COUNTS = ("total", "available", "blocked", "cooling", "quarantined", "waiting")
 
@@ -83,6 +84,7 @@ def test_a_new_pool_has_the_defaults_whatever_the_flags_say(lend: Start) -> None
     )
     client = lend(*flags).client()
     assert settings_of(client, "default") == DEFAULTS | {
+        "history_leases": 0,
         "block_seconds": 5,
         "max_block_seconds": 5,
         "keepalive_seconds": 70,
@@ -224,7 +226,7 @@ def test_a_wrong_setting_is_named_with_what_it_takes(
     assert names(client) == ["default", "openai"]
 
 
-@pytest.mark.parametrize("member", ["blok_seconds", "pace", "history_leases", "name", "settings"])
+@pytest.mark.parametrize("member", ["blok_seconds", "pace", "name", "settings"])
 def test_an_unknown_setting_is_named(client: Client, member: str) -> None:
     """With those that there are; a typing error must not be taken for a default."""
     for answer in (
