@@ -74,7 +74,7 @@ def test_client_and_server_agree_on_the_settings_of_a_pool() -> None:
     for name, mine in CLIENT_SETTINGS.items():
         theirs = POOL_SETTINGS[name]
         assert (mine.low, mine.high, mine.whole) == (theirs.low, theirs.high, isinstance(theirs, Whole)), name
-        assert mine.default == getattr(rules.DEFAULT_RULES, name), name
+        assert mine.default == getattr(rules.DEFAULT_RULES.of_pool({}), name), name
         assert mine.null == (name in NULL_MEANS), name
     assert OF_SERVER == rules._OF_SERVER
 

@@ -7,8 +7,12 @@ is looked at.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
 
 import pytest
+from durable_support import opened_pools
 from valkey_support import Place, age, engine_on, eventually, new_place, on_loop, pools_on, with_constants
 
 from keypool.core.answers import HistoryRow
@@ -17,9 +21,12 @@ from keypool.core.errors import PoolFixed, StaleLease, UnknownKey
 from keypool.core.events import By, Origin
 from keypool.core.history import How
 from keypool.core.outcomes import Outcome, Report
-from keypool.engine import Client
+from keypool.engine import Client, Engine
+from keypool.engine.migrate.moving import FileSource, FileTarget, Source, Target, move
+from keypool.engine.migrate.moving_valkey import ValkeyPlace
+from keypool.engine.pools import EmbeddedPools
 from keypool.engine.valkey import link as valkey_link
-from keypool.engine.valkey.engine import ValkeyEngine
+from keypool.engine.valkey.pools import ValkeyPools
 from keypool.engine.valkey.scripts import keys_of
 
 ADMIN = Origin(By.OPERATOR, "ops")
@@ -34,7 +41,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Place:
     return new_place()
 
 
-async def history(engine: ValkeyEngine, id: int) -> list[HistoryRow]:
+async def history(engine: Engine, id: int) -> list[HistoryRow]:
     """The first page of a key's history."""
     return (await engine.history(id, HistoryQuery())).history
 
@@ -219,3 +226,63 @@ async def test_a_purged_key_that_was_moved_in_is_looked_for_everywhere(place: Pl
         [lease] = await asyncio.gather(engine.acquire("ann", 0))
         await engine.delete(lease.id, ADMIN)
         assert [row.how for row in await history(engine, lease.id)] == [How.DELETED]
+
+
+# ------------------------------------------------------------------------------------------------------- moves
+
+
+async def everything(pools: EmbeddedPools | ValkeyPools) -> dict[tuple[str, int], list[HistoryRow]]:
+    """The history of each key that ever was."""
+    found = {}
+    for name in pools.names():
+        for id in range(1, 6):
+            with contextlib.suppress(UnknownKey):
+                found[name, id] = await history(pools.get(name), id)
+    return found
+
+
+async def moved(source: Source, target: Target) -> None:
+    """Move all there is."""
+    try:
+        await move(source, target, lambda keys: None)
+    finally:
+        await source.close()
+        await target.close()
+
+
+@on_loop
+@pytest.mark.parametrize("partitions", [1, 4])
+async def test_a_history_moves_there_and_back(place: Place, tmp_path: Path, partitions: int) -> None:
+    """Of all pools, also of purged keys, with the setting of `default`, and how often a running lease was extended."""
+    rules: dict[str, Any] = {"max_block_seconds": 600.0}
+    one, other = tmp_path / "one.db", tmp_path / "other.db"
+    async with opened_pools(one, **rules) as pools:
+        await pools.change("default", {"history_leases": 9}, ADMIN)
+        await pools.put("openai", {"keepalive_seconds": None}, ADMIN)
+        for engine in (pools.default, pools.get("openai")):
+            await engine.generate(3)
+            for _ in range(3):
+                for lease in await engine.acquire_many("worker-7", 3, client=Client("crawler")):
+                    await engine.unblock(lease.id, lease.lease, None, LIMITED)
+            await engine.delete(2, ADMIN)
+        for lease in await pools.default.acquire_many("worker-8", 2):
+            await pools.default.extend(lease.id, lease.lease, 300)
+            await pools.default.extend(lease.id, lease.lease, 400)
+        wanted = await everything(pools)
+        assert sum(map(len, wanted.values())) == 18
+        numbers = pools.default.numbers()
+    await moved(FileSource(one), await ValkeyPlace.target(place.url, partitions, clear=False))
+    async with pools_on(place.url, partitions, **rules) as there:
+        assert there.names() == ["default", "openai"]
+        assert there.row("default").settings["history_leases"] == 9
+        await there.default.stats()
+        assert await everything(there) == wanted
+    await moved(await ValkeyPlace.source(place.url), FileTarget(other))
+    async with opened_pools(other, **rules) as pools:
+        assert await everything(pools) == wanted
+        assert [pools.get(name).history_kept for name in pools.names()] == [9, 9]
+        assert pools.default.numbers()["last_lease"] == numbers["last_lease"]
+        await pools.default.unblock(1, None)
+        assert (await history(pools.default, 1))[0].extended == 2
+        assert pools.default.history_kept == 9
+    assert pools.names() == ["default", "openai"]

@@ -57,7 +57,8 @@ class FakePools:
             pool = self._pools[name] = FakePool(name, settings)
             pool.skipped = self.default.skipped
             return 201, self.row(pool)
-        self._change(pool, {**SETTINGS, **settings})
+        defaults: Mapping[str, Any] = {"history_leases": 0} if pool is self.default else SETTINGS
+        self._change(pool, {**defaults, **settings})
         return 200, self.row(pool)
 
     def change(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class FakePools:
         return self.row(pool)
 
     def _change(self, pool: FakePool, settings: Mapping[str, Any]) -> None:
-        if pool is self.default:
+        if pool is self.default and settings.keys() - {"history_leases"}:
             raise Refused(409, "pool-fixed")
         if pool.draining:
             raise Refused(409, "pool-draining")

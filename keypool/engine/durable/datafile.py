@@ -37,23 +37,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import msgspec
 
 from keypool.core.errors import StartError
 from keypool.core.handles import SECRET_BYTES
+from keypool.core.history import PastLease
 from keypool.core.keys import Key
 from keypool.engine import NOTE
 from keypool.engine.durable.file_lock import companions, log_of
 from keypool.engine.durable.rows import (
     POOL_SHIFT,
     Memtable,
+    Past,
     Row,
     StoredPool,
     decode_any,
     key_of,
+    past_lease_of,
     pool_of,
     prefix_of,
 )
@@ -197,6 +200,10 @@ _ROWS = """
     WHERE id BETWEEN ? AND ? ORDER BY id
 """
 _FIRST_FROM = "SELECT min(id) FROM keys WHERE id >= ?"
+_HISTORY_ROWS = """
+    SELECT history.* FROM ends JOIN history ON history.key = ends.key AND history.lease = ends.lease
+    WHERE ends.number BETWEEN ? AND ? ORDER BY ends.number
+"""
 _SET_HANDLES = "UPDATE secrets SET value = ? WHERE name = 'handles'"
 _HANDLES = "SELECT value FROM secrets WHERE name = 'handles'"
 _MAGIC = b"SQLite format 3\0"
@@ -469,6 +476,42 @@ def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> It
     return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
 
 
+def read_history(path: Path, pool: int, first: int, slice_size: int) -> Iterator[list[PastLease]]:
+    """The leases of a pool that have ended, from the one with the number `first` on, in this order.
+
+    O(batches) memory. Raises ValueError.
+    """
+    with _reading(path) as database:
+        try:
+            if _version(database) < _HISTORY:
+                return
+            memtable = read_batches(database)
+            recent = sorted(
+                (
+                    past
+                    for key, some in memtable.past.items()
+                    if pool_of(key) == pool
+                    for past in some.values()
+                ),
+                key=attrgetter("number"),
+            )
+            flushed = (
+                Past(*row)
+                for row in database.execute(
+                    _HISTORY_ROWS, (pool << POOL_SHIFT | first, (pool + 1 << POOL_SHIFT) - 1)
+                )
+            )
+            older = (past for past in flushed if past.lease not in memtable.past.get(past.key, ()))
+            leases = merge(older, recent, key=attrgetter("number"))
+            while some := list(islice((past for past in leases if past.number >= first), slice_size)):
+                for past in some:
+                    if (report := memtable.reports.get((past.key, past.lease))) is not None:
+                        past.outcome, past.reason = report.outcome, report.reason
+                yield [past_lease_of(past) for past in some]
+        except (sqlite3.Error, TypeError):
+            raise ValueError("a lease can't be read") from None
+
+
 def read_batches(database: sqlite3.Connection) -> Memtable:
     """The batches of a file, merged. O(batches), which are few. Raises sqlite3.Error."""
     if not _has(database, "batches"):
@@ -539,6 +582,19 @@ class Filling:
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(UPSERT, rows)
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def write_history(self, leases: list[Past]) -> None:
+        """Add leases that have ended, in one transaction."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(ADD_PAST, map(msgspec.structs.astuple, leases))
+            self._database.executemany(
+                ADD_END,
+                [(pool_of(past.key) << POOL_SHIFT | past.number, past.key, past.lease) for past in leases],
+            )
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise self._failed(error) from None

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_UNATTENDED = frozenset({"alias", "claim", "forget", "grace", "keep", "lock", "move_in", "move_out", "share"})
+_UNATTENDED = frozenset({
+    "alias", "claim", "forget", "grace", "history_in", "history_out", "lock", "move_in", "move_out", "share",
+})  # fmt: skip
 """Scripts that also run on partitions that no server serves."""
 _PARTS = {
     "undrained": {"acquire", "generate", "import", "room"},
