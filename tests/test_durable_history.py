@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import shutil
 import sqlite3
 from pathlib import Path
 from signal import SIGSTOP
@@ -155,6 +156,28 @@ async def test_a_late_report_is_added_to_what_is_on_disk(path: Path, wall: Momen
         assert [(row.how, row.outcome, row.reason) for row in rows] == [
             (How.RELEASED, Outcome.INVALID, "401")
         ] * 2
+
+
+@on_loop
+async def test_what_was_answered_is_in_the_history_after_a_crash(path: Path, wall: Moment) -> None:
+    """Once, with all of it: the file and its log as they are at any moment are a file to start with."""
+    async with opened_pools(path, max_block_seconds=600.0) as pools:
+        await pools.change("default", FULL_HISTORY, ADMIN)
+        await pools.default.generate(1)
+        wanted: list[HistoryRow] = []
+        for number in range(3):
+            lease = await pools.default.acquire("ann", 0)
+            await pools.default.extend(1, lease.lease, 300)
+            wall.on(1)
+            await pools.default.unblock(1, lease.lease, None, LATE if number == 2 else None)
+            wanted = await history(pools.default)
+            crashed = path.with_name(f"{number}.db")
+            for name in ("", "-wal"):
+                shutil.copy(f"{path}{name}", f"{crashed}{name}")
+            async with opened_pools(crashed) as others:
+                assert await history(others.default) == wanted
+                assert others.default.history_kept == number + 1
+        assert [row.extended for row in wanted] == [1, 1, 1]
 
 
 @on_loop

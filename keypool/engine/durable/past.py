@@ -1,9 +1,9 @@
 """The history of one pool in the data file: its leases that have ended.
 
-A lease that ends is in the batch that has the change of its key, as its end in the file's order (rows.Past). The server
-process keeps no more of it than what isn't committed yet. A page is read by the writer process, between two batches,
-from its memtables and its tables (compaction.py): so there is no second connection, whose reads would meet half of a
-flush, and no thread in the server. While the disk fails, the writer goes on to read.
+The end of a lease is in the batch that has the change of its key, too. The server process keeps no more of the history
+than what isn't committed yet. A page is read by the writer process, between two batches, from its memtables and its
+tables (compaction.py). So there is no second connection, which would not see what isn't flushed, and no thread in the
+server. The writer goes on reading while its commits fail.
 """
 
 from __future__ import annotations
