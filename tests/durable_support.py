@@ -151,7 +151,7 @@ def durable(key: Key) -> dict[str, object]:
     """All durable fields of a key."""
     fields = (
         "id", "text", "created_at", "expires_deadline", "release_deadline", "lease", "owner", "state", "acquired_at",
-        "attempt", "reported", "quarantine_pending", "history", "paced_until",
+        "attempt", "reported", "quarantine_pending", "history", "paced_until", "extended",
     )  # fmt: skip
     return {name: getattr(key, name) for name in fields}
 

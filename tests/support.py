@@ -63,6 +63,7 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     "/api/v1/keys/acquire": frozenset({"POST"}),
     "/api/v1/keys/find": frozenset({"POST"}),
     "/api/v1/keys/{key}": frozenset({"GET", "HEAD", "DELETE", "PATCH"}),
+    "/api/v1/keys/{key}/history": frozenset({"GET", "HEAD"}),
     "/api/v1/keys/{key}/replace": frozenset({"POST"}),
     "/api/v1/keys/{key}/unblock": frozenset({"POST"}),
     "/api/v1/keys/{key}/extend": frozenset({"POST"}),
@@ -833,6 +834,8 @@ class ServerProcess:
                 client.batch(op="delete", keys=keys[at : at + 1000]).expect(200)
             self._unpurged.clear()
             self._drop_pools(client)
+            if client.get(f"{API}/pools/default").expect(200)["settings"]["history_leases"]:
+                client.put(f"{API}/pools/default").expect(200)
             if client.stats()["total"]:  # imported keys, whose texts no answer showed
                 rows = client.get(API + "/keys?limit=500").expect(200)["keys"]
                 client.batch(op="delete", keys=[f"id:{row['id']}" for row in rows]).expect(200)

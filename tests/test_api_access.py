@@ -87,6 +87,8 @@ CALLS = [
     Call("batch unblock by id", "POST", "/batch", ADMINS, 200, {"op": "unblock", "keys": ["id:{id}"]}),
     Call("quarantine", "POST", "/keys/{key}/quarantine", ADMINS, 200),
     Call("quarantine by id", "POST", "/keys/id:{id}/quarantine", ADMINS, 200, {"now": True}),
+    Call("history", "GET", "/keys/{key}/history", VIEWERS, 200),
+    Call("history by id", "GET", "/keys/id:{id}/history", VIEWERS, 200),
     Call("restore", "POST", "/keys/{key}/restore", ADMINS, 200),
     Call("extend", "POST", "/keys/{key}/extend", CLIENTS, 409, {"lease": 0}),
     Call(

@@ -41,6 +41,7 @@ DEFAULTS = {
     "max_quarantined_percent": 50,
     "rest_seconds": 0,
     "pace": None,
+    "history_leases": 100_000,
 }
 COUNTS = ("total", "available", "blocked", "cooling", "quarantined", "waiting")
 
@@ -84,6 +85,7 @@ def test_a_new_pool_has_the_defaults_whatever_the_flags_say(lend: Start) -> None
     )
     client = lend(*flags).client()
     assert settings_of(client, "default") == DEFAULTS | {
+        "history_leases": 0,
         "block_seconds": 5,
         "max_block_seconds": 5,
         "keepalive_seconds": 70,
@@ -234,7 +236,7 @@ def test_a_wrong_setting_is_named_with_what_it_takes(
     assert names(client) == ["default", "openai"]
 
 
-@pytest.mark.parametrize("member", ["blok_seconds", "history_leases", "name", "settings"])
+@pytest.mark.parametrize("member", ["blok_seconds", "name", "settings"])
 def test_an_unknown_setting_is_named(client: Client, member: str) -> None:
     """With those that there are; a typing error must not be taken for a default."""
     for answer in (
@@ -288,7 +290,7 @@ def test_default_takes_a_pace_which_is_no_flag(client: Client) -> None:
     """PATCH gives it, and a PUT without it takes it away; a flag beside it refuses both."""
     path, pace = POOLS + "/default", {"count": 5, "seconds": 60, "burst": 2}
     given = client.patch(path, json={"pace": pace}).expect(200)
-    assert given["settings"] == DEFAULTS | {"pace": pace}
+    assert given["settings"] == DEFAULTS | {"pace": pace, "history_leases": 0}
     client.put(path, json={"pace": None, "rest_seconds": 1}).expect_problem(409, "pool-fixed")
     assert client.patch(path).expect(200) == given
     assert client.put(path).expect(200)["settings"] == DEFAULTS

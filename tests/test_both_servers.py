@@ -131,6 +131,8 @@ LEASES = {
     "quarantine at once": post("/api/v1/keys/id:3/quarantine", b'{"now":true}'),
     "list what is quarantined": get("/api/v1/keys?state=quarantined"),
     "restore": ask("/api/v1/keys/id:3/restore"),
+    "history": get("/api/v1/keys/id:3/history?limit=2"),
+    "history of nobody": get("/api/v1/keys/id:99/history"),
     "batch extend": post("/api/v1/batch", b'{"op":"extend","keys":[{"key":"id:4","lease":4},"h:1.1.x"]}'),
     "batch quarantine": post("/api/v1/batch", b'{"op":"quarantine","keys":["id:4","id:9"],"now":true}'),
     "batch restore": post("/api/v1/batch", b'{"op":"restore","keys":["id:4","id:9"]}'),

@@ -180,6 +180,7 @@ async def test_each_pool_has_series_of_its_own(pages: Browser) -> None:
     assert value(found, "keypool_keys", state="available") == 0
     assert value(found, "keypool_generated_total", pool="openai") == 3
     assert value(found, "keypool_pool_max_keys", pool="openai") == 7
+    assert value(found, "keypool_history_leases", pool="openai") == 0
     (await pages.call("POST", "/pools/openai/keys/acquire", {"wait": 0.01})).expect(200)
     (await pages.call("POST", "/pools/openai/keys/acquire", {"wait": 0.01})).expect(200)
     (await pages.call("POST", "/pools/openai/keys/acquire", {"wait": 0.01})).expect(404)

@@ -29,6 +29,7 @@ NOT_FOR: dict[str, set[str]] = {
     # Parameters that fit alone may make no sense together (prefix with order), and `after` fits by its length but is
     # a cursor only if the server made it: 400, and the document has no way to say so.
     "list": {"positive_data_acceptance"},
+    "history": {"positive_data_acceptance"},
     # Members that fit alone may make no sense together: `retry_after` with an `outcome` other than rate_limited, an
     # `outcome` or an extend without a lease number.
     "unblock": {"positive_data_acceptance"},

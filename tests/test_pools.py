@@ -382,6 +382,7 @@ class SlowJournal(NullJournal):
     """Keeps a change when the test says so, or fails."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.commit: Commit | None = None
         self.touched = 0
 

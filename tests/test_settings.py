@@ -35,7 +35,7 @@ from keypool.config.setting_types import (
 from keypool.config.settings import OPTIONS, Option, Settings, load, settings_table
 from keypool.config.tokens import exposed_files
 from keypool.core.errors import SettingsError, StartError
-from keypool.core.rules import NO_FLAGS
+from keypool.core.rules import DEFAULT_RULES, NOT_FLAGS
 from keypool.server import launch
 
 TOKEN, OTHER = "client-token-0123456789", "viewer-token-0123456789"
@@ -427,8 +427,8 @@ def test_every_setting_of_the_pool_reaches_its_rules() -> None:
         "rest_seconds": 16.0,
         "max_block_seconds": 617.0,
     }
-    rules = load([f"{BY_NAME[name].flag}={value}" for name, value in given.items()], {}).rules
-    assert asdict(rules) == given | dict.fromkeys(NO_FLAGS)
+    rules = asdict(load([f"{BY_NAME[name].flag}={value}" for name, value in given.items()], {}).rules)
+    assert rules == given | {name: getattr(DEFAULT_RULES, name) for name in NOT_FLAGS}
 
 
 def test_large_numbers_are_written_out() -> None:

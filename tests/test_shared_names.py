@@ -12,7 +12,7 @@ from keypool.api.calls import BASE
 from keypool.client import Stats as ClientStats
 from keypool.client import answers as client_answers
 from keypool.client.imports import MOST_BYTES, MOST_ITEMS
-from keypool.client.pool_settings import NO_FLAGS, OF_SERVER
+from keypool.client.pool_settings import OF_DEFAULT, OF_SERVER
 from keypool.client.pool_settings import POOL_SETTINGS as CLIENT_SETTINGS
 from keypool.client.reports import MOST_USES
 from keypool.client.settings import BASE as CLIENT_BASE
@@ -75,14 +75,16 @@ def test_client_and_server_agree_on_the_settings_of_a_pool() -> None:
     """Names, defaults, ranges, and which may be null."""
     assert tuple(CLIENT_SETTINGS) == rules.SETTINGS
     for name, mine in CLIENT_SETTINGS.items():
-        assert mine.default == getattr(rules.DEFAULT_RULES, name), name
+        assert mine.default == getattr(rules.DEFAULT_RULES.of_pool({}), name), name
         assert mine.null == (name in NULL_MEANS), name
         if mine.members is None:
             theirs = POOL_SETTINGS[name]
             ranged = (mine.low, mine.high, mine.whole)
             assert ranged == (theirs.low, theirs.high, isinstance(theirs, Whole)), name
     assert OF_SERVER == rules._OF_SERVER
-    assert NO_FLAGS == rules.NO_FLAGS
+    assert tuple(OF_DEFAULT) == rules.NOT_FLAGS
+    for name, default in OF_DEFAULT.items():
+        assert default == getattr(rules.DEFAULT_RULES, name), name
 
 
 def test_client_and_server_agree_on_the_members_of_a_pace() -> None:

@@ -21,10 +21,11 @@ from valkey_support import SECRETS, Place, age, check, engine_on, new_place, on_
 
 from keypool.core.answers import Extension, Imported, KeyPatch, Lease, NewKey, Ref, Row, Unblock, Written
 from keypool.core.counters import COUNTERS
-from keypool.core.cursor import ListQuery
+from keypool.core.cursor import HistoryQuery, ListQuery
 from keypool.core.errors import BlockLimit, KeypoolError, LeaseOver, NoKeyAvailable, StaleLease, UnknownKey
 from keypool.core.events import HOLDER, SILENT, By, Change, Origin
 from keypool.core.handles import Handle
+from keypool.core.history import How
 from keypool.core.keys import NEVER, Key, State, hint
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pace import Pace
@@ -95,7 +96,20 @@ class Twins:
         self.ever: list[tuple[int, str]] = []
         self.leases: list[Lease] = []
         self.refused = 0
-        self.pool = Pool(rules, new_text=self.texts.popleft, random=self._draw, on_change=self._changed)
+        self.past: dict[int, dict[int, tuple[Any, ...]]] = defaultdict(dict)  # by key and lease
+        self.pool = Pool(
+            rules, new_text=self.texts.popleft, random=self._draw, recorder=self, on_change=self._changed
+        )
+
+    def lease_ended(self, key: Key, how: How, at: float | None, report: Report | None) -> None:
+        """Keep the lease. See Recorder."""
+        outcome, reason = (None, None) if report is None else (report.outcome, report.reason)
+        held = pytest.approx((self.now if at is None else at) - key.acquired_at, abs=self.near)
+        self.past[key.id][key.lease] = (how, key.owner, key.client, key.extended, held, outcome, reason)
+
+    def late_report(self, key: Key, report: Report) -> None:
+        """Add to the lease what was reported."""
+        self.past[key.id][key.lease] = (*self.past[key.id][key.lease][:5], report.outcome, report.reason)
 
     def _draw(self) -> float:
         key = self.pool._by_id.get(self.next_id)
@@ -623,6 +637,14 @@ class Twins:
         assert {name: getattr(stats, name) for name in COUNTERS} == {name: counted[name] for name in COUNTERS}
         for id, those in self.events.items():
             assert _settled(events[id]) == _settled(those)
+            if self.past[id]:
+                found = (await self.engine.history(id, HistoryQuery(limit=500))).history
+                assert {
+                    row.lease: (
+                        row.how, row.owner, row.client, row.extended, row.held, row.outcome, row.reason
+                    )
+                    for row in found
+                } == self.past[id]  # fmt: skip
 
 
 def _settled(events: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -670,12 +692,11 @@ async def test_the_scripts_agree_with_the_pool_call_by_call(
     with_constants(monkeypatch, clock=clock_of(place), MAX_DUE=at_once, KEPT_EVENTS=100_000)
     monkeypatch.setattr(valkey_poller, "_MAX_SWEPT", at_once)
     monkeypatch.setattr(valkey_poller, "RECENT_EVENTS", 100_000)
-    settings = {**RULES, "rest_seconds": rest, "keepalive_seconds": life}
+    settings = {**RULES, "rest_seconds": rest, "keepalive_seconds": life, "history_leases": 100_000}
     rules = PoolRules(**settings, pace=pace)
     place.valkey.ask("SET", clock_of(place), round(time.time() * 1e6))
     async with engine_on(place.url, partitions, secrets=SECRETS if sealed else (), **settings) as engine:
-        if pace is not None:
-            await engine.set_rules(rules, 1)
+        await engine.set_rules(rules, 1)  # which lets the partitions keep a history
         await engine.stats()
         engine._poller._stopped = True  # no sweep but those of the calls
         twins = Twins(place, partitions, engine, rules, seed)

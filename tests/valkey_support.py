@@ -252,6 +252,7 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
                 if record.mark in ("c", "q") or not record.release:
                     held = (
                         record.owner, record.acquired, record.attempt, record.replayed, record.client, record.former,
+                        record.extended,
                     )  # fmt: skip
                     assert not any(held), f"nobody holds it: {record}"
                 assert bool(record.sealed) == (text[:1] == b"\xfe") == bool(record.hint), record
@@ -297,6 +298,7 @@ class _Record(NamedTuple):
     former: Any = False
     share: Any = False
     paced: Any = False
+    extended: Any = False
 
 
 def _entry(text: bytes, record: _Record) -> bytes:

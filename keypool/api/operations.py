@@ -63,6 +63,7 @@ from keypool.core.answers import (
     ExtendedLeases,
     GeneratedKey,
     GeneratedKeys,
+    HistoryPage,
     Identity,
     ImportedKey,
     ImportedKeys,
@@ -83,7 +84,7 @@ from keypool.core.answers import (
     Unblocked,
     UnblockedKeys,
 )
-from keypool.core.cursor import ListQuery
+from keypool.core.cursor import HistoryQuery, ListQuery
 from keypool.core.errors import (
     BadRequest,
     BlockLimit,
@@ -330,6 +331,10 @@ async def _replace(engine: Engine, call: Call) -> Row:
     return await _audited(call, "replace", engine.replace(ref, secret, operator(call)))
 
 
+def _history(engine: Engine, call: Call) -> Answering[HistoryPage]:
+    return engine.history(key_ref(engine, call.key, call.caller), call.query)
+
+
 def _find(engine: Engine, call: Call) -> Answering[Row]:
     body: FindBody = call.body
     return engine.find(body.key)
@@ -372,6 +377,9 @@ OPERATIONS: tuple[Operation, ...] = (
         _delete, None, status=204, errors=(UnknownKey, StaleLease)),
     Operation("get", "GET", "/keys/{key}", CLIENT_OR_VIEWER, "The state of a key, without its text.",
         _get, Row, errors=(UnknownKey, StaleLease), changes=False),
+    Operation("history", "GET", "/keys/{key}/history", VIEWER,
+        "Who held a key: its leases that have ended, the latest first, a page at a time.",
+        _history, HistoryPage, query=HistoryQuery, errors=(UnknownKey, StaleLease), changes=False),
     Operation("update", "PATCH", "/keys/{key}", ADMIN, "Give a key a name, labels, data or a pace.",
         _update, Row, body=DetailsBody, body_required=True, errors=(UnknownKey, StaleLease, NameTaken)),
     Operation("replace", "POST", "/keys/{key}/replace", ADMIN,

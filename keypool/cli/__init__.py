@@ -5,7 +5,8 @@
     status.py             exit statuses
     connection.py         the server's URL and the token, from environment and files
     output.py             tables on a terminal, tab-separated lines in a pipe, JSON, masked keys; notes and progress
-    keys.py               generate, acquire, unblock, extend, keepalive, delete, quarantine, restore, list, show, stats
+    keys.py               generate, acquire, unblock, extend, keepalive, delete, quarantine, restore, list, show, find,
+                          history, update, replace, stats
     imports.py            import FILE
     pools.py              pools, and the encryption of all
     input.py              files to be read, or standard input

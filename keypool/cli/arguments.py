@@ -328,6 +328,10 @@ COMMANDS = (
     Command("show", "keypool.cli.keys:show", "show the state of one key", (
         argument("key", "the key, its handle, - for standard input, or id:N (admin, viewer)", "KEY"),
     )),
+    Command("history", "keypool.cli.keys:history", "show who held a key, and how each lease ended (viewer)", (
+        argument("key", "id:N, the key or its handle; - for standard input", "KEY"),
+        argument("--limit", "this many leases at most, the latest; default: 50", "N", type=_positive, default=50),
+    )),
     Command("find", "keypool.cli.keys:find", "show the state of a key by its text, id, name or hint (viewer)", (
         argument("text", "the whole key, id:N, its name or its hint; - for standard input", "TEXT"),
     )),

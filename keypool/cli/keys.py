@@ -27,6 +27,19 @@ GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle")
 _ABOUT_REPORTS = ("failures", "outcome", "reason")
 _WRITTEN = ("name", "labels", "client", "pace")
+PAST = (
+    "lease",
+    "owner",
+    "client",
+    "acquired_at",
+    "ended_at",
+    "held",
+    "how",
+    "outcome",
+    "extended",
+    "reason",
+)
+"""The columns of `history`."""
 LISTED = (
     "id",
     "hint",
@@ -268,6 +281,14 @@ def show(args: argparse.Namespace) -> Status:
             revealed = members_of(pool.reveal(key))
             row |= {"key": revealed["key"], "data": revealed["data"]}
     output_of(args).fields(row)
+    return Status.OK
+
+
+def history(args: argparse.Namespace) -> Status:
+    """List the leases of a key that have ended, the latest first."""
+    [(key, _)] = _named([args.key])
+    with connect(args) as pool:
+        output_of(args).rows(PAST, map(members_of, pool.history(key, args.limit)))
     return Status.OK
 
 

@@ -27,7 +27,7 @@ from keypool.cli.output import Output, Progress, note
 from keypool.cli.status import CommandError, Status, command_error
 from keypool.client import KeyPool, PoolInfo, Refused, UnknownPool
 from keypool.client.pool_settings import (
-    NO_FLAGS,
+    OF_DEFAULT,
     OF_SERVER,
     POOL_SETTINGS,
     PoolValue,
@@ -221,11 +221,11 @@ def planned(wanted: Mapping[str, Settings], there: Mapping[str, PoolInfo], file:
         differ = _differences(wanted[name], info.settings, of_server, whole=name != DEFAULT_POOL)
         settings = wanted[name]
         if name == DEFAULT_POOL:
-            if fixed := [each for each in differ if each not in NO_FLAGS]:
+            if fixed := [each for each in differ if each not in OF_DEFAULT]:
                 raise _wrong(
                     file, f"[pools.{name}]: the server's flags decide {', '.join(fixed)} of this pool"
                 )
-            settings = {each: settings[each] for each in NO_FLAGS if each in settings}
+            settings = {each: settings[each] for each in OF_DEFAULT if each in settings}
         changes.append(Change(name, "change" if differ else "keep", settings, differ))
     return changes
 
@@ -237,7 +237,7 @@ def _differences(
 
     Otherwise that is so of those only that aren't flags.
     """
-    after: dict[str, Any] = {name: POOL_SETTINGS[name].default for name in NO_FLAGS if name in now} | wanted
+    after: dict[str, Any] = {name: default for name, default in OF_DEFAULT.items() if name in now} | wanted
     if whole:
         defaults = {name: setting.default for name, setting in POOL_SETTINGS.items()}
         defaults |= {name: of_server.get(name, defaults[name]) for name in OF_SERVER}

@@ -255,6 +255,44 @@ class Page:
     next: str | None
 
 
+class How(_Open):
+    """How a lease ended. Equal to its string; also takes one that this version does not know."""
+
+    UNBLOCKED = "unblocked"
+    RELEASED = "released"
+    REVOKED = "revoked"
+    EXPIRED = "expired"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class PastLease:
+    """A lease that has ended. `held` is how long it lasted, in seconds, `extended` how often it was extended.
+
+    `how` it ended: "revoked" by an operator, "released" by its deadline, "expired" and "deleted" with its key.
+    `outcome` and `reason` are those of its report, None if there was none.
+    """
+
+    lease: int
+    owner: str | None
+    client: str | None
+    acquired_at: datetime
+    ended_at: datetime
+    held: float
+    how: How
+    outcome: Outcome | None
+    reason: str | None
+    extended: int
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryPage:
+    """Leases of a key, the latest first, and the cursor of the next page, None on the last one."""
+
+    history: list[PastLease]
+    next: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """Six current counts, the counters since the pool began, and the server. `uptime` is in seconds.
@@ -368,11 +406,19 @@ def read_imports(value: object) -> Imports:
 
 def read_page(value: object) -> Page:
     """A page of a list. Raises UnexpectedAnswer."""
-    rows = read_list(Row, value)
+    return Page(read_list(Row, value), _next(value))
+
+
+def read_history(value: object) -> HistoryPage:
+    """A page of a history. Raises UnexpectedAnswer."""
+    return HistoryPage(read_list(PastLease, value, "history"), _next(value))
+
+
+def _next(value: object) -> str | None:
     after = value.get("next") if isinstance(value, dict) else None
     if not isinstance(after, str | None):
         raise UnexpectedAnswer("not the expected answer: next is not a string")
-    return Page(rows, after)
+    return after
 
 
 def _member(kind: type, name: str, value: object) -> object:
@@ -380,8 +426,8 @@ def _member(kind: type, name: str, value: object) -> object:
     if type(value) is int and wanted in (float, float | None):
         return float(value)
     try:
-        if wanted is State:
-            return State(str(value))
+        if wanted is State or wanted is How:
+            return wanted(str(value))
         if wanted == Outcome | None:
             return None if value is None else Outcome(str(value))
         if wanted is datetime:

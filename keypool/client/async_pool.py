@@ -35,6 +35,7 @@ from keypool.client.answers import (
     KeyLike,
     LeasedKey,
     Page,
+    PastLease,
     PoolInfo,
     Rekeying,
     Revealed,
@@ -355,6 +356,22 @@ class AsyncKeyPool:
             page = await self.page(state=state, prefix=prefix, order=order, limit=500, after=after, name=name)
             for row in page.keys:
                 yield row
+            after = page.next
+            if after is None:
+                return
+
+    async def history(self, key: KeyLike, limit: int | None = None) -> AsyncIterator[PastLease]:
+        """The leases of a key that have ended (viewer), the latest first: all that are kept, or `limit` of them.
+
+        One call for each 500, as they are read. By its id, a key that is gone has a history, too. Raises UnknownKey.
+        """
+        after: str | None = None
+        left = math.inf if limit is None else limit
+        while left > 0:
+            page = await self._call(calls.history(key, int(min(left, 500)), after))
+            for lease in page.history:
+                yield lease
+            left -= len(page.history)
             after = page.next
             if after is None:
                 return

@@ -40,6 +40,7 @@ from keypool.client.answers import (
     Done,
     Extended,
     GeneratedKey,
+    HistoryPage,
     ImportedKey,
     Imports,
     KeptAlive,
@@ -55,6 +56,7 @@ from keypool.client.answers import (
     Stats,
     Unblocked,
     read,
+    read_history,
     read_imports,
     read_list,
     read_page,
@@ -261,6 +263,12 @@ def page(
     }  # fmt: skip
     given = urlencode({name: value for name, value in query.items() if value is not None})
     return Call("list", "GET", f"/keys?{given}" if given else "/keys", read_page, repeatable=True)
+
+
+def history(key: KeyLike, limit: int, after: str | None) -> Call[HistoryPage]:
+    query = {"limit": limit} if after is None else {"limit": limit, "after": after}
+    path = f"{_path(key, by_id=True)}/history?{urlencode(query)}"
+    return Call("history", "GET", path, read_history, repeatable=True)
 
 
 def stats() -> Call[Stats]:

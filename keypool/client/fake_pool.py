@@ -15,11 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from keypool.client.answers import Outcome, State, hint
-from keypool.client.pool_settings import POOL_SETTINGS, with_defaults, wrong_setting
+from keypool.client.pool_settings import OF_DEFAULT, POOL_SETTINGS, with_defaults, wrong_setting
 from keypool.client.settings import DEFAULT_POOL
 
 _COUNTED = (
@@ -57,6 +57,7 @@ class Key:
     acquired: float = 0.0
     attempt: tuple[object, ...] | None = None
     reported: bool = False
+    extended: int = 0
     leaving: bool = False  # an operator wants it quarantined when its lease ends
     failures: int = 0
     failed: float = 0.0
@@ -73,14 +74,16 @@ class Key:
 class FakePool:
     """The keys of one pool and their rules."""
 
-    def __init__(self, name: str = DEFAULT_POOL, settings: Mapping[str, Any] = SETTINGS) -> None:
+    def __init__(self, name: str = DEFAULT_POOL, settings: Mapping[str, float | None] | None = None) -> None:
         self.name = name
         self.draining = False
-        self.settings = {**SETTINGS, **settings}
+        of_default = OF_DEFAULT if name == DEFAULT_POOL else {}
+        self.settings = {**SETTINGS, **of_default, **(settings or {})}
         self.skipped = 0.0
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.reports: list[tuple[str, str]] = []
         self._keys: dict[int, Key] = {}
+        self._past: list[tuple[Key, dict[str, Any]]] = []  # leases that have ended, with their keys
         self._ids = self._leases = 0
 
     # -- for tests
@@ -131,10 +134,11 @@ class FakePool:
             if key.expires <= now:
                 del self._keys[key.id]
                 self.counts["expired"] += 1
+                self._record(key, "expired")
             elif key.until is not None and key.until <= now:
                 if key.state == "blocked":
                     self.counts["released"] += 1
-                    self._end(key)
+                    self._end(key, how="released")
                 else:
                     key.state, key.until = "available", None
         if self.draining:
@@ -202,7 +206,7 @@ class FakePool:
         for key in chosen:
             self._leases += 1
             key.state, key.owner, key.lease, key.attempt = "blocked", owner, self._leases, attempt
-            key.reported, key.acquired = False, self.now()
+            key.reported, key.acquired, key.extended = False, self.now(), 0
             key.until = key.acquired + (block_seconds or block)
             if pace := self._pace(key):
                 key.paced = max(key.paced, key.acquired) + pace["seconds"] / pace["count"]
@@ -249,6 +253,7 @@ class FakePool:
         """Returns whether the guard prevented a quarantine."""
         now = self.now()
         self.reports.append((key.text, outcome))
+        late = key.state != "blocked"
         key.reported, key.outcome, key.reason = True, outcome, reason
         leaving = key.leaving or key.state == "quarantined"
         gone = len(self.live("quarantined"))
@@ -268,14 +273,21 @@ class FakePool:
         key.leaving = key.leaving or quarantine
         if key.state == "blocked":
             self.counts["unblocked"] += 1
-            self._end(key, now + cooldown)
+            self._end(key, now + cooldown, reported=True)
         elif quarantine and key.state != "quarantined":
             self._end(key)
         elif key.state in ("available", "cooling"):
             until = self._with_budget(key, max(now + cooldown, key.until or 0.0))
             if until > now:
                 self._cool(key, until)
+        if late:
+            self._add_report(key)
         return outcome == "invalid" and not quarantine
+
+    def _add_report(self, key: Key) -> None:
+        for past, lease in self._past:
+            if past is key and lease["lease"] == key.lease:
+                lease |= {"outcome": key.outcome, "reason": key.reason}
 
     def extend(self, name: str, lease: int | None = None, seconds: float | None = None) -> dict[str, Any]:
         """Let a lease last longer."""
@@ -289,6 +301,7 @@ class FakePool:
         if until <= key.until:
             raise Refused(409, "block-limit")
         key.until = until
+        key.extended += 1
         left = {"release_in": until - self.now(), "block_left": last - self.now()}
         return {"id": key.id, "lease": key.lease, **left}
 
@@ -301,7 +314,7 @@ class FakePool:
             key.leaving = True
             if key.state != "blocked" or now:
                 self.counts["unblocked"] += key.state == "blocked"
-                self._end(key)
+                self._end(key, how="revoked")
         return self.row(key)
 
     def restore(self, name: str) -> dict[str, Any]:
@@ -322,8 +335,21 @@ class FakePool:
 
     def delete(self, name: str) -> None:
         """Purge a key."""
-        del self._keys[self.find(name)[0].id]
+        key, _ = self.find(name)
+        del self._keys[key.id]
         self.counts["deleted"] += 1
+        self._record(key, "deleted")
+
+    def history(self, name: str, limit: int = 50, after: str | None = None) -> dict[str, Any]:
+        """The leases of a key that have ended."""
+        leases = [lease for key, lease in reversed(self._past) if name == f"id:{key.id}"]
+        if not leases:
+            found, _ = self.find(name)
+            leases = [lease for key, lease in reversed(self._past) if key is found]
+        if after is not None:
+            leases = [lease for lease in leases if lease["lease"] < int(after)]
+        more = len(leases) > limit
+        return {"history": leases[:limit], "next": str(leases[limit - 1]["lease"]) if more else None}
 
     def reveal(self, name: str) -> dict[str, Any]:
         """The text of a key."""
@@ -463,8 +489,11 @@ class FakePool:
             raise Refused(409, "stale-lease")
         return key, number
 
-    def _end(self, key: Key, cool_until: float = 0.0) -> None:
+    def _end(
+        self, key: Key, cool_until: float = 0.0, *, how: str = "unblocked", reported: bool = False
+    ) -> None:
         """A lease ends, or an idle key is quarantined."""
+        self._record(key, how, reported=reported)
         key.state, key.until, key.owner, key.attempt = "available", None, None, None
         if key.leaving:
             key.leaving, key.state = False, "quarantined"
@@ -485,6 +514,32 @@ class FakePool:
         ready = key.paced - (pace["burst"] - 1) * pace["seconds"] / pace["count"] if pace else 0.0
         self.counts["paced"] += ready > until
         return max(until, ready)
+
+    def _record(self, key: Key, how: str, *, reported: bool = False) -> None:
+        """Keep a lease that ends in this way, if the key has one."""
+        most = int(self.setting("history_leases"))
+        if key.state != "blocked" or not most:
+            return
+        end = self.now()
+        if how in ("released", "expired"):
+            end = key.expires if how == "expired" or key.until is None else key.until
+        ended_at = datetime.now(UTC) + timedelta(seconds=end - self.now())
+        lease = {
+            "lease": key.lease,
+            "owner": key.owner,
+            "client": None,
+            "acquired_at": (ended_at - timedelta(seconds=end - key.acquired)).isoformat(
+                timespec="milliseconds"
+            ),
+            "ended_at": ended_at.isoformat(timespec="milliseconds"),
+            "held": round(end - key.acquired, 3),
+            "how": how,
+            "outcome": key.outcome if reported else None,
+            "reason": key.reason if reported else None,
+            "extended": key.extended,
+        }
+        self._past.append((key, lease))
+        del self._past[:-most]
 
     def _cool(self, key: Key, until: float) -> None:
         self.counts["cooled"] += key.state != "cooling"

@@ -7,7 +7,7 @@ from typing import Any
 
 from keypool.client.answers import State
 from keypool.client.fake_pool import SETTINGS, FakePool, Refused
-from keypool.client.pool_settings import NO_FLAGS, contradiction, with_defaults, wrong_setting
+from keypool.client.pool_settings import OF_DEFAULT, contradiction, with_defaults, wrong_setting
 from keypool.client.settings import DEFAULT_POOL, pool_name
 
 
@@ -57,7 +57,7 @@ class FakePools:
             pool = self._pools[name] = FakePool(name, settings)
             pool.skipped = self.default.skipped
             return 201, self.row(pool)
-        defaults = {name: SETTINGS[name] for name in NO_FLAGS} if pool is self.default else SETTINGS
+        defaults = OF_DEFAULT if pool is self.default else SETTINGS
         self._change(pool, {**defaults, **settings})
         return 200, self.row(pool)
 
@@ -69,7 +69,7 @@ class FakePools:
         return self.row(pool)
 
     def _change(self, pool: FakePool, settings: Mapping[str, Any]) -> None:
-        if pool is self.default and settings.keys() - set(NO_FLAGS):
+        if pool is self.default and settings.keys() - OF_DEFAULT.keys():
             raise Refused(409, "pool-fixed")
         if pool.draining:
             raise Refused(409, "pool-draining")

@@ -37,6 +37,7 @@ from keypool.client.answers import (
     KeyLike,
     LeasedKey,
     Page,
+    PastLease,
     PoolInfo,
     Rekeying,
     Revealed,
@@ -393,6 +394,21 @@ class KeyPool:
         while True:
             page = self.page(state=state, prefix=prefix, order=order, limit=500, after=after, name=name)
             yield from page.keys
+            after = page.next
+            if after is None:
+                return
+
+    def history(self, key: KeyLike, limit: int | None = None) -> Iterator[PastLease]:
+        """The leases of a key that have ended (viewer), the latest first: all that are kept, or `limit` of them.
+
+        One call for each 500, as they are read. By its id, a key that is gone has a history, too. Raises UnknownKey.
+        """
+        after: str | None = None
+        left = math.inf if limit is None else limit
+        while left > 0:
+            page = self._call(calls.history(key, int(min(left, 500)), after))
+            yield from page.history
+            left -= len(page.history)
             after = page.next
             if after is None:
                 return

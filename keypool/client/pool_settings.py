@@ -51,12 +51,13 @@ POOL_SETTINGS = {
     "max_quarantined_percent": PoolSetting(50.0, 0.0, 100.0),
     "rest_seconds": PoolSetting(0.0, 0.0, _DAY),
     "pace": PoolSetting(None, null=True, members=PACE),
+    "history_leases": PoolSetting(100_000, 0, 100_000_000, whole=True),
 }
 """By name, in the order of the docs. Of `max_keys` and `key_length` the server's flags are the defaults, and
-`max_block_seconds` is as long as `block_seconds`."""
+`max_block_seconds` is as long as `block_seconds`; the pool `default` has 0 `history_leases`."""
 
-NO_FLAGS = ("pace",)
-"""The settings that aren't flags of the server, which `default` takes as the other pools do."""
+OF_DEFAULT: dict[str, Any] = {"pace": None, "history_leases": 0}
+"""The settings that aren't flags of the server, which `default` takes as the other pools do, and its defaults."""
 
 OF_SERVER = ("max_keys", "key_length")
 """The settings whose defaults are the server's flags."""

@@ -236,7 +236,10 @@ def _add(pool: FakePool, expire: bool = False, **item: Any) -> tuple[int, Any]:
 
 
 def _read(pool: FakePool, request: httpx2.Request, words: list[str]) -> dict[str, Any]:
-    """The row of a key, or a list."""
+    """The row of a key, its history, or a list."""
+    if request.method == "GET" and words[1:] == ["history"]:
+        query = request.url.params
+        return pool.history(words[0], int(query.get("limit", "50")), query.get("after"))
     if request.method != "GET" or len(words) > 1:
         raise Refused(404, "not-found")
     return pool.row(pool.find(words[0])[0]) if words else _page(pool, request.url.params)

@@ -19,6 +19,7 @@ POOL_SETTINGS: Mapping[str, Whole | Seconds | Percent] = {
     "forget_seconds": Seconds(low=0.0, high=ONE_YEAR),
     "max_quarantined_percent": Percent(),
     "rest_seconds": Seconds(low=0.0),
+    "history_leases": Whole(0, 100_000_000),
 }
 """The type of each setting in core.rules.SETTINGS that is a flag."""
 

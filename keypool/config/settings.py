@@ -49,7 +49,7 @@ from keypool.config.setting_types import (
 from keypool.config.token_sources import Tokens, TokenSources
 from keypool.config.tokens import ROLES, TOKENS_TAKE, token_variables
 from keypool.core.errors import SettingsError
-from keypool.core.rules import NO_FLAGS, PoolRules
+from keypool.core.rules import NOT_FLAGS, PoolRules
 from keypool.engine.valkey.url import without_password
 
 Origin = Literal["default", "toml", "environment", "flag"]
@@ -202,7 +202,7 @@ class Settings:
     @property
     def rules(self) -> PoolRules:
         """The settings of the pool."""
-        names = (each.name for each in fields(PoolRules) if each.name not in NO_FLAGS)
+        names = [each.name for each in fields(PoolRules) if each.name not in NOT_FLAGS]
         return PoolRules(**{name: getattr(self, name) for name in names})
 
     def token_sources(self, environ: Mapping[str, str]) -> TokenSources:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from keypool.core.handles import Handle
+from keypool.core.history import How
 from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pace import Pace
@@ -199,6 +200,33 @@ class Page(Answer):
     """Rows in order; `next` is the cursor of the page after, null at the end."""
 
     keys: list[Row]
+    next: str | None
+
+
+class HistoryRow(Answer):
+    """A lease that has ended. `held` is its length in seconds, `extended` how often it was extended.
+
+    `owner` and `client` are those of a row while the lease ran. `outcome` and `reason` are those of its report, null if
+    there was none. `how` it ended: "revoked" by an operator, "released" by its deadline, "expired" and "deleted" with
+    its key.
+    """
+
+    lease: int
+    owner: str | None
+    client: str | None
+    acquired_at: Moment
+    ended_at: Moment
+    held: float
+    how: How
+    outcome: Outcome | None
+    reason: str | None
+    extended: int
+
+
+class HistoryPage(Answer):
+    """Leases of a key that have ended, the latest first; `next` is the cursor of the page after, null at the end."""
+
+    history: list[HistoryRow]
     next: str | None
 
 

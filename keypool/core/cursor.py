@@ -17,8 +17,8 @@ from keypool.core.index import Position
 from keypool.core.keys import MAX_NAME, State
 from keypool.core.keyset import PageQuery
 
-_LETTER = {"prefix": "p", "name": "n", "id": "i", "release": "r", "ready": "c", "expiry": "e"}
-_LENGTH = {"prefix": 2, "name": 1, "id": 1, "release": 3, "ready": 3, "expiry": 3}
+_LETTER = {"prefix": "p", "name": "n", "id": "i", "release": "r", "ready": "c", "expiry": "e", "history": "h"}
+_LENGTH = {"prefix": 2, "name": 1, "id": 1, "release": 3, "ready": 3, "expiry": 3, "history": 1}
 _STATE_OF_ORDER = {"release": State.BLOCKED, "ready": State.COOLING}
 _LONGEST = 400  # a name of 63 characters of four bytes, and what is around it
 _WRONG_CURSOR = "after must be the next of the previous page, of a list with the same prefix, name and order"
@@ -58,6 +58,16 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     ] = None
 
 
+class HistoryQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The query of the history of a key, one field for each parameter."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=500, description="leases on a page, at most")] = 50
+    after: Annotated[
+        Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST)] | None,
+        msgspec.Meta(description="the next of the previous page"),
+    ] = None
+
+
 def page_query(query: ListQuery) -> PageQuery:
     """The pool's query. Raises BadRequest for parameters that exclude each other, and for a wrong cursor."""
     if query.prefix is not None and query.order is not None:
@@ -84,7 +94,21 @@ def _order_of(query: PageQuery) -> str:
 
 def encode(query: PageQuery, position: Position) -> str:
     """The cursor of a position in the list of this query."""
-    payload = msgspec.json.encode([_LETTER[_order_of(query)], *position])
+    return _encoded(_order_of(query), position)
+
+
+def encode_lease(lease: int) -> str:
+    """The cursor of the page of a history that begins behind this lease."""
+    return _encoded("history", (lease,))
+
+
+def lease_before(query: HistoryQuery) -> int | None:
+    """The lease behind which a page of a history begins, None for the first. Raises BadRequest for a wrong cursor."""
+    return None if query.after is None else int(decode(query.after, "history")[0])
+
+
+def _encoded(order: str, position: Position) -> str:
+    payload = msgspec.json.encode([_LETTER[order], *position])
     return base64.urlsafe_b64encode(payload).rstrip(b"=").decode("ascii")
 
 

@@ -115,6 +115,8 @@ class Key(msgspec.Struct, gc=False, eq=False):
     """Name, labels, data and pace, and whether it was imported."""
     paced_until: float = 0.0
     """The theoretical arrival time of its pace (pace.py); 0 if none was ever charged: full budget."""
+    extended: int = 0
+    """How often its lease was extended; 0 unless blocked."""
     # in memory
     replayed: bool = False
     """Whether the latest lease was given to its attempt again, so that the first call can't take it back alone."""

@@ -45,7 +45,8 @@ from keypool.core.errors import (
     StaleLease,
     UnknownKey,
 )
-from keypool.core.events import DEADLINE, HOLDER, Change, Origin
+from keypool.core.events import DEADLINE, HOLDER, By, Change, Origin
+from keypool.core.history import How
 from keypool.core.index import BucketListener
 from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
 from keypool.core.keyset import KeyPage, PageQuery
@@ -90,6 +91,29 @@ class Clients(Protocol):
         ...
 
 
+class Recorder(Protocol):
+    """What the pool reports about leases that end, if `history_leases` isn't 0. Neither may change a pool. O(1)."""
+
+    def lease_ended(self, key: Key, how: How, at: float | None, report: Report | None) -> None:
+        """The lease of the key, which still has owner and client, ends: at a moment before now, or now if `at` is None.
+
+        `report` is its holder's, if that ends it.
+        """
+        ...
+
+    def late_report(self, key: Key, report: Report) -> None:
+        """A report on the key's latest lease came after the end of that."""
+        ...
+
+
+class _NoRecorder:
+    def lease_ended(self, key: Key, how: How, at: float | None, report: Report | None) -> None:
+        """Nobody records."""
+
+    def late_report(self, key: Key, report: Report) -> None:
+        """Nobody records."""
+
+
 class _NoClients:
     def begun(self, pool: Pool, key: Key) -> None:
         """Nobody counts."""
@@ -130,6 +154,7 @@ class Pool(SelfCheck):
         new_text: Callable[[], str],
         random: Callable[[], float],
         clients: Clients | None = None,
+        recorder: Recorder | None = None,
         on_change: Listener = lambda change, key, owner, origin: None,
         on_opened: BucketListener = lambda bucket: None,
         on_closed: BucketListener = lambda bucket: None,
@@ -139,6 +164,7 @@ class Pool(SelfCheck):
         self.counters = Counters()
         self.on_change = on_change
         self._clients = clients or _NoClients()
+        self._recorder = recorder or _NoRecorder()
         self._new_text = new_text
         self._random = random
         self._purge_until = inf  # keys whose deadline comes after it are not purged: see `suspend_expiry`
@@ -395,7 +421,7 @@ class Pool(SelfCheck):
         history = key.history
         if report is OK_REPORT and blocked and (history is _ALL_WELL or history is NO_HISTORY):
             key.history = _ALL_WELL
-            self._free(key, _UNBLOCKED, now, origin)
+            self._free(key, _UNBLOCKED, now, origin, report=report)
             return _CHANGED
         return Ended(True, self._conclude(key, report, now, origin, charged))
 
@@ -428,8 +454,11 @@ class Pool(SelfCheck):
             )
         if key.state is _BLOCKED:
             key.quarantine_pending = key.quarantine_pending or quarantine
-            self._free(key, _UNBLOCKED, now, origin, now + cooldown)
-        elif quarantine and key.state is not _QUARANTINED:
+            self._free(key, _UNBLOCKED, now, origin, cool_until=now + cooldown, report=report)
+            return invalid and not quarantine
+        if self.rules.history_leases:
+            self._recorder.late_report(key, report)
+        if quarantine and key.state is not _QUARANTINED:
             self._leave(key)
             self._quarantine(key, None, origin)
         elif key.state is _QUARANTINED:
@@ -470,6 +499,7 @@ class Pool(SelfCheck):
                 key.release_deadline - now, longest=self.rules.longest_block if at_limit else None
             )
         self._move_release(key, min(end, last))
+        key.extended += 1
         self.on_change(Change.EXTENDED, key, key.owner, HOLDER)
 
     def quarantine(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> None:
@@ -666,8 +696,21 @@ class Pool(SelfCheck):
                 self._give_slot(key)
                 self.on_change(Change.READY, key, None, DEADLINE)
 
-    def _free(self, key: Key, change: Change, now: float, origin: Origin, cool_until: float = 0.0) -> None:
+    def _free(
+        self,
+        key: Key,
+        change: Change,
+        now: float,
+        origin: Origin,
+        *,
+        cool_until: float = 0.0,
+        report: Report | None = None,
+    ) -> None:
         """End a lease: the key is available, or rests or cools first, or is quarantined."""
+        if self.rules.history_leases:
+            revoked = change is _UNBLOCKED and origin.by is By.OPERATOR
+            how = How.REVOKED if revoked else How.UNBLOCKED if change is _UNBLOCKED else How.RELEASED
+            self._recorder.lease_ended(key, how, now, report)
         owner = self._leave(key)
         if change is _UNBLOCKED:
             self.counters.unblocked += 1
@@ -724,6 +767,8 @@ class Pool(SelfCheck):
         self.on_change(Change.QUARANTINED, key, owner, origin)
 
     def _purge(self, key: Key, change: Change, origin: Origin = DEADLINE) -> None:
+        if key.state is _BLOCKED and self.rules.history_leases:
+            self._record_purged(key, change)
         owner = self._leave(key)
         key.quarantine_pending = False
         self._remove(key)
@@ -733,6 +778,16 @@ class Pool(SelfCheck):
         else:
             self.counters.expired += 1
         self.on_change(change, key, owner, origin)
+
+    def _record_purged(self, key: Key, change: Change) -> None:
+        """The lease of a key ends with the key, unless its own deadline came before."""
+        assert key.release_deadline is not None  # a blocked key has one
+        if change is Change.DELETED:
+            self._recorder.lease_ended(key, How.DELETED, None, None)
+        elif key.release_deadline <= key.expires_deadline:
+            self._recorder.lease_ended(key, How.RELEASED, key.release_deadline, None)
+        else:
+            self._recorder.lease_ended(key, How.EXPIRED, key.expires_deadline, None)
 
     def _leave(self, key: Key) -> str | None:
         """Take a key out of the structures of its state. The lease remains the key's latest. Returns the owner."""
@@ -749,6 +804,8 @@ class Pool(SelfCheck):
         if key.state is _COOLING:
             self._cooling -= 1
             return None
+        if key.extended:
+            key.extended = 0
         if key.attempt is not None:
             self._by_attempt.discard(key, key.attempt)
             key.attempt = None

@@ -2,7 +2,7 @@
 
 `config/settings.py` reads flags, environment and TOML file into one PoolRules: those of the pool `default`, which the
 engines get. Every other pool has settings of its own (`SETTINGS`), and the rest of the rules from the server. Settings
-that aren't flags (`NO_FLAGS`) are given to `default` as to the others.
+that aren't flags (`NOT_FLAGS`) are given to `default` as to the others.
 """
 
 from __future__ import annotations
@@ -77,6 +77,9 @@ class PoolRules:
     pace: Pace | None = None
     """How often each key may be used that has no pace of its own; None: as often as it is available."""
 
+    history_leases: int = 0
+    """How many leases that have ended are kept; 0: none are recorded. Not a flag: `default` is given it, too."""
+
     @property
     def longest_block(self) -> float:
         """How long a lease may last with extensions."""
@@ -94,11 +97,11 @@ class PoolRules:
         and the rules that aren't settings of a pool, are the server's.
         """
         given = {name: getattr(DEFAULT_RULES, name) for name in SETTINGS if name not in _OF_SERVER}
-        return replace(self, **given | dict(settings))
+        return replace(self, **given | _OF_OTHER_POOLS | dict(settings))
 
     def of_default(self, settings: Settings) -> PoolRules:
-        """These rules of the pool `default`, with the settings that it was given. O(settings)."""
-        return replace(self, **{name: getattr(DEFAULT_RULES, name) for name in NO_FLAGS} | dict(settings))
+        """These rules of `default` with the settings that it was given, all NOT_FLAGS. O(settings)."""
+        return replace(self, **{name: getattr(DEFAULT_RULES, name) for name in NOT_FLAGS} | dict(settings))
 
     def contradiction(self) -> str | None:
         """Which two settings contradict each other; None if all can hold together. O(1)."""
@@ -128,12 +131,15 @@ SETTINGS = (
     "max_quarantined_percent",
     "rest_seconds",
     "pace",
+    "history_leases",
 )
 """The settings that each pool has of its own, in the order of the docs."""
 
-NO_FLAGS = ("pace",)
+NOT_FLAGS = ("pace", "history_leases")
 """The settings that aren't flags of the server: `default` is given them as other pools are."""
 
 _OF_SERVER = ("max_keys", "key_length")
+_OF_OTHER_POOLS = {"history_leases": 100_000}
+"""The defaults that are others in a pool beside `default`."""
 
 DEFAULT_RULES = PoolRules()

@@ -79,7 +79,7 @@ class SelfCheck(KeySet):
         blocked = key.state is _BLOCKED
         if blocked and key.lease == 0:
             raise ValueError(f"{key!r} is blocked without a lease")
-        of_holder = (key.owner, key.attempt, key.client, key.details.former)
+        of_holder = (key.owner, key.attempt, key.client, key.details.former, key.extended or None)
         if not blocked and (key.quarantine_pending or any(each is not None for each in of_holder)):
             raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
         if key.attempt is not None and key not in self._by_attempt.get(key.attempt):

@@ -25,6 +25,7 @@ from keypool.core.answers import (
     Extended,
     Extension,
     GeneratedKey,
+    HistoryPage,
     Identity,
     Imported,
     ImportedKey,
@@ -42,7 +43,7 @@ from keypool.core.answers import (
     Unblock,
     Unblocked,
 )
-from keypool.core.cursor import ListQuery
+from keypool.core.cursor import HistoryQuery, ListQuery
 from keypool.core.events import HOLDER, Event, Origin
 from keypool.core.handles import Handles
 from keypool.core.outcomes import Report
@@ -263,6 +264,19 @@ class Engine(Protocol):
 
     async def page(self, query: ListQuery) -> Page:
         """A page of rows. O(log n + page). Raises BadRequest for an invalid cursor."""
+        ...
+
+    async def history(self, ref: Ref, query: HistoryQuery) -> HistoryPage:
+        """Leases of a key that have ended, the latest first. O(log n + page).
+
+        A purged key has a history by its id, as long as a lease of it is kept. Raises UnknownKey, StaleLease, and
+        BadRequest for a wrong cursor.
+        """
+        ...
+
+    @property
+    def history_kept(self) -> int:
+        """How many leases of the pool that have ended are kept. O(1)."""
         ...
 
     async def stats(self) -> Stats:

@@ -16,6 +16,7 @@ from keypool.core.answers import (
     Extended,
     Extension,
     GeneratedKey,
+    HistoryPage,
     KeptAlive,
     Lease,
     Page,
@@ -26,13 +27,14 @@ from keypool.core.answers import (
     Unblocked,
 )
 from keypool.core.counters import COUNTERS
-from keypool.core.cursor import ListQuery, encode, page_query
-from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining
+from keypool.core.cursor import HistoryQuery, ListQuery, encode, lease_before, page_query
+from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining, UnknownKey
 from keypool.core.events import HOLDER, Event, Origin, latest
 from keypool.core.keys import State
 from keypool.core.outcomes import Report
 from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Client, Timed
+from keypool.engine.history import history_page
 from keypool.engine.operator_calls import OperatorCalls
 from keypool.engine.shapes import age, expires_in, less, less_or_none, rounded, row_of
 from keypool.engine.steps import SLICE_SECONDS
@@ -276,6 +278,30 @@ class EmbeddedEngine(OperatorCalls):
         self._waiters.serve(now)  # with blocks that were found overdue
         return page
 
+    async def history(self, ref: Ref, query: HistoryQuery) -> HistoryPage:
+        """Leases of a key that have ended. O(log n + page)."""
+        before = lease_before(query)
+        now = self.now()
+        key = self._find(ref, now)
+        self._waiters.serve(now)
+        if key is not None:
+            id = key.id
+        elif isinstance(ref, int):
+            id = ref
+        else:
+            await self._raise_missing(ref)
+        if (commit := self.journal.commit_of(id)) is not None:
+            await commit
+        found = await self.journal.history.page(id, query.limit + 1, before)
+        if key is None and not found and before is None:
+            raise UnknownKey
+        return history_page(found, query)
+
+    @property
+    def history_kept(self) -> int:
+        """How many leases the history has. O(1)."""
+        return self.journal.history.kept
+
     async def stats(self) -> Stats:
         """All counts. O(1). May be ahead of the disk by the commit in flight."""
         pool = self.pool
@@ -380,6 +406,7 @@ class EmbeddedEngine(OperatorCalls):
     def set_rules(self, rules: PoolRules) -> None:
         """Apply these rules to whatever comes from now on. O(1)."""
         self.pool.rules = rules
+        self.journal.history.limit(rules.history_leases)
 
     def drain_pool(self) -> None:
         """Serve and take no key any more: PoolDraining, to the waiters as well. O(waiters)."""

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from keypool.core.errors import StorageUnavailable
 from keypool.core.keys import Key
+from keypool.engine.history import LeaseHistory, MemoryHistory
 from keypool.ops.histogram import Histogram
 
 
@@ -78,6 +79,11 @@ class Journal(Protocol):
     """Makes changes durable, and lets answers wait until the changes that they depend on are on disk."""
 
     @property
+    def history(self) -> LeaseHistory:
+        """The leases of the pool that have ended. Those that a change of a key ends are kept with that change."""
+        ...
+
+    @property
     def failing(self) -> str | None:
         """The reason why changes can't be kept; None while they can."""
         ...
@@ -132,9 +138,12 @@ class Journal(Protocol):
 
 
 class NullJournal:
-    """The journal of a pool in memory: it keeps nothing, so no call waits."""
+    """The journal of a pool in memory: it keeps nothing but the history, so no call waits."""
 
     failing: str | None = None
+
+    def __init__(self) -> None:
+        self.history = MemoryHistory()
 
     def require(self) -> None:
         """Changes are always allowed."""

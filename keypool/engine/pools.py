@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from sortedcontainers import SortedDict
@@ -24,7 +23,7 @@ from keypool.core.errors import (
     UnknownPool,
 )
 from keypool.core.events import By, Origin
-from keypool.core.rules import DEFAULT_POOL, NO_FLAGS, PoolRules, Settings
+from keypool.core.rules import DEFAULT_POOL, NOT_FLAGS, PoolRules, Settings
 from keypool.engine.draining import Drains
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Commit, Journal, NullJournal
@@ -39,7 +38,7 @@ class Definition(NamedTuple):
     """What is kept of a pool beside its keys. `settings` are those that were given; the others have their defaults."""
 
     number: int
-    """Never used again: 0 is `default`, whose definition is kept only once it is given settings."""
+    """Never used again: 0 is `default`, whose definition is kept only if it was given settings."""
     name: str
     settings: Settings
     draining: bool = False
@@ -98,16 +97,16 @@ class NullStore:
         return Rekeying("idle", 0, 0, encrypted=False)
 
 
-def rules_of_default(default: PoolRules, settings: Settings) -> PoolRules:
-    """The rules of `default` with these settings. Raises PoolFixed if the server's flags decide one of them."""
-    fixed = tuple(name for name in settings if name not in NO_FLAGS)
-    if fixed:
-        raise PoolFixed(fixed)
-    return default.of_default(settings)
+def checked_rules(default: PoolRules, name: str, settings: Settings) -> PoolRules:
+    """The rules of a pool with these settings, given those of `default`.
 
-
-def checked_rules(default: PoolRules, settings: Settings) -> PoolRules:
-    """The rules of another pool with these settings. Raises BadRequest if two of them contradict each other."""
+    Raises PoolFixed for settings of `default` that the server's flags decide, and BadRequest if two contradict each
+    other.
+    """
+    if name == DEFAULT_POOL:
+        if fixed := tuple(setting for setting in settings if setting not in NOT_FLAGS):
+            raise PoolFixed(fixed)
+        return default.of_default(settings)
     rules = default.of_pool(settings)
     if (contradiction := rules.contradiction()) is not None:
         raise BadRequest(contradiction)
@@ -128,8 +127,8 @@ class EmbeddedPools:
     """See the module, and the protocol Pools. For use on its loop's thread only.
 
     `default` and the engines of `others`, which a store has restored, have their journals and their timers. Pools that
-    were being emptied go on. `last_number` is the largest number that any pool ever had, and `settings` are those that
-    `default` was given.
+    were being emptied go on. `last_number` is the largest number that any pool ever had. `default_settings` are those
+    that `default` was given, which its engine goes by already.
     """
 
     def __init__(
@@ -140,14 +139,14 @@ class EmbeddedPools:
         max_pools: int = MAX_POOLS,
         others: Iterable[tuple[Definition, EmbeddedEngine]] = (),
         last_number: int = 0,
-        settings: Settings = MappingProxyType({}),
+        default_settings: Settings | None = None,
     ) -> None:
         self.default = default
         self._store = store or NullStore()
         self._max_pools = max_pools
         self._last_number = last_number
         self._pools: SortedDict[str, _Entry] = SortedDict()
-        self._pools[DEFAULT_POOL] = _Entry(default, Definition(0, DEFAULT_POOL, settings))
+        self._pools[DEFAULT_POOL] = _Entry(default, Definition(0, DEFAULT_POOL, default_settings or {}))
         self._drains = Drains(self._emptied)
         self._listeners: list[Callable[[], object]] = []
         for definition, engine in others:
@@ -192,8 +191,8 @@ class EmbeddedPools:
 
     async def put(self, name: str, settings: Settings, origin: Origin) -> bool:
         """Make a pool with these settings, or give it these; whether it is new. O(log p)."""
+        rules = checked_rules(self.default.rules, name, settings)
         entry = self._pools.get(name)
-        rules = self._rules_of(name, settings)
         if entry is not None and name == DEFAULT_POOL and settings == entry.definition.settings:
             return False  # its definition is kept only once it was given settings
         self.default.journal.require()
@@ -216,16 +215,11 @@ class EmbeddedPools:
         """Change some settings of a pool. O(settings)."""
         entry = self._entry(name)
         merged = {**entry.definition.settings, **settings}
-        rules = self._rules_of(name, merged)
+        rules = checked_rules(self.default.rules, name, merged)
         if name == DEFAULT_POOL and merged == entry.definition.settings:
             return
         self.default.journal.require()
         await self._define(entry, entry.definition._replace(settings=merged), rules)
-
-    def _rules_of(self, name: str, settings: Settings) -> PoolRules:
-        """Raises PoolFixed, BadRequest."""
-        of_pool = rules_of_default if name == DEFAULT_POOL else checked_rules
-        return of_pool(self.default.rules, settings)
 
     async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
         """Delete an empty pool, or drain one. Returns whether it is gone. O(1)."""

@@ -27,6 +27,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import HOLDER, SILENT, Change, Happened, Origin
 from keypool.core.handles import SECRET_BYTES, Handle, Handles
+from keypool.core.history import How, PastLease
 from keypool.core.keys import NEVER, NO_DETAILS, Key, random_text
 from keypool.core.outcomes import Report
 from keypool.core.pool import Pool
@@ -81,6 +82,7 @@ class Steps:
             new_text=new_text or (lambda: random_text(self.pool.rules.key_length)),
             random=random.Random().random,  # noqa: S311 - which available key is served isn't secret
             clients=self.shares,
+            recorder=self,
             on_change=self._changed,
             on_opened=self.timers.opened,
             on_closed=self.timers.closed,
@@ -342,6 +344,28 @@ class Steps:
             self._uncounted += 1
         if self._waiters.waiting and change in _MAKES_AVAILABLE:
             self._waiters.serve_soon()
+
+    # -- what the pool reports for the history
+
+    def lease_ended(self, key: Key, how: How, at: float | None, report: Report | None) -> None:
+        """Record a lease that ends. O(1), about 1 µs."""
+        past = PastLease(
+            key.id,
+            key.lease,
+            key.owner,
+            key.client,
+            key.acquired_at,
+            self.now() if at is None else at,
+            how,
+            None if report is None else report.outcome,
+            None if report is None else report.reason,
+            key.extended,
+        )
+        self.journal.history.add(past, self.pool.rules.history_leases)
+
+    def late_report(self, key: Key, report: Report) -> None:
+        """Add a report to the record of a lease that has ended. O(1)."""
+        self.journal.history.amend(key.id, key.lease, report)
 
 
 def _done(future: asyncio.Future[None]) -> None:

@@ -56,6 +56,7 @@ METRICS = (
     _gauge("keys", "keys", f"pool; state: {', '.join(State)}"),
     _gauge("waiting", "acquires waiting for a key", "pool", source="waiting"),
     _gauge("pool_max_keys", "keys that a pool may hold", "pool"),
+    _gauge("history_leases", "leases that have ended and are kept", "pool"),
     _gauge("oldest_wait_seconds", "how long the first acquire in this server's queue has waited", "pool"),
     _gauge("limit", "configured limits", "limit: max_keys, max_pools, max_waiters, max_viewers, connections"),
     _gauge("viewers", "open websockets of the feed"),

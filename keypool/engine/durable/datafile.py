@@ -15,6 +15,10 @@ before it, whatever its row says. So a grace for a million keys is one number, w
 A file that was ever used with a secrets key has a check value for each one under which a row may be sealed. A server
 that lacks one of these keys is refused before it changes anything (checks.py).
 
+Of leases that have ended, `history` has those of each key side by side, and `ends` their order in the pool. Which of
+them count is said by two numbers of the pool; older ones are deleted in slices (compaction.py). A start doesn't read
+them.
+
 A file in use is marked, so that a copy without its write-ahead log (`-wal`) is refused as incomplete. The mark is in
 bytes of the header that SQLite reserves for later versions. It is written without SQLite, once the log holds a newer
 first page without the mark. Therefore a program that reads the file with its log (a backup, a recovery) doesn't see the
@@ -33,13 +37,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import msgspec
 
 from keypool.core.errors import StartError
 from keypool.core.handles import SECRET_BYTES
+from keypool.core.history import PastLease
 from keypool.core.keys import Key
 from keypool.core.pace import Pace
 from keypool.engine import NOTE
@@ -47,10 +52,12 @@ from keypool.engine.durable.file_lock import companions, log_of
 from keypool.engine.durable.rows import (
     POOL_SHIFT,
     Memtable,
+    Past,
     Row,
     StoredPool,
     decode_any,
     key_of,
+    past_lease_of,
     pool_of,
     prefix_of,
 )
@@ -102,11 +109,31 @@ MIGRATIONS = (
     """,
     """
     -- keys.more: since this version it may have the theoretical arrival time of a pace, and `pools.settings` a pace
+    CREATE TABLE history (       -- leases that have ended: see Past in rows.py
+        key INTEGER NOT NULL,    -- as keys.id, though the key may be gone
+        lease INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        acquired_at INTEGER NOT NULL,
+        held INTEGER NOT NULL,
+        how INTEGER NOT NULL,
+        extended INTEGER NOT NULL,
+        owner TEXT,
+        client TEXT,
+        outcome INTEGER,
+        reason TEXT,
+        PRIMARY KEY (key, lease)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE ends (          -- the same leases in the order in which they ended, from which the oldest are deleted
+        number INTEGER PRIMARY KEY,  -- the number of the pool << 40 | that of the lease's end
+        key INTEGER NOT NULL,
+        lease INTEGER NOT NULL
+    ) STRICT;
     """,
 )
 VERSION = len(MIGRATIONS)
 _LEASES = 3  # the version from which a file has more than seven columns, and a secret
 _POOLS = 4  # the version from which a file has several pools, and rows may be sealed
+_HISTORY = 5  # the version from which a file has the leases that have ended
 
 ADD_BATCH = "INSERT INTO batches VALUES (?, ?)"
 TRIM = "DELETE FROM batches WHERE number <= ?"
@@ -119,6 +146,15 @@ UPSERT = """
 """
 PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+ADD_PAST = "INSERT OR REPLACE INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+ADD_END = "INSERT OR REPLACE INTO ends VALUES (?, ?, ?)"
+ADD_REPORT = "UPDATE history SET outcome = ?, reason = ? WHERE key = ? AND lease = ?"
+PAST_OF_KEY = "SELECT * FROM history WHERE key = ? AND lease < ? ORDER BY lease DESC LIMIT ?"
+OLDEST_ENDS = "SELECT number, key, lease FROM ends WHERE number BETWEEN ? AND ? ORDER BY number LIMIT ?"
+FORGET_PAST = "DELETE FROM history WHERE key = ? AND lease = ?"
+FORGET_ENDS = "DELETE FROM ends WHERE number BETWEEN ? AND ?"
+FIRST_END_FROM = "SELECT min(number) FROM ends WHERE number >= ?"
+
 GRANT_GRACE = "UPDATE keys SET expires_at = :until WHERE expires_at < :until"
 
 DEFINE = """
@@ -133,6 +169,9 @@ ADD_CHECK = "INSERT INTO secrets VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET 
 
 _FORGET_NOTES = f"DELETE FROM pool WHERE (name GLOB '{NOTE}*' OR name GLOB '[0-9]*/{NOTE}*') AND value = 0"  # noqa: S608
 
+FIRST_PAST, LAST_PAST = "history_first", "history_last"
+"""The names of the numbers of the oldest and the latest lease of a pool in its history. Older ones may still be in the
+tables for a while."""
 GRACE = "grace_until"
 """The name of the number that is the end of a grace of a pool, in milliseconds."""
 REKEYING = "rekeying"
@@ -157,12 +196,18 @@ _CHECKS = f"SELECT name, value FROM secrets WHERE name GLOB '{CHECK}*'"  # noqa:
 _FORGET_CHECKS = f"DELETE FROM secrets WHERE name GLOB '{CHECK}*' AND name != ?"  # noqa: S608 - a constant
 _WAS_USED = "SELECT EXISTS (SELECT 1 FROM pool) OR EXISTS (SELECT 1 FROM batches)"
 _HAS = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
+_OF_HISTORY = ("history", "ends")
 _BATCHES = "SELECT batch FROM batches ORDER BY number"
 _ROWS = """
     SELECT id, text, created_at, max(expires_at, ?), release_at, lease, owner, {} FROM keys
     WHERE id BETWEEN ? AND ? ORDER BY id
 """
 _FIRST_FROM = "SELECT min(id) FROM keys WHERE id >= ?"
+_HISTORY_ROWS = """
+    SELECT history.* FROM ends JOIN history ON history.key = ends.key AND history.lease = ends.lease
+    WHERE ends.number BETWEEN ? AND ? ORDER BY ends.number
+"""
 _SET_HANDLES = "UPDATE secrets SET value = ? WHERE name = 'handles'"
 _HANDLES = "SELECT value FROM secrets WHERE name = 'handles'"
 _MAGIC = b"SQLite format 3\0"
@@ -194,20 +239,21 @@ class Facts:
 
 
 def inspect(path: Path) -> Facts:
-    """The facts of a file, none for a new one. O(size of the file). Raises StartError like `examine`.
+    """The facts of a file, none for a new one. O(its size without the history). Raises StartError like `examine`.
 
     Makes the file inaccessible to other users (mode 0600), whoever created it, because it holds the keys.
     """
-    facts = examine(path)
+    facts = examine(path, with_history=False)
     for each in (path, *companions(path)):
         with contextlib.suppress(FileNotFoundError):
             each.chmod(0o600)
     return facts
 
 
-def examine(path: Path, check: str = "quick_check") -> Facts:
+def examine(path: Path, check: str = "quick_check", *, with_history: bool = True) -> Facts:
     """The same, without changing anything. `check` is a pragma: "quick_check", or "integrity_check" for indexes too.
 
+    A start checks `with_history` False, as a history may be larger than all the rest.
     Raises StartError unless the file is complete, intact, one of keypool's and of a known version.
     """
     try:
@@ -233,7 +279,7 @@ def examine(path: Path, check: str = "quick_check") -> Facts:
                 raise StartError(
                     f"the data file {path} is of the newer version {version}; this server supports {VERSION}"
                 )
-            verdict = database.execute(f"PRAGMA {check}(1)").fetchone()[0]
+            verdict = _verdict(database, check, with_history=with_history)
             facts = Facts() if empty else _facts(database)
     except ValueError as error:
         raise StartError(f"the data file {path} is damaged: {error}") from None
@@ -244,6 +290,15 @@ def examine(path: Path, check: str = "quick_check") -> Facts:
     for name in [name for name in facts.numbers if name.rpartition("/")[2] == GRACE]:
         del facts.numbers[name]  # read_rows applies it
     return facts
+
+
+def _verdict(database: sqlite3.Connection, check: str, *, with_history: bool) -> str:
+    """What SQLite finds wrong first; "ok" if nothing. Raises sqlite3.Error."""
+    checked = ["1"]
+    if not with_history and _version(database) >= _HISTORY:
+        checked = [f"'{table}'" for (table,) in database.execute(_TABLES) if table not in _OF_HISTORY]
+    verdicts: list[str] = [database.execute(f"PRAGMA {check}({each})").fetchone()[0] for each in checked]
+    return next((verdict for verdict in verdicts if verdict != "ok"), "ok")
 
 
 def _facts(database: sqlite3.Connection) -> Facts:
@@ -435,6 +490,42 @@ def _over(rows: Iterator[Row], changed: dict[int, Row | None], grace: int) -> It
     return merge((row for row in rows if row[0] not in changed), there, key=itemgetter(0))
 
 
+def read_history(path: Path, pool: int, first: int, slice_size: int) -> Iterator[list[PastLease]]:
+    """The leases of a pool that have ended, from the one with the number `first` on, in this order.
+
+    O(batches) memory. Raises ValueError.
+    """
+    with _reading(path) as database:
+        try:
+            if _version(database) < _HISTORY:
+                return
+            memtable = read_batches(database)
+            recent = sorted(
+                (
+                    past
+                    for key, some in memtable.past.items()
+                    if pool_of(key) == pool
+                    for past in some.values()
+                ),
+                key=attrgetter("number"),
+            )
+            flushed = (
+                Past(*row)
+                for row in database.execute(
+                    _HISTORY_ROWS, (pool << POOL_SHIFT | first, (pool + 1 << POOL_SHIFT) - 1)
+                )
+            )
+            older = (past for past in flushed if past.lease not in memtable.past.get(past.key, ()))
+            leases = merge(older, recent, key=attrgetter("number"))
+            while some := list(islice((past for past in leases if past.number >= first), slice_size)):
+                for past in some:
+                    if (report := memtable.reports.get((past.key, past.lease))) is not None:
+                        past.outcome, past.reason = report.outcome, report.reason
+                yield [past_lease_of(past) for past in some]
+        except (sqlite3.Error, TypeError):
+            raise ValueError("a lease can't be read") from None
+
+
 def read_batches(database: sqlite3.Connection) -> Memtable:
     """The batches of a file, merged. O(batches), which are few. Raises sqlite3.Error."""
     if not _has(database, "batches"):
@@ -505,6 +596,19 @@ class Filling:
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(UPSERT, rows)
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def write_history(self, leases: list[Past]) -> None:
+        """Add leases that have ended, in one transaction."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(ADD_PAST, map(msgspec.structs.astuple, leases))
+            self._database.executemany(
+                ADD_END,
+                [(pool_of(past.key) << POOL_SHIFT | past.number, past.key, past.lease) for past in leases],
+            )
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise self._failed(error) from None

@@ -19,7 +19,7 @@ from keypool.core.pace import Pace
 from keypool.core.rules import (
     DEFAULT_POOL,
     DEFAULT_RULES,
-    NO_FLAGS,
+    NOT_FLAGS,
     SETTINGS,
     PoolRules,
     Settings,
@@ -94,10 +94,12 @@ class _Opening:
     async def pools(self, max_pools: int) -> EmbeddedPools:
         """Read and check everything, and then begin to write. Raises StartError, ValueError, WrongSecretsKey."""
         grace_until = self._clock() + self._rules.restart_grace if self._rules.restart_grace else None
-        rules, settings = self._of_default()
+        definitions = {definition.number: definition for definition in self._definitions()}
+        given = definitions.pop(0).settings if 0 in definitions else {}
+        rules = self._rules_of(DEFAULT_POOL, given)
         default = self.engines[0] = EmbeddedEngine(rules, clock=self._clock, start_timers=False)
         others = []
-        for definition in self._definitions():
+        for definition in definitions.values():
             number, name = definition.number, definition.name
             rules = self._rules_of(name, definition.settings)
             engine = self.engines[number] = default.sibling(name, number, rules, start_timers=False)
@@ -119,39 +121,39 @@ class _Opening:
         last = self.journal.last_pool = self._facts.numbers.get(datafile.LAST_POOL, 0)
         store = FileStore(self.journal, rekey)
         for number, engine in self.engines.items():
-            engine.journal = store.journal_of(number, engine)
+            engine.journal = journal = store.journal_of(number, engine)
+            journal.history.restore(self._facts.numbers_of(number))
+            journal.history.limit(engine.rules.history_leases)
             await _process_due(engine)
             engine.start()
         if rekey is not None and self._facts.numbers.get(datafile.REKEYING):
             rekey.go_on()
         return EmbeddedPools(
-            default, store, max_pools=max_pools, others=others, last_number=last, settings=settings
+            default, store, max_pools=max_pools, others=others, last_number=last, default_settings=given
         )
 
     def _definitions(self) -> Iterator[Definition]:
-        """The pools beside `default`. Raises ValueError."""
-        names = {DEFAULT_POOL}
+        """The pools beside `default`, and that one if it was given settings. Raises ValueError."""
+        names: set[str] = set()
         for number, stored in self._facts.pools.items():
             name = stored.name
-            if number == 0 and name == DEFAULT_POOL:
-                continue
-            if number <= 0 or name is None or not is_pool_name(name) or name in names:
+            if (
+                number < 0
+                or (number == 0) is not (name == DEFAULT_POOL)
+                or name is None
+                or not is_pool_name(name)
+                or name in names
+            ):
                 raise ValueError(
                     f"the pool number {number} has a number or a name that can't be, or is there twice"
                 )
             names.add(name)
             yield Definition(number, name, stored.settings, stored.draining, stored.at_once)
 
-    def _of_default(self) -> tuple[PoolRules, Settings]:
-        """The rules of `default`, and the settings that it was given. Raises ValueError."""
-        stored = self._facts.pools.get(0)
-        settings: Settings = {} if stored is None else stored.settings
-        _check_settings(DEFAULT_POOL, settings, NO_FLAGS)
-        return self._rules.of_default(settings), settings
-
     def _rules_of(self, name: str, settings: Settings) -> PoolRules:
-        _check_settings(name, settings, SETTINGS)
-        rules = self._rules.of_pool(settings)
+        default = name == DEFAULT_POOL
+        _check_settings(name, settings, NOT_FLAGS if default else SETTINGS)
+        rules = self._rules.of_default(settings) if default else self._rules.of_pool(settings)
         if (contradiction := rules.contradiction()) is not None:
             raise ValueError(f"the settings of the pool {name} contradict each other: {contradiction}")
         return rules

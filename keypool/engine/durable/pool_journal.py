@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from keypool.core.errors import StorageUnavailable
 from keypool.core.keys import DEAD, Key
 from keypool.engine import NOTE
+from keypool.engine.durable.past import FileHistory
 from keypool.engine.durable.rows import POOL_SHIFT, Row, prefix_of, row_of
 from keypool.engine.durable.states import Activity
 from keypool.engine.journal import Commit, JournaledEngine
@@ -24,12 +25,13 @@ class PoolJournal:
     """See the protocol `engine.journal.Journal` for the calls.
 
     `open` are the changed keys since the last batch was sent, `sent` those in the batch in flight, by id. Only the
-    FileJournal, which made this, replaces them.
+    FileJournal, which made this, replaces them. Leases that have ended with a change of a key go with it.
     """
 
     __slots__ = (
         "open",
         "sent",
+        "history",
         "grace",
         "number",
         "engine",
@@ -52,6 +54,7 @@ class PoolJournal:
         self.engine = engine
         self.open: dict[int, Key] = {}
         self.sent: dict[int, Key] = {}
+        self.history = FileHistory(file, number)
         self.grace: int | None = None  # its end: in the next batch, or in the one in flight
         self._file = file
         self._purged: dict[str, int] = {}  # ids by text of keys whose purge isn't on disk yet
@@ -119,9 +122,16 @@ class PoolJournal:
             else:
                 rows.append(row_of(key, number, sealer))
 
+    def take_all(self) -> tuple[Iterator[Key], int]:
+        """Put what is open into the batch in flight. Returns its keys, and how many they are. O(1)."""
+        self.sent, self.open = self.open, {}
+        history = self.history
+        history.sent, history.open = history.open, []
+        return iter(self.sent.values()), len(self.sent)
+
     def numbers(self) -> dict[str, int]:
         """The pool's numbers as they are kept in the file. `moment` is of all pools, so its name has no prefix."""
-        numbers = self.engine.numbers()
+        numbers = self.engine.numbers() | self.history.numbers()
         if self.number:
             moment = numbers.pop("moment")
             numbers = {self._prefix + name: value for name, value in numbers.items()}
@@ -130,7 +140,7 @@ class PoolJournal:
 
     def kept(self) -> int:
         """What was sent is on disk. Returns how many keys that were. O(keys)."""
-        sent, self.sent = self.sent, {}
+        sent, self.sent, self.history.sent = self.sent, {}, []
         if self._purged:
             for id, key in sent.items():
                 if key.expires_deadline == DEAD and id not in self.open:
@@ -141,3 +151,4 @@ class PoolJournal:
         """What was sent may not be on disk: it goes into the next batch. O(keys)."""
         sent, self.sent = self.sent, {}
         self.open = {**sent, **self.open}
+        self.history.not_kept()

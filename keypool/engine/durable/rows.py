@@ -22,8 +22,9 @@ from typing import Annotated
 import msgspec
 
 from keypool.core.details import shared
+from keypool.core.history import How, PastLease
 from keypool.core.keys import NEVER, NO_DETAILS, Details, Key, State
-from keypool.core.outcomes import NO_HISTORY, History
+from keypool.core.outcomes import NO_HISTORY, History, Outcome
 from keypool.core.pace import Pace
 from keypool.engine.sealing import Sealer, WrongSecretsKey
 
@@ -47,6 +48,9 @@ NEVER_AT = (1 << 62) - 1
 _AVAILABLE, _BLOCKED = State.AVAILABLE, State.BLOCKED  # saves attribute look-ups for each row
 _FLAGS = COOLING | QUARANTINED | REPORTED | QUARANTINE_PENDING
 _ID = (1 << POOL_SHIFT) - 1
+_HOWS, _OUTCOMES = tuple(How), tuple(Outcome)
+_PLACE_OF_HOW = {how: place for place, how in enumerate(_HOWS)}
+_PLACE_OF_OUTCOME = {outcome: place for place, outcome in enumerate(_OUTCOMES)}
 
 
 class More(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -61,6 +65,7 @@ class More(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The Contents of a sealed row."""
     paced_until: float | None = None
     """As the key has it, in seconds: rounded, a restart might give it a little budget."""
+    extended: int = 0
 
 
 class Contents(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -84,6 +89,26 @@ class StoredPool(msgspec.Struct, array_like=True, frozen=True):
     """Whether draining ends leases, too."""
 
 
+class Past(msgspec.Struct, array_like=True, gc=False):
+    """A lease that has ended. Files contain it in batches: see Batch. Moments and lengths are milliseconds."""
+
+    key: int
+    """The id of its key's row."""
+    lease: int
+    number: int
+    """See PastLease. Of 0, only outcome and reason count: those of a report that came later."""
+    acquired_at: int
+    held: int
+    how: int
+    """The place in How."""
+    extended: int
+    owner: str | None = None
+    client: str | None = None
+    outcome: int | None = None
+    """The place in Outcome."""
+    reason: str | None = None
+
+
 class Batch(msgspec.Struct, array_like=True):
     """Changes that are committed together. `rows` are complete keys, `purged` ids, `pool` numbers by name.
 
@@ -95,6 +120,7 @@ class Batch(msgspec.Struct, array_like=True):
     purged: list[int] = []
     pool: dict[str, int] = {}
     pools: list[StoredPool] = []
+    past: list[Past] = []
 
 
 _Row2 = tuple[int, str, int, int, int | None, int, str | None]
@@ -125,12 +151,18 @@ def decode_any(content: bytes) -> Batch:
 
 
 class Memtable:
-    """Batches merged: the last row of each key, None if it was purged, the last numbers, the last definitions."""
+    """Batches merged: the last row of each key, None if it was purged, the last numbers, the last definitions.
+
+    `past` are the leases that have ended, by the id of their key's row and their number; `reports` those that came
+    later on leases that aren't among them, by the same.
+    """
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
         self.rows: dict[int, Row | None] = {}
         self.numbers: dict[str, int] = {}
         self.pools: dict[int, StoredPool] = {}
+        self.past: dict[int, dict[int, Past]] = {}
+        self.reports: dict[tuple[int, int], Past] = {}
         for batch in batches:
             self.add(batch)
 
@@ -143,6 +175,13 @@ class Memtable:
         self.numbers.update(batch.pool)
         for definition in batch.pools:
             self.define(definition)
+        for past in batch.past:
+            if past.number:
+                self.past.setdefault(past.key, {})[past.lease] = past
+            elif (known := self.past.get(past.key, {}).get(past.lease)) is not None:
+                known.outcome, known.reason = past.outcome, past.reason
+            else:
+                self.reports[past.key, past.lease] = past
 
     def define(self, definition: StoredPool) -> None:
         """Merge a definition. O(numbers) if the pool is gone, with which its numbers go."""
@@ -195,6 +234,7 @@ def row_of(key: Key, pool: int = 0, sealer: Sealer | None = None) -> Row:
         or key.details is not NO_DETAILS
         or key.client is not None
         or key.paced_until
+        or key.extended
     ):
         more = encode(_more_of(key, key.details))
     expires = key.expires_deadline
@@ -220,6 +260,7 @@ def _more_of(key: Key, details: Details) -> More:
         None if details is NO_DETAILS else details,
         None,
         key.paced_until or None,
+        key.extended,
     )
 
 
@@ -288,6 +329,7 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
         key.history = history if history != NO_HISTORY else NO_HISTORY
     key.attempt = more.attempt
     key.client = more.client
+    key.extended = more.extended
     if more.details is not None:
         key.details = shared(more.details)
     if more.paced_until is not None:
@@ -307,6 +349,50 @@ def _unseal(key: Key, sealed: bytes, pool: int, sealer: Sealer) -> None:
     key.text = contents.text
     if contents.data is not None or contents.former is not None:
         key.details = msgspec.structs.replace(key.details, data=contents.data, former=contents.former)
+
+
+def past_of(past: PastLease, pool: int) -> Past:
+    """A lease of the pool with this number, as the file keeps it. About 1 µs."""
+    acquired_at = round(past.acquired_at * 1000)
+    return Past(
+        pool << POOL_SHIFT | past.key_id,
+        past.lease,
+        past.number,
+        acquired_at,
+        max(0, round(past.ended_at * 1000) - acquired_at),
+        _PLACE_OF_HOW[past.how],
+        past.extended,
+        past.owner,
+        past.client,
+        None if past.outcome is None else _PLACE_OF_OUTCOME[past.outcome],
+        past.reason,
+    )
+
+
+def place_of_outcome(outcome: Outcome) -> int:
+    """An outcome as the file keeps it."""
+    return _PLACE_OF_OUTCOME[outcome]
+
+
+def past_lease_of(past: Past) -> PastLease:
+    """The same from the file. Raises ValueError for what `past_of` can't have made."""
+    try:
+        how, outcome = _HOWS[past.how], None if past.outcome is None else _OUTCOMES[past.outcome]
+    except IndexError:
+        raise ValueError(f"lease {past.lease} has an end or an outcome that isn't known") from None
+    return PastLease(
+        past.key & _ID,
+        past.lease,
+        past.owner,
+        past.client,
+        past.acquired_at / 1000,
+        (past.acquired_at + past.held) / 1000,
+        how,
+        outcome,
+        past.reason,
+        past.extended,
+        past.number,
+    )
 
 
 def key_id_of(id: int) -> int:

@@ -1,7 +1,8 @@
 """The wire format between server and writer process.
 
 In both directions, a frame is four bytes of length, one byte of kind, and MessagePack. The server has one request in
-flight at a time; every request except END and PART is answered with a VERDICT.
+flight at a time; every request except END and PART is answered with a VERDICT. A HISTORY may be sent at any time, and
+is answered with a PAGE in its turn.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import struct
 from collections.abc import Callable, Iterator
 
 import msgspec
+
+from keypool.engine.durable.rows import Past
 
 _HEADER = struct.Struct("!IB")
 
@@ -29,6 +32,8 @@ class Kind(enum.IntEnum):
     REKEYED = (
         8  # the name of a secrets key: all rows are sealed under it, so forget the others and all clear text
     )
+    HISTORY = 9  # a HistoryRequest
+    PAGE = 10  # a HistoryReply
 
 
 class Figures(msgspec.Struct, array_like=True):
@@ -49,6 +54,25 @@ class Verdict(msgspec.Struct, array_like=True):
     """Why a REKEYED was not completed now, although nothing is wrong."""
 
 
+class HistoryRequest(msgspec.Struct, array_like=True):
+    """A page of the leases of one key that have ended: up to `count`, before a lease, from a number of an end on."""
+
+    key: int
+    """The id of its row."""
+    before: int
+    count: int
+    first: int
+
+
+class HistoryReply(msgspec.Struct, array_like=True):
+    """The latest lease first; or the reason why they can't be read."""
+
+    leases: list[Past] = []
+    error: str | None = None
+
+
+decode_history_request = msgspec.msgpack.Decoder(HistoryRequest).decode
+decode_history_reply = msgspec.msgpack.Decoder(HistoryReply).decode
 decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
 decode_moment = msgspec.msgpack.Decoder(int).decode
 decode_secrets = msgspec.msgpack.Decoder(dict[str, bytes]).decode
@@ -70,12 +94,13 @@ def read_frame(read: Callable[[int], bytes]) -> tuple[int, bytes] | None:
     return (kind, content) if len(content) == length else None
 
 
-def take_frames(buffer: bytearray) -> Iterator[bytes]:
-    """Remove the complete frames from a buffer, and yield their contents."""
+def take_frames(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
+    """Remove the complete frames from a buffer, and yield the kind and content of each."""
     while len(buffer) >= _HEADER.size:
-        end = _HEADER.size + _HEADER.unpack_from(buffer)[0]
+        length, kind = _HEADER.unpack_from(buffer)
+        end = _HEADER.size + length
         if len(buffer) < end:
             return
         content = bytes(buffer[_HEADER.size : end])
         del buffer[:end]
-        yield content
+        yield kind, content

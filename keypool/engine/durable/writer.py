@@ -30,8 +30,11 @@ from keypool.engine.durable.file_lock import log_of
 from keypool.engine.durable.rows import encode
 from keypool.engine.durable.wire import (
     Figures,
+    HistoryReply,
+    HistoryRequest,
     Kind,
     Verdict,
+    decode_history_request,
     decode_moment,
     decode_name,
     decode_secrets,
@@ -99,12 +102,26 @@ class Writer:
         self._check_at = 0.0
         return self._try(lambda _: None)
 
-    def flush(self) -> None:
+    def history(self, request: HistoryRequest) -> HistoryReply:
+        """A page of a key's history, as of the last commit."""
+        error = self._moved() if self._database is None else None
+        if error is None:
+            try:
+                self._opened()
+                return HistoryReply(
+                    self._log.history(request.key, request.before, request.count, request.first)
+                )
+            except sqlite3.Error as failure:
+                self._drop()
+                error = datafile.line_of(failure)
+        return HistoryReply([], error)
+
+    def flush(self, *, idle: bool = False) -> None:
         """Flush some committed rows to the tables. If that fails, the next request fails with the reason."""
         try:
-            if self._database is not None:
+            if self._database is not None and (self._marked or not idle):
                 self._mark(self._database)
-                self._log.flush()
+                self._log.flush(idle=idle)
         except sqlite3.Error as failure:
             self._drop()
             self._failed = datafile.line_of(failure)
@@ -226,31 +243,42 @@ def serve(stream: BinaryIO, writer: Writer) -> None:
     parts: list[bytes] = []
     while (received := read_frame(stream.read)) is not None:
         kind, content = received
-        match kind:
-            case Kind.END:
-                writer.close()
-                return
-            case Kind.PART:
-                parts.append(content)
-                continue
-            case Kind.BATCH:
-                verdict = writer.commit([*parts, content])
-                parts.clear()
-            case Kind.GRACE:
-                verdict = writer.grant(decode_moment(content))
-            case Kind.SECRETS:
-                verdict = writer.add_secrets(decode_secrets(content))
-            case Kind.REKEYED:
-                verdict = writer.rekeyed(decode_name(content))
-            case Kind.LOOK:
-                verdict = writer.look()
-            case _:
-                verdict = writer.probe()
-        verdict.figures = writer.measured()
-        stream.write(frame(Kind.VERDICT, encode(verdict)))
+        if kind == Kind.END:
+            writer.close()
+            return
+        if kind == Kind.PART:
+            parts.append(content)
+            continue
+        if kind == Kind.HISTORY:
+            answer = frame(Kind.PAGE, encode(writer.history(decode_history_request(content))))
+        else:
+            verdict = _verdict(kind, content, parts, writer)
+            verdict.figures = writer.measured()
+            answer = frame(Kind.VERDICT, encode(verdict))
+        stream.write(answer)
         stream.flush()
-        if kind in (Kind.BATCH, Kind.GRACE):
-            writer.flush()  # after the answer: only the next batch may have to wait for it
+        if kind in (Kind.BATCH, Kind.GRACE, Kind.LOOK):
+            # After the answer: only the next batch may have to wait for it.
+            writer.flush(idle=kind == Kind.LOOK)
+
+
+def _verdict(kind: int, content: bytes, parts: list[bytes], writer: Writer) -> Verdict:
+    """Do what a request asks for. `parts` are those of a batch, which come before it."""
+    match kind:
+        case Kind.BATCH:
+            verdict = writer.commit([*parts, content])
+            parts.clear()
+            return verdict
+        case Kind.GRACE:
+            return writer.grant(decode_moment(content))
+        case Kind.SECRETS:
+            return writer.add_secrets(decode_secrets(content))
+        case Kind.REKEYED:
+            return writer.rekeyed(decode_name(content))
+        case Kind.LOOK:
+            return writer.look()
+        case _:
+            return writer.probe()
 
 
 def main() -> None:

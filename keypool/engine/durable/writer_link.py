@@ -7,11 +7,22 @@ import os
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from keypool.engine.durable.wire import Kind, Verdict, decode_verdict, frame, take_frames
+from keypool.engine.durable.rows import encode
+from keypool.engine.durable.wire import (
+    HistoryReply,
+    HistoryRequest,
+    Kind,
+    Verdict,
+    decode_history_reply,
+    decode_verdict,
+    frame,
+    take_frames,
+)
 
 _INHERITED = ("LANG", "PATH", "SQLITE_TMPDIR", "TMPDIR", "TZ")
 _INHERITED_PREFIXES = ("DYLD_", "LC_", "LD_", "PYTHON")
@@ -34,6 +45,7 @@ class WriterLink(asyncio.Protocol):
         self._answered = answered
         self._lost = lost
         self._buffer = bytearray()
+        self._asked: deque[asyncio.Future[HistoryReply]] = deque()
         self._transport: asyncio.WriteTransport | None = None
         self._gone = asyncio.get_running_loop().create_future()
 
@@ -81,6 +93,13 @@ class WriterLink(asyncio.Protocol):
         if self._transport is not None and not self.dead:
             self._transport.write(frame(kind, content))
 
+    def ask(self, request: HistoryRequest) -> asyncio.Future[HistoryReply]:
+        """Ask for a page of a history, which comes in its turn; ConnectionError if the process ends before."""
+        page: asyncio.Future[HistoryReply] = asyncio.get_running_loop().create_future()
+        self._asked.append(page)
+        self.send(Kind.HISTORY, encode(request))
+        return page
+
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`."""
         self.full = True
@@ -93,13 +112,21 @@ class WriterLink(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._buffer += data
-        for content in take_frames(self._buffer):
-            self._answered(decode_verdict(content))
+        for kind, content in take_frames(self._buffer):
+            if kind == Kind.PAGE:
+                page = self._asked.popleft()
+                if not page.done():
+                    page.set_result(decode_history_reply(content))
+            else:
+                self._answered(decode_verdict(content))
 
     def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`. The process has ended or is about to."""
         self.dead = True
         self._gone.set_result(None)
+        for page in self._asked:
+            if not page.done():
+                page.set_exception(ConnectionError("the writer process ended"))
         self._lost()
 
     async def end(self) -> None:

@@ -3,6 +3,7 @@
     source: locked, so that no server serves it           target: empty, and no server serves it
         definitions of the pools  -------------------------->  written, and marked as incomplete
         keys, some thousands at a time  ------------------->  written
+        leases that have ended, likewise  ----------------->  written
         numbers: last id and lease, counters  ------------->  written; keys are counted; the mark is removed
         the secret of the handles
 
@@ -28,15 +29,18 @@ from typing import Protocol
 
 from keypool.core.errors import StartError
 from keypool.core.handles import SECRET_BYTES
+from keypool.core.history import PastLease, Window
 from keypool.core.keys import Key, State
 from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.checks import new_checks, sealer_of
-from keypool.engine.durable.datafile import Facts
-from keypool.engine.durable.rows import StoredPool, prefix_of, row_of
+from keypool.engine.durable.datafile import FIRST_PAST, LAST_PAST, Facts
+from keypool.engine.durable.rows import StoredPool, past_of, prefix_of, row_of
 from keypool.engine.sealing import Sealer, WrongSecretsKey
 
 KEYS_AT_ONCE = 2000
-"""Keys in a batch; one batch is in memory at a time."""
+"""Keys, or leases that have ended, in a batch; one batch is in memory at a time."""
+
+_MOST_LEASES = 100_000_000  # that a history may have
 
 
 class Source(Protocol):
@@ -45,7 +49,7 @@ class Source(Protocol):
     total: int
     """How many keys all pools have."""
     pools: list[StoredPool]
-    """Those beside `default`, and `default` if it was given settings."""
+    """Those beside `default`, and that one if it was given settings."""
     last_pool: int
     """The largest number that a pool ever had."""
     numbers: dict[int, dict[str, int]]
@@ -60,6 +64,10 @@ class Source(Protocol):
         """
         ...
 
+    def history(self) -> AsyncIterator[tuple[int, list[PastLease]]]:
+        """All leases that have ended and are kept, with the number of their pool; of each pool the oldest first."""
+        ...
+
     async def close(self) -> None:
         """Release it, so that servers can serve it again."""
         ...
@@ -72,11 +80,15 @@ class Target(Protocol):
     """What to tell a user about an interrupted move to this target."""
 
     async def define(self, pools: list[StoredPool], last_pool: int) -> None:
-        """Add these pools. Called before keys are written."""
+        """Add pools, and the settings of `default`. Called before keys are written."""
         ...
 
     async def write(self, pool: int, keys: list[Key]) -> None:
         """Add keys to the pool with this number."""
+        ...
+
+    async def write_history(self, pool: int, leases: list[PastLease]) -> None:
+        """Add leases that have ended to the pool with this number, later ones than before."""
         ...
 
     async def count(self) -> int:
@@ -114,6 +126,8 @@ async def move(source: Source, target: Target, progress: Callable[[int], None]) 
         moved.keys += len(keys)
         moved.states.update(key.state for key in keys)
         progress(moved.keys)
+    async for pool, leases in source.history():
+        await target.write_history(pool, leases)
     found = await target.count()
     if not moved.keys == found == source.total:
         raise StartError(
@@ -136,7 +150,8 @@ class FileSource:
             self._sealer = sealer_of(path, facts, secrets_keys)
             self.pools = [*facts.pools.values()]
             self.last_pool = facts.numbers.get(datafile.LAST_POOL, 0)
-            self.numbers = {number: _moved(facts, number) for number in (0, *(p.number for p in self.pools))}
+            self.numbers = {number: _moved(facts, number) for number in {0, *facts.pools}}
+            self._firsts = {number: facts.numbers_of(number).get(FIRST_PAST, 1) for number in self.numbers}
             self.secret = facts.handles or os.urandom(SECRET_BYTES)
             self.total = datafile.count(path)
         except BaseException:
@@ -156,6 +171,15 @@ class FileSource:
         except (ValueError, WrongSecretsKey) as error:
             raise StartError(f"the data file {self._path} is damaged: {error}") from None
 
+    async def history(self) -> AsyncIterator[tuple[int, list[PastLease]]]:
+        """See Source."""
+        try:
+            for number, first in self._firsts.items():
+                for leases in datafile.read_history(self._path, number, first, KEYS_AT_ONCE):
+                    yield number, leases
+        except ValueError as error:
+            raise StartError(f"the data file {self._path} is damaged: {error}") from None
+
     async def close(self) -> None:
         """See Source."""
         file_lock.release(self._lock)
@@ -170,6 +194,7 @@ class FileTarget:
         self._path = path
         self._sealer = Sealer(secrets_keys) if secrets_keys else None
         self._temporary = path.with_name(f"{path.name}.migrating")
+        self._histories: dict[int, Window] = {}
         self._refuse_existing()
         self._lock = file_lock.hold(self._temporary)
         try:
@@ -193,6 +218,13 @@ class FileTarget:
         """See Target."""
         self._database.write([row_of(key, pool, self._sealer) for key in keys])
 
+    async def write_history(self, pool: int, leases: list[PastLease]) -> None:
+        """See Target."""
+        window = self._histories.setdefault(pool, Window())
+        for past in leases:
+            past.number = window.next(_MOST_LEASES)
+        self._database.write_history([past_of(past, pool) for past in leases])
+
     async def count(self) -> int:
         """See Target."""
         return datafile.count(self._temporary)
@@ -202,6 +234,11 @@ class FileTarget:
         named = {
             prefix_of(pool) + name: number for pool, each in numbers.items() for name, number in each.items()
         }
+        for pool, window in self._histories.items():
+            named |= {
+                prefix_of(pool) + FIRST_PAST: window.first,
+                prefix_of(pool) + LAST_PAST: window.last,
+            }
         self._database.finish(named, secret)
         self._refuse_existing()
         file_lock.rename(self._temporary, self._path)
@@ -215,5 +252,5 @@ class FileTarget:
 
 def _moved(facts: Facts, pool: int) -> dict[str, int]:
     """The numbers of a pool that mean the same at another place."""
-    of_file = (datafile.LAST_POOL, datafile.REKEYING, datafile.WAS_CLEAR)
+    of_file = (datafile.LAST_POOL, datafile.REKEYING, datafile.WAS_CLEAR, FIRST_PAST, LAST_PAST)
     return {name: number for name, number in facts.numbers_of(pool).items() if name not in of_file}

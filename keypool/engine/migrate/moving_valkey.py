@@ -22,7 +22,9 @@ from msgspec import structs
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import KeypoolError, SecretsKeyRequired, SettingsError, StartError
 from keypool.core.handles import SECRET_BYTES
+from keypool.core.history import PastLease
 from keypool.core.keys import Key
+from keypool.core.rules import DEFAULT_RULES
 from keypool.engine import NOTE
 from keypool.engine.durable.rows import StoredPool
 from keypool.engine.sealing import WrongSecretsKey
@@ -34,6 +36,7 @@ from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.opening import LAYOUT, MOVING, OLDER
 from keypool.engine.valkey.partitions import partition_of
+from keypool.engine.valkey.past import packed_of, past_lease_of
 from keypool.engine.valkey.pools import PARTITIONS
 from keypool.engine.valkey.records import Moved, key_of, words_of
 from keypool.engine.valkey.registry import DRAINING, DRAINING_NOW, OPEN, Entry, Registry
@@ -42,6 +45,7 @@ from keypool.engine.valkey.url import parse, without_password
 from keypool.engine.valkey.vault import Vault, new_vault, open_vault
 
 _KEYS_A_CALL = 500  # which block Valkey for some 10 ms
+_LEASES_A_CALL = 1000  # likewise
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -200,9 +204,8 @@ class ValkeyPlace:
             self._nodes.discard(pool.scripts)
         self._pools = {0: _Pool(self._nodes, 0, partitions, self._vault)}
         for entry in entries:
-            if not entry.number:
-                continue
-            self._pools[entry.number] = _Pool(self._nodes, entry.number, entry.partitions, self._vault)
+            if entry.number:
+                self._pools[entry.number] = _Pool(self._nodes, entry.number, entry.partitions, self._vault)
         await self._nodes.connect()
         replies = await self._nodes.execute_on_all("PUBSUB", "NUMSUB", self._pools[0].keys(0)[-1])
         if sum(reply[1] for reply in replies):
@@ -214,6 +217,8 @@ class ValkeyPlace:
             for partition in range(pool.partitions):
                 for name in pool.keys(partition):
                     await self._execute(name, "UNLINK")
+                while (await pool.scripts.call(partition, "forget", (_LEASES_A_CALL,)))[0]:
+                    pass
         await self._execute(self._pools_key, "DEL")
         await self._execute(self._facts_key, "DEL")
 
@@ -227,6 +232,40 @@ class ValkeyPlace:
                 while found := await self._move_out(pool, partition, rank):
                     rank += len(found)
                     yield pool.number, [self._key(pool, words) for words in found]
+
+    async def history(self) -> AsyncIterator[tuple[int, list[PastLease]]]:
+        """See moving.Source. The partitions of a pool are merged by the moments at which leases ended."""
+        for pool in self._pools.values():
+            waiting: list[list[PastLease]] = [[] for _ in range(pool.partitions)]  # the oldest last
+            ranks = [0] * pool.partitions
+            ended: list[PastLease] = []
+            left = set(range(pool.partitions))
+            while left:
+                for partition in [number for number in left if not waiting[number]]:
+                    waiting[partition], ranks[partition] = await self._history_out(
+                        pool, partition, ranks[partition]
+                    )
+                    if not waiting[partition]:
+                        left.discard(partition)
+                if left:
+                    ended.append(waiting[min(left, key=lambda number: waiting[number][-1].ended_at)].pop())
+                if ended and (len(ended) == _LEASES_A_CALL or not left):
+                    yield pool.number, ended
+                    ended = []
+
+    @_with_place
+    async def _history_out(self, pool: _Pool, partition: int, rank: int) -> tuple[list[PastLease], int]:
+        """The next leases of a partition, the oldest last, and the rank of those after."""
+        while True:
+            words = await pool.scripts.call(partition, "history_out", (rank, rank + _LEASES_A_CALL - 1))
+            rank += len(words) // 2
+            found = [
+                past_lease_of(int(id), packed)
+                for id, packed in zip(words[::2], words[1::2], strict=True)
+                if packed
+            ]
+            if found or not words:
+                return found[::-1], rank
 
     def _key(self, pool: _Pool, words: Reply) -> Key:
         try:
@@ -261,9 +300,8 @@ class ValkeyPlace:
         """See moving.Target."""
         self.pools = pools
         for pool in pools:
-            if not pool.number:
-                continue
-            self._pools[pool.number] = _Pool(self._nodes, pool.number, PARTITIONS, self._vault)
+            if pool.number:
+                self._pools[pool.number] = _Pool(self._nodes, pool.number, PARTITIONS, self._vault)
         if pools:
             await self._write_entries({})
         await self._nodes.connect()
@@ -274,7 +312,7 @@ class ValkeyPlace:
         fields: dict[str, Word] = {}
         for pool in self.pools:
             assert pool.name is not None
-            new = registry.new_entry(pool.settings, PARTITIONS)
+            new = registry.new_entry(pool.settings, self._pools[pool.number].partitions)
             draining = DRAINING_NOW if pool.at_once else DRAINING if pool.draining else OPEN
             born, tick, id = bases.get(pool.number, (0, 0, 0))
             entry = structs.replace(
@@ -306,6 +344,21 @@ class ValkeyPlace:
         if any(is_odd(key.text) for key in keys):
             await self._execute(to.keys(0)[0], "HINCRBY", "odd", 1)
 
+    @_with_place
+    async def write_history(self, pool: int, leases: list[PastLease]) -> None:
+        """See moving.Target."""
+        to = self._pools[pool]
+        calls: dict[int, list[Word]] = {}
+        for past in leases:
+            # Where a purged key is looked for by its id; others in all partitions, as they were moved in.
+            partition = (past.key_id - 1) % to.partitions
+            calls.setdefault(partition, []).extend((past.key_id, past.lease, packed_of(past)))
+        await asyncio.gather(*(
+            to.scripts.call(partition, "history_in", words[at : at + 3 * _LEASES_A_CALL])
+            for partition, words in calls.items()
+            for at in range(0, len(words), 3 * _LEASES_A_CALL)
+        ))  # fmt: skip
+
     async def _keep_attempt(self, pool: _Pool, key: Key) -> None:
         """Let the attempt of a held key be known in the pool (attempts.py)."""
         assert key.attempt is not None
@@ -330,6 +383,10 @@ class ValkeyPlace:
             of_pool = numbers[number]
             counts = {name: of_pool.get(name, 0) for name in COUNTERS}
             await self._execute(pool.keys(0)[0], "HSET", *_flat(counts))
+            # Or a server that opens the pool would forget what it doesn't know to be kept.
+            kept = -(-self._history_leases(number) // pool.partitions)
+            for partition in range(pool.partitions if kept else 0):
+                await self._execute(pool.keys(partition)[0], "HSET", "history", kept)
             last_id, last_lease = of_pool.get("last_id", 0), of_pool.get("last_lease", 0)
             base_tick = last_lease // pool.partitions + 1 if last_lease else 0
             bases[number] = born, base_tick, last_id // pool.partitions + 1 if last_id else 0
@@ -348,6 +405,12 @@ class ValkeyPlace:
             facts["digests"] = self._vault.sealed_digests_key()
         notes = {name: number for name, number in default.items() if name.startswith(NOTE) and number}
         await self._execute(self._facts_key, "HSET", *_flat({**facts, **notes, "layout": LAYOUT}))
+
+    def _history_leases(self, number: int) -> int:
+        """How many leases a pool keeps, by its settings."""
+        settings = {pool.number: pool.settings for pool in self.pools}.get(number, {})
+        rules = DEFAULT_RULES.of_pool(settings) if number else DEFAULT_RULES.of_default(settings)
+        return rules.history_leases
 
     async def close(self) -> None:
         """Disconnect."""

@@ -13,6 +13,7 @@ and what each holds. In addition there is one hash, `{POOL}:pool`:
     base_id     where ids start: 0, or (last id of the pool that was moved in) // partitions + 1
     note.NAME   numbers that other parts of a server store: see web/session.py
     pools_version, pools_last   of the registry of the other pools (registry.py)
+    gone.NUMBER the partitions of a pool that is gone, until its history is deleted (pools.py)
     and the settings that all servers of the pool share, by their names
 
 and a sorted set, `{POOL}:servers`: the running servers, by the moment of their latest heartbeat (presence.py).
@@ -41,6 +42,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import msgspec
@@ -51,6 +53,7 @@ from keypool.core.answers import (
     Extended,
     Extension,
     GeneratedKey,
+    HistoryPage,
     Identity,
     Imported,
     ImportedKey,
@@ -68,7 +71,7 @@ from keypool.core.answers import (
     Unblocked,
     Written,
 )
-from keypool.core.cursor import ListQuery, encode, page_query
+from keypool.core.cursor import HistoryQuery, ListQuery, encode, lease_before, page_query
 from keypool.core.errors import (
     BlockLimit,
     Draining,
@@ -86,14 +89,16 @@ from keypool.core.keys import State, hint
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Client, Timed
+from keypool.engine.history import history_page
 from keypool.engine.valkey.attempts import RepeatedLease
-from keypool.engine.valkey.calls import seconds_left
+from keypool.engine.valkey.calls import all_of, seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
 from keypool.engine.valkey.details import Editor, Locks
 from keypool.engine.valkey.importing import Importer
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.pages import Pages, hint_of, row_of
 from keypool.engine.valkey.partitions import Name, Named, Partitions
+from keypool.engine.valkey.past import past_lease_of
 from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, QUIET_SECONDS, PartitionPoller
 from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import namespace
@@ -176,7 +181,9 @@ class ValkeyEngine:
         self._generator.set_limits()
         rest_us, pace = round(rules.rest_seconds * 1e6), rules.pace
         paced = "" if pace is None else f"{pace.interval * 1e6} {pace.tolerance * 1e6}"
-        await self._partitions.all("rules", revision, rest_us, "1" if self.pool_draining else "", paced)
+        share = -(-rules.history_leases // self._partitions.count)
+        draining = "1" if self.pool_draining else ""
+        await self._partitions.all("rules", revision, rest_us, draining, paced, share)
 
     def close_pool(self) -> None:
         """Raise PoolDraining in all waiters, and in calls that want keys or make some, from now on. O(waiters)."""
@@ -646,6 +653,24 @@ class ValkeyEngine:
         """The row of a key. O(log n)."""
         row, age = await self._get(ref, "")
         return row_of(row, age, self.rules.forget_seconds)
+
+    async def history(self, ref: Ref, query: HistoryQuery) -> HistoryPage:
+        """Leases of a key that have ended. O(log n + page), O(partitions) for a key that was moved in."""
+        before = lease_before(query)
+        id = ref if isinstance(ref, int) else (await self.get(ref)).id
+        words = (id, "" if before is None else before, query.limit + 1)
+        where = self._partitions.of_id(id)
+        replies = await all_of([self._partitions.call(partition, "history", words) for partition in where])
+        found = [past_lease_of(id, past) for _, *leases in replies for past in leases]
+        found.sort(key=attrgetter("lease"), reverse=True)
+        if not found and before is None and not any(reply[0] for reply in replies):
+            raise UnknownKey
+        return history_page(found[: query.limit + 1], query)
+
+    @property
+    def history_kept(self) -> int:
+        """How many leases the history has, as of the latest polls. O(partitions)."""
+        return sum(status.past for status in self._poller.statuses if status is not None)
 
     async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """A key's text, reported as an event. O(log n)."""

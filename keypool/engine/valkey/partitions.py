@@ -73,6 +73,11 @@ class Partitions:
         """The partition of a key of this pool."""
         return partition_of(text, self.count)
 
+    def of_id(self, id: int) -> Sequence[int]:
+        """The partitions in which a key with this id may be, or may have been. O(1)."""
+        moved = id <= self.facts.base_id * self.count
+        return range(self.count) if moved else [(id - 1) % self.count]
+
     async def all(self, script: str, *arguments: Word) -> list[Reply]:
         """Send the same call to all partitions at once. Returns their replies."""
         return await all_of([self.call(partition, script, arguments) for partition in range(self.count)])

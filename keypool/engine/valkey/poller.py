@@ -76,6 +76,8 @@ class PartitionStatus(NamedTuple):
     turn: int
     counters: list[int]
     events: list[bytes]
+    past: int
+    """Leases that have ended and are kept."""
 
     @property
     def overdue(self) -> bool:

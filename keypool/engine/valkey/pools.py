@@ -38,7 +38,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import By, Origin
 from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
-from keypool.engine.pools import checked_rules, rules_of_default
+from keypool.engine.pools import checked_rules
 from keypool.engine.valkey import registry
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
@@ -58,6 +58,9 @@ PARTITIONS = 1
 _SLICE = 100  # keys that one call of drain.lua looks at, in a millisecond or two
 _SLICE_SHARE = 0.25  # of the time in which a server drains, so that the calls of others are served
 _DRAIN_PAUSE = 0.5  # seconds between two looks for keys whose leases have ended
+_FORGOTTEN_AT_ONCE = 500  # leases of a pool that is gone, in half a millisecond
+_FORGET_PAUSE = 0.002  # seconds between two such calls
+_GONE = "gone."  # what the names of fields about pools that are gone begin with (engine.py)
 _MISSED_PAUSE = 0.25  # seconds from one look for an unknown pool to the next
 _log = logging.getLogger("keypool.valkey")
 
@@ -65,7 +68,7 @@ T = TypeVar("T")
 
 
 class _Pool:
-    """A pool beside `default`: its engine, and the entry that it goes by."""
+    """A pool: its engine, and the entry that it goes by. `default` has none until it is given settings."""
 
     def __init__(self, engine: ValkeyEngine, stored: Stored) -> None:
         self.engine = engine
@@ -96,11 +99,12 @@ class ValkeyPools:
         self._shares = shares
         self._max_pools = max_pools
         self._loop = asyncio.get_running_loop()
+        self._facts_key = f"{{{nodes.url.pool}}}:pool"
         self._registry = Registry(nodes, nodes.url.pool, facts.born)
         self._engines: dict[str, ValkeyEngine] = {DEFAULT_POOL: default}
-        self._pools: dict[str, _Pool] = {}
-        self._default_packed = b""  # its entry in the registry
-        self._default_known = True  # whether the partitions know that
+        self._default = _Pool(default, Stored(self._new_entry(DEFAULT_POOL, {}), b""))
+        self._default.known = True
+        self._pools: dict[str, _Pool] = {}  # without `default`
         self._changing = asyncio.Lock()  # held while the registry and the engines are made to agree
         self._version = -1  # of the registry, as of the latest heartbeat
         self._looked_at = 0.0
@@ -150,17 +154,17 @@ class ValkeyPools:
 
         Raises TooManyPools, PoolDraining, PoolFixed, BadRequest, StorageUnavailable.
         """
+        checked_rules(self.default.rules, name, settings)
         return await self._run(self._put(name, settings))
 
     async def _put(self, name: str, settings: Settings) -> bool:
-        self._checked_rules(name, settings)
         async with self._changing:
             seen = await self._registry.get(name)
             if name == DEFAULT_POOL and settings == ({} if seen is None else seen.entry.settings):
                 return False
             while True:
                 if seen is None:
-                    entry = registry.new_entry(settings, PARTITIONS)
+                    entry = self._new_entry(name, settings)
                 elif seen.entry.draining != OPEN:
                     raise PoolDraining
                 else:
@@ -177,21 +181,20 @@ class ValkeyPools:
 
         Raises UnknownPool, PoolFixed, BadRequest, StorageUnavailable.
         """
+        if name == DEFAULT_POOL:
+            checked_rules(self.default.rules, name, settings)
         await self._run(self._change(name, settings))
 
     async def _change(self, name: str, settings: Settings) -> None:
         async with self._changing:
             seen = await self._registry.get(name)
-            if name == DEFAULT_POOL:
-                self._checked_rules(name, settings)
-                if not settings:
+            while seen is not None or name == DEFAULT_POOL:
+                before = self._new_entry(name, {}) if seen is None else seen.entry
+                merged = {**before.settings, **settings}
+                checked_rules(self.default.rules, name, merged)
+                if name == DEFAULT_POOL and merged == before.settings:
                     return
-                if seen is None:
-                    seen = registry.UNSET_DEFAULT
-            while seen is not None:
-                merged = {**seen.entry.settings, **settings}
-                self._checked_rules(name, merged)
-                entry = structs.replace(seen.entry, json=registry.json_of(merged))
+                entry = structs.replace(before, json=registry.json_of(merged))
                 done, seen = await self._registry.put(name, seen, entry, self._max_pools)
                 if done:
                     assert seen is not None
@@ -199,10 +202,12 @@ class ValkeyPools:
                     return
         raise UnknownPool
 
-    def _checked_rules(self, name: str, settings: Settings) -> PoolRules:
-        """Raises PoolFixed, BadRequest."""
-        of_pool = rules_of_default if name == DEFAULT_POOL else checked_rules
-        return of_pool(self.default.rules, settings)
+    def _new_entry(self, name: str, settings: Settings) -> Entry:
+        if name != DEFAULT_POOL:
+            return registry.new_entry(settings, PARTITIONS)
+        facts = self._facts
+        entry = registry.new_entry(settings, facts.partitions, facts.base_tick, facts.base_id)
+        return structs.replace(entry, born=facts.born)
 
     async def delete(self, name: str, *, drain: bool, now: bool, origin: Origin) -> bool:
         """Delete a pool that is empty, or empty it first. Returns whether it is gone already. O(1).
@@ -218,7 +223,6 @@ class ValkeyPools:
             seen = await self._registry.get(name)
             while seen is not None:
                 pool = await self._agree(name, seen)
-                assert pool is not None  # `default` isn't deleted
                 left = await pool.engine.close_if_empty()
                 if not left:
                     done, seen = await self._remove(name, pool)
@@ -253,10 +257,11 @@ class ValkeyPools:
         async with self._changing:
             await self._agree_all(await self._registry.read(), served=served)
         self._rekeyer.start()
+        self._start(self._forget_left_histories())
 
     def _at_version(self, version: int) -> None:
         """Follow the registry if it has changed, or not all of it was done. Called with each heartbeat."""
-        unknown = not self._default_known or any(not pool.known for pool in self._pools.values())
+        unknown = any(not pool.known for pool in (self._default, *self._pools.values()))
         if version != self._version or unknown:
             self._version = version
             self._follow()
@@ -300,15 +305,9 @@ class ValkeyPools:
             elif isinstance(result, BaseException):
                 raise result
 
-    async def _agree(self, name: str, stored: Stored, *, served: bool = True) -> _Pool | None:
-        """Make the engine of a pool agree with its entry. `_changing` is held. Raises StorageUnavailable.
-
-        Returns None for `default`.
-        """
-        if name == DEFAULT_POOL:
-            await self._agree_default(stored)
-            return None
-        pool = self._pools.get(name)
+    async def _agree(self, name: str, stored: Stored, *, served: bool = True) -> _Pool:
+        """Make the engine of a pool agree with its entry. `_changing` is held. Raises StorageUnavailable."""
+        pool = self._pools.get(name) if name != DEFAULT_POOL else self._default
         entry = stored.entry
         if pool is not None and pool.stored.entry.number != entry.number:
             await self._drop(name, pool)
@@ -328,16 +327,6 @@ class ValkeyPools:
                 pool.drainer = self._loop.create_task(self._drain_pool(name, pool))
             self._notify()
         return pool
-
-    async def _agree_default(self, stored: Stored) -> None:
-        """The same for `default`, of which the registry has settings only."""
-        if self._default_known and self._default_packed == stored.packed:
-            return
-        self._default_known, self._default_packed = False, stored.packed
-        rules = self.default.rules.of_default(stored.entry.settings)
-        await self.default.set_rules(rules, stored.entry.revision)
-        self._default_known = True
-        self._notify()
 
     async def _open(self, name: str, stored: Stored, *, served: bool) -> _Pool:
         entry, facts = stored.entry, self._facts
@@ -362,7 +351,8 @@ class ValkeyPools:
         return pool
 
     def _rules_of(self, entry: Entry) -> PoolRules:
-        return self.default.rules.of_pool(entry.settings)
+        rules = self.default.rules
+        return rules.of_pool(entry.settings) if entry.number else rules.of_default(entry.settings)
 
     def _lost(self, client: ScriptClient, reason: str) -> None:
         """A pool's partition is not there: it was deleted, which the registry says, or Valkey has lost it."""
@@ -405,19 +395,47 @@ class ValkeyPools:
 
     async def _remove(self, name: str, pool: _Pool) -> tuple[bool, Stored | None]:
         """Remove an empty pool, which takes no keys any more. Returns whether it is gone, and its entry otherwise."""
+        number, partitions = pool.stored.entry.number, pool.stored.entry.partitions
+        await self._nodes.execute(self._facts_key, "HSET", self._facts_key, f"{_GONE}{number}", partitions)
         done, found = await self._registry.remove(name, pool.stored)
-        number = pool.stored.entry.number
         if not done and found is not None and found.entry.number == number:
             return False, found
         await self._drop(name, pool)
         if done:
             where = registry.namespace(self._nodes.url.pool, number)
-            for partition in range(pool.stored.entry.partitions):
-                for key in keys_of(where, partition, pool.stored.entry.partitions):
+            for partition in range(partitions):
+                for key in keys_of(where, partition, partitions):
                     await self._nodes.execute(key, "UNLINK", key)
             facts = f"{{{where}}}:pool"
             await self._nodes.execute(facts, "UNLINK", facts)
+            self._start(self._forget_history(number, partitions))
         return True, None
+
+    async def _forget_left_histories(self) -> None:
+        """Go on with what `_forget_history` didn't end, as its server stopped. Those of pools that exist stay."""
+        flat = await self._nodes.execute(self._facts_key, "HGETALL", self._facts_key)
+        numbers = {stored.entry.number for stored in (await self._registry.read()).values()}
+        for field, partitions in zip(flat[::2], flat[1::2], strict=True):
+            number = int(field[len(_GONE) :]) if field.startswith(_GONE.encode()) else 0
+            if number and number not in numbers:
+                await self._forget_history(number, int(partitions))
+
+    async def _forget_history(self, number: int, partitions: int) -> None:
+        """Delete the history of a pool that is gone, in slices. What is left at an error is for the next start."""
+        client = ScriptClient(self._nodes, registry.namespace(self._nodes.url.pool, number), partitions)
+        try:
+            for partition in range(partitions):
+                left = 1
+                while left:
+                    if self._draining:
+                        return
+                    [left] = await client.call(partition, "forget", (_FORGOTTEN_AT_ONCE,))
+                    await asyncio.sleep(_FORGET_PAUSE)
+            await self._nodes.execute(self._facts_key, "HDEL", self._facts_key, f"{_GONE}{number}")
+        except (*UNREACHABLE, StorageUnavailable) as error:
+            _log.debug("the history of a pool that is gone can't be deleted now: %s", error)
+        finally:
+            await client.close()
 
     def _notify(self) -> None:
         for callback in self._callbacks:
@@ -425,13 +443,17 @@ class ValkeyPools:
 
     async def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do this to the end, even if the caller hangs up. Raises StorageUnavailable."""
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task = self._start(work)
         try:
             return await asyncio.shield(task)
         except UNREACHABLE as error:
             raise StorageUnavailable(f"Valkey: {str(error) or 'no answer'}") from None
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

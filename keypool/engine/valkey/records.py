@@ -37,12 +37,13 @@ class _Record(msgspec.Struct, array_like=True):
     history: list[int | str | bool] | bool = False
     replayed: bool = False
     client: str | bool = False
-    sealed: bool = False  # as `attempt`
-    hint: str | bool = False
-    info: bool = False  # as `attempt`
-    former: bool = False  # as `attempt`
-    share: str | bool = False
+    sealed: bool = False  # passed beside the record, as are `info` and `former`
+    hint: str | bool = False  # made anew
+    info: bool = False
+    former: bool = False
+    share: str | bool = False  # left behind
     paced: float | bool = False
+    extended: int | bool = False
 
 
 _decode = msgspec.msgpack.Decoder(_Record).decode
@@ -91,6 +92,7 @@ def key_of(moved: Moved, vault: Vault | None) -> Key:
     key.quarantine_pending = record.mark == _PENDING
     key.reported = record.reported
     key.paced_until = record.paced / 1e6
+    key.extended = int(record.extended)
     if isinstance(record.history, list):
         failures, failed_at, outcome, reason, by_operator = (*record.history, False, False, False)[:5]
         key.history = History(
@@ -126,7 +128,7 @@ def _record_of(key: Key) -> bytes:
         key.id, _micros(key.created_at), key.lease, _micros(key.expires_deadline), _micros(key.release_deadline or 0),
         key.owner or False, (key.state is State.BLOCKED and _micros(key.acquired_at)) or False, False,
         _PENDING if key.quarantine_pending else _MARKS.get(key.state, False), key.reported, reports,
-        client=key.client or False, paced=key.paced_until * 1e6 or False,
+        client=key.client or False, paced=key.paced_until * 1e6 or False, extended=key.extended or False,
     ))  # fmt: skip
 
 

@@ -83,10 +83,6 @@ def namespace(pool: str, number: int) -> str:
     return f"{pool}/{number}" if number else pool
 
 
-UNSET_DEFAULT = Stored(new_entry({}, 0), b"")
-"""Stands for the entry of `default` before it is given settings."""
-
-
 class Registry:
     """See the module. All coroutines raise OSError, ReplyError or ConnectionLost, and must run in a task."""
 

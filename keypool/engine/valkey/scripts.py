@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_UNATTENDED = frozenset({"alias", "claim", "grace", "lock", "move_in", "move_out", "share"})
+_UNATTENDED = frozenset({
+    "alias", "claim", "forget", "grace", "history_in", "history_out", "lock", "move_in", "move_out", "share",
+})  # fmt: skip
 """Scripts that also run on partitions that no server serves."""
 _PARTS = {
     "undrained": {"acquire", "generate", "import", "room"},
     "named": {
-        "change", "delete", "extend", "get", "import", "keepalive", "known", "quarantine", "restore", "unblock",
+        "change", "delete", "extend", "get", "history", "import", "keepalive", "known", "quarantine", "restore",
+        "unblock",
     },
     "states": {"change", "get", "import", "known", "page", "quarantine", "restore", "search", "unblock"},
     "rows": {"change", "get", "page", "quarantine", "restore", "search"},

@@ -4,8 +4,9 @@
 -- caller may repeat the call.
 local draining
 do
-  local seen, since, rest, pace
-  seen, since, rest, draining, pace = unpack(call('HMGET', META, 'seen', 'since', 'rest', 'draining', 'pace'))
+  local seen, since, rest, pace, history
+  seen, since, rest, draining, pace, history =
+    unpack(call('HMGET', META, 'seen', 'since', 'rest', 'draining', 'pace', 'history'))
   if not seen then
     return redis.error_reply('GONE the pool was emptied, or part of it')
   end
@@ -17,4 +18,5 @@ do
     interval, tolerance = pace:match('(%S+) (%S+)')
     interval, tolerance = tonumber(interval), tonumber(tolerance)
   end
+  recording = tonumber(history or 0)
 end

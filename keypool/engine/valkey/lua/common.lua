@@ -5,6 +5,7 @@
 --   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
 --                `cooling`, how many keys cool, `rest`, how long keys rest after each lease (missing if they don't),
 --                `pace`, interval and tolerance of the pool's pace (missing if it has none),
+--                `history`, how many leases that have ended are kept here (missing if none are),
 --                `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it
 --                is at work), `sweepers`, the two servers that sweep here (poll.lua), `reserved`, room reserved for keys
 --                that are about to be generated (room.lua), `odd`, how many calls stored texts that look like other
@@ -25,14 +26,16 @@
 --                waits. Its name is also the channel on which freed keys are published: for the server named, or for
 --                all (*).
 -- Keys of their own, with the same hash tag: `attempt:` and an attempt (claim.lua), `lock:` and a word (lock.lua),
--- `alias:` and a member (alias.lua), `old:` and a member (FORMER).
+-- `alias:` and a member (alias.lua), `old:` and a member (FORMER); `ended`, a list of "id lease" in the order in which
+-- these leases ended, and `past:` and an id, a sorted set of the leases of that key that have ended, each {lease,
+-- moments of acquire and end, how, owner, client, outcome, reason, how often it was extended} by its number.
 -- Where a text is said to be a member or a field above, that is so of a key in clear. A pool with secrets keys holds no
 -- text: there it is MEMBER, the byte 254 and 16 bytes of a keyed digest of the text, and the text itself, with the key's
 -- data, is in the record, sealed by the server (engine/valkey/vault.py). Texts are UTF-8, which has no such byte.
 -- A record is an array whose fields are named below: without the last ones if they say nothing, and with false for
 -- others that say nothing. Of a key that was never served, it has five.
 --    state        MARK         RELEASE                      the fields OWNER, ACQUIRED, ATTEMPT, REPLAYED, CLIENT,
---                                                           SHARE
+--                                                           SHARE, EXTENDED
 --    available    nothing      0                            say nothing
 --    blocked      nothing      when the block ends          say something
 --    blocked      PENDING      the same                     the same; it is quarantined when its lease ends
@@ -88,6 +91,7 @@ local SHARE = 18     -- the reservation in the share of CLIENT, if that may hold
 local PACED = 19     -- theoretical arrival time of its pace (core/pace.py); missing if none was ever charged
 local WITH_PACE = 149  -- the first byte of an INFO that has a pace
 local LONGEST_WAIT = 316224000000000  -- microseconds: core/pace.py
+local EXTENDED = 20  -- how often the lease was extended
 local NEVER = 9007199254740992
 local MEMBER = 254   -- the first byte of a sealed key's member
 local DIGEST = 17    -- length of such a member
@@ -96,10 +100,12 @@ local QUARANTINED = 'q'
 local PENDING = 'p'
 local KEPT_EVENTS = 64  -- events that a poll reports at most; up to four times as many are kept, to trim rarely
 local MAX_DUE = 32      -- overdue keys of each kind that a call processes on its way
+local MAX_FORGOTTEN = 500  -- leases of a history that was made shorter which a poll forgets at most
 local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
 
 local resting = 0  -- microseconds that a key cools after each lease, as attended.lua reads it
 local interval, tolerance  -- of the pool's pace in microseconds, nil if it has none, likewise
+local recording = 0  -- how many leases that have ended are kept, likewise
 local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
@@ -123,7 +129,7 @@ end
 
 -- A field that says nothing is never set where it is missing: that would make Lua grow the table.
 local function packed(record)
-  local last = PACED
+  local last = EXTENDED
   while not record[last] do
     if record[last] == false then record[last] = nil end
     last = last - 1
@@ -164,9 +170,48 @@ local function share_moved(record, left)
   shares[count + 1], shares[count + 2], shares[count + 3] = record[CLIENT], record[SHARE], left
 end
 
+-- Forget the oldest leases that have ended and are too many, `limit` of them at most.
+local function forget_past(limit)
+  local place = META:sub(1, -5)
+  local over = math.min(call('LLEN', place .. 'ended') - recording, limit)
+  if over <= 0 then return end
+  local oldest = redis.pcall('LPOP', place .. 'ended', over)
+  if oldest.err then return end  -- Valkey refuses writes, and this may be the first one of a poll
+  for _, lease in ipairs(oldest) do
+    local id, number = lease:match('(%d+) (%d+)')
+    call('ZREMRANGEBYSCORE', place .. 'past:' .. id, number, number)
+  end
+end
+
+-- What is kept of a lease that ends at this moment.
+local function past_of(record, at, how, outcome, reason)
+  return cmsgpack.pack({
+    record[LEASE], record[ACQUIRED] or at, at, how, record[OWNER] or false, record[CLIENT] or false, outcome or false,
+    reason or false, record[EXTENDED] or 0,
+  })
+end
+
+-- Keep it. Not the first write of a script, as it needs memory.
+local function keep_past(record, past)
+  local place, id = META:sub(1, -5), string.format('%.0f', record[ID])
+  local lease = string.format('%.0f', record[LEASE])
+  call('ZADD', place .. 'past:' .. id, lease, past)
+  call('RPUSH', place .. 'ended', id .. ' ' .. lease)
+  forget_past(2)
+end
+
 -- Remove a key, in any state. The first write is one for which Valkey needs no memory.
 local function purge(text, record, change, origin)
   call('HDEL', RECORDS, text)
+  local release = record[RELEASE]
+  if recording > 0 and release ~= 0 and record[MARK] ~= COOLING then
+    local at, how = NOW, 'deleted'
+    if change == 'expired' then
+      at, how = record[EXPIRES], 'expired'
+      if release <= at then at, how = release, 'released' end
+    end
+    keep_past(record, past_of(record, at, how))
+  end
   call('ZREM', STATES, text)
   call('ZREM', EXPIRY, text)
   call('ZREM', IDS, text)
@@ -234,7 +279,17 @@ local function with_budget(record, release)
 end
 
 -- End a lease at a moment: the key is available, or cools first, or is quarantined.
-local function free(text, record, change, at, origin, cool_until)
+local function free(text, record, change, at, origin, cool_until, outcome, reason)
+  local past
+  if recording > 0 then
+    local how = change == 'unblocked' and origin:sub(1, 8) == 'operator' and 'revoked' or change
+    local expires = record[EXPIRES]
+    if how == 'released' and expires < at then  -- it has expired before, and isn't purged yet
+      past = past_of(record, expires, 'expired')
+    else
+      past = past_of(record, at, how, outcome, reason)
+    end
+  end
   local owner, attempt, mark, release, spent = record[OWNER], record[ATTEMPT], false, 0, false
   record[OWNER], record[ACQUIRED] = false, false
   if record[SHARE] then
@@ -247,6 +302,7 @@ local function free(text, record, change, at, origin, cool_until)
     record[FORMER] = false
   end
   if attempt then record[ATTEMPT], record[REPLAYED] = false, false end
+  if record[EXTENDED] then record[EXTENDED] = false end
   if resting > 0 then cool_until = math.max(cool_until, at + resting) end
   if record[MARK] == PENDING then
     mark = QUARANTINED
@@ -257,6 +313,7 @@ local function free(text, record, change, at, origin, cool_until)
   place(text, record, mark, release)
   if spent then call('HINCRBY', META, 'paced', 1) end
   if attempt then call('ZREM', ATTEMPTS, attempt .. text) end
+  if past then keep_past(record, past) end
   call('HINCRBY', META, change, 1)
   emit(change, record, text, owner, origin)
   if mark then entered(mark, text, record, owner, origin) end

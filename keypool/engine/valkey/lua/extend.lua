@@ -17,6 +17,7 @@ local function extend(record, text, lease, seconds)
   local release = math.min(NOW + seconds, last)
   if release <= record[RELEASE] then return last <= record[RELEASE] and -6 or -5, last end
   record[RELEASE] = release
+  record[EXTENDED] = (record[EXTENDED] or 0) + 1
   save(text, record)
   call('ZADD', STATES, release, text)
   if record[SHARE] then share_moved(record, release - NOW) end

@@ -7,7 +7,7 @@
 --         or cooldown (-1: there is none; 0: overdue); microseconds that the first expiry and the first such end
 --         processed were late (-1: none was); number of the latest id (-1: none); event sequence number; turn: 0 this
 --         server sweeps, 1 it stands in, 2 two others do; {value of each counter}; {the latest events that the server
---         doesn't have, oldest first}
+--         doesn't have, oldest first}; how many leases that have ended are kept
 -- cost    O(swept * log n), O(64) for events, O(servers with waiters)
 --
 -- Each deadline is swept by one server, or by a second one if the first has died. META's `sweepers` has these two and
@@ -51,6 +51,7 @@ end
 
 local expiry_lateness, release_lateness = lateness(EXPIRY, '-inf'), lateness(STATES, '(0')
 process_due(tonumber(ARGV[4]))
+forget_past(MAX_FORGOTTEN)
 
 local waiting = 0
 local waiters = call('HGETALL', WAITERS)
@@ -80,6 +81,7 @@ local status = reply({
   call('ZCOUNT', EXPIRY, '-inf', NOW + tonumber(ARGV[3])),
   left(EXPIRY, '-inf'), left(STATES, '(0'), expiry_lateness, release_lateness,
   tonumber(call('HGET', META, 'id') or -1), event_seq, turn_of(ARGV[1]), counters, events,
+  math.min(call('LLEN', META:sub(1, -5) .. 'ended'), recording),
 })
 -- pcall, as a poll must reply even if Valkey refuses writes. If only memory is short, the HDEL, which needs none,
 -- makes Valkey accept the HSET. A `seen` in the future was written before the clock was set back: hence math.abs.

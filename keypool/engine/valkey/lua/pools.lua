@@ -1,7 +1,7 @@
--- Change the registry of the pools (registry.py). Used without common.lua, as it concerns no partition.
--- KEYS    1 hash: the facts of the pool `default` (engine.py), with `pools_version`, which grows with each change, and
---         `pools_last`, the number of the latest pool; 2 hash: the pools, name -> entry; `default`, whose number is 0,
---         stands in it once it is given settings
+-- Change the registry of the pools (registry.py), in which `default` is only if it was given settings. Used without
+-- common.lua, as it concerns no partition.
+-- KEYS    1 hash: the facts of the pool `default` (engine.py), whose number is 0, with `pools_version`, which grows with
+--         each change, and `pools_last`, the number of the latest pool; 2 hash: the pools, name -> entry
 -- ARGV    1 moment of creation of the pool `default`, 2 name, 3 the entry that is there ('' for none), 4 the fields of
 --         the new entry that follow number and revision, as MessagePack ('' to remove it; born 0: this moment), 5 how
 --         many pools there may be beside `default`
@@ -21,17 +21,16 @@ if ARGV[4] == '' then
   call('HINCRBY', KEYS[1], 'pools_version', 1)
   return {1, ''}
 end
-local is_default = ARGV[2] == 'default'
-if found == '' and not is_default then
+if found == '' and ARGV[2] ~= 'default' then
   local others = call('HLEN', KEYS[2]) - call('HEXISTS', KEYS[2], 'default')
   if others >= tonumber(ARGV[5]) then return {-1, ''} end
 end
 local revision = call('HINCRBY', KEYS[1], 'pools_version', 1)
-local number
+local number = 0
 if found ~= '' then
   number = cmsgpack.unpack(found)[1]
-else
-  number = is_default and 0 or call('HINCRBY', KEYS[1], 'pools_last', 1)
+elseif ARGV[2] ~= 'default' then
+  number = call('HINCRBY', KEYS[1], 'pools_last', 1)
 end
 local partitions, born, base_tick, base_id, draining, actor, settings = unpack(cmsgpack.unpack(ARGV[4]))
 if born == 0 then

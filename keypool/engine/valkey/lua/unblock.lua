@@ -55,6 +55,18 @@ if ARGV[2] ~= '' then
     if mark ~= COOLING then entered(COOLING, text, record, nil, origin) end
   end
 
+  -- Add a report to a lease that has ended, if it is kept.
+  local function amend_past(record, outcome, reason)
+    local leases, lease = META:sub(1, -5) .. 'past:' .. string.format('%.0f', record[ID]), record[LEASE]
+    local number = string.format('%.0f', lease)
+    local found = call('ZRANGEBYSCORE', leases, number, number)[1]
+    if not found then return end
+    local past = cmsgpack.unpack(found)
+    past[7], past[8] = outcome, reason or false
+    call('ZREM', leases, found)
+    call('ZADD', leases, number, cmsgpack.pack(past))
+  end
+
   -- Apply a report. Returns whether the guard turned a quarantine into a cooldown.
   conclude = function(text, record, uses, outcome, retry_after, reason)
     local history, mark = record[HISTORY] or {0, 0}, record[MARK]
@@ -72,8 +84,10 @@ if ARGV[2] ~= '' then
     local charged = charge(record, uses)
     if is_blocked(record) then
       if quarantine then record[MARK] = PENDING end
-      free(text, record, 'unblocked', NOW, origin, NOW + cools)
-    elseif quarantine and mark ~= QUARANTINED then
+      free(text, record, 'unblocked', NOW, origin, NOW + cools, outcome, reason)
+      return invalid and not quarantine
+    end
+    if quarantine and mark ~= QUARANTINED then
       place(text, record, QUARANTINED, 0)
       entered(QUARANTINED, text, record, nil, origin)
     elseif mark == QUARANTINED then
@@ -81,6 +95,7 @@ if ARGV[2] ~= '' then
     else
       cool_longer(text, record, NOW + cools, charged)
     end
+    if recording > 0 then amend_past(record, outcome, reason) end
     return invalid and not quarantine
   end
 end

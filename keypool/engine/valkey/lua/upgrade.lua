@@ -1,4 +1,4 @@
--- Bring a pool of layout 1, 2 or 3 up to layout 4, unless servers of the older version serve it. Used without common.lua,
+-- Bring a pool of an older layout up to layout 4, unless servers of the older version serve it. Used without common.lua,
 -- as it concerns the pool and not a partition.
 -- KEYS    1 hash: the pool's facts (engine.py), 2 sorted set: servers by the moment of their latest heartbeat
 -- ARGV    1 microseconds without a heartbeat after which a server is gone, 2 a secret for handles
@@ -6,8 +6,8 @@
 -- cost    O(log servers)
 --
 -- Layout 2 adds fields to records and keys to partitions, layout 3 the registry of pools and more of the same, layout 4
--- a field of records and `default` in the registry. So what the older ones have is right as it is. The moment of creation is moved by a microsecond: to a server of the older
--- version that comes back or starts just now, it is another pool, which it doesn't serve.
+-- paces, the history, and `default` in the registry. So what the older ones have is right as it is. The moment of
+-- creation is moved by a microsecond: to a server of the older version that comes back or starts just now, it is another pool, which it doesn't serve.
 if redis.replicate_commands then redis.replicate_commands() end
 local call = redis.call
 local layout = call('HGET', KEYS[1], 'layout')
