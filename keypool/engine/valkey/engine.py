@@ -68,7 +68,7 @@ from keypool.core.answers import (
     Unblocked,
     Written,
 )
-from keypool.core.cursor import ListQuery, encode, page_query
+from keypool.core.cursor import ListQuery, encode, order_of, page_query
 from keypool.core.errors import (
     BlockLimit,
     Draining,
@@ -692,7 +692,7 @@ class ValkeyEngine:
         """A page of rows. O(partitions * log n + page)."""
         parsed = page_query(query)
         rows, position = await self._pages.page(parsed)
-        return Page(rows, None if position is None else encode(parsed, position))
+        return Page(rows, None if position is None else encode(order_of(parsed), position))
 
     async def stats(self) -> Stats:
         """All counts. O(partitions)."""
