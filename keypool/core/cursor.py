@@ -72,21 +72,23 @@ class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 
 _Limit = Annotated[int, msgspec.Meta(ge=1, le=500, description="rows on a page, at most")]
-_After = Annotated[
-    Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST_OF_OWNERS)] | None,
-    msgspec.Meta(description="the next of the previous page"),
-]
+_NEXT = msgspec.Meta(description="the next of the previous page")
 
 
-class PagedQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the queries of lists have in common."""
+class HolderQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The query of the list of those who hold keys."""
 
-    after: _After = None
+    after: Annotated[
+        Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST_OF_OWNERS)] | None, _NEXT
+    ] = None
     limit: _Limit = 50
 
 
-class HolderQuery(PagedQuery, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The query of the list of those who hold keys."""
+class PagedQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the queries of other lists have in common."""
+
+    after: Annotated[Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST)] | None, _NEXT] = None
+    limit: _Limit = 50
 
 
 class WaiterQuery(PagedQuery, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -11,6 +11,7 @@ from keypool.core.events import Change, Origin
 from keypool.core.keys import moment
 from keypool.core.rare_events import NO_HINT, RareEvent
 from keypool.engine.steps import SLICE_SECONDS, Steps
+from keypool.engine.waiters import Waiter
 
 
 class HolderCalls(Steps):
@@ -50,14 +51,7 @@ class HolderCalls(Steps):
         """Who waits for a key. O(page + log n) for each client with a limited share."""
         after = None if query.after is None else int(decode(query.after, "waiters")[0])
         found, last = self._waiters.queue.page(after, query.limit)
-        rows = [
-            WaiterRow(
-                waiter.request.owner,
-                None if waiter.request.client is None else waiter.request.client.name,
-                moment(waiter.since),
-            )
-            for waiter in found
-        ]
+        rows = [waiter_row_of(waiter, waiter.since) for waiter in found]
         return WaiterRows(rows, None if last is None else encode("waiters", (last,)))
 
     async def rare_events(self, query: EventQuery) -> RareEventRows:
@@ -79,6 +73,12 @@ class HolderCalls(Steps):
             if key is not None:
                 event.hint = key.hint
         self.rare.load(events)
+
+
+def waiter_row_of(waiter: Waiter, since: float) -> WaiterRow:
+    """A waiter as it is in an answer; it has waited since this moment."""
+    client = waiter.request.client
+    return WaiterRow(waiter.request.owner, None if client is None else client.name, moment(since))
 
 
 def rare_row_of(event: RareEvent) -> RareEventRow:
