@@ -19,7 +19,7 @@ from keypool.core.answers import HolderRow, Row
 from keypool.core.events import By, Change
 from keypool.core.index import Position
 from keypool.core.keys import moment
-from keypool.core.rare_events import CROWD_SECONDS, RareEvent
+from keypool.core.rare_events import CROWD_SECONDS, MOST_EVENTS, RareEvent
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.link import Word
 from keypool.engine.valkey.pages import row_of
@@ -124,21 +124,40 @@ class HolderPages:
         if horizon is not None:
             found = [each for each in found if each[0] <= horizon]
         found.sort()
-        crowds: list[RareEvent] = []
-        newest: dict[tuple[str, str], tuple[RareEvent, int]] = {}
-        last_used: tuple[int, int, int] | None = None
-        for place, event in found:
-            kind_and_origin = event[_KIND], event[_ORIGIN]
-            of_its_kind = newest.get(kind_and_origin)
-            if of_its_kind is not None and of_its_kind[1] - event[_AT] < CROWD_SECONDS * 1e6:
-                _join(of_its_kind[0], rare_event_of(event))
-            elif len(crowds) < limit:
-                crowds.append(rare_event_of(event))
-                newest[kind_and_origin] = crowds[-1], event[_AT]
-            else:
-                return crowds, _position(last_used)
-            last_used = place
-        return crowds, _position(last_used) if horizon is not None else None
+        crowds, used = crowds_of([event for _, event in found], limit)
+        is_last = used == len(found) and horizon is None
+        return crowds, None if is_last or not used else _position(found[used - 1][0])
+
+
+def crowds_of(events: Sequence[list[Any]], limit: int) -> tuple[list[RareEvent], int]:
+    """The first crowds of stored events of all partitions, newest first; and how many of the events are in these."""
+    crowds: list[RareEvent] = []
+    newest: dict[tuple[str, str], tuple[RareEvent, int]] = {}
+    for number, event in enumerate(events):
+        kind_and_origin = event[_KIND], event[_ORIGIN]
+        of_its_kind = newest.get(kind_and_origin)
+        if of_its_kind is not None and of_its_kind[1] - event[_AT] < CROWD_SECONDS * 1e6:
+            _join(of_its_kind[0], rare_event_of(event))
+        elif len(crowds) < limit:
+            crowds.append(rare_event_of(event))
+            newest[kind_and_origin] = crowds[-1], event[_AT]
+        else:
+            return crowds, number
+    return crowds, len(events)
+
+
+def stored_events(partitions: Sequence[Sequence[bytes]]) -> list[RareEvent]:
+    """All rare events of a pool, oldest first and numbered anew, of what its partitions store; for keypool migrate."""
+    found = [
+        (-event[_AT], partition, -event[_NUMBER], event)
+        for partition, stored in enumerate(partitions)
+        for event in map(_decode, stored)
+    ]
+    found.sort(key=lambda each: each[:3])
+    crowds, _ = crowds_of([event for *_, event in found], MOST_EVENTS)
+    for number, event in enumerate(reversed(crowds), 1):
+        event.number = number
+    return crowds[::-1]
 
 
 def rare_event_of(event: Sequence[Any]) -> RareEvent:
@@ -151,7 +170,7 @@ def rare_event_of(event: Sequence[Any]) -> RareEvent:
     )
 
 
-def words_of(event: RareEvent) -> bytes:
+def packed(event: RareEvent) -> bytes:
     """The same the other way round, for keypool migrate."""
     origin = event.by.value if event.by is By.HOLDER else f"{event.by} {event.actor or ''}"
     if event.by is By.DEADLINE:
@@ -170,8 +189,8 @@ def _join(crowd: RareEvent, event: RareEvent) -> None:
     crowd.count = count
 
 
-def _position(place: tuple[int, int, int] | None) -> Position | None:
-    return None if place is None else (-place[0], place[1], -place[2])
+def _position(place: tuple[int, int, int]) -> Position:
+    return -place[0], place[1], -place[2]
 
 
 def _word(owner: str, client: str) -> bytes:
