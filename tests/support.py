@@ -72,6 +72,10 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
     "/api/v1/keys/{key}/keepalive": frozenset({"POST"}),
     "/api/v1/keys/{key}/reveal": frozenset({"POST"}),
     "/api/v1/batch": frozenset({"POST"}),
+    "/api/v1/owners": frozenset({"GET", "HEAD"}),
+    "/api/v1/owners/release": frozenset({"POST"}),
+    "/api/v1/waiters": frozenset({"GET", "HEAD"}),
+    "/api/v1/events": frozenset({"GET", "HEAD"}),
     "/api/v1/stats": frozenset({"GET", "HEAD"}),
     "/api/v1/pools": frozenset({"GET", "HEAD"}),
     "/api/v1/pools/{pool}": frozenset({"GET", "HEAD", "PUT", "PATCH", "DELETE"}),
@@ -88,7 +92,7 @@ ROUTES: Final[Mapping[str, frozenset[str]]] = {
 OF_POOLS: Final[Mapping[str, frozenset[str]]] = {
     path.replace(API, API + "/pools/{pool}"): methods
     for path, methods in ROUTES.items()
-    if re.match(rf"{API}/(keys|batch|stats)", path)
+    if re.match(rf"{API}/(keys|batch|stats|owners|waiters|events)", path)
 }
 """The paths of ROUTES that every pool has under its own."""
 LEGACY: Final = re.compile(r"/api/v1/(random_api_key|start_scheduler)/?(\?|$)")

@@ -293,9 +293,9 @@ def test_default_takes_a_pace_which_is_no_flag(client: Client) -> None:
     assert given["settings"] == DEFAULTS | {"pace": pace, "history_leases": 0}
     client.put(path, json={"pace": None, "rest_seconds": 1}).expect_problem(409, "pool-fixed")
     assert client.patch(path).expect(200) == given
-    assert client.put(path).expect(200)["settings"] == DEFAULTS
+    assert client.put(path).expect(200)["settings"] == DEFAULTS | {"history_leases": 0}
     client.put(path, json={"pace": {"count": 1, "seconds": 0.5}}).expect(200)
-    assert client.patch(path, json={"pace": None}).expect(200)["settings"] == DEFAULTS
+    assert client.patch(path, json={"pace": None}).expect(200)["settings"] == DEFAULTS | {"history_leases": 0}
 
 
 def test_a_pool_keeps_its_pace_and_its_keys_keep_to_it(client: Client) -> None:

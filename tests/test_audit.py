@@ -371,6 +371,26 @@ async def test_an_unblock_without_the_lease_is_written_if_it_ended_one(served: S
     assert not served.lines
 
 
+async def test_a_release_of_an_owner_is_written(served: Served) -> None:
+    """Who, whose leases, and how many."""
+    await served.engine.generate(3)
+    for _ in range(2):
+        await served.engine.acquire("worker-7", 0)
+    path = "/api/v1/owners/release"
+    assert (await served.ask("POST", path, {"owner": "worker-7"})).json == {"released": 2}
+    assert (await served.ask("POST", path, {"owner": "worker-8", "client": "ci"})).json == {"released": 0}
+    assert (await served.ask("POST", path, {"owner": "worker-7"}, token=CLIENT)).status == 403
+    told = [
+        {name: line[name] for name in ("act", "outcome", "owner", "client", "released") if name in line}
+        for line in served.lines
+    ]
+    assert told == [
+        {"act": "owners-release", "outcome": "ok", "owner": "worker-7", "released": 2},
+        {"act": "owners-release", "outcome": "ok", "owner": "worker-8", "client": "ci", "released": 0},
+    ]
+
+
+@FAST
 async def test_quarantine_and_restore_are_written(served: Served) -> None:
     """With id and hint; a batch with what is done; by a handle its id alone, and none of them if nothing is done."""
     made = await served.engine.generate(2)

@@ -12,7 +12,7 @@ import pytest
 from engine_support import BLOCK, START, Held, held_with, now, on_loop, turns_until
 
 from keypool.core.answers import HistoryRow, Unblock
-from keypool.core.cursor import HistoryQuery, ListQuery, encode, page_query
+from keypool.core.cursor import HistoryQuery, encode
 from keypool.core.errors import BadRequest, BlockLimit, PoolFixed, StaleLease, UnknownKey
 from keypool.core.events import By, Origin
 from keypool.core.handles import Handle
@@ -208,7 +208,7 @@ async def test_a_handle_names_its_key_until_a_newer_lease() -> None:
 async def test_the_cursor_of_a_list_is_none_of_a_history() -> None:
     """Nor is any other text."""
     held, _ = await held_with("ann", history_leases=10)
-    for wrong in (encode(page_query(ListQuery()), (1,)), "nonsense", "!"):
+    for wrong in (encode("id", (1,)), "nonsense", "!"):
         with pytest.raises(BadRequest, match="after must be the next of the previous page"):
             await now(held.engine.history(1, HistoryQuery(after=wrong)))
 

@@ -26,14 +26,15 @@ from valkeys import Valkey, new_pool, shared_cluster, shared_valkey
 from keypool.cli.main import main
 from keypool.core.counters import COUNTERS
 from keypool.core.errors import StartError
-from keypool.core.events import By, Origin
+from keypool.core.events import DEADLINE, HOLDER, By, Change, Origin
 from keypool.core.handles import SECRET_BYTES
 from keypool.core.keys import NEVER, Details, Key, State
 from keypool.core.pace import Pace
+from keypool.core.rare_events import NO_HINT, RareEvents
 from keypool.core.rules import PoolRules
 from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.checks import new_checks
-from keypool.engine.durable.rows import row_of
+from keypool.engine.durable.rows import event_of, event_row_of, row_of
 from keypool.engine.migrate.moving import FileSource, FileTarget, Moved, Source, Target, move
 from keypool.engine.migrate.moving_valkey import ValkeyPlace
 from keypool.engine.sealing import Sealer
@@ -573,3 +574,39 @@ def test_a_move_is_ended_by_signals(empty: str, tmp_path: Path, number: int, sta
 
 def _has_some(valkey: Valkey, pool: str) -> bool:
     return bool(valkey.ask("HLEN", keys_of(pool, 0, 1)[1]))
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_rare_events_move(encrypted: bool, tmp_path: Path) -> None:
+    """In their order, with their counts; without the hints that a data file with a secrets key doesn't have."""
+    keys = (bytes(range(32)),) if encrypted else ()
+    call = Origin(By.OPERATOR, "ops")
+    events = RareEvents()
+    key = Key(7, "k" * 20, 1_700_000_000.0, 1_700_000_300.0, lease=3)
+    for number, (change, origin) in enumerate((
+        (Change.GENERATED, call), (Change.GENERATED, call), (Change.EXPIRED, DEADLINE), (Change.QUARANTINED, HOLDER),
+        (Change.REVEALED, Origin(By.OPERATOR)),
+    )):  # fmt: skip
+        events.add(change, key, "ann" if number else None, 1_700_000_000.125 + number / 2, origin)
+    first, back = tmp_path / "first.db", tmp_path / "back.db"
+    lock = file_lock.hold(first)
+    sealer = Sealer(keys) if keys else None
+    filling = datafile.Filling(first, {} if sealer is None else new_checks(datafile.Facts(), sealer))
+    filling.add_events([event_row_of(event, 0, sealed=False) for event in events.all()])
+    filling.finish({"last_id": 7, "last_lease": 3}, bytes(SECRET_BYTES))
+    file_lock.release(lock)
+    url = new_pool(shared_valkey())
+
+    async def there_and_back() -> None:
+        target = await ValkeyPlace.target(url, 2, clear=False, secrets_keys=keys)
+        await moved(FileSource(first, keys), target)
+        source = await ValkeyPlace.source(url, keys)
+        await moved(source, FileTarget(back, keys))
+
+    asyncio.run(there_and_back())
+    found = list(map(event_of, datafile.examine(back).events[0]))
+    for event in events.all():
+        if encrypted:
+            event.hint = NO_HINT
+    assert found == events.all()
+    assert [event.count for event in found] == [2, 1, 1, 1]

@@ -30,6 +30,11 @@ NOT_FOR: dict[str, set[str]] = {
     # a cursor only if the server made it: 400, and the document has no way to say so.
     "list": {"positive_data_acceptance"},
     "history": {"positive_data_acceptance"},
+    "owners": {"positive_data_acceptance", "negative_data_rejection"},  # a cursor that is far too long is 414
+    "waiters": {"positive_data_acceptance"},
+    "events": {"positive_data_acceptance"},
+    # Characters that aren't allowed.
+    "owners-release": {"positive_data_acceptance"},
     # Members that fit alone may make no sense together: `retry_after` with an `outcome` other than rate_limited, an
     # `outcome` or an extend without a lease number.
     "unblock": {"positive_data_acceptance"},

@@ -13,7 +13,7 @@ import pytest
 from engine_support import BLOCK, KEEPALIVE, START, make_pool
 
 from keypool.core.answers import KeyPatch, NewKey
-from keypool.core.cursor import ListQuery, decode, encode, page_query
+from keypool.core.cursor import ListQuery, decode, encode, order_of, page_query
 from keypool.core.details import IMPORTED
 from keypool.core.errors import BadRequest, KeysWouldExpire, NameTaken, PoolFull, SecretExists, UnknownKey
 from keypool.core.events import By, Change, Origin
@@ -210,7 +210,7 @@ def names_listed(pool: Pool, beginning: str, limit: int, state: State | None = N
         names += [key.details.name for key in page.keys]
         if page.next is None:
             return names
-        asked = msgspec.structs.replace(asked, after=encode(query, page.next))
+        asked = msgspec.structs.replace(asked, after=encode(order_of(query), page.next))
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 500])

@@ -30,7 +30,7 @@ from valkey_support import (
 from valkeys import new_pool, shared_cluster
 
 from keypool.core.answers import GeneratedKey, KeptAlive, Lease, Row, Unblock
-from keypool.core.cursor import ListQuery
+from keypool.core.cursor import HolderQuery, ListQuery
 from keypool.core.errors import NoKeyAvailable, PoolFull, StorageUnavailable, UnknownKey
 from keypool.engine.valkey import link as valkey_link
 from keypool.engine.valkey import poller
@@ -656,6 +656,7 @@ async def test_keys_whose_records_valkey_evicted_are_purged_when_met(place: Plac
             place.valkey.ask("ZADD", keys_of(pool, 0, 2)[2 + number % 2], "XX", 1, text)
         rest = 60 - len(lost)
         await become(engine, "the lost ones are purged", total=rest, available=rest)
+        assert (await engine.owners(HolderQuery())).owners == []
         check(place.valkey, pool, 2)
 
 

@@ -239,6 +239,11 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
                     f"{name}\0{kept[text].id}".encode(): 0 for text, name in names.items() if name is not None
                 },
                 "quarantine": away,
+                "holders": {
+                    f"{record.owner or ''}\0{record.client or ''}\0{record.lease:016d}{record.id}".encode(): 0
+                    for record in kept.values()
+                    if record.release and record.mark != "c"
+                },
                 "attempts": {record.attempt + text: 0 for text, record in kept.items() if record.attempt},
             }
             for name, scores in wanted.items():

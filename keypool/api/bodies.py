@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from keypool.config.pool_settings import NULL_MEANS, PACE, PACE_TAKES, POOL_SETTINGS
 from keypool.config.setting_types import Whole
 from keypool.core.errors import BadRequest, SettingsError
-from keypool.core.keys import MAX_NAME
+from keypool.core.keys import MAX_NAME, MAX_OWNER
 from keypool.core.outcomes import OK_REPORT, Outcome, Report
 from keypool.core.pace import Pace
 from keypool.core.rules import SETTINGS, Settings
@@ -37,7 +37,7 @@ _Owner = Annotated[
     str,
     Meta(
         min_length=1,
-        max_length=200,
+        max_length=MAX_OWNER,
         pattern=_PRINTABLE,
         description="who will hold the key, for lists: 1 to 200 characters, no control characters",
     ),
@@ -273,6 +273,25 @@ class FindBody(Body):
     """What an operator knows of a key."""
 
     key: Annotated[str, Meta(description="a whole key, else id:N, a name, or a hint as rows show it")]
+
+
+class ReleaseOwnerBody(Body):
+    """Whose leases to end."""
+
+    owner: Annotated[
+        _Owner, Meta(description="who holds the keys: 1 to 200 characters, no control characters")
+    ]
+    client: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=200,
+                description="only leases under this token, as rows have it; any token if left out",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class BatchBody(Body, tag_field="op"):

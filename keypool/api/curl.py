@@ -22,6 +22,7 @@ EXAMPLES = {
     "generate": '{"secret":"sk-live-3f0c2e91","name":"acct-17","data":{"user":"x"},"expire":true}',
     "find": '{"key":"acct-17"}',
     "update": '{"name":"acct-18","labels":{"region":"us"}}',
+    "owners-release": '{"owner":"worker-7"}',
     "replace": '{"secret":"sk-live-77d1a5b0"}',
     "pool-put": '{"block_seconds":300,"keepalive_seconds":null}',
     "pool-change": '{"max_block_seconds":3600}',

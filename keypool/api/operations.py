@@ -24,6 +24,7 @@ from keypool.api.bodies import (
     NewKeyBody,
     PoolBody,
     QuarantineBody,
+    ReleaseOwnerBody,
     ReplaceBody,
     UnblockBody,
 )
@@ -64,6 +65,7 @@ from keypool.core.answers import (
     GeneratedKey,
     GeneratedKeys,
     HistoryPage,
+    HolderRows,
     Identity,
     ImportedKey,
     ImportedKeys,
@@ -75,16 +77,19 @@ from keypool.core.answers import (
     PoolRow,
     PoolRows,
     QuarantinedKeys,
+    RareEventRows,
     Ref,
     Rekeying,
+    ReleasedLeases,
     RestoredKeys,
     Revealed,
     Row,
     Stats,
     Unblocked,
     UnblockedKeys,
+    WaiterRows,
 )
-from keypool.core.cursor import HistoryQuery, ListQuery
+from keypool.core.cursor import EventQuery, HistoryQuery, HolderQuery, ListQuery, WaiterQuery
 from keypool.core.errors import (
     BadRequest,
     BlockLimit,
@@ -112,7 +117,7 @@ from keypool.core.errors import (
 from keypool.core.handles import Handle
 from keypool.core.keys import hint
 from keypool.engine import Client, Engine
-from keypool.ops.audit import asked_for, known
+from keypool.ops.audit import Fact, asked_for, known
 
 # -- a call, and an operation
 
@@ -344,6 +349,29 @@ def _list(engine: Engine, call: Call) -> Answering[Page]:
     return engine.page(call.query)
 
 
+def _owners(engine: Engine, call: Call) -> Answering[HolderRows]:
+    return engine.owners(call.query)
+
+
+async def _release_owner(engine: Engine, call: Call) -> ReleasedLeases:
+    body: ReleaseOwnerBody = call.body
+    with unknown_outcome(call, "owners-release", []):
+        released = await engine.release_owner(body.owner, body.client, operator(call))
+    facts: dict[str, Fact] = {"owner": body.owner}
+    if body.client is not None:
+        facts["client"] = body.client
+    write_audit(call, "owners-release", [], facts={**facts, "released": released})
+    return ReleasedLeases(released)
+
+
+def _waiters(engine: Engine, call: Call) -> Answering[WaiterRows]:
+    return engine.waiters(call.query)
+
+
+def _events(engine: Engine, call: Call) -> Answering[RareEventRows]:
+    return engine.rare_events(call.query)
+
+
 def _stats(engine: Engine, call: Call) -> Answering[Stats]:
     return engine.stats()
 
@@ -401,6 +429,15 @@ OPERATIONS: tuple[Operation, ...] = (
         | RestoredKeys,
         other_answer=GeneratedKeys, other_status=201, body=AnyBatch, body_required=True, takes_import=True,
         errors=(NoKeyAvailable, *_NEW, KeysWouldExpire, SecretsKeyRequired, ShareSpent, Draining), repeatable=True),
+    Operation("owners", "GET", "/owners", VIEWER, "Who holds keys now, in order of name; unnamed holders first.",
+        _owners, HolderRows, query=HolderQuery, errors=(BadRequest,), changes=False),
+    Operation("owners-release", "POST", "/owners/release", ADMIN, "End all leases that an owner holds.",
+        _release_owner, ReleasedLeases, body=ReleaseOwnerBody, body_required=True),
+    Operation("waiters", "GET", "/waiters", VIEWER, "Who waits for a key at this server, first come first.",
+        _waiters, WaiterRows, query=WaiterQuery, errors=(BadRequest,), changes=False),
+    Operation("events", "GET", "/events", VIEWER,
+        "The latest 1,000 rare events: what operators did, and keys that came and went.",
+        _events, RareEventRows, query=EventQuery, errors=(BadRequest,), changes=False),
     Operation("stats", "GET", "/stats", VIEWER, "Current counts, and totals since the pool began.",
         _stats, Stats, changes=False),
     Operation("pools", "GET", "/pools", VIEWER, "All pools, with their settings and current counts.",

@@ -13,6 +13,7 @@
     run.py                run -- COMMAND
     signal_forwarding.py  signals that `run` passes on; signals that wait until a call is answered
     events.py             follows the server's feed
+    holders.py            owners, waiters, and rare events
     completion.py         completion scripts for bash, zsh and fish
 
 The package imports the client and nothing of the server. `serve`, `token`, `migrate`, `backup` and `verify` live

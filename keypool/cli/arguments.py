@@ -23,6 +23,9 @@ from keypool.client.settings import DEFAULT_POOL, DEFAULT_URL
 SHELLS = ("bash", "zsh", "fish")
 STATES = tuple(state.value for state in State)
 ORDERS = ("id", "release", "ready", "expiry")
+RARE_EVENTS = (
+    "generated", "imported", "deleted", "expired", "revealed", "quarantined", "restored", "unblocked",
+)  # fmt: skip
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 
@@ -322,6 +325,7 @@ COMMANDS = (
         argument("--state", "only keys in this state", choices=STATES),
         argument("--prefix", "only generated keys that begin with these 1 to 4 characters", "TEXT"),
         argument("--name", "only keys whose name begins so, in order of name", "TEXT"),
+        argument("--owner", "only keys that this owner holds, in order of lease", "NAME"),
         argument("--order", "default: id", choices=ORDERS),
         argument("--limit", "this many keys at most; default: all", "N", type=_positive),
     )),
@@ -361,8 +365,17 @@ COMMANDS = (
     )),
     Command("events", "keypool.cli.events:events", "follow what happens to keys (viewer)", (
         argument("--past", "begin with N past events; default 10", "N", type=_whole, default=10),
-        argument("--count", "end after N events", "N", type=_positive),
+        argument("--count", "end after N events; with --rare the latest N", "N", type=_positive),
+        switch("--rare", "only the rare events, which are kept: print them and end"),
+        argument("--kind", "with --rare: only this kind", choices=RARE_EVENTS),
     )),
+    Command("owners", "keypool.cli.holders:owners", "list who holds keys (viewer), or end all leases of one (admin)", (
+        argument("action", "list (default); release NAME: end all leases of an owner", "list|release", nargs="?",
+                 choices=("list", "release"), default="list"),
+        argument("owner", "the owner's name", "NAME", nargs="?"),
+        argument("--client", "release: only leases under this token", "NAME"),
+    )),
+    Command("waiters", "keypool.cli.holders:waiters", "list who waits for a key (viewer)", ()),
     Command("run", "keypool.cli.run:run", "lease a key, run a command with it, and give the key back", (
         _WAIT,
         _OWNER,

@@ -18,6 +18,7 @@ from tornado.httpclient import HTTPError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, WebSocketError, websocket_connect
 
 from keypool.cli.connection import settings
+from keypool.cli.holders import rare_events
 from keypool.cli.keys import output_of
 from keypool.cli.output import Output, note, printable
 from keypool.cli.status import CommandError, Status
@@ -35,7 +36,11 @@ class _Disconnected(Exception):
 
 
 def events(args: argparse.Namespace) -> Status:
-    """Print events until Ctrl-C, or until --count were printed."""
+    """Print events until Ctrl-C, or until --count were printed; with --rare, those that are kept."""
+    if args.rare:
+        return rare_events(args)
+    if args.kind is not None:
+        raise CommandError("--kind goes with --rare only", Status.USAGE)
     asyncio.run(_follow(args))
     return Status.OK
 

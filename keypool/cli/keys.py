@@ -262,7 +262,9 @@ def list_keys(args: argparse.Namespace) -> Status:
     """List keys, page by page as they are read."""
     output = output_of(args)
     with connect(args) as pool:
-        rows = pool.rows(state=args.state, prefix=args.prefix, order=args.order, name=args.name)
+        rows = pool.rows(
+            state=args.state, prefix=args.prefix, order=args.order, name=args.name, owner=args.owner
+        )
         members = map(members_of, itertools.islice(rows, args.limit))
         # JSON has the API's members unchanged, so there a key that isn't blocked still has its latest lease.
         output.rows(

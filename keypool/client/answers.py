@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any, Protocol, Self, TypeVar, get_origin, get_type_hints, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, get_origin, get_type_hints, runtime_checkable
 
 from keypool.client.errors import UnexpectedAnswer
 
@@ -325,6 +325,55 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds keys: `held` of them, the first since `acquired_at`. `owner` and `client` are None if it gave none.
+
+    `released` is how many of its leases ended by their deadline in the last 5 minutes.
+    """
+
+    owner: str | None
+    client: str | None
+    held: int
+    acquired_at: datetime
+    released: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An acquire that waits for a key."""
+
+    owner: str | None
+    client: str | None
+    waiting_since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RareEvent:
+    """What an operator did, or keys that came or went. Of a crowd of `count`, the rest is about its first key.
+
+    `by` is "holder", "deadline" or "operator", whose token is `actor`.
+    """
+
+    event: str
+    id: int
+    hint: str
+    owner: str | None
+    lease: int | None
+    at: datetime
+    by: str
+    actor: str | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[T]):
+    """A part of a list, and where the next one begins; None at the end."""
+
+    rows: list[T]
+    next: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class PoolInfo:
     """A pool: how many keys it has in which state, and all its settings by name, of which lengths are in seconds.
 
@@ -405,20 +454,32 @@ def read_imports(value: object) -> Imports:
 
 
 def read_page(value: object) -> Page:
-    """A page of a list. Raises UnexpectedAnswer."""
-    return Page(read_list(Row, value), _next(value))
+    """A page of keys. Raises UnexpectedAnswer."""
+    part = read_part(Row, value, "keys")
+    return Page(part.rows, part.next)
 
 
 def read_history(value: object) -> HistoryPage:
     """A page of a history. Raises UnexpectedAnswer."""
-    return HistoryPage(read_list(PastLease, value, "history"), _next(value))
+    part = read_part(PastLease, value, "history")
+    return HistoryPage(part.rows, part.next)
 
 
-def _next(value: object) -> str | None:
+def read_part(kind: type[T], value: object, member: str) -> Part[T]:
+    """A part of a list of `kind` in this member. Raises UnexpectedAnswer."""
+    rows = read_list(kind, value, member)
     after = value.get("next") if isinstance(value, dict) else None
     if not isinstance(after, str | None):
         raise UnexpectedAnswer("not the expected answer: next is not a string")
-    return after
+    return Part(rows, after)
+
+
+def read_released(value: object) -> int:
+    """How many leases of an owner were ended. Raises UnexpectedAnswer."""
+    released = value.get("released") if isinstance(value, dict) else None
+    if not isinstance(released, int):
+        raise UnexpectedAnswer("not the expected answer: released is not a number")
+    return released
 
 
 def _member(kind: type, name: str, value: object) -> object:

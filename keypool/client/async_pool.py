@@ -29,6 +29,7 @@ from keypool.client.answers import (
     Done,
     Extended,
     GeneratedKey,
+    Holder,
     ImportedKey,
     Imports,
     KeptAlive,
@@ -37,11 +38,13 @@ from keypool.client.answers import (
     Page,
     PastLease,
     PoolInfo,
+    RareEvent,
     Rekeying,
     Revealed,
     Row,
     Stats,
     Unblocked,
+    Waiting,
 )
 from keypool.client.asynchronous import AsyncRunner
 from keypool.client.attempts import Timed, perform, result, results
@@ -336,11 +339,12 @@ class AsyncKeyPool:
         prefix: str | None = None,
         order: Order | None = None,
         name: str | None = None,
+        owner: str | None = None,
         limit: int | None = None,
         after: str | None = None,
     ) -> Page:
         """One page of keys (viewer). Raises BadRequest."""
-        return await self._call(calls.page(state, prefix, order, limit, after, name=name))
+        return await self._call(calls.page(state, prefix, order, limit, after, name=name, owner=owner))
 
     async def rows(
         self,
@@ -349,11 +353,20 @@ class AsyncKeyPool:
         prefix: str | None = None,
         order: Order | None = None,
         name: str | None = None,
+        owner: str | None = None,
     ) -> AsyncIterator[Row]:
         """All keys (viewer), one call for each 500, as they are read."""
         after: str | None = None
         while True:
-            page = await self.page(state=state, prefix=prefix, order=order, limit=500, after=after, name=name)
+            page = await self.page(
+                state=state,
+                prefix=prefix,
+                order=order,
+                limit=calls.MOST_ROWS,
+                after=after,
+                name=name,
+                owner=owner,
+            )
             for row in page.keys:
                 yield row
             after = page.next
@@ -373,6 +386,43 @@ class AsyncKeyPool:
                 yield lease
             left -= len(page.history)
             after = page.next
+            if after is None:
+                return
+
+    async def owners(self) -> AsyncIterator[Holder]:
+        """Who holds keys (viewer), in order of name, one call for each 500, as they are read."""
+        after: str | None = None
+        while True:
+            part = await self._call(calls.owners(after))
+            for row in part.rows:
+                yield row
+            after = part.next
+            if after is None:
+                return
+
+    async def release_owner(self, owner: str, *, client: str | None = None) -> int:
+        """End all leases that an owner holds, under this token or under any (admin). Returns how many that were."""
+        return await self._call(calls.release_owner(owner, client))
+
+    async def waiters(self) -> AsyncIterator[Waiting]:
+        """Who waits for a key at the server that answers (viewer), first come first, as they are read."""
+        after: str | None = None
+        while True:
+            part = await self._call(calls.waiters(after))
+            for row in part.rows:
+                yield row
+            after = part.next
+            if after is None:
+                return
+
+    async def events(self, kind: str | None = None) -> AsyncIterator[RareEvent]:
+        """The latest rare events (viewer), of one kind if given, newest first, as they are read. Raises BadRequest."""
+        after: str | None = None
+        while True:
+            part = await self._call(calls.events(kind, after))
+            for row in part.rows:
+                yield row
+            after = part.next
             if after is None:
                 return
 

@@ -5,7 +5,7 @@ again after an attempt whose outcome is not known.
 
 | call | after a lost answer | because |
 | --- | --- | --- |
-| get, list, stats, reveal | repeated | they change no key |
+| get, list, stats, reveal, owners, waiters, events | repeated | they change no key |
 | keepalive | repeated | the last one counts |
 | unblock with a lease number or handle, extend | repeated | the number protects whoever holds the key by then |
 | delete, also of a pool | repeated | a deleted key never comes back |
@@ -16,6 +16,7 @@ again after an attempt whose outcome is not known.
 | acquire | repeated | by its Idempotency-Key the server knows it again, and answers with the same lease |
 | generate | not repeated | a second key would be made, and the first be lost |
 | unblock without a number | not repeated | it could free a key that someone else holds by then |
+| release of an owner | not repeated | it could end leases that began since |
 
 Any call that is known not to have happened is repeated (attempts.py).
 
@@ -41,6 +42,7 @@ from keypool.client.answers import (
     Extended,
     GeneratedKey,
     HistoryPage,
+    Holder,
     ImportedKey,
     Imports,
     KeptAlive,
@@ -48,18 +50,23 @@ from keypool.client.answers import (
     LeasedKey,
     Outcome,
     Page,
+    Part,
     PoolInfo,
+    RareEvent,
     Rekeying,
     Revealed,
     Row,
     State,
     Stats,
     Unblocked,
+    Waiting,
     read,
     read_history,
     read_imports,
     read_list,
     read_page,
+    read_part,
+    read_released,
 )
 from keypool.client.errors import KeyPoolError, NoKeyAvailable, ShareSpent, UnexpectedAnswer
 from keypool.client.imports import (
@@ -79,6 +86,9 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 _HANDLE = re.compile(r"h:[0-9]+\.[0-9]+\.[A-Za-z0-9_-]{11}", re.ASCII)
+
+MOST_ROWS = 500
+"""Rows of a list in one call."""
 
 OutcomeName = Outcome | Literal["ok", "rate_limited", "error", "invalid"]
 
@@ -257,12 +267,40 @@ def page(
     after: str | None,
     *,
     name: str | None = None,
+    owner: str | None = None,
 ) -> Call[Page]:
-    query = {
-        "state": state, "prefix": prefix, "name": name, "order": order, "limit": limit, "after": after
-    }  # fmt: skip
+    path = _with_query(
+        "/keys",
+        state=state, prefix=prefix, name=name, owner=owner, order=order, limit=limit, after=after,
+    )  # fmt: skip
+    return Call("list", "GET", path, read_page, repeatable=True)
+
+
+def owners(after: str | None) -> Call[Part[Holder]]:
+    return _part_of("owners", Holder, after)
+
+
+def release_owner(owner: str, client: str | None) -> Call[int]:
+    body = _given(owner=owner, client=client)
+    return Call("owners-release", "POST", "/owners/release", read_released, body)
+
+
+def waiters(after: str | None) -> Call[Part[Waiting]]:
+    return _part_of("waiters", Waiting, after)
+
+
+def events(kind: str | None, after: str | None) -> Call[Part[RareEvent]]:
+    return _part_of("events", RareEvent, after, kind=kind)
+
+
+def _part_of(name: str, row: type[T], after: str | None, **query: str | None) -> Call[Part[T]]:
+    path = _with_query(f"/{name}", **query, limit=MOST_ROWS, after=after)
+    return Call(name, "GET", path, lambda value: read_part(row, value, name), repeatable=True)
+
+
+def _with_query(path: str, **query: str | int | None) -> str:
     given = urlencode({name: value for name, value in query.items() if value is not None})
-    return Call("list", "GET", f"/keys?{given}" if given else "/keys", read_page, repeatable=True)
+    return f"{path}?{given}" if given else path
 
 
 def history(key: KeyLike, limit: int, after: str | None) -> Call[HistoryPage]:

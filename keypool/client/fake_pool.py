@@ -82,8 +82,10 @@ class FakePool:
         self.skipped = 0.0
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.reports: list[tuple[str, str]] = []
+        self.events: list[dict[str, Any]] = []
         self._keys: dict[int, Key] = {}
         self._past: list[tuple[Key, dict[str, Any]]] = []  # leases that have ended, with their keys
+        self._ran_out: list[tuple[str | None, float]] = []
         self._ids = self._leases = 0
 
     # -- for tests
@@ -135,9 +137,11 @@ class FakePool:
                 del self._keys[key.id]
                 self.counts["expired"] += 1
                 self._record(key, "expired")
+                self._happened("expired", key, "deadline")
             elif key.until is not None and key.until <= now:
                 if key.state == "blocked":
                     self.counts["released"] += 1
+                    self._ran_out.append((key.owner, now))
                     self._end(key, how="released")
                 else:
                     key.state, key.until = "available", None
@@ -165,6 +169,7 @@ class FakePool:
         self.check_open(1)
         key = self._add(f"fakekey{self._ids + 1:013}" if text is None else text)
         self.counts["generated"] += 1
+        self._happened("generated", key)
         return {"id": key.id, "key": key.text, "state": "available", "expires_in": self._left(key)}
 
     def check_open(self, more: int) -> None:
@@ -313,7 +318,9 @@ class FakePool:
         if key.state != "quarantined":
             key.leaving = True
             if key.state != "blocked" or now:
-                self.counts["unblocked"] += key.state == "blocked"
+                if key.state == "blocked":
+                    self.counts["unblocked"] += 1
+                    self._happened("unblocked", key)
                 self._end(key, how="revoked")
         return self.row(key)
 
@@ -323,6 +330,7 @@ class FakePool:
         key.leaving, key.failures, key.outcome, key.reason, key.operator_reason = False, 0, None, None, None
         if key.state in ("cooling", "quarantined"):
             self.counts["restored"] += 1
+            self._happened("restored", key)
             self._end(key)
         return self.row(key)
 
@@ -339,6 +347,7 @@ class FakePool:
         del self._keys[key.id]
         self.counts["deleted"] += 1
         self._record(key, "deleted")
+        self._happened("deleted", key)
 
     def history(self, name: str, limit: int = 50, after: str | None = None) -> dict[str, Any]:
         """The leases of a key that have ended."""
@@ -354,6 +363,7 @@ class FakePool:
     def reveal(self, name: str) -> dict[str, Any]:
         """The text of a key."""
         key, _ = self.find(name)
+        self._happened("revealed", key)
         return {"id": key.id, "key": key.text, **given(key)}
 
     # -- keys from elsewhere
@@ -372,6 +382,7 @@ class FakePool:
         key = self._add(secret)
         self._note(key, item)
         self.counts["imported"] += 1
+        self._happened("imported", key)
         return key, True
 
     def import_many(
@@ -470,6 +481,36 @@ class FakePool:
             "pace": key.pace,
         }
 
+    def owners(self) -> dict[str, Any]:
+        """Who holds keys, in order of name."""
+        rows: dict[str | None, dict[str, Any]] = {}
+        for key in sorted(self.live("blocked"), key=lambda key: key.lease or 0):
+            lately = [owner for owner, at in self._ran_out if at > self.now() - 300]
+            acquired_at = datetime.now(UTC) - timedelta(seconds=self.now() - key.acquired)
+            first = {
+                "owner": key.owner,
+                "client": None,
+                "held": 0,
+                "acquired_at": acquired_at.isoformat(timespec="milliseconds"),
+                "released": lately.count(key.owner),
+            }
+            rows.setdefault(key.owner, first)["held"] += 1
+        return {"owners": sorted(rows.values(), key=lambda row: row["owner"] or ""), "next": None}
+
+    def release_owner(self, owner: str, client: str | None = None) -> dict[str, Any]:
+        """End the leases of an owner. No token has a name here."""
+        held = [key for key in self.live("blocked") if key.owner == owner and client is None]
+        for key in held:
+            self._happened("unblocked", key)
+            self._end(key, how="revoked")
+        self.counts["unblocked"] += len(held)
+        return {"released": len(held)}
+
+    def rare_events(self, kind: str | None = None) -> dict[str, Any]:
+        """Rare events, newest first. Here each key has its own."""
+        self.live()
+        return {"events": [e for e in reversed(self.events) if kind in (None, e["event"])], "next": None}
+
     def stats(self) -> dict[str, Any]:
         """All counts."""
         now = {state.value: len(self.live(state)) for state in State} | {
@@ -479,6 +520,14 @@ class FakePool:
         return {**now, **self.counts, "uptime": 0.0, "engine": "fake", "version": "0"}
 
     # -- their parts
+
+    def _happened(self, event: str, key: Key, by: str = "operator") -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.events.append({
+            "event": event, "id": key.id, "hint": hint(key.text), "owner": key.owner, "lease": key.lease, "at": at,
+            "by": by, "actor": None, "count": 1,
+        })  # fmt: skip
+        del self.events[:-1000]
 
     def _latest(self, name: str, lease: int | None) -> tuple[Key, int | None]:
         key, number = self.find(name)
@@ -498,6 +547,7 @@ class FakePool:
         if key.leaving:
             key.leaving, key.state = False, "quarantined"
             self.counts["quarantines"] += 1
+            self._happened("quarantined", key)
         elif (cool_until := self._with_budget(key, max(cool_until, self.now()))) > self.now():
             self._cool(key, cool_until)
 

@@ -31,6 +31,7 @@ from keypool.client.answers import (
     Done,
     Extended,
     GeneratedKey,
+    Holder,
     ImportedKey,
     Imports,
     KeptAlive,
@@ -39,11 +40,13 @@ from keypool.client.answers import (
     Page,
     PastLease,
     PoolInfo,
+    RareEvent,
     Rekeying,
     Revealed,
     Row,
     Stats,
     Unblocked,
+    Waiting,
 )
 from keypool.client.attempts import Timed, perform, result, results
 from keypool.client.blocking import Runner
@@ -372,14 +375,15 @@ class KeyPool:
         prefix: str | None = None,
         order: Order | None = None,
         name: str | None = None,
+        owner: str | None = None,
         limit: int | None = None,
         after: str | None = None,
     ) -> Page:
         """One page of keys (viewer): see docs/api.md for what goes with what. Raises BadRequest.
 
-        `prefix` is how generated keys begin, `name` how names do.
+        `prefix` is how generated keys begin, `name` how names do; `owner` is who holds them.
         """
-        return self._call(calls.page(state, prefix, order, limit, after, name=name))
+        return self._call(calls.page(state, prefix, order, limit, after, name=name, owner=owner))
 
     def rows(
         self,
@@ -388,11 +392,20 @@ class KeyPool:
         prefix: str | None = None,
         order: Order | None = None,
         name: str | None = None,
+        owner: str | None = None,
     ) -> Iterator[Row]:
         """All keys (viewer), one call for each 500, as they are read."""
         after: str | None = None
         while True:
-            page = self.page(state=state, prefix=prefix, order=order, limit=500, after=after, name=name)
+            page = self.page(
+                state=state,
+                prefix=prefix,
+                order=order,
+                limit=calls.MOST_ROWS,
+                after=after,
+                name=name,
+                owner=owner,
+            )
             yield from page.keys
             after = page.next
             if after is None:
@@ -410,6 +423,40 @@ class KeyPool:
             yield from page.history
             left -= len(page.history)
             after = page.next
+            if after is None:
+                return
+
+    def owners(self) -> Iterator[Holder]:
+        """Who holds keys (viewer), in order of name, one call for each 500, as they are read."""
+        after: str | None = None
+        while True:
+            part = self._call(calls.owners(after))
+            yield from part.rows
+            after = part.next
+            if after is None:
+                return
+
+    def release_owner(self, owner: str, *, client: str | None = None) -> int:
+        """End all leases that an owner holds, under this token or under any (admin). Returns how many that were."""
+        return self._call(calls.release_owner(owner, client))
+
+    def waiters(self) -> Iterator[Waiting]:
+        """Who waits for a key at the server that answers (viewer), first come first, as they are read."""
+        after: str | None = None
+        while True:
+            part = self._call(calls.waiters(after))
+            yield from part.rows
+            after = part.next
+            if after is None:
+                return
+
+    def events(self, kind: str | None = None) -> Iterator[RareEvent]:
+        """The latest rare events (viewer), of one kind if given, newest first, as they are read. Raises BadRequest."""
+        after: str | None = None
+        while True:
+            part = self._call(calls.events(kind, after))
+            yield from part.rows
+            after = part.next
             if after is None:
                 return
 

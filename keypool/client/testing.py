@@ -222,6 +222,22 @@ def _call_of_pool(
             return 200, pool.stats()
         case ["POST", "batch"]:
             return _batch(pool, request, **body)
+    return 200, _about_holders(pool, request, words, body)
+
+
+def _about_holders(
+    pool: FakePool, request: httpx2.Request, words: list[str], body: dict[str, Any]
+) -> dict[str, Any]:
+    """Who holds keys and who waits, which is nobody here; rare events."""
+    match [request.method, *words]:
+        case ["GET", "owners"]:
+            return pool.owners()
+        case ["POST", "owners", "release"]:
+            return pool.release_owner(**body)
+        case ["GET", "waiters"]:
+            return {"waiters": [], "next": None}
+        case ["GET", "events"]:
+            return pool.rare_events(request.url.params.get("kind"))
     raise Refused(404, "not-found")
 
 
@@ -250,6 +266,9 @@ def _page(pool: FakePool, query: Mapping[str, str]) -> dict[str, Any]:
     if (beginning := query.get("name")) is not None:
         rows = [row for row in rows if (row["name"] or "").startswith(beginning)]
         rows.sort(key=lambda row: row["name"])
+    if (owner := query.get("owner")) is not None:
+        rows = [row for row in rows if row["owner"] == owner]
+        rows.sort(key=lambda row: row["lease"])
     return {"keys": rows, "next": None}
 
 

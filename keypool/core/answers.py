@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from keypool.core.events import By, Change
 from keypool.core.handles import Handle
 from keypool.core.history import How
 from keypool.core.keys import State
@@ -237,6 +238,68 @@ class Revealed(Answer, omit_defaults=True):
     key: str
     name: str | None = None
     data: msgspec.Raw | None = None
+
+
+class HolderRow(Answer):
+    """Who holds keys: `acquired_at` is the moment of the oldest lease; both names null if the holder gave none.
+
+    `released` is how many of its leases ended by deadline in the last 5 minutes.
+    """
+
+    owner: str | None
+    client: str | None
+    held: int
+    acquired_at: Moment
+    released: int
+
+
+class HolderRows(Answer):
+    """Holders in order of name; `next` is the cursor of the page after, null at the end."""
+
+    owners: list[HolderRow]
+    next: str | None
+
+
+class ReleasedLeases(Answer):
+    """How many leases of an owner were ended."""
+
+    released: int
+
+
+class WaiterRow(Answer):
+    """An acquire that waits for a key."""
+
+    owner: str | None
+    client: str | None
+    waiting_since: Moment
+
+
+class WaiterRows(Answer):
+    """Waiting acquires, the first to be served first; `next` is the cursor of the page after, null at the end."""
+
+    waiters: list[WaiterRow]
+    next: str | None
+
+
+class RareEventRow(Answer):
+    """A rare event. If `count` is more than 1, it is a crowd of one kind: the rest is that of its first key."""
+
+    event: Change
+    id: int
+    hint: str
+    owner: str | None
+    lease: int | None
+    at: Moment
+    by: By
+    actor: str | None
+    count: int
+
+
+class RareEventRows(Answer):
+    """Rare events, newest first; `next` is the cursor of the page after, null at the end."""
+
+    events: list[RareEventRow]
+    next: str | None
 
 
 class PoolRow(Answer):

@@ -23,6 +23,7 @@ from keypool.core.pace import Pace
 
 if TYPE_CHECKING:
     from keypool.core.index import DeadlineBucket
+    from keypool.core.owners import Holder
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -53,6 +54,8 @@ class State(StrEnum):
 
 MAX_NAME = 63
 """Characters of a name."""
+MAX_OWNER = 200
+"""Characters of the name that a holder gives."""
 
 
 class Details(msgspec.Struct, frozen=True, gc=False, array_like=True, omit_defaults=True):
@@ -126,6 +129,8 @@ class Key(msgspec.Struct, gc=False, eq=False):
     """Place in the order by expires_deadline."""
     release_bucket: DeadlineBucket | None = None
     """Place in the order by release_deadline; None unless blocked or cooling."""
+    holder: Holder | None = None
+    """Who holds the key, with all that they hold; None unless blocked."""
 
     @property
     def hint(self) -> str:

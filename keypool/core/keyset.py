@@ -16,6 +16,7 @@ from sortedcontainers import SortedList
 from keypool.core.details import without_former
 from keypool.core.index import AttemptIndex, BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position
 from keypool.core.keys import NEVER, NO_DETAILS, Key, State
+from keypool.core.owners import OwnerIndex
 from keypool.core.texts import HashedIndex, HintIndex, NameIndex, TextIndex, generated_with_hint
 
 _MOST_PAST_TEXTS = 1000  # more than one commit replaces
@@ -35,6 +36,8 @@ class PageQuery:
     limit: int = 50
     after: Position | None = None
     name: str | None = None
+    owner: str | None = None
+    """Only what this owner holds, in order of lease."""
 
 
 @dataclass(slots=True)
@@ -63,6 +66,7 @@ class KeySet:
         self._by_hint = HintIndex()  # of imported keys
         self._past: dict[str, int] = {}  # ids by texts that named them until lately
         self._by_attempt = AttemptIndex()
+        self._owners = OwnerIndex()
         self._by_expiry = DeadlineIndex(attrgetter("expires_deadline"), on_opened, on_closed)
         self._by_release = DeadlineIndex(attrgetter("release_deadline"), on_opened, on_closed)
 
@@ -119,6 +123,8 @@ class KeySet:
         return self._by_expiry.count_until(until)
 
     def _walk(self, query: PageQuery) -> Iterator[Key]:
+        if query.owner is not None:
+            return self._owners.held_by(query.owner, 0 if query.after is None else int(query.after[0]))
         if query.name is not None:
             return self._by_name.walk(query.name, query.after)
         if query.prefix is not None:
@@ -139,6 +145,8 @@ class KeySet:
             yield key
 
     def _position(self, query: PageQuery, key: Key) -> Position:
+        if query.owner is not None:
+            return (key.lease,)
         if query.name is not None:
             return self._by_name.position(key)
         if query.prefix is not None:

@@ -47,7 +47,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import DEADLINE, HOLDER, By, Change, Origin
 from keypool.core.history import How
-from keypool.core.index import BucketListener
+from keypool.core.index import BucketListener, Position
 from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
 from keypool.core.keyset import KeyPage, PageQuery
 from keypool.core.outcomes import (
@@ -60,6 +60,7 @@ from keypool.core.outcomes import (
     failures_at,
     may_quarantine,
 )
+from keypool.core.owners import HolderPage
 from keypool.core.rules import PoolRules
 from keypool.core.self_check import SelfCheck
 
@@ -378,6 +379,7 @@ class Pool(SelfCheck):
                 block = rules.block_seconds if block_seconds is None else block_seconds
                 key.release_deadline = deadline = now + block
                 key.release_bucket = self._by_release.add(key, deadline)
+                self._owners.begin(key, owner, client)
                 self.counters.acquired += 1
                 self.on_change(_ACQUIRED, key, owner, HOLDER)
                 return key
@@ -637,6 +639,20 @@ class Pool(SelfCheck):
         """Let keys expire again: `process_due` purges those that are due by now. O(1)."""
         self._purge_until = inf
 
+    # -- holders
+
+    def holders(self, after: Position | None, limit: int, now: float) -> HolderPage:
+        """Who holds keys, in order of name, deadlines applied but for a backlog; maybe fewer than `limit`.
+
+        O(log n + PAGE_SCAN_LIMIT) at most.
+        """
+        self.process_due(now)
+        return self._owners.page(after, limit, PAGE_SCAN_LIMIT, now)
+
+    def next_held(self, owner: str, client: str | None, after: int) -> Key | None:
+        """The key that an owner holds under the next lease beyond `after`, with any token or this one. O(log n)."""
+        return next(self._owners.held_by(owner, after, client), None)
+
     # -- pages
 
     def page(self, query: PageQuery, now: float) -> KeyPage:
@@ -677,6 +693,8 @@ class Pool(SelfCheck):
                 self._by_attempt.add(key, key.attempt)
             if key.client is not None:
                 self._clients.begun(self, key)
+            if key.state is _BLOCKED:
+                self._owners.load(key)
 
     def _give_up_former(self, text: str, origin: Origin) -> None:
         """A text that becomes a key's own names no other one, even if that is still leased under it."""
@@ -689,6 +707,8 @@ class Pool(SelfCheck):
         """Release a blocked key and end the cooldown of a cooling one, as of their deadlines, if these have passed."""
         while key.release_deadline is not None and key.release_deadline <= now:
             if key.state is _BLOCKED:
+                if key.holder is not None:
+                    key.holder.count_released(now)
                 # The lease may be followed by a rest, which may be over as well.
                 self._free(key, Change.RELEASED, key.release_deadline, DEADLINE)
             else:
@@ -806,6 +826,7 @@ class Pool(SelfCheck):
             return None
         if key.extended:
             key.extended = 0
+        self._owners.end(key)
         if key.attempt is not None:
             self._by_attempt.discard(key, key.attempt)
             key.attempt = None

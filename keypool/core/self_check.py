@@ -27,6 +27,7 @@ class SelfCheck(KeySet):
 
     def check_in_slices(self, size: int) -> Iterator[None]:
         """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
+        yield from self._owners.settle()
         counts = dict.fromkeys(State, 0)
         total = last = attempts = imported = formers = named = expiring = 0
         for key in self._by_id.walk(None):
@@ -61,6 +62,7 @@ class SelfCheck(KeySet):
                 f"text, and {named} keys with a name"
             )
         self._by_attempt.check(attempts)
+        self._owners.check(counts[_BLOCKED])
         yield from self._by_expiry.check_in_slices(expiring, size)
         yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
 
@@ -82,6 +84,8 @@ class SelfCheck(KeySet):
         of_holder = (key.owner, key.attempt, key.client, key.details.former, key.extended or None)
         if not blocked and (key.quarantine_pending or any(each is not None for each in of_holder)):
             raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
+        if key.holder is not None and (key.owner, key.client) != (key.holder.owner, key.holder.client):
+            raise ValueError(f"{key!r} stands among the keys of somebody else")
         if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
             raise ValueError(f"{key!r} is not found by its attempt")
 

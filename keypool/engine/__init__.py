@@ -26,6 +26,7 @@ from keypool.core.answers import (
     Extension,
     GeneratedKey,
     HistoryPage,
+    HolderRows,
     Identity,
     Imported,
     ImportedKey,
@@ -35,6 +36,7 @@ from keypool.core.answers import (
     NewKey,
     Page,
     PoolRow,
+    RareEventRows,
     Ref,
     Rekeying,
     Revealed,
@@ -42,8 +44,9 @@ from keypool.core.answers import (
     Stats,
     Unblock,
     Unblocked,
+    WaiterRows,
 )
-from keypool.core.cursor import HistoryQuery, ListQuery
+from keypool.core.cursor import EventQuery, HistoryQuery, HolderQuery, ListQuery, WaiterQuery
 from keypool.core.events import HOLDER, Event, Origin
 from keypool.core.handles import Handles
 from keypool.core.outcomes import Report
@@ -260,6 +263,34 @@ class Engine(Protocol):
 
     async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """The text of a key. O(1). Raises UnknownKey, StaleLease."""
+        ...
+
+    async def owners(self, query: HolderQuery) -> HolderRows:
+        """Who holds keys, in order of name; those without a name come first. O(log n + page).
+
+        Raises BadRequest for an invalid cursor.
+        """
+        ...
+
+    async def release_owner(self, owner: str, client: str | None, origin: Origin) -> int:
+        """End the leases that an owner holds now, with any token or that of a client. Returns how many that were.
+
+        O(leases · log n), in slices; one that begins meanwhile may be left.
+        """
+        ...
+
+    async def waiters(self, query: WaiterQuery) -> WaiterRows:
+        """Who waits at this server, in order: first come, first served. O(log n + page), for each limited client.
+
+        Raises BadRequest for an invalid cursor.
+        """
+        ...
+
+    async def rare_events(self, query: EventQuery) -> RareEventRows:
+        """The rare events, which are kept across restarts, newest first. O(MOST_EVENTS).
+
+        Raises BadRequest for an invalid cursor.
+        """
         ...
 
     async def page(self, query: ListQuery) -> Page:

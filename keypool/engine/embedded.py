@@ -27,7 +27,7 @@ from keypool.core.answers import (
     Unblocked,
 )
 from keypool.core.counters import COUNTERS
-from keypool.core.cursor import HistoryQuery, ListQuery, encode, lease_before, page_query
+from keypool.core.cursor import HistoryQuery, ListQuery, encode, lease_before, order_of, page_query
 from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining, UnknownKey
 from keypool.core.events import HOLDER, Event, Origin, latest
 from keypool.core.keys import State
@@ -35,6 +35,7 @@ from keypool.core.outcomes import Report
 from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Client, Timed
 from keypool.engine.history import history_page
+from keypool.engine.holder_calls import HolderCalls
 from keypool.engine.operator_calls import OperatorCalls
 from keypool.engine.shapes import age, expires_in, less, less_or_none, rounded, row_of
 from keypool.engine.steps import SLICE_SECONDS
@@ -45,7 +46,7 @@ _AVAILABLE = State.AVAILABLE
 _GRACES_PER_TURN = 500  # keys that get their grace in one turn of the loop: about 2 ms
 
 
-class EmbeddedEngine(OperatorCalls):
+class EmbeddedEngine(OperatorCalls, HolderCalls):
     """See the module, and the Engine protocol for the calls. It may be used on one IOLoop and its thread only.
 
     The pool is in memory only until a journal is set, for which the pool must have been restored. Without
@@ -273,7 +274,7 @@ class EmbeddedEngine(OperatorCalls):
         now = self.now()
         asked = page_query(query)
         found = self.pool.page(asked, now)
-        cursor = None if found.next is None else encode(asked, found.next)
+        cursor = None if found.next is None else encode(order_of(asked), found.next)
         page = Page([row_of(key, now, self.pool.rules) for key in found.keys], cursor)
         self._waiters.serve(now)  # with blocks that were found overdue
         return page

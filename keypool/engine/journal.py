@@ -12,6 +12,7 @@ from typing import Protocol
 
 from keypool.core.errors import StorageUnavailable
 from keypool.core.keys import Key
+from keypool.core.rare_events import RareEvent
 from keypool.engine.history import LeaseHistory, MemoryHistory
 from keypool.ops.histogram import Histogram
 
@@ -100,6 +101,10 @@ class Journal(Protocol):
         """Put a key that was changed or purged into the next batch. O(1)."""
         ...
 
+    def keep_event(self, event: RareEvent) -> None:
+        """Put a rare event that is new or has grown into the next batch. O(1)."""
+        ...
+
     def pause(self) -> None:
         """A call pauses between two slices: until `resume`, its changes are kept only if another call waits. O(1)."""
         ...
@@ -153,6 +158,9 @@ class NullJournal:
         return StorageUnavailable("there is no storage")
 
     def touch(self, key: Key) -> None:
+        """Nothing to keep."""
+
+    def keep_event(self, event: RareEvent) -> None:
         """Nothing to keep."""
 
     def pause(self) -> None:

@@ -190,6 +190,7 @@ class OperatorCalls(Steps):
         revealed = Revealed(key.id, key.text, key.details.name, data_of(key))
         self.events.append((Change.REVEALED, key, key.owner, key.lease, now, origin))
         self._uncounted += 1
+        self._add_rare(Change.REVEALED, key, key.owner, now, origin)
         self._waiters.serve(now)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit

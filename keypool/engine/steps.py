@@ -25,12 +25,13 @@ from keypool.core.errors import (
     StorageUnavailable,
     UnknownKey,
 )
-from keypool.core.events import HOLDER, SILENT, Change, Happened, Origin
+from keypool.core.events import HOLDER, SILENT, By, Change, Happened, Origin
 from keypool.core.handles import SECRET_BYTES, Handle, Handles
 from keypool.core.history import How, PastLease
 from keypool.core.keys import NEVER, NO_DETAILS, Key, random_text
 from keypool.core.outcomes import Report
 from keypool.core.pool import Pool
+from keypool.core.rare_events import RARE, RareEvents
 from keypool.core.rules import DEFAULT_POOL, DEFAULT_RULES, PoolRules
 from keypool.engine.clock import make_clock
 from keypool.engine.journal import Commit, Journal, NullJournal
@@ -48,7 +49,8 @@ WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLim
 
 _NEGLIGIBLE_DELAY = 0.005  # seconds by which a release may be early
 # Globals, because in Python 3.11 each look-up of an enum's member by name costs a tenth of a microsecond.
-_ACQUIRED, _READY = Change.ACQUIRED, Change.READY
+_ACQUIRED, _READY, _UNBLOCKED = Change.ACQUIRED, Change.READY, Change.UNBLOCKED
+_OPERATOR = By.OPERATOR
 _MAKES_AVAILABLE = frozenset(
     {Change.UNBLOCKED, Change.RELEASED, Change.GENERATED, Change.IMPORTED, Change.READY, Change.RESTORED}
 )
@@ -91,6 +93,7 @@ class Steps:
         self.release_lateness = Histogram(SECONDS)
         self.expiry_lateness = Histogram(SECONDS)
         self.events: deque[Happened] = deque(maxlen=RECENT_EVENTS)
+        self.rare = RareEvents()
         self._notes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         self._waiters = Waiters(
@@ -338,10 +341,15 @@ class Steps:
         self.journal.touch(key)
         if change in SILENT:
             return
-        at = key.acquired_at if change is _ACQUIRED else self.now()
+        if change is _ACQUIRED:
+            self.events.append((change, key, owner, key.lease, key.acquired_at, origin))
+            return
+        at = self.now()
         self.events.append((change, key, owner, key.lease, at, origin))
         if change is _READY:
             self._uncounted += 1
+        elif change in RARE and (change is not _UNBLOCKED or origin.by is _OPERATOR):
+            self._add_rare(change, key, owner, at, origin)
         if self._waiters.waiting and change in _MAKES_AVAILABLE:
             self._waiters.serve_soon()
 
@@ -366,6 +374,9 @@ class Steps:
     def late_report(self, key: Key, report: Report) -> None:
         """Add a report to the record of a lease that has ended. O(1)."""
         self.journal.history.amend(key.id, key.lease, report)
+
+    def _add_rare(self, change: Change, key: Key, owner: str | None, at: float, origin: Origin) -> None:
+        self.journal.keep_event(self.rare.add(change, key, owner, at, origin))
 
 
 def _done(future: asyncio.Future[None]) -> None:

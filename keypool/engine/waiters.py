@@ -19,6 +19,9 @@ import asyncio
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from heapq import merge
+from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sortedcontainers import SortedDict
@@ -107,6 +110,21 @@ class Queue:
         """All waiters, in any order. O(n)."""
         unlimited = [waiter for waiter in self.by_place.values() if waiter.limited is None]
         return unlimited + [waiter for lane in self._lanes.values() for waiter in lane.values()]
+
+    def page(self, after: int | None, limit: int) -> tuple[list[Waiter], int | None]:
+        """Up to `limit` waiters in order, behind a place; and the last one's place if there are more.
+
+        O(limit + log n), for the unlimited waiters and for each lane.
+        """
+        bounds = {"minimum": after, "inclusive": (False, True)}
+        unlimited = (
+            waiter
+            for place in self.by_place.irange(**bounds)
+            if (waiter := self.by_place[place]).limited is None
+        )
+        lanes = [map(lane.__getitem__, lane.irange(**bounds)) for lane in self._lanes.values()]
+        found = list(islice(merge(unlimited, *lanes, key=attrgetter("place")), limit + 1))
+        return found[:limit], found[limit - 1].place if len(found) > limit else None
 
     def first(self) -> Waiter | None:
         """The waiter to serve next."""

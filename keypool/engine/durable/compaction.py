@@ -130,6 +130,7 @@ class BatchLog:
         left.rows = {id: self._flushing.rows[id] for id in self._ids} | self._memtable.rows
         left.numbers = self._flushing.numbers
         left.pools = self._flushing.pools
+        left.events = self._flushing.events
         left.merge_pools(self._memtable)
         self._database.execute("BEGIN IMMEDIATE")
         self._write(left, sorted(left.rows))
@@ -145,7 +146,8 @@ class BatchLog:
         """Merge the newly committed batches into the memtable. O(their rows)."""
         for batch in map(decode, self._committed):
             self._memtable.add(batch)
-            weight = len(batch.rows) + len(batch.purged) + ROWS_PER_LEASE * len(batch.past) + ROWS_PER_BATCH
+            weight = len(batch.rows) + len(batch.purged) + len(batch.events) + ROWS_PER_BATCH
+            weight += ROWS_PER_LEASE * len(batch.past)
             self._weight += weight
             self._budget += 2 * weight  # so that a flush ends before the next memtable is full
         self._committed.clear()
@@ -245,6 +247,9 @@ class BatchLog:
             else:
                 self._database.execute(datafile.DEFINE, datafile.row_of_pool(definition))
         self._database.executemany(datafile.SET_POOL, memtable.numbers.items())
+        for pool, events in memtable.events.items():
+            self._database.executemany(datafile.ADD_EVENT, events.values())
+            self._database.execute(datafile.TRIM_EVENTS, {"pool": pool})
 
     def _delete_batches(self, count: int) -> None:
         if not self._flushing.rows:  # then no step before has written these

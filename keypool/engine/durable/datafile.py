@@ -47,10 +47,12 @@ from keypool.core.handles import SECRET_BYTES
 from keypool.core.history import PastLease
 from keypool.core.keys import Key
 from keypool.core.pace import Pace
+from keypool.core.rare_events import MOST_EVENTS
 from keypool.engine import NOTE
 from keypool.engine.durable.file_lock import companions, log_of
 from keypool.engine.durable.rows import (
     POOL_SHIFT,
+    EventRow,
     Memtable,
     Past,
     Row,
@@ -128,10 +130,25 @@ MIGRATIONS = (
         key INTEGER NOT NULL,
         lease INTEGER NOT NULL
     ) STRICT;
+    CREATE TABLE events (        -- the latest rare events of each pool (core/rare_events.py)
+        pool INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        event TEXT NOT NULL,
+        id INTEGER NOT NULL,     -- of the key; if there are several, of the first, as what follows
+        hint TEXT,               -- null with a secrets key
+        owner TEXT,
+        lease INTEGER,
+        at INTEGER NOT NULL,
+        by TEXT NOT NULL,
+        actor TEXT,
+        count INTEGER NOT NULL,  -- of keys
+        PRIMARY KEY (pool, number)
+    ) STRICT, WITHOUT ROWID;
     """,
 )
 VERSION = len(MIGRATIONS)
 _LEASES = 3  # the version from which a file has more than seven columns, and a secret
+_EVENTS = 5  # the version from which a file has rare events
 _POOLS = 4  # the version from which a file has several pools, and rows may be sealed
 _HISTORY = 5  # the version from which a file has the leases that have ended
 
@@ -162,7 +179,20 @@ DEFINE = """
     ON CONFLICT (number) DO UPDATE SET
         name = excluded.name, settings = excluded.settings, draining = excluded.draining
 """
-FORGET_POOL = ("DELETE FROM pools WHERE number = ?", "DELETE FROM pool WHERE name GLOB ? || '/*'")
+FORGET_POOL = (
+    "DELETE FROM pools WHERE number = ?",
+    "DELETE FROM pool WHERE name GLOB ? || '/*'",
+    "DELETE FROM events WHERE pool = ?",
+)
+ADD_EVENT = """
+    INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (pool, number) DO UPDATE SET count = excluded.count
+"""
+TRIM_EVENTS = f"""
+    DELETE FROM events WHERE pool = :pool
+    AND number <= (SELECT max(number) FROM events WHERE pool = :pool) - {MOST_EVENTS}
+"""  # noqa: S608 - a constant
+FORGET_HINTS = "UPDATE events SET hint = NULL WHERE hint IS NOT NULL"
 OVERWRITE = "PRAGMA secure_delete = ON"
 """Has a connection overwrite what it deletes or replaces."""
 ADD_CHECK = "INSERT INTO secrets VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
@@ -210,6 +240,7 @@ _HISTORY_ROWS = """
 """
 _SET_HANDLES = "UPDATE secrets SET value = ? WHERE name = 'handles'"
 _HANDLES = "SELECT value FROM secrets WHERE name = 'handles'"
+_READ_EVENTS = "SELECT * FROM events ORDER BY pool, number"
 _MAGIC = b"SQLite format 3\0"
 _COUNTED_AT_ONCE = 5000
 _decode_settings = msgspec.json.Decoder(dict[str, int | float | Pace | None]).decode
@@ -227,6 +258,8 @@ class Facts:
     """The secret of the handles; None if the file is of a version before handles."""
     checks: dict[str, bytes] = field(default_factory=dict)
     """The check values of secrets keys, by the hexadecimal names of the keys."""
+    events: dict[int, list[EventRow]] = field(default_factory=dict)
+    """The rare events of each pool, oldest first."""
 
     def numbers_of(self, number: int) -> dict[str, int]:
         """The numbers of a pool, by their names without a prefix. O(all numbers)."""
@@ -317,9 +350,14 @@ def _facts(database: sqlite3.Connection) -> Facts:
     # Merged as a flush would merge them: the numbers of a pool that is gone go with its definition.
     merged = Memtable()
     merged.numbers, merged.pools = numbers, facts.pools
+    if _version(database) >= _EVENTS:
+        for event in database.execute(_READ_EVENTS):
+            merged.add_event(event)
     merged.merge_pools(memtable)
     facts.numbers = merged.numbers
     facts.pools = {number: each for number, each in merged.pools.items() if each.name is not None}
+    for pool, events in merged.events.items():
+        facts.events[pool] = [events[number] for number in sorted(events)[-MOST_EVENTS:]]
     return facts
 
 
@@ -619,6 +657,15 @@ class Filling:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(DEFINE, map(row_of_pool, pools))
             self._database.execute(SET_POOL, (LAST_POOL, last_pool))
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def add_events(self, events: Sequence[EventRow]) -> None:
+        """Add rare events, in one transaction."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(ADD_EVENT, events)
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise self._failed(error) from None

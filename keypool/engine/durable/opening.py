@@ -31,6 +31,7 @@ from keypool.engine.durable.checks import new_checks, sealer_of
 from keypool.engine.durable.datafile import Facts
 from keypool.engine.durable.journal import FileJournal
 from keypool.engine.durable.rekey import Rekey
+from keypool.engine.durable.rows import event_of
 from keypool.engine.durable.store import FileStore
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.pools import MAX_POOLS, Definition, EmbeddedPools
@@ -107,6 +108,8 @@ class _Opening:
         for number, engine in self.engines.items():
             engine.restore_numbers(self._facts.numbers_of(number))
         await _restore_keys(self.engines, self._path, grace_until or 0.0, self._sealer, self._behind)
+        for number, engine in self.engines.items():
+            engine.restore_events([event_of(row) for row in self._facts.events.get(number, ())])
         # After the check: a file that is refused is left as it was, and of its older version.
         await self.journal.open()
         secret = datafile.secret_of(self._path)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from keypool.core.errors import StorageUnavailable
 from keypool.core.keys import DEAD, Key
+from keypool.core.rare_events import RareEvent
 from keypool.engine import NOTE
 from keypool.engine.durable.past import FileHistory
-from keypool.engine.durable.rows import POOL_SHIFT, Row, prefix_of, row_of
+from keypool.engine.durable.rows import POOL_SHIFT, EventRow, Row, event_row_of, prefix_of, row_of
 from keypool.engine.durable.states import Activity
 from keypool.engine.journal import Commit, JournaledEngine
 from keypool.engine.sealing import Sealer
@@ -24,14 +25,17 @@ _IDLE = Activity.IDLE
 class PoolJournal:
     """See the protocol `engine.journal.Journal` for the calls.
 
-    `open` are the changed keys since the last batch was sent, `sent` those in the batch in flight, by id. Only the
-    FileJournal, which made this, replaces them. Leases that have ended with a change of a key go with it.
+    `open` are the changed keys since the last batch was sent, `sent` those in the batch in flight, by id; likewise with
+    rare events, by number. Only the FileJournal, which made this, replaces them. Leases that have ended with a change
+    of a key go with it.
     """
 
     __slots__ = (
         "open",
         "sent",
         "history",
+        "open_events",
+        "sent_events",
         "grace",
         "number",
         "engine",
@@ -55,6 +59,8 @@ class PoolJournal:
         self.open: dict[int, Key] = {}
         self.sent: dict[int, Key] = {}
         self.history = FileHistory(file, number)
+        self.open_events: dict[int, RareEvent] = {}
+        self.sent_events: dict[int, RareEvent] = {}
         self.grace: int | None = None  # its end: in the next batch, or in the one in flight
         self._file = file
         self._purged: dict[str, int] = {}  # ids by text of keys whose purge isn't on disk yet
@@ -80,6 +86,12 @@ class PoolJournal:
         self.open[key.id] = key
         if key.expires_deadline == DEAD:
             self._purged[key.text] = key.id
+        if self._file.activity is _IDLE:
+            self._file.schedule()
+
+    def keep_event(self, event: RareEvent) -> None:
+        """Put a rare event that is new or has grown into the next batch."""
+        self.open_events[event.number] = event
         if self._file.activity is _IDLE:
             self._file.schedule()
 
@@ -113,6 +125,22 @@ class PoolJournal:
 
     # -- the file's calls
 
+    @property
+    def has_open(self) -> bool:
+        """Whether anything changed since the last batch was sent. O(1)."""
+        return bool(self.open or self.open_events)
+
+    def begin_batch(self) -> None:
+        """What has changed is in the batch that is sent now. O(1)."""
+        self.sent, self.open = self.open, {}
+        self.sent_events, self.open_events = self.open_events, {}
+        self.history.sent, self.history.open = self.history.open, []
+
+    def event_rows(self) -> list[EventRow]:
+        """The rows of the rare events that are sent. O(events)."""
+        sealed = self._sealer is not None
+        return [event_row_of(event, self.number, sealed=sealed) for event in self.sent_events.values()]
+
     def take(self, keys: Iterator[Key], rows: list[Row], purged: list[int]) -> None:
         """Add the rows of these keys, and the ids of the rows of those that were purged. O(keys)."""
         number, sealer = self.number, self._sealer
@@ -121,13 +149,6 @@ class PoolJournal:
                 purged.append(number << POOL_SHIFT | key.id)
             else:
                 rows.append(row_of(key, number, sealer))
-
-    def take_all(self) -> tuple[Iterator[Key], int]:
-        """Put what is open into the batch in flight. Returns its keys, and how many they are. O(1)."""
-        self.sent, self.open = self.open, {}
-        history = self.history
-        history.sent, history.open = history.open, []
-        return iter(self.sent.values()), len(self.sent)
 
     def numbers(self) -> dict[str, int]:
         """The pool's numbers as they are kept in the file. `moment` is of all pools, so its name has no prefix."""
@@ -140,7 +161,8 @@ class PoolJournal:
 
     def kept(self) -> int:
         """What was sent is on disk. Returns how many keys that were. O(keys)."""
-        sent, self.sent, self.history.sent = self.sent, {}, []
+        sent, self.sent = self.sent, {}
+        self.sent_events, self.history.sent = {}, []
         if self._purged:
             for id, key in sent.items():
                 if key.expires_deadline == DEAD and id not in self.open:
@@ -152,3 +174,5 @@ class PoolJournal:
         sent, self.sent = self.sent, {}
         self.open = {**sent, **self.open}
         self.history.not_kept()
+        self.open_events = {**self.sent_events, **self.open_events}
+        self.sent_events = {}

@@ -9,7 +9,7 @@ All pools of a server are in one file. The id of a row is the number of the pool
 id`, so the keys of a pool are neighbours, and those of `default`, whose number is 0, have their own ids.
 
 With a secrets key, a row has an empty text, and `more` has text and data, sealed for the place of the key (Contents,
-engine/sealing.py). Rows are sealed before they leave the server process.
+engine/sealing.py). Rows are sealed before they leave the server process. Rare events have no hints then.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from typing import Annotated
 import msgspec
 
 from keypool.core.details import shared
+from keypool.core.events import By, Change
 from keypool.core.history import How, PastLease
 from keypool.core.keys import NEVER, NO_DETAILS, Details, Key, State
 from keypool.core.outcomes import NO_HISTORY, History, Outcome
 from keypool.core.pace import Pace
+from keypool.core.rare_events import MOST_EVENTS, NO_HINT, RareEvent
 from keypool.engine.sealing import Sealer, WrongSecretsKey
 
 Row = tuple[int, str, int, int, int | None, int, str | None, int | None, int, bytes | None]
@@ -76,6 +78,10 @@ class Contents(msgspec.Struct, array_like=True, frozen=True, gc=False):
     former: str | None = None
 
 
+EventRow = tuple[int, int, str, int, str | None, str | None, int | None, int, str, str | None, int]
+"""A rare event in the file: the pool's number and the columns of the schema. Without a hint if rows are sealed."""
+
+
 class StoredPool(msgspec.Struct, array_like=True, frozen=True):
     """A pool, as it was defined; without a name if it is gone. Files contain it in batches: see Batch."""
 
@@ -110,7 +116,8 @@ class Past(msgspec.Struct, array_like=True, gc=False):
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """Changes that are committed together. `rows` are complete keys, `purged` ids, `pool` numbers by name.
+    """Changes that are committed together. `rows` are complete keys, `purged` ids, `pool` numbers by name, `events`
+    complete rare events.
 
     The names of the numbers of another pool than `default` begin with its own number: `3/last_id`. Files contain
     batches as `encode` writes them: fields may be added at the end, but not changed.
@@ -121,6 +128,7 @@ class Batch(msgspec.Struct, array_like=True):
     pool: dict[str, int] = {}
     pools: list[StoredPool] = []
     past: list[Past] = []
+    events: list[EventRow] = []
 
 
 _Row2 = tuple[int, str, int, int, int | None, int, str | None]
@@ -151,7 +159,7 @@ def decode_any(content: bytes) -> Batch:
 
 
 class Memtable:
-    """Batches merged: the last row of each key, None if it was purged, the last numbers, the last definitions.
+    """Batches merged: the last row of each key, None if it was purged, the last numbers, definitions, rare events.
 
     `past` are the leases that have ended, by the id of their key's row and their number; `reports` those that came
     later on leases that aren't among them, by the same.
@@ -163,6 +171,7 @@ class Memtable:
         self.pools: dict[int, StoredPool] = {}
         self.past: dict[int, dict[int, Past]] = {}
         self.reports: dict[tuple[int, int], Past] = {}
+        self.events: dict[int, dict[int, EventRow]] = {}  # by pool, then by number
         for batch in batches:
             self.add(batch)
 
@@ -182,21 +191,34 @@ class Memtable:
                 known.outcome, known.reason = past.outcome, past.reason
             else:
                 self.reports[past.key, past.lease] = past
+        for event in batch.events:
+            self.add_event(event)
+
+    def add_event(self, event: EventRow) -> None:
+        """Merge a rare event. O(1) amortized; of each pool, twice `MOST_EVENTS` are kept at most."""
+        events = self.events.setdefault(event[0], {})
+        events[event[1]] = event
+        if len(events) > 2 * MOST_EVENTS:
+            self.events[event[0]] = {number: events[number] for number in sorted(events)[-MOST_EVENTS:]}
 
     def define(self, definition: StoredPool) -> None:
         """Merge a definition. O(numbers) if the pool is gone, with which its numbers go."""
         self.pools[definition.number] = definition
         if definition.name is None:
+            self.events.pop(definition.number, None)
             prefix = prefix_of(definition.number)
             self.numbers = {
                 name: value for name, value in self.numbers.items() if not name.startswith(prefix)
             }
 
     def merge_pools(self, later: Memtable) -> None:
-        """Merge the definitions and numbers of later batches. O(numbers), for each pool that is gone."""
+        """Merge the definitions, numbers and events of later batches. O(numbers), for each pool that is gone."""
         for definition in later.pools.values():
             self.define(definition)
         self.numbers = self.numbers | later.numbers
+        for events in later.events.values():
+            for event in events.values():
+                self.add_event(event)
 
 
 def prefix_of(number: int) -> str:
@@ -299,6 +321,24 @@ def key_of(row: Row, sealer: Sealer | None = None, behind: array[int] | None = N
     if behind is not None and (sealed is None or sealer is None or not sealer.is_current(sealed)):
         behind.append(id)
     return key
+
+
+def event_row_of(event: RareEvent, pool: int, *, sealed: bool) -> EventRow:
+    """The row of a rare event. O(1)."""
+    hint = None if sealed or event.hint == NO_HINT else event.hint
+    at = round(event.at * 1000)
+    return (
+        pool, event.number, event.event.value, event.id, hint, event.owner, event.lease, at, event.by.value,
+        event.actor, event.count,
+    )  # fmt: skip
+
+
+def event_of(row: EventRow) -> RareEvent:
+    """The rare event of a row. Raises ValueError for one that `event_row_of` can't have made."""
+    _, number, change, id, hint, owner, lease, at, by, actor, count = row
+    return RareEvent(
+        number, Change(change), id, hint or NO_HINT, owner, lease, at / 1000, By(by), actor, count
+    )
 
 
 def _set_flags(key: Key, flags: int) -> None:

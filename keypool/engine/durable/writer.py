@@ -214,6 +214,7 @@ class Writer:
         self._log.flush_all()
         self._log = BatchLog(database)
         self._marked = False
+        database.execute(datafile.FORGET_HINTS)  # of rare events that were written in clear
         if not datafile.forget_clear_text(database):
             self._postponed = "another program is reading the data file"
             return

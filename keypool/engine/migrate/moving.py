@@ -10,10 +10,10 @@
 A key is moved as a core.keys.Key with its durable fields, in whose terms each end reads and writes its own form. What
 is stored encrypted is decrypted by the one end and encrypted by the other, both with the same secrets keys. Moments are
 seconds of the wall clock, by which both engines go after a restart. Everything is moved: what holders reported, names,
-labels and data, the attempts of held leases. Pools keep their numbers, and handles given before stay valid. Two things
-are left behind: a held lease doesn't count in its client's share over Valkey, and a text that was replaced while its
-key was leased stops naming the key where it can't be kept (moving_valkey.py). The source isn't changed, so an
-interrupted move can simply be run again.
+labels and data, the attempts of held leases, rare events. Pools keep their numbers, and handles given before stay
+valid. Two things are left behind: a held lease doesn't count in its client's share over Valkey, and a text that was
+replaced while its key was leased stops naming the key where it can't be kept (moving_valkey.py). The source isn't
+changed, so an interrupted move can simply be run again.
 
 A move is one coroutine, which Ctrl-C cancels where it waits. File operations block, as nothing else runs meanwhile.
 """
@@ -31,10 +31,11 @@ from keypool.core.errors import StartError
 from keypool.core.handles import SECRET_BYTES
 from keypool.core.history import PastLease, Window
 from keypool.core.keys import Key, State
+from keypool.core.rare_events import RareEvent
 from keypool.engine.durable import datafile, file_lock
 from keypool.engine.durable.checks import new_checks, sealer_of
 from keypool.engine.durable.datafile import FIRST_PAST, LAST_PAST, Facts
-from keypool.engine.durable.rows import StoredPool, past_of, prefix_of, row_of
+from keypool.engine.durable.rows import StoredPool, event_of, event_row_of, past_of, prefix_of, row_of
 from keypool.engine.sealing import Sealer, WrongSecretsKey
 
 KEYS_AT_ONCE = 2000
@@ -68,6 +69,10 @@ class Source(Protocol):
         """All leases that have ended and are kept, with the number of their pool; of each pool the oldest first."""
         ...
 
+    async def events(self) -> dict[int, list[RareEvent]]:
+        """The rare events of each pool by its number, oldest first."""
+        ...
+
     async def close(self) -> None:
         """Release it, so that servers can serve it again."""
         ...
@@ -89,6 +94,10 @@ class Target(Protocol):
 
     async def write_history(self, pool: int, leases: list[PastLease]) -> None:
         """Add leases that have ended to the pool with this number, later ones than before."""
+        ...
+
+    async def write_events(self, pool: int, events: list[RareEvent]) -> None:
+        """Add the rare events of the pool with this number."""
         ...
 
     async def count(self) -> int:
@@ -133,6 +142,8 @@ async def move(source: Source, target: Target, progress: Callable[[int], None]) 
         raise StartError(
             f"the source has {source.total} keys, of which {moved.keys} were read, and the target has {found}"
         )
+    for pool, events in (await source.events()).items():
+        await target.write_events(pool, events)
     await target.finish(source.numbers, source.secret)
     return moved
 
@@ -152,6 +163,7 @@ class FileSource:
             self.last_pool = facts.numbers.get(datafile.LAST_POOL, 0)
             self.numbers = {number: _moved(facts, number) for number in {0, *facts.pools}}
             self._firsts = {number: facts.numbers_of(number).get(FIRST_PAST, 1) for number in self.numbers}
+            self._events = facts.events
             self.secret = facts.handles or os.urandom(SECRET_BYTES)
             self.total = datafile.count(path)
         except BaseException:
@@ -179,6 +191,10 @@ class FileSource:
                     yield number, leases
         except ValueError as error:
             raise StartError(f"the data file {self._path} is damaged: {error}") from None
+
+    async def events(self) -> dict[int, list[RareEvent]]:
+        """See Source."""
+        return {pool: list(map(event_of, self._events.get(pool, ()))) for pool in self.numbers}
 
     async def close(self) -> None:
         """See Source."""
@@ -224,6 +240,11 @@ class FileTarget:
         for past in leases:
             past.number = window.next(_MOST_LEASES)
         self._database.write_history([past_of(past, pool) for past in leases])
+
+    async def write_events(self, pool: int, events: list[RareEvent]) -> None:
+        """See Target."""
+        sealed = self._sealer is not None
+        self._database.add_events([event_row_of(event, pool, sealed=sealed) for event in events])
 
     async def count(self) -> int:
         """See Target."""

@@ -24,6 +24,7 @@ from keypool.core.errors import KeypoolError, SecretsKeyRequired, SettingsError,
 from keypool.core.handles import SECRET_BYTES
 from keypool.core.history import PastLease
 from keypool.core.keys import Key
+from keypool.core.rare_events import RareEvent
 from keypool.core.rules import DEFAULT_RULES
 from keypool.engine import NOTE
 from keypool.engine.durable.rows import StoredPool
@@ -32,6 +33,7 @@ from keypool.engine.valkey import registry
 from keypool.engine.valkey.attempts import NOBODY, home_of, known_for
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.details import is_odd
+from keypool.engine.valkey.holders import packed, stored_events
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.nodes import Nodes
 from keypool.engine.valkey.opening import LAYOUT, MOVING, OLDER
@@ -40,10 +42,11 @@ from keypool.engine.valkey.past import packed_of, past_lease_of
 from keypool.engine.valkey.pools import PARTITIONS
 from keypool.engine.valkey.records import Moved, key_of, words_of
 from keypool.engine.valkey.registry import DRAINING, DRAINING_NOW, OPEN, Entry, Registry
-from keypool.engine.valkey.scripts import keys_of
+from keypool.engine.valkey.scripts import KEYS, keys_of
 from keypool.engine.valkey.url import parse, without_password
 from keypool.engine.valkey.vault import Vault, new_vault, open_vault
 
+_RARE = KEYS.index("rare")
 _KEYS_A_CALL = 500  # which block Valkey for some 10 ms
 _LEASES_A_CALL = 1000  # likewise
 
@@ -277,6 +280,15 @@ class ValkeyPlace:
     async def _move_out(self, pool: _Pool, partition: int, rank: int) -> Reply:
         return await pool.scripts.call(partition, "move_out", (rank, rank + _KEYS_A_CALL - 1))
 
+    @_with_place
+    async def events(self) -> dict[int, list[RareEvent]]:
+        """See moving.Source."""
+        events = {}
+        for number, pool in self._pools.items():
+            names = [pool.keys(partition)[_RARE] for partition in range(pool.partitions)]
+            events[number] = stored_events([await self._execute(name, "LRANGE", 0, -1) for name in names])
+        return events
+
     async def _numbers(self, pool: _Pool, moved: Mapping[str, int]) -> dict[str, int]:
         seconds, microseconds = await self._nodes.execute(self._facts_key, "TIME")
         numbers = {**dict.fromkeys(COUNTERS, 0), **moved}
@@ -366,6 +378,12 @@ class ValkeyPlace:
         left = known_for(max(0.0, key.release_deadline - time.time()))
         home = home_of(key.attempt, pool.partitions)
         await pool.scripts.call(home, "claim", (key.attempt, NOBODY, 0, left))
+
+    @_with_place
+    async def write_events(self, pool: int, events: list[RareEvent]) -> None:
+        """See moving.Target. They are in the first partition then, wherever their keys are."""
+        if events:
+            await self._execute(self._pools[pool].keys(0)[_RARE], "RPUSH", *map(packed, events))
 
     @_with_place
     async def count(self) -> int:

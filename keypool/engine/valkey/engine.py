@@ -54,6 +54,7 @@ from keypool.core.answers import (
     Extension,
     GeneratedKey,
     HistoryPage,
+    HolderRows,
     Identity,
     Imported,
     ImportedKey,
@@ -63,15 +64,28 @@ from keypool.core.answers import (
     NewKey,
     Page,
     PoolRow,
+    RareEventRows,
     Ref,
     Revealed,
     Row,
     Stats,
     Unblock,
     Unblocked,
+    WaiterRows,
     Written,
 )
-from keypool.core.cursor import HistoryQuery, ListQuery, encode, lease_before, page_query
+from keypool.core.cursor import (
+    EventQuery,
+    HistoryQuery,
+    HolderQuery,
+    ListQuery,
+    WaiterQuery,
+    decode,
+    encode,
+    lease_before,
+    order_of,
+    page_query,
+)
 from keypool.core.errors import (
     BlockLimit,
     Draining,
@@ -90,10 +104,12 @@ from keypool.core.outcomes import Outcome, Report
 from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Client, Timed
 from keypool.engine.history import history_page
+from keypool.engine.holder_calls import rare_row_of
 from keypool.engine.valkey.attempts import RepeatedLease
 from keypool.engine.valkey.calls import all_of, seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
 from keypool.engine.valkey.details import Editor, Locks
+from keypool.engine.valkey.holders import HolderPages
 from keypool.engine.valkey.importing import Importer
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.pages import Pages, hint_of, row_of
@@ -162,6 +178,7 @@ class ValkeyEngine:
         self._details = Editor(partitions, locks, self._row_for_change)
         self._importer = Importer(partitions, self._poller, self._generator, self._details, locks)
         self._pages = Pages(partitions)
+        self._holders = HolderPages(partitions)
         self._waiters = Waiters(partitions, self._sampler, self._poller, server, shares)
         self._subscriber = subscriber
         self._channels = [keys_of(pool, number, facts.partitions)[-1] for number in range(facts.partitions)]
@@ -720,8 +737,34 @@ class ValkeyEngine:
     async def page(self, query: ListQuery) -> Page:
         """A page of rows. O(partitions * log n + page)."""
         parsed = page_query(query)
-        rows, position = await self._pages.page(parsed)
-        return Page(rows, None if position is None else encode(parsed, position))
+        if parsed.owner is None:
+            rows, position = await self._pages.page(parsed)
+        else:
+            rows, position = await self._holders.keys(parsed.owner, parsed.after, parsed.limit)
+        return Page(rows, None if position is None else encode(order_of(parsed), position))
+
+    async def owners(self, query: HolderQuery) -> HolderRows:
+        """Who holds keys. O(partitions * page * log n)."""
+        after = None if query.after is None else decode(query.after, "owners")
+        rows, position = await self._holders.owners(after, query.limit)
+        return HolderRows(rows, None if position is None else encode("owners", position))
+
+    async def release_owner(self, owner: str, client: str | None, origin: Origin) -> int:
+        """End the leases that an owner holds now, in slices, one partition after the other. O(leases * log n)."""
+        return await self._holders.release(owner, client, _word(origin))
+
+    async def waiters(self, query: WaiterQuery) -> WaiterRows:
+        """Who waits at this server. O(page + log n) for each client with a limited share."""
+        after = None if query.after is None else int(decode(query.after, "waiters")[0])
+        rows, last = self._waiters.page(after, query.limit)
+        return WaiterRows(rows, None if last is None else encode("waiters", (last,)))
+
+    async def rare_events(self, query: EventQuery) -> RareEventRows:
+        """Rare events, newest first. O(partitions * page)."""
+        after = None if query.after is None else decode(query.after, "events")
+        events, position = await self._holders.rare_events(query.kind, after, query.limit)
+        rows = [rare_row_of(event) for event in events]
+        return RareEventRows(rows, None if position is None else encode("events", position))
 
     async def stats(self) -> Stats:
         """All counts. O(partitions)."""

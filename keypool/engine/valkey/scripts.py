@@ -25,8 +25,11 @@ _PARTS = {
         "change", "delete", "extend", "get", "history", "import", "keepalive", "known", "quarantine", "restore",
         "unblock",
     },
-    "states": {"change", "get", "import", "known", "page", "quarantine", "restore", "search", "unblock"},
-    "rows": {"change", "get", "page", "quarantine", "restore", "search"},
+    "states": {
+        "change", "get", "import", "known", "owned", "page", "quarantine", "restore", "search", "unblock",
+    },
+    "rows": {"change", "get", "owned", "page", "quarantine", "restore", "search"},
+    "holding": {"owned", "owners"},
     "leases": {"acquire", "held"},
     "adding": {"generate", "import", "move_in", "room"},
     "labelled": {"change", "import", "known", "search"},
@@ -41,7 +44,7 @@ _COMMENT = re.compile(r" *--.*$", re.MULTILINE)
 
 KEYS = (
     "meta", "records", "states", "expiry", "ids", "texts", "events", "quarantine", "attempts", "names",
-    "waiters",
+    "holders", "rare", "waiters",
 )  # fmt: skip
 """The names of a partition's Valkey keys, in the order of common.lua."""
 SLOTS = 16384

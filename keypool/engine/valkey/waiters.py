@@ -14,12 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from itertools import islice
 
-from keypool.core.answers import Lease
+from keypool.core.answers import Lease, WaiterRow
 from keypool.core.errors import Draining, PoolDraining, StorageUnavailable, Superseded, TooManyWaiters
 from keypool.engine import Client, Timed
+from keypool.engine.holder_calls import waiter_row_of
 from keypool.engine.valkey.attempts import BUSY, KNOWN, Attempts
 from keypool.engine.valkey.calls import ScriptCall, all_of
 from keypool.engine.valkey.partitions import Partitions
@@ -112,6 +114,12 @@ class Waiters:
             self.seconds.add(waited)
             if timed is not None:
                 timed.waited += waited
+
+    def page(self, after: int | None, limit: int) -> tuple[list[WaiterRow], int | None]:
+        """Some of the queue in order, behind a place; and the last one's place if there are more. See Queue.page."""
+        found, last = self._waiters.page(after, limit)
+        started = time.time() - self._loop.time()
+        return [waiter_row_of(waiter, started + waiter.since) for waiter in found], last
 
     def oldest(self) -> float:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""

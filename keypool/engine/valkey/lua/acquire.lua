@@ -87,6 +87,7 @@ for i = 10, #ARGV, step do
       end
       save(text, record)
       call('ZADD', STATES, record[RELEASE], text)
+      call('ZADD', HOLDERS, 0, holding_of(record))
       emit('acquired', record, text, record[OWNER], 'holder')
       acquired = acquired + 1
       served = served + 1

@@ -16,6 +16,7 @@ local function add(text, record)
   end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', 1) end
   if record[ATTEMPT] then call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. text) end
+  if is_blocked(record) then call('ZADD', HOLDERS, 0, holding_of(record)) end
 end
 
 -- The room that is reserved (room.lua) under names other than `name`, those reservations as they are stored, and the room

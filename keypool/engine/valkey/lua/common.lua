@@ -1,11 +1,12 @@
 -- At the top of every script; scripts.py includes more, and replaces the constants below by their values. A script
 -- first processes what is overdue in its partition.
 --
--- KEYS, the same eleven for every script, all with one hash tag, so that they lie in one slot:
+-- KEYS, the same thirteen for every script, all with one hash tag, so that they lie in one slot:
 --   1 meta       hash: `id`, the number of the latest id, `tick`, that of the latest lease, the counters of stats,
 --                `cooling`, how many keys cool, `rest`, how long keys rest after each lease (missing if they don't),
 --                `pace`, interval and tolerance of the pool's pace (missing if it has none),
 --                `history`, how many leases that have ended are kept here (missing if none are),
+--                `indexed`, the score in STATES up to which HOLDERS is complete, -1 for all (poll.lua),
 --                `seen`, when a server last polled, `since`, the value of `seen` when grace.lua began (only while it
 --                is at work), `sweepers`, the two servers that sweep here (poll.lua), `reserved`, room reserved for keys
 --                that are about to be generated (room.lua), `odd`, how many calls stored texts that look like other
@@ -22,11 +23,16 @@
 --   9 attempts   sorted set: attempt .. text by 0, while the key is blocked and its acquire named an attempt; so the
 --                leases of an attempt stand together
 --  10 names      sorted set: name, a zero byte, id, by 0; only of keys that were given a name
---  11 waiters    hash: server -> "number of acquires that wait there, moment at which this lapses"; missing if none
+--  11 holders    sorted set: holder_of .. lease, of 16 digits .. id, by 0, while the key is blocked
+--  12 rare       list: the latest rare events (core/rare_events.py), oldest first: each an array whose fields are named
+--                below
+--  13 waiters    hash: server -> "number of acquires that wait there, moment at which this lapses"; missing if none
 --                waits. Its name is also the channel on which freed keys are published: for the server named, or for
 --                all (*).
 -- Keys of their own, with the same hash tag: `attempt:` and an attempt (claim.lua), `lock:` and a word (lock.lua),
--- `alias:` and a member (alias.lua), `old:` and a member (FORMER); `ended`, a list of "id lease" in the order in which
+-- `alias:` and a member (alias.lua), `old:` and a member (FORMER); `released:` and the number of a RELEASED_SLOT of time,
+-- a hash of holder_of to how many of its leases ended by their deadlines in it (released.lua); `ended`, a list of "id
+-- lease" in the order in which
 -- these leases ended, and `past:` and an id, a sorted set of the leases of that key that have ended, each {lease,
 -- moments of acquire and end, how, owner, client, outcome, reason, how often it was extended} by its number.
 -- Where a text is said to be a member or a field above, that is so of a key in clear. A pool with secrets keys holds no
@@ -67,7 +73,9 @@ local EVENTS = KEYS[7]
 local QUARANTINE = KEYS[8]
 local ATTEMPTS = KEYS[9]
 local NAMES = KEYS[10]
-local WAITERS = KEYS[11]
+local HOLDERS = KEYS[11]
+local RARE = KEYS[12]
+local WAITERS = KEYS[13]
 local ID = 1
 local CREATED = 2
 local LEASE = 3      -- number of the latest one, 0 if it was never served
@@ -92,6 +100,11 @@ local PACED = 19     -- theoretical arrival time of its pace (core/pace.py); mis
 local WITH_PACE = 149  -- the first byte of an INFO that has a pace
 local LONGEST_WAIT = 316224000000000  -- microseconds: core/pace.py
 local EXTENDED = 20  -- how often the lease was extended
+local RARE_KIND = 1  -- of a rare event: change, id, both parts of the hint, owner and lease of the first key; origin;
+local RARE_ORIGIN = 7
+local RARE_NUMBER = 8  -- counts from 1
+local RARE_COUNT = 9   -- of keys
+local RARE_AT = 10     -- moment of the first
 local NEVER = 9007199254740992
 local MEMBER = 254   -- the first byte of a sealed key's member
 local DIGEST = 17    -- length of such a member
@@ -101,6 +114,10 @@ local PENDING = 'p'
 local KEPT_EVENTS = 64  -- events that a poll reports at most; up to four times as many are kept, to trim rarely
 local MAX_DUE = 32      -- overdue keys of each kind that a call processes on its way
 local MAX_FORGOTTEN = 500  -- leases of a history that was made shorter which a poll forgets at most
+local MOST_RARE = 1000        -- rare events that are kept
+local CROWD = 1000000         -- microseconds for which others join a rare event
+local RELEASED_SLOT = 30000000    -- microseconds; counts of ten slots are read, and of so many holders at most kept
+local MOST_RELEASED = 10000
 local AWAY = 5000000    -- microseconds without a poll after which no server serves the partition
 
 local resting = 0  -- microseconds that a key cools after each lease, as attended.lua reads it
@@ -112,10 +129,40 @@ local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
 local shares = {}  -- client, reservation, microseconds to the end (0: it is over), of each lease whose end has changed
 
+local newest      -- the newest rare event, once it was read
+local has_grown = false
+local function save_newest()
+  if has_grown then call('LSET', RARE, -1, cmsgpack.pack(newest)) end
+  has_grown = false
+end
+
+-- Add a rare event, or let the newest one grow, which `reply` stores.
+local function add_rare(event)
+  if not newest then
+    local packed = call('LINDEX', RARE, -1)
+    newest = packed and cmsgpack.unpack(packed) or {'', 0, '', '', false, 0, '', 0, 0, 0}
+  end
+  local alike = newest[RARE_KIND] == event[RARE_KIND] and newest[RARE_ORIGIN] == event[RARE_ORIGIN]
+  if alike and NOW - newest[RARE_AT] < CROWD then
+    newest[RARE_COUNT] = newest[RARE_COUNT] + 1
+    has_grown = true
+    return
+  end
+  save_newest()
+  event[RARE_NUMBER], event[RARE_COUNT], event[RARE_AT] = newest[RARE_NUMBER] + 1, 1, NOW
+  newest = event
+  if call('RPUSH', RARE, cmsgpack.pack(event)) > MOST_RARE then call('LTRIM', RARE, -MOST_RARE, -1) end
+end
+
+local is_rare = {generated = 1, imported = 1, deleted = 1, expired = 1, revealed = 1, quarantined = 1, restored = 1}
+
 -- Add an event. Its last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
   local start, finish = text:sub(1, 4), text:sub(-4)
   if record[HINT] then start, finish = record[HINT], false end
+  if is_rare[change] or change == 'unblocked' and origin:byte(1) == 111 then  -- an operator's
+    add_rare({change, record[ID], start, finish, owner or false, record[LEASE], origin})
+  end
   local event = {change, record[ID], start, finish, owner or false, record[LEASE], origin, NOW}
   if call('RPUSH', EVENTS, cmsgpack.pack(event)) > 4 * KEPT_EVENTS then
     call('LTRIM', EVENTS, -KEPT_EVENTS, -1)
@@ -162,6 +209,28 @@ local function entries_of(text, record)
   end
   if not record[SEALED] then return text, name end
   return (imported and '\254' or '') .. record[HINT] .. text, name
+end
+
+-- Who holds a key: owner and client, '' for none, each with a zero byte behind it, which no name has.
+local function holder_of(record)
+  return (record[OWNER] or '') .. '\0' .. (record[CLIENT] or '') .. '\0'
+end
+
+-- What HOLDERS has of a key that is held.
+local function holding_of(record)
+  return holder_of(record) .. string.format('%016.0f%.0f', record[LEASE], record[ID])
+end
+
+local function is_blocked(record)
+  return record[RELEASE] ~= 0 and record[MARK] ~= COOLING
+end
+
+-- Count that a lease ended by its deadline.
+local function count_released(holder)
+  local counts = META:sub(1, -5) .. 'released:' .. math.floor(NOW / RELEASED_SLOT)
+  if call('HLEN', counts) < MOST_RELEASED or call('HEXISTS', counts, holder) == 1 then
+    if call('HINCRBY', counts, holder, 1) == 1 then call('PEXPIRE', counts, 11 * RELEASED_SLOT / 1000) end
+  end
 end
 
 -- Let the server know that a lease which stands in a share has ended, or ends later.
@@ -222,6 +291,7 @@ local function purge(text, record, change, origin)
   if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
   if record[FORMER] then call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER]) end
   if record[SHARE] then share_moved(record, 0) end
+  if is_blocked(record) then call('ZREM', HOLDERS, holding_of(record)) end
   if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
   call('HINCRBY', META, change, 1)
@@ -291,6 +361,7 @@ local function free(text, record, change, at, origin, cool_until, outcome, reaso
     end
   end
   local owner, attempt, mark, release, spent = record[OWNER], record[ATTEMPT], false, 0, false
+  local holding, holder = holding_of(record), change == 'released' and holder_of(record)
   record[OWNER], record[ACQUIRED] = false, false
   if record[SHARE] then
     share_moved(record, 0)
@@ -312,6 +383,8 @@ local function free(text, record, change, at, origin, cool_until, outcome, reaso
   end
   place(text, record, mark, release)
   if spent then call('HINCRBY', META, 'paced', 1) end
+  call('ZREM', HOLDERS, holding)
+  if holder then count_released(holder) end
   if attempt then call('ZREM', ATTEMPTS, attempt .. text) end
   if past then keep_past(record, past) end
   call('HINCRBY', META, change, 1)
@@ -374,6 +447,7 @@ local function publish_freed(count)
 end
 
 local function reply(results)
+  save_newest()
   if freed > 0 then publish_freed(freed) end
   local count = available()
   if #shares > 0 then
@@ -386,6 +460,7 @@ end
 
 -- The reply of a script that itself changes no key's availability; what it processed that was overdue may have.
 local function reply_unchanged(results)
+  save_newest()
   if freed > 0 or #shares > 0 then return reply(results) end
   table.insert(results, 1, -1)
   return results

@@ -1,9 +1,5 @@
 -- For scripts that get names of keys.
 
-local function is_blocked(record)
-  return record[RELEASE] ~= 0 and record[MARK] ~= COOLING
-end
-
 -- Whether a word is the number of the key's latest lease. Compared as texts, since a client's number may exceed what
 -- Lua can represent. 0 is not a lease: never served.
 local function is_latest(record, lease)

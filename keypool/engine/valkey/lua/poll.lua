@@ -49,9 +49,24 @@ local function turn_of(server)
   return turn
 end
 
+-- Keys that were held when the pool was brought up from layout 3 aren't in HOLDERS: add some of them. With pcall, as a
+-- poll must reply even if Valkey refuses writes.
+local function index_holders()
+  local from = call('HGET', META, 'indexed') or '0'
+  if from == '-1' then return end
+  local found = call('ZRANGEBYSCORE', STATES, from == '0' and '(0' or from, '+inf', 'WITHSCORES', 'LIMIT', 0, 200)
+  for i = 1, #found, 2 do
+    local record = record_of(found[i])
+    local done = record and is_blocked(record) and redis.pcall('ZADD', HOLDERS, 0, holding_of(record))
+    if type(done) == 'table' then return end
+  end
+  redis.pcall('HSET', META, 'indexed', #found < 400 and '-1' or found[#found])
+end
+
 local expiry_lateness, release_lateness = lateness(EXPIRY, '-inf'), lateness(STATES, '(0')
 process_due(tonumber(ARGV[4]))
 forget_past(MAX_FORGOTTEN)
+index_holders()
 
 local waiting = 0
 local waiters = call('HGETALL', WAITERS)
