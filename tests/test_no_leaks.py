@@ -238,7 +238,9 @@ class Place:
                     f"{of_page}/keys?{query}" for query in ("name=acct", "order=release", "state=blocked")
                 ]
                 pages += [f"{of_page}/keys/{id}" for id in ids]
-                reads += [f"{of_api}/{what}" for what in ("keys?limit=500", "keys?name=acct", "stats")]
+                reads += [f"{of_api}/{what}" for what in (
+                    "keys?limit=500", "keys?name=acct", "stats", "owners", "waiters", "events?limit=500",
+                )]  # fmt: skip
                 reads += [f"{of_api}/keys/id:{id}" for id in ids]
             for path in pages:
                 answer = client.page(path, cookie)

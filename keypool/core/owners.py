@@ -172,13 +172,16 @@ class OwnerIndex:
 
     def end(self, key: Key) -> None:
         """The lease of a key ends, before anything of it has changed. O(1), and O(log n) for an old one."""
-        holder = key.holder
-        if holder is None:
-            self._end_loaded(key)
-            return
+        if key.holder is None or key.holder.latest.pop(key.id, None) is None:
+            self.end_older(key)
         key.holder = None
-        if holder.latest.pop(key.id, None) is None:
-            holder.discard_full(key)
+
+    def end_older(self, key: Key) -> None:
+        """The same for a lease that isn't among the latest of its holder, or has none yet. O(log n)."""
+        if key.holder is None:
+            self._end_loaded(key)
+        else:
+            key.holder.discard_full(key)
 
     def _add(self, owner: str | None, client: str | None, now: float) -> Holder:
         holder = self._holders[owner, client] = Holder(owner, client)
