@@ -79,11 +79,11 @@ def test_a_purged_key_has_a_history_by_its_id(recording: Client) -> None:
 @pytest.mark.parametrize(
     ("query", "says"),
     [
-        ("?limit=0", "leases on a page"),
-        ("?limit=501", "leases on a page"),
+        ("?limit=0", "rows on a page"),
+        ("?limit=501", "rows on a page"),
         ("?after=nonsense", "next of the previous page"),
         ("?after=", "next of the previous page"),
-        ("?before=7", "this call takes limit, after"),
+        ("?before=7", "this call takes after, limit"),
         ("?limit=1&limit=2", "twice"),
     ],
 )

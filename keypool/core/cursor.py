@@ -18,7 +18,6 @@ from keypool.core.index import Position
 from keypool.core.keys import MAX_NAME, MAX_OWNER, State
 from keypool.core.keyset import PageQuery
 
-_LENGTH = {"prefix": 2, "name": 1, "id": 1, "release": 3, "ready": 3, "expiry": 3, "history": 1}
 _LETTER = {
     "prefix": "p", "name": "n", "id": "i", "release": "r", "ready": "c", "expiry": "e", "owner": "o", "owners": "h",
     "waiters": "w", "events": "v", "history": "l",
@@ -202,5 +201,6 @@ _SHAPE: dict[str, tuple[Callable[[float | str], bool], ...]] = {
     "owners": (_is_number, _is_owner, _is_number, _is_owner),
     "waiters": (_is_number,),
     "events": (_is_number,) * 3,
+    "history": (_is_number,),
 }
 """What the positions in each order consist of."""

@@ -96,7 +96,7 @@ class HolderPages:
                 held = [(row[_ID], row[_LEASE]) for row in rows if row[_LEASE] <= last]
                 if held:
                     after = held[-1][1]
-                    names: list[Word] = [word for key in held for word in (b"\xff%d.%d" % key, "", "")]
+                    names: list[Word] = [word for key in held for word in (b"\xff%d.%d" % key, "", "", 1)]
                     replies = await self._partitions.call(partition, "unblock", (origin, "", *names))
                     released += sum(reply[0] == 1 for reply in replies)
                 if not more or len(held) < len(rows) or not rows:
