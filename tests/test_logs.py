@@ -147,7 +147,7 @@ def test_no_key_and_no_token_is_ever_written(start_server: Start, form: str) -> 
         wire.expect_answer_to(shot.method, shot.path)
         wire.send(shot.data)
         wire.answer()
-    assert admin.get("/healthz").status == 200
+    assert server.client(ADMIN_TOKEN).get("/healthz").status == 200
     server.finish()
     server.check()
     assert not re.search(r"tornado\.|asyncio", server.log), "others log what we don't know"

@@ -564,6 +564,8 @@ class Twins:
         """A list from its first page to its last: each key once, in order."""
         chosen = self.random.choice(["id", "expiry", "release", "ready", "prefix", "name"])
         only = {"release": "blocked", "ready": "cooling"}.get(chosen)
+        if chosen == "ready":
+            await self.settle()  # a block that is over may become a cooldown, and come later, between two pages
         state: Any = only or self.random.choice([None, *State])
         prefix = None
         if chosen == "prefix":
