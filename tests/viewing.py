@@ -23,7 +23,7 @@ FEED: Final = API + "/feed"
 STATS: Final = (
     "total", "available", "blocked", "cooling", "quarantined", "waiting",
     "generated", "acquired", "unblocked", "released", "deleted", "expired", "kept_alive", "refused",
-    "cooled", "quarantines", "restored", "imported", "uptime", "engine", "version",
+    "cooled", "quarantines", "restored", "imported", "paced", "uptime", "engine", "version",
 )  # fmt: skip
 EVENTS: Final = (
     "generated", "imported", "acquired", "unblocked", "released", "deleted", "expired",
