@@ -174,6 +174,8 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
         "client": (str, None),
         "name": (str, None),
         "labels": dict,
+        "seat": int,
+        "seats": int,
     }
     row = expect_object(value, **(members | known))
     assert row["expires_in"] is None or row["expires_in"] >= 0, f"an expired key was shown: {row}"

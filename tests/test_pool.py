@@ -297,11 +297,11 @@ def test_restore_calls_off_a_quarantine_and_forgets_what_was_reported() -> None:
     served(pool, NOW)
     pool.quarantine(key, "leaked", False, NOW, HOLDER)
     assert key.history.operator_reason == "leaked"
-    pool.restore(key, HOLDER)
+    pool.restore(key, NOW, HOLDER)
     assert key.history == NO_HISTORY
     assert pool.unblock(key, key.lease, NOW, Report(Outcome.ERROR)) == Ended(changed=True)
     assert (pool.state_of(key, NOW), pool.failures_of(key, NOW)) == (State.AVAILABLE, 1)
-    pool.restore(key, HOLDER)
+    pool.restore(key, NOW, HOLDER)
     assert pool.failures_of(key, NOW) == 0
 
 

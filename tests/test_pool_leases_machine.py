@@ -469,7 +469,7 @@ class LeasesMachine(RuleBasedStateMachine):
             which = 0
         found = self._find(which, by_text=False)
         if found is not None:
-            self.pool.restore(found[0], OPERATOR)
+            self.pool.restore(found[0], self.plain.now, OPERATOR)
             self.plain.restore(found[1])
             self._expect_same(*found)
 

@@ -334,7 +334,7 @@ class Twins:
     async def restore(self) -> None:
         ref = self.ref()
         row, _ = await self.both(
-            self.engine.restore(ref, ADMIN), lambda: self.pool.restore(self.find(ref), ADMIN)
+            self.engine.restore(ref, ADMIN), lambda: self.pool.restore(self.find(ref), self.now, ADMIN)
         )
         if row is not None:
             self.expect_row(row)
@@ -506,7 +506,7 @@ class Twins:
         self.pool.quarantine(self.find(ref), "all", False, self.now, ADMIN)
 
     def _restore(self, ref: Ref) -> None:
-        self.pool.restore(self.find(ref), ADMIN)
+        self.pool.restore(self.find(ref), self.now, ADMIN)
 
     def _delete(self, ref: Ref) -> None:
         self.pool.delete(self.find(ref), ADMIN)

@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from keypool.config.pool_settings import NULL_MEANS, POOL_SETTINGS
 from keypool.config.setting_types import Whole
 from keypool.core.errors import BadRequest
-from keypool.core.keys import MAX_NAME
+from keypool.core.keys import MAX_NAME, MAX_SEATS
 from keypool.core.outcomes import OK_REPORT, Outcome, Report
 from keypool.core.rules import Settings
 
@@ -187,6 +187,13 @@ _Data = Annotated[
     dict[str, Any],
     Meta(description=f"a JSON object of up to {MAX_DATA} bytes, as secret as the key: for its holders only"),
 ]
+_Seats = Annotated[
+    int,
+    Meta(
+        description=f"how many may hold the key at a time: 1 (default) to {MAX_SEATS}",
+        extra_json_schema={"minimum": 1, "maximum": MAX_SEATS},
+    ),
+]
 _Expire = Annotated[
     bool,
     Meta(description="true if imported keys shall be purged without keepalive, in a pool that purges keys"),
@@ -199,6 +206,7 @@ class DetailsBody(Body):
     name: _Name | None = None
     labels: _Labels | None = None
     data: _Data | None = None
+    seats: _Seats | None = None
 
 
 class ImportItem(DetailsBody, kw_only=True):
@@ -214,10 +222,10 @@ class NewKeyBody(DetailsBody):
     expire: _Expire | None = None
 
     def __post_init__(self) -> None:
-        others = (self.name, self.labels, self.data, self.expire)
+        others = (self.name, self.labels, self.data, self.seats, self.expire)
         if self.secret is None and any(value is not None for value in others):
             raise ValueError(
-                "`name`, `labels`, `data` and `expire` go with a `secret`; PATCH gives them to a key"
+                "`name`, `labels`, `data`, `seats` and `expire` go with a `secret`; PATCH gives them to a key"
             )
 
 
@@ -309,7 +317,8 @@ class ImportBatch(BatchBody, tag="import"):
         Annotated[
             Literal["skip", "update"],
             Meta(
-                description="what to do with a key that the pool has: skip (default), or update its name, labels, data"
+                description="what to do with a key that the pool has: skip (default), or update its name, labels, data "
+                "and seats"
             ),
         ]
         | None

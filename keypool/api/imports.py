@@ -27,7 +27,7 @@ from keypool.api.decoding import bad_body, fields_of, not_json, require_unique_m
 from keypool.core.answers import Imported, KeyPatch, NewKey
 from keypool.core.errors import BadRequest
 from keypool.core.handles import PREFIX
-from keypool.core.keys import MAX_NAME
+from keypool.core.keys import MAX_NAME, MAX_SEATS
 
 _SLICE_BYTES = 64 * 1024  # of items that are read before others run: 0.1 to 0.5 ms
 _SLICE_ITEMS = 50
@@ -88,7 +88,7 @@ def new_key(secret: str, details: DetailsBody) -> NewKey:
     if details.name == "":
         raise BadRequest(f"name takes {_FIELDS['name']}, not an empty text")
     patch = patch_of(details)
-    return NewKey(checked_secret(secret), patch.name, patch.labels, patch.data)
+    return NewKey(checked_secret(secret), patch.name, patch.labels, patch.data, patch.seats)
 
 
 def checked_secret(secret: str) -> str:
@@ -105,12 +105,14 @@ def patch_of(body: DetailsBody) -> KeyPatch:
         _check_name(body.name)
     if body.labels is not None:
         _check_labels(body.labels)
+    if body.seats is not None and not 1 <= body.seats <= MAX_SEATS:
+        raise BadRequest(f"seats takes {_FIELDS['seats']}, not {body.seats}")
     data = None
     if body.data is not None:
         data = msgspec.json.encode(body.data)
         if len(data) > MAX_DATA:
             raise BadRequest(f"data takes {_FIELDS['data']}, not {len(data)} bytes")
-    return KeyPatch(body.name, body.labels, data)
+    return KeyPatch(body.name, body.labels, data, body.seats)
 
 
 def _check_name(name: str) -> None:

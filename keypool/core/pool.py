@@ -16,6 +16,8 @@ to the one listener, `on_change(change, key, owner, origin)`, after it has been 
 A cooling key stands in the order of deadlines in which blocked ones stand, so the end of a cooldown costs what a
 release costs. Quarantined keys stand in an order of their own, by id. Acquire sees neither.
 
+Several keys may be the seats of one secret (seats.py), and then share what concerns that.
+
 Nothing here iterates over the whole set: with the structures of index.py every call is O(1) or O(log n) in the number
 of keys, except `check`, which is for tests and for the moment after a restore.
 """
@@ -31,7 +33,7 @@ import msgspec
 
 from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.counters import Counters
-from keypool.core.details import details_of, patched, with_text_from_elsewhere
+from keypool.core.details import details_of, patched
 from keypool.core.errors import (
     BlockLimit,
     KeysWouldExpire,
@@ -42,9 +44,9 @@ from keypool.core.errors import (
     StaleLease,
     UnknownKey,
 )
-from keypool.core.events import DEADLINE, HOLDER, Change, Origin
+from keypool.core.events import DEADLINE, HOLDER, Change, Listener, Origin
 from keypool.core.index import BucketListener
-from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
+from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Group, Key, State
 from keypool.core.keyset import KeyPage, PageQuery
 from keypool.core.outcomes import (
     NO_HISTORY,
@@ -57,7 +59,7 @@ from keypool.core.outcomes import (
     may_quarantine,
 )
 from keypool.core.rules import PoolRules
-from keypool.core.self_check import SelfCheck
+from keypool.core.seats import Seats
 
 MAX_DUE_PER_CALL = 64
 """At most so many due keys of each kind are processed by one call. The engine drains a larger backlog in slices."""
@@ -71,8 +73,6 @@ _ACQUIRED, _UNBLOCKED, _KEPT_ALIVE = Change.ACQUIRED, Change.UNBLOCKED, Change.K
 _OK, _INVALID = Outcome.OK, Outcome.INVALID
 
 _ALL_WELL = History(outcome=_OK)  # shared by the many keys with which nothing is wrong
-
-Listener = Callable[[Change, Key, str | None, Origin], None]
 
 
 class Clients(Protocol):
@@ -113,7 +113,7 @@ class Ended(NamedTuple):
 _CHANGED, _UNCHANGED = Ended(True), Ended(False)
 
 
-class Pool(SelfCheck):
+class Pool(Seats):
     """All keys, and the rules of what happens to them.
 
     `new_text` returns a random key text, `random` a float in [0, 1). `rules` may be replaced at any time: a changed
@@ -145,14 +145,19 @@ class Pool(SelfCheck):
     def find(self, text: str, now: float) -> Key:
         """The live key with this text, its deadlines applied. O(1). Raises UnknownKey.
 
-        A text that was replaced names its key until the lease ends that was given with it.
+        A text that was replaced names its key until the lease ends that was given with it. A text of several seats
+        names the first one, O(seats).
         """
         key = self._by_text.get(text)
         if key is None:
             key = self._imported.get(text)
-            if key is not None and key.text != text:
+            if key is not None and key.group is None and key.text != text:
                 self._live(key, now)  # which may end its lease
                 key = self._imported.get(text)
+        if key is not None and key.group is not None:
+            key = self._named(key, text, now)
+            if text not in (key.text, key.details.former):
+                raise UnknownKey
         return self._live(key, now)
 
     def find_id(self, id: int, now: float) -> Key:
@@ -161,7 +166,8 @@ class Pool(SelfCheck):
 
     def find_name(self, name: str, now: float) -> Key:
         """The live key with this name, its deadlines applied. O(log n). Raises UnknownKey."""
-        return self._live(self._by_name.get(name), now)
+        key = self._by_name.get(name)
+        return self._live(key if key is None or key.group is None else self._named(key, None, now), now)
 
     def find_hint(self, hint: str, now: float) -> Key:
         """The first live key by id with this hint, its deadlines applied. O(log n). Raises UnknownKey.
@@ -177,7 +183,10 @@ class Pool(SelfCheck):
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
             raise UnknownKey
-        self._catch_up(key, now)
+        if key.release_deadline is not None and key.release_deadline <= now:
+            self._catch_up(key, now)
+            if key.expires_deadline == DEAD:  # a seat that was to go when its lease ended
+                raise UnknownKey
         return key
 
     def leases_of(self, attempt: bytes, now: float) -> list[Key]:
@@ -199,8 +208,12 @@ class Pool(SelfCheck):
             return key.state
         if key.quarantine_pending:
             return _QUARANTINED
-        resting = key.state is _BLOCKED and deadline + self.rules.rest_seconds > now
-        return _COOLING if resting else _AVAILABLE
+        if key.state is not _BLOCKED:
+            return _AVAILABLE
+        ready = deadline + self.rules.rest_seconds
+        if key.group is not None:
+            ready = max(ready, key.group.cools_until)
+        return _COOLING if ready > now else _AVAILABLE
 
     def failures_of(self, key: Key, now: float) -> int:
         """The failures in a row of a key that aren't forgotten. O(1)."""
@@ -226,35 +239,55 @@ class Pool(SelfCheck):
             raise KeysWouldExpire(seconds)
 
     def import_key(self, item: NewKey, now: float, origin: Origin, reserved: int = 0) -> Key:
-        """Add a key from elsewhere, available at once, whose text `find` hasn't found. O(log n).
+        """Add a key from elsewhere, available at once, whose text `find` hasn't found. O(seats · log n).
 
-        `reserved` is the room that others need. Raises NameTaken, PoolFull.
+        Returns the first of its seats. `reserved` is the room that others need. Raises NameTaken, PoolFull.
         """
         if item.name:
             self._require_name(item.name, now)
-        self.require_room(reserved + 1, now)
+        seats = item.seats or 1
+        self.require_room(reserved + seats, now)
         self._give_up_former(item.secret, origin)
+        group = None if seats == 1 else Group(seats)
         self.last_id += 1
-        key = Key(self.last_id, item.secret, now, self._expiry(now), details=details_of(item))
+        key = Key(self.last_id, item.secret, now, self._expiry(now), details=details_of(item), group=group)
         self._insert(key)
         self._give_slot(key)
         self.counters.imported += 1
         self.on_change(Change.IMPORTED, key, None, origin)
+        if group is not None:
+            for _ in range(seats - 1):
+                self._add_seat(key, group, now, origin)
         return key
 
-    def update(self, key: Key, patch: KeyPatch, now: float, origin: Origin) -> None:
-        """Change name, labels or data of a live key. O(log n). Raises NameTaken."""
+    def update(self, key: Key, patch: KeyPatch, now: float, origin: Origin, reserved: int = 0) -> Key:
+        """Change name, labels, data or the number of seats of a live key. O(seats · log n). Raises NameTaken, PoolFull.
+
+        Returns the key, or the first seat if the key was one of those that went. `reserved` is the room that others
+        need.
+        """
         details = patched(key.details, patch)
+        if details.name is not None and details.name != key.details.name:
+            self._require_name(details.name, now)
+        if patch.seats is not None:
+            for seat in self.seats_of(key):
+                if seat.expires_deadline <= min(now, self._purge_until):
+                    self._purge(seat, Change.EXPIRED)
+            more = patch.seats - len(self.seats_of(key))
+            if more > 0:
+                self.require_room(reserved + more, now)
+        first = self.seats_of(key)[0]
         if details.name != key.details.name:
-            if details.name is not None:
-                self._require_name(details.name, now)
             if key.details.name is not None:
-                self._by_name.discard(key)
-            key.details = details
+                self._by_name.discard(first)
+            first.details = msgspec.structs.replace(first.details, name=details.name)
             if details.name is not None:
-                self._by_name.add(key)
+                self._by_name.add(first)
         key.details = details
         self.on_change(Change.NOTED, key, key.owner, origin)
+        if key.group is not None:
+            self._share_details(key, key.group, origin)
+        return key if patch.seats is None else self._set_seats(key, patch.seats, now, origin)
 
     def replace(self, key: Key, secret: str, now: float, origin: Origin) -> None:
         """Give a live key another text, which `find` hasn't found for another key. O(log n). Raises SecretExists.
@@ -263,19 +296,11 @@ class Pool(SelfCheck):
         the text with which it was given names the key until it ends.
         """
         other = self._unless_expired(self._by_text.get(secret) or self._imported.get(secret), now)
-        if other is not None and other is not key and other.text == secret:
+        if other is not None and secret == other.text != key.text:
             raise SecretExists(other.id)
         if secret != key.text:
-            first = key.details.former or key.text
-            former = first if key.state is _BLOCKED and first != secret else None
-            self._leave_texts(key)
-            self._give_up_former(secret, origin)
-            if key.text != former:
-                self._remember(key.text, key)
-            key.text = secret
-            key.details = with_text_from_elsewhere(key.details, former)
-            self._enter_texts(key)
-        self.restore(key, origin)
+            self._change_text(self.seats_of(key), secret, origin)
+        self.restore(key, now, origin)
 
     def _require_name(self, name: str, now: float) -> None:
         """Raise NameTaken if a key has the name. O(log n)."""
@@ -284,11 +309,15 @@ class Pool(SelfCheck):
             raise NameTaken(holder.id)
 
     def _unless_expired(self, key: Key | None, now: float) -> Key | None:
-        """The key; None if it has expired, and is purged now, which waits while expiry is suspended."""
-        if key is not None and key.expires_deadline <= min(now, self._purge_until):
-            self._purge(key, Change.EXPIRED)
-            return None
-        return key
+        """The key; None if it has expired, and is purged now, which waits while expiry is suspended.
+
+        Of several seats, the first one that hasn't.
+        """
+        if key is None or key.expires_deadline > min(now, self._purge_until):
+            return key
+        heirs = self.seats_of(key)[1:]
+        self._purge(key, Change.EXPIRED)
+        return self._unless_expired(heirs[0], now) if heirs else None
 
     def _expiry(self, now: float) -> float:
         """The `expires_deadline` of a key that is kept alive now."""
@@ -375,7 +404,11 @@ class Pool(SelfCheck):
             return _UNCHANGED
         key.reported = True
         history = key.history
-        if report is OK_REPORT and blocked and (history is _ALL_WELL or history is NO_HISTORY):
+        if (
+            report is OK_REPORT
+            and blocked
+            and (history is _ALL_WELL or (history is NO_HISTORY and key.group is None))
+        ):
             key.history = _ALL_WELL
             self._free(key, _UNBLOCKED, now, origin)
             return _CHANGED
@@ -387,7 +420,9 @@ class Pool(SelfCheck):
         if invalid:
             self.process_due(now)  # the guard doesn't count keys that have expired
         leaving = key.quarantine_pending or key.state is _QUARANTINED
-        quarantine = invalid and (leaving or may_quarantine(len(self._quarantined), self._total, self.rules))
+        quarantine = invalid and (
+            leaving or may_quarantine(self.quarantined_secrets, self.secrets, self.rules)
+        )
         failures, failed_at = self.failures_of(key, now), key.history.failed_at
         cooldown = 0.0
         if report.outcome is _OK:
@@ -395,16 +430,10 @@ class Pool(SelfCheck):
         elif not quarantine:
             failures, failed_at = failures + 1, now
             cooldown = cooldown_of(report, failures, self.rules)
-        if key.history in (NO_HISTORY, _ALL_WELL) and report == OK_REPORT:
-            key.history = _ALL_WELL
-        else:
-            key.history = msgspec.structs.replace(
-                key.history,
-                failures=failures,
-                failed_at=failed_at,
-                outcome=report.outcome,
-                reason=report.reason,
-            )
+        history, group = key.history, key.group
+        if group is not None and cooldown and not leaving:
+            self._cool_all(group, now + cooldown, now)
+        key.history = _after(key.history, report, failures, failed_at)
         if key.state is _BLOCKED:
             key.quarantine_pending = key.quarantine_pending or quarantine
             self._free(key, _UNBLOCKED, now, origin, now + cooldown)
@@ -418,6 +447,8 @@ class Pool(SelfCheck):
             if key.state is _COOLING and now + cooldown > (key.release_deadline or now):
                 self._move_release(key, now + cooldown)
             self.on_change(Change.NOTED, key, None, origin)
+        if group is not None:
+            self._follow(key, group, history, now, origin, leaving=quarantine or leaving)
         return invalid and not quarantine
 
     def extend(self, key: Key, lease: int, seconds: float | None, now: float) -> None:
@@ -440,11 +471,23 @@ class Pool(SelfCheck):
         self._move_release(key, min(end, last))
         self.on_change(Change.EXTENDED, key, key.owner, HOLDER)
 
-    def quarantine(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> None:
-        """Take a live key out of service until `restore`. O(log n).
+    def quarantine(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> Key:
+        """Take a live key out of service until `restore`. O(seats · log n).
 
-        A blocked key goes when its lease ends, or `at_once`: then its holder can't report any more.
+        A blocked key goes when its lease ends, or `at_once`: then its holder can't report any more. Returns the key, or
+        another seat if the key was to go when its lease ended.
         """
+        if (group := key.group) is None:
+            self._take_out(key, reason, at_once, now, origin)
+            return key
+        others = [*self._others(key, group, now)]
+        for seat in (key, *others):
+            self._take_out(seat, reason, at_once, now, origin)
+        for seat in others:
+            seat.history = key.history
+        return key if key.group is not None else self._seat(group.ids[0])
+
+    def _take_out(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> None:
         if reason is not None:
             key.history = msgspec.structs.replace(key.history, operator_reason=reason)
         key.reported = key.reported or at_once
@@ -460,17 +503,27 @@ class Pool(SelfCheck):
             self._leave(key)
             self._quarantine(key, None, origin)
 
-    def restore(self, key: Key, origin: Origin) -> None:
-        """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports. O(log n)."""
-        key.history = NO_HISTORY
-        key.quarantine_pending = False
-        if key.state in (_COOLING, _QUARANTINED):
-            self._leave(key)
-            self._give_slot(key)
-            self.counters.restored += 1
-            self.on_change(Change.RESTORED, key, None, origin)
-        else:
-            self.on_change(Change.NOTED, key, key.owner, origin)
+    def restore(self, key: Key, now: float, origin: Origin) -> None:
+        """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports.
+
+        O(seats · log n).
+        """
+        others: list[Key] = []
+        if key.group is not None:
+            others = [*self._others(key, key.group, now)]
+            key.group.cools_until = 0.0
+        restored = False
+        for seat in (*others, key):
+            seat.history = NO_HISTORY
+            seat.quarantine_pending = False
+            if seat.state in (_COOLING, _QUARANTINED):
+                self._leave(seat)
+                self._give_slot(seat)
+                restored = True
+            if seat is not key:
+                self.on_change(Change.FOLLOWED, seat, seat.owner, origin)
+        self.counters.restored += restored
+        self.on_change(Change.RESTORED if restored else Change.NOTED, key, key.owner, origin)
 
     def keepalive(self, key: Key, now: float) -> None:
         """Set a live key's `expires_deadline` to `now + keepalive_seconds`, or to NEVER if that is None. O(1)."""
@@ -487,7 +540,12 @@ class Pool(SelfCheck):
         self.on_change(_KEPT_ALIVE, key, key.owner, HOLDER)
 
     def delete(self, key: Key, origin: Origin = HOLDER) -> None:
-        """Purge a live key. O(log n)."""
+        """Purge a live key with all its seats. O(seats · log n)."""
+        for seat in self.seats_of(key)[::-1]:
+            self._purge(seat, Change.DELETED, origin)
+
+    def delete_seat(self, key: Key, origin: Origin) -> None:
+        """Purge a live key, and none of the others with the same text. O(log n)."""
         self._purge(key, Change.DELETED, origin)
 
     # -- deadlines
@@ -587,18 +645,21 @@ class Pool(SelfCheck):
             if key.expires_deadline > now and (query.state is None or self.state_of(key, now) is query.state):
                 page.keys.append(key)
         for key in page.keys:
-            self._live(key, now)
+            self._catch_up(key, now)
+        page.keys = [key for key in page.keys if key.expires_deadline != DEAD]
         return page
 
     # -- changes of state
 
     def load(self, key: Key) -> None:
         """Add a key from a journal, without counting or reporting it. Ids must ascend. O(log n)."""
+        if key.group is not None:
+            self._load_seat(key, key.group)
         self._insert(key)
         if key.state is _AVAILABLE:
             self._give_slot(key)
         elif key.state is _QUARANTINED:
-            self._quarantined.add(key.id)
+            self._enter_quarantine(key)
         else:
             assert key.release_deadline is not None  # a journal holds no other key
             key.release_bucket = self._by_release.add(key, key.release_deadline)
@@ -610,8 +671,9 @@ class Pool(SelfCheck):
 
     def _give_up_former(self, text: str, origin: Origin) -> None:
         """A text that becomes a key's own names no other one, even if that is still leased under it."""
-        key = self._imported.get(text)
-        if key is not None:
+        while (
+            key := self._imported.get(text)
+        ) is not None:  # one after the other, if it is leased by several
             self._end_former(key)
             self.on_change(Change.NOTED, key, key.owner, origin)
 
@@ -622,9 +684,11 @@ class Pool(SelfCheck):
                 # The lease may be followed by a rest, which may be over as well.
                 self._free(key, Change.RELEASED, key.release_deadline, DEADLINE)
             else:
+                group, deadline = key.group, key.release_deadline
                 self._leave(key)
                 self._give_slot(key)
-                self.on_change(Change.READY, key, None, DEADLINE)
+                first = group is None or self._is_first_ready(group, deadline)
+                self.on_change(Change.READY if first else Change.FOLLOWED, key, None, DEADLINE)
 
     def _free(self, key: Key, change: Change, now: float, origin: Origin, cool_until: float = 0.0) -> None:
         """End a lease: the key is available, or rests or cools first, or is quarantined."""
@@ -635,6 +699,15 @@ class Pool(SelfCheck):
             self.counters.released += 1
         if self.rules.rest_seconds:
             cool_until = max(cool_until, now + self.rules.rest_seconds)
+        # A seat also waits for the cooldown of its secret. Here, and in `_follow`, belongs the pace that seats share.
+        if key.group is not None:
+            cool_until = max(cool_until, key.group.cools_until)
+            if len(key.group.ids) > key.group.wanted:
+                key.quarantine_pending = False
+                self._give_slot(key)
+                self.on_change(change, key, owner, origin)
+                self._purge(key, Change.DELETED, origin)
+                return
         if key.quarantine_pending:
             key.quarantine_pending = False
             self.on_change(change, key, owner, origin)
@@ -651,20 +724,26 @@ class Pool(SelfCheck):
         key.release_deadline = until
         key.release_bucket = self._by_release.add(key, until)
         self._cooling += 1
-        self.counters.cooled += 1
-        self.on_change(Change.COOLED, key, owner, origin)
+        if key.group is None or self._begins(key.group, until):
+            self.counters.cooled += 1
+            self.on_change(Change.COOLED, key, owner, origin)
+        else:
+            self.on_change(Change.FOLLOWED, key, owner, origin)
 
     def _quarantine(self, key: Key, owner: str | None, origin: Origin) -> None:
-        key.state = _QUARANTINED
-        self._quarantined.add(key.id)
-        self.counters.quarantines += 1
-        self.on_change(Change.QUARANTINED, key, owner, origin)
+        self._enter_quarantine(key)
+        if key.group is None or key.group.quarantined == 1:
+            self.counters.quarantines += 1
+            self.on_change(Change.QUARANTINED, key, owner, origin)
+        else:
+            self.on_change(Change.FOLLOWED, key, owner, origin)
 
     def _purge(self, key: Key, change: Change, origin: Origin = DEADLINE) -> None:
         owner = self._leave(key)
         key.quarantine_pending = False
         self._remove(key)
         key.expires_deadline = DEAD
+        key.group = None
         if change is Change.DELETED:
             self.counters.deleted += 1
         else:
@@ -677,7 +756,7 @@ class Pool(SelfCheck):
             self._take_slot(key)
             return None
         if key.state is _QUARANTINED:
-            self._quarantined.remove(key.id)
+            self._leave_quarantine(key)
             return None
         assert key.release_bucket is not None
         self._by_release.discard(key, key.release_bucket)
@@ -703,3 +782,12 @@ def _require_latest(key: Key, lease: int) -> None:
     """Raise StaleLease unless this is the number of the key's latest lease."""
     if lease != key.lease or not lease:  # 0: never served, so never given
         raise StaleLease(lease, key.lease or None)
+
+
+def _after(history: History, report: Report, failures: int, failed_at: float) -> History:
+    """A key's history after a report, which made its failures in a row so many."""
+    if history in (NO_HISTORY, _ALL_WELL) and report == OK_REPORT:
+        return _ALL_WELL
+    return msgspec.structs.replace(
+        history, failures=failures, failed_at=failed_at, outcome=report.outcome, reason=report.reason
+    )

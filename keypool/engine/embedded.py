@@ -27,9 +27,9 @@ from keypool.core.answers import (
 )
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import ListQuery, encode, page_query
-from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining
+from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining, PoolError
 from keypool.core.events import HOLDER, Event, Origin, latest
-from keypool.core.keys import State
+from keypool.core.keys import Key, State
 from keypool.core.outcomes import Report
 from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Client, Timed
@@ -184,6 +184,8 @@ class EmbeddedEngine(OperatorCalls):
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
+        if key.group is not None:
+            key = await self._kept_seat(key, ref, lease, now)
         try:
             answer = self._unblock(key, lease, now, ended=ended, report=report, origin=origin)
         finally:
@@ -204,6 +206,8 @@ class EmbeddedEngine(OperatorCalls):
                 item.ref,
                 now,
                 lambda key: self._unblock(key, item.lease, now, ended=ended, report=item.report, origin=by),
+                of_seat=True,
+                lease=item.lease,
             )
 
         return await self._in_slices(items, unblock)
@@ -213,6 +217,8 @@ class EmbeddedEngine(OperatorCalls):
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
+        if key.group is not None:
+            key = await self._kept_seat(key, ref, lease, now)
         try:
             self.pool.extend(key, lease, seconds, now)
             assert key.release_deadline is not None  # it is blocked
@@ -231,7 +237,11 @@ class EmbeddedEngine(OperatorCalls):
 
         def extend(item: Extension, now: float) -> str:
             return self._tried(
-                item.ref, now, lambda key: self.pool.extend(key, item.lease, item.seconds, now)
+                item.ref,
+                now,
+                lambda key: self.pool.extend(key, item.lease, item.seconds, now),
+                of_seat=True,
+                lease=item.lease,
             )
 
         return await self._in_slices(items, extend)
@@ -241,6 +251,8 @@ class EmbeddedEngine(OperatorCalls):
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
+        if key.group is not None:
+            key = await self._kept_seat(key, ref, None, now)
         self.pool.keepalive(key, now)
         answer = KeptAlive(key.id, expires_in(key, now))
         if self._waiters.waiting:
@@ -254,7 +266,7 @@ class EmbeddedEngine(OperatorCalls):
         """Postpone the expiry of keys, one by one. O(items · log n)."""
 
         def keepalive(ref: Ref, now: float) -> str:
-            return self._tried(ref, now, lambda key: self.pool.keepalive(key, now))
+            return self._tried(ref, now, lambda key: self.pool.keepalive(key, now), of_seat=True)
 
         return await self._in_slices(refs, keepalive)
 
@@ -268,7 +280,7 @@ class EmbeddedEngine(OperatorCalls):
         asked = page_query(query)
         found = self.pool.page(asked, now)
         cursor = None if found.next is None else encode(asked, found.next)
-        page = Page([row_of(key, now, self.pool.rules) for key in found.keys], cursor)
+        page = Page([row_of(key, now, self.pool) for key in found.keys], cursor)
         self._waiters.serve(now)  # with blocks that were found overdue
         return page
 
@@ -388,6 +400,14 @@ class EmbeddedEngine(OperatorCalls):
         return len(self._waiters.queue)
 
     # -- steps of the calls
+
+    async def _kept_seat(self, key: Key, ref: Ref, lease: int | None, now: float) -> Key:
+        """The seat that is meant (`_seat`). An error is raised as soon as what it says is on disk."""
+        try:
+            return self._seat(key, ref, lease, now)
+        except PoolError:
+            await self._all_kept()
+            raise
 
     def _generate(self, now: float, origin: Origin) -> GeneratedKey:
         key = self.pool.generate(now, origin)

@@ -99,6 +99,9 @@ MIGRATIONS = (
         draining INTEGER NOT NULL    -- 1: when leases have ended, 2: at once
     ) STRICT;
     """,
+    """
+    -- keys.more: since this version several rows may have the same text, as the seats of one secret
+    """,
 )
 VERSION = len(MIGRATIONS)
 _LEASES = 3  # the version from which a file has more than seven columns, and a secret

@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 
 from keypool.core.details import shared
-from keypool.core.keys import NEVER, NO_DETAILS, Details, Key, State
+from keypool.core.keys import MAX_SEATS, NEVER, NO_DETAILS, Details, Group, Key, State
 from keypool.core.outcomes import NO_HISTORY, History
 from keypool.engine.sealing import Sealer, WrongSecretsKey
 
@@ -47,6 +47,14 @@ _FLAGS = COOLING | QUARANTINED | REPORTED | QUARANTINE_PENDING
 _ID = (1 << POOL_SHIFT) - 1
 
 
+class Seat(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a row has of the seats of its secret. Files contain it: fields may be added at the end only."""
+
+    wanted: Annotated[int, msgspec.Meta(ge=1, le=MAX_SEATS)]
+    cools_until: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """In milliseconds, rounded up as the end of any cooldown."""
+
+
 class More(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What is in the column `more`, as MessagePack. Files contain it: fields may be added at the end only."""
 
@@ -57,6 +65,8 @@ class More(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Without `data` and `former` if the row is sealed."""
     sealed: bytes | None = None
     """The Contents of a sealed row."""
+    seat: Seat | None = None
+    """If the key is one of the seats of a secret: those with the same text."""
 
 
 class Contents(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -190,6 +200,7 @@ def row_of(key: Key, pool: int = 0, sealer: Sealer | None = None) -> Row:
         or key.attempt is not None
         or key.details is not NO_DETAILS
         or key.client is not None
+        or key.group is not None
     ):
         more = encode(_more_of(key, key.details))
     expires = key.expires_deadline
@@ -213,6 +224,7 @@ def _more_of(key: Key, details: Details) -> More:
         None if key.history is NO_HISTORY else key.history,
         key.client,
         None if details is NO_DETAILS else details,
+        seat=None if key.group is None else Seat(key.group.wanted, ceil(key.group.cools_until * 1000)),
     )
 
 
@@ -283,6 +295,8 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
     key.client = more.client
     if more.details is not None:
         key.details = shared(more.details)
+    if more.seat is not None:
+        key.group = Group(more.seat.wanted, more.seat.cools_until / 1000)
     return more.sealed
 
 

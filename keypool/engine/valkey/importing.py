@@ -103,10 +103,10 @@ class Importer:
         if reply[0] == 1:
             life_us = self._partitions.life_us
             lives = seconds_left(life_us, 0.0) if life_us else None
-            return ImportedKey(reply[1], State.AVAILABLE, shown, item.name or None, lives, False)
+            return ImportedKey(reply[1], State.AVAILABLE, shown, item.name or None, lives, False, [reply[1]])
         _, id, expires, state, info = reply
         name = details_in(info).name
-        return ImportedKey(id, State(state.decode()), shown, name, expires_in(expires, 0.0), True)
+        return ImportedKey(id, State(state.decode()), shown, name, expires_in(expires, 0.0), True, [id])
 
     async def import_many(
         self, items: Sequence[NewKey | Imported], update: bool, expire: bool, origin: Word
