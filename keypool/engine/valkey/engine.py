@@ -5,7 +5,7 @@ names of a partition's Valkey keys start with its hash tag (`{POOL:3.17}:`), so 
 and a call is one script (lua/*.lua) on one partition, executed as a whole or not at all; lua/common.lua lists the names
 and what each holds. In addition there is one hash, `{POOL}:pool`:
 
-    layout      3: what this page describes
+    layout      4: what this page describes
     secret      of the handles, in hexadecimal
     partitions  their number; never changes
     born        moment of the first start, in microseconds since the epoch
@@ -73,6 +73,7 @@ from keypool.core.errors import (
     BlockLimit,
     Draining,
     LeaseOver,
+    ManySeats,
     NoKeyAvailable,
     PoolDraining,
     ShareSpent,
@@ -109,8 +110,16 @@ from keypool.ops.histogram import Histogram
 _NOTE_SECONDS = 2.0
 _NO_THRESHOLD = 2**53  # failures in a row that no key has
 _LAST_ID = 2**53  # larger than any id
-_UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT = -1, -2, -3, -4, -6
-_WORDS = {1: "done", 0: "done", _UNKNOWN: "unknown", _STALE: "stale", _OVER: "over", _PENDING: "over"}
+_UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT, _MANY = -1, -2, -3, -4, -6, -7
+_WORDS = {
+    1: "done",
+    0: "done",
+    _UNKNOWN: "unknown",
+    _STALE: "stale",
+    _OVER: "over",
+    _PENDING: "over",
+    _MANY: "many_seats",
+}
 """The outcomes of unblock.lua and extend.lua; the others are those of `limit`."""
 _STATES = {state.value.encode(): state for state in State}
 _pack = msgspec.msgpack.Encoder().encode
@@ -156,6 +165,7 @@ class ValkeyEngine:
         locks = Locks(partitions, server)
         self._details = Editor(partitions, locks, self._row_for_change)
         self._importer = Importer(partitions, self._poller, self._generator, self._details, locks)
+        self._details.adder = self._importer
         self._pages = Pages(partitions)
         self._waiters = Waiters(partitions, self._sampler, self._poller, server, shares)
         self._subscriber = subscriber
@@ -246,6 +256,8 @@ class ValkeyEngine:
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
         """Change name, labels or data of a key. O(log n), O(partitions) for a name."""
+        if patch.seats is not None and self.pool_draining:
+            raise PoolDraining
         return await self._details.update(ref, patch, _word(origin))
 
     async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
@@ -617,6 +629,8 @@ class ValkeyEngine:
         age = call.age()
         if id == 0 and self._partitions.may_be_elsewhere:
             [id], age = await self._change("keepalive", [ref], (life_us,), 0)
+        if isinstance(id, list):
+            raise ManySeats(id[1])
         if id <= 0:
             self._raise_missing(ref, id)
         return KeptAlive(id, seconds_left(life_us, age) if life_us else None)
@@ -624,7 +638,7 @@ class ValkeyEngine:
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
         """Postpone expiries one by one. O(items * log n)."""
         ids, _ = await self._change("keepalive", refs, (self._partitions.life_us,), 0)
-        return [_word_of(id) for id in ids]
+        return ["many_seats" if isinstance(id, list) else _word_of(id) for id in ids]
 
     async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
@@ -678,9 +692,11 @@ class ValkeyEngine:
 
     def _raise_refusal(self, ref: Ref, lease: int | None, reply: Reply) -> NoReturn:
         """Raise what the outcome of unblock.lua or extend.lua means about a lease."""
-        outcome, _, latest = reply[:3]
+        outcome, seats, latest = reply[:3]
         if outcome == _UNKNOWN:
             raise UnknownKey
+        if outcome == _MANY:
+            raise ManySeats(seats)
         if isinstance(ref, Written):
             ref = ref.other
         if isinstance(ref, Handle):

@@ -25,10 +25,10 @@ from keypool.engine.valkey.subscriber import ReleaseSubscriber
 from keypool.engine.valkey.url import ValkeyUrl
 from keypool.engine.valkey.vault import begin_vault, new_vault, open_vault
 
-LAYOUT = 3
+LAYOUT = 4
 """That of engine.py. Layout 1 had no handles, outcomes and attempts, layout 2 no pools beside `default` and no keys
 from elsewhere; lua/upgrade.lua brings them up."""
-OLDER = ("1", "2")
+OLDER = ("1", "2", "3")
 """The layouts that are brought up, as they are stored."""
 MOVING = 0
 """The layout that keypool migrate writes until all keys are there."""

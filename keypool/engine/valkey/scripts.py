@@ -18,14 +18,17 @@ from importlib.resources import files
 _UNATTENDED = frozenset({"alias", "claim", "grace", "lock", "move_in", "move_out", "share"})
 """Scripts that also run on partitions that no server serves."""
 _PARTS = {
-    "undrained": {"acquire", "generate", "import", "room"},
+    "undrained": {"acquire", "generate", "import", "room", "set_seats"},
     "named": {
-        "change", "delete", "extend", "get", "import", "keepalive", "known", "quarantine", "restore", "unblock",
+        "change", "delete", "extend", "get", "import", "keepalive", "known", "quarantine", "restore", "set_seats",
+        "unblock",
     },
-    "states": {"change", "get", "import", "known", "page", "quarantine", "restore", "search", "unblock"},
-    "rows": {"change", "get", "page", "quarantine", "restore", "search"},
+    "states": {
+        "change", "get", "import", "known", "page", "quarantine", "restore", "search", "set_seats", "unblock",
+    },
+    "rows": {"change", "get", "page", "quarantine", "restore", "search", "set_seats"},
     "leases": {"acquire", "held"},
-    "adding": {"generate", "import", "move_in", "room"},
+    "adding": {"generate", "import", "move_in", "room", "set_seats"},
     "labelled": {"change", "import", "known", "search"},
     "rewriting": {"change", "reseal"},
 }  # fmt: skip

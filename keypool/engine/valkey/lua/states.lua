@@ -7,6 +7,10 @@ local function state_of(record)
   if record[RELEASE] == 0 then return 'available', 0 end
   if left > 0 then return mark == COOLING and 'cooling' or 'blocked', left end
   if mark == PENDING then return 'quarantined', 0 end
-  if mark ~= COOLING and left + resting > 0 then return 'cooling', left + resting end
+  if mark ~= COOLING then
+    local ready = left + resting
+    if record[SEATS] then ready = math.max(ready, of_seats().limits(record) - NOW) end
+    if ready > 0 then return 'cooling', ready end
+  end
   return 'available', 0
 end

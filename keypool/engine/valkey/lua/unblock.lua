@@ -1,14 +1,14 @@
 -- End leases, and take the reports of their holders, in order.
 -- ARGV    1 origin of keys without a lease number, 2 '' if there are no reports, else MessagePack: {cooldown, longest
 --         cooldown, longest retry_after, failures in a row from which an error cools, after how long they are forgotten,
---         percentage of keys that reports may quarantine, keys quarantined in other partitions, keys in other
+--         percentage of secrets that reports may quarantine, secrets quarantined in other partitions, secrets in other
 --         partitions}, lengths in microseconds, 3, 4, 5… for each key: its name, the lease number that it must be held
 --         under ('' for any), and a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
 --         for none, or '-' if the lease did not reach its caller and is to end unless its attempt was given it again
 -- reply   available; for each key {outcome, id, latest lease, state, microseconds to the end of its cooldown, 1 if the
 --         guard turned a quarantine into a cooldown, its text (or what may be shown of a sealed one)
 --         if the name isn't}; the outcome is 1 changed, 0 not, -1
---         unknown, -2 the lease isn't the latest
+--         unknown, -2 the lease isn't the latest, -7 it is a text of so many (id) seats
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
 local origin  -- of the key that is processed: whoever has its lease number is its holder
@@ -26,8 +26,10 @@ if ARGV[2] ~= '' then
   end
 
   local function may_quarantine()
-    local quarantined = call('ZCARD', QUARANTINE) + quarantined_elsewhere
-    return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', IDS) + elsewhere)
+    local further, further_quarantined = unpack(call('HMGET', META, 'further', 'further_quarantined'))
+    further = tonumber(further or 0)
+    local quarantined = call('ZCARD', QUARANTINE) - tonumber(further_quarantined or 0) + quarantined_elsewhere
+    return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', IDS) - further + elsewhere)
   end
 
   -- Apply a report. Returns whether the guard turned a quarantine into a cooldown.
@@ -44,6 +46,8 @@ if ARGV[2] ~= '' then
     end
     record[HISTORY] = {failures, failed_at, outcome, reason or history[5] and false, history[5] or nil}
     record[REPORTED] = true
+    local leaving = quarantine or mark == PENDING or mark == QUARANTINED
+    if record[SEATS] and cools > 0 and not leaving then of_seats().cool(record, NOW + cools) end
     if is_blocked(record) then
       if quarantine then record[MARK] = PENDING end
       free(text, record, 'unblocked', NOW, origin, NOW + cools)
@@ -58,6 +62,7 @@ if ARGV[2] ~= '' then
     else
       save(text, record)
     end
+    if record[SEATS] then of_seats().follow(record, leaving, origin) end
     return invalid and not quarantine
   end
 end
@@ -65,8 +70,12 @@ end
 local results = {}
 for i = 3, #ARGV, 3 do
   local name, lease, report = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  local record, text, stale = find(name)
-  if not record then
+  local record, text, stale, by_text = find(name)
+  local seats, latest
+  if record and record[SEATS] and by_text and not stale then record, text, seats, latest = seat_of(record, text, lease) end
+  if seats then
+    results[#results + 1] = {lease == '' and -7 or -2, seats, latest}
+  elseif not record then
     results[#results + 1] = {-1, 0, 0}
   elseif stale or lease ~= '' and not is_latest(record, lease) then
     results[#results + 1] = {-2, record[ID], record[LEASE]}
@@ -84,7 +93,7 @@ for i = 3, #ARGV, 3 do
     local state, left = state_of(record)
     if state ~= 'cooling' then left = 0 end
     results[#results + 1] = {
-      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or text) or '',
+      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or record[SEATS] and of_seats().base(text) or text) or '',
     }
   end
 end
