@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,10 +21,18 @@ from valkey_support import SECRETS, Place, age, check, engine_on, new_place, on_
 from keypool.core.answers import Extension, Imported, KeyPatch, Lease, NewKey, Ref, Row, Unblock, Written
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import BlockLimit, KeypoolError, LeaseOver, NoKeyAvailable, StaleLease, UnknownKey
+from keypool.core.errors import (
+    BlockLimit,
+    KeypoolError,
+    LeaseOver,
+    ManySeats,
+    NoKeyAvailable,
+    StaleLease,
+    UnknownKey,
+)
 from keypool.core.events import HOLDER, SILENT, By, Change, Origin
 from keypool.core.handles import Handle
-from keypool.core.keys import NEVER, Key, State, hint
+from keypool.core.keys import NEVER, Group, Key, State, hint
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pool import Pool
 from keypool.core.rules import PoolRules
@@ -47,7 +55,31 @@ SLOW = 3.0
 """Seconds that a call may take on a busy machine, so by which the moments of both may differ."""
 NEAR = 1.0
 """Seconds that most calls take less than."""
-_WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
+_WORDS = {
+    UnknownKey: "unknown",
+    StaleLease: "stale",
+    LeaseOver: "over",
+    BlockLimit: "limit",
+    ManySeats: "many_seats",
+}
+# Of seats that move together, the first one has the event; if their deadlines are the same, that is any.
+_OF_SECRETS = frozenset({Change.COOLED, Change.READY, Change.QUARANTINED, Change.RESTORED})
+
+
+class FollowingPool(Pool):
+    """A pool whose further seats get the ids that they have in the engine."""
+
+    ids: deque[int]
+
+    def _add_seat(self, key: Key, group: Group, now: float, origin: Origin) -> None:
+        latest, id = self.last_id, self.ids.popleft()
+        self.last_id = id - 1
+        super()._add_seat(key, group, now, origin)
+        self.last_id = max(latest, self.last_id)
+        if id < latest:
+            bucket = next(one for one in self._by_id._buckets.values() if id in one)
+            for each in sorted(bucket):
+                bucket[each] = bucket.pop(each)
 
 
 @pytest.fixture
@@ -85,7 +117,11 @@ class Twins:
         self.ever: list[tuple[int, str]] = []
         self.leases: list[Lease] = []
         self.refused = 0
-        self.pool = Pool(rules, new_text=self.texts.popleft, random=self._draw, on_change=self._changed)
+        self.seated: set[int] = set()  # ids of those that ever were seats beside others
+        self.pool = FollowingPool(
+            rules, new_text=self.texts.popleft, random=self._draw, on_change=self._changed
+        )
+        self.pool.ids = deque()
 
     def _draw(self) -> float:
         key = self.pool._by_id.get(self.next_id)
@@ -94,6 +130,8 @@ class Twins:
         return (key.slot + 0.5) / self.pool.available
 
     def _changed(self, change: Change, key: Key, owner: str | None, origin: Origin) -> None:
+        if key.group is not None:
+            self.seated.add(key.id)
         if change not in SILENT:
             self.events[key.id].append((change, owner, key.lease or None, *origin))
 
@@ -163,6 +201,13 @@ class Twins:
             raise StaleLease(ref.lease, key.lease)
         return key
 
+    def seat(self, ref: Ref, lease: int | None) -> Key:
+        """The same, where one seat must be meant."""
+        key = self.find(ref)
+        text = ref.text if isinstance(ref, Written) else ref
+        is_text = isinstance(text, str) and text in (key.text, key.details.former)
+        return self.pool.seat_of(key, lease, self.now) if is_text and key.group is not None else key
+
     async def both(self, call: Awaitable[Any], follow: Callable[[], Any]) -> tuple[Any, Any]:
         """The results of the same call to both; (None, None) if both raised the same error."""
         answer, error = await _outcome(call)
@@ -189,6 +234,7 @@ class Twins:
         assert (row.failures, row.outcome) == (self.pool.failures_of(key, now), history.outcome)
         assert row.reason == (reason or history.reason)
         assert row.expires_in == self.left(key)
+        assert (row.seat, row.seats) == self.pool.number_of(key)
         assert (row.hint, row.client) == (key.hint, key.client)
         assert (row.name, row.labels) == (key.details.name, key.details.labels or {})
         assert row.release_in == (pytest.approx(left, abs=SLOW) if state is State.BLOCKED else None)
@@ -288,7 +334,7 @@ class Twins:
 
         def follow() -> Any:
             nonlocal key
-            key = self.find(ref)
+            key = self.seat(ref, lease)
             by = origin if lease is None else HOLDER  # whoever has the lease number is its holder
             return self.pool.unblock(key, lease, self.now, report, by)
 
@@ -310,7 +356,7 @@ class Twins:
 
         def follow() -> None:
             nonlocal key
-            key = self.find(ref)
+            key = self.seat(ref, lease)
             self.pool.extend(key, lease, seconds, self.now)
 
         answer, _ = await self.both(self.engine.extend(ref, lease, seconds), follow)
@@ -341,7 +387,9 @@ class Twins:
 
     async def keepalive(self) -> None:
         ref = self.ref()
-        await self.both(self.engine.keepalive(ref), lambda: self.pool.keepalive(self.find(ref), self.now))
+        await self.both(
+            self.engine.keepalive(ref), lambda: self.pool.keepalive(self.seat(ref, None), self.now)
+        )
 
     async def delete(self) -> None:
         ref, origin = self.ref(), self.random.choice([HOLDER, ADMIN])
@@ -367,7 +415,10 @@ class Twins:
         """A key to import."""
         name = self.random.choice([None, None, *NAMES])
         labels = self.random.choice([None, {"region": "eu"}])
-        return NewKey(self.random.choice(TEXTS), name, labels, self.random.choice([None, b'{"user":"x"}']))
+        seats = self.random.choice([None, None, None, 2, 4])
+        return NewKey(
+            self.random.choice(TEXTS), name, labels, self.random.choice([None, b'{"user":"x"}']), seats
+        )
 
     def known(self, secret: str) -> Key | None:
         """The pool's key with this text, not the one of which it is the text before."""
@@ -377,8 +428,9 @@ class Twins:
             return None
         return key if key.text == secret else None
 
-    def imported(self, item: NewKey, id: int) -> Key:
-        """Import a key into the pool, with the id that it has in the engine."""
+    def imported(self, item: NewKey, id: int, further: Sequence[int] = ()) -> Key:
+        """Import a key into the pool, with the id that it has in the engine, and the ids of its further seats."""
+        self.pool.ids = deque(further)
         latest, self.pool.last_id = self.pool.last_id, id - 1
         try:
             key = self.pool.import_key(item, self.now, ADMIN)
@@ -397,14 +449,18 @@ class Twins:
         self.tick()
         known = self.known(item.secret)
         if known is None:
-            key, wanted = await _outcome(lambda: self.imported(item, 0 if answer is None else answer.id))
+            key, wanted = await _outcome(
+                lambda: self.imported(item, answer.id if answer else 0, answer.ids[1:] if answer else ())
+            )
             assert (type(error), error and error.detail) == (type(wanted), wanted and wanted.detail)
             if wanted is not None:
                 return
         else:
             key = known
         assert error is None
-        assert (answer.id, answer.existed, answer.name) == (key.id, known is not None, key.details.name)
+        ids = [seat.id for seat in self.pool.seats_of(key)]
+        assert (answer.ids, answer.existed, answer.name) == (ids, known is not None, key.details.name)
+        assert answer.id == (key.id if known is None else answer.id)
         assert (answer.state, answer.hint, answer.expires_in) == (key.state, key.hint, self.left(key))
 
     async def import_many(self) -> None:
@@ -426,14 +482,18 @@ class Twins:
         """The status of an item by the pool."""
         key = self.known(item.secret)
         if key is None:
-            _, error = await _outcome(lambda: self.imported(item, result.id or 0))
+            _, error = await _outcome(lambda: self.imported(item, result.id or 0, (result.ids or [0])[1:]))
             status = "created"
         else:
-            patch = KeyPatch(item.name, item.labels, item.data)
+            patch = KeyPatch(item.name, item.labels, item.data, item.seats)
+            self.follow_ids(result.ids or ())
             change = (lambda: self.pool.update(key, patch, self.now, ADMIN)) if update else (lambda: None)
             _, error = await _outcome(change)
             status = "updated" if update else "existed"
-            assert error is not None or result.id == key.id
+            assert (
+                error is not None
+                or result.id == self.pool.seats_of(self.pool.find(item.secret, self.now))[0].id
+            )
         if error is None:
             return status
         assert (result.code, result.detail) == (error.code, error.detail)
@@ -443,14 +503,26 @@ class Twins:
         ref = self.ref()
         name = self.random.choice([None, "", *NAMES])
         patch = KeyPatch(
-            name, self.random.choice([None, {}, {"a": "b"}]), self.random.choice([None, b"{}", b'{"p":1}'])
+            name,
+            self.random.choice([None, {}, {"a": "b"}]),
+            self.random.choice([None, b"{}", b'{"p":1}']),
+            self.random.choice([None, None, 1, 2, 3, 5]),
         )
-        row, _ = await self.both(
-            self.engine.update(ref, patch, ADMIN),
-            lambda: self.pool.update(self.find(ref), patch, self.now, ADMIN),
-        )
-        if row is not None:
-            self.expect_row(row)
+        answer, error = await _outcome(self.engine.update(ref, patch, ADMIN))
+        if answer is not None:
+            found, _ = await self.engine._row_for_change(answer.id)
+            self.follow_ids(found[18] or [found[1]])
+        self.tick()
+        key, wanted = await _outcome(lambda: self.pool.update(self.find(ref), patch, self.now, ADMIN))
+        assert type(error) is type(wanted), f"{error!r} or {answer} instead of {wanted!r}"
+        if answer is not None:
+            assert answer.id == key.id
+            self.expect_row(answer)
+
+    def follow_ids(self, ids: Sequence[int]) -> None:
+        """Let seats that the pool adds now have those of these ids that are new to it."""
+        self.pool.ids = deque(id for id in ids if self.pool.peek(id) is None)
+        self.ever += [(id, "a seat, by no text") for id in self.pool.ids]
 
     async def replace(self) -> None:
         ref = self.ref()
@@ -494,13 +566,13 @@ class Twins:
         self.same(await engine.delete_many(some, ADMIN), some, self._delete)
 
     def _unblock(self, item: Unblock) -> None:
-        self.pool.unblock(self.find(item.ref), item.lease, self.now, item.report)
+        self.pool.unblock(self.seat(item.ref, item.lease), item.lease, self.now, item.report)
 
     def _extend(self, item: Extension) -> None:
-        self.pool.extend(self.find(item.ref), item.lease, item.seconds, self.now)
+        self.pool.extend(self.seat(item.ref, item.lease), item.lease, item.seconds, self.now)
 
     def _keepalive(self, ref: Ref) -> None:
-        self.pool.keepalive(self.find(ref), self.now)
+        self.pool.keepalive(self.seat(ref, None), self.now)
 
     def _quarantine(self, ref: Ref) -> None:
         self.pool.quarantine(self.find(ref), "all", False, self.now, ADMIN)
@@ -548,8 +620,10 @@ class Twins:
         found = [key for key in self.pool._by_id.walk(None) if state in (None, key.state)]
         if prefix is not None:
             found = [key for key in found if key.text.startswith(prefix) and not key.details.imported]
+            found = [key for key in found if self.pool.number_of(key)[0] == 1]
         if name is not None:
             found = [key for key in found if (key.details.name or "").startswith(name)]
+            found = [key for key in found if self.pool.number_of(key)[0] == 1]
         if order == "expiry":
             found = [key for key in found if key.expires_deadline != NEVER]
         place_of: dict[str | None, Callable[[Key], Any]] = {
@@ -608,13 +682,22 @@ class Twins:
         events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
         if self.engine.rules.keepalive_seconds is None:
             assert not stats.expired
+            assert {name: getattr(stats, name) for name in COUNTERS if name != "refused"} == {
+                name: getattr(pool.counters, name) for name in COUNTERS if name != "refused"
+            }
         counted: Counter[str] = Counter(refused=self.refused, kept_alive=pool.counters.kept_alive)
         for event in self.engine.recent(10**6):
             events[event.id].append((event.event, event.owner, event.lease, event.by, event.actor))
             counted["quarantines" if event.event is Change.QUARANTINED else event.event] += 1
         assert {name: getattr(stats, name) for name in COUNTERS} == {name: counted[name] for name in COUNTERS}
         for id, those in self.events.items():
-            assert _settled(events[id]) == _settled(those)
+            if id in self.seated:
+                own = [
+                    [event for event in each if event[0] not in _OF_SECRETS] for each in (events[id], those)
+                ]
+                assert _settled(own[0]) == _settled(own[1])
+            else:
+                assert _settled(events[id]) == _settled(those)
 
 
 def _settled(events: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -159,15 +159,25 @@ def with_constants(patch: pytest.MonkeyPatch, **constants: int) -> None:
 NEVER = 9007199254740992
 _AGE = """
 local by, NEVER = tonumber(ARGV[1]), 9007199254740992
+local secrets = {}
 for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
   local record = cmsgpack.unpack(redis.call('HGET', KEYS[2], text))
   for _, field in ipairs({4, 5, 7}) do
     if record[field] and record[field] ~= 0 and record[field] ~= NEVER then record[field] = record[field] - by end
   end
   if record[11] and record[11][2] ~= 0 then record[11][2] = record[11][2] - by end
+  if record[19] then secrets[string.format('%.0f', record[19])] = true end
   redis.call('HSET', KEYS[2], text, cmsgpack.pack(record))
   if record[9] ~= 'q' then redis.call('ZADD', KEYS[3], record[5], text) end
   if record[4] ~= NEVER then redis.call('ZADD', KEYS[4], record[4], text) end
+end
+for first in pairs(secrets) do
+  local secret = KEYS[1]:sub(1, -5) .. 'secret:' .. first
+  for _, field in ipairs({'cools', 'cooled', 'ready'}) do
+    if redis.call('HEXISTS', secret, field) == 1 then
+      redis.call('HINCRBY', secret, field, string.format('%.0f', -by))
+    end
+  end
 end
 if ARGV[2] == '1' then redis.call('HINCRBY', KEYS[1], 'seen', string.format('%.0f', -by)) end
 """
@@ -289,7 +299,9 @@ def _check_seats(commands: Any, tag: str, kept: dict[bytes, _Record]) -> tuple[i
         ids = sorted(record.id for record in seats.values())
         stored = commands.ask("ZRANGE", f"{tag}seats:{first}", 0, -1)
         assert stored == [str(id).encode() for id in ids], f"seats: {stored}, records: {ids}"
-        (text,) = (text for text in seats if _is_first(text))
+        firsts = [text for text in seats if _is_first(text)]
+        assert len(firsts) == 1, seats
+        (text,) = firsts
         assert seats[text].id == ids[0], "the first seat has the text"
         assert len({(record.info, record.hint) for record in seats.values()}) == 1
         assert len({msgspec.msgpack.encode(record.history or False) for record in seats.values()}) == 1

@@ -199,9 +199,9 @@ def switch(names: str, about: str) -> Argument:
 
 
 _ABOUT_FILES = """\
-The first line of a CSV file names the columns: secret, name, label:NAME and data:NAME; only secret is required. JSON
-lines are objects with secret, name, labels and data. Otherwise each line is a secret. The same secret is the same key,
-so a file may be imported again. Lines that fail are reported by their number, and the status is then 1.
+The first line of a CSV file names the columns: secret, name, seats, label:NAME and data:NAME; only secret is required.
+JSON lines are objects with secret, name, seats, labels and data. Otherwise each line is a secret. The same secret is
+the same key, so a file may be imported again. Lines that fail are reported by their number, and the status is then 1.
 
   keypool import --pool openai keys.csv
   pass show openai-keys | keypool import --pool openai -
@@ -319,17 +319,18 @@ COMMANDS = (
     Command("import", "keypool.cli.imports:import_keys", "import keys from a file (admin); prints how many", (
         argument("file", "CSV with a header, JSON lines, or a secret a line; - for standard input", "FILE"),
         argument("--format", "default: by the content", choices=("csv", "json", "lines")),
-        argument("--exists", "skip keys that the pool has (default), or update their names, labels and data",
+        argument("--exists", "skip keys that the pool has (default), or update what the file says of them",
                  choices=("skip", "update"), default="skip"),
         switch("--expire", "let them expire, in a pool that purges keys which nobody keeps alive"),
     ), more=_ABOUT_FILES),
-    Command("update", "keypool.cli.keys:update", "change a key's name, labels or data (admin)", (
+    Command("update", "keypool.cli.keys:update", "change a key's name, labels, data or seats (admin)", (
         _KEY,
         argument("--name", "the name; '' removes it", "TEXT"),
         argument("--label", "a label; may be repeated, and replaces all labels", "NAME=VALUE", type=_label,
                  action="append", dest="labels"),
         switch("--no-labels", "remove all labels"),
         argument("--data", "file with a JSON object, - for standard input; {} removes the data", "FILE"),
+        argument("--seats", "how many may hold the key at a time, 1 to 100", "N", type=_positive),
     ), more=_ABOUT_UPDATE),
     Command("replace", "keypool.cli.keys:replace", "give a key another secret (admin)", (
         _KEY,

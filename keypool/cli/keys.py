@@ -27,6 +27,7 @@ GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle")
 _ABOUT_REPORTS = ("failures", "outcome", "reason")
 _WRITTEN = ("name", "labels", "client")
+_SEATS = ("seat", "seats")
 LISTED = (
     "id",
     "hint",
@@ -39,6 +40,7 @@ LISTED = (
     "available_in",
     *_ABOUT_REPORTS,
     *_WRITTEN,
+    *_SEATS,
 )
 _LISTED_IN_TABLES = (
     "id",
@@ -52,6 +54,7 @@ _LISTED_IN_TABLES = (
     *_ABOUT_REPORTS,
     "client",
     "labels",
+    *_SEATS,
     "created_at",
 )
 """Columns that may not fit the terminal come last. `ends_in`: seconds until the block or the cooldown ends."""
@@ -273,17 +276,18 @@ def find(args: argparse.Namespace) -> Status:
 
 
 def update(args: argparse.Namespace) -> Status:
-    """Change name, labels or data of a key."""
+    """Change name, labels, data or seats of a key."""
     if args.labels and args.no_labels:
         raise CommandError("--label and --no-labels don't go together", Status.USAGE)
     labels = {} if args.no_labels else None if args.labels is None else dict(args.labels)
     data = None if args.data is None else _json_object(args.data)
-    if args.name is None and labels is None and data is None:
-        raise CommandError("update takes --name, --label, --no-labels or --data", Status.USAGE)
+    if args.name is None and labels is None and data is None and args.seats is None:
+        raise CommandError("update takes --name, --label, --no-labels, --data or --seats", Status.USAGE)
     if args.key == "-" == args.data:
         raise CommandError("the key or its data come from standard input, not both", Status.USAGE)
     with connect(args) as pool:
-        row = pool.update(_reference(pool, args.key), name=args.name, labels=labels, data=data)
+        reference = _reference(pool, args.key)
+        row = pool.update(reference, name=args.name, labels=labels, data=data, seats=args.seats)
         output_of(args).fields(members_of(row))
     return Status.OK
 
@@ -398,6 +402,8 @@ def _report(args: argparse.Namespace, done: Done, *, of_leases: bool = False) ->
     failed = {"unknown": done.unknown, "stale": done.stale}
     if of_leases:
         failed |= {"over": done.over, "limit": done.limit}
+    if done.many_seats:
+        failed["many_seats"] = done.many_seats
     output.fields({"done": done.done} | {word: len(keys) for word, keys in failed.items()})
     for word, keys in failed.items():
         for key in keys[:10]:
@@ -408,6 +414,8 @@ def _report(args: argparse.Namespace, done: Done, *, of_leases: bool = False) ->
         return Status.UNKNOWN_KEY
     if done.stale or done.over:
         return Status.LEASE_OVER
+    if done.many_seats:
+        return Status.FAILED
     return Status.BLOCK_LIMIT if done.limit else Status.OK
 
 

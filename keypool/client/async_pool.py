@@ -300,10 +300,11 @@ class AsyncKeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        seats: int | None = None,
         expire: bool = False,
     ) -> ImportedKey:
         """Import a key (admin). Raises NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired."""
-        return await self._call(calls.import_key(secret, name, labels, data, expire))
+        return await self._call(calls.import_key(secret, name, labels, data, seats, expire=expire))
 
     async def update(
         self,
@@ -312,9 +313,10 @@ class AsyncKeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        seats: int | None = None,
     ) -> Row:
         """Change a key's name, labels or data (admin). Raises UnknownKey, NameTaken."""
-        return await self._call(calls.update(key, name, labels, data))
+        return await self._call(calls.update(key, name, labels, data, seats))
 
     async def replace(self, key: KeyLike, secret: str) -> Row:
         """Give a key another text (admin). Raises UnknownKey, SecretExists."""

@@ -320,15 +320,16 @@ class KeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        seats: int | None = None,
         expire: bool = False,
     ) -> ImportedKey:
         """Add a key from elsewhere to the pool, unless it has this secret already (admin). So a repeat is safe.
 
         `name` is unique in the pool; `labels` are shown to viewers; `data`, at most 4 KiB as JSON, only to the holders
-        of the key. Into a pool whose keys expire it needs `expire=True`, and a keeper. Raises NameTaken, PoolFull,
-        KeysWouldExpire, SecretsKeyRequired.
+        of the key; `seats` is how many may hold it at a time, 1 to 100. Into a pool whose keys expire it needs
+        `expire=True`, and a keeper. Raises NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired.
         """
-        return self._call(calls.import_key(secret, name, labels, data, expire))
+        return self._call(calls.import_key(secret, name, labels, data, seats, expire=expire))
 
     def update(
         self,
@@ -337,12 +338,13 @@ class KeyPool:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
+        seats: int | None = None,
     ) -> Row:
         """Change a key's name, labels or data, each as a whole (admin): `""` or `{}` removes it, None leaves it.
 
-        Raises UnknownKey, NameTaken.
+        And how many `seats` it has. Raises UnknownKey, NameTaken, PoolFull.
         """
-        return self._call(calls.update(key, name, labels, data))
+        return self._call(calls.update(key, name, labels, data, seats))
 
     def replace(self, key: KeyLike, secret: str) -> Row:
         """Give a key another text, and forget its failures (admin). Raises UnknownKey, SecretExists.
@@ -450,7 +452,7 @@ class KeyPool:
         expire: bool = False,
         progress: Progress | None = None,
     ) -> Imports:
-        """Add keys from elsewhere (admin): each is a secret, a tuple of secret, name, labels, data, or a dict of these.
+        """Add keys from elsewhere (admin): each is a secret, a tuple of secret, name, labels, data, seats, or a dict.
 
         The result has one for each item, in their order; one that can't be imported, as its name is taken for example,
         fails alone. With `exists="update"`, a key that the pool has gets the item's name, labels and data. Raises

@@ -91,6 +91,8 @@ class Group(msgspec.Struct, gc=False, eq=False):
     # in memory
     ids: array[int] = msgspec.field(default_factory=lambda: array("q"))
     """The seats, in order; the number of a seat is its place here."""
+    surplus: int = 0
+    """How many there are beyond those wanted."""
     quarantined: int = 0
     """How many of them are quarantined: all that are not held, or none."""
     cooled: float = 0.0

@@ -229,6 +229,7 @@ class KeySet:
     def _join(self, key: Key, group: Group) -> bool:
         """Make a key the last seat of its secret. Returns whether it is the first one, too."""
         group.ids.append(key.id)
+        group.surplus = len(group.ids) - group.wanted
         if len(group.ids) == 1:
             return True
         self._further += 1
@@ -240,6 +241,7 @@ class KeySet:
         """Undo `_join`, and let the next seat be found in place of the first one. Returns whether none is left."""
         place = bisect_left(group.ids, key.id)
         del group.ids[place]
+        group.surplus -= 1
         if not group.ids:
             return True
         self._further -= 1

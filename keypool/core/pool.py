@@ -700,9 +700,9 @@ class Pool(Seats):
         if self.rules.rest_seconds:
             cool_until = max(cool_until, now + self.rules.rest_seconds)
         # A seat also waits for the cooldown of its secret. Here, and in `_follow`, belongs the pace that seats share.
-        if key.group is not None:
-            cool_until = max(cool_until, key.group.cools_until)
-            if len(key.group.ids) > key.group.wanted:
+        if (group := key.group) is not None:
+            cool_until = max(cool_until, group.cools_until)
+            if group.surplus > 0:
                 key.quarantine_pending = False
                 self._give_slot(key)
                 self.on_change(change, key, owner, origin)

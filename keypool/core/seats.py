@@ -53,7 +53,7 @@ class Seats(SelfCheck):
         if lease is None:
             raise ManySeats(len(living))
         for seat in living:
-            if seat.lease == lease:
+            if seat.lease == lease and lease:  # 0: never served, so never given
                 return seat
         raise StaleLease(lease, max(seat.lease for seat in living) or None)
 
@@ -179,8 +179,9 @@ class Seats(SelfCheck):
             group.ids.append(key.id)
         seats = self.seats_of(key)
         group.wanted = count
+        group.surplus = len(group.ids) - count
         for seat in reversed(seats):
-            if len(group.ids) > count and seat.state is not _BLOCKED:
+            if group.surplus > 0 and seat.state is not _BLOCKED:
                 self._purge(seat, Change.DELETED, origin)
             else:
                 self.on_change(Change.FOLLOWED, seat, seat.owner, origin)

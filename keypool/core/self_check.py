@@ -117,7 +117,9 @@ class SelfCheck(KeySet):
             raise ValueError(f"{key!r} has another text or other details than the seat {first!r}")
         if key.history != first.history:
             raise ValueError(f"{key!r} has another history than the seat {first!r}")
-        if len(group.ids) > group.wanted and key.state is not _BLOCKED:
+        if group.surplus != len(group.ids) - group.wanted or (
+            group.surplus > 0 and key.state is not _BLOCKED
+        ):
             raise ValueError(f"{key!r} is {key.state}, although there are too many seats")
         if _leaves(key) != _leaves(first):
             raise ValueError(f"{key!r} and the seat {first!r} are not both quarantined")

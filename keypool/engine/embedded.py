@@ -298,6 +298,7 @@ class EmbeddedEngine(OperatorCalls):
             uptime=rounded(self.now() - self._started_at),
             engine=self.name,
             version=__version__,
+            secrets=pool.secrets,
         )
 
     async def notes(self) -> Mapping[str, int]:

@@ -725,6 +725,7 @@ class ValkeyEngine:
             uptime=round(self._loop.time() - self._started_at, 3),
             engine=self.name,
             version=__version__,
+            secrets=snapshot.secrets,
             **counters,
         )
 

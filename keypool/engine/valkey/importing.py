@@ -165,7 +165,9 @@ class Importer:
         """The items whose secrets no key has, each secret once. O(k log n)."""
         vault = self._partitions.vault
         assert vault is not None
-        unique = [*{item.secret: item for item in reversed(items)}.values()]  # of repeats the first one counts
+        unique = [
+            *{item.secret: item for item in reversed(items)}.values()
+        ]  # of repeats the first one counts
         new: list[NewKey] = []
         for start in range(0, len(unique), _CHUNK):
             some = unique[start : start + _CHUNK]

@@ -177,13 +177,10 @@ local function purge(text, record, change, origin)
   if entry then call('ZREM', TEXTS, entry) end
   if name then call('ZREM', NAMES, name) end
   if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
-  if record[SEATS] then
-    of_seats().gone(text, record)
-  elseif record[FORMER] then
-    call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
-  end
+  if record[FORMER] and not record[SEATS] then call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER]) end
   if record[SHARE] then share_moved(record, 0) end
   if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
+  if record[SEATS] then of_seats().gone(text, record) end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
   call('HINCRBY', META, change, 1)
   emit(change, record, text, record[OWNER], origin)
@@ -372,7 +369,7 @@ do
 
     -- The field of a seat that has been added as a further one to a secret with this text.
     function rules.field(base, id)
-      return string.format('%s\0%.0f', base, id)
+      return base .. '\0' .. string.format('%.0f', id)  -- Lua's %s would end at a zero byte of a digest
     end
 
     -- All seats in order, as {field, record}, with an `except` but for this one.
