@@ -364,7 +364,7 @@ async def older_pool(place: Place, partitions: int, layout: int = 1) -> tuple[Le
 
 
 @on_loop
-@pytest.mark.parametrize(("partitions", "layout"), [(1, 1), (4, 1), (1, 2)])
+@pytest.mark.parametrize(("partitions", "layout"), [(1, 1), (4, 1), (1, 2), (1, 3)])
 async def test_a_pool_of_an_older_version_is_served_as_it_is(
     place: Place, partitions: int, layout: int
 ) -> None:
@@ -411,7 +411,7 @@ async def test_a_pool_that_servers_of_the_version_before_serve_is_refused(place:
         await become(engine, "it is served", total=3)
 
 
-@pytest.mark.parametrize("layout", [1, 2])
+@pytest.mark.parametrize("layout", [1, 2, 3])
 @on_loop
 async def test_a_server_of_an_older_version_takes_it_for_another_pool(place: Place, layout: int) -> None:
     """One that opened the pool before it was brought up, and was away meanwhile: its heartbeat finds another pool."""
@@ -420,7 +420,7 @@ async def test_a_server_of_an_older_version_takes_it_for_another_pool(place: Pla
     before = place.valkey.ask("HGET", facts, "born")
     async with engine_on(place.url, 1):
         assert place.valkey.ask("HGET", facts, "born") != before
-        assert place.valkey.ask("HGET", facts, "layout") == b"3"
+        assert place.valkey.ask("HGET", facts, "layout") == b"4"
 
 
 # ---------------------------------------------------------------------------------------------------- settings

@@ -117,13 +117,16 @@ class Engine(Protocol):
     ) -> list[Imported]:
         """Add keys from elsewhere, one by one, but all or none of the new ones if the pool gets full. O(k log n).
 
-        With `update`, a key that the pool has gets the item's name, labels and data. An item that is a result already,
+        With `update`, a key that the pool has gets the item's name, labels, data and seats. An item that is a result,
         a failed one, is passed through in its place. Raises KeysWouldExpire, PoolFull, SecretsKeyRequired.
         """
         ...
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
-        """Change name, labels or data of a key. O(log n). Raises UnknownKey, StaleLease, NameTaken."""
+        """Change name, labels, data or the number of seats of a key. O(seats · log n).
+
+        Raises UnknownKey, StaleLease, NameTaken, PoolFull, PoolDraining.
+        """
         ...
 
     async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
@@ -191,6 +194,7 @@ class Engine(Protocol):
     ) -> Unblocked:
         """Make a key available again, or what its holder's `report` asks for. O(log n). Raises UnknownKey, StaleLease.
 
+        A text of several seats stands for the one with this lease; without a lease number, ManySeats is raised.
         If `lease` is None and the call ends a lease, that lease is added to `ended` as soon as the change is made, even
         if the call then raises StorageUnavailable. A `report` needs a lease number, which with a Handle is its own.
         """
