@@ -186,7 +186,7 @@ class Editor:
         """Change name, labels or data of a key with this row. None if it was changed meanwhile."""
         text, details = self.read(row)
         new = patched(details, patch)
-        is_sealed_anew = new.data != details.data
+        is_sealed_anew = new.data != details.data or self._may_be_mixed(row)
         words = self._words(row, text, text, new, is_sealed_anew=is_sealed_anew)
         others = self._sealed_others(row, text, new, is_sealed_anew=is_sealed_anew)
         gets_name = new.name is not None and new.name != details.name
@@ -224,6 +224,11 @@ class Editor:
                 raise UnknownKey
         raise StorageUnavailable("the key was changed again and again; try again")
 
+    def _may_be_mixed(self, row: Reply) -> bool:
+        """Whether some seats of a key may be in clear and others not, which mustn't get the same member then."""
+        vault = self._partitions.vault
+        return bool(row[_SEATS]) and vault is not None and vault.may_have_clear
+
     def _sealed_others(self, row: Reply, text: str, details: Details, *, is_sealed_anew: bool) -> list[Word]:
         """The words of change.lua about the other seats."""
         vault, words = self._partitions.vault, list[Word]()
@@ -242,8 +247,9 @@ class Editor:
             row, _ = await self._get_row(ref)
             text, details = self.read(row)
             if secret == text:
-                words = self._words(row, text, text, details, is_sealed_anew=False)
-                others = self._sealed_others(row, text, details, is_sealed_anew=False)
+                is_sealed_anew = self._may_be_mixed(row)
+                words = self._words(row, text, text, details, is_sealed_anew=is_sealed_anew)
+                others = self._sealed_others(row, text, details, is_sealed_anew=is_sealed_anew)
                 changed = await self._change(row[1], (*words, "replace", origin, "", 0, "", *others))
             else:
                 details = structs.replace(details, imported=True)
