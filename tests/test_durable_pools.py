@@ -334,7 +334,7 @@ async def test_a_file_of_an_older_version_gets_pools(path: Path, version: int) -
         await pools.put("openai", {}, ADMIN)
     async with opened_pools(path) as pools:
         assert (pools.names(), pools.default.pool.total) == (["default", "openai"], 2)
-    assert datafile.version_of(path) == datafile.VERSION == 4
+    assert datafile.version_of(path) == datafile.VERSION == 5
 
 
 @on_loop

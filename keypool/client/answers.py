@@ -288,7 +288,6 @@ class Stats:
     uptime: float
     engine: str
     version: str
-    secrets: int = 0
 
 
 @dataclass(frozen=True, slots=True)

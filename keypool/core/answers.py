@@ -250,10 +250,7 @@ class Rekeying(Answer):
 
 
 class Stats(Answer):
-    """Six current counts, the totals since the pool began, and the server's uptime, engine and version.
-
-    The counts are of keys, that is, seats; `secrets` is how many different texts these have.
-    """
+    """Six current counts, the totals since the pool began, and the server's uptime, engine and version."""
 
     total: int
     available: int
@@ -273,7 +270,6 @@ class Stats(Answer):
     quarantines: int
     restored: int
     imported: int
-    secrets: int
     uptime: float
     engine: str
     version: str

@@ -324,6 +324,10 @@ class Engine(Protocol):
         """Further metrics (ops/metrics.py) by full name; with a label, one value for each of its values. O(1)."""
         ...
 
+    def secrets(self) -> int:
+        """How many different texts the keys have, of which seats share one. O(1), O(partitions) over Valkey."""
+        ...
+
     def oldest_wait(self) -> float:
         """Seconds that the first in this server's queue has waited, 0 if the queue is empty. O(1)."""
         ...

@@ -298,7 +298,6 @@ class EmbeddedEngine(OperatorCalls):
             uptime=rounded(self.now() - self._started_at),
             engine=self.name,
             version=__version__,
-            secrets=pool.secrets,
         )
 
     async def notes(self) -> Mapping[str, int]:
@@ -333,6 +332,10 @@ class EmbeddedEngine(OperatorCalls):
         if self._draining:
             raise Draining
         self.journal.require()
+
+    def secrets(self) -> int:
+        """How many different texts the keys have, of which seats share one. O(1)."""
+        return self.pool.secrets
 
     def oldest_wait(self) -> float:
         """Seconds that the first in the queue has waited, 0 if the queue is empty. O(1)."""

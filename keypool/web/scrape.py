@@ -48,6 +48,7 @@ class Metrics(PageHandler):
             "keypool_log_dropped_total": sources.log_dropped(),
             "keypool_storage_up": int(engine.storage_up()),
             "keypool_pool_max_keys": {name: each.rules.max_keys for name, each in pools.items()},
+            "keypool_secrets": {name: each.secrets() for name, each in pools.items()},
             "keypool_oldest_wait_seconds": {name: each.oldest_wait() for name, each in pools.items()},
             "keypool_limit": sources.limits,
             "keypool_outcomes_total": self.dispatcher.reports.outcomes,

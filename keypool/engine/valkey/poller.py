@@ -106,7 +106,6 @@ class PoolSnapshot(NamedTuple):
     next_release: float | None
     """By the loop's clock, like `taken_at`; None if no key is blocked or cooling."""
     overdue: bool
-    secrets: int
 
     @property
     def blocked(self) -> int:
@@ -130,7 +129,6 @@ class PoolSnapshot(NamedTuple):
             {name: sums[name] for name in COUNTERS},
             taken_at + min(releases) / 1e6 if releases else None,
             any(status.overdue for status in statuses),
-            sum(status.total - status.further for status in statuses),
         )
 
 
