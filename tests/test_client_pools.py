@@ -20,6 +20,7 @@ from keypool.client import (
     KeyPoolError,
     KeysWouldExpire,
     LeaseLost,
+    ManySeats,
     NoKeyAvailable,
     PoolClosed,
     PoolDraining,
@@ -271,7 +272,8 @@ def test_a_lost_answer_to_an_import_is_repeated_and_says_so(kind: str) -> None:
     [
         (17, "a tuple"),
         ((), "a tuple"),
-        (("a", "b", {}, {}, {}, "e"), "a tuple"),
+        (("a", "b", {}, {}, {}, 5, "f"), "a tuple"),
+        (("a", "b", {}, {}, {}, "e"), "seats is a whole number"),
         ({"name": SECRET}, "has a secret"),
         ({"secret": SECRET, "nmae": "x"}, "'nmae'"),
         ({SECRET: "acct-17"}, "nothing else"),
@@ -468,3 +470,23 @@ def test_a_pool_whose_keeper_stops_is_forgotten_until_it_is_needed_again(failure
     assert isinstance(rounds.error, Unreachable)
     with pytest.raises(PoolClosed):
         steps.throw(PoolClosed("closed"))
+
+
+def test_the_fake_pool_lends_a_key_with_seats_to_several() -> None:
+    """A report of one is about all of them; the text alone names none."""
+    fake = FakeServer(pools={"openai": []})
+    with KeyPool(transport=fake, pool="openai") as pool:
+        made = pool.import_key(SECRET, seats=3)
+        assert len(made.ids) == 3
+        one, two = pool.acquire(), pool.acquire()
+        assert {one.secret, two.secret} == {SECRET}
+        with pytest.raises(ManySeats):
+            pool.unblock(SECRET)
+        assert pool.keepalive_many([SECRET]).many_seats == [SECRET]
+        assert pool.unblock(SECRET, lease=one.lease).id == one.id
+        pool.unblock(two, outcome="rate_limited", retry_after=100)
+        rows = list(pool.rows())
+        assert [(row.state, row.seat, row.seats) for row in rows] == [("cooling", n, 3) for n in (1, 2, 3)]
+        assert pool.update(made.id, seats=2).seats == 2
+        pool.delete(f"id:{made.id}")
+        assert not list(pool.rows())

@@ -8,12 +8,13 @@ in Valkey (`age`): so no test waits, and both see the same moment, however slow 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import re
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -22,11 +23,19 @@ from valkey_support import SECRETS, Place, age, check, engine_on, new_place, on_
 from keypool.core.answers import Extension, Imported, KeyPatch, Lease, NewKey, Ref, Row, Unblock, Written
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import HistoryQuery, ListQuery
-from keypool.core.errors import BlockLimit, KeypoolError, LeaseOver, NoKeyAvailable, StaleLease, UnknownKey
+from keypool.core.errors import (
+    BlockLimit,
+    KeypoolError,
+    LeaseOver,
+    ManySeats,
+    NoKeyAvailable,
+    StaleLease,
+    UnknownKey,
+)
 from keypool.core.events import HOLDER, SILENT, By, Change, Origin
 from keypool.core.handles import Handle
 from keypool.core.history import How
-from keypool.core.keys import NEVER, Key, State, hint
+from keypool.core.keys import NEVER, Group, Key, State, hint
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pace import Pace
 from keypool.core.pool import Pool
@@ -52,7 +61,31 @@ NEAR = 0.002
 """Seconds by which rounding may make lengths of time of both differ."""
 TICK = 1_037
 """Microseconds that a step takes, by the clock: odd, so that no deadline comes at the moment of a step."""
-_WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
+_WORDS = {
+    UnknownKey: "unknown",
+    StaleLease: "stale",
+    LeaseOver: "over",
+    BlockLimit: "limit",
+    ManySeats: "many_seats",
+}
+# Of seats that move together, the first one has the event; if their deadlines are the same, that is any.
+_OF_SECRETS = frozenset({Change.COOLED, Change.READY, Change.QUARANTINED, Change.RESTORED})
+
+
+class FollowingPool(Pool):
+    """A pool whose further seats get the ids that they have in the engine."""
+
+    ids: deque[int]
+
+    def _add_seat(self, key: Key, group: Group, now: float, origin: Origin) -> None:
+        latest, id = self.last_id, self.ids.popleft()
+        self.last_id = id - 1
+        super()._add_seat(key, group, now, origin)
+        self.last_id = max(latest, self.last_id)
+        if id < latest:
+            bucket = next(one for one in self._by_id._buckets.values() if id in one)
+            for each in sorted(bucket):
+                bucket[each] = bucket.pop(each)
 
 
 @pytest.fixture
@@ -97,9 +130,11 @@ class Twins:
         self.leases: list[Lease] = []
         self.refused = 0
         self.past: dict[int, dict[int, tuple[Any, ...]]] = defaultdict(dict)  # by key and lease
-        self.pool = Pool(
+        self.seated: set[int] = set()  # ids of those that ever were seats beside others
+        self.pool = FollowingPool(
             rules, new_text=self.texts.popleft, random=self._draw, recorder=self, on_change=self._changed
         )
+        self.pool.ids = deque()
 
     def lease_ended(self, key: Key, how: How, at: float | None, report: Report | None) -> None:
         """Keep the lease. See Recorder."""
@@ -118,6 +153,8 @@ class Twins:
         return (key.slot + 0.5) / self.pool.available
 
     def _changed(self, change: Change, key: Key, owner: str | None, origin: Origin) -> None:
+        if key.group is not None:
+            self.seated.add(key.id)
         if change not in SILENT:
             self.events[key.id].append((change, owner, key.lease or None, *origin))
 
@@ -189,6 +226,13 @@ class Twins:
 
     # -- calls to both
 
+    def secret(self, ref: Ref) -> Key:
+        """The same, with the deadlines of all its seats applied, as scripts do."""
+        for seat in self.pool.seats_of(self.find(ref)):
+            with contextlib.suppress(UnknownKey):
+                self.pool.find_id(seat.id, self.now)
+        return self.find(ref)
+
     def find(self, ref: Ref) -> Key:
         """The pool's key, as engines find it."""
         if isinstance(ref, Written):
@@ -202,6 +246,13 @@ class Twins:
         if isinstance(ref, Handle) and ref.lease != key.lease:
             raise StaleLease(ref.lease, key.lease)
         return key
+
+    def seat(self, ref: Ref, lease: int | None) -> Key:
+        """The same, where one seat must be meant."""
+        key = self.find(ref)
+        text = ref.text if isinstance(ref, Written) else ref
+        is_text = isinstance(text, str) and text in (key.text, key.details.former)
+        return self.pool.seat_of(key, lease, self.now) if is_text and key.group is not None else key
 
     async def both(self, call: Awaitable[Any], follow: Callable[[], Any]) -> tuple[Any, Any]:
         """The results of the same call to both; (None, None) if both raised the same error."""
@@ -228,6 +279,7 @@ class Twins:
         assert (row.failures, row.outcome) == (self.pool.failures_of(key, now), history.outcome)
         assert row.reason == (reason or history.reason)
         assert row.expires_in == self.left(key)
+        assert (row.seat, row.seats) == self.pool.number_of(key)
         assert (row.hint, row.client) == (key.hint, key.client)
         assert (row.name, row.labels) == (key.details.name, key.details.labels or {})
         assert row.pace == key.details.pace
@@ -325,7 +377,7 @@ class Twins:
 
         def follow() -> Any:
             nonlocal key
-            key = self.find(ref)
+            key = self.seat(ref, lease)
             by = origin if lease is None else HOLDER  # whoever has the lease number is its holder
             return self.pool.unblock(key, lease, self.now, report, by, uses=uses)
 
@@ -348,7 +400,7 @@ class Twins:
 
         def follow() -> None:
             nonlocal key
-            key = self.find(ref)
+            key = self.seat(ref, lease)
             self.pool.extend(key, lease, seconds, self.now)
 
         answer, _ = await self.both(self.engine.extend(ref, lease, seconds), follow)
@@ -364,7 +416,7 @@ class Twins:
         at_once = self.random.random() < 0.5
         row, _ = await self.both(
             self.engine.quarantine(ref, reason, at_once, ADMIN),
-            lambda: self.pool.quarantine(self.find(ref), reason, at_once, self.now, ADMIN),
+            lambda: self.pool.quarantine(self.secret(ref), reason, at_once, self.now, ADMIN),
         )
         if row is not None:
             self.expect_row(row)
@@ -372,18 +424,22 @@ class Twins:
     async def restore(self) -> None:
         ref = self.ref()
         row, _ = await self.both(
-            self.engine.restore(ref, ADMIN), lambda: self.pool.restore(self.find(ref), self.now, ADMIN)
+            self.engine.restore(ref, ADMIN), lambda: self.pool.restore(self.secret(ref), self.now, ADMIN)
         )
         if row is not None:
             self.expect_row(row)
 
     async def keepalive(self) -> None:
         ref = self.ref()
-        await self.both(self.engine.keepalive(ref), lambda: self.pool.keepalive(self.find(ref), self.now))
+        await self.both(
+            self.engine.keepalive(ref), lambda: self.pool.keepalive(self.seat(ref, None), self.now)
+        )
 
     async def delete(self) -> None:
         ref, origin = self.ref(), self.random.choice([HOLDER, ADMIN])
-        await self.both(self.engine.delete(ref, origin), lambda: self.pool.delete(self.find(ref), origin))
+        await self.both(
+            self.engine.delete(ref, origin), lambda: self.pool.delete(self.secret(ref), origin, self.now)
+        )
 
     async def get(self) -> None:
         ref = self.ref()
@@ -406,18 +462,20 @@ class Twins:
         name = self.random.choice([None, None, *NAMES])
         labels = self.random.choice([None, {"region": "eu"}])
         data = self.random.choice([None, b'{"user":"x"}'])
-        return NewKey(self.random.choice(TEXTS), name, labels, data, self.pace() or None)
+        seats = self.random.choice([None, None, None, 2, 4])
+        return NewKey(self.random.choice(TEXTS), name, labels, data, self.pace() or None, seats)
 
     def known(self, secret: str) -> Key | None:
         """The pool's key with this text, not the one of which it is the text before."""
         try:
-            key = self.pool.find(secret, self.now)
+            key = self.secret(secret)
         except UnknownKey:
             return None
         return key if key.text == secret else None
 
-    def imported(self, item: NewKey, id: int) -> Key:
-        """Import a key into the pool, with the id that it has in the engine."""
+    def imported(self, item: NewKey, id: int, further: Sequence[int] = ()) -> Key:
+        """Import a key into the pool, with the id that it has in the engine, and the ids of its further seats."""
+        self.pool.ids = deque(further)
         latest, self.pool.last_id = self.pool.last_id, id - 1
         try:
             key = self.pool.import_key(item, self.now, ADMIN)
@@ -435,14 +493,18 @@ class Twins:
         answer, error = await _outcome(self.engine.import_key(item, True, ADMIN))
         known = self.known(item.secret)
         if known is None:
-            key, wanted = await _outcome(lambda: self.imported(item, 0 if answer is None else answer.id))
+            key, wanted = await _outcome(
+                lambda: self.imported(item, answer.id if answer else 0, answer.ids[1:] if answer else ())
+            )
             assert (type(error), error and error.detail) == (type(wanted), wanted and wanted.detail)
             if wanted is not None:
                 return
         else:
             key = known
         assert error is None
-        assert (answer.id, answer.existed, answer.name) == (key.id, known is not None, key.details.name)
+        ids = [seat.id for seat in self.pool.seats_of(key)]
+        assert (answer.ids, answer.existed, answer.name) == (ids, known is not None, key.details.name)
+        assert answer.id == (key.id if known is None else answer.id)
         assert (answer.state, answer.hint, answer.expires_in) == (key.state, key.hint, self.left(key))
 
     async def import_many(self) -> None:
@@ -463,14 +525,18 @@ class Twins:
         """The status of an item by the pool."""
         key = self.known(item.secret)
         if key is None:
-            _, error = await _outcome(lambda: self.imported(item, result.id or 0))
+            _, error = await _outcome(lambda: self.imported(item, result.id or 0, (result.ids or [0])[1:]))
             status = "created"
         else:
-            patch = KeyPatch(item.name, item.labels, item.data, item.pace)
+            patch = KeyPatch(item.name, item.labels, item.data, item.pace, item.seats)
+            self.follow_ids(result.ids or ())
             change = (lambda: self.pool.update(key, patch, self.now, ADMIN)) if update else (lambda: None)
             _, error = await _outcome(change)
             status = "updated" if update else "existed"
-            assert error is not None or result.id == key.id
+            assert (
+                error is not None
+                or result.id == self.pool.seats_of(self.pool.find(item.secret, self.now))[0].id
+            )
         if error is None:
             return status
         assert (result.code, result.detail) == (error.code, error.detail)
@@ -479,24 +545,34 @@ class Twins:
     async def update(self) -> None:
         ref = self.ref()
         name = self.random.choice([None, "", *NAMES])
-        labels, data = (
+        patch = KeyPatch(
+            name,
             self.random.choice([None, {}, {"a": "b"}]),
             self.random.choice([None, b"{}", b'{"p":1}']),
+            self.pace(),
+            self.random.choice([None, None, 1, 2, 3, 5]),
         )
-        patch = KeyPatch(name, labels, data, self.pace())
-        row, _ = await self.both(
-            self.engine.update(ref, patch, ADMIN),
-            lambda: self.pool.update(self.find(ref), patch, self.now, ADMIN),
-        )
-        if row is not None:
-            self.expect_row(row)
+        answer, error = await _outcome(self.engine.update(ref, patch, ADMIN))
+        if answer is not None:
+            found, _ = await self.engine._row_for_change(answer.id)
+            self.follow_ids(found[18] or [found[1]])
+        key, wanted = await _outcome(lambda: self.pool.update(self.secret(ref), patch, self.now, ADMIN))
+        assert type(error) is type(wanted), f"{error!r} or {answer} instead of {wanted!r}"
+        if answer is not None:
+            assert answer.id == key.id
+            self.expect_row(answer)
+
+    def follow_ids(self, ids: Sequence[int]) -> None:
+        """Let seats that the pool adds now have those of these ids that are new to it."""
+        self.pool.ids = deque(id for id in ids if self.pool.peek(id) is None)
+        self.ever += [(id, "a seat, by no text") for id in self.pool.ids]
 
     async def replace(self) -> None:
         ref = self.ref()
         secret = self.some()[1] if self.random.random() < 0.3 else self.random.choice(TEXTS)
         row, _ = await self.both(
             self.engine.replace(ref, secret, ADMIN),
-            lambda: self.pool.replace(self.find(ref), secret, self.now, ADMIN),
+            lambda: self.pool.replace(self.secret(ref), secret, self.now, ADMIN),
         )
         if row is not None:
             self.ever.append((row.id, secret))
@@ -533,22 +609,22 @@ class Twins:
         self.same(await engine.delete_many(some, ADMIN), some, self._delete)
 
     def _unblock(self, item: Unblock) -> None:
-        self.pool.unblock(self.find(item.ref), item.lease, self.now, item.report, uses=item.uses)
+        self.pool.unblock(self.seat(item.ref, item.lease), item.lease, self.now, item.report, uses=item.uses)
 
     def _extend(self, item: Extension) -> None:
-        self.pool.extend(self.find(item.ref), item.lease, item.seconds, self.now)
+        self.pool.extend(self.seat(item.ref, item.lease), item.lease, item.seconds, self.now)
 
     def _keepalive(self, ref: Ref) -> None:
-        self.pool.keepalive(self.find(ref), self.now)
+        self.pool.keepalive(self.seat(ref, None), self.now)
 
     def _quarantine(self, ref: Ref) -> None:
-        self.pool.quarantine(self.find(ref), "all", False, self.now, ADMIN)
+        self.pool.quarantine(self.secret(ref), "all", False, self.now, ADMIN)
 
     def _restore(self, ref: Ref) -> None:
-        self.pool.restore(self.find(ref), self.now, ADMIN)
+        self.pool.restore(self.secret(ref), self.now, ADMIN)
 
     def _delete(self, ref: Ref) -> None:
-        self.pool.delete(self.find(ref), ADMIN)
+        self.pool.delete(self.secret(ref), ADMIN, self.now)
 
     def same(self, results: list[Any], items: list[Any], step: Callable[[Any], None]) -> None:
         """Fails unless the pool has the same results, item by item."""
@@ -560,12 +636,26 @@ class Twins:
                 word = _WORDS[type(error)]
             assert (result if isinstance(result, str) else "done") == word
 
+    def listed(self, keys: list[Key], prefix: str | None, name: str | None, order: str | None) -> list[Key]:
+        """Those that the list has."""
+        if prefix is not None:
+            keys = [key for key in keys if key.text.startswith(prefix) and not key.details.imported]
+        if name is not None:
+            keys = [key for key in keys if (key.details.name or "").startswith(name)]
+        if prefix is not None or name is not None:
+            keys = [key for key in keys if self.pool.number_of(key)[0] == 1]
+        if order == "expiry":
+            keys = [key for key in keys if key.expires_deadline != NEVER]
+        return keys
+
     async def walk(self) -> None:
         """A list from its first page to its last: each key once, in order."""
         chosen = self.random.choice(["id", "expiry", "release", "ready", "prefix", "name"])
         only = {"release": "blocked", "ready": "cooling"}.get(chosen)
         if chosen == "ready":
-            await self.settle()  # a block that is over may become a cooldown, and come later, between two pages
+            await (
+                self.settle()
+            )  # a block that is over may become a cooldown, and come later, between two pages
         state: Any = only or self.random.choice([None, *State])
         prefix = None
         if chosen == "prefix":
@@ -585,12 +675,7 @@ class Twins:
                 break
         self.catch_up()
         found = [key for key in self.pool._by_id.walk(None) if state in (None, key.state)]
-        if prefix is not None:
-            found = [key for key in found if key.text.startswith(prefix) and not key.details.imported]
-        if name is not None:
-            found = [key for key in found if (key.details.name or "").startswith(name)]
-        if order == "expiry":
-            found = [key for key in found if key.expires_deadline != NEVER]
+        found = self.listed(found, prefix, name, order)
         place_of: dict[str | None, Callable[[Key], Any]] = {
             None: lambda key: key.details.name if name else key.text[: 4 if self.sealed else None],
             "id": lambda key: key.id,
@@ -630,6 +715,9 @@ class Twins:
         events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
         if self.engine.rules.keepalive_seconds is None:
             assert not stats.expired
+            assert {name: getattr(stats, name) for name in COUNTERS if name != "refused"} == {
+                name: getattr(pool.counters, name) for name in COUNTERS if name != "refused"
+            }
         counted: Counter[str] = Counter(refused=self.refused, kept_alive=pool.counters.kept_alive)
         # Whether it was noticed of an expired key that its lease had ended is chance.
         counted["paced"] = stats.paced if stats.expired else pool.counters.paced
@@ -638,7 +726,13 @@ class Twins:
             counted["quarantines" if event.event is Change.QUARANTINED else event.event] += 1
         assert {name: getattr(stats, name) for name in COUNTERS} == {name: counted[name] for name in COUNTERS}
         for id, those in self.events.items():
-            assert _settled(events[id]) == _settled(those)
+            if id in self.seated:
+                own = [
+                    [event for event in each if event[0] not in _OF_SECRETS] for each in (events[id], those)
+                ]
+                assert _settled(own[0]) == _settled(own[1])
+            else:
+                assert _settled(events[id]) == _settled(those)
             if self.past[id]:
                 found = (await self.engine.history(id, HistoryQuery(limit=500))).history
                 assert {

@@ -248,7 +248,7 @@ def _add(pool: FakePool, expire: bool = False, **item: Any) -> tuple[int, Any]:
     key, new = pool.import_key(item, expire)
     row = pool.row(key)
     shown = {name: row[name] for name in ("id", "state", "hint", "name", "expires_in")}
-    return (201 if new else 200), shown | {"existed": not new}
+    return (201 if new else 200), shown | {"existed": not new, "ids": pool.ids(key.text)}
 
 
 def _read(pool: FakePool, request: httpx2.Request, words: list[str]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ function fromColumns(header, line) {
     const [group, name] = column.split(/:(.*)/s);
     if (fields[i] === "" && column !== "secret") return;
     if (column === "secret" || column === "name") item[column] = fields[i];
+    else if (column === "seats") item.seats = Number.isInteger(Number(fields[i])) ? Number(fields[i]) : fields[i];
     else (item[group === "label" ? "labels" : "data"] ??= {})[name] = fields[i];
   });
   return item;
@@ -49,7 +50,7 @@ function readerOf(first) {
   const header = first.split(",").map((column) => column.trim());
   if (!header.includes("secret")) return [(line) => ({ secret: line }), false];
   for (const column of header) {
-    if (!/^(secret|name|(label|data):.+)$/.test(column)) throw new Error(`the column ${column} is not one of secret, name, label:…, data:…`);
+    if (!/^(secret|name|seats|(label|data):.+)$/.test(column)) throw new Error(`the column ${column} is not one of secret, name, seats, label:…, data:…`);
   }
   return [(line) => fromColumns(header, line), true];
 }

@@ -1,0 +1,230 @@
+"""Secrets with several seats: what is told of them, and what holds although a timer is late. See also the machine."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import msgspec
+import pytest
+from engine_support import START, make_pool
+from support import chance_of
+
+from keypool.core.answers import KeyPatch, NewKey
+from keypool.core.errors import ManySeats, PoolFull, StaleLease, UnknownKey
+from keypool.core.events import HOLDER, SILENT, By, Change, Origin
+from keypool.core.keys import Key, State
+from keypool.core.keyset import PageQuery
+from keypool.core.outcomes import Outcome, Report
+from keypool.core.pool import Pool
+from keypool.engine.durable.rows import key_of, row_of
+
+NOW = START
+OPERATOR = Origin(By.OPERATOR, "ops")
+LIMITED = Report(Outcome.RATE_LIMITED, 100.0)
+
+
+class Told:
+    """A pool of one secret with so many seats, and its events since."""
+
+    def __init__(self, seats: int, **rules: Any) -> None:
+        self.events: list[tuple[Change, int]] = []
+        self.pool = make_pool(on_change=self._tell, **({"keepalive_seconds": None} | rules))
+        self.first = self.pool.import_key(NewKey("sk-live-1234-abcd", "one", seats=seats), NOW, HOLDER)
+        self.seats = self.pool.seats_of(self.first)
+        self.events.clear()
+
+    def _tell(self, change: Change, key: Key, _owner: str | None, _origin: Origin) -> None:
+        if change not in SILENT:
+            self.events.append((change, key.id))
+
+    def told(self) -> list[tuple[Change, int]]:
+        """The events since the last look."""
+        events, self.events = self.events, []
+        return events
+
+    def acquire(self) -> Key:
+        key = self.pool.acquire(NOW, "ann")
+        assert key is not None
+        return key
+
+    def states(self, now: float = NOW) -> list[State]:
+        return [self.pool.state_of(seat, now) for seat in self.seats]
+
+
+def test_of_seats_that_move_together_one_has_the_event_and_is_counted() -> None:
+    """The one that was reported on, as far as it moves itself; a lease that ends is an event of its seat."""
+    told = Told(4)
+    pool, held = told.pool, [told.acquire(), told.acquire()]
+    told.events.clear()
+    pool.unblock(held[0], held[0].lease, NOW, LIMITED)
+    assert told.told() == [(Change.UNBLOCKED, held[0].id), (Change.COOLED, held[0].id)]
+    pool.unblock(held[1], None, NOW + 1)
+    assert told.told() == [(Change.UNBLOCKED, held[1].id)]
+    assert told.states(NOW + 99) == [State.COOLING] * 4
+    pool.process_due(NOW + 100)
+    assert [change for change, _ in told.told()] == [Change.READY]
+    pool.quarantine(held[0], None, False, NOW + 100, OPERATOR)
+    pool.restore(held[1], NOW + 100, OPERATOR)
+    assert told.told() == [(Change.QUARANTINED, held[0].id), (Change.RESTORED, held[1].id)]
+    counters = pool.counters
+    assert (counters.cooled, counters.quarantines, counters.restored, counters.imported) == (1, 1, 1, 4)
+
+
+def test_a_longer_cooldown_of_a_secret_is_no_event_and_none_is_made_shorter() -> None:
+    """Whichever seat's holder says so; a seat that is held meanwhile waits for the longest."""
+    told = Told(3)
+    pool, (one, two, three) = told.pool, [told.acquire() for _ in range(3)]
+    pool.unblock(one, one.lease, NOW, LIMITED)
+    told.events.clear()
+    pool.unblock(two, two.lease, NOW, Report(Outcome.RATE_LIMITED, 10.0))
+    assert two.release_deadline == NOW + 100
+    pool.unblock(three, three.lease, NOW + 1, Report(Outcome.RATE_LIMITED, 200.0))
+    assert [seat.release_deadline for seat in told.seats] == [NOW + 201] * 3
+    assert [change for change, _ in told.told()] == [Change.UNBLOCKED] * 2
+
+
+def test_a_rest_is_a_seats_own() -> None:
+    """It ends when it ends, and is an event and a cooldown of that seat; the others stay available."""
+    told = Told(3, rest_seconds=30.0)
+    key = told.acquire()
+    told.events.clear()
+    told.pool.unblock(key, None, NOW)
+    assert told.states() == [State.COOLING if seat is key else State.AVAILABLE for seat in told.seats]
+    told.pool.process_due(NOW + 30)
+    assert told.told() == [(change, key.id) for change in (Change.UNBLOCKED, Change.COOLED, Change.READY)]
+
+
+def test_the_guard_counts_secrets() -> None:
+    """Of two secrets, one may be quarantined, however many seats it has; and a secret without a free one is to come."""
+    told = Told(10, max_quarantined_percent=50.0)
+    pool = told.pool
+    pool.import_key(NewKey("sk-live-5678-efgh"), NOW, HOLDER)
+    held = [told.acquire() for _ in range(11)]
+    seats = [key for key in held if key.group is not None]
+    (sole,) = (key for key in held if key.group is None)
+    assert pool.unblock(seats[0], seats[0].lease, NOW, Report(Outcome.INVALID)).guarded is False
+    assert (pool.quarantined, pool.quarantined_secrets, pool.secrets) == (1, 1, 2)
+    assert pool.unblock(sole, sole.lease, NOW, Report(Outcome.INVALID)).guarded is True
+    for seat in seats[1:]:
+        assert seat.quarantine_pending
+        pool.unblock(seat, None, NOW)
+    assert (pool.quarantined, pool.quarantined_secrets) == (10, 1)
+
+
+def test_text_and_name_find_the_next_seat_when_the_first_has_expired_although_no_timer_fired() -> None:
+    """And no text of seats that have all expired is found, nor is its name taken."""
+    told = Told(3, keepalive_seconds=300.0)
+    pool, text = told.pool, told.first.text
+    pool.keepalive(told.seats[1], NOW + 10)
+    assert pool.find(text, NOW + 300) is told.seats[1]
+    assert pool.find_name("one", NOW + 300) is told.seats[1]
+    assert pool.find_hint(told.first.hint, NOW + 300) is told.seats[1]
+    with pytest.raises(UnknownKey):
+        pool.find(text, NOW + 310)
+    again = pool.import_key(NewKey("another", "one", seats=2), NOW + 310, HOLDER)
+    assert pool.find_name("one", NOW + 310) is again
+    pool.process_due(NOW + 310)
+    pool.check()
+
+
+def test_a_seat_that_is_held_goes_when_its_lease_ends_although_no_timer_fired() -> None:
+    """It is in no page any more, and unknown to every call."""
+    told = Told(2)
+    key, other = told.acquire(), told.acquire()
+    told.pool.update(key, KeyPatch(seats=1), NOW, OPERATOR)
+    assert told.pool.number_of(other) == (2, 2)
+    page = told.pool.page(PageQuery(), NOW + 60)
+    assert [row.id for row in page.keys] == [max(key.id, other.id)]
+    with pytest.raises(UnknownKey):
+        told.pool.find_id(min(key.id, other.id), NOW + 60)
+    told.pool.check()
+
+
+def test_more_seats_need_room_and_are_where_the_others_are() -> None:
+    """A refusal changes nothing, the name neither."""
+    told = Told(2, max_keys=4)
+    pool = told.pool
+    with pytest.raises(PoolFull):
+        pool.update(told.first, KeyPatch("two", seats=5), NOW, OPERATOR)
+    assert (told.first.details.name, pool.total) == ("one", 2)
+    key = told.acquire()
+    pool.unblock(key, key.lease, NOW, LIMITED)
+    pool.update(key, KeyPatch(seats=3), NOW + 5, OPERATOR)
+    pool.quarantine(key, None, False, NOW + 6, OPERATOR)
+    pool.update(key, KeyPatch(seats=4), NOW + 7, OPERATOR)
+    told.seats = pool.seats_of(key)
+    assert told.states() == [State.QUARANTINED] * 4
+    assert pool.counters.imported == 4
+
+
+def test_a_seat_is_named_by_the_text_beside_its_lease_number() -> None:
+    """Or it isn't named at all, unless there is only one left."""
+    told = Told(2)
+    pool, key, other = told.pool, told.acquire(), told.acquire()
+    assert pool.seat_of(told.first, other.lease, NOW) is other
+    with pytest.raises(ManySeats):
+        pool.seat_of(told.first, None, NOW)
+    with pytest.raises(StaleLease):
+        pool.seat_of(told.first, 99, NOW)
+    pool.delete_seat(key, OPERATOR)
+    assert pool.seat_of(pool.find(other.text, NOW), None, NOW) is other
+
+
+def test_the_rows_of_a_secret_restore_its_seats_at_any_moment() -> None:
+    """Also while one of them is held beyond the end of what the others wait for."""
+    told = Told(5)
+    pool, held = told.pool, [told.acquire(), told.acquire()]
+    pool.unblock(held[0], held[0].lease, NOW, LIMITED)
+    pool.update(held[0], KeyPatch(seats=4), NOW, OPERATOR)
+    rows = [row_of(seat) for seat in pool.seats_of(held[0])]
+    again = make_pool(keepalive_seconds=None)
+    again.last_id, again.last_lease = pool.last_id, pool.last_lease
+    for row in rows:
+        again.load(key_of(row))
+    again.check()
+    key = again.find_id(held[1].id, NOW)
+    again.unblock(key, key.lease, NOW + 1)
+    assert key.release_deadline == NOW + 100
+    assert [again.number_of(seat)[1] for seat in again.seats_of(key)] == [4] * 4
+    assert len({id(seat.text) for seat in again.seats_of(key)}) == 1
+
+
+@pytest.mark.parametrize("wanted", [(), (0, 1), (101, 1), (2, -1), "2"])
+def test_a_row_whose_seats_can_not_be_is_refused(wanted: Any) -> None:
+    """With an error that names its key, not its text."""
+    told = Told(2)
+    row = row_of(told.first)
+    more = msgspec.msgpack.decode(row[-1] or b"")
+    more[-1] = wanted
+    with pytest.raises(ValueError, match="id:1"):
+        key_of((*row[:-1], msgspec.msgpack.encode(more)))
+
+
+def test_a_key_with_the_text_of_another_that_is_no_seat_beside_it_is_refused() -> None:
+    """As files contained no text twice before there were seats."""
+    told = Told(2)
+    pool = Pool(told.pool.rules, new_text=lambda: "", random=lambda: 0.0)
+    pool.last_id = 2
+    sole = key_of(row_of(told.seats[0]))
+    sole.group = None
+    pool.load(sole)
+    with pytest.raises(ValueError, match="id:2"):
+        pool.load(key_of(row_of(told.seats[1])))
+
+
+def test_acquire_draws_from_all_available_seats_alike() -> None:
+    """Each seat of two secrets and a sole key as often, within what happens by chance once in 10^10 runs."""
+    source = random.Random(5)
+    pool = make_pool(keepalive_seconds=None, random=source.random)
+    for secret, seats in (("first", 5), ("second", 2), ("third", 1)):
+        pool.import_key(NewKey(secret, seats=seats), NOW, HOLDER)
+    draws, hits = 8000, [0] * 9
+    for _ in range(draws):
+        key = pool.acquire(NOW, None)
+        assert key is not None
+        hits[key.id] += 1
+        pool.unblock(key, key.lease, NOW)
+    assert math.fsum(hits) == draws
+    assert min(chance_of(count, draws, 1 / 8) for count in hits[1:]) > 1e-10
