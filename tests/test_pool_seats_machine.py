@@ -1,8 +1,9 @@
 """Secrets with several seats against a plain model of them, in every order Hypothesis can think of.
 
 `PlainSecret` is the model: what all seats share, and a record for each seat. After each step every seat must be in the
-state that the model has, the pool must pass its own `check()`, and each counter must be the number of its events. The
-pool is restarted from the rows that a data file would have, perhaps sealed, of the keys whose changes were reported.
+state that the model has, an available one must have budget, the pool must pass its own `check()`, and each counter must
+be the number of its events. The pool is restarted from the rows that a data file would have, perhaps sealed, of the
+keys whose changes were reported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from keypool.core.errors import ManySeats, PoolFull, SecretExists, StaleLease, U
 from keypool.core.events import By, Change, Origin
 from keypool.core.keys import DEAD, Key, State
 from keypool.core.outcomes import Outcome, Report
+from keypool.core.pace import Pace
 from keypool.core.pool import Pool
 from keypool.core.rules import PoolRules
 from keypool.engine.durable.rows import Row, key_of, row_of
@@ -41,11 +43,14 @@ RULES = (
     PoolRules(keepalive_seconds=200.0, max_keys=MAX_KEYS, rest_seconds=30.0, max_quarantined_percent=50.0),
     PoolRules(keepalive_seconds=90.0, max_keys=MAX_KEYS, max_quarantined_percent=0.0, error_threshold=2),
     PoolRules(keepalive_seconds=None, max_keys=MAX_KEYS, rest_seconds=5.0, max_quarantined_percent=100.0),
+    PoolRules(keepalive_seconds=None, max_keys=MAX_KEYS, pace=Pace(3, 60.0)),
+    PoolRules(keepalive_seconds=200.0, max_keys=MAX_KEYS, rest_seconds=5.0, pace=Pace(4, 30.0, 3)),
 )
 COUNTER_OF = {Change.QUARANTINED: "quarantines"} | {
     change: change.value for change in Change if change.value in COUNTERS
 }
 which = st.integers(0, 20)
+used = st.sampled_from([1, 1, 2, 9])
 SEALER = Sealer([bytes(range(32))])
 
 
@@ -72,6 +77,18 @@ class PlainSecret:
     failed_at: float = 0.0
     outcome: Outcome | None = None
     had_formers: bool = False
+    pace: Pace | None = None
+    paced: float = 0.0
+    shared: bool = False  # whether it ever had several seats, which then cool as soon as the budget is spent
+
+    @property
+    def has_budget_at(self) -> float:
+        return 0.0 if self.pace is None else self.paced - self.pace.tolerance
+
+    def charge(self, paced: float, now: float) -> None:
+        self.paced = paced
+        if self.shared and self.has_budget_at > now:
+            self.cool(self.has_budget_at)
 
     def free(self) -> list[PlainSeat]:
         return [seat for seat in self.seats if seat.release is None]
@@ -89,6 +106,8 @@ class PlainSecret:
             self.seats.remove(seat)
         elif not self.quarantined:
             seat.ready = max(at + rest if rest else 0.0, cools, self.cools)
+            if not self.shared:
+                seat.ready = max(seat.ready, self.has_budget_at)
 
     def cool(self, until: float) -> None:
         self.cools = max(self.cools, until)
@@ -100,10 +119,15 @@ class PlainSecret:
         for seat in self.seats:
             seat.ready = 0.0
 
-    def restore(self) -> None:
+    def restore(self, now: float) -> None:
+        out = [seat for seat in self.free() if self.state(seat, now) is not State.AVAILABLE]
         self.quarantined, self.cools, self.failures, self.outcome = False, 0.0, 0, None
+        if self.shared and self.has_budget_at > now:
+            self.cools = self.has_budget_at
         for seat in self.seats:
             seat.ready = 0.0
+        for seat in out:
+            seat.ready = self.has_budget_at
 
 
 class SeatsMachine(RuleBasedStateMachine):
@@ -168,13 +192,14 @@ class SeatsMachine(RuleBasedStateMachine):
         ids = [seat.id for seat in self.pool.seats_of(key)]
         assert ids == list(range(key.id, key.id + seats))
         made = [PlainSeat(id, self._expires()) for id in ids]
-        self.secrets.append(PlainSecret(text, name, seats, made))
+        self.secrets.append(PlainSecret(text, name, seats, made, pace=self.pool_rules.pace, shared=seats > 1))
 
     @rule()
     def generate(self) -> None:
         if len(self._all()) < MAX_KEYS:
             key = self.pool.generate(self.now)
-            self.secrets.append(PlainSecret(key.text, None, 1, [PlainSeat(key.id, self._expires())]))
+            seats = [PlainSeat(key.id, self._expires())]
+            self.secrets.append(PlainSecret(key.text, None, 1, seats, pace=self.pool_rules.pace))
 
     @rule(chance=st.floats(0, 1, exclude_max=True), block=st.sampled_from([1.5, 20.0, 60.0]))
     def acquire(self, chance: float, block: float) -> None:
@@ -183,8 +208,14 @@ class SeatsMachine(RuleBasedStateMachine):
         key = self.pool.acquire(self.now, "ann", block)
         assert (key.id in wanted) if key else not wanted
         if key is not None:
-            seat = next(seat for _, seat in self._all() if seat.id == key.id)
+            secret, seat = next(pair for pair in self._all() if pair[1].id == key.id)
             seat.lease, seat.release, seat.may_report = key.lease, self.now + block, True
+            if secret.pace is not None:
+                secret.charge(max(secret.paced, self.now) + secret.pace.interval, self.now)
+
+    def _charge(self, secret: PlainSecret, uses: int) -> None:
+        if uses > 1 and secret.pace is not None:
+            secret.charge(secret.pace.charged(secret.paced, uses - 1, self.now), self.now)
 
     @rule(
         number=which,
@@ -192,9 +223,17 @@ class SeatsMachine(RuleBasedStateMachine):
         retry_after=st.sampled_from([None, 0.0, 20.0, 100.0]),
         by_text=st.booleans(),
         held=st.booleans(),
+        uses=used,
     )
     def report(
-        self, number: int, outcome: Outcome, retry_after: float | None, by_text: bool, held: bool
+        self,
+        number: int,
+        outcome: Outcome,
+        retry_after: float | None,
+        by_text: bool,
+        held: bool,
+        *,
+        uses: int,
     ) -> None:
         """By the latest lease of a seat, which may be over."""
         if held:
@@ -208,11 +247,12 @@ class SeatsMachine(RuleBasedStateMachine):
             key = self.pool.seat_of(self.pool.find(secret.text, self.now), seat.lease, self.now)
             assert key.id == seat.id
         report = Report(outcome, retry_after if outcome is Outcome.RATE_LIMITED else None)
-        ended = self.pool.unblock(key, seat.lease, self.now, report)
+        ended = self.pool.unblock(key, seat.lease, self.now, report, uses=uses)
         assert ended.changed == seat.may_report
         if not seat.may_report:
             return
         seat.may_report = False
+        self._charge(secret, uses)
         guarded = outcome is Outcome.INVALID and not secret.quarantined and not self._has_room()
         assert ended.guarded == guarded
         cools = self._failed(secret, report, guarded=guarded)
@@ -222,6 +262,8 @@ class SeatsMachine(RuleBasedStateMachine):
             secret.cool(self.now + cools)
         if seat.release is not None:
             secret.end_lease(seat, self.now, self.pool_rules.rest_seconds)
+        elif uses > 1 and not secret.quarantined and not secret.shared:
+            seat.ready = max(seat.ready, secret.has_budget_at)
 
     def _failed(self, secret: PlainSecret, report: Report, *, guarded: bool) -> float:
         """Count a failure, if it is one. Returns for how long the secret cools."""
@@ -247,8 +289,8 @@ class SeatsMachine(RuleBasedStateMachine):
         gone = sum(secret.quarantined and bool(secret.free()) for secret in self.secrets)
         return gone == 0 or (gone + 1) * 100 <= self.pool_rules.max_quarantined_percent * len(self.secrets)
 
-    @rule(number=which, by_text=st.booleans())
-    def unblock(self, number: int, by_text: bool) -> None:
+    @rule(number=which, by_text=st.booleans(), uses=used)
+    def unblock(self, number: int, by_text: bool, uses: int) -> None:
         picked = self._pick(number)
         if picked is None:
             return
@@ -260,8 +302,9 @@ class SeatsMachine(RuleBasedStateMachine):
             with pytest.raises(StaleLease):
                 self.pool.seat_of(found, self.pool.last_lease + 1, self.now)
             return
-        assert self.pool.unblock(key, None, self.now).changed == (seat.release is not None)
+        assert self.pool.unblock(key, None, self.now, uses=uses).changed == (seat.release is not None)
         if seat.release is not None:
+            self._charge(secret, uses)
             secret.end_lease(seat, self.now, self.pool_rules.rest_seconds)
 
     @rule(number=which)
@@ -290,7 +333,7 @@ class SeatsMachine(RuleBasedStateMachine):
     def restore(self, number: int) -> None:
         if (picked := self._pick(number)) is not None:
             self.pool.restore(picked[0], self.now, OPERATOR)
-            picked[1].restore()
+            picked[1].restore(self.now)
 
     @rule(number=which, count=st.integers(1, 6))
     def change_seats(self, number: int, count: int) -> None:
@@ -308,6 +351,10 @@ class SeatsMachine(RuleBasedStateMachine):
         if was_one and count > 1 and cooled > self.now:
             secret.cools = max(secret.cools, cooled)  # as a rest looks like a cooldown
         secret.wanted = count
+        if count > 1 and not secret.shared:
+            secret.shared = True
+            if seat.release is not None and secret.has_budget_at > self.now:
+                secret.cool(secret.has_budget_at)
         for gone in reversed(secret.free()):
             if len(secret.seats) > count:
                 secret.seats.remove(gone)
@@ -345,8 +392,8 @@ class SeatsMachine(RuleBasedStateMachine):
                 former = seat.former or secret.text
                 seat.former = former if seat.release is not None and former != new else None
                 secret.had_formers |= seat.former is not None
-            secret.text = new
-        secret.restore()
+            secret.text, secret.paced = new, 0.0
+        secret.restore(self.now)
 
     @rule(number=which, name=st.sampled_from(["", "three"]), region=st.sampled_from(["eu", "us"]))
     def change_details(self, number: int, name: str, region: str) -> None:
@@ -415,6 +462,8 @@ class SeatsMachine(RuleBasedStateMachine):
                 secret.failures if self.now < secret.failed_at + self.pool_rules.forget_seconds else 0,
                 secret.outcome,
             )
+            if state is State.AVAILABLE:
+                assert secret.has_budget_at <= self.now, f"{key!r} has no budget"
         assert self.pool.secrets == len(self.secrets)
         for change, name in COUNTER_OF.items():
             assert getattr(self.pool.counters, name) == self.counts[change], name
