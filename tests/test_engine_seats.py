@@ -6,6 +6,8 @@ The rules are tested in test_pool_seats*.py; here it is whether each engine has 
 from __future__ import annotations
 
 import functools
+import itertools
+import time
 from typing import Any
 
 import pytest
@@ -14,10 +16,19 @@ from valkey_support import sealed_on_valkey
 
 from keypool.core.answers import Extension, KeyPatch, Lease, NewKey, Unblock
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import KeypoolError, ManySeats, PoolFull, SecretExists, StaleLease, UnknownKey
+from keypool.core.errors import (
+    KeypoolError,
+    ManySeats,
+    NoKeyAvailable,
+    PoolFull,
+    SecretExists,
+    StaleLease,
+    UnknownKey,
+)
 from keypool.core.events import By, Change, Origin
 from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
+from keypool.core.pace import Pace
 from keypool.engine import Engine
 
 OPERATOR = Origin(By.OPERATOR, "ops")
@@ -249,3 +260,57 @@ async def test_a_batch_imports_seats(opened: Opener) -> None:
         two, one = await engine.import_many(more, True, False, OPERATOR)
         assert ([two.status, one.status], len(two.ids or ()), len(one.ids or ())) == (["updated"] * 2, 4, 1)
         assert (await engine.stats()).total == 5
+
+
+@on_loop
+async def test_seats_share_the_pace_of_their_secret(opened: Opener) -> None:
+    """When its budget is spent, the available ones cool, and the held ones when their leases end."""
+    async with opened(**KEEPING) as engine:
+        await seats(engine, 4, pace=Pace(2, 1000.0, 2))
+        one, two = await held(engine, 2)
+        assert sorted(await states(engine)) == sorted([State.BLOCKED] * 2 + [State.COOLING] * 2)
+        assert await refused(engine.acquire("bob", 0)) is NoKeyAvailable
+        stats = await engine.stats()
+        assert (stats.paced, stats.cooled) == (1, 1)
+        row = await engine.restore(SECRET, OPERATOR)
+        assert (row.seats, await refused(engine.acquire("bob", 0))) == (4, NoKeyAvailable)
+        assert (await engine.unblock(one.id, one.lease)).state is State.COOLING
+        await engine.update(SECRET, KeyPatch(seats=5), OPERATOR)
+        assert sorted(await states(engine)) == sorted([State.BLOCKED] + [State.COOLING] * 4)
+        await engine.replace(SECRET, "sk-live-4712-abcd", OPERATOR)
+        assert sorted(await states(engine)) == sorted([State.BLOCKED] + [State.AVAILABLE] * 4)
+        assert (await engine.unblock(two.id, two.lease, uses=3)).state is State.COOLING
+        assert await states(engine) == [State.COOLING] * 5
+
+
+@on_loop
+async def test_what_a_key_was_charged_is_what_its_seats_were(opened: Opener) -> None:
+    """When it gets more of them while it is held; and a seat that goes takes nothing along."""
+    async with opened(**KEEPING) as engine:
+        await seats(engine, 1, pace=Pace(1, 1000.0))
+        (lease,) = await held(engine, 1)
+        await engine.update(SECRET, KeyPatch(seats=3), OPERATOR)
+        assert await states(engine) == [State.BLOCKED, State.COOLING, State.COOLING]
+        await engine.update(SECRET, KeyPatch(seats=2), OPERATOR)
+        assert (await engine.unblock(lease.id, lease.lease)).state is State.COOLING
+        await engine.restore(SECRET, OPERATOR)
+        assert await states(engine) == [State.COOLING] * 2
+
+
+@on_loop
+async def test_all_seats_together_are_acquired_as_often_as_the_pace_allows(opened: Opener) -> None:
+    """At most count + burst - 1 times in any `seconds`, by whom and in whatever order their leases end."""
+    pace = Pace(4, 0.2, 2)
+    async with opened(**KEEPING) as engine:
+        await seats(engine, 3, pace=pace)
+        moments, leases = list[tuple[float, float]](), list[Lease]()
+        for _ in range(12):
+            before = time.monotonic()
+            leases.append(await engine.acquire("ann", 30))
+            moments.append((before, time.monotonic()))
+            if len(leases) == 2:
+                lease = leases.pop(0)
+                await engine.unblock(lease.id, lease.lease)
+        most = pace.count + pace.burst - 1
+        for (before, _), (_, after) in itertools.pairwise(moments[::most]):
+            assert after - before >= pace.seconds - 0.01

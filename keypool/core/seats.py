@@ -23,7 +23,7 @@ import msgspec
 from keypool.core.counters import Counters
 from keypool.core.details import with_text_from_elsewhere, without_former
 from keypool.core.errors import ManySeats, StaleLease
-from keypool.core.events import DEADLINE, Change, Listener, Origin
+from keypool.core.events import DEADLINE, HOLDER, Change, Listener, Origin
 from keypool.core.keys import Group, Key, State
 from keypool.core.outcomes import History
 from keypool.core.pace import Pace
@@ -102,10 +102,7 @@ class Seats(SelfCheck):
         group.paced_until = max(group.paced_until, now) + pace.interval
         self._keep_pace(group, pace, now)
         if group.cools_until > now:
-            for seat in self._others(key, group, now):
-                if seat.state is _AVAILABLE:
-                    self._leave(seat)
-                    self._cool(seat, group.cools_until, None, DEADLINE)
+            self._follow(key, group, key.history, now, HOLDER, leaving=False)
 
     def _keep_pace(self, group: Group, pace: Pace | None, now: float) -> None:
         """Let a secret cool until it has budget, which is counted: its seats will follow."""
@@ -119,7 +116,10 @@ class Seats(SelfCheck):
     def _follow(
         self, key: Key, group: Group, before: History, now: float, origin: Origin, *, leaving: bool
     ) -> None:
-        """Let the other seats follow one that was reported on, whose history was `before`; `leaving` to quarantine."""
+        """Let the other seats follow one that was used or reported on, whose history was `before`.
+
+        `leaving` to quarantine.
+        """
         if key.history == before and not leaving and group.cools_until <= now:
             return
         for seat in self._others(key, group, now):

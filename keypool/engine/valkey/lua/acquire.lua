@@ -98,7 +98,7 @@ for i = 10, #ARGV, step do
       served = served + 1
       free_here = free_here - 1
       if spent then
-        of_seats().cool_others(record)
+        of_seats().follow(record, false, 'holder')
         free_here = available()
       end
       if takes then bound = bound - 1 end

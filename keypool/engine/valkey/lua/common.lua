@@ -634,18 +634,6 @@ do
       return rules.keep_pace(record)
     end
 
-    -- Let the other seats that are available cool, as the secret does.
-    function rules.cool_others(record)
-      local cools = rules.limits(record)
-      for _, found in ipairs(rules.others(record)) do
-        local field, seat = found[1], found[2]
-        if seat[RELEASE] == 0 and seat[MARK] ~= QUARANTINED then
-          place(field, seat, COOLING, cools)
-          entered(COOLING, field, seat, nil, 'deadline')
-        end
-      end
-    end
-
     -- The beginning of the cooldown until then was an event already.
     function rules.set_told(record, cools)
       local _, secret = names(record)
@@ -739,7 +727,7 @@ do
       if name then call('ZADD', NAMES, 0, name) end
     end
 
-    -- Let the others follow a seat that was reported on; `leaving` to quarantine.
+    -- Let the others follow a seat that was used or reported on; `leaving` to quarantine.
     function rules.follow(record, leaving, origin)
       local cools = rules.limits(record)
       for _, found in ipairs(rules.others(record)) do
