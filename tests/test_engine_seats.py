@@ -15,7 +15,7 @@ from engine_support import Opener, embedded, on_loop
 from valkey_support import sealed_on_valkey
 
 from keypool.core.answers import Extension, KeyPatch, Lease, NewKey, Unblock
-from keypool.core.cursor import ListQuery
+from keypool.core.cursor import HistoryQuery, HolderQuery, ListQuery
 from keypool.core.errors import (
     KeypoolError,
     ManySeats,
@@ -314,3 +314,18 @@ async def test_all_seats_together_are_acquired_as_often_as_the_pace_allows(opene
         most = pace.count + pace.burst - 1
         for (before, _), (_, after) in itertools.pairwise(moments[::most]):
             assert after - before >= pace.seconds - 0.01
+
+
+@on_loop
+async def test_the_history_is_that_of_a_seat(opened: Opener) -> None:
+    """By its id or handle; by the text or name that of the first one. Owners have the leases of all."""
+    async with opened(**KEEPING, history_leases=10) as engine:
+        await seats(engine, 2, name="acct")
+        one, two = await held(engine, 2)
+        assert [(row.owner, row.held) for row in (await engine.owners(HolderQuery())).owners] == [("ann", 2)]
+        assert len((await engine.page(ListQuery(owner="ann"))).keys) == 2
+        for lease in (one, two):
+            await engine.unblock(lease.id, lease.lease)
+        for ref, ended in ((SECRET, one), (one.id, one), (two.id, two)):
+            found = (await engine.history(ref, HistoryQuery())).history
+            assert [row.lease for row in found] == [ended.lease]
