@@ -30,6 +30,7 @@ from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pace import Pace
 from keypool.engine import Engine
+from keypool.engine.valkey.engine import ValkeyEngine
 
 OPERATOR = Origin(By.OPERATOR, "ops")
 OPENERS: dict[str, Opener] = {
@@ -320,6 +321,8 @@ async def test_all_seats_together_are_acquired_as_often_as_the_pace_allows(opene
 async def test_the_history_is_that_of_a_seat(opened: Opener) -> None:
     """By its id or handle; by the text or name that of the first one. Owners have the leases of all."""
     async with opened(**KEEPING, history_leases=10) as engine:
+        if isinstance(engine, ValkeyEngine):
+            await engine.set_rules(engine.rules, 1)
         await seats(engine, 2, name="acct")
         one, two = await held(engine, 2)
         assert [(row.owner, row.held) for row in (await engine.owners(HolderQuery())).owners] == [("ann", 2)]

@@ -552,6 +552,7 @@ class Twins:
             self.pace(),
             self.random.choice([None, None, 1, 2, 3, 5]),
         )
+        self.catch_up()
         answer, error = await _outcome(self.engine.update(ref, patch, ADMIN))
         if answer is not None:
             found, _ = await self.engine._row_for_change(answer.id)
@@ -580,6 +581,7 @@ class Twins:
 
     async def search(self) -> None:
         """By name and by hint; by text, see `get`."""
+        self.catch_up()
         name = self.random.choice(NAMES)
         row, _ = await self.both(self.engine.find(name), lambda: self.pool.find_name(name, self.now))
         if row is not None:
