@@ -41,6 +41,7 @@ from keypool.core.events import By, Origin
 from keypool.core.handles import SECRET_BYTES, Handles
 from keypool.core.keys import Key, State
 from keypool.core.outcomes import NO_HISTORY, Outcome, Report
+from keypool.core.pace import Pace
 from keypool.engine.durable import copying, datafile
 from keypool.engine.durable.rows import (
     COOLING,
@@ -224,6 +225,27 @@ async def test_seats_are_after_a_restart_where_they_were(
             999, abs=0.1
         )
         assert (await engine.get("sk-live-1")).seats == 1
+
+
+@on_loop
+async def test_what_seats_were_charged_is_known_after_a_restart(path: Path, wall: Moment) -> None:
+    """Whichever of them was, and whether or not the others have changed since."""
+    async with opened_pools(path, keepalive_seconds=None) as pools:
+        await pools.default.import_key(NewKey("sk-live-1", pace=Pace(4, 100.0, 3), seats=5), False, OPERATOR)
+        for _ in range(2):
+            await pools.default.acquire(None, 0)
+    wall.on(1)
+    async with opened_pools(path, keepalive_seconds=None) as pools:
+        await pools.default.acquire(None, 0)
+        rows = (await pools.default.page(ListQuery())).keys
+        assert sorted(row.state for row in rows) == sorted([State.BLOCKED] * 3 + [State.COOLING] * 2)
+        ready = [row.available_in for row in rows if row.available_in is not None]
+    wall.on(1)
+    async with opened_pools(path, keepalive_seconds=None) as pools:
+        again = (await pools.default.page(ListQuery())).keys
+        assert sorted(row.state for row in again) == sorted(row.state for row in rows)
+        left = [row.available_in for row in again if row.available_in is not None]
+        assert left == pytest.approx([each - 1 for each in ready], abs=0.5)
 
 
 # ------------------------------------------------------------------------------------------- a file of no use

@@ -236,8 +236,9 @@ def test_all_about_leases_moves(by_way_of: str | None, tmp_path: Path) -> None:
 SECRETS = (b"s" * 32,)
 
 
-def _of_group(key: Key) -> tuple[int, float] | None:
-    return None if key.group is None else (key.group.wanted, key.group.cools_until)
+def _of_group(key: Key) -> tuple[int, float, float] | None:
+    group = key.group
+    return None if group is None else (group.wanted, group.cools_until, group.paced_until)
 
 
 def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
@@ -251,7 +252,12 @@ def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
     held.client, held.owner = "ann", "wörker"
     seats = [
         Key(
-            id, "sk-live-2", 1_700_000_000.0, NEVER, details=Details(True, "acct 2"), group=Group(4, now + 60)
+            id,
+            "sk-live-2",
+            1_700_000_000.0,
+            NEVER,
+            details=Details(True, "acct 2"),
+            group=Group(4, now + 60, now + 75.5),
         )
         for id in (101, 102, 104)
     ]
