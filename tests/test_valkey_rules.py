@@ -16,6 +16,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from valkey_support import SECRETS, Place, age, check, engine_on, new_place, on_loop, with_constants
 
@@ -565,7 +566,9 @@ class Twins:
         chosen = self.random.choice(["id", "expiry", "release", "ready", "prefix", "name"])
         only = {"release": "blocked", "ready": "cooling"}.get(chosen)
         if chosen == "ready":
-            await self.settle()  # a block that is over may become a cooldown, and come later, between two pages
+            await (
+                self.settle()
+            )  # a block that is over may become a cooldown, and come later, between two pages
         state: Any = only or self.random.choice([None, *State])
         prefix = None
         if chosen == "prefix":
@@ -574,15 +577,7 @@ class Twins:
                 return
         name = self.random.choice(["a", "acct-", "acct-1", "Gr"]) if chosen == "name" else None
         order: Any = None if chosen in ("prefix", "name") else chosen
-        rows: list[Row] = []
-        after = None
-        for _ in range(1000):
-            limit = self.random.choice([1, 2, 7])
-            page = await self.engine.page(ListQuery(state, prefix, order, limit, after, name))
-            rows += page.keys
-            after = page.next
-            if after is None:
-                break
+        rows = await self.listed(ListQuery(state, prefix, order, name=name))
         self.catch_up()
         found = [key for key in self.pool._by_id.walk(None) if state in (None, key.state)]
         if prefix is not None:
@@ -606,6 +601,19 @@ class Twins:
             assert places == sorted(places)
         else:
             assert all(one < other + NEAR for one, other in itertools.pairwise(places))
+
+    async def listed(self, query: ListQuery) -> list[Row]:
+        """All rows of a list, in pages of different lengths."""
+        rows: list[Row] = []
+        after = None
+        for _ in range(1000):
+            limit = self.random.choice([1, 2, 7])
+            page = await self.engine.page(msgspec.structs.replace(query, limit=limit, after=after))
+            rows += page.keys
+            after = page.next
+            if after is None:
+                break
+        return rows
 
     async def time_passes(self) -> None:
         """A step."""
