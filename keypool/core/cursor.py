@@ -148,14 +148,19 @@ def order_of(query: PageQuery) -> str:
     return "prefix" if query.prefix else "name" if query.name else query.order
 
 
-def encode_lease(lease: int) -> str:
-    """The cursor of the page of a history that begins behind this lease."""
-    return encode("history", (lease,))
+def next_of(order: str, position: Position | None) -> str | None:
+    """The `next` of a page in this order, after which the list goes on at a position; None if it doesn't."""
+    return None if position is None else encode(order, position)
 
 
-def lease_before(query: HistoryQuery) -> int | None:
-    """The lease behind which a page of a history begins, None for the first. Raises BadRequest for a wrong cursor."""
-    return None if query.after is None else int(decode(query.after, "history")[0])
+def position_after(after: str | None, order: str) -> Position | None:
+    """The position of the `after` of a query, None for the first page. Raises BadRequest for a wrong cursor."""
+    return None if after is None else decode(after, order)
+
+
+def number_after(after: str | None, order: str) -> int | None:
+    """The same in an order whose positions begin with a whole number, which is what counts."""
+    return None if after is None else int(decode(after, order)[0])
 
 
 def encode(order: str, position: Position) -> str:

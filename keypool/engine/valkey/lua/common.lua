@@ -32,9 +32,9 @@
 -- Keys of their own, with the same hash tag: `attempt:` and an attempt (claim.lua), `lock:` and a word (lock.lua),
 -- `alias:` and a member (alias.lua), `old:` and a member (FORMER); `released:` and the number of a RELEASED_SLOT of time,
 -- a hash of holder_of to how many of its leases ended by their deadlines in it (released.lua); `ended`, a list of "id
--- lease" in the order in which
--- these leases ended, and `past:` and an id, a sorted set of the leases of that key that have ended, each {lease,
--- moments of acquire and end, how, owner, client, outcome, reason, how often it was extended} by its number.
+-- lease" in the order in which these leases ended, and `past:` and an id, a sorted set of the leases of that key that have
+-- ended, each {lease, moments of acquire and end, how, owner, client, outcome, reason, how often it was extended} by its
+-- number.
 -- Where a text is said to be a member or a field above, that is so of a key in clear. A pool with secrets keys holds no
 -- text: there it is MEMBER, the byte 254 and 16 bytes of a keyed digest of the text, and the text itself, with the key's
 -- data, is in the record, sealed by the server (engine/valkey/vault.py). Texts are UTF-8, which has no such byte.
@@ -100,6 +100,7 @@ local PACED = 19     -- theoretical arrival time of its pace (core/pace.py); mis
 local WITH_PACE = 149  -- the first byte of an INFO that has a pace
 local LONGEST_WAIT = 316224000000000  -- microseconds: core/pace.py
 local EXTENDED = 20  -- how often the lease was extended
+local OPERATOR = 111  -- the first byte of an operator's origin
 local RARE_KIND = 1  -- of a rare event: change, id, both parts of the hint, owner and lease of the first key; origin;
 local RARE_ORIGIN = 7
 local RARE_NUMBER = 8  -- counts from 1
@@ -160,7 +161,7 @@ local is_rare = {generated = 1, imported = 1, deleted = 1, expired = 1, revealed
 local function emit(change, record, text, owner, origin)
   local start, finish = text:sub(1, 4), text:sub(-4)
   if record[HINT] then start, finish = record[HINT], false end
-  if is_rare[change] or change == 'unblocked' and origin:byte(1) == 111 then  -- an operator's
+  if is_rare[change] or change == 'unblocked' and origin:byte(1) == OPERATOR then
     add_rare({change, record[ID], start, finish, owner or false, record[LEASE], origin})
   end
   local event = {change, record[ID], start, finish, owner or false, record[LEASE], origin, NOW}
@@ -352,7 +353,7 @@ end
 local function free(text, record, change, at, origin, cool_until, outcome, reason)
   local past
   if recording > 0 then
-    local how = change == 'unblocked' and origin:sub(1, 8) == 'operator' and 'revoked' or change
+    local how = change == 'unblocked' and origin:byte(1) == OPERATOR and 'revoked' or change
     local expires = record[EXPIRES]
     if how == 'released' and expires < at then  -- it has expired before, and isn't purged yet
       past = past_of(record, expires, 'expired')
