@@ -85,7 +85,7 @@ class HolderQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class PagedQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the queries of other lists have in common."""
+    """The parameters that the queries of the other lists share."""
 
     after: Annotated[Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST)] | None, _NEXT] = None
     limit: _Limit = 50

@@ -97,7 +97,7 @@ class BatchLog:
         """
         self._gather()
         if not self._flushing_until:
-            # What was flushed before is trimmed first, unless that takes too long.
+            # Finish trimming after the previous flush first, unless that takes too long.
             if self._weight >= FLUSH_THRESHOLD_ROWS * (2 if self._untrimmed else 1):
                 self._begin()
             elif not self._untrimmed:

@@ -535,7 +535,7 @@ class FileJournal:
     # -- reading
 
     async def read(self, request: HistoryRequest) -> list[Past]:
-        """What the file has of a key's history, as of the last commit. O(log n + page) in the writer process.
+        """A page of a key's history, as of the last commit. O(log n + page) in the writer process.
 
         It waits for the commit in flight, but not for storage to work again. Raises StorageUnavailable.
         """

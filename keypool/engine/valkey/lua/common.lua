@@ -330,7 +330,7 @@ local function entered(mark, text, record, owner, origin)
   emit(mark == COOLING and 'cooled' or 'quarantined', record, text, owner, origin)
 end
 
--- Interval and tolerance of the pace that a key keeps to, in microseconds; nil if there is none.
+-- Interval and tolerance of a key's pace, its own or the pool's, in microseconds; nil if it has none.
 local function pace_of(record)
   local info = record[INFO]
   if info and info:byte(1) == WITH_PACE then
