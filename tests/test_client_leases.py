@@ -370,7 +370,7 @@ def test_nothing_is_left_behind(server: ServerProcess) -> None:
 def test_50_workers_through_two_kills_of_the_server(tmp_path: Path) -> None:
     """In 5 processes, blocking and asynchronous, over 10 keys, while workers and server are killed."""
     for kind in ("sync", "async"):
-        words = [sys.executable, "-m", "bench.workers", "--processes", "5", "--kind", kind, "--seconds", "10"]
+        words = [sys.executable, "-m", "bench.workers", "--processes", "5", "--kind", kind, "--seconds", "4"]
         subprocess.run(
             [*words, "--data", str(tmp_path / f"{kind}.db")], check=True, cwd=PROGRAM.parent.parent
         )

@@ -162,6 +162,19 @@ def hold_drain(server: ServerProcess, client: Client) -> list[Wire]:
     return [half, deaf]
 
 
+def begin_drain(server: ServerProcess) -> Client:
+    """A drain that has begun and is held."""
+    client = server.client()
+    waiter = server.wire()
+    hold_drain(server, client)
+    client.batch(op="acquire", count=1000).expect(200)
+    waiter.ask("POST", ACQUIRE, json={"wait": 60})
+    client.expect_waiting(1)
+    server.signal(signal.SIGTERM)
+    waiter.answer().expect_problem(503, "draining")
+    return client
+
+
 def test_what_is_left_unanswered_is_cut_when_the_drain_is_over(start_server: Start) -> None:
     """The server exits with status 0 within --drain-seconds, whatever is stuck."""
     took = 99.0
@@ -182,14 +195,7 @@ def test_what_is_left_unanswered_is_cut_when_the_drain_is_over(start_server: Sta
 def test_a_second_signal_stops_the_drain_with_status_1(start_server: Start, second: signal.Signals) -> None:
     """The process exits at once, before --drain-seconds, and without a traceback."""
     server = start_server("--drain-seconds=60")
-    client = server.client()
-    waiter = server.wire()
-    hold_drain(server, client)
-    client.batch(op="acquire", count=1000).expect(200)
-    waiter.ask("POST", ACQUIRE, json={"wait": 60})
-    client.expect_waiting(1)
-    server.signal(signal.SIGTERM)
-    waiter.answer().expect_problem(503, "draining")  # the drain has begun
+    begin_drain(server)
     server.signal(second)
     assert server.wait(50) == 1, server.log
 
@@ -198,14 +204,7 @@ def test_a_draining_server_takes_no_new_connections(start_server: Start) -> None
     """It stops accepting first; /readyz, where it is still answered, is 503."""
     with held_port() as port:
         server = start_server("--drain-seconds=60", f"--port={port}")
-        client = server.client()
-        waiter = server.wire()
-        hold_drain(server, client)
-        client.batch(op="acquire", count=1000).expect(200)
-        waiter.ask("POST", ACQUIRE, json={"wait": 60})
-        client.expect_waiting(1)
-        server.signal(signal.SIGTERM)
-        waiter.answer().expect_problem(503, "draining")
+        client = begin_drain(server)
 
         def refused() -> bool:
             try:

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from valkey_support import SECRETS, Place, age, check, engine_on, new_place, on_loop, with_constants
 
@@ -638,7 +639,7 @@ class Twins:
                 word = _WORDS[type(error)]
             assert (result if isinstance(result, str) else "done") == word
 
-    def listed(self, keys: list[Key], prefix: str | None, name: str | None, order: str | None) -> list[Key]:
+    def shown(self, keys: list[Key], prefix: str | None, name: str | None, order: str | None) -> list[Key]:
         """Those that the list has."""
         if prefix is not None:
             keys = [key for key in keys if key.text.startswith(prefix) and not key.details.imported]
@@ -655,9 +656,8 @@ class Twins:
         chosen = self.random.choice(["id", "expiry", "release", "ready", "prefix", "name"])
         only = {"release": "blocked", "ready": "cooling"}.get(chosen)
         if chosen == "ready":
-            await (
-                self.settle()
-            )  # a block that is over may become a cooldown, and come later, between two pages
+            # A block that is over may become a cooldown, and come later, between two pages.
+            await self.settle()
         state: Any = only or self.random.choice([None, *State])
         prefix = None
         if chosen == "prefix":
@@ -666,18 +666,10 @@ class Twins:
                 return
         name = self.random.choice(["a", "acct-", "acct-1", "Gr"]) if chosen == "name" else None
         order: Any = None if chosen in ("prefix", "name") else chosen
-        rows: list[Row] = []
-        after = None
-        for _ in range(1000):
-            limit = self.random.choice([1, 2, 7])
-            page = await self.engine.page(ListQuery(state, prefix, order, limit, after, name))
-            rows += page.keys
-            after = page.next
-            if after is None:
-                break
+        rows = await self.listed(ListQuery(state, prefix, order, name=name))
         self.catch_up()
         found = [key for key in self.pool._by_id.walk(None) if state in (None, key.state)]
-        found = self.listed(found, prefix, name, order)
+        found = self.shown(found, prefix, name, order)
         place_of: dict[str | None, Callable[[Key], Any]] = {
             None: lambda key: key.details.name if name else key.text[: 4 if self.sealed else None],
             "id": lambda key: key.id,
@@ -693,6 +685,19 @@ class Twins:
             assert places == sorted(places)
         else:
             assert all(one < other + NEAR for one, other in itertools.pairwise(places))
+
+    async def listed(self, query: ListQuery) -> list[Row]:
+        """All rows of a list, in pages of different lengths."""
+        rows: list[Row] = []
+        after = None
+        for _ in range(1000):
+            limit = self.random.choice([1, 2, 7])
+            page = await self.engine.page(msgspec.structs.replace(query, limit=limit, after=after))
+            rows += page.keys
+            after = page.next
+            if after is None:
+                break
+        return rows
 
     async def time_passes(self) -> None:
         """A step."""

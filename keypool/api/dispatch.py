@@ -282,7 +282,7 @@ class Dispatcher:
             raise MethodNotAllowed(pending.allow)
 
     def _find(self, text: str) -> tuple[_Path, str, str]:
-        """The route of a path that contains a key or a pool, with both; `_NOWHERE` if there is none."""
+        """The route of a path that names a key or a pool, and these names; `_NOWHERE` if there is no such path."""
         if not text.startswith(_KEYS):
             return self._seen.get(text) or self._find_in_pool(text)
         segment, slash, rest = text[len(_KEYS) :].partition("/")
@@ -300,7 +300,7 @@ class Dispatcher:
         key, behind = "", ""
         if rest.startswith("keys/"):
             key, another_slash, behind = rest[len("keys/") :].partition("/")
-        # What has nothing behind the key may be no key but a call, such as acquire.
+        # A path that ends here may name a call, such as acquire, where others have a key.
         path = None if behind else self._paths_of_pool.get(slash + rest)
         if path is None:
             if not key:

@@ -292,14 +292,6 @@ class PastLease:
     extended: int
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryPage:
-    """Leases of a key, the latest first, and the cursor of the next page, None on the last one."""
-
-    history: list[PastLease]
-    next: str | None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """Six current counts, the counters since the pool began, and the server. `uptime` is in seconds.
@@ -466,12 +458,6 @@ def read_page(value: object) -> Page:
     """A page of keys. Raises UnexpectedAnswer."""
     part = read_part(Row, value, "keys")
     return Page(part.rows, part.next)
-
-
-def read_history(value: object) -> HistoryPage:
-    """A page of a history. Raises UnexpectedAnswer."""
-    part = read_part(PastLease, value, "history")
-    return HistoryPage(part.rows, part.next)
 
 
 def read_part(kind: type[T], value: object, member: str) -> Part[T]:

@@ -17,7 +17,7 @@ import math
 import os
 import ssl
 import weakref
-from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -36,6 +36,7 @@ from keypool.client.answers import (
     KeyLike,
     LeasedKey,
     Page,
+    Part,
     PastLease,
     PoolInfo,
     RareEvent,
@@ -385,50 +386,29 @@ class AsyncKeyPool:
         after: str | None = None
         left = math.inf if limit is None else limit
         while left > 0:
-            page = await self._call(calls.history(key, int(min(left, 500)), after))
-            for lease in page.history:
+            part = await self._call(calls.history(key, int(min(left, 500)), after))
+            for lease in part.rows:
                 yield lease
-            left -= len(page.history)
-            after = page.next
-            if after is None:
-                return
-
-    async def owners(self) -> AsyncIterator[Holder]:
-        """Who holds keys (viewer), in order of name, one call for each 500, as they are read."""
-        after: str | None = None
-        while True:
-            part = await self._call(calls.owners(after))
-            for row in part.rows:
-                yield row
+            left -= len(part.rows)
             after = part.next
             if after is None:
                 return
+
+    def owners(self) -> AsyncIterator[Holder]:
+        """Who holds keys (viewer), in order of name, one call for each 500, as they are read."""
+        return self._all(calls.owners)
 
     async def release_owner(self, owner: str, *, client: str | None = None) -> int:
         """End all leases that an owner holds, under this token or under any (admin). Returns how many that were."""
         return await self._call(calls.release_owner(owner, client))
 
-    async def waiters(self) -> AsyncIterator[Waiting]:
+    def waiters(self) -> AsyncIterator[Waiting]:
         """Who waits for a key at the server that answers (viewer), first come first, as they are read."""
-        after: str | None = None
-        while True:
-            part = await self._call(calls.waiters(after))
-            for row in part.rows:
-                yield row
-            after = part.next
-            if after is None:
-                return
+        return self._all(calls.waiters)
 
-    async def events(self, kind: str | None = None) -> AsyncIterator[RareEvent]:
+    def events(self, kind: str | None = None) -> AsyncIterator[RareEvent]:
         """The latest rare events (viewer), of one kind if given, newest first, as they are read. Raises BadRequest."""
-        after: str | None = None
-        while True:
-            part = await self._call(calls.events(kind, after))
-            for row in part.rows:
-                yield row
-            after = part.next
-            if after is None:
-                return
+        return self._all(lambda after: calls.events(kind, after))
 
     async def stats(self) -> Stats:
         """All counts (viewer)."""
@@ -529,6 +509,17 @@ class AsyncKeyPool:
 
     async def _call(self, call: Call[T]) -> T:
         return await self._runner.run(result(call, self._settings))
+
+    async def _all(self, part_after: Callable[[str | None], Call[Part[T]]]) -> AsyncIterator[T]:
+        """The rows of a list, one call for each part, as they are read."""
+        after: str | None = None
+        while True:
+            part = await self._call(part_after(after))
+            for row in part.rows:
+                yield row
+            after = part.next
+            if after is None:
+                return
 
     async def _batch(self, batch: Batch[T]) -> T:
         return await self._runner.run(results(batch, self._settings))

@@ -41,7 +41,6 @@ from keypool.client.answers import (
     Done,
     Extended,
     GeneratedKey,
-    HistoryPage,
     Holder,
     ImportedKey,
     Imports,
@@ -51,6 +50,7 @@ from keypool.client.answers import (
     Outcome,
     Page,
     Part,
+    PastLease,
     PoolInfo,
     RareEvent,
     Rekeying,
@@ -61,7 +61,6 @@ from keypool.client.answers import (
     Unblocked,
     Waiting,
     read,
-    read_history,
     read_imports,
     read_list,
     read_page,
@@ -308,10 +307,9 @@ def _with_query(path: str, **query: str | int | None) -> str:
     return f"{path}?{given}" if given else path
 
 
-def history(key: KeyLike, limit: int, after: str | None) -> Call[HistoryPage]:
-    query = {"limit": limit} if after is None else {"limit": limit, "after": after}
-    path = f"{_path(key, by_id=True)}/history?{urlencode(query)}"
-    return Call("history", "GET", path, read_history, repeatable=True)
+def history(key: KeyLike, limit: int, after: str | None) -> Call[Part[PastLease]]:
+    path = _with_query(f"{_path(key, by_id=True)}/history", limit=limit, after=after)
+    return Call("history", "GET", path, lambda value: read_part(PastLease, value, "history"), repeatable=True)
 
 
 def stats() -> Call[Stats]:

@@ -19,7 +19,7 @@ import os
 import ssl
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -38,6 +38,7 @@ from keypool.client.answers import (
     KeyLike,
     LeasedKey,
     Page,
+    Part,
     PastLease,
     PoolInfo,
     RareEvent,
@@ -422,22 +423,16 @@ class KeyPool:
         after: str | None = None
         left = math.inf if limit is None else limit
         while left > 0:
-            page = self._call(calls.history(key, int(min(left, 500)), after))
-            yield from page.history
-            left -= len(page.history)
-            after = page.next
+            part = self._call(calls.history(key, int(min(left, 500)), after))
+            yield from part.rows
+            left -= len(part.rows)
+            after = part.next
             if after is None:
                 return
 
     def owners(self) -> Iterator[Holder]:
         """Who holds keys (viewer), in order of name, one call for each 500, as they are read."""
-        after: str | None = None
-        while True:
-            part = self._call(calls.owners(after))
-            yield from part.rows
-            after = part.next
-            if after is None:
-                return
+        return self._all(calls.owners)
 
     def release_owner(self, owner: str, *, client: str | None = None) -> int:
         """End all leases that an owner holds, under this token or under any (admin). Returns how many that were."""
@@ -445,23 +440,11 @@ class KeyPool:
 
     def waiters(self) -> Iterator[Waiting]:
         """Who waits for a key at the server that answers (viewer), first come first, as they are read."""
-        after: str | None = None
-        while True:
-            part = self._call(calls.waiters(after))
-            yield from part.rows
-            after = part.next
-            if after is None:
-                return
+        return self._all(calls.waiters)
 
     def events(self, kind: str | None = None) -> Iterator[RareEvent]:
         """The latest rare events (viewer), of one kind if given, newest first, as they are read. Raises BadRequest."""
-        after: str | None = None
-        while True:
-            part = self._call(calls.events(kind, after))
-            yield from part.rows
-            after = part.next
-            if after is None:
-                return
+        return self._all(lambda after: calls.events(kind, after))
 
     def stats(self) -> Stats:
         """All counts (viewer)."""
@@ -581,6 +564,16 @@ class KeyPool:
 
     def _call(self, call: Call[T]) -> T:
         return self._runner.run(result(call, self._settings))
+
+    def _all(self, part_after: Callable[[str | None], Call[Part[T]]]) -> Iterator[T]:
+        """The rows of a list, one call for each part, as they are read."""
+        after: str | None = None
+        while True:
+            part = self._call(part_after(after))
+            yield from part.rows
+            after = part.next
+            if after is None:
+                return
 
     def _batch(self, batch: Batch[T]) -> T:
         return self._runner.run(results(batch, self._settings))

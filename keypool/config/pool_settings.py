@@ -21,7 +21,7 @@ POOL_SETTINGS: Mapping[str, Whole | Seconds | Percent] = {
     "rest_seconds": Seconds(low=0.0),
     "history_leases": Whole(0, 100_000_000),
 }
-"""The type of each setting in core.rules.SETTINGS that is a flag."""
+"""The type of each setting in core.rules.SETTINGS but `pace`, which is an object."""
 
 PACE: Mapping[str, Whole | Seconds] = {
     "count": Whole(1, 1_000_000),

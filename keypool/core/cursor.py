@@ -85,7 +85,7 @@ class HolderQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class PagedQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the queries of other lists have in common."""
+    """The parameters that the queries of the other lists share."""
 
     after: Annotated[Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST)] | None, _NEXT] = None
     limit: _Limit = 50
@@ -148,14 +148,19 @@ def order_of(query: PageQuery) -> str:
     return "prefix" if query.prefix else "name" if query.name else query.order
 
 
-def encode_lease(lease: int) -> str:
-    """The cursor of the page of a history that begins behind this lease."""
-    return encode("history", (lease,))
+def next_of(order: str, position: Position | None) -> str | None:
+    """The `next` of a page in this order, after which the list goes on at a position; None if it doesn't."""
+    return None if position is None else encode(order, position)
 
 
-def lease_before(query: HistoryQuery) -> int | None:
-    """The lease behind which a page of a history begins, None for the first. Raises BadRequest for a wrong cursor."""
-    return None if query.after is None else int(decode(query.after, "history")[0])
+def position_after(after: str | None, order: str) -> Position | None:
+    """The position of the `after` of a query, None for the first page. Raises BadRequest for a wrong cursor."""
+    return None if after is None else decode(after, order)
+
+
+def number_after(after: str | None, order: str) -> int | None:
+    """The same in an order whose positions begin with a whole number, which is what counts."""
+    return None if after is None else int(decode(after, order)[0])
 
 
 def encode(order: str, position: Position) -> str:

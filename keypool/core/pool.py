@@ -321,7 +321,7 @@ class Pool(Seats):
     def replace(self, key: Key, secret: str, now: float, origin: Origin) -> None:
         """Give a live key another text, which `find` hasn't found for another key. O(log n). Raises SecretExists.
 
-        What was reported about the old text is forgotten, and a cooldown or quarantine is over. A new text has its full
+        Reports on the old text are forgotten, and a cooldown or quarantine is over. A new text has its full
         budget. A lease goes on, and the text with which it was given names the key until it ends.
         """
         other = self._unless_expired(self._by_text.get(secret) or self._imported.get(secret), now)

@@ -27,7 +27,7 @@ from keypool.core.answers import (
     Unblocked,
 )
 from keypool.core.counters import COUNTERS
-from keypool.core.cursor import HistoryQuery, ListQuery, encode, lease_before, order_of, page_query
+from keypool.core.cursor import HistoryQuery, ListQuery, next_of, number_after, order_of, page_query
 from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining, PoolError, UnknownKey
 from keypool.core.events import HOLDER, Event, Origin, latest
 from keypool.core.keys import Key, State
@@ -286,14 +286,14 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         now = self.now()
         asked = page_query(query)
         found = self.pool.page(asked, now)
-        cursor = None if found.next is None else encode(order_of(asked), found.next)
+        cursor = next_of(order_of(asked), found.next)
         page = Page([row_of(key, now, self.pool) for key in found.keys], cursor)
         self._waiters.serve(now)  # with blocks that were found overdue
         return page
 
     async def history(self, ref: Ref, query: HistoryQuery) -> HistoryPage:
         """Leases of a key that have ended. O(log n + page)."""
-        before = lease_before(query)
+        before = number_after(query.after, "history")
         now = self.now()
         key = self._find(ref, now)
         self._waiters.serve(now)

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Protocol
 
 from keypool.core.answers import HistoryPage, HistoryRow
-from keypool.core.cursor import HistoryQuery, encode_lease
+from keypool.core.cursor import HistoryQuery, next_of
 from keypool.core.history import PastLease, Window
 from keypool.core.keys import moment
 from keypool.core.outcomes import Report
@@ -136,8 +136,8 @@ class MemoryHistory:
 def history_page(leases: list[PastLease], query: HistoryQuery) -> HistoryPage:
     """The answer of a page, of one lease more than `query.limit` if there are more. O(page)."""
     shown = leases[: query.limit]
-    cursor = encode_lease(shown[-1].lease) if len(leases) > query.limit else None
-    return HistoryPage([_row_of(past) for past in shown], cursor)
+    last = (shown[-1].lease,) if len(leases) > query.limit else None
+    return HistoryPage([_row_of(past) for past in shown], next_of("history", last))
 
 
 def _row_of(past: PastLease) -> HistoryRow:

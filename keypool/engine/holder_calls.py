@@ -6,7 +6,7 @@ See the Engine protocol.
 from __future__ import annotations
 
 from keypool.core.answers import HolderRow, HolderRows, RareEventRow, RareEventRows, WaiterRow, WaiterRows
-from keypool.core.cursor import EventQuery, HolderQuery, WaiterQuery, decode, encode
+from keypool.core.cursor import EventQuery, HolderQuery, WaiterQuery, next_of, number_after, position_after
 from keypool.core.events import Change, Origin
 from keypool.core.keys import moment
 from keypool.core.rare_events import NO_HINT, RareEvent
@@ -20,14 +20,13 @@ class HolderCalls(Steps):
     async def owners(self, query: HolderQuery) -> HolderRows:
         """Who holds keys. O(log n + page). May be ahead of the disk by the commit in flight."""
         now = self.now()
-        after = None if query.after is None else decode(query.after, "owners")
-        page = self.pool.holders(after, query.limit, now)
+        page = self.pool.holders(position_after(query.after, "owners"), query.limit, now)
         self._waiters.serve(now)  # with blocks that were found overdue
         rows = [
             HolderRow(each.owner, each.client, each.held, moment(each.acquired_at), each.released)
             for each in page.holders
         ]
-        return HolderRows(rows, None if page.next is None else encode("owners", page.next))
+        return HolderRows(rows, next_of("owners", page.next))
 
     async def release_owner(self, owner: str, client: str | None, origin: Origin) -> int:
         """End the leases that an owner holds now, in slices. O(leases · log n)."""
@@ -49,19 +48,17 @@ class HolderCalls(Steps):
 
     async def waiters(self, query: WaiterQuery) -> WaiterRows:
         """Who waits for a key. O(page + log n) for each client with a limited share."""
-        after = None if query.after is None else int(decode(query.after, "waiters")[0])
-        found, last = self._waiters.queue.page(after, query.limit)
+        found, last = self._waiters.queue.page(number_after(query.after, "waiters"), query.limit)
         rows = [waiter_row_of(waiter, waiter.since) for waiter in found]
-        return WaiterRows(rows, None if last is None else encode("waiters", (last,)))
+        return WaiterRows(rows, next_of("waiters", None if last is None else (last,)))
 
     async def rare_events(self, query: EventQuery) -> RareEventRows:
         """Rare events, newest first. O(MOST_EVENTS). May be ahead of the disk by the commit in flight."""
-        before = None if query.after is None else int(decode(query.after, "events")[0])
+        before = number_after(query.after, "events")
         kind = None if query.kind is None else Change(query.kind)
         events, last = self.rare.page(kind, before, query.limit)
-        return RareEventRows(
-            [rare_row_of(event) for event in events], None if last is None else encode("events", (last, 0, 0))
-        )
+        position = None if last is None else (last, 0, 0)
+        return RareEventRows([rare_row_of(event) for event in events], next_of("events", position))
 
     def restore_events(self, events: list[RareEvent]) -> None:
         """Take over the rare events that a journal kept, after the keys. O(events).

@@ -69,7 +69,7 @@ class FastApi:
         target = request.target
         if not target.startswith(_API) or target[4:5] not in _ENDS:
             return None
-        if b"/feed" in target and _FEED.match(target):
+        if not target.startswith(_KEYS) and b"/feed" in target and _FEED.match(target):
             return None
         call = FastCall(self, request)
         if call.pending.error is None:

@@ -97,7 +97,7 @@ class BatchLog:
         """
         self._gather()
         if not self._flushing_until:
-            # What was flushed before is trimmed first, unless that takes too long.
+            # Finish trimming after the previous flush first, unless that takes too long.
             if self._weight >= FLUSH_THRESHOLD_ROWS * (2 if self._untrimmed else 1):
                 self._begin()
             elif not self._untrimmed:
@@ -180,9 +180,7 @@ class BatchLog:
             for key, lease in places
             if (past := memtable.past.get(key, {}).get(lease)) and past.number >= firsts[pool_of(key)]
         ]
-        self._database.executemany(datafile.ADD_PAST, map(msgspec.structs.astuple, leases))
-        ends = [(pool_of(past.key) << POOL_SHIFT | past.number, past.key, past.lease) for past in leases]
-        self._database.executemany(datafile.ADD_END, sorted(ends))
+        datafile.add_past(self._database, leases)
         reports = [report for place in places if (report := memtable.reports.get(place)) is not None]
         self._database.executemany(
             datafile.ADD_REPORT, [(each.outcome, each.reason, each.key, each.lease) for each in reports]

@@ -149,9 +149,8 @@ MIGRATIONS = (
 )
 VERSION = len(MIGRATIONS)
 _LEASES = 3  # the version from which a file has more than seven columns, and a secret
-_EVENTS = 5  # the version from which a file has rare events
 _POOLS = 4  # the version from which a file has several pools, and rows may be sealed
-_HISTORY = 5  # the version from which a file has the leases that have ended
+_HISTORY = 5  # the version from which a file has the leases that have ended, and rare events
 
 ADD_BATCH = "INSERT INTO batches VALUES (?, ?)"
 TRIM = "DELETE FROM batches WHERE number <= ?"
@@ -164,8 +163,8 @@ UPSERT = """
 """
 PURGE = "DELETE FROM keys WHERE id = ?"
 SET_POOL = "INSERT INTO pool VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-ADD_PAST = "INSERT OR REPLACE INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-ADD_END = "INSERT OR REPLACE INTO ends VALUES (?, ?, ?)"
+_ADD_PAST = "INSERT OR REPLACE INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD_END = "INSERT OR REPLACE INTO ends VALUES (?, ?, ?)"
 ADD_REPORT = "UPDATE history SET outcome = ?, reason = ? WHERE key = ? AND lease = ?"
 PAST_OF_KEY = "SELECT * FROM history WHERE key = ? AND lease < ? ORDER BY lease DESC LIMIT ?"
 OLDEST_ENDS = "SELECT number, key, lease FROM ends WHERE number BETWEEN ? AND ? ORDER BY number LIMIT ?"
@@ -351,7 +350,7 @@ def _facts(database: sqlite3.Connection) -> Facts:
     # Merged as a flush would merge them: the numbers of a pool that is gone go with its definition.
     merged = Memtable()
     merged.numbers, merged.pools = numbers, facts.pools
-    if _version(database) >= _EVENTS:
+    if _version(database) >= _HISTORY:
         for event in database.execute(_READ_EVENTS):
             merged.add_event(event)
     merged.merge_pools(memtable)
@@ -615,6 +614,13 @@ def count(path: Path) -> int:
         raise StartError(f"the data file {path} can't be read: {line_of(error)}") from None
 
 
+def add_past(database: sqlite3.Connection, leases: Sequence[Past]) -> None:
+    """Add leases that have ended, within a transaction. O(leases · log n). Raises sqlite3.Error."""
+    database.executemany(_ADD_PAST, map(msgspec.structs.astuple, leases))
+    ends = [(pool_of(past.key) << POOL_SHIFT | past.number, past.key, past.lease) for past in leases]
+    database.executemany(_ADD_END, sorted(ends))
+
+
 class Filling:
     """Writes pools to a new file that the caller holds, without a writer process. Raises StartError.
 
@@ -632,54 +638,42 @@ class Filling:
 
     def write(self, rows: list[Row]) -> None:
         """Add rows, in one transaction."""
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany(UPSERT, rows)
-            self._database.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._failed(error) from None
+        with self._transaction() as database:
+            database.executemany(UPSERT, rows)
 
     def write_history(self, leases: list[Past]) -> None:
         """Add leases that have ended, in one transaction."""
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany(ADD_PAST, map(msgspec.structs.astuple, leases))
-            self._database.executemany(
-                ADD_END,
-                [(pool_of(past.key) << POOL_SHIFT | past.number, past.key, past.lease) for past in leases],
-            )
-            self._database.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._failed(error) from None
+        with self._transaction() as database:
+            add_past(database, leases)
 
     def define(self, pools: Sequence[StoredPool], last_pool: int) -> None:
         """Add pools, and the largest number that any pool ever had."""
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany(DEFINE, map(row_of_pool, pools))
-            self._database.execute(SET_POOL, (LAST_POOL, last_pool))
-            self._database.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._failed(error) from None
+        with self._transaction() as database:
+            database.executemany(DEFINE, map(row_of_pool, pools))
+            database.execute(SET_POOL, (LAST_POOL, last_pool))
 
     def add_events(self, events: Sequence[EventRow]) -> None:
         """Add rare events, in one transaction."""
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany(ADD_EVENT, events)
-            self._database.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._failed(error) from None
+        with self._transaction() as database:
+            database.executemany(ADD_EVENT, events)
 
     def finish(self, numbers: dict[str, int], secret: bytes) -> None:
         """Add the numbers of the pools and the secret of the handles, checkpoint the log, and close the file."""
+        with self._transaction() as database:
+            database.execute(_SET_HANDLES, (secret,))
+            database.executemany(SET_POOL, numbers.items())
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute(_SET_HANDLES, (secret,))
-            self._database.executemany(SET_POOL, numbers.items())
-            self._database.execute("COMMIT")
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._database.close()
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            yield self._database
+            self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise self._failed(error) from None
 

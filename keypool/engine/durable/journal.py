@@ -200,7 +200,7 @@ class FileJournal:
         """Whether there are changes that aren't sent yet. O(pools)."""
         if self.next_batch.numbers or self.next_batch.pools:
             return True
-        return any(pool.open or pool.open_events for pool in self._pools)
+        return any(pool.has_open for pool in self._pools)
 
     def _unavailable(self) -> StorageUnavailable:
         return StorageUnavailable(
@@ -535,7 +535,7 @@ class FileJournal:
     # -- reading
 
     async def read(self, request: HistoryRequest) -> list[Past]:
-        """What the file has of a key's history, as of the last commit. O(log n + page) in the writer process.
+        """A page of a key's history, as of the last commit. O(log n + page) in the writer process.
 
         It waits for the commit in flight, but not for storage to work again. Raises StorageUnavailable.
         """

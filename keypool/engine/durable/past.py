@@ -2,8 +2,8 @@
 
 The end of a lease is in the batch that has the change of its key, too. The server process keeps no more of the history
 than what isn't committed yet. A page is read by the writer process, between two batches, from its memtables and its
-tables (compaction.py). So there is no second connection, which would not see what isn't flushed, and no thread in the
-server. The writer goes on reading while its commits fail.
+tables (compaction.py). That needs neither a thread in the server nor a second connection, which would not see leases
+that aren't flushed yet. The writer goes on reading while its commits fail.
 """
 
 from __future__ import annotations
@@ -85,5 +85,5 @@ class FileHistory:
         return {FIRST_PAST: window.first, LAST_PAST: window.last} if window.last else {}
 
     def not_kept(self) -> None:
-        """What was sent may not be on disk: it goes into the next batch. O(leases)."""
+        """The batch that was sent may not be on disk: its leases go into the next one. O(leases)."""
         self.open, self.sent = self.sent + self.open, []

@@ -131,7 +131,7 @@ class PoolJournal:
         return bool(self.open or self.open_events)
 
     def begin_batch(self) -> None:
-        """What has changed is in the batch that is sent now. O(1)."""
+        """Move the open changes into the batch that is about to be sent. O(1)."""
         self.sent, self.open = self.open, {}
         self.sent_events, self.open_events = self.open_events, {}
         self.history.sent, self.history.open = self.history.open, []

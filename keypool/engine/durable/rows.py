@@ -2,8 +2,7 @@
 
 Moments are integer milliseconds of the pool's clock (engine/clock.py). The end of a cooldown is rounded up, so that no
 restart shortens one, and other moments to the nearest. The one of a pace is in seconds, and isn't rounded. A row has
-the complete state of its key. What most keys don't have is in one column, `more`, so that the row of such a key stays
-small.
+the complete state of its key. Fields that most keys lack share one column, `more`, so that the usual row stays small.
 
 All pools of a server are in one file. The id of a row is the number of the pool and the id of the key, `pool << 40 |
 id`, so the keys of a pool are neighbours, and those of `default`, whose number is 0, have their own ids.

@@ -122,6 +122,7 @@ class ScriptClient:
         self.on_shares: Callable[[Reply], None] = lambda words: None
         """Called with what a reply says about leases that stand in a share (lua/common.lua)."""
         self.on_recovery: Callable[[], None] = lambda: None
+        self.on_loss: Callable[[StorageUnavailable], None] = lambda error: None
         """Called when a node or a partition may be serving again."""
         self.attend: Callable[[int], Awaitable[None]] | None = None
         """Awaited before a partition is served again after an outage: gives its keys time (grace.py)."""
@@ -339,6 +340,7 @@ class ScriptClient:
         """Refuse all calls from now on: the pool is not there any more."""
         self.gone = self.gone or reason
         self._refuse_held()
+        self.on_loss(_unavailable(self.gone))
 
     def recovered(self) -> None:
         """Send the calls that were held."""

@@ -80,11 +80,11 @@ from keypool.core.cursor import (
     HolderQuery,
     ListQuery,
     WaiterQuery,
-    decode,
-    encode,
-    lease_before,
+    next_of,
+    number_after,
     order_of,
     page_query,
+    position_after,
 )
 from keypool.core.errors import (
     BlockLimit,
@@ -98,7 +98,7 @@ from keypool.core.errors import (
     StorageUnavailable,
     UnknownKey,
 )
-from keypool.core.events import HOLDER, By, Event, Origin
+from keypool.core.events import HOLDER, Event, Origin
 from keypool.core.handles import Handle, Handles
 from keypool.core.keys import State, hint
 from keypool.core.outcomes import Outcome, Report
@@ -110,7 +110,7 @@ from keypool.engine.valkey.attempts import RepeatedLease
 from keypool.engine.valkey.calls import all_of, seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
 from keypool.engine.valkey.details import Editor, Locks
-from keypool.engine.valkey.holders import HolderPages
+from keypool.engine.valkey.holders import HolderPages, word_of
 from keypool.engine.valkey.importing import Importer
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.pages import Pages, hint_of, row_of
@@ -229,7 +229,7 @@ class ValkeyEngine:
         """
         left, more = 0, False
         for partition in range(self._partitions.count):
-            words = (_word(origin), int(held_too), after[partition], limit)
+            words = (word_of(origin), int(held_too), after[partition], limit)
             total, last, cooling = await self._client.call(partition, "drain", words)
             left += total
             more = more or last >= 0
@@ -263,13 +263,13 @@ class ValkeyEngine:
         """Generate keys, all or none. O(count * log n), and O(partitions) near `max_keys`."""
         if self.pool_draining:
             raise PoolDraining
-        return await self._generator.generate(count, _word(origin))
+        return await self._generator.generate(count, word_of(origin))
 
     async def import_key(self, item: NewKey, expire: bool, origin: Origin) -> ImportedKey:
         """Add a key from elsewhere, unless the pool has its secret. O(log n), O(partitions) near `max_keys`."""
         if self.pool_draining:
             raise PoolDraining
-        return await self._importer.import_key(item, expire, _word(origin))
+        return await self._importer.import_key(item, expire, word_of(origin))
 
     async def import_many(
         self, items: Sequence[NewKey | Imported], update: bool, expire: bool, origin: Origin
@@ -277,17 +277,17 @@ class ValkeyEngine:
         """Add keys from elsewhere, one by one. O(items * log n), O(partitions) near `max_keys`."""
         if self.pool_draining:
             raise PoolDraining
-        return await self._importer.import_many(items, update, expire, _word(origin))
+        return await self._importer.import_many(items, update, expire, word_of(origin))
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
         """Change name, labels, data, pace or seats of a key. O(seats · log n), O(partitions) for a name."""
         if patch.seats is not None and self.pool_draining:
             raise PoolDraining
-        return await self._details.update(ref, patch, _word(origin))
+        return await self._details.update(ref, patch, word_of(origin))
 
     async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
         """Give a key another text. O(log n)."""
-        return await self._details.replace(ref, secret, _word(origin))
+        return await self._details.replace(ref, secret, word_of(origin))
 
     async def find(self, text: str) -> Row:
         """The row of the key with this text, id, name, or hint. O(partitions * log n)."""
@@ -458,7 +458,7 @@ class ValkeyEngine:
             ("" if item.lease is None else item.lease, _report(item.report), item.uses) for item in items
         ]
         outcomes = {item.report.outcome for item in items if item.report is not None}
-        common = _word(origin), self._outcome_rules(0, 0) if outcomes else ""
+        common = word_of(origin), self._outcome_rules(0, 0) if outcomes else ""
 
         async def send(known: list[Named]) -> tuple[list[Reply], float]:
             if Outcome.INVALID in outcomes and self._partitions.count > 1:
@@ -615,22 +615,22 @@ class ValkeyEngine:
 
     async def quarantine(self, ref: Ref, reason: str | None, now: bool, origin: Origin) -> Row:
         """Take a key out of service. O(log n)."""
-        return await self._change_row("quarantine", ref, (_word(origin), reason or "", int(now)))
+        return await self._change_row("quarantine", ref, (word_of(origin), reason or "", int(now)))
 
     async def quarantine_many(
         self, refs: Sequence[Ref], reason: str | None, now: bool, origin: Origin
     ) -> list[str]:
         """Take keys out of service, one by one. O(items * log n)."""
-        replies, _ = await self._change("quarantine", refs, (_word(origin), reason or "", int(now)), (0,))
+        replies, _ = await self._change("quarantine", refs, (word_of(origin), reason or "", int(now)), (0,))
         return [_word_of(reply[0]) for reply in replies]
 
     async def restore(self, ref: Ref, origin: Origin) -> Row:
         """Make a cooling or quarantined key available. O(log n)."""
-        return await self._change_row("restore", ref, (_word(origin),))
+        return await self._change_row("restore", ref, (word_of(origin),))
 
     async def restore_many(self, refs: Sequence[Ref], origin: Origin) -> list[str]:
         """Make cooling and quarantined keys available, one by one. O(items * log n)."""
-        replies, _ = await self._change("restore", refs, (_word(origin),), (0,))
+        replies, _ = await self._change("restore", refs, (word_of(origin),), (0,))
         return [_word_of(reply[0]) for reply in replies]
 
     async def _change_row(self, script: str, ref: Ref, common: Sequence[Word]) -> Row:
@@ -670,14 +670,14 @@ class ValkeyEngine:
 
     async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
-        [[id, text, shown]], _ = await self._change("delete", [ref], (_word(origin),), (0, "", ""))
+        [[id, text, shown]], _ = await self._change("delete", [ref], (word_of(origin),), (0, "", ""))
         if id <= 0:
             self._raise_missing(ref, id)
         return Identity(id, hint_of(text, shown))
 
     async def delete_many(self, refs: Sequence[Ref], origin: Origin = HOLDER) -> list[Identity | str]:
         """Purge keys one by one. O(items * log n)."""
-        replies, _ = await self._change("delete", refs, (_word(origin),), (0, "", ""))
+        replies, _ = await self._change("delete", refs, (word_of(origin),), (0, "", ""))
         return [Identity(id, hint_of(text, shown)) if id > 0 else _word_of(id) for id, text, shown in replies]
 
     async def get(self, ref: Ref) -> Row:
@@ -687,7 +687,7 @@ class ValkeyEngine:
 
     async def history(self, ref: Ref, query: HistoryQuery) -> HistoryPage:
         """Leases of a key that have ended. O(log n + page), O(partitions) for a key that was moved in."""
-        before = lease_before(query)
+        before = number_after(query.after, "history")
         id = ref if isinstance(ref, int) else (await self.get(ref)).id
         words = (id, "" if before is None else before, query.limit + 1)
         where = self._partitions.of_id(id)
@@ -705,7 +705,7 @@ class ValkeyEngine:
 
     async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """A key's text, reported as an event. O(log n)."""
-        row, _ = await self._get(ref, _word(origin))
+        row, _ = await self._get(ref, word_of(origin))
         text, details = self._details.read(row)
         data = None if details.data is None else msgspec.Raw(details.data)
         return Revealed(row[1], text, details.name, data)
@@ -757,30 +757,28 @@ class ValkeyEngine:
             rows, position = await self._pages.page(parsed)
         else:
             rows, position = await self._holders.keys(parsed.owner, parsed.after, parsed.limit)
-        return Page(rows, None if position is None else encode(order_of(parsed), position))
+        return Page(rows, next_of(order_of(parsed), position))
 
     async def owners(self, query: HolderQuery) -> HolderRows:
         """Who holds keys. O(partitions * page * log n)."""
-        after = None if query.after is None else decode(query.after, "owners")
-        rows, position = await self._holders.owners(after, query.limit)
-        return HolderRows(rows, None if position is None else encode("owners", position))
+        rows, position = await self._holders.owners(position_after(query.after, "owners"), query.limit)
+        return HolderRows(rows, next_of("owners", position))
 
     async def release_owner(self, owner: str, client: str | None, origin: Origin) -> int:
         """End the leases that an owner holds now, in slices, one partition after the other. O(leases * log n)."""
-        return await self._holders.release(owner, client, _word(origin))
+        return await self._holders.release(owner, client, word_of(origin))
 
     async def waiters(self, query: WaiterQuery) -> WaiterRows:
         """Who waits at this server. O(page + log n) for each client with a limited share."""
-        after = None if query.after is None else int(decode(query.after, "waiters")[0])
-        rows, last = self._waiters.page(after, query.limit)
-        return WaiterRows(rows, None if last is None else encode("waiters", (last,)))
+        rows, last = self._waiters.page(number_after(query.after, "waiters"), query.limit)
+        return WaiterRows(rows, next_of("waiters", None if last is None else (last,)))
 
     async def rare_events(self, query: EventQuery) -> RareEventRows:
         """Rare events, newest first. O(partitions * page)."""
-        after = None if query.after is None else decode(query.after, "events")
+        after = position_after(query.after, "events")
         events, position = await self._holders.rare_events(query.kind, after, query.limit)
         rows = [rare_row_of(event) for event in events]
-        return RareEventRows(rows, None if position is None else encode("events", position))
+        return RareEventRows(rows, next_of("events", position))
 
     async def stats(self) -> Stats:
         """All counts. O(partitions)."""
@@ -934,11 +932,6 @@ class ValkeyEngine:
                 _log.warning("%d refused acquires were not counted: %s", self._poller.refused, error.detail)
         await self._client.close()
         await self._poller.join()
-
-
-def _word(origin: Origin) -> str:
-    """An origin for scripts (lua/common.lua)."""
-    return "holder" if origin.by is By.HOLDER else f"{origin.by} {origin.actor or ''}"
 
 
 def _report(report: Report | None) -> Word:

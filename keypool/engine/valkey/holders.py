@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from keypool.core.answers import HolderRow, Row
-from keypool.core.events import By, Change
+from keypool.core.events import By, Change, Origin
 from keypool.core.index import Position
 from keypool.core.keys import moment
 from keypool.core.rare_events import CROWD_SECONDS, MOST_EVENTS, RareEvent
@@ -170,11 +170,14 @@ def rare_event_of(event: Sequence[Any]) -> RareEvent:
     )
 
 
+def word_of(origin: Origin) -> str:
+    """An origin for scripts (lua/common.lua)."""
+    return f"{origin.by} {origin.actor or ''}" if origin.by is By.OPERATOR else origin.by.value
+
+
 def packed(event: RareEvent) -> bytes:
     """The same the other way round, for keypool migrate."""
-    origin = event.by.value if event.by is By.HOLDER else f"{event.by} {event.actor or ''}"
-    if event.by is By.DEADLINE:
-        origin = event.by.value
+    origin = word_of(Origin(event.by, event.actor))
     return msgspec.msgpack.encode([
         event.event.value, event.id, event.hint, False, event.owner or False, event.lease or 0, origin, event.number,
         event.count, round(event.at * 1e6),

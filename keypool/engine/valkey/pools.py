@@ -421,7 +421,7 @@ class ValkeyPools:
                 await self._forget_history(number, int(partitions))
 
     async def _forget_history(self, number: int, partitions: int) -> None:
-        """Delete the history of a pool that is gone, in slices. What is left at an error is for the next start."""
+        """Delete the history of a pool that is gone, in slices. After an error, the next start goes on with it."""
         client = ScriptClient(self._nodes, registry.namespace(self._nodes.url.pool, number), partitions)
         try:
             for partition in range(partitions):

@@ -405,9 +405,6 @@ class PartitionSampler:
         """Free a key whose lease was not delivered, unless its attempt had or has got it by another call."""
         if isinstance(lease, RepeatedLease):
             return
-        id, facts = lease.id, self._partitions.facts
-        # A key that was moved in may be in any partition; the others don't know its id.
-        was_moved_in = id <= facts.base_id * facts.partitions
-        homes = range(facts.partitions) if was_moved_in else [(id - 1) % facts.partitions]
-        for home in homes:
-            self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % id, lease.lease, "-", 1))
+        # Partitions in which the key isn't don't know its id.
+        for home in self._partitions.of_id(lease.id):
+            self._partitions.call(home, "unblock", ("holder", "", b"\xff%d" % lease.id, lease.lease, "-", 1))

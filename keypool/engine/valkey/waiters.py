@@ -72,6 +72,7 @@ class Waiters:
         self._announced_at = 0.0
         self._draining: type[Draining | PoolDraining] | None = None
         partitions.client.on_recovery = self._wake.set
+        partitions.client.on_loss = self._fail
         partitions.client.on_available = self._keys_available
 
     def __len__(self) -> int:
@@ -147,6 +148,11 @@ class Waiters:
         self._shares.listeners.pop(self._has_room, None)
         for waiter in self._waiters.all():
             self._leave(waiter, reason())
+
+    def _fail(self, error: StorageUnavailable) -> None:
+        """Raise this in all waiters: the pool is gone, so no key can come."""
+        for waiter in self._waiters.all():
+            self._leave(waiter, StorageUnavailable(error.detail))
 
     async def close(self) -> None:
         """Stop serving, and withdraw the announcement."""

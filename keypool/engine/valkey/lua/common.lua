@@ -32,11 +32,10 @@
 -- Keys of their own, with the same hash tag: `attempt:` and an attempt (claim.lua), `lock:` and a word (lock.lua),
 -- `alias:` and a member (alias.lua), `old:` and a member (FORMER); `released:` and the number of a RELEASED_SLOT of time,
 -- a hash of holder_of to how many of its leases ended by their deadlines in it (released.lua); `ended`, a list of "id
--- lease" in the order in which
--- these leases ended, and `past:` and an id, a sorted set of the leases of that key that have ended, each {lease,
--- moments of acquire and end, how, owner, client, outcome, reason, how often it was extended} by its number; and of a
--- secret that has or had several seats, by the id of its first one, `seats:` (sorted set: the ids of its keys by id) and
--- `secret:` (hash: core/keys.py's Group).
+-- lease" in the order in which these leases ended, and `past:` and an id, a sorted set of the leases of that key that have
+-- ended, each {lease, moments of acquire and end, how, owner, client, outcome, reason, how often it was extended} by its
+-- number; and of a secret that has or had several seats, by the id of its first one, `seats:` (sorted set: the ids of its
+-- keys by id) and `secret:` (hash: core/keys.py's Group).
 --
 -- The first seat of a secret has its text as member and field in all of the above, the others have a zero byte and
 -- their ids behind it. TEXTS and NAMES have the first one only; if that goes, the next takes its place.
@@ -107,6 +106,7 @@ local WITH_PACE = 149  -- the first byte of an INFO that has a pace
 local LONGEST_WAIT = 316224000000000  -- microseconds: core/pace.py
 local EXTENDED = 20  -- how often the lease was extended
 local SEATS = 21     -- of one of the seats of a secret: the id of the first one that it ever had
+local OPERATOR = 111  -- the first byte of an operator's origin
 local RARE_KIND = 1  -- of a rare event: change, id, both parts of the hint, owner and lease of the first key; origin;
 local RARE_ORIGIN = 7
 local RARE_NUMBER = 8  -- counts from 1
@@ -169,7 +169,7 @@ local function emit(change, record, text, owner, origin)
   if record[SEATS] then text = of_seats().base(text) end
   local start, finish = text:sub(1, 4), text:sub(-4)
   if record[HINT] then start, finish = record[HINT], false end
-  if is_rare[change] or change == 'unblocked' and origin:byte(1) == 111 then  -- an operator's
+  if is_rare[change] or change == 'unblocked' and origin:byte(1) == OPERATOR then
     add_rare({change, record[ID], start, finish, owner or false, record[LEASE], origin})
   end
   local event = {change, record[ID], start, finish, owner or false, record[LEASE], origin, NOW}
@@ -342,7 +342,7 @@ local function entered(mark, text, record, owner, origin)
   emit(mark == COOLING and 'cooled' or 'quarantined', record, text, owner, origin)
 end
 
--- Interval and tolerance of the pace that a key keeps to, in microseconds; nil if there is none.
+-- Interval and tolerance of a key's pace, its own or the pool's, in microseconds; nil if it has none.
 local function pace_of(record)
   local info = record[INFO]
   if info and info:byte(1) == WITH_PACE then
@@ -365,7 +365,7 @@ end
 local function free(text, record, change, at, origin, cool_until, outcome, reason)
   local past
   if recording > 0 then
-    local how = change == 'unblocked' and origin:sub(1, 8) == 'operator' and 'revoked' or change
+    local how = change == 'unblocked' and origin:byte(1) == OPERATOR and 'revoked' or change
     local expires = record[EXPIRES]
     if how == 'released' and expires < at then  -- it has expired before, and isn't purged yet
       past = past_of(record, expires, 'expired')
