@@ -29,7 +29,7 @@ _PARTS = {
     "rows": {"change", "get", "page", "quarantine", "restore", "search", "set_seats"},
     "leases": {"acquire", "held"},
     "adding": {"generate", "import", "move_in", "room", "set_seats"},
-    "labelled": {"change", "import", "known", "search"},
+    "labelled": {"alias", "change", "import", "known", "search"},
     "rewriting": {"change", "reseal"},
 }  # fmt: skip
 """Parts that several scripts have in common, and those scripts. All are run at each call, so they have no others."""

@@ -10,8 +10,8 @@ local origin, results = ARGV[1], {}
 local function restore_others(record)
   local moved = false
   of_seats().cool(record, 0)
-  for _, found in ipairs(of_seats().others(record)) do
-    local field, seat = found[1], found[2]
+  for _, seat in ipairs(of_seats().others(record)) do
+    local field = of_seats().where(seat)
     if seat[HISTORY] then seat[HISTORY] = false end
     if seat[MARK] == COOLING or seat[MARK] == QUARANTINED then
       place(field, seat, false, 0)
@@ -30,6 +30,7 @@ for i = 2, #ARGV do
     local moved = false
     if record[SEATS] then
       moved = restore_others(record)
+      text = of_seats().where(record)
     end
     if record[HISTORY] then record[HISTORY] = false end
     if record[MARK] == COOLING or record[MARK] == QUARANTINED then
