@@ -470,7 +470,7 @@ class Twins:
         else:
             key = known
         assert error is None
-        ids = [seat.id for seat in self.pool.seats_of(key)]
+        ids = self.pool.ids_of(key, self.now)
         assert (answer.existed, answer.name) == (known is not None, key.details.name)
         assert answer.ids == ids
         assert answer.id == (key.id if known is None else answer.id)
@@ -505,7 +505,7 @@ class Twins:
             change = (lambda: self.pool.update(key, patch, self.now, ADMIN)) if update else (lambda: None)
             _, error = await _outcome(change)
             status = "updated" if update else "existed"
-            assert error is not None or result.id == self.pool.seats_of(key)[0].id
+            assert error is not None or result.id == self.pool.ids_of(key, self.now)[0]
         if error is None:
             return status
         assert (result.code, result.detail) == (error.code, error.detail)

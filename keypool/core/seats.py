@@ -43,6 +43,10 @@ class Seats(SelfCheck):
         """All seats of a key's secret, in order. O(seats)."""
         return [key] if key.group is None else [self._seat(id) for id in key.group.ids]
 
+    def ids_of(self, key: Key, now: float) -> list[int]:
+        """The ids of all living seats of a key's secret, in order. O(seats)."""
+        return [seat.id for seat in self.seats_of(key) if seat.expires_deadline > now]
+
     def seat_of(self, key: Key, lease: int | None, now: float) -> Key:
         """The seat of a key's secret that holds, or held last, this lease. O(seats).
 
