@@ -228,3 +228,24 @@ def test_acquire_draws_from_all_available_seats_alike() -> None:
         pool.unblock(key, key.lease, NOW)
     assert math.fsum(hits) == draws
     assert min(chance_of(count, draws, 1 / 8) for count in hits[1:]) > 1e-10
+
+
+def test_a_text_whose_seats_have_all_expired_may_be_imported_again_although_no_timer_fired() -> None:
+    """They are purged as they are looked for, all of them."""
+    told = Told(3, keepalive_seconds=300.0)
+    pool, text = told.pool, told.first.text
+    with pytest.raises(UnknownKey):
+        pool.find(text, NOW + 300)
+    again = pool.import_key(NewKey(text, seats=2), NOW + 300, HOLDER)
+    assert (pool.find(text, NOW + 300), pool.total) == (again, 2)
+    pool.check()
+
+
+def test_a_lease_that_is_over_is_not_ended_again_by_its_number_although_no_timer_fired() -> None:
+    """Named by the text beside it, as by the handle."""
+    told = Told(2)
+    key = told.acquire()
+    told.events.clear()
+    found = told.pool.seat_of(told.pool.find(key.text, NOW + 60), key.lease, NOW + 60)
+    assert (found, told.pool.unblock(found, key.lease, NOW + 60).changed) == (key, False)
+    assert told.told() == [(Change.RELEASED, key.id)]

@@ -186,8 +186,6 @@ class Pool(Seats):
                 key = self._imported.get(text)
         if key is not None and key.group is not None:
             key = self._named(key, text, now)
-            if text not in (key.text, key.details.former):
-                raise UnknownKey
         return self._live(key, now)
 
     def find_id(self, id: int, now: float) -> Key:
@@ -214,6 +212,8 @@ class Pool(Seats):
                 self._purge(key, Change.EXPIRED)
             raise UnknownKey
         if key.release_deadline is not None and key.release_deadline <= now:
+            if key.group is not None:
+                self._settle(key.group, now)
             self._catch_up(key, now)
             if key.expires_deadline == DEAD:  # a seat that was to go when its lease ended
                 raise UnknownKey

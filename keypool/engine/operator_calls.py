@@ -42,7 +42,7 @@ class OperatorCalls(Steps):
                 key.details.name,
                 expires_in(key, now),
                 existed,
-                [seat.id for seat in self.pool.seats_of(key)],
+                self.pool.ids_of(key, now),
             )
         finally:
             self._waiters.serve(now)
@@ -79,7 +79,7 @@ class OperatorCalls(Steps):
                     key = self.pool.update(key, patch, now, origin, self._reserved)
             except PoolError as error:
                 return Imported("failed", code=error.code, detail=error.detail)
-            ids = seen[item.secret] = [seat.id for seat in self.pool.seats_of(key)]
+            ids = seen[item.secret] = self.pool.ids_of(key, now)
             return Imported(status, ids[0], ids=ids)
 
         try:

@@ -533,6 +533,11 @@ do
       return base .. '\0' .. string.format('%.0f', id)  -- Lua's %s would end at a zero byte of a digest
     end
 
+    -- The field of a seat at present: when the first one goes, the next gets its field.
+    function rules.where(record)
+      return call('ZRANGEBYSCORE', IDS, record[ID], record[ID], 'LIMIT', 0, 1)[1]
+    end
+
     -- All seats in order, as {field, record}, with an `except` but for this one.
     function rules.all(record, except)
       local found = {}
@@ -546,14 +551,31 @@ do
       return found
     end
 
-    -- The others that live, with their deadlines applied.
+    -- Where there are too many seats, end leases that are over in their order, as those that end first go. Returns whether
+    -- anything may have changed.
+    function rules.settle(record)
+      local _, surplus = rules.limits(record)
+      if surplus <= 0 then return false end
+      local seats = rules.all(record)
+      for _, found in ipairs(seats) do
+        if found[2][EXPIRES] <= NOW then purge(rules.where(found[2]), found[2], 'expired', 'deadline') end
+      end
+      table.sort(seats, function(one, other) return one[2][RELEASE] < other[2][RELEASE] end)
+      for _, found in ipairs(seats) do
+        if not found[2].is_gone then catch_up(rules.where(found[2]), found[2]) end
+      end
+      return true
+    end
+
+    -- The records of the others that live, with their deadlines applied.
     function rules.others(record)
+      rules.settle(record)
       local living = {}
       for _, found in ipairs(rules.all(record, record[ID])) do
-        local field, seat = found[1], found[2]
+        local seat = found[2]
         if seat[EXPIRES] > NOW then
-          catch_up(field, seat)
-          if not seat.is_gone then living[#living + 1] = found end
+          catch_up(rules.where(seat), seat)
+          if not seat.is_gone then living[#living + 1] = seat end
         end
       end
       return living
@@ -730,8 +752,8 @@ do
     -- Let the others follow a seat that was used or reported on; `leaving` to quarantine.
     function rules.follow(record, leaving, origin)
       local cools = rules.limits(record)
-      for _, found in ipairs(rules.others(record)) do
-        local field, seat = found[1], found[2]
+      for _, seat in ipairs(rules.others(record)) do
+        local field = rules.where(seat)
         local blocked = seat[RELEASE] ~= 0 and seat[MARK] ~= COOLING
         if record[HISTORY] or seat[HISTORY] then seat[HISTORY] = record[HISTORY] or false end
         if leaving and blocked then

@@ -36,6 +36,9 @@ local function find(name)
     if #name > DIGEST and name:byte(1) == MEMBER then return find(name:sub(DIGEST + 1)) end
     return nil
   end
+  if record[SEATS] and record[RELEASE] ~= 0 and record[RELEASE] <= NOW and of_seats().settle(record) then
+    return find(name)
+  end
   catch_up(text, record)
   if record.is_gone then
     if by_text then return find(name) end

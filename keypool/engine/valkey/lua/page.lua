@@ -60,6 +60,9 @@ end
 
 local function shown(text, place)
   local record = record_of(text) or tombstone(text)
+  if record[SEATS] and record[RELEASE] ~= 0 and record[RELEASE] <= NOW and of_seats().settle(record) then
+    record = record_of(text) or tombstone(text)  -- it may have gone with the end of its lease
+  end
   local row = row_of(text, record)
   row[#row + 1] = place
   return record[EXPIRES] > NOW and (state == '' or state == row[7]), row

@@ -28,9 +28,13 @@ for i = 4, #ARGV do
   local record, text, stale = find(ARGV[i])
   if record and not stale then
     local others = record[SEATS] and of_seats().others(record) or {}
-    quarantine(text, record)
-    for _, found in ipairs(others) do quarantine(found[1], found[2]) end
-    if record.is_gone then text, record = unpack(of_seats().all(record)[1]) end
+    quarantine(record[SEATS] and of_seats().where(record) or text, record)
+    for _, seat in ipairs(others) do quarantine(of_seats().where(seat), seat) end
+    if record.is_gone then
+      text, record = unpack(of_seats().all(record)[1])
+    elseif record[SEATS] then
+      text = of_seats().where(record)
+    end
     results[#results + 1] = {1, row_of(text, record)}
   else
     results[#results + 1] = {record and -record[LEASE] or 0}

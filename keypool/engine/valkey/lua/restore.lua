@@ -20,9 +20,11 @@ for i = 2, #ARGV do
   if record and not stale then
     local seats, out = {{text, record}}, {}
     if record[SEATS] then
-      for _, found in ipairs(of_seats().others(record)) do
-        seats[#seats + 1] = found
+      for _, seat in ipairs(of_seats().others(record)) do
+        seats[#seats + 1] = {of_seats().where(seat), seat}
       end
+      text = of_seats().where(record)
+      seats[1][1] = text
     end
     for _, found in ipairs(seats) do
       if clear(found[1], found[2]) then out[#out + 1] = found end

@@ -41,7 +41,7 @@ local function change(name)
   local seats = {{text, record}}
   if record[SEATS] then
     for _, found in ipairs(of_seats().all(record)) do
-      if found[2][EXPIRES] <= NOW then purge(found[1], found[2], 'expired', 'deadline') end
+      if found[2][EXPIRES] <= NOW then purge(of_seats().where(found[2]), found[2], 'expired', 'deadline') end
     end
     record, text = find(name)
     if not record then return {0} end
