@@ -32,7 +32,7 @@ _PARTS = {
     "holding": {"owned", "owners"},
     "leases": {"acquire", "held"},
     "adding": {"generate", "import", "move_in", "room"},
-    "labelled": {"change", "import", "known", "search"},
+    "labelled": {"alias", "change", "import", "known", "search"},
     "rewriting": {"change", "reseal"},
     "restoring": {"change", "restore"},
 }  # fmt: skip
