@@ -292,6 +292,28 @@ async def test_the_old_text_of_a_lease_is_good_until_it_ends_wherever_it_belongs
 
 
 @on_loop
+async def test_a_text_that_a_key_of_another_partition_gets_names_no_more_who_was_leased_under_it(
+    place: Place,
+) -> None:
+    """The new key has it for all calls from then on, so that no third key may get it."""
+    async with engine_on(place.url, 5, **SEALED) as engine:
+        text = text_in(engine, 1)
+        before = await engine.import_key(NewKey(text), False, OPERATOR)
+        await engine.acquire("ann", 0)
+        await engine.replace(before.id, text_in(engine, 1, "sk-next"), OPERATOR)
+        assert (await engine.get(text)).id == before.id  # by the text that its holder has
+        after, third = [
+            await engine.import_key(NewKey(text_in(engine, n, "sk-more")), False, OPERATOR) for n in (2, 3)
+        ]
+        await engine.replace(after.id, text, OPERATOR)
+        assert (await engine.get(text)).id == after.id
+        with pytest.raises(SecretExists):
+            await engine.replace(third.id, text, OPERATOR)
+        assert (await engine.import_key(NewKey(text), False, OPERATOR)).existed
+    check(place.valkey, place.pool, 5)
+
+
+@on_loop
 @pytest.mark.parametrize("partitions", [1, 5])
 async def test_a_text_is_given_to_one_key_whichever_servers_give_it_at_once(
     place: Place, partitions: int
