@@ -33,6 +33,8 @@ from bench.servers import ROOT, Server
 from keypool.client import AsyncKeyPool, KeyPool, KeyPoolError, LeaseLost, Retry
 
 BLOCK_SECONDS = 5.0
+_LONGEST_USE = 0.1
+"""Seconds; with fifty workers and ten keys, some 200 leases a second."""
 QUICK = ["--workers", "10", "--keys", "3", "--seconds", "2"]
 _RETRY = Retry(seconds=20, most=0.5)
 
@@ -56,7 +58,7 @@ class Crew:
         while not self.stop:
             lease = rng.choice(pools).lease(owner=f"worker-{number}", wait=5)
             with self._failures(), lease as key, self._using(key.secret, number):
-                time.sleep(rng.uniform(0, 0.02))
+                time.sleep(rng.uniform(0, _LONGEST_USE))
 
     async def task(self, number: int, pools: Sequence[AsyncKeyPool]) -> None:
         """One worker of the asynchronous client."""
@@ -65,7 +67,7 @@ class Crew:
             with self._failures():
                 async with rng.choice(pools).lease(owner=f"worker-{number}", wait=5) as key:
                     with self._using(key.secret, number):
-                        await asyncio.sleep(rng.uniform(0, 0.02))
+                        await asyncio.sleep(rng.uniform(0, _LONGEST_USE))
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:

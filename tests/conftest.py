@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import compiled_templates
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from app_client import Browser
@@ -47,6 +48,7 @@ from keypool.config.settings import Settings, load
 from keypool.server.app import make_app
 from keypool.server.serving import SERVERS, open_pools
 
+compiled_templates.share()
 pytest.register_assert_rewrite("client_support")  # so that what it asserts fails with the values
 
 HANGS = 400
@@ -82,7 +84,7 @@ VARIANTS = [
         "file",
         lambda directory: [f"--data={directory / 'keypool.db'}"],
         ("test_api_batch", "test_process"),
-        (*_CALLS, "test_process", "test_feed"),
+        (*_HOT_CALLS, "test_process", "test_feed"),
     ),
     # Errors and access are decided before any engine is asked: the dispatcher may not even import one.
     Variant(
@@ -96,7 +98,7 @@ VARIANTS = [
         "cluster",
         lambda directory: [f"--engine={new_pool(shared_cluster())}"],
         (),
-        _CALLS,
+        ("test_api_batch", "test_api_keys", "test_api_lists"),
     ),
     # The client and the command are tested against one server: the tests vary how the client sends.
     Variant(
@@ -123,12 +125,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     path = metafunc.definition.path.relative_to(Path(__file__).parent).as_posix()
     once = metafunc.definition.get_closest_marker("once") is not None
+    chance = metafunc.definition.get_closest_marker("chance") is not None
     params = [
         pytest.param(
             variant, id=variant.name, marks=() if path.startswith(variant.quick) else pytest.mark.thorough
         )
         for variant in VARIANTS[: 1 if once else None]
         if path.startswith(variant.quick + variant.thorough)
+        and (not chance or variant.name in ("memory", "valkey"))
     ]
     metafunc.parametrize("variant", params, indirect=True, scope="session")
 

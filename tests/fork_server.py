@@ -174,6 +174,7 @@ def _show(words: list[str]) -> None:
 
 def main() -> None:
     """Import what a server does, and fork on request."""
+    tests = sys.path[0]
     sys.path[0] = str(_ROOT)
     importlib.import_module("keypool.server.launch")
     engine = importlib.import_module("keypool.engine")
@@ -181,6 +182,9 @@ def main() -> None:
         importlib.import_module(module.name)
     for name in ("tornado.platform.asyncio", "uvloop"):
         importlib.import_module(name)
+    sys.path.append(tests)
+    importlib.import_module("compiled_templates").share()
+    sys.path.pop()
     gc.collect()
     gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[1])))

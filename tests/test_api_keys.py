@@ -80,6 +80,7 @@ def test_no_key_or_id_is_generated_twice(client: Client) -> None:
     assert ids == sorted(ids), "ids were used again or do not grow"
 
 
+@pytest.mark.chance
 def test_key_texts_use_the_whole_alphabet_evenly(client: Client) -> None:
     """20 characters of A-Z a-z 0-9, each as likely as another (a false alarm is rarer than one in 10^9)."""
     text = "".join(one["key"] for one in client.make_many(1000))
@@ -218,6 +219,7 @@ def test_leases_grow_with_every_acquire_of_any_form(client: Client) -> None:
     assert all(one < later for one, later in pairwise(leases)), leases
 
 
+@pytest.mark.chance
 def test_acquire_serves_every_available_key_alike(client: Client) -> None:
     """Uniformly random: no key, and none by how lately it was freed, comes oftener or rarer than chance allows.
 
@@ -246,6 +248,7 @@ def test_acquire_serves_every_available_key_alike(client: Client) -> None:
         )
 
 
+@pytest.mark.chance
 def test_the_order_of_making_does_not_matter_to_acquire(client: Client) -> None:
     """Keys made early, late or in between are served alike.
 

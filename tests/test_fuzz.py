@@ -34,7 +34,7 @@ from support import (
     expect_problem_shape,
 )
 
-CHUNKS = 20
+CHUNKS = 8
 SHOTS = 500
 JSON = {"Content-Type": "application/json"}
 KNOWN_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]

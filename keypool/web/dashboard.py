@@ -14,7 +14,7 @@ import math
 import time
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined
 
 from keypool import __version__
 from keypool.api.auth import Access
@@ -67,15 +67,7 @@ class Dashboard:
         self.sessions = Sessions(access)
         self.stall = LoopStall()
         self.assets = Assets()
-        self._templates = Environment(
-            loader=FileSystemLoader(folder("templates")),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            auto_reload=False,
-        )
-        self._templates.filters.update(number=number, length_of=length, report=report, origin=origin)
+        self._templates = make_templates()
         self._templates.globals.update(
             asset=self.assets.url, version=__version__, settings=settings, states=list(State)
         )
@@ -217,6 +209,21 @@ def at_rest(settings: Settings) -> str:
     if settings.data == ":memory:":
         return "not stored: this pool is in memory only"
     return "not encrypted: protected by the file's mode 0600 only; set KEYPOOL_SECRETS_KEY to encrypt them"
+
+
+def make_templates(compiled: BytecodeCache | None = None) -> Environment:
+    """The templates, without what their pages take for granted; those `compiled` already needn't be again."""
+    templates = Environment(
+        loader=FileSystemLoader(folder("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+        bytecode_cache=compiled,
+    )
+    templates.filters.update(number=number, length_of=length, report=report, origin=origin)
+    return templates
 
 
 def number(value: float) -> str:
