@@ -14,7 +14,7 @@ from crash_leases import Call, Crasher, judge
 from valkeys import Cluster, Valkey, new_pool, shared_cluster, shared_valkey
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_no_promise_about_leases_is_broken_by_kills(tmp_path: Path, seed: int) -> None:
     """Of the server under load, six times."""
     crasher = Crasher(f"--data={tmp_path / 'keypool.db'}", tmp_path, seed)
@@ -30,9 +30,9 @@ def test_no_promise_about_leases_is_broken_by_kills(tmp_path: Path, seed: int) -
 def test_no_promise_about_leases_is_broken_by_kills_of_servers_over_valkey(
     tmp_path: Path, place: Callable[[], Valkey | Cluster]
 ) -> None:
-    """Of any of three, nine times, while the others go on."""
+    """Of any of three, five times, while the others go on."""
     crasher = Crasher(f"--engine={new_pool(place())}", tmp_path, 5, servers=3, slack=0.5)
-    assert not (faults := crasher.run(9)), f"after {crasher}:\n" + "\n".join(faults)
+    assert not (faults := crasher.run(5)), f"after {crasher}:\n" + "\n".join(faults)
 
 
 # ------------------------------------------------------------------------- what the judge finds in histories
