@@ -30,6 +30,7 @@ from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pace import Pace
 from keypool.engine import Engine
+from keypool.engine.valkey.details import Editor
 from keypool.engine.valkey.engine import ValkeyEngine
 
 OPERATOR = Origin(By.OPERATOR, "ops")
@@ -261,6 +262,60 @@ async def test_a_batch_imports_seats(opened: Opener) -> None:
         two, one = await engine.import_many(more, True, False, OPERATOR)
         assert ([two.status, one.status], len(two.ids or ()), len(one.ids or ())) == (["updated"] * 2, 4, 1)
         assert (await engine.stats()).total == 5
+
+
+@on_loop
+async def test_a_batch_near_the_limit_adds_secrets_and_seats(opened: Opener) -> None:
+    """In one call, whichever partitions they are in."""
+    async with opened(**KEEPING, max_keys=9) as engine:
+        await seats(engine, 2)
+        items = [NewKey("two", seats=2), NewKey(SECRET, seats=5), NewKey("three", seats=2)]
+        results = await engine.import_many(items, True, False, OPERATOR)
+        assert [(result.status, len(result.ids or ())) for result in results] == [
+            ("created", 2), ("updated", 5), ("created", 2),
+        ]  # fmt: skip
+        assert await refused(engine.import_key(NewKey("four"), False, OPERATOR)) is PoolFull
+
+
+@on_loop
+async def test_many_seats_of_one_secret_leave_no_room_beyond_the_limit(opened: Opener) -> None:
+    """All of them are in one partition: then the others can't have their shares."""
+    async with opened(**KEEPING, max_keys=24) as engine:
+        await seats(engine, 20)
+        for number in range(4):
+            await seats(engine, 1, f"another-{number}")
+        for number in range(4, 12):
+            assert await refused(engine.import_key(NewKey(f"another-{number}"), False, OPERATOR)) is PoolFull
+        assert (await engine.import_key(NewKey("another-0"), False, OPERATOR)).existed
+        assert (await engine.stats()).total == 24
+
+
+@on_loop
+async def test_another_server_may_change_the_number_of_seats_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is room for those that it took away."""
+    async with sealed_on_valkey(1, **KEEPING) as engine:
+        await seats(engine, 5)
+        update = Editor._update
+
+        async def interrupted(editor: Editor, *args: Any) -> Any:
+            changed = await update(editor, *args)
+            monkeypatch.undo()
+            await engine.update(SECRET, KeyPatch(seats=1), OPERATOR)
+            return changed
+
+        monkeypatch.setattr(Editor, "_update", interrupted)
+        assert (await engine.update(SECRET, KeyPatch(seats=3), OPERATOR)).seats == 3
+
+
+@on_loop
+async def test_seats_that_a_server_added_have_their_chance_at_once() -> None:
+    """It draws from as many keys as it knows of."""
+    async with sealed_on_valkey(4, **KEEPING) as engine:
+        await seats(engine, 1)
+        await engine.update(SECRET, KeyPatch(seats=9), OPERATOR)
+        assert sum(engine._poller.totals) == 9
 
 
 @on_loop
