@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engine_support import Opener, embedded, on_loop
-from valkey_support import sealed_on_valkey
+from valkey_support import SECRETS, age, check, engine_on, new_place, sealed_on_valkey, with_constants
 
 from keypool.core.answers import Extension, KeyPatch, Lease, NewKey, Unblock
 from keypool.core.cursor import HistoryQuery, HolderQuery, ListQuery
@@ -316,6 +316,30 @@ async def test_seats_that_a_server_added_have_their_chance_at_once() -> None:
         await seats(engine, 1)
         await engine.update(SECRET, KeyPatch(seats=9), OPERATOR)
         assert sum(engine._poller.totals) == 9
+
+
+@on_loop
+async def test_a_walk_meets_each_key_once_while_seats_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its page is what notices that leases are over, and the first seat's place goes to the next one."""
+    with_constants(monkeypatch, MAX_DUE=1)
+    place = new_place()
+    async with engine_on(place.url, 1, secrets=SECRETS, **KEEPING) as engine:
+        engine._poller._stopped = True  # no sweep but those of the calls
+        (one,) = await seats(engine, 1, "one")
+        await held(engine, 1)
+        await seats(engine, 1)
+        await held(engine, 1)
+        (other,) = await seats(engine, 1, "other")
+        await engine.update(SECRET, KeyPatch(seats=2), OPERATOR)
+        await held(engine, 2)
+        row = await engine.update(SECRET, KeyPatch(seats=1), OPERATOR)
+        age(place.valkey, place.pool, 1, 100.0)
+        first = await engine.page(ListQuery(limit=2))
+        rest = await engine.page(ListQuery(limit=2, after=first.next))
+        listed = [row.id for row in (*first.keys, *rest.keys)]
+        assert listed == [one, other, (await engine.get(SECRET)).id]
+        assert row.id not in listed
+    check(place.valkey, place.pool, 1)
 
 
 @on_loop
