@@ -343,6 +343,18 @@ async def test_a_walk_meets_each_key_once_while_seats_go(monkeypatch: pytest.Mon
 
 
 @on_loop
+async def test_a_pool_that_is_emptied_at_once_keeps_no_seat() -> None:
+    """Although the second one takes the place of the first."""
+    async with sealed_on_valkey(4, **KEEPING) as engine:
+        await seats(engine, 5)
+        await held(engine, 5)
+        after = [0] * 4
+        while (await engine.purge(OPERATOR, True, after, 2))[1]:
+            pass
+        assert (await engine.stats()).total == 0
+
+
+@on_loop
 async def test_seats_share_the_pace_of_their_secret(opened: Opener) -> None:
     """When its budget is spent, the available ones cool, and the held ones when their leases end."""
     async with opened(**KEEPING) as engine:
