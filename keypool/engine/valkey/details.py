@@ -28,7 +28,14 @@ from msgspec import structs
 
 from keypool.core.answers import KeyPatch, Ref, Row
 from keypool.core.details import patched
-from keypool.core.errors import NameTaken, SecretExists, SecretsKeyRequired, StorageUnavailable, UnknownKey
+from keypool.core.errors import (
+    NameTaken,
+    PoolFull,
+    SecretExists,
+    SecretsKeyRequired,
+    StorageUnavailable,
+    UnknownKey,
+)
 from keypool.core.keys import MAX_NAME, Details, hint
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.link import Reply, Word
@@ -165,6 +172,8 @@ class Editor:
                 changed = await self._update(row, patch, origin)
                 if changed is not None and patch.seats is not None:
                     changed = await self._set_seats(changed.id, patch.seats, origin, room or found)
+                    if changed is None and room is not None:
+                        raise PoolFull(self._partitions.rules.max_keys, more, self._partitions.rules.max_keys)
             if changed is not None:
                 return changed
             is_ample = False
