@@ -223,6 +223,15 @@ async def test_a_key_of_any_origin_may_get_seats(opened: Opener) -> None:
 
 
 @on_loop
+async def test_no_text_names_the_field_of_a_seat() -> None:
+    """In a pool in clear, where it is the text, a zero byte and the id."""
+    async with engine_on(new_place().url, 1) as engine:
+        (made,) = await engine.generate(1)
+        await engine.update(made.id, KeyPatch(seats=2), OPERATOR)
+        assert await refused(engine.get(f"{made.key}\0{made.id + 1}")) is UnknownKey
+
+
+@on_loop
 async def test_replace_delete_and_reveal_are_about_all_seats(opened: Opener) -> None:
     """Holders may use the text of their leases beside the lease number until each ends."""
     async with opened(**KEEPING) as engine:
