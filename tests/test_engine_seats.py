@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engine_support import Opener, embedded, on_loop
-from valkey_support import sealed_on_valkey
+from valkey_support import SECRETS, age, check, engine_on, new_place, sealed_on_valkey, with_constants
 
 from keypool.core.answers import Extension, KeyPatch, Lease, NewKey, Unblock
 from keypool.core.cursor import HistoryQuery, HolderQuery, ListQuery
@@ -30,6 +30,7 @@ from keypool.core.keys import State
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pace import Pace
 from keypool.engine import Engine
+from keypool.engine.valkey.details import Editor
 from keypool.engine.valkey.engine import ValkeyEngine
 
 OPERATOR = Origin(By.OPERATOR, "ops")
@@ -222,6 +223,15 @@ async def test_a_key_of_any_origin_may_get_seats(opened: Opener) -> None:
 
 
 @on_loop
+async def test_no_text_names_the_field_of_a_seat() -> None:
+    """In a pool in clear, where it is the text, a zero byte and the id."""
+    async with engine_on(new_place().url, 1) as engine:
+        (made,) = await engine.generate(1)
+        await engine.update(made.id, KeyPatch(seats=2), OPERATOR)
+        assert await refused(engine.get(f"{made.key}\0{made.id + 1}")) is UnknownKey
+
+
+@on_loop
 async def test_replace_delete_and_reveal_are_about_all_seats(opened: Opener) -> None:
     """Holders may use the text of their leases beside the lease number until each ends."""
     async with opened(**KEEPING) as engine:
@@ -261,6 +271,96 @@ async def test_a_batch_imports_seats(opened: Opener) -> None:
         two, one = await engine.import_many(more, True, False, OPERATOR)
         assert ([two.status, one.status], len(two.ids or ()), len(one.ids or ())) == (["updated"] * 2, 4, 1)
         assert (await engine.stats()).total == 5
+
+
+@on_loop
+async def test_a_batch_near_the_limit_adds_secrets_and_seats(opened: Opener) -> None:
+    """In one call, whichever partitions they are in."""
+    async with opened(**KEEPING, max_keys=9) as engine:
+        await seats(engine, 2)
+        items = [NewKey("two", seats=2), NewKey(SECRET, seats=5), NewKey("three", seats=2)]
+        results = await engine.import_many(items, True, False, OPERATOR)
+        assert [(result.status, len(result.ids or ())) for result in results] == [
+            ("created", 2), ("updated", 5), ("created", 2),
+        ]  # fmt: skip
+        assert await refused(engine.import_key(NewKey("four"), False, OPERATOR)) is PoolFull
+
+
+@on_loop
+async def test_many_seats_of_one_secret_leave_no_room_beyond_the_limit(opened: Opener) -> None:
+    """All of them are in one partition: then the others can't have their shares."""
+    async with opened(**KEEPING, max_keys=24) as engine:
+        await seats(engine, 20)
+        for number in range(4):
+            await seats(engine, 1, f"another-{number}")
+        for number in range(4, 12):
+            assert await refused(engine.import_key(NewKey(f"another-{number}"), False, OPERATOR)) is PoolFull
+        assert (await engine.import_key(NewKey("another-0"), False, OPERATOR)).existed
+        assert (await engine.stats()).total == 24
+
+
+@on_loop
+async def test_another_server_may_change_the_number_of_seats_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is room for those that it took away."""
+    async with sealed_on_valkey(1, **KEEPING) as engine:
+        await seats(engine, 5)
+        update = Editor._update
+
+        async def interrupted(editor: Editor, *args: Any) -> Any:
+            changed = await update(editor, *args)
+            monkeypatch.undo()
+            await engine.update(SECRET, KeyPatch(seats=1), OPERATOR)
+            return changed
+
+        monkeypatch.setattr(Editor, "_update", interrupted)
+        assert (await engine.update(SECRET, KeyPatch(seats=3), OPERATOR)).seats == 3
+
+
+@on_loop
+async def test_seats_that_a_server_added_have_their_chance_at_once() -> None:
+    """It draws from as many keys as it knows of."""
+    async with sealed_on_valkey(4, **KEEPING) as engine:
+        await seats(engine, 1)
+        await engine.update(SECRET, KeyPatch(seats=9), OPERATOR)
+        assert sum(engine._poller.totals) == 9
+
+
+@on_loop
+async def test_a_walk_meets_each_key_once_while_seats_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its page is what notices that leases are over, and the first seat's place goes to the next one."""
+    with_constants(monkeypatch, MAX_DUE=1)
+    place = new_place()
+    async with engine_on(place.url, 1, secrets=SECRETS, **KEEPING) as engine:
+        engine._poller._stopped = True  # no sweep but those of the calls
+        (one,) = await seats(engine, 1, "one")
+        await held(engine, 1)
+        await seats(engine, 1)
+        await held(engine, 1)
+        (other,) = await seats(engine, 1, "other")
+        await engine.update(SECRET, KeyPatch(seats=2), OPERATOR)
+        await held(engine, 2)
+        row = await engine.update(SECRET, KeyPatch(seats=1), OPERATOR)
+        age(place.valkey, place.pool, 1, 100.0)
+        first = await engine.page(ListQuery(limit=2))
+        rest = await engine.page(ListQuery(limit=2, after=first.next))
+        listed = [row.id for row in (*first.keys, *rest.keys)]
+        assert listed == [one, other, (await engine.get(SECRET)).id]
+        assert row.id not in listed
+    check(place.valkey, place.pool, 1)
+
+
+@on_loop
+async def test_a_pool_that_is_emptied_at_once_keeps_no_seat() -> None:
+    """Although the second one takes the place of the first."""
+    async with sealed_on_valkey(4, **KEEPING) as engine:
+        await seats(engine, 5)
+        await held(engine, 5)
+        after = [0] * 4
+        while (await engine.purge(OPERATOR, True, after, 2))[1]:
+            pass
+        assert (await engine.stats()).total == 0
 
 
 @on_loop

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from durable_support import durable, fill, keys_of_all_kinds, old_file
 from support import API, ROOT, ServerProcess, clean_environment, eventually, run_server
+from valkey_support import engine_on
 from valkeys import Valkey, new_pool, shared_cluster, shared_valkey
 
 from keypool.cli.main import main
@@ -565,6 +566,29 @@ def test_an_interrupted_move_to_valkey_is_run_again_with_clear(empty: str, tmp_p
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "keys\t4500\n" in ran.stdout
     refused(migrate(path, empty, "--clear"), 1, "already")
+
+
+def test_the_seats_of_an_interrupted_move_are_counted_once(tmp_path: Path) -> None:
+    """The next move begins anew, although the source may have fewer seats by then."""
+    url, path = new_pool(shared_valkey()), tmp_path / "keypool.db"
+    many_pools(path, Sealer(SECRETS))
+
+    async def opening(*, clear: bool = False) -> tuple[Source, Target]:
+        target = await ValkeyPlace.target(url, 1, clear=clear, secrets_keys=SECRETS)
+        return FileSource(path, SECRETS), target
+
+    interrupt(opening)
+    with contextlib.closing(datafile.connect(path)) as database:
+        database.execute("DELETE FROM keys WHERE id = 104")
+        database.commit()
+
+    async def run() -> None:
+        await moved(*await opening(clear=True))
+        async with engine_on(url, None, secrets=SECRETS) as engine:
+            total = (await engine.stats()).total
+            assert (engine.secrets(), (await engine.get("sk-live-2")).seats) == (total - 1, 2)
+
+    asyncio.run(run())
 
 
 def test_an_interrupted_move_to_a_file_leaves_none(empty: str, tmp_path: Path) -> None:

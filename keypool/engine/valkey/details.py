@@ -83,6 +83,10 @@ class Adder(Protocol):
         """The first of so many numbers for ids, one after the other, beyond all that this server knows."""
         ...
 
+    def added(self, partition: int, count: int) -> None:
+        """Take note that a partition has so many keys more."""
+        ...
+
 
 class Locks:
     """Locks of words in the partitions that are theirs. `server` is this server's name in Valkey."""
@@ -150,35 +154,34 @@ class Editor:
 
     # -- changes
 
-    async def update(self, ref: Ref, patch: KeyPatch, origin: Word) -> Row:
+    async def update(self, ref: Ref, patch: KeyPatch, origin: Word, room: Room | None = None) -> Row:
         """Change name, labels, data or the number of seats. O(seats * log n), O(partitions) for a name.
 
-        Raises NameTaken, PoolFull, and as `get_row`.
+        `room` is what the caller has reserved for more seats. Raises NameTaken, PoolFull, and as `get_row`.
         """
+        is_ample = True
         for _ in range(_MOST_TRIES):
             row, _ = await self._get_row(ref)
             more = 0 if patch.seats is None else patch.seats - max(1, len(row[_SEATS]))
-            if more > 0:
-                # Room first, as a refusal changes nothing.
+            wanted: Counter[int] = Counter()
+            if more > 0 and room is None:
                 partition, _ = await self._partitions.name_of(row[1])
-                for is_ample in (True, False):
-                    async with self.adder.room_for(Counter({partition: more}), is_ample=is_ample) as room:
-                        changed = await self._update(row, patch, origin)
-                        if changed is None:
-                            break
-                        with contextlib.suppress(*([PoolFull] if is_ample else [])):
-                            return await self._set_seats(changed.id, patch.seats or 1, origin, room)
-            else:
+                wanted[partition] = more
+            # Room first, as a refusal changes nothing.
+            async with self.adder.room_for(wanted, is_ample=is_ample) as found:
                 changed = await self._update(row, patch, origin)
                 if changed is not None and patch.seats is not None:
-                    return await self._set_seats(row[1], patch.seats, origin, None)
-                if changed is not None:
-                    return changed
+                    changed = await self._set_seats(changed.id, patch.seats, origin, room or found)
+                    if changed is None and room is not None:
+                        raise PoolFull(self._partitions.rules.max_keys, more, self._partitions.rules.max_keys)
+            if changed is not None:
+                return changed
+            is_ample = False
         raise StorageUnavailable("the key was changed again and again; try again")
 
-    async def changed(self, id: int, patch: KeyPatch, origin: Word) -> list[int]:
+    async def changed(self, id: int, patch: KeyPatch, origin: Word, room: Room | None) -> list[int]:
         """The same. Returns the ids of all seats."""
-        shown = await self.update(id, patch, origin)
+        shown = await self.update(id, patch, origin, room)
         row, _ = await self._get_row(shown.id)
         return row[_SEATS] or [row[1]]
 
@@ -193,8 +196,8 @@ class Editor:
         async with self._name_held(new.name if gets_name else None, row[1]) as until:
             return await self._change(row[1], (*words, "", origin, "", until, "", *others))
 
-    async def _set_seats(self, id: int, count: int, origin: Word, room: Room | None) -> Row:
-        """Call set_seats.lua, until the seats that it adds are sealed for their ids."""
+    async def _set_seats(self, id: int, count: int, origin: Word, room: Room) -> Row | None:
+        """Call set_seats.lua, until the seats that it adds are sealed for their ids. None if there is no room."""
         partitions, vault = self._partitions, self._partitions.vault
         number = 0
         for _ in range(_MOST_TRIES):
@@ -204,7 +207,7 @@ class Editor:
             more = max(0, count - max(1, len(row[_SEATS])))
             words: list[Word] = [
                 row[_SEALED], count, partitions.life_us, partitions.count, partition,
-                0 if room is None else room.limits[partition], "" if room is None else room.reservation, origin,
+                room.limits[partition], room.reservation, origin,
             ]  # fmt: skip
             number = max(number, self.adder.next_number(more))
             for each in range(number, number + more):
@@ -215,9 +218,10 @@ class Editor:
             call = partitions.call(partition, "set_seats", (name, *words))
             done, *found = await call
             if done == 1:
+                self.adder.added(partition, more)
                 return row_of(found[0], call.age(), partitions.rules.forget_seconds)
             if done == b"full":
-                raise PoolFull(partitions.rules.max_keys, more, partitions.rules.max_keys)
+                return None
             if done == b"number":
                 number = found[0] + 1
             elif done != b"changed":

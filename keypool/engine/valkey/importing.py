@@ -112,19 +112,18 @@ class Importer:
         }
         left = {place: item for place, item in enumerate(items) if isinstance(item, NewKey)}
         seen: dict[str, list[int] | None] = {}
-        new = await self._new_of([*left.values()])
-        secrets = {item.secret for item in new}
-        async with self.room_for(self._wanted(new)) as room:
+        new, wanted = await self._new_of([*left.values()], update)
+        async with self.room_for(wanted) as room:
             while left:
                 run = _run_without_repeats(left)
                 if update:
                     # Items are taken in order: one that the pool has ends the run, or is a run of its own.
-                    run = [*takewhile(lambda each: each[1].secret in secrets, run)] or run[:1]
+                    run = [*takewhile(lambda each: each[1].secret in new, run)] or run[:1]
                 for place, _ in run:
                     del left[place]
                 replies = await self._import([item for _, item in run], origin, room)
                 for (place, item), reply in zip(run, replies, strict=True):
-                    results[place] = await self._result(item, reply, update, origin)
+                    results[place] = await self._result(item, reply, update, origin, room)
                     if results[place].id is not None:
                         seen[item.secret] = results[place].ids
                 for place in [place for place, item in left.items() if item.secret in seen]:
@@ -132,7 +131,7 @@ class Importer:
                     results[place] = Imported("duplicate", ids[0], ids=ids)
         return [results[place] for place in range(len(items))]
 
-    async def _result(self, item: NewKey, reply: Reply, update: bool, origin: Word) -> Imported:
+    async def _result(self, item: NewKey, reply: Reply, update: bool, origin: Word, room: Room) -> Imported:
         """The result of an item, whose details a key gets that was there, if `update`."""
         if reply[0] == 1:
             ids = self._ids_of(item, reply[1])
@@ -143,9 +142,8 @@ class Importer:
             ids = reply[5]
             if not update:
                 return Imported("existed", ids[0], ids=ids)
-            ids = await self._editor.changed(
-                ids[0], KeyPatch(item.name, item.labels, item.data, item.pace, item.seats), origin
-            )
+            patch = KeyPatch(item.name, item.labels, item.data, item.pace, item.seats)
+            ids = await self._editor.changed(ids[0], patch, origin, room if room.reservation else None)
             return Imported("updated", ids[0], ids=ids)
         except UnknownKey:  # it was deleted just now
             return Imported("existed", reply[1], ids=[reply[1]])
@@ -157,28 +155,40 @@ class Importer:
         self._poller.id_number += count
         return self._poller.id_number - count + 1
 
+    def added(self, partition: int, count: int) -> None:
+        """See details.Adder. O(1)."""
+        self._poller.generated(partition, count)
+
     def _ids_of(self, item: NewKey, first: int) -> list[int]:
         """The ids of all seats of a key that was added."""
         return [first + seat * self._partitions.count for seat in range(item.seats or 1)]
 
-    async def _new_of(self, items: Sequence[NewKey]) -> list[NewKey]:
-        """The items whose secrets no key has, each secret once. O(k log n)."""
-        vault = self._partitions.vault
+    async def _new_of(self, items: Sequence[NewKey], update: bool) -> tuple[set[str], Counter[int]]:
+        """The secrets that no key has, and the room that the items need, by partition. O(k log n).
+
+        With `update`, keys that are there may need room for more seats.
+        """
+        partitions, vault = self._partitions, self._partitions.vault
         assert vault is not None
         unique = [
             *{item.secret: item for item in reversed(items)}.values()
         ]  # of repeats the first one counts
-        new: list[NewKey] = []
+        new: set[str] = set()
+        wanted: Counter[int] = Counter()
         for start in range(0, len(unique), _CHUNK):
             some = unique[start : start + _CHUNK]
             names = {item.secret: vault.name(item.secret) for item in some}
-            known = await self._partitions.known(names)
+            known = await partitions.known(names)
             for item in some:
-                found = await self._partitions.followed(known[item.secret], names[item.secret])
+                found = await partitions.followed(known[item.secret], names[item.secret])
                 if not found[0] or found[4]:
-                    new.append(item)
+                    new.add(item.secret)
+                    wanted[partitions.of(item.secret)] += item.seats or 1
+                elif update and (more := (item.seats or 1) - len(found[5])) > 0:
+                    partition, _ = await partitions.name_of(found[0])
+                    wanted[partition] += more
             await asyncio.sleep(0)
-        return new
+        return new, wanted
 
     # -- adding
 
@@ -279,8 +289,16 @@ class Importer:
     async def _add_without_reservation(
         self, items: Sequence[NewKey], flags: Sequence[str], terms: _Terms, attempt: int
     ) -> list[Reply]:
-        """Call import.lua, and once more, with room reserved, for the items that it had no room for."""
-        found = await self._send(items, flags, Room("", self._generator.limits), terms, attempt)
+        """Call import.lua, and once more, with room reserved, for the items that it had no room for.
+
+        Near the limit that is all new ones: a partition may have more than its share, so that the others can't have
+        theirs.
+        """
+        wanted, generator, count = self._wanted(items), self._generator, self._partitions.count
+        is_ample = count == 1 or generator.has_ample_room(wanted)
+        found = await self._send(
+            items, flags, Room("", generator.limits if is_ample else [0] * count), terms, attempt
+        )
         if lacking := [place for place, reply in enumerate(found) if reply is None]:
             some = [items[place] for place in lacking]
             async with self.room_for(self._wanted(some), is_ample=False) as room:

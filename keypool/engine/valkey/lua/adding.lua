@@ -44,3 +44,15 @@ end
 local function reserve(reservations)
   if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
 end
+
+-- Whether there is room for so many keys, where `most` may be here; they use up what is reserved under this name.
+local function take_room(keys, most, name)
+  local reserved, others, own = reserved_but(name)
+  if keys > 0 and call('ZCARD', IDS) + reserved + keys > tonumber(most) then return false end
+  if own > keys then
+    reserve(string.format('%s%s %.0f %.0f;', others, name, own - keys, NOW + 10000000))
+  elseif own > 0 then
+    reserve(others)
+  end
+  return true
+end

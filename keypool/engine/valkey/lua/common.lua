@@ -522,6 +522,11 @@ do
       return prefix .. 'seats:' .. first, prefix .. 'secret:' .. first
     end
 
+    -- Forget what an interrupted move has left of a secret, which `keypool migrate --clear` doesn't find.
+    function rules.begin(record)
+      call('DEL', names(record))
+    end
+
     -- What all seats have as the beginning of their fields: the text, or its member.
     function rules.base(text)
       if text:byte(1) == MEMBER then return text:sub(1, DIGEST) end

@@ -57,13 +57,7 @@ while i <= #ARGV do
   results[#results + 1] = found or {1, tonumber(ARGV[i]) * partitions + partition + 1}
   i = i + 6 + seats
 end
-local reserved, others, own = reserved_but(ARGV[5])
-if keys > 0 and call('ZCARD', IDS) + reserved + keys > tonumber(ARGV[4]) then return reply({}) end
-if own > keys then
-  reserve(string.format('%s%s %.0f %.0f;', others, ARGV[5], own - keys, NOW + 10000000))
-elseif own > 0 then
-  reserve(others)
-end
+if not take_room(keys, ARGV[4], ARGV[5]) then return reply({}) end
 local nth = 0
 for _, i in ipairs(wanted) do
   local member, seats = ARGV[i + 1]:sub(1, DIGEST), tonumber(ARGV[i + 5])

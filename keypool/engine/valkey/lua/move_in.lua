@@ -15,6 +15,7 @@ for i = 1, #ARGV, #fields + 4 do
   if wanted > 0 then
     local first = record_of(text)
     record[SEATS] = first and first[SEATS] or record[ID]
+    if not first then of_seats().begin(record) end
     if record[PACED] then
       of_seats().set_paced(record, math.max(of_seats().paced(record) or 0, record[PACED]))
       record[PACED] = false

@@ -1,7 +1,7 @@
 -- Give a secret more or fewer seats.
 -- ARGV    1 name, 2 what is stored of the sealed text ('' for none): nothing is done if it is another one by now, 3 how
 --         many seats there shall be, 4 microseconds that a key lives, 0 for ever, 5 partitions, 6 this partition, 7 keys
---         that it may hold at most, 8 name of a reservation of room ('' for none), which this call uses up, 9 origin, 10, 11…
+--         that it may hold at most, 8 name of a reservation of room ('' for none), of which this call uses what it needs, 9 origin, 10, 11…
 --         for each seat that is added: a number for its id, greater than the one before, and its sealed text ('' for none)
 -- reply   available; {1, the row of the key, or of the first seat if the key is one that went}, {0} if the key is unknown,
 --         {-(its latest lease)} if the name has another one, {'changed'} if it was changed meanwhile or other seats are to
@@ -52,9 +52,7 @@ local function change(name)
   if more > 0 then
     local number = tonumber(call('HGET', META, 'id') or -1)
     if tonumber(ARGV[10]) <= number then return {'number', number} end
-    local reserved, others = reserved_but(ARGV[8])
-    if call('ZCARD', IDS) + reserved + more > tonumber(ARGV[7]) then return {'full'} end
-    if ARGV[8] ~= '' then reserve(others) end
+    if not take_room(more, ARGV[7], ARGV[8]) then return {'full'} end
   end
   if not record[SEATS] then
     if wanted == 1 then return {1, row_of(text, record)} end
