@@ -158,3 +158,7 @@ def test_a_generated_key_may_get_seats(client: Client) -> None:
     leases = [client.acquire(), client.acquire()]
     assert {lease["key"] for lease in leases} == {made["key"]}
     assert client.stats()["generated"] >= 2
+    legacy = client.request("PUT", f"{API}/random_api_key/?api_key={made['key']}")
+    assert "message" in legacy.expect_problem(409, "many-seats")
+    described = client.get(f"{API}/openapi.json").expect(200)["paths"][f"{API}/random_api_key"]["put"]
+    assert "many-seats" in described["responses"]["409"]["description"]

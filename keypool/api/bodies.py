@@ -202,7 +202,7 @@ _Data = Annotated[
 _Seats = Annotated[
     int,
     Meta(
-        description=f"how many may hold the key at a time: 1 (default) to {MAX_SEATS}",
+        description=f"1 (default) to {MAX_SEATS}: how many may hold the key at a time",
         extra_json_schema={"minimum": 1, "maximum": MAX_SEATS},
     ),
 ]

@@ -111,7 +111,7 @@ def patch_of(body: DetailsBody) -> KeyPatch:
     if body.labels is not None:
         _check_labels(body.labels)
     if body.seats is not None and not 1 <= body.seats <= MAX_SEATS:
-        raise BadRequest(f"seats takes {_FIELDS['seats']}, not {body.seats}")
+        raise BadRequest(f"seats takes 1 to {MAX_SEATS}, not {body.seats}")
     data = None
     if body.data is not None:
         data = msgspec.json.encode(body.data)

@@ -147,8 +147,6 @@ class FakePool:
                     self._end(key, how="released")
                 else:
                     key.state, key.until = "available", None
-                if len(self._seats(key)) > key.wanted and key.state != "blocked":
-                    self._purge(key)
         if self.draining:
             self._keys = {id: key for id, key in self._keys.items() if key.state == "blocked"}
         return [key for key in self._keys.values() if state in (None, key.state)]
@@ -278,6 +276,7 @@ class FakePool:
             key.failures = self._failures(key) + 1
             key.failed = now
             cooldown = self._cooldown(key, outcome, retry_after)
+            key.cools = max(key.cools, now + cooldown)
         key.leaving = key.leaving or quarantine
         if key.state == "blocked":
             self.counts["unblocked"] += 1
@@ -311,6 +310,10 @@ class FakePool:
     def _seats(self, key: Key) -> list[Key]:
         """All seats of a key's secret."""
         return [each for each in self._keys.values() if each.text == key.text]
+
+    def _follows(self, key: Key, state: str) -> bool:
+        """Whether another seat has moved before, which is what is counted."""
+        return any(seat is not key and seat.state == state for seat in self._seats(key))
 
     def _follow(self, seat: Key, key: Key, cooldown: float) -> None:
         """A seat goes where another one has gone that was reported on, or will when its lease ends."""
@@ -355,7 +358,8 @@ class FakePool:
     def quarantine(self, name: str, reason: str | None = None, now: bool = False) -> dict[str, Any]:
         """Take a key out of service."""
         key, _ = self.find(name)
-        for seat in self._seats(key):
+        seats = self._seats(key)
+        for seat in seats:
             seat.operator_reason = reason or seat.operator_reason
             seat.reported = seat.reported or now
             if seat.state != "quarantined":
@@ -365,7 +369,7 @@ class FakePool:
                         self.counts["unblocked"] += 1
                         self._happened("unblocked", seat)
                     self._end(seat, how="revoked")
-        return self.row(key)
+        return self._row_of(key, seats)
 
     def restore(self, name: str) -> dict[str, Any]:
         """Make a key available that cools or is quarantined."""
@@ -490,7 +494,11 @@ class FakePool:
             self._note(seat, patch)
         if patch.get("seats") is not None:
             self._set_seats(key, patch["seats"])
-        return self.row(key if key.id in self._keys else self._seats(key)[0])
+        return self._row_of(key, seats)
+
+    def _row_of(self, key: Key, seats: list[Key]) -> dict[str, Any]:
+        """The row of a key, or of the first seat that is left of its secret."""
+        return self.row(next(seat for seat in (key, *seats) if seat.id in self._keys))
 
     def ids(self, text: str) -> list[int]:
         """The ids of all seats of a secret."""
@@ -560,8 +568,8 @@ class FakePool:
             "name": key.name,
             "labels": key.labels,
             "pace": key.pace,
-            "seat": self.ids(key.text).index(key.id) + 1,
-            "seats": len(self.ids(key.text)),
+            "seat": (ids := self.ids(key.text)).index(key.id) + 1,
+            "seats": len(ids),
         }
 
     def owners(self) -> dict[str, Any]:
@@ -633,9 +641,10 @@ class FakePool:
         self._record(key, how, reported=reported)
         key.state, key.until, key.owner, key.attempt = "available", None, None, None
         if key.leaving:
+            if not self._follows(key, "quarantined"):
+                self.counts["quarantines"] += 1
+                self._happened("quarantined", key)
             key.leaving, key.state = False, "quarantined"
-            self.counts["quarantines"] += 1
-            self._happened("quarantined", key)
         else:
             cool_until = self._with_budget(key, max(cool_until, key.cools, self.now()))
             if cool_until > self.now():
@@ -665,7 +674,7 @@ class FakePool:
         """The end of a cooldown, not before the key has budget."""
         pace = self._pace(key)
         ready = key.paced - (pace["burst"] - 1) * pace["seconds"] / pace["count"] if pace else 0.0
-        self.counts["paced"] += ready > until
+        self.counts["paced"] += ready > until and not self._follows(key, "cooling")
         return max(until, ready)
 
     def _record(self, key: Key, how: str, *, reported: bool = False) -> None:
@@ -695,7 +704,7 @@ class FakePool:
         del self._past[:-most]
 
     def _cool(self, key: Key, until: float) -> None:
-        self.counts["cooled"] += key.state != "cooling"
+        self.counts["cooled"] += key.state != "cooling" and not self._follows(key, "cooling")
         key.state, key.until = "cooling", until
 
     def _failures(self, key: Key) -> int:

@@ -353,7 +353,8 @@ class KeyPool:
     ) -> Row:
         """Change a key's name, labels, data or pace, each as a whole (admin): `""` or `{}` removes it, None leaves it.
 
-        And how many `seats` it has. Raises UnknownKey, NameTaken, PoolFull.
+        `seats` is how many may hold it at a time; of fewer, those that are held go when their leases end. Raises
+        UnknownKey, NameTaken, PoolFull.
         """
         return self._call(calls.update(key, name, labels, data, pace, seats=seats))
 
@@ -507,7 +508,7 @@ class KeyPool:
         """Add keys from elsewhere (admin): a secret, a tuple of secret, name, labels, data, pace, seats, or a dict.
 
         The result has one for each item, in their order; one that can't be imported, as its name is taken for example,
-        fails alone. With `exists="update"`, a key that the pool has gets the item's name, labels, data and pace. Raises
+        fails alone. With `exists="update"`, a key that the pool has gets all that the item says but the secret. Raises
         PoolFull (then none of the call's thousand is imported), KeysWouldExpire, SecretsKeyRequired; what was done
         before is in the error's `partial`. Raises ValueError, before anything is sent, for an item of a wrong type.
         """

@@ -264,7 +264,7 @@ def _read(pool: FakePool, request: httpx2.Request, words: list[str]) -> dict[str
 def _page(pool: FakePool, query: Mapping[str, str]) -> dict[str, Any]:
     rows = [pool.row(key) for key in pool.live(query.get("state"))]
     if (beginning := query.get("name")) is not None:
-        rows = [row for row in rows if (row["name"] or "").startswith(beginning)]
+        rows = [row for row in rows if (row["name"] or "").startswith(beginning) and row["seat"] == 1]
         rows.sort(key=lambda row: row["name"])
     if (owner := query.get("owner")) is not None:
         rows = [row for row in rows if row["owner"] == owner]

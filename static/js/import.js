@@ -30,8 +30,10 @@ function fromColumns(header, line) {
     const [group, name] = column.split(/:(.*)/s);
     if (fields[i] === "" && column !== "secret") return;
     if (column === "secret" || column === "name") item[column] = fields[i];
-    else if (column === "seats") item.seats = Number.isInteger(Number(fields[i])) ? Number(fields[i]) : fields[i];
-    else (item[group === "label" ? "labels" : "data"] ??= {})[name] = fields[i];
+    else if (column === "seats") {
+      if (!/^[0-9]{1,9}$/.test(fields[i])) throw new Error("has seats that are not a whole number"); // the server would refuse all lines
+      item.seats = Number(fields[i]);
+    } else (item[group === "label" ? "labels" : "data"] ??= {})[name] = fields[i];
   });
   return item;
 }
