@@ -16,6 +16,8 @@ If there are more seats than wanted, all of them are held, and those whose lease
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import msgspec
 
 from keypool.core.counters import Counters
@@ -78,7 +80,8 @@ class Seats(SelfCheck):
         for seat in seats:
             if seat.expires_deadline <= min(now, self._purge_until):
                 self._purge(seat, Change.EXPIRED)
-        for seat in sorted(seats, key=lambda seat: seat.release_deadline or now):
+        due = [seat for seat in seats if seat.release_deadline is not None and seat.release_deadline <= now]
+        for seat in sorted(due, key=attrgetter("release_deadline")):
             self._catch_up(seat, now)
         return [seat for seat in seats if seat.group is not None]
 
