@@ -14,7 +14,7 @@ from support import chance_of
 from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.errors import ManySeats, PoolFull, StaleLease, UnknownKey
 from keypool.core.events import HOLDER, SILENT, By, Change, Origin
-from keypool.core.keys import Key, State
+from keypool.core.keys import DEAD, Key, State
 from keypool.core.keyset import PageQuery
 from keypool.core.outcomes import Outcome, Report
 from keypool.core.pool import Pool
@@ -249,3 +249,71 @@ def test_a_lease_that_is_over_is_not_ended_again_by_its_number_although_no_timer
     found = told.pool.seat_of(told.pool.find(key.text, NOW + 60), key.lease, NOW + 60)
     assert (found, told.pool.unblock(found, key.lease, NOW + 60).changed) == (key, False)
     assert told.told() == [(Change.RELEASED, key.id)]
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_a_seat_that_has_expired_contradicts_no_other_although_no_timer_fired(suspended: bool) -> None:
+    """It is purged when the others move, or moves with them while expiry is suspended: so a restart finds no damage."""
+    told = Told(2, keepalive_seconds=300.0)
+    pool, changed = told.pool, {seat.id: seat for seat in told.seats}
+    pool.on_change = lambda _change, key, _owner, _origin: changed.update({key.id: key})
+    pool.keepalive(told.seats[1], NOW + 200)
+    if suspended:
+        pool.suspend_expiry(NOW + 250)
+    pool.quarantine(told.seats[1], "leaked", False, NOW + 300, OPERATOR)
+    again = make_pool(keepalive_seconds=300.0)
+    again.last_id = pool.last_id
+    for seat in changed.values():
+        if seat.expires_deadline != DEAD:
+            again.load(key_of(row_of(seat)))
+    for each in (again, pool):
+        each.check()
+        assert each.quarantined == 1 + suspended
+
+
+def test_the_text_of_a_lease_whose_seat_has_expired_may_be_given_to_another_key_although_no_timer_fired() -> (
+    None
+):
+    """While another seat, which nobody held, lives on."""
+    told = Told(2, keepalive_seconds=300.0)
+    pool, text, (one, two) = told.pool, told.first.text, told.seats
+    other = pool.import_key(NewKey("another"), NOW + 200, HOLDER)
+    pool.keepalive(one, NOW + 200)
+    while two.lease == 0:
+        pool.acquire(NOW + 290, None)
+    pool.unblock(one, None, NOW + 290)
+    pool.replace(one, "a new text", NOW + 290, OPERATOR)
+    assert two.details.former == text
+    pool.replace(other, text, NOW + 300, OPERATOR)
+    assert pool.find(text, NOW + 300) is other
+    pool.check()
+
+
+def test_a_hint_finds_the_next_seat_when_the_first_has_to_go_although_no_timer_fired() -> None:
+    """As text and name do."""
+    told = Told(2, max_block_seconds=600.0)
+    pool, (one, two) = told.pool, told.seats
+    assert (pool.acquire(NOW, None, 60.0), pool.acquire(NOW, None, 600.0)) == (one, two)
+    pool.update(two, KeyPatch(seats=1), NOW, OPERATOR)
+    assert pool.find_hint(two.hint, NOW + 60) is two
+
+
+def test_seats_whose_leases_are_over_are_free_when_their_number_changes_although_no_timer_fired() -> None:
+    """So the highest one goes first; and the room of one that has gone isn't given away twice."""
+    told = Told(3, max_keys=4, max_block_seconds=600.0)
+    pool, (one, two, three) = told.pool, told.seats
+    assert [pool.acquire(NOW, None, block) for block in (600.0, 60.0, 60.0)] == [one, three, two]
+    pool.generate(NOW)
+    pool.update(one, KeyPatch(seats=2), NOW, OPERATOR)
+    with pytest.raises(PoolFull):
+        pool.update(one, KeyPatch(seats=4), NOW + 60, OPERATOR)
+    assert (pool.total, len(pool.seats_of(one))) == (3, 2)
+
+
+def test_a_seat_whose_lease_is_over_goes_first_if_it_is_the_last_although_no_timer_fired() -> None:
+    """As those go at once that are free, the highest number first."""
+    told = Told(2)
+    pool, (one, two) = told.pool, told.seats
+    assert (pool.acquire(NOW, None), pool.acquire(NOW, None)) == (one, two)
+    assert pool.update(pool.find_id(one.id, NOW + 60), KeyPatch(seats=1), NOW + 60, OPERATOR) is one
+    assert two.expires_deadline == DEAD

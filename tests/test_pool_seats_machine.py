@@ -9,7 +9,6 @@ keys whose changes were reported.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -51,6 +50,7 @@ COUNTER_OF = {Change.QUARANTINED: "quarantines"} | {
 }
 which = st.integers(0, 20)
 used = st.sampled_from([1, 1, 2, 9])
+NAMES = ("one", "two", "three")
 SEALER = Sealer([bytes(range(32))])
 
 
@@ -133,11 +133,9 @@ class PlainSecret:
 class SeatsMachine(RuleBasedStateMachine):
     """See the module."""
 
-    sealer: Sealer | None = None
-
-    @initialize(rules=st.sampled_from(RULES))
-    def start(self, rules: PoolRules) -> None:
-        self.pool_rules, self.now, self.chance = rules, START, 0.0
+    @initialize(rules=st.sampled_from(RULES), sealer=st.sampled_from([None, SEALER]))
+    def start(self, rules: PoolRules, sealer: Sealer | None) -> None:
+        self.pool_rules, self.now, self.chance, self.sealer = rules, START, 0.0, sealer
         self.new_text = serial_texts()
         self.counts: Counter[Change] = Counter()
         self.rows: dict[int, Row] = {}  # as a data file has them
@@ -201,8 +199,12 @@ class SeatsMachine(RuleBasedStateMachine):
             seats = [PlainSeat(key.id, self._expires())]
             self.secrets.append(PlainSecret(key.text, None, 1, seats, pace=self.pool_rules.pace))
 
-    @rule(chance=st.floats(0, 1, exclude_max=True), block=st.sampled_from([1.5, 20.0, 60.0]))
-    def acquire(self, chance: float, block: float) -> None:
+    @rule(chances=st.lists(which, min_size=1, max_size=4), block=st.sampled_from([1.5, 20.0, 60.0]))
+    def acquire(self, chances: list[int], block: float) -> None:
+        for chance in chances:
+            self._acquire(chance / 21, block)
+
+    def _acquire(self, chance: float, block: float) -> None:
         self.chance = chance
         wanted = {seat.id for secret, seat in self._all() if secret.state(seat, self.now) is State.AVAILABLE}
         key = self.pool.acquire(self.now, "ann", block)
@@ -237,7 +239,7 @@ class SeatsMachine(RuleBasedStateMachine):
     ) -> None:
         """By the latest lease of a seat, which may be over."""
         if held:
-            self.acquire(number / 21, 20.0)
+            self._acquire(number / 21, 20.0)
             number = max(range(len(self._all())), key=lambda n: self._all()[n][1].lease, default=0)
         picked = self._pick(number)
         if picked is None or picked[2].lease == 0:
@@ -445,73 +447,56 @@ class SeatsMachine(RuleBasedStateMachine):
     def the_pool_is_as_the_model(self) -> None:
         self._commit()
         self.pool.check()
-        assert [seat.id for _, seat in self._all()] == [key.id for key in self.pool.after(0, 1000)]
-        for secret, seat in self._all():
-            key = self.pool.find_id(seat.id, self.now)
-            state = secret.state(seat, self.now)
+        pairs, keys = self._all(), {key.id: key for key in self.pool.after(0, 1000)}
+        assert [seat.id for _, seat in pairs] == [*keys]
+        for secret, seat in pairs:
+            key, state = keys[seat.id], secret.state(seat, self.now)
             due = seat.release or (seat.ready if state is State.COOLING else None)
-            number = secret.seats.index(seat) + 1, len(secret.seats)
             assert (key.state, key.lease, key.release_deadline) == (state, seat.lease, due), f"{key!r}"
-            assert (key.text, key.details.former, key.expires_deadline) == (
-                secret.text,
-                seat.former,
-                seat.expires,
-            )
-            assert self.pool.number_of(key) == number
-            assert (self.pool.failures_of(key, self.now), key.history.outcome) == (
-                secret.failures if self.now < secret.failed_at + self.pool_rules.forget_seconds else 0,
-                secret.outcome,
-            )
+            shown = (key.text, key.details.former, key.expires_deadline)
+            assert shown == (secret.text, seat.former, seat.expires), f"{key!r}"
             if state is State.AVAILABLE:
                 assert secret.has_budget_at <= self.now, f"{key!r} has no budget"
+        for secret in self.secrets:
+            seats = [keys[seat.id] for seat in secret.seats]
+            count = len(seats)
+            assert [*map(self.pool.number_of, seats)] == [(number, count) for number in range(1, count + 1)]
+            recent = self.now < secret.failed_at + self.pool_rules.forget_seconds
+            failures = secret.failures if recent else 0
+            for key in seats:
+                assert (self.pool.failures_of(key, self.now), key.history.outcome) == (
+                    failures,
+                    secret.outcome,
+                )
+            # What the seats share is one object.
+            assert len({id(key.text) for key in seats}) == 1
+            if not secret.had_formers:
+                assert len({id(key.details) for key in seats}) == 1
         assert self.pool.secrets == len(self.secrets)
-        for change, name in COUNTER_OF.items():
-            assert getattr(self.pool.counters, name) == self.counts[change], name
         counters = self.pool.counters
+        for change, name in COUNTER_OF.items():
+            assert getattr(counters, name) == self.counts[change], name
         made = counters.generated + counters.imported
         assert made - counters.deleted - counters.expired == self.pool.total
 
     @invariant()
     def texts_and_names_find_the_first_seat(self) -> None:
-        texts = [(secret.text, secret.seats[0].id) for secret in self.secrets]
-        names = [(secret.name, secret.seats[0].id) for secret in self.secrets if secret.name]
-        formers = [(seat.former, seat.id) for _, seat in reversed(self._all()) if seat.former]
-        finds: list[tuple[Callable[[str, float], Key], dict[str, int]]] = [
-            (self.pool.find, dict(formers) | dict(texts)),
-            (self.pool.find_name, dict(names)),
-        ]
-        for find, wanted in finds:
-            for text, id in wanted.items():
-                assert find(text, self.now).id == id
-        for text in {"one", "two", "three"} - {name for name, _ in names}:
-            with pytest.raises(UnknownKey):
-                self.pool.find_name(text, self.now)
-
-    @invariant()
-    def what_the_seats_share_is_one_object(self) -> None:
-        for secret in self.secrets:
-            keys = [self.pool.find_id(seat.id, self.now) for seat in secret.seats]
-            assert len({id(key.text) for key in keys}) == 1
-            if not secret.had_formers:
-                assert len({id(key.details) for key in keys}) == 1
+        texts = {seat.former: seat.id for _, seat in reversed(self._all()) if seat.former}
+        texts |= {secret.text: secret.seats[0].id for secret in self.secrets}
+        for text, id in texts.items():
+            assert self.pool.find(text, self.now).id == id
+        names = {secret.name: secret.seats[0].id for secret in self.secrets}
+        for name in NAMES:
+            try:
+                assert self.pool.find_name(name, self.now).id == names[name]
+            except UnknownKey:
+                assert name not in names
 
 
-class SealedSeatsMachine(SeatsMachine):
-    """The same with rows that are sealed, each for its own place."""
-
-    sealer = SEALER
+SETTINGS = settings(deadline=None, stateful_step_count=80, suppress_health_check=[HealthCheck.too_slow])
 
 
-SETTINGS = settings(deadline=None, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
-
-
-@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("examples", [20, pytest.param(150, marks=pytest.mark.thorough)])
 def test_seats_are_what_the_plain_model_has_whatever_happens_in_whatever_order(examples: int) -> None:
     """Reports, quarantines, restores, other texts, fewer and more seats, every deadline, restarts."""
     run_state_machine_as_test(SeatsMachine, settings=settings(SETTINGS, max_examples=examples))
-
-
-@pytest.mark.thorough
-def test_seats_whose_rows_are_sealed_are_what_the_plain_model_has() -> None:
-    """The same, restarted from sealed rows."""
-    run_state_machine_as_test(SealedSeatsMachine, settings=settings(SETTINGS, max_examples=200))

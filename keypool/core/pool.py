@@ -184,9 +184,7 @@ class Pool(Seats):
             if key is not None and key.group is None and key.text != text:
                 self._live(key, now)  # which may end its lease
                 key = self._imported.get(text)
-        if key is not None and key.group is not None:
-            key = self._named(key, text, now)
-        return self._live(key, now)
+        return self._live_seat(key, text, now)
 
     def find_id(self, id: int, now: float) -> Key:
         """The live key with this id, its deadlines applied. O(1). Raises UnknownKey."""
@@ -194,15 +192,20 @@ class Pool(Seats):
 
     def find_name(self, name: str, now: float) -> Key:
         """The live key with this name, its deadlines applied. O(log n). Raises UnknownKey."""
-        key = self._by_name.get(name)
-        return self._live(key if key is None or key.group is None else self._named(key, None, now), now)
+        return self._live_seat(self._by_name.get(name), None, now)
 
     def find_hint(self, hint: str, now: float) -> Key:
         """The first live key by id with this hint, its deadlines applied. O(log n). Raises UnknownKey.
 
         Examines at most `PAGE_SCAN_LIMIT` keys, of which more would have to have expired, or begin likewise.
         """
-        return self._live(self._first_with_hint(hint, now, PAGE_SCAN_LIMIT), now)
+        return self._live_seat(self._first_with_hint(hint, now, PAGE_SCAN_LIMIT), None, now)
+
+    def _live_seat(self, key: Key | None, text: str | None, now: float) -> Key:
+        """The live key, its deadlines applied; of several seats the first one, which a `text` must name."""
+        if key is not None and key.group is not None:
+            key = self._named(key.group, text, now)
+        return self._live(key, now)
 
     def _live(self, key: Key | None, now: float) -> Key:
         if key is None:
@@ -212,8 +215,8 @@ class Pool(Seats):
                 self._purge(key, Change.EXPIRED)
             raise UnknownKey
         if key.release_deadline is not None and key.release_deadline <= now:
-            if key.group is not None:
-                self._settle(key.group, now)
+            if key.group is not None and key.group.surplus > 0:
+                self._settled(key.group, now)
             self._catch_up(key, now)
             if key.expires_deadline == DEAD:  # a seat that was to go when its lease ended
                 raise UnknownKey
@@ -299,12 +302,9 @@ class Pool(Seats):
         if details.name is not None and details.name != key.details.name:
             self._require_name(details.name, now)
         if patch.seats is not None:
-            for seat in self.seats_of(key):
-                if seat.expires_deadline <= min(now, self._purge_until):
-                    self._purge(seat, Change.EXPIRED)
-            more = patch.seats - len(self.seats_of(key))
-            if more > 0:
-                self.require_room(reserved + more, now)
+            seats = 1 if key.group is None else len(self._settled(key.group, now))
+            if patch.seats > seats:
+                self.require_room(reserved + patch.seats - seats, now)
         first = self.seats_of(key)[0]
         if details.name != key.details.name:
             if key.details.name is not None:
@@ -348,9 +348,10 @@ class Pool(Seats):
         """
         if key is None or key.expires_deadline > min(now, self._purge_until):
             return key
-        heirs = self.seats_of(key)[1:]
+        if key.group is not None:
+            return next(iter(self._settled(key.group, now)), None)
         self._purge(key, Change.EXPIRED)
-        return self._unless_expired(heirs[0], now) if heirs else None
+        return None
 
     def _expiry(self, now: float) -> float:
         """The `expires_deadline` of a key that is kept alive now."""
@@ -561,7 +562,7 @@ class Pool(Seats):
         if (group := key.group) is None:
             self._take_out(key, reason, at_once, now, origin)
             return key
-        others = [*self._others(key, group, now)]
+        others = self._others(key, group, now)
         for seat in (key, *others):
             self._take_out(seat, reason, at_once, now, origin)
         for seat in others:
@@ -630,11 +631,9 @@ class Pool(Seats):
 
     def delete(self, key: Key, origin: Origin = HOLDER, now: float = 0.0) -> None:
         """Purge a live key with all its seats, whose leases may have ended by `now`. O(seats · log n)."""
-        for seat in self.seats_of(key)[::-1]:
-            if seat.expires_deadline > now:
-                self._catch_up(seat, now)
-            if seat.expires_deadline != DEAD:
-                self._purge(seat, Change.DELETED, origin)
+        seats = [key] if key.group is None else self._settled(key.group, now)
+        for seat in reversed(seats):
+            self._purge(seat, Change.DELETED, origin)
 
     def delete_seat(self, key: Key, origin: Origin) -> None:
         """Purge a live key, and none of the others with the same text. O(log n)."""

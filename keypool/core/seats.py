@@ -16,13 +16,13 @@ If there are more seats than wanted, all of them are held, and those whose lease
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from operator import attrgetter
 
 import msgspec
 
 from keypool.core.counters import Counters
 from keypool.core.details import with_text_from_elsewhere, without_former
-from keypool.core.errors import ManySeats, StaleLease, UnknownKey
+from keypool.core.errors import ManySeats, StaleLease
 from keypool.core.events import DEADLINE, HOLDER, Change, Listener, Origin
 from keypool.core.keys import Group, Key, State
 from keypool.core.outcomes import History
@@ -54,65 +54,49 @@ class Seats(SelfCheck):
         return [seat.id for seat in self.seats_of(key) if seat.expires_deadline > now]
 
     def seat_of(self, key: Key, lease: int | None, now: float) -> Key:
-        """The seat of a key's secret that holds, or held last, this lease. O(seats).
+        """The seat of a live key's secret that holds, or held last, this lease. O(seats · log n).
 
-        Its deadlines are applied. The only seat doesn't need a lease number. Raises ManySeats, StaleLease, UnknownKey.
+        The only seat doesn't need a lease number. Raises ManySeats, StaleLease.
         """
-        if key.group is not None:
-            self._settle(key.group, now)
-        living = [seat for seat in self.seats_of(key) if seat.expires_deadline > now]
-        if len(living) <= 1:
+        if key.group is None:
+            return key
+        living = [seat for seat in self._settled(key.group, now) if seat.expires_deadline > now]
+        if len(living) == 1:
             return key
         if lease is None:
             raise ManySeats(len(living))
         for seat in living:
             if seat.lease == lease and lease:  # 0: never served, so never given
-                self._catch_up(seat, now)
-                if seat.group is None:  # it was to go when its lease ended
-                    raise UnknownKey
                 return seat
         raise StaleLease(lease, max(seat.lease for seat in living) or None)
 
-    def _named(self, key: Key, text: str | None, now: float) -> Key | None:
-        """The first living seat of a key's secret, its deadlines applied; None if none lives. O(seats).
+    def _settled(self, group: Group, now: float) -> list[Key]:
+        """All seats, in order, after their deadlines were applied. O(seats · log n).
 
-        With a `text`, only a seat that has it, or whose lease was given with it. Seats that have expired are purged if
-        none lives, so that nothing is found by the text.
+        Seats that have expired are purged. While expiry is suspended they stay, and move with the others, as they may
+        get a grace. If there are too many seats, those go first whose leases ended first.
         """
-        group = key.group
-        assert group is not None  # others are found without this
-        self._settle(group, now)
-        seats = [self._seat(id) for id in group.ids]
-        for seat in seats:
-            if seat.expires_deadline > now:
-                self._catch_up(seat, now)
-                if seat.group is not None and text in (None, seat.text, seat.details.former):
-                    return seat
-        for seat in seats:
-            if seat.group is not None and seat.expires_deadline <= min(now, self._purge_until):
-                self._purge(seat, Change.EXPIRED)
-        return None
-
-    def _others(self, key: Key, group: Group, now: float) -> Iterator[Key]:
-        """The other living seats, their deadlines applied."""
-        self._settle(group, now)
-        for id in list(group.ids):
-            if id != key.id and (seat := self._seat(id)).expires_deadline > now:
-                self._catch_up(seat, now)
-                if seat.group is not None:
-                    yield seat
-
-    def _settle(self, group: Group, now: float) -> None:
-        """Where there are too many seats, end leases that are over, the first ones first. O(seats)."""
-        if group.surplus <= 0:
-            return
         seats = [self._seat(id) for id in group.ids]
         for seat in seats:
             if seat.expires_deadline <= min(now, self._purge_until):
                 self._purge(seat, Change.EXPIRED)
-        for seat in sorted(seats, key=lambda seat: seat.release_deadline or now):
-            if seat.expires_deadline > now:
-                self._catch_up(seat, now)
+        due = [seat for seat in seats if seat.release_deadline is not None and seat.release_deadline <= now]
+        for seat in sorted(due, key=attrgetter("release_deadline")):
+            self._catch_up(seat, now)
+        return [seat for seat in seats if seat.group is not None]
+
+    def _named(self, group: Group, text: str | None, now: float) -> Key | None:
+        """The first living seat, its deadlines applied; None if none lives. O(seats · log n).
+
+        With a `text`, only a seat that has it, or whose lease was given with it.
+        """
+        for seat in self._settled(group, now):
+            if seat.expires_deadline > now and text in (None, seat.text, seat.details.former):
+                return seat
+        return None
+
+    def _others(self, key: Key, group: Group, now: float) -> list[Key]:
+        return [seat for seat in self._settled(group, now) if seat is not key]
 
     # -- moving together
 

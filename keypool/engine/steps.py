@@ -196,8 +196,8 @@ class Steps:
         """The commit to await before answering that a key wasn't found."""
         journal = self.journal
         if isinstance(ref, str):
-            past = self.pool.past_id(ref)
-            return journal.commit_of_text(ref) if past is None else journal.commit_of(past)
+            # Of several keys that had the text one after the other, the last change may be of any.
+            return journal.commit_of_text(ref) if self.pool.past_id(ref) is None else journal.commit_of_all()
         if isinstance(ref, Written):
             return journal.commit_of_all()
         return journal.commit_of(ref.id if isinstance(ref, Handle) else ref)
@@ -306,7 +306,10 @@ class Steps:
         now = self.now()
         row = row_of(key, now, self.pool)
         self._waiters.serve(now)
-        if (commit := self.journal.commit_of(key.id)) is not None:
+        journal = self.journal
+        # How many seats there are is in the rows of all of them.
+        commit = journal.commit_of(key.id) if key.group is None else journal.commit_of_all()
+        if commit is not None:
             await commit
             age(row, self._delay(now))
         return row
