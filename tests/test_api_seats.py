@@ -58,10 +58,10 @@ def test_a_secret_is_lent_to_as_many_as_it_has_seats(client: Client, pool: str) 
 
 
 def test_a_seat_is_named_by_its_handle_its_id_or_the_text_beside_its_lease(client: Client, pool: str) -> None:
-    """By the text alone an unblock or keepalive is refused, and changes nothing."""
+    """By the text alone an unblock, keepalive or extend is refused, and changes nothing."""
     imported(client, pool, seats=3)
     one, two, three = (acquired(client, pool) for _ in range(3))
-    for call in ("unblock", "keepalive"):
+    for call in ("unblock", "keepalive", "extend"):
         client.post(f"{pool}/keys/{SECRET}/{call}").expect_problem(409, "many-seats")
     client.post(f"{pool}/keys/{SECRET}/unblock", json={"lease": 10**9}).expect_problem(409, "stale-lease")
     done = client.post(f"{pool}/keys/{SECRET}/unblock", json={"lease": two["lease"]}).expect(200)

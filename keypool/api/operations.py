@@ -7,6 +7,7 @@ errors.py. HTTP appears only in the rows of the table.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,7 @@ from keypool.core.answers import (
     Unblocked,
     UnblockedKeys,
     WaiterRows,
+    Written,
 )
 from keypool.core.cursor import EventQuery, HistoryQuery, HolderQuery, ListQuery, WaiterQuery
 from keypool.core.errors import (
@@ -279,8 +281,18 @@ def _extend(engine: Engine, call: Call) -> Answering[Extended]:
     ref = key_ref(engine, call.key, call.caller)
     lease = lease_of(ref, body.lease)
     if lease is None:
-        raise BadRequest(EXTEND_NEEDS)
+        return _require_lease(engine, ref)
     return engine.extend(ref, lease, body.seconds)
+
+
+async def _require_lease(engine: Engine, ref: Ref) -> Extended:
+    """Raise what says why an extend without a lease number can't be done."""
+    if isinstance(ref, str | Written):
+        with contextlib.suppress(UnknownKey):
+            seats = (await engine.get(ref)).seats
+            if seats > 1:
+                raise ManySeats(seats)
+    raise BadRequest(EXTEND_NEEDS)
 
 
 def _keepalive(engine: Engine, call: Call) -> Answering[KeptAlive]:
@@ -398,7 +410,7 @@ OPERATIONS: tuple[Operation, ...] = (
         _unblock, Unblocked, body=UnblockBody, errors=(UnknownKey, StaleLease, ManySeats)),
     Operation("extend", "POST", "/keys/{key}/extend", CLIENT,
         "Let your lease of a key end later, up to the pool's `max_block_seconds`.",
-        _extend, Extended, body=ExtendBody, errors=(UnknownKey, StaleLease, LeaseOver, BlockLimit)),
+        _extend, Extended, body=ExtendBody, errors=(UnknownKey, StaleLease, ManySeats, LeaseOver, BlockLimit)),
     Operation("keepalive", "POST", "/keys/{key}/keepalive", CLIENT,
         "Renew a key's TTL. Never lengthens a block.",
         _keepalive, KeptAlive, errors=(UnknownKey, StaleLease, ManySeats)),
