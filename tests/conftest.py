@@ -73,7 +73,7 @@ class Variant:
 _HOT_CALLS = ("test_api_batch", "test_api_keys", "test_api_leases", "test_api_waiting")
 _CALLS = (*_HOT_CALLS, "test_api_legacy", "test_api_lists", "test_api_stats")
 # Each engine has tests of its own of how it keeps pools and imported keys.
-_OF_POOLS = ("test_api_imports", "test_api_pools")
+_OF_POOLS = ("test_api_imports", "test_api_pools", "test_api_seats")
 _LIFE = ("test_process", "test_feed")
 
 VARIANTS = [

@@ -23,8 +23,9 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 from tornado.ioloop import IOLoop
 
 from keypool.core.answers import Lease
+from keypool.core.events import Listener
 from keypool.core.index import BucketListener
-from keypool.core.pool import Listener, Pool
+from keypool.core.pool import Pool
 from keypool.core.rules import PoolRules
 from keypool.engine import Engine
 from keypool.engine.embedded import EmbeddedEngine

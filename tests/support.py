@@ -180,6 +180,8 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
         "name": (str, None),
         "labels": dict,
         "pace": (dict, None),
+        "seat": int,
+        "seats": int,
     }
     row = expect_object(value, **(members | known))
     assert row["expires_in"] is None or row["expires_in"] >= 0, f"an expired key was shown: {row}"

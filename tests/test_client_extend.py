@@ -74,7 +74,7 @@ def test_a_lease_is_extended(driver: Driver) -> None:
         assert driver.get(made).release_in > 500
         # It would expire before: from now on it is kept alive.
         keeper: Any = driver.pool._lease_keeper
-        assert keeper.keys == [made.secret]
+        assert keeper.keys == [key.handle]
     with pytest.raises(LeaseLost):
         driver.wait(key.extend())
     leased = driver.acquire(block_seconds=30)

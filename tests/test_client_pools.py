@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 from client_support import ITEM, KINDS, QUICK, SECRET, USER, Driver, change_one_key
+from support import eventually
 
 from keypool.client import (
     AsyncKeyPool,
@@ -20,6 +21,7 @@ from keypool.client import (
     KeyPoolError,
     KeysWouldExpire,
     LeaseLost,
+    ManySeats,
     NoKeyAvailable,
     PoolClosed,
     PoolDraining,
@@ -271,7 +273,8 @@ def test_a_lost_answer_to_an_import_is_repeated_and_says_so(kind: str) -> None:
     [
         (17, "a tuple"),
         ((), "a tuple"),
-        (("a", "b", {}, {}, {}, "e"), "a tuple"),
+        (("a", "b", {}, {}, {}, 5, "f"), "a tuple"),
+        (("a", "b", {}, {}, {}, "e"), "seats is a whole number"),
         ({"name": SECRET}, "has a secret"),
         ({"secret": SECRET, "nmae": "x"}, "'nmae'"),
         ({SECRET: "acct-17"}, "nothing else"),
@@ -434,7 +437,7 @@ def _held_for_three_blocks(kind: str, seconds: float) -> bool:
         assert [key.pool for key in held] == ["default", "one", "two"]
         keeper: Any = client.pool._lease_keeper
         assert [client.pool.pool(name)._lease_keeper for name in ("one", "two")] == [None, None]
-        if sorted(keeper.keys) != sorted(["in-default", SECRET, SECRET]):
+        if sorted(keeper.keys) != sorted(key.handle for key in held):
             assert any(key.over for key in held)
             return False
         client.delete_pool("one", drain=True, now=True)
@@ -468,3 +471,94 @@ def test_a_pool_whose_keeper_stops_is_forgotten_until_it_is_needed_again(failure
     assert isinstance(rounds.error, Unreachable)
     with pytest.raises(PoolClosed):
         steps.throw(PoolClosed("closed"))
+
+
+def test_the_fake_pool_lends_a_key_with_seats_to_several() -> None:
+    """A report of one is about all of them; the text alone names none."""
+    fake = FakeServer(pools={"openai": []})
+    with KeyPool(transport=fake, pool="openai") as pool:
+        made = pool.import_key(SECRET, seats=3)
+        assert len(made.ids) == 3
+        one, two = pool.acquire(), pool.acquire()
+        assert {one.secret, two.secret} == {SECRET}
+        with pytest.raises(ManySeats):
+            pool.unblock(SECRET)
+        assert pool.keepalive_many([SECRET]).many_seats == [SECRET]
+        assert pool.unblock(SECRET, lease=one.lease).id == one.id
+        pool.unblock(two, outcome="rate_limited", retry_after=100)
+        rows = list(pool.rows())
+        assert [(row.state, row.seat, row.seats) for row in rows] == [("cooling", n, 3) for n in (1, 2, 3)]
+        assert pool.update(made.id, seats=2).seats == 2
+        pool.delete(f"id:{made.id}")
+        assert not list(pool.rows())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seats_that_a_client_holds_are_each_kept_alive(kind: str) -> None:
+    """Two leases of one text are two keys, each with a TTL of its own."""
+    fake = FakeServer()
+    with Driver(kind, "http://fake", transport=fake) as client, contextlib.ExitStack() as stack:
+        client.put_pool("one", block_seconds=400, keepalive_seconds=300)  # so a lease needs keepalives
+        client.of_pool("one").import_key(SECRET, seats=2, expire=True)
+        imported = [key.expires for key in fake.pool("one").live()]
+        held = [stack.enter_context(client.of_pool("one").lease()) for _ in range(2)]
+
+        def kept() -> bool:
+            client.stats()  # an asynchronous keeper goes on meanwhile
+            return all(key.expires > max(imported) for key in fake.pool("one").live())
+
+        eventually(kept, "both seats to be kept alive", within=30)
+        keeper: Any = client.pool._lease_keeper
+        assert sorted(keeper.keys) == sorted(key.handle for key in held)
+        assert not keeper.error
+
+
+def test_a_keeper_reports_a_text_of_several_seats_once_and_keeps_the_others() -> None:
+    """Which would otherwise expire without a word."""
+    errors: list[KeyPoolError] = []
+    rounds = Rounds(Settings.of(), ["sk-1", "sk-2", "sk-3"], on_error=errors.append)
+    steps = rounds.steps()
+    assert isinstance(next(steps), Send)
+    done = {"done": 2, "unknown": [], "stale": [], "many_seats": ["sk-1"]}
+    assert isinstance(
+        steps.send(Answer(200, {}, json.dumps(done).encode())), Send
+    )  # the keepalive of one key
+    assert isinstance(steps.throw(ManySeats("2 seats")), Send)  # sk-2 got another one meanwhile
+    assert isinstance(steps.send(Answer(200, {}, b'{"id": 3, "expires_in": 300.0}')), Pause)
+    assert [type(error) for error in errors] == [ManySeats, ManySeats]
+    assert "sk-1" not in str(errors[0])
+    assert rounds.keys == {"sk-3": "sk-3"}
+    assert rounds.error is None
+
+
+def test_the_fake_pool_takes_seats_away_as_their_leases_end() -> None:
+    """Whether by deadline or by an operator; then the row is that of a seat which is left."""
+    fake = FakeServer(pools={"openai": []})
+    with KeyPool(transport=fake, pool="openai") as pool:
+        first = pool.import_key(SECRET, name="acct", seats=4).id
+        pool.acquire_many(4)
+        assert pool.update(first, seats=1).seats == 4
+        assert pool.quarantine(first, now=True).seats == 1
+        assert pool.restore(SECRET).state == "available"
+        pool.update(SECRET, seats=3)
+        pool.acquire_many(3)
+        pool.update(SECRET, seats=1)
+        fake.advance(3600)
+        assert [row.state for row in pool.rows()] == ["available"]
+
+
+def test_seats_of_the_fake_pool_move_and_are_counted_together() -> None:
+    """As one secret, in the counts of cooldowns and quarantines; a seat that is added is where the others are."""
+    fake = FakeServer(pools={"openai": []})
+    with KeyPool(transport=fake, pool="openai") as pool:
+        pool.import_key(SECRET, name="acct", seats=3)
+        pool.import_key("sk-other", name="acct-2")
+        one = next(key for key in pool.acquire_many(4) if key.secret == SECRET)
+        pool.unblock(one, outcome="rate_limited", retry_after=100)
+        pool.update(one.id, seats=4)
+        fake.advance(60)  # the leases of the others end
+        assert [row.state for row in pool.rows() if row.name == "acct"] == ["cooling"] * 4
+        assert [row.seats for row in pool.rows(name="acct")] == [4, 1]
+        pool.quarantine(SECRET)
+        stats = pool.stats()
+        assert (stats.cooled, stats.quarantines, stats.quarantined) == (1, 1, 4)

@@ -57,6 +57,7 @@ def shape(text: str) -> object:
     text = re.sub(rf'("(?:{TIMES}|id|lease)":)[0-9.]+', r"\g<1>0", text)
     text = re.sub(r'("(?:hint|created_at)":)"[^"]*"', r'\g<1>""', text)
     text = re.sub(r'("request_id":)"[^"]*"', r'\g<1>""', text)
+    text = re.sub(r'("ids":)\[[0-9,]*\]', r"\g<1>[]", text)
     return json.loads(re.sub(r"due in [0-9.]+ s", "due in 0 s", text))
 
 

@@ -25,6 +25,7 @@ from durable_support import (
     keys_of_all_kinds,
     old_file,
     opened,
+    opened_pools,
     refusal,
     refused_start,
     row,
@@ -33,12 +34,14 @@ from durable_support import (
 from engine_support import Moment, on_loop, open_held
 from support import ROOT, clean_environment
 
-from keypool.core.answers import Lease
+from keypool.core.answers import KeyPatch, Lease, NewKey
+from keypool.core.cursor import ListQuery
 from keypool.core.errors import LeaseOver, StaleLease, UnknownKey
 from keypool.core.events import By, Origin
 from keypool.core.handles import SECRET_BYTES, Handles
 from keypool.core.keys import Key, State
 from keypool.core.outcomes import NO_HISTORY, Outcome, Report
+from keypool.core.pace import Pace
 from keypool.engine.durable import copying, datafile
 from keypool.engine.durable.rows import (
     COOLING,
@@ -191,6 +194,58 @@ def test_an_older_file_is_verified_and_copied_as_it_is(path: Path, tmp_path: Pat
     checked = copying.back_up(path, tmp_path / "copy")
     assert (checked.version, checked.keys, checked.states["blocked"]) == (2, 2, 1)
     assert copying.verify(tmp_path / "copy") == checked
+
+
+# ------------------------------------------------------------------------------------------------------------ seats
+
+
+@pytest.mark.parametrize("secrets", [(), (bytes(range(32)),)], ids=["clear", "sealed"])
+@on_loop
+async def test_seats_are_after_a_restart_where_they_were(
+    path: Path, wall: Moment, secrets: tuple[bytes, ...]
+) -> None:
+    """Whatever they wait for; none is made available too early by a lease that ends after it, and none comes back."""
+    async with opened_pools(path, *secrets, keepalive_seconds=None) as pools:
+        engine = pools.default
+        made = await engine.import_key(NewKey("sk-live-1", "acct", seats=4), False, OPERATOR)
+        leases = sorted([await engine.acquire(None, 0) for _ in range(3)], key=lambda lease: lease.id)
+        await engine.unblock(leases[0].id, leases[0].lease, report=Report(Outcome.RATE_LIMITED, 1000.0))
+        await engine.update(leases[1].id, KeyPatch(seats=1), OPERATOR)
+        rows = (await engine.page(ListQuery())).keys
+    wall.on(1)
+    async with opened_pools(path, *secrets, keepalive_seconds=None) as pools:
+        engine = pools.default
+        again = (await engine.page(ListQuery())).keys
+        assert [(row.id, row.state, row.seat, row.seats, row.outcome) for row in again] == [
+            (row.id, row.state, row.seat, row.seats, row.outcome) for row in rows
+        ]
+        assert {lease.id for lease in leases[1:]} == {row.id for row in again} < {*made.ids}
+        await engine.unblock(leases[1].id, leases[1].lease)
+        assert (await engine.unblock(leases[2].id, leases[2].lease)).available_in == pytest.approx(
+            999, abs=0.1
+        )
+        assert (await engine.get("sk-live-1")).seats == 1
+
+
+@on_loop
+async def test_what_seats_were_charged_is_known_after_a_restart(path: Path, wall: Moment) -> None:
+    """Whichever of them was, and whether or not the others have changed since."""
+    async with opened_pools(path, keepalive_seconds=None) as pools:
+        await pools.default.import_key(NewKey("sk-live-1", pace=Pace(4, 100.0, 3), seats=5), False, OPERATOR)
+        for _ in range(2):
+            await pools.default.acquire(None, 0)
+    wall.on(1)
+    async with opened_pools(path, keepalive_seconds=None) as pools:
+        await pools.default.acquire(None, 0)
+        rows = (await pools.default.page(ListQuery())).keys
+        assert sorted(row.state for row in rows) == sorted([State.BLOCKED] * 3 + [State.COOLING] * 2)
+        ready = [row.available_in for row in rows if row.available_in is not None]
+    wall.on(1)
+    async with opened_pools(path, keepalive_seconds=None) as pools:
+        again = (await pools.default.page(ListQuery())).keys
+        assert sorted(row.state for row in again) == sorted(row.state for row in rows)
+        left = [row.available_in for row in again if row.available_in is not None]
+        assert left == pytest.approx([each - 1 for each in ready], abs=0.5)
 
 
 # ------------------------------------------------------------------------------------------- a file of no use

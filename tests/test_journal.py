@@ -16,7 +16,7 @@ import pytest
 from engine_support import Call, on_loop, turns, turns_until
 from held_writer import FULL, Held, HeldWriter, Part, hold_writers, ids, logged, run, started
 
-from keypool.core.answers import Extension, Unblock
+from keypool.core.answers import Extension, KeyPatch, NewKey, Unblock
 from keypool.core.cursor import ListQuery
 from keypool.core.errors import NoKeyAvailable, StaleLease, StorageUnavailable, UnknownKey
 from keypool.core.events import HOLDER
@@ -279,6 +279,55 @@ async def test_a_404_waits_for_the_purge(writers: list[HeldWriter], how: str) ->
         with pytest.raises(UnknownKey):
             _ = call.answer
     assert [call.answer for call in batches] == [["unknown"], ["unknown"], ["unknown"]]
+
+
+@on_loop
+async def test_a_404_waits_for_the_last_of_several_keys_with_its_text(writers: list[HeldWriter]) -> None:
+    """Seats of which one went before the others, and a key that got a text which was another's until lately."""
+    held = await Held(writers, keepalive_seconds=None).open()
+    engine = held.engine
+    for calls in (
+        (engine.import_key(NewKey("seats", seats=2), False, HOLDER),),
+        (engine.import_key(NewKey("before"), False, HOLDER), engine.replace("before", "after", HOLDER)),
+        (engine.import_key(NewKey("before"), False, HOLDER),),
+    ):
+        made = [Call(call) for call in calls]
+        await held.commit()
+        assert all(call.over for call in made)
+    fewer = Call(engine.update("seats", KeyPatch(seats=1), HOLDER))
+    await turns()
+    Call(engine.delete("seats", HOLDER))
+    Call(engine.delete("before", HOLDER))
+    held.writer.answer()
+    await turns()
+    assert fewer.answer.seats == 1
+    gone = [Call(engine.get(text)) for text in ("seats", "before")]
+    await turns()
+    assert not any(call.over for call in gone)
+    assert held.writer.answer().purged == [1, 4]
+    await turns()
+    for call in gone:
+        with pytest.raises(UnknownKey):
+            _ = call.answer
+
+
+@on_loop
+async def test_how_many_seats_a_key_has_is_told_when_it_is_on_disk(writers: list[HeldWriter]) -> None:
+    """Even if the row of the seat that is shown doesn't change."""
+    held = await Held(writers, keepalive_seconds=None).open()
+    engine = held.engine
+    Call(engine.import_key(NewKey("secret", seats=2), False, HOLDER))
+    await held.commit()
+    leases = [await held.acquired(), await held.acquired()]
+    Call(engine.update("secret", KeyPatch(seats=1), HOLDER))
+    await held.commit()
+    Call(engine.unblock("secret", leases[0][1]))
+    row = Call(engine.get("secret"))
+    await turns()
+    assert not row.over
+    held.writer.answer()
+    await turns()
+    assert (row.answer.seat, row.answer.seats, row.answer.lease) == (1, 1, leases[1][1])
 
 
 @on_loop

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from durable_support import durable, fill, keys_of_all_kinds, old_file
 from support import API, ROOT, ServerProcess, clean_environment, eventually, run_server
+from valkey_support import engine_on
 from valkeys import Valkey, new_pool, shared_cluster, shared_valkey
 
 from keypool.cli.main import main
@@ -28,7 +29,7 @@ from keypool.core.counters import COUNTERS
 from keypool.core.errors import StartError
 from keypool.core.events import DEADLINE, HOLDER, By, Change, Origin
 from keypool.core.handles import SECRET_BYTES
-from keypool.core.keys import NEVER, Details, Key, State
+from keypool.core.keys import NEVER, Details, Group, Key, State
 from keypool.core.pace import Pace
 from keypool.core.rare_events import NO_HINT, RareEvents
 from keypool.core.rules import PoolRules
@@ -236,6 +237,11 @@ def test_all_about_leases_moves(by_way_of: str | None, tmp_path: Path) -> None:
 SECRETS = (b"s" * 32,)
 
 
+def _of_group(key: Key) -> tuple[int, float, float] | None:
+    group = key.group
+    return None if group is None else (group.wanted, group.cools_until, group.paced_until)
+
+
 def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
     """A data file with three pools, one of them draining, and keys with all that an operator may have written."""
     kinds = keys_of_all_kinds()
@@ -245,7 +251,30 @@ def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
     now = float(round(time.time()))
     held.state, held.release_deadline, held.acquired_at = State.BLOCKED, now + 600, now
     held.client, held.owner = "ann", "wörker"
-    keys = {0: kinds if sealer is None else [*kinds[:3], imported], 3: [held] if sealer else kinds[:2], 5: []}
+    seats = [
+        Key(
+            id,
+            "sk-live-2",
+            1_700_000_000.0,
+            NEVER,
+            details=Details(True, "acct 2"),
+            group=Group(4, now + 60, now + 75.5),
+        )
+        for id in (101, 102, 104)
+    ]
+    seats[0].lease, seats[0].state, seats[0].release_deadline, seats[0].acquired_at = (
+        3,
+        State.BLOCKED,
+        now + 600,
+        now,
+    )
+    for seat in seats[1:]:
+        seat.state, seat.release_deadline = State.COOLING, now + 60
+    keys = {
+        0: kinds if sealer is None else [*kinds[:3], imported, *seats],
+        3: [held] if sealer else kinds[:2],
+        5: [],
+    }
     rows = [row_of(key, pool, sealer) for pool, some in keys.items() for key in some]
     with contextlib.closing(datafile.connect(path)) as database:
         if sealer is not None:
@@ -295,6 +324,11 @@ def test_all_pools_move_to_one_valkey_and_another_and_back(
             assert engine.rules.block_seconds == 20
             assert engine.rules.keepalive_seconds is None
             assert pools.default.rules.pace == Pace(2, 0.5)
+            if sealed:
+                row = await pools.get("default").get("sk-live-2")
+                assert (row.id, row.state, row.seat, row.seats) == (101, State.BLOCKED, 1, 3)
+                row = await pools.get("default").get(104)
+                assert (row.state, row.seat, row.seats) == (State.COOLING, 3, 3)
             [made] = await engine.generate(1)
             assert made.id > 9
             lease = await engine.acquire(None, 0)
@@ -312,12 +346,14 @@ def test_all_pools_move_to_one_valkey_and_another_and_back(
     assert facts.numbers["last_pool"] == 6
     assert (facts.numbers["3/last_id"], facts.numbers["last_id"]) == (9, 500)
     found = {
-        (pool, key.id): (durable(key), key.details, key.client)
+        (pool, key.id): (durable(key), key.details, key.client, _of_group(key))
         for pool, some in datafile.read_keys(last, 100, sealer)
         for key in some
     }
     assert found == {
-        (pool, key.id): (durable(key), key.details, key.client) for pool, some in keys.items() for key in some
+        (pool, key.id): (durable(key), key.details, key.client, _of_group(key))
+        for pool, some in keys.items()
+        for key in some
     }
     assert datafile.secret_of(last) == datafile.secret_of(first)
     if sealed:
@@ -530,6 +566,29 @@ def test_an_interrupted_move_to_valkey_is_run_again_with_clear(empty: str, tmp_p
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "keys\t4500\n" in ran.stdout
     refused(migrate(path, empty, "--clear"), 1, "already")
+
+
+def test_the_seats_of_an_interrupted_move_are_counted_once(tmp_path: Path) -> None:
+    """The next move begins anew, although the source may have fewer seats by then."""
+    url, path = new_pool(shared_valkey()), tmp_path / "keypool.db"
+    many_pools(path, Sealer(SECRETS))
+
+    async def opening(*, clear: bool = False) -> tuple[Source, Target]:
+        target = await ValkeyPlace.target(url, 1, clear=clear, secrets_keys=SECRETS)
+        return FileSource(path, SECRETS), target
+
+    interrupt(opening)
+    with contextlib.closing(datafile.connect(path)) as database:
+        database.execute("DELETE FROM keys WHERE id = 104")
+        database.commit()
+
+    async def run() -> None:
+        await moved(*await opening(clear=True))
+        async with engine_on(url, None, secrets=SECRETS) as engine:
+            total = (await engine.stats()).total
+            assert (engine.secrets(), (await engine.get("sk-live-2")).seats) == (total - 1, 2)
+
+    asyncio.run(run())
 
 
 def test_an_interrupted_move_to_a_file_leaves_none(empty: str, tmp_path: Path) -> None:

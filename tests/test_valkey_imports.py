@@ -107,6 +107,7 @@ async def test_servers_that_import_the_same_secrets_at_once_make_one_key_of_each
 async def test_a_single_import_is_one_call(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """And so is that of a key that is there. With several partitions, a name costs locks and a look at all of them."""
     async with engine_on(place.url, 8, **SEALED) as engine:
+        await engine.stats()  # from when on it knows that there is room
         called = calls_of(engine, monkeypatch)
         await engine.import_key(NewKey("sk-live-1"), False, OPERATOR)
         await engine.import_key(NewKey("sk-live-1"), False, OPERATOR)

@@ -279,6 +279,30 @@ async def _keep_busy(engine: ValkeyEngine) -> None:
 
 
 @on_loop
+async def test_a_rekey_seals_seats_that_were_in_clear(alone: Place) -> None:
+    """Each for its own place; also where some were served, or changed, before it came to the others."""
+    async with engine_on(alone.url, 1, **FOREVER) as engine:
+        texts = [key.key for key in await engine.generate(3)]
+        for text in texts:
+            await engine.update(text, KeyPatch(seats=4), OPERATOR)
+    async with pools_on(alone.url, 1, secrets=SECRETS, **FOREVER) as pools:
+        engine = pools.default
+        leases = [await engine.acquire("ann", 0) for _ in range(3)]
+        ids = [row.id for row in (await engine.page(ListQuery())).keys]
+        for lease in leases[:2]:
+            await engine.update(lease.id, KeyPatch(labels={"a": "b"}), OPERATOR)
+            assert (await engine.unblock(lease.key, lease.lease)).id == lease.id
+        await engine.delete(ids[0], OPERATOR)
+        await rekeyed(pools)
+        assert clear_members(alone, 1) == 0
+        assert {(await engine.get(text)).seats for text in texts[1:]} == {4}
+        assert {
+            (await engine.reveal(row.id, OPERATOR)).key for row in (await engine.page(ListQuery())).keys
+        } == {*texts[1:]}
+    check(alone.valkey, alone.pool, 1)
+
+
+@on_loop
 async def test_a_rekey_that_was_interrupted_goes_on_where_it_was(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,15 +171,27 @@ def _by_clock(script: Script, clock: str) -> Script:
 NEVER = 9007199254740992
 _AGE = """
 local by, NEVER = tonumber(ARGV[1]), 9007199254740992
+local secrets = {}
 for _, text in ipairs(redis.call('HKEYS', KEYS[2])) do
   local record = cmsgpack.unpack(redis.call('HGET', KEYS[2], text))
   for _, field in ipairs({4, 5, 7, 19}) do
     if record[field] and record[field] ~= 0 and record[field] ~= NEVER then record[field] = record[field] - by end
   end
   if record[11] and record[11][2] ~= 0 then record[11][2] = record[11][2] - by end
+  if record[21] then secrets[string.format('%.0f', record[21])] = true end
   redis.call('HSET', KEYS[2], text, cmsgpack.pack(record))
   if record[9] ~= 'q' then redis.call('ZADD', KEYS[3], record[5], text) end
   if record[4] ~= NEVER then redis.call('ZADD', KEYS[4], record[4], text) end
+end
+for first in pairs(secrets) do
+  local secret = KEYS[1]:sub(1, -5) .. 'secret:' .. first
+  for _, field in ipairs({'cools', 'cooled', 'ready'}) do
+    if redis.call('HEXISTS', secret, field) == 1 then
+      redis.call('HINCRBY', secret, field, string.format('%.0f', -by))
+    end
+  end
+  local paced = redis.call('HGET', secret, 'paced')
+  if paced then redis.call('HSET', secret, 'paced', string.format('%.17g', tonumber(paced) - by)) end
 end
 if ARGV[2] == '1' then redis.call('HINCRBY', KEYS[1], 'seen', string.format('%.0f', -by)) end
 """
@@ -234,9 +246,11 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
                 "states": {text: record.release for text, record in kept.items() if text not in away},
                 "expiry": {text: record.expires for text, record in kept.items() if record.expires != NEVER},
                 "ids": {text: record.id for text, record in kept.items()},
-                "texts": {_entry(text, record): 0 for text, record in kept.items()},
+                "texts": {_entry(text, record): 0 for text, record in kept.items() if _is_first(text)},
                 "names": {
-                    f"{name}\0{kept[text].id}".encode(): 0 for text, name in names.items() if name is not None
+                    f"{name}\0{kept[text].id}".encode(): 0
+                    for text, name in names.items()
+                    if name is not None and _is_first(text)
                 },
                 "quarantine": away,
                 "holders": {
@@ -263,14 +277,18 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
                 assert bool(record.sealed) == (text[:1] == b"\xfe") == bool(record.hint), record
                 if record.former:
                     old = commands.ask_bytes("GET", tag.encode() + b"old:" + record.former)
-                    assert old == f"{record.id}.{record.lease}".encode()
+                    heirs = [each for each in kept.values() if each.former == record.former]
+                    assert old in {f"{each.id}.{each.lease}".encode() for each in heirs}
+                    assert {each.seats for each in heirs} == {record.seats}
                 ids.add(record.id)
+            further = _check_seats(commands, tag, kept)
             counts = commands.ask("HGETALL", keys["meta"])
             numbers = {
                 name.decode(): int(value)
                 for name, value in zip(counts[::2], counts[1::2], strict=True)
                 if name not in (b"sweepers", b"rekeyed", b"pace")
             }
+            assert (numbers.get("further", 0), numbers.get("further_quarantined", 0)) == further
             assert numbers.get("cooling", 0) == sum(record.mark == "c" for record in kept.values())
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0) + value
@@ -279,6 +297,44 @@ def check(valkey: Valkey, pool: str, partitions: int) -> dict[str, int]:
         f"{sums} and {len(ids)} keys"
     )
     return sums
+
+
+def _is_first(text: bytes) -> bool:
+    """Whether a field is not that of a further seat."""
+    return b"\0" not in (text[17:] if text[:1] == b"\xfe" else text)
+
+
+def _check_seats(commands: Any, tag: str, kept: dict[bytes, _Record]) -> tuple[int, int]:
+    """Fails unless the seats of each secret agree. Returns how many there are beyond the first ones, and of those that
+    are quarantined likewise.
+    """
+    groups: dict[int, dict[bytes, _Record]] = {}
+    for text, record in kept.items():
+        if record.seats:
+            groups.setdefault(record.seats, {})[text] = record
+        else:
+            assert _is_first(text), record
+    further = further_quarantined = 0
+    for first, seats in groups.items():
+        ids = sorted(record.id for record in seats.values())
+        stored = commands.ask("ZRANGE", f"{tag}seats:{first}", 0, -1)
+        assert stored == [str(id).encode() for id in ids], f"seats: {stored}, records: {ids}"
+        firsts = [text for text in seats if _is_first(text)]
+        assert len(firsts) == 1, seats
+        (text,) = firsts
+        assert seats[text].id == ids[0], "the first seat has the text"
+        assert len({(record.info, record.hint) for record in seats.values()}) == 1
+        assert len({msgspec.msgpack.encode(record.history or False) for record in seats.values()}) == 1
+        assert len({record.mark in ("q", "p") for record in seats.values()}) == 1, seats
+        words = commands.ask("HGETALL", f"{tag}secret:{first}")
+        numbers = {name.decode(): float(word) for name, word in zip(words[::2], words[1::2], strict=True)}
+        quarantined = sum(record.mark == "q" for record in seats.values())
+        assert numbers.get("quarantined", 0) == quarantined
+        if len(ids) > numbers["wanted"]:
+            assert all(record.release and record.mark != "c" for record in seats.values()), seats
+        further += len(ids) - 1
+        further_quarantined += max(0, quarantined - 1)
+    return further, further_quarantined
 
 
 class _Record(NamedTuple):
@@ -304,6 +360,7 @@ class _Record(NamedTuple):
     share: Any = False
     paced: Any = False
     extended: Any = False
+    seats: Any = False
 
 
 def _entry(text: bytes, record: _Record) -> bytes:

@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from keypool.config.pool_settings import NULL_MEANS, PACE, PACE_TAKES, POOL_SETTINGS
 from keypool.config.setting_types import Whole
 from keypool.core.errors import BadRequest, SettingsError
-from keypool.core.keys import MAX_NAME, MAX_OWNER
+from keypool.core.keys import MAX_NAME, MAX_OWNER, MAX_SEATS
 from keypool.core.outcomes import OK_REPORT, Outcome, Report
 from keypool.core.pace import Pace
 from keypool.core.rules import SETTINGS, Settings
@@ -199,6 +199,13 @@ _Data = Annotated[
     dict[str, Any],
     Meta(description=f"a JSON object of up to {MAX_DATA} bytes, as secret as the key: for its holders only"),
 ]
+_Seats = Annotated[
+    int,
+    Meta(
+        description=f"1 (default) to {MAX_SEATS}: how many may hold the key at a time",
+        extra_json_schema={"minimum": 1, "maximum": MAX_SEATS},
+    ),
+]
 _Expire = Annotated[
     bool,
     Meta(description="true if imported keys shall be purged without keepalive, in a pool that purges keys"),
@@ -241,6 +248,7 @@ class DetailsBody(Body):
     labels: _Labels | None = None
     data: _Data | None = None
     pace: _Pace | None = None
+    seats: _Seats | None = None
 
 
 class ImportItem(DetailsBody, kw_only=True):
@@ -256,10 +264,10 @@ class NewKeyBody(DetailsBody):
     expire: _Expire | None = None
 
     def __post_init__(self) -> None:
-        others = (self.name, self.labels, self.data, self.pace, self.expire)
+        others = (self.name, self.labels, self.data, self.pace, self.seats, self.expire)
         if self.secret is None and any(value is not None for value in others):
             raise ValueError(
-                "`name`, `labels`, `data`, `pace` and `expire` go with a `secret`; PATCH gives them to a key"
+                "`name`, `labels`, `data`, `pace`, `seats` and `expire` go with a `secret`; PATCH gives them to a key"
             )
 
 

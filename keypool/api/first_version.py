@@ -15,7 +15,7 @@ from keypool.api.calls import ADMIN, CLIENT, VIEWER, Call
 from keypool.api.operations import Operation, delete_audited, generate_audited, unblock
 from keypool.core.answers import Answer
 from keypool.core.cursor import ListQuery
-from keypool.core.errors import BadRequest, NoKeyAvailable, PoolFull, UnknownKey
+from keypool.core.errors import BadRequest, ManySeats, NoKeyAvailable, PoolFull, UnknownKey
 from keypool.engine import Engine
 
 _UNKNOWN = "Kindly send key to be updated, given key does not exist"
@@ -100,7 +100,7 @@ LEGACY: tuple[Operation, ...] = (
     Operation("legacy-acquire", "GET", _PATH, CLIENT, "acquire, as in the first version: a GET that blocks a key.",
         _acquire, ApiKey, errors=(NoKeyAvailable,), legacy=True, head=_acquire_head, acquires=True),
     Operation("legacy-unblock", "PUT", _PATH, CLIENT, "unblock, as in the first version.",
-        _unblock, Message, query=KeyQuery, errors=(BadRequest,), legacy=True),
+        _unblock, Message, query=KeyQuery, errors=(BadRequest, ManySeats), legacy=True),
     Operation("legacy-delete", "DELETE", _PATH, ADMIN, "delete, as in the first version.",
         _delete, Message, query=KeyQuery, errors=(BadRequest,), legacy=True),
     Operation("legacy-start-scheduler", "GET", "/start_scheduler", VIEWER, "Nothing to start: the timers always run.",

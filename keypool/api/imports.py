@@ -28,7 +28,7 @@ from keypool.api.decoding import bad_body, fields_of, not_json, require_unique_m
 from keypool.core.answers import Imported, KeyPatch, NewKey
 from keypool.core.errors import BadRequest
 from keypool.core.handles import PREFIX
-from keypool.core.keys import MAX_NAME
+from keypool.core.keys import MAX_NAME, MAX_SEATS
 from keypool.core.pace import Pace
 
 _SLICE_BYTES = 64 * 1024  # of items that are read before others run: 0.1 to 0.5 ms
@@ -91,7 +91,9 @@ def new_key(secret: str, details: DetailsBody) -> NewKey:
     if details.name == "":
         raise BadRequest(f"name takes {_FIELDS['name']}, not an empty text")
     patch = patch_of(details)
-    return NewKey(checked_secret(secret), patch.name, patch.labels, patch.data, patch.pace or None)
+    return NewKey(
+        checked_secret(secret), patch.name, patch.labels, patch.data, patch.pace or None, patch.seats
+    )
 
 
 def checked_secret(secret: str) -> str:
@@ -108,6 +110,8 @@ def patch_of(body: DetailsBody) -> KeyPatch:
         _check_name(body.name)
     if body.labels is not None:
         _check_labels(body.labels)
+    if body.seats is not None and not 1 <= body.seats <= MAX_SEATS:
+        raise BadRequest(f"seats takes 1 to {MAX_SEATS}, not {body.seats}")
     data = None
     if body.data is not None:
         data = msgspec.json.encode(body.data)
@@ -116,7 +120,7 @@ def patch_of(body: DetailsBody) -> KeyPatch:
     pace: Pace | Literal[False] | None = None
     if body.pace is not None:
         pace = body.pace != _NO_PACE and body.pace.pace()
-    return KeyPatch(body.name, body.labels, data, pace)
+    return KeyPatch(body.name, body.labels, data, pace, body.seats)
 
 
 def _check_name(name: str) -> None:

@@ -7,6 +7,7 @@ errors.py. HTTP appears only in the rows of the table.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,7 @@ from keypool.core.answers import (
     Unblocked,
     UnblockedKeys,
     WaiterRows,
+    Written,
 )
 from keypool.core.cursor import EventQuery, HistoryQuery, HolderQuery, ListQuery, WaiterQuery
 from keypool.core.errors import (
@@ -97,6 +99,7 @@ from keypool.core.errors import (
     KeypoolError,
     KeysWouldExpire,
     LeaseOver,
+    ManySeats,
     NameTaken,
     NoKeyAvailable,
     PoolDraining,
@@ -278,8 +281,18 @@ def _extend(engine: Engine, call: Call) -> Answering[Extended]:
     ref = key_ref(engine, call.key, call.caller)
     lease = lease_of(ref, body.lease)
     if lease is None:
-        raise BadRequest(EXTEND_NEEDS)
+        return _require_lease(engine, ref)
     return engine.extend(ref, lease, body.seconds)
+
+
+async def _require_lease(engine: Engine, ref: Ref) -> Extended:
+    """Raise what says why an extend without a lease number can't be done."""
+    if isinstance(ref, str | Written):
+        with contextlib.suppress(UnknownKey):
+            seats = (await engine.get(ref)).seats
+            if seats > 1:
+                raise ManySeats(seats)
+    raise BadRequest(EXTEND_NEEDS)
 
 
 def _keepalive(engine: Engine, call: Call) -> Answering[KeptAlive]:
@@ -394,22 +407,24 @@ OPERATIONS: tuple[Operation, ...] = (
         _find, Row, body=FindBody, body_required=True, errors=(UnknownKey,), changes=False),
     Operation("unblock", "POST", "/keys/{key}/unblock", CLIENT,
         "Give a key back, and report how the work with it went; with lease or handle, only if it is still yours.",
-        _unblock, Unblocked, body=UnblockBody, errors=(UnknownKey, StaleLease)),
+        _unblock, Unblocked, body=UnblockBody, errors=(UnknownKey, StaleLease, ManySeats)),
     Operation("extend", "POST", "/keys/{key}/extend", CLIENT,
         "Let your lease of a key end later, up to the pool's `max_block_seconds`.",
-        _extend, Extended, body=ExtendBody, errors=(UnknownKey, StaleLease, LeaseOver, BlockLimit)),
+        _extend, Extended, body=ExtendBody, errors=(UnknownKey, StaleLease, ManySeats, LeaseOver, BlockLimit)),
     Operation("keepalive", "POST", "/keys/{key}/keepalive", CLIENT,
         "Renew a key's TTL. Never lengthens a block.",
-        _keepalive, KeptAlive, errors=(UnknownKey, StaleLease)),
-    Operation("delete", "DELETE", "/keys/{key}", ADMIN, "Delete a key permanently.",
+        _keepalive, KeptAlive, errors=(UnknownKey, StaleLease, ManySeats)),
+    Operation("delete", "DELETE", "/keys/{key}", ADMIN, "Delete a key permanently, with all its seats.",
         _delete, None, status=204, errors=(UnknownKey, StaleLease)),
     Operation("get", "GET", "/keys/{key}", CLIENT_OR_VIEWER, "The state of a key, without its text.",
         _get, Row, errors=(UnknownKey, StaleLease), changes=False),
     Operation("history", "GET", "/keys/{key}/history", VIEWER,
         "Who held a key: its leases that have ended, the latest first, a page at a time.",
         _history, HistoryPage, query=HistoryQuery, errors=(UnknownKey, StaleLease), changes=False),
-    Operation("update", "PATCH", "/keys/{key}", ADMIN, "Give a key a name, labels, data or a pace.",
-        _update, Row, body=DetailsBody, body_required=True, errors=(UnknownKey, StaleLease, NameTaken)),
+    Operation("update", "PATCH", "/keys/{key}", ADMIN,
+        "Give a key a name, labels, data, a pace, or more or fewer seats.",
+        _update, Row, body=DetailsBody, body_required=True,
+        errors=(UnknownKey, StaleLease, NameTaken, PoolFull, PoolDraining)),
     Operation("replace", "POST", "/keys/{key}/replace", ADMIN,
         "Give a key another text, and forget its failures. Its holder may use the old one until the lease ends.",
         _replace, Row, body=ReplaceBody, body_required=True,

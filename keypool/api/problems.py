@@ -33,6 +33,7 @@ STATUSES: dict[type[KeypoolError], HTTPStatus] = {
     errors.WrongHost: HTTPStatus.MISDIRECTED_REQUEST,
     errors.HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     errors.StaleLease: HTTPStatus.CONFLICT,
+    errors.ManySeats: HTTPStatus.CONFLICT,
     errors.LeaseOver: HTTPStatus.CONFLICT,
     errors.BlockLimit: HTTPStatus.CONFLICT,
     errors.Superseded: HTTPStatus.CONFLICT,

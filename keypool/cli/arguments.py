@@ -216,9 +216,10 @@ def switch(names: str, about: str) -> Argument:
 
 
 _ABOUT_FILES = """\
-The first line of a CSV file names the columns: secret, name, label:NAME and data:NAME; only secret is required. JSON
-lines are objects with secret, name, labels, data and pace. Otherwise each line is a secret. The same secret is the same
-key, so a file may be imported again. Lines that fail are reported by their number, and the status is then 1.
+The first line of a CSV file names the columns: secret, name, seats, label:NAME and data:NAME; only secret is required.
+JSON lines are objects with secret, name, labels, data, pace and seats. Otherwise each line is a secret. The same secret
+is the same key, so a file may be imported again. Lines that fail are reported by their number, and the status is then
+1.
 
   keypool import --pool openai keys.csv
   pass show openai-keys | keypool import --pool openai -
@@ -346,7 +347,7 @@ COMMANDS = (
                  choices=("skip", "update"), default="skip"),
         switch("--expire", "let them expire, in a pool that purges keys which nobody keeps alive"),
     ), more=_ABOUT_FILES),
-    Command("update", "keypool.cli.keys:update", "change a key's name, labels, data or pace (admin)", (
+    Command("update", "keypool.cli.keys:update", "change a key's name, labels, data, pace or seats (admin)", (
         _KEY,
         argument("--name", "the name; '' removes it", "TEXT"),
         argument("--label", "a label; may be repeated, and replaces all labels", "NAME=VALUE", type=_label,
@@ -355,6 +356,7 @@ COMMANDS = (
         argument("--data", "file with a JSON object, - for standard input; {} removes the data", "FILE"),
         argument("--pace", "how often it may be used in so many seconds, and of these at once: 5/60 or 5/60/2; none: "
                  "as the pool says", "N/S[/BURST]", type=_pace),
+        argument("--seats", "how many may hold the key at a time, 1 to 100", "N", type=_positive),
     ), more=_ABOUT_UPDATE),
     Command("replace", "keypool.cli.keys:replace", "give a key another secret (admin)", (
         _KEY,

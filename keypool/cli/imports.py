@@ -1,7 +1,7 @@
 """`keypool import FILE`: imports keys from CSV, JSON lines, or a secret a line.
 
-    CSV          a header with the columns secret, name, label:REGION, data:USER; also between ; or tabs
-    JSON lines   an object a line: {"secret": …, "name": …, "labels": {…}, "data": {…}, "pace": {…}}
+    CSV          a header with the columns secret, name, seats, label:REGION, data:USER; also between ; or tabs
+    JSON lines   an object a line: {"secret": …, "name": …, "labels": {…}, "data": {…}, "pace": {…}, "seats": 5}
     lines        a secret a line
 
 A header or a format that is wrong refuses the file, and nothing is imported. A line that is wrong fails alone, as one
@@ -26,7 +26,7 @@ from keypool.client import Imported, Imports, KeyPoolError
 from keypool.client.imports import NewKey, new_key
 
 _DELIMITERS = ",;\t"
-_COLUMNS = ("secret", "name")
+_COLUMNS = ("secret", "name", "seats")
 _GROUPS = {"label": "labels", "data": "data"}
 _LONGEST_FIELD = 16 * 1024 * 1024  # characters of a field of CSV; the server refuses far shorter ones
 
@@ -174,7 +174,7 @@ def _check_header(columns: Sequence[str], file: str) -> None:
         group, colon, name = column.partition(":")
         if column not in _COLUMNS and not (group in _GROUPS and colon and name):
             raise CommandError(
-                f"{file} has a column {column[:40]!r}: it takes secret, name, label:NAME and data:NAME",
+                f"{file} has a column {column[:40]!r}: it takes secret, name, seats, label:NAME and data:NAME",
                 Status.USAGE,
             )
         if columns.count(column) > 1:
@@ -189,7 +189,9 @@ def _item(columns: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
         group, _, name = column.partition(":")
         if not value:
             continue
-        if column in _COLUMNS:
+        if column == "seats":
+            item[column] = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
+        elif column in _COLUMNS:
             item[column] = value
         else:
             item.setdefault(_GROUPS[group], {})[name] = value

@@ -27,6 +27,7 @@ GENERATED = ("key", "id", "expires_in")
 LEASED = ("key", "lease", "id", "release_in", "expires_in", "handle")
 _ABOUT_REPORTS = ("failures", "outcome", "reason")
 _WRITTEN = ("name", "labels", "client", "pace")
+_SEATS = ("seat", "seats")
 PAST = (
     "lease",
     "owner",
@@ -52,6 +53,7 @@ LISTED = (
     "available_in",
     *_ABOUT_REPORTS,
     *_WRITTEN,
+    *_SEATS,
 )
 _LISTED_IN_TABLES = (
     "id",
@@ -66,6 +68,7 @@ _LISTED_IN_TABLES = (
     "client",
     "labels",
     "pace",
+    *_SEATS,
     "created_at",
 )
 """Columns that may not fit the terminal come last. `ends_in`: seconds until the block or the cooldown ends."""
@@ -302,18 +305,21 @@ def find(args: argparse.Namespace) -> Status:
 
 
 def update(args: argparse.Namespace) -> Status:
-    """Change name, labels, data or pace of a key."""
+    """Change name, labels, data, pace or seats of a key."""
     if args.labels and args.no_labels:
         raise CommandError("--label and --no-labels don't go together", Status.USAGE)
     labels = {} if args.no_labels else None if args.labels is None else dict(args.labels)
     data = None if args.data is None else _json_object(args.data)
-    if args.name is None and labels is None and data is None and args.pace is None:
-        raise CommandError("update takes --name, --label, --no-labels, --data or --pace", Status.USAGE)
+    given = (args.name, labels, data, args.pace, args.seats)
+    if all(each is None for each in given):
+        raise CommandError(
+            "update takes --name, --label, --no-labels, --data, --pace or --seats", Status.USAGE
+        )
     if args.key == "-" == args.data:
         raise CommandError("the key or its data come from standard input, not both", Status.USAGE)
     with connect(args) as pool:
         key = _reference(pool, args.key)
-        row = pool.update(key, name=args.name, labels=labels, data=data, pace=args.pace)
+        row = pool.update(key, name=args.name, labels=labels, data=data, pace=args.pace, seats=args.seats)
         output_of(args).fields(members_of(row))
     return Status.OK
 
@@ -428,6 +434,8 @@ def _report(args: argparse.Namespace, done: Done, *, of_leases: bool = False) ->
     failed = {"unknown": done.unknown, "stale": done.stale}
     if of_leases:
         failed |= {"over": done.over, "limit": done.limit}
+    if done.many_seats:
+        failed["many_seats"] = done.many_seats
     output.fields({"done": done.done} | {word: len(keys) for word, keys in failed.items()})
     for word, keys in failed.items():
         for key in keys[:10]:
@@ -438,6 +446,8 @@ def _report(args: argparse.Namespace, done: Done, *, of_leases: bool = False) ->
         return Status.UNKNOWN_KEY
     if done.stale or done.over:
         return Status.LEASE_OVER
+    if done.many_seats:
+        return Status.FAILED
     return Status.BLOCK_LIMIT if done.limit else Status.OK
 
 

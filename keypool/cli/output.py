@@ -24,7 +24,8 @@ BATCH = 1000
 
 _ROWS_MEASURED = 500  # rows that are read before the widths of a table's columns are chosen
 _IF_GIVEN = ("name", "labels", "client", "pace")
-"""Columns that a table has only if one of the rows that are read first has something in them."""
+_IF_SEVERAL = ("seat", "seats")
+"""Columns that a table has only if one of the rows that are read first has something, or several seats, in them."""
 _WIDEST = {
     "owner": 20,
     "name": 24,
@@ -83,6 +84,8 @@ class Output:
             self._columns = [
                 each for each in columns if each not in _IF_GIVEN or any(row.get(each) for row in rows)
             ]
+            if not any(row.get("seats", 1) > 1 for row in rows):
+                self._columns = [each for each in self._columns if each not in _IF_SEVERAL]
         columns = self._columns
         lines = [[_cell(row.get(column), column) for column in columns] for row in map(self._masked, rows)]
         if not self._widths:

@@ -111,6 +111,8 @@ class ImportedKey:
     expires_in: float | None
     existed: bool
     repeated: bool = False
+    ids: list[int] = field(default_factory=list, hash=False)
+    """Of all its seats, the first of which is `id`; empty from an older server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,8 @@ class Imported:
     id: int | None = None
     code: str | None = None
     detail: str | None = None
+    ids: list[int] = field(default_factory=list, hash=False)
+    """Of all seats of that key; empty if it failed, or from an older server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +230,8 @@ class Row:
     `failures` are those in a row. `outcome` and `reason` are those of the latest report, None if there was none; the
     reason of a quarantined key is the operator's, if one gave it. `client` is the name of the token that holds the key,
     None unless it has one. `name`, `labels` and `pace` (`count`, `seconds`, `burst`) are an operator's; `pace` is None
-    unless the key has its own. `expires_in` is None if the key never expires.
+    unless the key has its own. `expires_in` is None if the key never expires. `seat` is the number of the key among the
+    `seats` of its secret.
     """
 
     id: int
@@ -245,6 +250,8 @@ class Row:
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict, hash=False)
     pace: dict[str, float] | None = field(default=None, hash=False)
+    seat: int = 1
+    seats: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +407,8 @@ class Rekeying:
 class Done:
     """The result of a batch: how many items were done, which keys were unknown, and which had a later lease.
 
-    For leases to be extended also those that had ended, `over`, and those that can't last longer, `limit`.
+    For leases to be extended also those that had ended, `over`, and those that can't last longer, `limit`. `many_seats`
+    are texts of several seats, which don't say which one is meant.
     `repeated` is true if an answer was lost and the batch was sent again: then the first attempt may have changed
     keys that are listed as unknown or stale.
     """
@@ -411,6 +419,7 @@ class Done:
     over: list[str] = field(default_factory=list, repr=False)
     limit: list[str] = field(default_factory=list, repr=False)
     repeated: bool = False
+    many_seats: list[str] = field(default_factory=list, repr=False)
 
 
 def read(kind: type[T], value: object) -> T:

@@ -308,10 +308,13 @@ class AsyncKeyPool:
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
         pace: Mapping[str, float] | None = None,
+        seats: int | None = None,
         expire: bool = False,
     ) -> ImportedKey:
         """Import a key (admin). Raises NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired."""
-        return await self._call(calls.import_key(secret, name, labels, data, pace, expire=expire))
+        return await self._call(
+            calls.import_key(secret, name, labels, data, pace, seats=seats, expire=expire)
+        )
 
     async def update(
         self,
@@ -321,9 +324,10 @@ class AsyncKeyPool:
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
         pace: Mapping[str, float] | None = None,
+        seats: int | None = None,
     ) -> Row:
-        """Change a key's name, labels, data or pace (admin). Raises UnknownKey, NameTaken."""
-        return await self._call(calls.update(key, name, labels, data, pace))
+        """Change a key's name, labels, data, pace or seats (admin). Raises UnknownKey, NameTaken, PoolFull."""
+        return await self._call(calls.update(key, name, labels, data, pace, seats=seats))
 
     async def replace(self, key: KeyLike, secret: str) -> Row:
         """Give a key another text (admin). Raises UnknownKey, SecretExists."""

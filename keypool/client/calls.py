@@ -219,10 +219,11 @@ def import_key(
     data: Mapping[str, Any] | None,
     pace: Mapping[str, float] | None,
     *,
+    seats: int | None,
     expire: bool,
 ) -> Call[ImportedKey]:
     """Raises ValueError for a wrong type, or a text that UTF-8 can't hold."""
-    item = {"secret": secret, "name": name, "labels": labels, "data": data, "pace": pace}
+    item = {"secret": secret, "name": name, "labels": labels, "data": data, "pace": pace, "seats": seats}
     content = new_key(item, expire=expire)
     return Call(
         "import", "POST", "/keys", lambda value: read(ImportedKey, value), content=content, repeatable=True
@@ -235,12 +236,16 @@ def update(
     labels: Mapping[str, str] | None,
     data: Mapping[str, Any] | None,
     pace: Mapping[str, float] | None,
+    *,
+    seats: int | None,
 ) -> Call[Row]:
     """Raises ValueError for a wrong type, and if nothing is given."""
-    given = {"name": name, "labels": labels, "data": data, "pace": pace}
+    given = {"name": name, "labels": labels, "data": data, "pace": pace, "seats": seats}
     body = {each: member_of(each, value) for each, value in given.items() if value is not None}
     if not body:
-        raise ValueError("update changes the name, the labels, the data or the pace: give one of them")
+        raise ValueError(
+            "update changes the name, the labels, the data, the pace or the seats: give one of them"
+        )
     path = _path(key, by_id=True)
     return Call("update", "PATCH", path, lambda value: read(Row, value), body, repeatable=True)
 
@@ -504,8 +509,9 @@ def _many(op: str, items: list[tuple[Any, bool]], progress: Progress | None, **m
             total.over + answer.over,
             total.limit + answer.limit,
             total.repeated or answer.repeated,
+            total.many_seats + answer.many_seats,
         )
-        others = (total.unknown, total.stale, total.over, total.limit)
+        others = (total.unknown, total.stale, total.over, total.limit, total.many_seats)
         _report(progress, total.done + sum(map(len, others)))
     return total
 

@@ -6,6 +6,7 @@
     │   ├── NoKeyAvailable         `retry_after`: seconds to the earliest release or end of a cooldown, a hint
     │   ├── StaleLease             the key was served again since, or never under this number
     │   ├── LeaseOver              the lease has ended, or ends in a quarantine: it can't be extended
+    │   ├── ManySeats              several hold the key, and its text alone doesn't say which one is meant
     │   ├── BlockLimit             an extension that would not let the lease last longer
     │   ├── Superseded             the same acquire was sent again, and waits in place of this one
     │   ├── PoolFull
@@ -130,6 +131,10 @@ class NoKeyAvailable(Refused):
 
 class StaleLease(Refused):
     """The lease number is not the key's latest: someone else holds the key now, or the number was never valid."""
+
+
+class ManySeats(Refused):
+    """The key has several seats, and its text doesn't say which one is meant: a handle or the lease number does."""
 
 
 class LeaseOver(Refused):

@@ -69,6 +69,8 @@ class Key:
     data: dict[str, Any] = field(default_factory=dict, repr=False)
     pace: dict[str, float] | None = None
     paced: float = 0.0  # the theoretical arrival time of the pace
+    wanted: int = 1  # seats of its secret
+    cools: float = 0.0  # the end of its secret's cooldown
 
 
 class FakePool:
@@ -204,17 +206,19 @@ class FakePool:
         block = self.setting("block_seconds")
         if block_seconds is not None and not min(1, block) <= block_seconds <= self.longest_block:
             raise Refused(400, "bad-request", "block_seconds is out of range")
-        free = self.live("available")
-        if not free:
+        if not self.live("available"):
             raise Refused(404, "no-key-available", **self._why_none())
-        chosen = random.sample(free, min(count, len(free)))
-        for key in chosen:
+        chosen: list[Key] = []
+        while len(chosen) < count and (free := self.live("available")):
+            key = random.sample(free, 1)[0]
+            chosen.append(key)
             self._leases += 1
             key.state, key.owner, key.lease, key.attempt = "blocked", owner, self._leases, attempt
             key.reported, key.acquired, key.extended = False, self.now(), 0
             key.until = key.acquired + (block_seconds or block)
             if pace := self._pace(key):
                 key.paced = max(key.paced, key.acquired) + pace["seconds"] / pace["count"]
+                self._share_pace(key)
             self.counts["acquired"] += 1
         return [self._leased(key) for key in chosen]
 
@@ -261,8 +265,9 @@ class FakePool:
         late = key.state != "blocked"
         key.reported, key.outcome, key.reason = True, outcome, reason
         leaving = key.leaving or key.state == "quarantined"
-        gone = len(self.live("quarantined"))
-        room = gone == 0 or (gone + 1) * 100 <= self.setting("max_quarantined_percent") * len(self._keys)
+        gone = len({each.text for each in self.live("quarantined")})
+        secrets = len({each.text for each in self._keys.values()})
+        room = gone == 0 or (gone + 1) * 100 <= self.setting("max_quarantined_percent") * secrets
         quarantine = outcome == "invalid" and (leaving or room)
         cooldown = 0.0
         if outcome == "ok":
@@ -270,11 +275,8 @@ class FakePool:
         elif not quarantine:
             key.failures = self._failures(key) + 1
             key.failed = now
-            if retry_after is not None:
-                cooldown = retry_after
-            elif outcome != "error" or key.failures >= self.setting("error_threshold"):
-                doubled = self.setting("cooldown_seconds") * 2.0 ** min(key.failures - 1, 64)
-                cooldown = min(doubled, self.setting("max_cooldown_seconds"))
+            cooldown = self._cooldown(key, outcome, retry_after)
+            key.cools = max(key.cools, now + cooldown)
         key.leaving = key.leaving or quarantine
         if key.state == "blocked":
             self.counts["unblocked"] += 1
@@ -287,12 +289,55 @@ class FakePool:
                 self._cool(key, until)
         if late:
             self._add_report(key)
+        for seat in self._seats(key):
+            if seat is not key:
+                self._follow(seat, key, cooldown)
         return outcome == "invalid" and not quarantine
+
+    def _cooldown(self, key: Key, outcome: str, retry_after: float | None) -> float:
+        if retry_after is not None:
+            return retry_after
+        if outcome == "error" and key.failures < self.setting("error_threshold"):
+            return 0.0
+        doubled = self.setting("cooldown_seconds") * 2.0 ** min(key.failures - 1, 64)
+        return min(doubled, self.setting("max_cooldown_seconds"))
 
     def _add_report(self, key: Key) -> None:
         for past, lease in self._past:
             if past is key and lease["lease"] == key.lease:
                 lease |= {"outcome": key.outcome, "reason": key.reason}
+
+    def _seats(self, key: Key) -> list[Key]:
+        """All seats of a key's secret."""
+        return [each for each in self._keys.values() if each.text == key.text]
+
+    def _follows(self, key: Key, state: str) -> bool:
+        """Whether another seat has moved before, which is what is counted."""
+        return any(seat is not key and seat.state == state for seat in self._seats(key))
+
+    def _follow(self, seat: Key, key: Key, cooldown: float) -> None:
+        """A seat goes where another one has gone that was reported on, or will when its lease ends."""
+        seat.failures, seat.failed, seat.outcome, seat.reason = (
+            key.failures,
+            key.failed,
+            key.outcome,
+            key.reason,
+        )
+        if key.leaving or key.state == "quarantined":
+            if seat.state == "blocked":
+                seat.leaving = True
+            else:
+                seat.state, seat.until = "quarantined", None
+        elif cooldown:
+            seat.cools = max(seat.cools, self.now() + cooldown)
+            if seat.state in ("available", "cooling"):
+                seat.state, seat.until = "cooling", max(seat.cools, seat.until or 0.0)
+
+    def _purge(self, key: Key) -> None:
+        del self._keys[key.id]
+        self.counts["deleted"] += 1
+        self._record(key, "deleted")
+        self._happened("deleted", key)
 
     def extend(self, name: str, lease: int | None = None, seconds: float | None = None) -> dict[str, Any]:
         """Let a lease last longer."""
@@ -313,41 +358,45 @@ class FakePool:
     def quarantine(self, name: str, reason: str | None = None, now: bool = False) -> dict[str, Any]:
         """Take a key out of service."""
         key, _ = self.find(name)
-        key.operator_reason = reason or key.operator_reason
-        key.reported = key.reported or now
-        if key.state != "quarantined":
-            key.leaving = True
-            if key.state != "blocked" or now:
-                if key.state == "blocked":
-                    self.counts["unblocked"] += 1
-                    self._happened("unblocked", key)
-                self._end(key, how="revoked")
-        return self.row(key)
+        seats = self._seats(key)
+        for seat in seats:
+            seat.operator_reason = reason or seat.operator_reason
+            seat.reported = seat.reported or now
+            if seat.state != "quarantined":
+                seat.leaving = True
+                if seat.state != "blocked" or now:
+                    if seat.state == "blocked":
+                        self.counts["unblocked"] += 1
+                        self._happened("unblocked", seat)
+                    self._end(seat, how="revoked")
+        return self._row_of(key, seats)
 
     def restore(self, name: str) -> dict[str, Any]:
         """Make a key available that cools or is quarantined."""
         key, _ = self.find(name)
-        key.leaving, key.failures, key.outcome, key.reason, key.operator_reason = False, 0, None, None, None
-        if key.state in ("cooling", "quarantined"):
+        seats = self._seats(key)
+        for seat in seats:
+            seat.leaving, seat.failures, seat.outcome, seat.reason = False, 0, None, None
+            seat.operator_reason, seat.cools = None, 0.0
+        out = [seat for seat in seats if seat.state in ("cooling", "quarantined")]
+        if out:
             self.counts["restored"] += 1
             self._happened("restored", key)
-            self._end(key)
+            for seat in out:
+                self._end(seat)
         return self.row(key)
 
     def keepalive(self, name: str) -> dict[str, Any]:
         """Postpone the expiry."""
-        key, _ = self.find(name)
+        key, _ = self._latest(name, None)
         key.expires = self.now() + self.setting("keepalive_seconds")
         self.counts["kept_alive"] += 1
         return {"id": key.id, "expires_in": self.settings["keepalive_seconds"]}
 
     def delete(self, name: str) -> None:
         """Purge a key."""
-        key, _ = self.find(name)
-        del self._keys[key.id]
-        self.counts["deleted"] += 1
-        self._record(key, "deleted")
-        self._happened("deleted", key)
+        for seat in self._seats(self.find(name)[0]):
+            self._purge(seat)
 
     def history(self, name: str, limit: int = 50, after: str | None = None) -> dict[str, Any]:
         """The leases of a key that have ended."""
@@ -377,20 +426,41 @@ class FakePool:
         secret = item["secret"]
         if (key := self._with(text=secret)) is not None:
             return key, False
-        self.check_open(1)
+        seats = item.get("seats") or 1
+        self.check_open(seats)
         self._check_name(None, item.get("name"))
         key = self._add(secret)
         self._note(key, item)
         self.counts["imported"] += 1
         self._happened("imported", key)
+        self._set_seats(key, seats)
         return key, True
+
+    def _set_seats(self, key: Key, count: int) -> None:
+        seats = self._seats(key)
+        self.check_open(max(0, count - len(seats)))
+        for _ in range(count - len(seats)):
+            seat = self._add(key.text)
+            seat.name, seat.labels, seat.data, seat.cools = key.name, key.labels, key.data, key.cools
+            seat.pace, seat.paced = key.pace, key.paced
+            if key.leaving or key.state == "quarantined":
+                seat.state = "quarantined"
+            elif (until := self._with_budget(seat, max(seat.cools, self.now()))) > self.now():
+                self._cool(seat, until)
+            self.counts["imported"] += 1
+        for seat in reversed(seats):
+            if len(self._seats(key)) > count and seat.state != "blocked":
+                self._purge(seat)
+        for seat in self._seats(key):
+            seat.wanted = count
 
     def import_many(
         self, keys: Sequence[Mapping[str, Any]], exists: str = "skip", expire: bool = False
     ) -> dict[str, Any]:
         """Import keys one by one, but none if the pool hasn't room for all."""
-        fresh = {item["secret"] for item in keys} - set(self.keys)
-        self.check_open(len(fresh))
+        fresh = {item["secret"]: item.get("seats") or 1 for item in reversed(keys)}
+        known = set(self.keys)
+        self.check_open(sum(seats for secret, seats in fresh.items() if secret not in known))
         results: list[dict[str, Any]] = []
         seen: set[str] = set()
         for item in keys:
@@ -401,7 +471,8 @@ class FakePool:
                     self.update(f"id:{key.id}", **{name: item.get(name) for name in _NOTES})
                     status = "updated"
                 seen.add(key.text)
-                results.append({"status": status, "id": key.id})
+                ids = self.ids(key.text)
+                results.append({"status": status, "id": ids[0], "ids": ids})
             except Refused as refused:
                 if refused.code == "keys-would-expire":
                     raise
@@ -411,23 +482,40 @@ class FakePool:
         return {status: counts[status] for status in statuses} | {"results": results}
 
     def update(self, name: str, /, **patch: Any) -> dict[str, Any]:
-        """Change name, labels or data."""
+        """Change name, labels, data or seats."""
         key, _ = self.find(name)
         if (problem := _problem({"secret": "x"} | patch)) is not None:
             raise Refused(400, "bad-request", problem)
         self._check_name(key, patch.get("name"))
-        self._note(key, patch)
-        return self.row(key)
+        seats = self._seats(key)
+        if patch.get("seats") is not None:
+            self.check_open(max(0, patch["seats"] - len(seats)))
+        for seat in seats:
+            self._note(seat, patch)
+        if patch.get("seats") is not None:
+            self._set_seats(key, patch["seats"])
+        return self._row_of(key, seats)
+
+    def _row_of(self, key: Key, seats: list[Key]) -> dict[str, Any]:
+        """The row of a key, or of the first seat that is left of its secret."""
+        return self.row(next(seat for seat in (key, *seats) if seat.id in self._keys))
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of all seats of a secret."""
+        return [key.id for key in self.live() if key.text == text]
 
     def replace(self, name: str, secret: str) -> dict[str, Any]:
         """Give a key another text."""
         key, _ = self.find(name)
         if (problem := _problem({"secret": secret})) is not None:
             raise Refused(400, "bad-request", problem)
-        if self._with(text=secret) not in (None, key):
+        if secret != key.text and self._with(text=secret) is not None:
             raise Refused(409, "secret-exists")
-        if secret != key.text:
-            key.text, key.paced = secret, 0.0
+        changed = secret != key.text
+        for seat in self._seats(key):
+            seat.text = secret
+            if changed:
+                seat.paced = 0.0
         return self.restore(f"id:{key.id}")
 
     def look_up(self, text: str) -> dict[str, Any]:
@@ -445,7 +533,8 @@ class FakePool:
         return next(found, None)
 
     def _check_name(self, key: Key | None, name: str | None) -> None:
-        if name and self._with(name=name) not in (None, key):
+        holder = self._with(name=name) if name else None
+        if holder is not None and (key is None or holder.text != key.text):
             raise Refused(409, "name-taken")
 
     def _note(self, key: Key, item: Mapping[str, Any]) -> None:
@@ -479,6 +568,8 @@ class FakePool:
             "name": key.name,
             "labels": key.labels,
             "pace": key.pace,
+            "seat": (ids := self.ids(key.text)).index(key.id) + 1,
+            "seats": len(ids),
         }
 
     def owners(self) -> dict[str, Any]:
@@ -531,6 +622,11 @@ class FakePool:
 
     def _latest(self, name: str, lease: int | None) -> tuple[Key, int | None]:
         key, number = self.find(name)
+        seats = [seat for seat in self._seats(key) if name == seat.text]
+        if len(seats) > 1:
+            if lease is None:
+                raise Refused(409, "many-seats")
+            key = next((seat for seat in seats if seat.lease == lease), key)
         if number is not None and lease not in (None, number):
             raise Refused(400, "bad-request", "lease is another one than that of the handle")
         number = lease if number is None else number
@@ -545,11 +641,16 @@ class FakePool:
         self._record(key, how, reported=reported)
         key.state, key.until, key.owner, key.attempt = "available", None, None, None
         if key.leaving:
+            if not self._follows(key, "quarantined"):
+                self.counts["quarantines"] += 1
+                self._happened("quarantined", key)
             key.leaving, key.state = False, "quarantined"
-            self.counts["quarantines"] += 1
-            self._happened("quarantined", key)
-        elif (cool_until := self._with_budget(key, max(cool_until, self.now()))) > self.now():
-            self._cool(key, cool_until)
+        else:
+            cool_until = self._with_budget(key, max(cool_until, key.cools, self.now()))
+            if cool_until > self.now():
+                self._cool(key, cool_until)
+        if len(self._seats(key)) > key.wanted:
+            self._purge(key)
 
     def _pace(self, key: Key) -> dict[str, float] | None:
         return key.pace or self.settings["pace"]
@@ -557,12 +658,23 @@ class FakePool:
     def _charge(self, key: Key, uses: int) -> None:
         if pace := self._pace(key):
             key.paced = (key.paced or self.now()) + (uses - 1) * pace["seconds"] / pace["count"]
+            self._share_pace(key)
+
+    def _share_pace(self, key: Key) -> None:
+        """Charge the other seats of a key's secret, too: those that nobody holds cool until there is budget."""
+        for seat in self._seats(key):
+            if seat is not key:
+                seat.paced = key.paced
+                if seat.state in ("available", "cooling"):
+                    until = self._with_budget(seat, seat.until or self.now())
+                    if until > (seat.until or self.now()):
+                        self._cool(seat, until)
 
     def _with_budget(self, key: Key, until: float) -> float:
         """The end of a cooldown, not before the key has budget."""
         pace = self._pace(key)
         ready = key.paced - (pace["burst"] - 1) * pace["seconds"] / pace["count"] if pace else 0.0
-        self.counts["paced"] += ready > until
+        self.counts["paced"] += ready > until and not self._follows(key, "cooling")
         return max(until, ready)
 
     def _record(self, key: Key, how: str, *, reported: bool = False) -> None:
@@ -592,7 +704,7 @@ class FakePool:
         del self._past[:-most]
 
     def _cool(self, key: Key, until: float) -> None:
-        self.counts["cooled"] += key.state != "cooling"
+        self.counts["cooled"] += key.state != "cooling" and not self._follows(key, "cooling")
         key.state, key.until = "cooling", until
 
     def _failures(self, key: Key) -> int:
@@ -629,10 +741,16 @@ def handle(id: int, lease: int) -> str:
     return f"h:{id}.{lease}.{base64.urlsafe_b64encode(digest)[:-1].decode()}"
 
 
-_RESULTS = {"unknown-key": "unknown", "stale-lease": "stale", "lease-over": "over", "block-limit": "limit"}
+_RESULTS = {
+    "unknown-key": "unknown",
+    "stale-lease": "stale",
+    "lease-over": "over",
+    "block-limit": "limit",
+    "many-seats": "many_seats",
+}
 
 
-_NOTES = ("name", "labels", "data", "pace")
+_NOTES = ("name", "labels", "data", "pace", "seats")
 
 
 def _problem(item: Mapping[str, Any]) -> str | None:
@@ -647,12 +765,14 @@ def _problem(item: Mapping[str, Any]) -> str | None:
         return "data has at most 4096 bytes as JSON"
     if item.get("pace") and (takes := wrong_setting("pace", item["pace"])) is not None:
         return f"pace takes {takes}"
+    if not 1 <= (1 if item.get("seats") is None else item["seats"]) <= 100:
+        return "a key has 1 to 100 seats"
     return None
 
 
 def batch(call: Callable[..., object], items: Iterable[Any], **more: Any) -> dict[str, Any]:
     """The answer of a batch, whose items are names or objects of the call's arguments."""
-    done: dict[str, Any] = {"done": 0, "unknown": [], "stale": [], "over": [], "limit": []}
+    done: dict[str, Any] = {"done": 0, "unknown": [], "stale": [], "over": [], "limit": [], "many_seats": []}
     for item in items:
         members = dict(item) if isinstance(item, dict) else {"key": item}
         name = members.pop("key")

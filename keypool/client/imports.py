@@ -14,8 +14,8 @@ from typing import Any, Literal
 from keypool.client.answers import Imported, Imports
 
 NewKey = str | tuple[Any, ...] | Mapping[str, Any]
-"""A key to be imported: its secret alone; a tuple of secret, name, labels, data, pace, or of the first few of these; or
-a mapping with these names."""
+"""A key to be imported: its secret alone; a tuple of secret, name, labels, data, pace, seats, or of the first few of
+these; or a mapping with these names."""
 
 Exists = Literal["skip", "update"]
 """What becomes of a key that the pool has already."""
@@ -25,7 +25,7 @@ MOST_ITEMS = 1000
 MOST_BYTES = 4 * 1024 * 1024
 """What the server takes in one batch of imports."""
 
-_MEMBERS = ("secret", "name", "labels", "data", "pace")
+_MEMBERS = ("secret", "name", "labels", "data", "pace", "seats")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 _AROUND = 1024  # bytes of a body beside its items
 _TOO_LARGE = Imported("failed", None, "payload-too-large", "this item alone is larger than a request may be")
@@ -47,7 +47,7 @@ def _named(item: NewKey) -> Iterable[tuple[str, Any]]:
     if type(item) is tuple and 1 <= len(item) <= len(_MEMBERS):
         return zip(_MEMBERS, item, strict=False)
     raise ValueError(
-        "a key to be imported is its secret, a tuple of secret, name, labels, data and pace, or a dict"
+        "a key to be imported is its secret, a tuple of secret, name, labels, data, pace and seats, or a dict"
     )
 
 
@@ -60,6 +60,8 @@ def member_of(name: str, value: Any) -> Any:
             isinstance(each, str) for pair in value.items() for each in pair
         )
         kind = "a dict of strings"
+    elif name == "seats":
+        fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     elif name in ("data", "pace"):
         fits, kind = isinstance(value, Mapping), "a dict"
     else:

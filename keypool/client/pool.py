@@ -329,15 +329,17 @@ class KeyPool:
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
         pace: Mapping[str, float] | None = None,
+        seats: int | None = None,
         expire: bool = False,
     ) -> ImportedKey:
         """Add a key from elsewhere to the pool, unless it has this secret already (admin). So a repeat is safe.
 
         `name` is unique in the pool; `labels` are shown to viewers; `data`, at most 4 KiB as JSON, only to the holders
-        of the key; `pace`, `{"count": 5, "seconds": 60, "burst": 1}`, is in place of the pool's. Into a pool whose keys
-        expire it needs `expire=True`, and a keeper. Raises NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired.
+        of the key; `pace`, `{"count": 5, "seconds": 60, "burst": 1}`, is in place of the pool's; `seats` is how many
+        may hold it at a time, 1 to 100. Into a pool whose keys expire it needs `expire=True`, and a keeper. Raises
+        NameTaken, PoolFull, KeysWouldExpire, SecretsKeyRequired.
         """
-        return self._call(calls.import_key(secret, name, labels, data, pace, expire=expire))
+        return self._call(calls.import_key(secret, name, labels, data, pace, seats=seats, expire=expire))
 
     def update(
         self,
@@ -347,12 +349,14 @@ class KeyPool:
         labels: Mapping[str, str] | None = None,
         data: Mapping[str, Any] | None = None,
         pace: Mapping[str, float] | None = None,
+        seats: int | None = None,
     ) -> Row:
         """Change a key's name, labels, data or pace, each as a whole (admin): `""` or `{}` removes it, None leaves it.
 
-        Raises UnknownKey, NameTaken.
+        `seats` is how many may hold it at a time; of fewer, those that are held go when their leases end. Raises
+        UnknownKey, NameTaken, PoolFull.
         """
-        return self._call(calls.update(key, name, labels, data, pace))
+        return self._call(calls.update(key, name, labels, data, pace, seats=seats))
 
     def replace(self, key: KeyLike, secret: str) -> Row:
         """Give a key another text, and forget its failures (admin). Raises UnknownKey, SecretExists.
@@ -501,10 +505,10 @@ class KeyPool:
         expire: bool = False,
         progress: Progress | None = None,
     ) -> Imports:
-        """Add keys from elsewhere (admin): a secret, a tuple of secret, name, labels, data, pace, or a dict of these.
+        """Add keys from elsewhere (admin): a secret, a tuple of secret, name, labels, data, pace, seats, or a dict.
 
         The result has one for each item, in their order; one that can't be imported, as its name is taken for example,
-        fails alone. With `exists="update"`, a key that the pool has gets the item's name, labels, data and pace. Raises
+        fails alone. With `exists="update"`, a key that the pool has gets all that the item says but the secret. Raises
         PoolFull (then none of the call's thousand is imported), KeysWouldExpire, SecretsKeyRequired; what was done
         before is in the error's `partial`. Raises ValueError, before anything is sent, for an item of a wrong type.
         """

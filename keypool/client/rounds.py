@@ -11,7 +11,8 @@ A key that never expires needs no keepalive, so one that is known not to (its `e
 In a pool where no key expires, texts and ids are sent once, and then never again until another one is added: even if
 the pool's setting changes, a key that was kept alive under it expires only after its next keepalive.
 
-The leases of a client share one keeper, whichever of its pools they are of (LeaseRounds).
+The leases of a client share one keeper, whichever of its pools they are of (LeaseRounds). A lease is named by its
+handle, as several may be of one text. A text that has several seats names none of them: it is reported and left out.
 
 Each lease to be extended is extended by a call of its own when a third of its block has passed, since only the answer
 to a single call says how long it lasts then. One that can't last longer is not asked for again.
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from keypool.client import calls
-from keypool.client.answers import GeneratedKey, KeyLike
+from keypool.client.answers import GeneratedKey, KeyLike, hint
 from keypool.client.attempts import Pause, Send, Steps, result
 from keypool.client.errors import (
     BlockLimit,
@@ -34,6 +35,7 @@ from keypool.client.errors import (
     KeyPoolError,
     LeaseLost,
     LeaseOver,
+    ManySeats,
     MethodNotAllowed,
     NotFound,
     PoolClosed,
@@ -54,6 +56,7 @@ OnError = Callable[[KeyPoolError], object]
 log = logging.getLogger("keypool.client")
 
 _LEAST_EXTENSION = 0.05  # seconds; a lease that can't be extended by more lasts as long as it may
+_TAKEN = "was leased to someone else"
 _FINAL = (Unauthorized, Forbidden, WrongHost, NotFound, MethodNotAllowed, UnknownPool)
 
 
@@ -70,7 +73,7 @@ class Rounds:
     ) -> None:
         # No retries within a call: rounds are repeated instead, without end.
         self._settings = replace(settings, retry=Retry(0))
-        self.keys: dict[str, KeyLike] = {calls.text(key): key for key in keys if _expires(key)}
+        self.keys: dict[str, KeyLike] = {_name(key): key for key in keys if _expires(key)}
         self.error: KeyPoolError | None = None
         self.keepalive_seconds = keepalive_seconds  # inf: keys of this pool never expire
         self._given = keepalive_seconds is not None
@@ -85,9 +88,9 @@ class Rounds:
         """Keep another key alive, from now on, unless it never expires. O(1)."""
         if not _expires(key):
             return
-        text = calls.text(key)
-        self.keys[text] = key
-        self._fresh[text] = None
+        name = _name(key)
+        self.keys[name] = key
+        self._fresh[name] = None
 
     def extend(self, held: Held) -> None:
         """Extend a lease from now on, until it is discarded, lost, or lasts as long as it may. O(1)."""
@@ -95,12 +98,12 @@ class Rounds:
 
     def discard(self, key: KeyLike) -> None:
         """Stop keeping a key alive. O(1)."""
-        if not isinstance(key, Held):
-            self._forget(calls.text(key))
-            return
-        self._extending.pop(key, None)
-        if self.keys.get(key._text) is key:  # noqa: SLF001 - its lease may have ended, and another begun
-            self._forget(key._text)  # noqa: SLF001
+        name = _name(key)
+        if isinstance(key, Held):
+            self._extending.pop(key, None)
+            if self.keys.get(name) is not key:  # without handles: its lease may have ended, and another begun
+                return
+        self._forget(name)
 
     def steps(self) -> Steps[None]:
         """Rounds and pauses, until the token or the URL is refused. After `add`, the runner ends the pause early."""
@@ -133,7 +136,9 @@ class Rounds:
         try:
             for part in calls.parts(keys):
                 done = yield from result(calls.keepalive_part(part), self._settings)
-                self._remove_dead([*done.unknown, *done.stale])
+                self._remove_dead(done.unknown)
+                self._remove_dead(done.stale, _TAKEN)
+                self._leave_out(done.many_seats)
             yield from self._read_keepalive_seconds(whole=whole)
             self._prolong(keys, began)
         except PoolClosed:
@@ -184,9 +189,11 @@ class Rounds:
             answer = yield from result(calls.keepalive(calls.handle(named) or named), self._settings)
         except UnknownKey:
             self._remove_dead([key])
+        except ManySeats:
+            self._leave_out([key])
         except StaleLease:  # somebody else holds the key by now; it is kept alive all the same
             if calls.handle(key):
-                self._remove_dead([key])
+                self._remove_dead([key], _TAKEN)
             else:
                 self.keys[key] = key
         except Forbidden:  # only admins may name a key by its id
@@ -202,13 +209,24 @@ class Rounds:
             if isinstance(key, Held) and self.keepalive_seconds is not None:
                 key.kept_alive(since + self.keepalive_seconds)
 
-    def _remove_dead(self, dead: Iterable[str]) -> None:
+    def _remove_dead(self, dead: Iterable[str], why: str = "was deleted or expired") -> None:
         for text in dead:
             key = self._forget(text)
             if key is not None:
                 if isinstance(key, Held):
-                    key.lose("was deleted or expired while it was held")
+                    key.lose(f"{why} while it was held")
                 self._report(self._on_dead, text)
+
+    def _leave_out(self, texts: Iterable[str]) -> None:
+        """Report texts of several seats, each of which expires by itself."""
+        for text in texts:
+            if self._forget(text) is not None:
+                error = ManySeats(
+                    f"key {hint(text)} has several seats: keep each of them alive, by its id or handle"
+                )
+                if self._on_error is None:
+                    log.warning("%s", error)
+                self._report(self._on_error, error)
 
     def _forget(self, text: str) -> KeyLike | None:
         self._fresh.pop(text, None)
@@ -235,6 +253,13 @@ class Rounds:
             callback(about)
         except Exception:
             log.exception("a callback of the keeper failed")
+
+
+def _name(key: KeyLike) -> str:
+    """What a key is called here, and in batches."""
+    if isinstance(key, Held):
+        return key.handle or key._text  # noqa: SLF001 - which may be asked for when the lease is over, too
+    return calls.text(key)
 
 
 def _expires(key: KeyLike) -> bool:

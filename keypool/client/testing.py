@@ -248,7 +248,7 @@ def _add(pool: FakePool, expire: bool = False, **item: Any) -> tuple[int, Any]:
     key, new = pool.import_key(item, expire)
     row = pool.row(key)
     shown = {name: row[name] for name in ("id", "state", "hint", "name", "expires_in")}
-    return (201 if new else 200), shown | {"existed": not new}
+    return (201 if new else 200), shown | {"existed": not new, "ids": pool.ids(key.text)}
 
 
 def _read(pool: FakePool, request: httpx2.Request, words: list[str]) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def _read(pool: FakePool, request: httpx2.Request, words: list[str]) -> dict[str
 def _page(pool: FakePool, query: Mapping[str, str]) -> dict[str, Any]:
     rows = [pool.row(key) for key in pool.live(query.get("state"))]
     if (beginning := query.get("name")) is not None:
-        rows = [row for row in rows if (row["name"] or "").startswith(beginning)]
+        rows = [row for row in rows if (row["name"] or "").startswith(beginning) and row["seat"] == 1]
         rows.sort(key=lambda row: row["name"])
     if (owner := query.get("owner")) is not None:
         rows = [row for row in rows if row["owner"] == owner]

@@ -37,18 +37,21 @@ class NewKey(msgspec.Struct, frozen=True, gc=False):
     labels: dict[str, str] | None = None
     data: bytes | None = None
     pace: Pace | None = None
+    seats: int | None = None
+    """How many may hold it at a time; None is 1."""
 
 
 class KeyPatch(msgspec.Struct, frozen=True, gc=False):
-    """What to change of a key's details: None leaves it as it is.
+    """What to change of a key's details, and how many seats it has.
 
-    An empty name, labels or data (`{}`), and False for the pace, remove it.
+    None leaves it as it is. An empty name, labels or data (`{}`), and False for the pace, remove it.
     """
 
     name: str | None = None
     labels: dict[str, str] | None = None
     data: bytes | None = None
     pace: Pace | Literal[False] | None = None
+    seats: int | None = None
 
 
 class Unblock(msgspec.Struct, frozen=True, gc=False):
@@ -88,17 +91,22 @@ IMPORT_STATUSES = ("created", "updated", "existed", "duplicate", "failed")
 class Imported(Answer, omit_defaults=True):
     """What an import did with an item, one of IMPORT_STATUSES.
 
-    `id` is of the key that has the secret now; a failed item has the `code` and `detail` of its error instead.
+    `id` is of the key that has the secret now, `ids` of all its seats; a failed item has the `code` and `detail` of its
+    error instead.
     """
 
     status: str
     id: int | None = None
     code: str | None = None
     detail: str | None = None
+    ids: list[int] | None = None
 
 
 class ImportedKey(Answer):
-    """An imported key; `existed` if the pool had its secret already, which changes nothing."""
+    """An imported key; `existed` if the pool had its secret already, which changes nothing.
+
+    `ids` are of all its seats, the first of which is `id`.
+    """
 
     id: int
     state: State
@@ -106,6 +114,7 @@ class ImportedKey(Answer):
     name: str | None
     expires_in: float | None
     existed: bool
+    ids: list[int]
 
 
 class Lease(Answer, omit_defaults=True):
@@ -176,7 +185,8 @@ class Row(Answer):
     `available_in` is null unless the key cools, `expires_in` if it never expires. `failures` are those in a row.
     `outcome` and `reason` are those of the latest report, null if there was none; while a key is quarantined, `reason`
     is the operator's if one gave it. `client` is the name of the token that holds the key, null unless it has one.
-    `name`, `labels` and `pace` are an operator's: `pace` is null unless the key has its own.
+    `name`, `labels` and `pace` are an operator's: `pace` is null unless the key has its own. `seat` is the number of
+    the key among the `seats` of its secret, from 1.
     """
 
     id: int
@@ -195,6 +205,8 @@ class Row(Answer):
     name: str | None = None
     labels: dict[str, str] = {}
     pace: Pace | None = None
+    seat: int = 1
+    seats: int = 1
 
 
 class Page(Answer):
@@ -403,12 +415,22 @@ class KeysAnswer(BatchAnswer):
     stale: list[str]
 
 
-class KeptAliveKeys(KeysAnswer, tag="keepalive"):
-    """How many keys a batch kept alive, which are unknown, and which were named by the handle of an older lease."""
+class KeptAliveKeys(KeysAnswer, tag="keepalive", omit_defaults=True):
+    """How many keys a batch kept alive, which are unknown, and which were named by the handle of an older lease.
+
+    `many_seats`, if there are any, are texts of several seats, which don't say which one is meant.
+    """
+
+    many_seats: list[str] = []
 
 
-class UnblockedKeys(KeysAnswer, tag="unblock"):
-    """How many items of a batch are done, which are unknown, and which have a later lease."""
+class UnblockedKeys(KeysAnswer, tag="unblock", omit_defaults=True):
+    """How many items of a batch are done, which are unknown, and which have a later lease.
+
+    `many_seats`, if there are any, are texts of several seats without a lease number, which don't say which is meant.
+    """
+
+    many_seats: list[str] = []
 
 
 class DeletedKeys(KeysAnswer, tag="delete"):

@@ -45,4 +45,4 @@ def with_text_from_elsewhere(details: Details, former: str | None) -> Details:
 
 def without_former(details: Details) -> Details:
     """Details at the end of the lease that was given with another text."""
-    return shared(msgspec.structs.replace(details, former=None))
+    return details if details.former is None else shared(msgspec.structs.replace(details, former=None))

@@ -5,6 +5,7 @@
     │   ├── UnknownKey               never generated, deleted or expired
     │   ├── NoKeyAvailable           carries `retry_after`, a hint in seconds
     │   ├── StaleLease               the key was served again since, or never with this number
+    │   ├── ManySeats                several hold the key at a time, and the caller doesn't say which it is
     │   ├── LeaseOver                the key's latest lease has ended, so it can't be extended
     │   ├── BlockLimit               an extension that would not move the end of the lease
     │   ├── Superseded               the same attempt was made again, and waits in place of this call
@@ -119,6 +120,19 @@ class StaleLease(PoolError):
         else:
             detail = f"lease {given} was never given for this key: its latest lease has a smaller number"
         super().__init__(detail)
+
+
+class ManySeats(PoolError):
+    """The key has several seats, and its text doesn't say which one is meant."""
+
+    code = "many-seats"
+    title = "Many seats"
+
+    def __init__(self, seats: int) -> None:
+        super().__init__(
+            f"this key has {seats} seats, each with a lease of its own: name yours by the handle that acquire gave, or "
+            "by the lease number beside the key"
+        )
 
 
 class LeaseOver(PoolError):

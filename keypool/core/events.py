@@ -6,7 +6,7 @@ journal and keeps the latest ones. Viewers get them as Events, which hold no key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from itertools import islice
 from typing import NamedTuple
@@ -33,10 +33,11 @@ class Change(StrEnum):
     REVEALED = "revealed"
     KEPT_ALIVE = "kept_alive"
     EXTENDED = "extended"
+    FOLLOWED = "followed"  # a seat moved with the others of its secret, of which one has the event
     NOTED = "noted"  # a report, an operator's wish or another name was recorded, and the state is as before
 
 
-SILENT = frozenset({Change.KEPT_ALIVE, Change.EXTENDED, Change.NOTED})
+SILENT = frozenset({Change.KEPT_ALIVE, Change.EXTENDED, Change.FOLLOWED, Change.NOTED})
 """The changes that are kept, but of which viewers get no event."""
 
 
@@ -57,6 +58,9 @@ class Origin(NamedTuple):
 
 HOLDER = Origin(By.HOLDER)
 DEADLINE = Origin(By.DEADLINE)
+
+Listener = Callable[[Change, Key, str | None, Origin], None]
+"""Called with each change of a key, the owner of its lease then, and what brought the change about."""
 
 Happened = tuple[Change, Key, str | None, int, float, Origin]
 """A change as the engine keeps it: its kind, the key, owner and latest lease at that moment, the moment, its origin."""

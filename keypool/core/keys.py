@@ -11,6 +11,7 @@ the server runs (engine/clock.py). No key text is ever logged: `hint` is what pe
 from __future__ import annotations
 
 import os
+from array import array
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
@@ -52,6 +53,9 @@ class State(StrEnum):
     QUARANTINED = "quarantined"
 
 
+MAX_SEATS = 100
+"""Holders that a secret may have at a time."""
+
 MAX_NAME = 63
 """Characters of a name."""
 MAX_OWNER = 200
@@ -79,8 +83,34 @@ NO_DETAILS = Details()
 """The details of a generated key about which nobody wrote anything."""
 
 
+class Group(msgspec.Struct, gc=False, eq=False):
+    """The seats of one secret: keys with the same text, each with a holder of its own. Its rules are in seats.py.
+
+    It refers to them by id, as references both ways would be a cycle that nothing frees.
+    """
+
+    # durable, with each of the seats
+    wanted: int
+    """How many seats there shall be: those above it go when their leases end."""
+    cools_until: float = 0.0
+    """The end of the secret's cooldown: no seat is available before it. Reports and its pace only move it on."""
+    paced_until: float = 0.0
+    """In place of that of the seats, whose own is 0: see Key."""
+    # in memory
+    ids: array[int] = msgspec.field(default_factory=lambda: array("q"))
+    """The seats, in order; the number of a seat is its place here."""
+    surplus: int = 0
+    """How many there are beyond those wanted."""
+    quarantined: int = 0
+    """How many of them are quarantined: all that are not held, or none."""
+    cooled: float = 0.0
+    """The `cools_until` whose beginning was reported as an event."""
+    ready: float = 0.0
+    """The `cools_until` whose end was."""
+
+
 class Key(msgspec.Struct, gc=False, eq=False):
-    """One key of the pool, changed by pool.py only. About 180 bytes; 250 with its text.
+    """One key of the pool, changed by pool.py only. About 190 bytes; 260 with its text.
 
     `gc=False`: the garbage collector doesn't track keys, so a collection doesn't visit them all.
     """
@@ -131,6 +161,8 @@ class Key(msgspec.Struct, gc=False, eq=False):
     """Place in the order by release_deadline; None unless blocked or cooling."""
     holder: Holder | None = None
     """Who holds the key, with all that they hold; None unless blocked."""
+    group: Group | None = None
+    """The seats of its secret, this key being one; None if it never had more than one."""
 
     @property
     def hint(self) -> str:

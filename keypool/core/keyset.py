@@ -6,6 +6,7 @@ O(log n) in the number of keys.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,7 +16,7 @@ from sortedcontainers import SortedList
 
 from keypool.core.details import without_former
 from keypool.core.index import AttemptIndex, BucketListener, DeadlineBucket, DeadlineIndex, IdIndex, Position
-from keypool.core.keys import NEVER, NO_DETAILS, Key, State
+from keypool.core.keys import NEVER, NO_DETAILS, Group, Key, State
 from keypool.core.owners import OwnerIndex
 from keypool.core.texts import HashedIndex, HintIndex, NameIndex, TextIndex, generated_with_hint
 
@@ -59,6 +60,8 @@ class KeySet:
         self._cooling = 0
         self._quarantined: SortedList[int] = SortedList()
         self._total = 0
+        self._further = 0  # seats beyond the first one of each secret
+        self._further_quarantined = 0
         self._by_id = IdIndex()
         self._by_text = TextIndex()  # of generated keys
         self._imported = HashedIndex()  # of the others, and of leased ones by the text before a replacement
@@ -96,6 +99,16 @@ class KeySet:
     def quarantined(self) -> int:
         """Keys that are quarantined, including expired ones likewise."""
         return len(self._quarantined)
+
+    @property
+    def secrets(self) -> int:
+        """Secrets, each of which may have several seats, that is, keys."""
+        return self._total - self._further
+
+    @property
+    def quarantined_secrets(self) -> int:
+        """Secrets that are quarantined, but for those whose seats are all held."""
+        return len(self._quarantined) - self._further_quarantined
 
     # -- reading
 
@@ -175,6 +188,8 @@ class KeySet:
         first: Key | None = None
         for keys in (sorted(generated, key=attrgetter("id")), imported):
             for key in keys:
+                if key is not None and key.group is not None:
+                    key = self._first_living(key.group, now)  # noqa: PLW2901
                 if key is not None and key.hint == hint and key.expires_deadline > now:
                     if first is None or key.id < first.id:
                         first = key
@@ -185,12 +200,13 @@ class KeySet:
 
     def _insert(self, key: Key) -> None:
         self._by_id.add(key)
-        if key.details is NO_DETAILS:
-            self._by_text.add(key)
-        else:
-            self._enter_texts(key)
-            if key.details.name is not None:
-                self._by_name.add(key)
+        if key.group is None or self._join(key, key.group):
+            if key.details is NO_DETAILS:
+                self._by_text.add(key)
+            else:
+                self._enter_texts(key)
+                if key.details.name is not None:
+                    self._by_name.add(key)
         if key.expires_deadline != NEVER:
             key.expiry_bucket = self._by_expiry.add(key, key.expires_deadline)
         self._total += 1
@@ -200,11 +216,51 @@ class KeySet:
         if key.expiry_bucket is not None:
             self._by_expiry.discard(key, key.expiry_bucket)
             key.expiry_bucket = None
-        self._leave_texts(key)
-        if key.details.name is not None:
-            self._by_name.discard(key)
+        if key.group is None or self._resign(key, key.group):
+            self._leave_texts(key)
+            if key.details.name is not None:
+                self._by_name.discard(key)
         self._by_id.discard(key)
         self._total -= 1
+
+    # Of the seats of a secret, the first one stands in the orders by text, name and hint.
+
+    def _seat(self, id: int) -> Key:
+        seat = self._by_id.get(id)
+        assert seat is not None  # a purged key leaves its group
+        return seat
+
+    def _first_living(self, group: Group, now: float) -> Key | None:
+        """The first seat that hasn't expired. O(seats)."""
+        return next((seat for seat in map(self._seat, group.ids) if seat.expires_deadline > now), None)
+
+    def _join(self, key: Key, group: Group) -> bool:
+        """Make a key the last seat of its secret. Returns whether it is the first one, too."""
+        group.ids.append(key.id)
+        group.surplus = len(group.ids) - group.wanted
+        if len(group.ids) == 1:
+            return True
+        self._further += 1
+        if key.details.former is not None:
+            self._imported.add(key.details.former, key)
+        return False
+
+    def _resign(self, key: Key, group: Group) -> bool:
+        """Undo `_join`, and let the next seat be found in place of the first one. Returns whether none is left."""
+        place = bisect_left(group.ids, key.id)
+        del group.ids[place]
+        group.surplus -= 1
+        if not group.ids:
+            return True
+        self._further -= 1
+        if place == 0:
+            heir = self._seat(group.ids[0])
+            self._leave_texts(key)
+            self._enter_texts(heir)
+            if key.details.name is not None:
+                self._by_name.discard(key)
+                self._by_name.add(heir)
+        return False
 
     def _enter_texts(self, key: Key) -> None:
         """Let a key be found by its text, by the one before if its lease goes on, and by the hint."""
@@ -227,11 +283,23 @@ class KeySet:
             self._imported.discard(key.details.former)
 
     def _end_former(self, key: Key) -> None:
-        """A key's text before a replacement names it no longer."""
-        assert key.details.former is not None
-        self._imported.discard(key.details.former)
-        self._remember(key.details.former, key)
-        key.details = without_former(key.details)
+        """A key's text before a replacement names it no longer. O(seats)."""
+        former = key.details.former
+        assert former is not None
+        details = without_former(key.details)
+        heir = None
+        for id in () if key.group is None else key.group.ids:
+            seat = self._seat(id)
+            if seat.details == details:
+                details = seat.details  # one object for all seats
+            elif seat is not key and seat.details.former == former:
+                heir = seat
+        if heir is not None:
+            self._imported.add(former, heir)
+        else:
+            self._imported.discard(former)
+            self._remember(former, key)
+        key.details = details
 
     def _remember(self, text: str, key: Key) -> None:
         """Remember whose text this was, and forget the oldest of such texts beyond `_MOST_PAST_TEXTS`."""
@@ -239,6 +307,19 @@ class KeySet:
         self._past[text] = key.id
         if len(self._past) > _MOST_PAST_TEXTS:
             del self._past[next(iter(self._past))]
+
+    def _enter_quarantine(self, key: Key) -> None:
+        key.state = _QUARANTINED
+        self._quarantined.add(key.id)
+        if key.group is not None:
+            self._further_quarantined += key.group.quarantined > 0
+            key.group.quarantined += 1
+
+    def _leave_quarantine(self, key: Key) -> None:
+        self._quarantined.remove(key.id)
+        if key.group is not None:
+            key.group.quarantined -= 1
+            self._further_quarantined -= key.group.quarantined > 0
 
     def _move_release(self, key: Key, deadline: float) -> None:
         """Move the end of a block or of a cooldown."""

@@ -19,6 +19,8 @@ release costs. Quarantined keys stand in an order of their own, by id. Acquire s
 A pace (pace.py) is charged by each acquire. Whether a key has budget is decided when it would become available: if not,
 it cools until it has.
 
+Several keys may be the seats of one secret (seats.py), and then share what concerns that, its pace included.
+
 Nothing here iterates over the whole set: with the structures of index.py every call is O(1) or O(log n) in the number
 of keys, except `check`, which is for tests and for the moment after a restore.
 """
@@ -34,7 +36,7 @@ import msgspec
 
 from keypool.core.answers import KeyPatch, NewKey
 from keypool.core.counters import Counters
-from keypool.core.details import details_of, patched, with_text_from_elsewhere
+from keypool.core.details import details_of, patched
 from keypool.core.errors import (
     BlockLimit,
     KeysWouldExpire,
@@ -45,10 +47,10 @@ from keypool.core.errors import (
     StaleLease,
     UnknownKey,
 )
-from keypool.core.events import DEADLINE, HOLDER, By, Change, Origin
+from keypool.core.events import DEADLINE, HOLDER, By, Change, Listener, Origin
 from keypool.core.history import How
 from keypool.core.index import BucketListener, Position
-from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Key, State
+from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Group, Key, State
 from keypool.core.keyset import KeyPage, PageQuery
 from keypool.core.outcomes import (
     NO_HISTORY,
@@ -62,7 +64,7 @@ from keypool.core.outcomes import (
 )
 from keypool.core.owners import HolderPage
 from keypool.core.rules import PoolRules
-from keypool.core.self_check import SelfCheck
+from keypool.core.seats import Seats
 
 MAX_DUE_PER_CALL = 64
 """At most so many due keys of each kind are processed by one call. The engine drains a larger backlog in slices."""
@@ -76,8 +78,6 @@ _ACQUIRED, _UNBLOCKED, _KEPT_ALIVE = Change.ACQUIRED, Change.UNBLOCKED, Change.K
 _OK, _INVALID = Outcome.OK, Outcome.INVALID
 
 _ALL_WELL = History(outcome=_OK)  # shared by the many keys with which nothing is wrong
-
-Listener = Callable[[Change, Key, str | None, Origin], None]
 
 
 class Clients(Protocol):
@@ -141,7 +141,7 @@ class Ended(NamedTuple):
 _CHANGED, _UNCHANGED = Ended(True), Ended(False)
 
 
-class Pool(SelfCheck):
+class Pool(Seats):
     """All keys, and the rules of what happens to them.
 
     `new_text` returns a random key text, `random` a float in [0, 1). `rules` may be replaced at any time: a changed
@@ -175,15 +175,16 @@ class Pool(SelfCheck):
     def find(self, text: str, now: float) -> Key:
         """The live key with this text, its deadlines applied. O(1). Raises UnknownKey.
 
-        A text that was replaced names its key until the lease ends that was given with it.
+        A text that was replaced names its key until the lease ends that was given with it. A text of several seats
+        names the first one, O(seats).
         """
         key = self._by_text.get(text)
         if key is None:
             key = self._imported.get(text)
-            if key is not None and key.text != text:
+            if key is not None and key.group is None and key.text != text:
                 self._live(key, now)  # which may end its lease
                 key = self._imported.get(text)
-        return self._live(key, now)
+        return self._live_seat(key, text, now)
 
     def find_id(self, id: int, now: float) -> Key:
         """The live key with this id, its deadlines applied. O(1). Raises UnknownKey."""
@@ -191,14 +192,20 @@ class Pool(SelfCheck):
 
     def find_name(self, name: str, now: float) -> Key:
         """The live key with this name, its deadlines applied. O(log n). Raises UnknownKey."""
-        return self._live(self._by_name.get(name), now)
+        return self._live_seat(self._by_name.get(name), None, now)
 
     def find_hint(self, hint: str, now: float) -> Key:
         """The first live key by id with this hint, its deadlines applied. O(log n). Raises UnknownKey.
 
         Examines at most `PAGE_SCAN_LIMIT` keys, of which more would have to have expired, or begin likewise.
         """
-        return self._live(self._first_with_hint(hint, now, PAGE_SCAN_LIMIT), now)
+        return self._live_seat(self._first_with_hint(hint, now, PAGE_SCAN_LIMIT), None, now)
+
+    def _live_seat(self, key: Key | None, text: str | None, now: float) -> Key:
+        """The live key, its deadlines applied; of several seats the first one, which a `text` must name."""
+        if key is not None and key.group is not None:
+            key = self._named(key.group, text, now)
+        return self._live(key, now)
 
     def _live(self, key: Key | None, now: float) -> Key:
         if key is None:
@@ -207,7 +214,12 @@ class Pool(SelfCheck):
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
             raise UnknownKey
-        self._catch_up(key, now)
+        if key.release_deadline is not None and key.release_deadline <= now:
+            if key.group is not None and key.group.surplus > 0:
+                self._settled(key.group, now)
+            self._catch_up(key, now)
+            if key.expires_deadline == DEAD:  # a seat that was to go when its lease ended
+                raise UnknownKey
         return key
 
     def leases_of(self, attempt: bytes, now: float) -> list[Key]:
@@ -231,7 +243,8 @@ class Pool(SelfCheck):
             return _QUARANTINED
         if key.state is not _BLOCKED:
             return _AVAILABLE
-        ready = max(deadline + self.rules.rest_seconds, self._has_budget_at(key))
+        limit = self._has_budget_at(key) if key.group is None else key.group.cools_until
+        ready = max(deadline + self.rules.rest_seconds, limit)
         return _COOLING if ready > now else _AVAILABLE
 
     def failures_of(self, key: Key, now: float) -> int:
@@ -258,38 +271,52 @@ class Pool(SelfCheck):
             raise KeysWouldExpire(seconds)
 
     def import_key(self, item: NewKey, now: float, origin: Origin, reserved: int = 0) -> Key:
-        """Add a key from elsewhere, available at once, whose text `find` hasn't found. O(log n).
+        """Add a key from elsewhere, available at once, whose text `find` hasn't found. O(seats · log n).
 
-        `reserved` is the room that others need. Raises NameTaken, PoolFull.
+        Returns the first of its seats. `reserved` is the room that others need. Raises NameTaken, PoolFull.
         """
         if item.name:
             self._require_name(item.name, now)
-        self.require_room(reserved + 1, now)
+        seats = item.seats or 1
+        self.require_room(reserved + seats, now)
         self._give_up_former(item.secret, origin)
+        group = None if seats == 1 else Group(seats)
         self.last_id += 1
-        key = Key(self.last_id, item.secret, now, self._expiry(now), details=details_of(item))
+        key = Key(self.last_id, item.secret, now, self._expiry(now), details=details_of(item), group=group)
         self._insert(key)
         self._give_slot(key)
         self.counters.imported += 1
         self.on_change(Change.IMPORTED, key, None, origin)
+        if group is not None:
+            for _ in range(seats - 1):
+                self._add_seat(key, group, now, origin)
         return key
 
-    def update(self, key: Key, patch: KeyPatch, now: float, origin: Origin) -> None:
-        """Change name, labels, data or pace of a live key. O(log n). Raises NameTaken.
+    def update(self, key: Key, patch: KeyPatch, now: float, origin: Origin, reserved: int = 0) -> Key:
+        """Change name, labels, data, pace or the number of seats of a live key. O(seats · log n).
 
-        Another pace is what later uses are charged by.
+        Another pace is what later uses are charged by. Returns the key, or the first seat if the key was one of those
+        that went. `reserved` is the room that others need. Raises NameTaken, PoolFull.
         """
         details = patched(key.details, patch)
+        if details.name is not None and details.name != key.details.name:
+            self._require_name(details.name, now)
+        if patch.seats is not None:
+            seats = 1 if key.group is None else len(self._settled(key.group, now))
+            if patch.seats > seats:
+                self.require_room(reserved + patch.seats - seats, now)
+        first = self.seats_of(key)[0]
         if details.name != key.details.name:
-            if details.name is not None:
-                self._require_name(details.name, now)
             if key.details.name is not None:
-                self._by_name.discard(key)
-            key.details = details
+                self._by_name.discard(first)
+            first.details = msgspec.structs.replace(first.details, name=details.name)
             if details.name is not None:
-                self._by_name.add(key)
+                self._by_name.add(first)
         key.details = details
         self.on_change(Change.NOTED, key, key.owner, origin)
+        if key.group is not None:
+            self._share_details(key, key.group, origin)
+        return key if patch.seats is None else self._set_seats(key, patch.seats, now, origin)
 
     def replace(self, key: Key, secret: str, now: float, origin: Origin) -> None:
         """Give a live key another text, which `find` hasn't found for another key. O(log n). Raises SecretExists.
@@ -298,19 +325,14 @@ class Pool(SelfCheck):
         budget. A lease goes on, and the text with which it was given names the key until it ends.
         """
         other = self._unless_expired(self._by_text.get(secret) or self._imported.get(secret), now)
-        if other is not None and other is not key and other.text == secret:
+        if other is not None and secret == other.text != key.text:
             raise SecretExists(other.id)
         if secret != key.text:
-            first = key.details.former or key.text
-            former = first if key.state is _BLOCKED and first != secret else None
-            self._leave_texts(key)
-            self._give_up_former(secret, origin)
-            if key.text != former:
-                self._remember(key.text, key)
-            key.text = secret
-            key.paced_until = 0.0
-            key.details = with_text_from_elsewhere(key.details, former)
-            self._enter_texts(key)
+            self._change_text(self.seats_of(key), secret, origin)
+            if key.group is None:
+                key.paced_until = 0.0
+            else:
+                key.group.paced_until = 0.0
         self.restore(key, now, origin)
 
     def _require_name(self, name: str, now: float) -> None:
@@ -320,11 +342,16 @@ class Pool(SelfCheck):
             raise NameTaken(holder.id)
 
     def _unless_expired(self, key: Key | None, now: float) -> Key | None:
-        """The key; None if it has expired, and is purged now, which waits while expiry is suspended."""
-        if key is not None and key.expires_deadline <= min(now, self._purge_until):
-            self._purge(key, Change.EXPIRED)
-            return None
-        return key
+        """The key; None if it has expired, and is purged now, which waits while expiry is suspended.
+
+        Of several seats, the first one that hasn't.
+        """
+        if key is None or key.expires_deadline > min(now, self._purge_until):
+            return key
+        if key.group is not None:
+            return next(iter(self._settled(key.group, now)), None)
+        self._purge(key, Change.EXPIRED)
+        return None
 
     def _expiry(self, now: float) -> float:
         """The `expires_deadline` of a key that is kept alive now."""
@@ -368,8 +395,6 @@ class Pool(SelfCheck):
                 key.state = _BLOCKED
                 key.reported = False
                 key.acquired_at = now
-                if (pace := key.details.pace or rules.pace) is not None:
-                    key.paced_until = max(key.paced_until, now) + pace.seconds / pace.count
                 if client is not None:
                     key.client = client
                     self._clients.begun(self, key)
@@ -382,6 +407,11 @@ class Pool(SelfCheck):
                 self._owners.begin(key, owner, client)
                 self.counters.acquired += 1
                 self.on_change(_ACQUIRED, key, owner, HOLDER)
+                if (pace := key.details.pace or rules.pace) is not None:
+                    if key.group is None:
+                        key.paced_until = max(key.paced_until, now) + pace.seconds / pace.count
+                    else:
+                        self._charge_seat(key, key.group, pace, now)
                 return key
             if key.expires_deadline <= self._purge_until:
                 self._purge(key, Change.EXPIRED)
@@ -409,21 +439,28 @@ class Pool(SelfCheck):
         """
         if lease is not None:
             _require_latest(key, lease)
-        blocked = key.state is _BLOCKED
+        blocked, group = key.state is _BLOCKED, key.group
         if report is None:
             if blocked:
-                if uses > 1:
-                    self._charge(key, uses - 1, now)
+                charged = uses > 1 and self._charge(key, uses - 1, now)
                 self._free(key, _UNBLOCKED, now, origin)
+                if charged and group is not None:
+                    self._follow(key, group, key.history, now, origin, leaving=False)
             return _CHANGED if blocked else _UNCHANGED
         if key.reported:
             return _UNCHANGED
         key.reported = True
         charged = uses > 1 and self._charge(key, uses - 1, now)
         history = key.history
-        if report is OK_REPORT and blocked and (history is _ALL_WELL or history is NO_HISTORY):
+        if (
+            report is OK_REPORT
+            and blocked
+            and (history is _ALL_WELL or (history is NO_HISTORY and group is None))
+        ):
             key.history = _ALL_WELL
             self._free(key, _UNBLOCKED, now, origin, report=report)
+            if charged and group is not None:
+                self._follow(key, group, history, now, origin, leaving=False)
             return _CHANGED
         return Ended(True, self._conclude(key, report, now, origin, charged))
 
@@ -436,7 +473,9 @@ class Pool(SelfCheck):
         if invalid:
             self.process_due(now)  # the guard doesn't count keys that have expired
         leaving = key.quarantine_pending or key.state is _QUARANTINED
-        quarantine = invalid and (leaving or may_quarantine(len(self._quarantined), self._total, self.rules))
+        quarantine = invalid and (
+            leaving or may_quarantine(self.quarantined_secrets, self.secrets, self.rules)
+        )
         failures, failed_at = self.failures_of(key, now), key.history.failed_at
         cooldown = 0.0
         if report.outcome is _OK:
@@ -444,37 +483,47 @@ class Pool(SelfCheck):
         elif not quarantine:
             failures, failed_at = failures + 1, now
             cooldown = cooldown_of(report, failures, self.rules)
-        if key.history in (NO_HISTORY, _ALL_WELL) and report == OK_REPORT:
-            key.history = _ALL_WELL
-        else:
-            key.history = msgspec.structs.replace(
-                key.history,
-                failures=failures,
-                failed_at=failed_at,
-                outcome=report.outcome,
-                reason=report.reason,
-            )
+        history, group = key.history, key.group
+        if group is not None and cooldown and not leaving:
+            self._cool_all(group, now + cooldown, now)
+        key.history = _after(key.history, report, failures, failed_at)
         if key.state is _BLOCKED:
             key.quarantine_pending = key.quarantine_pending or quarantine
             self._free(key, _UNBLOCKED, now, origin, cool_until=now + cooldown, report=report)
-            return invalid and not quarantine
+        else:
+            self._report_late(key, report, now + cooldown, now, origin, leaves=quarantine, charged=charged)
+        if group is not None:
+            self._follow(key, group, history, now, origin, leaving=quarantine or leaving)
+        return invalid and not quarantine
+
+    def _report_late(
+        self,
+        key: Key,
+        report: Report,
+        until: float,
+        now: float,
+        origin: Origin,
+        *,
+        leaves: bool,
+        charged: bool,
+    ) -> None:
+        """Apply a report about a key that nobody holds any more, which `leaves` for quarantine or cools until then."""
         if self.rules.history_leases:
             self._recorder.late_report(key, report)
-        if quarantine and key.state is not _QUARANTINED:
+        if leaves and key.state is not _QUARANTINED:
             self._leave(key)
             self._quarantine(key, None, origin)
         elif key.state is _QUARANTINED:
             self.on_change(Change.NOTED, key, None, origin)
         else:
-            self._cool_longer(key, now + cooldown, now, origin, charged)
-        return invalid and not quarantine
+            self._cool_longer(key, until, now, origin, charged)
 
     def _cool_longer(self, key: Key, until: float, now: float, origin: Origin, charged: bool) -> None:
         """Let an available or cooling key cool at least `until` then, and if it was `charged` until it has budget."""
         ends = key.release_deadline or now
         until = max(until, ends)
         if charged:
-            until = self._with_budget(key, until)
+            until = self._with_budget(key, until) if key.group is None else max(until, key.group.cools_until)
         if until > ends and key.state is _AVAILABLE:
             self._leave(key)
             self._cool(key, until, None, origin)
@@ -504,11 +553,23 @@ class Pool(SelfCheck):
         key.extended += 1
         self.on_change(Change.EXTENDED, key, key.owner, HOLDER)
 
-    def quarantine(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> None:
-        """Take a live key out of service until `restore`. O(log n).
+    def quarantine(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> Key:
+        """Take a live key out of service until `restore`. O(seats · log n).
 
-        A blocked key goes when its lease ends, or `at_once`: then its holder can't report any more.
+        A blocked key goes when its lease ends, or `at_once`: then its holder can't report any more. Returns the key, or
+        another seat if the key was to go when its lease ended.
         """
+        if (group := key.group) is None:
+            self._take_out(key, reason, at_once, now, origin)
+            return key
+        others = self._others(key, group, now)
+        for seat in (key, *others):
+            self._take_out(seat, reason, at_once, now, origin)
+        for seat in others:
+            seat.history = key.history
+        return key if key.group is not None else self._seat(group.ids[0])
+
+    def _take_out(self, key: Key, reason: str | None, at_once: bool, now: float, origin: Origin) -> None:
         if reason is not None:
             key.history = msgspec.structs.replace(key.history, operator_reason=reason)
         key.reported = key.reported or at_once
@@ -525,24 +586,34 @@ class Pool(SelfCheck):
             self._quarantine(key, None, origin)
 
     def restore(self, key: Key, now: float, origin: Origin) -> None:
-        """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports. O(log n).
+        """Make a cooling or quarantined key available, call off a quarantine to come, and forget reports.
 
-        A key without budget cools until it has.
+        A key without budget cools until it has. O(seats · log n).
         """
-        key.history = NO_HISTORY
-        key.quarantine_pending = False
-        if key.state in (_COOLING, _QUARANTINED):
-            self._leave(key)
-            self.counters.restored += 1
-            until = self._with_budget(key, now)
-            if until > now:
-                self.on_change(Change.RESTORED, key, None, origin)
-                self._cool(key, until, None, origin)
-            else:
-                self._give_slot(key)
-                self.on_change(Change.RESTORED, key, None, origin)
+        group = key.group
+        seats = [key]
+        if group is not None:
+            seats += self._others(key, group, now)
+            group.cools_until = group.cooled = 0.0
+        out = [seat for seat in seats if seat.state in (_COOLING, _QUARANTINED)]
+        for seat in seats:
+            seat.history = NO_HISTORY
+            seat.quarantine_pending = False
+        for seat in out:
+            self._leave(seat)
+        self.counters.restored += bool(out)
+        if group is not None:
+            self._keep_pace(group, key.details.pace or self.rules.pace, now)
+            until = group.cools_until
         else:
-            self.on_change(Change.NOTED, key, key.owner, origin)
+            until = self._with_budget(key, now) if out else now
+        for seat in out if until <= now else ():
+            self._give_slot(seat)
+        self.on_change(Change.RESTORED if out else Change.NOTED, key, key.owner, origin)
+        for seat in out if until > now else ():
+            self._cool(seat, until, None, origin)
+        for seat in seats[1:]:
+            self.on_change(Change.FOLLOWED, seat, seat.owner, origin)
 
     def keepalive(self, key: Key, now: float) -> None:
         """Set a live key's `expires_deadline` to `now + keepalive_seconds`, or to NEVER if that is None. O(1)."""
@@ -558,8 +629,14 @@ class Pool(SelfCheck):
         self.counters.kept_alive += 1
         self.on_change(_KEPT_ALIVE, key, key.owner, HOLDER)
 
-    def delete(self, key: Key, origin: Origin = HOLDER) -> None:
-        """Purge a live key. O(log n)."""
+    def delete(self, key: Key, origin: Origin = HOLDER, now: float = 0.0) -> None:
+        """Purge a live key with all its seats, whose leases may have ended by `now`. O(seats · log n)."""
+        seats = [key] if key.group is None else self._settled(key.group, now)
+        for seat in reversed(seats):
+            self._purge(seat, Change.DELETED, origin)
+
+    def delete_seat(self, key: Key, origin: Origin) -> None:
+        """Purge a live key, and none of the others with the same text. O(log n)."""
         self._purge(key, Change.DELETED, origin)
 
     # -- deadlines
@@ -673,18 +750,21 @@ class Pool(SelfCheck):
             if key.expires_deadline > now and (query.state is None or self.state_of(key, now) is query.state):
                 page.keys.append(key)
         for key in page.keys:
-            self._live(key, now)
+            self._catch_up(key, now)
+        page.keys = [key for key in page.keys if key.expires_deadline != DEAD]
         return page
 
     # -- changes of state
 
     def load(self, key: Key) -> None:
         """Add a key from a journal, without counting or reporting it. Ids must ascend. O(log n)."""
+        if key.group is not None:
+            self._load_seat(key, key.group)
         self._insert(key)
         if key.state is _AVAILABLE:
             self._give_slot(key)
         elif key.state is _QUARANTINED:
-            self._quarantined.add(key.id)
+            self._enter_quarantine(key)
         else:
             assert key.release_deadline is not None  # a journal holds no other key
             key.release_bucket = self._by_release.add(key, key.release_deadline)
@@ -698,8 +778,9 @@ class Pool(SelfCheck):
 
     def _give_up_former(self, text: str, origin: Origin) -> None:
         """A text that becomes a key's own names no other one, even if that is still leased under it."""
-        key = self._imported.get(text)
-        if key is not None:
+        while (
+            key := self._imported.get(text)
+        ) is not None:  # one after the other, if it is leased by several
             self._end_former(key)
             self.on_change(Change.NOTED, key, key.owner, origin)
 
@@ -712,9 +793,11 @@ class Pool(SelfCheck):
                 # The lease may be followed by a rest, which may be over as well.
                 self._free(key, Change.RELEASED, key.release_deadline, DEADLINE)
             else:
+                group, deadline = key.group, key.release_deadline
                 self._leave(key)
                 self._give_slot(key)
-                self.on_change(Change.READY, key, None, DEADLINE)
+                first = group is None or self._is_first_ready(group, deadline)
+                self.on_change(Change.READY if first else Change.FOLLOWED, key, None, DEADLINE)
 
     def _free(
         self,
@@ -738,7 +821,15 @@ class Pool(SelfCheck):
             self.counters.released += 1
         if self.rules.rest_seconds:
             cool_until = max(cool_until, now + self.rules.rest_seconds)
-        if key.paced_until > now and not key.quarantine_pending:  # otherwise it has its full budget
+        if (group := key.group) is not None:  # its pace is part of its cooldown
+            cool_until = max(cool_until, group.cools_until)
+            if group.surplus > 0:
+                key.quarantine_pending = False
+                self._give_slot(key)
+                self.on_change(change, key, owner, origin)
+                self._purge(key, Change.DELETED, origin)
+                return
+        elif key.paced_until > now and not key.quarantine_pending:  # otherwise it has its full budget
             cool_until = self._with_budget(key, max(cool_until, now))
         if key.quarantine_pending:
             key.quarantine_pending = False
@@ -756,11 +847,15 @@ class Pool(SelfCheck):
         pace = key.details.pace or self.rules.pace
         if pace is None:
             return False
-        key.paced_until = pace.charged(key.paced_until, uses, now)
+        if (group := key.group) is None:
+            key.paced_until = pace.charged(key.paced_until, uses, now)
+        else:
+            group.paced_until = pace.charged(group.paced_until, uses, now)
+            self._keep_pace(group, pace, now)
         return True
 
     def _has_budget_at(self, key: Key) -> float:
-        """The moment from which a key that is not held has budget."""
+        """The moment from which a key without other seats, which is not held, has budget."""
         pace = key.details.pace or self.rules.pace
         return 0.0 if pace is None else key.paced_until - pace.tolerance
 
@@ -777,14 +872,19 @@ class Pool(SelfCheck):
         key.release_deadline = until
         key.release_bucket = self._by_release.add(key, until)
         self._cooling += 1
-        self.counters.cooled += 1
-        self.on_change(Change.COOLED, key, owner, origin)
+        if key.group is None or self._begins(key.group, until):
+            self.counters.cooled += 1
+            self.on_change(Change.COOLED, key, owner, origin)
+        else:
+            self.on_change(Change.FOLLOWED, key, owner, origin)
 
     def _quarantine(self, key: Key, owner: str | None, origin: Origin) -> None:
-        key.state = _QUARANTINED
-        self._quarantined.add(key.id)
-        self.counters.quarantines += 1
-        self.on_change(Change.QUARANTINED, key, owner, origin)
+        self._enter_quarantine(key)
+        if key.group is None or key.group.quarantined == 1:
+            self.counters.quarantines += 1
+            self.on_change(Change.QUARANTINED, key, owner, origin)
+        else:
+            self.on_change(Change.FOLLOWED, key, owner, origin)
 
     def _purge(self, key: Key, change: Change, origin: Origin = DEADLINE) -> None:
         if key.state is _BLOCKED and self.rules.history_leases:
@@ -793,6 +893,10 @@ class Pool(SelfCheck):
         key.quarantine_pending = False
         self._remove(key)
         key.expires_deadline = DEAD
+        if (group := key.group) is not None:
+            key.group = None
+            if group.paced_until and group.ids:  # may be kept with this seat only
+                self.on_change(Change.FOLLOWED, self._seat(group.ids[0]), None, origin)
         if change is Change.DELETED:
             self.counters.deleted += 1
         else:
@@ -815,7 +919,7 @@ class Pool(SelfCheck):
             self._take_slot(key)
             return None
         if key.state is _QUARANTINED:
-            self._quarantined.remove(key.id)
+            self._leave_quarantine(key)
             return None
         assert key.release_bucket is not None
         self._by_release.discard(key, key.release_bucket)
@@ -848,3 +952,12 @@ def _require_latest(key: Key, lease: int) -> None:
     """Raise StaleLease unless this is the number of the key's latest lease."""
     if lease != key.lease or not lease:  # 0: never served, so never given
         raise StaleLease(lease, key.lease or None)
+
+
+def _after(history: History, report: Report, failures: int, failed_at: float) -> History:
+    """A key's history after a report, which made its failures in a row so many."""
+    if history in (NO_HISTORY, _ALL_WELL) and report == OK_REPORT:
+        return _ALL_WELL
+    return msgspec.structs.replace(
+        history, failures=failures, failed_at=failed_at, outcome=report.outcome, reason=report.reason
+    )

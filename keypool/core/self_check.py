@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from keypool.core.keys import DEAD, NEVER, Key, State
+from keypool.core.details import without_former
+from keypool.core.keys import DEAD, NEVER, Group, Key, State
 from keypool.core.keyset import KeySet
 
 _AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
@@ -29,7 +30,7 @@ class SelfCheck(KeySet):
         """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
         yield from self._owners.settle()
         counts = dict.fromkeys(State, 0)
-        total = last = attempts = imported = formers = named = expiring = 0
+        total = last = attempts = imported = formers = named = expiring = further = 0
         for key in self._by_id.walk(None):
             if key.id <= last:
                 raise ValueError("the walk by id is out of order or returns a key twice")
@@ -38,13 +39,15 @@ class SelfCheck(KeySet):
             total += 1
             counts[key.state] += 1
             attempts += key.attempt is not None
-            imported += key.details.imported
-            formers += key.details.former is not None
-            named += key.details.name is not None
+            first = key.group is None or key.group.ids[0] == key.id
+            further += not first
+            imported += first and key.details.imported
+            formers += key.details.former is not None and self._imported.get(key.details.former) is key
+            named += first and key.details.name is not None
             expiring += key.expires_deadline != NEVER
             if total % size == 0:
                 yield
-        found = (total, len(self._by_text) + len(self._imported) - formers, *counts.values())
+        found = (total, further + len(self._by_text) + len(self._imported) - formers, *counts.values())
         expected = (
             self._total,
             self._total,
@@ -55,6 +58,8 @@ class SelfCheck(KeySet):
         )
         if found != expected:
             raise ValueError(f"by id, by text and by state there are {found} keys instead of {expected}")
+        if further != self._further:
+            raise ValueError(f"{further} keys are further seats of their secrets, not {self._further}")
         indexed = (len(self._imported), len(self._by_hint), len(self._by_name))
         if indexed != (imported + formers, imported, named):
             raise ValueError(
@@ -70,7 +75,10 @@ class SelfCheck(KeySet):
         if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
             last = (self.last_id, self.last_lease)
             raise ValueError(f"{key!r}: id or lease {key.lease} is beyond the last given, {last}")
-        self._check_details(key)
+        if key.group is None:
+            self._check_details(key, key)
+        else:
+            self._check_seat(key, key.group)
         if key.expires_deadline == DEAD:
             raise ValueError(f"{key!r} was purged but is still found by id")
         if key.expires_deadline != NEVER:
@@ -89,17 +97,42 @@ class SelfCheck(KeySet):
         if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
             raise ValueError(f"{key!r} is not found by its attempt")
 
-    def _check_details(self, key: Key) -> None:
-        """Raise ValueError unless the key is found by its texts, its hint and its name, and by them alone."""
+    def _check_details(self, key: Key, first: Key) -> None:
+        """Raise ValueError unless the key, the `first` of its seats, is found by its texts, its hint and its name."""
         details = key.details
-        if (self._imported if details.imported else self._by_text).get(key.text) is not key:
+        if (self._imported if details.imported else self._by_text).get(key.text) is not first:
             raise ValueError(f"{key!r} is not found by its text")
-        if details.imported and not self._by_hint.holds(key):
+        if details.imported and not self._by_hint.holds(first):
             raise ValueError(f"{key!r} is not found by its hint")
-        if details.former is not None and self._imported.get(details.former) is not key:
-            raise ValueError(f"{key!r} is not found by the text of its lease")
-        if details.name is not None and self._by_name.get(details.name) is not key:
+        if details.former is not None:
+            found = self._imported.get(details.former)
+            if found is not key and (found is None or key.group is None or found.group is not key.group):
+                raise ValueError(f"{key!r} is not found by the text of its lease")
+        if details.name is not None and self._by_name.get(details.name) is not first:
             raise ValueError(f"{key!r} is not found by its name")
+
+    def _check_seat(self, key: Key, group: Group) -> None:
+        """Raise ValueError unless the key is one of the seats of its group, and is where they are."""
+        first = self._by_id.get(group.ids[0])
+        if first is None or key.id not in group.ids or first.group is not group:
+            raise ValueError(f"{key!r} is not among its seats")
+        self._check_details(key, first)
+        if key.text != first.text or without_former(key.details) != without_former(first.details):
+            raise ValueError(f"{key!r} has another text or other details than the seat {first!r}")
+        if key.history != first.history:
+            raise ValueError(f"{key!r} has another history than the seat {first!r}")
+        if key.paced_until:
+            raise ValueError(f"{key!r} has a pace of its own beside that of its secret")
+        if group.surplus != len(group.ids) - group.wanted or (
+            group.surplus > 0 and key.state is not _BLOCKED
+        ):
+            raise ValueError(f"{key!r} is {key.state}, although there are too many seats")
+        if _leaves(key) != _leaves(first):
+            raise ValueError(f"{key!r} and the seat {first!r} are not both quarantined")
+        if key is first:
+            states = [seat.state for seat in map(self._by_id.get, group.ids) if seat is not None]
+            if states.count(_QUARANTINED) != group.quarantined:
+                raise ValueError(f"{key!r} has {group.quarantined} quarantined seats, by its own count")
 
     def _check_place(self, key: Key) -> None:
         """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
@@ -117,3 +150,7 @@ class SelfCheck(KeySet):
             )
         if (key.id in self._quarantined) != (state is _QUARANTINED):
             raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")
+
+
+def _leaves(key: Key) -> bool:
+    return key.state is _QUARANTINED or key.quarantine_pending

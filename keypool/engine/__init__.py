@@ -121,13 +121,18 @@ class Engine(Protocol):
     ) -> list[Imported]:
         """Add keys from elsewhere, one by one, but all or none of the new ones if the pool gets full. O(k log n).
 
-        With `update`, a key that the pool has gets the item's name, labels, data and pace. An item that is a result
-        already, a failed one, is passed through in its place. Raises KeysWouldExpire, PoolFull, SecretsKeyRequired.
+        With `update`, a key that the pool has gets the item's name, labels, data, pace and seats. An item that is a
+        result already, a failed one, is passed through in its place.
+
+        Raises KeysWouldExpire, PoolFull, SecretsKeyRequired.
         """
         ...
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
-        """Change name, labels, data or pace of a key. O(log n). Raises UnknownKey, StaleLease, NameTaken."""
+        """Change name, labels, data, pace or the number of seats of a key. O(seats · log n).
+
+        Raises UnknownKey, StaleLease, NameTaken, PoolFull, PoolDraining.
+        """
         ...
 
     async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
@@ -197,6 +202,7 @@ class Engine(Protocol):
     ) -> Unblocked:
         """Make a key available again, or what its holder's `report` asks for. O(log n). Raises UnknownKey, StaleLease.
 
+        A text of several seats stands for the one with this lease; without a lease number, ManySeats is raised.
         If the key has a pace and the call changes anything, it is charged for so many `uses` in all. If `lease` is None
         and the call ends a lease, that lease is added to `ended` as soon as the change is made, even if the call then
         raises StorageUnavailable. A `report` needs a lease number, which with a Handle is its own.
@@ -366,6 +372,10 @@ class Engine(Protocol):
 
     def measures(self) -> Mapping[str, float | Mapping[str, float]]:
         """Further metrics (ops/metrics.py) by full name; with a label, one value for each of its values. O(1)."""
+        ...
+
+    def secrets(self) -> int:
+        """How many different texts the keys have, of which seats share one. O(1), O(partitions) over Valkey."""
         ...
 
     def oldest_wait(self) -> float:

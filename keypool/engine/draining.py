@@ -48,7 +48,7 @@ class Drain:
     def step(self) -> bool:
         """Purge for one slice. Returns whether there is more to do at present."""
         until = self.engine.now() + _SLICE_SECONDS
-        delete = self.engine.pool.delete
+        delete = self.engine.pool.delete_seat
         while keys := self._next():
             for key in keys:
                 if key.expires_deadline != DEAD and (self.at_once or key.state is not _BLOCKED):

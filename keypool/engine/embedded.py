@@ -28,9 +28,9 @@ from keypool.core.answers import (
 )
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import HistoryQuery, ListQuery, next_of, number_after, order_of, page_query
-from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining, UnknownKey
+from keypool.core.errors import Draining, NoKeyAvailable, PoolDraining, PoolError, UnknownKey
 from keypool.core.events import HOLDER, Event, Origin, latest
-from keypool.core.keys import State
+from keypool.core.keys import Key, State
 from keypool.core.outcomes import Report
 from keypool.core.rules import PoolRules
 from keypool.engine import NOTE, Attempt, Client, Timed
@@ -189,6 +189,8 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
+        if key.group is not None:
+            key = await self._kept_seat(key, ref, lease, now)
         try:
             answer = self._unblock(key, lease, now, ended=ended, report=report, origin=origin, uses=uses)
         finally:
@@ -211,6 +213,8 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
                 lambda key: self._unblock(
                     key, item.lease, now, ended=ended, report=item.report, origin=by, uses=item.uses
                 ),
+                of_seat=True,
+                lease=item.lease,
             )
 
         return await self._in_slices(items, unblock)
@@ -220,6 +224,8 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
+        if key.group is not None:
+            key = await self._kept_seat(key, ref, lease, now)
         try:
             self.pool.extend(key, lease, seconds, now)
             assert key.release_deadline is not None  # it is blocked
@@ -238,7 +244,11 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
 
         def extend(item: Extension, now: float) -> str:
             return self._tried(
-                item.ref, now, lambda key: self.pool.extend(key, item.lease, item.seconds, now)
+                item.ref,
+                now,
+                lambda key: self.pool.extend(key, item.lease, item.seconds, now),
+                of_seat=True,
+                lease=item.lease,
             )
 
         return await self._in_slices(items, extend)
@@ -248,6 +258,8 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
+        if key.group is not None:
+            key = await self._kept_seat(key, ref, None, now)
         self.pool.keepalive(key, now)
         answer = KeptAlive(key.id, expires_in(key, now))
         if self._waiters.waiting:
@@ -261,7 +273,7 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         """Postpone the expiry of keys, one by one. O(items · log n)."""
 
         def keepalive(ref: Ref, now: float) -> str:
-            return self._tried(ref, now, lambda key: self.pool.keepalive(key, now))
+            return self._tried(ref, now, lambda key: self.pool.keepalive(key, now), of_seat=True)
 
         return await self._in_slices(refs, keepalive)
 
@@ -275,7 +287,7 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         asked = page_query(query)
         found = self.pool.page(asked, now)
         cursor = next_of(order_of(asked), found.next)
-        page = Page([row_of(key, now, self.pool.rules) for key in found.keys], cursor)
+        page = Page([row_of(key, now, self.pool) for key in found.keys], cursor)
         self._waiters.serve(now)  # with blocks that were found overdue
         return page
 
@@ -352,6 +364,10 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
             raise Draining
         self.journal.require()
 
+    def secrets(self) -> int:
+        """How many different texts the keys have, of which seats share one. O(1)."""
+        return self.pool.secrets
+
     def oldest_wait(self) -> float:
         """Seconds that the first in the queue has waited, 0 if the queue is empty. O(1)."""
         return self._waiters.oldest_wait()
@@ -420,6 +436,14 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         return len(self._waiters.queue)
 
     # -- steps of the calls
+
+    async def _kept_seat(self, key: Key, ref: Ref, lease: int | None, now: float) -> Key:
+        """The seat that is meant (`_seat`). An error is raised as soon as what it says is on disk."""
+        try:
+            return self._seat(key, ref, lease, now)
+        except PoolError:
+            await self._all_kept()
+            raise
 
     def _generate(self, now: float, origin: Origin) -> GeneratedKey:
         key = self.pool.generate(now, origin)

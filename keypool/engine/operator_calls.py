@@ -31,11 +31,19 @@ class OperatorCalls(Steps):
         try:
             key = self._known(item.secret, now)
             if key is None:
-                now = await self._make_room(1)
+                now = await self._make_room(item.seats or 1)
                 key = self._known(item.secret, now)
             existed = key is not None
             key = key or self.pool.import_key(item, now, origin, self._reserved)
-            answer = ImportedKey(key.id, key.state, key.hint, key.details.name, expires_in(key, now), existed)
+            answer = ImportedKey(
+                key.id,
+                key.state,
+                key.hint,
+                key.details.name,
+                expires_in(key, now),
+                existed,
+                self.pool.ids_of(key, now),
+            )
         finally:
             self._waiters.serve(now)
             await self._all_kept()
@@ -48,7 +56,7 @@ class OperatorCalls(Steps):
         """Add keys from elsewhere, one by one; none if the pool has no room for all that are new. O(items · log n)."""
         self._require_importing(expire)
         reserved = await self._reserve(items)
-        seen: dict[str, int] = {}
+        seen: dict[str, list[int]] = {}
 
         def add(item: NewKey | Imported, now: float) -> Imported:
             nonlocal reserved
@@ -56,22 +64,23 @@ class OperatorCalls(Steps):
             if isinstance(item, Imported):
                 return item
             if item.secret in seen:
-                return Imported("duplicate", seen[item.secret])
+                return Imported("duplicate", seen[item.secret][0], ids=seen[item.secret])
             try:
                 key = self._known(item.secret, now)
                 status = "updated" if update else "existed"
                 if key is None:
                     status = "created"
-                    own = min(reserved, 1)
+                    own = min(reserved, item.seats or 1)
                     key = self.pool.import_key(item, now, origin, self._reserved - own)
                     reserved -= own
                     self._reserved -= own
                 elif update:
-                    self.pool.update(key, KeyPatch(item.name, item.labels, item.data, item.pace), now, origin)
+                    patch = KeyPatch(item.name, item.labels, item.data, item.pace, item.seats)
+                    key = self.pool.update(key, patch, now, origin, self._reserved)
             except PoolError as error:
                 return Imported("failed", code=error.code, detail=error.detail)
-            seen[item.secret] = key.id
-            return Imported(status, key.id)
+            ids = seen[item.secret] = self.pool.ids_of(key, now)
+            return Imported(status, ids[0], ids=ids)
 
         try:
             return await self._in_slices(items, add)
@@ -91,29 +100,32 @@ class OperatorCalls(Steps):
 
     async def _reserve(self, items: Sequence[NewKey | Imported]) -> int:
         """Reserve room for the keys that the pool doesn't have. Returns their number. Raises PoolFull."""
-        new: set[str] = set()
+        new: dict[str, int] = {}
         until = self.now() + SLICE_SECONDS
         for item in items:
             if (now := self.now()) > until:
                 until = await self._pause()
                 now = self.now()
             if isinstance(item, NewKey) and self._known(item.secret, now) is None:
-                new.add(item.secret)
+                new.setdefault(item.secret, item.seats or 1)
+        wanted = sum(new.values())
         try:
-            await self._make_room(len(new))
+            await self._make_room(wanted)
         except PoolError:
             await self._all_kept()
             raise
-        self._reserved += len(new)
-        return len(new)
+        self._reserved += wanted
+        return wanted
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
-        """Change name, labels, data or pace of a key. O(log n)."""
+        """Change name, labels, data, pace or the number of seats of a key. O(seats · log n)."""
         self.journal.require()
         now = self.now()
         key = self._find(ref, now) or await self._raise_missing(ref)
         try:
-            self.pool.update(key, patch, now, origin)
+            if patch.seats is not None:
+                self._require_serving()
+            key = self.pool.update(key, patch, now, origin, self._reserved)
         except PoolError:
             await self._all_kept()
             raise
@@ -152,7 +164,7 @@ class OperatorCalls(Steps):
         """Take a key out of service. O(log n)."""
         self.journal.require()
         key = self._find(ref, self.now()) or await self._raise_missing(ref)
-        self.pool.quarantine(key, reason, now, self.now(), origin)
+        key = self.pool.quarantine(key, reason, now, self.now(), origin)
         return await self._kept_row(key)
 
     async def quarantine_many(
@@ -199,8 +211,9 @@ class OperatorCalls(Steps):
     async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
         self.journal.require()
-        key = self._find(ref, self.now()) or await self._raise_missing(ref)
-        self.pool.delete(key, origin)
+        now = self.now()
+        key = self._find(ref, now) or await self._raise_missing(ref)
+        self.pool.delete(key, origin, now)
         if (commit := self.journal.commit_of(key.id)) is not None:
             await commit
         return Identity(key.id, key.hint)
@@ -212,7 +225,7 @@ class OperatorCalls(Steps):
             key = self._find(ref, now)
             if key is None:
                 return WORDS[type(self._missing(ref, now))]
-            self.pool.delete(key, origin)
+            self.pool.delete(key, origin, now)
             return Identity(key.id, key.hint)
 
         return await self._in_slices(refs, delete)

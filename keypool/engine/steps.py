@@ -19,6 +19,7 @@ from keypool.core.answers import EndedLease, Lease, Ref, Row, Unblocked, Written
 from keypool.core.errors import (
     BlockLimit,
     LeaseOver,
+    ManySeats,
     PoolDraining,
     PoolError,
     StaleLease,
@@ -44,7 +45,13 @@ from keypool.ops.histogram import SECONDS, Histogram
 RECENT_EVENTS = 1000
 SLICE_SECONDS = 0.00008
 """How long a batch runs before the loop serves other callers."""
-WORDS = {UnknownKey: "unknown", StaleLease: "stale", LeaseOver: "over", BlockLimit: "limit"}
+WORDS = {
+    UnknownKey: "unknown",
+    StaleLease: "stale",
+    LeaseOver: "over",
+    BlockLimit: "limit",
+    ManySeats: "many_seats",
+}
 """The words of refusals in the results of batches."""
 
 _NEGLIGIBLE_DELAY = 0.005  # seconds by which a release may be early
@@ -52,7 +59,15 @@ _NEGLIGIBLE_DELAY = 0.005  # seconds by which a release may be early
 _ACQUIRED, _READY, _UNBLOCKED = Change.ACQUIRED, Change.READY, Change.UNBLOCKED
 _OPERATOR = By.OPERATOR
 _MAKES_AVAILABLE = frozenset(
-    {Change.UNBLOCKED, Change.RELEASED, Change.GENERATED, Change.IMPORTED, Change.READY, Change.RESTORED}
+    {
+        Change.UNBLOCKED,
+        Change.RELEASED,
+        Change.GENERATED,
+        Change.IMPORTED,
+        Change.READY,
+        Change.RESTORED,
+        Change.FOLLOWED,
+    }
 )
 
 Item = TypeVar("Item")
@@ -149,6 +164,15 @@ class Steps:
             return None
         return self._find(ref.text, now) or self._find(ref.other, now)
 
+    def _seat(self, key: Key, ref: Ref, lease: int | None, now: float) -> Key:
+        """The seat that is meant by whoever names its secret by the text. O(seats). Raises ManySeats, StaleLease.
+
+        Call it for keys with a group only, which saves most calls a call.
+        """
+        text = ref.text if isinstance(ref, Written) else ref
+        is_text = isinstance(text, str) and text in (key.text, key.details.former)
+        return self.pool.seat_of(key, lease, now) if is_text else key
+
     def _missing(self, ref: Ref, now: float) -> UnknownKey | StaleLease:
         """The error about a key that `_find` didn't find."""
         if isinstance(ref, Written):
@@ -172,18 +196,31 @@ class Steps:
         """The commit to await before answering that a key wasn't found."""
         journal = self.journal
         if isinstance(ref, str):
-            past = self.pool.past_id(ref)
-            return journal.commit_of_text(ref) if past is None else journal.commit_of(past)
+            # Of several keys that had the text one after the other, the last change may be of any.
+            return journal.commit_of_text(ref) if self.pool.past_id(ref) is None else journal.commit_of_all()
         if isinstance(ref, Written):
             return journal.commit_of_all()
         return journal.commit_of(ref.id if isinstance(ref, Handle) else ref)
 
-    def _tried(self, ref: Ref, now: float, change: Callable[[Key], object]) -> str:
-        """Change the key of an item of a batch. Returns the result's word."""
+    def _tried(
+        self,
+        ref: Ref,
+        now: float,
+        change: Callable[[Key], object],
+        *,
+        of_seat: bool = False,
+        lease: int | None = None,
+    ) -> str:
+        """Change the key of an item of a batch; `of_seat`: the one seat of it that has this lease.
+
+        Returns the result's word.
+        """
         key = self._find(ref, now)
         try:
             if key is None:
                 raise self._missing(ref, now)
+            if of_seat and key.group is not None:
+                key = self._seat(key, ref, lease, now)
             change(key)
         except PoolError as error:
             return WORDS[type(error)]
@@ -267,9 +304,12 @@ class Steps:
     async def _kept_row(self, key: Key) -> Row:
         """The row of a live key, as soon as it is on disk."""
         now = self.now()
-        row = row_of(key, now, self.pool.rules)
+        row = row_of(key, now, self.pool)
         self._waiters.serve(now)
-        if (commit := self.journal.commit_of(key.id)) is not None:
+        journal = self.journal
+        # How many seats there are is in the rows of all of them.
+        commit = journal.commit_of(key.id) if key.group is None else journal.commit_of_all()
+        if commit is not None:
             await commit
             age(row, self._delay(now))
         return row

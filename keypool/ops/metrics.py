@@ -54,6 +54,7 @@ def _histogram(name: str, about: str, labels: str = "") -> MetricRow:
 
 METRICS = (
     _gauge("keys", "keys", f"pool; state: {', '.join(State)}"),
+    _gauge("secrets", "secrets: the seats of one count as one", "pool"),
     _gauge("waiting", "acquires waiting for a key", "pool", source="waiting"),
     _gauge("pool_max_keys", "keys that a pool may hold", "pool"),
     _gauge("history_leases", "leases that have ended and are kept", "pool"),

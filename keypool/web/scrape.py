@@ -49,6 +49,7 @@ class Metrics(PageHandler):
             "keypool_storage_up": int(engine.storage_up()),
             "keypool_pool_max_keys": {name: each.rules.max_keys for name, each in pools.items()},
             "keypool_history_leases": {name: each.history_kept for name, each in pools.items()},
+            "keypool_secrets": {name: each.secrets() for name, each in pools.items()},
             "keypool_oldest_wait_seconds": {name: each.oldest_wait() for name, each in pools.items()},
             "keypool_limit": sources.limits,
             "keypool_outcomes_total": self.dispatcher.reports.outcomes,

@@ -12,6 +12,7 @@ const named = (key) => `${key.id} ${key.hint}`;
 const whose = (key) => (key.state === "blocked" ? `held by ${key.owner || "a holder without a name"}` : key.state);
 const isOut = (key) => key.state === "cooling" || key.state === "quarantined";
 const several = (keys) => (keys.length === 1 ? "one key" : `${keys.length} keys`);
+const shared = (keys) => (keys.some((key) => key.seats > 1) ? " Of a key with several seats, this is about all of them, whoever holds them." : "");
 const ids = (keys) => keys.map((key) => `id:${key.id}`);
 
 /** Make a call, and show what it did or why it failed; true if it did it. */
@@ -63,8 +64,8 @@ export async function quarantine(key) {
   const held = key.state === "blocked";
   const asked = await askQuarantine({
     title: `Quarantine key ${named(key)}?`,
-    text: `The key is not served until somebody restores it, and expires like others without a keepalive.${held ? ` ${holder(key)} has it until the lease ends.` : ""}`,
-    held,
+    text: `The key is not served until somebody restores it, and expires like others without a keepalive.${held ? ` ${holder(key)} has it until the lease ends.` : ""}${shared([key])}`,
+    held: held || key.seats > 1,
   });
   if (!asked) return false;
   return done(
@@ -78,9 +79,10 @@ export async function restore(key) {
   const why = [key.report, key.reason].filter(Boolean).join(": ");
   const sure = await confirm({
     title: `Restore key ${named(key)}?`,
-    text: isOut(key)
-      ? `It is ${key.state}${why ? ` (${why})` : ""}. Restored, it is served again at once, whether or not the reason is gone; its failures and last report are forgotten.`
-      : "Its failures and last report are forgotten, and a quarantine that was to come is called off. A lease goes on.",
+    text:
+      (isOut(key)
+        ? `It is ${key.state}${why ? ` (${why})` : ""}. Restored, it is served again at once, whether or not the reason is gone; its failures and last report are forgotten.`
+        : "Its failures and last report are forgotten, and a quarantine that was to come is called off. A lease goes on.") + shared([key]),
     go: "Restore",
   });
   if (!sure) return false;
@@ -95,7 +97,7 @@ export async function remove(key) {
   const held = key.state === "blocked" ? `${holder(key)} has it and is not notified; the next call with it gets 404. ` : "";
   const sure = await confirm({
     title: `Delete key ${named(key)}?`,
-    text: `${held}The key is permanently deleted. This can't be undone.`,
+    text: `${held}The key is permanently deleted. This can't be undone.${shared([key])}`,
     go: "Delete",
     danger: true,
   });
@@ -143,10 +145,10 @@ export async function unblockMany(keys) {
 /** Take several keys out of service. */
 export async function quarantineMany(keys) {
   if (keys.length === 1) return quarantine(keys[0]);
-  const held = keys.some((key) => key.state === "blocked");
+  const held = keys.some((key) => key.state === "blocked" || key.seats > 1);
   const asked = await askQuarantine({
     title: `Quarantine ${several(keys)}?`,
-    text: `They are not served until somebody restores them.${held ? " Those that are held go when their lease ends." : ""}`,
+    text: `They are not served until somebody restores them.${held ? " Those that are held go when their lease ends." : ""}${shared(keys)}`,
     list: keys.map((key) => [named(key), whose(key)]),
     held,
   });
@@ -166,7 +168,7 @@ export async function restoreMany(keys) {
   }
   const sure = await confirm({
     title: `Restore ${several(out)}?`,
-    text: "They are served again at once, whether or not the reasons are gone; their failures and last reports are forgotten.",
+    text: "They are served again at once, whether or not the reasons are gone; their failures and last reports are forgotten." + shared(out),
     list: out.map((key) => [named(key), key.state]),
     go: "Restore",
   });
@@ -183,7 +185,7 @@ export async function removeMany(keys) {
   const held = keys.filter((key) => key.state === "blocked").length;
   const sure = await confirm({
     title: `Delete ${keys.length} keys?`,
-    text: `${held ? `${held} of them are held; their holders are not notified, and their next call gets 404. ` : ""}The keys are permanently deleted. This can't be undone.`,
+    text: `${held ? `${held} of them are held; their holders are not notified, and their next call gets 404. ` : ""}The keys are permanently deleted. This can't be undone.${shared(keys)}`,
     list: keys.map((key) => [named(key), whose(key)]),
     word: `delete ${keys.length}`,
     go: `Delete ${keys.length} keys`,

@@ -30,7 +30,10 @@ function fromColumns(header, line) {
     const [group, name] = column.split(/:(.*)/s);
     if (fields[i] === "" && column !== "secret") return;
     if (column === "secret" || column === "name") item[column] = fields[i];
-    else (item[group === "label" ? "labels" : "data"] ??= {})[name] = fields[i];
+    else if (column === "seats") {
+      if (!/^[0-9]{1,9}$/.test(fields[i])) throw new Error("has seats that are not a whole number"); // the server would refuse all lines
+      item.seats = Number(fields[i]);
+    } else (item[group === "label" ? "labels" : "data"] ??= {})[name] = fields[i];
   });
   return item;
 }
@@ -49,7 +52,7 @@ function readerOf(first) {
   const header = first.split(",").map((column) => column.trim());
   if (!header.includes("secret")) return [(line) => ({ secret: line }), false];
   for (const column of header) {
-    if (!/^(secret|name|(label|data):.+)$/.test(column)) throw new Error(`the column ${column} is not one of secret, name, label:…, data:…`);
+    if (!/^(secret|name|seats|(label|data):.+)$/.test(column)) throw new Error(`the column ${column} is not one of secret, name, seats, label:…, data:…`);
   }
   return [(line) => fromColumns(header, line), true];
 }

@@ -27,6 +27,7 @@ function describe(article) {
     lease: Number(article.dataset.lease) || null,
     report: article.dataset.report,
     reason: article.dataset.reason,
+    seats: Number(article.dataset.seats),
   };
 }
 

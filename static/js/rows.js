@@ -25,7 +25,8 @@ function origin(event) {
 /** Fill a row of the table of keys, or of a list of the overview. `asOf` is the server's time of the answer. */
 export function fillKey(element, key, asOf) {
   const said = report(key);
-  const shown = { ...key, report: said, about: key.owner ?? said };
+  const place = key.seats > 1 ? `seat ${key.seat} of ${key.seats}` : "";
+  const shown = { ...key, report: said, about: key.owner ?? said, place };
   for (const field of element.querySelectorAll("[data-f]")) setText(field, String(shown[field.dataset.f] ?? ""));
   const link = element.querySelector(".key-link");
   if (element.dataset.id !== String(key.id)) {
@@ -34,6 +35,7 @@ export function fillKey(element, key, asOf) {
   }
   setState(element, key.state, key.release_in ?? key.available_in, asOf);
   element.dataset.lease = key.lease ?? "";
+  element.dataset.seats = key.seats;
   const expires = element.querySelector('[data-kind="expires"]');
   if (expires) {
     setLeft(expires, key.expires_in, asOf);
@@ -63,6 +65,7 @@ export function readKey(element) {
     lease: Number(element.dataset.lease) || null,
     report: text("report"),
     reason: text("reason"),
+    seats: Number(element.dataset.seats),
   };
 }
 

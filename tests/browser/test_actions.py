@@ -370,3 +370,27 @@ def test_a_viewer_can_look_and_not_touch(tokened: ServerProcess, tabs: Tabs, sig
     for offered in ("[data-act]", "[data-reveal]", "[data-bulk]"):
         assert page.locator(offered).count() == 0
     assert page.locator(".role").inner_text() == "viewer"
+
+
+def test_what_is_about_all_seats_of_a_key_says_so(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """A row is one seat; deleting it deletes the others, too, also those that somebody holds."""
+    item = {"secret": "sk-live-77d1-3f0c2e91", "seats": 3, "expire": True}
+    ids = client.post(f"{API}/keys", json=item).expect(201)["ids"]
+    client.make()
+    page = tabs.live(server, "/keys")
+    assert "seat 2 of 3" in row(page, ids[1]).inner_text()
+    assert "seat" not in row(page, ids[2] + 1).inner_text()
+    row(page, ids[1]).locator("[data-act=quarantine]").click()
+    dialog = page.locator("#quarantine[open]")
+    assert "all of them" in dialog.inner_text()
+    assert "end the lease at once" in dialog.inner_text()
+    dialog.locator("#quarantine-go").click()
+    eventually(lambda: client.stats()["quarantined"] == 3, "all seats to be quarantined")
+    row(page, ids[1]).locator("[data-act=restore]").click()
+    confirm(page, "all of them", "Restore")
+    eventually(lambda: client.stats()["available"] == 4, "all seats to be restored")
+    row(page, ids[1]).locator(".key-link").click()
+    page.locator(".key-panel [data-act=delete]").click()
+    tabs.allow("404")  # the panel of a key that is gone
+    confirm(page, "all of them", "Delete")
+    eventually(lambda: client.stats()["total"] == 1, "all seats to be deleted")

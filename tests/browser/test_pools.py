@@ -36,16 +36,17 @@ def test_keys_are_imported_by_pasting_them(server: ServerProcess, client: Client
     page = tabs.live(server, "/pools/openai/keys")
     open_import(page)
     lines = [
-        "secret,name,label:region,data:user",
-        *(f"{each},acct-{n},eu,u{n}" for n, each in enumerate(SECRETS)),
+        "secret,name,seats,label:region,data:user",
+        *(f"{each},acct-{n},1,eu,u{n}" for n, each in enumerate(SECRETS)),
     ]
-    lines += ["", f"{SECRETS[0]},,,", f"{SECRETS[1]}x,acct-0,,", "too,few"]
+    lines += ["", f"{SECRETS[0]},,,,", f"{SECRETS[1]}x,acct-0,,,", "too,few", f"{SECRETS[1]}y,,five,,"]
     page.locator("#import textarea").fill("\n".join(lines))
     page.locator("#import-go").click()
-    summary(page, "4 created, 1 duplicate, 2 failed")
+    summary(page, "4 created, 1 duplicate, 3 failed")
     failed = page.locator("#import-failed").inner_text()
     assert "Line 8: name-taken" in failed
-    assert "Line 9: has 2 fields; the header has 4" in failed
+    assert "Line 9: has 2 fields; the header has 5" in failed
+    assert "Line 10: has seats that are not a whole number" in failed
     held = page.evaluate(
         "document.documentElement.innerHTML + document.querySelector('#import textarea').value"
     )

@@ -110,7 +110,8 @@ MIGRATIONS = (
     ) STRICT;
     """,
     """
-    -- keys.more: since this version it may have the theoretical arrival time of a pace, and `pools.settings` a pace
+    -- keys.more: since this version it may have the theoretical arrival time of a pace, and `pools.settings` a pace;
+    -- and several rows may have the same text, as the seats of one secret
     CREATE TABLE history (       -- leases that have ended: see Past in rows.py
         key INTEGER NOT NULL,    -- as keys.id, though the key may be gone
         lease INTEGER NOT NULL,

@@ -108,7 +108,7 @@ class PoolJournal:
         return self._file.sent_batch.commit if id in self.sent else None
 
     def commit_of_text(self, text: str) -> Commit | None:
-        """The commit of the purge of the key with this text."""
+        """The commit of the purge of the last key with this text."""
         id = self._purged.get(text)
         return None if id is None else self.commit_of(id)
 
@@ -165,8 +165,8 @@ class PoolJournal:
         self.sent_events, self.history.sent = {}, []
         if self._purged:
             for id, key in sent.items():
-                if key.expires_deadline == DEAD and id not in self.open:
-                    self._purged.pop(key.text, None)
+                if key.expires_deadline == DEAD and self._purged.get(key.text) == id and id not in self.open:
+                    del self._purged[key.text]
         return len(sent)
 
     def not_kept(self) -> None:

@@ -23,7 +23,7 @@ import msgspec
 from keypool.core.details import shared
 from keypool.core.events import By, Change
 from keypool.core.history import How, PastLease
-from keypool.core.keys import NEVER, NO_DETAILS, Details, Key, State
+from keypool.core.keys import MAX_SEATS, NEVER, NO_DETAILS, Details, Group, Key, State
 from keypool.core.outcomes import NO_HISTORY, History, Outcome
 from keypool.core.pace import Pace
 from keypool.core.rare_events import MOST_EVENTS, NO_HINT, RareEvent
@@ -54,6 +54,14 @@ _PLACE_OF_HOW = {how: place for place, how in enumerate(_HOWS)}
 _PLACE_OF_OUTCOME = {outcome: place for place, outcome in enumerate(_OUTCOMES)}
 
 
+class Seat(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a row has of the seats of its secret. Files contain it: fields may be added at the end only."""
+
+    wanted: Annotated[int, msgspec.Meta(ge=1, le=MAX_SEATS)]
+    cools_until: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """In milliseconds, rounded up as the end of any cooldown."""
+
+
 class More(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What is in the column `more`, as MessagePack. Files contain it: fields may be added at the end only."""
 
@@ -65,8 +73,10 @@ class More(msgspec.Struct, array_like=True, frozen=True, gc=False):
     sealed: bytes | None = None
     """The Contents of a sealed row."""
     paced_until: float | None = None
-    """As the key has it, in seconds: rounded, a restart might give it a little budget."""
+    """As the key or its secret has it, in seconds: rounded, a restart might give it a little budget."""
     extended: int = 0
+    seat: Seat | None = None
+    """If the key is one of the seats of a secret: those with the same text."""
 
 
 class Contents(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -256,6 +266,7 @@ def row_of(key: Key, pool: int = 0, sealer: Sealer | None = None) -> Row:
         or key.client is not None
         or key.paced_until
         or key.extended
+        or key.group is not None
     ):
         more = encode(_more_of(key, key.details))
     expires = key.expires_deadline
@@ -280,8 +291,9 @@ def _more_of(key: Key, details: Details) -> More:
         key.client,
         None if details is NO_DETAILS else details,
         None,
-        key.paced_until or None,
+        (key.paced_until if key.group is None else key.group.paced_until) or None,
         key.extended,
+        None if key.group is None else Seat(key.group.wanted, ceil(key.group.cools_until * 1000)),
     )
 
 
@@ -375,6 +387,9 @@ def _set_more(key: Key, content: bytes) -> bytes | None:
         if not 0 < more.paced_until < inf:
             raise ValueError(f"{key!r} has a pace that can't be")
         key.paced_until = more.paced_until
+    if more.seat is not None:
+        key.group = Group(more.seat.wanted, more.seat.cools_until / 1000, key.paced_until)
+        key.paced_until = 0.0
     return more.sealed
 
 

@@ -20,17 +20,26 @@ import asyncio
 import contextlib
 import itertools
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from msgspec import structs
 
 from keypool.core.answers import KeyPatch, Ref, Row
 from keypool.core.details import patched
-from keypool.core.errors import NameTaken, SecretExists, SecretsKeyRequired, StorageUnavailable, UnknownKey
+from keypool.core.errors import (
+    NameTaken,
+    PoolFull,
+    SecretExists,
+    SecretsKeyRequired,
+    StorageUnavailable,
+    UnknownKey,
+)
 from keypool.core.keys import MAX_NAME, Details, hint
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.link import Reply, Word
-from keypool.engine.valkey.pages import row_of
+from keypool.engine.valkey.pages import row_of, text_in
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.vault import details_in, info_of
 
@@ -44,7 +53,7 @@ _PAUSE = 0.02  # seconds before something that another server has locked is trie
 _MOST_TRIES = 100
 _ODD = re.compile(r"(?:id|h):")
 _ID = re.compile(r"id:([1-9][0-9]{0,15})", re.ASCII)
-_SEALED = 15  # of a row in get.lua's reply
+_SEALED, _SEATS = 17, 18  # of a row in get.lua's reply
 
 GetRow = Callable[[Ref], Awaitable[tuple[Reply, float]]]
 
@@ -52,6 +61,31 @@ GetRow = Callable[[Ref], Awaitable[tuple[Reply, float]]]
 def is_odd(text: str) -> bool:
     """Whether a text looks like an id or a handle. O(1)."""
     return _ODD.match(text) is not None
+
+
+class Room(NamedTuple):
+    """Room that is reserved, and how many keys each partition may hold; without a name as long as there is plenty."""
+
+    reservation: str
+    limits: Sequence[int] | Mapping[int, int]
+
+
+class Adder(Protocol):
+    """What adding seats needs of importing.py."""
+
+    def room_for(
+        self, wanted: Counter[int], *, is_ample: bool = True
+    ) -> contextlib.AbstractAsyncContextManager[Room]:
+        """Room for so many keys in each partition. Raises PoolFull."""
+        ...
+
+    def next_number(self, count: int) -> int:
+        """The first of so many numbers for ids, one after the other, beyond all that this server knows."""
+        ...
+
+    def added(self, partition: int, count: int) -> None:
+        """Take note that a partition has so many keys more."""
+        ...
 
 
 class Locks:
@@ -106,31 +140,107 @@ class Editor:
         self._partitions = partitions
         self._locks = locks
         self._get_row = get_row
+        self.adder: Adder
+        """Set by the engine: importing.py needs this in turn."""
 
     def read(self, row: Reply) -> tuple[str, Details]:
         """Text and details of a row in get.lua's reply."""
         details = details_in(row[14])
         if not row[_SEALED]:
-            return row[0].decode(), details
+            return text_in(row[0]), details
         assert self._partitions.vault is not None
         text, data = self._partitions.vault.open(row[_SEALED], row[1])
         return text, structs.replace(details, data=data)
 
     # -- changes
 
-    async def update(self, ref: Ref, patch: KeyPatch, origin: Word) -> Row:
-        """Change name, labels or data. O(log n), O(partitions) for a name. Raises NameTaken and as `get_row`."""
+    async def update(self, ref: Ref, patch: KeyPatch, origin: Word, room: Room | None = None) -> Row:
+        """Change name, labels, data or the number of seats. O(seats * log n), O(partitions) for a name.
+
+        `room` is what the caller has reserved for more seats. Raises NameTaken, PoolFull, and as `get_row`.
+        """
+        is_ample = True
         for _ in range(_MOST_TRIES):
             row, _ = await self._get_row(ref)
-            text, details = self.read(row)
-            new = patched(details, patch)
-            words = self._words(row, text, text, new, is_sealed_anew=new.data != details.data)
-            gets_name = new.name is not None and new.name != details.name
-            async with self._name_held(new.name if gets_name else None, row[1]) as until:
-                changed = await self._change(row[1], (*words, "", origin, "", until, ""))
+            more = 0 if patch.seats is None else patch.seats - max(1, len(row[_SEATS]))
+            wanted: Counter[int] = Counter()
+            if more > 0 and room is None:
+                partition, _ = await self._partitions.name_of(row[1])
+                wanted[partition] = more
+            # Room first, as a refusal changes nothing.
+            async with self.adder.room_for(wanted, is_ample=is_ample) as found:
+                changed = await self._update(row, patch, origin)
+                if changed is not None and patch.seats is not None:
+                    changed = await self._set_seats(changed.id, patch.seats, origin, room or found)
+                    if changed is None and room is not None:
+                        raise PoolFull(self._partitions.rules.max_keys, more, self._partitions.rules.max_keys)
             if changed is not None:
                 return changed
+            is_ample = False
         raise StorageUnavailable("the key was changed again and again; try again")
+
+    async def changed(self, id: int, patch: KeyPatch, origin: Word, room: Room | None) -> list[int]:
+        """The same. Returns the ids of all seats."""
+        shown = await self.update(id, patch, origin, room)
+        row, _ = await self._get_row(shown.id)
+        return row[_SEATS] or [row[1]]
+
+    async def _update(self, row: Reply, patch: KeyPatch, origin: Word) -> Row | None:
+        """Change name, labels or data of a key with this row. None if it was changed meanwhile."""
+        text, details = self.read(row)
+        new = patched(details, patch)
+        is_sealed_anew = new.data != details.data or self._may_be_mixed(row)
+        words = self._words(row, text, text, new, is_sealed_anew=is_sealed_anew)
+        others = self._sealed_others(row, text, new, is_sealed_anew=is_sealed_anew)
+        gets_name = new.name is not None and new.name != details.name
+        async with self._name_held(new.name if gets_name else None, row[1]) as until:
+            return await self._change(row[1], (*words, "", origin, "", until, "", *others))
+
+    async def _set_seats(self, id: int, count: int, origin: Word, room: Room) -> Row | None:
+        """Call set_seats.lua, until the seats that it adds are sealed for their ids. None if there is no room."""
+        partitions, vault = self._partitions, self._partitions.vault
+        number = 0
+        for _ in range(_MOST_TRIES):
+            row, _ = await self._get_row(id)
+            text, details = self.read(row)
+            partition, name = await partitions.name_of(row[1])
+            more = max(0, count - max(1, len(row[_SEATS])))
+            words: list[Word] = [
+                row[_SEALED], count, partitions.life_us, partitions.count, partition,
+                room.limits[partition], room.reservation, origin,
+            ]  # fmt: skip
+            number = max(number, self.adder.next_number(more))
+            for each in range(number, number + more):
+                sealed: Word = ""
+                if vault is not None and row[_SEALED]:
+                    sealed = vault.seal(text, details.data, each * partitions.count + partition + 1)
+                words += (each, sealed)
+            call = partitions.call(partition, "set_seats", (name, *words))
+            done, *found = await call
+            if done == 1:
+                self.adder.added(partition, more)
+                return row_of(found[0], call.age(), partitions.rules.forget_seconds)
+            if done == b"full":
+                return None
+            if done == b"number":
+                number = found[0] + 1
+            elif done != b"changed":
+                raise UnknownKey
+        raise StorageUnavailable("the key was changed again and again; try again")
+
+    def _may_be_mixed(self, row: Reply) -> bool:
+        """Whether some seats of a key may be in clear and others not, which mustn't get the same member then."""
+        vault = self._partitions.vault
+        return bool(row[_SEATS]) and vault is not None and vault.may_have_clear
+
+    def _sealed_others(self, row: Reply, text: str, details: Details, *, is_sealed_anew: bool) -> list[Word]:
+        """The words of change.lua about the other seats."""
+        vault, words = self._partitions.vault, list[Word]()
+        for id in row[_SEATS]:
+            if id != row[1]:
+                anew = vault is not None and (is_sealed_anew or not row[_SEALED])
+                words += (id, vault.seal(text, details.data, id) if vault is not None and anew else "")
+        return words
 
     async def replace(self, ref: Ref, secret: str, origin: Word) -> Row:
         """Give a key another text. O(log n). Raises SecretExists, SecretsKeyRequired, and as `get_row`."""
@@ -141,16 +251,19 @@ class Editor:
             row, _ = await self._get_row(ref)
             text, details = self.read(row)
             if secret == text:
-                words = self._words(row, text, text, details, is_sealed_anew=False)
-                changed = await self._change(row[1], (*words, "replace", origin, "", 0, ""))
+                is_sealed_anew = self._may_be_mixed(row)
+                words = self._words(row, text, text, details, is_sealed_anew=is_sealed_anew)
+                others = self._sealed_others(row, text, details, is_sealed_anew=is_sealed_anew)
+                changed = await self._change(row[1], (*words, "replace", origin, "", 0, "", *others))
             else:
                 details = structs.replace(details, imported=True)
                 words = self._words(row, text, secret, details, is_sealed_anew=True)
+                others = self._sealed_others(row, secret, details, is_sealed_anew=True)
                 async with self._text_held(secret, row[1]) as until:
                     odd = "1" if is_odd(secret) else ""
                     partitions.has_odd_texts |= bool(odd)
                     changed = await self._change(
-                        row[1], (*words, "replace", origin, vault.member(text), until, odd)
+                        row[1], (*words, "replace", origin, vault.member(text), until, odd, *others)
                     )
             if changed is not None:
                 return changed
@@ -162,7 +275,7 @@ class Editor:
         """The words of change.lua about what is stored now, and what is to be stored."""
         vault, sealed, info = self._partitions.vault, row[_SEALED], row[14]
         if vault is None:
-            return sealed, info, row[0], "", "", info_of(details)
+            return sealed, info, text, "", "", info_of(details)
         member = row[0] if sealed and text == new_text else vault.name(new_text)
         anew: tuple[Word, Word] = "", ""
         if is_sealed_anew or not sealed:

@@ -90,6 +90,7 @@ from keypool.core.errors import (
     BlockLimit,
     Draining,
     LeaseOver,
+    ManySeats,
     NoKeyAvailable,
     PoolDraining,
     ShareSpent,
@@ -130,8 +131,16 @@ from keypool.ops.histogram import Histogram
 _NOTE_SECONDS = 2.0
 _NO_THRESHOLD = 2**53  # failures in a row that no key has
 _LAST_ID = 2**53  # larger than any id
-_UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT = -1, -2, -3, -4, -6
-_WORDS = {1: "done", 0: "done", _UNKNOWN: "unknown", _STALE: "stale", _OVER: "over", _PENDING: "over"}
+_UNKNOWN, _STALE, _OVER, _PENDING, _AT_LIMIT, _MANY = -1, -2, -3, -4, -6, -7
+_WORDS = {
+    1: "done",
+    0: "done",
+    _UNKNOWN: "unknown",
+    _STALE: "stale",
+    _OVER: "over",
+    _PENDING: "over",
+    _MANY: "many_seats",
+}
 """The outcomes of unblock.lua and extend.lua; the others are those of `limit`."""
 _STATES = {state.value.encode(): state for state in State}
 _pack = msgspec.msgpack.Encoder().encode
@@ -177,6 +186,7 @@ class ValkeyEngine:
         locks = Locks(partitions, server)
         self._details = Editor(partitions, locks, self._row_for_change)
         self._importer = Importer(partitions, self._poller, self._generator, self._details, locks)
+        self._details.adder = self._importer
         self._pages = Pages(partitions)
         self._holders = HolderPages(partitions)
         self._waiters = Waiters(partitions, self._sampler, self._poller, server, shares)
@@ -270,7 +280,9 @@ class ValkeyEngine:
         return await self._importer.import_many(items, update, expire, word_of(origin))
 
     async def update(self, ref: Ref, patch: KeyPatch, origin: Origin) -> Row:
-        """Change name, labels, data or pace of a key. O(log n), O(partitions) for a name."""
+        """Change name, labels, data, pace or seats of a key. O(seats · log n), O(partitions) for a name."""
+        if patch.seats is not None and self.pool_draining:
+            raise PoolDraining
         return await self._details.update(ref, patch, word_of(origin))
 
     async def replace(self, ref: Ref, secret: str, origin: Origin) -> Row:
@@ -645,6 +657,8 @@ class ValkeyEngine:
         age = call.age()
         if id == 0 and self._partitions.may_be_elsewhere:
             [id], age = await self._change("keepalive", [ref], (life_us,), 0)
+        if isinstance(id, list):
+            raise ManySeats(id[1])
         if id <= 0:
             self._raise_missing(ref, id)
         return KeptAlive(id, seconds_left(life_us, age) if life_us else None)
@@ -652,7 +666,7 @@ class ValkeyEngine:
     async def keepalive_many(self, refs: Sequence[Ref]) -> list[str]:
         """Postpone expiries one by one. O(items * log n)."""
         ids, _ = await self._change("keepalive", refs, (self._partitions.life_us,), 0)
-        return [_word_of(id) for id in ids]
+        return ["many_seats" if isinstance(id, list) else _word_of(id) for id in ids]
 
     async def delete(self, ref: Ref, origin: Origin = HOLDER) -> Identity:
         """Purge a key. O(log n)."""
@@ -724,9 +738,11 @@ class ValkeyEngine:
 
     def _raise_refusal(self, ref: Ref, lease: int | None, reply: Reply) -> NoReturn:
         """Raise what the outcome of unblock.lua or extend.lua means about a lease."""
-        outcome, _, latest = reply[:3]
+        outcome, seats, latest = reply[:3]
         if outcome == _UNKNOWN:
             raise UnknownKey
+        if outcome == _MANY:
+            raise ManySeats(seats)
         if isinstance(ref, Written):
             ref = ref.other
         if isinstance(ref, Handle):
@@ -877,6 +893,10 @@ class ValkeyEngine:
             "pipeline_seconds": self._nodes.metrics.seconds,
             "pipeline_commands": self._nodes.metrics.commands,
         }
+
+    def secrets(self) -> int:
+        """How many different texts the keys have, as of the latest polls. O(partitions)."""
+        return sum(each.total - each.further for each in self._poller.statuses if each is not None)
 
     def oldest_wait(self) -> float:
         """Seconds that the first in this server's queue has waited, 0 if nobody waits. O(1)."""

@@ -38,7 +38,7 @@ from keypool.core.errors import (
 from keypool.core.keys import State, hint
 from keypool.engine.valkey.calls import all_of, expires_in, seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
-from keypool.engine.valkey.details import Editor, Locks, is_odd
+from keypool.engine.valkey.details import Editor, Locks, Room, is_odd
 from keypool.engine.valkey.link import Reply, Word
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.poller import PartitionPoller
@@ -58,13 +58,6 @@ class _Terms(NamedTuple):
     origin: Word
     locks: str = ""
     until: int = 0
-
-
-class _Room(NamedTuple):
-    """Room that is reserved, and how many keys each partition may hold; without a name as long as there is plenty."""
-
-    reservation: str
-    limits: Sequence[int] | Mapping[int, int]
 
 
 class Importer:
@@ -103,10 +96,11 @@ class Importer:
         if reply[0] == 1:
             life_us = self._partitions.life_us
             lives = seconds_left(life_us, 0.0) if life_us else None
-            return ImportedKey(reply[1], State.AVAILABLE, shown, item.name or None, lives, False)
-        _, id, expires, state, info = reply
+            ids = self._ids_of(item, reply[1])
+            return ImportedKey(ids[0], State.AVAILABLE, shown, item.name or None, lives, False, ids)
+        _, id, expires, state, info, ids = reply
         name = details_in(info).name
-        return ImportedKey(id, State(state.decode()), shown, name, expires_in(expires, 0.0), True)
+        return ImportedKey(id, State(state.decode()), shown, name, expires_in(expires, 0.0), True, ids)
 
     async def import_many(
         self, items: Sequence[NewKey | Imported], update: bool, expire: bool, origin: Word
@@ -117,64 +111,88 @@ class Importer:
             place: item for place, item in enumerate(items) if isinstance(item, Imported)
         }
         left = {place: item for place, item in enumerate(items) if isinstance(item, NewKey)}
-        seen: dict[str, int] = {}
-        new = await self._new_of([*left.values()])
-        secrets = {item.secret for item in new}
-        async with self._room_for(new) as room:
+        seen: dict[str, list[int] | None] = {}
+        new, wanted = await self._new_of([*left.values()], update)
+        async with self.room_for(wanted) as room:
             while left:
                 run = _run_without_repeats(left)
                 if update:
                     # Items are taken in order: one that the pool has ends the run, or is a run of its own.
-                    run = [*takewhile(lambda each: each[1].secret in secrets, run)] or run[:1]
+                    run = [*takewhile(lambda each: each[1].secret in new, run)] or run[:1]
                 for place, _ in run:
                     del left[place]
                 replies = await self._import([item for _, item in run], origin, room)
                 for (place, item), reply in zip(run, replies, strict=True):
-                    results[place] = await self._result(item, reply, update, origin)
+                    results[place] = await self._result(item, reply, update, origin, room)
                     if results[place].id is not None:
-                        seen[item.secret] = reply[1]
+                        seen[item.secret] = results[place].ids
                 for place in [place for place, item in left.items() if item.secret in seen]:
-                    results[place] = Imported("duplicate", seen[left.pop(place).secret])
+                    ids = seen[left.pop(place).secret] or []
+                    results[place] = Imported("duplicate", ids[0], ids=ids)
         return [results[place] for place in range(len(items))]
 
-    async def _result(self, item: NewKey, reply: Reply, update: bool, origin: Word) -> Imported:
+    async def _result(self, item: NewKey, reply: Reply, update: bool, origin: Word, room: Room) -> Imported:
         """The result of an item, whose details a key gets that was there, if `update`."""
         if reply[0] == 1:
-            return Imported("created", reply[1])
+            ids = self._ids_of(item, reply[1])
+            return Imported("created", ids[0], ids=ids)
         try:
             if reply[0] == _NAME_TAKEN:
                 raise NameTaken(reply[1])
+            ids = reply[5]
             if not update:
-                return Imported("existed", reply[1])
-            await self._editor.update(
-                reply[1], KeyPatch(item.name, item.labels, item.data, item.pace), origin
-            )
-            return Imported("updated", reply[1])
+                return Imported("existed", ids[0], ids=ids)
+            patch = KeyPatch(item.name, item.labels, item.data, item.pace, item.seats)
+            ids = await self._editor.changed(ids[0], patch, origin, room if room.reservation else None)
+            return Imported("updated", ids[0], ids=ids)
         except UnknownKey:  # it was deleted just now
-            return Imported("existed", reply[1])
+            return Imported("existed", reply[1], ids=[reply[1]])
         except PoolError as error:
             return Imported("failed", code=error.code, detail=error.detail)
 
-    async def _new_of(self, items: Sequence[NewKey]) -> list[NewKey]:
-        """The items whose secrets no key has, each secret once. O(k log n)."""
-        vault = self._partitions.vault
+    def next_number(self, count: int) -> int:
+        """See details.Adder. O(1)."""
+        self._poller.id_number += count
+        return self._poller.id_number - count + 1
+
+    def added(self, partition: int, count: int) -> None:
+        """See details.Adder. O(1)."""
+        self._poller.generated(partition, count)
+
+    def _ids_of(self, item: NewKey, first: int) -> list[int]:
+        """The ids of all seats of a key that was added."""
+        return [first + seat * self._partitions.count for seat in range(item.seats or 1)]
+
+    async def _new_of(self, items: Sequence[NewKey], update: bool) -> tuple[set[str], Counter[int]]:
+        """The secrets that no key has, and the room that the items need, by partition. O(k log n).
+
+        With `update`, keys that are there may need room for more seats.
+        """
+        partitions, vault = self._partitions, self._partitions.vault
         assert vault is not None
-        unique = [*{item.secret: item for item in items}.values()]
-        new: list[NewKey] = []
+        unique = [
+            *{item.secret: item for item in reversed(items)}.values()
+        ]  # of repeats the first one counts
+        new: set[str] = set()
+        wanted: Counter[int] = Counter()
         for start in range(0, len(unique), _CHUNK):
             some = unique[start : start + _CHUNK]
             names = {item.secret: vault.name(item.secret) for item in some}
-            known = await self._partitions.known(names)
+            known = await partitions.known(names)
             for item in some:
-                found = await self._partitions.followed(known[item.secret], names[item.secret])
+                found = await partitions.followed(known[item.secret], names[item.secret])
                 if not found[0] or found[4]:
-                    new.append(item)
+                    new.add(item.secret)
+                    wanted[partitions.of(item.secret)] += item.seats or 1
+                elif update and (more := (item.seats or 1) - len(found[5])) > 0:
+                    partition, _ = await partitions.name_of(found[0])
+                    wanted[partition] += more
             await asyncio.sleep(0)
-        return new
+        return new, wanted
 
     # -- adding
 
-    async def _import(self, items: Sequence[NewKey], origin: Word, room: _Room | None = None) -> list[Reply]:
+    async def _import(self, items: Sequence[NewKey], origin: Word, room: Room | None = None) -> list[Reply]:
         """What import.lua replies about each item, in their order; of the first kinds only."""
         partitions = self._partitions
         names = sorted({item.name for item in items if item.name})
@@ -194,7 +212,7 @@ class Importer:
     async def _import_locked(
         self,
         items: Sequence[NewKey],
-        room: _Room | None,
+        room: Room | None,
         terms: _Terms,
         holders: dict[str, int],
     ) -> list[Reply]:
@@ -233,9 +251,9 @@ class Importer:
             partition = self._partitions.of(secret)
         [found] = await self._partitions.call(partition, "known", (1, name))
         found = await self._partitions.followed(found, name)
-        return None if not found[0] or found[4] else (0, *found[:4])
+        return None if not found[0] or found[4] else (0, *found[:4], found[5])
 
-    async def _add(self, items: Sequence[NewKey], room: _Room | None, terms: _Terms) -> list[Reply]:
+    async def _add(self, items: Sequence[NewKey], room: Room | None, terms: _Terms) -> list[Reply]:
         """What import.lua replies about each item, once nothing is in the way."""
         replies: list[Reply] = [None] * len(items)
         left = [*range(len(items))]
@@ -271,11 +289,19 @@ class Importer:
     async def _add_without_reservation(
         self, items: Sequence[NewKey], flags: Sequence[str], terms: _Terms, attempt: int
     ) -> list[Reply]:
-        """Call import.lua, and once more, with room reserved, for the items that it had no room for."""
-        found = await self._send(items, flags, _Room("", self._generator.limits), terms, attempt)
+        """Call import.lua, and once more, with room reserved, for the items that it had no room for.
+
+        Near the limit that is all new ones: a partition may have more than its share, so that the others can't have
+        theirs.
+        """
+        wanted, generator, count = self._wanted(items), self._generator, self._partitions.count
+        is_ample = count == 1 or generator.has_ample_room(wanted)
+        found = await self._send(
+            items, flags, Room("", generator.limits if is_ample else [0] * count), terms, attempt
+        )
         if lacking := [place for place, reply in enumerate(found) if reply is None]:
             some = [items[place] for place in lacking]
-            async with self._room_for(some, is_ample=False) as room:
+            async with self.room_for(self._wanted(some), is_ample=False) as room:
                 again = await self._send(some, [flags[place] for place in lacking], room, terms, attempt)
             for place, reply in zip(lacking, again, strict=True):
                 found[place] = reply
@@ -285,7 +311,7 @@ class Importer:
         self,
         items: Sequence[NewKey],
         flags: Sequence[str],
-        room: _Room,
+        room: Room,
         terms: _Terms,
         attempt: int,
     ) -> list[Reply]:
@@ -296,10 +322,11 @@ class Importer:
         places: dict[int, list[int]] = {}
         words: dict[int, list[Word]] = {}
         # Others may be as fast: each attempt leaves more numbers out, so that one of them succeeds.
-        first = poller.id_number + 1 + (random.randrange(4 ** min(attempt, 8)) * len(items) if attempt else 0)  # noqa: S311
-        poller.id_number = first + len(items) - 1
+        keys = sum(item.seats or 1 for item in items)
+        number = poller.id_number + 1 + (random.randrange(4 ** min(attempt, 8)) * keys if attempt else 0)  # noqa: S311
+        poller.id_number = number + keys - 1
         for place, item in enumerate(items):
-            partition, number = partitions.of(item.secret), first + place
+            partition = partitions.of(item.secret)
             if partition not in words:
                 places[partition] = []
                 words[partition] = [
@@ -309,18 +336,20 @@ class Importer:
             if is_odd(item.secret):
                 partitions.has_odd_texts = True
                 words[partition][_ODD] = "1"
-            details, id = details_of(item), number * count + partition + 1
+            details, seats = details_of(item), item.seats or 1
             info = info_of(structs.replace(details, data=None))
-            sealed = vault.seal(item.secret, details.data, id)
+            ids = range(number * count + partition + 1, (number + seats) * count + partition + 1, count)
             places[partition].append(place)
             words[partition] += (
                 number,
                 vault.name(item.secret),
-                sealed,
                 hint(item.secret),
                 info,
                 flags[place],
+                seats,
+                *(vault.seal(item.secret, details.data, id) for id in ids),
             )
+            number += seats
         calls = [partitions.call(partition, "import", some) for partition, some in words.items()]
         replies: list[Reply] = [None] * len(items)
         for partition, found in zip(words, await all_of(calls), strict=True):
@@ -330,27 +359,36 @@ class Importer:
                 found = [found[0]] * len(places[partition])  # noqa: PLW2901
             for place, reply in zip(places[partition], found, strict=False):
                 replies[place] = reply
-            poller.generated(partition, sum(reply[0] == 1 for reply in found))
+            added = zip(places[partition], found, strict=False)
+            poller.generated(
+                partition, sum(items[place].seats or 1 for place, reply in added if reply[0] == 1)
+            )
         return replies
 
     # -- room
 
     @contextlib.asynccontextmanager
-    async def _room_for(self, items: Sequence[NewKey], *, is_ample: bool = True) -> AsyncIterator[_Room]:
-        """Room for as many keys, reserved if the pool is near its limit. Raises PoolFull."""
+    async def room_for(self, wanted: Counter[int], *, is_ample: bool = True) -> AsyncIterator[Room]:
+        """Room for so many keys in each partition, reserved if the pool is near its limit. Raises PoolFull."""
         generator, partitions = self._generator, self._partitions
-        wanted = Counter(partitions.of(item.secret) for item in items)
         if not wanted or (is_ample and generator.has_ample_room(wanted)):
-            yield _Room("", generator.limits)
+            yield Room("", generator.limits)
             return
         limits = dict(enumerate(generator.limits))
         async with self._only_filler():
             name = await self._reserve(wanted, limits)
             try:
-                yield _Room(name, limits)
+                yield Room(name, limits)
             finally:
                 for partition in wanted:
                     partitions.call(partition, "room", (name, 0))
+
+    def _wanted(self, items: Sequence[NewKey]) -> Counter[int]:
+        """How many keys the items are, by partition."""
+        wanted: Counter[int] = Counter()
+        for item in items:
+            wanted[self._partitions.of(item.secret)] += item.seats or 1
+        return wanted
 
     @contextlib.asynccontextmanager
     async def _only_filler(self) -> AsyncIterator[None]:

@@ -27,7 +27,8 @@ from keypool.engine.valkey.vault import begin_vault, new_vault, open_vault
 
 LAYOUT = 4
 """That of engine.py. Layout 1 had no handles, outcomes and attempts, layout 2 no pools beside `default` and no keys
-from elsewhere, layout 3 no paces, no history, no holders and no rare events; lua/upgrade.lua brings them up."""
+from elsewhere, layout 3 no paces, no history, no holders, no rare events and no seats; lua/upgrade.lua brings them
+up."""
 OLDER = ("1", "2", "3")
 """The layouts that are brought up, as they are stored."""
 MOVING = 0

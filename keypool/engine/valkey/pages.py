@@ -29,7 +29,7 @@ from keypool.engine.valkey.vault import details_in
 
 _MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
 _MAX_ROUNDS = 4  # of calls, after which a page may be short
-_TEXT, _ID, _HINT, _PLACE = 0, 1, 13, 15  # of a row in page.lua's reply
+_TEXT, _ID, _HINT, _PLACE = 0, 1, 13, 17  # of a row in page.lua's reply
 _ORDERS: dict[str, Callable[[Any], Any]] = {
     "id": itemgetter(_ID),
     "expiry": itemgetter(_PLACE, _TEXT),
@@ -146,13 +146,18 @@ def _position(query: PageQuery, row: Any) -> Position:
 
 def hint_of(text: bytes, shown: bytes) -> str:
     """What may be shown of a text, or of a sealed one, of which a script replies it."""
-    return shown.decode() or hint(text.decode())
+    return shown.decode() or hint(text_in(text))
+
+
+def text_in(field: bytes) -> str:
+    """The text of a key in clear: a seat has a zero byte and its id behind it."""
+    return field.partition(b"\0")[0].decode()
 
 
 def row_of(row: Any, age: float, forget_seconds: float) -> Row:
     """A Row from one in a reply (lua/common.lua); `age` is that of the call."""
-    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason, *more = row[:15]
-    client, shown, info = more
+    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason, *more = row[:17]
+    client, shown, info, seat, seats = more
     state = State(state.decode())
     details = details_in(info)
     return Row(
@@ -172,4 +177,6 @@ def row_of(row: Any, age: float, forget_seconds: float) -> Row:
         details.name,
         details.labels or {},
         details.pace,
+        seat,
+        seats,
     )

@@ -73,6 +73,9 @@ class PartitionStatus(NamedTuple):
     last_id: int
     event_seq: int
     """How many events there have been. Can decrease: a failover may lose the latest changes."""
+    further: int
+    """Seats beyond the first one of each secret."""
+    further_quarantined: int
     turn: int
     counters: list[int]
     events: list[bytes]
@@ -148,7 +151,8 @@ class PartitionPoller:
         self.statuses: list[PartitionStatus | None] = [None] * count
         """Each partition's latest reply."""
         self.quarantined = [0] * count
-        """Each partition's quarantined keys, as far as this server knows."""
+        """Each partition's quarantined secrets, as far as this server knows."""
+        self._further = [0] * count
         self.id_number = partitions.facts.base_id - 1
         """The number (see engine.py) of the highest id that this server knows."""
         self.waiting_elsewhere = 0
@@ -218,14 +222,15 @@ class PartitionPoller:
                 self._set_timer()
 
     async def quarantined_and_totals(self) -> tuple[list[int], list[int]]:
-        """How many quarantined keys, and how many keys in all, each partition has. O(partitions).
+        """How many quarantined secrets, and how many secrets in all, each partition has. O(partitions).
 
         As of the latest poll where it can't be reached.
         """
         unreachable = set(self._partitions.client.unreachable)
         with contextlib.suppress(StorageUnavailable):
             await self.poll([n for n in range(self._partitions.count) if n not in unreachable], EXPIRING)
-        return [*self.quarantined], [*self.totals]
+        secrets = [total - further for total, further in zip(self.totals, self._further, strict=True)]
+        return [*self.quarantined], secrets
 
     def recent(self, count: int, key_id: int | None) -> list[Event]:
         """The latest `count` events, oldest first; with `key_id`, of that key only. O(RECENT_EVENTS)."""
@@ -304,7 +309,8 @@ class PartitionPoller:
             self.totals_version += 1
         before, self.statuses[partition] = self.statuses[partition], status
         quiet = before is not None and before.event_seq == status.event_seq
-        self.quarantined[partition] = status.quarantined
+        self.quarantined[partition] = status.quarantined - status.further_quarantined
+        self._further[partition] = status.further
         if status.counters[-1]:
             self._partitions.has_odd_texts = True
         self.waiting_elsewhere = status.waiting_elsewhere

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import structs
 
 from keypool.core.details import shared
-from keypool.core.keys import NEVER, Key, State, hint
+from keypool.core.keys import NEVER, Group, Key, State, hint
 from keypool.core.outcomes import NO_HISTORY, History, Outcome
 from keypool.engine.valkey.calls import NEVER_US
 from keypool.engine.valkey.link import Word
@@ -58,6 +58,10 @@ class Moved(NamedTuple):
     sealed: bytes
     info: bytes
     former: bytes
+    wanted: int
+    """Seats of its secret that there shall be; 0 if it never had more than one."""
+    cools_until: int
+    """The end of its secret's cooldown."""
     record: bytes
 
 
@@ -79,6 +83,10 @@ def key_of(moved: Moved, vault: Vault | None) -> Key:
     expires = NEVER if record.expires > NEVER_US else record.expires / 1e6
     key = Key(record.id, text, record.created / 1e6, expires, lease=record.lease)
     key.details = shared(details)
+    if moved.wanted:
+        key.group = Group(moved.wanted, moved.cools_until / 1e6, record.paced / 1e6)
+    else:
+        key.paced_until = record.paced / 1e6
     if isinstance(record.client, str):
         key.client = record.client
     if record.release:
@@ -91,7 +99,6 @@ def key_of(moved: Moved, vault: Vault | None) -> Key:
     key.state = _STATES.get(record.mark, key.state) if isinstance(record.mark, str) else key.state
     key.quarantine_pending = record.mark == _PENDING
     key.reported = record.reported
-    key.paced_until = record.paced / 1e6
     key.extended = int(record.extended)
     if isinstance(record.history, list):
         failures, failed_at, outcome, reason, by_operator = (*record.history, False, False, False)[:5]
@@ -109,17 +116,22 @@ def words_of(key: Key, vault: Vault | None) -> list[Word]:
     """The words of a key for move_in.lua."""
     details = key.details
     kept = structs.replace(details, former=None)
+    group = key.group
+    seats = (0, 0) if group is None else (group.wanted, _micros(group.cools_until))
     if vault is None:
-        beside = (key.attempt or b"", b"", b"", info_of(kept), details.former or b"")
-        return [key.text, *beside, _record_of(key)]
+        return [
+            key.text, key.attempt or b"", b"", b"", info_of(kept), details.former or b"", *seats, _record_of(key),
+        ]  # fmt: skip
     sealed = vault.seal(key.text, details.data, key.id)
     info = info_of(structs.replace(kept, data=None))
     former = b"" if details.former is None else vault.member(details.former)
-    return [vault.member(key.text), key.attempt or b"", sealed, hint(key.text), info, former, _record_of(key)]
+    beside = (key.attempt or b"", sealed, hint(key.text), info, former)
+    return [vault.member(key.text), *beside, *seats, _record_of(key)]
 
 
 def _record_of(key: Key) -> bytes:
     history = key.history
+    paced_until = key.paced_until if key.group is None else key.group.paced_until
     reports: list[int | str | bool] | bool = False
     if history != NO_HISTORY:
         words = (history.outcome, history.reason, history.operator_reason)
@@ -128,7 +140,7 @@ def _record_of(key: Key) -> bytes:
         key.id, _micros(key.created_at), key.lease, _micros(key.expires_deadline), _micros(key.release_deadline or 0),
         key.owner or False, (key.state is State.BLOCKED and _micros(key.acquired_at)) or False, False,
         _PENDING if key.quarantine_pending else _MARKS.get(key.state, False), key.reported, reports,
-        client=key.client or False, paced=key.paced_until * 1e6 or False, extended=key.extended or False,
+        client=key.client or False, paced=paced_until * 1e6 or False, extended=key.extended or False,
     ))  # fmt: skip
 
 

@@ -20,18 +20,19 @@ _UNATTENDED = frozenset({
 })  # fmt: skip
 """Scripts that also run on partitions that no server serves."""
 _PARTS = {
-    "undrained": {"acquire", "generate", "import", "room"},
+    "undrained": {"acquire", "generate", "import", "room", "set_seats"},
     "named": {
         "change", "delete", "extend", "get", "history", "import", "keepalive", "known", "quarantine", "restore",
-        "unblock",
+        "set_seats", "unblock",
     },
     "states": {
-        "change", "get", "import", "known", "owned", "page", "quarantine", "restore", "search", "unblock",
+        "change", "get", "import", "known", "owned", "page", "quarantine", "restore", "search", "set_seats",
+        "unblock",
     },
-    "rows": {"change", "get", "owned", "page", "quarantine", "restore", "search"},
+    "rows": {"change", "get", "owned", "page", "quarantine", "restore", "search", "set_seats"},
     "holding": {"owned", "owners"},
     "leases": {"acquire", "held"},
-    "adding": {"generate", "import", "move_in", "room"},
+    "adding": {"generate", "import", "move_in", "room", "set_seats"},
     "labelled": {"alias", "change", "import", "known", "search"},
     "rewriting": {"change", "reseal"},
     "restoring": {"change", "restore"},

@@ -72,9 +72,14 @@ for i = 10, #ARGV, step do
       record[RELEASE] = NOW + block + acquired
       record[OWNER], record[ACQUIRED] = owner ~= '' and owner, NOW
       if record[REPORTED] then record[REPORTED] = false end
+      local spent = false
       if interval or record[INFO] then
         local own = pace_of(record)
-        if own then record[PACED] = math.max(record[PACED] or 0, NOW) + own end
+        if own and record[SEATS] then
+          spent = of_seats().charge(record, own)
+        elseif own then
+          record[PACED] = math.max(record[PACED] or 0, NOW) + own
+        end
       end
       if step == 5 and ARGV[at + 4] ~= '' then
         local client, reservation = ARGV[at + 4]:match('^(%Z*)%z?(.*)$')
@@ -92,6 +97,10 @@ for i = 10, #ARGV, step do
       acquired = acquired + 1
       served = served + 1
       free_here = free_here - 1
+      if spent then
+        of_seats().follow(record, false, 'holder')
+        free_here = available()
+      end
       if takes then bound = bound - 1 end
       results[#results + 1] = lease_of(text, record, false)
     end

@@ -6,8 +6,8 @@ local function add(text, record)
   if record[EXPIRES] ~= NEVER then call('ZADD', EXPIRY, record[EXPIRES], text) end
   call('ZADD', IDS, record[ID], text)
   local entry, name = text, nil
-  if record[SEALED] or record[INFO] then entry, name = entries_of(text, record) end
-  call('ZADD', TEXTS, 0, entry)
+  if record[SEALED] or record[INFO] or record[SEATS] then entry, name = entries_of(text, record) end
+  if entry then call('ZADD', TEXTS, 0, entry) end
   if name then call('ZADD', NAMES, 0, name) end
   if record[MARK] == QUARANTINED then
     call('ZADD', QUARANTINE, record[ID], text)
@@ -17,6 +17,7 @@ local function add(text, record)
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', 1) end
   if record[ATTEMPT] then call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. text) end
   if is_blocked(record) then call('ZADD', HOLDERS, 0, holding_of(record)) end
+  if record[SEATS] then of_seats().add(record) end
 end
 
 -- The room that is reserved (room.lua) under names other than `name`, those reservations as they are stored, and the room
@@ -42,4 +43,16 @@ end
 
 local function reserve(reservations)
   if reservations == '' then call('HDEL', META, 'reserved') else call('HSET', META, 'reserved', reservations) end
+end
+
+-- Whether there is room for so many keys, where `most` may be here; they use up what is reserved under this name.
+local function take_room(keys, most, name)
+  local reserved, others, own = reserved_but(name)
+  if keys > 0 and call('ZCARD', IDS) + reserved + keys > tonumber(most) then return false end
+  if own > keys then
+    reserve(string.format('%s%s %.0f %.0f;', others, name, own - keys, NOW + 10000000))
+  elseif own > 0 then
+    reserve(others)
+  end
+  return true
 end

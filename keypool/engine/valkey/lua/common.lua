@@ -34,7 +34,11 @@
 -- a hash of holder_of to how many of its leases ended by their deadlines in it (released.lua); `ended`, a list of "id
 -- lease" in the order in which these leases ended, and `past:` and an id, a sorted set of the leases of that key that have
 -- ended, each {lease, moments of acquire and end, how, owner, client, outcome, reason, how often it was extended} by its
--- number.
+-- number; and of a secret that has or had several seats, by the id of its first one, `seats:` (sorted set: the ids of its
+-- keys by id) and `secret:` (hash: core/keys.py's Group).
+--
+-- The first seat of a secret has its text as member and field in all of the above, the others have a zero byte and
+-- their ids behind it. TEXTS and NAMES have the first one only; if that goes, the next takes its place.
 -- Where a text is said to be a member or a field above, that is so of a key in clear. A pool with secrets keys holds no
 -- text: there it is MEMBER, the byte 254 and 16 bytes of a keyed digest of the text, and the text itself, with the key's
 -- data, is in the record, sealed by the server (engine/valkey/vault.py). Texts are UTF-8, which has no such byte.
@@ -96,10 +100,12 @@ local INFO = 16      -- MessagePack: {whether it was imported, name, labels, dat
 local FORMER = 17    -- the member with which the lease was given, if the text was replaced since: `old:` and this member
                      -- has its id and lease, and it names the key until the lease ends
 local SHARE = 18     -- the reservation in the share of CLIENT, if that may hold so many leases and no more (shares.py)
-local PACED = 19     -- theoretical arrival time of its pace (core/pace.py); missing if none was ever charged
+local PACED = 19     -- theoretical arrival time of its pace (core/pace.py); missing if none was ever charged, and of
+                     -- seats, as their secret has it
 local WITH_PACE = 149  -- the first byte of an INFO that has a pace
 local LONGEST_WAIT = 316224000000000  -- microseconds: core/pace.py
 local EXTENDED = 20  -- how often the lease was extended
+local SEATS = 21     -- of one of the seats of a secret: the id of the first one that it ever had
 local OPERATOR = 111  -- the first byte of an operator's origin
 local RARE_KIND = 1  -- of a rare event: change, id, both parts of the hint, owner and lease of the first key; origin;
 local RARE_ORIGIN = 7
@@ -128,6 +134,7 @@ local call = redis.call
 local clock = call('TIME')
 local NOW = clock[1] * 1000000 + clock[2]
 local freed = 0
+local of_seats     -- what is done about the seats of a secret, made when it is called for
 local shares = {}  -- client, reservation, microseconds to the end (0: it is over), of each lease whose end has changed
 
 local newest      -- the newest rare event, once it was read
@@ -159,6 +166,7 @@ local is_rare = {generated = 1, imported = 1, deleted = 1, expired = 1, revealed
 
 -- Add an event. Its last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
+  if record[SEATS] then text = of_seats().base(text) end
   local start, finish = text:sub(1, 4), text:sub(-4)
   if record[HINT] then start, finish = record[HINT], false end
   if is_rare[change] or change == 'unblocked' and origin:byte(1) == OPERATOR then
@@ -177,7 +185,7 @@ end
 
 -- A field that says nothing is never set where it is missing: that would make Lua grow the table.
 local function packed(record)
-  local last = EXTENDED
+  local last = SEATS
   while not record[last] do
     if record[last] == false then record[last] = nil end
     last = last - 1
@@ -201,9 +209,10 @@ end
 
 -- What TEXTS has of a key: its text; of a sealed one its hint and its member, so that it is found by its first
 -- characters; and before these the byte 254 if it was imported, as only texts that were generated are found so. And what
--- NAMES has of it, nil if it has no name.
+-- NAMES has of it, nil if it has no name. Both are nil for a seat that isn't the first one.
 local function entries_of(text, record)
   local imported, name
+  if record[SEATS] and of_seats().base(text) ~= text then return nil, nil end
   if record[INFO] then
     imported, name = unpack(cmsgpack.unpack(record[INFO]), 1, 2)
     name = name and string.format('%s\0%.0f', name, record[ID])
@@ -286,14 +295,15 @@ local function purge(text, record, change, origin)
   call('ZREM', EXPIRY, text)
   call('ZREM', IDS, text)
   local entry, name = text, nil
-  if record[SEALED] or record[INFO] then entry, name = entries_of(text, record) end
-  call('ZREM', TEXTS, entry)
+  if record[SEALED] or record[INFO] or record[SEATS] then entry, name = entries_of(text, record) end
+  if entry then call('ZREM', TEXTS, entry) end
   if name then call('ZREM', NAMES, name) end
   if record[ATTEMPT] then call('ZREM', ATTEMPTS, record[ATTEMPT] .. text) end
-  if record[FORMER] then call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER]) end
+  if record[FORMER] and not record[SEATS] then call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER]) end
   if record[SHARE] then share_moved(record, 0) end
   if is_blocked(record) then call('ZREM', HOLDERS, holding_of(record)) end
   if record[MARK] == QUARANTINED then call('ZREM', QUARANTINE, text) end
+  if record[SEATS] then of_seats().gone(text, record) end
   if record[MARK] == COOLING then call('HINCRBY', META, 'cooling', -1) end
   call('HINCRBY', META, change, 1)
   emit(change, record, text, record[OWNER], origin)
@@ -319,6 +329,7 @@ local function place(text, record, mark, release)
     if release == 0 then freed = freed + 1 end
   end
   if before == QUARANTINED then call('ZREM', QUARANTINE, text) end
+  if record[SEATS] and before ~= mark then of_seats().moved(record, before, mark) end
   if before ~= mark and (before == COOLING or mark == COOLING) then
     call('HINCRBY', META, 'cooling', mark == COOLING and 1 or -1)
   end
@@ -326,6 +337,7 @@ end
 
 -- Record that a key cools or is quarantined.
 local function entered(mark, text, record, owner, origin)
+  if record[SEATS] and not of_seats().is_first(mark, record) then return end
   call('HINCRBY', META, mark == COOLING and 'cooled' or 'quarantines', 1)
   emit(mark == COOLING and 'cooled' or 'quarantined', record, text, owner, origin)
 end
@@ -370,13 +382,24 @@ local function free(text, record, change, at, origin, cool_until, outcome, reaso
   end
   if record[CLIENT] then record[CLIENT] = false end
   if record[FORMER] then
-    call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
-    record[FORMER] = false
+    if record[SEATS] then
+      of_seats().end_former(record)
+    else
+      call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
+      record[FORMER] = false
+    end
   end
   if attempt then record[ATTEMPT], record[REPLAYED] = false, false end
   if record[EXTENDED] then record[EXTENDED] = false end
   if resting > 0 then cool_until = math.max(cool_until, at + resting) end
-  if record[MARK] == PENDING then
+  local goes = false
+  if record[SEATS] then
+    local cools, surplus = of_seats().limits(record)
+    cool_until, goes = math.max(cool_until, cools), surplus > 0
+  end
+  if goes then
+    if record[MARK] then record[MARK] = false end
+  elseif record[MARK] == PENDING then
     mark = QUARANTINED
   else
     cool_until, spent = with_budget(record, math.max(cool_until, at))
@@ -391,29 +414,46 @@ local function free(text, record, change, at, origin, cool_until, outcome, reaso
   call('HINCRBY', META, change, 1)
   emit(change, record, text, owner, origin)
   if mark then entered(mark, text, record, owner, origin) end
+  if goes then
+    freed = freed - 1
+    purge(text, record, 'deleted', origin)
+  end
 end
 
 -- Apply the deadlines of a block or a cooldown that have passed. A release may begin a cooldown that is over, too.
 local function catch_up(text, record)
   while record[RELEASE] ~= 0 and record[RELEASE] <= NOW do
     if record[MARK] == COOLING then
+      local is_first = not record[SEATS] or of_seats().is_first('ready', record)
       place(text, record, false, 0)
-      call('HINCRBY', META, 'ready', 1)
-      emit('ready', record, text, nil, 'deadline')
+      if is_first then
+        call('HINCRBY', META, 'ready', 1)
+        emit('ready', record, text, nil, 'deadline')
+      end
     else
       free(text, record, 'released', record[RELEASE], 'deadline', 0)
     end
   end
 end
 
+-- Whether a field without a record is that of a seat which has taken the place of another one, or went with it.
+local function has_moved(text)
+  return not call('ZSCORE', IDS, text)
+end
+
 -- Purge what has expired, and end blocks and cooldowns that are over, `limit` of each at most.
 local function process_due(limit)
   for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
-    purge(text, record_of(text) or tombstone(text), 'expired', 'deadline')
+    local record = record_of(text) or not has_moved(text) and tombstone(text)
+    if record then purge(text, record, 'expired', 'deadline') end
   end
   for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
     local record = record_of(text)
-    if record then catch_up(text, record) else purge(text, tombstone(text), 'expired', 'deadline') end
+    if record then
+      catch_up(text, record)
+    elseif not has_moved(text) then
+      purge(text, tombstone(text), 'expired', 'deadline')
+    end
   end
 end
 
@@ -465,4 +505,279 @@ local function reply_unchanged(results)
   if freed > 0 or #shares > 0 then return reply(results) end
   table.insert(results, 1, -1)
   return results
+end
+
+-- What is done about the seats of a secret, as a table of functions: core/seats.py. Made at most once in a call, and only
+-- where there are seats, so that calls about other keys don't pay for it.
+do
+  local rules
+  of_seats = function()
+    if rules then return rules end
+    rules = {}
+    local prefix = META:sub(1, -5)
+
+    -- The names of what is stored of a secret: its seats and its hash.
+    local function names(record)
+      local first = string.format('%.0f', record[SEATS])
+      return prefix .. 'seats:' .. first, prefix .. 'secret:' .. first
+    end
+
+    -- Forget what an interrupted move has left of a secret, which `keypool migrate --clear` doesn't find.
+    function rules.begin(record)
+      call('DEL', names(record))
+    end
+
+    -- What all seats have as the beginning of their fields: the text, or its member.
+    function rules.base(text)
+      if text:byte(1) == MEMBER then return text:sub(1, DIGEST) end
+      return text:match('^[^%z]*')
+    end
+
+    -- The field of a seat that has been added as a further one to a secret with this text.
+    function rules.field(base, id)
+      return base .. '\0' .. string.format('%.0f', id)  -- Lua's %s would end at a zero byte of a digest
+    end
+
+    -- The field of a seat at present: when the first one goes, the next gets its field.
+    function rules.where(record)
+      return call('ZRANGEBYSCORE', IDS, record[ID], record[ID], 'LIMIT', 0, 1)[1]
+    end
+
+    -- All seats in order, as {field, record}, with an `except` but for this one.
+    function rules.all(record, except)
+      local found = {}
+      for _, id in ipairs(call('ZRANGE', (names(record)), 0, -1)) do
+        if tonumber(id) ~= except then
+          local field = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
+          local seat = field and record_of(field)
+          if seat then found[#found + 1] = {field, seat} end
+        end
+      end
+      return found
+    end
+
+    -- Where there are too many seats, end leases that are over in their order, as those that end first go. Returns whether
+    -- anything may have changed.
+    function rules.settle(record)
+      local _, surplus = rules.limits(record)
+      if surplus <= 0 then return false end
+      local seats = rules.all(record)
+      for _, found in ipairs(seats) do
+        if found[2][EXPIRES] <= NOW then purge(rules.where(found[2]), found[2], 'expired', 'deadline') end
+      end
+      table.sort(seats, function(one, other) return one[2][RELEASE] < other[2][RELEASE] end)
+      for _, found in ipairs(seats) do
+        if not found[2].is_gone then catch_up(rules.where(found[2]), found[2]) end
+      end
+      return true
+    end
+
+    -- The records of the others that live, with their deadlines applied.
+    function rules.others(record)
+      rules.settle(record)
+      local living = {}
+      for _, found in ipairs(rules.all(record, record[ID])) do
+        local seat = found[2]
+        if seat[EXPIRES] > NOW then
+          catch_up(rules.where(seat), seat)
+          if not seat.is_gone then living[#living + 1] = seat end
+        end
+      end
+      return living
+    end
+
+    -- The number of a seat, and how many there are.
+    function rules.number(record)
+      local seats = names(record)
+      return (call('ZRANK', seats, string.format('%.0f', record[ID])) or 0) + 1, call('ZCARD', seats)
+    end
+
+    -- The ids of all seats.
+    function rules.ids(record)
+      local ids = call('ZRANGE', (names(record)), 0, -1)
+      for i = 1, #ids do ids[i] = tonumber(ids[i]) end
+      return ids
+    end
+
+    -- The end of the secret's cooldown, its pace included, 0 if there was none, and how many seats there are beyond those wanted.
+    function rules.limits(record)
+      local seats, secret = names(record)
+      local wanted, cools = unpack(call('HMGET', secret, 'wanted', 'cools'))
+      local count = call('ZCARD', seats)
+      return tonumber(cools or 0), count - tonumber(wanted or count)
+    end
+
+    function rules.set_wanted(record, wanted)
+      local _, secret = names(record)
+      call('HSET', secret, 'wanted', wanted)
+    end
+
+    -- The cooldown of the secret begins, lasts longer, or is over (0). One that lasts longer is no event.
+    function rules.cool(record, moment)
+      local _, secret = names(record)
+      if moment == 0 then
+        call('HDEL', secret, 'cools', 'cooled')
+        return
+      end
+      local cools, cooled = unpack(call('HMGET', secret, 'cools', 'cooled'))
+      local before = tonumber(cools or 0)
+      if moment <= before then return end
+      moment = string.format('%.0f', moment)
+      if before > NOW and cools == cooled then call('HSET', secret, 'cooled', moment) end
+      call('HSET', secret, 'cools', moment)
+    end
+
+    -- The theoretical arrival time of the secret's pace, false if none was ever charged.
+    function rules.paced(record)
+      local _, secret = names(record)
+      local paced = call('HGET', secret, 'paced')
+      return paced and tonumber(paced)
+    end
+
+    -- Set it, or forget it (false).
+    function rules.set_paced(record, paced)
+      local _, secret = names(record)
+      if paced then
+        call('HSET', secret, 'paced', string.format('%.17g', paced))
+      else
+        call('HDEL', secret, 'paced')
+      end
+    end
+
+    -- The secret cools until it has budget, which is counted: its seats will follow. Returns whether it does.
+    function rules.keep_pace(record)
+      local own, ahead = pace_of(record)
+      if not own then return false end
+      local ready = math.ceil((rules.paced(record) or 0) - ahead)
+      if ready <= math.max(NOW, (rules.limits(record))) then return false end
+      rules.cool(record, ready)
+      call('HINCRBY', META, 'paced', 1)
+      return true
+    end
+
+    -- Charge the secret for an acquire of one of its seats.
+    function rules.charge(record, own)
+      rules.set_paced(record, math.max(rules.paced(record) or 0, NOW) + own)
+      return rules.keep_pace(record)
+    end
+
+    -- The beginning of the cooldown until then was an event already.
+    function rules.set_told(record, cools)
+      local _, secret = names(record)
+      call('HSET', secret, 'cooled', string.format('%.0f', cools))
+    end
+
+    -- Count how many seats are quarantined.
+    function rules.moved(record, before, mark)
+      local by = (mark == QUARANTINED and 1 or 0) - (before == QUARANTINED and 1 or 0)
+      if by == 0 then return end
+      local _, secret = names(record)
+      local count = call('HINCRBY', secret, 'quarantined', by)
+      if count - math.min(by, 0) > 1 then call('HINCRBY', META, 'further_quarantined', by) end
+    end
+
+    -- Whether a seat is the first of its secret to be quarantined or to cool or to be ready, or rests by itself: the event
+    -- is that of this one. MARK and RELEASE are those of the cooldown.
+    function rules.is_first(what, record)
+      local _, secret = names(record)
+      if what == QUARANTINED then return call('HGET', secret, 'quarantined') == '1' end
+      local release = string.format('%.0f', record[RELEASE])
+      if call('HGET', secret, 'cools') ~= release then return true end
+      local field = what == COOLING and 'cooled' or 'ready'
+      if call('HGET', secret, field) == release then return false end
+      call('HSET', secret, field, release)
+      return true
+    end
+
+    -- The text before a replacement names the seat no longer, but others that are leased under it.
+    function rules.end_former(record)
+      local former = record[FORMER]
+      record[FORMER] = false
+      for _, found in ipairs(rules.all(record, record[ID])) do
+        local seat = found[2]
+        if seat[FORMER] == former then
+          call('SET', prefix .. 'old:' .. former, string.format('%.0f.%.0f', seat[ID], seat[LEASE]))
+          return
+        end
+      end
+      call('DEL', prefix .. 'old:' .. former)
+    end
+
+    -- Store a key, new or moved, as one of the seats.
+    function rules.add(record)
+      local seats = names(record)
+      call('ZADD', seats, record[ID], string.format('%.0f', record[ID]))
+      if call('ZCARD', seats) > 1 then call('HINCRBY', META, 'further', 1) end
+      if record[MARK] == QUARANTINED then rules.moved(record, false, QUARANTINED) end
+    end
+
+    -- Put a key in its place under another field.
+    function rules.rename(from, to, record)
+      call('HDEL', RECORDS, from)
+      save(to, record)
+      local set, score = STATES, record[RELEASE]
+      if record[MARK] == QUARANTINED then set, score = QUARANTINE, record[ID] end
+      call('ZREM', set, from)
+      call('ZADD', set, score, to)
+      call('ZREM', IDS, from)
+      call('ZADD', IDS, record[ID], to)
+      if record[EXPIRES] ~= NEVER then
+        call('ZREM', EXPIRY, from)
+        call('ZADD', EXPIRY, record[EXPIRES], to)
+      end
+      if record[ATTEMPT] then
+        call('ZREM', ATTEMPTS, record[ATTEMPT] .. from)
+        call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. to)
+      end
+    end
+
+    -- A seat was purged: if it was the first one, the next takes its place.
+    function rules.gone(text, record)
+      record.is_gone = true
+      if record[MARK] == QUARANTINED then rules.moved(record, QUARANTINED, false) end
+      local seats, secret = names(record)
+      call('ZREM', seats, string.format('%.0f', record[ID]))
+      if record[FORMER] then rules.end_former(record) end
+      local id = call('ZRANGE', seats, 0, 0)[1]
+      if not id then
+        call('DEL', secret)
+        return
+      end
+      call('HINCRBY', META, 'further', -1)
+      local field = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
+      local heir = field and text == rules.base(text) and record_of(field)
+      if not heir then return end
+      local to = rules.base(field)
+      rules.rename(field, to, heir)
+      local entry, name = entries_of(to, heir)
+      call('ZADD', TEXTS, 0, entry)
+      if name then call('ZADD', NAMES, 0, name) end
+    end
+
+    -- Let the others follow a seat that was used or reported on; `leaving` to quarantine.
+    function rules.follow(record, leaving, origin)
+      local cools = rules.limits(record)
+      for _, seat in ipairs(rules.others(record)) do
+        local field = rules.where(seat)
+        local blocked = seat[RELEASE] ~= 0 and seat[MARK] ~= COOLING
+        if record[HISTORY] or seat[HISTORY] then seat[HISTORY] = record[HISTORY] or false end
+        if leaving and blocked then
+          seat[MARK] = PENDING
+          save(field, seat)
+        elseif leaving and seat[MARK] ~= QUARANTINED then
+          place(field, seat, QUARANTINED, 0)
+          entered(QUARANTINED, field, seat, nil, origin)
+        elseif not leaving and seat[RELEASE] == 0 and seat[MARK] ~= QUARANTINED and cools > NOW then
+          place(field, seat, COOLING, cools)
+          entered(COOLING, field, seat, nil, origin)
+        elseif seat[MARK] == COOLING and cools > seat[RELEASE] then
+          place(field, seat, COOLING, cools)
+        else
+          save(field, seat)
+        end
+      end
+    end
+
+    return rules
+  end
 end

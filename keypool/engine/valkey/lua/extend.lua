@@ -26,8 +26,14 @@ end
 
 local results = {}
 for i = 3, #ARGV, 3 do
-  local record, text, stale = find(ARGV[i])
-  if record then
+  local record, text, stale, by_text = find(ARGV[i])
+  local seats, latest
+  if record and record[SEATS] and by_text and not stale then
+    record, text, seats, latest = seat_of(record, text, ARGV[i + 1])
+  end
+  if seats then
+    results[#results + 1] = {-2, 0, latest, 0, 0, ''}
+  elseif record then
     local outcome, last = -2, 0
     if not stale then outcome, last = extend(record, text, ARGV[i + 1], tonumber(ARGV[i + 2]) or block) end
     results[#results + 1] = {

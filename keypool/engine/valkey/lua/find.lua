@@ -5,6 +5,6 @@
 local results = {}
 for i, id in ipairs(ARGV) do
   local text = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
-  results[i] = text and {text, (entries_of(text, record_of(text) or {}))} or false
+  results[i] = text and {text, (entries_of(text, record_of(text) or {})) or ''} or false
 end
 return reply_unchanged(results)

@@ -1,6 +1,7 @@
 -- Read a key.
 -- ARGV    1 name, 2 origin if its text is being revealed, which is an event, else ''
--- reply   available, or -1; a row, and behind its fields the sealed text, or ''; or 0 if it is unknown, or -(its latest lease) if the name has another one
+-- reply   available, or -1; a row, and behind its fields the sealed text, or '', and the ids of all seats if there are
+--         more; or 0 if it is unknown, or -(its latest lease) if the name has another one
 -- cost    O(log n)
 process_due(MAX_DUE)
 local record, text, stale = find(ARGV[1])
@@ -11,4 +12,5 @@ if ARGV[2] ~= '' then
 end
 local row = row_of(text, record)
 row[#row + 1] = record[SEALED] or ''
+row[#row + 1] = record[SEATS] and of_seats().ids(record) or {}
 return reply_unchanged({row})

@@ -8,12 +8,17 @@ local function holder_of(name)
     local record = text and record_of(text)
     if record and record[EXPIRES] > NOW then return tonumber(id) end
     if record then purge(text, record, 'expired', 'deadline') else call('ZREM', NAMES, entry) end
+    if record and record[SEATS] then return holder_of(name) end  -- the next seat has the name now, if there is one
   end
   return nil
 end
 
 -- The text before a replacement names the key no longer.
 local function end_former(record)
+  if record[SEATS] then
+    of_seats().end_former(record)
+    return
+  end
   call('DEL', META:sub(1, -5) .. 'old:' .. record[FORMER])
   record[FORMER] = false
 end
@@ -27,5 +32,6 @@ local function give_up_former(member)
   if record and record[FORMER] == member then
     end_former(record)
     save(text, record)
+    if record[SEATS] then give_up_former(member) end  -- of the next seat that is leased under it
   end
 end

@@ -35,15 +35,6 @@ local function start()
   return low
 end
 
-local found, step
-if by_word then
-  local least = passed ~= '' and '(' .. passed or '[' .. after
-  found, step = call('ZRANGEBYLEX', set, least, '[' .. ARGV[7] .. '\255', 'LIMIT', 0, most + 1), 1
-else
-  local first = start()
-  found, step = call('ZRANGE', set, first, first + most, 'WITHSCORES'), 2
-end
-
 -- The text of what stands in the set. A key that is gone stands among texts and names only where Valkey evicted records.
 local function text_of(entry)
   if not by_word then return entry end
@@ -58,26 +49,37 @@ local function text_of(entry)
   return text
 end
 
-local function shown(text, place)
-  local record = record_of(text) or tombstone(text)
-  local row = row_of(text, record)
-  row[#row + 1] = place
-  return record[EXPIRES] > NOW and (state == '' or state == row[7]), row
+-- The reply. Leases that are over may let seats go, and others take their places in the order: then it is read again.
+local function list()
+  local found, step
+  if by_word then
+    local least = passed ~= '' and '(' .. passed or '[' .. after
+    found, step = call('ZRANGEBYLEX', set, least, '[' .. ARGV[7] .. '\255', 'LIMIT', 0, most + 1), 1
+  else
+    local first = start()
+    found, step = call('ZRANGE', set, first, first + most, 'WITHSCORES'), 2
+  end
+  local results, rows, last, settled = {0}, 0, nil, false
+  for i = 1, #found, step do
+    if rows >= limit or i > most * step then
+      results[1] = 1
+      break
+    end
+    local text = text_of(found[i])
+    local record = record_of(text) or tombstone(text)
+    if record[SEATS] and record[RELEASE] ~= 0 and record[RELEASE] <= NOW and of_seats().settle(record) then
+      settled = true
+    end
+    last = row_of(text, record)
+    last[#last + 1] = step == 2 and tonumber(found[i + 1]) or found[i]
+    if record[EXPIRES] > NOW and (state == '' or state == last[7]) then
+      rows = rows + 1
+      results[#results + 1] = last
+    end
+  end
+  if settled then return list() end
+  if results[1] == 1 then results[#results + 1] = last or false end
+  return results
 end
 
-local results = {0}
-local rows, last = 0, nil
-for i = 1, #found, step do
-  if rows >= limit or i > most * step then
-    results[1] = 1
-    break
-  end
-  local is_shown, row = shown(text_of(found[i]), step == 2 and tonumber(found[i + 1]) or found[i])
-  last = row
-  if is_shown then
-    rows = rows + 1
-    results[#results + 1] = row
-  end
-end
-if results[1] == 1 then results[#results + 1] = last or false end
-return reply(results)
+return reply(list())

@@ -5,7 +5,8 @@
 -- reply   available; as in poller.PartitionStatus: available; total; cooling; quarantined; acquires that wait at other
 --         servers; keys that expire within that time; microseconds to the next expiry and to the next end of a block
 --         or cooldown (-1: there is none; 0: overdue); microseconds that the first expiry and the first such end
---         processed were late (-1: none was); number of the latest id (-1: none); event sequence number; turn: 0 this
+--         processed were late (-1: none was); number of the latest id (-1: none); event sequence number; seats beyond the first
+--         one of each secret, and those of them that are quarantined; turn: 0 this
 --         server sweeps, 1 it stands in, 2 two others do; {value of each counter}; {the latest events that the server
 --         doesn't have, oldest first}; how many leases that have ended are kept
 -- cost    O(swept * log n), O(64) for events, O(servers with waiters)
@@ -95,7 +96,8 @@ local status = reply({
   available(), call('ZCARD', IDS), cooling, call('ZCARD', QUARANTINE), waiting,
   call('ZCOUNT', EXPIRY, '-inf', NOW + tonumber(ARGV[3])),
   left(EXPIRY, '-inf'), left(STATES, '(0'), expiry_lateness, release_lateness,
-  tonumber(call('HGET', META, 'id') or -1), event_seq, turn_of(ARGV[1]), counters, events,
+  tonumber(call('HGET', META, 'id') or -1), event_seq, tonumber(call('HGET', META, 'further') or 0),
+  tonumber(call('HGET', META, 'further_quarantined') or 0), turn_of(ARGV[1]), counters, events,
   math.min(call('LLEN', META:sub(1, -5) .. 'ended'), recording),
 })
 -- pcall, as a poll must reply even if Valkey refuses writes. If only memory is short, the HDEL, which needs none,

@@ -27,7 +27,14 @@ local results = {}
 for i = 4, #ARGV do
   local record, text, stale = find(ARGV[i])
   if record and not stale then
-    quarantine(text, record)
+    local others = record[SEATS] and of_seats().others(record) or {}
+    quarantine(record[SEATS] and of_seats().where(record) or text, record)
+    for _, seat in ipairs(others) do quarantine(of_seats().where(seat), seat) end
+    if record.is_gone then
+      text, record = unpack(of_seats().all(record)[1])
+    elseif record[SEATS] then
+      text = of_seats().where(record)
+    end
     results[#results + 1] = {1, row_of(text, record)}
   else
     results[#results + 1] = {record and -record[LEASE] or 0}

@@ -13,7 +13,9 @@ for i = 2, #ARGV, 6 do
     local entry, name = entries_of(text, record)
     record[SEALED], record[HINT] = ARGV[i + 3], ARGV[i + 4]
     if ARGV[i + 5] ~= '' then record[INFO] = ARGV[i + 5] end
-    rewrite(text, ARGV[i + 2], record, entry, name)
+    local member = ARGV[i + 2]
+    if record[SEATS] and of_seats().base(text) ~= text then member = of_seats().field(member, record[ID]) end
+    rewrite(text, member, record, entry, name)
     changed = changed + 1
   end
 end

@@ -1,13 +1,25 @@
 -- For scripts that end cooldowns and quarantines.
 
--- Make a cooling or quarantined key available, or let it cool until it has budget.
-local function end_exclusion(text, record, origin)
-  local release, spent = with_budget(record, NOW)
-  place(text, record, spent and COOLING, spent and release or 0)
+-- Make the keys of a secret available that cool or are quarantined, each {field, record}, or let them cool until they
+-- have budget. The event is that of the key that was named.
+local function end_exclusion(out, text, record, origin)
+  local release, spent
+  if record[SEATS] then
+    of_seats().cool(record, 0)
+    spent = of_seats().keep_pace(record)
+    release = of_seats().limits(record)
+  else
+    release, spent = with_budget(record, NOW)
+  end
+  if #out == 0 then return end
+  for _, found in ipairs(out) do
+    place(found[1], found[2], spent and COOLING, spent and release or 0)
+  end
   call('HINCRBY', META, 'restored', 1)
-  emit('restored', record, text, nil, origin)
-  if spent then
-    call('HINCRBY', META, 'paced', 1)
-    entered(COOLING, text, record, nil, origin)
+  emit('restored', record, text, record[OWNER], origin)
+  if not spent then return end
+  if not record[SEATS] then call('HINCRBY', META, 'paced', 1) end
+  for _, found in ipairs(out) do
+    entered(COOLING, found[1], found[2], nil, origin)
   end
 end

@@ -3,28 +3,11 @@
 -- Store a key under a member, which may be another one than before, with its record as it is now. `entry` and `name` are
 -- what TEXTS and NAMES had of it before.
 local function rewrite(text, member, record, entry, name)
-  save(member, record)
-  if member ~= text then
-    call('HDEL', RECORDS, text)
-    local set, score = STATES, record[RELEASE]
-    if record[MARK] == QUARANTINED then set, score = QUARANTINE, record[ID] end
-    call('ZREM', set, text)
-    call('ZADD', set, score, member)
-    call('ZREM', IDS, text)
-    call('ZADD', IDS, record[ID], member)
-    if record[EXPIRES] ~= NEVER then
-      call('ZREM', EXPIRY, text)
-      call('ZADD', EXPIRY, record[EXPIRES], member)
-    end
-    if record[ATTEMPT] then
-      call('ZREM', ATTEMPTS, record[ATTEMPT] .. text)
-      call('ZADD', ATTEMPTS, 0, record[ATTEMPT] .. member)
-    end
-  end
+  if member ~= text then of_seats().rename(text, member, record) else save(member, record) end
   local new_entry, new_name = entries_of(member, record)
   if new_entry ~= entry then
-    call('ZREM', TEXTS, entry)
-    call('ZADD', TEXTS, 0, new_entry)
+    if entry then call('ZREM', TEXTS, entry) end
+    if new_entry then call('ZADD', TEXTS, 0, new_entry) end
   end
   if new_name ~= name then
     if name then call('ZREM', NAMES, name) end

@@ -8,7 +8,9 @@ local function state_of(record)
   if left > 0 then return mark == COOLING and 'cooling' or 'blocked', left end
   if mark == PENDING then return 'quarantined', 0 end
   if mark ~= COOLING then
-    left = with_budget(record, record[RELEASE] + resting) - NOW
+    local ready = record[RELEASE] + resting
+    if record[SEATS] then ready = math.max(ready, (of_seats().limits(record))) end
+    left = with_budget(record, ready) - NOW
     if left > 0 then return 'cooling', left end
   end
   return 'available', 0

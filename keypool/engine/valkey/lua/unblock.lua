@@ -1,7 +1,7 @@
 -- End leases, and take the reports of their holders, in order.
 -- ARGV    1 origin of keys without a lease number, 2 '' if there are no reports, else MessagePack: {cooldown, longest
 --         cooldown, longest retry_after, failures in a row from which an error cools, after how long they are forgotten,
---         percentage of keys that reports may quarantine, keys quarantined in other partitions, keys in other
+--         percentage of secrets that reports may quarantine, secrets quarantined in other partitions, secrets in other
 --         partitions}, lengths in microseconds, 3, 4, 5, 6… for each key: its name, the lease number that it must be
 --         held under ('' for any), a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
 --         for none, or '-' if the lease did not reach its caller and is to end unless its attempt was given it again;
@@ -9,7 +9,7 @@
 -- reply   available; for each key {outcome, id, latest lease, state, microseconds to the end of its cooldown, 1 if the
 --         guard turned a quarantine into a cooldown, its text (or what may be shown of a sealed one)
 --         if the name isn't}; the outcome is 1 changed, 0 not, -1
---         unknown, -2 the lease isn't the latest
+--         unknown, -2 the lease isn't the latest, -7 it is a text of so many (id) seats
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
 local origin  -- of the key that is processed: whoever has its lease number is its holder
@@ -20,7 +20,15 @@ local function charge(record, uses)
   if uses == '1' then return false end
   local own, ahead = pace_of(record)
   if not own then return false end
-  record[PACED] = math.min((record[PACED] or NOW) + (tonumber(uses) - 1) * own, NOW + ahead + LONGEST_WAIT)
+  local before = record[PACED]
+  if record[SEATS] then before = of_seats().paced(record) end
+  local paced = math.min((before or NOW) + (tonumber(uses) - 1) * own, NOW + ahead + LONGEST_WAIT)
+  if record[SEATS] then
+    of_seats().set_paced(record, paced)
+    of_seats().keep_pace(record)
+  else
+    record[PACED] = paced
+  end
   return true
 end
 
@@ -37,15 +45,21 @@ if ARGV[2] ~= '' then
   end
 
   local function may_quarantine()
-    local quarantined = call('ZCARD', QUARANTINE) + quarantined_elsewhere
-    return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', IDS) + elsewhere)
+    local further, further_quarantined = unpack(call('HMGET', META, 'further', 'further_quarantined'))
+    further = tonumber(further or 0)
+    local quarantined = call('ZCARD', QUARANTINE) - tonumber(further_quarantined or 0) + quarantined_elsewhere
+    return quarantined == 0 or (quarantined + 1) * 100 <= percent * (call('ZCARD', IDS) - further + elsewhere)
   end
 
   -- Let an available or cooling key cool at least until then, and if it was charged until it has budget.
   local function cool_longer(text, record, release, charged)
     local mark, ends, spent = record[MARK], record[MARK] == COOLING and record[RELEASE] or NOW, false
     release = math.max(release, ends)
-    if charged then release, spent = with_budget(record, release) end
+    if charged and record[SEATS] then
+      release = math.max(release, (of_seats().limits(record)))
+    elseif charged then
+      release, spent = with_budget(record, release)
+    end
     if release == ends then
       save(text, record)
       return
@@ -81,21 +95,24 @@ if ARGV[2] ~= '' then
     end
     record[HISTORY] = {failures, failed_at, outcome, reason or history[5] and false, history[5] or nil}
     record[REPORTED] = true
+    local leaving = quarantine or mark == PENDING or mark == QUARANTINED
     local charged = charge(record, uses)
+    if record[SEATS] and cools > 0 and not leaving then of_seats().cool(record, NOW + cools) end
     if is_blocked(record) then
       if quarantine then record[MARK] = PENDING end
       free(text, record, 'unblocked', NOW, origin, NOW + cools, outcome, reason)
-      return invalid and not quarantine
-    end
-    if quarantine and mark ~= QUARANTINED then
-      place(text, record, QUARANTINED, 0)
-      entered(QUARANTINED, text, record, nil, origin)
-    elseif mark == QUARANTINED then
-      save(text, record)
     else
-      cool_longer(text, record, NOW + cools, charged)
+      if quarantine and mark ~= QUARANTINED then
+        place(text, record, QUARANTINED, 0)
+        entered(QUARANTINED, text, record, nil, origin)
+      elseif mark == QUARANTINED then
+        save(text, record)
+      else
+        cool_longer(text, record, NOW + cools, charged)
+      end
+      if recording > 0 then amend_past(record, outcome, reason) end
     end
-    if recording > 0 then amend_past(record, outcome, reason) end
+    if record[SEATS] then of_seats().follow(record, leaving, origin) end
     return invalid and not quarantine
   end
 end
@@ -103,8 +120,12 @@ end
 local results = {}
 for i = 3, #ARGV, 4 do
   local name, lease, report, uses = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  local record, text, stale = find(name)
-  if not record then
+  local record, text, stale, by_text = find(name)
+  local seats, latest
+  if record and record[SEATS] and by_text and not stale then record, text, seats, latest = seat_of(record, text, lease) end
+  if seats then
+    results[#results + 1] = {lease == '' and -7 or -2, seats, latest}
+  elseif not record then
     results[#results + 1] = {-1, 0, 0}
   elseif stale or lease ~= '' and not is_latest(record, lease) then
     results[#results + 1] = {-2, record[ID], record[LEASE]}
@@ -116,14 +137,15 @@ for i = 3, #ARGV, 4 do
         outcome, guarded = 1, conclude(text, record, uses, unpack(cmsgpack.unpack(report), 1, 3))
       end
     elseif is_blocked(record) and not (report == '-' and record[REPLAYED]) then
-      charge(record, uses)
+      local charged = charge(record, uses)
       free(text, record, 'unblocked', NOW, origin, 0)
+      if charged and record[SEATS] then of_seats().follow(record, false, origin) end
       outcome = 1
     end
     local state, left = state_of(record)
     if state ~= 'cooling' then left = 0 end
     results[#results + 1] = {
-      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or text) or '',
+      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or record[SEATS] and of_seats().base(text) or text) or '',
     }
   end
 end

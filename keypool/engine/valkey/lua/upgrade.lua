@@ -6,9 +6,9 @@
 -- cost    O(log servers)
 --
 -- Layout 2 adds fields to records and keys to partitions, layout 3 the registry of pools and more of the same, layout 4
--- paces, the history, holders, rare events, and `default` in the registry. So what the older ones have is right as it is,
--- but for HOLDERS, which polls complete (poll.lua). The moment of creation is moved by a microsecond: to a server of the
--- older version that comes back or starts just now, it is another pool, which it doesn't serve.
+-- paces, the history, holders, rare events, seats, and `default` in the registry. So what the older ones have is right as
+-- it is, but for HOLDERS, which polls complete (poll.lua). The moment of creation is moved by a microsecond: to a server
+-- of the older version that comes back or starts just now, it is another pool, which it doesn't serve.
 if redis.replicate_commands then redis.replicate_commands() end
 local call = redis.call
 local layout = call('HGET', KEYS[1], 'layout')
