@@ -180,6 +180,29 @@ def test_what_no_pool_has_is_not_found(client: Client, path: str) -> None:
         client.request(method, POOLS + path).expect_problem(404, "not-found")
 
 
+@pytest.mark.parametrize("name", ["openai", "op%65nai"])
+def test_a_path_means_the_same_whatever_was_asked_for_before(client: Client, name: str) -> None:
+    """Paths are taken apart in another way once a key of the pool was named by its path."""
+    client.make_pool("openai")
+    keys = f"{POOLS}/{name}/keys"
+    key = client.post(keys).expect(201)["key"]
+    for _ in range(2):
+        assert client.post(f"{keys}/acquire").expect(200)["key"] == key
+        assert client.post(f"{keys}/{key}/unblock").expect(200)["changed"]
+        for path in (
+            "//unblock",
+            "/acquire/unblock",
+            f"/{key}/",
+            f"/{key}/unblock/",
+            f"/{key}/nothing",
+            "/",
+            "//",
+        ):
+            wanted = ("unknown-key",) if path == "/acquire/unblock" else ("not-found",)
+            client.post(keys + path).expect_problem(404, *wanted)
+    assert client.get(f"{POOLS}/{name}/stats").expect(200)["total"] == 1
+
+
 def test_a_name_may_be_percent_encoded(client: Client) -> None:
     """As a key may."""
     client.make_pool("openai")

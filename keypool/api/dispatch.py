@@ -12,7 +12,7 @@ import re
 import secrets
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 import msgspec
@@ -42,6 +42,7 @@ from keypool.ops.logs import access_line, access_log
 
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = logging.getLogger("keypool.api")
+_T = TypeVar("_T")
 _encode = msgspec.json.Encoder().encode
 _ADMIN = Role.ADMIN
 
@@ -147,7 +148,7 @@ _NOWHERE = _Path(False)
 _KEYS = BASE + "/keys/"
 _IN_POOL = BASE + POOLS
 _POOL = POOLS + "{pool}"
-_REMEMBERED_PATH, _REMEMBERED_PATHS = 128, 2000  # characters of a path in a pool that is cached, and how many
+_REMEMBERED_PATH, _REMEMBERED_PATHS = 128, 2000  # characters of what is cached of paths in pools, and how many
 
 
 class Dispatcher:
@@ -160,9 +161,9 @@ class Dispatcher:
         self._paths_of_key: dict[str, _Path] = {}  # by what stands behind the key
         self._paths_of_pool: dict[str, _Path] = {}  # by what stands behind the name of the pool
         self._paths_of_key_of_pool: dict[str, _Path] = {}
-        self._seen: dict[
-            str, tuple[_Path, str, str]
-        ] = {}  # a cache of what was found in pools, without a key
+        # Caches of what was found in pools: of paths without a key, and of pools by what stands before a key.
+        self._seen: dict[str, tuple[_Path, str, str]] = {}
+        self._pools_seen: dict[str, str] = {}
         for operation in operations:
             self._add(operation)
         self.calls = CallMetrics(
@@ -283,12 +284,19 @@ class Dispatcher:
 
     def _find(self, text: str) -> tuple[_Path, str, str]:
         """The route of a path that names a key or a pool, and these names; `_NOWHERE` if there is no such path."""
-        if not text.startswith(_KEYS):
-            return self._seen.get(text) or self._find_in_pool(text)
-        segment, slash, rest = text[len(_KEYS) :].partition("/")
-        if not segment:
-            return _NOWHERE, "", DEFAULT_POOL
-        return self._paths_of_key.get(slash + rest, _NOWHERE), _unquoted(segment), DEFAULT_POOL
+        if text.startswith(_KEYS):
+            segment, slash, rest = text[len(_KEYS) :].partition("/")
+            if not segment:
+                return _NOWHERE, "", DEFAULT_POOL
+            return self._paths_of_key.get(slash + rest, _NOWHERE), _unquoted(segment), DEFAULT_POOL
+        if (found := self._seen.get(text)) is not None:
+            return found
+        start = text.find("/", len(_IN_POOL)) + len("/keys/")
+        if (pool := self._pools_seen.get(text[:start])) is not None:
+            segment, slash, rest = text[start:].partition("/")
+            if segment and rest:
+                return self._paths_of_key_of_pool.get(slash + rest, _NOWHERE), _unquoted(segment), pool
+        return self._find_in_pool(text)
 
     def _find_in_pool(self, text: str) -> tuple[_Path, str, str]:
         if not text.startswith(_IN_POOL):
@@ -305,11 +313,11 @@ class Dispatcher:
         if path is None:
             if not key:
                 return _NOWHERE, "", pool
+            if behind and len(segment) <= _REMEMBERED_PATH:
+                _remember(self._pools_seen, f"{_IN_POOL}{segment}/keys/", pool)
             return self._paths_of_key_of_pool.get(another_slash + behind, _NOWHERE), _unquoted(key), pool
         if len(text) <= _REMEMBERED_PATH:
-            if len(self._seen) >= _REMEMBERED_PATHS:
-                self._seen.clear()
-            self._seen[text] = path, "", pool
+            _remember(self._seen, text, (path, "", pool))
         return path, "", pool
 
     def answered(self, pending: Pending, reply: Reply, seconds: float) -> None:
@@ -393,6 +401,12 @@ class Dispatcher:
         status, headers = status_of(type(error)), problem_headers(error)
         last = error.code == Draining.code
         return Reply(status, pending.request_id, CONTENT_TYPE, body, headers, error.code, last)
+
+
+def _remember(cache: dict[str, _T], name: str, found: _T) -> None:
+    if len(cache) >= _REMEMBERED_PATHS:
+        cache.clear()
+    cache[name] = found
 
 
 def _unquoted(segment: str) -> str:

@@ -161,7 +161,10 @@ class EmbeddedPools:
 
     def get(self, name: str) -> EmbeddedEngine:
         """The engine of the pool of this name. O(1). Raises UnknownPool."""
-        return self._entry(name).engine
+        entry: _Entry | None = self._pools.get(name)  # written out, as most calls come here
+        if entry is None:
+            raise UnknownPool
+        return entry.engine
 
     def names(self) -> list[str]:
         """The names of all pools, in order. O(p)."""
