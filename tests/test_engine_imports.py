@@ -263,6 +263,22 @@ async def test_its_holder_may_go_on_with_the_old_text_lease_or_handle(opened: Op
 
 
 @on_loop
+@pytest.mark.parametrize("seats", [1, 2])
+async def test_a_key_that_gets_its_leased_text_back_is_named_by_no_text_between(
+    opened: Opener, seats: int
+) -> None:
+    """The text between is free again, whether or not a lease began under the first one."""
+    async with opened(**KEEPING) as engine:
+        made = await engine.import_key(NewKey("first", seats=seats), False, OPERATOR)
+        lease = await engine.acquire("ann", 0)
+        for text in ("between", "first"):
+            await engine.replace(made.id, text, OPERATOR)
+        assert await refused(engine.get("between")) is UnknownKey
+        assert not (await engine.import_key(NewKey("between"), False, OPERATOR)).existed
+        assert (await engine.unblock("first", lease.lease)).changed
+
+
+@on_loop
 async def test_another_keys_text_is_no_replacement(opened: Opener) -> None:
     """Nothing has changed."""
     async with opened(**KEEPING) as engine:

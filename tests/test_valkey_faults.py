@@ -83,6 +83,7 @@ async def test_a_call_that_could_not_be_sent_waits_for_the_connection(valkey: Va
     async with engine_on(valkey.url) as engine:
         key = (await engine.generate(1))[0].key
         for _ in range(5):
+            await eventually(lambda: not engine._nodes.recovering, "no further connection is being made")
             before = list(engine._nodes._links.values())
             with valkey.commands() as commands:
                 commands.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")

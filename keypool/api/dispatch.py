@@ -148,7 +148,10 @@ _NOWHERE = _Path(False)
 _KEYS = BASE + "/keys/"
 _IN_POOL = BASE + POOLS
 _POOL = POOLS + "{pool}"
-_REMEMBERED_PATH, _REMEMBERED_PATHS = 128, 2000  # characters of what is cached of paths in pools, and how many
+_REMEMBERED_PATH, _REMEMBERED_PATHS = (
+    128,
+    2000,
+)  # characters of what is cached of paths in pools, and how many
 
 
 class Dispatcher:

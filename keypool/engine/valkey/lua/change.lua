@@ -74,7 +74,8 @@ local function change(name)
     end
     if known ~= #seats then return {'changed'} end
   end
-  if ARGV[10] ~= '' then give_up_former(member) end
+  local before = ARGV[10] ~= '' and leased_under(member)
+  if before and not is_same(record, before) then give_up_former(member) end
   if ARGV[12] == '1' then call('HINCRBY', META, 'odd', 1) end
   local out, id = {}, record[ID]
   -- The first one last, as the others are found by its place.

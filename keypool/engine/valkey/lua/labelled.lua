@@ -23,10 +23,15 @@ local function end_former(record)
   record[FORMER] = false
 end
 
+-- The id of the key that is leased under this text, which it has no more; nil if there is none.
+local function leased_under(member)
+  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
+  return old and tonumber(old:match('^%d+'))
+end
+
 -- A text that becomes a key's own names no other one, even if that is still leased under it.
 local function give_up_former(member)
-  local old = call('GET', META:sub(1, -5) .. 'old:' .. member)
-  local id = old and old:match('^%d+')
+  local id = leased_under(member)
   local text = id and call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
   local record = text and record_of(text)
   if record and record[FORMER] == member then
