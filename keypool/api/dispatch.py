@@ -148,10 +148,8 @@ _NOWHERE = _Path(False)
 _KEYS = BASE + "/keys/"
 _IN_POOL = BASE + POOLS
 _POOL = POOLS + "{pool}"
-_REMEMBERED_PATH, _REMEMBERED_PATHS = (
-    128,
-    2000,
-)  # characters of what is cached of paths in pools, and how many
+_REMEMBERED_PATH = 128  # characters of what is cached of a path in a pool
+_REMEMBERED_PATHS = 2000
 
 
 class Dispatcher:
