@@ -101,6 +101,13 @@ def test_the_most_urgent_comes_first() -> None:
     assert tiles_warned(verdicts(state, ""), state) == ["available", "cooling", "expiring", "quarantined"]
 
 
+def test_keys_that_are_out_are_listed_by_what_most_of_them_are() -> None:
+    """Cooling or quarantined."""
+    for state in ("cooling", "quarantined"):
+        [found] = verdicts(facts(stats={"available": 40, state: 60}), "")
+        assert found["href"] == f"/keys?tab={state}"
+
+
 def test_waiting_and_refused_acquires_colour_their_tiles() -> None:
     """Without a verdict."""
     state = facts(stats={"waiting": 1}, recent={"refused": 1})

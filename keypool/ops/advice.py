@@ -85,8 +85,8 @@ ADVICE = (
         "exhausted",
         "No key is available",
         "all keys are blocked, cooling or quarantined; acquires wait or get 404 `no-key-available`",
-        "Blocked: generate more keys, let callers `wait`, and look for owners that hold many. "
-        "Cooling or quarantined: as `KeypoolManyKeysOut`",
+        "blocked ones: generate more keys, let callers `wait`, and look for owners that hold many; cooling or "
+        "quarantined ones: their outcomes and reasons are in the lists",
         "/keys?tab=blocked",
         "See who holds keys",
         short="0 free",

@@ -33,7 +33,7 @@ from keypool.ops.advice import ADVICE
 from keypool.ops.histogram import CallMetrics, Histogram
 from keypool.web.assets import Assets, folder
 from keypool.web.feed import ViewerLimit
-from keypool.web.health import Facts, tiles_warned, verdicts
+from keypool.web.health import Facts, sentence, tiles_warned, verdicts
 from keypool.web.latency import LATELY, Latency
 from keypool.web.loop_lag import LoopStall
 from keypool.web.pool_view import PoolView
@@ -55,6 +55,15 @@ PAGE_HEADERS = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
 )
 
+FIGURE_NAMES = {
+    "commits": "Commits",
+    "commit_seconds": "Latest commit took",
+    "commit_rows": "Keys in the latest commit",
+    "pipelines": "Pipelines to Valkey",
+    "pipeline_seconds": "Latest pipeline took",
+    "pipeline_commands": "Commands in the latest pipeline",
+}
+"""What the System page calls an engine's figures."""
 _log = logging.getLogger("keypool.dashboard")
 
 
@@ -86,6 +95,7 @@ class Dashboard:
             states=list(State),
             advice={each.code: each for each in ADVICE},
             lately=LATELY // 60,
+            figure_names=FIGURE_NAMES,
         )
         for name in self._templates.list_templates():
             self._templates.get_template(name)  # compiled now, as it would stall the first request for 40 ms
@@ -282,6 +292,7 @@ def make_templates(compiled: BytecodeCache | None = None) -> Environment:
         duration=duration,
         alarm=alarm,
         attention=attention,
+        sentence=sentence,
     )
     return templates
 

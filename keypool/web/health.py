@@ -52,8 +52,14 @@ def verdicts(facts: Facts, base: str) -> list[dict[str, Any]]:
     for advice in ADVICE:
         cause = _CAUSES[advice.code](facts)
         if cause:
-            found.append(_verdict(advice, cause, base))
+            found.append(_verdict(advice, cause, base, _path(advice, facts.stats)))
     return found
+
+
+def _path(advice: Advice, stats: Stats) -> str:
+    if advice.code == "many-out" and stats.quarantined > stats.cooling:
+        return "/keys?tab=quarantined"
+    return advice.path
 
 
 def tiles_warned(found: Sequence[Mapping[str, Any]], facts: Facts) -> list[str]:
@@ -67,20 +73,21 @@ def tiles_warned(found: Sequence[Mapping[str, Any]], facts: Facts) -> list[str]:
     return sorted(warned)
 
 
-def _verdict(advice: Advice, cause: str, base: str) -> dict[str, Any]:
+def _verdict(advice: Advice, cause: str, base: str, path: str) -> dict[str, Any]:
     return {
         "code": advice.code,
         "title": advice.title,
-        "text": f"{cause} {_sentence(advice.means)}",
-        "remedy": _sentence(advice.do),
-        "href": advice.path if advice.path == "/system" else base + advice.path,
+        "text": f"{cause} {sentence(advice.means)}",
+        "remedy": sentence(advice.do),
+        "href": path if path == "/system" else base + path,
         "link": advice.link,
         "short": advice.short,
         "tiles": advice.tiles,
     }
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """A text of ADVICE or of an error as a sentence, without backticks."""
     text = text.replace("`", "")
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -89,7 +96,7 @@ def _not_ready(code: str) -> Callable[[Facts], str | None]:
     def cause(facts: Facts) -> str | None:
         if facts.not_ready is None or facts.not_ready["code"] != code:
             return None
-        return _sentence(facts.not_ready["detail"])
+        return sentence(facts.not_ready["detail"])
 
     return cause
 
@@ -147,7 +154,7 @@ def _lately(facts: Facts) -> str:
 
 _CAUSES: Mapping[str, Callable[[Facts], str | None]] = {
     **{code: _not_ready(code) for code in ("loading", "draining", "storage-unavailable")},
-    "degraded": lambda facts: _sentence(facts.degraded) if facts.degraded else None,
+    "degraded": lambda facts: sentence(facts.degraded) if facts.degraded else None,
     "pool-draining": lambda facts: f"{facts.stats.total:,} keys are left." if facts.pool_draining else None,
     "exhausted": _exhausted,
     "expiring": _expiring,

@@ -115,7 +115,9 @@ export class Chart {
     const places = SIZES[this.span] / GROUP;
     const x = WIDTH - (WIDTH / (places - 1)) * at;
     this.plot.querySelector(".cross").setAttribute("d", this.at === null ? "" : `M${x} 0V${HEIGHT}`);
-    this.when.hidden = this.at === null;
+    const begins = count < 2 && this.span === "minutes";
+    this.when.hidden = this.at === null && !begins;
+    if (begins) this.when.textContent = "A point a minute, from now on";
     if (this.at !== null) {
       const moment = new Date((this.series.end - at * GROUP * this.series.step) * 1000);
       this.when.textContent = moment.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: this.span === "seconds" ? "2-digit" : undefined });

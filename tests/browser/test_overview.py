@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import Start
 from support import API, Client, ServerProcess, eventually
 from valkeys import give_back, hold_ports
 
@@ -89,6 +90,7 @@ def test_the_tabs_title_says_that_no_key_is_free(server: ServerProcess, client: 
     lease = client.acquire()
     page.wait_for_function("() => document.title === '(!) 0 free · Keys · keypool'")
     page.goto("/")
+    assert "generate more keys, let callers wait" in page.locator("#exhausted").inner_text()
     assert page.locator("#tile-available.warn").is_visible()
     assert page.title() == "(!) 0 free · Overview · keypool"
     client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
@@ -201,6 +203,13 @@ def test_entries_of_a_legend_switch_their_series(server: ServerProcess, client: 
     body = {"lease": lease["lease"], "outcome": "rate_limited", "retry_after": 60}
     client.post(f"{API}/keys/{lease['key']}/unblock", json=body).expect(200)
     chart.locator("li[data-tone=cooling]:not(.zero)").wait_for()
+
+
+def test_a_day_that_has_just_begun_says_so(start_server: Start, tabs: Tabs) -> None:
+    """Instead of an empty chart without a word."""
+    page = tabs.live(start_server("--data=:memory:"))
+    page.get_by_text("24 h", exact=True).click()
+    assert page.locator("#chart-rates .when").inner_text() == "A point a minute, from now on"
 
 
 def test_what_ends_next_is_there_as_soon_as_the_page_is(
