@@ -6,7 +6,7 @@ A histogram counts since the server started, so its counts are kept for five min
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from keypool.ops.histogram import Histogram, quantile
 
@@ -28,17 +28,11 @@ class Latency:
 
     def sample(self) -> None:
         """Called once a second. O(histograms)."""
-        bounds: Sequence[float] = ()
-        counts: list[int] = []
-        for histogram in self._read():
-            bounds = histogram.bounds
-            counts = (
-                [a + b for a, b in zip(counts, histogram.counts, strict=True)]
-                if counts
-                else histogram.counts[:]
-            )
-        if not counts:
+        histograms = list(self._read())
+        if not histograms:
             return
+        bounds = histograms[0].bounds
+        counts = list(map(sum, zip(*(each.counts for each in histograms), strict=True)))
         if not self._before:
             self._before.append(counts)  # what was counted before isn't lately
         lately = [now - before for now, before in zip(counts, self._before[0], strict=True)]
