@@ -182,8 +182,10 @@ def test_the_chart_of_rates_says_what_it_counts(server: ServerProcess, tabs: Tab
     assert page.get_by_text("Calls a second").count() == 0
 
 
-def test_entries_of_a_legend_switch_their_series(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+def test_entries_of_a_legend_switch_their_series(start_server: Start, tabs: Tabs) -> None:
     """By mouse and by keyboard; the scale is that of what is left. Series of zeros are muted."""
+    server = start_server()  # whose charts have nothing of other tests
+    client = server.client()
     client.make_many(100)
     lease = client.acquire()
     page = tabs.live(server)
@@ -207,7 +209,7 @@ def test_entries_of_a_legend_switch_their_series(server: ServerProcess, client: 
 
 def test_a_day_that_has_just_begun_says_so(start_server: Start, tabs: Tabs) -> None:
     """Instead of an empty chart without a word."""
-    page = tabs.live(start_server("--data=:memory:"))
+    page = tabs.live(start_server())
     page.get_by_text("24 h", exact=True).click()
     assert page.locator("#chart-rates .when").inner_text() == "A point a minute, from now on"
 
