@@ -101,7 +101,7 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
     sources.limits |= {
         name: getattr(settings, name) for name in ("max_keys", "max_pools", "max_waiters", "max_viewers")
     }
-    return KeypoolApplication(
+    app = KeypoolApplication(
         pools,
         access,
         (*calls, describing(calls, access.open)),
@@ -130,6 +130,8 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
         websocket_ping_interval=60,  # a viewer that vanished without closing is dropped within two minutes
         websocket_max_message_size=4096,  # messages from viewers are ignored
     )
+    dashboard.calls = app.settings["dispatcher"].calls
+    return app
 
 
 async def _refuse_loading(engine: Engine, call: Call) -> NoReturn:

@@ -27,7 +27,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import SILENT, Change
 from keypool.core.keys import State, moment
-from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, at_rest, mostly_out, settings_in_force
+from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, at_rest, settings_in_force
 from keypool.web.pages import PageHandler
 from keypool.web.pool_view import PoolView
 from keypool.web.session import Session
@@ -129,6 +129,7 @@ class DashboardHandler(PageHandler):
             "generate_line": generate_line(self.site, self.access.open, self.base),
             "now": moment(time.time()),
             "not_ready": self.dashboard.readiness(),
+            "health": self.dashboard.health(self.view, self.base),
         }
         self._answer(self.dashboard.render(template, **(common | facts)), HTML)
 
@@ -145,13 +146,14 @@ class Overview(DashboardHandler):
         due = [
             left for row in (*released, *ready) if (left := row.release_in or row.available_in) is not None
         ]
+        figures = self.dashboard.figures(self.view, self.base, stats)
         self.show(
             "overview.html",
             page="overview",
             title="Overview",
             stats=stats,
-            mostly_out=mostly_out(stats),
-            figures=self.dashboard.figures(self.view),
+            figures=figures,
+            health=figures["health"],
             events=self.engine.recent(SHOWN)[::-1],
             released=released,
             ready=ready,
@@ -291,12 +293,13 @@ class System(DashboardHandler):
     """/system: version, settings, and how the server is doing."""
 
     async def get(self, *args: str) -> None:
+        stats = await self.engine.stats()
         self.show(
             "system.html",
             page="system",
             title="System",
-            stats=await self.engine.stats(),
-            figures=self.dashboard.figures(self.view),
+            stats=stats,
+            figures=self.dashboard.figures(self.view, self.base, stats),
             engine_figures=self.engine.figures(),
             rows=settings_in_force(self.dashboard.settings, self.access),
             at_rest=at_rest(self.dashboard.settings),
@@ -316,7 +319,14 @@ class Figures(DashboardHandler):
     of_pool = True
 
     async def get(self, *args: str) -> None:
-        body: dict[str, Any] = self.dashboard.figures(self.view)
+        view = self.view
+        try:
+            stats = await self.engine.stats()
+        except KeypoolError:  # storage is down, which is among the figures
+            if view.stats is None:
+                raise
+            stats = view.stats
+        body: dict[str, Any] = self.dashboard.figures(view, self.base, stats)
         if self.get_query_argument("state", None) is not None:
             body["state"] = await self.view.feed.snapshot()
         self.answer(body)

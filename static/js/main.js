@@ -1,5 +1,6 @@
 // Every page starts here: what all of them share, then the page's own module, then the connection.
 
+import "./alarm.js";
 import "./clock.js";
 import "./import.js";
 import "./keyboard.js";
