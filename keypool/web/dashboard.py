@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 import time
+from datetime import datetime
 from typing import Any
 
 from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined
@@ -223,6 +224,7 @@ def make_templates(compiled: BytecodeCache | None = None) -> Environment:
         bytecode_cache=compiled,
     )
     templates.filters.update(number=number, length_of=length, report=report, origin=origin)
+    templates.filters.update(utc=utc, elapsed=elapsed)
     return templates
 
 
@@ -241,6 +243,16 @@ def length(seconds: float | None) -> str:
     if whole >= 3600:
         return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
     return f"{whole // 60}:{whole % 60:02}"
+
+
+def utc(at: str) -> str:
+    """A moment of an answer in full, as a title has it. The same as utc() in static/js/lists.js."""
+    return f"{at[:10]} {at[11:19]} UTC"
+
+
+def elapsed(at: str) -> str:
+    """How long it is since a moment of an answer; static/js/lists.js counts on from there."""
+    return length(math.floor(max(0.0, time.time() - datetime.fromisoformat(at).timestamp())))
 
 
 def report(row: Row) -> str:
