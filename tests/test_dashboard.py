@@ -18,7 +18,8 @@ from viewing import Closed, Viewer
 
 PAGES = (
     "/", "/keys", "/keys?tab=blocked", "/keys?tab=available", "/keys?tab=cooling", "/keys?tab=quarantined",
-    "/keys?tab=expiring", "/events", "/events?kind=cooled", "/system", "/calls",
+    "/keys?tab=expiring", "/events", "/events?kind=cooled", "/system", "/calls", "/owners",
+    "/waiters", "/tokens",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- pages
