@@ -23,7 +23,7 @@ from keypool.config.limits import Limits, allowed_viewers
 from keypool.config.secrets_keys import SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
-from keypool.core.answers import Row, Stats
+from keypool.core.answers import RareEventRow, Row, Stats
 from keypool.core.errors import KeypoolError, UnknownPool
 from keypool.core.events import By, Event
 from keypool.core.keys import State
@@ -224,7 +224,7 @@ def make_templates(compiled: BytecodeCache | None = None) -> Environment:
         bytecode_cache=compiled,
     )
     templates.filters.update(number=number, length_of=length, report=report, origin=origin)
-    templates.filters.update(utc=utc, elapsed=elapsed)
+    templates.filters.update(utc=utc, elapsed=elapsed, whom=whom)
     return templates
 
 
@@ -269,6 +269,11 @@ def origin(event: Event) -> str:
         return f"by {event.owner or 'holder'}"
     by = f"by {event.by} {event.actor}" if event.actor is not None else f"by {event.by}"
     return f"{by}, held by {event.owner}" if event.owner else by
+
+
+def whom(event: Event | RareEventRow) -> str:
+    """Who or what brought an event about, without whose lease it was. The same as whom() in static/js/rows.js."""
+    return event.by if event.actor is None else f"{event.by} {event.actor}"
 
 
 def mostly_out(stats: Stats) -> bool:

@@ -7,7 +7,9 @@ Pages are complete without scripts, except for the charts. A browser that isn't 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -16,8 +18,8 @@ from msgspec import ValidationError, convert
 from keypool.api.auth import Role
 from keypool.api.calls import ID, path_of_pool
 from keypool.api.curl import call_lines, generate_line, key_lines
-from keypool.core.answers import Row
-from keypool.core.cursor import ListQuery
+from keypool.core.answers import RareEventRow, Row
+from keypool.core.cursor import EventQuery, ListQuery
 from keypool.core.errors import (
     BadRequest,
     KeypoolError,
@@ -27,9 +29,10 @@ from keypool.core.errors import (
     UnknownPool,
     WrongToken,
 )
-from keypool.core.events import SILENT, Change
+from keypool.core.events import SILENT, Change, Event
 from keypool.core.keys import State, moment
-from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, at_rest, mostly_out, settings_in_force
+from keypool.core.rare_events import MOST_EVENTS, RARE
+from keypool.web.dashboard import HTML, PAGE_HEADERS, Dashboard, at_rest, mostly_out, settings_in_force, whom
 from keypool.web.pages import PageHandler
 from keypool.web.paging import links, url_of
 from keypool.web.pool_view import EXPIRING, PoolView
@@ -57,6 +60,7 @@ NAME, OWNER = "name:", "owner:"
 SHOWN = 10
 SHOWN_DUE = 5
 SHOWN_EVENTS = 200
+RECENT_EVENTS = 1000  # as many as engines have in memory
 THEMES = ("light", "dark")
 
 
@@ -356,26 +360,91 @@ class KeyPanel(DashboardHandler):
 
 
 class Events(DashboardHandler):
-    """/events: the latest events, newest first."""
+    """/events: the latest events, newest first, or the rare ones, which are kept; a POST leads to those with a text."""
 
+    allowed = ("GET", "HEAD", "POST", "OPTIONS")
     of_pool = True
 
     async def get(self, *args: str) -> None:
-        kind = self.get_query_argument("kind", "")
-        kinds = [change.value for change in Change if change not in SILENT]
-        if kind and kind not in kinds:
-            raise BadRequest(f"kind takes {', '.join(kinds)}")
-        await self.engine.stats()  # as in KeyPanel
-        latest = self.engine.recent(1000 if kind else SHOWN_EVENTS)
-        events = [event for event in latest if not kind or event.event == kind]
+        kind, search = self.get_query_argument("kind", ""), self.get_query_argument("q", "")
+        after = self.get_query_argument("after", "") or None
+        await self._list(kind, search, after, *await self._found(kind, search, after))
+
+    async def post(self, *args: str) -> None:
+        """Search for a text, which may be a whole key by mistake: it gets into a URL only if an event has it."""
+        kind, search = self.get_body_argument("kind", ""), self.get_body_argument("q", "")
+        events, following = await self._found(kind, search, None)
+        if events:
+            self.redirect(url_of(f"{self.base}/events", {"kind": kind, "q": search}), status=303)
+        else:
+            await self._list(kind, "", None, events, following)
+
+    async def _found(self, kind: str, search: str, after: str | None) -> tuple[list[AnyEvent], str | None]:
+        """The events of a kind that have this text, and the cursor of the next page. O(1,000)."""
+        if kind and kind not in EVENT_KINDS:
+            raise BadRequest(f"kind takes {', '.join(EVENT_KINDS)}")
+        if kind not in KEPT_KINDS:
+            await self.engine.stats()  # as in KeyPanel
+            latest = self.engine.recent(RECENT_EVENTS if kind or search else SHOWN_EVENTS)
+            events = [event for event in reversed(latest) if event.event == (kind or event.event)]
+            return matching(events, search), None
+        only = None if kind == RARE_KIND else kind
+        if not search:
+            page = await self.engine.rare_events(rare_query(only, SHOWN_EVENTS, after))
+            return list(page.events), page.next
+        found: list[AnyEvent] = []
+        cursor: str | None = None
+        while len(found) < MOST_EVENTS:
+            page = await self.engine.rare_events(rare_query(only, 500, cursor))
+            found += page.events
+            if (cursor := page.next) is None:
+                break
+        return matching(found, search), None
+
+    async def _list(
+        self, kind: str, search: str, after: str | None, events: list[AnyEvent], following: str | None
+    ) -> None:
+        path, back = f"{self.base}/events", self.get_query_argument("back", "")
         self.show(
             "events.html",
             page="events",
             title="Events",
             kind=kind,
-            kinds=kinds,
-            events=events[::-1][:SHOWN_EVENTS],
+            kinds=EVENT_KINDS,
+            kept=kind in KEPT_KINDS,
+            search=search,
+            after=after,
+            events=events,
+            links=links(path, {"kind": kind, "q": search}, after, back, following),
         )
+
+
+AnyEvent = Event | RareEventRow
+RARE_KIND = "rare"
+"""The rare events of all kinds."""
+EVENT_KINDS = (RARE_KIND, *(change.value for change in Change if change not in SILENT))
+KEPT_KINDS = frozenset({RARE_KIND, *RARE}) - {Change.UNBLOCKED}
+"""The kinds that are listed from the rare events. Of the unblocks only an operator's are among them."""
+
+
+def rare_query(kind: str | None, limit: int, after: str | None) -> EventQuery:
+    """A query for rare events. Raises BadRequest."""
+    try:
+        return convert({"kind": kind, "limit": limit, "after": after}, EventQuery)
+    except ValidationError:
+        raise BadRequest("after is not the next of a page of this list") from None
+
+
+def matching(events: Sequence[AnyEvent], search: str) -> list[AnyEvent]:
+    """The first events that have this text in what is shown of them. The same as fits() in js/pages/events.js."""
+    text = search.strip().lower()
+    found = (event for event in events if not text or text in words_of(event).lower())
+    return list(islice(found, SHOWN_EVENTS))
+
+
+def words_of(event: AnyEvent) -> str:
+    """What an event can be searched by."""
+    return f"{event.id} {event.hint} {whom(event)} {event.owner or ''}"
 
 
 class System(DashboardHandler):

@@ -92,7 +92,7 @@ export class Chart {
     this.when.hidden = this.at === null;
     if (this.at !== null) {
       const moment = new Date((this.series.end - at * MEAN_OF * this.series.step) * 1000);
-      this.when.textContent = moment.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: this.span === "seconds" ? "2-digit" : undefined });
+      this.when.textContent = `${moment.toISOString().slice(11, this.span === "seconds" ? 19 : 16)} UTC`;
     }
   }
 }
