@@ -92,7 +92,10 @@ export function eventRow(event) {
   time.dateTime = event.at;
   time.title = utc(event.at);
   const owner = element.querySelector(".owner-link");
-  if (owner) owner.href = `${base}/keys?owner=${encodeURIComponent(event.owner ?? "")}`;
+  if (owner) {
+    owner.hidden = !event.owner;
+    owner.href = `${base}/keys?owner=${encodeURIComponent(event.owner ?? "")}`;
+  }
   if (element.cells) element.cells[1].dataset.kind = event.event;
   element.querySelector(".key-link").href = `${base}/keys/${event.id}`;
   return element;
