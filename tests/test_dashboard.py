@@ -18,7 +18,8 @@ from viewing import Closed, Viewer
 
 PAGES = (
     "/", "/keys", "/keys?tab=blocked", "/keys?tab=available", "/keys?tab=cooling", "/keys?tab=quarantined",
-    "/keys?tab=expiring", "/events", "/events?kind=cooled", "/system", "/calls",
+    "/keys?tab=expiring", "/events", "/events?kind=cooled", "/system", "/calls", "/owners",
+    "/waiters", "/tokens",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- pages
@@ -197,21 +198,22 @@ async def test_events_say_who_or_what_brought_them_about(pages: Browser) -> None
     await quarantine(pages, held["id"], now=True)
     cookie = await pages.sign_in(VIEWER_TOKEN)
     text = unescape((await pages.fetch("/events", Cookie=cookie)).text)
-    said = re.findall(
-        r'class="verb" data-f="event">(\w+)<.*?data-f="origin">([^\n]*)</span>', text, re.DOTALL
+    line = (
+        r'class="event" .*?data-kind="(\w+)">.*?data-f="whom">(.*?)</td>.*?data-f="owner"[^>]*>([^\n]*)</a>'
     )
+    said = re.findall(line, text, re.DOTALL)
     mark = sha256(ADMIN_TOKEN.encode()).hexdigest()[:8]
     assert said[::-1] == [
-        ("generated", f"by operator {mark}"),
-        ("generated", f"by operator {mark}"),
-        ("acquired", "by worker-7"),
-        ("unblocked", "by worker-7"),
-        ("acquired", "by late <b>"),
-        ("unblocked", f"by operator {mark}, held by late <b>"),
-        ("quarantined", f"by operator {mark}, held by late <b>"),
+        ("generated", f"operator {mark}", ""),
+        ("generated", f"operator {mark}", ""),
+        ("acquired", "holder", "worker-7"),
+        ("unblocked", "holder", "worker-7"),
+        ("acquired", "holder", "late <b>"),
+        ("unblocked", f"operator {mark}", "late <b>"),
+        ("quarantined", f"operator {mark}", "late <b>"),
     ]
     only = (await pages.fetch("/events?kind=quarantined", Cookie=cookie)).text
-    assert only.count('data-kind="quarantined"') == 3  # a tab, the list, one event
+    assert only.count('data-kind="quarantined"') == 4  # a tab, the list, one event and its cell
 
 
 async def test_templates_are_compiled_before_the_first_request(

@@ -212,7 +212,11 @@ class Engine(Protocol):
     async def unblock_many(
         self, items: Sequence[Unblock], ended: list[EndedLease] | None = None, origin: Origin = HOLDER
     ) -> list[str]:
-        """Unblock keys. `ended` and reports as for `unblock`; `origin` is of items without a lease. O(k log n)."""
+        """Unblock keys. `ended` and reports as for `unblock`; `origin` is of items without a lease.
+
+        It is also of those that name their key by its public id, which is for operators, unless they have a report.
+        O(k log n).
+        """
         ...
 
     async def extend(self, ref: Ref, lease: int, seconds: float | None) -> Extended:
@@ -438,6 +442,13 @@ class Pools(Protocol):
 
     def on_change(self, callback: Callable[[], object]) -> None:
         """Call this whenever a pool comes, goes, drains, or gets other settings. O(1)."""
+        ...
+
+    async def held(self, client: Client) -> int | None:
+        """How many leases a named token holds in all pools. O(1), over Valkey O(log held).
+
+        None if nobody counts them: over Valkey, those of a token without a `max_held`. Raises StorageUnavailable.
+        """
         ...
 
     async def rekey(self) -> Rekeying:

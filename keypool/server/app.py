@@ -37,6 +37,7 @@ from keypool.web.handlers import (
     Static,
     System,
 )
+from keypool.web.holders import OwnerList, TokenList, WaiterList
 from keypool.web.pages import Health, PageHandler, Ready, UnknownPath
 from keypool.web.scrape import Metrics, MetricSources
 from keypool.web.signin import SignIn, SignOut
@@ -115,7 +116,10 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
             (r"/pools", PoolList),
             (rf"{_POOL}/keys", Keys),
             (rf"{_POOL}/keys/([0-9]+)", KeyPanel),
+            (rf"{_POOL}/owners", OwnerList),
+            (rf"{_POOL}/waiters", WaiterList),
             (rf"{_POOL}/events", Events),
+            (r"/tokens", TokenList),
             (r"/system", System),
             (r"/calls", Calls),
             (rf"{_POOL}/figures", Figures),

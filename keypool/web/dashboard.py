@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined
@@ -23,7 +24,7 @@ from keypool.config.limits import Limits, allowed_viewers
 from keypool.config.secrets_keys import SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
-from keypool.core.answers import Row, Stats
+from keypool.core.answers import RareEventRow, Row, Stats
 from keypool.core.errors import KeypoolError, UnknownPool
 from keypool.core.events import By, Event
 from keypool.core.keys import State
@@ -293,6 +294,9 @@ def make_templates(compiled: BytecodeCache | None = None) -> Environment:
         alarm=alarm,
         attention=attention,
         sentence=sentence,
+        utc=utc,
+        elapsed=elapsed,
+        whom=whom,
     )
     return templates
 
@@ -336,6 +340,16 @@ def attention(count: int) -> str:
     return "One thing needs attention" if count == 1 else f"{count} things need attention"
 
 
+def utc(at: str) -> str:
+    """A moment of an answer in full, as a title has it. The same as utc() in static/js/lists.js."""
+    return f"{at[:10]} {at[11:19]} UTC"
+
+
+def elapsed(at: str) -> str:
+    """How long it is since a moment of an answer; static/js/lists.js counts on from there."""
+    return length(math.floor(max(0.0, time.time() - datetime.fromisoformat(at).timestamp())))
+
+
 def report(row: Row) -> str:
     """The latest report on a key in words, and its failures in a row. The same as report() in static/js/rows.js."""
     words = [row.outcome.replace("_", " ")] if row.outcome is not None else []
@@ -350,3 +364,8 @@ def origin(event: Event) -> str:
         return f"by {event.owner or 'holder'}"
     by = f"by {event.by} {event.actor}" if event.actor is not None else f"by {event.by}"
     return f"{by}, held by {event.owner}" if event.owner else by
+
+
+def whom(event: Event | RareEventRow) -> str:
+    """Who or what brought an event about, without whose lease it was. The same as whom() in static/js/rows.js."""
+    return event.by if event.actor is None else f"{event.by} {event.actor}"

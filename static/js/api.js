@@ -20,13 +20,14 @@ export function whenSignedOut(then) {
   onSignedOut = then;
 }
 
-/** One request; the JSON of its answer, null if it has none. Throws Problem. */
+/** One request, with JSON or a form; the JSON of its answer, null if it has none. Throws Problem. */
 export async function request(method, path, body) {
   const headers = { Accept: "application/json", "X-Keypool-Xsrf": proof };
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const form = body instanceof URLSearchParams;
+  if (body !== undefined && !form) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+    response = await fetch(path, { method, headers, body: form || body === undefined ? body : JSON.stringify(body) });
   } catch {
     throw new Problem(0, { title: "No connection", detail: "The server can't be reached; whether the call took effect isn't known." });
   }

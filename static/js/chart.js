@@ -120,7 +120,7 @@ export class Chart {
     if (begins) this.when.textContent = "A point a minute, from now on";
     if (this.at !== null) {
       const moment = new Date((this.series.end - at * GROUP * this.series.step) * 1000);
-      this.when.textContent = moment.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: this.span === "seconds" ? "2-digit" : undefined });
+      this.when.textContent = `${moment.toISOString().slice(11, this.span === "seconds" ? 19 : 16)} UTC`;
     }
   }
 }

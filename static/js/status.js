@@ -3,6 +3,7 @@
 // When the connection is lost, what is shown is greyed and its age is given; nothing is removed. feed.js
 // reconnects.
 
+import { now } from "./clock.js";
 import * as feed from "./feed.js";
 import { setText } from "./ui.js";
 
@@ -39,7 +40,7 @@ function old() {
 
 /** The time of the last message. Unlike an age it doesn't change, so screen readers read the banner only once. */
 function heard() {
-  return new Date(Date.now() - feed.age() * 1000).toLocaleTimeString();
+  return `${new Date(now() - feed.age() * 1000).toISOString().slice(11, 19)} UTC`;
 }
 
 function show() {

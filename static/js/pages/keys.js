@@ -5,13 +5,14 @@
 // whose key is gone is struck through.
 
 import * as actions from "../actions.js";
-import { base, call } from "../api.js";
+import { call, request } from "../api.js";
 import { now, setLeft } from "../clock.js";
 import * as feed from "../feed.js";
+import { leadOn } from "../lists.js";
 import { model } from "../model.js";
 import { fillKey, readKey, setState } from "../rows.js";
 import { show } from "../panel.js";
-import { made, number, setText } from "../ui.js";
+import { made, number, setText, toast } from "../ui.js";
 
 const EVERY = 2000;
 const POINTED_FOR = 10_000; // ms without movement after which the pointer no longer holds rows
@@ -21,9 +22,9 @@ const body = table.tBodies[0];
 const bulk = document.getElementById("bulk");
 const all = document.getElementById("pick-all");
 const held = document.getElementById("held");
-const { tab, search, after } = card.dataset;
+const found = document.getElementById("not-found");
+const { after, within, nothing } = card.dataset;
 const STATES = ["available", "blocked", "cooling", "quarantined"];
-const ORDERS = { blocked: "release", cooling: "ready", expiring: "expiry" };
 const chosen = new Set();
 const block = Number(document.body.dataset.block);
 let pointedAt = -Infinity;
@@ -34,25 +35,22 @@ const rowOf = (id) => body.querySelector(`[data-id="${id}"]`);
 const holding = () => performance.now() - pointedAt < POINTED_FOR || chosen.size > 0;
 
 function query() {
-  const asked = new URLSearchParams({ limit: "50" });
-  if (search.startsWith("name:")) asked.set("name", search.slice(5));
-  else if (search) asked.set("prefix", search);
-  else if (ORDERS[tab]) asked.set("order", ORDERS[tab]);
-  if (STATES.includes(tab)) asked.set("state", tab);
+  const asked = new URLSearchParams(card.dataset.query);
+  asked.set("limit", "50");
   if (after) asked.set("after", after);
   return asked;
 }
 
 /** Fetch the page again soon, at most every two seconds. */
 function reload() {
-  if (timer || document.hidden) return;
+  if (timer || document.hidden || nothing === "wrong") return;
   timer = setTimeout(load, Math.max(0, loadedAt + EVERY - performance.now()));
 }
 
 async function load() {
   timer = 0;
   try {
-    const page = await call("GET", `/keys?${query()}`);
+    const page = soonOnly(await call("GET", `/keys?${query()}`));
     const asOf = now();
     loadedAt = performance.now();
     held.hidden = !holding();
@@ -61,6 +59,13 @@ async function load() {
   } catch {
     loadedAt = performance.now(); // the pill shows it already
   }
+}
+
+/** Of the keys in order of expiry, those that expire soon, if that is what the page shows. */
+function soonOnly(page) {
+  if (!within) return page;
+  const keys = page.keys.filter((key) => key.expires_in <= within);
+  return { keys, next: keys.length === page.keys.length ? page.next : null };
 }
 
 function patch(keys, asOf) {
@@ -78,13 +83,7 @@ function replace({ keys, next }, asOf) {
     fillKey(row, key, asOf);
     if (body.rows[i] !== row) body.insertBefore(row, body.rows[i] ?? null);
   });
-  const more = document.getElementById("next");
-  more.hidden = !next;
-  if (next) {
-    const url = new URLSearchParams(location.search);
-    url.set("after", next);
-    more.href = `${base}/keys?${url}`;
-  }
+  leadOn(next);
   table.hidden = keys.length === 0;
   states(keys.length);
 }
@@ -92,7 +91,7 @@ function replace({ keys, next }, asOf) {
 function states(count) {
   document.getElementById("no-rows").hidden = count > 0;
   const empty = (model.stats?.total ?? 1) === 0;
-  const which = empty ? "empty" : search ? "search" : STATES.includes(tab) ? tab : "page";
+  const which = empty ? "empty" : nothing;
   for (const element of document.querySelectorAll("#no-rows [data-when]")) element.hidden = element.dataset.when !== which;
 }
 
@@ -193,6 +192,27 @@ table.addEventListener("pointerleave", () => {
   reload();
 });
 
+
+// -- search: the server finds what the text stands for, which may be a whole key, so it isn't put into a URL
+
+document.querySelector("form.search").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const form = event.target;
+  try {
+    const { url } = await request("POST", form.action, new URLSearchParams(new FormData(form)));
+    if (url) {
+      form.reset(); // a whole key isn't left in the page
+      location.assign(url);
+    } else {
+      found.replaceChildren(document.getElementById("not-found-text").content.cloneNode(true));
+      found.hidden = false;
+    }
+  } catch (problem) {
+    toast(`${problem.title}. ${problem.message}`, "danger");
+  }
+});
+document.getElementById("search").addEventListener("input", () => (found.hidden = true));
+
 feed.on("hello", () => {
   counts();
   reload();
@@ -208,3 +228,7 @@ function counts() {
   setText(document.querySelector('[data-count="all"]'), number(stats.total));
   for (const name of STATES) setText(document.querySelector(`[data-count="${name}"]`), number(stats[name]));
 }
+feed.on("figures", ({ expiring }) => {
+  setText(document.querySelector('[data-count="expiring"]'), number(expiring));
+  if (within) reload();
+});
