@@ -123,9 +123,10 @@ export async function remove(key) {
 }
 
 const counted = (answer) => {
-  const missed = (answer.unknown?.length ?? 0) + (answer.stale?.length ?? 0);
-  const stale = answer.stale?.length ? `, ${answer.stale.length} leased again in the meantime and left alone` : "";
-  return missed ? ` ${number(answer.unknown.length)} already gone${stale}.` : "";
+  const missed = [];
+  if (answer.unknown?.length) missed.push(`${number(answer.unknown.length)} already gone`);
+  if (answer.stale?.length) missed.push(`${number(answer.stale.length)} leased again in the meantime and left alone`);
+  return missed.length ? ` ${missed.join(", ")}.` : "";
 };
 
 /** Put off the expiry of several keys. */

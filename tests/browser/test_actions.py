@@ -243,6 +243,20 @@ def test_several_at_once(server: ServerProcess, client: Client, tabs: Tabs) -> N
     assert not page.locator("#bulk").is_visible()
 
 
+def test_what_an_unblock_left_alone_is_said(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Keys that were leased again meanwhile, and nothing about others."""
+    client.make()
+    lease = client.acquire(owner="first")
+    page = tabs.live(server, "/keys?tab=blocked")
+    row(page, lease["id"]).locator(".picked").check()
+    page.locator("[data-bulk=unblock]").click()
+    page.locator("#confirm[open]").wait_for()
+    client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
+    client.acquire(owner="second")
+    confirm(page, "Unblock one key")
+    page.get_by_text("0 unblocked. 1 leased again in the meantime and left alone.").wait_for()
+
+
 def test_the_panel_of_a_key(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """State, holder, deadlines, events, lines for a shell; and it follows what happens."""
     client.make()
