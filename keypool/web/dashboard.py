@@ -22,9 +22,10 @@ from keypool.config.limits import Limits, allowed_viewers
 from keypool.config.secrets_keys import SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
-from keypool.core.answers import Row, Stats
+from keypool.core.answers import HistoryRow, Row, Stats
 from keypool.core.errors import KeypoolError, UnknownPool
 from keypool.core.events import By, Event
+from keypool.core.history import How
 from keypool.core.keys import State
 from keypool.engine import Engine, Pools
 from keypool.engine.valkey.url import without_password
@@ -222,7 +223,9 @@ def make_templates(compiled: BytecodeCache | None = None) -> Environment:
         auto_reload=False,
         bytecode_cache=compiled,
     )
-    templates.filters.update(number=number, length_of=length, report=report, origin=origin)
+    templates.filters.update(
+        number=number, length_of=length, span=span, report=report, origin=origin, ending=ending
+    )
     return templates
 
 
@@ -243,6 +246,11 @@ def length(seconds: float | None) -> str:
     return f"{whole // 60}:{whole % 60:02}"
 
 
+def span(seconds: float) -> str:
+    """How long something lasted: 0.4 s, 42 s, 4:07."""
+    return length(seconds) if seconds >= 60 else f"{seconds:.{1 if seconds < 10 else 0}f} s"
+
+
 def report(row: Row) -> str:
     """The latest report on a key in words, and its failures in a row. The same as report() in static/js/rows.js."""
     words = [row.outcome.replace("_", " ")] if row.outcome is not None else []
@@ -257,6 +265,25 @@ def origin(event: Event) -> str:
         return f"by {event.owner or 'holder'}"
     by = f"by {event.by} {event.actor}" if event.actor is not None else f"by {event.by}"
     return f"{by}, held by {event.owner}" if event.owner else by
+
+
+_ENDINGS = {
+    How.UNBLOCKED: "unblocked",
+    How.RELEASED: "released by deadline",
+    How.REVOKED: "ended by an operator",
+    How.EXPIRED: "expired with the key",
+    How.DELETED: "deleted with the key",
+}
+
+
+def ending(past: HistoryRow) -> str:
+    """How a lease ended, its report, and how often it was extended, in words."""
+    words = [_ENDINGS[past.how]]
+    if past.outcome is not None:
+        words.append(past.outcome.replace("_", " "))
+    if past.extended:
+        words.append(f"extended {past.extended} time{'s' if past.extended > 1 else ''}")
+    return ", ".join(words)
 
 
 def mostly_out(stats: Stats) -> bool:

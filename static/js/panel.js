@@ -15,7 +15,8 @@ import { update } from "./update.js";
 
 const SHOWN_FOR = 30_000;
 const EVERY = 1000;
-const AT_LEAST_EVERY = 5000;
+const FLOODED = 2000; // ms between loads while events are left out, which may have been this key's
+const QUIET = 5000; // and otherwise: keepalives are no events
 const drawer = document.getElementById("panel");
 const page = document.querySelector(".key-page");
 const place = page ?? document.getElementById("panel-content");
@@ -223,7 +224,7 @@ feed.on("hello", reload); // for what happened without a connection
 feed.on("delta", (delta) => {
   if (open === null) return;
   const gone = article().dataset.state === "gone"; // for good, unless there never was such a key
-  const late = delta.dropped || performance.now() - loadedAt > AT_LEAST_EVERY;
+  const late = performance.now() - loadedAt > (delta.dropped ? FLOODED : QUIET);
   if (delta.whole || delta.events.some((each) => each.id === open) || (late && !gone)) reload();
 });
 setInterval(countDown, 500);

@@ -224,3 +224,44 @@ def test_a_problem_is_one_sentence(server: ServerProcess, client: Client, tabs: 
     client.delete(f"{API}/keys/{key['key']}").expect(204)
     page.locator(".key-row [data-act=keepalive]").evaluate("button => button.click()")
     page.locator(".toast", has_text="Unknown key: no such key").wait_for()
+
+
+def test_who_had_a_key(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """Leases with their holder, length and end, newest first, the one that lasts on top; older ones by a link."""
+    pool = f"{API}/pools/recorded"
+    client.put(pool, json={}).expect(201)
+    key = client.post(f"{pool}/keys").expect(201)
+
+    def hold(owner: str, **fields: object) -> None:
+        lease = client.post(f"{pool}/keys/acquire", json={"owner": owner}).expect(200)
+        client.post(f"{pool}/keys/{key['key']}/unblock", json={"lease": lease["lease"], **fields}).expect(200)
+
+    for number in range(10):
+        hold(f"worker-{number}")
+    hold("worker-10", outcome="error", reason="502 from example.com")
+    page = tabs.live(server, f"/pools/recorded/keys/{key['id']}")
+    spans = page.locator(".spans li")
+    assert spans.count() == 10
+    said = spans.first.inner_text()
+    for text in ("worker-10", "unblocked, error", "502 from example.com", "lease 11", " s", "UTC"):
+        assert text in said, said
+    client.post(f"{pool}/keys/acquire", json={"owner": "worker-11"}).expect(200)
+    fact(page, "since").get_by_text("UTC").wait_for()
+    assert "worker-11\nhas it now" in spans.first.inner_text()
+    assert spans.count() == 11
+    page.get_by_role("link", name="Older leases").click()
+    page.get_by_role("link", name="Latest leases").wait_for()
+    assert [text.split()[0] for text in spans.all_inner_texts()] == ["worker-0"]
+    client.post(f"{pool}/keys/{key['key']}/unblock").expect(200)
+    fact(page, "owner").get_by_text("nobody").wait_for()
+    assert spans.count() == 1, "an older page stays the one that it was"
+    client.get(f"/pools/recorded/keys/{key['id']}?after=nonsense").expect_problem(400, "bad-request")
+
+
+def test_a_key_without_a_history(server: ServerProcess, client: Client, tabs: Tabs) -> None:
+    """The pool says that it keeps none."""
+    key = client.make()
+    client.acquire()
+    page = tabs.open(server, f"/keys/{key['id']}", script=False)
+    assert page.get_by_text("This pool keeps no history").is_visible()
+    assert "has it now" in page.locator(".spans li").inner_text()
