@@ -140,6 +140,8 @@ drawer.addEventListener("close", () => {
   open = null;
   place.replaceChildren();
   document.getElementById("toasts").append(...drawer.querySelectorAll(".toast"));
+  // The focus is back on what opened the drawer, unless that has gone meanwhile.
+  if (document.activeElement === document.body) document.getElementById("main").focus({ preventScroll: true });
   if (inHash() === null) return; // closed by Back
   if (history.state?.drawer) {
     leaving = new Promise((resolve) => addEventListener("popstate", resolve, { once: true }));

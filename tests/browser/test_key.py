@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support import ADMIN_TOKEN, API, VIEWER_TOKEN, Client, ServerProcess, clean_environment
 
 from browser.conftest import Page, Tabs, row, state
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Route
 
 
 def copied(page: Page, line: str) -> Any:
@@ -101,6 +104,21 @@ def test_focus_and_selection_survive_updates(server: ServerProcess, client: Clie
     assert page.evaluate("document.activeElement.id") == "panel-title"
 
 
+def test_the_focus_stays_in_the_page_when_the_drawer_closes(
+    server: ServerProcess, client: Client, tabs: Tabs
+) -> None:
+    """Even if the row that opened it has left the table meanwhile."""
+    client.make()
+    lease = client.acquire()
+    page = tabs.live(server, "/keys?tab=blocked")
+    page.locator(".key-link").press("Enter")
+    page.locator("#panel .key-panel[data-state=blocked]").wait_for()
+    client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
+    row(page, lease["id"]).wait_for(state="detached")
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => document.activeElement.id === 'main'")
+
+
 def test_a_revealed_key_is_followed_as_others_are(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """What is around its text changes, its text stays; it goes with the key."""
     tabs.allow("404")
@@ -186,16 +204,18 @@ def test_a_server_that_gives_no_answer(server: ServerProcess, client: Client, ta
     page.goto(f"http://{server.host}/keys")
     state(page, "live")
     hang = "**/keys/*part*"
-    page.route(hang, lambda route: None)
+    held: list[Route] = []
+    page.route(hang, lambda route: held.append(route))  # noqa: PLW0108 - it needs attributes
     row(page, key["id"]).locator(".key-link").click()
     panel = page.locator("#panel[open]")
     panel.get_by_role("heading", name=f"Key {key['id']}").wait_for()
     panel.get_by_text("Waiting for the server…").wait_for()
     panel.get_by_text("No answer: the server has taken longer than 10 s").wait_for()
+    held.pop().abort()
     page.unroute(hang)
     panel.get_by_role("button", name="Try again").click()
     panel.locator("[data-act=keepalive]").wait_for()
-    page.route("**/keepalive", lambda route: None)
+    page.route("**/keepalive", lambda route: held.append(route))  # noqa: PLW0108
     button = panel.locator("[data-act=keepalive]")
     button.click()
     page.wait_for_function("() => document.querySelector('#panel [data-act=keepalive]').ariaBusy === 'true'")
@@ -203,6 +223,7 @@ def test_a_server_that_gives_no_answer(server: ServerProcess, client: Client, ta
     page.locator(".toast", has_text="whether the call took effect isn't known").wait_for()
     assert button.get_attribute("aria-busy") is None
     assert page.locator(".toast", has_text="Waiting for the server…").count() == 0
+    held.pop().abort()
 
 
 def test_a_server_that_is_gone(server: ServerProcess, client: Client, tabs: Tabs) -> None:
@@ -217,10 +238,10 @@ def test_a_server_that_is_gone(server: ServerProcess, client: Client, tabs: Tabs
 
 def test_a_problem_is_one_sentence(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Its title and its detail, which is written as a part of one."""
-    tabs.allow("404")
+    tabs.allow("404|ERR_FAILED")
     key = client.make()
     page = tabs.live(server, "/keys")
-    page.route("**/keys?*", lambda route: None)  # the row stays as it is
+    page.route("**/keys?*", lambda route: route.abort())  # the row stays as it is
     client.delete(f"{API}/keys/{key['key']}").expect(204)
     page.locator(".key-row [data-act=keepalive]").evaluate("button => button.click()")
     page.locator(".toast", has_text="Unknown key: no such key").wait_for()
@@ -256,6 +277,11 @@ def test_who_had_a_key(server: ServerProcess, client: Client, tabs: Tabs) -> Non
     fact(page, "owner").get_by_text("nobody").wait_for()
     assert spans.count() == 1, "an older page stays the one that it was"
     client.get(f"/pools/recorded/keys/{key['id']}?after=nonsense").expect_problem(400, "bad-request")
+    tabs.allow("404")
+    client.delete(f"{pool}/keys/{key['key']}").expect(204)
+    page.get_by_text("No key has this id").wait_for()
+    page.get_by_role("link", name="Latest leases").click()
+    page.locator(".who", has_text="worker-11").wait_for()
 
 
 def test_a_key_without_a_history(server: ServerProcess, client: Client, tabs: Tabs) -> None:
