@@ -24,9 +24,10 @@ from keypool.config.limits import Limits, allowed_viewers
 from keypool.config.secrets_keys import SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
-from keypool.core.answers import RareEventRow, Row, Stats
+from keypool.core.answers import HistoryRow, RareEventRow, Row, Stats
 from keypool.core.errors import KeypoolError, UnknownPool
 from keypool.core.events import By, Event
+from keypool.core.history import How
 from keypool.core.keys import State
 from keypool.engine import Engine, Pools
 from keypool.engine.valkey.url import without_password
@@ -288,8 +289,10 @@ def make_templates(compiled: BytecodeCache | None = None) -> Environment:
     templates.filters.update(
         number=number,
         length_of=length,
+        span=span,
         report=report,
         origin=origin,
+        ending=ending,
         duration=duration,
         alarm=alarm,
         attention=attention,
@@ -350,6 +353,11 @@ def elapsed(at: str) -> str:
     return length(math.floor(max(0.0, time.time() - datetime.fromisoformat(at).timestamp())))
 
 
+def span(seconds: float) -> str:
+    """How long something lasted: 0.4 s, 42 s, 4:07."""
+    return length(seconds) if seconds >= 60 else f"{seconds:.{1 if seconds < 10 else 0}f} s"
+
+
 def report(row: Row) -> str:
     """The latest report on a key in words, and its failures in a row. The same as report() in static/js/rows.js."""
     words = [row.outcome.replace("_", " ")] if row.outcome is not None else []
@@ -369,3 +377,22 @@ def origin(event: Event) -> str:
 def whom(event: Event | RareEventRow) -> str:
     """Who or what brought an event about, without whose lease it was. The same as whom() in static/js/rows.js."""
     return event.by if event.actor is None else f"{event.by} {event.actor}"
+
+
+_ENDINGS = {
+    How.UNBLOCKED: "unblocked",
+    How.RELEASED: "released by deadline",
+    How.REVOKED: "ended by an operator",
+    How.EXPIRED: "expired with the key",
+    How.DELETED: "deleted with the key",
+}
+
+
+def ending(past: HistoryRow) -> str:
+    """How a lease ended, its report, and how often it was extended, in words."""
+    words = [_ENDINGS[past.how]]
+    if past.outcome is not None:
+        words.append(past.outcome.replace("_", " "))
+    if past.extended:
+        words.append(f"extended {past.extended} time{'s' if past.extended > 1 else ''}")
+    return ", ".join(words)

@@ -18,8 +18,8 @@ from msgspec import ValidationError, convert
 from keypool.api.auth import Role
 from keypool.api.calls import ID, path_of_pool
 from keypool.api.curl import call_lines, generate_line, key_lines
-from keypool.core.answers import RareEventRow, Row
-from keypool.core.cursor import EventQuery, ListQuery
+from keypool.core.answers import HistoryPage, RareEventRow, Row
+from keypool.core.cursor import EventQuery, HistoryQuery, ListQuery
 from keypool.core.errors import (
     BadRequest,
     KeypoolError,
@@ -61,6 +61,7 @@ SHOWN = 10
 SHOWN_DUE = 5
 SHOWN_EVENTS = 200
 RECENT_EVENTS = 1000  # as many as engines have in memory
+SHOWN_LEASES = 10  # of a key
 THEMES = ("light", "dark")
 
 
@@ -325,7 +326,7 @@ def checked(asked: dict[str, Any]) -> ListQuery:
 
 
 class KeyPanel(DashboardHandler):
-    """/keys/ID: one key without its text; with `?part` only its panel, for a dialog."""
+    """/keys/ID: one key without its text, and who had it; with `?part` only its panel, for a dialog."""
 
     of_pool = True
 
@@ -334,6 +335,7 @@ class KeyPanel(DashboardHandler):
         await self.engine.stats()  # the Valkey engine fetches events together with stats
         events = self.engine.recent(20, key_id)[::-1]
         part = self.get_query_argument("part", None) is not None
+        after = self.get_query_argument("after", "") or None
         try:
             row = await self.engine.get(key_id)
         except UnknownKey:
@@ -341,6 +343,7 @@ class KeyPanel(DashboardHandler):
                 raise
             row = None
             self.set_status(404)
+        past = await self._past(key_id, after)
         names = ("get", "unblock", "keepalive", "quarantine", "restore", "delete", "reveal")
         template = "key_part.html" if part else "key.html"
         self.show(
@@ -350,6 +353,11 @@ class KeyPanel(DashboardHandler):
             title=f"Key {key_id}",
             id=key_id,
             row=row,
+            since=held_since(row, events),
+            past=past.history,
+            longest=max((lease.held for lease in past.history), default=0),
+            after=after,
+            older=past.next,
             events=events,
             lines=key_lines(
                 self.site,
@@ -360,6 +368,24 @@ class KeyPanel(DashboardHandler):
                 pool=self.base,
             ),
         )
+
+    async def _past(self, key_id: int, after: str | None) -> HistoryPage:
+        """Leases of the key that have ended, the latest first. Raises BadRequest."""
+        try:
+            query = convert({"after": after, "limit": SHOWN_LEASES}, HistoryQuery)
+            return await self.engine.history(key_id, query)
+        except ValidationError:
+            raise BadRequest("after takes the end of a link to older leases") from None
+        except UnknownKey:
+            return HistoryPage([], None)
+
+
+def held_since(row: Row | None, events: list[Event]) -> str | None:
+    """The moment at which the lease of a key began, as long as the key's latest events have it."""
+    if row is None or row.state is not State.BLOCKED:
+        return None
+    began = (event.at for event in events if event.event == Change.ACQUIRED and event.lease == row.lease)
+    return next(began, None)
 
 
 class Events(DashboardHandler):
