@@ -16,7 +16,7 @@ function report(key) {
 }
 
 /** Who or what brought an event about, in words. The same as origin() in keypool/web/dashboard.py. */
-function origin(event) {
+export function origin(event) {
   if (event.by === "holder") return `by ${event.owner || "holder"}`;
   const by = event.actor ? `by ${event.by} ${event.actor}` : `by ${event.by}`;
   return event.owner ? `${by}, held by ${event.owner}` : by;

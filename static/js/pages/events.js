@@ -1,9 +1,11 @@
 // The stream of events: filtered by kind and by text; it can be paused.
 //
-// The server sends at most 50 a frame; those left out are counted. The last 200 are kept.
+// While it is paused, or somebody aims at it (hold.js) or has scrolled down, new events wait behind a button that says how
+// many they are. The server sends at most 50 a frame; those left out are counted. The last 200 are kept.
 
 import * as feed from "../feed.js";
-import { addEvents, eventRow } from "../rows.js";
+import { hold } from "../hold.js";
+import { addEvents, origin } from "../rows.js";
 import { number, setText } from "../ui.js";
 
 const LIMIT = 200;
@@ -11,6 +13,7 @@ const FEW = 10;
 const stream = document.getElementById("stream");
 const pause = document.getElementById("pause");
 const missed = document.getElementById("missed");
+const newer = document.getElementById("newer");
 const field = document.getElementById("search");
 const { kind } = stream.dataset;
 let waiting = [];
@@ -18,6 +21,7 @@ let paused = false;
 let left = 0;
 let drawnAt = 0;
 
+const still = hold(stream.parentElement, draw, () => paused || stream.getBoundingClientRect().top < 0);
 const newestAt = () => stream.querySelector("time")?.dateTime ?? "";
 
 function fits(event) {
@@ -30,17 +34,24 @@ function fits(event) {
 function take(events) {
   const fresh = events.filter((event) => !kind || event.event === kind).reverse();
   waiting = fresh.concat(waiting).slice(0, LIMIT);
-  if (paused || waiting.length <= FEW || performance.now() - drawnAt > 1000) draw();
+  if (still()) offer();
+  else if (waiting.length <= FEW || performance.now() - drawnAt > 1000) draw();
 }
 
 function draw() {
-  if (!paused) {
-    if (waiting.length > FEW) drawnAt = performance.now();
-    addEvents(stream, waiting, LIMIT);
-    waiting = [];
-  }
-  if (paused || field.value) sift();
+  if (waiting.length > FEW) drawnAt = performance.now();
+  addEvents(stream, waiting, LIMIT);
+  waiting = [];
+  offer();
+  if (field.value) sift();
   else say(stream.children.length);
+}
+
+/** Say on the button how many events wait. */
+function offer() {
+  const count = waiting.filter((event) => fits({ ...event, origin: origin(event) })).length;
+  newer.hidden = count === 0;
+  setText(newer, `${number(count)}${count === LIMIT ? " or more" : ""} new`);
 }
 
 function sift() {
@@ -56,28 +67,30 @@ function sift() {
 
 function say(shown) {
   document.getElementById("no-events").hidden = shown > 0;
-  missed.hidden = !left && !(paused && waiting.length);
-  const said = [];
-  if (paused && waiting.length) said.push(`${number(waiting.length)}${waiting.length === LIMIT ? " or more" : ""} arrived since you paused.`);
-  if (left) said.push(`${number(left)} more came too fast to be listed.`);
-  setText(missed, said.join(" "));
+  missed.hidden = !left;
+  setText(missed, left ? `${number(left)} more came too fast to be listed.` : "");
 }
 
 pause.addEventListener("click", () => {
   paused = !paused;
   pause.setAttribute("aria-pressed", String(paused));
   setText(pause.querySelector("span"), paused ? "Resume" : "Pause");
-  if (!paused) {
-    addEvents(stream, waiting, LIMIT);
-    waiting = [];
-    left = 0;
-  }
-  sift();
+  left = paused ? left : 0;
+  if (!still()) draw();
+});
+newer.addEventListener("click", () => {
+  const focused = newer.matches(":focus-visible");
+  draw();
+  if (focused) stream.querySelector(".key-link").focus();
+  scrollTo({ top: 0 });
 });
 setInterval(() => {
-  if (waiting.length && !paused && !document.hidden && performance.now() - drawnAt > 1000) draw();
+  if (waiting.length && !document.hidden && !still() && performance.now() - drawnAt > 1000) draw();
 }, 500);
-field.addEventListener("input", sift);
+field.addEventListener("input", () => {
+  sift();
+  offer();
+});
 
 feed.on("hello", (hello) => {
   // Events missed while the page was disconnected: all that are newer than the newest known.

@@ -1,37 +1,35 @@
 // The table of keys, kept live. Events change their rows at once; the whole page is fetched again every two seconds while
 // anything happens, because the feed doesn't report keepalives and new rows one by one.
 //
-// While the pointer is on the table or rows are selected, rows neither move nor vanish: they change in place, and a row
-// whose key is gone is struck through.
+// While somebody aims at the table (hold.js) or rows are selected, rows neither move nor vanish: they change in place, and a
+// row whose key is gone is struck through.
 
 import * as actions from "../actions.js";
 import { base, call } from "../api.js";
 import { now, setLeft } from "../clock.js";
 import * as feed from "../feed.js";
+import { hold } from "../hold.js";
 import { model } from "../model.js";
 import { fillKey, readKey, setState } from "../rows.js";
 import { show } from "../panel.js";
 import { made, number, setText } from "../ui.js";
 
 const EVERY = 2000;
-const POINTED_FOR = 10_000; // ms without movement after which the pointer no longer holds rows
 const card = document.getElementById("keys");
 const table = card.querySelector("table");
 const body = table.tBodies[0];
 const bulk = document.getElementById("bulk");
 const all = document.getElementById("pick-all");
-const held = document.getElementById("held");
 const { tab, search, after } = card.dataset;
 const STATES = ["available", "blocked", "cooling", "quarantined"];
 const ORDERS = { blocked: "release", cooling: "ready", expiring: "expiry" };
 const chosen = new Set();
 const block = Number(document.body.dataset.block);
-let pointedAt = -Infinity;
 let loadedAt = performance.now();
 let timer = 0;
 
 const rowOf = (id) => body.querySelector(`[data-id="${id}"]`);
-const holding = () => performance.now() - pointedAt < POINTED_FOR || chosen.size > 0;
+const still = hold(table, reload, () => chosen.size > 0);
 
 function query() {
   const asked = new URLSearchParams({ limit: "50" });
@@ -55,8 +53,7 @@ async function load() {
     const page = await call("GET", `/keys?${query()}`);
     const asOf = now();
     loadedAt = performance.now();
-    held.hidden = !holding();
-    if (holding()) patch(page.keys, asOf);
+    if (still()) patch(page.keys, asOf);
     else replace(page, asOf);
   } catch {
     loadedAt = performance.now(); // the pill shows it already
@@ -147,7 +144,6 @@ function count() {
   const rows = body.querySelectorAll(".key-row:not(.gone)").length;
   all.checked = chosen.size > 0 && chosen.size === rows;
   all.indeterminate = chosen.size > 0 && chosen.size < rows;
-  held.hidden = !holding();
 }
 
 function clear() {
@@ -182,17 +178,6 @@ bulk?.addEventListener("click", async (event) => {
   }
 });
 document.addEventListener("escape", clear);
-table.addEventListener("pointermove", (event) => {
-  if (event.pointerType !== "mouse") return;
-  pointedAt = performance.now();
-  held.hidden = false;
-});
-table.addEventListener("pointerleave", () => {
-  pointedAt = -Infinity;
-  held.hidden = !holding();
-  reload();
-});
-
 feed.on("hello", () => {
   counts();
   reload();
