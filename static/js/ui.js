@@ -15,7 +15,7 @@ export function setText(element, text) {
 }
 
 /** Show a message that disappears by itself; with `tone` danger it stays a little longer. */
-export function toast(text, tone = "") {
+export function toast(text, tone = "available") {
   const element = document.createElement("div");
   element.className = "toast";
   element.dataset.tone = tone;
