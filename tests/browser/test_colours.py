@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from support import Client, ServerProcess
 
-from browser.conftest import Tabs
+from browser.conftest import Tabs, state
+from browser.test_screens import axe, fill
 
 BACKGROUND = "(elements, part) => elements.map(each => getComputedStyle(each, part).backgroundColor)"
 MARK = """elements => elements.map(each => {
@@ -67,3 +68,22 @@ def test_a_chosen_theme_wins_over_the_systems(server: ServerProcess, tabs: Tabs,
     for theme, wanted in (("dark", dark), ("light", light)):
         page.get_by_label("Theme").select_option(theme)
         assert colours() == wanted
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])
+def test_what_is_stale_can_still_be_read(
+    server: ServerProcess, client: Client, tabs: Tabs, theme: str
+) -> None:
+    """Without a connection colours go, and the contrast stays; also on a page without events."""
+    tabs.allow("ERR_INTERNET|WebSocket")
+    fill(client, 12)
+    page = tabs.live(server, "/events?kind=revealed", color_scheme=theme, reduced_motion="reduce")
+    assert axe(page, theme) == []
+    for screen in ("/", "/keys"):
+        page.goto(screen)
+        state(page, "live")
+        page.context.set_offline(True)
+        state(page, "lost")
+        assert axe(page, theme) == [], screen
+        page.context.set_offline(False)

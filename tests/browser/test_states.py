@@ -111,7 +111,7 @@ def test_the_server_is_killed_and_comes_back(tmp_path: Path, tabs: Tabs) -> None
             "() => /No connection · [1-9]/.test(document.getElementById('pill-text').textContent)"
         )
         assert page.locator("#tile-available .figure").inner_text() == "7"
-        assert page.evaluate("getComputedStyle(document.querySelector('.figure')).opacity") == "0.5"
+        assert page.evaluate("getComputedStyle(document.querySelector('main')).filter") == "grayscale(1)"
         page.get_by_role("button", name="Try now").wait_for()
         with ServerProcess([*flags, f"--port={port}"], cwd=tmp_path):
             # "Try now", unless the page has tried by itself just now and the banner is gone.
