@@ -9,6 +9,7 @@ import { base, call } from "../api.js";
 import { now, setLeft } from "../clock.js";
 import * as feed from "../feed.js";
 import { hold } from "../hold.js";
+import { actOnMatching } from "../matching.js";
 import { model } from "../model.js";
 import { fillKey, readKey, setState } from "../rows.js";
 import { show } from "../panel.js";
@@ -24,7 +25,10 @@ const { tab, search, after } = card.dataset;
 const STATES = ["available", "blocked", "cooling", "quarantined"];
 const ORDERS = { blocked: "release", cooling: "ready", expiring: "expiry" };
 const chosen = new Set();
+const matching = document.getElementById("matching");
 const block = Number(document.body.dataset.block);
+let allMatching = false; // not only the rows shown
+let running = null; // {stopped} of the action on all that match
 let loadedAt = performance.now();
 let timer = 0;
 
@@ -129,7 +133,10 @@ function apply(event) {
 
 function choose(id, on) {
   if (on) chosen.add(id);
-  else chosen.delete(id);
+  else {
+    chosen.delete(id);
+    allMatching = false;
+  }
   const row = rowOf(id);
   row?.classList.toggle("chosen", on);
   const box = row?.querySelector(".picked");
@@ -139,14 +146,58 @@ function choose(id, on) {
 
 function count() {
   if (!bulk) return;
-  bulk.hidden = chosen.size === 0;
-  setText(document.getElementById("bulk-count"), number(chosen.size));
+  bulk.hidden = chosen.size === 0 && !running;
+  const { count: many, exact } = match();
+  setText(document.getElementById("bulk-count"), allMatching ? (exact ? number(many) : "All that match") : number(chosen.size));
   const rows = body.querySelectorAll(".key-row:not(.gone)").length;
   all.checked = chosen.size > 0 && chosen.size === rows;
   all.indeterminate = chosen.size > 0 && chosen.size < rows;
+  const more = after || !document.getElementById("next").hidden;
+  matching.hidden = allMatching || !all.checked || !more || card.dataset.tab === "expiring" || Boolean(running);
+  setText(matching, exact ? `Select all ${number(many)}` : "Select all that match");
+}
+
+/** How many keys the list has on all its pages; not `exact` of a search, which has as many as the pool at most. */
+function match() {
+  const asked = query();
+  const exact = !["prefix", "name", "owner"].some((each) => asked.has(each));
+  const stats = model.stats ?? {};
+  return { count: (exact && stats[card.dataset.tab]) || (stats.total ?? 0), exact };
+}
+
+async function actOnAll(act) {
+  const asked = query();
+  asked.delete("after");
+  const found = match();
+  const bar = document.getElementById("bulk-progress");
+  const mine = { stopped: false };
+  const done = await actOnMatching(act, asked, found, (seen) => {
+    if (!running) run(mine);
+    bar.max = found.count;
+    bar.value = seen;
+    setText(document.getElementById("bulk-count"), number(seen));
+    return mine.stopped;
+  });
+  if (!done) return;
+  run(null);
+  clear();
+  load();
+}
+
+/** Show that an action on all is under way, or is over. */
+function run(now) {
+  running = now;
+  for (const button of bulk.querySelectorAll("[data-bulk]")) button.hidden = Boolean(now);
+  matching.hidden = true;
+  for (const id of ["bulk-progress", "bulk-stop"]) document.getElementById(id).hidden = !now;
+  setText(document.getElementById("bulk-what"), now ? "done" : "selected");
+  if (now) document.getElementById("bulk-stop").focus();
 }
 
 function clear() {
+  if (running) return;
+  allMatching = false;
+  count();
   for (const id of [...chosen]) choose(id, false);
 }
 
@@ -171,11 +222,23 @@ bulk?.addEventListener("click", async (event) => {
     clear();
     return;
   }
+  if (allMatching) {
+    actOnAll(act);
+    return;
+  }
   const keys = [...chosen].map(rowOf).filter(Boolean).map(readKey);
   if (await actions.MANY[act](keys)) {
     clear();
     load();
   }
+});
+matching?.addEventListener("click", () => {
+  allMatching = true;
+  count();
+  bulk.querySelector("[data-bulk]").focus(); // the button that was pressed is gone
+});
+document.getElementById("bulk-stop")?.addEventListener("click", () => {
+  if (running) running.stopped = true;
 });
 document.addEventListener("escape", clear);
 feed.on("hello", () => {
