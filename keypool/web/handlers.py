@@ -532,7 +532,7 @@ class Static(PageHandler):
         self.set_header("Cache-Control", "public, max-age=31536000, immutable")
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Vary", "Accept-Encoding")
-        if "gzip" in self.request.headers.get("Accept-Encoding", ""):
+        if self.takes_gzip:
             self.set_header("Content-Encoding", "gzip")
             self.finish(asset.compressed)
         else:

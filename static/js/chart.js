@@ -96,6 +96,10 @@ export class Chart {
     event.preventDefault();
     this.at = Math.max(0, (this.at ?? 0) + step);
     this.tell();
+    // A screen reader reads the new value of a slider.
+    const values = [...this.figure.querySelectorAll(".legend li")].map((each) => each.textContent.trim());
+    this.plot.ariaValueNow = -this.at;
+    this.plot.ariaValueText = `${this.when.textContent}: ${values.join(", ")}`;
   }
 
   leave() {

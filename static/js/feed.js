@@ -16,6 +16,10 @@ const HIDDEN_FOR = 5_000;
 const POLL = 5_000;
 const RETRY_WHILE_POLLING = 30_000;
 
+// Only the overview draws the history, and these pages list no events.
+const { page } = document.body.dataset;
+const LEFT_OUT = page === "overview" ? "" : ["pools", "system", "calls"].includes(page) ? "?history=no&events=no" : "?history=no";
+
 const listeners = { state: [], hello: [], delta: [], figures: [] };
 let socket = null;
 let seq = 0;
@@ -80,7 +84,7 @@ function connect() {
   triedAt = performance.now();
   if (!["polling", "lost", "draining", "loading"].includes(state)) become("connecting");
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-  const opened = new WebSocket(`${scheme}//${location.host}/api/v1${base}/feed`);
+  const opened = new WebSocket(`${scheme}//${location.host}/api/v1${base}/feed${LEFT_OUT}`);
   let heard = false;
   socket = opened;
   opened.onmessage = ({ data }) => {

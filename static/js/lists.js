@@ -1,17 +1,16 @@
 // What lists share that are fetched again while their page is open: when, how their rows are changed, and the link to the
 // next page.
 //
-// While somebody aims at a list, its rows change in place, and neither move nor vanish.
+// While somebody aims at a list (hold.js), its rows change in place, and neither move nor vanish.
 
 import { now, spell } from "./clock.js";
 import * as feed from "./feed.js";
 import { made } from "./ui.js";
 
 const EVERY = 2000;
-const AIMED_FOR = 10_000; // ms without a movement after which rows are no longer held
 const MOST_BACK = 20; // keypool/web/paging.py has the same
 
-/** Call `load` when the pool has changed, at most every two seconds. */
+/** Call `load` when the pool has changed, at most every two seconds. The result asks for it, too. */
 export function follow(load) {
   let timer = 0;
   let loadedAt = performance.now();
@@ -29,16 +28,7 @@ export function follow(load) {
   };
   feed.on("hello", soon);
   feed.on("delta", soon);
-}
-
-/** Whether somebody aims at an element, by mouse, touch or keyboard: a function. */
-export function aimed(element) {
-  let at = -Infinity;
-  for (const type of ["pointermove", "pointerdown", "focusin", "keydown"]) {
-    element.addEventListener(type, () => (at = performance.now()), { passive: true });
-  }
-  element.addEventListener("pointerleave", () => (at = -Infinity));
-  return () => performance.now() - at < AIMED_FOR;
+  return soon;
 }
 
 /**

@@ -17,14 +17,14 @@ function report(key) {
 }
 
 /** Who or what brought an event about, in words. The same as origin() in keypool/web/dashboard.py. */
-function origin(event) {
+export function origin(event) {
   if (event.by === "holder") return `by ${event.owner || "holder"}`;
   const by = event.actor ? `by ${event.by} ${event.actor}` : `by ${event.by}`;
   return event.owner ? `${by}, held by ${event.owner}` : by;
 }
 
 /** The same without whose lease it was. The same as whom() in keypool/web/dashboard.py. */
-const whom = (event) => (event.actor ? `${event.by} ${event.actor}` : event.by);
+export const whom = (event) => (event.actor ? `${event.by} ${event.actor}` : event.by);
 
 /** How many events a row stands for, if it is a crowd. */
 export const crowd = (event) => (event.count > 1 ? `×${event.count}` : "");

@@ -20,7 +20,7 @@ const STAYS = { danger: 9000, waiting: 60_000 };
  * Show a message that disappears by itself; with `tone` danger it stays a little longer, with waiting until the caller
  * removes it. An open drawer has a place of its own for messages: what is outside of it is neither seen nor announced.
  */
-export function toast(text, tone = "") {
+export function toast(text, tone = "available") {
   const element = document.createElement("div");
   element.className = "toast";
   element.dataset.tone = tone;

@@ -354,7 +354,7 @@ def test_the_stream_pauses_and_is_filtered(server: ServerProcess, client: Client
     page.wait_for_selector(f"#stream .event[data-id='{key['id']}']")
     page.get_by_role("button", name="Pause").click()
     client.acquire(owner="a-holder-like-no-other")
-    page.get_by_text("1 arrived since you paused.").wait_for()
+    page.get_by_role("button", name="1 new").wait_for()
     acquired = page.locator(f"#stream .event[data-kind=acquired][data-id='{key['id']}']")
     assert acquired.count() == 0
     page.get_by_role("button", name="Resume").click()

@@ -4,6 +4,7 @@ import { call } from "../api.js";
 import { Chart } from "../chart.js";
 import { duration, now, spell } from "../clock.js";
 import * as feed from "../feed.js";
+import { hold } from "../hold.js";
 import { countSecond, model } from "../model.js";
 import { addEvents, eventRow, fillKey } from "../rows.js";
 import { made, number, setText } from "../ui.js";
@@ -21,7 +22,14 @@ const charts = [
   new Chart(document.getElementById("chart-rates"), ["kept_alive", "unblocked", "acquired", "released", "expired", "refused"], false),
 ];
 const latest = document.getElementById("latest");
-const soonest = document.querySelectorAll(".soonest");
+const soonest = [...document.querySelectorAll(".soonest")].map((list) => ({
+  list,
+  still: hold(list, () => {
+    soonestAt = -Infinity;
+    loadSoonest();
+  }),
+}));
+const still = hold(latest, showLatest);
 let span = "seconds";
 let soonestAt = -Infinity;
 let figuresAt = -Infinity;
@@ -111,7 +119,7 @@ async function loadSoonest() {
   if (document.hidden || performance.now() - soonestAt < SOONEST_EVERY) return;
   soonestAt = performance.now();
   try {
-    const due = await Promise.all([...soonest].map(loadList));
+    const due = await Promise.all(soonest.map(loadList));
     nextDue = Math.min(...due);
     drawDue();
   } catch {
@@ -120,15 +128,28 @@ async function loadSoonest() {
 }
 
 /** Fill a list of the keys whose state ends next. Returns the moment of the first, Infinity if there is none. */
-async function loadList(list) {
+async function loadList({ list, still }) {
   const { keys } = await call("GET", `/keys?order=${list.dataset.order}&limit=${SHOWN_DUE}`);
   const asOf = now();
+  if (still()) {
+    for (const row of list.children) {
+      const key = keys.find((each) => String(each.id) === row.dataset.id);
+      row.classList.toggle("over", !key);
+      if (key) fillKey(row, key, asOf);
+    }
+    return dueOf(keys, asOf);
+  }
   while (list.children.length > keys.length) list.lastElementChild.remove();
   while (list.children.length < keys.length) list.append(made("soon-template"));
-  keys.forEach((key, i) => fillKey(list.children[i], key, asOf));
+  keys.forEach((key, i) => {
+    list.children[i].classList.remove("over");
+    fillKey(list.children[i], key, asOf);
+  });
   list.nextElementSibling.hidden = keys.length > 0;
-  return keys.length ? asOf + (keys[0].release_in ?? keys[0].available_in) * 1000 : Infinity;
+  return dueOf(keys, asOf);
 }
+
+const dueOf = (keys, asOf) => (keys.length ? asOf + (keys[0].release_in ?? keys[0].available_in) * 1000 : Infinity);
 
 function drawDue() {
   if (nextDue === null) return;
@@ -138,23 +159,30 @@ function drawDue() {
   if (!next.hidden) setText(next.querySelector("strong"), spell((nextDue - now()) / 1000));
 }
 
+function showLatest() {
+  if (!model.stats) return; // nothing has come yet: the server's own markup stays
+  latest.replaceChildren(...model.events.slice(0, SHOWN).map(eventRow));
+  events();
+}
+
 function events() {
   document.getElementById("latest-none").hidden = latest.children.length > 0;
 }
 
-feed.on("hello", (hello) => {
+feed.on("hello", () => {
   tiles();
-  latest.replaceChildren(...hello.events.slice(-SHOWN).reverse().map(eventRow));
-  events();
+  if (!still()) showLatest();
   drawCharts();
   soonestAt = -Infinity;
   loadSoonest();
 });
 feed.on("delta", (delta) => {
   tiles();
-  if (delta.whole) latest.replaceChildren(...model.events.slice(0, SHOWN).map(eventRow));
-  else addEvents(latest, delta.events.slice().reverse(), SHOWN);
-  events();
+  if (!still()) {
+    if (delta.whole) showLatest();
+    else addEvents(latest, delta.events.slice().reverse(), SHOWN);
+    events();
+  }
   loadSoonest();
 });
 feed.on("figures", (figures) => {

@@ -3,13 +3,13 @@
 import { done } from "../actions.js";
 import { base, call } from "../api.js";
 import * as feed from "../feed.js";
-import { aimed, follow, leadOn, renew, setSince } from "../lists.js";
+import { hold } from "../hold.js";
+import { follow, leadOn, renew, setSince } from "../lists.js";
 import { model } from "../model.js";
 import { confirm, number, setText } from "../ui.js";
 
 const table = document.getElementById("owners");
 const body = table.tBodies[0];
-const held = aimed(table);
 const asked = new URLSearchParams(location.search);
 const after = asked.get("after") ? `?after=${encodeURIComponent(asked.get("after"))}` : "";
 const nameOf = ({ owner, client }) => JSON.stringify([owner || "", client || ""]);
@@ -32,9 +32,9 @@ function fill(row, holder) {
   button.ariaLabel = `Release all keys of ${owner}…`;
 }
 
-async function load(still = held()) {
+async function load(holding = still()) {
   const { owners, next } = await call("GET", `/owners${after}`);
-  renew(body, "owner-template", owners, nameOf, fill, still);
+  renew(body, "owner-template", owners, nameOf, fill, holding);
   leadOn(next);
 }
 
@@ -71,4 +71,5 @@ body.addEventListener("click", (event) => {
 });
 feed.on("hello", counts);
 feed.on("delta", counts);
-follow(() => load());
+const reload = follow(() => load());
+const still = hold(table, reload);

@@ -2,12 +2,12 @@
 
 import { call } from "../api.js";
 import * as feed from "../feed.js";
-import { aimed, follow, leadOn, renew, setSince } from "../lists.js";
+import { hold } from "../hold.js";
+import { follow, leadOn, renew, setSince } from "../lists.js";
 import { model } from "../model.js";
 import { number, setText } from "../ui.js";
 
 const table = document.getElementById("waiters");
-const held = aimed(table);
 const asked = new URLSearchParams(location.search);
 const after = asked.get("after") ? `?after=${encodeURIComponent(asked.get("after"))}` : "";
 
@@ -25,7 +25,7 @@ function fill(row, waiter) {
 
 async function load() {
   const { waiters, next } = await call("GET", `/waiters${after}`);
-  renew(table.tBodies[0], "waiter-template", waiters, nameOf, fill, held());
+  renew(table.tBodies[0], "waiter-template", waiters, nameOf, fill, still());
   leadOn(next);
 }
 
@@ -36,4 +36,4 @@ function counts() {
 
 feed.on("hello", counts);
 feed.on("delta", counts);
-follow(load);
+const still = hold(table, follow(load));
