@@ -565,7 +565,10 @@ do
       for _, found in ipairs(seats) do
         if found[2][EXPIRES] <= NOW then purge(rules.where(found[2]), found[2], 'expired', 'deadline') end
       end
-      table.sort(seats, function(one, other) return one[2][RELEASE] < other[2][RELEASE] end)
+      table.sort(seats, function(one, other)
+        if one[2][RELEASE] ~= other[2][RELEASE] then return one[2][RELEASE] < other[2][RELEASE] end
+        return one[2][ID] < other[2][ID]
+      end)
       for _, found in ipairs(seats) do
         if not found[2].is_gone then catch_up(rules.where(found[2]), found[2]) end
       end
