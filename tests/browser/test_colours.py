@@ -10,7 +10,10 @@ from support import Client, ServerProcess
 from browser.conftest import Tabs, state
 from browser.test_screens import axe, fill
 
-BACKGROUND = "(elements, part) => elements.map(each => getComputedStyle(each, part).backgroundColor)"
+BACKGROUND = """(elements, part) => elements.map(each => {
+    const { backgroundColor, backgroundImage } = getComputedStyle(each, part);
+    return `${backgroundColor} ${backgroundImage}`;
+})"""
 MARK = """elements => elements.map(each => {
     const { borderTopColor, borderTopWidth, borderTopLeftRadius, rotate } = getComputedStyle(each, '::before');
     return [borderTopColor, borderTopWidth, borderTopLeftRadius, rotate].join(' ');

@@ -23,7 +23,7 @@ def test_rows_buttons_and_dialogs_name_their_key(server: ServerProcess, client: 
         for name in ("Quarantine key {}…", "Keep alive key {}", "Delete key {}…"):
             mine.get_by_role("button", name=name.format(key["id"]), exact=True).wait_for()
     row(page, first["id"]).locator(".key-link").click()
-    page.get_by_role("dialog", name=re.compile(rf"^{first['id']}\b")).wait_for()
+    page.get_by_role("dialog", name=re.compile(rf"^Key {first['id']}\b")).wait_for()
 
 
 @pytest.mark.once

@@ -30,7 +30,7 @@ let left = 0;
 let drawnAt = 0;
 let searching = null;
 
-const still = hold(stream.parentElement, draw, () => paused || stream.getBoundingClientRect().top < 0);
+const still = hold(stream.closest(".card"), draw, () => paused || stream.getBoundingClientRect().top < 0);
 const newestAt = () => stream.querySelector("time")?.dateTime ?? "";
 
 /** A few events are drawn as they come, a flood once a second. They are given oldest first. */
