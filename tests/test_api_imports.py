@@ -228,7 +228,7 @@ WRONG_SHAPES: list[tuple[bytes, str]] = [
     (b'{"secret":"s","pace":{"count":1,"seconds":1,"per":2}}', "per"),
     (b'{"secret":"s","pace":{"count":1,"seconds":1,"count":2}}', "'count' was given twice"),
     (b'{"secret":"s","key":"s"}', "key"),
-    (b'{"secret":"s","seats":2}', "seats"),
+    (b'{"secret":"s","seats":"2"}', "seats"),
     (b'{"secret":"s","secret":"t"}', "secret"),
     (b'{"secret":"s","labels":{"a":"1","a":"2"}}', "'a' was given twice"),
     (b'{"secret":"s","data":{"u":{"a":1,"a":2}}}', "'a' was given twice"),

@@ -62,12 +62,15 @@ def test_owners_are_listed_with_what_they_hold(server: ServerProcess, client: Cl
     page.get_by_role("heading", name="nobody holds no key").wait_for()
 
 
-def test_an_admin_releases_all_keys_of_an_owner(server: ServerProcess, client: Client, tabs: Tabs) -> None:
-    """After a confirmation that says how many; nobody else's, and the row goes."""
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_admin_releases_all_keys_of_an_owner(
+    server: ServerProcess, client: Client, tabs: Tabs, width: int
+) -> None:
+    """On a phone, too. After a confirmation that says how many; nobody else's, and the row goes."""
     client.make_many(6)
     client.batch(op="acquire", count=3, owner="stuck")
     client.acquire(owner="well")
-    page = tabs.live(server, "/owners")
+    page = tabs.live(server, "/owners", viewport={"width": width, "height": 800})
     owner(page, "stuck").locator("[data-release]").click()
     dialog = page.locator("#confirm[open]")
     dialog.wait_for()
