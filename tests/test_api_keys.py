@@ -852,34 +852,3 @@ def test_a_crowd_that_expires_at_once_is_gone_at_once(lend: Start) -> None:
             assert late_by < 0, f"a key was served {late_by:.3f} s too late"
     assert client.batch(op="keepalive", keys=keys).expect(200)["unknown"] == keys
     eventually(lambda: client.stats()["total"] == 0, "a crowd of expired keys to be purged")
-
-
-@pytest.mark.parametrize("batch", [False, True])
-def test_an_unblock_by_id_is_an_operators(client: Client, *, batch: bool) -> None:
-    """Though it has the lease number, which fences it: an id is what operators have. By text, it is the holder's."""
-    client.make()
-
-    def ended(name: str) -> list[tuple[str, str]]:
-        lease = client.acquire(owner=name)
-        key = lease["key"] if name == "holder" else f"id:{lease['id']}"
-        if batch:
-            answer = client.batch(op="unblock", keys=[{"key": key, "lease": lease["lease"]}]).expect(200)
-            assert answer["done"] == 1
-        else:
-            body = {"lease": lease["lease"]}
-            client.post(f"{API}/keys/{key}/unblock", json=body).expect(200)
-        events = client.get(f"{API}/events?kind=unblocked").json["events"]
-        return [(event["owner"], event["by"]) for event in events if event["owner"] == name]
-
-    assert ended("holder") == []
-    assert ended("operators") == [("operators", "operator")]
-
-
-def test_an_unblock_by_id_is_refused_for_an_older_lease(client: Client) -> None:
-    """As any other that has a lease number."""
-    client.make()
-    old = client.acquire(owner="first")
-    client.post(f"{API}/keys/{old['key']}/unblock").expect(200)
-    client.acquire(owner="second")
-    answer = client.post(f"{API}/keys/id:{old['id']}/unblock", json={"lease": old["lease"]})
-    answer.expect_problem(409, "stale-lease")

@@ -175,9 +175,7 @@ def operator(call: Call) -> Origin:
 
 
 def origin_without_lease(call: Call) -> Origin:
-    """Who ends a lease without its number, or by the key's id: an operator if the role is admin, as a holder would know
-    the number, and not the id.
-    """
+    """Who ends a lease without its number: an operator if the role is admin, as a holder would know the number."""
     return operator(call) if call.caller.role is Role.ADMIN else HOLDER
 
 

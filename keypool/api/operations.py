@@ -117,7 +117,6 @@ from keypool.core.errors import (
     UnknownKey,
     UnknownPool,
 )
-from keypool.core.events import HOLDER
 from keypool.core.handles import Handle
 from keypool.core.keys import hint
 from keypool.engine import Client, Engine
@@ -241,8 +240,7 @@ def unblock(engine: Engine, call: Call, text: str, body: UnblockBody | None = No
         call.reported = report.outcome
         return engine.unblock(ref, lease, None, report, uses=uses)
     if lease is not None:
-        by = origin_without_lease(call) if isinstance(ref, int) else HOLDER
-        return engine.unblock(ref, lease, None, None, by, uses=uses)
+        return engine.unblock(ref, lease, uses=uses)
     return _unblock_audited(engine, call, ref, uses)
 
 

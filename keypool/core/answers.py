@@ -63,15 +63,6 @@ class Unblock(msgspec.Struct, frozen=True, gc=False):
     uses: int = 1
 
 
-def is_of_operator(item: Unblock) -> bool:
-    """Whether an admin's unblock is an operator's, not that of the key's holder.
-
-    A holder knows its lease's number, and has the key or a handle, while a public id is for operators. A report is
-    always that of a holder.
-    """
-    return item.lease is None or (isinstance(item.ref, int) and item.report is None)
-
-
 class Extension(msgspec.Struct, frozen=True, gc=False):
     """An item of a batch of extensions. `seconds` None stands for the pool's `block_seconds`."""
 

@@ -212,11 +212,7 @@ class Engine(Protocol):
     async def unblock_many(
         self, items: Sequence[Unblock], ended: list[EndedLease] | None = None, origin: Origin = HOLDER
     ) -> list[str]:
-        """Unblock keys. `ended` and reports as for `unblock`; `origin` is of items without a lease.
-
-        It is also of those that name their key by its public id, which is for operators, unless they have a report.
-        O(k log n).
-        """
+        """Unblock keys. `ended` and reports as for `unblock`; `origin` is of items without a lease. O(k log n)."""
         ...
 
     async def extend(self, ref: Ref, lease: int, seconds: float | None) -> Extended:

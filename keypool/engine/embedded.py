@@ -25,7 +25,6 @@ from keypool.core.answers import (
     Stats,
     Unblock,
     Unblocked,
-    is_of_operator,
 )
 from keypool.core.counters import COUNTERS
 from keypool.core.cursor import HistoryQuery, ListQuery, next_of, number_after, order_of, page_query
@@ -207,7 +206,7 @@ class EmbeddedEngine(OperatorCalls, HolderCalls):
         """Make keys available again, one by one. O(items · log n)."""
 
         def unblock(item: Unblock, now: float) -> str:
-            by = origin if is_of_operator(item) else HOLDER
+            by = origin if item.lease is None else HOLDER
             return self._tried(
                 item.ref,
                 now,

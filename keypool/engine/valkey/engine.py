@@ -73,7 +73,6 @@ from keypool.core.answers import (
     Unblocked,
     WaiterRows,
     Written,
-    is_of_operator,
 )
 from keypool.core.cursor import (
     EventQuery,
@@ -455,7 +454,9 @@ class ValkeyEngine:
         self, items: Sequence[Unblock], ended: list[EndedLease] | None, origin: Origin
     ) -> tuple[list[Reply], float]:
         """The replies of unblock.lua, one for each item, and how old they are."""
-        words = [(_lease_word(item, origin), _report(item.report), item.uses) for item in items]
+        words = [
+            ("" if item.lease is None else item.lease, _report(item.report), item.uses) for item in items
+        ]
         outcomes = {item.report.outcome for item in items if item.report is not None}
         common = word_of(origin), self._outcome_rules(0, 0) if outcomes else ""
 
@@ -931,13 +932,6 @@ class ValkeyEngine:
                 _log.warning("%d refused acquires were not counted: %s", self._poller.refused, error.detail)
         await self._client.close()
         await self._poller.join()
-
-
-def _lease_word(item: Unblock, origin: Origin) -> Word:
-    """The lease number of an item for unblock.lua, with a mark if it is the operator's nevertheless."""
-    if item.lease is None:
-        return ""
-    return f"!{item.lease}" if origin is not HOLDER and is_of_operator(item) else item.lease
 
 
 def _report(report: Report | None) -> Word:

@@ -3,7 +3,7 @@
 --         cooldown, longest retry_after, failures in a row from which an error cools, after how long they are forgotten,
 --         percentage of secrets that reports may quarantine, secrets quarantined in other partitions, secrets in other
 --         partitions}, lengths in microseconds, 3, 4, 5, 6… for each key: its name, the lease number that it must be
---         held under ('' for any; '!' before it if the origin is that of a key without one), a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
+--         held under ('' for any), a report: MessagePack {outcome, retry_after in seconds or nil, reason or nil}, or ''
 --         for none, or '-' if the lease did not reach its caller and is to end unless its attempt was given it again;
 --         and how often the key was used, that of the acquire among them
 -- reply   available; for each key {outcome, id, latest lease, state, microseconds to the end of its cooldown, 1 if the
@@ -12,7 +12,7 @@
 --         unknown, -2 the lease isn't the latest, -7 it is a text of so many (id) seats
 -- cost    O(keys * log n)
 process_due(MAX_DUE)
-local origin  -- of the key that is processed: whoever has its lease number is its holder, unless there is a '!'
+local origin  -- of the key that is processed: whoever has its lease number is its holder
 local conclude
 
 -- Charge a key for what its lease used beside the acquire. Returns whether it has a pace.
@@ -120,8 +120,6 @@ end
 local results = {}
 for i = 3, #ARGV, 4 do
   local name, lease, report, uses = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  origin = (lease == '' or lease:sub(1, 1) == '!') and ARGV[1] or 'holder'
-  if lease:sub(1, 1) == '!' then lease = lease:sub(2) end
   local record, text, stale, by_text = find(name)
   local seats, latest
   if record and record[SEATS] and by_text and not stale then record, text, seats, latest = seat_of(record, text, lease) end
@@ -132,6 +130,7 @@ for i = 3, #ARGV, 4 do
   elseif stale or lease ~= '' and not is_latest(record, lease) then
     results[#results + 1] = {-2, record[ID], record[LEASE]}
   else
+    origin = lease == '' and ARGV[1] or 'holder'
     local outcome, guarded = 0, false
     if report ~= '' and report ~= '-' then
       if not record[REPORTED] then
