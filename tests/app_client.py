@@ -76,12 +76,14 @@ class Browser:
         method: str = "GET",
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
+        *,
+        decompress: bool = True,
     ) -> Page:
-        """One request; redirects aren't followed."""
+        """One request; redirects aren't followed. The client asks for gzip itself if `decompress` is set."""
         answer = await self._client.fetch(
             self.base_url + path, method=method, body=body, headers=dict(headers or {}),
             follow_redirects=False, raise_error=False, allow_nonstandard_methods=True,
-            connect_timeout=60, request_timeout=60,
+            connect_timeout=60, request_timeout=60, decompress_response=decompress,
         )  # fmt: skip
         return Page(answer.code, answer.headers, answer.body)
 

@@ -90,7 +90,9 @@ def test_an_imported_key_is_served_with_its_name_and_data(client: Client, pool: 
         name="acct-17",
         expires_in=None,
         existed=False,
+        ids=list,
     )
+    assert made["ids"] == [made["id"]]
     assert answer.headers["Location"] == f"{pool}/keys/id:{made['id']}"
     row = expect_row(
         client.get(answer.headers["Location"]).expect(200),
@@ -148,7 +150,8 @@ def test_the_same_secret_is_the_same_key(client: Client, pool: str) -> None:
     client.post(pool + "/keys/acquire").expect(200)
     again = client.post(pool + "/keys", json={"secret": SECRET, "name": "two"})
     assert again.expect(200) == {
-        "id": made["id"], "state": "blocked", "hint": "sk-l…77d1", "name": "one", "expires_in": None, "existed": True
+        "id": made["id"], "state": "blocked", "hint": "sk-l…77d1", "name": "one", "expires_in": None, "existed": True,
+        "ids": [made["id"]],
     }  # fmt: skip
     assert again.headers["Location"] == f"{pool}/keys/id:{made['id']}"
     other = client.make_pool("other", keepalive_seconds=None)
@@ -228,7 +231,7 @@ WRONG_SHAPES: list[tuple[bytes, str]] = [
     (b'{"secret":"s","pace":{"count":1,"seconds":1,"per":2}}', "per"),
     (b'{"secret":"s","pace":{"count":1,"seconds":1,"count":2}}', "'count' was given twice"),
     (b'{"secret":"s","key":"s"}', "key"),
-    (b'{"secret":"s","seats":2}', "seats"),
+    (b'{"secret":"s","seats":"2"}', "seats"),
     (b'{"secret":"s","secret":"t"}', "secret"),
     (b'{"secret":"s","labels":{"a":"1","a":"2"}}', "'a' was given twice"),
     (b'{"secret":"s","data":{"u":{"a":1,"a":2}}}', "'a' was given twice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import re
 import time
@@ -18,7 +19,8 @@ from viewing import Closed, Viewer
 
 PAGES = (
     "/", "/keys", "/keys?tab=blocked", "/keys?tab=available", "/keys?tab=cooling", "/keys?tab=quarantined",
-    "/keys?tab=expiring", "/events", "/events?kind=cooled", "/system", "/calls",
+    "/keys?tab=expiring", "/events", "/events?kind=cooled", "/system", "/calls", "/owners",
+    "/waiters", "/tokens",
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- pages
@@ -197,21 +199,22 @@ async def test_events_say_who_or_what_brought_them_about(pages: Browser) -> None
     await quarantine(pages, held["id"], now=True)
     cookie = await pages.sign_in(VIEWER_TOKEN)
     text = unescape((await pages.fetch("/events", Cookie=cookie)).text)
-    said = re.findall(
-        r'class="verb" data-f="event">(\w+)<.*?data-f="origin">([^\n]*)</span>', text, re.DOTALL
+    line = (
+        r'class="event" .*?data-kind="(\w+)">.*?data-f="whom">(.*?)</td>.*?data-f="owner"[^>]*>([^\n]*)</a>'
     )
+    said = re.findall(line, text, re.DOTALL)
     mark = sha256(ADMIN_TOKEN.encode()).hexdigest()[:8]
     assert said[::-1] == [
-        ("generated", f"by operator {mark}"),
-        ("generated", f"by operator {mark}"),
-        ("acquired", "by worker-7"),
-        ("unblocked", "by worker-7"),
-        ("acquired", "by late <b>"),
-        ("unblocked", f"by operator {mark}, held by late <b>"),
-        ("quarantined", f"by operator {mark}, held by late <b>"),
+        ("generated", f"operator {mark}", ""),
+        ("generated", f"operator {mark}", ""),
+        ("acquired", "holder", "worker-7"),
+        ("unblocked", "holder", "worker-7"),
+        ("acquired", "holder", "late <b>"),
+        ("unblocked", f"operator {mark}", "late <b>"),
+        ("quarantined", f"operator {mark}", "late <b>"),
     ]
     only = (await pages.fetch("/events?kind=quarantined", Cookie=cookie)).text
-    assert only.count('data-kind="quarantined"') == 3  # a tab, the list, one event
+    assert only.count('data-kind="quarantined"') == 4  # a tab, the list, one event and its cell
 
 
 async def test_templates_are_compiled_before_the_first_request(
@@ -353,6 +356,34 @@ async def test_static_files_may_be_kept_for_ever(pages: Browser) -> None:
         assert (await pages.fetch(path)).status == 404
 
 
+@pytest.mark.parametrize(
+    ("accepted", "compressed"),
+    [
+        ("gzip, deflate, br", True),
+        ("br, GZIP; q=0.5", True),
+        ("gzip;q=0, *", False),
+        ("identity", False),
+        ("", False),
+    ],
+)
+async def test_pages_are_compressed_where_that_is_accepted(
+    pages: Browser, accepted: str, compressed: bool
+) -> None:
+    """A page of keys to less than a quarter; answers of the API and figures never."""
+    await pages.make(60)
+    headers = {"Accept": "text/html", "Accept-Encoding": accepted}
+    page = await pages.request("/keys", headers=headers, decompress=False)
+    assert (page.headers.get("Content-Encoding") == "gzip") is compressed
+    assert page.headers["Vary"] == "Accept-Encoding"
+    plain = gzip.decompress(page.body) if compressed else page.body
+    assert plain.rstrip().endswith(b"</html>")
+    assert not compressed or len(page.body) * 4 < len(plain)
+    for path in ("/figures", "/api/v1/keys"):
+        assert (
+            "Content-Encoding" not in (await pages.request(path, headers=headers, decompress=False)).headers
+        )
+
+
 async def test_every_module_that_a_module_imports_is_there(pages: Browser) -> None:
     """A wrong path would only be noticed by a user who opens that page."""
     entry = re.search(r'src="(/static/\w+/js/)main.js"', (await pages.fetch("/")).text)
@@ -488,6 +519,20 @@ async def test_the_cookie_alone_changes_nothing(pages: Browser) -> None:
     (await pages.call("POST", "/keys", token=None, **right)).expect(201)
     evil = await pages.call("POST", "/keys", token=None, Origin="https://evil.example", **right)
     evil.expect(403, "cross-site")
+
+
+@guarded
+async def test_no_two_pages_have_the_same_xsrf_value(pages: Browser) -> None:
+    """So the length of a compressed page doesn't tell how much of it somebody has guessed; all of them are valid."""
+    cookie = await pages.sign_in(ADMIN_TOKEN)
+    values = [await pages.proof(cookie) for _ in range(3)]
+    assert len({value[i : i + 8] for value in values for i in range(0, 64, 8)}) == 24
+    for value in values:
+        page = await pages.call("POST", "/keys", token=None, Cookie=cookie, X_Keypool_Xsrf=value)
+        page.expect(201)
+    for wrong in (values[0][:32] + values[1][32:], values[0][:-1], "0" * 64, values[0][32:]):
+        page = await pages.call("POST", "/keys", token=None, Cookie=cookie, X_Keypool_Xsrf=wrong)
+        page.expect(401, "unauthorized")
 
 
 @guarded

@@ -32,10 +32,11 @@ async def test_a_pools_pages_show_its_keys_and_lead_to_its_own_pages(pages: Brow
     """No link of theirs leaves the pool, but for the pages of the whole server."""
     await a_pool(pages)
     await pages.make(3)
-    for path in ("/pools/openai", "/pools/openai/keys", "/pools/openai/events", "/pools/openai/keys/1"):
+    for name in ("", "/keys", "/owners", "/waiters", "/events", "/keys/1"):
+        path = f"/pools/openai{name}"
         page = await pages.fetch(path)
         assert page.status == 200, path
-        links = set(re.findall(r'href="(/[^"]*)"', page.text)) - {"/pools", "/system", "/calls"}
+        links = set(re.findall(r'href="(/[^"]*)"', page.text)) - {"/pools", "/tokens", "/system", "/calls"}
         outside = {link for link in links if not link.startswith(("/pools/openai", "/static/"))}
         assert outside == set(), path
     listed = (await pages.fetch("/pools/openai/keys")).text

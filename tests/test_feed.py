@@ -139,6 +139,19 @@ def test_a_number_that_changes_without_an_event_is_sent(server: ServerProcess, c
     assert delta["events"] == []
 
 
+def test_history_and_events_can_be_left_out(server: ServerProcess, client: Client) -> None:
+    """A frame comes when a number changes, as for other viewers; another value in the query is refused."""
+    client.make()
+    with Viewer(server, path=f"{FEED}?history=no&events=no") as viewer:
+        hello = viewer.frame()
+        assert (hello["history"], hello["events"]) == (None, [])
+        client.make()
+        delta = viewer.until("delta")
+    assert (delta["stats"]["total"], delta["events"], delta["dropped"]) == (2, [], 0)
+    with Viewer(server, path=f"{FEED}?history=maybe") as viewer:
+        assert viewer.status == 400
+
+
 def test_events_say_what_brought_them_about(server: ServerProcess, client: Client) -> None:
     """A cooldown from the report to its end, and a quarantine by an operator, with the numbers that go with them."""
     with Viewer(server) as viewer:

@@ -39,14 +39,14 @@ def test_the_clients_stats_are_the_servers() -> None:
 def test_the_scripts_in_valkey_count_under_these_names() -> None:
     """poll.lua gets the names from the server; the other scripts have them.
 
-    Four more names are not counters of the pool: the number of cooling keys, whether there were odd texts
-    (details.py), and two that count events.
+    Six more names are not counters of the pool: the number of cooling keys, those of all and of quarantined seats
+    beside the first ones, whether there were odd texts (details.py), and two that count events.
     """
     scripts = "".join(path.read_text() for path in (ROOT / "keypool/engine/valkey/lua").glob("*.lua"))
     counted = re.findall(r"'HINCRBY', META, ([^\n]*?), [^,\n]*\)", scripts)
     names = {name for text in counted for name in re.findall(r"'(\w+)'", text)}
     names |= set(re.findall(r"\b(?:purge|free)\([^'\n]*'(\w+)'", scripts))
-    assert names == {*COUNTERS, "cooling", "odd", "ready", "revealed"}
+    assert names == {*COUNTERS, "cooling", "further", "further_quarantined", "odd", "ready", "revealed"}
 
 
 def test_client_and_server_agree_on_the_path_of_the_api() -> None:

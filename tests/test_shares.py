@@ -105,6 +105,7 @@ async def test_callers_without_a_name_or_a_limit_take_what_there_is() -> None:
     for client in (None, Client("free"), Client("free")):
         await take(held.engine, client)
     assert held.engine.shares.held("free") == 2
+    assert await EmbeddedPools(held.engine).held(Client("free")) == 2
     with pytest.raises(ShareSpent):
         await held.engine.acquire(None, 0, client=Client("free", 2))
     await take(held.engine, Client("free", 3))

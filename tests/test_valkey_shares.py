@@ -74,6 +74,9 @@ async def test_a_share_holds_over_pools_and_servers(place: Place, partitions: in
         await b.acquire(None, 0, client=ANN)
         await spent(two.default)
         assert held(place) == 2
+        assert [await pools.held(ANN) for pools in (one, two)] == [2, 2]
+        assert await one.held(Client("nobody", 3)) == 0
+        assert await one.held(Client("bob")) is None, "what has no limit isn't counted"
 
 
 @on_loop

@@ -158,7 +158,7 @@ def check(frame: dict[str, Any]) -> dict[str, Any]:
     """The frame, if it has exactly the members of its type."""
     common: dict[str, object] = {"type": ("hello", "delta", "beat"), "seq": int, "now": MOMENT}
     extra: dict[str, dict[str, object]] = {
-        "hello": {"stats": dict, "history": dict, "events": list},
+        "hello": {"stats": dict, "history": (dict, None), "events": list},
         "delta": {"stats": dict, "events": list, "dropped": int},
         "beat": {},
     }

@@ -343,6 +343,10 @@ def _other_paths(schema: Described, open: bool) -> Described:
         },
         "admin, viewer, or a dashboard's cookie",
     )
+    feed["get"]["parameters"] = [
+        {"name": part, "in": "query", "schema": {"enum": ["yes", "no"], "default": "yes"}}
+        for part in ("history", "events")
+    ]
     return {
         "/healthz": page("health", "Whether the event loop runs.", _status("ok"), {}),
         "/readyz": page(

@@ -13,6 +13,7 @@ from keypool.api.operations import OPERATIONS, Operation
 from keypool.api.problems import status_of
 from keypool.config.settings import settings_table
 from keypool.core.errors import KeypoolError
+from keypool.ops.advice import ADVICE
 from keypool.ops.metrics import METRICS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -41,7 +42,14 @@ def metrics_table() -> str:
     return _table(rows)
 
 
+def advice_table() -> str:
+    """Every warning of the dashboard."""
+    rows: list[tuple[str, ...]] = [("alert", "the dashboard says", "it means", "do"), ("---",) * 4]
+    return _table(rows + [each.table_row for each in ADVICE])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "advice": advice_table,
     "calls": calls_table,
     "errors": errors_table,
     "metrics": metrics_table,

@@ -440,6 +440,13 @@ class Pools(Protocol):
         """Call this whenever a pool comes, goes, drains, or gets other settings. O(1)."""
         ...
 
+    async def held(self, client: Client) -> int | None:
+        """How many leases a named token holds in all pools. O(1), over Valkey O(log held).
+
+        None if nobody counts them: over Valkey, those of a token without a `max_held`. Raises StorageUnavailable.
+        """
+        ...
+
     async def rekey(self) -> Rekeying:
         """Begin to encrypt under the first secrets key what isn't yet, in slices, in all pools. O(1).
 

@@ -24,6 +24,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import By, Origin
 from keypool.core.rules import DEFAULT_POOL, NOT_FLAGS, PoolRules, Settings
+from keypool.engine import Client
 from keypool.engine.draining import Drains
 from keypool.engine.embedded import EmbeddedEngine
 from keypool.engine.journal import Commit, Journal, NullJournal
@@ -285,6 +286,10 @@ class EmbeddedPools:
         return entry
 
     # -- the server
+
+    async def held(self, client: Client) -> int:
+        """How many leases a named token holds. O(1)."""
+        return self.default.shares.held(client.name)
 
     async def rekey(self) -> Rekeying:
         """Begin to encrypt under the first secrets key what isn't yet. O(1)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from keypool.core.outcomes import Outcome
 
@@ -72,6 +72,22 @@ class Histogram:
             so_far += count
             buckets.append((end, float(so_far)))
         return buckets
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
+    """The value that `share` of the observations don't exceed, None without any: as Prometheus's histogram_quantile.
+
+    Within a bucket observations count as spread evenly; in the last one as the largest bound. O(buckets).
+    """
+    wanted = share * sum(counts)
+    if not wanted:
+        return None
+    lower, so_far = 0.0, 0
+    for upper, count in zip(bounds, counts, strict=False):
+        if so_far + count >= wanted:
+            return lower + (upper - lower) * (wanted - so_far) / count
+        lower, so_far = upper, so_far + count
+    return lower
 
 
 NO_OPERATION = "none"

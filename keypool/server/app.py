@@ -37,6 +37,7 @@ from keypool.web.handlers import (
     Static,
     System,
 )
+from keypool.web.holders import OwnerList, TokenList, WaiterList
 from keypool.web.pages import Health, PageHandler, Ready, UnknownPath
 from keypool.web.scrape import Metrics, MetricSources
 from keypool.web.signin import SignIn, SignOut
@@ -101,7 +102,7 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
     sources.limits |= {
         name: getattr(settings, name) for name in ("max_keys", "max_pools", "max_waiters", "max_viewers")
     }
-    return KeypoolApplication(
+    app = KeypoolApplication(
         pools,
         access,
         (*calls, describing(calls, access.open)),
@@ -115,7 +116,10 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
             (r"/pools", PoolList),
             (rf"{_POOL}/keys", Keys),
             (rf"{_POOL}/keys/([0-9]+)", KeyPanel),
+            (rf"{_POOL}/owners", OwnerList),
+            (rf"{_POOL}/waiters", WaiterList),
             (rf"{_POOL}/events", Events),
+            (r"/tokens", TokenList),
             (r"/system", System),
             (r"/calls", Calls),
             (rf"{_POOL}/figures", Figures),
@@ -130,6 +134,8 @@ def make_app(pools: Pools, access: Access, settings: Settings | None = None) -> 
         websocket_ping_interval=60,  # a viewer that vanished without closing is dropped within two minutes
         websocket_max_message_size=4096,  # messages from viewers are ignored
     )
+    dashboard.calls = app.settings["dispatcher"].calls
+    return app
 
 
 async def _refuse_loading(engine: Engine, call: Call) -> NoReturn:

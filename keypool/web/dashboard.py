@@ -12,6 +12,8 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined
@@ -22,14 +24,19 @@ from keypool.config.limits import Limits, allowed_viewers
 from keypool.config.secrets_keys import SECRETS_VARIABLE
 from keypool.config.settings import OPTIONS, Settings
 from keypool.config.tokens import ROLES, token_variables
-from keypool.core.answers import Row, Stats
+from keypool.core.answers import HistoryRow, RareEventRow, Row, Stats
 from keypool.core.errors import KeypoolError, UnknownPool
 from keypool.core.events import By, Event
+from keypool.core.history import How
 from keypool.core.keys import State
 from keypool.engine import Engine, Pools
 from keypool.engine.valkey.url import without_password
+from keypool.ops.advice import ADVICE
+from keypool.ops.histogram import CallMetrics, Histogram
 from keypool.web.assets import Assets, folder
 from keypool.web.feed import ViewerLimit
+from keypool.web.health import Facts, sentence, tiles_warned, verdicts
+from keypool.web.latency import LATELY, Latency
 from keypool.web.loop_lag import LoopStall
 from keypool.web.pool_view import PoolView
 from keypool.web.session import Sessions
@@ -50,7 +57,15 @@ PAGE_HEADERS = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
 )
 
-REFUSED = 300  # seconds: refused acquires are counted over this time
+FIGURE_NAMES = {
+    "commits": "Commits",
+    "commit_seconds": "Latest commit took",
+    "commit_rows": "Keys in the latest commit",
+    "pipelines": "Pipelines to Valkey",
+    "pipeline_seconds": "Latest pipeline took",
+    "pipeline_commands": "Commands in the latest pipeline",
+}
+"""What the System page calls an engine's figures."""
 _log = logging.getLogger("keypool.dashboard")
 
 
@@ -66,10 +81,23 @@ class Dashboard:
         self.view(pools.default)
         self.sessions = Sessions(access)
         self.stall = LoopStall()
+        self.calls: CallMetrics | None = None
+        """The calls of this server, once there are any."""
+        self.latencies = {
+            "calls": Latency(lambda: self.calls.seconds.values() if self.calls else ()),
+            "commits": Latency(lambda: _commits(pools.default)),
+            "stalls": Latency(lambda: [self.stall.histogram]),
+        }
         self.assets = Assets()
         self._templates = make_templates()
         self._templates.globals.update(
-            asset=self.assets.url, version=__version__, settings=settings, states=list(State)
+            asset=self.assets.url,
+            version=__version__,
+            settings=settings,
+            states=list(State),
+            advice={each.code: each for each in ADVICE},
+            lately=LATELY // 60,
+            figure_names=FIGURE_NAMES,
         )
         for name in self._templates.list_templates():
             self._templates.get_template(name)  # compiled now, as it would stall the first request for 40 ms
@@ -102,17 +130,42 @@ class Dashboard:
         """The page for an error."""
         return self.render("error.html", error=error, status=status, request_id=request_id, theme="")
 
-    def figures(self, view: PoolView) -> dict[str, Any]:
-        """The members of /figures: numbers that the feed of a pool doesn't send. O(1)."""
+    def figures(self, view: PoolView, base: str, stats: Stats) -> dict[str, Any]:
+        """The members of /figures: verdicts, and numbers that the feed of a pool doesn't send. O(1)."""
+        facts = self._facts(view, stats)
+        found = verdicts(facts, base)
         return {
-            "ready": self.readiness(),
+            "ready": facts.not_ready,
+            "health": found,
+            "warned": tiles_warned(found, facts),
             "expiring": view.expiring,
-            "refused": view.history.within(REFUSED, "refused"),
+            "window": view.window,
+            **view.recent,
+            "latency": {name: each.both() for name, each in (*self.latencies.items(), ("waits", view.waits))},
             "viewers": self.viewers.count,
             "max_viewers": self.settings.max_viewers,
             "loop_stall_seconds": round(self.stall.worst, 4),
             "engine": self.pools.default.figures(),
         }
+
+    def health(self, view: PoolView, base: str) -> list[dict[str, Any]]:
+        """The verdicts as of the latest sample of a pool, the most urgent first. O(1)."""
+        return [] if view.stats is None else verdicts(self._facts(view, view.stats), base)
+
+    def _facts(self, view: PoolView, stats: Stats) -> Facts:
+        return Facts(
+            stats=stats,
+            not_ready=self.readiness(),
+            degraded=view.engine.degraded,
+            pool_draining=view.engine.pool_draining,
+            expiring=view.expiring,
+            window=view.window,
+            recent=view.recent,
+            recent_seconds=LATELY,
+            commit_p99=self.latencies["commits"].p99_of(100),
+            stall_p99=self.latencies["stalls"].p99_of(1000),
+            in_clear=in_clear(self.settings),
+        )
 
     def readiness(self) -> dict[str, str] | None:
         """Why calls aren't served; None if they are."""
@@ -126,6 +179,8 @@ class Dashboard:
         while True:
             for view in list(self._views.values()):
                 await self._sample(view)
+            for latency in self.latencies.values():
+                latency.sample()
             await self._share_sign_outs()
             self.counting.set()
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
@@ -211,6 +266,15 @@ def at_rest(settings: Settings) -> str:
     return "not encrypted: protected by the file's mode 0600 only; set KEYPOOL_SECRETS_KEY to encrypt them"
 
 
+def in_clear(settings: Settings) -> bool:
+    """Whether keys are written to the disk as they are."""
+    return settings.engine == "embedded" and settings.data != ":memory:" and not settings.secrets_keys
+
+
+def _commits(engine: Engine) -> list[Histogram]:
+    return [each for name, each in engine.histograms().items() if name == "commit_seconds"]
+
+
 def make_templates(compiled: BytecodeCache | None = None) -> Environment:
     """The templates, without what their pages take for granted; those `compiled` already needn't be again."""
     templates = Environment(
@@ -222,7 +286,21 @@ def make_templates(compiled: BytecodeCache | None = None) -> Environment:
         auto_reload=False,
         bytecode_cache=compiled,
     )
-    templates.filters.update(number=number, length_of=length, report=report, origin=origin)
+    templates.filters.update(
+        number=number,
+        length_of=length,
+        span=span,
+        report=report,
+        origin=origin,
+        ending=ending,
+        duration=duration,
+        alarm=alarm,
+        attention=attention,
+        sentence=sentence,
+        utc=utc,
+        elapsed=elapsed,
+        whom=whom,
+    )
     return templates
 
 
@@ -243,6 +321,43 @@ def length(seconds: float | None) -> str:
     return f"{whole // 60}:{whole % 60:02}"
 
 
+def duration(seconds: float | None) -> str:
+    """A short length of time with its unit. The same as in static/js/clock.js."""
+    if seconds is None:
+        return "none"
+    if seconds < 1:
+        return f"{seconds * 1000:.{0 if seconds >= 0.1 else 1}f} ms"
+    return f"{seconds:.1f} s"
+
+
+def alarm(health: Sequence[Mapping[str, Any]]) -> str:
+    """What the title of a tab begins with. The same as in static/js/alarm.js."""
+    short = next((verdict["short"] for verdict in health if verdict["short"]), "")
+    return f"(!) {short} · " if short else ""
+
+
+def attention(count: int) -> str:
+    """The headline of the verdicts. The same as in static/js/pages/overview.js."""
+    if not count:
+        return "All is well"
+    return "One thing needs attention" if count == 1 else f"{count} things need attention"
+
+
+def utc(at: str) -> str:
+    """A moment of an answer in full, as a title has it. The same as utc() in static/js/lists.js."""
+    return f"{at[:10]} {at[11:19]} UTC"
+
+
+def elapsed(at: str) -> str:
+    """How long it is since a moment of an answer; static/js/lists.js counts on from there."""
+    return length(math.floor(max(0.0, time.time() - datetime.fromisoformat(at).timestamp())))
+
+
+def span(seconds: float) -> str:
+    """How long something lasted: 0.4 s, 42 s, 4:07."""
+    return length(seconds) if seconds >= 60 else f"{seconds:.{1 if seconds < 10 else 0}f} s"
+
+
 def report(row: Row) -> str:
     """The latest report on a key in words, and its failures in a row. The same as report() in static/js/rows.js."""
     words = [row.outcome.replace("_", " ")] if row.outcome is not None else []
@@ -259,6 +374,25 @@ def origin(event: Event) -> str:
     return f"{by}, held by {event.owner}" if event.owner else by
 
 
-def mostly_out(stats: Stats) -> bool:
-    """Whether more than half of the pool is cooling or quarantined. The same as in static/js/pages/overview.js."""
-    return (stats.cooling + stats.quarantined) * 2 > stats.total
+def whom(event: Event | RareEventRow) -> str:
+    """Who or what brought an event about, without whose lease it was. The same as whom() in static/js/rows.js."""
+    return event.by if event.actor is None else f"{event.by} {event.actor}"
+
+
+_ENDINGS = {
+    How.UNBLOCKED: "unblocked",
+    How.RELEASED: "released by deadline",
+    How.REVOKED: "ended by an operator",
+    How.EXPIRED: "expired with the key",
+    How.DELETED: "deleted with the key",
+}
+
+
+def ending(past: HistoryRow) -> str:
+    """How a lease ended, its report, and how often it was extended, in words."""
+    words = [_ENDINGS[past.how]]
+    if past.outcome is not None:
+        words.append(past.outcome.replace("_", " "))
+    if past.extended:
+        words.append(f"extended {past.extended} time{'s' if past.extended > 1 else ''}")
+    return ", ".join(words)

@@ -60,10 +60,22 @@ class Viewer(Protocol):
 class _Seat:
     """The state of one viewer's stream: what it has been sent, and whether a frame is in flight."""
 
-    __slots__ = ("busy", "events_seen", "greeted", "numbers", "seq", "viewer", "written_at")
+    __slots__ = (
+        "busy",
+        "events",
+        "events_seen",
+        "greeted",
+        "history",
+        "numbers",
+        "seq",
+        "viewer",
+        "written_at",
+    )
 
-    def __init__(self, viewer: Viewer) -> None:
+    def __init__(self, viewer: Viewer, history: bool, events: bool) -> None:
         self.viewer = viewer
+        self.history = history
+        self.events = events
         self.greeted = False
         self.seq = 0
         self.busy = False
@@ -106,13 +118,16 @@ class Feed:
             raise Draining
         self._limit.require_room()
 
-    async def join(self, viewer: Viewer) -> None:
-        """Add a viewer and send it a hello; while draining, close it instead. Raises TooManyViewers."""
+    async def join(self, viewer: Viewer, *, history: bool = True, events: bool = True) -> None:
+        """Add a viewer and send it a hello; while draining, close it instead. Raises TooManyViewers.
+
+        A viewer that draws no charts or lists no events needn't get them: they are most of a frame.
+        """
         if self._closed:
             viewer.leave(GOING_AWAY, "draining")
             return
         self.require_room()
-        seat = self._seats[viewer] = _Seat(viewer)
+        seat = self._seats[viewer] = _Seat(viewer, history, events)
         self._limit.count += 1
         if self._task is None:
             self._task = asyncio.create_task(self._run())
@@ -182,10 +197,10 @@ class Feed:
             if not seat.greeted:
                 self._greet(seat, stats)
                 continue
-            new = events_seen - seat.events_seen
+            new = events_seen - seat.events_seen if seat.events else 0
             if new or numbers != seat.numbers:
                 if new not in tails:
-                    events = self._engine.recent(min(new, EVENTS))
+                    events = self._engine.recent(min(new, EVENTS)) if new else []
                     tails[new] = _tail(
                         {"now": text, "stats": stats, "events": events, "dropped": new - len(events)}
                     )
@@ -206,8 +221,8 @@ class Feed:
         hello = {
             "now": moment(self._now()),
             "stats": stats,
-            "history": self._history.encoded(),
-            "events": self._engine.recent(EVENTS),
+            "history": self._history.encoded() if seat.history else None,
+            "events": self._engine.recent(EVENTS) if seat.events else [],
         }
         self._send(seat, "hello", _tail(hello))
 

@@ -82,6 +82,7 @@ class FeedHandler(PageHandler, WebSocketHandler):
     """/api/v1/feed, and that of another pool: a Viewer of the feed."""
 
     session: Session
+    parts: dict[str, bool]
     feed: Feed | None = None  # until its handshake is accepted
 
     def check(self) -> None:
@@ -97,9 +98,17 @@ class FeedHandler(PageHandler, WebSocketHandler):
         connection = [word.strip().lower() for word in headers.get("Connection", "").split(",")]
         if "upgrade" not in connection or not headers.get("Sec-WebSocket-Key"):
             raise BadRequest("a websocket handshake has Connection: Upgrade and a Sec-WebSocket-Key")
+        self.parts = {name: self._wanted(name) for name in ("history", "events")}
         self.choose_pool(self.session.caller)
         feed = self.feed = self.dashboard.view(self.engine).feed
         feed.require_room()
+
+    def _wanted(self, name: str) -> bool:
+        """Whether a part of the frames is wanted: yes, unless the query says no."""
+        value = self.get_query_argument(name, "yes")
+        if value not in ("yes", "no"):
+            raise BadRequest(f"{name} takes yes, no")
+        return value == "yes"
 
     def get_websocket_protocol(self) -> WebSocketProtocol:
         protocol = super().get_websocket_protocol()
@@ -124,7 +133,7 @@ class FeedHandler(PageHandler, WebSocketHandler):
         self.set_nodelay(True)
         assert self.feed is not None  # `check` has set it
         try:
-            await self.feed.join(self)
+            await self.feed.join(self, **self.parts)
         except TooManyViewers as error:  # two handshakes for the last seat
             self.close(1013, error.code)
 

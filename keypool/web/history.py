@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
+from operator import itemgetter
 
 import msgspec
 
@@ -88,8 +90,7 @@ class History:
     def within(self, seconds: int, name: str) -> int:
         """The sum of a count over the last `seconds`, 15 minutes at most. O(seconds)."""
         column = (GAUGES + COUNTS).index(name)
-        recent = list(self.seconds.samples)[-seconds:]
-        return sum(sample[column] for sample in recent)
+        return sum(map(itemgetter(column), islice(reversed(self.seconds.samples), seconds)))
 
     def encoded(self) -> msgspec.Raw:
         """Both series as JSON, encoded at most once a second: `{"seconds":{"step","end",…},"minutes":{…}}`.

@@ -52,6 +52,7 @@ MOST_ENDED = 64
 """Sign-outs of one token that are stored individually."""
 
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and 30 to 60 ms, once a token
+_PROOF = 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +185,29 @@ class Sessions:
         self._notes = notes
 
     def xsrf(self, session: Session) -> str:
-        """The value of XSRF_HEADER for this session."""
-        return self._sign(session.mark, f"xsrf {session.id}")[:32] if session.id else "open"
+        """A value of XSRF_HEADER for this session, another one each time: 16 random bytes, and the proof XOR these.
+
+        Pages are compressed together with texts that others choose (a search, owners), so the length of a page may tell
+        whether such a text repeats a part of it (BREACH). A value that is in one page only can't be guessed bit by bit.
+        """
+        if not session.id:
+            return "open"
+        mask = secrets.token_bytes(_PROOF)
+        return (mask + _xor(mask, self._proof(session))).hex()
 
     def proven(self, session: Session, given: str) -> bool:
-        """Whether `given` is the XSRF value of this session. Takes constant time."""
-        return hmac.compare_digest(self.xsrf(session).encode(), given.encode())
+        """Whether `given` is an XSRF value of this session. Takes constant time."""
+        if not session.id:
+            return given == "open"
+        try:
+            value = bytes.fromhex(given)
+        except ValueError:
+            return False
+        mask, masked = value[:_PROOF], value[_PROOF:]
+        return len(masked) == _PROOF and hmac.compare_digest(_xor(mask, masked), self._proof(session))
+
+    def _proof(self, session: Session) -> bytes:
+        return bytes.fromhex(self._sign(session.mark, f"xsrf {session.id}"))[:_PROOF]
 
     def _caller_of_call(self, headers: Mapping[str, str]) -> Caller:
         session = self._read(headers.get("Cookie", ""))
@@ -218,6 +236,10 @@ class Sessions:
 
     def _sign(self, mark: str, text: str) -> str:
         return hmac.new(self._key(mark), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=True))
 
 
 def _milliseconds(seconds: float) -> int:

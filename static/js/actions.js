@@ -7,6 +7,7 @@
 import { call } from "./api.js";
 import { ask, askQuarantine, confirm, number, toast } from "./ui.js";
 
+const SLOW = 1000; // ms without an answer after which the page says that it waits
 const holder = (key) => key.owner || "A holder without a name";
 const named = (key) => `${key.id} ${key.hint}`;
 const whose = (key) => (key.state === "blocked" ? `held by ${key.owner || "a holder without a name"}` : key.state);
@@ -15,14 +16,29 @@ const several = (keys) => (keys.length === 1 ? "one key" : `${keys.length} keys`
 const shared = (keys) => (keys.some((key) => key.seats > 1) ? " Of a key with several seats, this is about all of them, whoever holds them." : "");
 const ids = (keys) => keys.map((key) => `id:${key.id}`);
 
-/** Make a call, and show what it did or why it failed; true if it did it. */
+let pressed = null; // the button that the latest action came from
+
+/**
+ * Make a call, and show what it did or why it failed; true if it did it. Until then the button is busy, and takes no
+ * further click; it isn't disabled, as it would lose the focus.
+ */
 export async function done(work, said) {
+  const button = pressed;
+  let notice = null;
+  const slow = setTimeout(() => {
+    notice = toast("Waiting for the server…", "waiting");
+  }, SLOW);
+  button?.setAttribute("aria-busy", "true");
   try {
     toast(said(await work()));
     return true;
   } catch (problem) {
-    toast(`${problem.title}. ${problem.message}`, "danger");
+    toast(problem.message, "danger");
     return false;
+  } finally {
+    clearTimeout(slow);
+    notice?.remove();
+    button?.removeAttribute("aria-busy");
   }
 }
 
@@ -109,9 +125,10 @@ export async function remove(key) {
 }
 
 const counted = (answer) => {
-  const missed = (answer.unknown?.length ?? 0) + (answer.stale?.length ?? 0);
-  const stale = answer.stale?.length ? `, ${answer.stale.length} leased again in the meantime and left alone` : "";
-  return missed ? ` ${number(answer.unknown.length)} already gone${stale}.` : "";
+  const missed = [];
+  if (answer.unknown?.length) missed.push(`${number(answer.unknown.length)} already gone`);
+  if (answer.stale?.length) missed.push(`${number(answer.stale.length)} leased again in the meantime and left alone`);
+  return missed.length ? ` ${missed.join(", ")}.` : "";
 };
 
 /** Put off the expiry of several keys. */
@@ -211,3 +228,13 @@ export const MANY = {
 document.addEventListener("click", (event) => {
   if (event.target.closest("[data-generate]")) generate();
 });
+document.addEventListener(
+  "click",
+  (event) => {
+    const button = event.target.closest("button");
+    if (!button || button.closest("form")) return; // those of a form only confirm
+    if (button.ariaBusy === "true") event.stopImmediatePropagation();
+    else pressed = button;
+  },
+  true,
+);

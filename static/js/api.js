@@ -5,13 +5,22 @@
 const proof = document.querySelector('meta[name="xsrf"]')?.content ?? "";
 let onSignedOut = () => {};
 
-/** A failed request: the problem that the server answered with, or that it couldn't be reached. */
+/** Milliseconds after which a request has failed. */
+export const PATIENCE = 10_000;
+
+/** A failed request, for people: the problem that the server answered with, or that there was no answer. */
 export class Problem extends Error {
-  constructor(status, body) {
-    super(body.detail || body.title || "The server can't be reached.");
+  constructor(status, { title = "No answer", detail = "", code = "" }) {
+    super(detail ? `${title}: ${detail}` : title);
     this.status = status;
-    this.code = body.code || "";
-    this.title = body.title || "No answer";
+    this.code = code;
+  }
+
+  /** What a fetch threw. `then` goes on from what happened. */
+  static of(error, then = "") {
+    const late = error.name === "TimeoutError";
+    const detail = late ? `the server has taken longer than ${PATIENCE / 1000} s` : "the server can't be reached";
+    return new Problem(0, { title: late ? "No answer" : "No connection", detail: detail + then });
   }
 }
 
@@ -20,18 +29,24 @@ export function whenSignedOut(then) {
   onSignedOut = then;
 }
 
-/** One request; the JSON of its answer, null if it has none. Throws Problem. */
+/** One request, with JSON or a form; the JSON of its answer, null if it has none. Throws Problem. */
 export async function request(method, path, body) {
   const headers = { Accept: "application/json", "X-Keypool-Xsrf": proof };
-  if (body !== undefined) headers["Content-Type"] = "application/json";
-  let response;
+  const form = body instanceof URLSearchParams;
+  if (body !== undefined && !form) headers["Content-Type"] = "application/json";
+  let response, text;
   try {
-    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
-  } catch {
-    throw new Problem(0, { title: "No connection", detail: "The server can't be reached; whether the call took effect isn't known." });
+    response = await fetch(path, {
+      method,
+      headers,
+      body: form || body === undefined ? body : JSON.stringify(body),
+      signal: AbortSignal.timeout(PATIENCE),
+    });
+    text = await response.text();
+  } catch (error) {
+    throw Problem.of(error, method === "GET" ? "" : "; whether the call took effect isn't known");
   }
   if (response.status === 401) onSignedOut();
-  const text = await response.text();
   const answer = text && response.headers.get("Content-Type")?.includes("json") ? JSON.parse(text) : null;
   if (!response.ok) throw new Problem(response.status, answer ?? { title: response.statusText });
   return answer;

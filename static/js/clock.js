@@ -35,6 +35,12 @@ export function spell(seconds) {
   return `${Math.floor(whole / 60)}:${two(whole % 60)}`;
 }
 
+/** A short length of time with its unit. The same as duration() in keypool/web/dashboard.py. */
+export function duration(seconds) {
+  if (seconds === null) return "none";
+  return seconds < 1 ? `${(seconds * 1000).toFixed(seconds >= 0.1 ? 0 : 1)} ms` : `${seconds.toFixed(1)} s`;
+}
+
 /**
  * Give a countdown its deadline: seconds left as of now, or null for none. `kind` and `whole`, the seconds of a full gauge,
  * change with the state of the key.

@@ -1,7 +1,7 @@
 // The connection to the feed: opened, watched, re-established.
 //
 //   connecting --hello--> live --silence, close, gap--> lost --back-off--> connecting
-//                                  \--1001--> draining --/
+//                                  \--1001--> draining --/      (lost when --drain-seconds are over; loading when it is back)
 //   polling: the server has no room for another viewer.   signed-out: the session has ended.   paused: the tab is hidden.
 //
 // A connection can be dead without being closed, so the page watches for the heartbeat: the server is never silent for
@@ -11,10 +11,14 @@ import { base, Problem, request, whenSignedOut } from "./api.js";
 import { hear } from "./clock.js";
 
 const SILENCE = 12_000;
-const LONGEST_WAIT = 20_000;
+const LONGEST_WAIT = 5_000;
 const HIDDEN_FOR = 5_000;
 const POLL = 5_000;
 const RETRY_WHILE_POLLING = 30_000;
+
+// Only the overview draws the history, and these pages list no events.
+const { page } = document.body.dataset;
+const LEFT_OUT = page === "overview" ? "" : ["pools", "system", "calls"].includes(page) ? "?history=no&events=no" : "?history=no";
 
 const listeners = { state: [], hello: [], delta: [], figures: [] };
 let socket = null;
@@ -25,6 +29,7 @@ let retryTimer = 0;
 let hiddenTimer = 0;
 let figuresTimer = 0;
 let triedAt = 0;
+let drainedAt = 0; // when a server that said that it stops has stopped
 
 /** The state of the connection, as drawn above. */
 export let state = "connecting";
@@ -43,6 +48,11 @@ export function age() {
 export function retryNow() {
   attempt = 0;
   connect();
+}
+
+/** Fetch the figures now instead of in some seconds. */
+export function refresh() {
+  if (state === "live") poll();
 }
 
 /** Begin. Called once, when all listeners are registered. */
@@ -72,9 +82,9 @@ function connect() {
   close();
   if (document.hidden || state === "signed-out") return;
   triedAt = performance.now();
-  if (state !== "polling" && state !== "lost" && state !== "draining") become("connecting");
+  if (!["polling", "lost", "draining", "loading"].includes(state)) become("connecting");
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-  const opened = new WebSocket(`${scheme}//${location.host}/api/v1${base}/feed`);
+  const opened = new WebSocket(`${scheme}//${location.host}/api/v1${base}/feed${LEFT_OUT}`);
   let heard = false;
   socket = opened;
   opened.onmessage = ({ data }) => {
@@ -85,6 +95,7 @@ function connect() {
   opened.onclose = ({ code }) => {
     if (socket !== opened) return;
     socket = null;
+    if (code === 1001) drainedAt = performance.now() + document.body.dataset.drain * 1000;
     if (code === 4401) signedOut();
     else if (heard) dropped(code === 1001 ? "draining" : "lost");
     else whyNot();
@@ -141,7 +152,8 @@ async function whyNot() {
     else pollInstead(figures);
   } catch (problem) {
     if (problem instanceof Problem && problem.status === 401) return;
-    dropped(state === "draining" ? "draining" : "lost");
+    if (problem.code === "loading") dropped("loading");
+    else dropped(state === "draining" && performance.now() < drainedAt ? "draining" : "lost");
   }
 }
 

@@ -123,7 +123,7 @@ async function send(items, failed, options) {
         if (result.status === "failed") failed.push([some[i].line, `${result.code}: ${result.detail}`]);
       });
     } catch (problem) {
-      failed.push([`${some[0].line} to ${some.at(-1).line}`, `${problem.title}. ${problem.message}`]);
+      failed.push([`${some[0].line} to ${some.at(-1).line}`, problem.message]);
     }
     done += some.length;
     show(counts, failed, done, items.length);

@@ -1,5 +1,6 @@
 // Every page starts here: what all of them share, then the page's own module, then the connection.
 
+import "./alarm.js";
 import "./clock.js";
 import "./import.js";
 import "./keyboard.js";
@@ -22,12 +23,14 @@ theme.addEventListener("change", () => {
 const pool = document.getElementById("pool-switch");
 pool?.addEventListener("change", () => {
   const { page } = document.body.dataset;
-  const path = page === "keys" || page === "events" ? `/${page}` : "";
+  const path = ["keys", "owners", "waiters", "events"].includes(page) ? `/${page}` : "";
   location.assign((pool.value === "default" ? "" : `/pools/${pool.value}`) + path || "/");
 });
 
-document.querySelector(".tabs [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" }); // on a phone they scroll
+for (const current of document.querySelectorAll(".side [aria-current], .tabs [aria-current]")) {
+  current.scrollIntoView({ block: "nearest", inline: "center" }); // on a phone they scroll
+}
 
 const page = document.body.dataset.page;
-if (["overview", "keys", "events", "pools", "system"].includes(page)) await import(`./pages/${page}.js`);
+if (["overview", "keys", "owners", "waiters", "events", "pools", "system"].includes(page)) await import(`./pages/${page}.js`);
 feed.start();

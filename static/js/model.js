@@ -26,6 +26,7 @@ export function begin(hello) {
   model.stats = hello.stats;
   model.history = hello.history;
   model.events = hello.events.slice().reverse();
+  if (!model.history) return; // this page draws no charts
   for (const series of Object.values(model.history)) series.end = Math.floor(Date.parse(series.end) / 1000);
   counted = hello.history.seconds.counted;
   counts = Object.keys(counted);

@@ -1,99 +1,196 @@
-// The panel of one key: the server's own markup (/keys/ID?part) in a drawer, kept up to date while it is open.
+// One key: the server's own markup (/keys/ID?part), in a drawer over any page or on the key's own page, kept up to date.
 //
-// A revealed key is in the page for 30 s at most, is never part of its URL or title, and is removed when the panel closes
+// The drawer is in the history: the page's URL ends in #key-ID while it is open, so that Back closes it, and a reload or
+// somebody who gets the URL opens it again. It opens at once and says that it waits for the server.
+//
+// A revealed key is in the page for 30 s at most, is never part of its URL or title, and is removed when the drawer closes
 // or the tab is hidden. The server leaves out actions that aren't allowed.
 
 import * as actions from "./actions.js";
-import { base, call } from "./api.js";
+import { base, call, PATIENCE, Problem } from "./api.js";
 import { adopt, now } from "./clock.js";
 import * as feed from "./feed.js";
-import { copy, setText, toast } from "./ui.js";
+import { copy, made, setText, toast } from "./ui.js";
+import { update } from "./update.js";
 
-const drawer = document.getElementById("panel");
-const content = document.getElementById("panel-content");
 const SHOWN_FOR = 30_000;
-let open = null; // the id in the drawer
-let revealed = null; // {text, until, article}
-let loading = false;
+const EVERY = 1000;
+const FLOODED = 2000; // ms between loads while events are left out, which may have been this key's
+const QUIET = 5000; // and otherwise: keepalives are no events
+const drawer = document.getElementById("panel");
+const page = document.querySelector(".key-page");
+const place = page ?? document.getElementById("panel-content");
+let open = page ? Number(page.firstElementChild.dataset.id) : null; // the id of the key that is shown
+let revealed = null; // {text, until}
+let underway = null; // the AbortController of a load
 let again = false;
-let loadedAt = 0;
+let timer = 0;
+let loadedAt = -EVERY;
+let leaving = null; // a promise: the drawer was closed, and its entry of the history is being left
 
-function describe(article) {
+const article = () => place.firstElementChild;
+const part = (selector) => place.querySelector(selector);
+const inHash = () => Number(/^#key-(\d+)$/.exec(location.hash)?.[1]) || null;
+
+function describe({ dataset }) {
   return {
-    id: Number(article.dataset.id),
-    hint: article.dataset.hint,
-    owner: article.dataset.owner,
-    state: article.dataset.state,
-    lease: Number(article.dataset.lease) || null,
-    report: article.dataset.report,
-    reason: article.dataset.reason,
-    seats: Number(article.dataset.seats),
+    id: Number(dataset.id),
+    hint: dataset.hint,
+    owner: dataset.owner,
+    state: dataset.state,
+    lease: Number(dataset.lease) || null,
+    report: dataset.report,
+    reason: dataset.reason,
+    seats: Number(dataset.seats),
   };
 }
 
-async function load() {
-  if (open === null || revealed) return;
-  if (loading) {
-    again = true;
-    return;
-  }
-  loading = true;
-  try {
-    const response = await fetch(`${base}/keys/${open}?part`, { headers: { Accept: "text/html" } });
-    if (response.redirected) throw new Error("signed out");
-    const html = await response.text();
-    if (open !== null && !revealed) {
-      const focus = document.activeElement?.dataset?.act;
-      const parsed = new DOMParser().parseFromString(html, "text/html").body;
-      content.replaceChildren(...parsed.childNodes);
-      adopt(content, now());
-      if (focus) content.querySelector(`[data-act="${focus}"]`)?.focus();
-    }
-  } catch {
-    if (!content.children.length) drawer.close();
-  } finally {
-    loading = false;
-    loadedAt = performance.now();
-    if (again) {
-      again = false;
-      setTimeout(load, 500);
-    }
-  }
+// -- loading
+
+/** Load the key again soon, at most once a second. */
+function reload() {
+  if (open === null) return;
+  if (underway) again = true;
+  else timer ||= setTimeout(load, Math.max(0, loadedAt + EVERY - performance.now()));
 }
+
+function stop() {
+  clearTimeout(timer);
+  timer = 0;
+  underway?.abort();
+  underway = null;
+}
+
+async function load() {
+  stop();
+  const mine = new AbortController();
+  underway = mine;
+  again = false;
+  loadedAt = performance.now();
+  try {
+    const fresh = await fetchPanel(mine.signal);
+    if (underway === mine) draw(fresh);
+  } catch (problem) {
+    if (underway === mine) fail(problem);
+  }
+  if (underway !== mine) return;
+  underway = null;
+  if (again) reload();
+}
+
+/** The panel as the server draws it now. Throws Problem. */
+async function fetchPanel(signal) {
+  const url = new URL(page ? location.href : `${base}/keys/${open}`, location.href);
+  url.searchParams.set("part", "");
+  let response, html;
+  try {
+    response = await fetch(url, { headers: { Accept: "text/html" }, signal: AbortSignal.any([signal, AbortSignal.timeout(PATIENCE)]) });
+    html = await response.text();
+  } catch (error) {
+    throw Problem.of(error);
+  }
+  const fresh = new DOMParser().parseFromString(html, "text/html").querySelector(".key-panel");
+  if (fresh) return fresh;
+  throw new Problem(response.status, response.redirected ? { title: "Signed out", detail: "sign in again to see this key" } : { title: `The server answered with status ${response.status}` });
+}
+
+function draw(fresh) {
+  const focused = place.contains(document.activeElement);
+  update(article(), fresh);
+  adopt(place, now());
+  if (!part(".reveal")) revealed = null;
+  if (focused) keepFocus();
+}
+
+/** What had the focus is gone, such as the button of an action that makes no sense any more: go on from the title. */
+function keepFocus() {
+  if (document.activeElement === document.body && open !== null) part("#panel-title").focus();
+}
+
+/** Say why there is nothing to see. A key that is shown stays: the pill and the banner say that it is old. */
+function fail(problem) {
+  if (article().dataset.state !== "pending") return;
+  setText(part("[role=status]"), problem.message);
+  part(".buttons").hidden = false;
+}
+
+// -- the drawer
 
 /** Open the drawer on a key. */
 export async function show(id) {
-  open = id;
-  content.replaceChildren();
-  await load();
-  if (open === id && content.children.length && !drawer.open) drawer.showModal();
+  await leaving;
+  if (id === open) return;
+  history.pushState({ drawer: true }, "", `#key-${id}`);
+  openDrawer(id);
 }
+
+function openDrawer(id) {
+  hide();
+  open = id;
+  const pending = made("panel-template");
+  pending.dataset.id = id;
+  pending.querySelector(".key-id").textContent = id;
+  place.replaceChildren(pending);
+  if (!drawer.open) drawer.showModal();
+  load();
+}
+
+drawer.addEventListener("close", () => {
+  hide();
+  stop();
+  open = null;
+  place.replaceChildren();
+  document.getElementById("toasts").append(...drawer.querySelectorAll(".toast"));
+  // The focus is back on what opened the drawer, unless that has gone meanwhile.
+  if (document.activeElement === document.body) document.getElementById("main").focus({ preventScroll: true });
+  if (inHash() === null) return; // closed by Back
+  if (history.state?.drawer) {
+    leaving = new Promise((resolve) => addEventListener("popstate", resolve, { once: true }));
+    history.back();
+  } else {
+    history.replaceState(null, "", location.pathname + location.search); // it came with the URL
+  }
+});
+drawer.addEventListener("click", (event) => {
+  if (event.target === drawer) drawer.close();
+});
+
+/** Show what the URL says. */
+function follow() {
+  const id = inHash();
+  if (page || id === open) return;
+  if (id === null) drawer.close();
+  else openDrawer(id);
+}
+
+addEventListener("popstate", follow);
+
+// -- the key itself
 
 function hide() {
   if (!revealed) return;
-  const { article } = revealed;
   revealed = null;
-  article.querySelector(".secret").textContent = "";
-  article.querySelector(".reveal-on").hidden = true;
-  article.querySelector("[data-hide]").hidden = true;
-  article.querySelector("[data-reveal]").hidden = false;
-  setText(article.querySelector(".reveal-off"), "Hidden again. Revealing it is recorded in the audit log.");
+  showSecret("");
+  setText(part(".reveal-off"), "Hidden again. Revealing it is recorded in the audit log.");
 }
 
-async function reveal(article) {
+function showSecret(text) {
+  part(".secret").textContent = text;
+  part(".reveal-on").hidden = !text;
+  part("[data-hide]").hidden = !text;
+  part("[data-reveal]").hidden = Boolean(text);
+}
+
+async function reveal() {
+  const shown = article();
   try {
-    const { key } = await call("POST", `/keys/id:${article.dataset.id}/reveal`);
-    // Meanwhile the panel may have been loaded anew, or closed.
-    if (!article.isConnected) article = document.querySelector(`.key-panel[data-id="${article.dataset.id}"]`);
-    if (!article) return;
-    revealed = { text: key, until: performance.now() + SHOWN_FOR, article };
-    article.querySelector(".secret").textContent = key;
-    article.querySelector(".reveal-on").hidden = false;
-    article.querySelector("[data-hide]").hidden = false;
-    article.querySelector("[data-reveal]").hidden = true;
+    const { key } = await call("POST", `/keys/id:${open}/reveal`);
+    if (!shown.isConnected || !part(".reveal")) return; // closed meanwhile, or the key is gone
+    revealed = { text: key, until: performance.now() + SHOWN_FOR };
+    showSecret(key);
     countDown();
   } catch (problem) {
-    toast(`${problem.title}. ${problem.message}`, "danger");
+    toast(problem.message, "danger");
   }
 }
 
@@ -101,42 +198,37 @@ function countDown() {
   if (!revealed) return;
   const left = Math.ceil((revealed.until - performance.now()) / 1000);
   if (left <= 0) hide();
-  else setText(revealed.article.querySelector(".reveal-off"), `Recorded in the audit log. Hidden again in ${left} s.`);
+  else setText(part(".reveal-off"), `Recorded in the audit log. Hidden again in ${left} s.`);
 }
 
-
 document.addEventListener("click", async (event) => {
-  const article = event.target.closest(".key-panel");
+  const inside = event.target.closest(".key-panel");
   const link = event.target.closest(".key-link");
-  if (link && !article && event.button === 0 && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
+  if (link && !inside && event.button === 0 && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
     event.preventDefault();
     show(Number(link.pathname.split("/").pop()));
     return;
   }
-  if (!article) return;
+  if (!inside) return;
   const act = event.target.closest("[data-act]")?.dataset.act;
   if (event.target.closest("[data-close]")) drawer.close();
-  else if (event.target.closest("[data-reveal]")) reveal(article);
+  else if (event.target.closest("[data-again]")) openDrawer(open);
+  else if (event.target.closest("[data-reveal]")) reveal();
   else if (event.target.closest("[data-hide]")) hide();
   else if (event.target.closest("[data-copy-secret]")) copy(revealed?.text ?? "", "the key");
-  else if (act && (await actions.ONE[act](describe(article)))) {
-    if (open === null) location.reload();
-    else load();
+  else if (act && (await actions.ONE[act](describe(inside)))) {
+    keepFocus();
+    if (open !== null) load();
   }
-});
-drawer.addEventListener("close", () => {
-  hide();
-  open = null;
-  content.replaceChildren();
-});
-drawer.addEventListener("click", (event) => {
-  if (event.target === drawer) drawer.close();
 });
 document.addEventListener("visibilitychange", () => document.hidden && hide());
 addEventListener("pagehide", hide);
+feed.on("hello", reload); // for what happened without a connection
 feed.on("delta", (delta) => {
   if (open === null) return;
-  const concerned = delta.whole || delta.dropped || delta.events.some((each) => each.id === open);
-  if (concerned || performance.now() - loadedAt > 5000) load();
+  const gone = article().dataset.state === "gone"; // for good, unless there never was such a key
+  const late = performance.now() - loadedAt > (delta.dropped ? FLOODED : QUIET);
+  if (delta.whole || delta.events.some((each) => each.id === open) || (late && !gone)) reload();
 });
 setInterval(countDown, 500);
+follow();

@@ -3,6 +3,7 @@
 
 import { base } from "./api.js";
 import { setLeft } from "./clock.js";
+import { utc } from "./lists.js";
 import { made, setText } from "./ui.js";
 
 const { block, cooldown } = document.body.dataset;
@@ -16,11 +17,17 @@ function report(key) {
 }
 
 /** Who or what brought an event about, in words. The same as origin() in keypool/web/dashboard.py. */
-function origin(event) {
+export function origin(event) {
   if (event.by === "holder") return `by ${event.owner || "holder"}`;
   const by = event.actor ? `by ${event.by} ${event.actor}` : `by ${event.by}`;
   return event.owner ? `${by}, held by ${event.owner}` : by;
 }
+
+/** The same without whose lease it was. The same as whom() in keypool/web/dashboard.py. */
+export const whom = (event) => (event.actor ? `${event.by} ${event.actor}` : event.by);
+
+/** How many events a row stands for, if it is a crowd. */
+export const crowd = (event) => (event.count > 1 ? `×${event.count}` : "");
 
 /** Fill a row of the table of keys, or of a list of the overview. `asOf` is the server's time of the answer. */
 export function fillKey(element, key, asOf) {
@@ -74,9 +81,25 @@ export function eventRow(event) {
   const element = made("event-template");
   element.dataset.id = event.id;
   element.dataset.kind = event.event;
-  const shown = { ...event, at: event.at.slice(11, 19), lease: event.lease ? `lease ${event.lease}` : "", origin: origin(event) };
+  const shown = {
+    ...event,
+    day: event.at.slice(0, 10),
+    at: event.at.slice(11, 19),
+    lease: event.lease ? (element.cells ? event.lease : `lease ${event.lease}`) : "",
+    origin: origin(event),
+    whom: whom(event),
+    crowd: crowd(event),
+  };
   for (const field of element.querySelectorAll("[data-f]")) field.textContent = shown[field.dataset.f] ?? "";
-  element.querySelector("time").dateTime = event.at;
+  const time = element.querySelector("time");
+  time.dateTime = event.at;
+  time.title = utc(event.at);
+  const owner = element.querySelector(".owner-link");
+  if (owner) {
+    owner.hidden = !event.owner;
+    owner.href = `${base}/keys?owner=${encodeURIComponent(event.owner ?? "")}`;
+  }
+  if (element.cells) element.cells[1].dataset.kind = event.event;
   element.querySelector(".key-link").href = `${base}/keys/${event.id}`;
   return element;
 }

@@ -3,6 +3,7 @@
 // When the connection is lost, what is shown is greyed and its age is given; nothing is removed. feed.js
 // reconnects.
 
+import { now } from "./clock.js";
 import * as feed from "./feed.js";
 import { setText } from "./ui.js";
 
@@ -18,6 +19,7 @@ const PILLS = {
   live: () => "Live",
   polling: () => "Polling every 5 s",
   draining: () => `Stopping · ${old()}`,
+  loading: () => "Loading…",
   lost: () => `No connection · ${old()}`,
   paused: () => "Paused",
   "signed-out": () => "Signed out",
@@ -26,6 +28,7 @@ const PILLS = {
 const BANNERS = {
   lost: () => ["danger", "The server can't be reached", `The data shown is from ${heard()}. This page keeps trying, less and less often.`, "Try now", feed.retryNow],
   draining: () => ["warn", "The server is stopping", "It finishes the calls in progress and accepts no new ones. This page reconnects when it is back, or when another server takes its place.", "Try now", feed.retryNow],
+  loading: () => ["warn", "The server is loading", "It has just started and reads its keys. This page goes on when that is done.", "", null],
   polling: () => ["info", "Too many viewers for live updates", "This page polls every 5 s instead; --max-viewers raises the limit.", "", null],
   "signed-out": () => ["danger", "You are signed out", "The data shown is no longer updated. Sign in to return to this page.", "Sign in", () => location.assign(back())],
 };
@@ -37,14 +40,14 @@ function old() {
 
 /** The time of the last message. Unlike an age it doesn't change, so screen readers read the banner only once. */
 function heard() {
-  return new Date(Date.now() - feed.age() * 1000).toLocaleTimeString();
+  return `${new Date(now() - feed.age() * 1000).toISOString().slice(11, 19)} UTC`;
 }
 
 function show() {
   const state = feed.state;
   if (pill.dataset.state !== state) pill.dataset.state = state;
   setText(pillText, PILLS[state]());
-  document.body.classList.toggle("stale", state === "lost" || state === "draining" || state === "signed-out");
+  document.body.classList.toggle("stale", ["lost", "draining", "loading", "signed-out"].includes(state));
   let wanted = BANNERS[state]?.() ?? null;
   if (!wanted && ready) {
     const next = ready.code === "storage-unavailable" ? "Reads go on; calls that change something get 503 until a write succeeds. Check the disk and the server's log." : "";

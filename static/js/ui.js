@@ -14,14 +14,20 @@ export function setText(element, text) {
   if (element && element.textContent !== text) element.textContent = text;
 }
 
-/** Show a message that disappears by itself; with `tone` danger it stays a little longer. */
-export function toast(text, tone = "") {
+const STAYS = { danger: 9000, waiting: 60_000 };
+
+/**
+ * Show a message that disappears by itself; with `tone` danger it stays a little longer, with waiting until the caller
+ * removes it. An open drawer has a place of its own for messages: what is outside of it is neither seen nor announced.
+ */
+export function toast(text, tone = "available") {
   const element = document.createElement("div");
   element.className = "toast";
   element.dataset.tone = tone;
   element.textContent = text;
-  document.getElementById("toasts").append(element);
-  setTimeout(() => element.remove(), tone === "danger" ? 9000 : 4500);
+  (document.querySelector("dialog[open] > .toasts") ?? document.getElementById("toasts")).append(element);
+  setTimeout(() => element.remove(), STAYS[tone] ?? 4500);
+  return element;
 }
 
 /** Copy to the clipboard, and show a message. */

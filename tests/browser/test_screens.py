@@ -14,7 +14,7 @@ from browser.conftest import Tabs, figure, quarantine, report, row, rows
 
 SCREENS = (
     "/", "/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined", "/events", "/pools", "/system",
-    "/calls",
+    "/calls", "/owners", "/waiters", "/tokens",
 )  # fmt: skip
 LONG = "429 from an-api-with-a-long-name.example.com: the daily quota of account 4711 is used up"
 

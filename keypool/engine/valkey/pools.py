@@ -38,6 +38,7 @@ from keypool.core.errors import (
 )
 from keypool.core.events import By, Origin
 from keypool.core.rules import DEFAULT_POOL, PoolRules, Settings
+from keypool.engine import Client
 from keypool.engine.pools import checked_rules
 from keypool.engine.valkey import registry
 from keypool.engine.valkey.calls import ScriptClient
@@ -241,6 +242,10 @@ class ValkeyPools:
                     await self._agree(name, seen)
                     return False
         raise UnknownPool
+
+    async def held(self, client: Client) -> int | None:
+        """See the protocol."""
+        return await self._shares.held(client)
 
     async def rekey(self) -> Rekeying:
         """See the protocol."""

@@ -76,6 +76,13 @@ class Shares:
         room, left = await self._call(client.name, "look", (client.max_held or 0,))
         return None if room > 0 else spent(client, left / 1e6 if left >= 0 else None)
 
+    async def held(self, client: Client) -> int | None:
+        """How many places of its share a client has taken; None if it has no limit. Raises StorageUnavailable."""
+        if client.max_held is None:
+            return None
+        room, _ = await self._call(client.name, "look", (client.max_held,))
+        return int(client.max_held - room)
+
     def give_back(self, purse: Purse) -> None:
         """Give up the reservations of a purse, without waiting. O(reservations * log held)."""
         reservations, purse.reservations = purse.reservations, []

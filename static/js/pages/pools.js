@@ -3,11 +3,13 @@
 import { done } from "../actions.js";
 import { callPools } from "../api.js";
 import { spell } from "../clock.js";
+import { hold } from "../hold.js";
 import { ask, confirm, made, number, setText } from "../ui.js";
 
 const EVERY = 5000;
 const STATES = ["available", "blocked", "cooling", "quarantined"];
 const body = document.querySelector("#pools tbody");
+const still = hold(body, load);
 
 function fill(row, pool) {
   row.dataset.pool = pool.name;
@@ -36,6 +38,10 @@ async function load() {
   try {
     const { pools } = await callPools("GET", "");
     const there = new Map([...body.rows].map((row) => [row.dataset.pool, row]));
+    if (still()) {
+      for (const pool of pools) if (there.has(pool.name)) fill(there.get(pool.name), pool);
+      return;
+    }
     pools.forEach((pool, i) => {
       const row = there.get(pool.name) ?? made("pool-template");
       there.delete(pool.name);

@@ -1,6 +1,6 @@
 // The system page, kept live: the figures every five seconds, the uptime every second.
 
-import { now, spell } from "../clock.js";
+import { duration, now, spell } from "../clock.js";
 import * as feed from "../feed.js";
 import { model } from "../model.js";
 import { number, setText } from "../ui.js";
@@ -19,6 +19,9 @@ feed.on("figures", (figures) => {
   setText(document.getElementById("stall"), (figures.loop_stall_seconds * 1000).toFixed(1));
   setText(document.getElementById("viewers"), number(figures.viewers));
   setText(document.getElementById("ready"), figures.ready ? figures.ready.title : "yes");
+  for (const row of document.querySelectorAll("[data-latency]")) {
+    figures.latency[row.dataset.latency].forEach((value, i) => setText(row.cells[i + 1], duration(value)));
+  }
   for (const [name, value] of Object.entries(figures.engine)) {
     setText(document.querySelector(`[data-figure="${name}"]`), shown(name, value));
   }
