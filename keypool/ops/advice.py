@@ -133,7 +133,7 @@ ADVICE = (
         "Many leases end by their deadline",
         "more leases ran out than were given back: holders crash or don't unblock",
         "find the owners; work may take longer than `--block-seconds`",
-        "/events?kind=released",
+        "/owners",
         "See whose leases ran out",
         short="leases run out",
         alert="KeypoolReleasesByDeadline",
