@@ -265,8 +265,14 @@ def start_server(_start: Start, request: pytest.FixtureRequest) -> Iterator[Star
             server.close()
 
 
+_KEPT = 5
+
+
 class _Shelf:
-    """The shared servers of this process, by what they were started with."""
+    """The shared servers of this process, by what they were started with, those used last at the end.
+
+    Few are kept: an idle server over a cluster costs it and itself 3 % of a core, and there are thirty kinds.
+    """
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -275,19 +281,26 @@ class _Shelf:
     def take(self, flags: tuple[str, ...], env: Mapping[str, str], admin_token: str | None) -> ServerProcess:
         """A server with an empty pool; a new one if the one there was left in no state to go on."""
         kind = (flags, tuple(sorted(env.items())))
-        server = self._servers.get(kind)
+        server = self._servers.pop(kind, None)
         if server is not None:
             try:
                 server.purge()
+                self._servers[kind] = server
                 return server
             except (AssertionError, OSError):
                 server.close()
         server = self._servers[kind] = self._start(*flags, env=env, admin_token=admin_token)
+        if len(self._servers) > _KEPT:
+            self._end([self._servers.pop(next(iter(self._servers)))])
         return server
 
     def finish(self) -> None:
         """End all of them; the first that doesn't end in peace fails."""
         servers, self._servers = list(self._servers.values()), {}
+        self._end(servers)
+
+    @staticmethod
+    def _end(servers: list[ServerProcess]) -> None:
         try:
             for server in servers:
                 if server.running:
