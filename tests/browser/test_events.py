@@ -51,7 +51,7 @@ def test_an_event_has_its_actor_and_its_holder_in_columns(
     heads = [text.lower() for text in page.locator("th").all_inner_texts()]
     assert heads == ["time (utc)", "event", "key", "by", "holder", "lease"]
     client.delete(f"{API}/keys/{lease['key']}")
-    page.wait_for_selector("#stream .event[data-kind=deleted]")
+    page.wait_for_selector(f"#stream .event[data-kind=deleted][data-id='{lease['id']}']")
     for _ in range(2):  # as the script draws it, and as the server does
         assert cells(page, "deleted")[3:5] == ["operator", "late-worker"]
         assert cells(page, "acquired")[3:5] == ["holder", "late-worker"]
