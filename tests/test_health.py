@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -133,8 +134,9 @@ def test_the_documentation_and_the_alerts_share_the_words(advice: Advice) -> Non
 
 
 @serves("--keepalive-seconds=240")
-async def test_the_first_paint_has_the_verdicts(pages: Browser) -> None:
+async def test_the_first_paint_has_the_verdicts(pages: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     """With cause, remedy and link, in the table's words; the title and the icon say it as well."""
+    monkeypatch.setattr("keypool.web.health.LATE", math.inf)  # however busy the machine is
     calm = (await pages.fetch("/")).text
     assert "All is well" in calm
     await pages.make(3)

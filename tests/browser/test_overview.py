@@ -63,7 +63,7 @@ def test_a_mass_expiry_is_announced_with_cause_and_remedy(
     keep_alive(client)
     all_is_well(page)
     assert page.locator(".tile.warn").count() == 0
-    assert page.title() == "Overview · openai · keypool"
+    page.wait_for_function("() => document.title === 'Overview · openai · keypool'")
     assert icon(page) == "icon.svg"
 
 
