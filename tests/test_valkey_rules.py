@@ -540,9 +540,10 @@ class Twins:
             _, error = await _outcome(lambda: self.imported(item, result.id or 0, (result.ids or [0])[1:]))
             status = "created"
         else:
-            patch = KeyPatch(item.name, item.labels, item.data, item.pace, item.seats)
             self.follow_ids(result.ids or ())
-            change = (lambda: self.pool.update(key, patch, self.now, ADMIN)) if update else (lambda: None)
+            change = (
+                (lambda: self.pool.update(key, item.patch, self.now, ADMIN)) if update else (lambda: None)
+            )
             changed, error = await _outcome(change)
             key = changed or key
             status = "updated" if update else "existed"

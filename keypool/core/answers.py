@@ -40,6 +40,11 @@ class NewKey(msgspec.Struct, frozen=True, gc=False):
     seats: int | None = None
     """How many may hold it at a time; None is 1."""
 
+    @property
+    def patch(self) -> KeyPatch:
+        """What an import that updates changes of the key with this secret."""
+        return KeyPatch(self.name, self.labels, self.data, self.pace, self.seats)
+
 
 class KeyPatch(msgspec.Struct, frozen=True, gc=False):
     """What to change of a key's details, and how many seats it has.

@@ -18,7 +18,7 @@ _EMPTY = b"{}"
 
 def details_of(item: NewKey) -> Details:
     """The details of a key that is imported. About 0.3 µs."""
-    return patched(IMPORTED, KeyPatch(item.name, item.labels, item.data, item.pace))
+    return patched(IMPORTED, item.patch)
 
 
 def patched(details: Details, patch: KeyPatch) -> Details:

@@ -603,7 +603,7 @@ class Pool(Seats):
             self._leave(seat)
         self.counters.restored += bool(out)
         if group is not None:
-            self._keep_pace(group, key.details.pace or self.rules.pace, now)
+            self._keep_pace(group, self._pace_of(key), now)
             until = group.cools_until
         else:
             until = self._with_budget(key, now) if out else now
@@ -844,7 +844,7 @@ class Pool(Seats):
 
     def _charge(self, key: Key, uses: int, now: float) -> bool:
         """Charge a key for more uses of a lease. Returns whether it has a pace."""
-        pace = key.details.pace or self.rules.pace
+        pace = self._pace_of(key)
         if pace is None:
             return False
         if (group := key.group) is None:
@@ -856,7 +856,7 @@ class Pool(Seats):
 
     def _has_budget_at(self, key: Key) -> float:
         """The moment from which a key without other seats, which is not held, has budget."""
-        pace = key.details.pace or self.rules.pace
+        pace = self._pace_of(key)
         return 0.0 if pace is None else key.paced_until - pace.tolerance
 
     def _with_budget(self, key: Key, until: float) -> float:

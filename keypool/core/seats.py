@@ -114,6 +114,10 @@ class Seats(SelfCheck):
         if group.cools_until > now:
             self._follow(key, group, key.history, now, HOLDER, leaving=False)
 
+    def _pace_of(self, key: Key) -> Pace | None:
+        """The key's own pace, or the pool's. Written out in `acquire`, for speed."""
+        return key.details.pace or self.rules.pace
+
     def _keep_pace(self, group: Group, pace: Pace | None, now: float) -> None:
         """Let a secret cool until it has budget, which is counted: its seats will follow."""
         if pace is None:
@@ -219,7 +223,7 @@ class Seats(SelfCheck):
             group.ids.append(key.id)
             group.paced_until, key.paced_until = key.paced_until, 0.0
             if key.state is _BLOCKED:  # as an available one has budget
-                self._keep_pace(group, key.details.pace or self.rules.pace, now)
+                self._keep_pace(group, self._pace_of(key), now)
         seats = self.seats_of(key)
         group.wanted = count
         group.surplus = len(group.ids) - count

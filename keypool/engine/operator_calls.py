@@ -75,8 +75,7 @@ class OperatorCalls(Steps):
                     reserved -= own
                     self._reserved -= own
                 elif update:
-                    patch = KeyPatch(item.name, item.labels, item.data, item.pace, item.seats)
-                    key = self.pool.update(key, patch, now, origin, self._reserved)
+                    key = self.pool.update(key, item.patch, now, origin, self._reserved)
             except PoolError as error:
                 return Imported("failed", code=error.code, detail=error.detail)
             ids = seen[item.secret] = self.pool.ids_of(key, now)

@@ -7,10 +7,10 @@ Pages are complete without scripts, except for the charts. A browser that isn't 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 from msgspec import ValidationError, convert
@@ -63,6 +63,8 @@ SHOWN_EVENTS = 200
 RECENT_EVENTS = 1000  # as many as engines have in memory
 SHOWN_LEASES = 10  # of a key
 THEMES = ("light", "dark")
+WRONG_AFTER = "after is not the next of a page of this list"
+Query = TypeVar("Query")
 
 
 class DashboardHandler(PageHandler):
@@ -314,15 +316,22 @@ def list_query(tab: str, search: str, owner: str, sort: str) -> dict[str, str]:
     return asked
 
 
-def checked(asked: dict[str, Any]) -> ListQuery:
-    """The query of a list. Raises BadRequest."""
+def query_of(kind: type[Query], asked: Mapping[str, Any], wrong: str = WRONG_AFTER) -> Query:
+    """An engine's query for what a page's URL asks for. Raises BadRequest, which says what is `wrong`."""
     try:
-        return convert(asked, ListQuery)
+        return convert(asked, kind)
     except ValidationError:
-        raise BadRequest(
-            "a list by q takes the first 1 to 4 characters of a generated key, id:42, or name: and the beginning of a "
-            "name; the search field takes also a whole key, a hint or an owner"
-        ) from None
+        raise BadRequest(wrong) from None
+
+
+def checked(asked: Mapping[str, Any]) -> ListQuery:
+    """The query of a list of keys. Raises BadRequest."""
+    return query_of(
+        ListQuery,
+        asked,
+        "a list by q takes the first 1 to 4 characters of a generated key, id:42, or name: and the beginning of a "
+        "name; the search field takes also a whole key, a hint or an owner",
+    )
 
 
 class KeyPanel(DashboardHandler):
@@ -371,11 +380,10 @@ class KeyPanel(DashboardHandler):
 
     async def _past(self, key_id: int, after: str | None) -> HistoryPage:
         """Leases of the key that have ended, the latest first. Raises BadRequest."""
+        asked = {"after": after, "limit": SHOWN_LEASES}
+        query = query_of(HistoryQuery, asked, "after takes the end of a link to older leases")
         try:
-            query = convert({"after": after, "limit": SHOWN_LEASES}, HistoryQuery)
             return await self.engine.history(key_id, query)
-        except ValidationError:
-            raise BadRequest("after takes the end of a link to older leases") from None
         except UnknownKey:
             return HistoryPage([], None)
 
@@ -458,10 +466,7 @@ KEPT_KINDS = frozenset({RARE_KIND, *RARE}) - {Change.UNBLOCKED}
 
 def rare_query(kind: str | None, limit: int, after: str | None) -> EventQuery:
     """A query for rare events. Raises BadRequest."""
-    try:
-        return convert({"kind": kind, "limit": limit, "after": after}, EventQuery)
-    except ValidationError:
-        raise BadRequest("after is not the next of a page of this list") from None
+    return query_of(EventQuery, {"kind": kind, "limit": limit, "after": after})
 
 
 def matching(events: Sequence[AnyEvent], search: str) -> list[AnyEvent]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-from msgspec import ValidationError, convert
+from collections.abc import Sequence
 
 from keypool.api.auth import Caller
+from keypool.core.answers import HolderRow, WaiterRow
 from keypool.core.cursor import HolderQuery, WaiterQuery
-from keypool.core.errors import BadRequest
 from keypool.engine import Client
-from keypool.web.handlers import DashboardHandler
-from keypool.web.paging import Links, links
-
-Query = TypeVar("Query", HolderQuery, WaiterQuery)
+from keypool.web.handlers import DashboardHandler, Query, query_of
+from keypool.web.paging import links
 
 
 class _ListHandler(DashboardHandler):
@@ -23,14 +19,22 @@ class _ListHandler(DashboardHandler):
 
     def query(self, kind: type[Query]) -> Query:
         """What the URL asks for. Raises BadRequest."""
-        try:
-            return convert({"after": self.get_query_argument("after", "") or None}, kind)
-        except ValidationError:
-            raise BadRequest("after is not the next of a page of this list") from None
+        return query_of(kind, {"after": self.get_query_argument("after", "") or None})
 
-    def links(self, query: HolderQuery | WaiterQuery, following: str | None) -> Links:
-        """The links to its other pages."""
-        return links(self.request.path, {}, query.after, self.get_query_argument("back", ""), following)
+    async def show_rows(
+        self, name: str, rows: Sequence[HolderRow | WaiterRow], after: str | None, following: str | None
+    ) -> None:
+        """The page `name` with the rows that begin at `after`, which go on at `following`."""
+        back = self.get_query_argument("back", "")
+        self.show(
+            f"{name}.html",
+            page=name,
+            title=name.capitalize(),
+            rows=rows,
+            links=links(self.request.path, {}, after, back, following),
+            after=after,
+            stats=await self.engine.stats(),
+        )
 
 
 class OwnerList(_ListHandler):
@@ -39,15 +43,7 @@ class OwnerList(_ListHandler):
     async def get(self, *args: str) -> None:
         query = self.query(HolderQuery)
         found = await self.engine.owners(query)
-        self.show(
-            "owners.html",
-            page="owners",
-            title="Owners",
-            rows=found.owners,
-            links=self.links(query, found.next),
-            after=query.after,
-            stats=await self.engine.stats(),
-        )
+        await self.show_rows("owners", found.owners, query.after, found.next)
 
 
 class WaiterList(_ListHandler):
@@ -56,15 +52,7 @@ class WaiterList(_ListHandler):
     async def get(self, *args: str) -> None:
         query = self.query(WaiterQuery)
         found = await self.engine.waiters(query)
-        self.show(
-            "waiters.html",
-            page="waiters",
-            title="Waiters",
-            rows=found.waiters,
-            links=self.links(query, found.next),
-            after=query.after,
-            stats=await self.engine.stats(),
-        )
+        await self.show_rows("waiters", found.waiters, query.after, found.next)
 
 
 class TokenList(DashboardHandler):

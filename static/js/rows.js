@@ -17,7 +17,7 @@ function report(key) {
 }
 
 /** Who or what brought an event about, in words. The same as origin() in keypool/web/dashboard.py. */
-export function origin(event) {
+function origin(event) {
   if (event.by === "holder") return `by ${event.owner || "holder"}`;
   const by = event.actor ? `by ${event.by} ${event.actor}` : `by ${event.by}`;
   return event.owner ? `${by}, held by ${event.owner}` : by;

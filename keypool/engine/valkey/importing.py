@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from keypool.core.answers import Imported, ImportedKey, KeyPatch, NewKey
+from keypool.core.answers import Imported, ImportedKey, NewKey
 from keypool.core.details import details_of
 from keypool.core.errors import (
     KeysWouldExpire,
@@ -142,8 +142,7 @@ class Importer:
             ids = reply[5]
             if not update:
                 return Imported("existed", ids[0], ids=ids)
-            patch = KeyPatch(item.name, item.labels, item.data, item.pace, item.seats)
-            ids = await self._editor.changed(ids[0], patch, origin, room if room.reservation else None)
+            ids = await self._editor.changed(ids[0], item.patch, origin, room if room.reservation else None)
             return Imported("updated", ids[0], ids=ids)
         except UnknownKey:  # it was deleted just now
             return Imported("existed", reply[1], ids=[reply[1]])
