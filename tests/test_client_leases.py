@@ -20,7 +20,16 @@ from conftest import Start
 from engine_support import turns
 from support import SHORT_BLOCK, ServerProcess, eventually
 
-from keypool.client import AsyncKeyPool, KeyPool, KeyPoolError, LeaseLost, NoKeyAvailable, Retry, Unreachable
+from keypool.client import (
+    AsyncKeyPool,
+    KeyPool,
+    KeyPoolError,
+    LeaseLost,
+    NoKeyAvailable,
+    Retry,
+    Unblocked,
+    Unreachable,
+)
 
 PROGRAM = Path(__file__).with_name("lease_program.py")
 
@@ -240,6 +249,8 @@ def test_300_cancellations_lose_no_key(
 ) -> None:
     """Tasks that acquire and give back are cancelled wherever they are; in the end every key is free."""
 
+    unblocks: set[asyncio.Task[Unblocked]] = set()
+
     async def work(pool: AsyncKeyPool) -> None:
         while True:
             if how == "lease":
@@ -247,9 +258,11 @@ def test_300_cancellations_lose_no_key(
                     await asyncio.sleep(0)
             elif how == "acquire":
                 with contextlib.suppress(NoKeyAvailable):
-                    # To give it back is up to this program, whatever happens.
                     key = await pool.acquire(wait=random.choice([0.5, 60]))
-                    await asyncio.shield(asyncio.ensure_future(pool.unblock(key)))
+                    # To give it back is up to this program, whatever happens, and before it closes the client.
+                    unblocks.add(unblock := asyncio.ensure_future(pool.unblock(key)))
+                    await asyncio.shield(unblock)
+                    unblocks.discard(unblock)
             else:
                 try:
                     async with pool.acquire_many(2):
@@ -269,6 +282,7 @@ def test_300_cancellations_lose_no_key(
                 await asyncio.wait(tasks)
                 cancelled += sum(task.cancelled() for task in tasks)
             assert cancelled == 300
+            await asyncio.gather(*unblocks)
         with KeyPool(url_of(server)) as pool:
             eventually(lambda: pool.stats().waiting == 0, "all waiters to leave")
             eventually(
