@@ -185,7 +185,7 @@ export async function restoreMany(keys) {
   }
   const sure = await confirm({
     title: `Restore ${several(out)}?`,
-    text: "They are served again at once, whether or not the reasons are gone; their failures and last reports are forgotten." + shared(out),
+    text: `They are served again at once, whether or not the reasons are gone; their failures and last reports are forgotten.${shared(out)}`,
     list: out.map((key) => [named(key), key.state]),
     go: "Restore",
   });

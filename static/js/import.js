@@ -33,7 +33,10 @@ function fromColumns(header, line) {
     else if (column === "seats") {
       if (!/^[0-9]{1,9}$/.test(fields[i])) throw new Error("has seats that are not a whole number"); // the server would refuse all lines
       item.seats = Number(fields[i]);
-    } else (item[group === "label" ? "labels" : "data"] ??= {})[name] = fields[i];
+    } else {
+      const of = group === "label" ? "labels" : "data";
+      item[of] = { ...item[of], [name]: fields[i] };
+    }
   });
   return item;
 }

@@ -20,7 +20,7 @@ feed.on("figures", (figures) => {
   setText(document.getElementById("viewers"), number(figures.viewers));
   setText(document.getElementById("ready"), figures.ready ? figures.ready.title : "yes");
   for (const row of document.querySelectorAll("[data-latency]")) {
-    figures.latency[row.dataset.latency].forEach((value, i) => setText(row.cells[i + 1], duration(value)));
+    for (const [i, value] of figures.latency[row.dataset.latency].entries()) setText(row.cells[i + 1], duration(value));
   }
   for (const [name, value] of Object.entries(figures.engine)) {
     setText(document.querySelector(`[data-figure="${name}"]`), shown(name, value));
