@@ -484,11 +484,11 @@ def collected() -> Left:
 def no_collector() -> Iterator[None]:
     """Turn automatic collection off: only `collected` collects, and only what comes from now on."""
     gc.disable()
-    gc.freeze()  # or each collection would walk all modules of the tests, for a quarter of a second
+    gc.collect()
+    gc.freeze()  # what is there by now is none of the test's
     try:
         yield
     finally:
-        gc.unfreeze()
         gc.enable()
 
 
