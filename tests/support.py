@@ -182,16 +182,19 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
         "pace": (dict, None),
         "seat": int,
         "seats": int,
+        "acquired_at": (MOMENT, None),
     }
     row = expect_object(value, **(members | known))
     assert row["expires_in"] is None or row["expires_in"] >= 0, f"an expired key was shown: {row}"
     assert (row["available_in"] is not None) is (row["state"] == "cooling"), f"available_in: {row}"
     if row["state"] != "blocked":
         assert row["client"] is None, f"client of a key that nobody holds: {row}"
+        assert row["acquired_at"] is None, f"acquired_at of a key that nobody holds: {row}"
         assert row["owner"] is None, f"owner or release_in of a key that nobody holds: {row}"
         assert row["release_in"] is None, f"owner or release_in of a key that nobody holds: {row}"
     else:
         assert row["lease"] is not None, f"blocked without a lease: {row}"
+        assert row["acquired_at"] is not None, f"blocked without the moment of its acquire: {row}"
         assert row["release_in"] is not None, f"blocked without a lease: {row}"
         assert row["release_in"] >= 0, f"a key whose block ran out was shown as blocked: {row}"
     return row

@@ -527,12 +527,15 @@ def test_a_row_shows_the_whole_life_of_a_key(client: Client) -> None:
         f"{row['created_at']} is not the moment"
     )
 
+    before = time.time()
     served_answer, served = take(client, owner="me")
+    after = time.time()
     answer = client.get(key_path(made["key"]))
     blocked = expect_row(answer.expect(200), **fixed, state="blocked", owner="me", lease=served["lease"])
     expect_left(blocked["release_in"], 60, served_answer, answer)
     expect_left(blocked["expires_in"], 300, made_answer, answer)
     assert blocked["created_at"] == row["created_at"]
+    assert before - 0.01 <= seconds_of(blocked["acquired_at"]) <= after + 0.01, blocked["acquired_at"]
 
     client.post(key_path(made["key"], "unblock")).expect(200)
     row = client.row(made["key"])

@@ -231,7 +231,7 @@ class Row:
     reason of a quarantined key is the operator's, if one gave it. `client` is the name of the token that holds the key,
     None unless it has one. `name`, `labels` and `pace` (`count`, `seconds`, `burst`) are an operator's; `pace` is None
     unless the key has its own. `expires_in` is None if the key never expires. `seat` is the number of the key among the
-    `seats` of its secret.
+    `seats` of its secret. `acquired_at` is the moment of the acquire, None unless the key is blocked.
     """
 
     id: int
@@ -252,6 +252,7 @@ class Row:
     pace: dict[str, float] | None = field(default=None, hash=False)
     seat: int = 1
     seats: int = 1
+    acquired_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,7 +487,7 @@ def _member(kind: type, name: str, value: object) -> object:
             return wanted(str(value))
         if wanted == Outcome | None:
             return None if value is None else Outcome(str(value))
-        if wanted is datetime:
+        if wanted is datetime or (wanted == datetime | None and value is not None):
             return datetime.fromisoformat(str(value))
     except ValueError:
         wanted = ()

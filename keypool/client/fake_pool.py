@@ -570,19 +570,24 @@ class FakePool:
             "pace": key.pace,
             "seat": (ids := self.ids(key.text)).index(key.id) + 1,
             "seats": len(ids),
+            "acquired_at": self._moment(key.acquired) if key.state == "blocked" else None,
         }
+
+    def _moment(self, at: float) -> str:
+        """A moment of `now` as it stands in answers."""
+        ago = timedelta(seconds=self.now() - at)
+        return (datetime.now(UTC) - ago).isoformat(timespec="milliseconds")
 
     def owners(self) -> dict[str, Any]:
         """Who holds keys, in order of name."""
         rows: dict[str | None, dict[str, Any]] = {}
         for key in sorted(self.live("blocked"), key=lambda key: key.lease or 0):
             lately = [owner for owner, at in self._ran_out if at > self.now() - 300]
-            acquired_at = datetime.now(UTC) - timedelta(seconds=self.now() - key.acquired)
             first = {
                 "owner": key.owner,
                 "client": None,
                 "held": 0,
-                "acquired_at": acquired_at.isoformat(timespec="milliseconds"),
+                "acquired_at": self._moment(key.acquired),
                 "released": lately.count(key.owner),
             }
             rows.setdefault(key.owner, first)["held"] += 1

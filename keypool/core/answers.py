@@ -191,7 +191,7 @@ class Row(Answer):
     `outcome` and `reason` are those of the latest report, null if there was none; while a key is quarantined, `reason`
     is the operator's if one gave it. `client` is the name of the token that holds the key, null unless it has one.
     `name`, `labels` and `pace` are an operator's: `pace` is null unless the key has its own. `seat` is the number of
-    the key among the `seats` of its secret, from 1.
+    the key among the `seats` of its secret, from 1. `acquired_at` is the moment of the acquire, null unless blocked.
     """
 
     id: int
@@ -212,6 +212,7 @@ class Row(Answer):
     pace: Pace | None = None
     seat: int = 1
     seats: int = 1
+    acquired_at: Moment | None = None
 
 
 class Page(Answer):

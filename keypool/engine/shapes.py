@@ -44,6 +44,8 @@ def row_of(key: Key, now: float, pool: Pool) -> Row:
     )
     if key.group is not None:
         row.seat, row.seats = pool.number_of(key)
+    if state is _BLOCKED:
+        row.acquired_at = moment(key.acquired_at)
     return row
 
 

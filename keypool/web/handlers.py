@@ -362,7 +362,6 @@ class KeyPanel(DashboardHandler):
             title=f"Key {key_id}",
             id=key_id,
             row=row,
-            since=held_since(row, events),
             past=past.history,
             longest=max((lease.held for lease in past.history), default=0),
             after=after,
@@ -386,14 +385,6 @@ class KeyPanel(DashboardHandler):
             return await self.engine.history(key_id, query)
         except UnknownKey:
             return HistoryPage([], None)
-
-
-def held_since(row: Row | None, events: list[Event]) -> str | None:
-    """The moment at which the lease of a key began, as long as the key's latest events have it."""
-    if row is None or row.state is not State.BLOCKED:
-        return None
-    began = (event.at for event in events if event.event == Change.ACQUIRED and event.lease == row.lease)
-    return next(began, None)
 
 
 class Events(DashboardHandler):

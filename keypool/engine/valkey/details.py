@@ -53,7 +53,7 @@ _PAUSE = 0.02  # seconds before something that another server has locked is trie
 _MOST_TRIES = 100
 _ODD = re.compile(r"(?:id|h):")
 _ID = re.compile(r"id:([1-9][0-9]{0,15})", re.ASCII)
-_SEALED, _SEATS = 17, 18  # of a row in get.lua's reply
+_SEALED, _SEATS = 18, 19  # of a row in get.lua's reply
 
 GetRow = Callable[[Ref], Awaitable[tuple[Reply, float]]]
 

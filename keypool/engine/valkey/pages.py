@@ -29,7 +29,7 @@ from keypool.engine.valkey.vault import details_in
 
 _MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
 _MAX_ROUNDS = 4  # of calls, after which a page may be short
-_TEXT, _ID, _HINT, _PLACE = 0, 1, 13, 17  # of a row in page.lua's reply
+_TEXT, _ID, _HINT, _PLACE = 0, 1, 13, 18  # of a row in page.lua's reply
 _ORDERS: dict[str, Callable[[Any], Any]] = {
     "id": itemgetter(_ID),
     "expiry": itemgetter(_PLACE, _TEXT),
@@ -156,8 +156,8 @@ def text_in(field: bytes) -> str:
 
 def row_of(row: Any, age: float, forget_seconds: float) -> Row:
     """A Row from one in a reply (lua/common.lua); `age` is that of the call."""
-    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason, *more = row[:17]
-    client, shown, info, seat, seats = more
+    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason, *more = row[:18]
+    client, shown, info, seat, seats, acquired = more
     state = State(state.decode())
     details = details_in(info)
     return Row(
@@ -179,4 +179,5 @@ def row_of(row: Any, age: float, forget_seconds: float) -> Row:
         details.pace,
         seat,
         seats,
+        moment(acquired / 1e6) if acquired else None,
     )

@@ -2,7 +2,8 @@
 
 -- A row, as pages.py reads it: {text, id, created, lease, owner or '', microseconds to its expiry, state, microseconds
 -- left of it (0 if available or quarantined), failures in a row, microseconds since the last one, outcome or '',
--- reason or '', client or '', hint or '' if the text is in clear, INFO or '', number of the seat, seats of its secret}.
+-- reason or '', client or '', hint or '' if the text is in clear, INFO or '', number of the seat, seats of its secret,
+-- moment of the acquire, 0 if it isn't blocked}.
 local function row_of(text, record)
   local state, left = state_of(record)
   local history = record[HISTORY] or {0, 0}
@@ -13,6 +14,6 @@ local function row_of(text, record)
   return {
     text, record[ID], record[CREATED], record[LEASE], owner, record[EXPIRES] - NOW, state, left, history[1],
     NOW - history[2], history[3] or '', reason, state == 'blocked' and record[CLIENT] or '', record[HINT] or '',
-    record[INFO] or '', seat, seats,
+    record[INFO] or '', seat, seats, state == 'blocked' and record[ACQUIRED] or 0,
   }
 end
