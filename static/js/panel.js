@@ -135,7 +135,7 @@ function openDrawer(id) {
   load();
 }
 
-drawer.addEventListener("close", () => {
+function clear() {
   hide();
   stop();
   open = null;
@@ -143,7 +143,11 @@ drawer.addEventListener("close", () => {
   document.getElementById("toasts").append(...drawer.querySelectorAll(".toast"));
   // The focus is back on what opened the drawer, unless that has gone meanwhile.
   if (document.activeElement === document.body) document.getElementById("main").focus({ preventScroll: true });
-  if (inHash() === null) return; // closed by Back
+}
+
+drawer.addEventListener("close", () => {
+  if (open === null || drawer.open) return; // closed by Back, some time ago, and maybe opened again since
+  clear();
   if (history.state?.drawer) {
     leaving = new Promise((resolve) => addEventListener("popstate", resolve, { once: true }));
     history.back();
@@ -159,8 +163,9 @@ drawer.addEventListener("click", (event) => {
 function follow() {
   const id = inHash();
   if (page || id === open) return;
-  if (id === null) drawer.close();
-  else openDrawer(id);
+  if (id !== null) return openDrawer(id);
+  drawer.close();
+  clear();
 }
 
 addEventListener("popstate", follow);
