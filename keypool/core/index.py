@@ -263,13 +263,13 @@ class DeadlineIndex:
         """The position from which a walk that ends at this key goes on. O(1)."""
         return (bucket.number, self._deadline(key), key.id)
 
-    def check_key(self, key: Key, bucket: DeadlineBucket | None) -> None:
-        """Raise ValueError unless the key is in this bucket, at its place in the order. O(1)."""
+    def check_key(self, key: Key, deadline: float, bucket: DeadlineBucket | None) -> None:
+        """Raise ValueError unless the key is in this bucket, at the place of its deadline in the order. O(1)."""
         if bucket is None or bucket.get(key.id) is not key or self._buckets.get(bucket.number) is not bucket:
             raise ValueError(f"{key!r} is not in the bucket of deadlines that it refers to")
-        if int(self._deadline(key) * _QUANTUM) != bucket.number // _PARTS:
+        if int(deadline * _QUANTUM) != bucket.number // _PARTS:
             raise ValueError(f"{key!r} has a deadline outside the time of its bucket {bucket.number}")
-        if self._deadline(key) < self.earliest:
+        if deadline < self.earliest:
             raise ValueError(f"{key!r} has a deadline before the lower bound of all deadlines")
 
     def check_in_slices(self, keys: int, size: int) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from keypool.core.details import without_former
-from keypool.core.keys import DEAD, NEVER, Group, Key, State
+from keypool.core.keys import DEAD, NEVER, NO_DETAILS, Group, Key, State
 from keypool.core.keyset import KeySet
 
 _AVAILABLE, _BLOCKED, _COOLING, _QUARANTINED = State
@@ -29,25 +29,32 @@ class SelfCheck(KeySet):
     def check_in_slices(self, size: int) -> Iterator[None]:
         """Do what `check` does, yielding after each `size` keys. The pool must not change meanwhile."""
         yield from self._owners.settle()
-        counts = dict.fromkeys(State, 0)
         total = last = attempts = imported = formers = named = expiring = further = 0
+        available = blocked = cooling = quarantined = 0
         for key in self._by_id.walk(None):
             if key.id <= last:
                 raise ValueError("the walk by id is out of order or returns a key twice")
             last = key.id
             self._check_key(key)
             total += 1
-            counts[key.state] += 1
+            state = key.state
+            available += state is _AVAILABLE
+            blocked += state is _BLOCKED
+            cooling += state is _COOLING
+            quarantined += state is _QUARANTINED
             attempts += key.attempt is not None
             first = key.group is None or key.group.ids[0] == key.id
             further += not first
-            imported += first and key.details.imported
-            formers += key.details.former is not None and self._imported.get(key.details.former) is key
-            named += first and key.details.name is not None
+            details = key.details
+            if details is not NO_DETAILS:
+                imported += first and details.imported
+                formers += details.former is not None and self._imported.get(details.former) is key
+                named += first and details.name is not None
             expiring += key.expires_deadline != NEVER
             if total % size == 0:
                 yield
-        found = (total, further + len(self._by_text) + len(self._imported) - formers, *counts.values())
+        by_text = further + len(self._by_text) + len(self._imported) - formers
+        found = (total, by_text, available, blocked, cooling, quarantined)
         expected = (
             self._total,
             self._total,
@@ -67,9 +74,9 @@ class SelfCheck(KeySet):
                 f"text, and {named} keys with a name"
             )
         self._by_attempt.check(attempts)
-        self._owners.check(counts[_BLOCKED])
+        self._owners.check(blocked)
         yield from self._by_expiry.check_in_slices(expiring, size)
-        yield from self._by_release.check_in_slices(counts[_BLOCKED] + counts[_COOLING], size)
+        yield from self._by_release.check_in_slices(blocked + cooling, size)
 
     def _check_key(self, key: Key) -> None:
         if not 0 < key.id <= self.last_id or not 0 <= key.lease <= self.last_lease:
@@ -79,19 +86,31 @@ class SelfCheck(KeySet):
             self._check_details(key, key)
         else:
             self._check_seat(key, key.group)
-        if key.expires_deadline == DEAD:
+        expires = key.expires_deadline
+        if expires == DEAD:
             raise ValueError(f"{key!r} was purged but is still found by id")
-        if key.expires_deadline != NEVER:
-            self._by_expiry.check_key(key, key.expiry_bucket)
+        if expires != NEVER:
+            self._by_expiry.check_key(key, expires, key.expiry_bucket)
         elif key.expiry_bucket is not None:
             raise ValueError(f"{key!r} never expires but has a place in the order by expiry")
         self._check_place(key)
-        blocked = key.state is _BLOCKED
-        if blocked and key.lease == 0:
-            raise ValueError(f"{key!r} is blocked without a lease")
-        of_holder = (key.owner, key.attempt, key.client, key.details.former, key.extended or None)
-        if not blocked and (key.quarantine_pending or any(each is not None for each in of_holder)):
+        if key.state is _BLOCKED:
+            self._check_lease(key)
+        elif (
+            key.owner is not None
+            or key.attempt is not None
+            or key.client is not None
+            or key.holder is not None
+            or key.details.former is not None
+            or key.extended
+            or key.quarantine_pending
+        ):
             raise ValueError(f"{key!r} is {key.state} but has what only a blocked key has")
+
+    def _check_lease(self, key: Key) -> None:
+        """Raise ValueError unless a blocked key is found by what its lease has."""
+        if key.lease == 0:
+            raise ValueError(f"{key!r} is blocked without a lease")
         if key.holder is not None and (key.owner, key.client) != (key.holder.owner, key.holder.client):
             raise ValueError(f"{key!r} stands among the keys of somebody else")
         if key.attempt is not None and key not in self._by_attempt.get(key.attempt):
@@ -102,6 +121,8 @@ class SelfCheck(KeySet):
         details = key.details
         if (self._imported if details.imported else self._by_text).get(key.text) is not first:
             raise ValueError(f"{key!r} is not found by its text")
+        if details is NO_DETAILS:
+            return
         if details.imported and not self._by_hint.holds(first):
             raise ValueError(f"{key!r} is not found by its hint")
         if details.former is not None:
@@ -136,19 +157,21 @@ class SelfCheck(KeySet):
 
     def _check_place(self, key: Key) -> None:
         """Raise ValueError unless the key stands where keys of its state stand, and nowhere else."""
-        state = key.state
-        if state in (_BLOCKED, _COOLING):
-            if key.release_deadline is None:
+        state, release = key.state, key.release_deadline
+        if state is _BLOCKED or state is _COOLING:
+            if release is None:
                 raise ValueError(f"{key!r} is {state} but has no release_deadline")
-            self._by_release.check_key(key, key.release_bucket)
-        elif key.release_deadline is not None or key.release_bucket is not None:
+            self._by_release.check_key(key, release, key.release_bucket)
+        elif release is not None or key.release_bucket is not None:
             raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
-        in_slot = 0 <= key.slot < len(self._available) and self._available[key.slot] is key
-        if in_slot != (state is _AVAILABLE) or (not in_slot and key.slot != -1):
+        slot, available = key.slot, self._available
+        in_slot = 0 <= slot < len(available) and available[slot] is key
+        if in_slot is not (state is _AVAILABLE) or (not in_slot and slot != -1):
             raise ValueError(
                 f"{key!r} is {state}, which contradicts its slot {key.slot} of the available ones"
             )
-        if (key.id in self._quarantined) != (state is _QUARANTINED):
+        quarantined = self._quarantined
+        if (state is _QUARANTINED) is not (len(quarantined) > 0 and key.id in quarantined):
             raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")
 
 

@@ -313,11 +313,10 @@ def key_of(row: Row, sealer: Sealer | None = None, behind: array[int] | None = N
     unless the row is sealed under the first secrets key.
     """
     id, text, created_at, expires_at, release_at, lease, owner, acquired_at, flags, more = row
-    key = Key(id & _ID, text, created_at / 1000, NEVER if expires_at >= NEVER_AT else expires_at / 1000)
-    key.lease = lease
-    key.owner = owner
-    if release_at is not None:
-        key.release_deadline = release_at / 1000
+    expires = NEVER if expires_at >= NEVER_AT else expires_at / 1000
+    release = None if release_at is None else release_at / 1000
+    key = Key(id & _ID, text, created_at / 1000, expires, release, lease, owner)
+    if release is not None:
         key.state = _BLOCKED
     if acquired_at is not None:
         key.acquired_at = acquired_at / 1000
