@@ -19,6 +19,7 @@ BENCHES = (
     "fleet",
     "limits",
     "imports",
+    "budgets",
     "walk",
 )
 
