@@ -697,6 +697,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_code_is_found_by_the_crash_test(tmp_path: Path, broken: str) -> None:
     """Within a few kills, and so well within those of the test at the top."""

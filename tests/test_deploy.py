@@ -100,6 +100,7 @@ def promtool(*arguments: str | Path) -> None:
     run(tool("promtool"), *map(str, arguments))
 
 
+@pytest.mark.thorough
 def test_each_alert_fires_on_its_history_and_on_no_healthy_one() -> None:
     """By Prometheus itself; no alert is without a history that it fires on."""
     promtool("test", "rules", PROMETHEUS / "alerts_test.yml")

@@ -388,6 +388,7 @@ def _form(name: bytes) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", LONG)
 def test_caches_keep_nothing_long_that_a_stranger_sends(kind: str) -> None:
     """Caches of names, hosts and whole heads, the framework's own among them, keep what is short."""

@@ -10,6 +10,8 @@ from support import Client, ServerProcess
 from browser.conftest import Tabs, state
 from browser.test_screens import axe, fill
 
+pytestmark = pytest.mark.thorough
+
 BACKGROUND = """(elements, part) => elements.map(each => {
     const { backgroundColor, backgroundImage } = getComputedStyle(each, part);
     return `${backgroundColor} ${backgroundImage}`;

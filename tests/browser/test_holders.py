@@ -12,6 +12,8 @@ from support import ADMIN_TOKEN, API, VIEWER_TOKEN, Client, ServerProcess, event
 
 from browser.conftest import Page, Tabs, state
 
+pytestmark = pytest.mark.thorough
+
 
 def owner(page: Page, name: str) -> Any:
     """The row of an owner."""

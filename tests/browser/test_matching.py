@@ -10,6 +10,8 @@ from support import Client, ServerProcess, eventually
 from browser.conftest import Tabs
 from browser.test_actions import confirm
 
+pytestmark = pytest.mark.thorough
+
 
 def select_all(page: Any, button: str) -> None:
     """Select the rows shown, then all that match."""

@@ -12,6 +12,8 @@ from support import Client, ServerProcess, eventually
 
 from browser.conftest import Tabs, figure, quarantine, report, row, rows
 
+pytestmark = pytest.mark.thorough
+
 SCREENS = (
     "/", "/keys", "/keys?tab=blocked", "/keys?tab=cooling", "/keys?tab=quarantined", "/events", "/pools", "/system",
     "/calls", "/owners", "/waiters", "/tokens",

@@ -8,6 +8,8 @@ from support import API, Client, ServerProcess
 
 from browser.conftest import Page, Tabs, row, rows
 
+pytestmark = pytest.mark.thorough
+
 
 def search(page: Page, text: str) -> None:
     """Type a text into the search, and send it."""

@@ -15,6 +15,8 @@ from viewing import Viewer
 
 from browser.conftest import Tabs, figure, quarantine, report, rows, state
 
+pytestmark = pytest.mark.thorough
+
 HIDE = """hidden => {
     Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
     document.dispatchEvent(new Event('visibilitychange'));

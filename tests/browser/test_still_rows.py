@@ -9,6 +9,8 @@ from support import API, Client, ServerProcess
 
 from browser.conftest import Tabs, figure, row
 
+pytestmark = pytest.mark.thorough
+
 ORDER = "rows => rows.map(row => row.dataset.id + ' ' + row.getBoundingClientRect().top)"
 
 
