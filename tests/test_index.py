@@ -192,7 +192,7 @@ class Plain:
     def check(self) -> None:
         """Whole, in order of quantum, and each bucket in the stretch of its own."""
         for key in self.keys.values():
-            self.index.check_key(key, key.expires_deadline, self.places[key.id])
+            self.index.check_key(key, self.places[key.id])
         assert list(self.index.check_in_slices(len(self.keys), 1)) == [None] * len(
             set(map(id, self.places.values()))
         )

@@ -485,7 +485,7 @@ def no_collector() -> Iterator[None]:
     """Turn automatic collection off: only `collected` collects, and only what comes from now on."""
     gc.disable()
     gc.collect()
-    gc.freeze()  # what is there by now is none of the test's
+    gc.freeze()  # what exists by now is not the test's own
     try:
         yield
     finally:

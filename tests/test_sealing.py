@@ -602,9 +602,8 @@ async def test_an_outage_interrupts_a_rekey_which_goes_on_after_it(
 ) -> None:
     """Here because the file was moved away for a while."""
     monkeypatch.setattr("keypool.engine.durable.rekey._RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(
-        "keypool.engine.durable.rekey._KEYS_AT_ONCE", 1
-    )  # the writer looks at the name twice a second
+    # Slow, as the writer looks at the file's name only twice a second.
+    monkeypatch.setattr("keypool.engine.durable.rekey._KEYS_AT_ONCE", 1)
     logging.getLogger("keypool.journal").setLevel(logging.CRITICAL)
     try:
         async with opened_pools(path, OLD) as pools:

@@ -263,8 +263,9 @@ class DeadlineIndex:
         """The position from which a walk that ends at this key goes on. O(1)."""
         return (bucket.number, self._deadline(key), key.id)
 
-    def check_key(self, key: Key, deadline: float, bucket: DeadlineBucket | None) -> None:
-        """Raise ValueError unless the key is in this bucket, at the place of its deadline in the order. O(1)."""
+    def check_key(self, key: Key, bucket: DeadlineBucket | None) -> None:
+        """Raise ValueError unless the key is in this bucket, at its place in the order. O(1)."""
+        deadline = self._deadline(key)
         if bucket is None or bucket.get(key.id) is not key or self._buckets.get(bucket.number) is not bucket:
             raise ValueError(f"{key!r} is not in the bucket of deadlines that it refers to")
         if int(deadline * _QUANTUM) != bucket.number // _PARTS:

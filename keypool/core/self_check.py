@@ -90,7 +90,7 @@ class SelfCheck(KeySet):
         if expires == DEAD:
             raise ValueError(f"{key!r} was purged but is still found by id")
         if expires != NEVER:
-            self._by_expiry.check_key(key, expires, key.expiry_bucket)
+            self._by_expiry.check_key(key, key.expiry_bucket)
         elif key.expiry_bucket is not None:
             raise ValueError(f"{key!r} never expires but has a place in the order by expiry")
         self._check_place(key)
@@ -161,7 +161,7 @@ class SelfCheck(KeySet):
         if state is _BLOCKED or state is _COOLING:
             if release is None:
                 raise ValueError(f"{key!r} is {state} but has no release_deadline")
-            self._by_release.check_key(key, release, key.release_bucket)
+            self._by_release.check_key(key, key.release_bucket)
         elif release is not None or key.release_bucket is not None:
             raise ValueError(f"{key!r} is {state} but has a release_deadline or a place in its order")
         slot, available = key.slot, self._available
@@ -170,7 +170,7 @@ class SelfCheck(KeySet):
             raise ValueError(
                 f"{key!r} is {state}, which contradicts its slot {key.slot} of the available ones"
             )
-        quarantined = self._quarantined
+        quarantined = self._quarantined  # mostly none, and a search in it costs more than to ask for that
         if (state is _QUARANTINED) is not (len(quarantined) > 0 and key.id in quarantined):
             raise ValueError(f"{key!r} is {state}, which contradicts the order of quarantined keys")
 

@@ -135,6 +135,7 @@ function openDrawer(id) {
   load();
 }
 
+/** Forget the key that the drawer has shown. */
 function clear() {
   hide();
   stop();

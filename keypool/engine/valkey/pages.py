@@ -155,7 +155,7 @@ def text_in(field: bytes) -> str:
 
 
 def row_of(row: Any, age: float, forget_seconds: float) -> Row:
-    """A Row from one in a reply (lua/common.lua); `age` is that of the call."""
+    """A Row from one in a reply (lua/rows.lua); `age` is that of the call."""
     text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason, *more = row[:18]
     client, shown, info, seat, seats, acquired = more
     state = State(state.decode())
