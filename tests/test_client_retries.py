@@ -217,21 +217,36 @@ def test_the_timeout_bounds_a_call_with_all_its_retries(
             assert took[-1] < 1.5, took
 
 
-def test_a_host_that_does_not_answer_is_unreachable_in_time() -> None:
-    """A full listen queue swallows connections as a dead host does."""
+@pytest.fixture
+def dead_host() -> Iterator[str]:
+    """The URL of one: a full listen queue swallows connections as a dead host does."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(listener.getsockname())
-        for kind in KINDS:
-            driver = stack.enter_context(
-                Driver(kind, f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5)
-            )
-            with pytest.raises(Unreachable) as refused:
-                driver.generate()
-            assert not refused.value.may_have_happened
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_host_that_does_not_answer_is_unreachable_in_time(kind: str, dead_host: str) -> None:
+    with Driver(kind, dead_host, timeout=0.5) as driver, pytest.raises(Unreachable) as refused:
+        driver.generate()
+    assert not refused.value.may_have_happened
+
+
+def test_a_busy_loop_still_tells_a_dead_host_from_a_lost_answer(dead_host: str) -> None:
+    """Both the connection's limit and the call's have passed when the loop looks at its timers again."""
+
+    async def generate() -> None:
+        async with AsyncKeyPool(dead_host, timeout=0.2, retry=0) as pool:
+            asyncio.get_running_loop().call_later(0.1, time.sleep, 0.5)
+            await pool.generate()
+
+    with pytest.raises(Unreachable) as refused:
+        asyncio.run(generate())
+    assert not refused.value.may_have_happened
 
 
 @pytest.mark.parametrize(

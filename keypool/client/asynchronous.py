@@ -113,7 +113,15 @@ class AsyncRunner:
     async def _send(self, send: Send) -> Answer:
         self._check()
         limit = None if send.timeout == math.inf else send.timeout
-        request = send.request(timeout=dict.fromkeys(("connect", "read", "write", "pool"), limit))
+        sent = False
+
+        async def trace(event: str, _info: object) -> None:
+            nonlocal sent
+            sent = sent or "send_request_headers" in event
+
+        request = send.request(
+            timeout=dict.fromkeys(("connect", "read", "write", "pool"), limit), trace=trace
+        )
         try:
             async with self._limited(None if limit is None else limit + _AFTER_TRANSPORT):
                 response = await self._transport.handle_async_request(request)
@@ -123,6 +131,9 @@ class AsyncRunner:
                     await response.aclose()
         except Exception as error:
             self._check()
+            if isinstance(error, TimeoutError) and not sent:
+                # A busy loop runs the timers of the part and of the whole in one turn, and the whole's wins.
+                error = httpx2.ConnectTimeout("no connection in time")
             raise failure(error, self.settings.url) from None
         return Answer(response.status_code, response.headers, body)
 
