@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -277,7 +278,8 @@ async def test_what_changes_something_runs_to_its_end_when_its_caller_hangs_up(s
     assert not served.lines
     served.engine.kept.set_result(None)
     await until(lambda: not served.in_flight)
-    assert [line["act"] for line in served.lines] == ["delete"] * 3 + ["unblock"] + ["generate"] * 2
+    # On a busy machine a batch pauses, and others overtake it.
+    assert Counter(line["act"] for line in served.lines) == {"delete": 3, "unblock": 1, "generate": 2}
     assert all(line["outcome"] == "ok" for line in served.lines)
     stats = await served.engine.stats()
     assert (stats.deleted, stats.unblocked, stats.generated) == (3, 1, 8)

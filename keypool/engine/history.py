@@ -90,7 +90,8 @@ class MemoryHistory:
         if found is None:
             found = self._by_key[past.key_id] = _Leases()
         found.leases.append(past)
-        self._trim(2)
+        if self._has_more():
+            self._trim(2)
 
     def amend(self, key_id: int, lease: int, report: Report) -> None:
         """Add a report. O(1)."""

@@ -137,6 +137,25 @@ local freed = 0
 local of_seats     -- what is done about the seats of a secret, made when it is called for
 local shares = {}  -- client, reservation, microseconds to the end (0: it is over), of each lease whose end has changed
 
+-- The names of what is stored of a secret: its seats and its hash.
+local function names_of(record)
+  local first, prefix = string.format('%.0f', record[SEATS]), META:sub(1, -5)
+  return prefix .. 'seats:' .. first, prefix .. 'secret:' .. first
+end
+
+-- What all seats have as the beginning of their fields: the text, or its member.
+local function base_of(text)
+  if text:byte(1) == MEMBER then return text:sub(1, DIGEST) end
+  return text:match('^[^%z]*')
+end
+
+-- The end of a secret's cooldown, its pace included, 0 if there was none, and how many seats there are beyond those wanted.
+local function limits_of(record)
+  local seats, secret = names_of(record)
+  local wanted, cools = unpack(call('HMGET', secret, 'wanted', 'cools'))
+  return tonumber(cools or 0), wanted and call('ZCARD', seats) - tonumber(wanted) or 0
+end
+
 local newest      -- the newest rare event, once it was read
 local has_grown = false
 local function save_newest()
@@ -166,7 +185,7 @@ local is_rare = {generated = 1, imported = 1, deleted = 1, expired = 1, revealed
 
 -- Add an event. Its last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
-  if record[SEATS] then text = of_seats().base(text) end
+  if record[SEATS] then text = base_of(text) end
   local start, finish = text:sub(1, 4), text:sub(-4)
   if record[HINT] then start, finish = record[HINT], false end
   if is_rare[change] or change == 'unblocked' and origin:byte(1) == OPERATOR then
@@ -212,7 +231,7 @@ end
 -- NAMES has of it, nil if it has no name. Both are nil for a seat that isn't the first one.
 local function entries_of(text, record)
   local imported, name
-  if record[SEATS] and of_seats().base(text) ~= text then return nil, nil end
+  if record[SEATS] and base_of(text) ~= text then return nil, nil end
   if record[INFO] then
     imported, name = unpack(cmsgpack.unpack(record[INFO]), 1, 2)
     name = name and string.format('%s\0%.0f', name, record[ID])
@@ -394,7 +413,7 @@ local function free(text, record, change, at, origin, cool_until, outcome, reaso
   if resting > 0 then cool_until = math.max(cool_until, at + resting) end
   local goes = false
   if record[SEATS] then
-    local cools, surplus = of_seats().limits(record)
+    local cools, surplus = limits_of(record)
     cool_until, goes = math.max(cool_until, cools), surplus > 0
   end
   if goes then
@@ -516,21 +535,9 @@ do
     rules = {}
     local prefix = META:sub(1, -5)
 
-    -- The names of what is stored of a secret: its seats and its hash.
-    local function names(record)
-      local first = string.format('%.0f', record[SEATS])
-      return prefix .. 'seats:' .. first, prefix .. 'secret:' .. first
-    end
-
     -- Forget what an interrupted move has left of a secret, which `keypool migrate --clear` doesn't find.
     function rules.begin(record)
-      call('DEL', names(record))
-    end
-
-    -- What all seats have as the beginning of their fields: the text, or its member.
-    function rules.base(text)
-      if text:byte(1) == MEMBER then return text:sub(1, DIGEST) end
-      return text:match('^[^%z]*')
+      call('DEL', names_of(record))
     end
 
     -- The field of a seat that has been added as a further one to a secret with this text.
@@ -546,7 +553,7 @@ do
     -- All seats in order, as {field, record}, with an `except` but for this one.
     function rules.all(record, except)
       local found = {}
-      for _, id in ipairs(call('ZRANGE', (names(record)), 0, -1)) do
+      for _, id in ipairs(call('ZRANGE', (names_of(record)), 0, -1)) do
         if tonumber(id) ~= except then
           local field = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
           local seat = field and record_of(field)
@@ -559,7 +566,7 @@ do
     -- Where there are too many seats, end leases that are over in their order, as those that end first go. Returns whether
     -- anything may have changed.
     function rules.settle(record)
-      local _, surplus = rules.limits(record)
+      local _, surplus = limits_of(record)
       if surplus <= 0 then return false end
       local seats = rules.all(record)
       for _, found in ipairs(seats) do
@@ -591,33 +598,31 @@ do
 
     -- The number of a seat, and how many there are.
     function rules.number(record)
-      local seats = names(record)
+      local seats = names_of(record)
       return (call('ZRANK', seats, string.format('%.0f', record[ID])) or 0) + 1, call('ZCARD', seats)
     end
 
     -- The ids of all seats.
     function rules.ids(record)
-      local ids = call('ZRANGE', (names(record)), 0, -1)
+      local ids = call('ZRANGE', (names_of(record)), 0, -1)
       for i = 1, #ids do ids[i] = tonumber(ids[i]) end
       return ids
     end
 
-    -- The end of the secret's cooldown, its pace included, 0 if there was none, and how many seats there are beyond those wanted.
-    function rules.limits(record)
-      local seats, secret = names(record)
-      local wanted, cools = unpack(call('HMGET', secret, 'wanted', 'cools'))
-      local count = call('ZCARD', seats)
-      return tonumber(cools or 0), count - tonumber(wanted or count)
-    end
-
+    -- So many seats are wanted from now on. It is stored only while there are more, which go when their leases end, or
+    -- fewer.
     function rules.set_wanted(record, wanted)
-      local _, secret = names(record)
-      call('HSET', secret, 'wanted', wanted)
+      local seats, secret = names_of(record)
+      if call('ZCARD', seats) == wanted then
+        call('HDEL', secret, 'wanted')
+      else
+        call('HSET', secret, 'wanted', wanted)
+      end
     end
 
     -- The cooldown of the secret begins, lasts longer, or is over (0). One that lasts longer is no event.
     function rules.cool(record, moment)
-      local _, secret = names(record)
+      local _, secret = names_of(record)
       if moment == 0 then
         call('HDEL', secret, 'cools', 'cooled')
         return
@@ -632,14 +637,14 @@ do
 
     -- The theoretical arrival time of the secret's pace, false if none was ever charged.
     function rules.paced(record)
-      local _, secret = names(record)
+      local _, secret = names_of(record)
       local paced = call('HGET', secret, 'paced')
       return paced and tonumber(paced)
     end
 
     -- Set it, or forget it (false).
     function rules.set_paced(record, paced)
-      local _, secret = names(record)
+      local _, secret = names_of(record)
       if paced then
         call('HSET', secret, 'paced', string.format('%.17g', paced))
       else
@@ -652,7 +657,7 @@ do
       local own, ahead = pace_of(record)
       if not own then return false end
       local ready = math.ceil((rules.paced(record) or 0) - ahead)
-      if ready <= math.max(NOW, (rules.limits(record))) then return false end
+      if ready <= math.max(NOW, (limits_of(record))) then return false end
       rules.cool(record, ready)
       call('HINCRBY', META, 'paced', 1)
       return true
@@ -666,7 +671,7 @@ do
 
     -- The beginning of the cooldown until then was an event already.
     function rules.set_told(record, cools)
-      local _, secret = names(record)
+      local _, secret = names_of(record)
       call('HSET', secret, 'cooled', string.format('%.0f', cools))
     end
 
@@ -674,7 +679,7 @@ do
     function rules.moved(record, before, mark)
       local by = (mark == QUARANTINED and 1 or 0) - (before == QUARANTINED and 1 or 0)
       if by == 0 then return end
-      local _, secret = names(record)
+      local _, secret = names_of(record)
       local count = call('HINCRBY', secret, 'quarantined', by)
       if count - math.min(by, 0) > 1 then call('HINCRBY', META, 'further_quarantined', by) end
     end
@@ -682,7 +687,7 @@ do
     -- Whether a seat is the first of its secret to be quarantined or to cool or to be ready, or rests by itself: the event
     -- is that of this one. MARK and RELEASE are those of the cooldown.
     function rules.is_first(what, record)
-      local _, secret = names(record)
+      local _, secret = names_of(record)
       if what == QUARANTINED then return call('HGET', secret, 'quarantined') == '1' end
       local release = string.format('%.0f', record[RELEASE])
       if call('HGET', secret, 'cools') ~= release then return true end
@@ -708,7 +713,7 @@ do
 
     -- Store a key, new or moved, as one of the seats.
     function rules.add(record)
-      local seats = names(record)
+      local seats = names_of(record)
       call('ZADD', seats, record[ID], string.format('%.0f', record[ID]))
       if call('ZCARD', seats) > 1 then call('HINCRBY', META, 'further', 1) end
       if record[MARK] == QUARANTINED then rules.moved(record, false, QUARANTINED) end
@@ -738,7 +743,7 @@ do
     function rules.gone(text, record)
       record.is_gone = true
       if record[MARK] == QUARANTINED then rules.moved(record, QUARANTINED, false) end
-      local seats, secret = names(record)
+      local seats, secret = names_of(record)
       call('ZREM', seats, string.format('%.0f', record[ID]))
       if record[FORMER] then rules.end_former(record) end
       local id = call('ZRANGE', seats, 0, 0)[1]
@@ -747,10 +752,12 @@ do
         return
       end
       call('HINCRBY', META, 'further', -1)
+      local _, surplus = limits_of(record)
+      if surplus == 0 then call('HDEL', secret, 'wanted') end
       local field = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
-      local heir = field and text == rules.base(text) and record_of(field)
+      local heir = field and text == base_of(text) and record_of(field)
       if not heir then return end
-      local to = rules.base(field)
+      local to = base_of(field)
       rules.rename(field, to, heir)
       local entry, name = entries_of(to, heir)
       call('ZADD', TEXTS, 0, entry)
@@ -759,7 +766,7 @@ do
 
     -- Let the others follow a seat that was used or reported on; `leaving` to quarantine.
     function rules.follow(record, leaving, origin)
-      local cools = rules.limits(record)
+      local cools = limits_of(record)
       for _, seat in ipairs(rules.others(record)) do
         local field = rules.where(seat)
         local blocked = seat[RELEASE] ~= 0 and seat[MARK] ~= COOLING

@@ -71,7 +71,7 @@ for _, i in ipairs(wanted) do
     record[SEALED], record[HINT], record[INFO] = ARGV[i + 5 + seat], ARGV[i + 2], ARGV[i + 3]
     if seats > 1 then
       record[SEATS] = first
-      if seat > 1 then field = of_seats().field(member, id) else of_seats().set_wanted(record, seats) end
+      if seat > 1 then field = of_seats().field(member, id) end
     end
     add(field, record)
     emit('imported', record, field, nil, origin)

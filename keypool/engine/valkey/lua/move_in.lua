@@ -21,13 +21,13 @@ for i = 1, #ARGV, #fields + 4 do
       record[PACED] = false
     end
     if first then text = of_seats().field(text, record[ID]) end
-    of_seats().set_wanted(record, wanted)
     if cools > 0 then
       of_seats().cool(record, cools)
       of_seats().set_told(record, cools)
     end
   end
   add(text, record)
+  if wanted > 0 then of_seats().set_wanted(record, wanted) end
   if record[FORMER] then
     call('SET', META:sub(1, -5) .. 'old:' .. record[FORMER], string.format('%.0f.%.0f', record[ID], record[LEASE]))
   end

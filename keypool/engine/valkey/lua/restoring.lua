@@ -7,7 +7,7 @@ local function end_exclusion(out, text, record, origin)
   if record[SEATS] then
     of_seats().cool(record, 0)
     spent = of_seats().keep_pace(record)
-    release = of_seats().limits(record)
+    release = limits_of(record)
   else
     release, spent = with_budget(record, NOW)
   end

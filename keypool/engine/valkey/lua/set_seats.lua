@@ -14,7 +14,7 @@ local partitions, partition, origin = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV
 
 -- Add a seat beside this one, and let it be where the others are.
 local function add_seat(text, record, id, sealed, nth)
-  local field = of_seats().field(of_seats().base(text), id)
+  local field = of_seats().field(base_of(text), id)
   local seat = {id, NOW, 0, expiry_of(life, nth), 0}
   seat[SEALED], seat[HINT], seat[INFO] = sealed ~= '' and sealed, record[HINT], record[INFO]
   seat[SEATS], seat[HISTORY] = record[SEATS], record[HISTORY]
@@ -22,7 +22,7 @@ local function add_seat(text, record, id, sealed, nth)
   local imported = record[INFO] and cmsgpack.unpack(record[INFO])[1] and 'imported' or 'generated'
   call('HINCRBY', META, imported, 1)
   emit(imported, seat, field, nil, origin)
-  local cools = of_seats().limits(record)
+  local cools = limits_of(record)
   if record[MARK] == QUARANTINED or record[MARK] == PENDING then
     place(field, seat, QUARANTINED, 0)
     entered(QUARANTINED, field, seat, nil, origin)
@@ -71,7 +71,7 @@ local function change(name)
   end
   of_seats().set_wanted(record, wanted)
   for nth = #seats, 1, -1 do
-    local _, surplus = of_seats().limits(record)
+    local _, surplus = limits_of(record)
     -- The first one may have taken the place of another.
     local field = call('ZRANGEBYSCORE', IDS, seats[nth][2][ID], seats[nth][2][ID], 'LIMIT', 0, 1)[1]
     local seat = field and record_of(field)
@@ -85,6 +85,7 @@ local function change(name)
     add_seat(text, record, number * partitions + partition + 1, ARGV[9 + 2 * nth], nth - 1)
     call('HSET', META, 'id', number)
   end
+  if more > 0 then of_seats().set_wanted(record, wanted) end
   if record.is_gone then
     text, record = unpack(of_seats().all(record)[1])
   elseif wanted < #seats then

@@ -9,7 +9,7 @@ local function state_of(record)
   if mark == PENDING then return 'quarantined', 0 end
   if mark ~= COOLING then
     local ready = record[RELEASE] + resting
-    if record[SEATS] then ready = math.max(ready, (of_seats().limits(record))) end
+    if record[SEATS] then ready = math.max(ready, (limits_of(record))) end
     left = with_budget(record, ready) - NOW
     if left > 0 then return 'cooling', left end
   end

@@ -56,7 +56,7 @@ if ARGV[2] ~= '' then
     local mark, ends, spent = record[MARK], record[MARK] == COOLING and record[RELEASE] or NOW, false
     release = math.max(release, ends)
     if charged and record[SEATS] then
-      release = math.max(release, (of_seats().limits(record)))
+      release = math.max(release, (limits_of(record)))
     elseif charged then
       release, spent = with_budget(record, release)
     end
@@ -145,7 +145,7 @@ for i = 3, #ARGV, 4 do
     local state, left = state_of(record)
     if state ~= 'cooling' then left = 0 end
     results[#results + 1] = {
-      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or record[SEATS] and of_seats().base(text) or text) or '',
+      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or record[SEATS] and base_of(text) or text) or '',
     }
   end
 end
