@@ -127,10 +127,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     path = metafunc.definition.path.relative_to(Path(__file__).parent).as_posix()
     once = metafunc.definition.get_closest_marker("once") is not None
     chance = metafunc.definition.get_closest_marker("chance") is not None
+
+    def is_quick(variant: Variant) -> bool:
+        # Thousands of calls; test_valkey_engine.py has tests of chance of its own.
+        return path.startswith(variant.quick) and not (chance and variant.name == "valkey")
+
     params = [
-        pytest.param(
-            variant, id=variant.name, marks=() if path.startswith(variant.quick) else pytest.mark.thorough
-        )
+        pytest.param(variant, id=variant.name, marks=() if is_quick(variant) else pytest.mark.thorough)
         for variant in VARIANTS[: 1 if once else None]
         if path.startswith(variant.quick + variant.thorough)
         and (not chance or variant.name in ("memory", "valkey"))

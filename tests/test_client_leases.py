@@ -243,7 +243,10 @@ def test_a_cancelled_waiter_leaves_nothing(server: ServerProcess) -> None:
     clean(server)
 
 
-@pytest.mark.parametrize("how", ["lease", "acquire", "acquire_many"])
+@pytest.mark.parametrize(
+    "how",
+    ["acquire", *(pytest.param(how, marks=pytest.mark.thorough) for how in ("lease", "acquire_many"))],
+)
 def test_300_cancellations_lose_no_key(
     server: ServerProcess, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -583,6 +583,7 @@ PLANTED = {
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lost", PLANTED)
 def test_a_loss_planted_in_the_data_file_is_found(scene: Scene, tmp_path: Path, lost: str) -> None:
     """One row changed between the kill and the next start."""

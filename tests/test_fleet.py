@@ -48,6 +48,7 @@ def servers(url: str, tmp_path: Path) -> Iterator[list[ServerProcess]]:
 # ------------------------------------------------------------------------------------------------- nothing is lost
 
 
+@pytest.mark.thorough
 def test_no_acknowledged_change_is_lost_by_kills_of_servers(url: str, tmp_path: Path) -> None:
     """Three servers, any of which is killed under load, again and again, while the others go on."""
     with Fleet(url, tmp_path, 1) as fleet:

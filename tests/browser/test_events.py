@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from support import API, Client, ServerProcess, eventually
 
 from browser.conftest import Page, Tabs, figure, state
+
+pytestmark = pytest.mark.thorough
 
 
 def cells(page: Page, kind: str, key_id: int) -> list[str]:

@@ -12,6 +12,8 @@ from support import ADMIN_TOKEN, API, VIEWER_TOKEN, Client, ServerProcess, clean
 
 from browser.conftest import Page, Tabs, row, state
 
+pytestmark = pytest.mark.thorough
+
 if TYPE_CHECKING:
     from playwright.sync_api import Route
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from support import Client, ServerProcess
 
 from browser.conftest import Tabs
+
+pytestmark = pytest.mark.thorough
 
 
 def test_single_keys_go_somewhere(server: ServerProcess, client: Client, tabs: Tabs) -> None:

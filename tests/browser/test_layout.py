@@ -10,6 +10,8 @@ from support import Client, ServerProcess
 from browser.conftest import Tabs
 from browser.test_screens import fill
 
+pytestmark = pytest.mark.thorough
+
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True}
 PRESSED = "button, .button, select, input, .tabs a, nav a, .key-link"
 SMALL = f"""() => [...document.querySelectorAll("{PRESSED}")].filter(each => {{

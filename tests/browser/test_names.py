@@ -9,6 +9,8 @@ from support import Client, ServerProcess
 
 from browser.conftest import Tabs, row
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.once
 def test_rows_buttons_and_dialogs_name_their_key(server: ServerProcess, client: Client, tabs: Tabs) -> None:
