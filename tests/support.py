@@ -636,7 +636,7 @@ def run_server(
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            _kill_group(process.pid)
+            kill_group(process.pid)
             process.wait()
             _release(process)
         output.seek(0)
@@ -663,12 +663,13 @@ def _release(process: subprocess.Popen[bytes] | ForkedServer) -> None:
         process.release()
 
 
-def _kill_group(group: int) -> None:
+def kill_group(group: int) -> None:
+    """Kill a process group, if it is there."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
-def _lifeline(group: int) -> subprocess.Popen[bytes]:
+def lifeline(group: int) -> subprocess.Popen[bytes]:
     """A process that kills the group when this one is gone, however it went: then its input ends."""
     return subprocess.Popen(
         ["/bin/sh", "-c", f"cat >/dev/null; kill -KILL -{group}"],
@@ -721,7 +722,7 @@ class ServerProcess:
         finally:
             os.close(write)
         if not isinstance(self._process, ForkedServer):
-            self._lifeline = _lifeline(self._process.pid)
+            self._lifeline = lifeline(self._process.pid)
         self._reader = threading.Thread(target=self._read_log, name="server log", daemon=True)
         self._reader.start()
         try:
@@ -953,7 +954,7 @@ class ServerProcess:
         if self._closed:
             return
         self._closed = True
-        _kill_group(self._process.pid)
+        kill_group(self._process.pid)
         self._process.wait()
         _release(self._process)
         self._reader.join(30)

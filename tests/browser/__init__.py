@@ -1,1 +1,1 @@
-"""The dashboard in a real Chromium."""
+"""The dashboard in real browsers."""

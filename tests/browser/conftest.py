@@ -1,4 +1,4 @@
-"""A real Chromium for the tests of this folder: Debian's own, driven by playwright.
+"""A real Chromium for the tests of this folder: Debian's own, driven by playwright. Others: other_browsers.py.
 
 Where there is none the tests are skipped, and say why; with CI=true a missing one is a failure. Every page of
 a test must stay without an error in its console, unless the test allows it.
