@@ -32,6 +32,12 @@ DRAWN = """selector => {
     const { width, height } = document.querySelector(selector).getBBox();
     return [width, height];
 }"""
+SIDES = """selector => {
+    const dialog = document.querySelector(selector);
+    const { left, right } = dialog.getBoundingClientRect();
+    const wrong = left < 0 || right > document.documentElement.clientWidth || dialog.scrollWidth > dialog.clientWidth;
+    return wrong ? [left, right, document.documentElement.clientWidth, dialog.scrollWidth, dialog.clientWidth] : [];
+}"""
 CONTRASTS = """selectors => {
     const brush = new OffscreenCanvas(1, 1).getContext('2d');
     const paint = colour => {
@@ -155,6 +161,29 @@ def test_every_page_fits_and_has_no_error(server: ServerProcess, client: Client,
         assert tab.evaluate("() => innerWidth") == width
         wide = tab.evaluate("() => document.documentElement.scrollWidth")
         assert wide <= width, f"{screen} is {wide} wide on a screen of {width}"
+
+
+def test_dialogs_fit_a_phone(server: ServerProcess, client: Client, tab: Tab) -> None:
+    """Nothing of them is cut off at a side, nor scrolls there, also where scrollbars take room."""
+    lease = fill(client)
+    tab.resize(390, 800)
+    live(tab, server, f"/keys#key-{lease['id']}")
+    tab.see("#panel .key-panel[data-state=blocked]")
+    assert tab.evaluate(SIDES, "#panel") == []
+    for button, dialog in (("unblock", "#confirm"), ("quarantine", "#quarantine")):
+        tab.click(f"#panel [data-act={button}]")
+        tab.see(dialog)
+        assert tab.evaluate(SIDES, dialog) == []
+        tab.press("Escape")
+        tab.miss(dialog)
+    tab.press("Escape")
+    tab.miss("#panel")
+    for button, dialog in (("generate", "#generate"), ("import", "#import")):
+        tab.click(f".toolbar [data-{button}]")
+        tab.see(dialog)
+        assert tab.evaluate(SIDES, dialog) == []
+        tab.press("Escape")
+        tab.miss(dialog)
 
 
 def test_generate_unblock_and_delete(server: ServerProcess, client: Client, tab: Tab) -> None:
