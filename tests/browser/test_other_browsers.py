@@ -218,6 +218,49 @@ def test_generate_unblock_and_delete(server: ServerProcess, client: Client, tab:
     tab.miss(row(lease))
 
 
+def test_delete_several(server: ServerProcess, client: Client, tab: Tab) -> None:
+    """Two are selected, one by the keyboard; their number has to be typed."""
+    made = client.make_many(3)
+    live(tab, server, "/keys")
+    tab.click(f"{row(made[0])} .picked")
+    tab.evaluate("selector => document.querySelector(selector).focus()", f"{row(made[1])} .picked")
+    tab.press(" ")
+    tab.see("#bulk-count", "2")
+    tab.click("[data-bulk=delete]")
+    tab.see("#confirm", "Delete 2 keys?")
+    assert tab.evaluate("() => document.getElementById('confirm-go').disabled")
+    tab.write("#confirm-typed input", "delete 2")
+    tab.click("#confirm-go:enabled")
+    tab.see(".toast", "2 deleted.")
+    assert client.stats()["total"] == 1
+    tab.miss("#bulk")
+
+
+def test_reveal_a_key(server: ServerProcess, client: Client, tab: Tab) -> None:
+    """In its drawer, and copied from there; it is gone when the drawer is."""
+    key = client.make()
+    live(tab, server, f"/keys#key-{key['id']}")
+    tab.click("#panel [data-reveal]")
+    tab.see("#panel .secret", key["key"])
+    tab.click("#panel [data-copy-secret]")
+    tab.see("#panel .toast", "Copied: the key")
+    tab.press("Escape")
+    tab.miss("#panel")
+    assert key["key"] not in tab.evaluate("() => document.documentElement.outerHTML")
+
+
+def test_the_keyboard(server: ServerProcess, client: Client, tab: Tab) -> None:
+    """A question mark lists the shortcuts, Escape leaves the list, and a slash goes to the search."""
+    client.make()
+    live(tab, server, "/keys")
+    tab.press("?")
+    tab.see("#help[open]")
+    tab.press("Escape")
+    tab.miss("#help")
+    tab.press("/")
+    tab.wait("() => document.activeElement.id === 'search'")
+
+
 def test_the_drawer_of_a_key(server: ServerProcess, client: Client, tab: Tab) -> None:
     """It is in the address; Back closes it, a reload keeps it, and Escape and a click beside it close it."""
     key = client.make()
