@@ -313,6 +313,21 @@ async def test_a_feed_beats_while_storage_is_away(monkeypatch: pytest.MonkeyPatc
     await asyncio.sleep(0)
 
 
+@on_loop
+async def test_the_first_viewer_of_a_pool_counts_from_its_hello_on() -> None:
+    """What happened before isn't drawn as if it had happened since."""
+    engine = make_engine(Moment())
+    await engine.generate(3)
+    watched, viewer = Feed(engine, History(), ViewerLimit(5), Moment()), Watching()
+    await watched.join(viewer)
+    await viewer.until(1)
+    seconds = viewer.frames[0]["history"]["seconds"]
+    assert seconds["counted"]["generated"] == 3
+    assert (seconds["end"], seconds["generated"]) == (viewer.frames[0]["now"], [])
+    watched.drain()
+    await asyncio.sleep(0)
+
+
 def resident(server: ServerProcess) -> int:
     """Bytes of the server's memory that are in use."""
     return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * 4096

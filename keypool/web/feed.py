@@ -218,6 +218,7 @@ class Feed:
     def _greet(self, seat: _Seat, stats: Stats) -> None:
         seat.greeted = True
         seat.events_seen, seat.numbers = self._engine.event_seq, _numbers(stats)
+        self._history.add(self._now(), stats)  # the first viewer of a pool comes before its first sample
         hello = {
             "now": moment(self._now()),
             "stats": stats,
