@@ -94,6 +94,91 @@ def test_counters_that_fall_count_nothing() -> None:
     assert column(history, "acquired") == [0, 2]
 
 
+def restarted(earlier: History) -> History:
+    """The history of the next run of the server."""
+    later = History()
+    later.restore(*earlier.kept())
+    return later
+
+
+def test_a_history_goes_on_after_a_restart() -> None:
+    """With zeros for the stop, also in the sums of minutes. What the counters grew by in it counts nowhere."""
+    history = History()
+    for second in range(71):  # until ten seconds after the minute
+        history.add(NOON + second, stats(acquired=second, available=5))
+    history = restarted(history)
+    history.add(NOON + 90, stats(acquired=1_000, available=6))
+    for second in range(91, 301):
+        history.add(NOON + second, stats(acquired=1_000 + second - 90, available=6))
+    assert column(history, "acquired") == [1] * 70 + [0] * 20 + [1] * 210
+    assert column(history, "available") == [5] * 70 + [0] * 20 + [6] * 210
+    minutes = history.minutes.columns()
+    assert minutes["acquired"] == [60, 10 + 30, 60, 60, 60]
+    assert minutes["available"] == [5, 6, 6, 6, 6]
+    assert (history.seconds.end, history.minutes.end) == (NOON + 300, NOON + 300)
+
+
+@pytest.mark.parametrize("stop", [60, 61, 119, 120])
+@pytest.mark.parametrize("start", [121, 122, 179, 180, 181, 500, 3_600, 90_000, 1_000_000])
+def test_minutes_are_sums_of_seconds_over_a_stop(stop: int, start: int) -> None:
+    """However long it was, and wherever in their minutes its ends are."""
+    history = History()
+    for second in range(stop + 1):
+        history.add(NOON + second, stats(acquired=second))
+    history = restarted(history)
+    for second in range(start, start + 130):
+        history.add(NOON + second, stats(acquired=second))
+    end = (start + 129) // 60
+    assert history.minutes.end == NOON + 60 * end
+    expected = dict.fromkeys(range(1, end + 1), 0)
+    for second in [*range(1, stop + 1), *range(start + 1, start + 130)]:
+        if (minute := -(-second // 60)) <= end:
+            expected[minute] += 1
+    assert history.minutes.columns()["acquired"] == list(expected.values())[-MINUTES:]
+    seconds = column(history, "acquired")
+    assert seconds[-130:] == [0] + [1] * 129
+    assert len(seconds) == min(SECONDS, start + 129)
+    assert sum(seconds[:-130]) == min(stop, max(0, stop + SECONDS - (start + 129)))
+
+
+def test_samples_from_the_future_are_dropped() -> None:
+    """The clock was set back while the server was stopped."""
+    history = History()
+    for second in range(301):
+        history.add(NOON + second, stats(acquired=second))
+    history = restarted(history)
+    history.add(NOON + 130, stats(acquired=400))
+    history.add(NOON + 131, stats(acquired=402))
+    assert column(history, "acquired") == [1] * 130 + [2]
+    assert history.minutes.columns()["acquired"] == [60, 60]
+    for second in range(132, 181):
+        history.add(NOON + second, stats(acquired=402))
+    assert history.minutes.columns()["acquired"] == [60, 60, 12]
+    assert history.seconds.end == NOON + 180
+
+
+def test_a_clock_that_was_years_ahead_leaves_nothing() -> None:
+    """A machine without a battery, whose clock was wrong at first."""
+    history = History()
+    for second in range(301):
+        history.add(NOON + 1e8 + second, stats(acquired=second))
+    history = restarted(history)
+    for second in range(61):
+        history.add(NOON + second, stats(acquired=second))
+    assert column(history, "acquired") == [1] * 60
+    assert history.minutes.columns()["acquired"] == [60]
+    assert history.minutes.end == NOON + 60
+
+
+def test_a_sleep_leaves_no_gap_in_the_minutes() -> None:
+    """Those of the sleep have zeros, until the last 15 of them."""
+    history = History()
+    for second in range(121):
+        history.add(NOON + second, stats(acquired=second))
+    history.add(NOON + 7_200, stats(acquired=120 + SECONDS))
+    assert history.minutes.columns()["acquired"] == [60, 60] + [0] * 103 + [60] * 15
+
+
 def test_the_last_minutes_of_one_number() -> None:
     """As the tile of refused acquires has it."""
     history = History()
