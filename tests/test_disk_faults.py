@@ -20,6 +20,7 @@ from durable_support import (
     crash,
     durable_server,
     fill,
+    patched,
     refused_start,
     rows_in,
     texts_of,
@@ -27,7 +28,7 @@ from durable_support import (
 from held_writer import FULL
 from support import ACQUIRE, API, Client, eventually
 
-from keypool.engine.durable import file_lock
+from keypool.engine.durable import charts_file, file_lock
 
 # --------------------------------------------------------------------------------- a disk that is full or fails
 
@@ -115,6 +116,26 @@ def expect_all_well(client: Client) -> set[int]:
     eventually(lambda: client.get("/readyz").status == 200, "storage that is back")
     client.make()
     return texts_of(client)
+
+
+def test_a_full_disk_keeps_no_charts(small_disk: Path, tmp_path: Path) -> None:
+    """The log has one line, until there is space again. Those from before stay as they are."""
+    path = small_disk / "keypool.db"
+    env = patched(tmp_path / "patch", "from keypool.web import kept_charts; kept_charts.KEEP_SECONDS = 0.5")
+    charts = charts_file.beside(path)
+    with durable_server(path, env=env) as server:
+        eventually(charts.exists, "charts")
+        before = charts.stat().st_mtime_ns
+        filler = fill_up(small_disk)
+        eventually(lambda: "the charts aren't kept" in server.log, "a line")
+        assert "No space left on device" in server.log
+        kept = charts_file.read(charts)
+        server.client().get("/healthz").expect(200)
+        filler.unlink()
+        eventually(lambda: "the charts are kept again" in server.log, "another line")
+        assert server.log.count("the charts aren't kept") == 1
+        assert charts.stat().st_mtime_ns > before
+    assert list(kept) == ["default"]
 
 
 @pytest.mark.parametrize("cut", ["stopped", "killed"])

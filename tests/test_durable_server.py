@@ -263,7 +263,9 @@ def test_a_signal_to_all_processes_is_handled_by_the_server(tmp_path: Path, numb
                 os.kill(writer, number)
             assert server.wait() == 0
         eventually(lambda: not lives(writer), "a writer that is gone")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["keypool.db"], "not closed in peace"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["keypool.db", "keypool.db-charts"], (
+        "not closed in peace"
+    )
     assert {each[0] for each in rows_in(path)} >= load.told
     with durable_server(path) as server:
         assert load.told <= texts_of(server.client())

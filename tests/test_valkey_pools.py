@@ -12,11 +12,15 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ServerProcess
+from support import eventually as come_true
 from valkey_support import Place, age, become, eventually, new_place, on_loop, pools_on
 from valkeys import Valkey, new_pool, shared_cluster
+from viewing import Viewer
 
 from keypool.core.answers import KeyPatch, Unblock
 from keypool.core.errors import (
@@ -555,3 +559,48 @@ async def test_a_hundred_idle_pools_share_pipelines_and_are_polled_rarely(place:
         await asyncio.sleep(2)
         assert all(gap >= 100 / 60 for gap in gaps), gaps
         assert len(pools._nodes._links) == 1, "one connection for all"
+
+
+# ------------------------------------------------------------------------------------------------- the charts
+
+
+@on_loop
+async def test_one_of_the_servers_keeps_the_charts(place: Place) -> None:
+    """Once a minute; at its stop each does. They are for a day, which is as far back as they go."""
+    async with two_servers(place.url) as (one, two):
+        assert await one.kept_charts() == {}
+        await one.keep_charts({"default": b"of the first", "openai": b"other"})
+        await two.keep_charts({"default": b"of the second"})
+        assert await two.kept_charts() == {"default": b"of the first"}
+        await two.keep_charts({"default": b"at the stop"}, last=True)
+        assert await one.kept_charts() == {"default": b"at the stop"}
+        assert 86_000 < place.valkey.ask("TTL", f"{{{place.pool}}}:charts") <= 86_400
+        assert 40 < place.valkey.ask("TTL", f"{{{place.pool}}}:charts_turn") <= 50
+
+
+@on_loop
+async def test_charts_without_valkey_are_an_outage(place: Place) -> None:
+    """As for any call: the dashboard goes on without."""
+    async with pools_on(place.url) as pools:
+        place.valkey.ask("LPUSH", f"{{{place.pool}}}:charts", "of another type")
+        with pytest.raises(StorageUnavailable):
+            await pools.kept_charts()
+
+
+def test_the_charts_of_a_server_over_valkey_go_on_after_a_restart(place: Place, tmp_path: Path) -> None:
+    """Those of `default`."""
+    for _ in range(2):
+        with ServerProcess([f"--engine={place.url}", "--port=0"], cwd=tmp_path) as server:
+            if not server.client().stats()["generated"]:
+                server.client().make_many(7)
+            eventually_shown(server)
+
+
+def eventually_shown(server: ServerProcess) -> None:
+    """Wait until the charts have the seven keys that were generated."""
+
+    def shown() -> bool:
+        with Viewer(server) as viewer:
+            return bool(sum(viewer.frame()["history"]["seconds"]["generated"]) == 7)
+
+    come_true(shown, "a sample with all keys")

@@ -47,6 +47,13 @@ class Handles:
         """Those of another pool of the same server."""
         return Handles(self._secret, number)
 
+    @property
+    def mark(self) -> bytes:
+        """8 bytes that belong to this pool: the same after a restart, and others for a new pool of its name."""
+        digest = self._keyed()
+        digest.update(b"pool")  # no handle begins like this
+        return digest.digest()
+
     def make(self, id: int, lease: int) -> str:
         """The handle of a lease. About 1.3 µs."""
         name = b"h:%d.%d." % (id, lease)

@@ -458,6 +458,22 @@ class Pools(Protocol):
         """How far that is. O(1)."""
         ...
 
+    def keeps_charts(self, name: str) -> bool:
+        """Whether the charts of this pool can be kept: not in memory, and over Valkey those of `default` alone."""
+        ...
+
+    async def kept_charts(self) -> dict[str, bytes]:
+        """What `keep_charts` kept, also before a restart. O(its size). Raises StorageUnavailable."""
+        ...
+
+    async def keep_charts(self, charts: Mapping[str, bytes], *, last: bool = False) -> None:
+        """Keep the charts of pools, by name, in place of those before. O(their size). Raises StorageUnavailable.
+
+        The loop doesn't wait for the disk. They may be lost: no call depends on them. Of several servers over a Valkey
+        only one keeps them, once a minute, but each does for the `last` time.
+        """
+        ...
+
     def drain(self) -> None:
         """Answer the waiters of all pools with Draining, and admit no more. O(waiters)."""
         ...

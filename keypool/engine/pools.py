@@ -7,7 +7,7 @@ so it is on disk no later than the first key of the pool.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from sortedcontainers import SortedDict
@@ -75,9 +75,21 @@ class PoolStore(Protocol):
         """See Pools."""
         ...
 
+    keeps_charts: bool
+
+    async def kept_charts(self) -> dict[str, bytes]:
+        """See Pools."""
+        ...
+
+    async def keep_charts(self, charts: Mapping[str, bytes]) -> None:
+        """See Pools."""
+        ...
+
 
 class NullStore:
     """The store of pools that are in memory only."""
+
+    keeps_charts = False
 
     def journal_of(self, number: int, engine: EmbeddedEngine) -> Journal:
         """Keeps nothing."""
@@ -96,6 +108,13 @@ class NullStore:
     def rekeying(self) -> Rekeying:
         """Nothing to do."""
         return Rekeying("idle", 0, 0, encrypted=False)
+
+    async def kept_charts(self) -> dict[str, bytes]:
+        """Nothing is kept."""
+        return {}
+
+    async def keep_charts(self, charts: Mapping[str, bytes]) -> None:
+        """Nothing is kept."""
 
 
 def checked_rules(default: PoolRules, name: str, settings: Settings) -> PoolRules:
@@ -298,6 +317,18 @@ class EmbeddedPools:
     def rekeying(self) -> Rekeying:
         """How far that is. O(1)."""
         return self._store.rekeying()
+
+    def keeps_charts(self, name: str) -> bool:
+        """See Pools."""
+        return self._store.keeps_charts
+
+    async def kept_charts(self) -> dict[str, bytes]:
+        """See Pools."""
+        return await self._store.kept_charts()
+
+    async def keep_charts(self, charts: Mapping[str, bytes], *, last: bool = False) -> None:
+        """See Pools."""
+        await self._store.keep_charts(charts)
 
     def drain(self) -> None:
         """Answer the waiters of all pools with Draining, and admit no more. O(p + waiters)."""

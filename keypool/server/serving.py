@@ -45,6 +45,7 @@ from keypool.web.scrape import MetricSources
 _QUIET_ROUNDS = 3  # rounds without a new request, after which all that had arrived has been read
 _ROUND_SECONDS = 0.02  # enough for a client that was just answered to send one more request and get its 503
 _CLOSING_SECONDS = 1.0  # of --drain-seconds, left for the last commit
+_CHARTS_SECONDS = 1.0  # of these at most half, for the charts
 _log = logging.getLogger("keypool")
 
 
@@ -199,6 +200,8 @@ async def _drain(
     server.cut_all()
     app.settings["dispatcher"].wrong_tokens.close()
     cutting = asyncio.ensure_future(server.close_all_connections())
+    # Before the data file is free for a successor, which reads them.
+    await app.settings["dashboard"].keep_charts(min(_CHARTS_SECONDS, (deadline - time.monotonic()) / 2))
     keeping = asyncio.ensure_future(pools.close())
     await asyncio.wait([cutting, keeping], timeout=max(0.1, deadline - time.monotonic()))
     if cutting.done():

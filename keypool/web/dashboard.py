@@ -9,6 +9,7 @@ here; their scripts keep them live from the feed, and poll `/figures` for what t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -36,6 +37,7 @@ from keypool.ops.histogram import CallMetrics, Histogram
 from keypool.web.assets import Assets, folder
 from keypool.web.feed import ViewerLimit
 from keypool.web.health import Facts, sentence, tiles_warned, verdicts
+from keypool.web.kept_charts import ChartsKeeper
 from keypool.web.latency import LATELY, Latency
 from keypool.web.loop_lag import LoopStall
 from keypool.web.pool_view import PoolView
@@ -66,6 +68,7 @@ FIGURE_NAMES = {
     "pipeline_commands": "Commands in the latest pipeline",
 }
 """What the System page calls an engine's figures."""
+_RESTORE_PAUSE = 0.01  # seconds
 _log = logging.getLogger("keypool.dashboard")
 
 
@@ -77,8 +80,8 @@ class Dashboard:
         self.access = access
         self.settings = settings
         self.viewers = ViewerLimit(allowed_viewers(settings.max_viewers, Limits()))
+        self._charts = ChartsKeeper(pools)
         self._views: dict[str, PoolView] = {}
-        self.view(pools.default)
         self.sessions = Sessions(access)
         self.stall = LoopStall()
         self.calls: CallMetrics | None = None
@@ -120,6 +123,7 @@ class Dashboard:
             if found is not None:
                 found.feed.drain()
             found = self._views[name] = PoolView(engine, self.viewers)
+            self._charts.restore(found)
         return found
 
     def render(self, template: str, **facts: Any) -> bytes:
@@ -175,7 +179,13 @@ class Dashboard:
             return {"code": error.code, "title": error.title, "detail": error.detail}
         return None
 
+    async def keep_charts(self, seconds: float) -> None:
+        """Keep the charts at a stop, within these `seconds`. After `drain`."""
+        await self._charts.keep_last(self._views.values(), seconds)
+
     async def _count_seconds(self) -> None:
+        kept = await self._charts.read()
+        self.view(self.pools.default)
         while True:
             for view in list(self._views.values()):
                 await self._sample(view)
@@ -183,6 +193,12 @@ class Dashboard:
                 latency.sample()
             await self._share_sign_outs()
             self.counting.set()
+            # The start doesn't wait for the charts of other pools, and calls are served between two of them.
+            while kept:
+                with contextlib.suppress(UnknownPool):
+                    self.view(self.pools.get(kept.pop()))
+                await asyncio.sleep(_RESTORE_PAUSE)
+            self._charts.keep_soon(self._views.values())
             await asyncio.sleep(1.005 - time.time() % 1)  # just after the second has begun
 
     async def _sample(self, view: PoolView) -> None:

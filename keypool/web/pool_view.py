@@ -1,7 +1,8 @@
 """What the dashboard keeps of one pool: the data of its charts, its feed, and what happened in it lately.
 
 A view is made when somebody first looks at its pool, which is when its charts begin, and lives as long as the pool: the
-charts of a hundred pools at which nobody looks cost nothing. The pool `default` has one from the start.
+charts of a hundred pools at which nobody looks cost nothing. The pool `default` has one from the start, and so has each
+pool whose charts were kept (kept_charts.py).
 """
 
 from __future__ import annotations

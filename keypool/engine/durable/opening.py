@@ -26,7 +26,7 @@ from keypool.core.rules import (
     is_pool_name,
 )
 from keypool.engine.clock import make_clock
-from keypool.engine.durable import datafile, file_lock
+from keypool.engine.durable import charts_file, datafile, file_lock
 from keypool.engine.durable.checks import new_checks, sealer_of
 from keypool.engine.durable.datafile import Facts
 from keypool.engine.durable.journal import FileJournal
@@ -122,7 +122,7 @@ class _Opening:
         if self._sealer is not None and self._behind is not None:
             rekey = Rekey(self.journal, self._sealer.current.hex(), self._behind)
         last = self.journal.last_pool = self._facts.numbers.get(datafile.LAST_POOL, 0)
-        store = FileStore(self.journal, rekey)
+        store = FileStore(self.journal, rekey, charts_file.beside(self._path))
         for number, engine in self.engines.items():
             engine.journal = journal = store.journal_of(number, engine)
             journal.history.restore(self._facts.numbers_of(number))

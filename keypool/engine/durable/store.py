@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
 from keypool.core.answers import Rekeying
-from keypool.core.errors import SecretsKeyRequired
+from keypool.core.errors import SecretsKeyRequired, StorageUnavailable
+from keypool.engine.durable import charts_file
 from keypool.engine.durable.datafile import LAST_POOL
 from keypool.engine.durable.journal import FileJournal
 from keypool.engine.durable.pool_journal import PoolJournal
@@ -17,9 +22,12 @@ from keypool.engine.pools import Definition
 class FileStore:
     """See the protocol `engine.pools.PoolStore`. `rekeyer` is None if there is no secrets key."""
 
-    def __init__(self, journal: FileJournal, rekeyer: Rekey | None) -> None:
+    keeps_charts = True
+
+    def __init__(self, journal: FileJournal, rekeyer: Rekey | None, charts: Path) -> None:
         self._journal = journal
         self._rekey = rekeyer
+        self._charts = charts
 
     def journal_of(self, number: int, engine: EmbeddedEngine) -> PoolJournal:
         """The journal of a new pool. O(1)."""
@@ -52,3 +60,17 @@ class FileStore:
         if self._rekey is None:
             return Rekeying("idle", 0, 0, encrypted=False)
         return self._rekey.progress()
+
+    async def kept_charts(self) -> dict[str, bytes]:
+        """Read the file beside the data file. Raises StorageUnavailable."""
+        try:
+            return await asyncio.to_thread(charts_file.read, self._charts)
+        except (OSError, ValueError) as error:
+            raise StorageUnavailable(f"{self._charts} can't be read: {error}") from None
+
+    async def keep_charts(self, charts: Mapping[str, bytes]) -> None:
+        """Replace the file beside the data file. Raises StorageUnavailable."""
+        try:
+            await asyncio.to_thread(charts_file.write, self._charts, charts)
+        except OSError as error:
+            raise StorageUnavailable(f"{self._charts} can't be written: {error.strerror}") from None

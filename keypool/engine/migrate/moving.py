@@ -11,9 +11,9 @@ A key is moved as a core.keys.Key with its durable fields, in whose terms each e
 is stored encrypted is decrypted by the one end and encrypted by the other, both with the same secrets keys. Moments are
 seconds of the wall clock, by which both engines go after a restart. Everything is moved: what holders reported, names,
 labels and data, the attempts of held leases, rare events. Pools keep their numbers, and handles given before stay
-valid. Two things are left behind: a held lease doesn't count in its client's share over Valkey, and a text that was
-replaced while its key was leased stops naming the key where it can't be kept (moving_valkey.py). The source isn't
-changed, so an interrupted move can simply be run again.
+valid. Three things are left behind: a held lease doesn't count in its client's share over Valkey, a text that was
+replaced while its key was leased stops naming the key where it can't be kept (moving_valkey.py), and the charts of the
+dashboard begin anew. The source isn't changed, so an interrupted move can simply be run again.
 
 A move is one coroutine, which Ctrl-C cancels where it waits. File operations block, as nothing else runs meanwhile.
 """

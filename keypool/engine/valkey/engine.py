@@ -16,7 +16,9 @@ and what each holds. In addition there is one hash, `{POOL}:pool`:
     gone.NUMBER the partitions of a pool that is gone, until its history is deleted (pools.py)
     and the settings that all servers of the pool share, by their names
 
-and a sorted set, `{POOL}:servers`: the running servers, by the moment of their latest heartbeat (presence.py).
+and a sorted set, `{POOL}:servers`: the running servers, by the moment of their latest heartbeat (presence.py). What the
+dashboard keeps of `default` (web/kept_charts.py) is one string, `{POOL}:charts`; `{POOL}:charts_turn` is there while no
+server may write it.
 
 Ids are `number * partitions + partition + 1`, so an id determines its partition, unless it was moved in (those are
 at most `base_id * partitions`, and are looked up in all partitions). The number grows within a partition, and over

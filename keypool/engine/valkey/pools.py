@@ -44,7 +44,7 @@ from keypool.engine.valkey import registry
 from keypool.engine.valkey.calls import ScriptClient
 from keypool.engine.valkey.engine import ValkeyEngine
 from keypool.engine.valkey.grace import Grace
-from keypool.engine.valkey.link import UNREACHABLE
+from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
 from keypool.engine.valkey.partitions import Partitions, PoolFacts
 from keypool.engine.valkey.presence import Presence
 from keypool.engine.valkey.registry import DRAINING, DRAINING_NOW, OPEN, Entry, Registry, Stored
@@ -62,6 +62,10 @@ _DRAIN_PAUSE = 0.5  # seconds between two looks for keys whose leases have ended
 _FORGOTTEN_AT_ONCE = 500  # leases of a pool that is gone, in half a millisecond
 _FORGET_PAUSE = 0.002  # seconds between two such calls
 _GONE = "gone."  # what the names of fields about pools that are gone begin with (engine.py)
+_CHARTS_SECONDS = 2.0  # to read or write the charts
+_CHARTS_TURN = 50  # seconds for which no other server writes them
+_CHARTS_LIFE = 86_400  # seconds; they go back no further
+_MOST_OF_CHARTS = 1 << 20  # bytes
 _MISSED_PAUSE = 0.25  # seconds from one look for an unknown pool to the next
 _log = logging.getLogger("keypool.valkey")
 
@@ -254,6 +258,31 @@ class ValkeyPools:
     def rekeying(self) -> Rekeying:
         """See the protocol. As of a few seconds ago if another server is at it."""
         return self._rekeyer.progress()
+
+    # -- charts
+
+    def keeps_charts(self, name: str) -> bool:
+        """See the protocol. Those of other pools aren't taken on all servers, only where somebody has looked."""
+        return name == DEFAULT_POOL
+
+    async def kept_charts(self) -> dict[str, bytes]:
+        """See the protocol."""
+        found = await self._of_charts("", "GETRANGE", 0, _MOST_OF_CHARTS - 1)
+        return {DEFAULT_POOL: found} if found else {}
+
+    async def keep_charts(self, charts: Mapping[str, bytes], *, last: bool = False) -> None:
+        """See the protocol."""
+        turn = await self._of_charts("_turn", "SET", self._presence.server, "NX", "EX", _CHARTS_TURN)
+        if turn or last:
+            await self._of_charts("", "SET", charts[DEFAULT_POOL], "EX", _CHARTS_LIFE)
+
+    async def _of_charts(self, key: str, command: str, *words: Word) -> Reply:
+        key = f"{{{self._nodes.url.pool}}}:charts{key}"
+        try:
+            async with asyncio.timeout(_CHARTS_SECONDS):
+                return await self._nodes.execute(key, command, key, *words)
+        except UNREACHABLE as error:
+            raise StorageUnavailable(f"Valkey: {str(error) or 'no answer'}") from None
 
     # -- following the registry
 
