@@ -3,6 +3,9 @@
 //
 // The legend shows the numbers of now; pointing at a chart, or the arrow keys while it has the focus, those of a moment. Its
 // entries switch their series off and on.
+//
+// Dragging over a chart, or + and -, asks for a range {from, to} in seconds, which the page then draws on all charts. It holds
+// still, and a few samples have a point each.
 
 import { number } from "./ui.js";
 
@@ -10,35 +13,55 @@ const WIDTH = 300;
 const HEIGHT = 100;
 const GROUP = 5;
 const SIZES = { seconds: 900, minutes: 1440 };
+const FINE = 180; // samples, up to which each has its own point
+const FEWEST = 10; // samples in a range
+const DRAGGED = 8; // pixels: less is a click
+const ZOOMS = { "+": 0.5, "=": 0.5, "-": 2 };
 const LABELS = {
   seconds: ["15 min ago", "10", "5", "now"],
   minutes: ["24 h ago", "16", "8", "now"],
 };
 
-/** One figure of the overview. `layers` are its series in drawing order; `stack` stacks areas. */
+/** One figure of the overview. `layers` are its series in drawing order; `stack` stacks areas; `zoom` is given ranges, null for all. */
 export class Chart {
-  constructor(figure, layers, stack) {
+  constructor(figure, layers, stack, zoom) {
     this.figure = figure;
     this.layers = layers;
     this.stack = stack;
+    this.zoom = zoom;
     this.plot = figure.querySelector(".plot");
     this.when = figure.querySelector(".when");
     this.at = null; // the place that the pointer is at, counted from the right
+    this.drag = null; // where a drag began
     this.now = null; // the numbers of now, if they are known better than by the series
     this.off = new Set();
     figure.querySelector(".legend").addEventListener("click", (event) => this.toggle(event.target.closest("[data-series]")));
-    this.plot.addEventListener("pointermove", (event) => this.point(event));
+    for (const type of ["pointerdown", "pointermove", "pointerup", "pointercancel"]) {
+      this.plot.addEventListener(type, (event) => this.point(event));
+    }
+    this.plot.addEventListener("dblclick", () => zoom(null));
     this.plot.addEventListener("pointerleave", () => this.leave());
     this.plot.addEventListener("blur", () => this.leave());
     this.plot.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** Draw a series of the history: `span` is seconds or minutes. */
-  draw(series, span) {
-    this.span = span;
-    this.series = series;
+  /** Draw the history by `span`, seconds or minutes; with a `range`, that part of it. */
+  draw(history, span, range) {
+    const { seconds } = history;
+    const all = range?.from >= seconds.end - seconds.available.length ? seconds : history[span];
+    const { step } = all;
+    const size = range ? (range.to - range.from) / step : SIZES[span];
+    const after = range ? (all.end - range.to) / step : 0;
+    const series = { step, end: all.end - after * step };
+    const group = size > FINE ? GROUP : 1;
+    const places = Math.ceil(size / group);
+    Object.assign(this, { history, span, range, series, places, spacing: group * step });
     this.values = Object.fromEntries(
-      this.layers.map((name) => [name, grouped(series, series[name], this.stack ? last : (values) => mean(values) / series.step)]),
+      this.layers.map((name) => {
+        const until = Math.max(0, all[name].length - after);
+        const values = all[name].slice(Math.max(0, until - size), until);
+        return [name, grouped(series, values, group, this.stack ? last : (some) => mean(some) / step)];
+      }),
     );
     const count = this.values[this.layers[0]].length;
     const shown = this.layers.filter((name) => !this.off.has(name)).map((name) => this.values[name]);
@@ -47,9 +70,9 @@ export class Chart {
     this.figure.querySelector(".axis.top").textContent = number(top);
     this.figure.querySelector(".axis.middle").textContent = number(top / 2);
     this.plot.querySelectorAll(".times span").forEach((element, i) => {
-      element.textContent = LABELS[span][i];
+      element.textContent = range ? this.clock((1 - i / 3) * (places - 1)) : LABELS[span][i];
     });
-    const places = SIZES[span] / GROUP;
+    this.plot.ariaValueMin = 1 - places;
     let below = Array(count).fill(0);
     for (const name of this.stack ? this.layers.slice().reverse() : this.layers) {
       const values = this.values[name];
@@ -80,26 +103,62 @@ export class Chart {
     const on = this.off.delete(button.dataset.series);
     if (!on) this.off.add(button.dataset.series);
     button.setAttribute("aria-pressed", String(on));
-    if (this.values) this.draw(this.series, this.span);
+    if (this.values) this.draw(this.history, this.span, this.range);
   }
 
-  point(event) {
+  /** The moment of a place, in seconds. */
+  moment(at) {
+    return this.series.end - at * this.spacing;
+  }
+
+  clock(at) {
+    return new Date(this.moment(at) * 1000).toISOString().slice(11, this.series.step === 1 ? 19 : 16);
+  }
+
+  point({ type, clientX, pointerId, isPrimary, button }) {
+    if (!this.series) return;
     const box = this.plot.querySelector("svg").getBoundingClientRect();
-    const places = SIZES[this.span ?? "seconds"] / GROUP;
-    this.at = Math.round((1 - (event.clientX - box.left) / box.width) * (places - 1));
+    const { drag } = this;
+    this.at = Math.round(Math.min(1, Math.max(0, (box.right - clientX) / box.width)) * (this.places - 1));
+    const moment = this.moment(this.at);
+    if (type !== "pointermove") this.drag = null;
+    if (type === "pointerdown" && isPrimary && button === 0) {
+      this.drag = { at: this.at, moment, clientX };
+      this.plot.setPointerCapture(pointerId);
+    } else if (type === "pointerup" && drag && Math.abs(clientX - drag.clientX) > DRAGGED) {
+      this.at = null;
+      this.ask(Math.abs(moment - drag.moment), (moment + drag.moment) / 2);
+    }
     this.tell();
   }
 
+  /** Ask for a range of about this many seconds around a moment. */
+  ask(seconds, middle) {
+    const { step, end } = this.history[this.span];
+    const all = SIZES[this.span] * step;
+    const long = Math.max(FEWEST, Math.round(seconds / step)) * step;
+    const to = Math.min(end, Math.max(end - all + long, Math.round((middle + long / 2) / step) * step));
+    this.zoom(long < all ? { from: to - long, to } : null);
+  }
+
   key(event) {
-    const step = { ArrowLeft: 1, ArrowRight: -1 }[event.key];
-    if (step === undefined) return;
+    const step = { ArrowLeft: 1, ArrowRight: -1 }[event.key] ?? 0;
+    const zoom = ZOOMS[event.key];
+    if (!this.series || !(step || zoom) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    this.at = Math.max(0, (this.at ?? 0) + step);
+    let said = "";
+    if (zoom) {
+      const moment = this.moment(this.at ?? 0);
+      this.ask(this.places * this.spacing * zoom, moment);
+      this.at = Math.round((this.series.end - moment) / this.spacing);
+      said = `${[...this.plot.querySelectorAll(".times span")].map((each) => each.textContent).join(", ")}. `;
+    }
+    this.at = Math.min(this.places - 1, Math.max(0, (this.at ?? 0) + step));
     this.tell();
     // A screen reader reads the new value of a slider.
     const values = [...this.figure.querySelectorAll(".legend li")].map((each) => each.textContent.trim());
     this.plot.ariaValueNow = -this.at;
-    this.plot.ariaValueText = `${this.when.textContent}: ${values.join(", ")}`;
+    this.plot.ariaValueText = `${said}${this.when.textContent}: ${values.join(", ")}`;
   }
 
   leave() {
@@ -107,25 +166,23 @@ export class Chart {
     this.tell();
   }
 
-  /** The numbers of the moment pointed at, or the latest. */
+  /** The numbers of the moment pointed at, or the latest: those of now, unless a range is shown. */
   tell() {
     if (!this.values) return;
     const count = this.values[this.layers[0]].length;
-    const at = this.at === null ? 0 : Math.min(Math.max(0, this.at), Math.max(0, count - 1));
+    const now = this.at === null && !this.range;
+    const at = Math.min(Math.max(0, this.at ?? 0), Math.max(0, count - 1));
     for (const name of this.layers) {
-      const value = (this.at === null && this.now ? this.now[name] : this.values[name][count - 1 - at]) ?? 0;
+      const value = (now && this.now ? this.now[name] : this.values[name][count - 1 - at]) ?? 0;
       this.figure.querySelector(`[data-value="${name}"]`).textContent = number(this.stack ? Math.round(value) : Math.round(value * 10) / 10);
     }
-    const places = SIZES[this.span] / GROUP;
-    const x = WIDTH - (WIDTH / (places - 1)) * at;
-    this.plot.querySelector(".cross").setAttribute("d", this.at === null ? "" : `M${x} 0V${HEIGHT}`);
+    const x = (at) => WIDTH - (WIDTH / (this.places - 1)) * at;
+    const dragged = this.drag ? `H${x(this.drag.at)}V0Z` : "";
+    this.plot.querySelector(".cross").setAttribute("d", this.at === null ? "" : `M${x(at)} 0V${HEIGHT}${dragged}`);
     const begins = count < 2 && this.span === "minutes";
-    this.when.hidden = this.at === null && !begins;
+    this.when.hidden = now && !begins;
     if (begins) this.when.textContent = "A point a minute, from now on";
-    if (this.at !== null) {
-      const moment = new Date((this.series.end - at * GROUP * this.series.step) * 1000);
-      this.when.textContent = `${moment.toISOString().slice(11, this.span === "seconds" ? 19 : 16)} UTC`;
-    }
+    if (!now) this.when.textContent = `${this.clock(at)} UTC`;
   }
 }
 
@@ -141,12 +198,12 @@ function last(values) {
   return values.at(-1);
 }
 
-/** One value for every five samples; the groups are aligned to the clock, so that only the last one moves. */
-function grouped(series, values, value) {
+/** One value for every `group` samples; the groups are aligned to the clock, so that only the last one moves. */
+function grouped(series, values, group, value) {
   const found = [];
   const first = Math.floor(series.end / series.step) - values.length + 1;
   for (let start = 0; start < values.length; ) {
-    const stop = Math.min(values.length, start + GROUP - ((first + start) % GROUP));
+    const stop = Math.min(values.length, start + group - ((first + start) % group));
     found.push(value(values.slice(start, stop)));
     start = stop;
   }

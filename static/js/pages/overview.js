@@ -18,9 +18,10 @@ const STATES = ["available", "blocked", "cooling", "quarantined"];
 const NOTES = { cooling: "until cooled down", quarantined: "until restored" };
 const MEDIANS = { waits: "median of waits", calls: "median" };
 const charts = [
-  new Chart(document.getElementById("chart-composition"), STATES, true),
-  new Chart(document.getElementById("chart-rates"), ["kept_alive", "unblocked", "acquired", "released", "expired", "refused"], false),
+  new Chart(document.getElementById("chart-composition"), STATES, true, zoom),
+  new Chart(document.getElementById("chart-rates"), ["kept_alive", "unblocked", "acquired", "released", "expired", "refused"], false, zoom),
 ];
+const showAll = document.getElementById("show-all");
 const latest = document.getElementById("latest");
 const soonest = [...document.querySelectorAll(".soonest")].map((list) => ({
   list,
@@ -31,6 +32,7 @@ const soonest = [...document.querySelectorAll(".soonest")].map((list) => ({
 }));
 const still = hold(latest, showLatest);
 let span = "seconds";
+let range = null; // that the charts are zoomed into
 let soonestAt = -Infinity;
 let figuresAt = -Infinity;
 let nextDue = null;
@@ -101,7 +103,17 @@ function health(found) {
 
 function drawCharts() {
   if (!model.history || document.hidden) return;
-  for (const chart of charts) chart.draw(model.history[span], span);
+  const series = model.history[span];
+  if (range?.to <= series.end - series.available.length * series.step) range = null; // it is over by now
+  if (document.activeElement === showAll && !range) document.querySelector("#span :checked").focus();
+  showAll.hidden = !range;
+  for (const chart of charts) chart.draw(model.history, span, range);
+}
+
+function zoom(wanted) {
+  for (const chart of charts) chart.drag = null;
+  range = wanted;
+  drawCharts();
 }
 
 function second() {
@@ -203,8 +215,10 @@ feed.on("figures", (figures) => {
 });
 document.getElementById("span").addEventListener("change", (event) => {
   span = event.target.value;
-  drawCharts();
+  zoom(null);
 });
+showAll.addEventListener("click", () => zoom(null));
+document.addEventListener("escape", () => zoom(null));
 setInterval(() => {
   second();
   drawDue();
