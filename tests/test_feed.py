@@ -9,7 +9,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -325,6 +326,59 @@ async def test_the_first_viewer_of_a_pool_counts_from_its_hello_on() -> None:
     assert seconds["counted"]["generated"] == 3
     assert (seconds["end"], seconds["generated"]) == (viewer.frames[0]["now"], [])
     watched.drain()
+    await asyncio.sleep(0)
+
+
+class Counting(Watching):
+    """One that notes in which turn of the loop it got each frame."""
+
+    def __init__(self, turn: Callable[[], int]) -> None:
+        super().__init__()
+        self.turns: list[int] = []
+        self._turn = turn
+
+    async def send(self, frame: bytes) -> None:
+        self.turns.append(self._turn())
+        await super().send(frame)
+
+
+@on_loop
+async def test_others_are_served_between_the_frames_of_many_viewers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who joins, or what happens, between them is neither told twice nor left out."""
+    monkeypatch.setattr(feed, "INTERVAL", 0.01)
+    engine, turn = make_engine(Moment()), 0
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    counting = asyncio.create_task(count_turns())
+    watched = Feed(engine, History(), ViewerLimit(200), Moment())
+    viewers = [Counting(lambda: turn) for _ in range(100)]
+    for viewer in viewers:
+        await watched.join(viewer)
+    [first] = await engine.generate(1)
+    while len(viewers[20].frames) < 2:
+        await asyncio.sleep(0)
+    assert len(viewers[-1].frames) == 1
+    [second] = await engine.generate(1)
+    late = Counting(lambda: turn)
+    await watched.join(late)
+    watched.part(viewers.pop())
+    for viewer in viewers:
+        await viewer.until(3)
+    for viewer in viewers:
+        seen = [event["id"] for frame in viewer.frames[1:] for event in frame["events"]]
+        assert seen == [first.id, second.id]
+        assert [frame["seq"] for frame in viewer.frames] == [1, 2, 3]
+    assert [event["id"] for event in late.frames[0]["events"]] == [first.id, second.id]
+    assert [frame["events"] for frame in late.frames[1:]] == []
+    together = Counter(viewer.turns[1] for viewer in viewers)
+    assert max(together.values()) <= feed.AT_ONCE, together
+    watched.drain()
+    counting.cancel()
     await asyncio.sleep(0)
 
 
