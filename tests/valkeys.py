@@ -317,7 +317,9 @@ class Cluster:
 
     @staticmethod
     def _serves(node: Valkey) -> bool:
-        return "cluster_state:ok" in node.ask("CLUSTER", "INFO").decode()
+        """Whether it knows of an owner for each slot; the state alone is `ok` without, if the cluster may be partial."""
+        told = node.ask("CLUSTER", "INFO").decode()
+        return "cluster_state:ok" in told and "cluster_slots_ok:16384" in told
 
     @staticmethod
     def _in_step(node: Valkey) -> bool:

@@ -55,5 +55,4 @@ document.addEventListener("focusout", (event) => event.target.closest?.(".at")?.
 
 choice.checked = localStorage.getItem(STORE) !== "off";
 choice.addEventListener("change", () => localStorage.setItem(STORE, choice.checked ? "on" : "off"));
-document.getElementById("help-open").addEventListener("click", () => help.showModal());
 if (location.hash === "#search") search();

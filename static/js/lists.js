@@ -5,7 +5,7 @@
 
 import { now, spell } from "./clock.js";
 import * as feed from "./feed.js";
-import { made } from "./ui.js";
+import { made, place } from "./ui.js";
 
 const EVERY = 2000;
 const MOST_BACK = 20; // keypool/web/paging.py has the same
@@ -45,7 +45,7 @@ export function renew(body, template, items, nameOf, fill, still = false) {
     row.item = item;
     row.classList.remove("gone");
     fill(row, item);
-    if (!still && body.rows[at] !== row) body.insertBefore(row, body.rows[at] ?? null);
+    if (!still) place(body, row, at);
     at += 1;
   }
   for (const row of [...there.values()].flat()) {

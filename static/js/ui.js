@@ -45,6 +45,14 @@ export function made(id) {
   return document.getElementById(id).content.firstElementChild.cloneNode(true);
 }
 
+/** Put a row at this place among its siblings, in one step if it is there already: then it keeps focus and selection. */
+export function place(parent, row, at) {
+  const next = parent.children[at] ?? null;
+  if (row === next) return;
+  if (row.parentNode === parent && parent.moveBefore) parent.moveBefore(row, next);
+  else parent.insertBefore(row, next);
+}
+
 /** Show a dialog; true if it was closed with its button `go`. */
 export function ask(dialog) {
   return new Promise((resolve) => {
@@ -109,7 +117,6 @@ export async function askQuarantine({ title, text, list = [], held }) {
 }
 
 document.addEventListener("click", (event) => {
-  event.target.closest("[data-cancel]")?.closest("dialog").close("cancel");
   const button = event.target.closest("[data-copy]");
   if (button) copy(button.parentElement.querySelector("code").textContent, button.getAttribute("aria-label").replace("Copy: ", ""));
 });

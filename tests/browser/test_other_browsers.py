@@ -207,7 +207,7 @@ def test_generate_unblock_and_delete(server: ServerProcess, client: Client, tab:
     tab.see(".toast", f"Key {lease['id']} is available.")
     assert client.row(lease["key"])["state"] == "available"
     tab.click(f"{row(lease)} [data-act=delete]")
-    tab.click("#confirm [data-cancel]")
+    tab.click("#confirm [command=close]")
     tab.miss("#confirm")
     assert client.stats()["total"] == 4
     tab.click(f"{row(lease)} [data-act=delete]")

@@ -14,7 +14,7 @@ import { actOnMatching } from "../matching.js";
 import { model } from "../model.js";
 import { fillKey, readKey, setState } from "../rows.js";
 import { show } from "../panel.js";
-import { made, number, setText, toast } from "../ui.js";
+import { made, number, place, setText, toast } from "../ui.js";
 
 const EVERY = 2000;
 const card = document.getElementById("keys");
@@ -82,7 +82,7 @@ function replace({ keys, next }, asOf) {
   keys.forEach((key, i) => {
     const row = rowOf(key.id) ?? made("row-template");
     fillKey(row, key, asOf);
-    if (body.rows[i] !== row) body.insertBefore(row, body.rows[i] ?? null);
+    place(body, row, i);
   });
   leadOn(next);
   table.hidden = keys.length === 0;

@@ -4,7 +4,7 @@ import { done } from "../actions.js";
 import { callPools } from "../api.js";
 import { spell } from "../clock.js";
 import { hold } from "../hold.js";
-import { ask, confirm, made, number, setText } from "../ui.js";
+import { ask, confirm, made, number, place, setText } from "../ui.js";
 
 const EVERY = 5000;
 const STATES = ["available", "blocked", "cooling", "quarantined"];
@@ -46,7 +46,7 @@ async function load() {
       const row = there.get(pool.name) ?? made("pool-template");
       there.delete(pool.name);
       fill(row, pool);
-      if (body.rows[i] !== row) body.insertBefore(row, body.rows[i] ?? null);
+      place(body, row, i);
     });
     for (const row of there.values()) row.remove();
   } catch {
