@@ -462,7 +462,11 @@ class _WebKitTab(Tab):
         wanted = {"browserName": "MiniBrowser", "webkitgtk:browserOptions": options}
         made = webkit.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self._path = f"/session/{made['sessionId']}"
-        self.resize(*SIZE)
+        try:
+            self.resize(*SIZE)
+        except BaseException:
+            self.close()  # or the driver would have no room for another one
+            raise
 
     def _post(self, path: str, **body: object) -> Any:
         return self._webkit.call("POST", self._path + path, body)
@@ -477,11 +481,15 @@ class _WebKitTab(Tab):
         self._post("/refresh")
 
     def resize(self, width: int, height: int) -> None:
-        inner = "() => [innerWidth, innerHeight]"
-        self._post("/window/rect", width=width, height=height)
-        bar = height - self.evaluate(inner)[1]
-        self._post("/window/rect", width=width, height=height + bar)
-        self.wait(f"(...size) => String(size) === String(({inner})())", width, height)
+        def fits() -> bool:
+            """The window is as much larger as its bar; the page follows it after a while."""
+            inner = self.evaluate("() => [innerWidth, innerHeight]")
+            outer = self._webkit.call("GET", f"{self._path}/window/rect")
+            if inner != [width, height]:
+                self._post("/window/rect", width=width, height=outer["height"] + height - inner[1])
+            return bool(inner == [width, height])
+
+        eventually(fits, f"the page is {width} x {height}", WITHIN)
 
     def errors(self) -> list[str]:
         found: list[str] = self.evaluate("() => JSON.parse(sessionStorage.errors ?? '[]')")
