@@ -279,6 +279,5 @@ def test_an_invalid_batch_is_damage(path: Path, damage: str) -> None:
         list(datafile.read_rows(path, 9))
     with pytest.raises(StartError, match="can't be read: a row can't be read"):
         datafile.count(path)
-    assert Writer(path, open_held(path)).commit([encode(Model(8).batch())]) == Verdict(
-        "a batch can't be read"
-    )
+    with contextlib.closing(Writer(path, open_held(path))) as writer:
+        assert writer.commit([encode(Model(8).batch())]) == Verdict("a batch can't be read")

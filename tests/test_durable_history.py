@@ -441,6 +441,7 @@ def test_a_pool_that_is_gone_leaves_no_history_whenever_the_writer_dies(path: Pa
     for _ in range(20):
         writer.flush(idle=True)
     assert tables_of(path) == (50, 50)
+    writer.close()
 
 
 def test_a_history_that_cannot_be_read_is_an_error_and_not_the_end_of_the_writer(path: Path) -> None:

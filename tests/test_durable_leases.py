@@ -89,8 +89,9 @@ def test_a_key_of_any_kind_survives_the_file(path: Path) -> None:
     keys = keys_of_all_kinds()
     half = len(keys) // 2
     fill(path, list(map(row_of, keys[:half])))
-    assert Writer(path, open_held(path)).commit([encode(Batch(list(map(row_of, keys[half:]))))]).error is None
-    found = [key for _, some in datafile.read_keys(path, 7) for key in some]
+    with contextlib.closing(Writer(path, open_held(path))) as writer:
+        assert writer.commit([encode(Batch(list(map(row_of, keys[half:]))))]).error is None
+        found = [key for _, some in datafile.read_keys(path, 7) for key in some]
     assert [durable(key) for key in found] == [durable(key) for key in keys]
     assert all(key.history is NO_HISTORY for key in found if key.history == NO_HISTORY), (
         "each one costs memory"
