@@ -1,8 +1,9 @@
 """Pools with a pace, with seats and with a history beside a plain one of the same server, under the same load.
 
 All connections acquire and unblock by handle, in one pool after the other, round after round. `budget left` is a pace
-that never lets a key cool, `budget spent` one that lets it cool after each acquire. Over Valkey, with `--valkey`,
-secrets are sealed, as imports need it there.
+that never lets a key cool, `budget spent` one that lets it cool after each lease: the beginning and the end of a cooldown
+are two changes more, so it is measured, and not judged. Over Valkey, with `--valkey`, secrets are sealed, as imports need
+it there.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _compare(where: str, server: Address, options: argparse.Namespace, targets: 
     print(f"{race.table(f'acquire and unblock {where}', ['plain'])}\n", flush=True)
     for name, figures in race.found.items():
         targets.none(f"errors with {name}, {where}", figures.errors)
-        if name != "plain":
+        if name not in ("plain", "budget spent"):
             targets.at_least(f"calls with {name}, {where}, of plain", figures.of(race.found["plain"]), LEAST)
 
 

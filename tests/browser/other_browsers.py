@@ -302,9 +302,12 @@ class Firefox(Browser):
         everything.callback(self._loop.close)
         url = program.printed(r"WebDriver BiDi listening on (ws://\S+)") + "/session"
         self._socket = self._run(_connect(url), url)
-        everything.callback(self._socket.close)
+        everything.callback(lambda: self._loop.run_until_complete(self._hang_up()))
         self.call("session.new", capabilities={})
         self.call("session.subscribe", events=["log.entryAdded"])
+
+    async def _hang_up(self) -> None:
+        self._socket.close()  # on its loop: elsewhere it would make one, which nobody closes
 
     def _tab(self) -> Tab:
         return _FirefoxTab(self)
