@@ -277,9 +277,11 @@ def test_an_old_python_is_not_used(checkout: Checkout) -> None:
     assert "Python 3.11 or newer" in done.stderr
 
 
-def test_newer_python_is_found_under_its_own_name(bare: Checkout) -> None:
-    bare.install("python3", "#!/bin/sh\nexit 1\n")
-    bare.install("python3.13")
+@pytest.mark.parametrize("broken", ["python3", "python3.14"])
+def test_the_newest_python_that_works_is_found_under_its_own_name(bare: Checkout, broken: str) -> None:
+    for name in ("python3", "python3.11", "python3.13"):
+        bare.install(name)
+    bare.install(broken, "#!/bin/sh\nexit 1\n")
     assert bare.run().returncode == 0
     assert bare.calls("-m venv") == ["python3.13 -m venv .venv"]
 
