@@ -1,9 +1,9 @@
 """Pools with a pace, with seats and with a history beside a plain one of the same server, under the same load.
 
 All connections acquire and unblock by handle, in one pool after the other, round after round. `budget left` is a pace
-that never lets a key cool, `budget spent` one that lets it cool after each lease: the beginning and the end of a cooldown
-are two changes more, so it is measured, and not judged. Over Valkey, with `--valkey`, secrets are sealed, as imports need
-it there.
+that never lets a key cool, `budget spent` one that lets it cool after each lease: the beginning and the end of a
+cooldown are two changes more, so it is measured, and not judged. Over Valkey, with `--valkey`, secrets are sealed, as
+imports need it there.
 """
 
 from __future__ import annotations

@@ -335,10 +335,13 @@ class Counting(Watching):
     def __init__(self, turn: Callable[[], int]) -> None:
         super().__init__()
         self.turns: list[int] = []
+        self.second = asyncio.Event()
         self._turn = turn
 
     async def send(self, frame: bytes) -> None:
         self.turns.append(self._turn())
+        if len(self.turns) == 2:
+            self.second.set()
         await super().send(frame)
 
 
@@ -360,8 +363,7 @@ async def test_others_are_served_between_the_frames_of_many_viewers(monkeypatch:
     for viewer in viewers:
         await watched.join(viewer)
     [first] = await engine.generate(1)
-    while len(viewers[20].frames) < 2:
-        await asyncio.sleep(0)
+    await viewers[20].second.wait()
     assert len(viewers[-1].frames) == 1
     [second] = await engine.generate(1)
     late = Counting(lambda: turn)

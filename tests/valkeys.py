@@ -317,7 +317,7 @@ class Cluster:
 
     @staticmethod
     def _serves(node: Valkey) -> bool:
-        """Whether it knows of an owner for each slot; the state alone is `ok` without, if the cluster may be partial."""
+        """Whether it knows an owner of each slot, without which the state is `ok`, too, if a cluster may be partial."""
         told = node.ask("CLUSTER", "INFO").decode()
         return "cluster_state:ok" in told and "cluster_slots_ok:16384" in told
 
