@@ -30,7 +30,7 @@ from support import (
     encode_request,
     eventually,
 )
-from viewing import FEED, Closed, Viewer
+from viewing import FEED, Closed, Viewer, charts_shown
 
 from keypool.core.answers import Stats
 from keypool.core.errors import StorageUnavailable
@@ -89,9 +89,8 @@ def test_history_goes_on_without_viewers(start_server: Start) -> None:
     server.client().make_many(7)
 
     def generated() -> bool:
-        with Viewer(server) as viewer:
-            seconds = viewer.frame()["history"]["seconds"]
-            return bool(sum(seconds["generated"]) == 7 and seconds["available"][-1] == 7)
+        seconds = charts_shown(server)
+        return bool(sum(seconds["generated"]) == 7 and seconds["available"][-1] == 7)
 
     eventually(generated, "a second with seven generated keys")
 

@@ -18,7 +18,7 @@ import pytest
 from durable_support import crash, durable_server, patched
 from engine_support import Moment, make_engine, on_loop
 from support import API, ServerProcess, eventually
-from viewing import FEED, Viewer
+from viewing import FEED, charts_shown
 
 from keypool.core.errors import StorageUnavailable
 from keypool.core.events import HOLDER
@@ -324,16 +324,9 @@ HANGING = """
 """
 
 
-def series(server: ServerProcess, path: str = FEED) -> dict[str, Any]:
-    """What the charts show."""
-    with Viewer(server, path=path) as viewer:
-        found: dict[str, Any] = viewer.frame()["history"]["seconds"]
-    return found
-
-
 def generated(server: ServerProcess, path: str = FEED) -> int:
     """How many keys the charts say were generated."""
-    return sum(series(server, path)["generated"])
+    return sum(charts_shown(server, path)["generated"])
 
 
 def charts_of(path: Path) -> Path:
@@ -352,25 +345,25 @@ def test_the_charts_go_on_after_a_stop(path: Path) -> None:
     with durable_server(path) as server:
         client = server.client()
         client.put(OPENAI).expect(201)
-        series(server, f"{OPENAI}/feed")
+        charts_shown(server, f"{OPENAI}/feed")
         keys = [client.make()["key"] for _ in range(3)]
         client.post(f"{OPENAI}/batch", json={"op": "generate", "count": 5}).expect(201)
         eventually(lambda: generated(server) == 3, "the sample of a second")
         eventually(lambda: generated(server, f"{OPENAI}/feed") == 5, "the same of the other pool")
-        before = series(server)
+        before = charts_shown(server)
     content = charts_of(path).read_bytes()
     content += zlib.decompress(charts_file.read(charts_of(path))["default"])
     assert not any(key.encode() in content for key in keys)
     assert stat.S_IMODE(charts_of(path).stat().st_mode) == 0o600
     for _ in range(2):
         with durable_server(path) as server:
-            found = series(server)
+            found = charts_shown(server)
             assert found["generated"][: len(before["generated"])] == before["generated"]
             assert sum(found["generated"]) == 3
             assert found["end"] >= before["end"]
             assert found["counted"]["generated"] == 3
             eventually(lambda: generated(server, f"{OPENAI}/feed") == 5, "charts of the other pool")
-            eventually(lambda: series(server)["available"][-1] == 3, "a sample of now")
+            eventually(lambda: charts_shown(server)["available"][-1] == 3, "a sample of now")
 
 
 def test_the_charts_go_on_after_a_kill(path: Path, tmp_path: Path) -> None:
@@ -391,7 +384,7 @@ def test_a_deleted_pool_takes_its_charts_along(path: Path) -> None:
     with durable_server(path) as server:
         client = server.client()
         client.put(OPENAI).expect(201)
-        series(server, f"{OPENAI}/feed")
+        charts_shown(server, f"{OPENAI}/feed")
         made = client.post(f"{OPENAI}/keys").expect(201)
         eventually(lambda: generated(server, f"{OPENAI}/feed") == 1, "the sample of a second")
         client.delete(f"{OPENAI}/keys/{made['key']}").expect(204)

@@ -20,7 +20,7 @@ from support import ServerProcess
 from support import eventually as come_true
 from valkey_support import Place, age, become, eventually, new_place, on_loop, pools_on
 from valkeys import Valkey, new_pool, shared_cluster
-from viewing import Viewer
+from viewing import charts_shown
 
 from keypool.core.answers import KeyPatch, Unblock
 from keypool.core.errors import (
@@ -593,14 +593,4 @@ def test_the_charts_of_a_server_over_valkey_go_on_after_a_restart(place: Place, 
         with ServerProcess([f"--engine={place.url}", "--port=0"], cwd=tmp_path) as server:
             if not server.client().stats()["generated"]:
                 server.client().make_many(7)
-            eventually_shown(server)
-
-
-def eventually_shown(server: ServerProcess) -> None:
-    """Wait until the charts have the seven keys that were generated."""
-
-    def shown() -> bool:
-        with Viewer(server) as viewer:
-            return bool(sum(viewer.frame()["history"]["seconds"]["generated"]) == 7)
-
-    come_true(shown, "a sample with all keys")
+            come_true(lambda: sum(charts_shown(server)["generated"]) == 7, "a sample with all keys")

@@ -154,6 +154,13 @@ class Viewer:
         self.close()
 
 
+def charts_shown(server: ServerProcess, path: str = FEED) -> dict[str, Any]:
+    """What the charts show to a new viewer: the latest 15 minutes, by the second."""
+    with Viewer(server, path=path) as viewer:
+        found: dict[str, Any] = viewer.frame()["history"]["seconds"]
+    return found
+
+
 def check(frame: dict[str, Any]) -> dict[str, Any]:
     """The frame, if it has exactly the members of its type."""
     common: dict[str, object] = {"type": ("hello", "delta", "beat"), "seq": int, "now": MOMENT}

@@ -189,7 +189,11 @@ class Feed:
 
     async def _tick(self, stats: Stats) -> None:
         numbers, events_seen = _numbers(stats), self._engine.event_seq
-        latest = self._engine.recent(EVENTS)
+        # Read once, before the first pause, as more may happen in one.
+        unseen = max(
+            (events_seen - seat.events_seen for seat in self._seats.values() if seat.events), default=0
+        )
+        latest = self._engine.recent(min(unseen, EVENTS))
         # By the number of events that are new to a viewer; nearly always one entry.
         tails: dict[int, bytes] = {}
         text = moment(self._now())

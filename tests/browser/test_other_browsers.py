@@ -170,20 +170,20 @@ def test_dialogs_fit_a_phone(server: ServerProcess, client: Client, tab: Tab) ->
     live(tab, server, f"/keys#key-{lease['id']}")
     tab.see("#panel .key-panel[data-state=blocked]")
     assert tab.evaluate(SIDES, "#panel") == []
-    for button, dialog in (("unblock", "#confirm"), ("quarantine", "#quarantine")):
-        tab.click(f"#panel [data-act={button}]")
+
+    def expect_fit(button: str, dialog: str) -> None:
+        tab.click(button)
         tab.see(dialog)
         assert tab.evaluate(SIDES, dialog) == []
         tab.press("Escape")
         tab.miss(dialog)
+
+    expect_fit("#panel [data-act=unblock]", "#confirm")
+    expect_fit("#panel [data-act=quarantine]", "#quarantine")
     tab.press("Escape")
     tab.miss("#panel")
-    for button, dialog in (("generate", "#generate"), ("import", "#import")):
-        tab.click(f".toolbar [data-{button}]")
-        tab.see(dialog)
-        assert tab.evaluate(SIDES, dialog) == []
-        tab.press("Escape")
-        tab.miss(dialog)
+    expect_fit(".toolbar [data-generate]", "#generate")
+    expect_fit(".toolbar [data-import]", "#import")
 
 
 def test_generate_unblock_and_delete(server: ServerProcess, client: Client, tab: Tab) -> None:

@@ -175,7 +175,7 @@ def test_a_day_is_zoomed_by_the_minute_and_its_end_by_the_second(busy: ServerPro
 
 
 def test_zoom_by_keyboard(busy: ServerProcess, tabs: Tabs) -> None:
-    """Around the moment that the arrow keys have chosen, which stays chosen; a screen reader is told."""
+    """`+` and `-` keep the moment that the arrow keys chose in the middle, and tell a screen reader the range."""
     page = tabs.live(busy)
     drawn(page)
     plot = page.locator("#chart-rates .plot")

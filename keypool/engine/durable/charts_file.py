@@ -8,11 +8,12 @@ that a power failure damages is ignored, and a sync a minute would delay commits
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+
+from keypool.engine.durable.file_lock import open_regular
 
 MOST = 64 << 20
 """Bytes in a file that is read, at most: a thousand busy pools have half of it."""
@@ -29,13 +30,10 @@ def beside(path: Path) -> Path:
 def read(path: Path) -> dict[str, bytes]:
     """What is in the file, nothing if it isn't there. Blocks. Raises OSError, and ValueError for another content."""
     try:
-        # O_NONBLOCK: if the name is that of a pipe, opening it would wait for the other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_regular(path, os.O_RDONLY)
     except FileNotFoundError:
         return {}
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is not a regular file")
         content = file.read(MOST + 1)
     if len(content) > MOST:
         raise ValueError(f"it has more than {MOST >> 20} MiB")

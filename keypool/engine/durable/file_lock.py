@@ -27,13 +27,11 @@ def hold(path: Path, lock_seconds: float = LOCK_SECONDS) -> int:
     """
     try:
         _make_folder(path.parent)
-        # O_NONBLOCK: if the name is that of a pipe, opening it would wait for the other end.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise StartError(f"the data file {path} is not a regular file")
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise StartError(f"can't open the data file {path}: {error.strerror}") from None
+    except ValueError:
+        raise StartError(f"the data file {path} is not a regular file") from None
     deadline = time.monotonic() + lock_seconds
     while True:
         try:
@@ -48,6 +46,16 @@ def hold(path: Path, lock_seconds: float = LOCK_SECONDS) -> int:
             raise StartError(f"can't lock the data file {path}: {error.strerror}") from None
         else:
             return descriptor
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; a new one has mode 0600. Raises OSError, ValueError if it is something else."""
+    # O_NONBLOCK: if the name is that of a pipe, opening it would wait for the other end.
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a regular file")
+    return descriptor
 
 
 def _make_folder(folder: Path) -> None:

@@ -57,7 +57,7 @@ local function change(name)
   local wanted = info ~= '' and cmsgpack.unpack(info)[2]
   local holder = wanted and holder_of(wanted)
   if holder and not is_same(record, holder) then return {'name', holder} end
-  local other = member ~= base_of(text) and find(ARGV[4])
+  local other = member ~= base_of(text, record) and find(ARGV[4])
   if other and not is_same(record, other[ID]) and other[FORMER] ~= member then return {'text', other[ID]} end
   local sealed = {[record[ID]] = ARGV[5]}
   for i = 13, #ARGV, 2 do sealed[tonumber(ARGV[i])] = ARGV[i + 1] end
@@ -78,7 +78,7 @@ local function change(name)
   for nth = #seats, 1, -1 do
     local field, seat = seats[nth][1], record_of(seats[nth][1])
     local to = member
-    if field ~= base_of(field) then to = of_seats().field(member, seat[ID]) end
+    if field ~= base_of(field, seat) then to = of_seats().field(member, seat[ID]) end
     if change_one(field, to, seat, sealed[seat[ID]], member) then out[#out + 1] = {to, seat} end
     if seat[ID] == id then text, record = to, seat end
   end

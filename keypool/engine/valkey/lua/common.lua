@@ -143,8 +143,9 @@ local function names_of(record)
   return prefix .. 'seats:' .. first, prefix .. 'secret:' .. first
 end
 
--- What all seats have as the beginning of their fields: the text, or its member.
-local function base_of(text)
+-- The text of a key, or its member: the fields of all seats of a secret begin with it.
+local function base_of(text, record)
+  if not record[SEATS] then return text end
   if text:byte(1) == MEMBER then return text:sub(1, DIGEST) end
   return text:match('^[^%z]*')
 end
@@ -185,7 +186,7 @@ local is_rare = {generated = 1, imported = 1, deleted = 1, expired = 1, revealed
 
 -- Add an event. Its last part is its moment, as poller.py expects.
 local function emit(change, record, text, owner, origin)
-  if record[SEATS] then text = base_of(text) end
+  text = base_of(text, record)
   local start, finish = text:sub(1, 4), text:sub(-4)
   if record[HINT] then start, finish = record[HINT], false end
   if is_rare[change] or change == 'unblocked' and origin:byte(1) == OPERATOR then
@@ -231,7 +232,7 @@ end
 -- NAMES has of it, nil if it has no name. Both are nil for a seat that isn't the first one.
 local function entries_of(text, record)
   local imported, name
-  if record[SEATS] and base_of(text) ~= text then return nil, nil end
+  if base_of(text, record) ~= text then return nil, nil end
   if record[INFO] then
     imported, name = unpack(cmsgpack.unpack(record[INFO]), 1, 2)
     name = name and string.format('%s\0%.0f', name, record[ID])
@@ -755,9 +756,9 @@ do
       local _, surplus = limits_of(record)
       if surplus == 0 then call('HDEL', secret, 'wanted') end
       local field = call('ZRANGEBYSCORE', IDS, id, id, 'LIMIT', 0, 1)[1]
-      local heir = field and text == base_of(text) and record_of(field)
+      local heir = field and text == base_of(text, record) and record_of(field)
       if not heir then return end
-      local to = base_of(field)
+      local to = base_of(field, heir)
       rules.rename(field, to, heir)
       local entry, name = entries_of(to, heir)
       call('ZADD', TEXTS, 0, entry)

@@ -15,7 +15,7 @@ for i = 2, #ARGV do
         if seat[EXPIRES] > NOW then catch_up(field, seat) end
         if not seat.is_gone then purge(field, seat, 'deleted', origin) end
       end
-      text = base_of(text)
+      text = base_of(text, record)
     else
       purge(text, record, 'deleted', origin)
     end

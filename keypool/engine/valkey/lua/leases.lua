@@ -5,7 +5,7 @@
 local function lease_of(text, record, is_repeated)
   local lease = {text, record[ID], record[LEASE], record[EXPIRES] - NOW, record[RELEASE] - NOW}
   if record[INFO] or record[SEALED] or record[SEATS] then
-    lease[1] = record[SEALED] or record[SEATS] and base_of(text) or text
+    lease[1] = record[SEALED] or base_of(text, record)
     lease[6], lease[7], lease[8] = is_repeated and 1 or 0, record[INFO] or '', record[SEALED] and 1 or 0
   elseif is_repeated then
     lease[6] = 1

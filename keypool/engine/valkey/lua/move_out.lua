@@ -15,7 +15,7 @@ for _, text in ipairs(call('ZRANGE', IDS, ARGV[1], ARGV[2])) do
   if record[SEATS] then
     local cools, surplus = limits_of(record)
     local _, seats = of_seats().number(record)
-    found[1], found[6], found[7] = base_of(text), seats - surplus, cools
+    found[1], found[6], found[7] = base_of(text, record), seats - surplus, cools
     local paced = of_seats().paced(record)
     if paced then record[PACED] = paced end
     record[SEATS] = false

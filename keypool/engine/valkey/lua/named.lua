@@ -30,7 +30,7 @@ local function find(name)
   end
   record = record or text and record_of(text)
   if not record then return nil end
-  if record[SEATS] and text == name and base_of(text) ~= text then return nil end  -- a field, but no text
+  if text == name and base_of(text, record) ~= text then return nil end  -- a field, but no text
   if record[EXPIRES] <= NOW then
     purge(text, record, 'expired', 'deadline')
     if record[SEATS] and by_text then return find(name) end

@@ -14,7 +14,7 @@ for i = 2, #ARGV, 6 do
     record[SEALED], record[HINT] = ARGV[i + 3], ARGV[i + 4]
     if ARGV[i + 5] ~= '' then record[INFO] = ARGV[i + 5] end
     local member = ARGV[i + 2]
-    if record[SEATS] and base_of(text) ~= text then member = of_seats().field(member, record[ID]) end
+    if base_of(text, record) ~= text then member = of_seats().field(member, record[ID]) end
     rewrite(text, member, record, entry, name)
     changed = changed + 1
   end

@@ -14,7 +14,7 @@ local partitions, partition, origin = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV
 
 -- Add a seat beside this one, and let it be where the others are.
 local function add_seat(text, record, id, sealed, nth)
-  local field = of_seats().field(base_of(text), id)
+  local field = of_seats().field(base_of(text, record), id)
   local seat = {id, NOW, 0, expiry_of(life, nth), 0}
   seat[SEALED], seat[HINT], seat[INFO] = sealed ~= '' and sealed, record[HINT], record[INFO]
   seat[SEATS], seat[HISTORY] = record[SEATS], record[HISTORY]
@@ -69,6 +69,11 @@ local function change(name)
       of_seats().is_first(COOLING, record)
     end
   end
+  for nth = 1, math.max(0, more) do
+    local number = tonumber(ARGV[8 + 2 * nth])
+    add_seat(text, record, number * partitions + partition + 1, ARGV[9 + 2 * nth], nth - 1)
+    call('HSET', META, 'id', number)
+  end
   of_seats().set_wanted(record, wanted)
   for nth = #seats, 1, -1 do
     local _, surplus = limits_of(record)
@@ -80,12 +85,6 @@ local function change(name)
       if seat[ID] == record[ID] then record.is_gone = true end
     end
   end
-  for nth = 1, math.max(0, more) do
-    local number = tonumber(ARGV[8 + 2 * nth])
-    add_seat(text, record, number * partitions + partition + 1, ARGV[9 + 2 * nth], nth - 1)
-    call('HSET', META, 'id', number)
-  end
-  if more > 0 then of_seats().set_wanted(record, wanted) end
   if record.is_gone then
     text, record = unpack(of_seats().all(record)[1])
   elseif wanted < #seats then

@@ -145,7 +145,7 @@ for i = 3, #ARGV, 4 do
     local state, left = state_of(record)
     if state ~= 'cooling' then left = 0 end
     results[#results + 1] = {
-      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or record[SEATS] and base_of(text) or text) or '',
+      outcome, record[ID], record[LEASE], state, left, guarded and 1 or 0, text ~= name and (record[HINT] or base_of(text, record)) or '',
     }
   end
 end

@@ -16,8 +16,7 @@ for _, text in ipairs(found) do
   if record then
     local sealed = record[SEALED]
     if not sealed or sealed:sub(1, 4) ~= ARGV[1] then
-      local own = record[SEATS] and base_of(text) or text
-      results[#results + 1] = {record[ID], sealed and '' or own, sealed or '', record[INFO] or ''}
+      results[#results + 1] = {record[ID], sealed and '' or base_of(text, record), sealed or '', record[INFO] or ''}
     end
   end
 end
