@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Awaitable
 from typing import Any
 
@@ -13,6 +14,8 @@ from tornado.iostream import StreamClosedError
 
 from http1.harness import chunked, request, serve, until
 from keypool.config.proxies import TrustedProxies
+from keypool.http.http1.reader import RequestReader
+from keypool.http.http1.turns import QUANTUM
 
 
 class Echo(web.RequestHandler):
@@ -345,6 +348,25 @@ async def test_a_request_with_the_end_right_behind_it_is_answered() -> None:
 
     Tornado's server sees the end first, and drops the request.
     """
+    async with serve("http1", State().application) as served:
+        client = await served.connect()
+        client.writer.write(request("/echo"))
+        client.half_close()
+        assert (await client.response()).status == 200
+        assert await client.closed()
+
+
+async def test_a_request_that_waits_for_its_turn_is_answered_despite_the_end_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy server the end of the peer's sending arrives before the turn in which its requests are started."""
+    look_up = RequestReader.try_cached
+
+    def slow(reader: RequestReader, data: bytes) -> int:
+        time.sleep(2 * QUANTUM)
+        return look_up(reader, data)
+
+    monkeypatch.setattr(RequestReader, "try_cached", slow)
     async with serve("http1", State().application) as served:
         client = await served.connect()
         client.writer.write(request("/echo"))

@@ -7,7 +7,8 @@ and then stops reading. A peer that pipelines many requests gets them served in 
 
 The `current` request is the one that was given to the application: to `start_raw_request`, if there is one, or through
 Tornado's interfaces. Reading goes on while an answer is pending, so that a disconnect is noticed. A peer that
-half-closes is treated as disconnected, as in Tornado.
+half-closes is treated as disconnected, as in Tornado; but what came before it and only waits for this connection's
+turn is started first.
 
 States of a connection (those of its reader are in `reader`):
 
@@ -62,6 +63,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_busy",
+        "_ended",
         "_held",
         "_in_head",
         "_lingered",
@@ -104,6 +106,7 @@ class Connection(asyncio.Protocol):
         self._in_head = True  # the deadline is a head's; that of the first head begins with the connection
         self._read_paused = False
         self._scheduled = False  # queued for a later turn
+        self._ended = False  # the peer has sent all, some of which waits for that turn
         self._turns = server.turns
         self._until = 0.0  # when this connection's quantum ends, by the clock of the turns
         self._lingered = 0  # bytes that came behind the last request
@@ -176,12 +179,18 @@ class Connection(asyncio.Protocol):
                     return
             self._settle()
 
-    def eof_received(self) -> None:
-        """Treat the end of the peer's sending as a disconnect."""
+    def eof_received(self) -> bool:
+        """Treat the end of the peer's sending as a disconnect, behind requests that only wait for this one's turn."""
+        if self.state == OPEN and self._scheduled and self.current is None:
+            self._ended = True
+            return True  # the transport stays open
         if self.state <= LINGERING:
             self._leave()
             self._writer.flush()
             self._await_closing()
+            if self._ended:
+                self._transport.close()
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Notify the application, and drop all references."""
@@ -263,6 +272,8 @@ class Connection(asyncio.Protocol):
             self._work()
             self._busy = False
             self._settle()
+            if self._ended and not self._scheduled:
+                self.loop.call_soon(self.eof_received)  # behind the handlers that were started
 
     def _schedule(self, *, backlog: bool = True) -> None:
         if not self._scheduled:
