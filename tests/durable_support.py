@@ -119,7 +119,8 @@ def keys_of_all_kinds() -> list[Key]:
 
     def add(**fields: Any) -> None:
         id, at = len(keys) + 1, 1_700_000_000 + draw.randrange(10**9) / 1000
-        keys.append(Key(id, f"{id:020d}", at, at + 300, **fields))
+        served = 10 * id if "lease" in fields else 0
+        keys.append(Key(id, f"{id:020d}", at, at + 300, served=served, **fields))
 
     histories = (
         NO_HISTORY,
@@ -152,6 +153,7 @@ def durable(key: Key) -> dict[str, object]:
     fields = (
         "id", "text", "created_at", "expires_deadline", "release_deadline", "lease", "owner", "state", "acquired_at",
         "attempt", "reported", "quarantine_pending", "history", "paced_until", "extended",
+        "served",
     )  # fmt: skip
     return {name: getattr(key, name) for name in fields}
 

@@ -183,10 +183,12 @@ def expect_row(value: object, **known: object) -> dict[str, Any]:
         "seat": int,
         "seats": int,
         "acquired_at": (MOMENT, None),
+        "served": int,
     }
     row = expect_object(value, **(members | known))
     assert row["expires_in"] is None or row["expires_in"] >= 0, f"an expired key was shown: {row}"
     assert (row["available_in"] is not None) is (row["state"] == "cooling"), f"available_in: {row}"
+    assert (row["served"] > 0) is (row["lease"] is not None), f"served without a lease, or the reverse: {row}"
     if row["state"] != "blocked":
         assert row["client"] is None, f"client of a key that nobody holds: {row}"
         assert row["acquired_at"] is None, f"acquired_at of a key that nobody holds: {row}"

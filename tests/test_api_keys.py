@@ -539,7 +539,9 @@ def test_a_row_shows_the_whole_life_of_a_key(client: Client) -> None:
 
     client.post(key_path(made["key"], "unblock")).expect(200)
     row = client.row(made["key"])
-    expect_row(row, **fixed, state="available", owner=None, lease=served["lease"], release_in=None)
+    expect_row(row, **fixed, state="available", owner=None, lease=served["lease"], release_in=None, served=1)
+    take(client)
+    assert client.row(made["key"])["served"] == 2
 
 
 def seconds_of(moment: str) -> float:

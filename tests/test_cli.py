@@ -244,7 +244,7 @@ def test_lists_by_state_with_all_columns(server: ServerProcess, pool: KeyPool) -
     assert set(as_json) == {
         "id", "hint", "state", "owner", "lease", "created_at", "expires_in", "release_in", "available_in",
         "failures", "outcome", "reason", "client", "name", "labels", "pace", "seat", "seats",
-        "acquired_at",
+        "acquired_at", "served",
     }  # fmt: skip
     heading, *rows = run_command(server, "list", columns=200).out.splitlines()
     assert heading.replace("\x1b[1m", "").split()[:7] == [

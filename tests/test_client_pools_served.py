@@ -214,7 +214,7 @@ def test_from_a_file_of_keys_to_a_running_job(server: ServerProcess, admin: KeyP
     assert "name-taken" in imported.err
     listed = run_command(server, "list", KEYPOOL_POOL="openai").lines
     assert [line[1] for line in listed] == ["sk-l…cdef"]
-    assert listed[0][-6:] == ["acct-1", "region=eu", "", "", "1", "1"]
+    assert listed[0][-8:] == ["acct-1", "region=eu", "", "", "1", "1", "", "0"]
     code = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
     ran = run_command(server, "--pool=openai", "run", "--", sys.executable, "-c", code, str(tmp_path / "out"))
     assert ran.status == 0

@@ -303,7 +303,7 @@ def test_what_operators_wrote_is_in_the_row() -> None:
     """Name, labels, data, the text before a replacement, and the token that holds it."""
     details = Details(True, "acct-1", {"region": "eu"}, b"{}", "the text before")
     key = Key(5, "sk-live-\0é", 1.0, NEVER, details=details, client="ci", state=State.BLOCKED, lease=3)
-    key.release_deadline, key.acquired_at = 99.0, 39.0
+    key.release_deadline, key.acquired_at, key.served = 99.0, 39.0, 300
     row = row_of(key, 9)
     assert (row[0], row[3]) == ((9 << 40) + 5, NEVER_AT)
     assert durable(key_of(row)) | {"client": key_of(row).client, "details": key_of(row).details} == (

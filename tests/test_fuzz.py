@@ -541,7 +541,9 @@ def look(client: Client) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "chunk", [*range(3), *(pytest.param(chunk, marks=pytest.mark.thorough) for chunk in range(3, CHUNKS))]
+)
 def test_malformed_requests_are_refused_and_change_nothing(lend: Start, chunk: int) -> None:
     """500 shots a chunk over keep-alive connections:
     no 500, no odd answer, no trace in the log, the pool as it was.

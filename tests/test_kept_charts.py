@@ -366,6 +366,7 @@ def test_the_charts_go_on_after_a_stop(path: Path) -> None:
             eventually(lambda: charts_shown(server)["available"][-1] == 3, "a sample of now")
 
 
+@pytest.mark.thorough
 def test_the_charts_go_on_after_a_kill(path: Path, tmp_path: Path) -> None:
     """As they were when they were last kept: within a minute, which is half a second here."""
     env = patched(tmp_path / "patch", QUICK)
@@ -379,6 +380,7 @@ def test_the_charts_go_on_after_a_kill(path: Path, tmp_path: Path) -> None:
         assert generated(server) == 4
 
 
+@pytest.mark.thorough
 def test_a_deleted_pool_takes_its_charts_along(path: Path) -> None:
     """One that is made anew under its name begins with nothing, before and after a restart."""
     with durable_server(path) as server:
@@ -395,6 +397,7 @@ def test_a_deleted_pool_takes_its_charts_along(path: Path) -> None:
         assert generated(server, f"{OPENAI}/feed") == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("damage", ["cut", "foreign", "folder"])
 def test_a_start_ignores_charts_that_it_cant_use(path: Path, damage: str) -> None:
     """With one line in the log; those of another data file without one."""
@@ -425,6 +428,7 @@ def test_a_disk_that_doesnt_take_the_charts(path: Path, tmp_path: Path) -> None:
         assert server.log.count("the charts aren't kept") == 1
 
 
+@pytest.mark.thorough
 def test_a_disk_that_hangs_over_the_charts(path: Path, tmp_path: Path) -> None:
     """The server serves, and stops within seconds."""
     with durable_server(path, env=patched(tmp_path / "patch", QUICK + HANGING)) as server:

@@ -250,7 +250,7 @@ def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
     held = Key(7, "h:1.2.AAAAAAAAAAA", 1_700_000_000.0, 1_700_000_900.0, lease=9, details=Details(True))
     now = float(round(time.time()))
     held.state, held.release_deadline, held.acquired_at = State.BLOCKED, now + 600, now
-    held.client, held.owner = "ann", "wörker"
+    held.client, held.owner, held.served = "ann", "wörker", 2
     seats = [
         Key(
             id,
@@ -268,6 +268,7 @@ def many_pools(path: Path, sealer: Sealer | None) -> dict[int, list[Key]]:
         now + 600,
         now,
     )
+    seats[0].served = 5
     for seat in seats[1:]:
         seat.state, seat.release_deadline = State.COOLING, now + 60
     keys = {

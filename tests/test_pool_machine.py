@@ -54,6 +54,7 @@ class Fact:
     expires: float
     release: float | None = None
     lease: int = 0
+    served: int = 0
     owner: str | None = None
 
     def lives(self, now: float) -> bool:
@@ -142,6 +143,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert fact.release is None, f"{story}: it is held by {fact.owner!r} under lease {fact.lease}"
             assert fact.lives(self.now), f"{story}: it expired at {fact.expires}"
             fact.lease = self.pool.last_lease
+            fact.served += 1
             fact.owner, fact.release = owner, self.now + BLOCK
         elif change in (Change.UNBLOCKED, Change.RELEASED):
             assert fact.release is not None, f"{story}: it is available"
@@ -253,6 +255,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert key.release_deadline is not None, f"{key!r} was served but not blocked"
         fact = self.truth[key.id]
         fact.lease, fact.owner, fact.release = key.lease, owner, self.now + BLOCK
+        fact.served += 1
+        assert key.served == fact.served, f"{key!r} was served {fact.served} times"
         self.last_lease = key.lease
         self._expect(Change.ACQUIRED)
 
@@ -464,7 +468,13 @@ class PoolMachine(RuleBasedStateMachine):
         """The reported changes add up to all keys and counts."""
         held = {
             key.id: Fact(
-                key.text, key.created_at, key.expires_deadline, key.release_deadline, key.lease, key.owner
+                key.text,
+                key.created_at,
+                key.expires_deadline,
+                key.release_deadline,
+                key.lease,
+                key.served,
+                key.owner,
             )
             for key in self.pool._by_id.walk(None)
         }

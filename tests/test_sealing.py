@@ -138,7 +138,7 @@ def test_a_sealed_row_has_all_of_its_key_and_shows_no_secret() -> None:
     key = Key(
         5, "the secret", 1.0, NEVER, details=details, client="ci", owner="me", state=State.BLOCKED, lease=3
     )
-    key.release_deadline, key.acquired_at = 99.0, 39.0
+    key.release_deadline, key.acquired_at, key.served = 99.0, 39.0, 2
     sealer = Sealer([OLD])
     stored = row_of(key, 9, sealer)
     for secret in (b"the secret", b"the data", b"the text before"):

@@ -286,7 +286,7 @@ class Twins:
         assert (row.seat, row.seats) == self.pool.number_of(key)
         assert (row.hint, row.client) == (key.hint, key.client)
         assert (row.name, row.labels) == (key.details.name, key.details.labels or {})
-        assert row.pace == key.details.pace
+        assert (row.pace, row.served) == (key.details.pace, key.served)
         assert (row.acquired_at is not None) is (state is State.BLOCKED)
         assert row.release_in == (pytest.approx(left, abs=self.near) if state is State.BLOCKED else None)
         assert row.available_in == (pytest.approx(left, abs=self.near) if state is State.COOLING else None)
@@ -567,8 +567,8 @@ class Twins:
         self.catch_up()
         answer, error = await _outcome(self.engine.update(ref, patch, ADMIN))
         if answer is not None:
-            found, _ = await self.engine._row_for_change(answer.id)
-            self.follow_ids(found[19] or [found[1]])
+            found, _ = await self.engine._find(answer.id)
+            self.follow_ids(found.seats or [found.row.id])
         key, wanted = await _outcome(lambda: self.pool.update(self.secret(ref), patch, self.now, ADMIN))
         assert type(error) is type(wanted), f"{error!r} or {answer} instead of {wanted!r}"
         if answer is not None:

@@ -77,7 +77,9 @@ def test_the_crawler(server: ServerProcess) -> None:
     assert server.client().stats()["total"] == 0
 
 
-@pytest.mark.parametrize("program", ["limited_worker.py", "limited_worker_async.py"])
+@pytest.mark.parametrize(
+    "program", [pytest.param("limited_worker.py", marks=pytest.mark.thorough), "limited_worker_async.py"]
+)
 def test_a_limit_of_the_service_is_hit_once_and_respected(server: ServerProcess, program: str) -> None:
     """8 workers with 2 keys: every request is answered, and no key is used while it should rest."""
     path = str(EXAMPLES / program)

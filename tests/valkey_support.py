@@ -362,6 +362,7 @@ class _Record(NamedTuple):
     paced: Any = False
     extended: Any = False
     seats: Any = False
+    served: Any = False
 
 
 def _entry(text: bytes, record: _Record) -> bytes:

@@ -54,6 +54,8 @@ LISTED = (
     *_ABOUT_REPORTS,
     *_WRITTEN,
     *_SEATS,
+    "acquired_at",
+    "served",
 )
 _LISTED_IN_TABLES = (
     "id",

@@ -231,7 +231,8 @@ class Row:
     reason of a quarantined key is the operator's, if one gave it. `client` is the name of the token that holds the key,
     None unless it has one. `name`, `labels` and `pace` (`count`, `seconds`, `burst`) are an operator's; `pace` is None
     unless the key has its own. `expires_in` is None if the key never expires. `seat` is the number of the key among the
-    `seats` of its secret. `acquired_at` is the moment of the acquire, None unless the key is blocked.
+    `seats` of its secret. `acquired_at` is the moment of the acquire, None unless the key is blocked. `served` is how
+    often it was acquired, 0 also if the server is older than that number.
     """
 
     id: int
@@ -253,6 +254,7 @@ class Row:
     seat: int = 1
     seats: int = 1
     acquired_at: datetime | None = None
+    served: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ class Key:
     state: str = "available"
     until: float | None = None
     lease: int | None = None
+    served: int = 0
     owner: str | None = None
     acquired: float = 0.0
     attempt: tuple[object, ...] | None = None
@@ -215,6 +216,7 @@ class FakePool:
             self._leases += 1
             key.state, key.owner, key.lease, key.attempt = "blocked", owner, self._leases, attempt
             key.reported, key.acquired, key.extended = False, self.now(), 0
+            key.served += 1
             key.until = key.acquired + (block_seconds or block)
             if pace := self._pace(key):
                 key.paced = max(key.paced, key.acquired) + pace["seconds"] / pace["count"]
@@ -571,6 +573,7 @@ class FakePool:
             "seat": (ids := self.ids(key.text)).index(key.id) + 1,
             "seats": len(ids),
             "acquired_at": self._moment(key.acquired) if key.state == "blocked" else None,
+            "served": key.served,
         }
 
     def _moment(self, at: float) -> str:

@@ -192,6 +192,7 @@ class Row(Answer):
     is the operator's if one gave it. `client` is the name of the token that holds the key, null unless it has one.
     `name`, `labels` and `pace` are an operator's: `pace` is null unless the key has its own. `seat` is the number of
     the key among the `seats` of its secret, from 1. `acquired_at` is the moment of the acquire, null unless blocked.
+    `served` is how often the key was acquired.
     """
 
     id: int
@@ -213,6 +214,7 @@ class Row(Answer):
     seat: int = 1
     seats: int = 1
     acquired_at: Moment | None = None
+    served: int = 0
 
 
 class Page(Answer):

@@ -150,6 +150,8 @@ class Key(msgspec.Struct, gc=False, eq=False):
     """The theoretical arrival time of its pace (pace.py); 0 if none was ever charged: full budget."""
     extended: int = 0
     """How often its lease was extended; 0 unless blocked."""
+    served: int = 0
+    """How often it was acquired. Of what an older version served, the latest counts."""
     # in memory
     replayed: bool = False
     """Whether the latest lease was given to its attempt again, so that the first call can't take it back alone."""

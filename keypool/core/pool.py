@@ -391,6 +391,7 @@ class Pool(Seats):
             if key.expires_deadline > now:
                 self._take_slot(key)
                 key.lease = self.last_lease = self.last_lease + 1
+                key.served += 1
                 key.owner = owner
                 key.state = _BLOCKED
                 key.reported = False

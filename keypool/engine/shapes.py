@@ -41,6 +41,7 @@ def row_of(key: Key, now: float, pool: Pool) -> Row:
         details.name,
         details.labels or {},
         details.pace,
+        served=key.served,
     )
     if key.group is not None:
         row.seat, row.seats = pool.number_of(key)

@@ -6,6 +6,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from conftest import Start
 from support import ADMIN_TOKEN, API, Client, ServerProcess, eventually
 
@@ -36,6 +37,7 @@ def test_generate_from_an_empty_pool(start_server: Start, tabs: Tabs) -> None:
     page.locator("#empty").wait_for(state="hidden")
 
 
+@pytest.mark.thorough
 def test_cancel_generates_nothing(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Escape generates nothing either."""
     page = tabs.live(server, "/keys")
@@ -107,6 +109,7 @@ def test_quarantine_a_key_that_is_held(server: ServerProcess, client: Client, ta
     assert client.stats()["quarantined"] == 1
 
 
+@pytest.mark.thorough
 def test_restore_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """The dialog says why the key is out; a cooling key can be restored, too."""
     client.make_many(2)
@@ -124,6 +127,7 @@ def test_restore_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> Non
     ] * 2
 
 
+@pytest.mark.thorough
 def test_call_off_a_quarantine_that_is_to_come(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """From the panel of a key that is held; its lease goes on."""
     client.make()
@@ -139,6 +143,7 @@ def test_call_off_a_quarantine_that_is_to_come(server: ServerProcess, client: Cl
     assert client.row(lease["key"])["state"] == "available"
 
 
+@pytest.mark.thorough
 def test_quarantine_and_restore_several(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """One reason for all; a restore leaves out those that are neither cooling nor quarantined."""
     client.make_many(4)
@@ -167,6 +172,7 @@ def test_quarantine_and_restore_several(server: ServerProcess, client: Client, t
     page.get_by_text("None of the selected keys is cooling or quarantined.").wait_for()
 
 
+@pytest.mark.thorough
 def test_keep_alive_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """It needs no confirmation."""
     key = client.make()
@@ -191,6 +197,7 @@ def test_delete_a_row(server: ServerProcess, client: Client, tabs: Tabs) -> None
     row(page, gone["id"]).wait_for(state="detached")
 
 
+@pytest.mark.thorough
 def test_deleting_several_has_to_be_typed(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Only the selected keys are deleted, by id, and only after the number was typed."""
     made = client.make_many(6)
@@ -243,6 +250,7 @@ def test_several_at_once(server: ServerProcess, client: Client, tabs: Tabs) -> N
     assert not page.locator("#bulk").is_visible()
 
 
+@pytest.mark.thorough
 def test_what_an_unblock_left_alone_is_said(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Keys that were leased again meanwhile, and nothing about others."""
     client.make()
@@ -267,6 +275,7 @@ def test_the_panel_of_a_key(server: ServerProcess, client: Client, tabs: Tabs) -
     panel.get_by_text("worker-7").first.wait_for()
     text = panel.inner_text()
     assert "acquired" in text
+    assert re.search(r"Times served\s+1\b", text), text
     assert f"/api/v1/keys/id:{lease['id']}/unblock" in text
     client.post(f"{API}/keys/{lease['key']}/unblock").expect(200)
     panel.get_by_text("nobody").wait_for()
@@ -274,6 +283,7 @@ def test_the_panel_of_a_key(server: ServerProcess, client: Client, tabs: Tabs) -
     assert not page.locator("#panel").is_visible()
 
 
+@pytest.mark.thorough
 def test_act_from_the_panel(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """After a deletion the panel shows that the key is gone."""
     key = client.make()
@@ -317,6 +327,7 @@ def test_reveal_is_audited_and_hidden_again(server: ServerProcess, client: Clien
     assert key["key"] not in page.content()
 
 
+@pytest.mark.thorough
 def test_a_key_revealed_while_its_panel_is_updated_is_shown(
     server: ServerProcess, client: Client, tabs: Tabs
 ) -> None:
@@ -334,6 +345,7 @@ def test_a_key_revealed_while_its_panel_is_updated_is_shown(
     page.wait_for_function("key => document.querySelector('.secret').textContent === key", arg=key["key"])
 
 
+@pytest.mark.thorough
 def test_rows_hold_still_under_the_pointer(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """A row of a deleted key is struck through, and disappears when the pointer leaves."""
     one, other = client.make(), client.make()
@@ -346,6 +358,7 @@ def test_rows_hold_still_under_the_pointer(server: ServerProcess, client: Client
     assert row(page, other["id"]).is_visible()
 
 
+@pytest.mark.thorough
 def test_the_stream_pauses_and_is_filtered(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Events during a pause are counted, and shown when the stream goes on."""
     page = tabs.live(server, "/events")
@@ -383,6 +396,7 @@ def test_a_viewer_can_look_and_not_touch(tokened: ServerProcess, tabs: Tabs, sig
     assert page.locator(".role").inner_text() == "viewer"
 
 
+@pytest.mark.thorough
 def test_what_is_about_all_seats_of_a_key_says_so(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """A row is one seat; deleting it deletes the others, too, also those that somebody holds."""
     item = {"secret": "sk-live-77d1-3f0c2e91", "seats": 3, "expire": True}

@@ -43,6 +43,7 @@ def icon(page: Page) -> str:
     return str(page.locator('link[rel="icon"]').get_attribute("href")).rpartition("/")[2]
 
 
+@pytest.mark.thorough
 def test_a_mass_expiry_is_announced_with_cause_and_remedy(
     server: ServerProcess, client: Client, tabs: Tabs
 ) -> None:
@@ -83,6 +84,7 @@ def test_an_emptied_pool_says_why_it_is_empty(server: ServerProcess, client: Cli
     assert sum(int(crowd.removeprefix("\u00d7") or 1) for crowd in crowds) == 20
 
 
+@pytest.mark.thorough
 def test_the_tabs_title_says_that_no_key_is_free(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """On every page, and no longer when one is."""
     client.make()
@@ -100,6 +102,7 @@ def test_the_tabs_title_says_that_no_key_is_free(server: ServerProcess, client: 
     page.locator("#tile-available:not(.warn)").wait_for()
 
 
+@pytest.mark.thorough
 def test_an_empty_pool_doesnt_contradict_itself(server: ServerProcess, tabs: Tabs) -> None:
     """Nobody is promised a key beside "every acquire gets 404", on any list."""
     page = tabs.live(server)
@@ -110,6 +113,7 @@ def test_an_empty_pool_doesnt_contradict_itself(server: ServerProcess, tabs: Tab
         assert "at once" not in page.locator("main").inner_text()
 
 
+@pytest.mark.thorough
 def test_tiles_lead_to_what_they_count(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """A click anywhere on one, also on its number."""
     client.make_many(3)
@@ -151,6 +155,7 @@ def test_what_happened_lately(short_server: ServerProcess, tabs: Tabs) -> None:
 # -------------------------------------------------------------------------------------------------- charts
 
 
+@pytest.mark.thorough
 def test_the_legend_shows_the_numbers_of_now(server: ServerProcess, client: Client, tabs: Tabs) -> None:
     """Those of the tiles, at every moment."""
     client.make_many(10)
@@ -164,6 +169,7 @@ def test_the_legend_shows_the_numbers_of_now(server: ServerProcess, client: Clie
     assert shown.json_value() == "30"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("width", [390, 1440])
 def test_times_stand_under_their_grid_lines(server: ServerProcess, tabs: Tabs, width: int) -> None:
     """The lines divide the chart in three."""
@@ -176,6 +182,7 @@ def test_times_stand_under_their_grid_lines(server: ServerProcess, tabs: Tabs, w
             assert abs(off) < 2, f"label {place} is {off:.0f} px beside its line"
 
 
+@pytest.mark.thorough
 def test_the_chart_of_rates_says_what_it_counts(server: ServerProcess, tabs: Tabs) -> None:
     """Keys: a batch of 60 is one call."""
     page = tabs.live(server)
@@ -183,6 +190,7 @@ def test_the_chart_of_rates_says_what_it_counts(server: ServerProcess, tabs: Tab
     assert page.get_by_text("Calls a second").count() == 0
 
 
+@pytest.mark.thorough
 def test_entries_of_a_legend_switch_their_series(start_server: Start, tabs: Tabs) -> None:
     """By mouse and by keyboard; the scale is that of what is left. Series of zeros are muted."""
     server = start_server()  # whose charts have nothing of other tests
@@ -208,6 +216,7 @@ def test_entries_of_a_legend_switch_their_series(start_server: Start, tabs: Tabs
     chart.locator("li[data-tone=cooling]:not(.zero)").wait_for()
 
 
+@pytest.mark.thorough
 def test_a_day_that_has_just_begun_says_so(start_server: Start, tabs: Tabs) -> None:
     """Instead of an empty chart without a word."""
     page = tabs.live(start_server())
@@ -215,6 +224,7 @@ def test_a_day_that_has_just_begun_says_so(start_server: Start, tabs: Tabs) -> N
     assert page.locator("#chart-rates .when").inner_text() == "A point a minute, from now on"
 
 
+@pytest.mark.thorough
 def test_what_ends_next_is_there_as_soon_as_the_page_is(
     server: ServerProcess, client: Client, tabs: Tabs
 ) -> None:
@@ -228,6 +238,7 @@ def test_what_ends_next_is_there_as_soon_as_the_page_is(
 # ------------------------------------------------------------------------------------------- the server stops
 
 
+@pytest.mark.thorough
 def test_a_server_that_has_stopped_isnt_said_to_be_stopping(tmp_path: Path, tabs: Tabs) -> None:
     """When its time to stop is over it can't be reached. The page goes on when it is back."""
     tabs.allow("ERR_CONNECTION|WebSocket|503")

@@ -21,7 +21,7 @@ from keypool.engine.durable import charts_file, datafile
 from keypool.web.history import COUNTS, GAUGES, History
 from keypool.web.kept_charts import encoded
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.thorough]
 
 
 def sample(number: int, step: int) -> tuple[int, ...]:

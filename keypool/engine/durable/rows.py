@@ -42,6 +42,9 @@ REPORTED = 4
 """The latest lease can't report any more."""
 QUARANTINE_PENDING = 8
 """The key is quarantined when its lease ends."""
+_SERVED_SHIFT = 8
+"""Flags have fewer bits. Those above count how often the key was acquired."""
+_LOW = (1 << _SERVED_SHIFT) - 1
 
 NEVER_AT = (1 << 62) - 1
 """The `expires_at` of a key that never expires: later than every grace, so that no grace moves it."""
@@ -256,6 +259,7 @@ def row_of(key: Key, pool: int = 0, sealer: Sealer | None = None) -> Row:
         flags = QUARANTINED
     if key.reported:
         flags |= REPORTED
+    flags |= key.served << _SERVED_SHIFT
     text = key.text
     if sealer is not None:
         text, more = "", _sealed_more(key, pool, sealer)
@@ -320,7 +324,9 @@ def key_of(row: Row, sealer: Sealer | None = None, behind: array[int] | None = N
         key.state = _BLOCKED
     if acquired_at is not None:
         key.acquired_at = acquired_at / 1000
-    if flags != 0:
+    if lease:
+        key.served = flags >> _SERVED_SHIFT or 1
+    if flags & _LOW or flags < 0:
         _set_flags(key, flags)
     sealed = None if more is None else _set_more(key, more)
     if sealed is None:
@@ -352,7 +358,7 @@ def event_of(row: EventRow) -> RareEvent:
 
 
 def _set_flags(key: Key, flags: int) -> None:
-    if flags & ~_FLAGS:
+    if flags < 0 or flags & _LOW & ~_FLAGS:
         raise ValueError(f"{key!r} has the unknown flags {flags}")
     if flags & COOLING:
         if key.state is not State.BLOCKED:

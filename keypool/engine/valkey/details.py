@@ -38,8 +38,8 @@ from keypool.core.errors import (
 )
 from keypool.core.keys import MAX_NAME, Details, hint
 from keypool.engine.valkey.calls import all_of
-from keypool.engine.valkey.link import Reply, Word
-from keypool.engine.valkey.pages import row_of, text_in
+from keypool.engine.valkey.link import Word
+from keypool.engine.valkey.pages import ListedKey, row_of, text_in
 from keypool.engine.valkey.partitions import Partitions
 from keypool.engine.valkey.vault import details_in, info_of
 
@@ -53,9 +53,19 @@ _PAUSE = 0.02  # seconds before something that another server has locked is trie
 _MOST_TRIES = 100
 _ODD = re.compile(r"(?:id|h):")
 _ID = re.compile(r"id:([1-9][0-9]{0,15})", re.ASCII)
-_SEALED, _SEATS = 18, 19  # of a row in get.lua's reply
 
-GetRow = Callable[[Ref], Awaitable[tuple[Reply, float]]]
+
+class FoundKey(NamedTuple):
+    """What get.lua replies about a key."""
+
+    row: ListedKey
+    sealed: bytes
+    """Text and data, encrypted; empty if they are in clear."""
+    seats: list[int]
+    """The ids of all seats of its secret; empty if it never had more than one."""
+
+
+Find = Callable[[Ref], Awaitable[tuple[FoundKey, float]]]
 
 
 def is_odd(text: str) -> bool:
@@ -134,22 +144,22 @@ class Locks:
 
 
 class Editor:
-    """See the module. `get_row` returns what get.lua replies about a key, and how old it is."""
+    """See the module. `find` returns what get.lua replies about a key, and how old it is."""
 
-    def __init__(self, partitions: Partitions, locks: Locks, get_row: GetRow) -> None:
+    def __init__(self, partitions: Partitions, locks: Locks, find: Find) -> None:
         self._partitions = partitions
         self._locks = locks
-        self._get_row = get_row
+        self._find = find
         self.adder: Adder
         """Set by the engine: importing.py needs this in turn."""
 
-    def read(self, row: Reply) -> tuple[str, Details]:
-        """Text and details of a row in get.lua's reply."""
-        details = details_in(row[14])
-        if not row[_SEALED]:
-            return text_in(row[0]), details
+    def read(self, found: FoundKey) -> tuple[str, Details]:
+        """Text and details of a key."""
+        details = details_in(found.row.info)
+        if not found.sealed:
+            return text_in(found.row.text), details
         assert self._partitions.vault is not None
-        text, data = self._partitions.vault.open(row[_SEALED], row[1])
+        text, data = self._partitions.vault.open(found.sealed, found.row.id)
         return text, structs.replace(details, data=data)
 
     # -- changes
@@ -157,21 +167,21 @@ class Editor:
     async def update(self, ref: Ref, patch: KeyPatch, origin: Word, room: Room | None = None) -> Row:
         """Change name, labels, data or the number of seats. O(seats * log n), O(partitions) for a name.
 
-        `room` is what the caller has reserved for more seats. Raises NameTaken, PoolFull, and as `get_row`.
+        `room` is what the caller has reserved for more seats. Raises NameTaken, PoolFull, and as `find`.
         """
         is_ample = True
         for _ in range(_MOST_TRIES):
-            row, _ = await self._get_row(ref)
-            more = 0 if patch.seats is None else patch.seats - max(1, len(row[_SEATS]))
+            found, _ = await self._find(ref)
+            more = 0 if patch.seats is None else patch.seats - max(1, len(found.seats))
             wanted: Counter[int] = Counter()
             if more > 0 and room is None:
-                partition, _ = await self._partitions.name_of(row[1])
+                partition, _ = await self._partitions.name_of(found.row.id)
                 wanted[partition] = more
             # Room first, as a refusal changes nothing.
-            async with self.adder.room_for(wanted, is_ample=is_ample) as found:
-                changed = await self._update(row, patch, origin)
+            async with self.adder.room_for(wanted, is_ample=is_ample) as reserved:
+                changed = await self._update(found, patch, origin)
                 if changed is not None and patch.seats is not None:
-                    changed = await self._set_seats(changed.id, patch.seats, origin, room or found)
+                    changed = await self._set_seats(changed.id, patch.seats, origin, room or reserved)
                     if changed is None and room is not None:
                         raise PoolFull(self._partitions.rules.max_keys, more, self._partitions.rules.max_keys)
             if changed is not None:
@@ -182,104 +192,106 @@ class Editor:
     async def changed(self, id: int, patch: KeyPatch, origin: Word, room: Room | None) -> list[int]:
         """The same. Returns the ids of all seats."""
         shown = await self.update(id, patch, origin, room)
-        row, _ = await self._get_row(shown.id)
-        return row[_SEATS] or [row[1]]
+        found, _ = await self._find(shown.id)
+        return found.seats or [found.row.id]
 
-    async def _update(self, row: Reply, patch: KeyPatch, origin: Word) -> Row | None:
+    async def _update(self, found: FoundKey, patch: KeyPatch, origin: Word) -> Row | None:
         """Change name, labels or data of a key with this row. None if it was changed meanwhile."""
-        text, details = self.read(row)
+        text, details = self.read(found)
         new = patched(details, patch)
-        is_sealed_anew = new.data != details.data or self._may_be_mixed(row)
-        words = self._words(row, text, text, new, is_sealed_anew=is_sealed_anew)
-        others = self._sealed_others(row, text, new, is_sealed_anew=is_sealed_anew)
+        is_sealed_anew = new.data != details.data or self._may_be_mixed(found)
+        words = self._words(found, text, text, new, is_sealed_anew=is_sealed_anew)
+        others = self._sealed_others(found, text, new, is_sealed_anew=is_sealed_anew)
         gets_name = new.name is not None and new.name != details.name
-        async with self._name_held(new.name if gets_name else None, row[1]) as until:
-            return await self._change(row[1], (*words, "", origin, "", until, "", *others))
+        async with self._name_held(new.name if gets_name else None, found.row.id) as until:
+            return await self._change(found.row.id, (*words, "", origin, "", until, "", *others))
 
     async def _set_seats(self, id: int, count: int, origin: Word, room: Room) -> Row | None:
         """Call set_seats.lua, until the seats that it adds are sealed for their ids. None if there is no room."""
         partitions, vault = self._partitions, self._partitions.vault
         number = 0
         for _ in range(_MOST_TRIES):
-            row, _ = await self._get_row(id)
-            text, details = self.read(row)
-            partition, name = await partitions.name_of(row[1])
-            more = max(0, count - max(1, len(row[_SEATS])))
+            found, _ = await self._find(id)
+            text, details = self.read(found)
+            partition, name = await partitions.name_of(found.row.id)
+            more = max(0, count - max(1, len(found.seats)))
             words: list[Word] = [
-                row[_SEALED], count, partitions.life_us, partitions.count, partition,
+                found.sealed, count, partitions.life_us, partitions.count, partition,
                 room.limits[partition], room.reservation, origin,
             ]  # fmt: skip
             number = max(number, self.adder.next_number(more))
             for each in range(number, number + more):
                 sealed: Word = ""
-                if vault is not None and row[_SEALED]:
+                if vault is not None and found.sealed:
                     sealed = vault.seal(text, details.data, each * partitions.count + partition + 1)
                 words += (each, sealed)
             call = partitions.call(partition, "set_seats", (name, *words))
-            done, *found = await call
+            done, *reply = await call
             if done == 1:
                 self.adder.added(partition, more)
-                return row_of(found[0], call.age(), partitions.rules.forget_seconds)
+                return row_of(ListedKey(*reply[0]), call.age(), partitions.rules.forget_seconds)
             if done == b"full":
                 return None
             if done == b"number":
-                number = found[0] + 1
+                number = reply[0] + 1
             elif done != b"changed":
                 raise UnknownKey
         raise StorageUnavailable("the key was changed again and again; try again")
 
-    def _may_be_mixed(self, row: Reply) -> bool:
+    def _may_be_mixed(self, found: FoundKey) -> bool:
         """Whether some seats of a key may be in clear and others not, which mustn't get the same member then."""
         vault = self._partitions.vault
-        return bool(row[_SEATS]) and vault is not None and vault.may_have_clear
+        return bool(found.seats) and vault is not None and vault.may_have_clear
 
-    def _sealed_others(self, row: Reply, text: str, details: Details, *, is_sealed_anew: bool) -> list[Word]:
+    def _sealed_others(
+        self, found: FoundKey, text: str, details: Details, *, is_sealed_anew: bool
+    ) -> list[Word]:
         """The words of change.lua about the other seats."""
         vault, words = self._partitions.vault, list[Word]()
-        for id in row[_SEATS]:
-            if id != row[1]:
-                anew = vault is not None and (is_sealed_anew or not row[_SEALED])
+        for id in found.seats:
+            if id != found.row.id:
+                anew = vault is not None and (is_sealed_anew or not found.sealed)
                 words += (id, vault.seal(text, details.data, id) if vault is not None and anew else "")
         return words
 
     async def replace(self, ref: Ref, secret: str, origin: Word) -> Row:
-        """Give a key another text. O(log n). Raises SecretExists, SecretsKeyRequired, and as `get_row`."""
+        """Give a key another text. O(log n). Raises SecretExists, SecretsKeyRequired, and as `find`."""
         partitions, vault = self._partitions, self._partitions.vault
         if vault is None:
             raise SecretsKeyRequired
         for _ in range(_MOST_TRIES):
-            row, _ = await self._get_row(ref)
-            text, details = self.read(row)
+            found, _ = await self._find(ref)
+            text, details = self.read(found)
             if secret == text:
-                is_sealed_anew = self._may_be_mixed(row)
-                words = self._words(row, text, text, details, is_sealed_anew=is_sealed_anew)
-                others = self._sealed_others(row, text, details, is_sealed_anew=is_sealed_anew)
-                changed = await self._change(row[1], (*words, "replace", origin, "", 0, "", *others))
+                is_sealed_anew = self._may_be_mixed(found)
+                words = self._words(found, text, text, details, is_sealed_anew=is_sealed_anew)
+                others = self._sealed_others(found, text, details, is_sealed_anew=is_sealed_anew)
+                changed = await self._change(found.row.id, (*words, "replace", origin, "", 0, "", *others))
             else:
                 details = structs.replace(details, imported=True)
-                words = self._words(row, text, secret, details, is_sealed_anew=True)
-                others = self._sealed_others(row, secret, details, is_sealed_anew=True)
-                async with self._text_held(secret, row[1]) as until:
+                words = self._words(found, text, secret, details, is_sealed_anew=True)
+                others = self._sealed_others(found, secret, details, is_sealed_anew=True)
+                async with self._text_held(secret, found.row.id) as until:
                     odd = "1" if is_odd(secret) else ""
                     partitions.has_odd_texts |= bool(odd)
                     changed = await self._change(
-                        row[1], (*words, "replace", origin, vault.member(text), until, odd, *others)
+                        found.row.id, (*words, "replace", origin, vault.member(text), until, odd, *others)
                     )
             if changed is not None:
                 return changed
         raise StorageUnavailable("the key was changed again and again; try again")
 
     def _words(
-        self, row: Reply, text: str, new_text: str, details: Details, *, is_sealed_anew: bool
+        self, found: FoundKey, text: str, new_text: str, details: Details, *, is_sealed_anew: bool
     ) -> tuple[Word, ...]:
         """The words of change.lua about what is stored now, and what is to be stored."""
-        vault, sealed, info = self._partitions.vault, row[_SEALED], row[14]
+        vault, sealed, info = self._partitions.vault, found.sealed, found.row.info
         if vault is None:
             return sealed, info, text, "", "", info_of(details)
-        member = row[0] if sealed and text == new_text else vault.name(new_text)
+        member = found.row.text if sealed and text == new_text else vault.name(new_text)
         anew: tuple[Word, Word] = "", ""
         if is_sealed_anew or not sealed:
-            anew = vault.seal(new_text, details.data, row[1]), hint(new_text)
+            anew = vault.seal(new_text, details.data, found.row.id), hint(new_text)
         return sealed, info, member, *anew, info_of(structs.replace(details, data=None))
 
     async def _change(self, id: int, words: tuple[Word, ...]) -> Row | None:
@@ -288,7 +300,7 @@ class Editor:
         call = self._partitions.call(partition, "change", (name, *words))
         done, *more = await call
         if done == 1:
-            return row_of(more[0], call.age(), self._partitions.rules.forget_seconds)
+            return row_of(ListedKey(*more[0]), call.age(), self._partitions.rules.forget_seconds)
         if done == b"name":
             raise NameTaken(more[0])
         if done == b"text":
@@ -345,8 +357,8 @@ class Editor:
             refs.append(int(written[1]))
         for ref in refs:
             with contextlib.suppress(UnknownKey):
-                row, age = await self._get_row(ref)
-                return row_of(row, age, forget_seconds)
+                known, age = await self._find(ref)
+                return row_of(known.row, age, forget_seconds)
         if len(text) > MAX_NAME:
             raise UnknownKey  # neither a name nor a hint; and it may be a secret, which Valkey must not see
         calls = [
@@ -354,11 +366,12 @@ class Editor:
             for partition in range(self._partitions.count)
         ]
         found = [
-            [(row, call.age()) for row in rows] for call, rows in zip(calls, await all_of(calls), strict=True)
+            [(row and ListedKey(*row), call.age()) for row in rows]
+            for call, rows in zip(calls, await all_of(calls), strict=True)
         ]
         for kind in zip(*found, strict=True):
             rows = [(row, age) for row, age in kind if row]
             if rows:
-                row, age = min(rows, key=lambda each: each[0][1])
+                row, age = min(rows, key=lambda each: each[0].id)
                 return row_of(row, age, forget_seconds)
         raise UnknownKey

@@ -111,11 +111,11 @@ from keypool.engine.holder_calls import rare_row_of
 from keypool.engine.valkey.attempts import RepeatedLease
 from keypool.engine.valkey.calls import all_of, seconds_left
 from keypool.engine.valkey.creation import KeyGenerator
-from keypool.engine.valkey.details import Editor, Locks
+from keypool.engine.valkey.details import Editor, FoundKey, Locks
 from keypool.engine.valkey.holders import HolderPages, word_of
 from keypool.engine.valkey.importing import Importer
 from keypool.engine.valkey.link import UNREACHABLE, Reply, Word
-from keypool.engine.valkey.pages import Pages, hint_of, row_of
+from keypool.engine.valkey.pages import ListedKey, Pages, hint_of, row_of
 from keypool.engine.valkey.partitions import Name, Named, Partitions
 from keypool.engine.valkey.past import past_lease_of
 from keypool.engine.valkey.poller import EXPIRING, POLL_SECONDS, QUIET_SECONDS, PartitionPoller
@@ -186,7 +186,7 @@ class ValkeyEngine:
         self._sampler = PartitionSampler(partitions, self._poller, self.handles, server, shares=shares)
         self._generator = KeyGenerator(partitions, self._poller, server)
         locks = Locks(partitions, server)
-        self._details = Editor(partitions, locks, self._row_for_change)
+        self._details = Editor(partitions, locks, self._find)
         self._importer = Importer(partitions, self._poller, self._generator, self._details, locks)
         self._details.adder = self._importer
         self._pages = Pages(partitions)
@@ -639,7 +639,7 @@ class ValkeyEngine:
         [[done, *row]], age = await self._change(script, [ref], common, (0,))
         if not row:
             self._raise_missing(ref, done)
-        return row_of(row[0], age, self.rules.forget_seconds)
+        return row_of(ListedKey(*row[0]), age, self.rules.forget_seconds)
 
     async def _change(
         self, script: str, refs: Sequence[Ref], common: Sequence[Word], unknown: Reply
@@ -684,8 +684,8 @@ class ValkeyEngine:
 
     async def get(self, ref: Ref) -> Row:
         """The row of a key. O(log n)."""
-        row, age = await self._get(ref, "")
-        return row_of(row, age, self.rules.forget_seconds)
+        found, age = await self._find(ref)
+        return row_of(found.row, age, self.rules.forget_seconds)
 
     async def history(self, ref: Ref, query: HistoryQuery) -> HistoryPage:
         """Leases of a key that have ended. O(log n + page), O(partitions) for a key that was moved in."""
@@ -707,16 +707,13 @@ class ValkeyEngine:
 
     async def reveal(self, ref: Ref, origin: Origin = HOLDER) -> Revealed:
         """A key's text, reported as an event. O(log n)."""
-        row, _ = await self._get(ref, word_of(origin))
-        text, details = self._details.read(row)
+        found, _ = await self._find(ref, word_of(origin))
+        text, details = self._details.read(found)
         data = None if details.data is None else msgspec.Raw(details.data)
-        return Revealed(row[1], text, details.name, data)
+        return Revealed(found.row.id, text, details.name, data)
 
-    async def _row_for_change(self, ref: Ref) -> tuple[Reply, float]:
-        return await self._get(ref, "")
-
-    async def _get(self, ref: Ref, revealed_by: str) -> tuple[Reply, float]:
-        """The row in the reply of get.lua, and how old it is. Raises UnknownKey, StaleLease."""
+    async def _find(self, ref: Ref, revealed_by: str = "") -> tuple[FoundKey, float]:
+        """What get.lua replies about a key, and how old it is. Raises UnknownKey, StaleLease."""
 
         async def send(names: list[Named]) -> tuple[list[Reply], float]:
             if not names:
@@ -725,10 +722,11 @@ class ValkeyEngine:
             call = self._client.call(partition, "get", (name, revealed_by))
             return await call, call.age()
 
-        [row], age = await self._about([ref], send, 0)
-        if isinstance(row, int):
-            self._raise_missing(ref, row)
-        return row, age
+        [found], age = await self._about([ref], send, 0)
+        if isinstance(found, int):
+            self._raise_missing(ref, found)
+        row, sealed, seats = found
+        return FoundKey(ListedKey(*row), sealed, seats), age
 
     def _raise_missing(self, ref: Ref, refusal: int) -> NoReturn:
         """Raise what a refusal of common.lua means."""

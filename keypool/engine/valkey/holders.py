@@ -22,11 +22,10 @@ from keypool.core.keys import moment
 from keypool.core.rare_events import CROWD_SECONDS, MOST_EVENTS, RareEvent
 from keypool.engine.valkey.calls import all_of
 from keypool.engine.valkey.link import Word
-from keypool.engine.valkey.pages import row_of
+from keypool.engine.valkey.pages import ListedKey, row_of
 from keypool.engine.valkey.partitions import Partitions
 
 _RELEASED_AT_ONCE = 200  # leases that one call ends: about 2 ms
-_ID, _LEASE = 1, 3  # of a row (lua/rows.lua)
 _KIND, _ORIGIN, _NUMBER, _AT = 0, 6, 7, 9  # of a rare event (lua/common.lua)
 _LAST = 2**53  # no number is larger
 _decode = msgspec.msgpack.Decoder(list[Any]).decode
@@ -70,17 +69,17 @@ class HolderPages:
         calls = [
             self._partitions.call(partition, "owned", words) for partition in range(self._partitions.count)
         ]
-        rows: list[tuple[Any, float]] = []
+        rows: list[tuple[ListedKey, float]] = []
         horizon: float = inf  # the lease up to which each partition has replied
         for call, (more, _, *found) in zip(calls, await all_of(calls), strict=True):
-            rows += [(row, call.age()) for row in found]
+            rows += [(ListedKey(*row), call.age()) for row in found]
             if more:
-                horizon = min(horizon, found[-1][_LEASE] if found else start)
-        rows = sorted((row for row in rows if row[0][_LEASE] <= horizon), key=lambda row: row[0][_LEASE])
+                horizon = min(horizon, rows[-1][0].lease if found else start)
+        rows = sorted((row for row in rows if row[0].lease <= horizon), key=lambda row: row[0].lease)
         more = horizon < inf or len(rows) > limit
         rows = rows[:limit]
         forget = self._partitions.rules.forget_seconds
-        position = (rows[-1][0][_LEASE],) if more and rows else None
+        position = (rows[-1][0].lease,) if more and rows else None
         return [row_of(row, age, forget) for row, age in rows], position
 
     async def release(self, owner: str, client: str | None, origin: str) -> int:
@@ -91,9 +90,10 @@ class HolderPages:
             last, after = _LAST, 0
             while True:
                 words = (owner.encode(), of_client, after, _RELEASED_AT_ONCE)
-                more, tick, *rows = await self._partitions.call(partition, "owned", words)
+                more, tick, *found = await self._partitions.call(partition, "owned", words)
+                rows = [ListedKey(*row) for row in found]
                 last = min(last, tick * count + partition)  # the latest one as of the first look
-                held = [(row[_ID], row[_LEASE]) for row in rows if row[_LEASE] <= last]
+                held = [(row.id, row.lease) for row in rows if row.lease <= last]
                 if held:
                     after = held[-1][1]
                     names: list[Word] = [word for key in held for word in (b"\xff%d.%d" % key, "", "", 1)]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isqrt
-from operator import itemgetter
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from keypool.core.answers import Row
 from keypool.core.index import Position
@@ -29,14 +29,13 @@ from keypool.engine.valkey.vault import details_in
 
 _MIN_EXAMINED = 50  # keys that a partition examines in a call, whatever its share of PAGE_SCAN_LIMIT
 _MAX_ROUNDS = 4  # of calls, after which a page may be short
-_TEXT, _ID, _HINT, _PLACE = 0, 1, 13, 18  # of a row in page.lua's reply
 _ORDERS: dict[str, Callable[[Any], Any]] = {
-    "id": itemgetter(_ID),
-    "expiry": itemgetter(_PLACE, _TEXT),
-    "release": itemgetter(_PLACE, _TEXT),
-    "ready": itemgetter(_PLACE, _TEXT),
-    "text": itemgetter(_PLACE),
-    "name": itemgetter(_PLACE),
+    "id": attrgetter("id"),
+    "expiry": attrgetter("place", "text"),
+    "release": attrgetter("place", "text"),
+    "ready": attrgetter("place", "text"),
+    "text": attrgetter("place"),
+    "name": attrgetter("place"),
 }
 """The orders of page.lua, and the sort key of a row in each."""
 
@@ -44,13 +43,39 @@ _Start = tuple[int | str, str | bytes, str]
 """The arguments of page.lua for a position."""
 
 
+class ListedKey(NamedTuple):
+    """A row in a reply: see lua/rows.lua."""
+
+    text: bytes
+    id: int
+    created: int
+    lease: int
+    owner: bytes
+    expires: int
+    state: bytes
+    left: int
+    failures: int
+    failed: int
+    outcome: bytes
+    reason: bytes
+    client: bytes
+    hint: bytes
+    info: bytes
+    seat: int
+    seats: int
+    acquired: int
+    served: int
+    place: Any = None
+    """What page.lua adds: where the row stands in the order."""
+
+
 class _Walk:
     """The rows read from one partition so far, and where to go on."""
 
     def __init__(self, start: _Start) -> None:
         self.start = start
-        self.rows: list[tuple[Any, ScriptCall]] = []  # with the call that each is from
-        self.end: Any = None  # the key examined last; None if there are no more
+        self.rows: list[tuple[ListedKey, ScriptCall]] = []  # with the call that each is from
+        self.end: ListedKey | None = None  # the key examined last; None if there are no more
 
 
 class Pages:
@@ -103,10 +128,10 @@ class Pages:
         ]
         for number, call, (more, *rows) in zip(behind, calls, await all_of(calls), strict=True):
             walk = walks[number]
-            walk.end = rows.pop() if more else None
-            walk.rows += [(row, call) for row in rows]
+            walk.end = ListedKey(*rows.pop()) if more else None
+            walk.rows += [(ListedKey(*row), call) for row in rows]
             if walk.end is not None:
-                place, text = walk.end[_PLACE], walk.end[_TEXT]
+                place, text = walk.end.place, walk.end.text
                 by_word = order in ("text", "name")
                 walk.start = ("", place, _beginning(query)) if by_word else (place, text, "")
 
@@ -133,15 +158,15 @@ def _beginning(query: PageQuery) -> str:
     return query.prefix or query.name or ""
 
 
-def _position(query: PageQuery, row: Any) -> Position:
+def _position(query: PageQuery, row: ListedKey) -> Position:
     if query.name is not None:
-        return (row[_PLACE].rpartition(b"\0")[0].decode("utf-8", "surrogatepass"),)
+        return (row.place.rpartition(b"\0")[0].decode("utf-8", "surrogatepass"),)
     if query.prefix is None and query.order == "id":
-        return (row[_ID],)
+        return (row.id,)
     if query.prefix is not None:
-        return (rank_of((row[_HINT] or row[_TEXT]).decode()), row[_ID])
+        return (rank_of((row.hint or row.text).decode()), row.id)
     # Sealed keys with the same deadline are in order of their digests, all behind those in clear.
-    return (row[_PLACE], row[_ID], 0 if row[_HINT] else rank_of(row[_TEXT].decode()))
+    return (row.place, row.id, 0 if row.hint else rank_of(row.text.decode()))
 
 
 def hint_of(text: bytes, shown: bytes) -> str:
@@ -154,30 +179,29 @@ def text_in(field: bytes) -> str:
     return field.partition(b"\0")[0].decode()
 
 
-def row_of(row: Any, age: float, forget_seconds: float) -> Row:
-    """A Row from one in a reply (lua/rows.lua); `age` is that of the call."""
-    text, id, created, lease, owner, expires, state, left, failures, failed, outcome, reason, *more = row[:18]
-    client, shown, info, seat, seats, acquired = more
-    state = State(state.decode())
-    details = details_in(info)
+def row_of(row: ListedKey, age: float, forget_seconds: float) -> Row:
+    """A Row from one in a reply; `age` is that of the call."""
+    state = State(row.state.decode())
+    details = details_in(row.info)
     return Row(
-        id,
-        hint_of(text, shown),
+        row.id,
+        hint_of(row.text, row.hint),
         state,
-        owner.decode() or None,
-        lease or None,
-        moment(created / 1e6),
-        expires_in(expires, age),
-        seconds_left(left, age) if state is State.BLOCKED else None,
-        seconds_left(left, age) if state is State.COOLING else None,
-        failures if failed < forget_seconds * 1e6 else 0,
-        Outcome(outcome.decode()) if outcome else None,
-        reason.decode() or None,
-        client.decode() or None,
+        row.owner.decode() or None,
+        row.lease or None,
+        moment(row.created / 1e6),
+        expires_in(row.expires, age),
+        seconds_left(row.left, age) if state is State.BLOCKED else None,
+        seconds_left(row.left, age) if state is State.COOLING else None,
+        row.failures if row.failed < forget_seconds * 1e6 else 0,
+        Outcome(row.outcome.decode()) if row.outcome else None,
+        row.reason.decode() or None,
+        row.client.decode() or None,
         details.name,
         details.labels or {},
         details.pace,
-        seat,
-        seats,
-        moment(acquired / 1e6) if acquired else None,
+        row.seat,
+        row.seats,
+        moment(row.acquired / 1e6) if row.acquired else None,
+        row.served,
     )

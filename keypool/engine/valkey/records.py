@@ -44,6 +44,8 @@ class _Record(msgspec.Struct, array_like=True):
     share: str | bool = False  # left behind
     paced: float | bool = False
     extended: int | bool = False
+    seats: int | bool = False  # given anew
+    served: int | bool = False
 
 
 _decode = msgspec.msgpack.Decoder(_Record).decode
@@ -100,6 +102,7 @@ def key_of(moved: Moved, vault: Vault | None) -> Key:
     key.quarantine_pending = record.mark == _PENDING
     key.reported = record.reported
     key.extended = int(record.extended)
+    key.served = int(record.served) or min(record.lease, 1)
     if isinstance(record.history, list):
         failures, failed_at, outcome, reason, by_operator = (*record.history, False, False, False)[:5]
         key.history = History(
@@ -141,6 +144,7 @@ def _record_of(key: Key) -> bytes:
         key.owner or False, (key.state is State.BLOCKED and _micros(key.acquired_at)) or False, False,
         _PENDING if key.quarantine_pending else _MARKS.get(key.state, False), key.reported, reports,
         client=key.client or False, paced=paced_until * 1e6 or False, extended=key.extended or False,
+        served=key.served or False,
     ))  # fmt: skip
 
 

@@ -68,6 +68,7 @@ for i = 10, #ARGV, step do
     local text, record = draw(tonumber(ARGV[i + 1]))
     if text then
       tick = tick + 1
+      record[SERVED] = served_of(record) + 1
       record[LEASE] = tick * partitions + partition
       record[RELEASE] = NOW + block + acquired
       record[OWNER], record[ACQUIRED] = owner ~= '' and owner, NOW

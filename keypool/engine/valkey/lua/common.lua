@@ -106,6 +106,7 @@ local WITH_PACE = 149  -- the first byte of an INFO that has a pace
 local LONGEST_WAIT = 316224000000000  -- microseconds: core/pace.py
 local EXTENDED = 20  -- how often the lease was extended
 local SEATS = 21     -- of one of the seats of a secret: the id of the first one that it ever had
+local SERVED = 22    -- how often the key was acquired; missing if a server of an older layout acquired it last
 local OPERATOR = 111  -- the first byte of an operator's origin
 local RARE_KIND = 1  -- of a rare event: change, id, both parts of the hint, owner and lease of the first key; origin;
 local RARE_ORIGIN = 7
@@ -198,6 +199,11 @@ local function emit(change, record, text, owner, origin)
   end
 end
 
+-- How often a key was acquired.
+local function served_of(record)
+  return record[SERVED] or record[LEASE] ~= 0 and 1 or 0
+end
+
 local function record_of(text)
   local packed = call('HGET', RECORDS, text)
   return packed and cmsgpack.unpack(packed)
@@ -205,7 +211,7 @@ end
 
 -- A field that says nothing is never set where it is missing: that would make Lua grow the table.
 local function packed(record)
-  local last = SEATS
+  local last = SERVED
   while not record[last] do
     if record[last] == false then record[last] = nil end
     last = last - 1
