@@ -229,7 +229,7 @@ def test_keys_are_found_changed_and_replaced(fake: FakeServer, command: Command)
     assert in_pool("find", "acct-1").fields["id"] == "1"
     listed = in_pool("list", "--name", "acct").lines
     assert [columns[0] for columns in listed] == ["1"]
-    assert listed[0][-6:] == ["acct-1", "region=eu,tier=", "", "", "1", "1"]
+    assert listed[0][-8:] == ["acct-1", "region=eu,tier=", "", "", "1", "1", "", "0"]
     heading = in_pool("list", columns=200).out.splitlines()[0]
     assert heading.replace("\x1b[1m", "").split()[:4] == ["ID", "HINT", "NAME", "STATE"]
     assert "LABELS" in heading

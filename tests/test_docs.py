@@ -54,7 +54,7 @@ def transcript(page: Path) -> list[tuple[str, str]]:
 def shape(text: str) -> object:
     """An answer without what differs from run to run."""
     text = HANDLE.sub("HANDLE", KEY.sub("KEY", text))
-    text = re.sub(rf'("(?:{TIMES}|id|lease)":)[0-9.]+', r"\g<1>0", text)
+    text = re.sub(rf'("(?:{TIMES}|id|lease|served)":)[0-9.]+', r"\g<1>0", text)
     text = re.sub(r'("(?:hint|created_at)":)"[^"]*"', r'\g<1>""', text)
     text = re.sub(r'("request_id":)"[^"]*"', r'\g<1>""', text)
     text = re.sub(r'("ids":)\[[0-9,]*\]', r"\g<1>[]", text)

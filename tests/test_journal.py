@@ -412,7 +412,7 @@ async def test_a_lease_whose_caller_hung_up_is_taken_back(writers: list[HeldWrit
     held.writer.answer()
     await turns()
     assert [row[:2] + row[4:] for row in held.writer.answer().rows] == [
-        (1, text, None, 1, None, None, 0, None)
+        (1, text, None, 1, None, None, 1 << 8, None)
     ]
     assert await held.acquired() == (text, 2)
 
