@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import msgspec
 
 from keypool.api.auth import NOBODY, Access, Caller, Role
-from keypool.api.calls import ATTEMPT_HEADER, BASE, POOLS, Call, location, require_may_name
+from keypool.api.calls import ATTEMPT_HEADER, BASE, ID, POOLS, Call, location, require_may_name
 from keypool.api.decoding import Reader
 from keypool.api.operations import Operation, audit_refused, ends_with_caller
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
@@ -106,7 +106,7 @@ class Route:
     limited: bool  # whether the caller must be allowed to use the pool
 
 
-class Pending(msgspec.Struct):
+class Pending(msgspec.Struct, gc=False):
     """A request whose head has been checked. It may be started unless `error` is set."""
 
     request_id: str
@@ -174,6 +174,7 @@ class Dispatcher:
         self.wrong_tokens = WrongTokens()
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(5)
+        self._logs_calls = access_log.isEnabledFor(logging.DEBUG)  # asking takes as long as counting the call
 
     def _add(self, operation: Operation) -> None:
         subject = self.pools if operation.on_pools else self.pools.default
@@ -264,7 +265,7 @@ class Dispatcher:
         if caller.pools is not None and route.limited and pool not in caller.pools:
             raise UnknownPool
         pending.subject = route.subject or self.pools.get(pool)
-        if key:
+        if key.startswith(ID):
             require_may_name(key, caller)
         if len(request.uri or "") > MAX_TARGET:
             check_target(request)
@@ -330,7 +331,7 @@ class Dispatcher:
         name = NO_OPERATION if pending.route is None else pending.route.operation.name
         waited = 0.0 if pending.call is None else pending.call.waited
         self.calls.add(name, reply.outcome, seconds - waited if waited < seconds else 0.0)
-        if access_log.isEnabledFor(logging.DEBUG):
+        if self._logs_calls:
             access_line(pending.request_id, name, reply.status, reply.outcome, seconds)
 
     def refused(self, request: Request | None, error: KeypoolError, seconds: float) -> Reply:

@@ -12,8 +12,8 @@ given a `CoroutineDriver`.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
+from time import monotonic
 from typing import Any
 
 from keypool.api.dispatch import Dispatcher, Pending, Reply, Request
@@ -31,9 +31,9 @@ class InFlight:
 
     async def wait_idle(self, seconds: float) -> bool:
         """Wait until no request is in flight, for `seconds` at most. False if some still are."""
-        deadline = time.monotonic() + seconds
+        deadline = monotonic() + seconds
         # Polling: an event would cost each call something, and this runs only once.
-        while self.count and (left := deadline - time.monotonic()) > 0:  # noqa: ASYNC110
+        while self.count and (left := deadline - monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(0.01, left))
         return self.count == 0
 
@@ -103,7 +103,7 @@ class ApiCall:
     def answer(self, reply: Reply) -> None:
         """Send the reply, and count it if it could be sent."""
         if self.send(reply):
-            self.dispatcher.answered(self.pending, reply, time.monotonic() - self.started)
+            self.dispatcher.answered(self.pending, reply, monotonic() - self.started)
         self.end()
 
     def hung_up(self) -> None:

@@ -67,11 +67,12 @@ class FastApi:
     def start(self, request: Request) -> RawDelegate | None:
         """See `http1.RawApplication`."""
         target = request.target
-        if not target.startswith(_API) or target[4:5] not in _ENDS:
-            return None
-        # `find`, because `in` takes bytes for a number first, and drops the exception: half as long again.
-        if not target.startswith(_KEYS) and target.find(b"/feed") > 0 and _FEED.match(target):
-            return None
+        if not target.startswith(_KEYS):  # as most do
+            if not target.startswith(_API) or target[4:5] not in _ENDS:
+                return None
+            # `find`, because `in` takes bytes for a number first, and drops the exception: half as long again.
+            if target.find(b"/feed") > 0 and _FEED.match(target):
+                return None
         call = FastCall(self, request)
         if call.pending.error is None:
             if request.body is not None and not request.received:
@@ -127,17 +128,18 @@ def wire(reply: Reply) -> bytes:
     """A whole reply as bytes, without a `Connection` header, which the server adds where it is due."""
     own = "".join([f"{name}: {value}\r\n" for name, value in reply.own_headers]) if reply.own_headers else ""
     length = "" if reply.status == 204 else f"Content-Length: {len(reply.body)}\r\n"
-    head = (
-        f"{_start(reply.status, reply.content_type)}{own}Cache-Control: no-store\r\n"
-        f"X-Request-Id: {reply.request_id}\r\nDate: {date_at(int(time()))}\r\n{length}\r\n"
-    )
-    return head.encode("latin-1") + reply.body
+    start = _start(reply.status, reply.content_type, int(time()))
+    return f"{start}{own}X-Request-Id: {reply.request_id}\r\n{length}\r\n".encode("latin-1") + reply.body
 
 
 @lru_cache(maxsize=64)
-def _start(status: int, content_type: str) -> str:
+def _start(status: int, content_type: str, second: int) -> str:
+    """The lines that all replies of a kind have in a second since the epoch."""
     kind = f"Content-Type: {content_type}\r\n" if content_type else ""
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{kind}"
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{kind}Cache-Control: no-store\r\n"
+        f"Date: {date_at(second)}\r\n"
+    )
 
 
 def _name(raw: bytes) -> str:

@@ -340,7 +340,7 @@ class Connection(asyncio.Protocol):
         elif current is not None:
             body = current.body
             self.deadline = inf if body is None or current.received else body.deadline
-        elif reader.in_head and not self._in_head:
+        elif reader.target and not self._in_head:
             self._in_head = True
             self.deadline = self.server.clock + self.limits.head_seconds
         held = len(self._held)
@@ -477,7 +477,7 @@ class Connection(asyncio.Protocol):
         assert request is not None
         reader = self.reader
         clean = reader.state == HOLDING or not self._held
-        if not clean or reader.incoming is not None or reader.in_head or self._queue:
+        if not clean or reader.incoming is not None or reader.target or self._queue:
             raise RuntimeError("what follows this request has been read as HTTP already")
         if not self._writer.sent_all():
             raise RuntimeError("an earlier answer has not been sent yet")
@@ -565,7 +565,7 @@ class Connection(asyncio.Protocol):
             # The next request must not start inside the call that answered this one.
             if self._queue or self._held or self._read_paused or self._refusal is not None:
                 self._schedule()
-            elif self.reader.in_head:
+            elif self.reader.target:
                 self._settle()
 
     def _failed(self, request: Request, error: BaseException) -> None:

@@ -98,11 +98,11 @@ class RequestReader:
         "_sections",
         "_sink",
         "_tail",
-        "_target",
         "incoming",
         "keeps_alive",
         "piece",
         "state",
+        "target",
     )
 
     def __init__(self, sink: RequestSink, limits: Limits, sections: Sections, *, keeps_alive: bool) -> None:
@@ -117,7 +117,7 @@ class RequestReader:
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._carry = 0  # bytes fed since the last header section or piece of a body came out, at most
         self._count = 0  # requests read
-        self._target = b""
+        self.target = b""  # what has come of it, until its head is complete
         self._headers: list[tuple[bytes, bytes]] = []
         self._hosts = 0
         self._framing: dict[bytes, bytes] = {}
@@ -132,11 +132,6 @@ class RequestReader:
         """Whether a part of a request has come, and its end hasn't."""
         return self._begun
 
-    @property
-    def in_head(self) -> bool:
-        """Whether some of a request's target has come, and the end of its head hasn't."""
-        return bool(self._target)
-
     def unfinished(self) -> int:
         """Bytes that are held of the request that is coming in, about. O(1)."""
         return self._carry + (0 if self.incoming is None else self.incoming.held_bytes())
@@ -150,7 +145,7 @@ class RequestReader:
         """Parse no more. Breaks the reference cycle with the parser."""
         self._parser = None
         self.incoming = None
-        self._target = self._head = b""
+        self.target = self._head = b""
         self._begun = False
         self.state = STOPPED
 
@@ -176,7 +171,9 @@ class RequestReader:
         length = section.length
         if length is None or (end := body + length) > len(data):
             return start
-        request = Request(cast("Connection", self._sink), line[1], line[2], section, True)
+        sink = self._sink
+        # A cast would take 0.1 µs.
+        request = Request(sink, line[1], line[2], section, True)  # type: ignore[arg-type]
         request.varying = varying
         request.received = True
         if length:
@@ -184,8 +181,8 @@ class RequestReader:
             request.body.add(data[body:end])
             request.body.size = length
         self._count += 1
-        self._sink.request_started(request)
-        self._sink.advance(request)
+        sink.request_started(request)
+        sink.advance(request)
         return end
 
     def feed(self, piece: bytes | memoryview, at: int = 0) -> int:
@@ -275,9 +272,9 @@ class RequestReader:
         request, parser = self.incoming, self._parser
         if request is not None:
             return Refusal(status, code, detail, request.method, request.target, request.headers, True)
-        if not self._target or parser is None:
+        if not self.target or parser is None:
             return Refusal(status, code, detail)
-        return Refusal(status, code, detail, parser.get_method(), self._target, self._headers)
+        return Refusal(status, code, detail, parser.get_method(), self.target, self._headers)
 
     def _broken(self, error: httptools.HttpParserError | None, cause: BaseException | None) -> None:
         if self.state > HOLDING or isinstance(cause, Stop):
@@ -328,8 +325,8 @@ class RequestReader:
             return
         if self.state:
             raise Stop
-        self._target = self._target + url if self._target else url
-        if len(self._target) > self._limits.head_bytes:
+        self.target = self.target + url if self.target else url
+        if len(self.target) > self._limits.head_bytes:
             raise Refused(414, "uri-too-long", "the request target is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -354,7 +351,7 @@ class RequestReader:
         parser = self._parser
         if self.incoming is not None or parser is None:
             return
-        target = self._target
+        target = self.target
         lines, varying = split_varying(self._headers)
         section = self._section = self._sections.of(lines)
         request = Request(
@@ -380,7 +377,7 @@ class RequestReader:
         if request.keep_alive and not request.http10 and not parser.should_upgrade():
             section.length = _plain_length(request.body)
         request.keep_alive = request.keep_alive and self.keeps_alive
-        self._target = self._head = b""
+        self.target = self._head = b""
         self._headers = []
         self._hosts = self._carry = 0
         self._count += 1
