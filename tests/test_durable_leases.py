@@ -256,6 +256,7 @@ BLOCKED = "release_at = 4000000000000, lease = 1, acquired_at = 1"
 WRONG_COLUMNS = {
     "an unknown flag": "flags = 16",
     "negative flags": "flags = -1",
+    "a negative count of acquires": "flags = -256",
     "cooling without an end": f"flags = {COOLING}",
     "quarantined with a moment of release": f"{BLOCKED}, flags = {QUARANTINED}",
     "cooling and quarantined": f"{BLOCKED}, flags = {COOLING | QUARANTINED}",

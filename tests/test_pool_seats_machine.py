@@ -59,6 +59,8 @@ class PlainSeat:
     id: int
     expires: float
     lease: int = 0
+    # Among leases that end at the same moment: that of the acquire, after a restart that of the ids.
+    turn: int = 0
     release: float | None = None  # while held
     ready: float = 0.0  # the end of its own cooldown, or of its secret's
     may_report: bool = False
@@ -212,6 +214,7 @@ class SeatsMachine(RuleBasedStateMachine):
         if key is not None:
             secret, seat = next(pair for pair in self._all() if pair[1].id == key.id)
             seat.lease, seat.release, seat.may_report = key.lease, self.now + block, True
+            seat.turn = key.lease
             if secret.pace is not None:
                 secret.charge(max(secret.paced, self.now) + secret.pace.interval, self.now)
 
@@ -416,7 +419,7 @@ class SeatsMachine(RuleBasedStateMachine):
         for secret, seat in self._all():
             if seat.expires <= self.now:
                 secret.seats.remove(seat)
-        for secret, seat in sorted(self._all(), key=lambda pair: (pair[1].release or 0.0, pair[1].lease)):
+        for secret, seat in sorted(self._all(), key=lambda pair: (pair[1].release or 0.0, pair[1].turn)):
             if seat.release is not None and seat.release <= self.now:
                 secret.end_lease(seat, seat.release, self.pool_rules.rest_seconds)
         self.secrets = [secret for secret in self.secrets if secret.seats]
@@ -430,6 +433,8 @@ class SeatsMachine(RuleBasedStateMachine):
         self.pool.counters = before.counters
         for id in sorted(self.rows):
             self.pool.load(key_of(self.rows[id], self.sealer))
+        for _, seat in self._all():
+            seat.turn = seat.id - 1_000_000
         self.changed.clear()
         self._settle()
 
