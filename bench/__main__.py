@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from bench.report import Table
+
 BENCHES = (
     "pool",
     "http",
@@ -26,9 +28,11 @@ BENCHES = (
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark that is named, or all. Exit status 1 if a target was missed, 2 for an unknown name."""
+    Table.for_a_page = "--markdown" in arguments
+    arguments = [argument for argument in arguments if argument != "--markdown"]
     if arguments and arguments[0] in BENCHES:
         return run(arguments[0], arguments[1:])
-    print("python -m bench NAME [--help]\n")
+    print("python -m bench NAME [--help] [--markdown: tables for a page of docs/]\n")
     for name in BENCHES:
         print(f"  {name:8}{(import_module(f'bench.{name}').__doc__ or '').partition(chr(10))[0]}")
     if arguments:

@@ -42,7 +42,10 @@ def megabytes(count: float) -> str:
 
 
 class Table:
-    """Aligned rows of text: the first column to the left, the others to the right."""
+    """Aligned rows of text, or those of a page in docs/: the first column to the left, the others to the right."""
+
+    for_a_page = False
+    """Whether tables are printed as Markdown."""
 
     def __init__(self, *headings: str) -> None:
         self._rows: list[tuple[str, ...]] = [headings]
@@ -53,6 +56,8 @@ class Table:
         self._rows.append(cells)
 
     def __str__(self) -> str:
+        if self.for_a_page:
+            return self._markdown()
         widths = [max(map(len, column)) for column in zip(*self._rows, strict=True)]
         lines = []
         for cells in self._rows:
@@ -63,6 +68,10 @@ class Table:
             lines.append("  ".join([first, *others]).rstrip())
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join(lines)
+
+    def _markdown(self) -> str:
+        heading, *rows = (f"| {' | '.join(cells)} |" for cells in self._rows)
+        return "\n".join([heading, f"| --- |{' ---: |' * (len(self._rows[0]) - 1)}", *rows])
 
 
 class Targets:
