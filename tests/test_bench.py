@@ -76,3 +76,11 @@ def test_figures_are_printed_with_units() -> None:
     table = Table("name", "figure")
     table.row("a", "1")
     assert str(table) == "name  figure\n----  ------\na          1"
+
+
+def test_a_table_for_a_page_is_markdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--markdown` prints what docs/architecture.md has."""
+    monkeypatch.setattr(Table, "for_a_page", True)
+    table = Table("name", "figure")
+    table.row("a", "1")
+    assert str(table) == "| name | figure |\n| --- | ---: |\n| a | 1 |"
