@@ -78,7 +78,7 @@ class Reply(msgspec.Struct, gc=False):
     def headers(self) -> list[tuple[str, str]]:
         """All headers, in order, but those that the HTTP server adds: Date, Content-Length, Connection."""
         kind = [("Content-Type", self.content_type)] if self.content_type else []
-        return [*kind, *self.own_headers, NO_STORE, ("X-Request-Id", self.request_id)]
+        return [*kind, NO_STORE, *self.own_headers, ("X-Request-Id", self.request_id)]
 
 
 NO_STORE = ("Cache-Control", "no-store")

@@ -137,8 +137,8 @@ def _start(status: int, content_type: str, second: int) -> str:
     """The lines that all replies of a kind have in a second since the epoch."""
     kind = f"Content-Type: {content_type}\r\n" if content_type else ""
     return (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{kind}Cache-Control: no-store\r\n"
-        f"Date: {date_at(second)}\r\n"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {date_at(second)}\r\n{kind}"
+        "Cache-Control: no-store\r\n"
     )
 
 

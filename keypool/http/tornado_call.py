@@ -112,10 +112,9 @@ class TornadoCall(ApiCall, httputil.HTTPMessageDelegate):
 
 
 def _write(connection: HTTP1Connection, head: bool, reply: Reply, *, closes: bool) -> None:
-    headers = httputil.HTTPHeaders()
+    headers = httputil.HTTPHeaders({"Date": http_date()})
     for name, value in reply.headers():
         headers.add(name, value)
-    headers.add("Date", http_date())
     if reply.status != 204:
         headers.add("Content-Length", str(len(reply.body)))
     if closes:
