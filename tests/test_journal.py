@@ -507,7 +507,7 @@ def test_while_batches_fail_nothing_changes_by_a_call(
 ) -> None:
     """Calls that change something get 503 at once; reads of what is on disk still work."""
     # Long enough for all calls to come before the retry, on a busy machine too.
-    monkeypatch.setattr("keypool.engine.durable.journal._FIRST_BACK_OFF", 0.5)
+    monkeypatch.setattr("keypool.engine.durable.journal._FIRST_BACK_OFF", 2.0)
 
     async def test() -> None:
         held = await Held(writers).open()
