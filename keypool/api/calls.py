@@ -88,9 +88,9 @@ def location(call: Call, key_id: int) -> str:
     return f"{BASE}{path_of_pool(call.pool)}/keys/{ID}{key_id}"
 
 
-def require_may_name(text: str, caller: Caller) -> None:
-    """Raise Forbidden if a client names a key by its id."""
-    if text.startswith(ID) and caller.role is Role.CLIENT:
+def require_may_name_ids(caller: Caller) -> None:
+    """Raise Forbidden for a client, who named a key by its id."""
+    if caller.role is Role.CLIENT:
         raise Forbidden(
             "clients name a key by its whole text or by a handle: an id is for viewers and admins"
         )
@@ -105,7 +105,7 @@ def key_ref(engine: Engine, text: str, caller: Caller) -> Ref:
         return handle
     if not text.startswith(ID):
         return text
-    require_may_name(text, caller)
+    require_may_name_ids(caller)
     number = text[len(ID) :]
     if not (number.isascii() and number.isdigit() and len(number) < 19):
         raise UnknownKey("an id is written id:N, with N a whole number as generate and the lists give it")

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import msgspec
 
 from keypool.api.auth import NOBODY, Access, Caller, Role
-from keypool.api.calls import ATTEMPT_HEADER, BASE, ID, POOLS, Call, location, require_may_name
+from keypool.api.calls import ATTEMPT_HEADER, BASE, ID, POOLS, Call, location, require_may_name_ids
 from keypool.api.decoding import Reader
 from keypool.api.operations import Operation, audit_refused, ends_with_caller
 from keypool.api.problems import CONTENT_TYPE, problem_body, problem_headers, status_of
@@ -266,7 +266,7 @@ class Dispatcher:
             raise UnknownPool
         pending.subject = route.subject or self.pools.get(pool)
         if key.startswith(ID):
-            require_may_name(key, caller)
+            require_may_name_ids(caller)
         if len(request.uri or "") > MAX_TARGET:
             check_target(request)
         if cached is None:

@@ -52,10 +52,7 @@ class SelfCheck(KeySet):
         )  # fmt: skip
         if found != expected:
             raise ValueError(f"by id and by state there are {found} keys instead of {expected}")
-        for contradiction in self._contradictions(size):
-            if contradiction is not None:
-                raise ValueError(contradiction)
-            yield
+        yield from self._check_texts(size)
         self._by_attempt.check(attempts)
         self._owners.check(blocked)
         yield from self._by_expiry.check_in_slices(expiring, size)
@@ -67,14 +64,14 @@ class SelfCheck(KeySet):
         A third of the cost of `check`, which it leaves to find a contradiction and to name the key.
         """
         yield from self._owners.settle()
-        for contradiction in self._contradictions(size, check_fields=True):
-            if contradiction is not None:
-                yield from self.check_in_slices(size)
-                raise ValueError(contradiction)
-            yield
+        try:
+            yield from self._check_texts(size, check_fields=True)
+        except ValueError:
+            yield from self.check_in_slices(size)
+            raise
 
-    def _contradictions(self, size: int, *, check_fields: bool = False) -> Iterator[str | None]:
-        """Whether each text, hint and name leads to one key: None for each `size` keys, and last what is wrong."""
+    def _check_texts(self, size: int, *, check_fields: bool = False) -> Iterator[None]:
+        """Raise ValueError unless each text, hint and name leads to one key. Yields after each `size` keys."""
         imported = formers = named = further = 0
         for number, key in enumerate(self._by_id.walk(None), 1):
             details, group = key.details, key.group
@@ -92,15 +89,15 @@ class SelfCheck(KeySet):
                 formers += details.former is not None and self._imported.get(details.former) is key
                 named += first and details.name is not None
             if number % size == 0:
-                yield None
+                yield
         by_text = further + len(self._by_text) + len(self._imported) - formers
         if by_text != self._total:
-            yield f"by text there are {by_text} keys instead of {self._total}"
+            raise ValueError(f"by text there are {by_text} keys instead of {self._total}")
         if further != self._further:
-            yield f"{further} keys are further seats of their secrets, not {self._further}"
+            raise ValueError(f"{further} keys are further seats of their secrets, not {self._further}")
         indexed = (len(self._imported), len(self._by_hint), len(self._by_name))
         if indexed != (imported + formers, imported, named):
-            yield (
+            raise ValueError(
                 f"{indexed} texts, hints and names lead to {imported} imported keys, {formers} of them with a former "
                 f"text, and {named} keys with a name"
             )

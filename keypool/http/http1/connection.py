@@ -188,8 +188,7 @@ class Connection(asyncio.Protocol):
             self._leave()
             self._writer.flush()
             self._await_closing()
-            if self._ended:
-                self._transport.close()
+            self._transport.close()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
