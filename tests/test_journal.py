@@ -766,6 +766,27 @@ async def test_close_commits_what_is_dirty_and_ends_the_writer(writers: list[Hel
     assert "moment" in held.writer.batches[-1].pool
 
 
+@on_loop
+async def test_a_close_that_is_cut_short_tells_only_of_changes_that_are_lost(
+    writers: list[HeldWriter],
+) -> None:
+    """While only counters were in flight, nothing is lost that a caller was told of."""
+    for changed in (False, True):
+        held = await Held(writers).open()
+        [text] = await held.made()
+        if changed:
+            Call(held.engine.keepalive(text))
+        closing = asyncio.ensure_future(held.engine.close())
+        await turns()
+        assert not held.writer.unanswered.empty(), "the last batch was never sent"
+        closing.cancel()
+        if changed:
+            with pytest.raises(StorageUnavailable, match="the last commit was not made"):
+                await closing
+        else:
+            await closing
+
+
 def test_close_gives_up_on_a_disk_that_fails(writers: list[HeldWriter]) -> None:
     """It makes one more attempt; none if the writer is dead."""
 

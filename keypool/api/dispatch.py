@@ -330,7 +330,8 @@ class Dispatcher:
         """
         name = NO_OPERATION if pending.route is None else pending.route.operation.name
         waited = 0.0 if pending.call is None else pending.call.waited
-        self.calls.add(name, reply.outcome, seconds - waited if waited < seconds else 0.0)
+        self.calls.outcomes[name, reply.outcome] += 1
+        self.calls.seconds[name].add(seconds - waited if waited < seconds else 0.0)
         if self._logs_calls:
             access_line(pending.request_id, name, reply.status, reply.outcome, seconds)
 

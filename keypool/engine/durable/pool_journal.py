@@ -125,11 +125,6 @@ class PoolJournal:
 
     # -- the file's calls
 
-    @property
-    def has_open(self) -> bool:
-        """Whether anything changed since the last batch was sent. O(1)."""
-        return bool(self.open or self.open_events)
-
     def begin_batch(self) -> None:
         """Move the open changes into the batch that is about to be sent. O(1)."""
         self.sent, self.open = self.open, {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 
@@ -94,13 +94,14 @@ def read_frame(read: Callable[[int], bytes]) -> tuple[int, bytes] | None:
     return (kind, content) if len(content) == length else None
 
 
-def take_frames(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
-    """Remove the complete frames from a buffer, and yield the kind and content of each."""
+def take_frames(buffer: bytearray) -> list[tuple[int, bytes]]:
+    """Remove the complete frames from a buffer. Returns the kind and content of each."""
+    frames: list[tuple[int, bytes]] = []
     while len(buffer) >= _HEADER.size:
         length, kind = _HEADER.unpack_from(buffer)
         end = _HEADER.size + length
         if len(buffer) < end:
-            return
-        content = bytes(buffer[_HEADER.size : end])
+            break
+        frames.append((kind, bytes(buffer[_HEADER.size : end])))
         del buffer[:end]
-        yield kind, content
+    return frames
