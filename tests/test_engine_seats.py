@@ -32,6 +32,7 @@ from keypool.core.pace import Pace
 from keypool.engine import Engine
 from keypool.engine.valkey.details import Editor
 from keypool.engine.valkey.engine import ValkeyEngine
+from keypool.engine.valkey.scripts import keys_of
 
 OPERATOR = Origin(By.OPERATOR, "ops")
 OPENERS: dict[str, Opener] = {
@@ -348,6 +349,24 @@ async def test_a_walk_meets_each_key_once_while_seats_go(monkeypatch: pytest.Mon
         listed = [row.id for row in (*first.keys, *rest.keys)]
         assert listed == [one, other, (await engine.get(SECRET)).id]
         assert row.id not in listed
+    check(place.valkey, place.pool, 1)
+
+
+@on_loop
+async def test_a_seat_that_takes_the_place_of_the_first_one_is_swept_with_it() -> None:
+    """Of seats too many whose leases are over, the last one stays; the call that notices it ends all their leases."""
+    place = new_place()
+    async with engine_on(place.url, 1, secrets=SECRETS, max_block_seconds=90.0, **KEEPING) as engine:
+        engine._poller._stopped = True  # no sweep but those of the calls
+        await seats(engine, 4)
+        last = (await held(engine, 4))[1]  # which gets the place of the first one
+        await engine.extend(last.id, last.lease, 60.0)
+        await engine.update(SECRET, KeyPatch(seats=1), OPERATOR)
+        age(place.valkey, place.pool, 1, 100.0)
+        (row,) = (await engine.page(ListQuery())).keys
+        assert (row.id, row.state) == (last.id, State.AVAILABLE)
+        states = keys_of(place.pool, 0, 1)[2]
+        assert place.valkey.ask("ZCOUNT", states, "(0", "+inf") == 0, "a lease that is over was not ended"
     check(place.valkey, place.pool, 1)
 
 

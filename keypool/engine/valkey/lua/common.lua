@@ -462,23 +462,28 @@ local function catch_up(text, record)
   end
 end
 
--- Whether a field without a record is that of a seat which has taken the place of another one, or went with it.
-local function has_moved(text)
-  return not call('ZSCORE', IDS, text)
+local moved = {}  -- new fields of seats that have taken the place of the first one in this call, by those before
+
+-- A key whose field was read before others were processed: its field at present and its record, nil if it went with them.
+local function find_again(field)
+  local text = moved[field] or field
+  local record = record_of(text)
+  if not record and call('ZSCORE', IDS, text) then record = tombstone(text) end
+  return text, record
 end
 
 -- Purge what has expired, and end blocks and cooldowns that are over, `limit` of each at most.
 local function process_due(limit)
-  for _, text in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
-    local record = record_of(text) or not has_moved(text) and tombstone(text)
+  for _, field in ipairs(call('ZRANGEBYSCORE', EXPIRY, '-inf', NOW, 'LIMIT', 0, limit)) do
+    local text, record = find_again(field)
     if record then purge(text, record, 'expired', 'deadline') end
   end
-  for _, text in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
-    local record = record_of(text)
-    if record then
+  for _, field in ipairs(call('ZRANGEBYSCORE', STATES, '(0', NOW, 'LIMIT', 0, limit)) do
+    local text, record = find_again(field)
+    if record and record[EXPIRES] == 0 then
+      purge(text, record, 'expired', 'deadline')
+    elseif record then
       catch_up(text, record)
-    elseif not has_moved(text) then
-      purge(text, tombstone(text), 'expired', 'deadline')
     end
   end
 end
@@ -728,6 +733,7 @@ do
 
     -- Put a key in its place under another field.
     function rules.rename(from, to, record)
+      moved[from] = to
       call('HDEL', RECORDS, from)
       save(to, record)
       local set, score = STATES, record[RELEASE]

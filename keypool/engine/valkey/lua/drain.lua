@@ -8,11 +8,10 @@
 process_due(MAX_DUE)
 local origin, held_too, limit = ARGV[1], ARGV[2] == '1', tonumber(ARGV[4])
 
--- Backwards, as the place of a first seat goes to the next one.
+-- Backwards, so that the place of a first seat doesn't go to the next one each time.
 local function purge_some(texts)
   for i = #texts, 1, -1 do
-    local text = texts[i]
-    local record = record_of(text) or not has_moved(text) and tombstone(text)
+    local text, record = find_again(texts[i])
     local held = record and record[RELEASE] > NOW and record[MARK] ~= COOLING
     if record and (held_too or not held) then purge(text, record, 'deleted', origin) end
   end
