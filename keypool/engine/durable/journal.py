@@ -598,7 +598,7 @@ class FileJournal:
                 await self._writer.end()
         except asyncio.CancelledError:
             self._life = Life.ENDED
-            # If only counters were in flight, no caller was told of anything that is lost.
+            # Counters that were in flight alone are not worth an alarm.
             written = self.failing is None and not self._has_unkept()
             if self._restart_task is not None:  # it must not use the lock any more
                 self._restart_task.cancel()
