@@ -35,7 +35,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 QUICK = ["--sizes=1000,100000", "--rounds=1"]
-RATIO, STALL, BYTES = 1.5, 0.025, 1600
+RATIO, STALL, BYTES = 1.5, 0.025, 560
 BESIDE_COOLING = 1.1  # acquire's mean, of that with none cooling
 
 _SLICE = 50  # calls in one turn of the loop: a third of a millisecond

@@ -93,10 +93,6 @@ class FollowingPool(Pool):
         self.last_id = id - 1
         super()._add_seat(key, group, now, origin)
         self.last_id = max(latest, self.last_id)
-        if id < latest:
-            bucket = next(one for one in self._by_id._buckets.values() if id in one)
-            for each in sorted(bucket):
-                bucket[each] = bucket.pop(each)
 
 
 @pytest.fixture
@@ -504,10 +500,6 @@ class Twins:
             key = self.pool.import_key(item, self.now, ADMIN)
         finally:
             self.pool.last_id = max(latest, self.pool.last_id)
-        if id < latest:  # in a batch that had to be repeated in part; the pool's own ids only grow
-            bucket = next(one for one in self.pool._by_id._buckets.values() if id in one)
-            for each in sorted(bucket):
-                bucket[each] = bucket.pop(each)
         self.ever.append((key.id, item.secret))
         return key
 

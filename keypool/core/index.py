@@ -1,12 +1,11 @@
 """The orders in which keys can be found and listed: by id and by deadline; by text and name, see texts.py.
 
 A dict of a million entries moves all of them when it grows, and a sorted list needs a search for each move of a
-deadline. So keys are kept in many small dicts ("buckets"), and only the buckets are kept in order, by sortedcontainers:
-finding, adding, moving and discarding a key touch one bucket, and growth rehashes one bucket at a time. A page walks
-from a position onwards, O(log n + keys read).
+deadline. So keys are kept in many small lists and dicts ("buckets"), and only the buckets are kept in order, by
+sortedcontainers: finding, adding, moving and discarding a key touch one bucket, and growth rehashes one bucket at a
+time. A page walks from a position onwards, O(log n + keys read).
 
-A bucket is sorted when it is read. For ids and deadlines the order of insertion is nearly that order, so sorting costs
-one pass.
+A bucket of deadlines is sorted when it is read. The order of insertion is nearly that order, so sorting costs one pass.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from sortedcontainers import SortedDict
 
 from keypool.core.keys import Key
 
-_IDS_PER_BUCKET = 1024
+_ID_BITS = 8  # of ids whose places are in one bucket: a walk passes over those that are gone
+_PLACE = (1 << _ID_BITS) - 1
 _QUANTUM = 64  # buckets a second
 _FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
 _ATTEMPT_PARTS = 256  # one for each value of a digest's first byte
@@ -28,27 +28,18 @@ Position = tuple[int | float | str, ...]
 """A place in an order that holds no key text: numbers, or a name."""
 
 
-class Bucket(dict[int, Key]):
-    """Keys that are neighbours in an order, by id. `number` is the place of the bucket among the others."""
+class DeadlineBucket(dict[int, Key]):
+    """Keys by id whose deadlines lie in the same 1/64 s, which is over at the moment `ends`.
 
-    __slots__ = ("number",)
+    `number` is the place of the bucket among the others, `latest` the largest deadline that was added. `ordered` is
+    true if the keys are in order of their deadlines. `timer` is for engine/timers.py only.
+    """
+
+    __slots__ = ("latest", "number", "ordered", "timer")
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
-
-
-class DeadlineBucket(Bucket):
-    """Keys whose deadlines lie in the same 1/64 s, which is over at the moment `ends`.
-
-    `latest` is the largest deadline that was added. `ordered` is true if the keys are in order of their deadlines.
-    `timer` is for engine/timers.py only.
-    """
-
-    __slots__ = ("latest", "ordered", "timer")
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
         self.latest = 0.0
         self.ordered = True
         self.timer: object = None
@@ -63,37 +54,50 @@ BucketListener = Callable[[DeadlineBucket], None]
 """Called with a bucket that was opened for its first key, or closed when its last key left."""
 
 
-class IdIndex:
-    """Keys by id. Every operation is O(log n), in practice constant."""
+class IdBucket(list[Key | None]):
+    """A place for each of 256 neighbouring ids; `held` of them hold a key."""
+
+    __slots__ = ("held",)
 
     def __init__(self) -> None:
-        self._buckets: SortedDict[int, Bucket] = SortedDict()
+        super().__init__([None] * (_PLACE + 1))
+        self.held = 0
+
+
+class IdIndex:
+    """Keys by id, at 9 bytes each as long as few are gone. Every operation is O(log n), in practice constant."""
+
+    def __init__(self) -> None:
+        self._buckets: SortedDict[int, IdBucket] = SortedDict()
 
     def get(self, id: int) -> Key | None:
         """The key, or None. O(1)."""
-        bucket = self._buckets.get(id // _IDS_PER_BUCKET)
-        return None if bucket is None else bucket.get(id)
+        bucket = self._buckets.get(id >> _ID_BITS)
+        return None if bucket is None else bucket[id & _PLACE]
 
     def add(self, key: Key) -> None:
-        """Add a key, whose id is larger than all before (so a bucket's order is the order of ids)."""
-        number = key.id // _IDS_PER_BUCKET
-        bucket = self._buckets.get(number)
+        """Add a key whose id no other has."""
+        id = key.id
+        bucket = self._buckets.get(id >> _ID_BITS)
         if bucket is None:
-            bucket = self._buckets[number] = Bucket(number)
-        bucket[key.id] = key
+            bucket = self._buckets[id >> _ID_BITS] = IdBucket()
+        bucket[id & _PLACE] = key
+        bucket.held += 1
 
     def discard(self, key: Key) -> None:
         """Take a key out. O(log n)."""
-        bucket = self._buckets[key.id // _IDS_PER_BUCKET]
-        del bucket[key.id]
-        if not bucket:
-            del self._buckets[bucket.number]
+        number = key.id >> _ID_BITS
+        bucket = self._buckets[number]
+        bucket[key.id & _PLACE] = None
+        bucket.held -= 1
+        if not bucket.held:
+            del self._buckets[number]
 
     def walk(self, after: Position | None) -> Iterator[Key]:
         """The keys with an id larger than `after`'s, in order of id."""
         last = 0 if after is None else int(after[0])
-        for number in self._buckets.irange(last // _IDS_PER_BUCKET):
-            for key in self._buckets[number].values():
+        for number in self._buckets.irange(last >> _ID_BITS):
+            for key in filter(None, self._buckets[number]):
                 if key.id > last:
                     yield key
 
