@@ -446,7 +446,7 @@ def test_keys_that_came_out_of_order_are_sorted_once() -> None:
 
 
 def test_a_walk_reads_one_bucket_at_a_time() -> None:
-    """From wherever it goes on."""
+    """From wherever it goes on, which is searched for in that bucket."""
     costs = Costs()
     made = {}
     for id in range(1, 30_000):
@@ -456,7 +456,23 @@ def test_a_walk_reads_one_bucket_at_a_time() -> None:
     costs.keys = 0
     walk = costs.index.walk(position)
     next(walk)
-    assert costs.keys <= index_module._FULL, f"{costs.keys} keys looked at for the first of a page"
+    searched = index_module._FULL.bit_length()
+    assert costs.keys <= index_module._FULL + searched, f"{costs.keys} keys looked at for the first of a page"
+
+
+def test_a_page_reads_little_more_of_a_bucket_than_it_shows() -> None:
+    """Where deadlines differ, from wherever it goes on."""
+    costs = Costs()
+    made = {}
+    for id in range(1, 1001):
+        costs.add(id, START + id / 100_000)
+        made[id] = key_of(id, None, START + id / 100_000)
+    for position in (None, costs.index.position_of(made[500], costs.places[500])):
+        costs.keys = 0
+        walk = costs.index.walk(position)
+        first = [next(walk).id for _ in range(20)]
+        assert first == list(range(1 if position is None else 501, 21 if position is None else 521))
+        assert costs.keys <= 20 + 15, f"{costs.keys} keys looked at for 20"
 
 
 def test_adding_to_a_crowded_quantum_does_not_read_all_its_buckets(

@@ -10,8 +10,11 @@ A bucket of deadlines is sorted when it is read. The order of insertion is nearl
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import groupby, islice
 from math import inf
+from operator import attrgetter
 
 from sortedcontainers import SortedDict
 
@@ -23,6 +26,8 @@ _QUANTUM = 64  # buckets a second
 _FULL = 1024  # keys in a deadline bucket, after which the next one of the same quantum is opened
 _ATTEMPT_PARTS = 256  # one for each value of a digest's first byte
 _PARTS = 1 << 20  # bucket numbers reserved for each quantum
+
+_id_of = attrgetter("id")
 
 Position = tuple[int | float | str, ...]
 """A place in an order that holds no key text: numbers, or a name."""
@@ -255,13 +260,18 @@ class DeadlineIndex:
 
     def walk(self, after: Position | None) -> Iterator[Key]:
         """The keys in order of deadline from a position on. The key at that position may be gone."""
-        number, passed = (None, None) if after is None else (int(after[0]), after[1:])
+        number, passed = (None, ()) if after is None else (int(after[0]), after[1:])
         for current in self._buckets.irange(number):
-            for place, key in sorted(
-                ((self._deadline(key), key.id), key) for key in self._buckets[current].values()
-            ):
-                if current != number or passed is None or place > passed:
-                    yield key
+            bucket = self._buckets[current]
+            self._sort(bucket)
+            keys = list(bucket.values())
+            if current != number:
+                passed = ()
+            first = bisect_left(keys, passed[0], key=self._deadline) if passed else 0
+            for deadline, those in groupby(islice(keys, first, None), self._deadline):
+                for key in sorted(those, key=_id_of):
+                    if (deadline, key.id) > passed:
+                        yield key
 
     def position_of(self, key: Key, bucket: DeadlineBucket) -> Position:
         """The position from which a walk that ends at this key goes on. O(1)."""
