@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
+import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 from engine_support import Opener, embedded, on_loop
@@ -17,6 +20,7 @@ from keypool.core.errors import BadRequest
 from keypool.core.events import By, Origin
 from keypool.core.outcomes import Outcome, Report
 from keypool.engine import Client, Engine
+from keypool.engine.valkey import waiters
 from keypool.engine.valkey.opening import OLDER
 
 OPERATOR = Origin(By.OPERATOR, "ops")
@@ -205,6 +209,30 @@ async def test_waiters_come_in_order(opened: Opener) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@on_loop
+async def test_the_moment_since_which_a_waiter_waits_moves_only_with_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not by what two readings of clocks differ by; over Valkey, where that is computed for each page."""
+    read, real = itertools.count(), time.time
+    wrong = 0.0
+    monkeypatch.setattr(
+        waiters, "time", SimpleNamespace(time=lambda: real() + wrong + next(read) % 3 * 0.001)
+    )
+    async with sealed_on_valkey(1) as engine:
+        task = asyncio.ensure_future(engine.acquire("a", 30))
+        while not (found := (await engine.waiters(WaiterQuery())).waiters):  # noqa: ASYNC110 - it asks
+            await asyncio.sleep(0.01)
+        for _ in range(9):
+            assert (await engine.waiters(WaiterQuery())).waiters == found
+        wrong = 3600.0  # the clock is set
+        moved = (await engine.waiters(WaiterQuery())).waiters
+        assert moved != found
+        assert (await engine.waiters(WaiterQuery())).waiters == moved
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @on_loop

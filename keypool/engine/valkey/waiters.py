@@ -37,6 +37,7 @@ SERVED_AT_ONCE = 64
 _ANNOUNCE_SECONDS = 1.0  # between two announcements of the same number of waiters
 _ANNOUNCEMENT_LASTS = 3.0  # seconds, after which an announcement lapses
 
+_CLOCK_WAS_SET = 0.1  # seconds by which the wall clock has moved against the loop's
 _log = logging.getLogger("keypool.valkey")
 
 
@@ -70,6 +71,7 @@ class Waiters:
         self._serving: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._announced_at = 0.0
+        self._epoch = 0.0  # when the loop's clock was 0
         self._draining: type[Draining | PoolDraining] | None = None
         partitions.client.on_recovery = self._wake.set
         partitions.client.on_loss = self._fail
@@ -119,8 +121,11 @@ class Waiters:
     def page(self, after: int | None, limit: int) -> tuple[list[WaiterRow], int | None]:
         """Some of the queue in order, behind a place; and the last one's place if there are more. See Queue.page."""
         found, last = self._waiters.page(after, limit)
-        started = time.time() - self._loop.time()
-        return [waiter_row_of(waiter, started + waiter.since) for waiter in found], last
+        epoch = time.time() - self._loop.time()
+        # Not each time, as a waiter's moment would differ by a millisecond from page to page.
+        if abs(epoch - self._epoch) > _CLOCK_WAS_SET:
+            self._epoch = epoch
+        return [waiter_row_of(waiter, self._epoch + waiter.since) for waiter in found], last
 
     def oldest(self) -> float:
         """Seconds that the first in the queue has waited, 0 if nobody waits. O(1)."""
