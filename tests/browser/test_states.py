@@ -186,6 +186,20 @@ def test_signed_out_while_the_page_is_open(tokened: ServerProcess, tabs: Tabs, s
     assert page.url.endswith("/keys?tab=blocked")
 
 
+def test_the_sign_in_leads_back_to_the_key_that_was_open(
+    tokened: ServerProcess, tabs: Tabs, sign_in: Any
+) -> None:
+    """Which stands behind the # of the address, so the server isn't told; also after a wrong token."""
+    tabs.allow("401")
+    key = tokened.client(ADMIN_TOKEN).make()
+    page = tabs.open(tokened, f"/keys?tab=available#key-{key['id']}")
+    sign_in(page, "wrong-token-000000")
+    page.get_by_text("not known to the server").wait_for()
+    sign_in(page, VIEWER_TOKEN)
+    page.get_by_role("dialog").wait_for()
+    assert page.url.endswith(f"/keys?tab=available#key-{key['id']}")
+
+
 def test_an_action_after_the_session_has_ended(tokened: ServerProcess, tabs: Tabs, sign_in: Any) -> None:
     """It is refused, with a message that explains what to do."""
     tabs.allow("401|WebSocket")
