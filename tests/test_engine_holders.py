@@ -180,9 +180,9 @@ async def test_leases_that_ran_out_are_counted_by_owner(opened: Opener) -> None:
         await eventually(both_ran_out, "two leases ran out", 30)
 
 
-async def _three(engine: Engine) -> list[WaiterRow] | None:
+async def _waiting(engine: Engine, count: int) -> list[WaiterRow] | None:
     waiting = (await engine.waiters(WaiterQuery())).waiters
-    return waiting if len(waiting) == 3 else None
+    return waiting if len(waiting) == count else None
 
 
 def _short(opener: Opener) -> contextlib.AbstractAsyncContextManager[Engine]:
@@ -199,7 +199,7 @@ async def test_waiters_come_in_order(opened: Opener) -> None:
         for owner, client in (("b", None), ("a", Client("ci")), (None, None)):
             tasks.append(asyncio.ensure_future(engine.acquire(owner, 30, client=client)))
             await asyncio.sleep(0)
-        waiting = await eventually(lambda: _three(engine), "three wait", 30)
+        waiting = await eventually(lambda: _waiting(engine, 3), "three wait", 30)
         assert [(row.owner, row.client) for row in waiting] == [("b", None), ("a", "ci"), (None, None)]
         moments = [row.waiting_since for row in waiting]
         assert moments == sorted(moments)
@@ -223,8 +223,7 @@ async def test_the_moment_since_which_a_waiter_waits_moves_only_with_the_clock(
     )
     async with sealed_on_valkey(1) as engine:
         task = asyncio.ensure_future(engine.acquire("a", 30))
-        while not (found := (await engine.waiters(WaiterQuery())).waiters):  # noqa: ASYNC110 - it asks
-            await asyncio.sleep(0.01)
+        found = await eventually(lambda: _waiting(engine, 1), "it waits", 30)
         for _ in range(9):
             assert (await engine.waiters(WaiterQuery())).waiters == found
         wrong = 3600.0  # the clock is set

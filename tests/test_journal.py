@@ -770,7 +770,7 @@ async def test_close_commits_what_is_dirty_and_ends_the_writer(writers: list[Hel
 async def test_a_close_that_is_cut_short_tells_only_of_changes_that_are_lost(
     writers: list[HeldWriter],
 ) -> None:
-    """That counters were in flight, which every stop sends once more, is no failure."""
+    """Every stop sends the counters once more. To lose nothing else is no failure."""
     for changed in (False, True):
         held = await Held(writers).open()
         [text] = await held.made()

@@ -151,7 +151,7 @@ class CoroutineDriver:
         else:
             self.wait_for(yielded)
             return
-        self._coroutine = self._call = call._waiting = None  # noqa: SLF001 - it waits no longer
+        self._coroutine = self._call = None
         call.answer(reply)
 
     def wait_for(self, yielded: Any) -> None:

@@ -1,5 +1,5 @@
-// What is open beside a page stands behind the # of its address, which no server is told: so it is added here to where the
-// sign-in leads.
+// The key that is open beside a page is the fragment of its address. Browsers don't send that, so it is added here to the
+// address that the sign-in returns to.
 //
 // A user who follows a link from another site comes here without the cookie, because it is SameSite=Strict. This page's own
 // request has it: if the session is valid, go on.

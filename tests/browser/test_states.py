@@ -189,7 +189,7 @@ def test_signed_out_while_the_page_is_open(tokened: ServerProcess, tabs: Tabs, s
 def test_the_sign_in_leads_back_to_the_key_that_was_open(
     tokened: ServerProcess, tabs: Tabs, sign_in: Any
 ) -> None:
-    """Which stands behind the # of the address, so the server isn't told; also after a wrong token."""
+    """Also after a wrong token. The key is the fragment of the address, which browsers don't send."""
     tabs.allow("401")
     key = tokened.client(ADMIN_TOKEN).make()
     page = tabs.open(tokened, f"/keys?tab=available#key-{key['id']}")

@@ -200,17 +200,14 @@ class FileJournal:
         """Whether there are changes that aren't sent yet. O(pools)."""
         if self.next_batch.numbers or self.next_batch.pools:
             return True
-        for pool in self._pools:  # noqa: SIM110 - asked twice a commit, and any() takes three times as long
-            if pool.open or pool.open_events:
-                return True
-        return False
+        return any(pool.has_open for pool in self._pools)
 
     def _has_unkept(self) -> bool:
         """Whether there are changes, sent or not, that aren't known to be on the disk. O(pools)."""
         sent = self.sent_batch
         if sent.numbers or sent.pools or self._has_open():
             return True
-        return any(pool.sent or pool.sent_events for pool in self._pools)
+        return any(pool.has_sent for pool in self._pools)
 
     def _unavailable(self) -> StorageUnavailable:
         return StorageUnavailable(
@@ -274,8 +271,10 @@ class FileJournal:
             self._send_errand(*self._errand)
             return
         changes = self.next_batch
+        changed = [pool for pool in self._pools if pool.has_open]
+        has_open = changed or changes.numbers or changes.pools
         # While batches fail, even an empty one is sent, to find out whether they still do.
-        if not (self._has_open() or self.failing is not None or self._life is Life.CLOSING):
+        if not (has_open or self.failing is not None or self._life is Life.CLOSING):
             self.activity = Activity.IDLE
             return
         # A commit for each slice of a call would cost a third of the rate of such calls.
@@ -289,10 +288,9 @@ class FileJournal:
             changes.commit = Commit(self._loop)
         self._sent_at = time.monotonic()
         unsent: _Unsent = []
-        for pool in self._pools:
-            if pool.open or pool.open_events:
-                pool.begin_batch()
-                unsent.append((pool, iter(pool.sent.values()), len(pool.sent)))
+        for pool in changed:
+            pool.begin_batch()
+            unsent.append((pool, iter(pool.sent.values()), len(pool.sent)))
         self._send_part(unsent[::-1])
 
     def _send_part(self, unsent: _Unsent) -> None:
@@ -346,7 +344,7 @@ class FileJournal:
             return
         sent, self.sent_batch = self.sent_batch, _Changes()
         seconds = time.monotonic() - self._sent_at
-        rows = sum([pool.kept() for pool in self._pools if pool.sent or pool.sent_events])
+        rows = sum([pool.kept() for pool in self._pools if pool.has_sent])
         if self.activity is not Activity.LOOKING:
             self.commit_seconds.add(seconds)
             self.commit_rows.add(rows)
@@ -362,16 +360,12 @@ class FileJournal:
             self._send()  # first, so that the next fsync overlaps with sending the answers
         if sent.commit is not None:
             sent.commit.finish(postponed)
-        if self._settled is not None:
-            self._stepped()
+        self._stepped()
 
     def _forget_gone(self) -> None:
         """Forget pools that are gone, as soon as their last changes are on disk."""
         gone = {
-            pool
-            for pool in self._pools
-            if pool.number in self._gone
-            and not (pool.open or pool.open_events or pool.sent or pool.sent_events)
+            pool for pool in self._pools if pool.number in self._gone and not (pool.has_open or pool.has_sent)
         }
         self._pools = [pool for pool in self._pools if pool not in gone]
         self._gone -= {pool.number for pool in gone}

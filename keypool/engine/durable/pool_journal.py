@@ -125,6 +125,16 @@ class PoolJournal:
 
     # -- the file's calls
 
+    @property
+    def has_open(self) -> bool:
+        """Whether anything changed since the last batch was sent. O(1)."""
+        return bool(self.open or self.open_events)
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether anything of the batch in flight is this pool's. O(1)."""
+        return bool(self.sent or self.sent_events)
+
     def begin_batch(self) -> None:
         """Move the open changes into the batch that is about to be sent. O(1)."""
         self.sent, self.open = self.open, {}
