@@ -176,7 +176,7 @@ async def test_nothing_secret_is_on_the_disk(path: Path) -> None:
         await engine.replace(lease.id, "another secret", ADMIN)
         await engine.update(lease.id, KeyPatch(data=b'{"other":"data"}'), ADMIN)
         secrets += ["another secret", DATA, b'{"other":"data"}', OLD, base64.b64encode(OLD)]
-        await engine.delete("sk-live-007-secret" if lease.id != 8 else "another secret", ADMIN)
+        await engine.delete("sk-live-007-secret" if lease.id != 8 else "sk-live-008-secret", ADMIN)
         assert len(on_disk(path)) > 10_000
         assert found_in(path, secrets) == []
         assert found_in(path, ["acct-3", "region"][:1]) == ["acct-3"]
